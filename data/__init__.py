@@ -1,0 +1,1 @@
+"""Shards, the fixed stream of tokens, the embedded corpus, tokenizers and downloads. numpy only, no torch."""

@@ -1,0 +1,485 @@
+"""Train any record of the NanoGPT speedrun, or any change to one.
+
+    python train_gpt.py tiny-v1                                        # CPU, about two minutes
+    torchrun --standalone --nproc_per_node=8 train_gpt.py short/11     # FineWeb, to 3.28
+    python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
+
+Read top to bottom: settings -> data -> model -> optimizer -> untimed warm-up and reset -> the clock -> loop ->
+validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C.
+"""
+
+import time
+
+PROCESS_START = time.perf_counter()
+
+import deltas
+import runlog
+import schedule
+from settings import UserError, LOGICAL_RANKS, padded_vocab, tokens_per_step
+
+if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
+    options, resolved = deltas.command_line()
+    if options.plan:
+        from records.plan import print_plan
+        print_plan(resolved)
+        raise SystemExit(0)
+
+import hashlib
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data import corpus as sample_corpus
+from data.shards import corpus_digest, open_corpus, val_digest
+from data.stream import Prefetch, Stream, require_shards, stream_digest, validation_rows
+from model import GPT
+from optim import Engine, local_ranks
+
+REACHED, MISSED, DIVERGED, INTERRUPTED = 0, 3, 4, 130
+
+
+# ----- the process's place ------------------------------------------------------------------------------------------
+
+class World:
+    """Processes and device of this run. One process serves 8 / size logical ranks."""
+
+    def __init__(self, s):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.ranks = local_ranks(self.rank, self.size)
+        cuda = torch.cuda.is_available()
+        if s.system.device == "cuda" and not cuda:
+            raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")
+        self.cuda = cuda and s.system.device != "cpu"
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.cuda else "gloo")
+
+    @property
+    def main(self):
+        return self.rank == 0
+
+    def say(self, *lines):
+        if self.main:
+            print(*lines, sep="\n", flush=True)
+
+    def gather(self, values):
+        """One float64 tensor per process -> their concatenation in rank order, on every process."""
+        if self.size == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.cat(parts)
+
+    def gather_objects(self, value):
+        if self.size == 1:
+            return [value]
+        parts = [None] * self.size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def describe(self):
+        if self.cuda:
+            return f"{self.size} x {torch.cuda.get_device_name()}"
+        return f"CPU, {self.size} process{'es' if self.size > 1 else ''}, {torch.get_num_threads()} threads"
+
+
+# ----- the clock ----------------------------------------------------------------------------------------------------
+
+class Clock:
+    """Timed training milliseconds. Starts before the loader exists, stops for validation; the device is synchronised."""
+
+    def __init__(self, world):
+        self.world, self.total_ms, self.began = world, 0.0, None
+
+    def start(self):
+        if self.world.cuda:
+            torch.cuda.synchronize()
+        if self.world.size > 1:
+            dist.barrier()
+        self.began = time.perf_counter()
+
+    def stop(self):
+        if self.world.cuda:
+            torch.cuda.synchronize()
+        self.total_ms += 1000 * (time.perf_counter() - self.began)
+        self.began = None
+
+    def read_ms(self):
+        return self.total_ms + (1000 * (time.perf_counter() - self.began) if self.began else 0.0)
+
+
+# ----- data ---------------------------------------------------------------------------------------------------------
+
+def find_corpus(options, resolved):
+    """The shards of this run: --data, the embedded corpus at tiny and micro, else data/fineweb10B."""
+    s = resolved.settings
+    if options.data:
+        found = open_corpus(options.data)
+    elif resolved.scale in ("tiny", "micro"):
+        found = sample_corpus.sample_corpus(sample_corpus.default_cache())
+    else:
+        found = open_corpus(runlog.ROOT / "data" / "fineweb10B")
+    if found.vocab_size > padded_vocab(s):
+        raise UserError(f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {padded_vocab(s)} rows: "
+                        f"--set model.vocab_size={found.vocab_size}, or choose another --data")
+    return found
+
+
+def stream_arguments(s):
+    return dict(loader=s.data.loader, tokens_per_rank=s.data.tokens_per_rank, wrap=s.data.wrap,
+                first_batch_twice=s.data.first_batch_twice)
+
+
+def to_rows(batch, seq_len, device):
+    """int32 (ranks, B + 1) -> inputs and targets (ranks, B / seq_len, seq_len), int64, on the device."""
+    batch = torch.from_numpy(batch)
+    if device.type == "cuda":
+        batch = batch.pin_memory().to(device, non_blocking=True)
+    batch = batch.long()
+    return (batch[:, :-1].reshape(len(batch), -1, seq_len), batch[:, 1:].reshape(len(batch), -1, seq_len))
+
+
+# ----- steps --------------------------------------------------------------------------------------------------------
+
+def ranks_per_forward(s, world):
+    """How many logical ranks go through the model at once: a choice of speed and memory, not of mathematics."""
+    if s.system.reduction == "ordered":
+        return 1
+    if s.system.ranks_per_forward:
+        return min(s.system.ranks_per_forward, len(world.ranks))
+    if not world.cuda:
+        return len(world.ranks)
+    return max(1, min(len(world.ranks), 65536 // s.data.tokens_per_rank))
+
+
+def train_step(model, engine, step_plan, inputs, targets, at_once):
+    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
+
+    inputs, targets: (ranks, rows, T). Each forward's loss is its mean over tokens times its share of the eight ranks,
+    so that the gradients of all forwards and processes add up to the mean over logical ranks.
+    """
+    total, forwards = 0.0, range(0, len(inputs), at_once)
+    for first in forwards:
+        engine.expect(last=first == forwards[-1])
+        x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)
+        loss = model(x, y).mean()
+        (loss * (at_once / LOGICAL_RANKS)).backward()
+        engine.collect()
+        total = total + loss.detach()
+    engine.step(step_plan)
+    return total / len(forwards)
+
+
+@torch.no_grad()
+def validate(model, rows, world, limit=None):
+    """Mean cross entropy over all validation targets, nats per token.
+
+    rows: int32 (local ranks, rows, T + 1). Summed per logical rank in float64 and then in rank order, so that the
+    value does not depend on the number of processes. limit: number of chunks (warm-up).
+    """
+    model.eval()
+    chunk = max(1, (32768 if world.cuda else 4096) // (rows.shape[-1] - 1))
+    sums = []
+    for rank_rows in rows:
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for first in list(range(0, len(rank_rows), chunk))[:limit]:
+            part = torch.from_numpy(rank_rows[first:first + chunk]).to(world.device).long()
+            total += model(part[:, :-1], part[:, 1:]).sum(dtype=torch.float64)
+        sums.append(total)
+    model.train()
+    sums = world.gather(torch.stack(sums))
+    return sum(sums.tolist()) / (LOGICAL_RANKS * rows.shape[1] * (rows.shape[2] - 1))
+
+
+# ----- warm-up and its proof ----------------------------------------------------------------------------------------
+
+def state_hash(model, engine):
+    """sha256 over all that training can change: parameters, buffers, optimizer state, counters, random generator."""
+    digest = hashlib.sha256()
+    tensors = [t for _, t in [*model.named_parameters(), *model.named_buffers()]]
+    tensors += [t for bank in engine.banks for t in (bank.grad, *bank.state.values())]
+    for t in [*tensors, torch.get_rng_state()]:
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(str(engine.steps_taken).encode())
+    return digest.hexdigest()
+
+
+def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed):
+    """Untimed steps and a validation chunk that compile and touch everything; then a reset, proven by hashes."""
+    before, generator = state_hash(model, engine), torch.get_rng_state()
+    steps = s.system.warmup_steps if s.system.warmup_steps >= 0 else 3 if compiled is not model else 1
+    if s.system.warmup_tokens == "real":
+        stream = Stream(corpus, ranks=world.ranks, **stream_arguments(s))
+    random = torch.Generator().manual_seed(seed + 1)
+    shape = (len(world.ranks), s.data.tokens_per_rank + 1)
+    for step in range(steps):
+        if s.system.warmup_tokens == "real":
+            batch = stream.next()
+        else:
+            batch = torch.randint(corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
+        train_step(compiled, engine, plans[min(step, len(plans) - 1)], *to_rows(batch, s.data.seq_len, world.device),
+                   ranks_per_forward(s, world))
+    if steps:
+        validate(compiled, rows, world, limit=1)
+    model.initialise(seed)
+    engine.reset()
+    torch.set_rng_state(generator)
+    after = state_hash(model, engine)
+    if before != after:
+        raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
+    return after
+
+
+# ----- reporting ----------------------------------------------------------------------------------------------------
+
+class Progress:
+    """One live line on a terminal; elsewhere a line at every validation only."""
+
+    def __init__(self, world, s):
+        self.active = world.main and sys.stderr.isatty()
+        self.steps, self.tokens, self.shown = s.schedule.steps, tokens_per_step(s), 0.0
+
+    def show(self, step, loss, clock_ms):
+        if not self.active or time.perf_counter() - self.shown < 0.5:
+            return
+        self.shown = time.perf_counter()
+        rate = step * self.tokens / max(clock_ms, 1e-9) * 1000
+        left = (self.steps - step) * self.tokens / max(rate, 1e-9)
+        print(f"\r  step {step}/{self.steps}  train loss {float(loss):.4f}  {rate:,.0f} tokens/s  {left:.0f} s left   ",
+              end="", file=sys.stderr, flush=True)
+
+    def clear(self):
+        if self.active:
+            print("\r" + " " * 78 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def first_below(points, target):
+    """Step at which the straight line between validations first meets the target, or None."""
+    for (s0, l0), (s1, l1) in zip(points, points[1:]):
+        if l1 <= target:
+            return s1 if l0 <= target or l0 == l1 else s0 + (s1 - s0) * (l0 - target) / (l0 - l1)
+    return None
+
+
+def verdict(s, resolved, points, train_ms):
+    """Lines for people: reached or not, when, and the published curve beside it where it is the same experiment."""
+    lines, target, final = [], s.validation.target, points[-1][1]
+    if target is None:
+        lines.append(f"no target at scale {resolved.scale}: final validation loss {final:.4f}")
+    elif final <= target:
+        lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s of "
+                     f"training; the curve crossed it at about step {first_below(points, target):.0f}")
+    else:
+        lines.append(f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s")
+    reference = resolved.record.folder / "reference.csv"
+    if resolved.scale == "full" and reference.exists() and not resolved.changes:
+        published = {int(float(a)): float(b) for a, b, *_ in
+                     (line.split(",") for line in reference.read_text().splitlines()[1:])}
+        common = [(step, loss) for step, loss in points if step in published]
+        if common:
+            step, loss = common[-1]
+            lines.append(f"published curve at step {step} ({step * tokens_per_step(s):,} tokens): {published[step]:.4f}, "
+                         f"here {loss:.4f} ({loss - published[step]:+.4f})")
+    return lines
+
+
+# ----- the run ------------------------------------------------------------------------------------------------------
+
+def train(resolved, options):
+    """One run, from settings to verdict. Returns (exit code, summary dict)."""
+    s = resolved.settings
+    world = World(s)
+    if resolved.scale in ("full", "small") and not world.cuda and s.system.device == "auto":
+        raise UserError(f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
+                        "minutes), or --set system.device=cpu to insist")
+    if s.system.reduction == "ordered" and world.cuda:
+        raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
+    corpus = find_corpus(options, resolved)
+    plans = schedule.plan(s)
+    used = require_shards(corpus, steps=len(plans), **stream_arguments(s))
+    rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, world.ranks)
+
+    model = GPT(s).to(world.device)
+    model.initialise(options.seed)
+    compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
+    compiled = torch.compile(model, dynamic=False) if compile_it else model
+    engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
+
+    name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
+    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main)
+    about = describe(resolved, options, world, corpus, model, engine, used)
+    log.header(resolved, options, about)
+    world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
+              f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
+              f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
+    before_clock = {"start_ms": 1000 * (time.perf_counter() - PROCESS_START)}
+    began = time.perf_counter()
+    reset = warm_up(compiled, model, engine, s, world, plans, rows, corpus, options.seed)
+    before_clock["warmup_ms"] = 1000 * (time.perf_counter() - began)
+    log.event("reset", state=reset)
+
+    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
+    try:
+        status = run.loop()
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        run.close()
+    summary = {"status": status, **run.results(), **about, "before_clock": before_clock,
+               "settings": deltas.plain(s), "log": "run.jsonl"}
+    return finish(summary, run, resolved, options, world, log)
+
+
+def describe(resolved, options, world, corpus, model, engine, used):
+    """What the log says about a run before it starts."""
+    s = resolved.settings
+    return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
+            "changes": list(resolved.changes), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+            "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
+            "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
+            "processes": world.size, "device": world.describe(), "attention": "sdpa", "comm": engine.comm,
+            "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
+            **runlog.machine()}
+
+
+class Run:
+    """The timed loop and what it has measured so far."""
+
+    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options):
+        self.s, self.world, self.log, self.plans = s, world, log, plans
+        self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
+        self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
+        self.batches, self.steps_done = None, 0
+        self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
+        self.profiler = None
+
+    def loop(self):
+        s, progress = self.s, Progress(self.world, self.s)
+        at_once = ranks_per_forward(s, self.world)
+        self.clock.start()  # before the loader exists: nothing it does is free
+        self.stream = Stream(self.corpus, ranks=self.world.ranks, **stream_arguments(s))
+        self.batches = Prefetch(self.stream, len(self.plans))
+        for step in range(len(self.plans) + 1):
+            if schedule.validates(s, step):
+                progress.clear()
+                if not self.validation(step):
+                    return "diverged"
+            if step == len(self.plans):
+                return "finished"
+            self.trace(step)
+            inputs, targets = to_rows(self.batches.next(), s.data.seq_len, self.world.device)
+            loss = train_step(self.compiled, self.engine, self.plans[step], inputs, targets, at_once)
+            self.train_losses.append(loss)
+            self.steps_done = step + 1
+            progress.show(step + 1, loss, self.clock.read_ms())
+
+    def validation(self, step):
+        """Stop the clock, measure, log, start it again. False if the loss is not finite."""
+        self.batches.settle()  # no prefetch while the clock stands still
+        self.clock.stop()
+        losses = [round(x, 6) for x in torch.stack(self.train_losses).tolist()] if self.train_losses else []
+        self.train_losses = []
+        loss = validate(self.compiled, self.rows, self.world)
+        self.points.append((step, loss))
+        ms = self.clock.total_ms
+        line = (f"step:{step}/{len(self.plans)} val_loss:{loss:.6f} train_time:{ms:.0f}ms "
+                f"step_avg:{ms / max(step, 1):.2f}ms")
+        self.log.text(line)
+        self.log.event("validation", step=step, val_loss=loss, train_loss=losses, train_time_ms=round(ms, 3),
+                       tokens=step * tokens_per_step(self.s), epoch=self.stream.epoch)
+        self.world.say(line)
+        if not all(map(math.isfinite, [loss, *losses])):
+            return False
+        if step < len(self.plans):
+            self.clock.start()
+        return True
+
+    def trace(self, step):
+        """--profile A:B: record steps A..B-1 with torch.profiler."""
+        if self.profile is None:
+            return
+        if step == self.profile[0]:
+            self.profiler = torch.profiler.profile()
+            self.profiler.start()
+        elif self.profiler is not None and step == self.profile[1]:
+            self.end_trace()
+
+    def end_trace(self):
+        self.profiler.stop()
+        if self.world.main:
+            path = self.log.folder / "trace.json"
+            self.profiler.export_chrome_trace(str(path))
+            self.world.say(f"profile of steps {self.profile[0]}..{self.profile[1] - 1}: {path}")
+        self.profiler = None
+
+    def close(self):
+        if self.batches is not None:
+            self.batches.close()
+        if self.profiler is not None:
+            self.end_trace()
+
+    def results(self):
+        ms = self.clock.read_ms()
+        return {"steps": self.steps_done, "scheduled_steps": len(self.plans), "val_loss": self.points[-1][1] if self.points
+                else None, "train_time_ms": round(ms, 3), "tokens": self.steps_done * tokens_per_step(self.s),
+                "tokens_per_second": round(self.steps_done * tokens_per_step(self.s) / max(ms, 1e-9) * 1000),
+                "curve": self.points, "epoch": self.stream.epoch if self.stream else 0}
+
+
+def finish(summary, run, resolved, options, world, log):
+    """Digests, summary, checkpoint, curve and verdict."""
+    s = run.s
+    if summary["status"] != "interrupted":  # an interrupted process may be alone: no collectives
+        digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
+        summary["stream_digest"] = stream_digest(digests)
+        log.event("stream", digest=summary["stream_digest"])
+    if world.cuda:
+        summary["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
+        log.text(f"peak memory allocated: {summary['peak_memory_mib']} MiB")
+    if summary["status"] != "finished":
+        log.text(f"run {summary['status']} after {summary['steps']} steps")
+        log.summary(summary)
+        where = f"; the log is in {log.folder}" if world.main else ""
+        world.say(f"{summary['status']} after {summary['steps']} of {summary['scheduled_steps']} steps{where}")
+        return (INTERRUPTED if summary["status"] == "interrupted" else DIVERGED), summary
+    target = s.validation.target
+    summary["target"], summary["reached"] = target, None if target is None else summary["val_loss"] <= target
+    log.summary(summary)
+    lines = verdict(s, resolved, run.points, summary["train_time_ms"])
+    for line in lines:
+        log.text(line)
+    if options.save and world.main:
+        path = log.folder / "checkpoint.pt"
+        torch.save({"model": {k: v.clone().cpu() for k, v in run.model.state_dict().items()},
+                    "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": summary["val_loss"]}, path)
+        world.say(f"checkpoint: {path}")
+    world.say(runlog.terminal_curve(run.points, target), *lines)
+    if world.main:
+        world.say(f"log: {log.folder}")
+    return (MISSED if summary["reached"] is False else REACHED), summary
+
+
+def main(options, resolved):
+    code = 0
+    try:
+        code, _ = train(resolved, options)
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted before the first step", file=sys.stderr)
+        code = INTERRUPTED
+    if dist.is_initialized() and code == 0:
+        dist.destroy_process_group()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main(options, resolved)

@@ -4,6 +4,7 @@ A line is written whole or not at all: if the disk is full the file is cut back 
 run ends with one message. No torch here.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -67,17 +68,17 @@ class RunLog:
                     break
                 except FileExistsError:
                     n += 1
-            self.files = {f: open(self.folder / f, "ab") for f in ("log.txt", "run.jsonl")}
+            self.files = {f: open(self.folder / f, "ab", buffering=0) for f in ("log.txt", "run.jsonl")}
         except OSError as error:
             raise UserError(f"cannot write run folder under {out}: {error.strerror}; choose another with --out") from None
 
     def write(self, name, line):
         """Append one line, or cut the file back to its last complete line and raise."""
-        file = self.files[name]
-        start = file.tell()
+        file, data = self.files[name], line.encode() + b"\n"
+        start = os.fstat(file.fileno()).st_size
         try:
-            file.write(line.encode() + b"\n")
-            file.flush()
+            if file.write(data) != len(data):  # unbuffered: a full disk may take a part
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             try:
                 os.ftruncate(file.fileno(), start)

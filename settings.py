@@ -130,7 +130,7 @@ class Init:
 
 @dataclass(frozen=True)
 class Model:
-    num_layers: int = opt(12, "blocks", unit="layer", off=REFUSE)
+    num_layers: int = opt(12, "blocks of attention and MLP", unit="layer", off=REFUSE)
     model_dim: int = opt(768, "width of the residual stream", unit="channel", off=REFUSE, shrink="width")
     vocab_size: int = opt(50257, "token ids of the tokenizer", unit="token id", off=REFUSE, shrink="vocab")
     pad_vocab_to: int = opt(1, "vocabulary padded to a multiple of this; the padding takes part in the softmax", off=1)
@@ -138,7 +138,7 @@ class Model:
         "layernorm", "layernorm: gain and bias; rmsnorm: neither (Zhang & Sennrich, arXiv 1910.07467)")
     bias: bool = opt(True, "bias vectors in the linear layers", off=False)
     embed: Embed = opt(Embed, "from token ids to the stream")
-    attn: Attention = opt(Attention, "attention")
+    attn: Attention = opt(Attention, "self-attention")
     mlp: MLP = opt(MLP, "feed-forward layers")
     residual: Residual = opt(Residual, "wiring of the residual stream")
     head: Head = opt(Head, "from the stream to logits")
@@ -158,7 +158,7 @@ class Adam:
 @dataclass(frozen=True)
 class Group:
     """One AdamW group: the parameters with this role."""
-    lr: float = opt(6e-4, "learning rate")
+    lr: float = opt(6e-4, "learning rate at factor 1")
     weight_decay: float = opt(0.1, "decoupled decay: p <- p - lr weight_decay p", off=0.0)
 
 
@@ -176,7 +176,7 @@ class MomentumWarmup:
 @dataclass(frozen=True)
 class Muon:
     """Muon (Jordan et al., kellerjordan.github.io/posts/muon): orthogonalised Nesterov momentum for the block matrices."""
-    lr: float = opt(0.018, "learning rate")
+    lr: float = opt(0.018, "learning rate at factor 1")
     momentum: float = opt(0.95, "M <- momentum M + g; the update uses g + momentum M")
     momentum_warmup: MomentumWarmup | None = opt(None, "momentum rises over the first steps")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(

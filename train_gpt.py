@@ -57,6 +57,8 @@ class World:
         self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
         if self.cuda:
             torch.cuda.set_device(self.device)
+        elif s.system.reduction == "ordered":
+            torch.set_num_threads(1)  # sums inside an operation depend on the number of threads; bits come first here
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
 
@@ -295,6 +297,7 @@ def train(resolved, options):
     """One run, from settings to verdict. Returns (exit code, summary dict)."""
     s = resolved.settings
     world = World(s)
+    torch.manual_seed(options.seed)  # nothing here draws from the global generator; a feature that does is repeatable
     if resolved.scale in ("full", "small") and not world.cuda and s.system.device == "auto":
         raise UserError(f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
                         "minutes), or --set system.device=cpu to insist")

@@ -1,0 +1,350 @@
+"""Laws of shards, stream, corpus, tokenizers and downloads."""
+
+import hashlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import corpus as corpus_module
+from data.corpus import documents, sample_corpus
+from data.shards import corpus_digest, open_corpus, open_shard, val_digest, write_shard
+from data.stream import Prefetch, Stream, positions, require_shards, shards_needed, stream_digest, validation_rows
+from data.tokenizer import encode_documents, load
+from hub import Hub
+from settings import UserError
+
+ROOT = Path(__file__).parent.parent
+PER_RANK = dict(loader="per_rank", wrap=True)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A corpus of three shards of 16-bit noise below 1000 and a validation shard."""
+    generator = np.random.default_rng(0)
+    for i, n in enumerate((5633, 6465, 5990), 1):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", generator.integers(1000, size=n))
+    write_shard(tmp_path / "x_val_000000.bin", generator.integers(1000, size=2000))
+    return open_corpus(tmp_path)
+
+
+# ----- shards
+
+def test_a_shard_gives_back_its_tokens(tmp_path):
+    tokens = np.arange(65536)
+    write_shard(tmp_path / "a.bin", tokens)
+    assert np.array_equal(open_shard(tmp_path / "a.bin"), tokens)
+
+
+def damaged(path, kind):
+    raw = bytearray(path.read_bytes())
+    if kind == "magic":
+        raw[0:4] = (1).to_bytes(4, "little")
+    elif kind == "version":
+        raw[4:8] = (7).to_bytes(4, "little")
+    elif kind == "truncated":
+        raw = raw[:-100]
+    elif kind == "count":
+        raw[8:12] = (3).to_bytes(4, "little")
+    elif kind == "short":
+        raw = raw[:17]
+    path.write_bytes(bytes(raw))
+
+
+@pytest.mark.parametrize("kind, message", [("magic", "wrong magic number 1"), ("version", "version 7"),
+                                           ("truncated", "truncated"), ("count", "header's count is wrong"),
+                                           ("short", "too short for a shard header")])
+def test_a_damaged_shard_is_named_with_its_fault(small, kind, message):
+    damaged(small.train[1], kind)
+    with pytest.raises(UserError, match=message) as error:
+        open_corpus(small.folder)
+    assert str(small.train[1]) in str(error.value)
+
+
+def test_missing_folders_and_shards_say_what_to_type(tmp_path, small):
+    for folder, message in ((tmp_path / "none", "no data folder"), (ROOT / "tests", "no train shards")):
+        with pytest.raises(UserError, match=message) as error:
+            open_corpus(folder)
+        assert "python -m data.fineweb" in str(error.value)
+    small.val.unlink()
+    with pytest.raises(UserError, match="no validation shard"):
+        open_corpus(small.folder)
+
+
+def test_an_id_outside_the_vocabulary_names_file_and_id(small):
+    (small.folder / "corpus.json").write_text('{"name": "x", "tokenizer": "gpt2", "vocab_size": 900, "bos": 0}')
+    stream = Stream(open_corpus(small.folder), ranks=range(8), tokens_per_rank=64, **PER_RANK)
+    with pytest.raises(UserError, match="token id 9.. is outside the vocabulary of 900"):
+        for _ in range(5):
+            stream.next()
+
+
+def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
+    first = corpus_digest(small, 2)
+    other = tmp_path / "other"
+    other.mkdir()
+    for i, path in enumerate((*small.train, small.val)):
+        (other / (f"y_train_{i}.bin" if i < 3 else "y_val_0.bin")).write_bytes(path.read_bytes())
+    assert corpus_digest(open_corpus(other), 2) == first != corpus_digest(small, 3)
+    a, b = (other / f"y_train_{i}.bin" for i in (0, 1))
+    a_bytes = a.read_bytes()
+    a.write_bytes(b.read_bytes())
+    b.write_bytes(a_bytes)
+    assert corpus_digest(open_corpus(other), 2) != first
+    assert val_digest(small, 100) == hashlib.sha256(open_shard(small.val)[:101].tobytes()).hexdigest()
+
+
+# ----- stream
+
+GOLDEN = np.load(ROOT / "tests/golden/loaders.npz")
+
+
+@pytest.mark.parametrize("key, loader, equal", [
+    ("record05", "per_rank", False), ("record09", "per_rank", False), ("record12", "per_rank", False),
+    ("record14", "per_rank", False), ("record17", "per_rank", True), ("record20", "synced", False),
+    ("record26_plain", "synced", False)])
+def test_positions_equal_the_original_loaders(key, loader, equal):
+    expected = GOLDEN[f"{key}/shard_and_start"]
+    lengths = GOLDEN["shard_lengths"].tolist()
+    for rank in range(8):
+        walk = positions(lengths, rank, loader=loader, tokens_per_rank=64, wrap=loader == "per_rank", switch_at_equal=equal)
+        got = [(shard, start) for _, shard, start in itertools.islice(walk, len(expected))]
+        assert got == [tuple(x) for x in expected[:, rank].tolist()]
+
+
+def test_ranks_drift_apart_at_shard_ends_in_the_early_loaders(small):
+    walks = [positions(small.train_tokens, r, tokens_per_rank=64, **PER_RANK) for r in (0, 7)]
+    assert any(a[1] != b[1] for a, b in itertools.islice(zip(*walks), 40))
+
+
+def test_reference_mt19937_is_what_numpy_gives():
+    generator = np.random.MT19937()
+    generator._legacy_seeding(5489)
+    assert int(generator.random_raw()) == 3499211612  # first output of the reference implementation
+
+
+def test_shuffled_loader_visits_every_slot_once_per_epoch_and_differs_by_rank():
+    lengths, orders = [5633, 6465, 5990], []
+    for rank in (0, 3):
+        walk = list(positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True) and itertools.islice(
+            positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True), 2 * 34))
+        slots = sum((n - 1) // 512 for n in lengths)
+        first = [(s, start - 64 * rank) for e, s, start in walk if e == 0]
+        assert len(first) == len(set(first)) == slots and all(start % 512 == 0 for _, start in first)
+        orders.append(first)
+    assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("loader", ["shuffled", "per_rank", "synced"])
+def test_the_stream_is_the_same_for_1_2_4_8_processes(small, loader):
+    seen = []
+    for world in (1, 2, 4, 8):
+        digests, rows = {}, []
+        for process in range(world):
+            each = 8 // world
+            stream = Stream(small, ranks=range(process * each, process * each + each), tokens_per_rank=64, loader=loader,
+                            wrap=True)
+            rows.append(np.stack([stream.next() for _ in range(40)]))
+            digests |= stream.rank_digests()
+        seen.append((np.concatenate(rows, axis=1).tobytes(), stream_digest(digests)))
+    assert len(set(seen)) == 1
+
+
+def test_first_batch_twice(small):
+    stream = Stream(small, ranks=range(8), tokens_per_rank=64, first_batch_twice=True, **PER_RANK)
+    plain = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK)
+    batches, once = [stream.next() for _ in range(3)], [plain.next() for _ in range(2)]
+    assert np.array_equal(batches[0], batches[1]) and np.array_equal(batches[0], once[0])
+    assert np.array_equal(batches[2], once[1])
+
+
+def test_targets_are_inputs_one_token_later(small):
+    batch = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK).next()
+    assert np.array_equal(batch.reshape(-1)[:65], open_shard(small.train[0])[:65])
+    assert batch.shape == (8, 65) and np.array_equal(batch[0, -1], batch[1, 0])
+
+
+def test_epochs_are_counted_and_running_out_is_an_error(small):
+    stream = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK)
+    for _ in range(40):
+        stream.next()
+    assert stream.epoch == 1
+    stream = Stream(small, ranks=range(8), tokens_per_rank=64, loader="synced", wrap=False)
+    with pytest.raises(UserError, match="ran out of shards at step 33"):
+        for _ in range(40):
+            stream.next()
+
+
+@pytest.mark.parametrize("loader", ["per_rank", "synced"])
+def test_shards_needed_is_exact(loader):
+    lengths = [5633, 6465, 5990]
+    walks = [positions(lengths, r, loader=loader, tokens_per_rank=64, wrap=True) for r in range(8)]
+    highest = 0
+    for steps, now in enumerate(itertools.islice(zip(*walks), 33), 1):
+        highest = max(highest, *(shard for _, shard, _ in now))
+        assert shards_needed(lengths, steps=steps, loader=loader, tokens_per_rank=64, wrap=True) == highest + 1
+
+
+def test_too_few_shards_is_known_before_training(small):
+    with pytest.raises(UserError, match="3000 steps of 524288 tokens need 16 train shards, found 3"):
+        object.__setattr__(small, "train_tokens", (100_000_000,) * 3)
+        require_shards(small, steps=3000, tokens_per_rank=65536, loader="per_rank", wrap=False)
+
+
+def test_prefetch_keeps_the_order_and_rests_after_settle(small):
+    plain = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK)
+    ahead = Prefetch(Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK), 5)
+    before = threading.active_count()
+    for step in range(5):
+        assert np.array_equal(ahead.next(), plain.next())
+        ahead.settle()
+        assert threading.active_count() == before
+        assert ahead.stream.step == min(step + 2, 5)  # one ahead, and never beyond the last step
+    with pytest.raises(IndexError):
+        ahead.next()
+
+
+def test_validation_covers_every_target_once(small):
+    rows = np.concatenate([validation_rows(small, 1024, 32, [r]) for r in range(8)])
+    assert np.array_equal(rows[:, :, 1:].reshape(-1), open_shard(small.val)[1:1025])
+    with pytest.raises(UserError, match="validation needs 4097"):
+        validation_rows(small, 4096, 32, range(8))
+
+
+# ----- tokenizers and the embedded corpus
+
+def test_gpt2_tokens_are_gpt2s():
+    gpt2 = load("gpt2")
+    assert gpt2.encode_ordinary("Hello world") == [15496, 995] and gpt2.encode_ordinary(" the") == [262]
+    assert gpt2.n_vocab == 50257 and gpt2.eot_token == 50256
+
+
+@pytest.mark.parametrize("name", ["gpt2", "sample"])
+def test_any_text_survives_tokenising(name):
+    encoding, text = load(name), "naïve 日本語 🎉\n\ttabs  and\x00 bytes, 3.28!"
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_the_sample_vocabulary_is_a_small_image_of_gpt2s():
+    sample = load("sample")
+    assert sample.n_vocab == 1257
+    leading = [t for t in map(sample.decode_single_token_bytes, range(256, 1256)) if t.startswith(b" ")]
+    assert len(leading) > 300  # prefix structure: words begin with a blank
+
+
+def test_the_embedded_corpus_has_its_pinned_tokens_and_room_for_packing():
+    corpus = sample_corpus()
+    assert hashlib.sha256(open_shard(corpus.train[0])).hexdigest() == corpus_module.DIGESTS["train"]
+    starts = np.flatnonzero(np.asarray(open_shard(corpus.train[0])) == corpus.bos)
+    lengths = np.diff([*starts, corpus.train_tokens[0]])
+    assert np.minimum(lengths, 128).sum() >= 1_500_000
+    assert corpus.val_tokens > 65_536
+
+
+def test_no_paragraph_is_in_both_parts():
+    validation, train = (set(p for text in part for p in text.split("\n\n") if len(p) >= 40)
+                         for part in corpus_module.source_documents())
+    assert validation and train and not validation & train
+
+
+def test_documents_keep_the_text():
+    source = corpus_module.source_documents()[0]
+    assert "".join("".join(documents()[0]).split()) == "".join("".join(source).split())
+
+
+# ----- commands
+
+def command(module, *args, **env):
+    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, **env})
+
+
+def test_text_to_shards_and_back(tmp_path):
+    texts = [f"Document {i} says: {'word ' * (i + 3)}" for i in range(60)]
+    (tmp_path / "a.txt").write_text("\n\f\n".join(texts))
+    done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200, "--shard-tokens", 900)
+    assert done.returncode == 0, done.stderr
+    corpus = open_corpus(tmp_path / "out")
+    ids = np.concatenate([open_shard(p) for p in (corpus.val, *corpus.train)]).tolist()
+    assert ids == [i for d in encode_documents(load("gpt2"), texts) for i in d]
+    assert len(corpus.train) > 1 and corpus.tokenizer == "gpt2" and corpus.name == "text"
+
+
+@pytest.mark.parametrize("content, message", [("{\"text\": \"a\"}\n{broken\n", "line 2: not valid JSON"),
+                                              ("{\"body\": \"a\"}\n", "no text in field 'text'"),
+                                              ("\n", "no text"), ("{\"text\": \"short\"}\n", "too few tokens")])
+def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out")
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def shard_bytes(tmp_path, n, seed):
+    path = tmp_path / f"made_{seed}.bin"
+    write_shard(path, np.random.default_rng(seed).integers(50257, size=n))
+    return path.read_bytes()
+
+
+@pytest.fixture
+def hub(tmp_path):
+    made = tmp_path / "made"
+    made.mkdir()
+    hub = Hub({"fineweb_val_000000.bin": shard_bytes(made, 3000, 0),
+               "fineweb_train_000001.bin": shard_bytes(made, 400_000, 1),
+               "fineweb_train_000002.bin": shard_bytes(made, 2000, 2)})
+    yield hub
+    hub.close()
+
+
+def fineweb(tmp_path, url, count, folder="fw"):
+    return command("data.fineweb", count, "--dir", tmp_path / folder, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"),
+                   HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2",
+                   HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1")
+
+
+def test_download_fetches_checks_and_leaves_alone_what_is_right(tmp_path, hub):
+    done = fineweb(tmp_path, hub.url, 2)
+    assert done.returncode == 0, done.stderr
+    assert open_corpus(tmp_path / "fw").train_tokens == (400_000, 2000)
+    hub.requests.clear()
+    assert fineweb(tmp_path, hub.url, 2).returncode == 0 and not hub.requests
+
+
+def test_a_broken_download_resumes_where_it_stopped(tmp_path, hub):
+    hub.files["fineweb_train_000001.bin"] = shard_bytes(tmp_path, 12_000_000, 3)  # the client writes 10 MB at a time
+    hub.break_after = 15_000_000
+    del hub.files["fineweb_val_000000.bin"]
+    (tmp_path / "fw").mkdir()
+    write_shard(tmp_path / "fw" / "fineweb_val_000000.bin", [1, 2, 3])
+    for _ in range(2):
+        done = fineweb(tmp_path, hub.url, 1)
+    assert done.returncode == 0, done.stderr
+    assert any(asked and not asked.startswith("bytes=0-") for _, _, asked in hub.requests)
+    assert (tmp_path / "fw" / "fineweb_train_000001.bin").read_bytes() == hub.files["fineweb_train_000001.bin"]
+
+
+@pytest.mark.parametrize("fault, message", [("truncated", "incomplete or damaged"), ("missing", "has no file")])
+def test_faults_of_the_hub_are_one_clear_line(tmp_path, hub, fault, message):
+    if fault == "truncated":
+        hub.files["fineweb_train_000001.bin"] = hub.files["fineweb_train_000001.bin"][:-10]
+    else:
+        del hub.files["fineweb_train_000001.bin"]
+    done = fineweb(tmp_path, hub.url, 1)
+    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unreachable_hub_says_what_to_do_offline(tmp_path):
+    done = fineweb(tmp_path, "http://127.0.0.1:9", 1)
+    assert done.returncode == 2 and "offline" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unwritable_download_folder_is_named(tmp_path, hub):
+    (tmp_path / "fw").write_text("a file")
+    done = fineweb(tmp_path, hub.url, 1)
+    assert done.returncode == 2 and "choose another --dir" in done.stderr and "Traceback" not in done.stderr
+    assert command("data.fineweb", 200).returncode == 2

@@ -1,0 +1,319 @@
+"""Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules, engine."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import deltas
+import schedule
+from kernels.newton_schulz import newton_schulz
+from model import GPT, count_parameters
+from optim import Cut, Engine, Tree, adamw, local_ranks
+from sample import generate
+from settings import UserError
+
+RECORDS = list(deltas.load_records())
+COUNTS = {"short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,
+          "short/11": 162_201_642}
+
+
+def settings(ref, *sets, without=(), precision="float64"):
+    return deltas.resolve(ref, scale="micro", without=without, sets=[f"system.precision={precision}", *sets]).settings
+
+
+def build(ref, *sets, seed=0, scramble=True, **kwargs):
+    """A small float64 model; scramble: every parameter random and non-zero, so that no term hides behind a zero."""
+    s = settings(ref, *sets, **kwargs)
+    model = GPT(s)
+    model.initialise(seed)
+    if scramble:
+        for name, p in sorted(model.named_parameters()):
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
+    return model
+
+
+def tokens(rows=2, length=24, seed=1):
+    return torch.randint(1257, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+# ----- parameters and initial state
+
+@pytest.mark.parametrize("ref", COUNTS)
+def test_parameter_counts_equal_the_originals(ref):
+    assert count_parameters(deltas.resolve(ref).settings) == COUNTS[ref]
+
+
+@pytest.mark.parametrize("ref, expected, tolerance", [
+    ("short/5", 16.0, 0.03), ("short/8", math.log(50304), 1e-4), ("short/9", math.log(50304), 1e-4),
+    ("short/10", math.log(50304), 1e-4), ("short/11", math.log(50304), 1e-4)])
+def test_step_0_loss_at_full_width(ref, expected, tolerance):
+    """Tied head and zero projections predict the input itself (16.0); a zero head is uniform over padded classes."""
+    s = deltas.resolve(ref, sets=["system.precision=float32"]).settings
+    model = GPT(s)
+    model.initialise(0)
+    ids = torch.randint(50257, (1, 1025), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        loss = model(ids[:, :-1], ids[:, 1:]).mean().item()
+    assert abs(loss - expected) < tolerance
+
+
+def test_switching_a_feature_changes_no_other_weight():
+    with_skips, without = build("short/11", scramble=False), build("short/11", without=["model.residual.unet_skips"],
+                                                                    scramble=False)
+    theirs = dict(without.named_parameters())
+    assert set(dict(with_skips.named_parameters())) - set(theirs) == {"residual.skip.value"}
+    for name, p in theirs.items():
+        assert torch.equal(p, with_skips.get_parameter(name))
+
+
+def test_seeds_differ_and_equal_seeds_agree():
+    a, b, c = (build("short/5", seed=seed, scramble=False).embed.table for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_record_10_rounds_linear_weights_once():
+    s = deltas.resolve("short/10", scale="micro", sets=["system.precision=record"]).settings
+    model = GPT(s)
+    model.initialise(0)
+    w = model.blocks[0].mlp.up
+    assert w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float())
+    assert model.embed.table.dtype == torch.bfloat16 and model.residual.x.value.dtype == torch.bfloat16
+
+
+# ----- neutrality: everything else random and non-zero
+
+def test_x0_mix_at_its_initial_values_is_the_identity():
+    on, off = build("short/11"), build("short/11", without=["model.residual.x0_mix"])
+    on.residual.x.value.data.fill_(1.0)
+    on.residual.x0.value.data.fill_(0.0)
+    x = tokens()
+    assert torch.equal(on(x), off(x))
+    on.residual.x0.value.data[3] = 0.1
+    assert not torch.allclose(on(x), off(x))
+
+
+def test_unet_skips_of_weight_zero_are_off():
+    on, off = build("short/11"), build("short/11", without=["model.residual.unet_skips"])
+    on.residual.skip.value.data.fill_(0.0)
+    x = tokens()
+    assert torch.allclose(on(x), off(x), rtol=0, atol=1e-12)
+    on.residual.skip.value.data[5] = 0.1
+    assert not torch.allclose(on(x), off(x))
+
+
+def test_value_residual_of_weight_zero_is_off_and_block_0_is_never_mixed():
+    on, off = build("short/11"), build("short/11", without=["model.attn.value_residual"])
+    on.value_mix.value.data.fill_(0.0)
+    on.value_mix.value.data[0] = 0.7
+    x = tokens()
+    assert torch.allclose(on(x), off(x), rtol=0, atol=1e-12)
+    on.value_mix.value.data[1] = 0.1
+    assert not torch.allclose(on(x), off(x))
+
+
+def test_a_soft_cap_far_above_the_logits_is_off_and_a_low_one_bounds_them():
+    off = build("short/11", without=["model.head.softcap"])
+    high, low = build("short/11", "model.head.softcap.cap=1e7"), build("short/11", "model.head.softcap.cap=2")
+    x = tokens()
+    assert torch.allclose(high(x), off(x), rtol=0, atol=1e-8) and low(x).abs().max() <= 2 < off(x).abs().max()
+
+
+@pytest.mark.parametrize("feature", ["model.residual.x0_mix", "model.residual.unet_skips", "model.attn.value_residual"])
+def test_a_coefficient_without_its_source_is_its_initial_value(feature):
+    learned, fixed = build("short/11", scramble=False), build("short/11", f"{feature}.learned=false", scramble=False)
+    x = tokens()
+    assert torch.allclose(learned(x), fixed(x), rtol=0, atol=1e-12)
+    assert fixed.num_parameters() < learned.num_parameters()
+
+
+def test_rotation_keeps_the_norm_so_that_qk_norm_commutes_with_it():
+    x = tokens()
+    assert torch.allclose(build("short/5")(x), build("short/6")(x), rtol=0, atol=1e-6)
+
+
+def test_rope_sees_only_distances():
+    """The product of a turned query and a turned key is the same wherever the pair stands."""
+    model = build("short/11")
+    q, k = torch.randn(2, 1, 1, 6, 8, dtype=torch.float64).expand(2, 1, 8, 6, 8).unbind()
+    near = (model.rotary(q, 0)[:, 5] * model.rotary(k, 0)[:, 2]).sum()
+    far = (model.rotary(q, 20)[:, 5] * model.rotary(k, 20)[:, 2]).sum()
+    assert torch.allclose(near, far, rtol=1e-6)
+
+
+# ----- what may look where
+
+@pytest.mark.parametrize("ref", RECORDS)
+def test_causality_nothing_before_a_changed_token_moves(ref):
+    model, x = build(ref), tokens()
+    y = x.clone()
+    y[0, 13] = (y[0, 13] + 1) % 1257
+    a, b = model(x), model(y)
+    assert torch.equal(a[0, :13], b[0, :13]) and not torch.allclose(a[0, 13:], b[0, 13:])
+    assert torch.equal(a[1], b[1])  # nothing joins across rows
+
+
+@pytest.mark.parametrize("ref", ["short/1", "short/5", "short/11"])
+def test_the_cache_generates_what_the_whole_forward_predicts(ref):
+    model, s = build(ref, scramble=False).eval(), settings(ref)
+    for p in model.parameters():
+        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+    kwargs = dict(vocab_size=1257, seq_len=s.data.seq_len, temperature=0, seed=0)
+    assert generate(model, [1256, 5, 9], 50, **kwargs) == generate(model, [1256, 5, 9], 50, cached=False, **kwargs)
+
+
+# ----- optimizer
+
+def test_adamw_equals_torch():
+    p = torch.nn.Parameter(torch.randn(7, 5, dtype=torch.float64))
+    reference = torch.optim.AdamW([p], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours, m, v = p.detach().clone(), torch.zeros(7, 5).double(), torch.zeros(7, 5).double()
+    for t in range(1, 5):
+        p.grad = torch.randn(7, 5, dtype=torch.float64)
+        ours, m, v = adamw(ours, p.grad, m, v, lr=0.01, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, correction1=1 - 0.9 ** t,
+                           correction2=1 - 0.95 ** t, math_dtype=torch.float64)
+        reference.step()
+        assert torch.allclose(ours, p, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (64, 24), (24, 64), (3, 40, 8)])
+@pytest.mark.parametrize("form", ["expanded", "factored"])
+def test_newton_schulz_brings_singular_values_near_one(shape, form):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    x = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64, form=form)
+    values = torch.linalg.svdvals(x)
+    assert x.shape == g.shape and values.min() > 0.3 and values.max() < 1.3
+    other = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64, form="expanded")
+    assert torch.allclose(x, other, rtol=0, atol=1e-10)
+
+
+def test_a_cut_and_its_join_are_inverse_and_joint_makes_one_matrix_of_qkv():
+    x = torch.randn(2, 4, 6, 6)
+    for joint in (True, False):
+        cut = Cut(joint=joint)
+        assert torch.equal(cut.join(cut.split(x)), x)
+    assert [p.shape for p in Cut(joint=True).split(x)] == [(2, 18, 6), (2, 6, 6)]
+
+
+def test_the_tree_sums_in_one_order_however_leaves_arrive():
+    leaves = [torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    whole = Tree()
+    for leaf in leaves:
+        whole.push(leaf)
+    halves = [Tree(), Tree()]
+    for i, leaf in enumerate(leaves):
+        halves[i // 4].push(leaf)
+    top = Tree()
+    for half in halves:
+        top.push(half.total())
+    assert torch.equal(whole.total(), top.total())
+    assert torch.allclose(whole.total(), sum(leaves), atol=1e-5)
+
+
+def step(engine, model, s, x, plan_step=0, at_once=None):
+    at_once = at_once or len(x)
+    for i in range(0, len(x), at_once):
+        engine.expect(last=i + at_once >= len(x))
+        (model(x[i:i + at_once, :-1], x[i:i + at_once, 1:]).mean() * at_once / len(x)).backward()
+        engine.collect()
+    engine.step(schedule.plan(s)[plan_step])
+
+
+@pytest.mark.parametrize("ref", ["short/1", "short/3", "short/11"])
+def test_accumulated_forwards_equal_one_forward(ref):
+    results = []
+    for at_once in (8, 2):
+        s, model = settings(ref), build(ref, scramble=False)
+        engine = Engine(model, s)
+        for i in range(2):
+            step(engine, model, s, tokens(8, 17, seed=i), i, at_once)
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert torch.allclose(*results, rtol=0, atol=1e-7)
+
+
+def test_bf16_gradients_of_several_forwards_are_summed_in_float32():
+    s = deltas.resolve("short/11", scale="micro", sets=["system.precision=record"]).settings
+    model = GPT(s)
+    model.initialise(0)
+    engine = Engine(model, s)
+    engine.expect(last=False)
+    model(tokens(), tokens(seed=2)).mean().backward()
+    engine.collect()
+    table = next(b for b in engine.banks if b.role == "embed")
+    assert table.grad.dtype == torch.bfloat16 and table.partial[0].dtype == torch.float32 and not table.grad.any()
+
+
+def test_grad_clip_equals_torch():
+    clipped = []
+    for ours in (True, False):
+        s, model = settings("short/1", "optim.grad_clip=0.01"), build("short/1", scramble=False)
+        engine = Engine(model, s)
+        engine.expect(last=True)
+        F.cross_entropy(model(tokens()).flatten(0, 1), tokens(seed=9).flatten()).backward()
+        engine.collect()
+        if ours:
+            grads = [engine.finish(bank) for bank in engine.banks]
+            factor = engine.clip_factor(grads)
+            clipped.append(torch.cat([(p.grad * factor).flatten() for p in model.parameters()]))
+        else:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+            clipped.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*clipped, rtol=1e-4, atol=0)
+
+
+def test_parameters_and_gradients_stay_views_of_their_banks():
+    s, model = settings("short/11"), build("short/11", scramble=False)
+    engine = Engine(model, s)
+    for _ in range(2):
+        step(engine, model, s, tokens(4, 17))
+    for bank in engine.banks:
+        for _, p in bank.members:
+            assert p.untyped_storage().data_ptr() == bank.param.untyped_storage().data_ptr()
+            assert p.grad.untyped_storage().data_ptr() == bank.grad.untyped_storage().data_ptr()
+
+
+def test_reset_restores_the_initial_state():
+    from train_gpt import state_hash
+    s, model = settings("short/11"), build("short/11", scramble=False)
+    engine = Engine(model, s)
+    before = state_hash(model, engine)
+    step(engine, model, s, tokens(4, 17))
+    assert state_hash(model, engine) != before
+    model.initialise(0)
+    engine.reset()
+    assert state_hash(model, engine) == before
+
+
+def test_processes_share_eight_logical_ranks():
+    assert [list(local_ranks(r, 4)) for r in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    with pytest.raises(UserError, match="5 processes do not divide"):
+        local_ranks(0, 5)
+
+
+# ----- every feature can be switched off
+
+def switchable():
+    """(record, path): every setting that records 1-11 set and that has an off, in the last record where it is on."""
+    found = {}
+    for ref in RECORDS:
+        for path in (p for r in deltas.chain(deltas.find_record(ref)) for p in r.delta):
+            try:
+                deltas.resolve(ref, without=[path])
+                found[path] = ref
+            except UserError:
+                pass
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize("path, ref", switchable())
+def test_without_any_feature_ten_steps_run(path, ref):
+    s = settings(ref, "schedule.steps=10", without=[path], precision="record")
+    s = dataclasses.replace(s, data=dataclasses.replace(s.data, tokens_per_rank=s.data.seq_len))
+    model = GPT(s)
+    model.initialise(0)
+    engine = Engine(model, s)
+    for i in range(10):
+        step(engine, model, s, tokens(2, 33, seed=i), i)
+    assert torch.isfinite(model(tokens())).all()

@@ -1,0 +1,223 @@
+"""Laws of the settings: deltas, chain, --with, --without, --revert, --set, scales, hashes, commands."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltas
+import schedule
+from settings import SCALES, Settings, UserError, lookup, tokens_per_step
+
+ROOT = Path(__file__).parent.parent
+RECORDS = deltas.load_records()
+
+
+def make_chain(*tables):
+    """Records of an invented lineage, each a dict of delta lines."""
+    return [deltas.Record(f"test/{i}", "", f"test/{i - 1}" if i > 1 else None, "", [], "ml", "log", "spec", "", i, table, {},
+                          "", "", Path("test")) for i, table in enumerate(tables, 1)]
+
+
+def test_the_defaults_are_record_1():
+    assert deltas.resolve("short/1").settings == Settings() and not RECORDS["short/1"].delta
+
+
+@pytest.mark.parametrize("ref", list(RECORDS))
+@pytest.mark.parametrize("scale", list(SCALES))
+def test_every_record_resolves_at_every_scale(ref, scale):
+    s = deltas.resolve(ref, scale=scale).settings
+    assert deltas.from_plain(deltas.plain(s)) == s
+    assert len(schedule.plan(s)) == s.schedule.steps
+
+
+@pytest.mark.parametrize("ref", list(RECORDS)[1:])
+def test_every_delta_line_changes_its_parent(ref):
+    """A line that repeats its parent's value would be noise."""
+    record = RECORDS[ref]
+    parent = deltas.resolve(record.parent).settings
+    for path, value in record.delta.items():
+        assert deltas.lookup(deltas.resolve(ref).settings, path) != lookup(parent, path), path
+
+
+def test_names_of_records():
+    assert deltas.find_record("short/009") is deltas.find_record("short/shortcuts_tweaks") is RECORDS["short/9"]
+    assert deltas.find_record("short/head").ref == list(RECORDS)[-1]
+    with pytest.raises(UserError, match="did you mean short/muon"):
+        deltas.find_record("short/muonn")
+
+
+def test_without_restores_the_value_before_the_record_that_set_it():
+    r = deltas.resolve("short/11", without=["optim.muon.scale"])
+    assert r.settings.optim.muon.scale == "sqrt_max"
+    assert r.report == ('without optim.muon.scale: "sqrt_ratio" -> "sqrt_max" (value before short/8)',)
+
+
+def test_without_takes_along_what_needs_it():
+    r = deltas.resolve("short/11", without=["data.loader"])
+    assert not r.settings.data.first_batch_twice
+    assert "without data.first_batch_twice: it needs data.loader=per_rank" in r.report
+
+
+def test_with_brings_a_feature_back_as_it_was():
+    a = deltas.resolve("short/8", with_=["model.residual.unet_skips@short/11"]).settings
+    assert a.model.residual.unet_skips == deltas.resolve("short/11").settings.model.residual.unet_skips
+    assert deltas.resolve("short/8", with_=["model.head.softcap={cap=15}"]).settings.model.head.softcap.cap == 15.0
+
+
+def test_without_then_set_below_is_an_error_that_names_the_feature():
+    with pytest.raises(UserError, match="model.head.softcap is off"):
+        deltas.resolve("short/11", without=["model.head.softcap"], sets=["model.head.softcap.cap=15"])
+
+
+def test_revert_keeps_later_values_and_drops_lines_below_what_is_gone():
+    links = make_chain({}, {"optim.muon": {"lr": 0.1}, "schedule.steps": 50, "optim.embed.lr": 0.5, "model.bias": False},
+                       {"optim.muon.momentum": 0.9, "optim.embed.lr": 0.7})
+    s, report = deltas.replay(links, {"test/2"})
+    assert s.optim.muon is None and s.optim.embed.lr == 0.7 and s.model.bias
+    assert s.schedule.steps == 50  # step counts stay
+    assert [line.split()[:2] for line in report] == [["dropped", "optim.muon.momentum"], ["kept", "optim.embed.lr"],
+                                                     ["reverted", "optim.muon:"], ["reverted", "model.bias:"]]
+
+
+def test_revert_refuses_a_change_of_the_number_of_layers():
+    with pytest.raises(UserError, match="number of layers"):
+        deltas.replay(make_chain({}, {"model.num_layers": 11}), {"test/2"})
+
+
+def test_reverting_record_9_from_record_11():
+    r = deltas.resolve("short/11", revert=["short/9"])
+    assert r.settings.model.attn.value_residual is None and r.settings.optim.scalar.lr == 0.04
+    assert any(line.startswith("kept     optim.scalar.lr") for line in r.report)
+    assert "dropped  (nothing)" in r.report
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(sets=["model.smaer=true"]), "unknown setting 'model.smaer'"),
+    (dict(sets=["optim.muon={lrr=1}"]), "has no field 'lrr' \\(did you mean lr"),
+    (dict(sets=["schedule.steps=1.5"]), "expected a whole number"),
+    (dict(sets=["schedule.steps=0"]), "must be at least 1"),
+    (dict(sets=["model.bias=1"]), "expected true or false"),
+    (dict(sets=["optim.embed.lr=nan"]), "expected a number"),
+    (dict(sets=["schedule.steps"]), "expected path=value"),
+    (dict(without=["model.attn"]), "no sensible off"),
+    (dict(without=["optim.adam.beta2"]), "no record of the chain has set it"),
+    (dict(without=["optim.muon.momentum_warmup.start"]), "it came with optim.muon.momentum_warmup"),
+    (dict(with_=["optim.muon.lr"]), "a value, not a switch"),
+    (dict(scale="tinny"), "did you mean tiny"),
+    (dict(without=["schedule.lr"], sets=["schedule.cooldown_steps=10"]), "needs schedule.lr=trapezoid"),
+])
+def test_bad_changes_name_culprit_and_remedy(change, message):
+    with pytest.raises(UserError, match=message):
+        deltas.resolve("short/11", **change)
+
+
+def test_an_empty_delta_must_be_explained(tmp_path):
+    (tmp_path / "1_x").mkdir()
+    (tmp_path / "1_x/record.toml").write_text('id = "1"\ntitle = "t"\ndate = 2025-01-01\npeople = []\nkind = "ml"\n'
+                                              'source = "log"\n')
+    with pytest.raises(UserError, match="subsumed"):
+        deltas.read_record(tmp_path / "1_x/record.toml", "short")
+
+
+# ----- identity
+
+def test_system_settings_and_target_do_not_touch_the_ml_hash_and_precision_does():
+    base = deltas.resolve("short/11").settings
+    for path in ("system.compile=off", "system.comm=replicated", "validation.target=3.0"):
+        assert deltas.ml_hash(deltas.resolve("short/11", sets=[path]).settings) == deltas.ml_hash(base)
+    assert deltas.system_hash(deltas.resolve("short/11", sets=["system.compile=off"]).settings) != deltas.system_hash(base)
+    assert deltas.ml_hash(deltas.resolve("short/11", sets=["system.precision=float32"]).settings) != deltas.ml_hash(base)
+
+
+def test_hashes_tell_records_apart_and_equal_settings_share_one():
+    hashes = [deltas.ml_hash(deltas.resolve(ref).settings) for ref in RECORDS if ref != "short/7"]
+    assert len(set(hashes)) == len(hashes)
+    a = deltas.resolve("short/11", without=["model.head.softcap"]).settings
+    assert deltas.ml_hash(a) == deltas.ml_hash(deltas.resolve("short/11", sets=["model.head.softcap=false"]).settings)
+
+
+def test_a_feature_that_is_on_with_defaults_differs_from_off():
+    on = deltas.resolve("short/1", with_=["model.attn.qk_norm"]).settings
+    assert deltas.ml_hash(on) != deltas.ml_hash(Settings())
+
+
+def test_presets_are_frozen():
+    for name in deltas.preset_names():
+        assert deltas.resolve_name(name).preset == name
+        assert deltas.resolve_name(name, sets=["schedule.steps=3"]).preset == ""
+
+
+# ----- scales
+
+@pytest.mark.parametrize("ref", list(RECORDS))
+def test_scales_give_every_record_the_same_token_budget(ref):
+    for name, scale in SCALES.items():
+        s = deltas.resolve(ref, scale=name).settings
+        if scale.budget_tokens:
+            assert abs(s.schedule.steps * tokens_per_step(s) - scale.budget_tokens) <= tokens_per_step(s)
+
+
+def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
+    full, tiny = deltas.resolve("short/11").settings, deltas.resolve("short/11", scale="tiny").settings
+    assert abs(tiny.schedule.cooldown_steps / tiny.schedule.steps - full.schedule.cooldown_steps / full.schedule.steps) < 0.01
+    assert tiny.model.num_layers == full.model.num_layers and tiny.model.attn.num_heads == full.model.attn.num_heads
+    assert tiny.optim == dataclasses.replace(full.optim, muon=dataclasses.replace(
+        full.optim.muon, momentum_warmup=tiny.optim.muon.momentum_warmup))
+    assert deltas.resolve("short/11", scale="tiny", sets=["schedule.cooldown_steps=7"]).settings.schedule.cooldown_steps == 7
+
+
+def test_every_field_is_described():
+    for f in deltas.schema().values():
+        assert f.metadata["doc"] and len(f.metadata["doc"]) > 10, f.path
+        if "step" in f.path.split(".")[-1] and f.type is int and not f.path.startswith("system") and "ns_" not in f.path:
+            assert f.metadata["unit"] == "step" and f.metadata["shrink"] == "steps", f.path
+
+
+# ----- schedules against published check values
+
+def test_llmc_learning_rate_check_values():
+    s = Settings()
+    assert [round(6e-4 * schedule.lr_factor(s.schedule, i), 6) for i in (699, 700, 10000)] == [6e-4, 6e-4, 3.06e-4]
+    assert schedule.lr_factor(s.schedule, s.schedule.steps - 1) < 1e-7
+
+
+def test_trapezoid_never_reaches_zero_on_a_used_step():
+    s = deltas.resolve("short/4").settings
+    assert schedule.lr_factor(s.schedule, s.schedule.steps - 1) == 1 / 1800
+
+
+# ----- commands
+
+def run(*args, **kwargs):
+    return subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def test_listing_records_imports_neither_torch_nor_numpy():
+    done = run("-X", "importtime", "-m", "records", "list")
+    assert done.returncode == 0 and "short/11" in done.stdout
+    assert "torch" not in done.stderr and "numpy" not in done.stderr
+
+
+@pytest.mark.parametrize("args, text", [
+    (["list"], "7.2"), (["show", "short/9"], "model.attn.value_residual"), (["show", "short/10", "--scale", "tiny"], "[inert]"),
+    (["show", "short/11", "--params"], "162,201,642 parameters"), (["diff", "short/5", "short/9"], "(short/9)"),
+    (["features", "muon"], "since short/3")])
+def test_records_commands(args, text):
+    done = run("-m", "records", *args)
+    assert done.returncode == 0 and text in done.stdout, done.stderr
+
+
+def test_plan_prints_steps_shapes_and_parameters():
+    done = run("train_gpt.py", "short/11", "--plan")
+    assert done.returncode == 0
+    for text in ("3000 steps x 524,288 tokens", "162,201,642 parameters", "6 heads of 128, 50304 classes", "ml_hash"):
+        assert text in done.stdout
+
+
+def test_commands_refuse_nonsense_in_one_line():
+    for args in (["show", "short/77"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]):
+        done = run("-m", "records", *args)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr

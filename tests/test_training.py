@@ -1,0 +1,186 @@
+"""Laws of the trainer, run as a user would: subprocesses at `micro`, and torchrun with gloo for several processes."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import deltas
+from runlog import read_chain
+
+ROOT = Path(__file__).parent.parent
+RECORDS = [r for r in deltas.load_records()]
+SHORT = ["--scale", "micro", "--set", "schedule.steps=3", "--set", "validation.tokens=4096"]
+
+
+def run(out, *args, processes=1, env=None, **kwargs):
+    """(completed process, summary or None) of one training."""
+    launch = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launch, str(ROOT / "train_gpt.py"), *args, "--out", str(out)], capture_output=True, text=True,
+                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=280, **kwargs)
+    found = sorted(Path(out).glob("*/summary.json"))
+    return done, json.loads(found[-1].read_text()) if found else None
+
+
+@pytest.mark.parametrize("ref", RECORDS)
+def test_every_record_trains_three_steps(ref, tmp_path):
+    done, summary = run(tmp_path, ref, *SHORT)
+    assert done.returncode == 0, done.stderr
+    assert summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
+    events = read_chain(next(tmp_path.glob("*/run.jsonl")))
+    assert [e["kind"] for e in events] == ["start", "reset", "validation", "validation", "stream", "end"]
+    assert re.search(r"^step:3/3 val_loss:\d\.\d{6} train_time:\d+ms step_avg:\d+\.\d\dms$",
+                     next(tmp_path.glob("*/log.txt")).read_text(), re.M)
+
+
+def test_same_seed_twice_gives_identical_logs_apart_from_times(tmp_path):
+    def stripped(out):
+        run(out, "short/11", *SHORT, "--seed", "5")
+        events = read_chain(next(out.glob("*/run.jsonl")))
+        return [{k: v for k, v in e.items() if k != "train_time_ms"} for e in events]
+
+    assert stripped(tmp_path / "a") == stripped(tmp_path / "b")
+
+
+def losses(summary):
+    return [loss for _, loss in summary["curve"]], summary["stream_digest"]
+
+
+def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_processes(tmp_path):
+    args = ["short/11", *SHORT, "--set", "system.reduction=ordered"]
+    one = losses(run(tmp_path / "1", *args)[1])
+    for processes in (2, 4):
+        assert losses(run(tmp_path / str(processes), *args, processes=processes)[1]) == one
+
+
+@pytest.mark.parametrize("comm", ["sharded", "replicated", "allreduce_updates"])
+def test_two_processes_agree_with_one_up_to_rounding(comm, tmp_path):
+    args = ["short/11", *SHORT]
+    one, digest = losses(run(tmp_path / "1", *args)[1])
+    two, other = losses(run(tmp_path / "2", *args, "--set", f"system.comm={comm}", processes=2)[1])
+    assert digest == other
+    assert max(abs(a - b) for a, b in zip(one, two)) < 2e-4
+
+
+@pytest.mark.parametrize("ref", ["short/1", "short/3", "short/5"])
+def test_two_processes_on_representative_records(ref, tmp_path):
+    """1: clipping and AdamW; 3: joint qkv; 5: tied head."""
+    one, digest = losses(run(tmp_path / "1", ref, *SHORT)[1])
+    two, other = losses(run(tmp_path / "2", ref, *SHORT, processes=2)[1])
+    assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 2e-4
+
+
+def test_ranks_per_forward_changes_only_rounding(tmp_path):
+    one, _ = losses(run(tmp_path / "1", "short/11", *SHORT)[1])
+    two, _ = losses(run(tmp_path / "2", "short/11", *SHORT, "--set", "system.ranks_per_forward=2")[1])
+    assert max(abs(a - b) for a, b in zip(one, two)) < 2e-4
+
+
+def test_real_and_random_warm_up_tokens_give_the_same_losses(tmp_path):
+    a = losses(run(tmp_path / "a", "short/11", *SHORT, "--set", "system.warmup_tokens=real")[1])
+    b = losses(run(tmp_path / "b", "short/11", *SHORT, "--set", "system.warmup_steps=0")[1])
+    assert a == b == losses(run(tmp_path / "c", "short/11", *SHORT)[1])
+
+
+def test_missed_target_exits_3_and_reached_exits_0(tmp_path):
+    done, summary = run(tmp_path / "a", "short/5", *SHORT, "--set", "validation.target=1.0")
+    assert done.returncode == 3 and summary["reached"] is False and "MISSED" in done.stdout
+    done, summary = run(tmp_path / "b", "short/5", *SHORT, "--set", "validation.target=9.0")
+    assert done.returncode == 0 and summary["reached"] is True and "REACHED" in done.stdout
+
+
+def test_a_diverging_run_says_so_and_exits_4(tmp_path):
+    done, summary = run(tmp_path, "short/2", *SHORT, "--set", "optim.matrix.lr=1e30")
+    assert done.returncode == 4 and summary["status"] == "diverged" and "Traceback" not in done.stderr
+
+
+def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "tiny", "--out",
+                                str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not any("step:0/" in p.read_text() for p in tmp_path.glob("*/log.txt")) and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
+    assert json.loads(next(tmp_path.glob("*/summary.json")).read_text())["status"] == "interrupted"
+    assert read_chain(next(tmp_path.glob("*/run.jsonl")))[-1]["status"] == "interrupted"
+
+
+def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
+    out = tmp_path / "runs"
+    run(out, "short/11", *SHORT)  # writes the sources file, which the limit would not let through
+    for folder in out.glob("2*"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+    def tight():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1800, 1800))
+
+    done, summary = run(out, "short/11", *SHORT, preexec_fn=tight)
+    assert done.returncode == 2 and summary is None
+    assert "cannot write" in done.stderr and "free some space" in done.stderr and "Traceback" not in done.stderr
+    assert read_chain(next(out.glob("*/run.jsonl")))  # complete lines only
+
+
+BAD = [
+    (["short/99"], "unknown record 'short/99'"),
+    (["short/9", "--set", "model.atn.rope=true"], "did you mean model.attn.rope"),
+    (["short/9", "--set", "schedule.steps=many"], "expected a whole number"),
+    (["short/9", "--set", "optim.muon.scale=sqrt_maxx"], "did you mean sqrt_max"),
+    (["short/9", "--without", "optim.muon", "--with", "optim.muon"], "both in --with and --without"),
+    (["short/9", "--set", "schedule.steps=3", "--set", "schedule.steps=4"], "given twice"),
+    (["short/9", "--without", "model.model_dim"], "no sensible off"),
+    (["short/4", "--without", "model.attn.qk_norm"], "already off"),
+    (["short/9", "--revert", "short/11"], "not an ancestor"),
+    (["short/9", "--scale", "tiny", "--set", "data.seq_len=60"], "not a multiple of data.seq_len"),
+    (["short/9", "--scale", "tiny", "--set", "model.attn.num_heads=7"], "not divisible"),
+    (["short/9", "--profile", "7:3", "--scale", "tiny"], "expected A:B"),
+    ([], "no record named"),
+    (["short/9", "--scale", "tiny", "--data", "/no/such/folder"], "no data folder"),
+    (["short/9", "--scale", "tiny", "--out", "/dev/null/runs"], "choose another with --out"),
+    (["short/9"], "--scale tiny"),
+]
+
+
+@pytest.mark.parametrize("args, message", BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
+def test_bad_input_is_one_clear_line(args, message):
+    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *args], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr and done.stderr.startswith("error: ")
+
+
+def test_a_number_of_processes_that_does_not_divide_eight_is_refused(tmp_path):
+    done, _ = run(tmp_path, "short/9", *SHORT, processes=3)
+    assert done.returncode != 0 and "3 processes do not divide the 8 logical ranks" in done.stderr
+
+
+def test_an_unwritable_cache_is_named(tmp_path):
+    done, _ = run(tmp_path, "short/9", *SHORT, env={"SPEEDRUN_CACHE": "/dev/null/cache"})
+    assert done.returncode == 2 and "SPEEDRUN_CACHE" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_profile_writes_a_trace(tmp_path):
+    done, _ = run(tmp_path, "short/11", *SHORT, "--profile", "1:2")
+    assert done.returncode == 0
+    assert json.loads(next(tmp_path.glob("*/trace.json")).read_text())["traceEvents"]
+
+
+def test_a_checkpoint_generates_text(tmp_path):
+    run(tmp_path, "short/11", *SHORT, "--save")
+    done = subprocess.run([sys.executable, "sample.py", str(next(tmp_path.glob("*/checkpoint.pt"))), "--tokens", "90",
+                           "--prompt", "The people"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("The people") and len(done.stdout) > 60
+    done = subprocess.run([sys.executable, "sample.py", "README.md"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "not a checkpoint" in done.stderr

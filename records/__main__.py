@@ -8,19 +8,33 @@
 """
 
 import argparse
+import json
 import sys
 
 import deltas
 from settings import SCALES, UserError
 
 
+def tiny_loss(record):
+    """Final validation loss of the committed tiny run, or ''."""
+    path = record.folder / "tiny" / "summary.json"
+    return f"{json.loads(path.read_text())['val_loss']:.3f}" if path.exists() else ""
+
+
 def list_records(options):
     """One line per record: what, when, who, published minutes, evidence."""
-    print(f"{'record':10} {'minutes':>7} {'loss':>7}  {'date':10} {'badge':8} {'kind':9} title")
+    if options.markdown:
+        print("| record | minutes | loss | tiny | date | by | what |\n|---|---|---|---|---|---|---|")
+        for r in deltas.load_records().values():
+            p = r.published
+            print(f"| {r.ref} | {p.get('minutes', '')} | {p.get('val_loss', '')} | {tiny_loss(r)} | {r.date} | "
+                  f"{', '.join(r.people)} | {r.title} |")
+        return
+    print(f"{'record':10} {'minutes':>7} {'loss':>7} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
     for r in deltas.load_records().values():
         p = r.published
-        print(f"{r.ref:10} {p.get('minutes', ''):>7} {p.get('val_loss', ''):>7}  {r.date:10} {r.badge:8} {r.kind:9} "
-              f"{r.title} ({', '.join(r.people)})")
+        print(f"{r.ref:10} {p.get('minutes', ''):>7} {p.get('val_loss', ''):>7} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} "
+              f"{r.kind:9} {r.title} ({', '.join(r.people)})")
     for name in deltas.preset_names():
         fixed, _ = deltas.load_preset(name)
         print(f"{name:10} preset: {fixed['name']} at scale {fixed['scale']}, frozen, with its own target")
@@ -114,7 +128,8 @@ def parser():
         c.set_defaults(run=run)
         return c
 
-    command("list", list_records)
+    c = command("list", list_records)
+    c.add_argument("--markdown", action="store_true", help="the table of the README")
     c = command("show", show)
     c.add_argument("record")
     c.add_argument("--scale", choices=list(SCALES), default="full")

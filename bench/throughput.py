@@ -1,0 +1,131 @@
+"""Tokens per second on this machine: `python bench/throughput.py [--quick]`, table on stdout, JSON with --out.
+
+Measures training steps (forward, backward, update) of tiny records and of one full-width GPT-2-small block, eager and
+compiled, float32 and bfloat16, and the harness's own work per step (loader, digests, log). Minimum over repeats.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.nn.functional as F
+
+import deltas
+import runlog
+import schedule
+from data.corpus import sample_corpus
+from data.stream import Stream
+from model import GPT, Attention, MLP, Rotary
+from optim import Engine
+
+
+def best(step, repeats):
+    """(seconds of the first call, least seconds of the others)."""
+    began = time.perf_counter()
+    step()
+    first = time.perf_counter() - began
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - began)
+    return first, min(times)
+
+
+def record_step(ref, precision, compiled, at_once=8):
+    """(one training step as a function, tokens per step) of a record at tiny scale, `at_once` logical ranks a forward."""
+    s = deltas.resolve(ref, scale="tiny", sets=[f"system.precision={precision}"]).settings
+    model = GPT(s)
+    model.initialise(0)
+    engine, plan = Engine(model, s), schedule.plan(s)[20]
+    forward = torch.compile(model, dynamic=False) if compiled else model
+    rows = s.data.tokens_per_rank * at_once // s.data.seq_len
+    ids = torch.randint(s.model.vocab_size, (rows, s.data.seq_len + 1))
+
+    def step():
+        for i in range(8 // at_once):
+            engine.expect(last=i == 8 // at_once - 1)
+            forward(ids[:, :-1], ids[:, 1:]).mean().backward()
+            engine.collect()
+        engine.step(plan)
+
+    return step, 8 * s.data.tokens_per_rank
+
+
+def block_step(precision, compiled):
+    """(forward and backward of one full-width record-11 block on 2 x 1024 tokens, tokens)."""
+    s = deltas.resolve("short/11", sets=[f"system.precision={precision}"]).settings
+    attention, mlp, rotary = Attention(s), MLP(s), Rotary(s)
+    rotary.initialise()
+    for p in [*attention.parameters(), *mlp.parameters()]:
+        torch.nn.init.normal_(p, std=0.02)
+    dtype = getattr(torch, s.numerics.matmul)
+
+    def block(x):
+        x = x + attention(F.rms_norm(x, x.shape[-1:]), rotary, None)
+        return x + mlp(F.rms_norm(x, x.shape[-1:]))
+
+    forward = torch.compile(block, dynamic=False) if compiled else block
+    x = torch.randn(2, 1024, s.model.model_dim, dtype=dtype, requires_grad=True)
+    return (lambda: forward(x).float().square().mean().backward()), 2048
+
+
+def harness_ms():
+    """Milliseconds per step that the harness itself costs at tiny: batch with digests, and a log line per validation."""
+    s = deltas.resolve("short/11", scale="tiny").settings
+    stream = Stream(sample_corpus(), ranks=range(8), loader="per_rank", wrap=True, tokens_per_rank=s.data.tokens_per_rank)
+    stream.next()
+    began = time.perf_counter()
+    for _ in range(200):
+        stream.next()
+    batch = (time.perf_counter() - began) / 200
+    with tempfile.TemporaryDirectory() as folder:
+        log = runlog.RunLog(folder, "bench")
+        began = time.perf_counter()
+        for i in range(200):
+            log.text("step:1/1 val_loss:1.0")
+            log.event("validation", step=i, train_loss=[1.0] * 22)
+        line = (time.perf_counter() - began) / 200
+    return 1000 * batch, 1000 * line / s.validation.every
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
+    p.add_argument("--quick", action="store_true", help="eager only, three repeats")
+    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    o = p.parse_args()
+    torch.manual_seed(0)
+    repeats, rows = (3 if o.quick else 6), []
+    jobs = [(f"tiny {ref}", lambda prec, comp, ref=ref: record_step(ref, prec, comp)) for ref in ("short/1", "short/5", "short/11")]
+    jobs += [("tiny short/11, one rank a forward", lambda prec, comp: record_step("short/11", prec, comp, 1)),
+             ("GPT-2-small block, 2 x 1024", block_step)]
+    print(f"{'what':36} {'dtype':9} {'mode':9} {'ms':>8} {'tokens/s':>9} {'first s':>8}")
+    for name, make in jobs:
+        for precision, label in (("float32", "float32"), ("record", "bfloat16")):
+            for compiled in ((False,) if o.quick else (False, True)):
+                torch._dynamo.reset()
+                step, tokens = make(precision, compiled)
+                first, seconds = best(step, repeats)
+                row = {"what": name, "dtype": label, "mode": "compiled" if compiled else "eager",
+                       "ms": round(1000 * seconds, 2), "tokens_per_second": round(tokens / seconds), "first_s": round(first, 2)}
+                rows.append(row)
+                print(f"{name:36} {label:9} {row['mode']:9} {row['ms']:8} {row['tokens_per_second']:9} {row['first_s']:8}",
+                      flush=True)
+    batch, line = harness_ms()
+    tiny = next(r["ms"] for r in rows if r["what"] == "tiny short/11" and r["dtype"] == "float32" and r["mode"] == "eager")
+    share = 100 * (batch + line) / tiny
+    print(f"harness per tiny step: batch and digests {batch:.3f} ms (in the background), log {line:.3f} ms: {share:.2f} %")
+    if o.out:
+        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": runlog.code_version(), **runlog.machine()}
+        Path(o.out).write_text(json.dumps({"about": about, "rows": rows, "harness_ms": [batch, line],
+                                           "harness_percent": share}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

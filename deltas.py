@@ -101,7 +101,7 @@ def find_record(name):
         for record in members:
             if key in (record.slug, record.ref.split("/")[1]) or key.lstrip("0") == record.ref.split("/")[1]:
                 return record
-    names = list(records) + [f"{r.ref.split('/')[0]}/{r.slug}" for r in records.values()]
+    names = preset_names() + list(records) + [f"{r.ref.split('/')[0]}/{r.slug}" for r in records.values()]
     raise UserError(f"unknown record {name!r}{near(name, names)}; `python -m records list` shows them")
 
 
@@ -335,7 +335,7 @@ def switch(s, links, with_, without):
         while going:
             going = False
             for other, needs in settings.needs_of(s):
-                if needs and not settings._holds(s, needs) and lookup(s, other) != settings.default_of(other):
+                if needs and not settings.holds(s, needs) and lookup(s, other) != settings.default_of(other):
                     s = replaced(s, other, settings.default_of(other))
                     report.append(f"without {other}: it needs {needs}")
                     going = True

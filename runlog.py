@@ -100,8 +100,8 @@ class RunLog:
         self.write("run.jsonl", body[:-1] + f', "hash": "{self.previous}"}}')
         self.lines += 1
 
-    def header(self, resolved, options, about):
-        """Sources (once per content, beside the run folders), environment and settings."""
+    def header(self, about, settings):
+        """Sources (once per content, beside the run folders), environment and settings (nested plain values)."""
         if not self.active:
             return
         text, digest = sources()
@@ -115,8 +115,9 @@ class RunLog:
         self.text(RULER)
         for key, value in about.items():
             self.text(f"{key}: {value}")
+        self.text(f"settings: {json.dumps(settings)}")
         self.text(RULER)
-        self.event("start", sources=digest, **about)
+        self.event("start", sources=digest, settings=settings, **about)
 
     def summary(self, values):
         """summary.json, written at once; the chain's last hash ties it to run.jsonl."""

@@ -412,7 +412,7 @@ def check(s):
     require(s.system.reduction == "ordinary" or s.system.comm != "allreduce_updates",
             "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
     for path, needs in needs_of(s):
-        if needs and not _holds(s, needs) and lookup(s, path) != default_of(path):
+        if needs and not holds(s, needs) and lookup(s, path) != default_of(path):
             raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s
 
@@ -436,7 +436,8 @@ def lookup(s, path):
     return node
 
 
-def _holds(s, needs):
+def holds(s, needs):
+    """Does a `needs` condition (path, or path=value) hold in these settings?"""
     path, _, value = needs.partition("=")
     found = lookup(s, path)
     return str(found) == value if value else bool(found)

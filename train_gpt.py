@@ -15,7 +15,7 @@ PROCESS_START = time.perf_counter()
 import deltas
 import runlog
 import schedule
-from settings import UserError, LOGICAL_RANKS, padded_vocab, tokens_per_step
+from settings import LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, tokens_per_step
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -305,6 +305,8 @@ def train(resolved, options):
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
+    if options.profile and int(options.profile.split(":")[1]) > len(plans):
+        raise UserError(f"--profile {options.profile}: the run has {len(plans)} steps")
     used = require_shards(corpus, steps=len(plans), **stream_arguments(s))
     rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, world.ranks)
 
@@ -317,7 +319,7 @@ def train(resolved, options):
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
     log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main)
     about = describe(resolved, options, world, corpus, model, engine, used)
-    log.header(resolved, options, about)
+    log.header(about, deltas.plain(s))
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
@@ -343,7 +345,7 @@ def describe(resolved, options, world, corpus, model, engine, used):
     """What the log says about a run before it starts."""
     s = resolved.settings
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
-            "changes": list(resolved.changes), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+            "changes": list(resolved.changes), "numerics_version": NUMERICS_VERSION, "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
             "processes": world.size, "device": world.describe(), "attention": "sdpa", "comm": engine.comm,

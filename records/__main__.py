@@ -9,7 +9,7 @@
 
 import argparse
 import json
-import sys
+import signal
 
 import deltas
 from settings import SCALES, UserError
@@ -148,12 +148,11 @@ def parser():
 
 def main(argv=None):
     options = parser().parse_args(argv)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `records features | head` ends quietly
     try:
         options.run(options)
     except UserError as error:
         deltas.fail(error)
-    except BrokenPipeError:
-        sys.stderr.close()
 
 
 if __name__ == "__main__":

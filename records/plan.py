@@ -1,11 +1,14 @@
 """`train_gpt.py RECORD --plan`: what a run would do. Only the parameter count imports torch."""
 
+import signal
+
 import deltas
 import schedule
 from settings import head_dim, padded_vocab, tokens_per_step
 
 
 def print_plan(resolved):
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--plan | head` ends quietly
     s, record = resolved.settings, resolved.record
     print(f"{record.ref}  {record.title}  (scale {resolved.scale})")
     for line in [*resolved.changes, *resolved.report]:

@@ -118,6 +118,7 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
 def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
     out = tmp_path / "runs"
     run(out, "short/11", *SHORT)  # writes the sources file, which the limit would not let through
+    room = next(out.glob("*/run.jsonl")).stat().st_size - 400
     for folder in out.glob("2*"):
         for file in folder.iterdir():
             file.unlink()
@@ -125,7 +126,7 @@ def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
 
     def tight():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1800, 1800))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
 
     done, summary = run(out, "short/11", *SHORT, preexec_fn=tight)
     assert done.returncode == 2 and summary is None
@@ -149,7 +150,10 @@ BAD = [
     ([], "no record named"),
     (["short/9", "--scale", "tiny", "--data", "/no/such/folder"], "no data folder"),
     (["short/9", "--scale", "tiny", "--out", "/dev/null/runs"], "choose another with --out"),
+    (["short/9", "--scale", "micro", "--profile", "3:900", "--out", "/tmp"], "the run has 72 steps"),
     (["short/9"], "--scale tiny"),
+    (["tiny-v9"], "did you mean tiny-v1"),
+    (["tiny-v1", "--scale", "micro"], "frozen at --scale tiny"),
 ]
 
 

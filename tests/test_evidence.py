@@ -1,0 +1,55 @@
+"""Committed results belong to the code as it is: hashes, digests and log chains agree; the README tells the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deltas
+from data.corpus import sample_corpus
+from data.shards import corpus_digest, val_digest
+from runlog import read_chain
+
+ROOT = Path(__file__).parent.parent
+RECORDS = deltas.load_records()
+
+
+@pytest.mark.parametrize("ref", list(RECORDS))
+def test_the_committed_tiny_run_is_current_and_whole(ref):
+    folder = RECORDS[ref].folder / "tiny"
+    summary = json.loads((folder / "summary.json").read_text())
+    s = deltas.resolve(ref, scale="tiny").settings
+    assert (summary["record"], summary["ml_hash"]) == (ref, deltas.ml_hash(s))
+    corpus = sample_corpus()
+    assert summary["corpus_digest"] == corpus_digest(corpus, 1)
+    assert summary["val_digest"] == val_digest(corpus, s.validation.tokens)
+    events = read_chain(folder / "run.jsonl")
+    assert events[-1]["val_loss"] == summary["val_loss"] and events[-1]["status"] == "finished"
+    points = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
+    assert points == summary["curve"] and points[-1][0] == s.schedule.steps
+    assert f"val_loss:{summary['val_loss']:.6f}" in (folder / "log.txt").read_text()
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 30_000
+    assert (ROOT / f"records/evidence/sources-{events[0]['sources']}.txt.xz").exists()
+
+
+def test_equal_settings_gave_equal_streams():
+    """Every record from 4 to 11 reads the same tokens: one stream digest."""
+    digests = {json.loads((RECORDS[f"short/{i}"].folder / "tiny/summary.json").read_text())["stream_digest"]
+               for i in range(4, 12)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("ref", [r for r in RECORDS if (RECORDS[r].folder / "reference.csv").exists()])
+def test_reference_curves_end_at_the_published_loss(ref):
+    lines = (RECORDS[ref].folder / "reference.csv").read_text().split()
+    step, loss = lines[-1].split(",")[:2]
+    assert int(float(step)) == deltas.resolve(ref).settings.schedule.steps
+    assert abs(float(loss) - RECORDS[ref].published["val_loss"]) < 6e-5
+
+
+def test_the_readme_table_is_what_the_command_prints():
+    table = subprocess.run([sys.executable, "-m", "records", "list", "--markdown"], cwd=ROOT, capture_output=True,
+                           text=True).stdout
+    assert table in (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import deltas
 from runlog import read_chain
@@ -188,3 +189,15 @@ def test_a_checkpoint_generates_text(tmp_path):
     assert done.returncode == 0 and done.stdout.startswith("The people") and len(done.stdout) > 60
     done = subprocess.run([sys.executable, "sample.py", "README.md"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "not a checkpoint" in done.stderr
+
+
+@pytest.mark.parametrize("comm", ["sharded", "replicated"])
+def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests/gradients.py")
+    subprocess.run([sys.executable, script, str(tmp_path / "1.pt")], check=True, env=env, capture_output=True)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+                    str(tmp_path / "2.pt"), f"system.comm={comm}"], check=True, env=env, capture_output=True)
+    one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
+    for name, grad in one.items():
+        assert (grad - two[name]).abs().max() <= 1e-6 * grad.abs().max(), name

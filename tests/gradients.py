@@ -1,0 +1,40 @@
+"""Write the step-1 gradient of every bank of short/11 at micro, reduced over the processes: gradients.py OUT [PATH=VALUE...]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+import torch.distributed as dist
+
+import deltas
+import train_gpt
+from data.corpus import sample_corpus
+from data.stream import Stream
+from model import GPT
+from optim import Engine
+
+s = deltas.resolve("short/11", scale="micro", sets=sys.argv[2:]).settings
+world = train_gpt.World(s)
+model = GPT(s)
+model.initialise(0)
+with torch.no_grad():  # away from the zeros of the start, which would hide most gradients
+    for name, p in sorted(model.named_parameters()):
+        p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+engine = Engine(model, s, world.rank, world.size)
+batch = Stream(sample_corpus(), ranks=world.ranks, **train_gpt.stream_arguments(s)).next()
+x, y = train_gpt.to_rows(batch, s.data.seq_len, world.device)
+engine.expect(last=True)
+(model(x.flatten(0, 1), y.flatten(0, 1)).mean() * (len(world.ranks) / 8)).backward()
+engine.collect()
+whole = {}
+for bank in engine.banks:
+    grad, _ = engine.finish(bank)
+    if engine.comm == "sharded":
+        parts = [torch.empty_like(grad) for _ in range(world.size)]
+        dist.all_gather(parts, grad.contiguous())
+        grad = torch.cat(parts)
+    whole[bank.name()] = grad[:bank.units].clone()
+if world.main:
+    torch.save(whole, sys.argv[1])

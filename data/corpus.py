@@ -81,7 +81,7 @@ def documents():
 
 
 def sample_corpus(cache=None):
-    """The embedded corpus as shards in `cache`/sample-v1, made on first use (a few seconds; several processes may race)."""
+    """The embedded corpus as shards in `cache`/sample-v1, made on first use (seconds; several processes may race)."""
     return _sample_corpus(Path(cache or default_cache()))
 
 
@@ -97,17 +97,19 @@ def _sample_corpus(cache):
                             "you may write") from None
         try:
             build(temporary)
+            temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
             os.rename(temporary, folder)
         except OSError as error:
             if not (folder / "corpus.json").exists():  # else another process was first, with the same bytes
-                raise UserError(f"cannot write {folder}: {error.strerror}; set SPEEDRUN_CACHE to another folder") from None
+                raise UserError(f"cannot write {folder}: {error.strerror}; set SPEEDRUN_CACHE to another "
+                                "folder") from None
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     corpus = open_corpus(folder)
     for part, path in (("train", corpus.train[0]), ("val", corpus.val)):
         if hashlib.sha256(open_shard(path)).hexdigest() != DIGESTS[part]:
-            raise UserError(f"{path} does not hold the tokens it should: delete {folder} and start again; if this comes "
-                            "back, tiktoken is not the pinned version")
+            raise UserError(f"{path} does not hold the tokens it should: delete {folder} and start again; if this "
+                            "comes back, tiktoken is not the pinned version")
     return corpus
 
 

@@ -39,14 +39,15 @@ def fetch(repo, name, folder):
         except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
             raise UserError(f"{repo} has no file {name}: check --repo and the number of shards") from None
         except PermissionError as error:
-            raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; choose another --dir") from None
+            raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; choose another "
+                            "--dir") from None
         except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
             raise UserError(f"cannot fetch {name} ({type(error).__name__}); what has arrived is kept, so try again; "
                             f"{OFFLINE}") from None
         except OSError as error:
             if error.errno is None:  # the HTTP client's own errors carry no errno
-                raise UserError(f"the download of {name} broke off ({type(error).__name__}); what has arrived is kept, so "
-                                f"try again; {OFFLINE}") from None
+                raise UserError(f"the download of {name} broke off ({type(error).__name__}); what has arrived is kept, "
+                                f"so try again; {OFFLINE}") from None
             raise UserError(f"cannot write {name} to {folder}: {error.strerror}") from None
         except Exception as error:
             if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
@@ -63,7 +64,7 @@ def download(count, folder, repo):
     """Fetch the validation shard and `count` train shards into a folder."""
     limit = TRAIN_SHARDS.get(repo)
     if count < 1 or (limit and count > limit):
-        raise UserError(f"{count} train shards: {repo} has {limit or 'an unknown number'}, ask for 1 or more of them")
+        raise UserError(f"{count} train shards of {repo}: ask for " + (f"1 to {limit}" if limit else "1 or more"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()

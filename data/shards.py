@@ -5,6 +5,7 @@ format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder with `*_train_
 tokens are GPT-2's, a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ def write_shard(path, tokens):
         raise UserError(f"{path}: token ids must lie in 0..65535 to fit a shard")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    path = Path(path)
+    path, temporary = Path(path), None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "wb") as file:
@@ -37,6 +38,8 @@ def write_shard(path, tokens):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary:  # a full disk should not stay full
+            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
@@ -53,7 +56,8 @@ def read_header(path):
     if header is None:
         raise UserError(f"{path}: {size} bytes is too short for a shard header ({HEADER_BYTES} bytes): {again}")
     if header[0] != MAGIC:
-        raise UserError(f"{path}: wrong magic number {header[0]} (a shard begins with {MAGIC}): not a token shard, {again}")
+        raise UserError(f"{path}: wrong magic number {header[0]} (a shard begins with {MAGIC}): not a token shard, "
+                        f"{again}")
     if header[1] != VERSION:
         raise UserError(f"{path}: shard version {header[1]}, this program reads version {VERSION}: {again}")
     count, held = int(header[2]), (size - HEADER_BYTES) / 2
@@ -88,7 +92,8 @@ class Corpus:
 def open_corpus(folder):
     """The Corpus in a folder; every header is checked. UserError says what to type when something is missing."""
     folder = Path(folder)
-    get = "`python -m data.fineweb 9` downloads FineWeb, `python -m data.tokenize FILE --out DIR` makes shards of any text"
+    get = ("`python -m data.fineweb 9` downloads FineWeb, `python -m data.tokenize FILE --out DIR` makes shards of any "
+           "text")
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}: {get}")
     train, val = sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
@@ -101,8 +106,11 @@ def open_corpus(folder):
         try:
             about.update(json.loads((folder / "corpus.json").read_text()))
             about = {k: type(v)(about[k]) for k, v in GPT2.items()}
+            if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
+                raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
         except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / 'corpus.json'}: {error}") from None
+            raise UserError(f"{folder / 'corpus.json'}: {error}: it must hold name, tokenizer, vocab_size and bos; "
+                            "mend it, or make the folder again with `python -m data.tokenize`") from None
     return Corpus(folder, **about, train=tuple(train), train_tokens=tuple(map(read_header, train)), val=val[0],
                   val_tokens=read_header(val[0]))
 
@@ -111,8 +119,8 @@ def check_vocabulary(tokens, vocab_size, where):
     """UserError if any id is outside the vocabulary."""
     highest = int(tokens.max())
     if highest >= vocab_size:
-        raise UserError(f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with "
-                        "another tokenizer; correct corpus.json beside it or choose another --data")
+        raise UserError(f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made "
+                        "with another tokenizer; correct corpus.json beside it or choose another --data")
 
 
 # ----- digests ------------------------------------------------------------------------------------------------------
@@ -139,6 +147,8 @@ def shard_digest(path):
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
         known = {}
+    if not isinstance(known, dict):  # only a memory: junk in it is forgotten
+        known = {}
     if key not in known:
         known[key] = hashlib.sha256(open_shard(path)).hexdigest()
         try:
@@ -147,5 +157,10 @@ def shard_digest(path):
             temporary.write_text(json.dumps(known, indent=0))
             os.replace(temporary, memory)
         except OSError as error:
-            print(f"note: digests are not remembered: {memory}: {error.strerror}", file=sys.stderr)
+            note_once(f"note: digests are not remembered: {memory}: {error.strerror}")
     return known[key]
+
+
+@functools.lru_cache
+def note_once(message):
+    print(message, file=sys.stderr)

@@ -33,8 +33,10 @@ def positions(lengths, rank, *, loader, tokens_per_rank, wrap, first_batch_twice
         walk = shuffled_positions(lengths, rank, tokens_per_rank, wrap)
     elif loader == "per_rank":
         walk = per_rank_positions(lengths, rank, tokens_per_rank, step_tokens, wrap, switch_at_equal)
-    else:
+    elif loader == "synced":
         walk = synced_positions(lengths, rank, tokens_per_rank, step_tokens, wrap)
+    else:
+        raise UserError(f"data.loader = {loader!r}: choose shuffled, per_rank or synced")
     if first_batch_twice:  # the original read one batch, trained on it, and reset its loader
         first = next(walk)
         walk = itertools.chain([first, first], walk)
@@ -97,11 +99,14 @@ def shards_needed(lengths, *, steps, **stream):
 
     Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed.
     """
-    if stream["loader"] == "shuffled":
-        return len(lengths)  # the shuffle runs over all shards there are
+    step_tokens = LOGICAL_RANKS * stream["tokens_per_rank"]
+    per_shard = (FINEWEB_SHARD - 1) // step_tokens
+    if stream["loader"] == "shuffled":  # the shuffle runs over all shards there are, so all of them are used
+        slots = sum((n - 1) // step_tokens for n in lengths)
+        lacking = 0 if stream["wrap"] else steps - bool(stream.get("first_batch_twice")) - slots
+        return len(lengths) + max(0, -(-lacking // max(1, per_shard)))
     if not stream["wrap"]:
-        per_shard = (FINEWEB_SHARD - 1) // (LOGICAL_RANKS * stream["tokens_per_rank"])
-        lengths = [*lengths, *[FINEWEB_SHARD] * (steps // per_shard + 2)]
+        lengths = [*lengths, *[FINEWEB_SHARD] * (steps // max(1, per_shard) + 2)]
     return 1 + max(shard for rank in (0, LOGICAL_RANKS - 1)
                    for _, shard, _ in itertools.islice(positions(lengths, rank, **stream), steps))
 
@@ -109,16 +114,16 @@ def shards_needed(lengths, *, steps, **stream):
 def require_shards(corpus, *, steps, **stream):
     """Number of shards a run reads; UserError before training if there are too few or they are too small."""
     step_tokens = LOGICAL_RANKS * stream["tokens_per_rank"]
-    for path, length in zip(corpus.train, corpus.train_tokens):
-        if length < step_tokens + 2:
-            raise UserError(f"{path}: {length} tokens are fewer than one step of {step_tokens}: use larger shards or lower "
-                            "data.tokens_per_rank")
     have, need = len(corpus.train), shards_needed(corpus.train_tokens, steps=steps, **stream)
+    for path, length in list(zip(corpus.train, corpus.train_tokens))[:need]:  # a short rest that is not read is no harm
+        if length < step_tokens + 2:
+            raise UserError(f"{path}: {length} tokens are too few for one step of {step_tokens}: remove it, use larger "
+                            "shards or lower data.tokens_per_rank")
     if need > have:
         remedy = (f"run `python -m data.fineweb {need}`" if corpus.name == "fineweb"
                   else "add shards, lower schedule.steps, or set data.wrap=true")
-        raise UserError(f"{steps} steps of {step_tokens} tokens need {need} train shards, found {have} in {corpus.folder}: "
-                        f"{remedy}")
+        raise UserError(f"{steps} steps of {step_tokens} tokens need {need} train shards, found {have} in "
+                        f"{corpus.folder}: {remedy}")
     return need
 
 
@@ -144,7 +149,8 @@ class Stream:
             try:
                 epoch, shard, start = next(walk)
             except OutOfShards:
-                raise UserError(f"the stream ran out of shards at step {self.step}: add shards or set data.wrap=true") from None
+                raise UserError(f"the stream ran out of shards at step {self.step}: add shards or set "
+                                "data.wrap=true") from None
             row = self.shard(shard)[start:start + self.tokens_per_rank + 1]
             digest.update(row.tobytes())
             rows.append(row)
@@ -188,7 +194,7 @@ class Prefetch:
 
     def next(self):
         """The next batch; begins to fetch the one after it."""
-        if self.fetched == 0:
+        if self.fetched == 0 and self.steps > 0:
             self.start()
         self.settle()
         if self.error is not None:
@@ -219,8 +225,8 @@ def validation_rows(corpus, tokens, seq_len, ranks):
     if tokens % (LOGICAL_RANKS * seq_len):
         raise UserError(f"validation.tokens = {tokens} is not a multiple of 8 x {seq_len}")
     if corpus.val_tokens < tokens + 1:
-        raise UserError(f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: lower validation.tokens "
-                        "or use a larger validation shard")
+        raise UserError(f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: lower "
+                        "validation.tokens or use a larger validation shard")
     ids = open_shard(corpus.val)[:tokens + 1].astype(np.int32)
     check_vocabulary(ids, corpus.vocab_size, str(corpus.val))
     share = tokens // LOGICAL_RANKS

@@ -7,6 +7,7 @@ feed between two line breaks, or is one document. The first documents become the
 import argparse
 import array
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -63,8 +64,31 @@ def batches(texts, characters=4_000_000):
         yield batch
 
 
+def prepare(out, name, overwrite):
+    """Make the output folder. UserError unless it is empty or, with overwrite, holds no other corpus.
+
+    Shards left over from an earlier, longer run would be read as part of the new corpus, so they are removed.
+    """
+    if not name or "/" in name or "_train_" in name + "_" or "_val_" in name + "_":
+        raise UserError(f"--name {name!r}: shards are found by _train_ and _val_ in their names, choose a plain one")
+    try:
+        if out.is_dir() and any(out.iterdir()) and not overwrite:
+            raise UserError(f"{out} is not empty: choose another --out, or add --overwrite")
+        out.mkdir(parents=True, exist_ok=True)
+        for path in [p for part in ("train", "val") for p in out.glob(f"*_{part}_*.bin")]:
+            if not re.fullmatch(re.escape(name) + r"_(train|val)_\d{6}\.bin", path.name):
+                raise UserError(f"{out} holds another corpus ({path.name}): choose another --out")
+        for path in [*out.glob("*_train_*.bin"), *out.glob("*_val_*.bin"), out / "corpus.json"]:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error.strerror}") from None
+
+
 def tokenize(paths, out, *, tokenizer="gpt2", name="text", field="text", val_tokens, shard_tokens):
-    """Write shards and corpus.json into `out`; returns (validation tokens, train tokens)."""
+    """Write shards and corpus.json into `out`; returns (validation tokens, train shards).
+
+    The validation shard is written last: a folder that is not finished has none and is refused by open_corpus.
+    """
     encoding = load(tokenizer)
     texts = (text for path in paths for text in documents(Path(path), field))
     pending, total, shards, val = array.array("H"), 0, 0, None  # two bytes a token: a shard in memory at most
@@ -80,21 +104,24 @@ def tokenize(paths, out, *, tokenizer="gpt2", name="text", field="text", val_tok
             pending.extend(ids)
             if val is None and len(pending) >= val_tokens:  # whole documents: none is in both parts
                 val, pending = pending, array.array("H")
-                write_shard(out / f"{name}_val_000000.bin", val)
         total += len(batch)
         while val is not None and len(pending) >= shard_tokens:
             flush()
         print(f"\r{total} documents, {shards} full train shards", end="", file=sys.stderr)
     print(file=sys.stderr)
     if total == 0:
-        raise UserError("the input holds no text")
+        raise UserError(f"no text in {', '.join(map(str, paths))}: give files that hold some")
     if val is None or (not pending and shards == 0):
         raise UserError(f"the text has too few tokens for {val_tokens} validation tokens and some training: "
                         "lower --val-tokens")
     if pending:
         flush()
     about = {"name": name, "tokenizer": tokenizer, "vocab_size": encoding.n_vocab, "bos": encoding.eot_token}
-    (out / "corpus.json").write_text(json.dumps(about) + "\n")
+    try:
+        (out / "corpus.json").write_text(json.dumps(about) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {out / 'corpus.json'}: {error.strerror}") from None
+    write_shard(out / f"{name}_val_000000.bin", val)
     return len(val), shards
 
 
@@ -107,24 +134,22 @@ def main(argv=None):
     p.add_argument("--field", default="text", help="field of jsonl documents")
     p.add_argument("--val-tokens", type=int, default=10_485_761, help="at least so many validation tokens")
     p.add_argument("--shard-tokens", type=int, default=100_000_000)
-    p.add_argument("--overwrite", action="store_true", help="write into a folder that is not empty")
+    p.add_argument("--overwrite", action="store_true", help="replace the shards of this --name in the folder")
     o = p.parse_args(argv)
     try:
         out = Path(o.out)
-        if out.is_dir() and any(out.iterdir()) and not o.overwrite:
-            raise UserError(f"{out} is not empty: choose another --out, or add --overwrite")
         if o.val_tokens < 2 or o.shard_tokens < 2:
             raise UserError("--val-tokens and --shard-tokens must be at least 2")
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make {out}: {error.strerror}") from None
+        prepare(out, o.name, o.overwrite)
         val, shards = tokenize(o.files, out, tokenizer=o.tokenizer, name=o.name, field=o.field, val_tokens=o.val_tokens,
                                shard_tokens=o.shard_tokens)
         print(f"{out}: {val} validation tokens, {shards} train shard{'s' if shards > 1 else ''}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: run the same command again with --overwrite", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

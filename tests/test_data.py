@@ -3,6 +3,8 @@
 import hashlib
 import itertools
 import os
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +23,20 @@ from settings import UserError
 
 ROOT = Path(__file__).parent.parent
 PER_RANK = dict(loader="per_rank", wrap=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unreachable(tmp_path_factory):
+    """A download from a closed port: the hub's client retries for 24 s, so it runs beside the other tests."""
+    folder = tmp_path_factory.mktemp("unreachable")
+    running = subprocess.Popen(
+        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(folder / "fw")], cwd=ROOT, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1",
+             "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"})
+    yield running
+    running.kill()
+    running.wait()
 
 
 @pytest.fixture
@@ -84,6 +100,13 @@ def test_an_id_outside_the_vocabulary_names_file_and_id(small):
             stream.next()
 
 
+@pytest.mark.parametrize("about", ["[1]", "{", '{"vocab_size": "many"}', '{"vocab_size": 10, "bos": 10}'])
+def test_a_wrong_corpus_json_is_named_with_what_it_must_hold(small, about):
+    (small.folder / "corpus.json").write_text(about)
+    with pytest.raises(UserError, match="corpus.json: .* must hold name, tokenizer, vocab_size and bos"):
+        open_corpus(small.folder)
+
+
 def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
     first = corpus_digest(small, 2)
     other = tmp_path / "other"
@@ -99,6 +122,19 @@ def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
     assert val_digest(small, 100) == hashlib.sha256(open_shard(small.val)[:101].tobytes()).hexdigest()
 
 
+@pytest.mark.parametrize("junk", ["[]", "{", None])
+def test_a_useless_digest_memory_does_not_stop_a_run_and_is_said_once(small, tmp_path, monkeypatch, capsys, junk):
+    memory = tmp_path / "memory"
+    if junk is None:
+        memory.write_text("a file where the folder should be")
+    else:
+        memory.mkdir()
+        (memory / "digests.json").write_text(junk)
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(memory))
+    assert len(corpus_digest(small, 3)) == 64
+    assert capsys.readouterr().err.count("not remembered") == (junk is None)
+
+
 # ----- stream
 
 GOLDEN = np.load(ROOT / "tests/golden/loaders.npz")
@@ -112,7 +148,8 @@ def test_positions_equal_the_original_loaders(key, loader, equal):
     expected = GOLDEN[f"{key}/shard_and_start"]
     lengths = GOLDEN["shard_lengths"].tolist()
     for rank in range(8):
-        walk = positions(lengths, rank, loader=loader, tokens_per_rank=64, wrap=loader == "per_rank", switch_at_equal=equal)
+        walk = positions(lengths, rank, loader=loader, tokens_per_rank=64, wrap=loader == "per_rank",
+                         switch_at_equal=equal)
         got = [(shard, start) for _, shard, start in itertools.islice(walk, len(expected))]
         assert got == [tuple(x) for x in expected[:, rank].tolist()]
 
@@ -131,13 +168,21 @@ def test_reference_mt19937_is_what_numpy_gives():
 def test_shuffled_loader_visits_every_slot_once_per_epoch_and_differs_by_rank():
     lengths, orders = [5633, 6465, 5990], []
     for rank in (0, 3):
-        walk = list(positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True) and itertools.islice(
-            positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True), 2 * 34))
+        walk = list(itertools.islice(positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True), 68))
         slots = sum((n - 1) // 512 for n in lengths)
         first = [(s, start - 64 * rank) for e, s, start in walk if e == 0]
         assert len(first) == len(set(first)) == slots and all(start % 512 == 0 for _, start in first)
         orders.append(first)
     assert orders[0] != orders[1]
+
+
+def test_shuffled_loader_equals_llm_c_over_several_epochs(small):
+    """The digest is of what llm.c's dataloader.h (f1e2ace6) read here, compiled: 80 batches, B 2, T 32."""
+    stream = Stream(small, ranks=range(8), tokens_per_rank=64, loader="shuffled", wrap=True)
+    for _ in range(80):
+        stream.next()
+    assert stream.epoch == 2
+    assert stream_digest(stream.rank_digests()) == "5b6f509e0f5fb5429f193eec371dc7a5d8f9ef399394ebd810b16d9f03114a79"
 
 
 @pytest.mark.parametrize("loader", ["shuffled", "per_rank", "synced"])
@@ -147,8 +192,8 @@ def test_the_stream_is_the_same_for_1_2_4_8_processes(small, loader):
         digests, rows = {}, []
         for process in range(world):
             each = 8 // world
-            stream = Stream(small, ranks=range(process * each, process * each + each), tokens_per_rank=64, loader=loader,
-                            wrap=True)
+            stream = Stream(small, ranks=range(process * each, process * each + each), tokens_per_rank=64,
+                            loader=loader, wrap=True)
             rows.append(np.stack([stream.next() for _ in range(40)]))
             digests |= stream.rank_digests()
         seen.append((np.concatenate(rows, axis=1).tobytes(), stream_digest(digests)))
@@ -194,6 +239,23 @@ def test_too_few_shards_is_known_before_training(small):
     with pytest.raises(UserError, match="3000 steps of 524288 tokens need 16 train shards, found 3"):
         object.__setattr__(small, "train_tokens", (100_000_000,) * 3)
         require_shards(small, steps=3000, tokens_per_rank=65536, loader="per_rank", wrap=False)
+
+
+def test_the_shuffled_loader_too_is_refused_before_training_when_shards_are_few(small):
+    about = dict(tokens_per_rank=64, loader="shuffled", wrap=False)
+    slots = sum((n - 1) // 512 for n in small.train_tokens)
+    assert require_shards(small, steps=slots, **about) == 3
+    with pytest.raises(UserError, match=f"{slots + 1} steps of 512 tokens need 4 train shards, found 3"):
+        require_shards(small, steps=slots + 1, **about)
+    assert require_shards(small, steps=slots + 1, **about | dict(wrap=True)) == 3
+
+
+def test_a_short_last_shard_matters_only_when_it_is_read(small):
+    write_shard(small.folder / "x_train_000004.bin", np.zeros(300))
+    corpus, about = open_corpus(small.folder), dict(tokens_per_rank=64, loader="per_rank", wrap=False)
+    assert require_shards(corpus, steps=20, **about) == 2
+    with pytest.raises(UserError, match="x_train_000004.bin: 300 tokens are too few for one step of 512"):
+        require_shards(corpus, steps=36, **about)
 
 
 def test_prefetch_keeps_the_order_and_rests_after_settle(small):
@@ -267,7 +329,8 @@ def command(module, *args, **env):
 def test_text_to_shards_and_back(tmp_path):
     texts = [f"Document {i} says: {'word ' * (i + 3)}" for i in range(60)]
     (tmp_path / "a.txt").write_text("\n\f\n".join(texts))
-    done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200, "--shard-tokens", 900)
+    done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200,
+                   "--shard-tokens", 900)
     assert done.returncode == 0, done.stderr
     corpus = open_corpus(tmp_path / "out")
     ids = np.concatenate([open_shard(p) for p in (corpus.val, *corpus.train)]).tolist()
@@ -282,6 +345,35 @@ def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
     done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out")
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_overwriting_leaves_nothing_of_the_longer_run_before(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\f\n".join("word " * 40 + str(i) for i in range(60)))
+    args = ("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200, "--overwrite")
+    assert command(*args, "--shard-tokens", 300).returncode == 0
+    assert len(open_corpus(tmp_path / "out").train) > 2
+    assert command(*args, "--shard-tokens", 5000).returncode == 0
+    assert len(open_corpus(tmp_path / "out").train) == 1
+    other = command(*args, "--name", "other")
+    assert other.returncode == 2 and "holds another corpus" in other.stderr
+    assert len(open_corpus(tmp_path / "out").train) == 1
+
+
+def test_a_name_that_would_mix_up_the_parts_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for name in ("my_val_set", "a_train", "a/b", ""):
+        done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--name", name)
+        assert done.returncode == 2 and "choose a plain one" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_an_unfinished_folder_is_not_a_corpus(tmp_path):
+    lines = [f'{{"text": "{"hello there " * 50}"}}' for _ in range(8000)]  # more than one batch, then a bad line
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{broken"]))
+    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val-tokens", 300,
+                   "--shard-tokens", 1000)
+    assert done.returncode == 2 and "line 8001" in done.stderr and list((tmp_path / "out").glob("*_train_*.bin"))
+    with pytest.raises(UserError, match="no validation shard"):
+        open_corpus(tmp_path / "out")
 
 
 def shard_bytes(tmp_path, n, seed):
@@ -338,9 +430,25 @@ def test_faults_of_the_hub_are_one_clear_line(tmp_path, hub, fault, message):
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
-def test_an_unreachable_hub_says_what_to_do_offline(tmp_path):
-    done = fineweb(tmp_path, "http://127.0.0.1:9", 1)
-    assert done.returncode == 2 and "offline" in done.stderr and "Traceback" not in done.stderr
+def test_an_unreachable_hub_says_what_to_do_offline(unreachable):
+    _, printed = unreachable.communicate(timeout=60)
+    assert unreachable.returncode == 2 and "offline" in printed and "Traceback" not in printed
+
+
+def test_an_interrupted_download_says_that_it_resumes(tmp_path):
+    silent = socket.create_server(("127.0.0.1", 0))  # takes the connection and never answers
+    running = subprocess.Popen(
+        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(tmp_path / "fw")], cwd=ROOT, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+                        "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+                        "HF_HUB_ETAG_TIMEOUT": "60", "no_proxy": "127.0.0.1"})
+    silent.settimeout(20)
+    connection, _ = silent.accept()  # so the program is in the middle of its download
+    running.send_signal(signal.SIGINT)
+    _, printed = running.communicate(timeout=20)
+    connection.close()
+    silent.close()
+    assert running.returncode == 130 and "to resume" in printed and "Traceback" not in printed
 
 
 def test_an_unwritable_download_folder_is_named(tmp_path, hub):

@@ -6,12 +6,14 @@ compiled, float32 and bfloat16, and the harness's own work per step (loader, dig
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the trainer does
 
 import torch
 import torch.nn.functional as F

@@ -38,3 +38,5 @@ for bank in engine.banks:
     whole[bank.name()] = grad[:bank.units].clone()
 if world.main:
     torch.save(whole, sys.argv[1])
+if world.size > 1:
+    dist.destroy_process_group()

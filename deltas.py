@@ -527,6 +527,8 @@ def parser():
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
+    p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "
+                                                                    "`records compare` and `records submit`)")
     p.add_argument("--plan", action="store_true", help="print settings, schedule, shapes and parameters; train nothing")
     p.add_argument("--profile", metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
     return p

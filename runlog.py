@@ -1,5 +1,7 @@
-"""What a run writes: log.txt in the speedrun's form, run.jsonl with hash-chained lines, summary.json; and its curve.
+"""What a run writes: run.jsonl, and from it log.txt in the speedrun's form and summary.json; and its curve.
 
+run.jsonl is the source: hash-chained events. `render` turns an event into the lines of log.txt and `summarise` turns all
+of them into summary.json, so that both can be derived again from the chain, by anyone (`records verify` does).
 A line is written whole or not at all: if the disk is full the file is cut back to its last complete line, and the
 run ends with one message. No torch here.
 """
@@ -17,14 +19,24 @@ from settings import UserError
 
 ROOT = Path(__file__).parent
 RULER = "=" * 100
-SOURCES = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py",
-           "kernels/attention.py", "kernels/newton_schulz.py", "data/shards.py", "data/stream.py"]
+LOG_VERSION = 2  # 1 had no reset account, no first gradients, and a text log with lines of its own
+PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
+
+
+def source_files():
+    """Every file that a training runs through, relative to the checkout."""
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
+    return fixed + [f"{folder}/{path.name}" for folder in ("kernels", "data") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def sources():
-    """(text, hash) of every file that a training runs through."""
-    text = "".join(f"# ----- {name}\n{(ROOT / name).read_text()}\n" for name in SOURCES)
-    return text, hashlib.sha256(text.encode()).hexdigest()[:16]
+    """(text, hash) of all source files."""
+    text = "".join(f"# ----- {name}\n{(ROOT / name).read_text()}\n" for name in source_files())
+    return text, source_hash(text)
+
+
+def source_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def code_version():
@@ -39,23 +51,102 @@ def code_version():
 
 
 def machine():
-    """CPU name, cores and platform."""
-    name = platform.processor() or platform.machine()
+    """CPU name, cores, platform, and an anonymous id that is the same for all runs of one machine."""
+    name, identity = platform.processor() or platform.machine(), platform.node()
     try:
         for line in open("/proc/cpuinfo"):
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
+        identity = Path("/etc/machine-id").read_text().strip() or identity
     except OSError:
         pass
-    return {"cpu": name, "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+    return {"cpu": name, "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
+            "machine": hashlib.sha256(f"speedrun {identity} {name}".encode()).hexdigest()[:12]}
+
+
+# ----- the chain ----------------------------------------------------------------------------------------------------
+
+GENESIS = "0" * 64
+
+
+def chain_hash(previous, body):
+    """Hash of a chained line: sha256 of the hash before it and its canonical JSON."""
+    return hashlib.sha256((previous + json.dumps(body, sort_keys=True)).encode()).hexdigest()
+
+
+def chain_line(previous, body):
+    """(line of JSON with its `hash`, hash)."""
+    digest = chain_hash(previous, body)
+    return json.dumps(body, sort_keys=True)[:-1] + f', "hash": "{digest}"}}', digest
+
+
+def read_chain(path):
+    """Events of a chained file, checked. Raises UserError at the first line that breaks the chain."""
+    return [event for event, _ in read_links(path)]
+
+
+def read_links(path):
+    """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before it."""
+    previous, links = GENESIS, []
+    try:
+        lines = Path(path).read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line)
+            claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
+        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{path}: line {number} is not a complete log line") from None
+        previous = chain_hash(previous, event)
+        if claimed != previous or n != number - 1:
+            raise UserError(f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed")
+        links.append((event, claimed))
+    if not links:
+        raise UserError(f"{path}: the file is empty")
+    return links
+
+
+# ----- what follows from the chain ----------------------------------------------------------------------------------
+
+def render(event):
+    """The lines of log.txt that an event stands for."""
+    kind = event["kind"]
+    facts = {k: v for k, v in event.items() if k not in PRIVATE}
+    if kind == "start":
+        settings, digest = facts.pop("settings"), facts.pop("sources")
+        return [f"sources: sources-{digest}.txt", RULER, *(f"{k}: {v}" for k, v in sorted(facts.items())),
+                f"settings: {json.dumps(settings, sort_keys=True)}", RULER]
+    if kind == "validation":
+        ms, step = event["train_time_ms"], event["step"]
+        return [f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
+                f"step_avg:{ms / max(step, 1):.2f}ms"]
+    if kind == "end":
+        memory = [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
+        return memory + [f"run {event['status']} after {event['steps']} steps", *event["verdict"]]
+    return []
+
+
+def summarise(events, last_hash):
+    """summary.json of a run: what its events say, in one flat table."""
+    by_kind = {e["kind"]: {k: v for k, v in e.items() if k not in PRIVATE} for e in events}
+    curve = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
+    end = by_kind.get("end", {})
+    rate = round(end["tokens"] / max(end["train_time_ms"], 1e-9) * 1000) if end else 0
+    return {**end, "tokens_per_second": rate, "curve": curve, "stream_digest": by_kind.get("stream", {}).get("digest"),
+            "reset": by_kind.get("reset"), **by_kind["start"], "last_hash": last_hash}
 
 
 class RunLog:
-    """The run's folder. `active` is False on all processes but the first: then nothing is written."""
+    """The run's folder. On all processes but the first (`active` False) nothing is written."""
 
-    def __init__(self, out, name, active=True):
-        self.active, self.lines, self.previous = active, 0, "0" * 64
+    def __init__(self, out, name, active=True, began=None):
+        """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms counts."""
+        self.active, self.events, self.previous = active, [], GENESIS
+        self.began = time.perf_counter() if began is None else began
         if not active:
             return
         try:
@@ -87,66 +178,43 @@ class RunLog:
             raise UserError(f"cannot write {self.folder / name}: {error.strerror}; the log is complete up to here, "
                             f"free some space and start again") from None
 
-    def text(self, line):
-        if self.active:
-            self.write("log.txt", line)
-
     def event(self, kind, **fields):
-        """One hash-chained line: `hash` is sha256 of the previous hash and this line's canonical JSON."""
-        if not self.active:
-            return
-        body = json.dumps({"n": self.lines, "kind": kind, **fields}, sort_keys=True)
-        self.previous = hashlib.sha256((self.previous + body).encode()).hexdigest()
-        self.write("run.jsonl", body[:-1] + f', "hash": "{self.previous}"}}')
-        self.lines += 1
+        """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
+        wall_ms = round(1000 * (time.perf_counter() - self.began), 3)
+        event = json.loads(json.dumps({"n": len(self.events), "kind": kind, "wall_ms": wall_ms, **fields}))
+        line, self.previous = chain_line(self.previous, event)
+        if self.active:
+            self.write("run.jsonl", line)
+            for text in render(event):
+                self.write("log.txt", text)
+        self.events.append(event)
+        return event
 
-    def header(self, about, settings):
+    def start(self, about, settings):
         """Sources (once per content, beside the run folders), environment and settings (nested plain values)."""
-        if not self.active:
-            return
         text, digest = sources()
-        path = self.folder.parent / f"sources-{digest}.txt"
-        try:
-            if not path.exists():
-                path.write_text(text)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from None
-        self.text(f"sources: ../{path.name}")
-        self.text(RULER)
-        for key, value in about.items():
-            self.text(f"{key}: {value}")
-        self.text(f"settings: {json.dumps(settings)}")
-        self.text(RULER)
-        self.event("start", sources=digest, settings=settings, **about)
-
-    def summary(self, values):
-        """summary.json, written at once; the chain's last hash ties it to run.jsonl."""
-        if not self.active:
-            return
-        self.event("end", status=values["status"], val_loss=values["val_loss"], train_time_ms=values["train_time_ms"])
-        path = self.folder / "summary.json"
-        try:
-            path.with_suffix(".tmp").write_text(json.dumps({**values, "last_hash": self.previous}, indent=1) + "\n")
-            os.replace(path.with_suffix(".tmp"), path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; run.jsonl beside it is complete") from None
-
-
-def read_chain(path):
-    """Events of a run.jsonl, checked. Raises UserError at the first line that breaks the chain."""
-    previous, events = "0" * 64, []
-    with open(path) as file:
-        for number, line in enumerate(file, 1):
+        if self.active:
+            path = self.folder.parent / f"sources-{digest}.txt"
             try:
-                event = json.loads(line)
-                claimed = event.pop("hash")
-            except (json.JSONDecodeError, KeyError, AttributeError):
-                raise UserError(f"{path}: line {number} is not a complete log line") from None
-            previous = hashlib.sha256((previous + json.dumps(event, sort_keys=True)).encode()).hexdigest()
-            if claimed != previous:
-                raise UserError(f"{path}: line {number} breaks the hash chain: it or a line before it was changed")
-            events.append(event)
-    return events
+                if not path.exists():
+                    path.write_text(text)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from None
+        self.event("start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), sources=digest,
+                   settings=settings, **about)
+
+    def end(self, **fields):
+        """The last event, then summary.json, written at once. Returns the summary."""
+        self.event("end", **fields)
+        summary = summarise(self.events, self.previous)
+        if self.active:
+            path = self.folder / "summary.json"
+            try:
+                path.with_suffix(".tmp").write_text(json.dumps(summary, indent=1) + "\n")
+                os.replace(path.with_suffix(".tmp"), path)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror}; run.jsonl beside it is complete") from None
+        return summary
 
 
 # ----- what a person sees -------------------------------------------------------------------------------------------

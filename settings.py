@@ -270,7 +270,7 @@ class System:
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
     ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, 1 on CUDA")
-    warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 1 eager, 3 compiled")
+    warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3")
     warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
 
 

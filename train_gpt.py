@@ -164,11 +164,12 @@ def ranks_per_forward(s, world):
     return max(1, min(len(world.ranks), 65536 // s.data.tokens_per_rank))
 
 
-def train_step(model, engine, step_plan, inputs, targets, at_once):
+def train_step(model, engine, step_plan, inputs, targets, at_once, before_step=None):
     """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
 
     inputs, targets: (ranks, rows, T). Each forward's loss is its mean over tokens times its share of the eight ranks,
-    so that the gradients of all forwards and processes add up to the mean over logical ranks.
+    so that the gradients of all forwards and processes add up to the mean over logical ranks. before_step: called when
+    the gradients are there (warm-up only).
     """
     total, forwards = 0.0, range(0, len(inputs), at_once)
     for first in forwards:
@@ -178,6 +179,8 @@ def train_step(model, engine, step_plan, inputs, targets, at_once):
         (loss * (at_once / LOGICAL_RANKS)).backward()
         engine.collect()
         total = total + loss.detach()
+    if before_step is not None:
+        before_step()
     engine.step(step_plan)
     return total / len(forwards)
 
@@ -216,10 +219,29 @@ def state_hash(model, engine):
     return digest.hexdigest()
 
 
-def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed):
-    """Untimed steps and a validation chunk that compile and touch everything; then a reset, proven by hashes."""
+def gradient_marks(engine):
+    """{parameter: [norm, sum_i g_i cos(i)]} of this process's share, before it is reduced: what a systems record must keep.
+
+    Two numbers a tensor, so that logs of two programs can be compared input by input: equal seeds give equal weights and
+    equal warm-up tokens. The second one changes with order and signs, which a norm does not see. Taken in the last
+    untimed step, because at the very first one a zero head hides every gradient behind it.
+    """
+    out = {}
+    for bank in engine.banks:
+        for name, p in bank.members:
+            g = p.grad.detach().double().flatten()
+            out[name] = [float(f"{x:.8g}") for x in (g.norm().item(), (g * torch.arange(len(g), device=g.device).cos()).sum().item())]
+    return dict(sorted(out.items()))
+
+
+def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed, log):
+    """Untimed steps and a validation chunk that compile and touch everything; then a reset, proven by hashes.
+
+    Logs loss and gradients of the last untimed step (event `probe`) and the account of the reset (`reset`).
+    """
+    began = time.perf_counter()
     before, generator = state_hash(model, engine), torch.get_rng_state()
-    steps = s.system.warmup_steps if s.system.warmup_steps >= 0 else 3 if compiled is not model else 1
+    steps = s.system.warmup_steps if s.system.warmup_steps >= 0 else 3
     if s.system.warmup_tokens == "real":
         stream = Stream(corpus, ranks=world.ranks, **stream_arguments(s))
     random = torch.Generator().manual_seed(seed + 1)
@@ -229,8 +251,12 @@ def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed):
             batch = stream.next()
         else:
             batch = torch.randint(corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
-        train_step(compiled, engine, plans[min(step, len(plans) - 1)], *to_rows(batch, s.data.seq_len, world.device),
-                   ranks_per_forward(s, world))
+        marks = {}
+        loss = train_step(compiled, engine, plans[min(step, len(plans) - 1)],
+                          *to_rows(batch, s.data.seq_len, world.device), ranks_per_forward(s, world),
+                          before_step=lambda: marks.update(gradient_marks(engine)) if step == steps - 1 else None)
+        if step == steps - 1:
+            log.event("probe", step=step, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
     if steps:
         validate(compiled, rows, world, limit=1)
     model.initialise(seed)
@@ -239,7 +265,8 @@ def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed):
     after = state_hash(model, engine)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
-    return after
+    log.event("reset", warmup_steps=steps, state_before=before, state_after=after,
+              start_ms=round(1000 * (began - PROCESS_START), 3), warmup_ms=round(1000 * (time.perf_counter() - began), 3))
 
 
 # ----- reporting ----------------------------------------------------------------------------------------------------
@@ -298,7 +325,7 @@ def verdict(s, resolved, points, train_ms):
 # ----- the run ------------------------------------------------------------------------------------------------------
 
 def train(resolved, options):
-    """One run, from settings to verdict. Returns (exit code, summary dict)."""
+    """One run, from settings to verdict. Returns the exit code."""
     s = resolved.settings
     world = World(s)
     torch.manual_seed(options.seed)  # nothing here draws from the global generator; a feature that does is repeatable
@@ -321,17 +348,13 @@ def train(resolved, options):
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
-    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main)
+    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
     about = describe(resolved, options, world, corpus, model, engine, used)
-    log.header(about, deltas.plain(s))
+    log.start(about, deltas.plain(s))
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
-    before_clock = {"start_ms": 1000 * (time.perf_counter() - PROCESS_START)}
-    began = time.perf_counter()
-    reset = warm_up(compiled, model, engine, s, world, plans, rows, corpus, options.seed)
-    before_clock["warmup_ms"] = 1000 * (time.perf_counter() - began)
-    log.event("reset", state=reset)
+    warm_up(compiled, model, engine, s, world, plans, rows, corpus, options.seed, log)
 
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
     try:
@@ -340,16 +363,15 @@ def train(resolved, options):
         status = "interrupted"
     finally:
         run.close()
-    summary = {"status": status, **run.results(), **about, "before_clock": before_clock,
-               "settings": deltas.plain(s), "log": "run.jsonl"}
-    return finish(summary, run, resolved, options, world, log)
+    return finish(status, run, resolved, options)
 
 
 def describe(resolved, options, world, corpus, model, engine, used):
     """What the log says about a run before it starts."""
     s = resolved.settings
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
-            "changes": list(resolved.changes), "numerics_version": NUMERICS_VERSION, "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+            "changes": list(resolved.changes), "registered": options.registered, "numerics_version": NUMERICS_VERSION,
+            "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
             "processes": world.size, "device": world.describe(), "attention": "sdpa", "comm": engine.comm,
@@ -397,12 +419,9 @@ class Run:
         loss = validate(self.compiled, self.rows, self.world)
         self.points.append((step, loss))
         ms = self.clock.total_ms
-        line = (f"step:{step}/{len(self.plans)} val_loss:{loss:.6f} train_time:{ms:.0f}ms "
-                f"step_avg:{ms / max(step, 1):.2f}ms")
-        self.log.text(line)
-        self.log.event("validation", step=step, val_loss=loss, train_loss=losses, train_time_ms=round(ms, 3),
-                       tokens=step * tokens_per_step(self.s), epoch=self.stream.epoch)
-        self.world.say(line)
+        event = self.log.event("validation", step=step, scheduled_steps=len(self.plans), val_loss=loss, train_loss=losses,
+                               train_time_ms=round(ms, 3), tokens=step * tokens_per_step(self.s), epoch=self.stream.epoch)
+        self.world.say(*runlog.render(event))
         if not all(map(math.isfinite, [loss, *losses])):
             return False
         if step < len(self.plans):
@@ -434,50 +453,43 @@ class Run:
             self.end_trace()
 
     def results(self):
-        ms = self.clock.read_ms()
-        return {"steps": self.steps_done, "scheduled_steps": len(self.plans), "val_loss": self.points[-1][1] if self.points
-                else None, "train_time_ms": round(ms, 3), "tokens": self.steps_done * tokens_per_step(self.s),
-                "tokens_per_second": round(self.steps_done * tokens_per_step(self.s) / max(ms, 1e-9) * 1000),
-                "curve": self.points, "epoch": self.stream.epoch if self.stream else 0}
+        """What the run came to, for its last event."""
+        return {"steps": self.steps_done, "scheduled_steps": len(self.plans),
+                "val_loss": self.points[-1][1] if self.points else None, "train_time_ms": round(self.clock.read_ms(), 3),
+                "tokens": self.steps_done * tokens_per_step(self.s), "epoch": self.stream.epoch if self.stream else 0}
 
 
-def finish(summary, run, resolved, options, world, log):
-    """Digests, summary, checkpoint, curve and verdict."""
-    s = run.s
-    if summary["status"] != "interrupted":  # an interrupted process may be alone: no collectives
+def finish(status, run, resolved, options):
+    """Digests, verdict, the last event, summary and checkpoint. Returns the exit code."""
+    s, world, log, results = run.s, run.world, run.log, run.results()
+    if status != "interrupted":  # an interrupted process may be alone: no collectives
         digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
-        summary["stream_digest"] = stream_digest(digests)
-        log.event("stream", digest=summary["stream_digest"])
+        log.event("stream", digest=stream_digest(digests))
     if world.cuda:
-        summary["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
-        log.text(f"peak memory allocated: {summary['peak_memory_mib']} MiB")
-    if summary["status"] != "finished":
-        log.text(f"run {summary['status']} after {summary['steps']} steps")
-        log.summary(summary)
-        where = f"; the log is in {log.folder}" if world.main else ""
-        world.say(f"{summary['status']} after {summary['steps']} of {summary['scheduled_steps']} steps{where}")
-        return (INTERRUPTED if summary["status"] == "interrupted" else DIVERGED), summary
+        results["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
     target = s.validation.target
-    summary["target"], summary["reached"] = target, None if target is None else summary["val_loss"] <= target
-    log.summary(summary)
-    lines = verdict(s, resolved, run.points, summary["train_time_ms"])
-    for line in lines:
-        log.text(line)
+    reached = results["val_loss"] <= target if status == "finished" and target is not None else None
+    lines = verdict(s, resolved, run.points, results["train_time_ms"]) if status == "finished" else []
+    log.end(status=status, target=target, reached=reached, verdict=lines, **results)
+    if status != "finished":
+        where = f"; the log is in {log.folder}" if world.main else ""
+        world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
+        return INTERRUPTED if status == "interrupted" else DIVERGED
     if options.save and world.main:
         path = log.folder / "checkpoint.pt"
         torch.save({"model": {k: v.clone().cpu() for k, v in run.model.state_dict().items()},
-                    "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": summary["val_loss"]}, path)
+                    "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": results["val_loss"]}, path)
         world.say(f"checkpoint: {path}")
     world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:
         world.say(f"log: {log.folder}")
-    return (MISSED if summary["reached"] is False else REACHED), summary
+    return MISSED if reached is False else REACHED
 
 
 def main(options, resolved):
     code = 0
     try:
-        code, _ = train(resolved, options)
+        code = train(resolved, options)
     except UserError as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr)

@@ -91,8 +91,7 @@ def harness_ms():
         log = runlog.RunLog(folder, "bench")
         began = time.perf_counter()
         for i in range(200):
-            log.text("step:1/1 val_loss:1.0")
-            log.event("validation", step=i, train_loss=[1.0] * 22)
+            log.event("validation", step=i, scheduled_steps=200, val_loss=1.0, train_time_ms=1.0, train_loss=[1.0] * 22)
         line = (time.perf_counter() - began) / 200
     return 1000 * batch, 1000 * line / s.validation.every
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import deltas
-from runlog import read_chain
+from runlog import read_chain, read_links, render, summarise
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [r for r in deltas.load_records()]
@@ -37,7 +37,7 @@ def test_every_record_trains_three_steps(ref, tmp_path):
     assert done.returncode == 0, done.stderr
     assert summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
     events = read_chain(next(tmp_path.glob("*/run.jsonl")))
-    assert [e["kind"] for e in events] == ["start", "reset", "validation", "validation", "stream", "end"]
+    assert [e["kind"] for e in events] == ["start", "probe", "reset", "validation", "validation", "stream", "end"]
     assert re.search(r"^step:3/3 val_loss:\d\.\d{6} train_time:\d+ms step_avg:\d+\.\d\dms$",
                      next(tmp_path.glob("*/log.txt")).read_text(), re.M)
 
@@ -46,9 +46,26 @@ def test_same_seed_twice_gives_identical_logs_apart_from_times(tmp_path):
     def stripped(out):
         run(out, "short/11", *SHORT, "--seed", "5")
         events = read_chain(next(out.glob("*/run.jsonl")))
-        return [{k: v for k, v in e.items() if k != "train_time_ms"} for e in events]
+        return [{k: v for k, v in e.items() if k != "utc" and not k.endswith("_ms")} for e in events]
 
     assert stripped(tmp_path / "a") == stripped(tmp_path / "b")
+
+
+def test_text_log_and_summary_follow_from_the_chain(tmp_path):
+    run(tmp_path, "short/11", *SHORT)
+    folder = next(tmp_path.glob("2*"))
+    links = read_links(folder / "run.jsonl")
+    events = [event for event, _ in links]
+    assert "".join(line + "\n" for e in events for line in render(e)) == (folder / "log.txt").read_text()
+    assert summarise(events, links[-1][1]) == json.loads((folder / "summary.json").read_text())
+
+
+def test_the_probe_sees_every_gradient(tmp_path):
+    """Three untimed steps: a zero head hides all other gradients in the first one, zero projections some in the second."""
+    run(tmp_path, "short/11", *SHORT)
+    probe = read_chain(next(tmp_path.glob("*/run.jsonl")))[1]
+    marks = {k: v for k, v in probe["gradients"].items() if k != "value_mix.value"}
+    assert probe["step"] == 2 and len(marks) > 36 and all(norm > 0 for norm, _ in marks.values())
 
 
 def losses(summary):

@@ -1,15 +1,14 @@
-"""The `records` command: list, show, diff, features, plot.
+"""The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
 
-    python -m records list
-    python -m records show short/9 [--scale tiny] [--params]
-    python -m records diff short/5 short/9
-    python -m records features [WORD]
-    python -m records plot runs/...
+    python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
+    python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
 """
 
 import argparse
+import importlib
 import json
 import signal
+import sys
 
 import deltas
 from settings import SCALES, UserError
@@ -114,43 +113,57 @@ def features(options):
     print("\n* a feature: --with and --without turn it on and off")
 
 
-def plot(options):
-    from records.plot import plot
-    print(f"plot: {plot(options.runs, options.out)}")
+# Commands with a module of their own (records/<name>.py: arguments(parser), run(options) -> exit code), imported only
+# when they are called, because some need numpy, scipy or matplotlib.
+MODULES = {
+    "plot": "curves of runs as a PNG",
+    "judge": "every published record judged again from its raw runs",
+    "compare": "arms against each other, interleaved on this machine",
+    "submit": "register, run, verify and write up a new record",
+    "verify": "check a claim from its logs alone",
+    "audit": "test the code at a git ref in a process of its own",
+    "replay": "run again what a log describes, and compare",
+    "leaderboard": "write the index, LINEAGE.md and the page from the committed data",
+}
 
 
-def parser():
+def parser(command=None):
+    """The parser of all commands; only the module of `command` is imported."""
     p = argparse.ArgumentParser(prog="python -m records", description="The records of the speedrun.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, run):
-        c = commands.add_parser(name, help=run.__doc__.splitlines()[0] if run.__doc__ else "curves of runs as a PNG")
+    def add(name, run, help):
+        c = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
         c.set_defaults(run=run)
         return c
 
-    c = command("list", list_records)
+    c = add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
     c.add_argument("--markdown", action="store_true", help="the table of the README")
-    c = command("show", show)
+    c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
     c.add_argument("record")
     c.add_argument("--scale", choices=list(SCALES), default="full")
     c.add_argument("--params", action="store_true", help="count parameters (imports torch)")
-    c = command("diff", diff)
+    c = add("diff", diff, "every setting in which two records differ, and who set it")
     c.add_argument("left")
     c.add_argument("right")
     c.add_argument("--scale", choices=list(SCALES), default="full")
-    c = command("features", features)
+    c = add("features", features, "the whole vocabulary: meaning, unit, since when, what --without does, what it needs")
     c.add_argument("word", nargs="?", help="show only settings that mention this word")
-    c = command("plot", plot)
-    c.add_argument("runs", nargs="+", help="run folders")
-    c.add_argument("--out", help="PNG to write (default curve.png in the first folder)")
+    for name, help in MODULES.items():
+        c = add(name, None, help)
+        if name == command:
+            module = importlib.import_module(f"records.{name}")
+            module.arguments(c)
+            c.set_defaults(run=module.run)
     return p
 
 
 def main(argv=None):
-    options = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `records features | head` ends quietly
     try:
-        options.run(options)
+        options = parser(argv[0] if argv else None).parse_args(argv)
+        sys.exit(options.run(options) or 0)
     except UserError as error:
         deltas.fail(error)
 

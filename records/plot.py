@@ -19,6 +19,15 @@ def read_summary(folder):
         raise UserError(f"{path}: not a complete run summary") from None
 
 
+def arguments(p):
+    p.add_argument("runs", nargs="+", help="run folders")
+    p.add_argument("--out", help="PNG to write (default curve.png in the first folder)")
+
+
+def run(options):
+    print(f"plot: {plot(options.runs, options.out)}")
+
+
 def plot(folders, out=None):
     """Draw the curves and return the path of the PNG (default: curve.png in the first folder)."""
     runs = [(folder, *read_summary(folder)) for folder in folders]

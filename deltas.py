@@ -212,6 +212,10 @@ def typed(f, value, where):
             if name not in names:
                 raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has {', '.join(names)}")
         return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
+    if typing.get_origin(f.type) is tuple:
+        if not isinstance(value, (list, tuple)) or any(type(x) is not int for x in value):
+            refuse("a list of whole numbers like [0, 4, 11]")
+        return tuple(value)
     if typing.get_origin(f.type) is typing.Literal:
         choices = typing.get_args(f.type)
         if value not in choices:
@@ -331,14 +335,10 @@ def switch(s, links, with_, without):
     for path in without:
         s, line = turn_off(s, links, path)
         report.append(line)
-        going = True
-        while going:
-            going = False
-            for other, needs in settings.needs_of(s):
-                if needs and not settings.holds(s, needs) and lookup(s, other) != settings.default_of(other):
-                    s = replaced(s, other, settings.default_of(other))
-                    report.append(f"without {other}: it needs {needs}")
-                    going = True
+        while unmet := settings.unmet_needs(s):
+            other, needs, default = unmet[0]
+            s = replaced(s, other, default)
+            report.append(f"without {other}: it needs {needs}")
     return s, report
 
 
@@ -399,6 +399,8 @@ def show(value):
         return "{" + ", ".join(f"{k} = {show(v)}" for k, v in vars(value).items()) + "}"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} = {show(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(show, value)) + "]"
     return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
 
 
@@ -417,7 +419,9 @@ def from_plain(values, cls=Settings):
         hint = hints[name]
         if isinstance(hint, types.UnionType):
             hint = next(a for a in hint.__args__ if a is not type(None))
-        out[name] = from_plain(value, hint) if dataclasses.is_dataclass(hint) and value is not None else value
+        if dataclasses.is_dataclass(hint) and value is not None:
+            value = from_plain(value, hint)
+        out[name] = tuple(value) if isinstance(value, list) else value
     return cls(**out)
 
 

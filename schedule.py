@@ -2,27 +2,54 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
+
+from settings import tokens_per_step
+
+
+class Span(NamedTuple):
+    """What one window lets a query see, with documents and causality (kernels.attention.Window without its block size).
+
+    tokens: q - k < tokens. blocks: q // block - k // block < blocks. None: not limited by this.
+    """
+    tokens: int | None
+    blocks: int | None
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one forward. long_blocks: sizes of the long window so far, which YaRN follows."""
+    long: Span
+    short: Span
+    last: Span  # of the last layer
+    long_blocks: tuple
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step uses. Every field is a plain number, so a whole run can be printed and compared."""
+    """What one optimizer step uses. Every field is a plain value, so a whole run can be printed and compared."""
     step: int
     lr_factor: float  # multiplies every learning rate
     momentum: float  # Muon
     tokens: int  # over all logical ranks
+    windows: Windows | None
 
 
 def lr_factor(schedule, step):
-    """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of records 2 to 17."""
+    """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of record 2 on."""
     steps, warmup = schedule.steps, schedule.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     if schedule.lr == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    if step < steps - schedule.cooldown_steps:
-        return 1.0
-    return (steps - step) / schedule.cooldown_steps
+    if schedule.cooldown_frac:  # record 18 on
+        left = 1 - step / steps
+        w = min(left / schedule.cooldown_frac, 1.0)
+    elif step < steps - schedule.cooldown_steps:
+        w = 1.0
+    else:
+        w = (steps - step) / schedule.cooldown_steps
+    return w * 1.0 + (1 - w) * schedule.lr_floor
 
 
 def muon_momentum(muon, step):
@@ -35,13 +62,77 @@ def muon_momentum(muon, step):
     return (1 - x) * muon.momentum_warmup.start + x * muon.momentum
 
 
+# ----- windows ------------------------------------------------------------------------------------------------------
+
+def long_window(window, steps, step):
+    """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
+    if window.growth == "constant":
+        return window.start
+    if window.growth == "stages":
+        return window.stages[len(window.stages) * step // (1 + steps)] * window.block
+    value = window.start + (window.end - window.start) * (step / steps)
+    grains = math.floor(value / window.grain) if window.growth == "floor" else math.ceil(value / window.grain)
+    return max(1, grains) * window.grain
+
+
+def span(window, tokens):
+    """The Span of a window of so many tokens under the window's rule."""
+    if window.rule == "tokens":
+        return Span(tokens, None)
+    if window.rule == "tokens_blocks":
+        return Span(tokens, -(-tokens // window.block))
+    if window.rule == "blocks":
+        return Span(None, max(1, tokens // window.block))
+    return Span(tokens + 1, None)  # tokens_back: FlashAttention's left window shows one key more
+
+
+def half(window, tokens):
+    """Tokens of the short window: half the blocks, rounded down, at least one block; half the tokens if less than two."""
+    blocks = tokens // window.block
+    return max(1, blocks // 2) * window.block if blocks else max(1, tokens // 2)
+
+
+def windows(s, step, final=False):
+    """Windows at a step. final: in the last validation, where record 31 on looks further back than in training."""
+    w = s.model.attn.window
+    if w is None:
+        return None
+    steps = s.schedule.steps
+    long = long_window(w, steps, step)
+    blocks = ()
+    if w.growth == "stages":
+        blocks = w.stages[:w.stages.index(long // w.block) + 1]
+    if final and w.final:
+        long = w.final * w.block
+        blocks += (w.final,) if w.final != blocks[-1] else ()
+    last = long if not (final and w.final_last_layer) else w.final_last_layer * w.block
+    return Windows(span(w, long), span(w, half(w, long)), span(w, last), blocks)
+
+
+def layer_spans(s, plan):
+    """The Span of every layer (None without windows), from its Windows."""
+    w, layers = s.model.attn.window, range(s.model.num_layers)
+    if w is None:
+        return [None] * len(layers)
+    spans = [plan.long if w.long_layers is None or i in w.long_layers else plan.short for i in layers]
+    if w.long_layers is None or layers[-1] in w.long_layers:
+        spans[-1] = plan.last
+    return spans
+
+
+# ----- the run ------------------------------------------------------------------------------------------------------
+
 def plan(s):
     """The step plans of a run, one per optimizer step."""
-    tokens = 8 * s.data.tokens_per_rank
-    return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens)
+    return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens_per_step(s), windows(s, i))
             for i in range(s.schedule.steps)]
 
 
 def validates(s, step):
     """Is there a validation before this step? (step == steps: the last one, after training)"""
     return step == s.schedule.steps or step % s.validation.every == 0
+
+
+def validation_windows(s, step):
+    """Windows of the validation before this step: those of the step, and at the end the final ones."""
+    return windows(s, step, final=step == s.schedule.steps)

@@ -43,14 +43,31 @@ def opt(default, doc, *, unit="", off=BEFORE, needs="", shrink=""):
 
 @dataclass(frozen=True)
 class Embed:
+    padded: bool = opt(True, "embedding tables have the padded rows too (off: vocab_size rows)", off=REFUSE)
     learned_positions: bool = opt(True, "learned position table added to the token table (GPT-2)", off=False)
     norm: bool = opt(False, "RMS norm right after the embedding", off=False)
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al., arXiv 2309.00071) at every change of the long window from a to b blocks (record 31).
+
+    A pair that turns r times within the old window keeps its frequency f if r >= beta, gets f a/b if r <= alpha, and a
+    linear mix between; the attention scale is multiplied by 1 + gain ln(b/a).
+    """
+    alpha: float = opt(1.0, "turns at or below which a frequency shrinks by a/b")
+    beta: float = opt(32.0, "turns at or above which a frequency stays")
+    gain: float = opt(0.2, "growth of the attention scale per e-fold of the window", off=0.0)
 
 
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs (j, j + head_dim/2)."""
     base: float = opt(10000.0, "frequencies base^(-2j/head_dim)")
+    half: bool = opt(False, "half of the pairs turn, with frequencies base^(-j/(head_dim/4 - 1)); the others stand still "
+                            "(@YouJiacheng)", off=False)
+    yarn: Yarn | None = opt(None, "frequencies and attention scale follow the long window as it grows",
+                            needs="model.attn.window.growth=stages")
 
 
 @dataclass(frozen=True)
@@ -68,12 +85,58 @@ class ValueResidual:
 
 
 @dataclass(frozen=True)
+class ValueEmbed:
+    """Values mixed with rows of token tables (record 14, @KoszarskyB): value of the token itself, by layer."""
+    tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), "table of each layer; -1: none", off=REFUSE)
+    mix: Literal["lerp", "pair"] = opt("lerp", "v <- (1-b) v + b ve, or v <- a v + b ve (layers without a table: a v)")
+    init: float = opt(0.5, "a and b at initialisation; the constants when `learned` is off")
+    learned: bool = opt(True, "a and b are learned scalars per layer (off: the constant `init`)", off=False)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sliding window: how far back in its document a query sees, by a schedule. Sizes in tokens; `block` makes blocks.
+
+    rule `tokens`: q - k < w. `blocks`: q//block - k//block < w/block (FlexAttention's tiles, record 16). `tokens_blocks`:
+    both (record 15). `tokens_back`: q - k <= w, FlashAttention's left window (record 29).
+    """
+    rule: Literal["tokens", "tokens_blocks", "blocks", "tokens_back"] = opt("tokens", "what the window is counted in")
+    block: int = opt(128, "tokens of a block", unit="token", off=REFUSE, shrink="length")
+    growth: Literal["constant", "floor", "ceil", "stages"] = opt(
+        "constant", "w over the run: `start`; start + (end-start) x in whole grains, rounded down or up (at least one), x the "
+                    "fraction of steps done; or `stages` in equal shares of the steps")
+    start: int = opt(1024, "window at the first step", unit="token", shrink="length0")
+    end: int = opt(1024, "value that the window grows towards", unit="token", shrink="length0")
+    grain: int = opt(64, "the window grows by whole multiples of this", unit="token", shrink="length")
+    stages: tuple[int, ...] = opt((), "windows one after the other", unit="block")
+    long_layers: tuple[int, ...] | None = opt(None, "layers that see the whole window; the others see half of its blocks, "
+                                                    "at least one (off: all see all; Gemma 2, record 20)")
+    final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
+                            needs="model.attn.window.growth=stages")
+    final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)", unit="block",
+                                       needs="model.attn.window.final")
+
+
+@dataclass(frozen=True)
+class HeadGate:
+    """Each head's output times sigmoid(W n), n the first channels of the block's normed input (record 28, @classiclarryd)."""
+    channels: int = opt(12, "input channels", unit="channel", off=REFUSE)
+
+
+@dataclass(frozen=True)
 class Attention:
     num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads", unit="head")
     rope: Rope | None = opt(None, "rotary position embedding of queries and keys")
     qk_norm: QKNorm | None = opt(None, "RMS norm of queries and keys per head")
     depth_scale: bool = opt(False, "attention branch times 1/sqrt(2 num_layers) before it is added", off=False)
     value_residual: ValueResidual | None = opt(None, "values mixed with those of the first block")
+    value_embed: ValueEmbed | None = opt(None, "values mixed with rows of token tables")
+    documents: bool = opt(False, "a query sees only keys of its own document, which begins with its end-of-text token",
+                          off=False)
+    window: Window | None = opt(None, "a query sees only the last keys")
+    scale: float | None = opt(None, "softmax scale of the logits q.k (off: 1/sqrt(head_dim))", shrink="rsqrt_width")
+    gate: HeadGate | None = opt(None, "gate on each head's output")
+    drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
 
 
 @dataclass(frozen=True)
@@ -81,6 +144,7 @@ class MLP:
     activation: Literal["gelu_tanh", "gelu", "relu_sq"] = opt(
         "gelu_tanh", "hidden activation; relu_sq = relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
     expansion: int = opt(4, "hidden width / model_dim", off=REFUSE)
+    drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
 
 
 @dataclass(frozen=True)
@@ -94,7 +158,8 @@ class X0Mix:
 @dataclass(frozen=True)
 class UnetSkips:
     """U-net skips: outputs of the first half of the blocks, last in first out, added before the second half."""
-    init: float = opt(1.0, "skip weight at initialisation; the constant when `learned` is off")
+    init: float = opt(1.0, "skip weight (before the sigmoid) at initialisation; the constant when `learned` is off")
+    sigmoid: bool = opt(False, "the weight goes through a sigmoid", off=False)
     learned: bool = opt(True, "one learned weight per skip (off: the constant `init`)", off=False)
 
 
@@ -111,20 +176,29 @@ class Untied:
 
 @dataclass(frozen=True)
 class Softcap:
-    """Logits bounded smoothly: cap * tanh(z / cap) (Gemma 2, arXiv 2408.00118)."""
+    """Logits bounded smoothly (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid(z / scale).
+
+    cap sigmoid(z / scale) is (cap/2) tanh(z / (2 scale)) and a constant, which the softmax does not see.
+    """
+    form: Literal["tanh", "sigmoid"] = opt("tanh", "the bounding function")
     cap: float = opt(30.0, "bound of the logits")
+    scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid")
 
 
 @dataclass(frozen=True)
 class Head:
     untied: Untied | None = opt(None, "own weight for the output head instead of the token table")
-    softcap: Softcap | None = opt(None, "tanh soft cap on the logits")
+    softcap: Softcap | None = opt(None, "soft cap on the logits")
+    logit_scale: Literal["one", "rsqrt_dim"] = opt("one", "logits times 1 or 1/sqrt(model_dim) before the soft cap")
+    train_loss: Literal["mean", "sum"] = opt("mean", "over the tokens of a logical rank; a sum makes Adam's eps relatively "
+                                                     "smaller and is else absorbed by Adam and Muon")
 
 
 @dataclass(frozen=True)
 class Init:
     scheme: Literal["gpt2", "uniform"] = opt(
-        "gpt2", "gpt2: N(0, 0.02), projections N(0, 0.02/sqrt(2 num_layers)); uniform: U(+-1/sqrt(fan_in)), tables N(0,1)")
+        "gpt2", "gpt2: N(0, 0.02), projections N(0, 0.02/sqrt(2 num_layers)); uniform: U(+-bound/sqrt(fan_in)), tables N(0,1)")
+    bound: float = opt(1.0, "half-width of the uniform scheme times sqrt(fan_in); its standard deviation is bound/sqrt(3 fan_in)")
     zero_proj: bool = opt(False, "attention-out and MLP-out weights start at zero (as in muP)", off=False)
 
 
@@ -152,7 +226,9 @@ class Adam:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), shared by all its groups."""
     beta1: float = opt(0.9, "decay of the first moment")
     beta2: float = opt(0.95, "decay of the second moment")
-    eps: float = opt(1e-8, "added to the root of the bias-corrected second moment")
+    eps: float = opt(1e-8, "added to the root of the second moment")
+    eps_after_correction: bool = opt(True, "eps is added to the bias-corrected root, as in torch (off: to the raw root, record "
+                                           "24, which makes it relatively larger at first)", off=BEFORE)
 
 
 @dataclass(frozen=True)
@@ -177,10 +253,14 @@ class MomentumWarmup:
 class Muon:
     """Muon (Jordan et al., kellerjordan.github.io/posts/muon): orthogonalised Nesterov momentum for the block matrices."""
     lr: float = opt(0.018, "learning rate at factor 1")
-    momentum: float = opt(0.95, "M <- momentum M + g; the update uses g + momentum M")
+    momentum: float = opt(0.95, "decay of the momentum buffer; the update looks one step ahead (Nesterov)")
+    averaged: bool = opt(False, "M <- mu M + (1-mu) g, update (1-mu) g + mu M (off: M <- mu M + g, g + mu M); they differ "
+                                "while mu changes", off=False)
     momentum_warmup: MomentumWarmup | None = opt(None, "momentum rises over the first steps")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
         "none", "update times 1, sqrt(max(rows, cols)) or sqrt(max(1, rows/cols)), of the matrix that is orthogonalised")
+    up_shape: Literal["out_in", "in_out"] = opt(
+        "out_in", "rows and cols of the MLP's up matrix in `scale`: 4d x d, or d x 4d as record 27 stores it")
     split_qkv: bool = opt(False, "orthogonalise q, k, v apart (off: as one 3d x d matrix)", off=False)
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE)
 
@@ -188,7 +268,7 @@ class Muon:
 @dataclass(frozen=True)
 class Optim:
     adam: Adam = opt(Adam, "constants of AdamW")
-    embed: Group = opt(Group, "token table (and position table) when it is not the head")
+    embed: Group = opt(Group, "token table (when it is not the head), position table, value tables")
     lm_head: Group = opt(Group, "output head; the shared table when tied")
     matrix: Group = opt(Group, "block matrices, unless optim.muon takes them")
     scalar: Scalars = opt(Scalars, "gains, biases and learned scalars")
@@ -202,6 +282,9 @@ class Schedule:
     lr: Literal["cosine", "trapezoid"] = opt(
         "cosine", "after the warm-up: cosine to zero, or constant and then linear to zero over cooldown_steps")
     warmup_steps: int = opt(700, "linear rise of the learning rate", unit="step", off=0, shrink="steps")
+    cooldown_frac: float = opt(0.0, "linear fall over this last fraction of the steps, instead of cooldown_steps",
+                               off=0.0, needs="schedule.lr=trapezoid")
+    lr_floor: float = opt(0.0, "learning rate at the end of the fall", off=0.0, needs="schedule.lr=trapezoid")
     cooldown_steps: int = opt(0, "linear fall at the end (trapezoid)", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps")
 
@@ -210,8 +293,13 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Data:
-    loader: Literal["shuffled", "per_rank"] = opt(
-        "shuffled", "llm.c's shuffled slots, or in order with a position per logical rank (which drift at shard ends)")
+    loader: Literal["shuffled", "per_rank", "synced", "bos_aligned", "packed"] = opt(
+        "shuffled", "llm.c's shuffled slots; in order with a position per logical rank (which drift at shard ends), or one for "
+                    "all; each rank from a document start; whole documents packed, cut at max_document")
+    switch_at_equal: bool = opt(False, "a shard ends one token earlier (records 15-17)", off=False,
+                                needs="data.loader=per_rank")
+    max_document: int | None = opt(None, "longer documents lose their rest", unit="token", shrink="length",
+                                   needs="data.loader=packed")
     tokens_per_rank: int = opt(65536, "tokens of one logical rank in one step; eight of them make a step", unit="token",
                                off=REFUSE, shrink="batch")
     seq_len: int = opt(1024, "tokens attention sees: a rank's tokens are cut in rows of this length", unit="token",
@@ -236,24 +324,42 @@ Dtype = Literal["bfloat16", "float32", "float64"]
 
 
 @dataclass(frozen=True)
+class FP8Head:
+    """The head's matrix product in 8-bit floats while training (record 19): operands times these factors, then cast.
+
+    Forward e4m3 (largest 448), gradients e5m2 (largest 57344); values beyond are clamped. Validation is not in FP8.
+    """
+    x: float = opt(2.0, "factor of the activations", shrink="rsqrt_width")
+    w: float = opt(32.0, "factor of the weight")
+    grad: float = opt(2.0 ** 29, "factor of the logits' gradient", shrink="mean_grad")
+
+
+@dataclass(frozen=True)
 class Numerics:
     matmul: Dtype = opt("bfloat16", "operands and result of linear layers and attention")
     eval_matmul: Dtype = opt("bfloat16", "the same in validation")
     residual: Dtype = opt("bfloat16", "residual stream")
     matrix: Dtype = opt("float32", "stored weights of linear layers and their optimizer state")
+    head: Dtype = opt("float32", "stored weight of an untied head")
+    gate: Dtype = opt("float32", "stored weights of gates")
     table: Dtype = opt("float32", "stored embedding tables and their optimizer state")
     scalar: Dtype = opt("float32", "stored gains, biases, learned scalars and their optimizer state")
     init_grid: Dtype = opt("float32", "linear weights are rounded to this grid once, at initialisation")
     norm: Dtype = opt("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "added to the mean square (rmsnorm) or the variance (layernorm)")
     rope: Dtype = opt("float32", "stored cos and sin tables")
+    rope_frequency: Dtype = opt("float32", "the frequencies that the tables are made from")
+    rope_math: Dtype = opt("float32", "arithmetic of the rotation, at least (the wider of this, the tables and q, k)")
+    softcap: Dtype = opt("float32", "arithmetic of the soft cap, at least")
+    fp8_head: FP8Head | None = opt(None, "head in FP8 while training", needs="model.head.untied")
     loss: Dtype = opt("float32", "cross entropy")
     newton_schulz: Dtype = opt("bfloat16", "Newton-Schulz iteration")
     newton_schulz_norm: Dtype = opt("float32", "Frobenius norm before the iteration, and the tensor it is taken from")
     newton_schulz_form: Literal["expanded", "factored"] = opt(
         "expanded", "aX + b(AX) + cA(AX), or aX + (bA + cAA)X: the same polynomial, other roundings")
     muon_update: Dtype = opt("float32", "the scaled Muon update before it is subtracted")
-    adam: Dtype = opt("float32", "arithmetic of AdamW (its state has the dtype of the parameter)")
+    adam: Dtype = opt("float32", "arithmetic of AdamW")
+    adam_state: Literal["parameter", "bfloat16"] = opt("parameter", "stored moments of AdamW: dtype of the parameter, or this")
 
 
 # ----- system -----------------------------------------------------------------------------------------------------
@@ -264,9 +370,11 @@ class System:
     precision: Literal["record", "float32", "float64"] = opt(
         "record", "record: as `numerics` says; else every dtype of `numerics` is lifted to this one (and hashed so)")
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model; auto: on CUDA")
-    comm: Literal["auto", "replicated", "sharded", "allreduce_updates"] = opt(
-        "auto", "who updates what: everyone everything; a shard each (ZeRO); Muon round-robin + all-reduce of updates "
-                "(record 6). auto: sharded when there are several processes")
+    attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
+        "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
+    comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
+        "auto", "everyone updates everything, gradients all-reduced during the backward pass (record 23) or after it in buckets "
+                "(22); a shard each, ZeRO (24); Muon round-robin + all-reduce of updates (6). auto: sharded")
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
     ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, 1 on CUDA")
@@ -294,6 +402,11 @@ def head_dim(s):
 def padded_vocab(s):
     """Rows of the token table and classes of the softmax."""
     return math.ceil(s.model.vocab_size / s.model.pad_vocab_to) * s.model.pad_vocab_to
+
+
+def table_rows(s):
+    """Rows of the embedding tables."""
+    return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
 
 
 def tokens_per_step(s):
@@ -329,7 +442,8 @@ def scaled(s, name):
     """The settings at a scale: one pure function, no record names.
 
     Widths, lengths and batch shrink by the scale's divisors; every setting counted in steps is multiplied by
-    steps / record's steps (at least 1 where it was at least 1); learning rates and head counts stay.
+    steps / record's steps (at least 1 where it was at least 1); learning rates, head counts and windows in blocks stay.
+    A row is never longer than a rank's share of the batch or of the validation tokens.
     """
     scale = SCALES[name]
     if name == "full":
@@ -342,6 +456,9 @@ def scaled(s, name):
         "batch": lambda v: v // scale.batch,
         "vocab": lambda v: scale.vocab_size or v,
         "validation": lambda v: scale.validation_tokens,
+        "length0": lambda v: v // scale.length,
+        "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
+        "mean_grad": lambda v: v if s.model.head.train_loss == "sum" else v / scale.batch,  # a mean's gradient is 1/tokens
         "steps": lambda v: max(1, round(v * ratio)) if v else 0,
         "target": lambda v: None,  # a target belongs to a scale and a corpus; presets set their own
     }
@@ -357,8 +474,10 @@ def scaled(s, name):
         return dataclasses.replace(node, **changes)
 
     s = shrink(s)
-    data = dataclasses.replace(s.data, wrap=True)  # a small corpus is read again, and the log says how often
-    validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)))  # enough points for a curve
+    data = dataclasses.replace(s.data, wrap=True,  # a small corpus is read again, and the log says how often
+                               seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
+    validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)),  # enough points for a curve
+                                     seq_len=min(s.validation.seq_len, s.validation.tokens // LOGICAL_RANKS))
     system = dataclasses.replace(s.system, precision=scale.precision)
     return dataclasses.replace(s, data=data, validation=validation, system=system)
 
@@ -369,6 +488,7 @@ def lifted(s):
         return s
     to = s.system.precision
     changes = {f.name: to for f in dataclasses.fields(s.numerics) if f.type is Dtype}
+    changes |= {"adam_state": "parameter", "fp8_head": None}
     return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
 
 
@@ -400,8 +520,18 @@ def check(s):
     require(not m.embed.learned_positions or v.seq_len <= d.seq_len,
             f"validation.seq_len = {v.seq_len} is longer than the learned positions (data.seq_len = {d.seq_len}): "
             "set model.embed.learned_positions=false or shorten it")
+    check_layers(s, require)
+    check_window(s, require)
     require(m.residual.unet_skips is None or m.num_layers % 2 == 0,
             f"model.residual.unet_skips needs an even model.num_layers, got {m.num_layers}")
+    require(not (s.schedule.cooldown_frac and s.schedule.cooldown_steps),
+            "schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them to 0")
+    require(0 <= s.schedule.cooldown_frac <= 1 and 0 <= s.schedule.lr_floor <= 1,
+            "schedule.cooldown_frac and schedule.lr_floor must lie between 0 and 1")
+    require(d.loader not in ("bos_aligned", "packed") or d.seq_len == d.tokens_per_rank,
+            f"data.loader={d.loader} needs one row per logical rank: set data.seq_len = data.tokens_per_rank = {d.tokens_per_rank}")
+    require(d.loader != "packed" or d.max_document is not None,
+            "data.loader=packed needs data.max_document: set it to the longest piece of a document, like 2048")
     require(s.schedule.warmup_steps >= 0 and s.schedule.cooldown_steps >= 0,
             "schedule.warmup_steps and schedule.cooldown_steps must not be negative")
     require(s.optim.grad_clip is None or s.optim.grad_clip > 0, f"optim.grad_clip = {s.optim.grad_clip}: must be > 0")
@@ -411,19 +541,54 @@ def check(s):
             "system.reduction=ordered sums logical ranks one by one: leave system.ranks_per_forward at 0 or 1")
     require(s.system.reduction == "ordinary" or s.system.comm != "allreduce_updates",
             "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
-    for path, needs in needs_of(s):
-        if needs and not holds(s, needs) and lookup(s, path) != default_of(path):
-            raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
+    for path, needs, _ in unmet_needs(s):
+        raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s
 
 
-def default_of(path):
-    node = Settings()
-    for name in path.split(".")[:-1]:
-        node = getattr(node, name)
-        if node is None:
-            return None
-    return getattr(node, path.split(".")[-1])
+def check_layers(s, require):
+    """Settings that name layers must name existing ones."""
+    m, layers = s.model, s.model.num_layers
+    a = m.attn
+    named = {"model.attn.drop_layers": a.drop_layers, "model.mlp.drop_layers": m.mlp.drop_layers}
+    if a.window and a.window.long_layers:
+        named["model.attn.window.long_layers"] = a.window.long_layers
+    for path, indices in named.items():
+        for i in indices:
+            require(0 <= i < layers, f"{path} names layer {i}: the model has layers 0 to {layers - 1}")
+        require(len(set(indices)) == len(indices), f"{path} = {list(indices)} names a layer twice")
+    require(len(a.drop_layers) < layers, "model.attn.drop_layers leaves no attention: leave one layer")
+    require(not (a.value_residual and a.value_embed),
+            "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off")
+    require(a.value_residual is None or 0 not in a.drop_layers,
+            "model.attn.value_residual takes the values of block 0: keep attention there")
+    if a.value_embed:
+        tables = a.value_embed.tables
+        require(len(tables) == layers, f"model.attn.value_embed.tables has {len(tables)} entries for {layers} layers: give one "
+                                       "per layer, -1 for none")
+        used = sorted({t for t in tables if t >= 0})
+        require(min(tables) >= -1 and used == list(range(len(used))),
+                f"model.attn.value_embed.tables = {list(tables)}: number the tables 0, 1, ... without gaps")
+    require(a.gate is None or 1 <= a.gate.channels <= m.model_dim,
+            f"model.attn.gate.channels = {a.gate.channels if a.gate else 0}: must lie between 1 and model.model_dim")
+
+
+def check_window(s, require):
+    w, path = s.model.attn.window, "model.attn.window"
+    require(not s.model.attn.rope or not s.model.attn.rope.half or head_dim(s) % 4 == 0,
+            f"model.attn.rope.half needs a head_dim that is a multiple of 4, got {head_dim(s)}")
+    if w is None:
+        return
+    require(w.block >= 1 and w.grain >= 1, f"{path}.block and {path}.grain must be at least 1 token")
+    if w.growth == "stages":
+        require(w.stages and min(w.stages) >= 1, f"{path}.stages must list windows of at least one block, like [3, 7, 11]")
+    else:
+        require(w.growth != "constant" or w.start >= 1, f"{path}.start = {w.start}: must be at least 1 token")
+        require(0 <= w.start <= w.end or w.growth == "constant", f"{path}.start = {w.start} is beyond {path}.end = {w.end}")
+        require(w.rule != "blocks" or (w.grain if w.growth != "constant" else w.start) % w.block == 0,
+                f"{path}.rule=blocks needs {path}.{'grain' if w.growth != 'constant' else 'start'} in whole blocks of "
+                f"{w.block} tokens")
+    require(w.final is None or w.final >= 1, f"{path}.final = {w.final}: must be at least one block")
 
 
 def lookup(s, path):
@@ -443,12 +608,14 @@ def holds(s, needs):
     return str(found) == value if value else bool(found)
 
 
-def needs_of(s):
-    """(path, needs) of every field that is present in these settings."""
+def unmet_needs(s):
+    """(path, needs, default) of every field that is away from its default although what it needs is not there."""
     def walk(node, prefix):
         for f in dataclasses.fields(node):
-            path, value = prefix + f.name, getattr(node, f.name)
-            yield path, f.metadata["needs"]
+            path, value, needs = prefix + f.name, getattr(node, f.name), f.metadata["needs"]
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            if needs and value != default and not holds(s, needs):
+                yield path, needs, default
             if dataclasses.is_dataclass(value):
                 yield from walk(value, path + ".")
     return list(walk(s, ""))

@@ -9,13 +9,16 @@ No dtype is written here: all come from the precision plan (settings.numerics).
 
 import hashlib
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.attention import attend, attend_cached
-from settings import head_dim, padded_vocab
+from kernels import attention
+from kernels.fp8_linear import fp8_linear
+from schedule import layer_spans
+from settings import UserError, head_dim, padded_vocab, table_rows
 
 
 def dtype(name):
@@ -36,14 +39,14 @@ def constant(value):
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def parameter(shape, dtype_name, *, role, init, parts=None):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar) and its initialiser.
+def parameter(shape, dtype_name, *, role, init, parts=None, label=""):
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar), an optional label below it, and initialiser.
 
     parts: initialisers of the slices along dim 0, where several logical matrices share one tensor. The values are
     filled by GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
-    p.role, p.parts = role, parts or [init]
+    p.role, p.label, p.parts = role, label, parts or [init]
     return p
 
 
@@ -53,7 +56,7 @@ def linear_init(s, fan_in, projection):
         return constant(0.0)
     if s.model.init.scheme == "gpt2":
         return normal(0.02 / math.sqrt(2 * s.model.num_layers) if projection else 0.02)
-    return uniform(1 / math.sqrt(fan_in))
+    return uniform(s.model.init.bound / math.sqrt(fan_in))
 
 
 # ----- coefficients: values with a source -------------------------------------------------------------------------
@@ -61,12 +64,13 @@ def linear_init(s, fan_in, projection):
 class Learned(nn.Module):
     """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
 
-    def __init__(self, n, value, dtype_name):
+    def __init__(self, n, value, dtype_name, sigmoid):
         super().__init__()
         self.value = parameter((n,), dtype_name, role="scalar", init=constant(value))
+        self.sigmoid = sigmoid
 
     def forward(self):
-        return self.value.unbind()
+        return (torch.sigmoid(self.value) if self.sigmoid else self.value).unbind()
 
 
 class Constant(nn.Module):
@@ -80,8 +84,11 @@ class Constant(nn.Module):
         return self.values
 
 
-def coefficient(n, value, learned, dtype_name):
-    return Learned(n, value, dtype_name) if learned else Constant(n, value)
+def coefficient(n, value, learned, dtype_name, sigmoid=False):
+    """n coefficients that start at `value` (before the sigmoid, if there is one)."""
+    if learned:
+        return Learned(n, value, dtype_name, sigmoid)
+    return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)
 
 
 def scale_add(a, x, b, y):
@@ -124,29 +131,52 @@ def linear(x, weight, bias=None):
 
 
 class Rotary(nn.Module):
-    """Rotary positions (records 2 to 16): pairs (j, j + K/2) turned by -t base^(-2j/K), t = index in the row."""
+    """Rotary positions: pairs (j, j + K/2) turned by -t f_j, t = index in the row (never reset at documents).
+
+    full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs,
+    the others stand still. With yarn the tables follow the long window; `follow` must be told its sizes.
+    """
 
     def __init__(self, s):
         super().__init__()
-        self.base, self.width = s.model.attn.rope.base, head_dim(s)
-        self.table_dtype = dtype(s.numerics.rope)
+        n, self.rope, self.width = s.numerics, s.model.attn.rope, head_dim(s)
+        self.table_dtype, self.frequency_dtype, self.math_dtype = dtype(n.rope), dtype(n.rope_frequency), dtype(n.rope_math)
+        self.block = s.model.attn.window.block if s.model.attn.window else None
         self.length = max(s.data.seq_len, s.validation.seq_len)
         self.register_buffer("cos", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False)
         self.register_buffer("sin", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False)
 
+    def frequencies(self, long_blocks):
+        """(f (K/2,), factor of the attention scale) after the long window went through these sizes."""
+        work = torch.float64 if self.table_dtype == torch.float64 else torch.float32  # as the originals: float32 angles
+        if self.rope.half:
+            turning = self.width // 4
+            f = (1 / self.rope.base) ** torch.linspace(0, 1, turning, dtype=work)
+            f = torch.cat([f, f.new_zeros(self.width // 2 - turning)])
+        else:
+            f = 1 / self.rope.base ** (torch.arange(0, self.width, 2, dtype=work) / self.width)
+        yarn, factor = self.rope.yarn, 1.0
+        for a, b in zip(long_blocks, long_blocks[1:]) if yarn else ():
+            turns = self.block * a * f / (2 * math.pi)
+            keep = ((turns - yarn.alpha) / (yarn.beta - yarn.alpha)).clamp(0, 1)
+            f = f * (a / b + keep * (1 - a / b))
+            factor *= 1 + yarn.gain * math.log(b / a)
+        return f.to(self.frequency_dtype).to(work), factor
+
     @torch.no_grad()
-    def initialise(self):
-        work = torch.float64 if self.table_dtype == torch.float64 else torch.float32  # as the original: float32 angles
-        j = torch.arange(0, self.width, 2, dtype=work)
-        angle = torch.outer(torch.arange(self.length, dtype=work), 1 / self.base ** (j / self.width))
+    def follow(self, long_blocks=()):
+        """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
+        f, factor = self.frequencies(long_blocks)
+        angle = torch.outer(torch.arange(self.length, dtype=f.dtype), f)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
+        return factor
 
     def forward(self, x, start=0):
         """x: (R, T, H, K) at positions start..start+T-1 of its row. Returned in x's dtype."""
         cos = self.cos[start:start + x.size(1), None]
         sin = self.sin[start:start + x.size(1), None]
-        x1, x2 = x.chunk(2, dim=-1)
+        x1, x2 = x.to(torch.promote_types(x.dtype, self.math_dtype)).chunk(2, dim=-1)
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
@@ -163,7 +193,8 @@ class Embedding(nn.Module):
             init = normal(0.02)
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
-        self.table = parameter((padded_vocab(s), m.model_dim), n.table, role="lm_head" if tied else "embed", init=init)
+        rows = padded_vocab(s) if tied else table_rows(s)
+        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", init=init)
         self.positions = None
         if m.embed.learned_positions:
             self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", init=normal(0.02))
@@ -177,7 +208,74 @@ class Embedding(nn.Module):
         return x if self.norm is None else self.norm(x)
 
 
+# ----- values -----------------------------------------------------------------------------------------------------
+
+class ValueResidual(nn.Module):
+    """v <- (1 - lam) v + lam v1, v1 the values of block 0 (record 9)."""
+
+    def __init__(self, s):
+        super().__init__()
+        v = s.model.attn.value_residual
+        self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar)
+
+    def begin(self, tokens):
+        """Function (layer, v) -> v for one forward pass."""
+        lam, first = self.lam(), []
+
+        def mix(i, v):
+            if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
+                first.append(v)
+                return v
+            return ((1 - lam[i]) * v + lam[i] * first[0]).to(v.dtype)
+
+        return mix
+
+
+class ValueEmbed(nn.Module):
+    """v <- a v + b ve, ve the token's row of the layer's table (record 14 on); a = 1 - b with mix `lerp`."""
+
+    def __init__(self, s):
+        super().__init__()
+        e, n, layers = s.model.attn.value_embed, s.numerics, s.model.num_layers
+        self.index, self.lerp, self.dtype = e.tables, e.mix == "lerp", dtype(n.residual)
+        self.tables = nn.ParameterList(parameter((table_rows(s), s.model.model_dim), n.table, role="embed", init=normal(1.0))
+                                       for _ in range(max(e.tables) + 1))
+        self.place = {i: k for k, i in enumerate(attention_layers(s))}  # layers without attention have no coefficients
+        self.v = None if self.lerp else coefficient(len(self.place), e.init, e.learned, n.scalar)
+        self.ve = coefficient(len(self.place), e.init, e.learned, n.scalar)
+
+    def begin(self, tokens):
+        a, b = self.v() if self.v is not None else None, self.ve()
+        rows = [F.embedding(tokens, table).to(self.dtype) for table in self.tables]
+
+        def mix(i, v):
+            k, table = self.place[i], self.index[i]
+            keep = 1 - b[k] if self.lerp else a[k]
+            if table < 0:
+                return v if self.lerp else (keep * v).to(v.dtype)
+            return (keep * v + b[k] * rows[table].view(v.shape)).to(v.dtype)
+
+        return mix
+
+
+def attention_layers(s):
+    return [i for i in range(s.model.num_layers) if i not in s.model.attn.drop_layers]
+
+
 # ----- attention, MLP ---------------------------------------------------------------------------------------------
+
+@dataclass
+class Context:
+    """What the attention of one forward sees, by layer, and the softmax scale.
+
+    views: kernels.attention.View, or for one token after a cache (documents, Window); None in layers without attention.
+    """
+    views: list
+    scale: float | None
+
+    def backends(self):
+        return sorted({view.backend for view in self.views if view is not None})
+
 
 class Attention(nn.Module):
     """q, k, v and output projection in one tensor (4, D, D): how it is cut for Muon is the optimizer's business."""
@@ -188,17 +286,20 @@ class Attention(nn.Module):
         self.num_heads, self.head_dim = a.num_heads, head_dim(s)
         inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
         self.qkvo = parameter((4, d, d), n.matrix, role="matrix", init=None, parts=[inner, inner, inner, out])
-        self.bias = None
+        self.bias = self.gate = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+        if a.gate:
+            self.gate = parameter((a.num_heads, a.gate.channels), n.gate, role="matrix", init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
         self.eps, self.norm_dtype = n.norm_eps, dtype(n.norm)
         self.branch_scale = 1 / math.sqrt(2 * s.model.num_layers) if a.depth_scale else None
 
-    def forward(self, x, rotary, value_mix, cache=None):
-        """x: (R, T, D) normed, in the matmul dtype. value_mix: function of v (value residual) or None.
+    def forward(self, x, rotary, mix_values, view, scale, cache=None):
+        """x: (R, T, D) normed, in the matmul dtype. mix_values: function of v (residual or embedding) or None.
 
-        cache: None, or this layer's (keys, values) list for generation, extended here. Returns (R, T, D).
+        view, scale: what is visible and the softmax scale (Context). cache: None, or this layer's (keys, values) list for
+        generation, extended here. Returns (R, T, D).
         """
         rows, tokens, d = x.shape
         w_qkv, w_o = self.qkvo.split([3, 1])
@@ -207,15 +308,18 @@ class Attention(nn.Module):
         q, k, v = qkv.view(rows, tokens, 3, self.num_heads, self.head_dim).unbind(2)
         start = 0 if cache is None or cache[0] is None else cache[0].size(1)
         q, k = self.place(q, rotary, start), self.place(k, rotary, start)
-        if value_mix is not None:
-            v = value_mix(v)
-        if cache is None:
-            y = attend(q, k, v)
-        else:
-            if start:
-                k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
+        if mix_values is not None:
+            v = mix_values(v)
+        if start:
+            k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
+        if cache is not None:
             cache[:] = [k, v]
-            y = attend_cached(q, k, v) if start else attend(q, k, v)
+        if start:
+            y = attention.attend_cached(q, k, v, *(view or ()), scale=scale)
+        else:
+            y = attention.attend(q, k, v, view, scale)
+        if self.gate is not None:  # (R, T, H): one factor per head
+            y = y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]
         y = linear(y.reshape(rows, tokens, d), w_o[0], None if b_o is None else b_o[0])
         return y if self.branch_scale is None else self.branch_scale * y
 
@@ -239,7 +343,7 @@ class MLP(nn.Module):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
         f = s.model.mlp.expansion * d
-        self.up = parameter((f, d), n.matrix, role="matrix", init=linear_init(s, d, projection=False))
+        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", init=linear_init(s, d, projection=False))
         self.down = parameter((d, f), n.matrix, role="matrix", init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None
         if s.model.bias:
@@ -252,10 +356,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, s):
+    """Attention and MLP, each with its norm; either may be dropped in a layer (records 17 and 30)."""
+
+    def __init__(self, s, layer):
         super().__init__()
-        self.attn_norm, self.attn = Norm(s), Attention(s)
-        self.mlp_norm, self.mlp = Norm(s), MLP(s)
+        self.attn = self.mlp = None
+        if layer not in s.model.attn.drop_layers:
+            self.attn_norm, self.attn = Norm(s), Attention(s)
+        if layer not in s.model.mlp.drop_layers:
+            self.mlp_norm, self.mlp = Norm(s), MLP(s)
 
 
 # ----- residual wiring --------------------------------------------------------------------------------------------
@@ -269,7 +378,8 @@ class Residual(nn.Module):
         self.half = layers // 2
         self.skip = self.x = self.x0 = None
         if r.unet_skips:
-            self.skip = coefficient(self.half, r.unet_skips.init, r.unet_skips.learned, n.scalar)
+            u = r.unet_skips
+            self.skip = coefficient(self.half, u.init, u.learned, n.scalar, u.sigmoid)
         if r.x0_mix:
             self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar)
             self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar)
@@ -306,15 +416,32 @@ class Head(nn.Module):
         self.weight = None
         if m.head.untied:
             init = constant(0.0) if m.head.untied.init == "zero" else linear_init(s, m.model_dim, projection=False)
-            self.weight = parameter((padded_vocab(s), m.model_dim), n.matrix, role="lm_head", init=init)
-        self.cap = m.head.softcap.cap if m.head.softcap else None
+            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", init=init)
+        self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
+        self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
+        self.fp8 = n.fp8_head
         self.loss_dtype = dtype(n.loss)
 
     def forward(self, x, table):
-        z = linear(x, table if self.weight is None else self.weight)
-        if self.cap is not None:
-            z = self.cap * torch.tanh(z / self.cap)
+        weight = table if self.weight is None else self.weight
+        if self.fp8 and self.training:
+            z = fp8_linear(x, weight, self.fp8.x, self.fp8.w, self.fp8.grad)
+        else:
+            z = linear(x, weight)
+        if self.scale is not None or self.softcap is not None:
+            z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
+        if self.scale is not None:
+            z = z * self.scale
+        if self.softcap is not None:
+            z = bounded(z, self.softcap)
         return z.to(self.loss_dtype)
+
+
+def bounded(z, softcap):
+    """Logits z under a soft cap (settings.Softcap), elementwise."""
+    if softcap.form == "tanh":
+        return softcap.cap * torch.tanh(z / softcap.cap)
+    return softcap.cap * torch.sigmoid(z / softcap.scale)
 
 
 # ----- GPT --------------------------------------------------------------------------------------------------------
@@ -328,55 +455,83 @@ class GPT(nn.Module):
 
     def __init__(self, s):
         super().__init__()
+        self.settings = s
         self.embed = Embedding(s)
         self.rotary = Rotary(s) if s.model.attn.rope else None
-        self.blocks = nn.ModuleList(Block(s) for _ in range(s.model.num_layers))
+        self.blocks = nn.ModuleList(Block(s, i) for i in range(s.model.num_layers))
         self.residual = Residual(s)
-        self.value_mix = None
+        self.values = None
         if s.model.attn.value_residual:
-            v = s.model.attn.value_residual
-            self.value_mix = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar)
+            self.values = ValueResidual(s)
+        elif s.model.attn.value_embed:
+            self.values = ValueEmbed(s)
         self.norm = Norm(s)
         self.head = Head(s)
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
+        self.followed, self.scale = None, s.model.attn.scale
+        self.compiled = False  # set by who compiles it: shapes must not depend on the data then
 
-    def forward(self, tokens, targets=None, cache=None):
+    def forward(self, tokens, targets=None, context=None, cache=None):
         """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
 
-        cache: None, or a list of [keys, values] per layer (start with [None, None]) for generation.
+        context: what attention sees (GPT.context); None: all of the row, as in records 1-11. cache: None, or a list of
+        [keys, values] per layer (start with [None, None]) for generation.
         """
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
-        start = 0 if cache is None or cache[0][0] is None else cache[0][0].size(1)
+        start = 0 if cache is None else max((c[0].size(1) for c in cache if c[0] is not None), default=0)
         x = self.embed(tokens, start)
         enter, leave = self.residual.begin(x)
-        mix = self.value_mixers()
+        mix = self.values.begin(tokens) if self.values is not None else None
         for i, block in enumerate(self.blocks):
             x = enter(i, x)
-            layer_cache = None if cache is None else cache[i]
-            x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix(i), layer_cache)
-            x = x + block.mlp(block.mlp_norm(x).to(matmul_dtype))
+            if block.attn is not None:
+                mix_values = None if mix is None else lambda v, i=i: mix(i, v)
+                view, scale = (None, self.scale) if context is None else (context.views[i], context.scale)
+                x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix_values, view, scale,
+                                   None if cache is None else cache[i])
+            if block.mlp is not None:
+                x = x + block.mlp(block.mlp_norm(x).to(matmul_dtype))
             x = leave(i, x)
         logits = self.head(self.norm(x).to(matmul_dtype), self.embed.table)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
 
-    def value_mixers(self):
-        """Per layer the function v -> (1 - lam) v + lam v1, v1 the values of block 0 (record 9), or None."""
-        if self.value_mix is None:
-            return lambda i: None
-        lam, first = self.value_mix(), []
+    def context(self, tokens, bos, windows, cached=False):
+        """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
-        def mixer(i):
-            def mix(v):
-                if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
-                    first.append(v)
-                    return v
-                return ((1 - lam[i]) * v + lam[i] * first[0]).to(v.dtype)
-            return mix
+        windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record 31). One view
+        serves all layers with the same span. cached: only the last token is new, the others lie in a cache. Made outside
+        the compiled forward. None if every row is one document without a window.
+        """
+        s, a = self.settings, self.settings.model.attn
+        if windows is not None and a.rope and a.rope.yarn and self.followed != windows.long_blocks:
+            self.followed = windows.long_blocks
+            factor = self.rotary.follow(windows.long_blocks)
+            self.scale = factor * (a.scale if a.scale is not None else 1 / math.sqrt(head_dim(s)))
+        if not a.documents and windows is None:
+            return None
+        documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
+        by_span = {}
+        for span in {span for i, span in enumerate(layer_spans(s, windows)) if i not in a.drop_layers}:
+            window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
+            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window)
+        return Context([by_span.get(span) for span in layer_spans(s, windows)], self.scale)
 
-        return mixer
+    def view(self, tokens, documents, window):
+        """The prepared view of one window by the backend that system.attention asks for."""
+        s, length = self.settings, tokens.size(1)
+        matmul_dtype = self.train_dtype if self.training else self.eval_dtype
+        packed = self.training and s.data.loader == "packed"
+        try:
+            backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
+                                       tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
+                                       compiled=self.compiled)
+            return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
+                                  dtype=matmul_dtype, longest=s.data.max_document if packed else None)
+        except ValueError as error:
+            raise UserError(f"system.attention={s.system.attention}: {error}") from None
 
     @torch.no_grad()
     def initialise(self, seed):
@@ -390,8 +545,9 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
+        self.followed, self.scale = None, self.settings.model.attn.scale
         if self.rotary is not None:
-            self.rotary.initialise()
+            self.rotary.follow()
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())

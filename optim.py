@@ -22,8 +22,8 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 # ----- rules ------------------------------------------------------------------------------------------------------
 
-def adamw(p, g, m, v, *, lr, decay, beta1, beta2, eps, correction1, correction2, math_dtype):
-    """AdamW (arXiv 1711.05101), elementwise; eps is added to the root of the corrected second moment.
+def adamw(p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype):
+    """AdamW (arXiv 1711.05101), elementwise. eps is added to the root of the corrected second moment, or of the raw one.
 
     correction1, correction2: 1 - beta^t. Computed in math_dtype; returns (p, m, v), to be stored in their own dtype.
     """
@@ -31,19 +31,27 @@ def adamw(p, g, m, v, *, lr, decay, beta1, beta2, eps, correction1, correction2,
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     p = p - (lr * decay) * p
-    return p - (lr / correction1) * m / ((v / correction2).sqrt() + eps), m, v
+    if eps_after_correction:
+        return p - (lr / correction1) * m / ((v / correction2).sqrt() + eps), m, v
+    return p - (lr * correction2 ** 0.5 / correction1) * m / (v.sqrt() + eps), m, v
 
 
-def muon_direction(g, momentum_buffer, *, momentum, cut, scale, ns):
+def muon_direction(g, momentum_buffer, *, momentum, averaged, cut, factor_shape, scale, ns):
     """Muon's update before the learning rate: Nesterov momentum, orthogonalised per matrix, times the shape factor.
 
-    g: (N, ...) units. cut: units -> list of (N', rows, cols) batches and back (see Cut). Returns (update, buffer).
-    Versions: v0 (record 3) scale none; v1 (record 4) sqrt_max; v2 (records 8-14) sqrt_ratio.
+    g: (N, ...) units. cut: units -> list of (N', rows, cols) batches and back (see Cut). factor_shape: (rows, cols) that
+    `scale` sees for each piece; None: the piece's own. Returns (update, buffer).
+    Versions: v0 (record 3) scale none; v1 (record 4) sqrt_max; v2 (8-14) sqrt_ratio; v3 (15 on) averaged.
     """
-    momentum_buffer = momentum * momentum_buffer + g
+    if averaged:
+        momentum_buffer = momentum * momentum_buffer + (1 - momentum) * g
+        ahead = momentum * momentum_buffer + (1 - momentum) * g
+    else:
+        momentum_buffer = momentum * momentum_buffer + g
+        ahead = g + momentum * momentum_buffer
     pieces = []
-    for x in cut.split(g + momentum * momentum_buffer):
-        rows, cols = x.shape[-2:]
+    for x in cut.split(ahead):
+        rows, cols = factor_shape or x.shape[-2:]
         pieces.append(SCALES[scale](rows, cols) * orthogonalise(x, ns))
     return cut.join(pieces), momentum_buffer
 
@@ -83,6 +91,9 @@ class Cut:
         return torch.cat([qkv.unflatten(1, (3, -1)), o[:, None]], dim=1)
 
 
+BUCKET_BYTES = 64 * 2 ** 20  # record 22's flat buffers; here slices of the banks, so nothing is copied
+
+
 # ----- banks ------------------------------------------------------------------------------------------------------
 
 class Bank:
@@ -109,8 +120,9 @@ class Bank:
             start = stop
         self.partial = []  # gradients of finished forwards: float32 sum, or the levels of the fixed tree
         self.state = {}
+        self.label = members[0][1].label
         self.pending = len(members)
-        self.work = self.reduced = None
+        self.work, self.reduced = [], None
 
     def name(self):
         return f"{self.role} {self.rule} {self.units} x {tuple(self.unit)} {self.param.dtype}".replace("torch.", "")
@@ -170,9 +182,9 @@ class Engine:
             if p.role == "matrix" and self.s.optim.muon:
                 rule = "muon"
                 unit = p.shape if self.cut.joint and p.dim() == 3 else p.shape[-2:]
-            groups.setdefault((rule, p.role, p.dtype, tuple(unit)), []).append((name, p))
+            groups.setdefault((rule, p.role, p.label, p.dtype, tuple(unit)), []).append((name, p))
         shards = self.world if self.comm == "sharded" else 1
-        return [Bank(rule, role, members, unit, shards) for (rule, role, _, unit), members in groups.items()]
+        return [Bank(rule, role, members, unit, shards) for (rule, role, _, _, unit), members in groups.items()]
 
     @torch.no_grad()
     def reset(self):
@@ -182,9 +194,11 @@ class Engine:
             mine = self.mine(bank, bank.param)
             names = ("momentum_buffer",) if bank.rule == "muon" else ("exp_avg", "exp_avg_sq")
             state_dtype = bank.param.dtype
+            if bank.rule == "adamw" and self.s.numerics.adam_state != "parameter":
+                state_dtype = dtype(self.s.numerics.adam_state)
             bank.state = {name: torch.zeros_like(mine, dtype=state_dtype) for name in names}
             bank.grad.zero_()
-            bank.partial, bank.work, bank.reduced, bank.pending = [], None, None, len(bank.members)
+            bank.partial, bank.work, bank.reduced, bank.pending = [], [], None, len(bank.members)
 
     def mine(self, bank, x):
         """The part of a bank-shaped tensor that this process updates (a view)."""
@@ -204,7 +218,7 @@ class Engine:
 
     def ready(self, bank):
         bank.pending -= 1
-        if self.launching and bank.pending == 0 and self.world > 1 and not self.ordered:
+        if self.launching and bank.pending == 0 and self.world > 1 and not self.ordered and self.comm != "bucketed":
             self.launch(bank)
 
     @torch.no_grad()
@@ -235,10 +249,12 @@ class Engine:
         grad = self.local(bank)
         if self.comm == "sharded":
             bank.reduced = grad.new_empty((len(grad) // self.world, *grad.shape[1:]))
-            bank.work = reduce_scatter(bank.reduced, grad, op=dist.ReduceOp.SUM, async_op=True)
-        else:
-            bank.reduced = grad
-            bank.work = dist.all_reduce(grad, op=dist.ReduceOp.SUM, async_op=True)
+            bank.work = [reduce_scatter(bank.reduced, grad, op=dist.ReduceOp.SUM, async_op=True)]
+            return
+        bank.reduced = grad
+        size = BUCKET_BYTES // grad.element_size() if self.comm == "bucketed" else grad.numel()
+        bank.work = [dist.all_reduce(part, op=dist.ReduceOp.SUM, async_op=True)
+                     for part in grad.view(-1).split(max(1, size)) if part.numel()]
 
     @torch.no_grad()
     def finish(self, bank):
@@ -254,9 +270,8 @@ class Engine:
         if self.world == 1:
             grad = self.local(bank)
             return grad, grad
-        if bank.work is None:  # a parameter had no gradient this time, so the hook never fired
-            self.launch(bank)
-        bank.work.wait()
+        for work in bank.work:
+            work.wait()
         grad = bank.reduced if self.comm == "sharded" else self.mine(bank, bank.reduced)
         return grad, bank.reduced
 
@@ -276,6 +291,10 @@ class Engine:
     def step(self, plan):
         """Reduce, update, gather; then clear the gradients. `plan`: schedule.StepPlan."""
         self.steps_taken += 1
+        if self.world > 1 and not self.ordered:
+            for bank in self.banks:
+                if not bank.work:  # bucketed, or a parameter had no gradient this time, so that the hook never fired
+                    self.launch(bank)
         grads = [self.finish(bank) for bank in self.banks]
         factor = self.clip_factor(grads)
         gathers = []
@@ -289,7 +308,7 @@ class Engine:
             work.wait()
         for bank in self.banks:
             bank.grad.zero_()
-            bank.partial, bank.work, bank.reduced = [], None, None
+            bank.partial, bank.work, bank.reduced = [], [], None
 
     def number(self, value):
         """A per-step number for a rule; compiled rules get a tensor, so that a new value does not recompile them."""
@@ -303,14 +322,16 @@ class Engine:
             p = self.mine(bank, bank.param)
             new = self.adamw(p, grad, bank.state["exp_avg"], bank.state["exp_avg_sq"],
                              lr=self.number(group.lr * plan.lr_factor), decay=getattr(group, "weight_decay", 0.0),
-                             beta1=a.beta1, beta2=a.beta2, eps=a.eps, correction1=self.number(1 - a.beta1 ** t),
+                             beta1=a.beta1, beta2=a.beta2, eps=a.eps,
+                             eps_after_correction=a.eps_after_correction, correction1=self.number(1 - a.beta1 ** t),
                              correction2=self.number(1 - a.beta2 ** t), math_dtype=dtype(n.adam))
             for old, value in zip((p, bank.state["exp_avg"], bank.state["exp_avg_sq"]), new):
                 old.copy_(value)
             return
         ns = (o.muon.ns_steps, n, self.ordered)
         update, buffer = self.direction(grad.to(bank.param.dtype), bank.state["momentum_buffer"],
-                                        momentum=self.number(plan.momentum), cut=self.cut_of(bank),
+                                        momentum=self.number(plan.momentum), averaged=o.muon.averaged,
+                                        cut=self.cut_of(bank), factor_shape=self.factor_shape(bank),
                                         scale=o.muon.scale, ns=ns)
         bank.state["momentum_buffer"].copy_(buffer)
         update = update.to(dtype(n.muon_update))
@@ -323,6 +344,12 @@ class Engine:
         else:
             p = self.mine(bank, bank.param)
             p.sub_(lr * update.to(p.dtype))
+
+    def factor_shape(self, bank):
+        """(rows, cols) that enter Muon's shape factor, where they are not those of the stored matrix (record 27)."""
+        if bank.label == "mlp_up" and self.s.optim.muon.up_shape == "in_out":
+            return bank.unit[::-1]
+        return None
 
     def cut_of(self, bank):
         return self.cut if len(bank.unit) == 3 else Cut(joint=False)

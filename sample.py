@@ -20,7 +20,7 @@ def parser():
 
 
 def load(path):
-    """(model in eval mode, settings, tokenizer name) of a checkpoint. Errors are one line."""
+    """(model in eval mode, tokenizer name) of a checkpoint. Errors are one line."""
     import torch
 
     import deltas
@@ -37,27 +37,34 @@ def load(path):
         raise
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise UserError(f"{path}: not a checkpoint of this program ({type(error).__name__})") from None
-    return model.eval(), s, saved["tokenizer"]
+    return model.eval(), saved["tokenizer"]
 
 
-def generate(model, ids, count, *, vocab_size, seq_len, temperature, seed, cached=True):
+def generate(model, ids, count, *, vocab_size, bos, temperature, seed, cached=True):
     """Continue `ids` by `count` tokens. Returns the new ids.
 
-    The context is the last seq_len tokens; the cache is rebuilt from half of them whenever it is full, since positions
-    may not pass the trained length. Padding classes are never drawn.
+    The context is the last validation.seq_len tokens, seen through the windows of the final validation; the cache is
+    rebuilt from half of them whenever it is full, since positions may not pass the trained length. bos: the token that
+    begins documents. Padding classes are never drawn.
     """
     import torch
+
+    import schedule
+    s = model.settings
+    seq_len, windows = s.validation.seq_len, schedule.validation_windows(s, s.schedule.steps)
     generator = torch.Generator().manual_seed(seed)
     ids, layers = list(ids), len(model.blocks)
-    cache, new = None, []
+    cache, new, held = None, [], []
     with torch.no_grad():
         for _ in range(count):
-            if cache is None or cache[0][0].size(1) >= seq_len or not cached:
-                keep = ids[-(seq_len if len(ids) < seq_len else max(1, seq_len // 2)):]
+            fresh = not held or len(held) >= seq_len or not cached
+            if fresh:
+                held = ids[-(seq_len if len(ids) < seq_len else max(1, seq_len // 2)):]
                 cache = [[None, None] for _ in range(layers)]
-                logits = model(torch.tensor([keep]), cache=cache)[0, -1]
             else:
-                logits = model(torch.tensor([ids[-1:]]), cache=cache)[0, -1]
+                held = held + ids[-1:]
+            context = model.context(torch.tensor([held]), bos, windows, cached=not fresh)
+            logits = model(torch.tensor([held if fresh else held[-1:]]), context=context, cache=cache)[0, -1]
             logits = logits[:vocab_size].float()
             if temperature == 0:
                 token = int(logits.argmax())
@@ -73,11 +80,11 @@ def main(argv=None):
     try:
         if options.tokens < 1 or options.temperature < 0:
             raise UserError("--tokens must be at least 1 and --temperature not negative")
-        model, s, tokenizer = load(options.checkpoint)
+        model, tokenizer = load(options.checkpoint)
         from data import tokenizer as tokenizers
         encoding = tokenizers.load(tokenizer)
         ids = [encoding.eot_token, *encoding.encode_ordinary(options.prompt)]
-        new = generate(model, ids, options.tokens, vocab_size=encoding.n_vocab, seq_len=s.validation.seq_len,
+        new = generate(model, ids, options.tokens, vocab_size=encoding.n_vocab, bos=encoding.eot_token,
                        temperature=options.temperature, seed=options.seed)
         print(options.prompt + encoding.decode([t for t in new if t != encoding.eot_token]))
     except UserError as error:

@@ -138,8 +138,9 @@ def find_corpus(options, resolved):
 
 
 def stream_arguments(s):
-    return dict(loader=s.data.loader, tokens_per_rank=s.data.tokens_per_rank, wrap=s.data.wrap,
-                first_batch_twice=s.data.first_batch_twice)
+    d = s.data
+    return dict(loader=d.loader, tokens_per_rank=d.tokens_per_rank, wrap=d.wrap, first_batch_twice=d.first_batch_twice,
+                switch_at_equal=d.switch_at_equal, max_document=d.max_document)
 
 
 def to_rows(batch, seq_len, device):
@@ -164,19 +165,23 @@ def ranks_per_forward(s, world):
     return max(1, min(len(world.ranks), 65536 // s.data.tokens_per_rank))
 
 
-def train_step(model, engine, step_plan, inputs, targets, at_once, before_step=None):
+def train_step(run, step_plan, inputs, targets, before_step=None):
     """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
 
     inputs, targets: (ranks, rows, T). Each forward's loss is its mean over tokens times its share of the eight ranks,
-    so that the gradients of all forwards and processes add up to the mean over logical ranks. before_step: called when
-    the gradients are there (warm-up only).
+    so that the gradients of all forwards and processes add up to the mean over logical ranks; with train_loss `sum`, to
+    the mean over logical ranks of their sums. before_step: called when the gradients are there (warm-up only).
     """
-    total, forwards = 0.0, range(0, len(inputs), at_once)
+    total, at_once, engine = 0.0, run.at_once, run.engine
+    forwards = range(0, len(inputs), at_once)
+    share = at_once / LOGICAL_RANKS
+    if run.s.model.head.train_loss == "sum":
+        share *= run.s.data.tokens_per_rank
     for first in forwards:
         engine.expect(last=first == forwards[-1])
         x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)
-        loss = model(x, y).mean()
-        (loss * (at_once / LOGICAL_RANKS)).backward()
+        loss = run.compiled(x, y, run.model.context(x, run.corpus.bos, step_plan.windows)).mean()
+        (loss * share).backward()
         engine.collect()
         total = total + loss.detach()
     if before_step is not None:
@@ -186,11 +191,12 @@ def train_step(model, engine, step_plan, inputs, targets, at_once, before_step=N
 
 
 @torch.no_grad()
-def validate(model, rows, world, limit=None):
+def validate(model, rows, world, context, limit=None):
     """Mean cross entropy over all validation targets, nats per token.
 
-    rows: int32 (local ranks, rows, T + 1). Summed per logical rank in float64 and then in rank order, so that the
-    value does not depend on the number of processes. limit: number of chunks (warm-up).
+    rows: int32 (local ranks, rows, T + 1). context: function of tokens (R, T), what attention sees of them. Summed per
+    logical rank in float64 and then in rank order, so that the value does not depend on the number of processes.
+    limit: number of chunks (warm-up).
     """
     model.eval()
     chunk = max(1, (32768 if world.cuda else 4096) // (rows.shape[-1] - 1))
@@ -199,7 +205,7 @@ def validate(model, rows, world, limit=None):
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         for first in list(range(0, len(rank_rows), chunk))[:limit]:
             part = torch.from_numpy(rank_rows[first:first + chunk]).to(world.device).long()
-            total += model(part[:, :-1], part[:, 1:]).sum(dtype=torch.float64)
+            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1])).sum(dtype=torch.float64)
         sums.append(total)
     model.train()
     sums = world.gather(torch.stack(sums))
@@ -234,39 +240,62 @@ def gradient_marks(engine):
     return dict(sorted(out.items()))
 
 
-def warm_up(compiled, model, engine, s, world, plans, rows, corpus, seed, log):
-    """Untimed steps and a validation chunk that compile and touch everything; then a reset, proven by hashes.
+def warmup_steps(run):
+    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each window, so that no
+    shape is met for the first time while the clock runs."""
+    asked = run.s.system.warmup_steps
+    if asked >= 0:
+        return [min(i, len(run.plans) - 1) for i in range(asked)]
+    steps = [min(i, len(run.plans) - 1) for i in range(3)]
+    if run.compiled is not run.model:
+        seen = {run.plans[i].windows for i in steps}
+        for plan in run.plans:
+            if plan.windows not in seen:
+                seen.add(plan.windows)
+                steps.append(plan.step)
+    return steps
+
+
+def warm_up(run, seed):
+    """Untimed steps and validation chunks that compile and touch everything; then a reset, proven by hashes.
 
     Logs loss and gradients of the last untimed step (event `probe`) and the account of the reset (`reset`).
     """
-    began = time.perf_counter()
-    before, generator = state_hash(model, engine), torch.get_rng_state()
-    steps = s.system.warmup_steps if s.system.warmup_steps >= 0 else 3
-    if s.system.warmup_tokens == "real":
-        stream = Stream(corpus, ranks=world.ranks, **stream_arguments(s))
+    s, world, began = run.s, run.world, time.perf_counter()
+    before, generator = state_hash(run.model, run.engine), torch.get_rng_state()
+    steps = warmup_steps(run)
+    stream = Stream(run.corpus, ranks=world.ranks, **stream_arguments(s)) if s.system.warmup_tokens == "real" else None
     random = torch.Generator().manual_seed(seed + 1)
     shape = (len(world.ranks), s.data.tokens_per_rank + 1)
-    for step in range(steps):
-        if s.system.warmup_tokens == "real":
+    for n, step in enumerate(steps):
+        if stream is not None:
             batch = stream.next()
         else:
-            batch = torch.randint(corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
-        marks = {}
-        loss = train_step(compiled, engine, plans[min(step, len(plans) - 1)],
-                          *to_rows(batch, s.data.seq_len, world.device), ranks_per_forward(s, world),
-                          before_step=lambda: marks.update(gradient_marks(engine)) if step == steps - 1 else None)
-        if step == steps - 1:
-            log.event("probe", step=step, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
+            batch = torch.randint(run.corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
+            if s.data.max_document:  # no document may be longer, random ones neither
+                batch[:, ::s.data.max_document] = run.corpus.bos
+        marks, last = {}, n == len(steps) - 1
+        loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device),
+                          before_step=lambda: marks.update(gradient_marks(run.engine)) if last else None)
+        if last:
+            run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
     if steps:
-        validate(compiled, rows, world, limit=1)
-    model.initialise(seed)
-    engine.reset()
+        for step in sorted({*steps, len(run.plans)}):
+            run.validate(step, limit=1)
+    run.model.initialise(seed)
+    run.engine.reset()
     torch.set_rng_state(generator)
-    after = state_hash(model, engine)
+    after = state_hash(run.model, run.engine)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
-    log.event("reset", warmup_steps=steps, state_before=before, state_after=after,
-              start_ms=round(1000 * (began - PROCESS_START), 3), warmup_ms=round(1000 * (time.perf_counter() - began), 3))
+    run.graphs = compiled_graphs()
+    run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
+                  start_ms=round(1000 * (began - PROCESS_START), 3), warmup_ms=round(1000 * (time.perf_counter() - began), 3))
+
+
+def compiled_graphs():
+    """Number of graphs that torch.compile has made in this process so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 # ----- reporting ----------------------------------------------------------------------------------------------------
@@ -345,6 +374,7 @@ def train(resolved, options):
     model.initialise(options.seed)
     compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
     compiled = torch.compile(model, dynamic=False) if compile_it else model
+    model.compiled = compile_it
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
@@ -354,9 +384,8 @@ def train(resolved, options):
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
-    warm_up(compiled, model, engine, s, world, plans, rows, corpus, options.seed, log)
-
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
+    warm_up(run, options.seed)
     try:
         status = run.loop()
     except KeyboardInterrupt:
@@ -374,9 +403,17 @@ def describe(resolved, options, world, corpus, model, engine, used):
             "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
-            "processes": world.size, "device": world.describe(), "attention": "sdpa", "comm": engine.comm,
+            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world), "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
             **runlog.machine()}
+
+
+def attention_backend(model, world):
+    """Names of the attention backends that training steps use."""
+    s = model.settings
+    rows = torch.zeros((1, s.data.seq_len), dtype=torch.long, device=world.device)
+    context = model.context(rows, 0, schedule.windows(s, 0))
+    return "dense" if context is None else ", ".join(context.backends())
 
 
 class Run:
@@ -386,13 +423,13 @@ class Run:
         self.s, self.world, self.log, self.plans = s, world, log, plans
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
-        self.batches, self.steps_done = None, 0
+        self.batches, self.steps_done, self.graphs = None, 0, 0
+        self.at_once = ranks_per_forward(s, world)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler = None
 
     def loop(self):
         s, progress = self.s, Progress(self.world, self.s)
-        at_once = ranks_per_forward(s, self.world)
         self.clock.start()  # before the loader exists: nothing it does is free
         self.stream = Stream(self.corpus, ranks=self.world.ranks, **stream_arguments(s))
         self.batches = Prefetch(self.stream, len(self.plans))
@@ -405,10 +442,16 @@ class Run:
                 return "finished"
             self.trace(step)
             inputs, targets = to_rows(self.batches.next(), s.data.seq_len, self.world.device)
-            loss = train_step(self.compiled, self.engine, self.plans[step], inputs, targets, at_once)
+            loss = train_step(self, self.plans[step], inputs, targets)
             self.train_losses.append(loss)
             self.steps_done = step + 1
             progress.show(step + 1, loss, self.clock.read_ms())
+
+    def validate(self, step, limit=None):
+        """Validation loss with the windows that belong to this step."""
+        windows = schedule.validation_windows(self.s, step)
+        return validate(self.compiled, self.rows, self.world,
+                        lambda tokens: self.model.context(tokens, self.corpus.bos, windows), limit)
 
     def validation(self, step):
         """Stop the clock, measure, log, start it again. False if the loss is not finite."""
@@ -416,7 +459,7 @@ class Run:
         self.clock.stop()
         losses = [round(x, 6) for x in torch.stack(self.train_losses).tolist()] if self.train_losses else []
         self.train_losses = []
-        loss = validate(self.compiled, self.rows, self.world)
+        loss = self.validate(step)
         self.points.append((step, loss))
         ms = self.clock.total_ms
         event = self.log.event("validation", step=step, scheduled_steps=len(self.plans), val_loss=loss, train_loss=losses,
@@ -454,7 +497,7 @@ class Run:
 
     def results(self):
         """What the run came to, for its last event."""
-        return {"steps": self.steps_done, "scheduled_steps": len(self.plans),
+        return {"graphs_in_clock": compiled_graphs() - self.graphs, "steps": self.steps_done, "scheduled_steps": len(self.plans),
                 "val_loss": self.points[-1][1] if self.points else None, "train_time_ms": round(self.clock.read_ms(), 3),
                 "tokens": self.steps_done * tokens_per_step(self.s), "epoch": self.stream.epoch if self.stream else 0}
 

@@ -64,13 +64,13 @@ def block_step(precision, compiled):
     """(forward and backward of one full-width record-11 block on 2 x 1024 tokens, tokens)."""
     s = deltas.resolve("short/11", sets=[f"system.precision={precision}"]).settings
     attention, mlp, rotary = Attention(s), MLP(s), Rotary(s)
-    rotary.initialise()
+    rotary.follow()
     for p in [*attention.parameters(), *mlp.parameters()]:
         torch.nn.init.normal_(p, std=0.02)
     dtype = getattr(torch, s.numerics.matmul)
 
     def block(x):
-        x = x + attention(F.rms_norm(x, x.shape[-1:]), rotary, None)
+        x = x + attention(F.rms_norm(x, x.shape[-1:]), rotary, None, None, None)
         return x + mlp(F.rms_norm(x, x.shape[-1:]))
 
     forward = torch.compile(block, dynamic=False) if compiled else block

@@ -1,21 +1,463 @@
-"""Causal softmax attention. The reference is torch's scaled_dot_product_attention, on any device and dtype.
+"""Causal softmax attention with documents and windows: one call, several backends, one meaning.
 
-Shapes: R rows, T tokens, H heads, K head width.
+    prepared = view(documents, window, backend)    once per forward, shared by the layers with this window
+    y = attend(q, k, v, prepared)
+
+Shapes: R rows, T tokens, H heads, K head width. A position is the index in the row; nothing joins across rows. Query q
+sees key k of its row if and only if
+
+    k <= q,  both in one document,  q - k < tokens (if given),  q // block - k // block < blocks (if given).
+
+FlashAttention's left window W shows W + 1 keys, the query's own among them: that is tokens = W + 1.
+
+Backends: `dense`, scaled_dot_product_attention with a mask (any device): the reference, to which all others are equal.
+`banded`, blocks of queries against a slice of keys: the cost grows with the window, not with the row; static shapes.
+`documents`, documents of about one length batched together, long ones banded: shapes depend on the data, so never
+compiled. `flex`, FlexAttention (CUDA; it has no backward on the CPU). `varlen`, the FlashAttention 2 inside torch (CUDA,
+16-bit numbers, token windows). `flash3` and `flash4`, the same call served by those packages (Dao et al., arXiv
+2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and FlexAttention are imported when first used.
 """
 
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
 import torch.nn.functional as F
 
+BACKENDS = ("dense", "documents", "banded", "flex", "varlen", "flash3", "flash4")
+UNIT = 16  # lengths are rounded up to a multiple of this: the CPU kernel runs up to 1.4 times faster than on odd ones
+TILE = 128  # edge of a FlexAttention tile
 
-def attend(q, k, v):
-    """Causal attention within each row, logits scaled by 1/sqrt(K).
 
-    q, k, v: (R, T, H, K), one dtype. Returns (R, T, H, K). A query sees the keys at its own and earlier positions.
+class Window(NamedTuple):
+    """How far back a query sees; None: no limit. `blocks` of `block` tokens count the query's own."""
+    tokens: int | None = None
+    blocks: int | None = None
+    block: int = 1
+
+
+CAUSAL = Window()
+
+
+class View(NamedTuple):
+    """What `view` prepared: the backend and the tensors that it wants."""
+    backend: str
+    plan: Any
+
+
+def visible(q, k, window):
+    """Whether positions q see positions k (integers or integer tensors that broadcast), documents aside."""
+    seen = k <= q
+    if window.tokens is not None:
+        seen = seen & (q - k < window.tokens)
+    if window.blocks is not None:
+        seen = seen & (q // window.block - k // window.block < window.blocks)
+    return seen
+
+
+def reach(window, tokens):
+    """How many tokens before itself a query can see at most, in a row of `tokens`."""
+    far = tokens - 1
+    if window.tokens is not None:
+        far = min(far, window.tokens - 1)
+    if window.blocks is not None:
+        far = min(far, window.blocks * window.block - 1)
+    return far
+
+
+def binding(window, tokens):
+    """The window without the limits that hide nothing in a row of `tokens`. ValueError if it hides even the query."""
+    for name, value in window._asdict().items():
+        if value is not None and value < 1:
+            raise ValueError(f"attention window with {name} = {value}; a query sees itself, so at least 1")
+    limit = window.tokens if window.tokens is not None and window.tokens < tokens else None
+    if window.blocks is None or (tokens - 1) // window.block < window.blocks:
+        return Window(limit)
+    return window._replace(tokens=limit)
+
+
+# ----- choosing a backend -----------------------------------------------------------------------------------------
+
+def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False):
+    """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
+
+    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile. ValueError,
+    one line: why the requested backend cannot do this; no backend ever leaves out a window or a document.
     """
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-    return y.transpose(1, 2)
+    device, window = torch.device(device), binding(window, tokens)
+    if requested != "auto" and requested not in BACKENDS:
+        raise ValueError(f"unknown attention backend {requested!r}; choose auto or one of {', '.join(BACKENDS)}")
+    ladder = preferred(device, documents, window, tokens, compiled) if requested == "auto" else (requested,)
+    for backend in ladder:
+        why = refusal(backend, device, window, requires_grad, dtype, compiled)
+        if why is None:
+            return backend
+    raise ValueError(f"attention backend {backend} {why}")
 
 
-def attend_cached(q, k, v):
-    """One new query per row against all cached keys. q: (R, 1, H, K); k, v: (R, T, H, K). Returns (R, 1, H, K)."""
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return y.transpose(1, 2)
+def preferred(device, documents, window, tokens, compiled):
+    """Backends in the order in which `auto` takes them.
+
+    Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of tokens: with
+    documents, `documents` (its time hardly depends on the window) passes `banded` at a reach of about 40 tokens; without,
+    `banded` passes `dense` where the window is about 3/4 of the row. Rows of up to 64 tokens gain nothing from either.
+    """
+    if not documents and window == CAUSAL:
+        return ("dense",)
+    if device.type == "cuda":
+        return "flash3", "varlen", "flex", "banded"
+    far = reach(window, tokens)
+    if tokens <= 64:
+        return ("dense",)
+    if documents and not compiled and far >= 40:
+        return ("documents",)
+    return ("dense",) if 4 * far >= 3 * tokens else ("banded",)
+
+
+def refusal(backend, device, window, requires_grad, dtype, compiled):
+    """Why this backend cannot do it (the rest of a sentence), or None."""
+    if backend == "documents" and compiled:
+        return "has shapes that depend on the data and cannot be compiled; use banded"
+    if backend == "flex" and device.type != "cuda" and (device.type != "cpu" or requires_grad):
+        return f"has no backward on {device.type}; use banded"
+    if backend not in FLASH:
+        return None
+    if device.type != "cuda":
+        return f"needs CUDA and the device is {device.type}; use banded"
+    if window.blocks is not None:
+        return f"cannot do a window of {window.blocks} blocks of {window.block} tokens; use flex"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"needs 16-bit numbers, not {str(dtype).removeprefix('torch.')}; use flex"
+    major = torch.cuda.get_device_capability(device)[0]
+    if not (major >= 8 if backend == "varlen" else major == 9 if backend == "flash3" else major in (9, 10)):
+        return f"does not run on compute capability {major}; use flex"
+    if backend == "flash4" and tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 13):
+        return "needs torch 2.13, as its backward rejects windows before; use varlen"
+    return serve(backend)
+
+
+# ----- preparing and attending ------------------------------------------------------------------------------------
+
+def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None):
+    """Prepare attention for one forward pass, outside what is compiled.
+
+    documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
+    `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
+    longest: promise that no document has more tokens; banded looks no further back, and the shapes that varlen hands to
+    a compiler stay the same. ValueError if it is broken.
+    """
+    if documents is not None:
+        rows, tokens, device = *documents.shape, documents.device
+    if backend in FLASH:
+        why = serve(backend)
+        if why is not None:
+            raise ValueError(f"attention backend {backend} {why}")
+    window = binding(window, tokens)
+    return View(backend, PREPARE[backend](documents, window, rows, tokens, device, dtype, longest))
+
+
+def attend(q, k, v, view=None, scale=None):
+    """q, k: (R, T, H, K), v: (R, T, H, V), one dtype. Returns (R, T, H, V).
+
+    view: from `view`; None: plain causal attention. scale: factor of the logits, default 1/sqrt(K).
+    """
+    if view is None:
+        return attend_dense(q, k, v, None, scale)
+    return ATTEND[view.backend](q, k, v, view.plan, scale)
+
+
+def attend_cached(q, k, v, documents=None, window=CAUSAL, scale=None):
+    """The newest token of each row against all cached ones, of which it is the last.
+
+    q: (R, 1, H, K); k: (R, T, H, K), v: (R, T, H, V); documents: (R, T) ids or None. Returns (R, 1, H, V).
+    """
+    last = k.size(1) - 1
+    window, seen = binding(window, last + 1), None
+    if window != CAUSAL:
+        seen = visible(last, torch.arange(last + 1, device=k.device), window)[None]
+    if documents is not None:
+        same = documents == documents[:, -1:]
+        seen = same if seen is None else seen & same
+    return sdpa(q, k, v, None if seen is None else seen[:, None, None], scale)
+
+
+def sdpa(q, k, v, mask, scale, causal=False):
+    """scaled_dot_product_attention of (R, T, H, K) tensors."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def additive(seen, dtype):
+    """A boolean mask as what SDPA adds to the logits."""
+    return seen if dtype is None else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+
+
+def round_up(n, unit):
+    return -(-n // unit) * unit
+
+
+def power_of_two(n):
+    """The least one that is not below n."""
+    return 1 << (n - 1).bit_length()
+
+
+def document_starts(documents):
+    """Index in the flattened (R T,) tokens of the first token of every document; a row starts a new one."""
+    first = torch.ones_like(documents, dtype=torch.bool)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return first.flatten().nonzero().flatten()
+
+
+def document_lengths(starts, total):
+    return torch.diff(starts, append=starts.new_tensor([total]))
+
+
+def longest_document(documents, promised):
+    """Tokens of the longest. ValueError if it has more than promised."""
+    longest = int(document_lengths(document_starts(documents), documents.numel()).max())
+    if promised is not None and longest > promised:
+        raise ValueError(f"a document of {longest} tokens where none should have more than {promised}")
+    return longest
+
+
+# ----- dense ------------------------------------------------------------------------------------------------------
+
+def prepare_dense(documents, window, rows, tokens, device, dtype, longest, origin=None):
+    """Mask (R or 1, 1, T, T), or None for plain causal attention. origin: as in prepare_banded."""
+    if documents is None and window == CAUSAL:
+        return None
+    t = torch.arange(tokens, device=device)[None]
+    if origin is not None:
+        t = t + origin[:, None]
+    seen = visible(t[:, :, None], t[:, None], window)
+    if documents is not None:
+        seen = seen & (documents[:, :, None] == documents[:, None])
+    return additive(seen, dtype)[:, None]
+
+
+def attend_dense(q, k, v, mask, scale):
+    return sdpa(q, k, v, mask, scale, causal=mask is None)
+
+
+# ----- banded -----------------------------------------------------------------------------------------------------
+
+class Band(NamedTuple):
+    """n blocks of B queries in each row, each against the S keys up to its end."""
+    width: int  # B
+    queries: torch.Tensor | None  # (R n B,) the token of each query; None where the blocks divide the row
+    keys: torch.Tensor  # (R n S,) the token of each key
+    mask: torch.Tensor  # (R n, 1, B, S)
+
+
+def block_width(far):
+    """B for queries that reach `far` back: near half of it. Wide blocks see keys in vain, narrow ones copy them often."""
+    return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
+
+
+def prepare_banded(documents, window, rows, tokens, device, dtype, longest, origin=None):
+    """origin: (R,) position of the first token of each row, for block windows in rows that are documents."""
+    far = reach(window, tokens)
+    if documents is not None and longest is not None:
+        longest_document(documents, longest)
+        far = min(far, longest - 1)
+    width = min(block_width(far), round_up(tokens, UNIT))
+    count, span = -(-tokens // width), round_up(width + far, UNIT)
+    end = torch.arange(1, count + 1, device=device)[:, None, None] * width
+    q = end - torch.arange(width, 0, -1, device=device)[:, None]  # (n, B, 1)
+    k = end - torch.arange(span, 0, -1, device=device)  # (n, 1, S)
+    first = 0 if origin is None else origin[:, None, None, None]
+    seen = visible(first + q, first + k, window) & (k >= 0)  # (n, B, S), with origin (R, n, B, S)
+    row = torch.arange(rows, device=device)[:, None, None, None] * tokens
+    queries, keys = (row + x.clamp(0, tokens - 1) for x in (q, k))
+    if documents is not None:
+        ids = documents.flatten()
+        seen = seen & (ids[queries] == ids[keys])
+    seen = seen | (q >= tokens)  # padding: a softmax over nothing is not a number
+    mask = additive(seen.expand(rows, count, width, span).reshape(rows * count, 1, width, span), dtype)
+    return Band(width, None if count * width == tokens else queries.flatten(), keys.flatten(), mask)
+
+
+def attend_banded(q, k, v, band, scale):
+    rows, tokens = q.shape[:2]
+    blocks = band.mask.size(0)
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    if band.queries is not None:
+        q = q.index_select(0, band.queries)
+    k, v = (x.index_select(0, band.keys).unflatten(0, (blocks, -1)) for x in (k, v))  # 4 times as fast as x[keys]
+    y = sdpa(q.unflatten(0, (blocks, band.width)), k, v, band.mask, scale)
+    return y.reshape(rows, -1, *y.shape[2:])[:, :tokens]
+
+
+# ----- documents --------------------------------------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    """`count` documents padded at the end to `length`, where padding is invisible: keys lie before their queries."""
+    count: int
+    length: int
+    view: View
+
+
+class Pack(NamedTuple):
+    tokens: torch.Tensor  # (P,) the token in each of the P slots of all batches; in padding, any
+    slots: torch.Tensor  # (R T,) the slot of each token
+    batches: list
+
+
+def prepare_documents(documents, window, rows, tokens, device, dtype, longest):
+    if documents is None:
+        documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
+    starts = document_starts(documents)
+    lengths = document_lengths(starts, rows * tokens)
+    unit = (2 ** (lengths.float().log2().floor() - 3)).long().clamp(min=UNIT)  # beyond 128, padding is at most an eighth
+    lengths_padded = -(-lengths // unit) * unit
+    order = lengths_padded.argsort(stable=True)
+    first = torch.empty_like(starts)  # slot of each document's first token
+    first[order] = lengths_padded[order].cumsum(0) - lengths_padded[order]
+    every = torch.arange(rows * tokens, device=device)
+    slots = every + torch.repeat_interleave(first - starts, lengths)
+    batches = []
+    for length in lengths_padded.unique().tolist():
+        origin = starts[lengths_padded == length] % tokens
+        batches.append(Batch(len(origin), length, view_batch(window, origin, length, device, dtype)))
+    return Pack(every.new_zeros(int(lengths_padded.sum())).index_copy_(0, slots, every), slots, batches)
+
+
+def view_batch(window, origin, length, device, dtype):
+    """View of documents as rows of `length`, which begin at positions `origin` (R,) of their rows."""
+    rows = len(origin)
+    if window.blocks is None:
+        window, origin = binding(window, length), None
+    else:  # a document can touch one block more than a row of its length that begins with a block
+        window = binding(window, length + window.block - 1)
+    far = reach(window, length)
+    backend = "dense" if window == CAUSAL or length <= far + 2 * block_width(far) else "banded"
+    return View(backend, PREPARE[backend](None, window, rows, length, device, dtype, None, origin))
+
+
+def attend_documents(q, k, v, pack, scale):
+    rows, tokens = q.shape[:2]
+    sizes = [batch.count * batch.length for batch in pack.batches]
+    q, k, v = (x.flatten(0, 1).index_select(0, pack.tokens).split(sizes) for x in (q, k, v))
+    parts = []
+    for batch, *qkv in zip(pack.batches, q, k, v):
+        y = attend(*(x.unflatten(0, (batch.count, batch.length)) for x in qkv), batch.view, scale)
+        parts.append(y.flatten(0, 1))
+    return torch.cat(parts).index_select(0, pack.slots).unflatten(0, (rows, tokens))
+
+
+# ----- FlexAttention ----------------------------------------------------------------------------------------------
+
+def prepare_flex(documents, window, rows, tokens, device, dtype, longest):
+    """Block mask from the first and last document of each tile: no (T, T) mask is ever made.
+
+    The limits of the window are tensors, so that another window compiles nothing.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+    limits = Window(*(None if n is None else torch.full((), n, device=device) for n in window[:2]), window.block)
+    some, full = tile_kinds(documents, limits, tokens, device)
+
+    def seen(row, head, q, k):
+        ok = visible(q, k, limits)
+        return ok if documents is None else ok & (documents[row, q] == documents[row, k])
+
+    lists = [x for kind in (some & ~full, full) for x in tile_list(kind)]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=TILE, mask_mod=seen, seq_lengths=(tokens, tokens))
+
+
+def tile_kinds(documents, window, tokens, device):
+    """(some, full), (R or 1, n, n): whether a tile of queries may see, and whether it sees all of, a tile of keys."""
+    tile = torch.arange(-(-tokens // TILE), device=device)
+    first, last = tile * TILE, (tile * TILE + TILE - 1).clamp(max=tokens - 1)
+    q, k = tile[:, None], tile
+    some = (k <= q) & visible(first[:, None], torch.minimum(last, first[:, None]), window)  # the nearest pair
+    full = (k < q) & visible(last[:, None], first, window)  # the farthest pair
+    if documents is None:
+        return some[None], full[None]
+    low, high = documents[:, first], documents[:, last]
+    some = some & (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
+    return some, full & (low[:, :, None] == high[:, None]) & (low[:, None] == high[:, :, None])
+
+
+def tile_list(kind):
+    """(R, n, n) booleans -> number (R, 1, n) of key tiles of each query tile, and which (R, 1, n, n), nearest first."""
+    order = kind.flip(-1).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return kind.sum(-1, dtype=torch.int32)[:, None], (kind.size(-1) - 1 - order).to(torch.int32)[:, None]
+
+
+@functools.cache
+def compiled_flex():
+    from torch.nn.attention.flex_attention import flex_attention
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend_flex(q, k, v, block_mask, scale):
+    from torch.nn.attention.flex_attention import flex_attention
+    if not torch.compiler.is_compiling():  # run eagerly it would make all T x T logits and not heed the tiles
+        flex_attention = compiled_flex()
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return flex_attention(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
+
+
+# ----- FlashAttention ---------------------------------------------------------------------------------------------
+
+FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of the implementation
+
+
+class Varlen(NamedTuple):
+    ends: torch.Tensor  # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
+    longest: int
+    window: tuple  # FlashAttention's (left, right)
+
+
+def prepare_varlen(documents, window, rows, tokens, device, dtype, longest):
+    """Counts are rounded up to powers of two, so that the shapes a compiler sees hardly ever change."""
+    total = rows * tokens
+    if documents is None:
+        starts, longest = torch.arange(rows, device=device) * tokens, tokens
+    else:
+        starts, actual = document_starts(documents), longest_document(documents, longest)
+        longest = min(tokens, longest or power_of_two(actual))
+    ends = torch.full((power_of_two(max(64, len(starts) + 1)),), total, dtype=torch.int32, device=device)
+    ends[:len(starts)] = starts.to(torch.int32)
+    return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
+
+
+def attend_varlen(q, k, v, plan, scale):
+    from torch.nn.attention.varlen import varlen_attn
+    rows, tokens = q.shape[:2]
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    y = varlen_attn(q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window)
+    return y.unflatten(0, (rows, tokens))
+
+
+def serve(backend):
+    """Let torch's FlashAttention calls run this implementation from now on. Returns why that is impossible, or None."""
+    from torch.nn import attention
+    wanted, failed = FLASH[backend], activation_failure(FLASH[backend])
+    if failed is None and attention.current_flash_attention_impl() != wanted:
+        if wanted is None:
+            attention.restore_flash_attention_impl()
+        else:
+            attention.activate_flash_attention_impl(wanted)
+    return failed
+
+
+@functools.cache
+def activation_failure(implementation):
+    """Why torch cannot activate it, or None. Tried once a process: it imports the package."""
+    from torch.nn import attention
+    if implementation is None:
+        return None
+    try:
+        attention.activate_flash_attention_impl(implementation)
+    except Exception as error:  # a missing package, a build for another torch, missing kernels
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        return f"cannot be activated in this torch ({type(error).__name__}: {reason}); use varlen"
+    return None
+
+
+PREPARE = {"dense": prepare_dense, "documents": prepare_documents, "banded": prepare_banded, "flex": prepare_flex,
+           "varlen": prepare_varlen, "flash3": prepare_varlen, "flash4": prepare_varlen}
+ATTEND = {"dense": attend_dense, "documents": attend_documents, "banded": attend_banded, "flex": attend_flex,
+          "varlen": attend_varlen, "flash3": attend_varlen, "flash4": attend_varlen}

@@ -19,17 +19,42 @@ def print_plan(resolved):
     for path, value in deltas.flat(s).items():
         if value != default.get(path, ...):
             print(f"  {path} = {deltas.show(value)}")
-    print("\nschedule (step: learning-rate factor, Muon momentum):")
     plans = schedule.plan(s)
+    print("\nschedule (step: learning-rate factor, Muon momentum" + (", window" + (" long / short" if split(s) else "") if plans[0].windows else "") + "):")
     for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), len(plans) - 1}):
-        print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}")
+        print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].windows))
+    if plans[0].windows:
+        final = schedule.validation_windows(s, len(plans))
+        last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
+        print(f"  final validation:{windows_text(s, final)}{last}")
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     rows = s.data.tokens_per_rank // s.data.seq_len
     print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
-    print(f"shapes compiled: training (rows, {s.data.seq_len}) with {rows} rows per logical rank; validation "
-          f"(rows, {s.validation.seq_len}); {s.model.attn.num_heads} heads of {head_dim(s)}, {padded_vocab(s)} classes")
+    print(f"shapes: training {rows} row{'s' if rows > 1 else ''} of {s.data.seq_len} tokens per logical rank; validation rows of "
+          f"{s.validation.seq_len}; {s.model.attn.num_heads} heads of {head_dim(s)}, {padded_vocab(s)} classes")
+    shown = {p.windows for p in plans} | {schedule.validation_windows(s, i) for i in range(len(plans) + 1)
+                                          if schedule.validates(s, i)}
+    print(f"compiled before the clock: training and validation, each with {len(shown)} "
+          + (f"window{'s' if len(shown) > 1 else ''}" if plans[0].windows else "shape")
+          + (" and documents" if s.model.attn.documents else ""))
     print(f"{parameters(s):,} parameters")
+
+
+def span_text(span):
+    return f"{span.tokens} tokens" if span.blocks is None else f"{span.blocks} blocks" + (
+        f" and {span.tokens} tokens" if span.tokens is not None else "")
+
+
+def split(s):
+    """Do some layers see a shorter window?"""
+    return s.model.attn.window is not None and s.model.attn.window.long_layers is not None
+
+
+def windows_text(s, windows):
+    if windows is None:
+        return ""
+    return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if split(s) else "")
 
 
 def parameters(s):

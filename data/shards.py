@@ -19,6 +19,7 @@ import numpy as np
 from settings import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+SCAN = 4_000_000  # tokens that one look for document starts covers
 GPT2 = {"name": "fineweb", "tokenizer": "gpt2", "vocab_size": 50257, "bos": 50256}
 
 
@@ -73,6 +74,66 @@ def open_shard(path):
     """Token ids of a shard as a read-only memory map, uint16 (n,)."""
     count = read_header(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+class Shard:
+    """The tokens of a shard and where its documents begin, found piece by piece: no step waits for more than it needs.
+
+    starts: positions of `bos` in tokens[:scanned]. ends: of those documents whose end is known, cut at `longest` tokens.
+    kept: tokens of the first i documents so cut, i = 0 .. len(ends). All int64. Tokens before the first start belong to
+    the last document of the shard before and are not counted.
+    """
+
+    def __init__(self, path, bos, longest):
+        self.path, self.bos, self.longest = path, bos, longest
+        self.tokens = np.asarray(open_shard(path))
+        self.scanned, self.kept = 0, np.zeros(1, np.int64)
+        self.starts = self.ends = np.empty(0, np.int64)
+
+    @property
+    def complete(self):
+        return self.scanned == len(self.tokens)
+
+    def scan(self):
+        """Find the document starts of the next SCAN tokens."""
+        part = self.tokens[self.scanned:self.scanned + SCAN]
+        self.starts = np.concatenate([self.starts, np.flatnonzero(part == self.bos) + self.scanned])
+        self.scanned += len(part)
+        ends = np.append(self.starts[1:], len(self.tokens)) if self.complete else self.starts[1:]
+        self.ends = np.minimum(ends, self.starts[:len(ends)] + self.longest)
+        self.kept = np.append(0, np.cumsum(self.ends - self.starts[:len(ends)]))
+
+    def more(self):
+        """Scan on; False at the end of the shard. UserError if it has no document start at all."""
+        if not self.complete:
+            self.scan()
+            return True
+        if not len(self.starts):
+            raise UserError(f"{self.path}: no document begins here (token {self.bos}), but the loader goes by documents: "
+                            "choose data.loader=synced, mend bos in corpus.json, or tokenise the text again")
+        return False
+
+    def first(self, position):
+        """The first document start at or after a position, or None."""
+        while True:
+            i = int(np.searchsorted(self.starts, position))
+            if i < len(self.starts):
+                return int(self.starts[i])
+            if not self.more():
+                return None
+
+    def fill(self, first, count):
+        """(starts, ends, next document) of the cut documents from number `first` on that together hold count tokens.
+
+        The last one is cut to fit. None if the shard has too few.
+        """
+        while len(self.kept) <= first or self.kept[-1] - self.kept[first] < count:
+            if not self.more():
+                return None
+        last = int(np.searchsorted(self.kept, self.kept[first] + count))
+        starts, ends = self.starts[first:last], self.ends[first:last].copy()
+        ends[-1] -= self.kept[last] - self.kept[first] - count
+        return starts, ends, last
 
 
 @dataclass(frozen=True)

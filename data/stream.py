@@ -1,7 +1,8 @@
 """The fixed order of training tokens: eight logical ranks, whatever the number of processes.
 
-Positions are planned apart from reading: `positions` says where logical rank r reads at each step, from shard lengths
-alone. Loaders: `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (record 18 on).
+Positions are planned apart from reading. `positions` says where logical rank r reads at each step, from shard lengths
+alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (records 18-25). `document_steps` says
+it for loaders that go by documents: `bos_aligned` (records 26-28, @classiclarryd) and `packed` (record 29 on, @varunneal).
 """
 
 import hashlib
@@ -10,64 +11,76 @@ import threading
 
 import numpy as np
 
-from data.shards import check_vocabulary, open_shard
+from data.shards import Shard, check_vocabulary, open_shard
 from settings import LOGICAL_RANKS, UserError
 
 FINEWEB_SHARD = 100_000_000  # tokens of every train shard but the last
+BY_POSITION, BY_DOCUMENT = ("shuffled", "per_rank", "synced"), ("bos_aligned", "packed")
 
 
 class OutOfShards(Exception):
     """The plan passed the last shard and may not begin again."""
 
 
-# ----- where each rank reads ----------------------------------------------------------------------------------------
+def step_sizes(tokens_per_rank):
+    """Tokens per rank of each step, without end: one number for all steps, or a list with one for each."""
+    if isinstance(tokens_per_rank, int):
+        return itertools.repeat(tokens_per_rank)
+    return itertools.chain(tokens_per_rank, itertools.repeat(tokens_per_rank[-1]))
+
+
+# ----- where each rank reads: by position ---------------------------------------------------------------------------
 
 def positions(lengths, rank, *, loader, tokens_per_rank, wrap, first_batch_twice=False, switch_at_equal=False):
-    """Yield (epoch, shard, start) of each step for one logical rank; the rank reads tokens_per_rank + 1 ids there.
+    """Yield (epoch, shard, start) of each step for one logical rank; the rank reads its tokens_per_rank + 1 ids there.
 
-    lengths: tokens per shard. switch_at_equal: the shard ends one token earlier (records 15-17). Raises OutOfShards
-    after the last shard unless wrap. All loaders keep the remainder of a shard that no whole step fits into unread.
+    lengths: tokens per shard. tokens_per_rank: as in step_sizes. switch_at_equal: the shard ends one token earlier
+    (records 15-17). Raises OutOfShards after the last shard unless wrap. All loaders keep the remainder of a shard that
+    no whole step fits into unread.
     """
-    step_tokens = LOGICAL_RANKS * tokens_per_rank
+    sizes = step_sizes(tokens_per_rank)
     if loader == "shuffled":
+        if not isinstance(tokens_per_rank, int):
+            raise UserError("data.loader=shuffled needs steps of one size: choose another loader")
         walk = shuffled_positions(lengths, rank, tokens_per_rank, wrap)
     elif loader == "per_rank":
-        walk = per_rank_positions(lengths, rank, tokens_per_rank, step_tokens, wrap, switch_at_equal)
+        walk = per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal)
     elif loader == "synced":
-        walk = synced_positions(lengths, rank, tokens_per_rank, step_tokens, wrap)
+        walk = synced_positions(lengths, rank, sizes, wrap)
     else:
-        raise UserError(f"data.loader = {loader!r}: choose shuffled, per_rank or synced")
+        raise UserError(f"data.loader = {loader!r}: choose {', '.join(BY_POSITION + BY_DOCUMENT)}")
     if first_batch_twice:  # the original read one batch, trained on it, and reset its loader
         first = next(walk)
         walk = itertools.chain([first, first], walk)
     return walk
 
 
-def per_rank_positions(lengths, rank, tokens_per_rank, step_tokens, wrap, switch_at_equal):
-    shard, epoch, start = 0, 0, rank * tokens_per_rank
+def per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal):
+    shard, epoch, base, size = 0, 0, 0, next(sizes)
     while True:
-        yield epoch, shard, start
-        start += step_tokens
-        end = start + step_tokens + 1
+        yield epoch, shard, base + rank * size
+        base, size = base + LOGICAL_RANKS * size, next(sizes)
+        end = base + (rank + LOGICAL_RANKS) * size + 1
         if end > lengths[shard] or (switch_at_equal and end == lengths[shard]):
-            shard, start = shard + 1, rank * tokens_per_rank
+            shard, base = shard + 1, 0
             if shard == len(lengths):
                 if not wrap:
                     raise OutOfShards
                 shard, epoch = 0, epoch + 1
 
 
-def synced_positions(lengths, rank, tokens_per_rank, step_tokens, wrap):
-    shard, epoch, start = 0, 0, 0
-    while True:
-        if start + step_tokens + 1 >= lengths[shard]:
-            shard, start = shard + 1, 0
+def synced_positions(lengths, rank, sizes, wrap):
+    shard, epoch, base = 0, 0, 0
+    for size in sizes:
+        if base + LOGICAL_RANKS * size + 1 >= lengths[shard]:
+            shard, base = shard + 1, 0
             if shard == len(lengths):
                 if not wrap:
                     raise OutOfShards
                 shard, epoch = 0, epoch + 1
-        yield epoch, shard, start + rank * tokens_per_rank
-        start += step_tokens
+        yield epoch, shard, base + rank * size
+        base += LOGICAL_RANKS * size
+
 
 
 def shuffled_positions(lengths, rank, tokens_per_rank, wrap):
@@ -94,12 +107,101 @@ def permute(items, generator):
         items[i], items[j] = items[j], items[i]
 
 
-def shards_needed(lengths, *, steps, **stream):
+# ----- where each rank reads: by document ---------------------------------------------------------------------------
+
+class Shards:
+    """The train shards of a corpus, each opened when it is first needed."""
+
+    def __init__(self, corpus, max_document=None):
+        self.corpus, self.longest, self.opened = corpus, max_document or max(corpus.train_tokens), {}
+
+    def __getitem__(self, index):
+        if index not in self.opened:
+            self.opened[index] = Shard(self.corpus.train[index], self.corpus.bos, self.longest)
+        return self.opened[index]
+
+    def look_ahead(self, index):
+        """One scan of what is not yet known of this shard, or else of the next one.
+
+        Done beside every batch, so that the next shard is known long before it is needed (record 33), without a thread
+        that would go on while the clock stands still.
+        """
+        for shard in (self[index], self[(index + 1) % len(self.corpus.train)]):
+            if not shard.complete:
+                return shard.scan()
+
+
+def document_steps(shards, *, loader, tokens_per_rank, wrap):
+    """Yield (epoch, shard, pieces) of each step; pieces[r] = (starts, ends) of what logical rank r reads one after the
+    other, tokens_per_rank + 1 ids together. All ranks move together.
+
+    A shard that holds no further whole step is left. Raises OutOfShards after the last one unless wrap, and UserError
+    when no shard holds a step even from its beginning.
+    """
+    follow = aligned_step if loader == "bos_aligned" else packed_step
+    count, shard, epoch, at, barren = len(shards.corpus.train), 0, 0, 0, 0
+    for size in step_sizes(tokens_per_rank):
+        while (step := follow(shards[shard], at, size)) is None:
+            barren += at == 0
+            if barren == count:
+                raise UserError(f"{shards.corpus.folder}: no train shard holds one step of {loader} data, 8 x {size} tokens: "
+                                "lower data.tokens_per_rank or use larger shards")
+            shard, at = shard + 1, 0
+            if shard == count:
+                if not wrap:
+                    raise OutOfShards
+                shard, epoch = 0, epoch + 1
+        (pieces, at), barren = step, 0
+        yield epoch, shard, pieces
+
+
+def aligned_step(shard, position, size):
+    """(pieces, position after the step), or None: every rank's tokens begin with a document.
+
+    A rank begins at the first document start that lies at least `size` tokens after the beginning of the rank before; the
+    tokens between are skipped. The step ends at the ninth such start. A shard is left when fewer than two steps' tokens
+    remain. The original stops with an assertion when these do not hold nine starts; here they may come later in the
+    shard, so that small steps with long documents run too.
+    """
+    if position + 2 * LOGICAL_RANKS * size + 1 >= len(shard.tokens):
+        return None
+    pieces, start = [], shard.first(position)
+    for _ in range(LOGICAL_RANKS):
+        following = None if start is None else shard.first(start + size)
+        if following is None:
+            return None
+        pieces.append(([start], [start + size + 1]))
+        start = following
+    return pieces, start
+
+
+def packed_step(shard, first, size):
+    """(pieces, number of the next document), or None: whole documents one after the other, cut at the maximum length.
+
+    Rank 0 takes documents until it has size + 1 tokens, then rank 1 goes on with the next document. What is cut off, at
+    the maximum length or at the end of a rank's tokens, is skipped.
+    """
+    pieces = []
+    for _ in range(LOGICAL_RANKS):
+        filled = shard.fill(first, size + 1)
+        if filled is None:
+            return None
+        starts, ends, first = filled
+        pieces.append((starts, ends))
+    return pieces, first
+
+
+# ----- how many shards ----------------------------------------------------------------------------------------------
+
+def shards_needed(lengths, *, steps, shards=None, **stream):
     """Number of leading shards that `steps` steps read, planned exactly.
 
-    Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed.
+    Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed, or for
+    loaders that go by documents (they need `shards`) further ones that give as many steps as the known ones.
     """
-    step_tokens = LOGICAL_RANKS * stream["tokens_per_rank"]
+    if stream["loader"] in BY_DOCUMENT:
+        return document_shards_needed(shards, steps, stream)
+    step_tokens = LOGICAL_RANKS * max(itertools.islice(step_sizes(stream["tokens_per_rank"]), steps))
     per_shard = (FINEWEB_SHARD - 1) // step_tokens
     if stream["loader"] == "shuffled":  # the shuffle runs over all shards there are, so all of them are used
         slots = sum((n - 1) // step_tokens for n in lengths)
@@ -111,12 +213,24 @@ def shards_needed(lengths, *, steps, **stream):
                    for _, shard, _ in itertools.islice(positions(lengths, rank, **stream), steps))
 
 
-def require_shards(corpus, *, steps, **stream):
+def document_shards_needed(shards, steps, stream):
+    walk = document_steps(shards, **{k: stream[k] for k in ("loader", "tokens_per_rank", "wrap")})
+    have, planned, highest = len(shards.corpus.train), 0, 0
+    try:
+        for _, shard, _ in itertools.islice(walk, steps):
+            planned, highest = planned + 1, max(highest, shard)
+    except OutOfShards:
+        return max(have + 1, -(-have * steps // planned))
+    return 1 + highest
+
+
+def require_shards(corpus, *, steps, max_document=None, **stream):
     """Number of shards a run reads; UserError before training if there are too few or they are too small."""
-    step_tokens = LOGICAL_RANKS * stream["tokens_per_rank"]
-    have, need = len(corpus.train), shards_needed(corpus.train_tokens, steps=steps, **stream)
+    step_tokens = LOGICAL_RANKS * max(itertools.islice(step_sizes(stream["tokens_per_rank"]), steps))
+    have = len(corpus.train)
+    need = shards_needed(corpus.train_tokens, steps=steps, shards=Shards(corpus, max_document), **stream)
     for path, length in list(zip(corpus.train, corpus.train_tokens))[:need]:  # a short rest that is not read is no harm
-        if length < step_tokens + 2:
+        if length < step_tokens + 2 and stream["loader"] in BY_POSITION:
             raise UserError(f"{path}: {length} tokens are too few for one step of {step_tokens}: remove it, use larger "
                             "shards or lower data.tokens_per_rank")
     if need > have:
@@ -132,41 +246,70 @@ def require_shards(corpus, *, steps, **stream):
 class Stream:
     """The batches of this process's logical ranks, in order, with one running digest per rank.
 
-    ranks: range of logical ranks. The row of a logical rank is the same whichever process serves it. `epoch` counts
-    the passes over the corpus (0 during the first).
+    ranks: range of logical ranks. tokens_per_rank: a number, or a list with one for each step. The row of a logical rank
+    is the same whichever process serves it. `epoch` counts the passes over the corpus (0 during the first).
     """
 
-    def __init__(self, corpus, *, ranks, tokens_per_rank, **stream):
-        self.corpus, self.ranks, self.tokens_per_rank = corpus, ranks, tokens_per_rank
-        self.walks = [positions(corpus.train_tokens, r, tokens_per_rank=tokens_per_rank, **stream) for r in ranks]
+    def __init__(self, corpus, *, ranks, tokens_per_rank, loader, wrap, max_document=None, **stream):
+        self.corpus, self.ranks, self.sizes = corpus, ranks, step_sizes(tokens_per_rank)
+        self.shards = Shards(corpus, max_document)
+        about = dict(loader=loader, tokens_per_rank=tokens_per_rank, wrap=wrap)
+        if loader in BY_DOCUMENT:
+            self.steps = document_steps(self.shards, **about)
+        else:
+            self.walks = [positions(corpus.train_tokens, r, **about, **stream) for r in ranks]
+            self.steps = None
         self.digests = [hashlib.sha256() for _ in ranks]
-        self.shards, self.epoch, self.step = {}, 0, 0
+        self.epoch, self.step = 0, 0
 
     def next(self):
-        """int32 (len(ranks), tokens_per_rank + 1): inputs are [:, :-1], targets [:, 1:]."""
-        rows = []
-        for walk, digest in zip(self.walks, self.digests):
-            try:
-                epoch, shard, start = next(walk)
-            except OutOfShards:
-                raise UserError(f"the stream ran out of shards at step {self.step}: add shards or set "
-                                "data.wrap=true") from None
-            row = self.shard(shard)[start:start + self.tokens_per_rank + 1]
+        """int32 (len(ranks), tokens_per_rank + 1): inputs are [:, :-1], targets [:, 1:].
+
+        Of the loaders that go by documents: each document begins with `bos` and there is no other `bos`, so the tokens
+        alone say where attention must stop (cumulative_lengths).
+        """
+        size = next(self.sizes)
+        try:
+            rows = self.pieces() if self.steps else [self.span(walk, size) for walk in self.walks]
+        except OutOfShards:
+            raise UserError(f"the stream ran out of shards at step {self.step}: add shards or set "
+                            "data.wrap=true") from None
+        for row, digest in zip(rows, self.digests):
             digest.update(row.tobytes())
-            rows.append(row)
-            self.epoch = max(self.epoch, epoch)
         rows = np.stack(rows).astype(np.int32)
         check_vocabulary(rows, self.corpus.vocab_size, f"{self.corpus.folder} (step {self.step})")
         self.step += 1
         return rows
 
-    def shard(self, index):
-        if index not in self.shards:
-            self.shards[index] = open_shard(self.corpus.train[index])
-        return self.shards[index]
+    def span(self, walk, size):
+        epoch, shard, start = next(walk)
+        self.epoch = max(self.epoch, epoch)
+        return self.shards[shard].tokens[start:start + size + 1]
+
+    def pieces(self):
+        self.epoch, shard, pieces = next(self.steps)
+        tokens = self.shards[shard].tokens
+        rows = [np.concatenate([tokens[a:b] for a, b in zip(*pieces[r])]) for r in self.ranks]
+        self.shards.look_ahead(shard)
+        return rows
 
     def rank_digests(self):
         return {rank: digest.hexdigest() for rank, digest in zip(self.ranks, self.digests)}
+
+
+def cumulative_lengths(inputs, bos, room):
+    """int32 (rows, room): 0, the end of each document of a row of inputs (rows, T), then T up to the end: the form that
+    varlen attention takes, of one size for all steps. Tokens before a row's first `bos` are a document too.
+
+    UserError if a row has more than room - 1 documents.
+    """
+    out = np.full((len(inputs), room), inputs.shape[1], np.int32)
+    for row, ends in zip(inputs, out):
+        begins = np.flatnonzero(row[1:] == bos) + 1
+        if len(begins) > room - 2:
+            raise UserError(f"a row of {len(row)} tokens holds {len(begins) + 1} documents, {room - 1} at most are provided for")
+        ends[0], ends[1:1 + len(begins)] = 0, begins
+    return out
 
 
 def stream_digest(rank_digests):

@@ -8,6 +8,7 @@ import torch
 
 import deltas
 from model import GPT
+from schedule import Span, Windows
 
 HERE = Path(__file__).parent / "golden"
 
@@ -17,27 +18,39 @@ def load(name):
     return {k: z[k] for k in z}, json.loads(str(z["config"])) if "config" in z else {}
 
 
-def build(ref, config, **extra):
-    """(settings, float64 model) of a record at the fixture's dimensions; `extra`: further settings by path."""
-    values = {"model.model_dim": config["dim"], "model.attn.num_heads": config["heads"], "system.precision": "float64",
-              "model.vocab_size": config["vocab_rows"], "data.seq_len": 128, "data.tokens_per_rank": 256,
-              "validation.seq_len": 128, "numerics.norm_eps": 2.220446049250313e-16, **extra}
+def build(ref, **values):
+    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as double underscores."""
+    values = {"system.precision": "float64", **{k.replace("__", "."): v for k, v in values.items()}}
     s = deltas.resolve(ref, sets=[f"{path}={value}" for path, value in values.items()]).settings
     model = GPT(s)
     model.initialise(0)
     return s, model
 
 
-def fill(model, numbers, prefix="param/"):
-    """Copy the original's parameters into ours (or return a dict of ours from a dict of theirs)."""
+def small(ref, config, length, rows=1, **more):
+    """build() at the dimensions of a fixture whose rows have `length` tokens."""
+    return build(ref, model__model_dim=config["dim"], model__attn__num_heads=config["heads"],
+                 model__vocab_size=config["vocab_rows"], data__seq_len=length, data__tokens_per_rank=rows * length,
+                 validation__seq_len=length, validation__tokens=8 * length,
+                 **{"numerics__norm_eps": 2.220446049250313e-16, **more})
+
+
+def fill(model, values):
+    """Copy {our name: array} into the model; every parameter must be given."""
+    ours = dict(model.named_parameters())
+    assert set(ours) == set(values)
     with torch.no_grad():
-        for name, value in convert(numbers, prefix, len(model.blocks)).items():
-            model.get_parameter(name).copy_(torch.from_numpy(value))
+        for name, value in values.items():
+            ours[name].copy_(torch.from_numpy(value))
 
 
-def convert(numbers, prefix, layers):
-    """{our parameter name: float64 array} from the original's separate tensors."""
-    get = lambda name: numbers[prefix + name].astype(np.float64)
+def reader(numbers, prefix):
+    return lambda name: numbers[prefix + name].astype(np.float64)
+
+
+def early(numbers, prefix, layers=12):
+    """Records 5 and 12: {our parameter name: float64 array} from the original's separate tensors."""
+    get = reader(numbers, prefix)
     ours = {"embed.table": get("transformer.wte.weight")}
     for i in range(layers):
         h = f"transformer.h.{i}."
@@ -49,7 +62,52 @@ def convert(numbers, prefix, layers):
     if prefix + "transformer.h.0.lambdas" in numbers:
         pairs = np.stack([get(f"transformer.h.{i}.lambdas") for i in range(layers)])
         ours["residual.x.value"], ours["residual.x0.value"] = pairs[:, 0], pairs[:, 1]
-        ours["value_mix.value"] = np.stack([get(f"transformer.h.{i}.attn.lamb") for i in range(layers)])
+        ours["values.lam.value"] = np.stack([get(f"transformer.h.{i}.attn.lamb") for i in range(layers)])
     if prefix + "skip_weights" in numbers:
         ours["residual.skip.value"] = get("skip_weights")
     return ours
+
+
+def record20(numbers, prefix, layers=12):
+    get = reader(numbers, prefix)
+    ours = {"embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"),
+            "residual.skip.value": get("skip_weights")}
+    ours |= {f"values.tables.{k}": get(f"value_embeds.embed.{k}.weight") for k in range(3)}
+    mix = np.stack([get(f"blocks.{i}.lambdas") for i in range(layers)])
+    ours["residual.x.value"], ours["residual.x0.value"] = mix.T
+    ours["values.v.value"], ours["values.ve.value"] = np.stack([get(f"blocks.{i}.attn.lambdas") for i in range(layers)
+                                                                if i != 7]).T
+    for i in range(layers):
+        if i != 7:
+            ours[f"blocks.{i}.attn.qkvo"] = np.concatenate([get(f"blocks.{i}.attn.qkv_w"),
+                                                            get(f"blocks.{i}.attn.c_proj.weight")[None]])
+        ours[f"blocks.{i}.mlp.up"] = get(f"blocks.{i}.mlp.c_fc.weight")
+        ours[f"blocks.{i}.mlp.down"] = get(f"blocks.{i}.mlp.c_proj.weight")
+    return ours
+
+
+def record33(numbers, prefix, layers=12):
+    """Record 34 without its smear: tensors of layers whose gradients are not stored are left out."""
+    get, scalars = reader(numbers, prefix), numbers[prefix + "scalars"].astype(np.float64)
+    ours = {"embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"), "residual.skip.value": scalars[:6]}
+    ours |= {f"values.tables.{k}": get(f"value_embeds.{k}.weight") for k in range(3)}
+    ours["residual.x.value"], ours["residual.x0.value"] = scalars[12:36].reshape(12, 2).T
+    ours["values.v.value"], ours["values.ve.value"] = np.delete(scalars[36:60].reshape(12, 2), 7, axis=0).T
+    theirs = {"attn.qkvo": ("attn.qkvo_w", False), "attn.gate": ("attn.attn_gate.weight", False),
+              "mlp.up": ("mlp.c_fc", True), "mlp.down": ("mlp.c_proj", False)}
+    for i in range(layers):
+        for name, (key, turned) in theirs.items():
+            if f"{prefix}blocks.{i}.{key}" in numbers:
+                value = get(f"blocks.{i}.{key}")
+                ours[f"blocks.{i}.{name}"] = value.T.copy() if turned else value
+    return ours
+
+
+def block_windows(blocks):
+    """Windows of records 20 to 28 with a long window of so many blocks."""
+    return Windows(Span(None, blocks), Span(None, max(1, blocks // 2)), Span(None, blocks), ())
+
+
+def token_windows(long, last, history, block=16):
+    """Windows of record 29 on, in blocks: FlashAttention's left window of w tokens shows w + 1 keys."""
+    return Windows(*(Span(w * block + 1, None) for w in (long, long // 2, last)), history)

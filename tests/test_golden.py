@@ -5,136 +5,290 @@ import pytest
 import torch
 
 import deltas
-import model as model_module
 import schedule
-from golden_records import build, convert, fill, load
-from model import GPT
+from golden_records import block_windows, build, early, fill, load, record20, record33, small, token_windows
+from kernels.fp8_linear import fp8_linear
 from optim import Cut, Engine, adamw, muon_direction
+from schedule import Span, Windows
 
 
 def relative(a, b):
     return abs(a - b) / abs(b)
 
 
-def check_gradients(model, golden, exceptions=()):
-    for name, expected in convert(golden, "grad/", len(model.blocks)).items():
+def inputs(golden):
+    x, y = (torch.from_numpy(golden[f"in/{k}"]).long() for k in ("tokens", "targets"))
+    return (x, y) if x.dim() == 2 else (x[None], y[None])
+
+
+def check_gradients(model, expected):
+    for name, value in expected.items():
         got = model.get_parameter(name).grad.numpy()
-        assert np.abs(got - expected).max() <= 1e-7 * np.abs(expected).max(), name
+        assert np.abs(got - value).max() <= 1e-7 * np.abs(value).max(), name
+
+
+def check_losses(losses, golden, total, each, reduced="mean"):
+    assert relative(getattr(losses, reduced)().item(), golden[total].item()) < 1e-12
+    assert np.abs(losses.detach().numpy().ravel() - golden[each]).max() < 1e-11
 
 
 def test_record_5_loss_and_gradients():
     golden, config = load("record05")
-    s, model = build("short/5", config)
-    fill(model, golden)
-    x, y = (torch.from_numpy(golden[f"in/{k}"]).long() for k in ("tokens", "targets"))
-    losses = model(x, y)
+    _, model = small("short/5", config, 128, rows=2)
+    fill(model, early(golden, "param/"))
+    losses = model(*inputs(golden))
     losses.mean().backward()
-    assert relative(losses.mean().item(), golden["out/loss"].item()) < 1e-12
-    assert np.abs(losses.detach().numpy().ravel() - golden["out/token_loss"]).max() < 1e-11
-    check_gradients(model, golden)
+    check_losses(losses, golden, "out/loss", "out/token_loss")
+    check_gradients(model, early(golden, "grad/"))
 
 
 def test_record_6_equals_record_5_in_exact_arithmetic():
     """QK norm on the other side of the rotation is the same function (eps aside)."""
     golden, config = load("record05")
-    _, model = build("short/6", config)
-    fill(model, golden)
-    x, y = (torch.from_numpy(golden[f"in/{k}"]).long() for k in ("tokens", "targets"))
-    assert relative(model(x, y).mean().item(), golden["out/loss"].item()) < 1e-12
+    _, model = small("short/6", config, 128, rows=2)
+    fill(model, early(golden, "param/"))
+    assert relative(model(*inputs(golden)).mean().item(), golden["out/loss"].item()) < 1e-12
 
 
+@pytest.mark.parametrize("name, ref, length", [("record05", "short/5", 128), ("record12", "short/12", 640),
+                                               ("record20", "short/20", 640)])
 @pytest.mark.parametrize("case, eps", [("eps_1.19e-7", 1.1920929e-07), ("eps_2^-7", 0.0078125)])
-def test_record_5_with_other_norm_eps(case, eps):
-    golden, config = load("record05")
-    _, model = build("short/5", config, **{"numerics.norm_eps": eps})
-    fill(model, golden)
-    x, y = (torch.from_numpy(golden[f"in/{k}"]).long() for k in ("tokens", "targets"))
-    assert relative(model(x, y).mean().item(), golden[f"case/{case}/loss_mean"].item()) < 1e-9
+def test_other_norm_eps(name, ref, length, case, eps):
+    golden, config = load(name)
+    _, model = small(ref, config, length, rows=2 if name == "record05" else 1, numerics__norm_eps=eps)
+    fill(model, record20(golden, "param/") if name == "record20" else early(golden, "param/"))
+    x, y = inputs(golden)
+    windows = {"record05": None, "record12": Windows(*3 * [Span(192, None)], ()), "record20": block_windows(4)}[name]
+    loss = model(x, y, model.context(x, 249, windows)).mean().item()
+    assert relative(loss, golden[f"case/{case}/loss_mean"].item()) < 1e-9
 
 
-def record_12_attention(documents, window):
-    """The visibility of record 12, which our record-11 model gets in place of plain causal attention."""
-    t = torch.arange(len(documents))
-    visible = (t[:, None] >= t) & (documents[:, None] == documents) & (t[:, None] - t < window)
-
-    def attend(q, k, v):
-        y = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=visible)
-        return y.transpose(1, 2)
-
-    return attend
-
-
-def test_record_11_model_with_record_12_attention(monkeypatch):
+def test_record_12_loss_and_gradients():
     golden, config = load("record12")
-    _, model = build("short/11", config, **{"data.seq_len": 640, "data.tokens_per_rank": 640})
-    fill(model, golden)
-    monkeypatch.setattr(model_module, "attend", record_12_attention(torch.from_numpy(golden["in/doc_id"]), 192))
-    x, y = (torch.from_numpy(golden[f"in/{k}"]).long()[None] for k in ("tokens", "targets"))
-    losses = model(x, y)
+    _, model = small("short/12", config, 640)
+    fill(model, early(golden, "param/"))
+    x, y = inputs(golden)
+    losses = model(x, y, model.context(x, 249, Windows(*3 * [Span(192, None)], ())))
     losses.mean().backward()
-    assert relative(losses.mean().item(), golden["out/loss"].item()) < 1e-12
-    assert np.abs(losses.detach().numpy().ravel() - golden["out/token_loss"]).max() < 1e-11
-    check_gradients(model, golden)
-    assert model.value_mix.value.grad[0] == 0  # block 0 mixes v1 with itself
+    check_losses(losses, golden, "out/loss", "out/token_loss")
+    check_gradients(model, early(golden, "grad/"))
+    assert model.values.lam.value.grad[0] == 0  # block 0 mixes v1 with itself
 
 
-@pytest.mark.parametrize("name, ref, tensors", [("record05_optim", "short/5", {"wide": 0, "tall": 0, "square": 0}),
-                                                ("record12_optim", "short/11", {"wide": 0, "tall": 0, "square": 0})])
+def test_record_20_loss_gradients_and_other_windows():
+    golden, config = load("record20")
+    _, model = small("short/20", config, 640)
+    fill(model, record20(golden, "param/"))
+    x, y = inputs(golden)
+    losses = model(x, y, model.context(x, 249, block_windows(4)))
+    losses.mean().backward()
+    check_losses(losses, golden, "out/loss", "out/token_loss")
+    check_gradients(model, record20(golden, "grad/"))
+    for blocks in config["windows_extra"]:
+        with torch.no_grad():
+            losses = model(x, y, model.context(x, 249, block_windows(blocks)))
+        assert np.abs(losses.numpy().ravel() - golden[f"case/window{blocks}/token_loss"]).max() < 1e-11
+
+
+class Smeared(torch.nn.Module):
+    """Record 34's embedding: each token's row and a gated part of the one before it."""
+
+    def __init__(self, embed, gate, strength):
+        super().__init__()
+        self.table, self.norm, self.gate, self.strength = embed.table, embed.norm, gate, strength
+
+    def forward(self, tokens, start=0):
+        e = torch.nn.functional.embedding(tokens, self.table)
+        strength = self.strength * torch.sigmoid(e[:, 1:, :12] @ self.gate.T)
+        return self.norm(torch.cat([e[:, :1], e[:, 1:] + strength * e[:, :-1]], 1))
+
+
+def test_record_33_with_the_smear_of_record_34():
+    golden, config = load("r34")
+    sizes = {"dim": config["model_dim"], "heads": config["num_heads"], "vocab_rows": config["vocab"]}
+    _, model = small("short/33", sizes, 256, model__attn__window__block=16, data__max_document=256,
+                     numerics__norm_eps=config["rms_eps"])
+    fill(model, record33(golden, "param/"))
+    model.embed = Smeared(model.embed, torch.from_numpy(golden["param/smear_gate.weight"].astype(np.float64)),
+                          float(golden["param/scalars"][60]))
+    x, y = inputs(golden)
+
+    def losses(long, last, history):
+        return model(x, y, model.context(x, config["bos"], token_windows(long, last, history)))
+
+    check_losses(losses(3, 3, (3,)), golden, "out/A_train_ws3/loss", "out/A_train_ws3/per_token", "sum")
+    check_losses(losses(7, 11, (3, 7)), golden, "out/B_eval_ws7_final11/loss", "out/B_eval_ws7_final11/per_token")
+    assert abs(model.scale - golden["yarn/B_attn_scale"]) < 1e-15
+    f, _ = model.rotary.frequencies((3, 7))
+    assert np.abs(f.numpy()[:len(golden["yarn/B_angular_freq"])] - golden["yarn/B_angular_freq"]).max() < 1e-15
+    loss = losses(7, 7, (3, 7))
+    loss.sum().backward()
+    check_losses(loss, golden, "out/B_train_ws7/loss", "out/B_train_ws7/per_token", "sum")
+    check_gradients(model, record33(golden, "grad/"))
+
+
+def test_yarn_states_at_real_size():
+    golden, _ = load("schedules")
+    _, model = build("short/33", validation__seq_len=64, validation__tokens=512, data__seq_len=64, data__tokens_per_rank=64)
+    history = (3, 7, 11, 13)
+    for i, blocks in enumerate(history):
+        f, factor = model.rotary.frequencies(history[:i + 1])
+        assert np.abs(f.numpy() - golden[f"yarn/half_{blocks}/angular_freq"]).max() < 1e-9  # stored from float32 tables
+        assert abs(0.1 * factor - golden[f"yarn/half_{blocks}/attn_scale"]) < 1e-15
+    assert [round(0.1 * model.rotary.frequencies(history[:i + 1])[1], 6) for i in range(4)] == [0.1, 0.116946, 0.127518, 0.131778]
+
+
+def test_the_fp8_head_operator_is_the_original():
+    golden, config = load("record20_fp8head")
+    x, w = (torch.from_numpy(golden[k]) for k in ("x", "w"))
+    x, w = x.bfloat16().requires_grad_(), w.requires_grad_()
+    scales = config["scales"]
+    out = fp8_linear(x, w, scales["x_s"], scales["w_s"], scales["grad_s"])
+    out.backward(torch.from_numpy(golden["grad_out"]).bfloat16())
+    assert np.array_equal(out.detach().float().numpy(), golden["out"])
+    assert np.array_equal(x.grad.float().numpy(), golden["grad_x"])
+    assert np.abs(w.grad.numpy() - golden["grad_w"]).max() <= 4e-7 * np.abs(golden["grad_w"]).max()
+
+
+def muon_states(s, golden, tensor, momenta, lrs, calls=4, factor_shape=None):
+    """(parameter, buffer) after each call of our Muon on a fixture's free-standing tensor."""
+    p = torch.from_numpy(golden[f"init/{tensor}"]).double()
+    batch = p if p.dim() == 3 else p[None]
+    buffer = torch.zeros_like(batch)
+    for call in range(calls):
+        g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(batch.shape)
+        update, buffer = muon_direction(g, buffer, momentum=momenta[call].item(), averaged=s.optim.muon.averaged,
+                                        cut=Cut(joint=False), factor_shape=factor_shape, scale=s.optim.muon.scale,
+                                        ns=(5, s.numerics, False))
+        batch = batch - s.optim.muon.lr * lrs[call].item() * update
+        yield call, batch.view(p.shape).numpy(), buffer.view(p.shape).numpy()
+
+
+def adam_states(s, golden, tensor, lr, factors, calls=4):
+    """(parameter, first, second moment) after each call of our Adam."""
+    a = s.optim.adam
+    p = torch.from_numpy(golden[f"init/{tensor}"]).double()
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for call in range(calls):
+        p, m, v = adamw(p, torch.from_numpy(golden[f"grad/{tensor}"][call]).double(), m, v, lr=lr * factors[call].item(),
+                        decay=0.0, beta1=a.beta1, beta2=a.beta2, eps=a.eps, eps_after_correction=a.eps_after_correction,
+                        correction1=1 - a.beta1 ** (call + 1), correction2=1 - a.beta2 ** (call + 1), math_dtype=torch.float64)
+        yield call, p.numpy(), m.numpy(), v.numpy()
+
+
+def close(got, expected):
+    return np.abs(got - expected).max() <= 1e-12 * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name, ref, tensors", [
+    ("record05_optim", "short/5", ["wide", "tall", "square"]), ("record12_optim", "short/12", ["wide", "tall", "square"]),
+    ("record20_optim", "short/20", ["wide", "tall", "square", "batch3"])])
 def test_muon_states_after_four_calls(name, ref, tensors):
     golden, config = load(name)
     s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
     assert s.optim.muon.lr == config["muon_lr"]
     for tensor in tensors:
-        p = torch.from_numpy(golden[f"init/{tensor}"]).double()
-        buffer = torch.zeros_like(p)
-        for call in range(4):
-            g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double()
-            update, buffer = muon_direction(g[None], buffer[None], momentum=golden["step_muon_momentum"][call].item(),
-                                            cut=Cut(joint=False), scale=s.optim.muon.scale, ns=(5, s.numerics, False))
-            buffer = buffer[0]
-            p = p - s.optim.muon.lr * golden["step_lr_factor"][call].item() * update[0]
-            for got, key in ((p, "param"), (buffer, "momentum_buffer")):
-                expected = golden[f"fp64/{key}/{tensor}"][call]
-                assert np.abs(got.numpy() - expected).max() <= 1e-12 * max(1, np.abs(expected).max()), (tensor, key, call)
+        for call, p, buffer in muon_states(s, golden, tensor, golden["step_muon_momentum"], golden["step_lr_factor"]):
+            assert close(p, golden[f"fp64/param/{tensor}"][call]), (tensor, call)
+            assert close(buffer, golden[f"fp64/momentum_buffer/{tensor}"][call]), (tensor, call)
 
 
-@pytest.mark.parametrize("name, tensors", [("record05_optim", ["tied_table"]), ("record12_optim", ["table", "head", "scalar"])])
-def test_adam_states_after_four_calls(name, tensors):
+@pytest.mark.parametrize("name, ref, tensors", [
+    ("record05_optim", "short/5", ["tied_table"]), ("record12_optim", "short/12", ["table", "head", "scalar"]),
+    ("record20_optim", "short/20", ["table", "head", "scalar"])])
+def test_adam_states_after_four_calls(name, ref, tensors):
     golden, config = load(name)
-    b1, b2 = config["adam_betas"]
+    s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
+    assert (s.optim.adam.beta1, s.optim.adam.beta2) == tuple(config["adam_betas"]) and s.optim.adam.eps == config["adam_eps"]
     for tensor in tensors:
-        p = torch.from_numpy(golden[f"init/{tensor}"]).double()
-        m, v = torch.zeros_like(p), torch.zeros_like(p)
-        for call in range(4):
-            lr = config["adam_lr"][tensor] * golden["step_lr_factor"][call].item()
-            p, m, v = adamw(p, torch.from_numpy(golden[f"grad/{tensor}"][call]).double(), m, v, lr=lr, decay=0.0, beta1=b1,
-                            beta2=b2, eps=config["adam_eps"], correction1=1 - b1 ** (call + 1),
-                            correction2=1 - b2 ** (call + 1), math_dtype=torch.float64)
-            for got, key in ((p, "param"), (m, "exp_avg"), (v, "exp_avg_sq")):
-                expected = golden[f"fp64/{key}/{tensor}"][call]
-                assert np.abs(got.numpy() - expected).max() <= 1e-12 * max(1, np.abs(expected).max()), (tensor, key, call)
+        for call, *states in adam_states(s, golden, tensor, config["adam_lr"][tensor], golden["step_lr_factor"]):
+            for got, key in zip(states, ("param", "exp_avg", "exp_avg_sq")):
+                assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
+
+
+def test_optimizer_of_records_32_to_34():
+    """Batched Muon over q, k, v, o; gates in Muon; Adam with eps before the correction."""
+    golden, config = load("r34_optim")
+    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    factors, momenta = np.array(config["lr_factor"]), np.array(config["muon_momentum"])
+    for tensor in ("qkvo", "tall", "wide", "square", "smear_gate"):
+        for call, p, buffer in muon_states(s, golden, tensor, momenta, factors):
+            if f"f64/step{call + 1}/param/{tensor}" in golden:
+                assert close(p, golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
+                assert close(buffer, golden[f"f64/step{call + 1}/state/{tensor}/momentum_buffer"]), (tensor, call)
+    for tensor, mul in config["lr_mul"].items():
+        for call, *states in adam_states(s, golden, tensor, config["adam"]["lr"] * mul, factors):
+            if f"f64/step{call + 1}/param/{tensor}" in golden:
+                assert close(states[0], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
+                assert close(states[1], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg"]), (tensor, call)
+                assert close(states[2], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (tensor, call)
+
+
+# ----- six training steps
+
+def train(model, s, golden, steps, windows):
+    engine, plans = Engine(model, s), schedule.plan(s)
+    for i, step in enumerate(steps):
+        x, y = (torch.from_numpy(golden[k][i]).long() for k in ("tokens", "targets"))
+        x, y = (x, y) if x.dim() == 2 else (x[None], y[None])
+        engine.expect(last=True)
+        loss = model(x, y, model.context(x, 249, windows)).mean()
+        loss.backward()
+        engine.collect()
+        engine.step(plans[step])
+        yield i, loss.item()
 
 
 def test_six_training_steps_of_record_5():
     golden, config = load("record05")
-    train, _ = load("record05_train")
-    s, model = build("short/5", config)
-    fill(model, golden)
-    engine = Engine(model, s)
-    for i, step in enumerate(train["step_index"]):
-        engine.expect(last=True)
-        loss = model(torch.from_numpy(train["tokens"][i]).long(), torch.from_numpy(train["targets"][i]).long()).mean()
-        loss.backward()
-        engine.collect()
-        engine.step(schedule.plan(s)[step])
-        assert relative(loss.item(), train["loss"][i].item()) < 1e-11
+    steps, _ = load("record05_train")
+    s, model = small("short/5", config, 128, rows=2)
+    fill(model, early(golden, "param/"))
+    for i, loss in train(model, s, steps, steps["step_index"], None):
+        assert relative(loss, steps["loss"][i].item()) < 1e-11
 
 
-@pytest.mark.parametrize("name, ref, steps", [("record05_optim", "short/5", None), ("record12_optim", "short/11", [
-    "schedule.steps=1875", "schedule.cooldown_steps=562"])])
-def test_schedules_at_every_step(name, ref, steps):
+def test_six_training_steps_of_record_20():
+    golden, config = load("record20")
+    steps, _ = load("record20_train")
+    s, model = small("short/20", config, 640)
+    fill(model, record20(golden, "param/"))
+    for i, loss in train(model, s, steps, steps["step_index"], block_windows(4)):
+        assert relative(loss, steps["loss"][i].item()) < 1e-11
+
+
+# ----- schedules
+
+@pytest.mark.parametrize("name, ref", [("record05_optim", "short/5"), ("record12_optim", "short/12"),
+                                       ("record20_optim", "short/20")])
+def test_schedules_at_every_step(name, ref):
     golden, _ = load(name)
-    s = deltas.resolve(ref, sets=steps or []).settings
+    s = deltas.resolve(ref).settings
     plans = schedule.plan(s)
     assert np.array_equal([p.lr_factor for p in plans], golden["schedule/lr_factor"])
     assert np.allclose([p.momentum for p in plans], golden["schedule/muon_momentum"], rtol=1e-15, atol=0)
+    if ref == "short/20":
+        windows = [schedule.windows(s, i) for i in range(len(plans) + 1)]
+        assert np.array_equal([w.long.blocks for w in windows], golden["schedule/window"])
+        assert all(w.short.blocks == max(1, w.long.blocks // 2) for w in windows)
+
+
+def test_schedules_of_records_28_and_33_at_every_step():
+    golden, _ = load("schedules")
+    for key, s in (("r28", deltas.resolve("short/28").settings),
+                   ("r34", deltas.resolve("short/33", sets=["schedule.steps=1645"]).settings)):
+        plans = schedule.plan(s)
+        assert np.array_equal([p.lr_factor for p in plans], golden[f"{key}/lr"])
+        assert np.allclose([p.momentum for p in plans], golden[f"{key}/momentum"], rtol=1e-15, atol=0)
+        windows = [schedule.validation_windows(s, i) for i in range(len(plans) + 1)]
+        blocks = [w.long.blocks or (w.long.tokens - 1) // 128 for w in windows]
+        assert np.array_equal(blocks, golden[f"{key}/ws"])
+        if key == "r34":
+            assert np.array_equal([(w.last.tokens - 1) // 128 for w in windows], golden["r34/ws_final_layer"])
+
+
+def test_window_steps_of_record_21():
+    s = deltas.resolve("short/21").settings
+    blocks = [schedule.windows(s, i).long.blocks for i in range(s.schedule.steps + 1)]
+    assert [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]] == [
+        132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705]

@@ -79,7 +79,7 @@ def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_processes(tmp_path):
         assert losses(run(tmp_path / str(processes), *args, processes=processes)[1]) == one
 
 
-@pytest.mark.parametrize("comm", ["sharded", "replicated", "allreduce_updates"])
+@pytest.mark.parametrize("comm", ["sharded", "replicated", "bucketed", "allreduce_updates"])
 def test_two_processes_agree_with_one_up_to_rounding(comm, tmp_path):
     args = ["short/11", *SHORT]
     one, digest = losses(run(tmp_path / "1", *args)[1])
@@ -88,9 +88,9 @@ def test_two_processes_agree_with_one_up_to_rounding(comm, tmp_path):
     assert max(abs(a - b) for a, b in zip(one, two)) < 2e-4
 
 
-@pytest.mark.parametrize("ref", ["short/1", "short/3", "short/5"])
+@pytest.mark.parametrize("ref", ["short/1", "short/3", "short/5", "short/20", "short/33"])
 def test_two_processes_on_representative_records(ref, tmp_path):
-    """1: clipping and AdamW; 3: joint qkv; 5: tied head."""
+    """1: clipping and AdamW; 3: joint qkv; 5: tied head; 20: block windows, value tables; 33: packed documents, gates."""
     one, digest = losses(run(tmp_path / "1", ref, *SHORT)[1])
     two, other = losses(run(tmp_path / "2", ref, *SHORT, processes=2)[1])
     assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 2e-4

@@ -269,11 +269,10 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, longest, orig
     first = 0 if origin is None else origin[:, None, None, None]
     seen = visible(first + q, first + k, window) & (k >= 0)  # (n, B, S), with origin (R, n, B, S)
     row = torch.arange(rows, device=device)[:, None, None, None] * tokens
-    queries, keys = (row + x.clamp(0, tokens - 1) for x in (q, k))
+    queries, keys = (row + x.clamp(0, tokens - 1) for x in (q, k))  # what pads the last block repeats the last token
     if documents is not None:
         ids = documents.flatten()
         seen = seen & (ids[queries] == ids[keys])
-    seen = seen | (q >= tokens)  # padding: a softmax over nothing is not a number
     mask = additive(seen.expand(rows, count, width, span).reshape(rows * count, 1, width, span), dtype)
     return Band(width, None if count * width == tokens else queries.flatten(), keys.flatten(), mask)
 

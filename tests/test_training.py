@@ -18,7 +18,7 @@ from runlog import read_chain, read_links, render, summarise
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [r for r in deltas.load_records()]
-SHORT = ["--scale", "micro", "--set", "schedule.steps=3", "--set", "validation.tokens=4096"]
+SHORT = ["--scale", "micro", "--set", "schedule.steps=3"]
 
 
 def run(out, *args, processes=1, env=None, **kwargs):

@@ -90,10 +90,15 @@ def test_two_processes_agree_with_one_up_to_rounding(comm, tmp_path):
 
 @pytest.mark.parametrize("ref", ["short/1", "short/3", "short/5", "short/20", "short/33"])
 def test_two_processes_on_representative_records(ref, tmp_path):
-    """1: clipping and AdamW; 3: joint qkv; 5: tied head; 20: block windows, value tables; 33: packed documents, gates."""
-    one, digest = losses(run(tmp_path / "1", ref, *SHORT)[1])
-    two, other = losses(run(tmp_path / "2", ref, *SHORT, processes=2)[1])
-    assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 2e-4
+    """1: clipping and AdamW; 3: joint qkv; 5: tied head; 20: block windows, value tables; 33: packed documents, gates.
+
+    In float64, because float32 hides errors: Muon makes all singular values of a gradient equal, so where some are nearly
+    zero (record 28's gates at the start) it amplifies the rounding of a sum to 1e-3 nats within three steps.
+    """
+    exact = [*SHORT, "--set", "system.precision=float64"]
+    one, digest = losses(run(tmp_path / "1", ref, *exact)[1])
+    two, other = losses(run(tmp_path / "2", ref, *exact, processes=2)[1])
+    assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 1e-9
 
 
 def test_ranks_per_forward_changes_only_rounding(tmp_path):

@@ -1,0 +1,284 @@
+"""The manifest of a claim folder: the plan, declared before its first run, and every run with what became of it.
+
+manifest.jsonl is chained like run.jsonl, and each line is on the disk before the program goes on:
+
+    declare   the whole plan: arms with their resolved settings, runs per arm or looks, pairing, order of execution
+    register  {run, arm, seed, discard}: the next run, just before its process starts (which gets this line's hash)
+    finish    {run, folder, last_hash, status, exit}: what became of it
+    fault     {run, cause, note}: why a run without a final loss does not count; its place in the order is run again
+    look      {runs, decision}: what was decided when every arm had that many runs
+
+One run at a time, in the declared order. A register without a finish is a run that failed, until a fault explains it.
+Reading and writing go through the same checks, so that nothing can be written that would be refused later.
+"""
+
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import runlog
+from settings import UserError
+
+VERSION = 1
+NAME = "manifest.jsonl"
+STATUSES = ("finished", "diverged", "interrupted", "failed")
+WITH_LOSS = ("finished", "diverged")  # statuses of runs that told their loss: nothing can exclude them
+CAUSES = ("killed", "machine", "out_of_memory", "disk_full", "interrupted")
+DECISIONS = ("continue", "passed", "failed")
+CLAIMS = ("ml", "systems", "comparison")
+NUMBER = (int, float)
+DECLARED = {"version": int, "claim": str, "record": (str, type(None)), "scale": (str, type(None)),
+            "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str, "margin": NUMBER,
+            "order": list, "order_seed": int, "processes": int, "machine": dict}
+FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
+          "finish": {"run": int, "folder": (str, type(None)), "last_hash": (str, type(None)), "status": str,
+                     "exit": (int, type(None))},
+          "fault": {"run": int, "cause": str, "note": str}, "look": {"runs": int, "decision": str}}
+
+
+@dataclass
+class Run:
+    """A registered run. `hash` is that of its register line; `place` its index in the declared order."""
+    run: int
+    arm: str
+    seed: int
+    discard: bool
+    hash: str
+    place: int
+    utc: str
+    finish: dict | None = None
+    fault: dict | None = None
+
+    @property
+    def counts(self):
+        """Does it enter the statistics, as a loss or as a failure?"""
+        return not self.discard and self.fault is None
+
+    @property
+    def status(self):
+        """What became of it; `failed` while nothing says otherwise."""
+        return self.finish["status"] if self.finish else "failed"
+
+
+class Claim:
+    """What a manifest says so far: declaration, runs, looks. `add` checks each event against all before it."""
+
+    def __init__(self, path):
+        self.path, self.declaration, self.runs, self.looks = Path(path), None, [], []
+        self.last_hash, self.events = runlog.GENESIS, 0
+
+    @property
+    def folder(self):
+        return self.path.parent
+
+    @property
+    def open_run(self):
+        """The registered run of which nothing more is known, or None."""
+        return self.runs[-1] if self.runs and self.runs[-1].finish is None and self.runs[-1].fault is None else None
+
+    @property
+    def next_place(self):
+        """Index in the declared order of the run that comes next: the places of faulty runs are run again."""
+        return sum(r.fault is None for r in self.runs)
+
+    @property
+    def complete(self):
+        """Has every place of the declared order been run? (Looks may end a claim before.)"""
+        return self.open_run is None and self.next_place == len(self.declaration["order"])
+
+    def counted(self, arm):
+        """The runs of an arm that count, in order of execution."""
+        return [r for r in self.runs if r.arm == arm and r.counts]
+
+    def add(self, event, digest):
+        """Take in one event (a dict with n, kind, utc) and its hash; UserError if it has no place here."""
+        kind = event["kind"]
+
+        def require(condition, message):
+            if not condition:
+                raise UserError(f"{self.path}: line {self.events + 1} ({kind}): {message}")
+
+        require((kind == "declare") == (self.events == 0), "a manifest begins with its one declaration")
+        if kind == "declare":
+            check_declaration(event, require)
+            self.declaration = event
+        else:
+            require(kind in FIELDS, f"unknown kind of event; known are {', '.join(FIELDS)}")
+            check_fields(event, FIELDS[kind], require)
+            {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look}[kind](
+                event, digest, require)
+        self.last_hash, self.events = digest, self.events + 1
+
+    def register(self, event, digest, require):
+        require(self.open_run is None, f"run {len(self.runs) - 1} is still open: finish it or explain it first")
+        require(not self.looks or self.looks[-1]["decision"] == "continue", "the last look has ended the claim")
+        require(event["run"] == len(self.runs), f"runs are numbered in order: expected {len(self.runs)}")
+        place, order = self.next_place, self.declaration["order"]
+        require(place < len(order), "all declared runs are done")
+        require({k: event[k] for k in ("arm", "seed", "discard")} == order[place],
+                f"the declared order has {order[place]} here")
+        self.runs.append(Run(event["run"], event["arm"], event["seed"], event["discard"], digest, place, event["utc"]))
+
+    def finish(self, event, digest, require):
+        require(self.open_run is not None and event["run"] == self.open_run.run, f"run {event['run']} is not under way")
+        require(event["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}")
+        folder = event["folder"]
+        require(folder is None or (folder not in ("", ".", "..") and "/" not in folder),
+                f"folder {folder!r} must be a name under runs/")
+        require(folder is None or folder not in [r.finish["folder"] for r in self.runs if r.finish],
+                f"folder {folder} already belongs to another run")
+        require((folder is None) == (event["last_hash"] is None), "folder and last_hash go together")
+        require(folder is not None or event["status"] not in WITH_LOSS, f"a {event['status']} run has a folder")
+        self.runs[-1].finish = event
+
+    def fault(self, event, digest, require):
+        require(0 <= event["run"] == len(self.runs) - 1, f"only the last run can be excluded, not run {event['run']}")
+        run = self.runs[-1]
+        require(run.fault is None, f"run {run.run} already has a fault")
+        require(run.status not in WITH_LOSS, f"run {run.run} {run.status}: a run that told its loss always counts")
+        require(event["cause"] in CAUSES, f"cause must be one of {', '.join(CAUSES)}")
+        run.fault = event
+
+    def look(self, event, digest, require):
+        looks = self.declaration["plan"].get("looks", [])
+        require(len(self.looks) < len(looks) and looks[len(self.looks)]["runs"] == event["runs"],
+                f"a look at {event['runs']} runs was not declared" + (" as the next" if looks else ""))
+        require(event["decision"] in DECISIONS, f"decision must be one of {', '.join(DECISIONS)}")
+        require(self.open_run is None and all(len(self.counted(a)) >= event["runs"] for a in self.declaration["arms"]),
+                f"not every arm has {event['runs']} runs yet")
+        self.looks.append(event)
+
+
+def check_fields(event, types, require):
+    for name, kind in types.items():
+        require(name in event, f"{name} is missing")
+        require(isinstance(event[name], kind) and (kind is bool or not isinstance(event[name], bool)),
+                f"{name} = {event[name]!r} has the wrong type")
+
+
+def check_declaration(event, require):
+    """Whole and consistent: known version, arms, a plan whose counts the order has, alphas that add up."""
+    require(event.get("version") == VERSION, f"manifest version {event.get('version')!r}, this program reads {VERSION}")
+    check_fields(event, DECLARED, require)
+    require(event["claim"] in CLAIMS, f"claim must be one of {', '.join(CLAIMS)}")
+    require(event["pairing"] in ("seed", "none"), "pairing must be seed or none")
+    arms, plan, order = event["arms"], event["plan"], event["order"]
+    require(len(arms) >= 1 and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
+            "arms must be tables of kind record or script")
+    require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
+    if "looks" in plan:
+        looks = plan["looks"]
+        require(isinstance(looks, list) and looks and all(
+            isinstance(x, dict) and type(x.get("runs")) is int and isinstance(x.get("alpha"), NUMBER) for x in looks),
+            "plan.looks must be a list of {runs, alpha}")
+        counts = [x["runs"] for x in looks]
+        require(0 < counts[0] and all(a < b for a, b in zip(counts, counts[1:])), "the runs of looks must rise")
+        require(all(x["alpha"] > 0 for x in looks) and abs(sum(x["alpha"] for x in looks) - event["alpha"]) < 1e-9,
+                "the alphas of all looks must add up to alpha")
+        total = counts[-1]
+    else:
+        total = plan.get("runs")
+        require(type(total) is int and total >= 1, "plan must hold runs or looks")
+    for x in order:
+        require(isinstance(x, dict) and set(x) == {"arm", "seed", "discard"} and x["arm"] in arms
+                and type(x["seed"]) is int and type(x["discard"]) is bool, f"order: {x!r} is no {{arm, seed, discard}}")
+    seeds = {arm: [x["seed"] for x in order if x["arm"] == arm and not x["discard"]] for arm in arms}
+    for arm, mine in seeds.items():
+        require(len(mine) == total, f"order: {len(mine)} runs of {arm}, the plan says {total}")
+        require(len(set(mine)) == total, f"order: a seed of {arm} occurs twice")
+        require(event["pairing"] == "none" or set(mine) == set(next(iter(seeds.values()))),
+                "order: paired arms must have the same seeds")
+
+
+# ----- files --------------------------------------------------------------------------------------------------------
+
+def manifest_path(where):
+    """DIR/manifest.jsonl for a claim folder, or the path of the file itself."""
+    return Path(where) / NAME if Path(where).is_dir() else Path(where)
+
+
+def read(where):
+    """The Claim in a folder (or manifest file), every line checked. UserError on anything broken."""
+    path = manifest_path(where)
+    claim = Claim(path)
+    for event, digest in runlog.read_links(path):
+        claim.add(event, digest)
+    return claim
+
+
+class Manifest:
+    """A manifest open for appending, by one process at a time. `claim` is what it says so far.
+
+    The lock lies on the open file (`descriptor`), which a started run inherits: as long as that run lives nobody else
+    continues the plan, even if the process that started it was killed.
+    """
+
+    def __init__(self, path, new=False):
+        self.claim = Claim(path)
+        try:
+            if new:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_RDWR | os.O_APPEND | ((os.O_CREAT | os.O_EXCL) if new else 0)
+            self.descriptor = os.open(path, flags, 0o644)
+        except FileExistsError:
+            raise UserError(f"{path.parent} already holds a plan: continue it with --resume {path.parent}, or choose "
+                            "another --out") from None
+        except FileNotFoundError:
+            raise UserError(f"{path.parent}: no {NAME} here, so there is nothing to continue") from None
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self.descriptor)
+            raise UserError(f"{path.parent} is in use: its plan, or a run that outlived it, is still running; wait for it "
+                            "or end it") from None
+
+    def append(self, kind, **fields):
+        """Check and write one event; it is on the disk when this returns its hash."""
+        utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        event = json.loads(json.dumps({"n": self.claim.events, "kind": kind, "utc": utc, **fields}))
+        line, digest = runlog.chain_line(self.claim.last_hash, event)
+        size = os.fstat(self.descriptor).st_size
+        self.claim.add(event, digest)
+        data = line.encode() + b"\n"
+        try:
+            if os.write(self.descriptor, data) != len(data):
+                raise OSError(0, "no space left")
+            os.fsync(self.descriptor)
+        except OSError as error:
+            os.ftruncate(self.descriptor, size)  # a line is there whole or not at all
+            self.claim = read(self.claim.path) if size else Claim(self.claim.path)
+            raise UserError(f"cannot write {self.claim.path}: {error.strerror}; it is complete up to here, free some "
+                            "space and continue") from None
+        return digest
+
+    def close(self):
+        os.close(self.descriptor)
+
+
+def create(folder, declaration):
+    """A new Manifest in a folder that has none, with its declaration written."""
+    Claim(Path(folder) / NAME).add({"n": 0, "kind": "declare", **declaration}, "")  # refuse before a file exists
+    manifest = Manifest(Path(folder) / NAME, new=True)
+    manifest.append("declare", **declaration)
+    return manifest
+
+
+def resume(folder):
+    """The Manifest of a folder, open for appending. A last line that a kill cut short is removed."""
+    path = Path(folder) / NAME
+    manifest = Manifest(path)
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        os.ftruncate(manifest.descriptor, whole)
+    try:
+        manifest.claim = read(path)
+    except UserError:
+        manifest.close()
+        raise
+    return manifest

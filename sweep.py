@@ -1,0 +1,401 @@
+"""Ablations and sweeps: many runs of one record and its changes on any number of workers, with intervals that hold at once.
+
+    python sweep.py ablate short/11 --scale micro --seeds 4          # every feature off in turn
+    python sweep.py axis short/11 optim.muon.lr=0.02,0.08 optim.scalar.lr=0.02,0.08      # every combination
+    python sweep.py chain short/1..short/11 --seeds 4                # every record against its parent
+    python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a shared disk
+    python sweep.py status DIR     # the table so far
+    python sweep.py report DIR --out records/evidence/ablate_11      # JSON, CSV, Markdown, PNG
+
+The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry. Values of
+an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep each and let --reuse share
+the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. records/sweep_plan.py says
+what is run, records/queue.py how a queue works, records/sweep_report.py what is concluded.
+"""
+
+import argparse
+import signal
+import sys
+import time
+from pathlib import Path
+
+import deltas
+import runlog
+from records import queue
+from records.sweep_plan import is_inert, make_plan, pairs_of, resolve
+from settings import SCALES, UserError, tokens_per_step
+
+
+# ----- before the start ---------------------------------------------------------------------------------------------
+
+def seconds_per_run(plan, folders):
+    """(median wall seconds of a run of this size on this machine, number of runs), or None. folders: where runs lie."""
+    here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
+    tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
+    for path in [p for folder in folders for p in sorted(Path(folder).glob(f"*_{plan['scale']}_*_s*"))[-50:]]:
+        try:
+            run = queue.read_run(path)
+        except UserError:
+            continue
+        if run["machine"] == here and run["status"] == "finished" and abs(run["tokens"] - tokens) < 0.1 * tokens:
+            seconds[run["last_hash"]] = run["wall_ms"] / 1000
+    return (sorted(seconds.values())[len(seconds) // 2], len(seconds)) if seconds else None
+
+
+def print_plan(plan, options, root, workers):
+    """What will be run, what it can show, how long it takes and what it costs."""
+    print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
+          f"{len(pairs_of(plan))} comparisons, {plan['seeds']} seeds an arm, {plan['controls']} runs of the control "
+          f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}")
+    if plan["kind"] == "ablate":
+        print(f"screening: {plan['screening']}")
+    inert = [a["label"] for a in plan["arms"][1:] if is_inert(plan, a)]
+    if inert:
+        print(f"inert at scale {plan['scale']} (computes the same as what it is compared with; not run): {', '.join(inert)}")
+    for skipped in plan["skipped"]:
+        print(f"not switched off: {skipped['feature']}: {skipped['reason']}")
+    print_power(plan, options.sd)
+    print_effort(plan, options, root, workers)
+
+
+def print_power(plan, stated):
+    from records.sweep_report import detectable, earlier_sd
+    known = None if stated else earlier_sd(plan)
+    if stated or known:
+        sd, where = (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+        print(f"minimal detectable effect: {detectable(plan, sd):.4f} nats at 80 % power, from sd {sd:.4f} ({where})")
+    elif plan["seeds"] + plan["controls"] > 2:
+        print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep tells the sd "
+              "(--sd states one), so the nats follow after the first controls")
+    else:
+        print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
+
+
+def print_effort(plan, options, root, workers):
+    done, failed = queue.settled(root)
+    survivors = queue.read_json(root / "survivors.json")
+    todo = queue.targets(plan, survivors)
+    later = sum(a["role"] == "member" for a in plan["arms"]) * plan["seeds"] if plan["groups"] and survivors is None else 0
+    left = [t for t in todo if t[0] not in done and t[0] not in failed]
+    ready = [t for t in left if queue.find_run(queue.reuse_folders(root, options.reuse), plan, *t[1:])]
+    left = len(left) - len(ready)
+    print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, {len(failed)} "
+          f"failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a time")
+    places = [root / "runs", *options.reuse, options.runs, *Path(options.runs).glob("*/runs")]
+    timed = seconds_per_run(plan, places)
+    if timed is None:
+        print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, none of this size "
+              "was timed on this machine yet")
+        return
+    hours, price = (left + later) * timed[0] / 3600, options.cost_per_hour
+    print(f"expected time: {hours / workers:.2f} h ({timed[0]:.1f} s a run, median of {timed[1]} runs on this machine)"
+          + (f"; cost {hours * price:.2f} at {price:g} a worker's hour" if price else ""))
+
+
+# ----- while it runs ------------------------------------------------------------------------------------------------
+
+class View:
+    """A live table when stdout is a terminal, else a line per run; and what the first runs tell about the rest."""
+
+    def __init__(self, plan, root, workers, cost_per_hour=None, sd=None):
+        self.plan, self.root, self.workers, self.cost, self.sd_known = plan, root, workers, cost_per_hour, bool(sd)
+        self.live, self.drawn, self.walls = None, 0.0, []
+        if sys.stdout.isatty():
+            from rich.live import Live
+            self.live = Live(auto_refresh=False, transient=True, vertical_overflow="crop")  # no thread: the worker forks
+            self.live.start()
+
+    def say(self, line):
+        if self.live:
+            self.live.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def tick(self, done, failed, running):
+        """Called often; draws about once a second."""
+        first = not self.walls
+        self.walls = [r["wall_ms"] / 1000 for r in done.values() if "adopted_from" not in r]
+        if first and self.walls:
+            self.say(self.remaining(done, failed))
+        if not self.sd_known:
+            self.tell_mde(done)
+        if self.live and time.monotonic() - self.drawn > 1:
+            self.drawn = time.monotonic()
+            self.live.update(self.table(done, failed, running), refresh=True)
+
+    def remaining(self, done, failed):
+        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        left = sum(t not in done and t not in failed for t, _, _ in todo)
+        hours = left * sorted(self.walls)[len(self.walls) // 2] / 3600
+        return (f"about {hours / self.workers:.2f} h left if nobody else works on it"
+                + (f", cost {hours * self.cost:.2f}" if self.cost else ""))
+
+    def tell_mde(self, done):
+        from records import statistics
+        from records.sweep_report import detectable, losses, runs_of
+        values = losses(runs_of(self.plan, self.plan["arms"][0], done))
+        if len(values) >= max(2, min(4, self.plan["controls"])):
+            self.sd_known = True
+            sd = statistics.describe(values)["sd"]
+            if sd:
+                self.say(f"minimal detectable effect: about {detectable(self.plan, sd):.4f} nats at 80 % power, from the sd "
+                         f"{sd:.4f} of the first {len(values)} controls")
+
+    def table(self, done, failed, running):
+        from rich import box
+        from rich.table import Table
+        from records.sweep_report import losses, runs_of
+        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        settled = sum(t in done or t in failed for t, _, _ in todo)
+        t = Table(box=box.SIMPLE_HEAD, title_justify="left", title=f"{self.plan['name']}  {settled}/{len(todo)} runs, "
+                  f"{len(failed)} failed, " + (self.remaining(done, failed) if self.walls else "timing the first run"))
+        for name in ("arm", "n", "mean", "minus control", "now"):
+            t.add_column(name, justify="left" if name in ("arm", "now") else "right")
+        control = losses(runs_of(self.plan, self.plan["arms"][0], done))
+        for a in self.plan["arms"]:
+            values = losses(runs_of(self.plan, a, done))
+            mean = sum(values) / len(values) if values else None
+            effect = f"{mean - sum(control) / len(control):+.4f}" if values and control else ""
+            now = ", ".join(f"seed {seed}, {seconds:.0f} s" for b, seed, seconds in running if b["label"] == a["label"])
+            if values or now:
+                t.add_row(a["label"], str(len(values)), "" if mean is None else f"{mean:.4f}", effect, now)
+        return t
+
+    def close(self):
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+
+# ----- commands -----------------------------------------------------------------------------------------------------
+
+def start(options):
+    """ablate, axis, chain: plan, tell, and run or go on."""
+    from records import worker
+    plan = make_plan(options)
+    root = Path(options.dir or Path(options.runs) / plan["name"])
+    queue.reuse_folders(root, options.reuse)
+    here = options.launcher == "here"
+    slots = worker.slots(plan, options.workers, options.gpus) if here and not options.plan else [{}] * (options.workers or 1)
+    if options.plan:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--plan | head` ends quietly
+        return print_plan(plan, options, root, len(slots))
+    if not here:
+        worker.executor(options.launcher, root / "jobs")  # refuses before there is a queue
+    new = queue.create(root, plan)
+    plan = queue.load_plan(root)
+    prepare(plan, root, options)
+    print_plan(plan, options, root, len(slots))
+    print(f"{'queue' if new else 'going on with the queue'}: {root}", flush=True)
+    return run_queue(options, root, plan, slots) if here else submit(options, root, plan)
+
+
+def prepare(plan, root, options):
+    """--retry, and --reuse of what is finished already."""
+    if options.retry:
+        print(f"{queue.retry(root)} failed targets will run again")
+    if options.reuse:
+        done, failed = queue.settled(root)
+        folders = queue.reuse_folders(root, options.reuse)
+        found = [queue.adopt(root, plan, *t, folders) for t in queue.targets(plan, queue.read_json(root / "survivors.json"))
+                 if t[0] not in done and t[0] not in failed]
+        print(f"adopted {sum(x is not None for x in found)} finished runs from {', '.join(options.reuse)}")
+
+
+def run_queue(options, root, plan, slots):
+    """Work until the queue is empty; then the report."""
+    from records import worker
+    from records.sweep_report import earlier_sd
+    niceness = options.nice if options.nice is not None else (0 if slots[0]["CUDA_VISIBLE_DEVICES"] else 10)
+    sd = getattr(options, "sd", None) or plan["paired"] or earlier_sd(plan)
+    view = View(plan, root, len(slots), getattr(options, "cost_per_hour", None), sd)
+    try:
+        whole = worker.Worker(root, slots, niceness=niceness, reuse=options.reuse, stale_s=options.stale, say=view.say,
+                              tick=view.tick).work()
+    except KeyboardInterrupt:
+        view.close()
+        print(f"interrupted; the same command, or `python sweep.py work {root}`, goes on", file=sys.stderr)
+        return 130
+    finally:
+        view.close()
+    return conclude(root) if whole else 1
+
+
+def submit(options, root, plan):
+    """The queue worked on by submitit's jobs; those on this machine are waited for."""
+    from records import worker
+    arguments = ["--stale", str(options.stale)] + (["--nice", str(options.nice)] if options.nice is not None else [])
+    arguments += [part for folder in options.reuse for part in ("--reuse", str(Path(folder).resolve()))]
+    jobs = worker.submit(options.launcher, root, plan, options.workers or 1, options.slurm, arguments)
+    print(f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} submitted: {', '.join(j.job_id for j in jobs)}; their output is "
+          f"in {root / 'jobs'}, the table in `python sweep.py status {root}`", flush=True)
+    if options.launcher == "slurm":
+        return 0
+    failed = [f"{j.job_id}: {str(j.exception()).strip().splitlines()[-1]}" for j in jobs if j.exception() is not None]
+    if failed:
+        raise UserError(f"jobs failed ({'; '.join(failed)}); see {root / 'jobs'}")
+    return conclude(root)
+
+
+def conclude(root):
+    """Report files and table of a queue that has come to its end. Exit code 1 if anything failed."""
+    from records.sweep_report import print_table, report
+    _, failed = queue.settled(root)
+    print_failures(root, failed, sys.stderr)
+    try:
+        found, paths = report(root)
+    except UserError as error:
+        if not failed:
+            raise
+        print(f"no report: {error}", file=sys.stderr)
+        return 1
+    print_table(found)
+    print("report: " + ", ".join(map(str, paths)))
+    return 1 if failed or not found["complete"] else 0
+
+
+def print_failures(root, failed, file):
+    for f in failed.values():
+        print(f"failed: {f['arm']}  seed {f['seed']}: {f['reason']} ({root / 'output' / f['output']})", file=file)
+
+
+def work(options):
+    from records import worker
+    root = Path(options.dir)
+    plan = queue.load_plan(root)
+    slots = worker.slots(plan, options.workers, options.gpus)
+    prepare(plan, root, options)
+    return run_queue(options, root, plan, slots)
+
+
+def status(options):
+    """The table so far, who works on what, and what failed."""
+    from records.sweep_report import collect, evidence, print_table
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    root = Path(options.dir)
+    plan, done, failed, survivors = collect(root, check=False)
+    todo = queue.targets(plan, survivors)
+    print_table(evidence(plan, done, failed, survivors, plan["name"]))
+    for target, a, seed in todo:
+        number = queue.last_claim(root, target)
+        settled = target in done or target in failed
+        if number and not settled and not queue.is_stale(root, target, number, options.stale):
+            owner = queue.read_json(queue.claim_path(root, target, number))
+            print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since {owner['utc']}")
+    print_failures(root, failed, sys.stdout)
+    print(f"{sum(t in done for t, _, _ in todo)} of {len(todo)} runs done, {len(failed)} failed")
+
+
+def report(options):
+    from records.sweep_report import print_table, report as write_report
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    found, paths = write_report(Path(options.dir), options.out)
+    print_table(found)
+    print("report: " + ", ".join(map(str, paths)))
+
+
+# ----- command line -------------------------------------------------------------------------------------------------
+
+def whole(text):
+    """A number of at least 1 (argparse)."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def positive(text):
+    """A number above 0 (argparse)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def working(p):
+    """Flags of everything that trains."""
+    p.add_argument("--workers", type=whole, metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
+                                                              "threads are divided)")
+    p.add_argument("--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)")
+    p.add_argument("--nice", type=int, metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
+    p.add_argument("--reuse", action="append", default=[], metavar="DIR", help="adopt finished runs found here (repeatable)")
+    p.add_argument("--retry", action="store_true", help="run failed targets again")
+    p.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="take over claims that gave no sign "
+                   f"for so many seconds (default {queue.STALE_S}; keep it above the attribute cache of a network disk)")
+
+
+def planning(p):
+    """Flags of everything that plans."""
+    p.add_argument("--scale", choices=list(SCALES), help="default micro, or the preset's")
+    p.add_argument("--seeds", type=whole, default=4, metavar="N", help="runs of every arm (default 4)")
+    p.add_argument("--controls", type=whole, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
+    p.add_argument("--paired", action="store_true", help="declare before the first run that effects are taken within seeds")
+    p.add_argument("--confidence", type=float, default=0.95, help="of all intervals together (default 0.95)")
+    for flag in ("set", "with", "without", "revert"):
+        p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
+                       help="in every arm, as in train_gpt.py")
+    p.add_argument("--data", metavar="DIR", help="folder of shards, as in train_gpt.py")
+    p.add_argument("--dir", metavar="DIR", help="the queue's folder (default RUNS/<name of the sweep>)")
+    p.add_argument("--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)")
+    p.add_argument("--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')")
+    p.add_argument("--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency")
+    p.add_argument("--plan", action="store_true", help="print the plan and run nothing")
+    p.add_argument("--launcher", choices=("here", "slurm", "local-submitit"), default="here",
+                   help="slurm: --workers jobs through submitit; local-submitit: the same as processes on this machine")
+    p.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="parameter of submitit's executor, "
+                   "like partition=gpu, time=600, gpus_per_node=1 (repeatable)")
+    working(p)
+
+
+def parser():
+    p = argparse.ArgumentParser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
+                                epilog="Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted.")
+    commands = p.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+
+    def add(name, run, help):
+        c = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+        c.set_defaults(run=run)
+        return c
+
+    c = add("ablate", start, "every feature of a record off in turn")
+    c.add_argument("base", metavar="RECORD", help="record or preset")
+    c.add_argument("--features", nargs="+", default=[], metavar="PATH", help="only these, or all below these sections")
+    c.add_argument("--screen", action=argparse.BooleanOptionalAction, help="all features of a section off at once first, "
+                   "and apart only where that has an effect (default: where it saves runs)")
+    planning(c)
+    c = add("axis", start, "every combination of values of some settings")
+    c.add_argument("base", metavar="RECORD", help="record or preset")
+    c.add_argument("axes", nargs="+", metavar="PATH=A,B,...", help="literal values of the scaled run")
+    planning(c)
+    c = add("chain", start, "every record of a chain against its parent")
+    c.add_argument("base", metavar="FIRST..LAST", help="like short/1..short/11")
+    planning(c)
+    c = add("work", work, "one more worker on a queue")
+    c.add_argument("dir", metavar="DIR")
+    working(c)
+    c = add("status", status, "the table of a sweep so far, who works on what, and what failed")
+    c.add_argument("dir", metavar="DIR")
+    c.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="seconds without a sign after which a "
+                   f"run counts as dead (default {queue.STALE_S})")
+    c = add("report", report, "write a sweep's JSON, CSV, Markdown and PNG")
+    c.add_argument("dir", metavar="DIR")
+    c.add_argument("--out", metavar="NAME", help="path without ending (default DIR/<name of the sweep>)")
+    return p
+
+
+def main(argv=None):
+    options = parser().parse_args(argv)
+    try:
+        sys.exit(options.run(options) or 0)
+    except UserError as error:
+        deltas.fail(error)
+    except ImportError as error:
+        deltas.fail(f"sweeps need {error.name or error}: `pip install '.[tools]'` (run.sh and test.sh install it)")
+    except KeyboardInterrupt:
+        deltas.fail("interrupted before the first run", 130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The parts of `records leaderboard`: facts (what is read), markdown, plot, worth, sections, and the page's sources."""

@@ -1,0 +1,366 @@
+"""What the pages say: the committed data gathered as plain values, and the few answers that several pages give.
+
+Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/history.csv (every
+published record and claim, also those that are not implemented here), records/published_effects.csv (what authors state
+a technique is worth) and records/evidence/*.json (sweeps, and judge.json).
+
+history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked up);
+steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs), which
+from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by the
+whole record, where its authors or logs state one (negative is better).
+published_effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
+effect of adding the technique (negative is better), n runs (empty: not stated), who says so.
+"""
+
+import csv
+import json
+import re
+from statistics import fmean, stdev
+
+import deltas
+from runlog import read_chain
+from settings import SCALES, UserError
+
+ROOT = deltas.RECORDS.parent
+EVIDENCE = deltas.RECORDS / "evidence"
+SWEEPS = ("ablate", "chain", "axis")
+SWEEP_KEYS = {"version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"}
+FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
+
+
+def gather(evidence=EVIDENCE):
+    """Everything the pages say, as plain data."""
+    records, judge = deltas.load_records(), evidence / "judge.json"
+    claims = {ref: read_claims(record) for ref, record in records.items()}
+    runs = {ref: read_runs(record, claims[ref]) for ref, record in records.items()}
+    return {"records": records, "claims": claims, "runs": runs, "history": read_history(records), "effects": read_effects(),
+            "sweeps": read_sweeps(evidence), "judge": read_json(judge) if judge.exists() else None}
+
+
+# ----- reading ------------------------------------------------------------------------------------------------------
+
+def read_rows(path, numbers):
+    """Rows of a CSV file as dicts; the named columns become numbers, or None where empty."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for line, row in enumerate(rows, 2):
+        if None in row or None in row.values():
+            raise UserError(f"{path}: line {line} has not as many columns as the first")
+        for name in numbers:
+            try:
+                row[name] = None if row[name] == "" else float(row[name])
+            except ValueError:
+                raise UserError(f"{path}: line {line}: {name} is not a number: {row[name]!r}") from None
+    return rows
+
+
+def read_history(records):
+    """Rows of history.csv, joined with the records here: those overrule title, date, people and kind.
+
+    A record here that history.csv does not know (a new one) is added. Minutes that differ are an error: one is wrong.
+    """
+    path = deltas.RECORDS / "history.csv"
+    rows = read_rows(path, ["minutes", "steps", "tokens", "val_loss", "runs", "effect_steps", "effect_loss"])
+    for row in rows:
+        row["ref"] = f"{row['lineage']}/{row['id']}"
+        row["people"] = row["people"].split("; ")
+        record = records.get(row["ref"])
+        row["here"] = record is not None
+        if record:
+            minutes = record.published.get("minutes", row["minutes"])
+            if minutes != row["minutes"]:
+                raise UserError(f"{path}: {row['ref']} took {row['minutes']:g} minutes, by {record.folder.name}/record.toml "
+                                f"{minutes:g}: correct the wrong one")
+            row |= {"title": record.title, "date": record.date, "people": record.people, "kind": record.kind}
+    known = {row["ref"] for row in rows}
+    return rows + [new_row(record) for ref, record in records.items() if ref not in known]
+
+
+def new_row(record):
+    """The history row of a record that history.csv does not know."""
+    lineage, _, name = record.ref.partition("/")
+    empty = dict.fromkeys(("steps", "tokens", "effect_steps", "effect_loss"))
+    return {"ref": record.ref, "lineage": lineage, "id": name, "date": record.date, "status": "record",
+            "scope": "parametric", "kind": record.kind, "people": record.people, "title": record.title,
+            "minutes": record.published.get("minutes"), "val_loss": record.published.get("val_loss"),
+            "runs": record.published.get("runs"), **empty, "tokens_per_step": "", "note": "", "here": True}
+
+
+def read_effects():
+    path = deltas.RECORDS / "published_effects.csv"
+    rows = read_rows(path, ["effect", "n"])
+    for line, row in enumerate(rows, 2):
+        if row["measure"] not in ("loss", "steps", "seconds"):
+            raise UserError(f"{path}: line {line}: measure must be loss, steps or seconds, not {row['measure']!r}")
+        if row["path"]:
+            deltas.find_field(row["path"])
+    return rows
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({error}): write it again or remove it") from None
+
+
+def read_sweeps(folder):
+    """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the code."""
+    sweeps = []
+    for path in sorted(folder.glob("*.json")):
+        sweep = read_json(path)
+        if path.stem == "judge" or not isinstance(sweep, dict) or sweep.get("kind") not in SWEEPS:
+            continue
+        if lacking := SWEEP_KEYS - set(sweep):
+            raise UserError(f"{path}: it lacks {', '.join(sorted(lacking))}: write it again with sweep.py or remove it")
+        try:
+            for row in sweep["rows"]:
+                row["current"] = is_current(sweep, row)
+            sweeps.append({**sweep, "file": f"records/evidence/{path.name}", "about": base_of(sweep["base"])})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: not a sweep's evidence ({error!r}): write it again with sweep.py or remove "
+                            "it") from None
+    return sweeps
+
+
+def is_current(sweep, row):
+    """Do the arm's settings still resolve to the hash its runs logged? (None if no run logged one)"""
+    hashes = {r["ml_hash"] for r in row["runs"]}
+    changes = [*sweep.get("common", []), *row["changes"]]
+    return hashes == {expected_hash(row.get("record") or sweep["base"], sweep["scale"], changes)} if hashes else None
+
+
+def expected_hash(name, scale, changes):
+    """ml_hash that the code gives to a record with changes ("--without x"), None if it refuses them now."""
+    found = {name: [] for name in FLAGS.values()}
+    try:
+        for change in changes:
+            flag, _, value = change.partition(" ")
+            found[FLAGS[flag]].append(value.strip())
+        return deltas.ml_hash(deltas.resolve_name(name, scale=scale, **found).settings)
+    except (UserError, KeyError):
+        return None
+
+
+def base_of(base):
+    """Ref of the record a sweep is about: its base, the last of a chain FIRST..LAST, or a preset's record."""
+    name = base.split("..")[-1]
+    return deltas.resolve_name(name).record.ref if name in deltas.preset_names() else deltas.find_record(name).ref
+
+
+def read_claims(record):
+    """What `records verify` found of the claims in a record's folder: results.json and `where` it lies, refused or not."""
+    found = []
+    for path in sorted(record.folder.glob("**/results.json")):
+        results = read_json(path)
+        if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and results.get("record") == record.ref:
+            found.append({**results, "where": path.parent.relative_to(ROOT).as_posix()})
+    return found
+
+
+def read_runs(record, claims=()):
+    """The committed finished runs of a record as it is, without changes: summary, curve [step, tokens, ms, loss], `current`.
+
+    Of a claim only the runs that count for the record (not its discarded ones, not its parent's). The chain must hold and
+    the summary must end at its loss; whether it follows from the chain in every field is for `records verify` to say.
+    """
+    counted = {f"{c['where']}/runs/{r['folder']}" for c in claims if "statistics" in c
+               for r in c["statistics"]["arms"]["new"]["runs"]}
+    runs = []
+    for path in sorted(record.folder.glob("**/run.jsonl")):
+        folder, claimed = path.parent.relative_to(ROOT).as_posix(), (path.parents[2] / "manifest.jsonl").exists()
+        if claimed and folder not in counted:
+            continue
+        summary, events = read_json(path.parent / "summary.json"), read_chain(path)
+        if summary.get("val_loss") != events[-1].get("val_loss"):
+            raise UserError(f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl beside it")
+        if (summary["record"], summary["changes"], summary["status"]) != (record.ref, [], "finished"):
+            continue
+        curve = [[e["step"], e["tokens"], e["train_time_ms"], e["val_loss"]] for e in events if e["kind"] == "validation"]
+        runs.append({**summary, "curve": curve, "folder": folder, "claimed": claimed,
+                     "current": expected_hash(record.ref, summary["scale"], []) == summary["ml_hash"]})
+    return runs
+
+
+# ----- small answers ------------------------------------------------------------------------------------------------
+
+def mean_and_sd(values):
+    """(mean, sd with n - 1 or None)."""
+    return fmean(values), stdev(values) if len(values) > 1 else None
+
+
+def at_scale(runs, scale):
+    """The runs of one scale that the code would still give, or all of that scale if none is current."""
+    found = [r for r in runs if r["scale"] == scale]
+    return [r for r in found if r["current"]] or found
+
+
+def hardware(about):
+    """The machine a run or a sweep names: its GPUs, or its CPU with the device line; later logs add an anonymous id."""
+    device, cpu = about.get("hardware") or about.get("device") or "machine not named", about.get("cpu")
+    name = f"{cpu}; {device}" if cpu and device.startswith("CPU") else device
+    return name + (f"; machine {about['machine']}" if about.get("machine") else "")
+
+
+def order_of(site, ref):
+    """Sorting key of a record of any lineage: its place in the history."""
+    refs = [row["ref"] for row in site["history"]]
+    return refs.index(ref) if ref in refs else len(refs)
+
+
+def head(site, lineage="short"):
+    return [ref for ref in site["records"] if ref.startswith(lineage + "/")][-1]
+
+
+def marker(site, h):
+    """full, here or absent: how much of a published record exists here."""
+    if any(r["scale"] == "full" for r in site["runs"].get(h["ref"], [])):
+        return "full"
+    return "here" if h["here"] else "absent"
+
+
+def duration(minutes):
+    """'45 min', '1.23 min', or '39.9 s' below one minute."""
+    if minutes is None:
+        return "no time"
+    return f"{minutes:g} min" if minutes >= 1 else f"{60 * minutes:.3g} s"
+
+
+def plural(n, word):
+    return f"{n} {word}{'' if n == 1 else 's'}"
+
+
+# ----- measured worth -----------------------------------------------------------------------------------------------
+
+def measure(sweep, row, sign):
+    """A sweep's row as worth: loss saved by the technique (sign -1 for effects of adding it), with interval and facts."""
+    runs = {a["arm"]: a["n"] for a in (sweep["control"], *sweep["rows"])}
+    out = {"n": row["n"], "n_control": runs.get(row.get("parent") or sweep["control"]["arm"]), "name": sweep["name"],
+           "scale": sweep["scale"], "base": sweep["base"], "about": sweep["about"], "hardware": hardware(sweep),
+           "grade": row.get("grade") or sweep.get("grade") or "hashes only", "current": row["current"],
+           "note": row.get("note", ""), "resolved": bool(row["resolved"]), "worth": None, "low": None, "high": None}
+    if row["effect"] is None:
+        return out | {"resolved": False}
+    if row["low"] is not None:
+        out["low"], out["high"] = sorted(sign * x for x in (row["low"], row["high"]))
+    return out | {"worth": sign * row["effect"]}
+
+
+def ablated(changes):
+    """What one leave-one-out arm leaves out: ('path', P), ('record', R), or None for an arm with several changes."""
+    flag, _, what = changes[0].partition(" ") if len(changes) == 1 else ("", "", "")
+    what = what.strip()
+    if flag == "--revert":
+        return "record", deltas.find_record(what).ref
+    return ("path", what) if flag == "--without" else None
+
+
+def sweeps_of(site, kind, scale):
+    """The sweeps of a kind at a scale, the best last: newest base, nothing else changed, complete, most runs."""
+    found = [s for s in site["sweeps"] if (s["kind"], s["scale"]) == (kind, scale)]
+    return sorted(found, key=lambda s: (order_of(site, s["about"]), not s.get("common"), s.get("complete", True),
+                                        s["control"]["n"]))
+
+
+def added_at(site, scale):
+    """Record -> measure of the record against its parent."""
+    return {row["record"]: measure(sweep, row, -1) for sweep in sweeps_of(site, "chain", scale) for row in sweep["rows"]}
+
+
+def today_at(site, scale):
+    """('path', P), ('record', R) or ('arm', label) -> measure of leaving it out, from the newest base that was swept."""
+    return {ablated(row["changes"]) or ("arm", row["arm"]): measure(sweep, row, +1)
+            for sweep in sweeps_of(site, "ablate", scale) for row in sweep["rows"]}
+
+
+def setter(ref, path):
+    """The record of a chain that set a path last."""
+    links = deltas.chain(deltas.find_record(ref))
+    found = [r.ref for r in links if path in r.delta or any(p in r.delta for p in deltas.prefixes(path))]
+    return found[-1] if found else ref
+
+
+def short_doc(path):
+    """The meaning of a setting in a few words: its line up to the first remark."""
+    if path not in deltas.schema():
+        return path
+    text = re.split(r"; |: | \((?=\w{3})", deltas.schema()[path].metadata["doc"].replace("`", ""))[0]
+    return text if text[1:2].isupper() else text[:1].upper() + text[1:]
+
+
+def techniques(site, scale):
+    """Every technique once: [{key, title, record, added, today, published}], measured at one scale where it was.
+
+    A record stands for its whole delta (added: against its parent; today: the chain without it); a path for one
+    feature (today: switched off). Published effects join by path; those without a path stand alone.
+    """
+    titles, rows = {h["ref"]: h["title"] for h in site["history"]}, {}
+
+    def row(key, title, record):
+        new = {"key": key, "title": title, "record": record, "added": None, "today": None, "published": []}
+        return rows.setdefault(key, new)
+
+    for ref, m in added_at(site, scale).items():
+        row(("record", ref), titles.get(ref, ref), ref)["added"] = m
+    for (kind, what), m in today_at(site, scale).items():
+        title = {"record": titles.get(what, what), "path": short_doc(what), "arm": what}[kind]
+        record = {"record": what, "path": setter(m["about"], what), "arm": m["about"]}[kind]
+        row((kind, what), title, record)["today"] = m
+    for effect in site["effects"]:
+        key = ("path", effect["path"]) if effect["path"] else ("effect", effect["record"] + " " + effect["technique"])
+        found = row(key, effect["technique"], effect["record"])
+        found["title"] = effect["technique"]
+        found["published"].append(effect)
+    for h in site["history"]:
+        if ("record", h["ref"]) in rows and (h["effect_loss"] is not None or h["effect_steps"]):
+            rows["record", h["ref"]]["published"].append(whole_record(h))
+    return sorted(rows.values(), key=lambda r: (order_of(site, r["record"]), r["key"][0] != "record"))
+
+
+def whole_record(h):
+    """The published effect of a whole record, from history.csv: loss at equal steps if stated, else steps."""
+    loss = h["effect_loss"] is not None
+    return {"measure": "loss" if loss else "steps", "effect": h["effect_loss"] if loss else h["effect_steps"],
+            "n": h["runs"], "source": "the whole record", "note": h["note"]}
+
+
+def ranked(rows, column):
+    """key -> rank by worth in a column; only what is resolved takes part, and no arm with several features off."""
+    best = sorted((r for r in rows if r[column] and r[column]["resolved"] and r["key"][0] != "arm"),
+                  key=lambda r: -r[column]["worth"])
+    return {r["key"]: i for i, r in enumerate(best, 1)}
+
+
+def scales_measured(site):
+    """Scales with a sweep of records or features, largest first."""
+    return [s for s in SCALES if any(x["scale"] == s and x["kind"] != "axis" for x in site["sweeps"])]
+
+
+# ----- small scale against published --------------------------------------------------------------------------------
+
+def predictions(site, scale):
+    """Pairs of (published, measured at a small scale), for features and for whole records, with the rank correlation.
+
+    features: loss saved on both sides. records: tokens to the target saved, per cent of the parent's, against the loss
+    saved at equal tokens; systems and retimed records change no result and are left out.
+    """
+    features = [{"label": r["title"], "tag": r["key"][1].split(".")[-1], "record": r["record"], "x": -effect["effect"],
+                 "y": r["today"]["worth"], "resolved": r["today"]["resolved"]}
+                for r in techniques(site, scale) if r["key"][0] == "path" and r["today"] and r["today"]["worth"] is not None
+                for effect in r["published"] if effect["measure"] == "loss"]
+    by_ref, records = {h["ref"]: h for h in site["history"]}, []
+    for ref, m in added_at(site, scale).items():
+        child, parent = by_ref[ref], by_ref.get(site["records"][ref].parent)
+        if parent and child["tokens"] and parent["tokens"] and m["worth"] is not None and child["kind"] in ("ml", "both"):
+            records.append({"label": child["title"], "tag": child["id"], "record": ref, "y": m["worth"],
+                            "x": 100 * (1 - child["tokens"] / parent["tokens"]), "resolved": m["resolved"]})
+    return {"scale": scale, "features": with_correlation(features), "records": with_correlation(records)}
+
+
+def with_correlation(points):
+    """Points with Spearman's rank correlation of x and y, to three digits (None below three points)."""
+    found = {"rho": None, "low": None, "high": None}
+    if len(points) >= 3:
+        from records import statistics  # scipy, only when there is something to correlate
+        found = statistics.rank_correlation([p["x"] for p in points], [p["y"] for p in points])
+    return {"points": points, **{k: None if found[k] is None else round(found[k], 3) for k in ("rho", "low", "high")}}

@@ -532,6 +532,7 @@ def check(s):
             f"data.loader={d.loader} needs one row per logical rank: set data.seq_len = data.tokens_per_rank = {d.tokens_per_rank}")
     require(d.loader != "packed" or d.max_document is not None,
             "data.loader=packed needs data.max_document: set it to the longest piece of a document, like 2048")
+    require(d.max_document is None or d.max_document >= 1, f"data.max_document = {d.max_document}: must be at least 1")
     require(s.schedule.warmup_steps >= 0 and s.schedule.cooldown_steps >= 0,
             "schedule.warmup_steps and schedule.cooldown_steps must not be negative")
     require(s.optim.grad_clip is None or s.optim.grad_clip > 0, f"optim.grad_clip = {s.optim.grad_clip}: must be > 0")

@@ -266,7 +266,7 @@ class Stream:
         """int32 (len(ranks), tokens_per_rank + 1): inputs are [:, :-1], targets [:, 1:].
 
         Of the loaders that go by documents: each document begins with `bos` and there is no other `bos`, so the tokens
-        alone say where attention must stop (cumulative_lengths).
+        alone say where attention must stop.
         """
         size = next(self.sizes)
         try:
@@ -295,21 +295,6 @@ class Stream:
 
     def rank_digests(self):
         return {rank: digest.hexdigest() for rank, digest in zip(self.ranks, self.digests)}
-
-
-def cumulative_lengths(inputs, bos, room):
-    """int32 (rows, room): 0, the end of each document of a row of inputs (rows, T), then T up to the end: the form that
-    varlen attention takes, of one size for all steps. Tokens before a row's first `bos` are a document too.
-
-    UserError if a row has more than room - 1 documents.
-    """
-    out = np.full((len(inputs), room), inputs.shape[1], np.int32)
-    for row, ends in zip(inputs, out):
-        begins = np.flatnonzero(row[1:] == bos) + 1
-        if len(begins) > room - 2:
-            raise UserError(f"a row of {len(row)} tokens holds {len(begins) + 1} documents, {room - 1} at most are provided for")
-        ends[0], ends[1:1 + len(begins)] = 0, begins
-    return out
 
 
 def stream_digest(rank_digests):

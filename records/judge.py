@@ -40,6 +40,7 @@ from settings import UserError
 
 HERE = Path(__file__).parent
 RUNS, GROUPS = "published_runs.csv", "published_groups.csv"
+RESTORE = f"restore both tables with `git checkout -- records/{RUNS} records/{GROUPS}`"
 TARGETS = {"short": 3.28, "medium": 2.92, "optimizer": 3.28}
 USUAL_SD = {"short": 0.00124, "medium": 0.0008, "optimizer": 0.0013}  # of one run, to give a margin its size
 RULE_SINCE = "2024-12-04"  # p < 0.01 appears in the rules
@@ -94,7 +95,7 @@ def load(folder=HERE):
             raise damaged(folder / GROUPS, line, f"previous {row['previous']!r} is no record")
     unknown = set(members) - {(r["track"], r["dir"], r["group"]) for _, r in groups}
     if unknown:
-        raise UserError(f"{folder / RUNS}: runs of {'/'.join(min(unknown))}, which {GROUPS} does not declare")
+        raise damaged(folder / RUNS, None, f"holds runs of {'/'.join(min(unknown))}, which {GROUPS} does not declare")
     digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (RUNS, GROUPS))).hexdigest()[:16]
     return {"groups": [row for _, row in groups], "runs": members, "digest": digest}
 
@@ -115,7 +116,7 @@ def check_group(path, line, row, runs, logs):
 
 
 def damaged(path, line, what):
-    return UserError(f"{path} line {line}: {what}; restore it with `git checkout -- {path.name}` in records/")
+    return UserError(f"{path}{f' line {line}' if line else ''}: {what}; {RESTORE}")
 
 
 def read(path, convert):
@@ -129,9 +130,9 @@ def read(path, convert):
                     raise damaged(path, reader.line_num, "has another number of columns than the head of the file")
                 rows.append((reader.line_num, convert(path, reader.line_num, row)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); restore it with `git checkout -- {path.name}`") from None
+        raise UserError(f"{path}: cannot be read ({error}); {RESTORE}") from None
     if not rows:
-        raise damaged(path, 1, "the file is empty")
+        raise damaged(path, None, "the file is empty")
     return rows
 
 

@@ -66,8 +66,8 @@ def finished(checkout, *args):
 @pytest.fixture(scope="module")
 def submitted(checkout):
     """A new record, declared, killed after its second run, resumed. (claim folder, what the steps printed)."""
-    (checkout.parent / "my.toml").write_text('"optim.muon.lr" = 0.05\n')
-    args = ["faster_muon", "--delta", str(checkout.parent / "my.toml"), "--title", "A higher rate", "--people", "@me", "--people",
+    (checkout.parent / "my.toml").write_text('"optim.muon.lr" = 0.0543\n')
+    args = ["faster_muon", "--delta", str(checkout.parent / "my.toml"), "--title", "A higher rate", "--parent", "short/11", "--people", "@me", "--people",
             "@you", "--claim", "ml", "--scale", "micro", "--runs", "2", *(x for s in SETS for x in ("--set", s))]
     asked = finished(checkout, *args)
     assert asked[0] == 0, asked[2]
@@ -93,7 +93,7 @@ def test_a_new_record_is_written_down_and_has_to_be_committed_first(submitted, c
     record, (code, out, err), _, _ = submitted
     assert code == 0 and err == "" and "git add" in out and "or add --commit" in out
     toml = (record / "record.toml").read_text()
-    assert 'parent = "short/' in toml and '"optim.muon.lr" = 0.05' in toml and 'people = ["@me", "@you"]' in toml
+    assert 'parent = "short/11"' in toml and '"optim.muon.lr" = 0.0543' in toml and 'people = ["@me", "@you"]' in toml
     assert git("log", "-1", "--format=%s", "--name-only", cwd=checkout).split("\n")[0].endswith(": A higher rate")
     assert git("show", "--stat", "--format=", cwd=checkout).count("|") == 1  # --commit takes the record and nothing else
 
@@ -120,7 +120,7 @@ def test_a_real_submission_is_consistent(submitted):
 def test_the_readme_has_its_numbers_from_the_results(submitted):
     record, *_ = submitted
     page, results = (record / "README.md").read_text(), json.loads((record / "results.json").read_text())
-    assert "By @me, @you" in page and '"optim.muon.lr" = 0.05' in page and "since short/3 by @kellerjordan0" in page
+    assert "By @me, @you" in page and '"optim.muon.lr" = 0.0543' in page and "since short/3 by @kellerjordan0" in page
     assert "## What was not measured" in page and "these runs are of scale `micro`" in page
     for arm_name in ("new", "parent"):
         assert f"{results['statistics']['arms'][arm_name]['loss']['mean']:.5f}" in page

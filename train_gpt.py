@@ -378,8 +378,8 @@ def train(resolved, options):
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
-    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
     about = describe(resolved, options, world, corpus, model, engine, used)
+    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
     log.start(about, deltas.plain(s))
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "

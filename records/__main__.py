@@ -15,9 +15,13 @@ from settings import SCALES, UserError
 
 
 def tiny_loss(record):
-    """Final validation loss of the committed tiny run, or ''."""
+    """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or ''."""
     path = record.folder / "tiny" / "summary.json"
-    return f"{json.loads(path.read_text())['val_loss']:.3f}" if path.exists() else ""
+    if path.exists():
+        return f"{json.loads(path.read_text())['val_loss']:.3f}"
+    parent = deltas.load_records().get(record.parent)
+    same = parent and all(p.startswith("system.") for p in record.delta)
+    return tiny_loss(parent) if same else ""
 
 
 def list_records(options):

@@ -227,8 +227,7 @@ def check_reset(log):
     if reset["state_before"] != reset["state_after"]:
         yield (f"{artefact}: the warm-up leaked: state {reset['state_before'][:12]} before it, {reset['state_after'][:12]} "
                "after the reset")
-    system = log.settings.system
-    steps = system.warmup_steps if system.warmup_steps >= 0 else 3
+    system, steps = log.settings.system, warmup_steps(log)
     if reset["warmup_steps"] != steps:
         yield f"{artefact}: {reset['warmup_steps']} warm-up steps, the settings say {steps}"
     if (probe is not None) != (steps > 0):
@@ -239,6 +238,17 @@ def check_reset(log):
     if abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"]) > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
         yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s from the process's start, of which start "
                f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account")
+
+
+def warmup_steps(log):
+    """Number of untimed steps: as set, else three and, on a compiled model, one for each window that these have not seen."""
+    system, cpu = log.settings.system, log.start["device"].startswith("CPU")
+    if system.warmup_steps >= 0:
+        return system.warmup_steps
+    if system.compile == "off" or (system.compile == "auto" and cpu):
+        return 3
+    windows = [plan.windows for plan in schedule.plan(log.settings)]
+    return 3 + len(set(windows) - set(windows[:3]))
 
 
 def check_steps(log):
@@ -301,8 +311,8 @@ def check_clock(log):
     """Times run forward, fit into the wall time, and leave no work between them unexplained.
 
     Between two validations the wall time is the timed training plus one validation; so is that from the reset to the first
-    one. All validations of a run do the same work, so the untimed rests must agree: one that is much longer than the
-    others hides work (tolerance: three times their low median plus a second, because machines are not idle).
+    one. All validations of a run do nearly the same work (windows grow), so the untimed rests must agree: one that is much
+    longer than the others hides work (tolerance: three times their low median plus a second; machines are not idle).
     """
     artefact, walls = f"{log.where}/run.jsonl", [e["wall_ms"] for e in log.events]
     if any(b < a for a, b in zip([0.0, *walls], walls)):

@@ -40,6 +40,8 @@ def check_arm(found, name, arm):
         if log.start["settings"] != arm["settings"]:
             paths = differing(log.start["settings"], arm["settings"])
             yield f"{log.where}: settings differ from those declared for arm {name}: {', '.join(paths)}"
+    for key in ("attention", "comm", "parameters"):  # a kernel that fell back in one run makes it another program
+        yield from alike([(log.where, log.start[key]) for log in found.of(name)], f"{key} (arm {name})")
     yield from check_code(found, name, arm)
     yield from check_resolves(found, name, arm)
 

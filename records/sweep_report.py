@@ -126,7 +126,7 @@ def row_of(plan, arm, found, done, failed, survivors, first):
         if plan["kind"] != "chain" or first[arm["ml_hash"]] == arm["label"]:
             effect |= {k: v for k, v in found["rows"].get(arm["ml_hash"], {}).items() if k in effect}
     twin = {r["seed"]: r["val_loss"] for r in runs_of(plan, other, done)}
-    if runs and not same and all(r["val_loss"] == twin.get(r["seed"], math.nan) for r in runs):
+    if values and not same and all(r["val_loss"] == twin.get(r["seed"]) for r in runs):
         notes.append(f"to the last bit the losses of {parent} at the same seeds: no effect at all here")
     if arm["role"] == "group":
         dropped = survivors and arm["group"] in survivors["dropped"]
@@ -196,7 +196,7 @@ def evidence(plan, done, failed, survivors, name):
 
 
 def ranked(found):
-    """[(rank or None, row)]: resolved rows from the most helpful down, then the others as planned. A chain keeps its order."""
+    """[(rank or None, row)]: resolved rows from the most helpful down, then the others; all of a chain in its order."""
     rows, sign = found["rows"], -1 if found["kind"] == "ablate" else 1
     resolved = sorted((r for r in rows if r["resolved"]), key=lambda r: sign * r["effect"])
     out = [*enumerate(resolved, 1), *((None, r) for r in rows if not r["resolved"])]
@@ -232,8 +232,8 @@ def headline(found):
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
     part = "" if found["complete"] else "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
     return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on {found['hardware']}"
-            f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}, mean "
-            f"{number(found['control']['mean'])}; {intervals}; {spread}{mde}.")
+            f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}"
+            f"{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
 
 
 def table(found):
@@ -289,7 +289,7 @@ def write(found, base):
 
 
 def draw(found, path):
-    """Forest plot: effect and simultaneous interval of every measured row. Resolved ones are filled, blue where they help."""
+    """Forest plot: effect and interval of every measured row. Resolved ones are filled, and blue where they help."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

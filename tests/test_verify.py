@@ -381,6 +381,12 @@ def an_assisted_run(c):
     c.seal()
 
 
+@refused(r"attention \(arm \w+\) dense differs from that of the other runs")
+def a_kernel_that_fell_back_in_one_run(c):
+    c.events(3, "start")[0]["attention"] = "dense"
+    c.seal()
+
+
 @refused(r"machine 'ffff.*|machine ffffffffffff differs")
 def a_run_from_another_machine(c):
     c.events(3, "start")[0]["machine"] = "ffffffffffff"
@@ -829,6 +835,19 @@ def test_the_documentation_names_every_grade_and_tolerance():
     page = (ROOT / "records/EVIDENCE.md").read_text()
     for text in ("`consistent`", "`audited`", "`reproduced`", "1e-4", "5e-2", f"{checks.LOSS_LIMIT:g}"):
         assert text in page, text
+
+
+# ----- warm-up of compiled models ---------------------------------------------------------------------------------------
+
+def test_a_compiled_model_warms_up_each_of_its_windows():
+    s = deltas.resolve("short/13", scale="micro").settings
+    log = checks.Log("x", None, [({"kind": "start", "device": "1 x NVIDIA H100"}, "")], s)
+    import schedule
+    assert checks.warmup_steps(log) == 2 + len({p.windows for p in schedule.plan(s)})
+    log.links[0][0]["device"] = "CPU, 1 process, 2 threads"
+    assert checks.warmup_steps(log) == 3
+    log.settings = deltas.resolve("short/13", scale="micro", sets=["system.warmup_steps=0"]).settings
+    assert checks.warmup_steps(log) == 0
 
 
 # ----- code at a commit -------------------------------------------------------------------------------------------------

@@ -21,16 +21,16 @@ from settings import UserError, tokens_per_step
 
 NUMBER = (int, float)
 TEXTS = {"start": ["utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
-                   "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform", "python",
-                   "machine"],
+                   "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform",
+                   "python", "machine"],
          "probe": ["tokens"], "reset": ["state_before", "state_after"], "validation": [], "stream": ["digest"],
          "end": ["status"]}
 OTHERS = {"start": {"settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
                     "processes": int, "profiled": bool, "cores": (int, type(None))},
           "probe": {"step": int, "loss": NUMBER, "gradients": dict},
           "reset": {"warmup_steps": int, "start_ms": NUMBER, "warmup_ms": NUMBER},
-          "validation": {"step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list, "train_time_ms": NUMBER,
-                         "tokens": int, "epoch": int},
+          "validation": {"step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list,
+                         "train_time_ms": NUMBER, "tokens": int, "epoch": int},
           "stream": {},
           "end": {"steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
                   "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
@@ -235,8 +235,9 @@ def check_reset(log):
     elif probe is not None and (probe["step"] != steps - 1 or probe["tokens"] != system.warmup_tokens):
         yield (f"{log.where}/run.jsonl: probe of step {probe['step']} on {probe['tokens']} tokens, the settings say step "
                f"{steps - 1} on {system.warmup_tokens} tokens")
-    if abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"]) > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
-        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s from the process's start, of which start "
+    untold = abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"])
+    if untold > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
+        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, for which start "
                f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account")
 
 
@@ -261,8 +262,8 @@ def check_steps(log):
         yield f"{artefact}: stopped at step {seen[-1]} of {steps}: the settings fix the number of steps, no run does"
     elif seen != (wanted if complete else wanted[:len(seen)]):
         odd = sorted(set(seen) ^ set(wanted)) or seen
-        yield (f"{artefact}: not at the steps of the settings (every {s.validation.every} of {steps}), the first other one is "
-               f"{odd[0]}")
+        yield (f"{artefact}: not at the steps of the settings (every {s.validation.every} of {steps}), the first other one "
+               f"is {odd[0]}")
     before, epoch = 0, 0
     for v in log.validations:
         at = f"{artefact} of step {v['step']}"
@@ -321,7 +322,8 @@ def check_clock(log):
     reset, plain = log.one("reset"), True
     wall, clock, rests = (reset["wall_ms"] if reset else 0.0), 0.0, []
     for v in log.validations:
-        at, spent, passed, wrong = f"{artefact}: validation of step {v['step']}", v["train_time_ms"] - clock, v["wall_ms"] - wall, ""
+        at, wrong = f"{artefact}: validation of step {v['step']}", ""
+        spent, passed = v["train_time_ms"] - clock, v["wall_ms"] - wall
         if v["train_time_ms"] < 0:
             wrong = f"negative training time {v['train_time_ms']:.3f} ms"
         elif spent < 0:

@@ -165,15 +165,16 @@ def check_registered(found, run):
     if start["seed"] != run.seed:
         yield f"{log.where}: seed {start['seed']}, the plan has seed {run.seed} for run {run.run}"
     if run.fault is not None and log.told_its_loss:
-        yield (f"{log.where}: excluded by a fault ({run.fault['cause']}), but it {end['status'] if end else 'finished'}: a run "
-               "that told its loss always counts")
+        yield (f"{log.where}: excluded by a fault ({run.fault['cause']}), but it {end['status'] if end else 'finished'}: a "
+               "run that told its loss always counts")
     if run.finish is not None:
         told = run.finish["last_hash"]
         if told is not None and log.last_hash != told:
-            yield (f"{log.where}/run.jsonl: ends with hash {log.last_hash[:12]}, the manifest says {told[:12]}: it was changed "
-                   "after the run")
+            yield (f"{log.where}/run.jsonl: ends with hash {log.last_hash[:12]}, the manifest says {told[:12]}: it was "
+                   "changed after the run")
         if run.status in manifest.WITH_LOSS and not log.whole:
-            yield f"{log.where}/run.jsonl: truncated: it ends with the event {log.events[-1]['kind']!r}, the run {run.status}"
+            last = log.events[-1]["kind"]
+            yield f"{log.where}/run.jsonl: truncated: it ends with the event {last!r}, the run {run.status}"
         elif end is not None and end["status"] != run.status:
             yield f"{log.where}/run.jsonl: says {end['status']}, the manifest says {run.status}"
     yield from check_moment(run, log)
@@ -206,8 +207,8 @@ def check_script_run(found, run):
         yield str(error).replace(f"{found.folder}/", "")
         return
     if digest != run.finish["last_hash"]:
-        yield (f"{where}/log.txt: hash {digest[:12]}, the manifest says {run.finish['last_hash'][:12]}: it was changed after "
-               "the run")
+        yield (f"{where}/log.txt: hash {digest[:12]}, the manifest says {run.finish['last_hash'][:12]}: it was changed "
+               "after the run")
     if run.status == "finished" and (result["diverged"] or not result["complete"]):
         yield f"{where}/log.txt: not a finished run: step {result['steps']} of {result['scheduled_steps']}"
     found.scripts[run.run] = result
@@ -267,12 +268,13 @@ def check_plan(found):
     if claim.open_run is not None:
         yield f"{manifest.NAME}: a run is missing: run {claim.open_run.run} is registered and nothing says what became of it"
     elif not ended and not claim.complete:
-        yield (f"{manifest.NAME}: runs are missing: {claim.next_place} of {len(d['order'])} declared runs are made; finish the "
-               "plan with --resume")
+        yield (f"{manifest.NAME}: runs are missing: {claim.next_place} of {len(d['order'])} declared runs are made; finish "
+               "the plan with --resume")
     elif not ended and "looks" in d["plan"]:
         yield f"{manifest.NAME}: the last declared look ({d['plan']['looks'][-1]['runs']} runs) was not taken"
     if ended and any(len(claim.counted(arm)) != claim.looks[-1]["runs"] for arm in d["arms"]):
-        yield f"{manifest.NAME}: the look at {claim.looks[-1]['runs']} runs ended the claim, but an arm has other numbers of runs"
+        yield (f"{manifest.NAME}: the look at {claim.looks[-1]['runs']} runs ended the claim, but an arm has another number "
+               "of runs")
 
 
 def check_record_claim(found):

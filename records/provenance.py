@@ -86,7 +86,7 @@ def resolve_here(record, scale, changes):
 
 
 def resolve_carried(record, scale, changes):
-    """Settings of a record that no folder of this checkout holds; only --set may change it (the rest belongs in its delta)."""
+    """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for its delta)."""
     if scale not in settings.SCALES:
         raise UserError(f"unknown scale {scale!r}")
     s = settings.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
@@ -99,7 +99,7 @@ def resolve_carried(record, scale, changes):
 
 
 def known_record(found, ref):
-    """(Record or None, whether it is only in the claim folder). The claim's record.toml must not contradict this checkout."""
+    """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this checkout."""
     here, carried = deltas.load_records().get(ref), read_carried(found.folder, found.declaration["record"])
     if carried is None or carried.ref != ref:
         return here, False
@@ -149,8 +149,9 @@ def check_lineage(found):
             yield f"{where}: arm base runs {d['arms']['base'].get('record')}, the last ml record is {last.ref}"
     for name, arm in d["arms"].items():
         if arm.get("changes") and (d["scale"] == "full" or arm["changes"] != new.get("changes")):
-            yield (f"{where}: arm {name} runs with {' '.join(map(str, arm['changes']))}: a record runs as it is (below scale full "
-                   "all arms may share changes)")
+            changes = " ".join(map(str, arm["changes"]))
+            yield (f"{where}: arm {name} runs with {changes}: a record runs as it is (below scale full all arms may share "
+                   "changes)")
 
 
 # ----- code ---------------------------------------------------------------------------------------------------------
@@ -165,7 +166,7 @@ def check_code(found, name, arm):
         elif arm["commit"] is not None and code != arm["commit"] + ("-dirty" if dirty else ""):
             yield f"{log.where}: code {code[:12]}, arm {name} was declared at {arm['commit'][:12]}"
     if record_claim and (dirty or arm["commit"] is None):
-        yield f"arm {name}: declared with " + ("uncommitted changes" if dirty else "code outside a git checkout: it has no name")
+        yield f"arm {name}: declared with " + ("uncommitted changes" if dirty else "code outside a git checkout, of no name")
     elif dirty:
         yield from check_patch(found, name, arm)
     yield from alike([(log.where, log.start["sources"]) for log in logs], f"sources (arm {name})")
@@ -213,8 +214,8 @@ def check_commit(found, name, arm, digest, text):
     try:
         tree = arms.line("rev-parse", "--verify", "--quiet", commit + "^{tree}")
     except UserError:
-        found.unknown.append(f"whether the sources of arm {name} are those of commit {commit[:12]}: this repository does not "
-                             "have it (fetch it)")
+        found.unknown.append(f"whether the sources of arm {name} are those of commit {commit[:12]}: this repository does "
+                             "not have it (fetch it)")
         return
     if arm["tree"] != tree:
         yield f"arm {name}: tree {str(arm['tree'])[:12]}, commit {commit[:12]} has {tree[:12]}"

@@ -6,8 +6,8 @@
     python -m records submit twice_the_lr --resume                      # after a kill; does nothing twice
     python -m records submit twice_the_lr --resume --format upstream    # besides, the layout of KellerJordan/modded-nanogpt
 
-A new record is a folder records/<lineage>/<id>_<NAME>/ with its record.toml, which has to be committed before the runs, because
-they are made from a checkout of HEAD. Manifest, logs, results.json and README.md come to lie beside it (or in --out).
+A new record is a folder records/<lineage>/<id>_<NAME>/ with its record.toml, which has to be committed before the runs,
+because they are made from a checkout of HEAD. Manifest, logs, results.json and README.md come to lie beside it, or in --out.
 Arms: new, parent and, for a systems record on a systems record, base: the last ml record. Exit codes are those of verify.
 """
 
@@ -33,15 +33,18 @@ def arguments(p):
     what = p.add_mutually_exclusive_group()
     what.add_argument("--record", metavar="R", help="a record that has its folder already, like short/12")
     what.add_argument("--delta", metavar="FILE", help="a new record: TOML lines \"path\" = value, as in a [delta]")
-    p.add_argument("--people", action="append", default=[], metavar="@X", help="with --delta: whose idea it is; repeat for more")
+    p.add_argument("--people", action="append", default=[], metavar="@X",
+                   help="with --delta: whose idea it is (may be repeated)")
     p.add_argument("--title", help="with --delta: what it does, in one line")
     p.add_argument("--notes", default="", help="with --delta: anything a reader must know")
-    p.add_argument("--parent", metavar="[REF:]R", help="record it builds on and is timed against (default: the head of short, or "
-                                                       "what record.toml says); REF: git ref to run it from")
-    p.add_argument("--claim", choices=("ml", "systems"), help="ml: reaches the target, faster; systems: computes the same, faster")
+    p.add_argument("--parent", metavar="[REF:]R", help="record it builds on and is timed against (default: the head of "
+                   "short, or what record.toml says); REF: git ref to run it from")
+    p.add_argument("--claim", choices=("ml", "systems"),
+                   help="ml: reaches the target faster; systems: computes the same faster")
     p.add_argument("--scale", choices=list(SCALES), help="size of the runs")
     p.add_argument("--runs", type=int, metavar="N", help="runs of each arm, all of which count")
-    p.add_argument("--looks", metavar="N,M", help="instead of --runs: test after N, M, ... runs of each arm, which share alpha")
+    p.add_argument("--looks", metavar="N,M",
+                   help="instead of --runs: test after N, M, ... runs of each arm; they share alpha")
     p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE",
                    help="for all arms, below scale full: e.g. validation.target=5.2, as those scales have no target")
     p.add_argument("--seed0", type=int, default=0, metavar="K", help="first seed (default 0)")
@@ -49,10 +52,11 @@ def arguments(p):
     p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start runs by torch.distributed.run")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--out", metavar="DIR", help="claim folder (default: the folder of the record)")
-    p.add_argument("--commit", action="store_true", help="with --delta: commit the new record.toml, and nothing else, by git")
+    p.add_argument("--commit", action="store_true", help="with --delta: git commit the new record.toml, nothing else")
     p.add_argument("--format", choices=("upstream",), help="write the layout of modded-nanogpt too, into DIR/upstream")
-    p.add_argument("--resume", nargs="?", const=True, metavar="DIR", help="go on with the plan in DIR, or in the record's folder")
-    p.add_argument("--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, which told no loss, does not count")
+    p.add_argument("--resume", nargs="?", const=True, metavar="DIR",
+                   help="go on with the plan in DIR (default: the record's folder)")
+    p.add_argument("--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, without a loss, does not count")
 
 
 def run(options):
@@ -70,8 +74,8 @@ def run(options):
     try:
         carry_out(folder, options.data, options.fault)
     except KeyboardInterrupt:
-        print(f"interrupted: nothing that was finished is lost; go on with `records submit {options.name} --resume {folder}`",
-              file=sys.stderr)
+        print(f"interrupted: nothing that was finished is lost; go on with `records submit {options.name} --resume "
+              f"{folder}`", file=sys.stderr)
         return compare.INTERRUPTED
     pack_sources(folder / "runs")
     results = verify.verify(folder)
@@ -110,8 +114,8 @@ def resumed(options):
         return Path(options.out)
     found = [r for r in deltas.load_records().values() if r.slug == options.name]
     if not found:
-        raise UserError(f"no record is named {options.name}{deltas.near(options.name, slugs())}; with --out DIR its plan lies "
-                        "there: --resume DIR")
+        raise UserError(f"no record is named {options.name}{deltas.near(options.name, slugs())}; a plan made with --out DIR "
+                        "goes on with --resume DIR")
     return found[-1].folder
 
 
@@ -147,8 +151,8 @@ def new_record(options):
     taken = {r.slug: r for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")}
     record = taken.get(options.name)
     if record is not None and (record.delta, record.parent) != (delta, parent.ref):
-        raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim that one "
-                        f"with --record {record.ref}")
+        raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim that "
+                        f"one with --record {record.ref}")
     if record is None:
         check_delta(parent, delta, subsumed, options)
         record = write_record(options, parent, lineage, delta, subsumed)
@@ -181,8 +185,8 @@ def check_delta(parent, delta, subsumed, options):
             raise UserError(f"{options.delta}: {path} = {deltas.show(value)} changes nothing: {parent.ref} has it already")
         s = changed
     if not delta and not (subsumed and options.claim == "systems"):
-        raise UserError(f"{options.delta}: a delta that changes nothing: a record that is only new code is a systems claim and says "
-                        "subsumed = \"what the code does now\"")
+        raise UserError(f"{options.delta}: a delta that changes nothing: a record that is only new code is a systems claim "
+                        "and says subsumed = \"what the code does now\"")
 
 
 def write_record(options, parent, lineage, delta, subsumed):
@@ -226,8 +230,8 @@ def committed(record, commit):
         arms.git("add", "--", path)
         arms.git("commit", "--quiet", "--message", f"{record.ref}: {record.title}", "--", path)
         return True
-    print("Its runs are made from a commit, which others can fetch. Commit it, then give the same command again (or add --commit):\n"
-          f"  git add {path} && git commit -m {json.dumps(f'{record.ref}: {record.title}')} -- {path}")
+    print("Its runs are made from a commit, which others can fetch: commit it and give the same command again (or add "
+          f"--commit):\n  git add {path} && git commit -m {json.dumps(f'{record.ref}: {record.title}')} -- {path}")
     return False
 
 
@@ -262,8 +266,8 @@ def check_arms(options, record, found):
     """The claim says something: the arms differ, in what the claim is about."""
     new, parent = found["new"], found["parent"]
     if arms.same(new, parent):
-        raise UserError(f"at scale {options.scale} {record.ref} and {record.parent} are the same program with the same settings: "
-                        "the delta changes nothing here")
+        raise UserError(f"at scale {options.scale} {record.ref} and {record.parent} are the same program with the same "
+                        "settings: the delta changes nothing here")
     paths = differing(new["settings"], parent["settings"])
     if options.claim == "systems" and new["ml_hash"] != parent["ml_hash"]:
         ml = [p for p in paths if not p.startswith("system.")]
@@ -272,7 +276,8 @@ def check_arms(options, record, found):
         raise UserError(f"{record.ref} changes how it is measured (validation.tokens or target): it cannot be held against "
                         f"{record.parent}")
     if options.claim == "ml" and new["settings"]["validation"]["target"] is None:
-        raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set validation.target=LOSS for all arms")
+        raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set validation.target=LOSS for all "
+                        "arms")
 
 
 def looks_of(text):

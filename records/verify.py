@@ -4,8 +4,9 @@
     python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades
     python -m records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
 
-First the laws of the logs (records.checks, claims and provenance): all problems are listed, and one is enough to refuse. Then the statistics: an ml claim must reach the target and be faster than its parent; a systems claim must compute
-the same and be faster. Writes DIR/results.json. Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
+First the laws of the logs (records.checks, claims and provenance): all problems are listed, and one is enough to refuse.
+Then the statistics: an ml claim must reach the target and be faster than its parent; a systems claim must compute the same
+and be faster. Writes DIR/results.json. Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
 records/EVIDENCE.md says what the grades mean, and what a consistent forgery can still do.
 """
 
@@ -40,7 +41,7 @@ def arguments(p):
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
     p.add_argument("--audit", metavar="FILE", help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
     p.add_argument("--reproduction", metavar="DIR", help="claim folder of another machine, for the grade `reproduced`")
-    p.add_argument("--target", type=float, metavar="LOSS", help="for text logs: the loss to reach (a claim declares its own)")
+    p.add_argument("--target", type=float, metavar="LOSS", help="for text logs: the loss to reach (claims declare theirs)")
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 
@@ -95,8 +96,9 @@ def describe(found):
     """What was run, where, by which code: the part of results.json that is copied from the logs."""
     d, start = found.declaration, next(iter(found.logs.values())).start
     keys = ("device", "torch", "cpu", "cores", "machine", "corpus", "corpus_digest", "val_digest", "numerics_version")
-    arms = {name: {k: arm.get(k) for k in ("text", "record", "changes", "ref", "commit", "tree", "ml_hash", "system_hash")} | {
-        "steps": arm["settings"]["schedule"]["steps"]} for name, arm in d["arms"].items()}
+    named = ("text", "record", "changes", "ref", "commit", "tree", "ml_hash", "system_hash")
+    arms = {name: {**{k: arm.get(k) for k in named}, "steps": arm["settings"]["schedule"]["steps"]}
+            for name, arm in d["arms"].items()}
     excluded = [{"run": r.run, "arm": r.arm, "seed": r.seed, "cause": r.fault["cause"], "note": r.fault["note"]}
                 for r in found.claim.runs if r.fault]
     return {"arms": arms, "target": d["target"], "alpha": d["alpha"], "plan": d["plan"], "pairing": d["pairing"],
@@ -144,7 +146,8 @@ def judge_loss(d, claim, found, alpha, paired, out):
         test = out["target"] = statistics.target_test(losses["new"], d["target"], alpha)
         if not test["passed"]:
             p = "no p (the runs have no spread)" if test["p"] is None else f"p = {test['p']:.4g}"
-            reasons.append(f"target {d['target']:g}: mean {test['mean']:.5f} of {test['n']} runs, {p}, needed p < {alpha:.4g}")
+            reasons.append(f"target {d['target']:g}: mean {test['mean']:.5f} of {test['n']} runs, {p}, needed p < "
+                           f"{alpha:.4g}")
     if d["claim"] == "ml":
         if d["target"] is None:
             reasons.append(f"scale {d['scale']} has no target to reach: set one for all arms (--set validation.target=...)")
@@ -156,7 +159,8 @@ def judge_loss(d, claim, found, alpha, paired, out):
         losses["new"], losses[base], d["margin"], paired, alpha)}
     last = last_ml(deltas.load_records().get(test["against"]))
     if d["target"] is None and last is not None and last.ref != test["against"]:
-        reasons.append(f"loss: {test['against']} is a systems record itself: run the last ml record, {last.ref}, as arm base")
+        reasons.append(f"loss: {test['against']} is a systems record itself: run the last ml record, {last.ref}, as arm "
+                       "base")
     elif d["target"] is None and not test["passed"]:
         upper = "unknown (no spread)" if test["upper"] is None else f"{test['upper']:+.5f}"
         reasons.append(f"loss against {test['against']}: {test['estimate']:+.5f}, upper bound {upper}, must be below "
@@ -251,21 +255,21 @@ def grade_audit(results, audit, new):
     from records.audit import CHECKS
     results["audit"] = audit
     if (audit["commit"], audit["tree"]) != (new["commit"], new["tree"]):
-        results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of {new['commit'][:12]}: it "
-                                  "does not count")
+        results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of "
+                                  f"{new['commit'][:12]}: it does not count")
     elif audit["record"] not in (None, new["record"]):
         results["unknown"].append(f"the audit is of {audit['record']}, the claim of {new['record']}: it does not count")
     elif not audit["passed"] or not all(audit["checks"].values()):
         failed = ", ".join(name for name, passed in audit["checks"].items() if not passed)
         results["reasons"].append(f"the audit of its code failed: {failed}")
-    elif set(CHECKS) - set(audit["checks"]):
-        results["unknown"].append(f"the audit lacks {', '.join(sorted(set(CHECKS) - set(audit['checks'])))}: it does not count")
+    elif lacking := sorted(set(CHECKS) - set(audit["checks"])):
+        results["unknown"].append(f"the audit lacks {', '.join(lacking)}: it does not count")
     else:
         results["grade"] = "audited"
 
 
 def grade_reproduction(results, found, folder):
-    """`reproduced` if a claim folder of another machine is consistent, computes the same and reaches the target by itself."""
+    """`reproduced` if a claim of another machine is consistent, computes the same and passes the test by itself."""
     other = claims.examine(folder)
     why = not_a_reproduction(found, other)
     if why:
@@ -327,15 +331,16 @@ def text_logs(folder, target):
         logs[path.name] = log
     lengths = sorted({log["scheduled_steps"] or log["steps"] for log in logs.values()})
     if len(lengths) > 1:
-        raise UserError(f"{folder}: runs of {', '.join(map(str, lengths))} steps are different experiments: put each in a folder "
-                        "of its own")
+        raise UserError(f"{folder}: runs of {', '.join(map(str, lengths))} steps are different experiments: put each in a "
+                        "folder of its own")
     lost = [name for name, log in logs.items() if log["diverged"] or not log["complete"]]
     done = [log for name, log in logs.items() if name not in lost]
     test = statistics.target_test([log["val_loss"] for log in done], target) if done else None
     times = [log["train_time_ms"] for log in done]
     reasons = [f"{name}: no final loss: it counts as failed" for name in lost]
     if test and not test["passed"]:
-        reasons.append(f"target {target:g}: " + ("no p (one run, or no spread)" if test["p"] is None else f"p = {test['p']:.4g}"))
+        p = "no p (one run, or no spread)" if test["p"] is None else f"p = {test['p']:.4g}"
+        reasons.append(f"target {target:g}: mean {test['mean']:.5f}, {p}")
     return {"version": 1, "claim": "text logs", "grade": "none (text logs)", "verdict": "not shown" if reasons else "shown",
             "reasons": reasons, "target": test, "steps": lengths[0], "files": sorted(logs),
             "time_ms": statistics.describe(times) if times and None not in times else None,
@@ -395,8 +400,8 @@ def report_record(results):
     if s.get("parity") and s["parity"]["rows"]:
         rows = s["parity"]["rows"]
         loss, worst, median = (max(r[k] for r in rows) for k in ("loss", "worst", "median"))
-        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, gradients within {worst:.1e}, "
-              f"median {median:.1e} (allowed {s['parity']['loss']:.0e} and {s['parity']['gradient']:.0e})")
+        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, gradients within {worst:.1e}"
+              f", median {median:.1e} (allowed {s['parity']['loss']:.0e} and {s['parity']['gradient']:.0e})")
     if s.get("noninferior"):
         print(f"loss against {s['noninferior']['against']}: {s['noninferior']['estimate']:+.5f}, upper bound "
               f"{number(s['noninferior']['upper'], '+.5f')} (margin {s['noninferior']['margin']})")
@@ -413,6 +418,6 @@ def finish_report(results, test):
     elif results["claim"] != "comparison":
         print("SHOWN")
     if test and not test["passed"] and test["runs_for"]:
-        print(f"a FRESH set with this mean and sd would need {test['runs_for']} runs to pass with 90 % power; this one may not "
-              "be extended")
+        print(f"a FRESH set with this mean and sd would need {test['runs_for']} runs to pass with 90 % power; this one may "
+              "not be extended")
     print(f"grade: {results['grade']}", "what this cannot know:", *(f"  {u}" for u in results["unknown"]), sep="\n")

@@ -1,7 +1,7 @@
 """The pages of a claim: README.md, and the layout that KellerJordan/modded-nanogpt takes. Every number is from results.json.
 
-Who is credited: the people of record.toml, those of the parent, and for each line of the delta what the vocabulary says about
-the setting (which names papers) and which record brought it in.
+Who is credited: the people of record.toml, those of the parent, and for each line of the delta what the vocabulary says
+about the setting (which names papers) and which record brought it in.
 """
 
 import json
@@ -46,11 +46,10 @@ def readme(folder):
 
 
 def heading(record, results):
-    words = {"shown": "shown", "not shown": "NOT shown"}[results["verdict"]]
-    size = "" if results["scale"] == "full" else f", a small image of the record (scale `{results['scale']}`), not the record itself"
+    words = {"shown": "SHOWN", "not shown": "NOT SHOWN"}[results["verdict"]]
+    size = "" if results["scale"] == "full" else ", a small image of the record, not the record itself"
     out = [f"# {record.ref}: {record.title}", "", f"By {', '.join(record.people)}, {record.date}, on {record.parent}.", ""]
-    out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words[0].upper() + words[1:]}**; evidence: "
-            f"{results['grade']}.", ""]
+    out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words}**; evidence: {results['grade']}.", ""]
     out += [f"- {r}" for r in results["reasons"]] + [""] * bool(results["reasons"])
     out += [*record.notes.splitlines(), ""] if record.notes else []
     out += [f"No setting changes: {record.subsumed}", ""] if record.subsumed else []
@@ -69,11 +68,12 @@ def table(results):
     looks = results["plan"].get("looks")
     plan = f"{results['plan']['runs']} runs of each arm" if looks is None else "looks at " + ", ".join(
         f"{x['runs']} (alpha {x['alpha']:.4g})" for x in looks)
-    excluded = [f"- excluded: run {x['run']} ({x['arm']}, seed {x['seed']}), {x['cause']}: {x['note']}" for x in results["excluded"]]
+    excluded = [f"- excluded: run {x['run']} ({x['arm']}, seed {x['seed']}), {x['cause']}: {x['note']}"
+                for x in results["excluded"]]
     changes = results["arms"]["new"]["changes"]
     return ["## Runs", "", *rows, "", f"Declared {results['declared']}: {plan}, alpha {results['alpha']}, "
-            f"{'paired by seed' if results['pairing'] == 'seed' else 'not paired'}, in random order on one machine after one "
-            f"discarded run. {results['device']}, {results['cpu']}, torch {results['torch']}"
+            f"{'paired by seed' if results['pairing'] == 'seed' else 'not paired'}, in random order on one machine after "
+            f"one discarded run. {results['device']}, {results['cpu']}, torch {results['torch']}"
             + (f"; all arms with {' '.join(changes)}" if changes else "") + ".", *excluded, ""]
 
 
@@ -81,12 +81,12 @@ def findings(results):
     s, out = results["statistics"], []
     if s.get("target"):
         t = s["target"]
-        out.append(f"- target {t['target']:g}: mean {t['mean']:.5f} over {t['n']} runs, one-sided t test p = {show(t['p'], '.4g')}, "
-                   f"needed p < {s['alpha']:.4g}")
+        out.append(f"- target {t['target']:g}: mean {t['mean']:.5f} over {t['n']} runs, one-sided t test p = "
+                   f"{show(t['p'], '.4g')}, needed p < {s['alpha']:.4g}")
     if s.get("time"):
         t = s["time"]
-        out.append(f"- time: {t['estimate']:.4f} of the parent's (95 % interval {show(t['low'], '.4f')} to {show(t['high'], '.4f')}), "
-                   f"one-sided p = {show(t['p_less'], '.4g')}")
+        out.append(f"- time: {t['estimate']:.4f} of the parent's (95 % interval {show(t['low'], '.4f')} to "
+                   f"{show(t['high'], '.4f')}), one-sided p = {show(t['p_less'], '.4g')}")
     if s.get("loss"):
         x = s["loss"]
         out.append(f"- loss: {x['estimate']:+.5f} against the parent (95 % interval {show(x['low'], '+.5f')} to "
@@ -106,8 +106,8 @@ def credits(record):
     """Whose ideas these are."""
     out, records = [], deltas.load_records()
     if record.parent in records:
-        out.append(f"- built on {record.parent} ({records[record.parent].title}) by {', '.join(records[record.parent].people)}, and "
-                   "on every record before it")
+        parent = records[record.parent]
+        out.append(f"- built on {parent.ref} ({parent.title}) by {', '.join(parent.people)}, and on every record before it")
     for path in record.delta:
         field = deltas.find_field(path)
         first = next((r for r in deltas.chain(record) if any(
@@ -118,7 +118,8 @@ def credits(record):
 
 
 def limits(results):
-    out = [] if results["scale"] == "full" else [f"- what the change does at full scale: these runs are of scale `{results['scale']}`"]
+    scale = results["scale"]
+    out = [] if scale == "full" else [f"- what the change does at full scale: these runs are of scale `{scale}`"]
     grades = {"consistent": ["- whether the code is causal, normalised and resets its state: it was not audited",
                              "- whether anybody else gets these numbers: it was not reproduced"],
               "audited": ["- whether anybody else gets these numbers: it was not reproduced"]}.get(results["grade"], [])
@@ -169,19 +170,20 @@ def upstream_log(runs, run):
 def upstream_readme(record, results):
     s = results["statistics"]
     new, parent = (s["arms"][k] for k in ("new", "parent"))
-    out = [f"# {record.title}", "", f"By {', '.join(record.people)}. On {record.parent} (`baseline/`), both run in turns on one machine: "
-           f"{results['device']}, torch {results['torch']}.", "", "```", *(f"{p} = {deltas.show(v)}" for p, v in record.delta.items()),
-           "```", "", f"- steps: {results['arms']['parent']['steps']} -> {results['arms']['new']['steps']}",
-           f"- time: {show(seconds(parent, 'mean'), '.3f')} s -> {show(seconds(new, 'mean'), '.3f')} s (mean of {parent['n']} and "
-           f"{new['n']} runs)"]
+    out = [f"# {record.title}", "", f"By {', '.join(record.people)}. On {record.parent} (`baseline/`), both run in turns on "
+           f"one machine: {results['device']}, torch {results['torch']}.", "",
+           "```", *(f"{p} = {deltas.show(v)}" for p, v in record.delta.items()), "```", "",
+           f"- steps: {results['arms']['parent']['steps']} -> {results['arms']['new']['steps']}",
+           f"- time: {show(seconds(parent, 'mean'), '.3f')} s -> {show(seconds(new, 'mean'), '.3f')} s (mean of "
+           f"{parent['n']} and {new['n']} runs)"]
     if new["loss"] and parent["loss"]:
         out.append(f"- validation loss: {parent['loss']['mean']:.5f} -> {new['loss']['mean']:.5f}")
     if s.get("target"):
         out.append(f"- p = {show(s['target']['p'], '.4g')} that the mean is below {s['target']['target']:g} (statistics.md)")
     if results["scale"] != "full":
         out.append(f"- these runs are of scale {results['scale']}: no claim at full size")
-    return "\n".join([*out, "", "The runs were declared before the first one; manifest, hash-chained logs and settings: the claim "
-                      f"folder of {record.ref}.", *credits(record)]) + "\n"
+    return "\n".join([*out, "", "The runs were declared before the first one; manifest, hash-chained logs and settings: the "
+                      f"claim folder of {record.ref}.", "", *credits(record)]) + "\n"
 
 
 def statistics_page(results):
@@ -190,8 +192,9 @@ def statistics_page(results):
     for name, row in s["arms"].items():
         losses = [show(r["val_loss"], ".6f", r["status"]) for r in row["runs"]]
         times = [show(r["train_time_ms"], ".0f") for r in row["runs"]]
-        out += [f"`{GROUPS[name]}/` ({results['arms'][name]['record']}), seeds {', '.join(str(r['seed']) for r in row['runs'])}", "",
-                "```python", f"losses = [{', '.join(losses)}]", f"times_ms = [{', '.join(times)}]", "```", ""]
+        seeds = ", ".join(str(r["seed"]) for r in row["runs"])
+        out += [f"`{GROUPS[name]}/` ({results['arms'][name]['record']}), seeds {seeds}", "", "```python",
+                f"losses = [{', '.join(losses)}]", f"times_ms = [{', '.join(times)}]", "```", ""]
     if s.get("target"):
         t = s["target"]
         out += ["```python", "import scipy.stats", f"print(scipy.stats.ttest_1samp(losses, {t['target']:g}, "
@@ -202,6 +205,6 @@ def statistics_page(results):
             f"{x['runs']} runs at alpha {x['alpha']:.4g}" for x in looks) + f"; {len(results['looks'])} were taken.", ""]
     if s.get("time"):
         t = s["time"]
-        out += [f"time: {t['estimate']:.4f} of the baseline's, 95 % interval {show(t['low'], '.4f')} to {show(t['high'], '.4f')}, "
-                f"one-sided p = {show(t['p_less'], '.4g')}", ""]
+        out += [f"time: {t['estimate']:.4f} of the baseline's, 95 % interval {show(t['low'], '.4f')} to "
+                f"{show(t['high'], '.4f')}, one-sided p = {show(t['p_less'], '.4g')}", ""]
     return re.sub(r"\n+\Z", "\n", "\n".join(out))

@@ -113,7 +113,8 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
     state = hashlib.sha256(f"{a['ml_hash']} {seed}".encode()).hexdigest()
     names = ["embed.table", "lm_head.weight", *(f"blocks.{i}.mlp.up" for i in range(12))]
     weights = random.Random(f"probe {a['ml_hash']} {seed}")
-    marks = {n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())] for n in names}
+    marks = {n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())]
+             for n in names}
     event("probe", 440, step=2, tokens="random", loss=7.1363, gradients=marks)
     event("reset", 20, warmup_steps=3, state_before=state, state_after=state, start_ms=850.0, warmup_ms=wall + 20 - 850.0)
     steps, ms, before = s.schedule.steps, 0.063, 0
@@ -132,8 +133,8 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
     clock.now = began + int(wall / 1000) + 1
     log.began = time.perf_counter() - wall / 1000
     log.end(status=status, target=target, reached=None if target is None or status != "finished" else value <= target,
-            verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps, scheduled_steps=steps,
-            val_loss=value, train_time_ms=round(ms, 3), tokens=steps * tokens_per_step(s), epoch=0)
+            verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps,
+            scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3), tokens=steps * tokens_per_step(s), epoch=0)
     for file in log.files.values():
         file.close()
     return log
@@ -166,7 +167,8 @@ class Forgery:
         runs = {e["run"] for e in self.lines[line:] if e["kind"] == "register"}
         events = self.lines[line:] + ([] if manifest_only else [self.logs[self.name(r)][0] for r in runs])
         for event in events:
-            event["utc"] = (datetime.datetime.strptime(event["utc"], UTC) + datetime.timedelta(seconds=seconds)).strftime(UTC)
+            moved = datetime.datetime.strptime(event["utc"], UTC) + datetime.timedelta(seconds=seconds)
+            event["utc"] = moved.strftime(UTC)
 
     def stretch(self, run, kind, milliseconds):
         """Let wall time pass before the first event of a kind in a run."""
@@ -195,7 +197,8 @@ class Forgery:
     def seal(self, announce=True, hashes=True):
         """Write everything back, consistently.
 
-        announce: False, or the number of a run, whose start keeps the registration it has. hashes: False: so do finish lines.
+        announce: False, or the number of a run, whose start keeps the registration it has. hashes: False: finish lines
+        keep theirs.
         """
         previous, out = runlog.GENESIS, []
         by_run = {e["run"]: e["folder"] for e in self.of("finish")}

@@ -646,13 +646,13 @@ def test_a_bent_claim_is_refused_for_its_own_reason(bend, reason, claim):
 def built(folder, arms=None, loss=None, step_ms=None, status=None, look=None, machine=MACHINE, **fields):
     """Results of verifying a claim that was built so."""
     with pytest.MonkeyPatch.context() as patch:
-        build(folder, patch, declaration(arms or two_arms(), **{"machine": {**machine, "gpus": []}, **fields}), loss, step_ms,
-              machine, status, look)
+        declared = declaration(arms or two_arms(), **{"machine": {**machine, "gpus": []}, **fields})
+        build(folder, patch, declared, loss, step_ms, machine, status, look)
     return verify.verify(folder)
 
 
-RECORD = ('id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\nsource = "log"\n'
-          '[delta]\n"system.ranks_per_forward" = 1\n')
+RECORD = ('id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\n'
+          'source = "log"\n[delta]\n"system.ranks_per_forward" = 1\n')
 
 
 def systems(folder, arms=None, loss=None):
@@ -662,8 +662,9 @@ def systems(folder, arms=None, loss=None):
         s = deltas.resolve("short/5", scale="micro", sets=["system.ranks_per_forward=1"]).settings
         arms = {"new": arm("short/901", [], s=s), "parent": arm("short/5", [])}
         (folder / "record.toml").write_text(RECORD)
-    return built(folder, arms, loss or {"new": 5.3, "parent": 5.3, "base": 5.33},
-                 {"new": 1900.0, "parent": 2000.0, "base": 2000.0}, claim="systems", record=arms["new"]["record"], target=None)
+    times = {"new": 1900.0, "parent": 2000.0, "base": 2000.0}
+    return built(folder, arms, loss or {"new": 5.3, "parent": 5.3, "base": 5.33}, times, claim="systems",
+                 record=arms["new"]["record"], target=None)
 
 
 def test_a_diverged_run_fails_the_claim(tmp_path):
@@ -800,7 +801,8 @@ def test_a_reproduction_is_another_claim_on_another_machine(good, tmp_path):
     results = verify.verify(good, reproduction=tmp_path / "again")
     assert results["grade"] == "reproduced" and results["reproduction"]["machine"] == "ba9876543210"
     for how, why in (({}, "it ran on the same machine"),
-                     ({"machine": other, "arms": two_arms("short/9", "short/8"), "record": "short/9"}, "it computes something else"),
+                     ({"machine": other, "arms": two_arms("short/9", "short/8"), "record": "short/9"},
+                      "it computes something else"),
                      ({"machine": other, "loss": {"new": 5.25, "parent": 5.27}}, "its own runs do not pass")):
         folder = tmp_path / why.replace(" ", "_")
         built(folder, **how)
@@ -826,9 +828,9 @@ def test_a_consistent_forgery_passes_and_the_documentation_says_so(claim):
         claim.events(run, "end")[0]["verdict"] = [f"final validation loss {claim.events(run, 'end')[0]['val_loss']:.4f}"]
     claim.seal()
     results = verify.verify(claim.folder)
-    assert results["verdict"] == "shown" and any("rewrites manifest, logs and summaries together" in u for u in results["unknown"])
-    page = (ROOT / "records/EVIDENCE.md").read_text()
-    assert "rewrites manifest, logs and summaries together" in page
+    text = "rewrites manifest, logs and summaries together"
+    assert results["verdict"] == "shown" and any(text in u for u in results["unknown"])
+    assert text in (ROOT / "records/EVIDENCE.md").read_text()
 
 
 def test_the_documentation_names_every_grade_and_tolerance():

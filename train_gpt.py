@@ -170,7 +170,8 @@ def train_step(run, step_plan, inputs, targets, before_step=None):
 
     inputs, targets: (ranks, rows, T). Each forward's loss is its mean over tokens times its share of the eight ranks,
     so that the gradients of all forwards and processes add up to the mean over logical ranks; with train_loss `sum`, to
-    the mean over logical ranks of their sums. before_step: called when the gradients are there (warm-up only).
+    the mean over logical ranks of their sums. before_step: called when the gradients are there and before they are
+    reduced (warm-up only).
     """
     total, at_once, engine = 0.0, run.at_once, run.engine
     forwards = range(0, len(inputs), at_once)
@@ -178,14 +179,14 @@ def train_step(run, step_plan, inputs, targets, before_step=None):
     if run.s.model.head.train_loss == "sum":
         share *= run.s.data.tokens_per_rank
     for first in forwards:
-        engine.expect(last=first == forwards[-1])
+        engine.expect(last=first == forwards[-1] and before_step is None)
         x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)
         loss = run.compiled(x, y, run.model.context(x, run.corpus.bos, step_plan.windows)).mean()
         (loss * share).backward()
         engine.collect()
         total = total + loss.detach()
     if before_step is not None:
-        before_step()
+        before_step()  # nothing was launched, so this process's share is whole
     engine.step(step_plan)
     return total / len(forwards)
 
@@ -234,8 +235,10 @@ def gradient_marks(engine):
     """
     out = {}
     for bank in engine.banks:
+        share, start = engine.local(bank).detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
         for name, p in bank.members:
-            g = p.grad.detach().double().flatten()
+            g = share[start:start + p.numel()].double()
+            start += p.numel()
             out[name] = [float(f"{x:.8g}") for x in (g.norm().item(), (g * torch.arange(len(g), device=g.device).cos()).sum().item())]
     return dict(sorted(out.items()))
 
@@ -276,7 +279,7 @@ def warm_up(run, seed):
                 batch[:, ::s.data.max_document] = run.corpus.bos
         marks, last = {}, n == len(steps) - 1
         loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device),
-                          before_step=lambda: marks.update(gradient_marks(run.engine)) if last else None)
+                          before_step=(lambda: marks.update(gradient_marks(run.engine))) if last else None)
         if last:
             run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
     if steps:

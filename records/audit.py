@@ -38,7 +38,7 @@ CHECKS = {
     "causality": "no loss depends on a later token, on another row, or on another position's target",
     "normalisation": "exp(-loss) over all targets sums to one at every position",
     "validation_targets": "validation is the plain mean over exactly the first targets of the shard, each once",
-    "no_trace": "validation changes no parameter, buffer, gradient, optimizer state or random generator",
+    "no_trace": "validation changes no parameter, buffer, gradient, optimizer state, random generator or later loss",
     "warm_up": "losses do not depend on the untimed warm-up: none, random tokens, real tokens",
     "seed": "one seed gives the same losses twice, bit for bit; another seed gives others",
     "clock": "batches and steps are inside the clock, validation is outside",
@@ -265,12 +265,15 @@ class Trainings:
         elif name == "cold":  # the next number below it: missed
             below = math.nextafter(self["plain"]["final"], -math.inf)
             sets = ["system.warmup_steps=0", f"validation.target={below!r}"]
+        elif name == "often":
+            sets = ["validation.every=1"]
         elif name == "real":
             sets, job = ["system.warmup_tokens=real"], "clock"
         elif name == "model":
             seed, tokens, job = 1, f["validation_tokens"], "model"
             counted = self.argv("model/counted", 0, 1, f["full_validation_tokens"], ["system.warmup_steps=0"])
-            spec = {**f, "checks": self.checks, "val_shard": str(self.data / VAL_SHARD), "counted_argv": counted}
+            spec = {**f, "bos": f["vocab_size"] - 1, "checks": self.checks, "val_shard": str(self.data / VAL_SHARD),
+                    "counted_argv": counted}
         done = self.start(name, job, argv=self.argv(f"{name}/runs", seed, STEPS, tokens, sets), **spec)
         if "refused" in done:
             raise Failed(f"the {name} training: {done['refused']}")
@@ -307,9 +310,10 @@ def write_corpus(folder, facts, validation_tokens):
     from data.shards import write_shard
     folder.mkdir()
     generator, vocab_size = np.random.default_rng(20240520), facts["vocab_size"]
-    for name, count in (TRAIN_SHARD, 8 * facts["tokens_per_rank"] * 16 + 2), (VAL_SHARD, validation_tokens):
+    for name, count in (TRAIN_SHARD, 8 * facts["tokens_per_rank"] * 64), (VAL_SHARD, validation_tokens):
         tokens = (vocab_size ** generator.random(count, dtype=np.float32)).astype(np.uint16) - 1
         tokens[generator.random(count, dtype=np.float32) < 1 / 60] = vocab_size - 1
+        tokens[0] = vocab_size - 1
         write_shard(folder / name, tokens)
     about = {"name": "audit", "tokenizer": "none", "vocab_size": vocab_size, "bos": vocab_size - 1}
     (folder / "corpus.json").write_text(json.dumps(about))
@@ -323,22 +327,35 @@ def judge(name, trainings):
     if name == "validation_targets" and full != VALIDATION_TOKENS:
         return False, f"validation.tokens is {full:,} at full scale, the task has {VALIDATION_TOKENS:,}"
     try:
-        of_logs = {"warm_up": warm_up, "seed": seed, "clock": clock, "target": target}
+        of_logs = {"no_trace": no_trace, "warm_up": warm_up, "seed": seed, "clock": clock, "target": target}
         return of_logs[name](trainings) if name in of_logs else tuple(trainings["model"]["checks"][name])
     except Failed as failure:
         return False, str(failure)
 
 
+def train_losses(run):
+    return [x for e in run["curve"] for x in e["train_loss"]]
+
+
 def first_difference(a, b):
-    """Words for where two trainings part that should be the same, or ''."""
-    for p, q in zip(a["curve"], b["curve"]):
-        for i, (x, y) in enumerate(zip(p["train_loss"], q["train_loss"])):
-            if x != y:
-                return f"training losses before step {p['step'] - len(p['train_loss']) + i + 1}: {x!r} and {y!r}"
-        if p["val_loss"] != q["val_loss"]:
-            return f"validation losses at step {p['step']}: {p['val_loss']!r} and {q['val_loss']!r}"
-    same = [[e["step"] for e in run["curve"]] + run["stream"] for run in (a, b)]
-    return "" if same[0] == same[1] else "the steps of validation or the stream digests"
+    """Words for where two trainings part that should be the same, or ''. They may validate at different steps."""
+    ours, theirs = ({e["step"]: e["val_loss"] for e in run["curve"]} for run in (a, b))
+    for step, (x, y) in enumerate(zip([*train_losses(a), None], [*train_losses(b), None])):
+        if ours.get(step, 0) != theirs.get(step, 0) and step in ours and step in theirs:
+            return f"validation losses at step {step}: {ours[step]!r} and {theirs[step]!r}"
+        if x != y:
+            return f"training losses of step {step + 1}: {x!r} and {y!r}"
+    return "" if a["stream"] == b["stream"] else f"stream digests: {a['stream']} and {b['stream']}"
+
+
+def no_trace(trainings):
+    passed, detail = trainings["model"]["checks"]["no_trace"]
+    if not passed:
+        return passed, detail
+    difference = first_difference(trainings["plain"], trainings["often"])
+    if difference:
+        return False, f"trainings with a validation at every step and at the ends only differ in {difference}"
+    return True, f"{detail}; a validation at every step changes no loss"
 
 
 def warm_up(trainings):
@@ -355,7 +372,7 @@ def seed(trainings):
     difference = first_difference(plain, trainings["again"])
     if difference:
         return False, f"two trainings with seed 0 differ in {difference}"
-    zero, one = ([x for e in trainings[name]["curve"] for x in e["train_loss"]] for name in ("plain", "model"))
+    zero, one = train_losses(plain), train_losses(trainings["model"])
     return zero != one, f"training losses with seed 0, twice: {zero}; with seed 1: {one}"
 
 

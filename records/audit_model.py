@@ -1,8 +1,10 @@
 """The experiments of `records audit` on the model, train_step and validate of an audited checkout (see audit_probe.py).
 
-A training of a few steps runs with a recorder in the model's place. So the experiments call the model exactly as the
-trainer calls it, with whatever arguments, and know only: train_gpt.main, train_step and validate; and that the model maps
-(tokens, targets, ...), both (R, T), to per-token losses (R, T).
+A training of a few steps runs with a tap on the model. Experiments then go through the trainer's own validate and
+train_step with other tokens, so that all they do around the model (documents, windows) is audited with it. Known by name
+are only: model.GPT, which maps (tokens, targets, ...), both (R, T), to per-token losses (R, T); train_gpt.main;
+train_gpt.validate, with rows (ranks, n, T + 1) among its arguments; train_gpt.train_step, with inputs and targets
+(ranks, n, T) as its only tensors.
 """
 
 import hashlib
@@ -17,7 +19,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-TOLERANCE = 1e-4  # of a sum of probabilities, from float32 losses
+TOLERANCE = 1e-4  # of a sum of probabilities, and of a loss where another document structure changes shapes: float32
 
 
 class Unknown(Exception):
@@ -28,70 +30,84 @@ class Unknown(Exception):
 
 @dataclass
 class Call:
-    """One call of the model by the trainer. args, kwargs: what it passed besides tokens and targets."""
+    """One call of the model with targets, and what it gave."""
     model: torch.nn.Module
     tokens: torch.Tensor
     targets: torch.Tensor
-    args: tuple
-    kwargs: dict
     losses: torch.Tensor
     recorded_gradients: bool
 
 
-class Recorder(torch.nn.Module):
-    """Stands in for the model and keeps every Call. answer: function targets -> losses, instead of the model's."""
+class Enough(BaseException):
+    """Ends a train_step after its forward."""
 
-    def __init__(self, model, answer=None):
-        super().__init__()
-        self.model, self.answer, self.calls = model, answer, []
 
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("model"), name)
+class Tap:
+    """Sits on GPT.forward for the life of this process and keeps its calls.
 
-    def forward(self, tokens, targets=None, *args, **kwargs):
+    answer: function targets -> losses, in place of the model's. targets: (n, T), handed to the model row by row instead
+    of the trainer's. stop: raise Enough after a call.
+    """
+
+    def __init__(self):
+        from model import GPT
+        self.forward, self.calls, self.answer, self.targets, self.stop = GPT.forward, [], None, None, False
+        GPT.forward = lambda model, *args, **kwargs: self.call(model, *args, **kwargs)
+
+    def call(self, model, tokens, targets=None, *args, **kwargs):
         if targets is None:
             raise Unknown("the trainer calls the model without targets: this audit knows per-token losses only")
-        losses = self.answer(targets) if self.answer else self.model(tokens, targets, *args, **kwargs)
+        if self.targets is not None:
+            targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
+        losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **kwargs)
         if losses.shape != targets.shape:
             raise Unknown(f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}")
-        self.calls.append(Call(self.model, tokens.clone(), targets.clone(), args, kwargs, losses.detach().clone(),
-                               losses.requires_grad))
+        self.calls.append(Call(model, tokens.clone(), targets.clone(), losses.detach().clone(), losses.requires_grad))
+        if self.stop:
+            raise Enough
         return losses
+
+    def taken(self):
+        """The calls since the last time."""
+        calls, self.calls = self.calls, []
+        return calls
 
 
 @dataclass
 class Arguments:
-    """Arguments of a call of train_step or validate, in which one can be found by its kind and replaced."""
+    """Arguments of a call of train_step or validate."""
     args: tuple
     kwargs: dict
 
-    def find(self, kind):
-        found = [a for a in (*self.args, *self.kwargs.values()) if kind(a)]
-        if len(found) != 1:
-            raise Unknown(f"the trainer passes {len(found)} arguments for which {kind.__name__} holds; this audit knows one")
-        return found[0]
+    def values(self):
+        return (*self.args, *self.kwargs.values())
 
-    def replaced(self, kind, new):
-        old = self.find(kind)
-        return Arguments(tuple(new if a is old else a for a in self.args),
-                         {k: new if v is old else v for k, v in self.kwargs.items()})
+    def find(self, kind, count):
+        found = [a for a in self.values() if kind(a)]
+        if len(found) != count:
+            raise Unknown(f"the trainer passes {len(found)} arguments with {kind.__name__}; this audit knows {count}")
+        return found
 
-
-def is_model(x):
-    return isinstance(x, torch.nn.Module)
+    def replaced(self, old, new):
+        """With each of the values `old` replaced by the one of `new`."""
+        def swap(a):
+            return next((y for x, y in zip(old, new) if a is x), a)
+        return Arguments(tuple(map(swap, self.args)), {k: swap(v) for k, v in self.kwargs.items()})
 
 
 def is_rows(x):
-    """Validation rows: ids (ranks, rows, T + 1)."""
+    """Validation rows: ids (ranks, n, T + 1)."""
     return isinstance(x, np.ndarray) and x.ndim == 3
+
+
+def is_batch(x):
+    """Inputs or targets of a step: ids (ranks, n, T)."""
+    return isinstance(x, torch.Tensor) and x.ndim == 3
 
 
 @dataclass
 class Validated:
-    """One call of validate: its arguments, the calls of the model, what it returned and what it changed."""
+    """One validation: its arguments, the calls of the model, what it returned and what it changed."""
     given: Arguments
     calls: list
     value: float
@@ -103,11 +119,12 @@ class Validated:
 class Observed:
     """A training in this process. answer: losses for validations in place of the model's. watch: look for their traces."""
 
-    def __init__(self, argv, answer=None, watch=False):
+    def __init__(self, tap, argv, answer=None, watch=False):
         import deltas
         import train_gpt
-        self.validate, self.train_step, self.answer, self.watch = train_gpt.validate, train_gpt.train_step, answer, watch
-        self.step, self.step_calls, self.validations, self.backwards = None, [], [], 0
+        self.tap, self.answer, self.watch = tap, answer, watch
+        self.validate, self.train_step = train_gpt.validate, train_gpt.train_step
+        self.step, self.validations, self.backwards = None, [], 0
         with mock.patch.object(train_gpt, "validate", self.on_validate), \
                 mock.patch.object(train_gpt, "train_step", self.on_step), \
                 mock.patch.object(torch.autograd, "backward", self.counting(torch.autograd.backward)), \
@@ -118,7 +135,7 @@ class Observed:
                 if end.code not in (None, 0, 3):  # 3: a target was missed
                     raise
         self.logged = logged(argv)
-        if not self.validations or not self.step_calls:
+        if not self.validations or self.step is None:
             raise Unknown("the training went without train_gpt.validate or train_gpt.train_step")
 
     def counting(self, call):
@@ -129,36 +146,55 @@ class Observed:
 
     def on_step(self, *args, **kwargs):
         self.step = Arguments(args, kwargs)
-        spy = Recorder(self.step.find(is_model))
-        given = self.step.replaced(is_model, spy)
-        out = self.train_step(*given.args, **given.kwargs)
-        self.step_calls = spy.calls
+        out = self.train_step(*args, **kwargs)
+        self.tap.taken()
         return out
 
     def on_validate(self, *args, **kwargs):
-        given = Arguments(args, kwargs)
-        held = [given.find(is_model), *([a for a in self.step.args if not isinstance(a, torch.Tensor)] if self.step else [])]
-        before, backwards = fingerprint(held) if self.watch else {}, self.backwards
-        value, calls = self.validated(given)
-        after = fingerprint(held) if self.watch else {}
+        if self.answer and self.step is None:  # only the last one is looked at, so that the others may say anything
+            return 1.0
+        before, backwards = self.state(), self.backwards
+        self.tap.answer = self.answer
+        value = self.validate(*args, **kwargs)
+        calls, self.tap.answer = self.tap.taken(), None
+        backwards, after = self.backwards - backwards, self.state()
         changed = sorted(k for k in {**before, **after} if before.get(k) != after.get(k))
         if self.validations:
-            self.validations[-1].calls.clear()  # only the last one is looked at in detail
-        self.validations.append(Validated(given, calls, value, changed, len(before), self.backwards - backwards))
+            self.validations[-1].calls.clear()  # of the last one only they are looked at
+        self.validations.append(Validated(Arguments(args, kwargs), calls, value, changed, len(before), backwards))
         return value
 
-    def validated(self, given):
-        """(value, calls of the model) of a validation."""
-        spy = Recorder(given.find(is_model), self.answer)
-        given = given.replaced(is_model, spy)
-        return self.validate(*given.args, **given.kwargs), spy.calls
+    def state(self):
+        """Fingerprint of all that a step is given, as its forward finds it (tables follow the windows of a step)."""
+        if not self.watch or self.step is None:
+            return {}
+        self.step_losses(*self.step.find(is_batch, 2))
+        return fingerprint([a for a in self.step.values() if not isinstance(a, torch.Tensor)])
 
-    def losses_of_rows(self, rows):
-        """Per-token losses (n, T) that validate adds up for rows (ranks, n / ranks, T + 1)."""
-        _, calls = self.validated(self.last.given.replaced(is_rows, rows))
-        seen = torch.cat([c.tokens for c in calls])
-        if not np.array_equal(seen.numpy(), rows.reshape(-1, rows.shape[-1])[:, :-1]):
-            raise Unknown("validate does not pass its rows on as they are")
+    def row_losses(self, rows, targets=None):
+        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets: as of Tap."""
+        self.tap.targets = targets
+        given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
+        self.validate(*given.args, **given.kwargs)
+        return self.losses_in_order(rows.reshape(-1, rows.shape[-1])[:, :-1])
+
+    def step_losses(self, inputs, targets):
+        """Per-token losses (ranks n, T) that a training step forms for inputs and targets (ranks, n, T)."""
+        given = self.step.replaced(self.step.find(is_batch, 2), [inputs, targets])
+        self.tap.stop = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                self.train_step(*given.args, **given.kwargs)
+        except Enough:
+            pass
+        self.tap.stop = False
+        return self.losses_in_order(inputs.flatten(0, 1).numpy())
+
+    def losses_in_order(self, tokens):
+        calls, self.tap.targets = self.tap.taken(), None
+        if not np.array_equal(torch.cat([c.tokens for c in calls]).numpy(), tokens):
+            raise Unknown("the trainer does not pass its rows on as they are, all in one forward in training")
         return torch.cat([c.losses for c in calls])
 
     @property
@@ -241,7 +277,8 @@ def no_trace(observed, spec):
             wrong.append(f"validation {i} made {v.backwards} backward passes")
     if any(c.recorded_gradients for c in observed.last.calls):
         wrong.append("validation records gradients")
-    again, _ = observed.validated(observed.last.given)
+    again = observed.validate(*observed.last.given.args, **observed.last.given.kwargs)
+    observed.tap.taken()
     if again != observed.last.value:
         wrong.append(f"validating once more gives {again!r}, not {observed.last.value!r}")
     return not wrong, "; ".join(wrong) or (
@@ -259,7 +296,7 @@ def random_losses():
 
 def validation_targets(observed, spec):
     """At the audited scale with the model's losses; and with as many targets as full scale has, and random losses."""
-    full = Observed(spec["counted_argv"], random_losses())
+    full = Observed(observed.tap, spec["counted_argv"], random_losses())
     wrong = [*counted(observed, spec["validation_tokens"], spec["val_shard"]),
              *counted(full, spec["full_validation_tokens"], spec["val_shard"])]
     return not wrong, "; ".join(wrong) or (
@@ -300,137 +337,144 @@ def shake(model):
                 p.add_((noise * (p.shape[-1] ** -0.5 if p.dim() > 1 else 0.1)).to(p))
 
 
-def losses_of(call, tokens, targets, training):
-    """Losses (n, T) of n rows, in calls of exactly the trainer's shape, each from the same buffers."""
-    rows, out = len(call.tokens), []
-    buffers = [(b, b.clone()) for b in call.model.buffers()]
-    call.model.train(training)
-    for first in range(0, len(tokens), rows):
-        x, y = tokens[first:first + rows], targets[first:first + rows]
-        used = len(x)
-        if used < rows:
-            x, y = (torch.cat([a, a[:1].expand(rows - used, -1)]) for a in (x, y))
-        with torch.set_grad_enabled(training):
-            out.append(call.model(x, y, *call.args, **call.kwargs).detach()[:used].clone())
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-    call.model.train()
-    out = torch.cat(out)
-    if not out.isfinite().all():
-        raise Unknown("losses of a model with random weights are not finite")
-    return out
-
-
 def chosen_positions(length):
-    """All positions of a short row; of a long one both ends, the powers of two and a sample."""
+    """All positions of a short row; of a long one both ends, some at powers of two, where blocks begin, and a sample."""
     if length <= 128:
         return torch.arange(length)
-    near = {t for k in range(20) for t in (2 ** k - 1, 2 ** k) if t < length}
-    return torch.tensor(sorted({length - 2, length - 1} | near | set(random.Random(0).sample(range(length), 32))))
+    near = {t for k in (0, 3, 6, 9, 12, 15) for t in (2 ** k - 1, 2 ** k) if t < length}
+    return torch.tensor(sorted({length - 2, length - 1} | near | set(random.Random(0).sample(range(length), 6))))
 
 
-def other_ids(ids, vocab_size, seed):
-    """Random ids, each different from the one in its place."""
-    generator = torch.Generator().manual_seed(seed)
-    return (ids + torch.randint(1, vocab_size, ids.shape, generator=generator)) % vocab_size
+def copies(row, n, ranks):
+    """(ranks, ceil(n / ranks), T): a row repeated, and the same for changing."""
+    same = np.repeat(np.asarray(row)[None], -(-n // ranks) * ranks, 0)
+    return same, same.copy()
 
 
-def moved(base, new, first_allowed, changed, label):
-    """Words for losses (n, T) that moved before position first_allowed[i] of row i, or if none did from changed[i] on."""
-    wrong, t, different = [], torch.arange(base.shape[1]), base != new
-    early, late = different & (t < first_allowed[:, None]), different & (t >= changed[:, None])
+def other_ids(ids, bos, seed):
+    """Random ids below bos (the highest), each different from the one in its place."""
+    generator = np.random.default_rng(seed)
+    return (ids + generator.integers(1, bos, ids.shape)) % bos
+
+
+def moved(base, new, allowed, changed, label, tolerance=0.0):
+    """Words for losses (n, T) that moved before position allowed[i] of row i, or if none did from changed[i] on."""
+    wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
+    if not distance.isfinite().all():
+        return [f"{label}: losses of a model with random weights are not finite"]
+    early, late = (distance > tolerance) & (t < allowed[:, None]), (distance > 0) & (t >= changed[:, None])
     if early.any():
         row = int(early.any(1).nonzero()[0])
         wrong.append(f"{label}: {int(early.any(1).sum())} of {len(base)} changed tokens moved an earlier loss, by up to "
-                     f"{float(((base - new).abs() * early).max()):.3g}; e.g. token {int(changed[row])} moved loss "
+                     f"{float((distance * early).max()):.3g}; e.g. token {int(changed[row])} moved loss "
                      f"{int(early[row].nonzero()[0])}")
     if not late.any(1).all():
         wrong.append(f"{label}: {int((~late.any(1)).sum())} of {len(base)} changed tokens moved no loss")
     return wrong
 
 
-def causal_call(call, vocab_size, training, label):
-    """Change inputs, then a row, then (in eval) targets, in calls of the model. Returns (tokens changed, wrong in words)."""
-    where = chosen_positions(call.tokens.shape[1])
-    n = len(where)
-    at, x, y = torch.arange(n), call.tokens[:1].repeat(n, 1), call.targets[:1].repeat(n, 1)
-    base = losses_of(call, x, y, training)
-    changed = x.clone()
-    changed[at, where] = other_ids(x[at, where], vocab_size, 1)
-    wrong = moved(base, losses_of(call, changed, y, training), where, where, label)
-    if len(call.tokens) > 1:
-        other = call.tokens.clone()
-        other[1] = other_ids(other[1], vocab_size, 2)
-        different = losses_of(call, other, call.targets, training) != losses_of(call, call.tokens, call.targets, training)
-        if different.any(1).nonzero().flatten().tolist() != [1]:
-            wrong.append(f"{label}: changing row 1 moved rows {different.any(1).nonzero().flatten().tolist()}")
-    if not training:  # in training a loss may look at several targets (multi-token prediction)
-        others = y.clone()
-        others[at, where] = other_ids(y[at, where], vocab_size, 3)
-        different = losses_of(call, x, others, training) != base
-        different[at, where] = False
-        if different.any():
-            wrong.append(f"{label}: {int(different.any(1).sum())} of {n} changed targets moved another position's loss")
+def rows_that_moved(before, after):
+    return (before != after).any(1).nonzero().flatten().tolist()
+
+
+def causal_validation(observed, row, bos):
+    """Change ids of copies of a row (T + 1) one by one, then a whole row, then targets. Returns (tokens changed, wrong).
+
+    Losses before t - 1, whose target id t is, must keep every bit; where a document begins or ends elsewhere (id t becomes
+    or was bos) attention may work in other shapes, and they must stay within rounding.
+    """
+    ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
+    where, label, wrong = chosen_positions(length), f"validation, context {length}", []
+    n, at = len(where), np.arange(len(where))
+    same, ordinary = copies(row, n, ranks)
+    begins = same.copy()
+    ordinary[at, where] = np.where(row[where] == bos, bos, other_ids(row[where], bos, 1))
+    begins[at, where] = np.where(row[where] == bos, 0, bos)
+    shape = (ranks, -1, length + 1)
+    base = observed.row_losses(same.reshape(shape))[:n]
+    kept = torch.from_numpy(row[where] != bos)
+    new = observed.row_losses(ordinary.reshape(shape))[:n]
+    wrong += moved(base[kept], new[kept], where[kept] - 1, where[kept], label)
+    new = observed.row_losses(begins.reshape(shape))[:n]
+    wrong += moved(base, new, where - 1, where, label + ", begin of a document", TOLERANCE)
+    rows = np.resize(observed.last.given.find(is_rows, 1)[0][..., :length + 1], (2 * ranks, length + 1))
+    before, other = observed.row_losses(rows.reshape(shape)), rows.copy()
+    other[1] = np.where(rows[1] == bos, bos, other_ids(rows[1], bos, 2))
+    if (which := rows_that_moved(before, observed.row_losses(other.reshape(shape)))) != [1]:
+        wrong.append(f"{label}: changing row 1 moved rows {which}")
+    targets = torch.from_numpy(same[:, 1:].astype(np.int64))
+    targets[at, where] = torch.from_numpy(other_ids(row[1:][where], bos, 3).astype(np.int64))
+    different = observed.row_losses(same.reshape(shape), targets)[:n] != base
+    different[at, where] = False
+    if different.any():
+        wrong.append(f"{label}: {int(different.any(1).sum())} of {n} changed targets moved another position's loss")
+    return 3 * n, wrong
+
+
+def causal_step(observed, bos):
+    """The same for train_step: an input, with the targets as they were; then a row. Documents stay, since a loader may
+    promise their length; targets too, since a loss may look at several of them (multi-token prediction)."""
+    inputs, targets = observed.step.find(is_batch, 2)
+    ranks, _, length = inputs.shape
+    row = inputs[0, 0].numpy()
+    where = chosen_positions(length)
+    where = where[torch.from_numpy(row[where] != bos)]
+    n, label = len(where), f"training step, context {length}"
+    same, changed = copies(row, n, ranks)
+    changed[np.arange(n), where] = other_ids(row[where], bos, 4)
+    shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n, ranks)[0]).view(ranks, -1, length)
+    base, new = (observed.step_losses(torch.from_numpy(x).view(shape), aims)[:n] for x in (same, changed))
+    wrong, other = moved(base, new, where, where, label), inputs.clone().flatten(0, 1)
+    other[1] = torch.where(other[1] == bos, bos, torch.from_numpy(other_ids(other[1].numpy(), bos, 5)))
+    before, after = (observed.step_losses(x.view(inputs.shape), targets) for x in (inputs, other))
+    if (which := rows_that_moved(before, after)) != [1]:
+        wrong.append(f"{label}: changing row 1 moved rows {which}")
     return n, wrong
 
 
-def causal_rows(observed, vocab_size):
-    """The same through validate: change id t of a row; losses before t - 1, whose target it is, keep every bit."""
-    rows = observed.last.given.find(is_rows)
-    where = chosen_positions(rows.shape[-1])[:-1]  # the last id is a target only
-    n = len(where)
-    base = np.repeat(rows[:1, :1], len(rows), 0).repeat(-(-n // len(rows)), 1)
-    changed = base.copy().reshape(-1, rows.shape[-1])
-    changed[np.arange(n), where] = other_ids(torch.from_numpy(changed[np.arange(n), where]), vocab_size, 4).numpy()
-    old, new = (observed.losses_of_rows(x.reshape(base.shape))[:n] for x in (base, changed))
-    return n, moved(old, new, where - 1, where, "validate")
-
-
 def causality(observed, spec):
-    done, wrong = causal_rows(observed, spec["vocab_size"])
-    lengths = set()
-    for name, call in (("validation", observed.last.calls[0]), ("training", observed.step_calls[0])):
-        lengths.add(call.tokens.shape[1])
-        for training in (False, True):
-            label = f"{'training' if training else 'eval'} mode, call of {name}, context {call.tokens.shape[1]}"
-            n, found = causal_call(call, spec["vocab_size"], training, label)
-            done, wrong = done + n, wrong + found
+    bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"], offset=1024).astype(np.int32)
+    done, wrong = causal_step(observed, bos)
+    lengths = sorted({observed.step.find(is_batch, 2)[0].shape[-1], spec["validation_seq_len"]})
+    for length in lengths:
+        n, found = causal_validation(observed, ids[:length + 1], bos)
+        done, wrong = done + n, wrong + found
     return not wrong, "; ".join(wrong) or (
-        f"{done} tokens changed one by one, through validate and in calls of both modes, context "
-        f"{' and '.join(map(str, sorted(lengths)))}: no earlier loss moved by a bit, nor one of another row or target")
+        f"{done} tokens and targets changed one by one, in validate with context {' and '.join(map(str, lengths))} and in a "
+        "training step: no earlier loss moved by a bit, nor one of another row or target")
 
 
 # ----- normalisation ------------------------------------------------------------------------------------------------
 
 def normalisation(observed, spec):
-    """All targets for one context, at each position; and through validate at one, where it is also the next input."""
-    call, classes = observed.last.calls[0], spec["padded_vocab"]
-    length = min(64, call.tokens.shape[1])
-    short = Call(call.model, call.tokens[:, :length], call.targets[:, :length], call.args, call.kwargs, None, False)
-    every = torch.arange(classes)[:, None].expand(-1, length)
-    sums = (-losses_of(short, short.tokens[:1].expand(classes, -1), every, False).double()).exp().sum(0)
-    rows = observed.last.given.find(is_rows)
-    ranks, row = len(rows), rows[0, 0, :17]
-    padded, middle = -(-classes // ranks) * ranks, len(row) // 2
-    rows = np.repeat(row[None], padded, 0)
-    rows[:, middle] = np.arange(padded) % classes
-    through = observed.losses_of_rows(rows.reshape(ranks, -1, len(row)))[:classes, middle - 1]
+    """Every token of the vocabulary as the target, in validate: at each position of one row, whose tokens stay; and at
+    one position where it is the next input too, as in text."""
+    classes, rows = spec["padded_vocab"], observed.last.given.find(is_rows, 1)[0]
+    row = rows[0, 0, :65]
+    every = np.arange(classes)
+    same, changed = copies(row, classes, len(rows))
+    shape, length, middle = (len(rows), -1, len(row)), len(row) - 1, len(row) // 4
+    targets = torch.from_numpy(np.resize(every, len(same)))[:, None].repeat(1, length)
+    sums = (-observed.row_losses(same.reshape(shape), targets)[:classes].double()).exp().sum(0)
+    changed = changed[:, :2 * middle + 1]
+    changed[:, middle] = np.resize(every, len(changed))
+    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1))[:classes, middle - 1]
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
     return max(error, abs(total - 1)) <= TOLERANCE, (
         f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at {length} "
-        f"positions, through validate to {total:.6f}")
+        f"positions, and to {total:.6f} where the target is the next input")
 
 
 # ----- the job ------------------------------------------------------------------------------------------------------
 
 def checks(spec):
     """{"checks": {name: (passed, detail)}} from one training. A check that cannot be carried out has failed."""
-    observed, results = Observed(spec["argv"], watch="no_trace" in spec["checks"]), {}
+    observed, results = Observed(Tap(), spec["argv"], watch="no_trace" in spec["checks"]), {}
+    model = observed.last.calls[0].model
     for check in (validation_targets, no_trace, causality, normalisation):
         if check.__name__ in spec["checks"]:
             if check in (causality, normalisation):
-                shake(observed.last.given.find(is_model))
+                shake(model)
             try:
                 results[check.__name__] = check(observed, spec)
             except Exception as error:

@@ -110,8 +110,9 @@ def facts(spec):
     import settings
     resolved = deltas.resolve_name(spec["record"], scale=spec["scale"])
     s, full = resolved.settings, deltas.resolve(resolved.record.ref).settings
+    size = s.data.tokens_per_rank
     return {"record": resolved.preset or resolved.record.ref, "vocab_size": s.model.vocab_size,
-            "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": s.data.tokens_per_rank, "seq_len": s.data.seq_len,
+            "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": max(size) if isinstance(size, list) else size,
             "validation_tokens": s.validation.tokens, "validation_seq_len": s.validation.seq_len,
             "full_validation_tokens": full.validation.tokens}
 

@@ -237,8 +237,8 @@ def check_reset(log):
                f"{steps - 1} on {system.warmup_tokens} tokens")
     untold = abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"])
     if untold > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
-        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, for which start "
-               f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account")
+        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, but start "
+               f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account for it")
 
 
 def warmup_steps(log):

@@ -25,6 +25,8 @@ from records.sweep_plan import resolve
 from settings import NUMERICS_VERSION, UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
+SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "numerics_version", "data",
+              "digests", "groups", "arms")  # what makes two plans the same sweep
 STALE_S = 120  # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
 
 
@@ -67,12 +69,19 @@ def create(root, plan):
     if write_once(root / "plan.json", json.dumps(plan, indent=1) + "\n"):
         return True
     old = load_plan(root)
-    for key in plan:
-        if key not in ("code", "screening") and plan[key] != old.get(key):
+    for key in SAME_SWEEP:
+        if essence(plan, key) != essence(old, key):
             hint = f"{old.get(key)} there, {plan[key]} here" if not isinstance(plan[key], (dict, list)) else "they differ"
             raise UserError(f"{root} holds another sweep ({key}: {hint}): choose another --dir, or go on with that one by "
                             f"`python sweep.py work {root}`")
     return False
+
+
+def essence(plan, key):
+    """What a plan says about a key, without the words for people."""
+    if key == "arms":
+        return [{k: v for k, v in arm.items() if k != "report"} for arm in plan[key]]
+    return plan.get(key)
 
 
 def load_plan(root):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import deltas
 import runlog
-from settings import NUMERICS_VERSION, UserError
+from settings import BEFORE, NUMERICS_VERSION, REFUSE, UserError, lookup
 
 AXES = ("model", "optim", "schedule", "data", "numerics")  # the parts of the settings that a loss can depend on
 SCREEN_FROM = 4  # features a group from which screening is worth its runs
@@ -62,21 +62,29 @@ def pairs_of(plan):
 def features(plan, wanted):
     """Paths of the features to switch off, in the order of the vocabulary: what the chain's records set, and all switches.
 
-    wanted: features, or sections that stand for all features below them; [] for all.
+    What is off already is no feature of this record. wanted: features, or sections that stand for all features below
+    them; [] for all.
     """
-    record = resolve(plan, plan["arms"][0]).record
+    resolved = resolve(plan, plan["arms"][0])
+    record = resolved.record
     by_records = {path for link in deltas.chain(record) for path in link.delta}
     every = [f.path for f in deltas.schema().values()
-             if (f.path in by_records or f.is_feature) and f.path.split(".")[0] in AXES]
+             if (f.path in by_records or f.is_feature) and f.path.split(".")[0] in AXES and not is_off(resolved.settings, f)]
     out = []
     for path in wanted:
         field = deltas.find_field(path)
         inside = [p for p in every if p.startswith(path + ".")]
         section = field.is_section and not field.optional
         if section and not inside:
-            raise UserError(f"--features {path}: no record of {record.ref} has set a feature below it")
+            raise UserError(f"--features {path}: {record.ref} has no feature below it")
         out += inside if section else [path]
     return [path for path in deltas.schema() if path in out] if wanted else every
+
+
+def is_off(s, field):
+    """Whether a setting has the value that `--without` gives where that is a fixed one, or lies below something off."""
+    value, off = lookup(s, field.path), field.metadata["off"]
+    return value is None or (off not in (BEFORE, REFUSE) and value == off)
 
 
 def ablation(plan, options):

@@ -112,24 +112,22 @@ class Run:
                 continue
 
     def result(self):
-        """Facts of the complete run folder that carries this claim's hash, or None."""
+        """(facts of the complete run folder that carries this claim's hash, '') or (None, why there is none)."""
+        why = "it left no complete log"
         for path in sorted((self.root / "runs").glob(f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*"), reverse=True):
             try:
                 run = queue.read_run(path)
-            except UserError:
+            except UserError as error:
+                why = str(error)
                 continue
             if run["registered"] == self.registered:
-                return run
-        return None
+                return run, queue.foreign(run, self.plan, self.arm, self.seed)
+        return None, why
 
     def settle(self):
         """Record what the ended process left: a result, or the reason why there is none. Returns (kind, value)."""
         code = self.process.returncode
-        if code in COMPLETE:
-            run = self.result()
-            why = queue.foreign(run, self.plan, self.arm, self.seed) if run else "it left no complete log"
-        else:
-            why = self.reason(code)
+        run, why = self.result() if code in COMPLETE else (None, self.reason(code))
         about = {"target": self.target, "arm": self.arm["label"], "seed": self.seed, "utc": queue.utc()}
         kind, value = ("failed", {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
         queue.write_once(self.root / kind / f"{self.target}.json", json.dumps(about | value, indent=1) + "\n")
@@ -165,7 +163,7 @@ class Worker:
         self.niceness, self.stale_s, self.say, self.tick = niceness, stale_s, say, tick
         self.folders = queue.reuse_folders(root, reuse)
         self.free, self.running, self.failures, self.pause_until = list(slots), [], 0, 0.0
-        self.done, self.failed, self.todo = {}, {}, []
+        self.done, self.failed, self.todo, self.sources = {}, {}, [], runlog.sources()[1]
 
     def work(self):
         """True when all targets are settled, False if it stopped early.
@@ -175,14 +173,13 @@ class Worker:
         previous = signal.signal(signal.SIGTERM, interrupt)
         try:
             while True:
-                open_ = self.look()
-                if not self.running and self.failures >= FAILURES_IN_A_ROW:
-                    self.say(f"stopped: {self.failures} runs in a row failed here, so the machine may be at fault. Reasons "
-                             f"are in {self.root}/failed, outputs in {self.root}/output; then start again with --retry")
-                    return False
+                open_, trouble = self.look(), self.trouble() if self.free else ""
                 if not self.running and not open_ and not self.screened():
                     return True
-                if self.free and open_ and self.failures < FAILURES_IN_A_ROW and time.monotonic() >= self.pause_until:
+                if not self.running and trouble:
+                    self.say(f"stopped: {trouble}")
+                    return False
+                if self.free and open_ and not trouble and time.monotonic() >= self.pause_until:
                     if self.begin(open_):
                         continue
                     self.pause_until = time.monotonic() + min(2.0, self.stale_s / 4)  # all are being run elsewhere
@@ -195,6 +192,17 @@ class Worker:
                 run.stop()
                 queue.release(self.root, run.target, run.number)
             signal.signal(signal.SIGTERM, previous)
+
+    def trouble(self):
+        """Why no further run should start here; '' if all is well."""
+        if self.failures >= FAILURES_IN_A_ROW:
+            return (f"{self.failures} runs in a row failed here, so the machine may be at fault. Reasons are in "
+                    f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry")
+        if runlog.sources()[1] != self.sources:
+            return ("the trainer's code changed since this worker started. Start again: finished runs count as long as their "
+                    "settings and the numerics version are those of the new code. A checkout of its own (git worktree) keeps "
+                    "a long sweep apart from edits")
+        return ""
 
     def look(self):
         """Read what is settled; the targets that are not, and not run here."""

@@ -42,7 +42,13 @@ def readme(folder):
     results = read_results(folder)
     record = record_of(folder, results)
     return "\n".join([*heading(record, results), *table(results), *findings(results), *credits(record), *limits(results),
-                      "## Check", "", "    python -m records verify .     # from a checkout, in this folder", ""])
+                      "## Check", "", f"    python -m records verify {place(folder)}", ""])
+
+
+def place(folder):
+    """How the claim folder is named from the top of the checkout."""
+    folder = Path(folder).resolve()
+    return folder.relative_to(runlog.ROOT.resolve()) if folder.is_relative_to(runlog.ROOT.resolve()) else folder.name
 
 
 def heading(record, results):
@@ -179,7 +185,8 @@ def upstream_readme(record, results):
     if new["loss"] and parent["loss"]:
         out.append(f"- validation loss: {parent['loss']['mean']:.5f} -> {new['loss']['mean']:.5f}")
     if s.get("target"):
-        out.append(f"- p = {show(s['target']['p'], '.4g')} that the mean is below {s['target']['target']:g} (statistics.md)")
+        t = s["target"]
+        out.append(f"- one-sided t test against {t['target']:g}: p = {show(t['p'], '.4g')} (statistics.md)")
     if results["scale"] != "full":
         out.append(f"- these runs are of scale {results['scale']}: no claim at full size")
     return "\n".join([*out, "", "The runs were declared before the first one; manifest, hash-chained logs and settings: the "

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import deltas
-import runlog
 from claim_builder import FakeTime, advance, arm, build, declaration
 from records import compare, manifest, submit, verify, writeup
 from settings import UserError

@@ -124,6 +124,7 @@ def test_what_computes_the_same_shares_its_runs_and_inert_arms_share_the_control
     plan = planned("ablate", "short/11", "--features", "numerics", "model.mlp", "--seeds", 2)
     control, inert = plan["arms"][0], [a for a in plan["arms"][1:] if a["ml_hash"] == plan["arms"][0]["ml_hash"]]
     assert len(inert) >= 5 and not [t for t in queue.targets(plan) if t[1] in inert]
+    assert len(pairs_of(plan)) == len(plan["arms"]) - 1 - len(inert)
     found = sweep_report.evidence(plan, results(plan, lambda a, s: 5 + 0.01 * s), {}, None, "x")
     row = next(r for r in found["rows"] if r["arm"] == inert[0]["label"])
     assert "inert at scale micro" in row["note"] and row["effect"] is None and not row["runs"]
@@ -143,7 +144,7 @@ def test_an_axis_is_every_combination_of_values_in_the_grammar_of_set():
 
 def test_features_that_cannot_be_switched_off_are_listed_with_the_reason():
     skipped = {s["feature"]: s["reason"] for s in planned("ablate", "short/11")["skipped"]}
-    assert "no sensible off" in skipped["schedule.steps"] and "already" in skipped["model.bias"]
+    assert "no sensible off" in skipped["schedule.steps"] and "model.bias" not in skipped  # which is off in record 11
 
 
 def test_groups_are_the_sections_and_a_lonely_feature_joins_the_section_above():
@@ -172,7 +173,7 @@ BAD = [
     (["ablate", "short/99"], "unknown record"),
     (["ablate", "short/11", "--features", "model.embed.nrom"], "did you mean"),
     (["ablate", "short/11", "--features", "model.bias"], "already"),
-    (["ablate", "short/11", "--features", "system"], "no record of short/11 has set"),
+    (["ablate", "short/11", "--features", "system"], "has no feature below it"),
     (["ablate", "short/11", "--set", "schedule.stepz=3"], "did you mean schedule.steps"),
     (["ablate", "short/11", "--controls", "2"], "at least as many controls"),
     (["ablate", "short/11", "--confidence", "95"], "between 0 and 1"),
@@ -211,6 +212,11 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
     made(tmp_path / "q", "ablate", "short/11", *TWO)
     assert call("ablate", "short/11", *TWO, "--seeds", 3, "--dir", tmp_path / "q") == 2
     assert "holds another sweep (seeds: 4 there, 3 here)" in capsys.readouterr().err
+
+
+def test_a_plan_in_other_words_is_the_same_sweep(tmp_path):
+    plan = made(tmp_path, "ablate", "short/11", *TWO)
+    assert not queue.create(tmp_path, plan | {"code": "later", "skipped": [{"feature": "new", "reason": "off"}]})
 
 
 def test_a_checkout_that_computes_something_else_does_not_join(tmp_path):
@@ -329,6 +335,14 @@ def test_two_workers_never_run_the_same_target(tmp_path, fake, monkeypatch):
     assert all(text.count("  seed ") > 1 for text in out)  # both took part
 
 
+def test_a_target_that_another_worker_settled_a_moment_ago_is_not_run(tmp_path, fake):
+    made(tmp_path / "q", "ablate", "short/11", *TWO)
+    w = worker.Worker(tmp_path / "q", [{}], say=lambda line: None)
+    open_ = w.look()
+    queue.write_once(tmp_path / "q/done" / f"{open_[0][0]}.json", "{}")
+    assert w.begin(open_) and not w.running and queue.is_stale(tmp_path / "q", open_[0][0], 1)
+
+
 def test_interrupting_gives_the_claims_back_and_stops_the_runs(tmp_path, fake, monkeypatch):
     monkeypatch.setenv("SECONDS", "30")
     process = subprocess.Popen(command("ablate", "short/11", *TWO, "--workers", 2, "--dir", tmp_path / "q"),
@@ -377,6 +391,15 @@ def test_a_machine_on_which_everything_fails_stops(tmp_path, fake, monkeypatch, 
     made(tmp_path / "q", "ablate", "short/11", *TWO, LAM, "--seeds", 3)
     assert call("work", tmp_path / "q") == 1
     assert "3 runs in a row failed" in capsys.readouterr().out and len(starts(fake)) == 3
+
+
+def test_a_worker_stops_when_the_code_changes_under_it(tmp_path, fake, monkeypatch, capsys):
+    made(tmp_path / "q", "ablate", "short/11", *TWO, "--seeds", 1, "--controls", 1)
+    answers = iter([("", "old")] * 2)
+    monkeypatch.setattr(runlog, "sources", lambda: next(answers, ("", "new")))
+    assert call("work", tmp_path / "q") == 1
+    assert "the trainer's code changed" in capsys.readouterr().out and len(starts(fake)) == 1
+    assert call("work", tmp_path / "q") == 0 and len(starts(fake)) == 3
 
 
 def test_a_diverged_run_is_a_result_that_is_not_averaged(tmp_path, fake, monkeypatch, capsys):

@@ -68,6 +68,21 @@ def test_the_probe_sees_every_gradient(tmp_path):
     assert probe["step"] == 2 and len(marks) > 36 and all(norm > 0 for norm, _ in marks.values())
 
 
+def marks(out, *args):
+    run(out, "short/11", *SHORT, *args)
+    probe = read_chain(next(out.glob("*/run.jsonl")))[1]
+    return [x for pair in probe["gradients"].values() for x in pair]
+
+
+def test_the_probe_does_not_depend_on_how_a_step_is_run(tmp_path):
+    """Ranks in a forward, ordered sums: the same gradients, up to their rounding."""
+    one = marks(tmp_path / "1")
+    largest = max(map(abs, one))
+    for name, change in (("2", "system.ranks_per_forward=2"), ("3", "system.reduction=ordered")):
+        other = marks(tmp_path / name, "--set", change)
+        assert max(abs(a - b) for a, b in zip(one, other)) < 1e-4 * largest
+
+
 def losses(summary):
     return [loss for _, loss in summary["curve"]], summary["stream_digest"]
 

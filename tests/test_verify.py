@@ -1,8 +1,10 @@
 """Laws of `records verify`: one good claim, every way to bend it that logs can show, and what they cannot."""
 
+import hashlib
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 
 import deltas
 import runlog
+import schedule
 from claim_builder import MACHINE, Forgery, arm, build, declaration
 from records import checks, claims, provenance, verify
 from settings import UserError
@@ -623,6 +626,38 @@ def an_ml_change_called_systems(c):
     c.seal()
 
 
+@refused(r"arm parent runs with --set validation\.target=5\.2 --set optim\.muon\.lr=\S+: a record runs as it is")
+def a_parent_with_changes_of_its_own(c):
+    """Record 10 has this rate already, so that nothing but the rule is against it."""
+    parent = c.lines[0]["arms"]["parent"]
+    parent["changes"] = [*parent["changes"], f"--set optim.muon.lr={parent['settings']['optim']['muon']['lr']}"]
+    for register in c.of("register"):
+        if register["arm"] == "parent":
+            c.events(register["run"], "start")[0]["changes"] = parent["changes"]
+    c.seal()
+
+
+@refused(r"arm parent is a script: nothing shows its data and settings")
+def a_script_as_parent(c):
+    c.lines[0]["arms"]["parent"] |= {"kind": "script"}
+    for register in c.of("register"):
+        if register["arm"] == "parent":
+            shutil.rmtree(c.folder / "runs" / c.name(register["run"]))
+            log = c.folder / "runs" / c.name(register["run"]) / "log.txt"
+            log.parent.mkdir()
+            log.write_text("step:0/72 val_loss:7.15 train_time:0ms step_avg:0ms\nstep:72/72 val_loss:5.27 "
+                           f"train_time:{170000 + register['run']}ms step_avg:1ms\n")
+            del c.logs[c.name(register["run"])]
+            c.of("finish", register["run"])[0]["last_hash"] = hashlib.sha256(log.read_bytes()).hexdigest()
+    c.seal()
+
+
+@refused(r"processes 1, declared 8")
+def more_processes_declared(c):
+    c.lines[0]["processes"] = 8
+    c.seal()
+
+
 @refused(r"arms new, old: a record is claimed with new and parent")
 def no_parent(c):
     c.lines[0]["arms"]["old"] = c.lines[0]["arms"].pop("parent")
@@ -633,7 +668,6 @@ def no_parent(c):
 
 @pytest.mark.parametrize("bend, reason", MUTATIONS)
 def test_a_bent_claim_is_refused_for_its_own_reason(bend, reason, claim):
-    import re
     bend(claim)
     results = verify.verify(claim.folder)
     assert results["verdict"] == "refused" and results["problems"]
@@ -735,7 +769,6 @@ def test_another_loss_or_gradient_of_the_same_seed_is_no_systems_change(edit, re
     claim.seal()
     results = verify.verify(claim.folder)
     assert results["verdict"] == "not shown" and len(results["reasons"]) == 1
-    import re
     assert re.match(r"parity: seed \d: " + reason, results["reasons"][0]), results["reasons"]
 
 
@@ -844,7 +877,6 @@ def test_the_documentation_names_every_grade_and_tolerance():
 def test_a_compiled_model_warms_up_each_of_its_windows():
     s = deltas.resolve("short/13", scale="micro").settings
     log = checks.Log("x", None, [({"kind": "start", "device": "1 x NVIDIA H100"}, "")], s)
-    import schedule
     assert checks.warmup_steps(log) == 2 + len({p.windows for p in schedule.plan(s)})
     log.links[0][0]["device"] = "CPU, 1 process, 2 threads"
     assert checks.warmup_steps(log) == 3
@@ -894,13 +926,41 @@ def test_exit_codes_and_results_file(claim, capsys):
     assert "REFUSED: 1 problem\n  runs/" in capsys.readouterr().out
 
 
-def test_a_comparison_is_checked_but_claims_nothing(tmp_path):
+def test_a_comparison_is_checked_but_claims_nothing(tmp_path, capsys):
     results = built(tmp_path / "c", claim="comparison", record=None, alpha=0.05)
     assert results["verdict"] == "shown" and results["grade"] == "consistent" and results["comparisons"]
+    assert command(tmp_path / "c") == 0
+    out = capsys.readouterr().out
+    assert results["comparisons"][0]["verdict"] in out and "grade: consistent" in out and "SHOWN" not in out
     claim = Forgery(tmp_path / "c")
     claim.events(3, "stream")[0]["digest"] = "d" * 64
     claim.seal()
     assert verify.verify(claim.folder)["verdict"] == "refused"
+
+
+def test_a_script_s_log_is_held_against_the_manifest(good, tmp_path):
+    shutil.copytree(good, tmp_path / "claim")
+    claim = Forgery(tmp_path / "claim")
+    a_script = dict((p.id, p.values[0]) for p in MUTATIONS)["a_script_as_parent"]
+    claim.lines[0] |= {"claim": "comparison", "record": None}
+    a_script(claim)
+    results = verify.verify(claim.folder)
+    assert results["verdict"] == "shown" and any("what the script of arm parent computed" in u for u in results["unknown"])
+    log = claim.folder / "runs" / claim.name(claim.counted("parent")[0]) / "log.txt"
+    log.write_text(log.read_text().replace("5.27", "5.07"))
+    assert ["it was changed after the run" in p for p in verify.verify(claim.folder)["problems"]] == [True]
+
+
+def test_arms_that_read_different_numbers_of_shards_agree_if_the_declared_corpus_has_both(claim):
+    for register in claim.of("register"):
+        claim.events(register["run"], "start")[0] |= {"corpus": "own", "corpus_digest": "cd"[register["arm"] == "new"] * 64}
+    claim.seal()
+    assert any("corpus_digest" in p for p in verify.verify(claim.folder)["problems"])
+    claim.lines[0]["corpus_prefixes"] = ["c" * 64, "d" * 64]
+    claim.seal()
+    results = verify.verify(claim.folder)
+    assert results["verdict"] == "shown"
+    assert any("the corpus own: its digests are not pinned here" in u for u in results["unknown"])
 
 
 LOSSES = [3.2783, 3.2772, 3.2791, 3.2778]

@@ -26,6 +26,7 @@ RECORDS = Path(__file__).parent / "records"
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
+SOURCES = ("log", "lineage", "reconstructed")
 
 
 # ----- records on disk --------------------------------------------------------------------------------------------
@@ -72,6 +73,10 @@ def read_record(path, lineage):
             toml = tomllib.load(file)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
+    known = {"id", "title", "parent", "order", "date", "people", "kind", "source", "badge", "notes", "subsumed", "delta", "published"}
+    for key in toml:
+        if key not in known:
+            raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(known))}")
     try:
         record = Record(
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"), date=str(toml["date"]),
@@ -83,8 +88,9 @@ def read_record(path, lineage):
         raise UserError(f"{path}: the line {error} is missing") from None
     except ValueError:
         raise UserError(f"{path}: id {toml['id']!r} is not a number: add order = ... for sorting") from None
-    if record.kind not in KINDS or record.badge not in BADGES:
-        raise UserError(f"{path}: kind must be one of {', '.join(KINDS)} and badge one of {', '.join(BADGES)}")
+    for key, choices in (("kind", KINDS), ("badge", BADGES), ("source", SOURCES)):
+        if getattr(record, key) not in choices:
+            raise UserError(f"{path}: {key} = {getattr(record, key)!r}: must be one of {', '.join(choices)}")
     if not record.delta and not record.subsumed and record.kind not in ("retiming", "baseline"):
         raise UserError(f"{path}: an empty [delta] needs subsumed = \"why nothing changes here\" or kind = \"retiming\"")
     return record
@@ -277,7 +283,14 @@ def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), pre
         s = assign(s, path, value, "--set")
     changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
     changes += [f"--set {x}" for x in sets]
-    return Resolved(settings.check(settings.lifted(s)), record, scale, tuple(changes), tuple(report + lines), preset)
+    try:
+        checked = settings.check(settings.lifted(s))
+    except UserError as error:
+        if not reverted:
+            raise
+        raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert the "
+                        "later record that needs it as well, or switch the setting off with --without") from None
+    return Resolved(checked, record, scale, tuple(changes), tuple(report + lines), preset)
 
 
 def replay(links, reverted):
@@ -381,12 +394,23 @@ def turn_off(s, links, path):
             above = next(a for a in prefixes(path) if a in setters[-1].delta)
             raise UserError(f"--without {path}: it came with {above} in {setters[-1].ref}; "
                             f"use --without {above} or --set {path}=...")
-        new, why = before, f"value before {setters[-1].ref}"
+        others = [p for p in setters[-1].delta if p != path and not p.startswith("schedule.")]
+        with_it = f", which also set {', '.join(others)}" if others else ""
+        new, why = before, f"value before {setters[-1].ref}{with_it}"
     else:
         new, why = (None if f.optional and off == BEFORE else off), "off"
+    idle = next((x for x in idles(path) if settings.holds(s, x)), None)
+    if idle:
+        raise UserError(f"--without {path}: it has no effect while {idle.replace('=', ' = ')} is there; switch that off or {hint}")
     if old == new:
         raise UserError(f"--without {path}: it is already {show(new)} in {links[-1].ref}")
     return replaced(s, path, new), f"without {path}: {show(old)} -> {show(new)} ({why})"
+
+
+def idles(path):
+    """Conditions under which a setting has no effect: its own, and for the AdamW group of the matrices Muon."""
+    own = find_field(path).metadata["idle"]
+    return [own] if own else ["optim.muon"] if path.startswith("optim.matrix.") else []
 
 
 # ----- views: plain values, hashes, differences --------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import nn
 from kernels import attention
 from kernels.fp8_linear import fp8_linear
 from schedule import layer_spans
-from settings import UserError, head_dim, padded_vocab, table_rows
+from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, table_rows
 
 
 def dtype(name):
@@ -167,7 +167,8 @@ class Rotary(nn.Module):
     def follow(self, long_blocks=()):
         """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
         f, factor = self.frequencies(long_blocks)
-        angle = torch.outer(torch.arange(self.length, dtype=f.dtype), f)
+        f = f.to(self.cos.device)  # a quarter of a million positions: made where they are used, this is on the clock
+        angle = torch.outer(torch.arange(self.length, dtype=f.dtype, device=f.device), f)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
         return factor
@@ -379,7 +380,8 @@ class Residual(nn.Module):
         self.skip = self.x = self.x0 = None
         if r.unet_skips:
             u = r.unet_skips
-            self.skip = coefficient(self.half, u.init, u.learned, n.scalar, u.sigmoid)
+            self.skip = coefficient(self.half, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar,
+                                    sigmoid=u.sigmoid is not None)
         if r.x0_mix:
             self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar)
             self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar)
@@ -420,12 +422,14 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8 = n.fp8_head
+        # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
+        self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
         self.loss_dtype = dtype(n.loss)
 
     def forward(self, x, table):
         weight = table if self.weight is None else self.weight
         if self.fp8 and self.training:
-            z = fp8_linear(x, weight, self.fp8.x, self.fp8.w, self.fp8.grad)
+            z = fp8_linear(x, weight, self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by)
         else:
             z = linear(x, weight)
         if self.scale is not None or self.softcap is not None:
@@ -469,15 +473,18 @@ class GPT(nn.Module):
         self.head = Head(s)
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
-        self.followed, self.scale = None, s.model.attn.scale
+        self.sees_all = not s.model.attn.documents and s.model.attn.window is None
+        self.followed, self.scale = (), s.model.attn.scale
         self.compiled = False  # set by who compiles it: shapes must not depend on the data then
 
     def forward(self, tokens, targets=None, context=None, cache=None):
         """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
 
-        context: what attention sees (GPT.context); None: all of the row, as in records 1-11. cache: None, or a list of
-        [keys, values] per layer (start with [None, None]) for generation.
+        context: what attention sees (GPT.context); None only without documents and window, as in records 1-11. cache: None, or
+        a list of [keys, values] per layer (start with [None, None]) for generation.
         """
+        if context is None and not self.sees_all:
+            raise ValueError("this model has documents or a window: call it with context=model.context(...)")
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         start = 0 if cache is None else max((c[0].size(1) for c in cache if c[0] is not None), default=0)
         x = self.embed(tokens, start)
@@ -506,11 +513,12 @@ class GPT(nn.Module):
         the compiled forward. None if every row is one document without a window.
         """
         s, a = self.settings, self.settings.model.attn
-        if windows is not None and a.rope and a.rope.yarn and self.followed != windows.long_blocks:
-            self.followed = windows.long_blocks
+        changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
+        if self.followed != changes:
+            self.followed = changes
             factor = self.rotary.follow(windows.long_blocks)
             self.scale = factor * (a.scale if a.scale is not None else 1 / math.sqrt(head_dim(s)))
-        if not a.documents and windows is None:
+        if self.sees_all:
             return None
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
         by_span = {}
@@ -524,10 +532,11 @@ class GPT(nn.Module):
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         packed = self.training and s.data.loader == "packed"
+        w = s.model.attn.window
         try:
             backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
                                        tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
-                                       compiled=self.compiled)
+                                       compiled=self.compiled, many_windows=w is not None and w.growth in ("floor", "ceil"))
             return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                                   dtype=matmul_dtype, longest=s.data.max_document if packed else None)
         except ValueError as error:
@@ -545,7 +554,7 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
-        self.followed, self.scale = None, self.settings.model.attn.scale
+        self.followed, self.scale = (), self.settings.model.attn.scale
         if self.rotary is not None:
             self.rotary.follow()
 

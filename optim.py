@@ -52,7 +52,7 @@ def muon_direction(g, momentum_buffer, *, momentum, averaged, cut, factor_shape,
     pieces = []
     for x in cut.split(ahead):
         rows, cols = factor_shape or x.shape[-2:]
-        pieces.append(SCALES[scale](rows, cols) * orthogonalise(x, ns))
+        pieces.append(SHAPE_FACTORS[scale](rows, cols) * orthogonalise(x, ns))
     return cut.join(pieces), momentum_buffer
 
 
@@ -68,7 +68,7 @@ def orthogonalise(x, ns):
     return x.to(torch.promote_types(x.dtype, dtype(n.muon_update)))
 
 
-SCALES = {"none": lambda rows, cols: 1.0,
+SHAPE_FACTORS = {"none": lambda rows, cols: 1.0,
           "sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
           "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols))}
 
@@ -163,7 +163,6 @@ class Engine:
         comm = s.system.comm if s.system.comm != "auto" else "sharded"
         self.comm = comm if world > 1 else "replicated"
         self.ordered = s.system.reduction == "ordered"
-        self.forwards = 1
         self.adamw = torch.compile(adamw, dynamic=False) if compiled else adamw
         self.direction = torch.compile(muon_direction, dynamic=False) if compiled else muon_direction
         self.compiled = compiled
@@ -183,8 +182,13 @@ class Engine:
                 rule = "muon"
                 unit = p.shape if self.cut.joint and p.dim() == 3 else p.shape[-2:]
             groups.setdefault((rule, p.role, p.label, p.dtype, tuple(unit)), []).append((name, p))
-        shards = self.world if self.comm == "sharded" else 1
-        return [Bank(rule, role, members, unit, shards) for (rule, role, _, _, unit), members in groups.items()]
+        return [Bank(rule, role, members, unit, self.world if self.is_shared(rule) else 1)
+                for (rule, role, _, _, unit), members in groups.items()]
+
+    def is_shared(self, rule):
+        """Does each process update a shard of such a bank, which is then gathered? Muon is shared in all plans but record
+        6's: orthogonalising every matrix on every process would cost more than the communication."""
+        return self.world > 1 and (self.comm == "sharded" or (rule == "muon" and self.comm in ("replicated", "bucketed")))
 
     @torch.no_grad()
     def reset(self):
@@ -202,7 +206,7 @@ class Engine:
 
     def mine(self, bank, x):
         """The part of a bank-shaped tensor that this process updates (a view)."""
-        if self.comm == "sharded":
+        if self.is_shared(bank.rule):
             return x.chunk(self.world)[self.rank]
         if self.comm == "allreduce_updates" and bank.rule == "muon":
             return x[self.rank::self.world]
@@ -302,7 +306,7 @@ class Engine:
             if factor is not None:
                 grad = grad * factor.to(grad.dtype)
             self.update(bank, grad, plan)
-            if self.comm == "sharded":
+            if self.is_shared(bank.rule):
                 gathers.append(all_gather(bank.param, self.mine(bank, bank.param).clone(), async_op=True))
         for work in gathers:
             work.wait()
@@ -312,7 +316,7 @@ class Engine:
 
     def number(self, value):
         """A per-step number for a rule; compiled rules get a tensor, so that a new value does not recompile them."""
-        return torch.tensor(value) if self.compiled else value
+        return torch.tensor(value, dtype=torch.float64) if self.compiled else value  # 0-d: it promotes nothing
 
     def update(self, bank, grad, plan):
         o, n = self.s.optim, self.s.numerics

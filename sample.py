@@ -27,7 +27,7 @@ def load(path):
     from model import GPT
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        s = deltas.from_plain(saved["settings"])
+        s = deltas.replaced(deltas.from_plain(saved["settings"]), "system.attention", "auto")  # trained on another device
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
         model.load_state_dict(saved["model"])

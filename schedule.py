@@ -102,10 +102,10 @@ def windows(s, step, final=False):
     blocks = ()
     if w.growth == "stages":
         blocks = w.stages[:w.stages.index(long // w.block) + 1]
-    if final and w.final:
+    if final and w.final is not None:
         long = w.final * w.block
         blocks += (w.final,) if w.final != blocks[-1] else ()
-    last = long if not (final and w.final_last_layer) else w.final_last_layer * w.block
+    last = long if not final or w.final_last_layer is None else w.final_last_layer * w.block
     return Windows(span(w, long), span(w, half(w, long)), span(w, last), blocks)
 
 

@@ -26,14 +26,15 @@ REFUSE = "refuse"  # --without has no sensible meaning: name --set and --revert 
 BEFORE = "before"  # --without restores the value before the record that last set the field
 
 
-def opt(default, doc, *, unit="", off=BEFORE, needs="", shrink=""):
+def opt(default, doc, *, unit="", off=BEFORE, needs="", idle="", shrink=""):
     """Declare one setting.
 
     doc: one line of meaning, with paper or person where an idea is used. unit: of a number (`step`, `token`, ...).
     off: what `--without` gives: a value, BEFORE or REFUSE (an optional sub-configuration always goes to None).
-    needs: path (or path=value) without which the field means nothing. shrink: how a scale changes it (see SCALES).
+    needs: path (or path=value) without which the field means nothing and must keep its default. idle: one with which the
+    field has no effect, whatever its value. shrink: how a scale changes it (see SCALES).
     """
-    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "shrink": shrink}
+    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink}
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -55,8 +56,8 @@ class Yarn:
     A pair that turns r times within the old window keeps its frequency f if r >= beta, gets f a/b if r <= alpha, and a
     linear mix between; the attention scale is multiplied by 1 + gain ln(b/a).
     """
-    alpha: float = opt(1.0, "turns at or below which a frequency shrinks by a/b")
-    beta: float = opt(32.0, "turns at or above which a frequency stays")
+    alpha: float = opt(1.0, "turns at or below which a frequency shrinks by a/b", shrink="turns")
+    beta: float = opt(32.0, "turns at or above which a frequency stays", shrink="turns")
     gain: float = opt(0.2, "growth of the attention scale per e-fold of the window", off=0.0)
 
 
@@ -105,10 +106,12 @@ class Window:
     growth: Literal["constant", "floor", "ceil", "stages"] = opt(
         "constant", "w over the run: `start`; start + (end-start) x in whole grains, rounded down or up (at least one), x the "
                     "fraction of steps done; or `stages` in equal shares of the steps")
-    start: int = opt(1024, "window at the first step", unit="token", shrink="length0")
-    end: int = opt(1024, "value that the window grows towards", unit="token", shrink="length0")
-    grain: int = opt(64, "the window grows by whole multiples of this", unit="token", shrink="length")
-    stages: tuple[int, ...] = opt((), "windows one after the other", unit="block")
+    start: int = opt(1024, "window at the first step", unit="token", idle="model.attn.window.growth=stages", shrink="length0")
+    end: int = opt(1024, "value that the window grows towards", unit="token", idle="model.attn.window.growth=stages",
+                   shrink="length0")
+    grain: int = opt(64, "the window grows by whole multiples of this", unit="token", idle="model.attn.window.growth=stages",
+                     shrink="length")
+    stages: tuple[int, ...] = opt((), "windows one after the other, each longer than the one before", unit="block")
     long_layers: tuple[int, ...] | None = opt(None, "layers that see the whole window; the others see half of its blocks, "
                                                     "at least one (off: all see all; Gemma 2, record 20)")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
@@ -158,8 +161,9 @@ class X0Mix:
 @dataclass(frozen=True)
 class UnetSkips:
     """U-net skips: outputs of the first half of the blocks, last in first out, added before the second half."""
-    init: float = opt(1.0, "skip weight (before the sigmoid) at initialisation; the constant when `learned` is off")
-    sigmoid: bool = opt(False, "the weight goes through a sigmoid", off=False)
+    init: float = opt(1.0, "skip weight at initialisation; the constant when `learned` is off",
+                      idle="model.residual.unet_skips.sigmoid")
+    sigmoid: float | None = opt(None, "weight = sigmoid(s) instead, s this number at initialisation (record 32)")
     learned: bool = opt(True, "one learned weight per skip (off: the constant `init`)", off=False)
 
 
@@ -180,8 +184,8 @@ class Softcap:
 
     cap sigmoid(z / scale) is (cap/2) tanh(z / (2 scale)) and a constant, which the softmax does not see.
     """
-    form: Literal["tanh", "sigmoid"] = opt("tanh", "the bounding function")
-    cap: float = opt(30.0, "bound of the logits")
+    form: Literal["tanh", "sigmoid"] = opt("tanh", "the bounding function", off=REFUSE)
+    cap: float = opt(30.0, "bound of the logits", off=REFUSE)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid")
 
 
@@ -314,7 +318,7 @@ class Validation:
     tokens: int = opt(10_485_760, "targets: the first ones of the validation shard", unit="token", off=REFUSE,
                       shrink="validation")
     seq_len: int = opt(1024, "context in validation", unit="token", off=REFUSE, shrink="length")
-    every: int = opt(250, "validate every so many steps and after the last", unit="step", off=REFUSE, shrink="steps")
+    every: int = opt(250, "validate every so many steps and after the last (below full: eight times)", unit="step", off=REFUSE)
     target: float | None = opt(3.28, "validation loss to reach, nats per token", off=None, shrink="target")
 
 
@@ -327,11 +331,12 @@ Dtype = Literal["bfloat16", "float32", "float64"]
 class FP8Head:
     """The head's matrix product in 8-bit floats while training (record 19): operands times these factors, then cast.
 
-    Forward e4m3 (largest 448), gradients e5m2 (largest 57344); values beyond are clamped. Validation is not in FP8.
+    Forward e4m3 (largest 448), gradients e5m2 (largest 57344); values beyond are clamped. Validation is not in FP8. The
+    originals give `grad` for the gradient of a rank's mean or sum; what the trainer divides by is undone before the cast.
     """
     x: float = opt(2.0, "factor of the activations", shrink="rsqrt_width")
     w: float = opt(32.0, "factor of the weight")
-    grad: float = opt(2.0 ** 29, "factor of the logits' gradient", shrink="mean_grad")
+    grad: float = opt(8192.0, "factor of the gradient of a token's own loss by its logits (softmax - target)")
 
 
 @dataclass(frozen=True)
@@ -373,12 +378,12 @@ class System:
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
     comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
-        "auto", "everyone updates everything, gradients all-reduced during the backward pass (record 23) or after it in buckets "
-                "(22); a shard each, ZeRO (24); Muon round-robin + all-reduce of updates (6). auto: sharded")
+        "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
+                "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
     ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, 1 on CUDA")
-    warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3")
+    warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3, compiled also one of each window")
     warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
 
 
@@ -458,7 +463,7 @@ def scaled(s, name):
         "validation": lambda v: scale.validation_tokens,
         "length0": lambda v: v // scale.length,
         "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
-        "mean_grad": lambda v: v if s.model.head.train_loss == "sum" else v / scale.batch,  # a mean's gradient is 1/tokens
+        "turns": lambda v: v / scale.length,  # of a rotary pair within a window
         "steps": lambda v: max(1, round(v * ratio)) if v else 0,
         "target": lambda v: None,  # a target belongs to a scale and a corpus; presets set their own
     }
@@ -474,6 +479,9 @@ def scaled(s, name):
         return dataclasses.replace(node, **changes)
 
     s = shrink(s)
+    if s.model.head.logit_scale == "rsqrt_dim":  # the step of such a head is a term in 1/sqrt(width) too
+        lr = s.optim.lm_head.lr / math.sqrt(scale.width)
+        s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=dataclasses.replace(s.optim.lm_head, lr=lr)))
     data = dataclasses.replace(s.data, wrap=True,  # a small corpus is read again, and the log says how often
                                seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
     validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)),  # enough points for a curve
@@ -520,6 +528,7 @@ def check(s):
     require(not m.embed.learned_positions or v.seq_len <= d.seq_len,
             f"validation.seq_len = {v.seq_len} is longer than the learned positions (data.seq_len = {d.seq_len}): "
             "set model.embed.learned_positions=false or shorten it")
+    check_bounds(s, require)
     check_layers(s, require)
     check_window(s, require)
     require(m.residual.unet_skips is None or m.num_layers % 2 == 0,
@@ -545,6 +554,33 @@ def check(s):
     for path, needs, _ in unmet_needs(s):
         raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s
+
+
+# (path, least value, whether that value itself is allowed); settings that are off are not looked at
+BOUNDS = [
+    ("model.attn.rope.base", 0, False), ("model.attn.rope.yarn.alpha", 0, True), ("model.attn.scale", 0, False),
+    ("model.head.softcap.cap", 0, False), ("model.head.softcap.scale", 0, False), ("model.init.bound", 0, True),
+    ("optim.adam.eps", 0, True), ("optim.embed.lr", 0, True), ("optim.lm_head.lr", 0, True), ("optim.matrix.lr", 0, True),
+    ("optim.scalar.lr", 0, True), ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
+    ("optim.muon.momentum_warmup.steps", 1, True), ("numerics.norm_eps", 0, True), ("numerics.fp8_head.x", 0, False),
+    ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("system.warmup_steps", -1, True)]
+
+
+def check_bounds(s, require):
+    for path, least, allowed in BOUNDS:
+        value = lookup(s, path)
+        require(value is None or value > least or (allowed and value == least),
+                f"{path} = {value}: must be {'at least' if allowed else 'greater than'} {least}")
+    for path in ("optim.adam.beta1", "optim.adam.beta2", "optim.muon.momentum", "optim.muon.momentum_warmup.start"):
+        value = lookup(s, path)
+        require(value is None or 0 <= value < 1, f"{path} = {value}: must lie in 0 <= x < 1")
+    yarn = lookup(s, "model.attn.rope.yarn")
+    require(yarn is None or yarn.beta > yarn.alpha, "model.attn.rope.yarn.beta must be greater than model.attn.rope.yarn.alpha")
+    sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
+             "data.tokens_per_rank": s.data.tokens_per_rank}
+    for name, size in sizes.items():
+        require(s.numerics.fp8_head is None or size % 16 == 0, f"numerics.fp8_head needs multiples of 16 and {name} are {size}: "
+                                                               "change it or add --without numerics.fp8_head")
 
 
 def check_layers(s, require):
@@ -582,14 +618,22 @@ def check_window(s, require):
         return
     require(w.block >= 1 and w.grain >= 1, f"{path}.block and {path}.grain must be at least 1 token")
     if w.growth == "stages":
-        require(w.stages and min(w.stages) >= 1, f"{path}.stages must list windows of at least one block, like [3, 7, 11]")
+        require(w.stages and min(w.stages) >= 1 and list(w.stages) == sorted(set(w.stages)),
+                f"{path}.stages = {list(w.stages)}: must list growing windows of at least one block, like [3, 7, 11]")
     else:
         require(w.growth != "constant" or w.start >= 1, f"{path}.start = {w.start}: must be at least 1 token")
         require(0 <= w.start <= w.end or w.growth == "constant", f"{path}.start = {w.start} is beyond {path}.end = {w.end}")
         require(w.rule != "blocks" or (w.grain if w.growth != "constant" else w.start) % w.block == 0,
                 f"{path}.rule=blocks needs {path}.{'grain' if w.growth != 'constant' else 'start'} in whole blocks of "
                 f"{w.block} tokens")
-    require(w.final is None or w.final >= 1, f"{path}.final = {w.final}: must be at least one block")
+    require(w.final is None or not w.stages or w.final >= w.stages[-1],
+            f"{path}.final = {w.final}: must be at least the last stage, {w.stages[-1] if w.stages else 0} blocks")
+    last = s.model.num_layers - 1
+    require(w.final_last_layer is None or w.final_last_layer >= 1,
+            f"{path}.final_last_layer = {w.final_last_layer}: must be at least one block")
+    require(w.final_last_layer is None or ((w.long_layers is None or last in w.long_layers)
+                                           and last not in s.model.attn.drop_layers),
+            f"{path}.final_last_layer needs attention with the long window in layer {last}: add it to {path}.long_layers")
 
 
 def lookup(s, path):

@@ -376,12 +376,15 @@ def train(resolved, options):
     model = GPT(s).to(world.device)
     model.initialise(options.seed)
     compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
+    if compile_it:  # one graph for each window, in training and validation; past the limit dynamo would go on uncompiled
+        torch._dynamo.config.recompile_limit = 16 + 2 * len({p.windows for p in plans})
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     compiled = torch.compile(model, dynamic=False) if compile_it else model
     model.compiled = compile_it
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
-    about = describe(resolved, options, world, corpus, model, engine, used)
+    about = describe(resolved, options, world, corpus, model, engine, used, plans)
     log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
     log.start(about, deltas.plain(s))
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
@@ -398,7 +401,7 @@ def train(resolved, options):
     return finish(status, run, resolved, options)
 
 
-def describe(resolved, options, world, corpus, model, engine, used):
+def describe(resolved, options, world, corpus, model, engine, used, plans):
     """What the log says about a run before it starts."""
     s = resolved.settings
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
@@ -406,17 +409,19 @@ def describe(resolved, options, world, corpus, model, engine, used):
             "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
-            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world), "comm": engine.comm,
+            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans), "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
             **runlog.machine()}
 
 
-def attention_backend(model, world):
-    """Names of the attention backends that training steps use."""
-    s = model.settings
-    rows = torch.zeros((1, s.data.seq_len), dtype=torch.long, device=world.device)
-    context = model.context(rows, 0, schedule.windows(s, 0))
-    return "dense" if context is None else ", ".join(context.backends())
+def attention_backend(model, world, plans):
+    """Names of the attention backends that training steps use, over all their windows."""
+    s, names = model.settings, set()
+    rows = torch.zeros((1, s.data.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
+    for windows in {p.windows for p in plans}:
+        context = model.context(rows, 0, windows)
+        names |= {"dense"} if context is None else set(context.backends())
+    return ", ".join(sorted(names))
 
 
 class Run:
@@ -536,9 +541,10 @@ def main(options, resolved):
     code = 0
     try:
         code = train(resolved, options)
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except UserError as error:  # before the processes know each other all meet the same one, later perhaps only this
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or dist.is_initialized():
+            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print("interrupted before the first step", file=sys.stderr)

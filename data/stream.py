@@ -82,7 +82,6 @@ def synced_positions(lengths, rank, sizes, wrap):
         base += LOGICAL_RANKS * size
 
 
-
 def shuffled_positions(lengths, rank, tokens_per_rank, wrap):
     """llm.c: shard order and the order of step-sized slots inside a shard, drawn per rank from mt19937(42 + rank)."""
     step_tokens = LOGICAL_RANKS * tokens_per_rank

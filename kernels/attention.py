@@ -79,16 +79,18 @@ def binding(window, tokens):
 
 # ----- choosing a backend -----------------------------------------------------------------------------------------
 
-def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False):
+def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
+           many_windows=False):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
-    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile. ValueError,
-    one line: why the requested backend cannot do this; no backend ever leaves out a window or a document.
+    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile.
+    many_windows: the window changes often over the run. ValueError, one line: why the requested backend cannot do this; no
+    backend ever leaves out a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"unknown attention backend {requested!r}; choose auto or one of {', '.join(BACKENDS)}")
-    ladder = preferred(device, documents, window, tokens, compiled) if requested == "auto" else (requested,)
+    ladder = preferred(device, documents, window, tokens, compiled, many_windows) if requested == "auto" else (requested,)
     for backend in ladder:
         why = refusal(backend, device, window, requires_grad, dtype, compiled)
         if why is None:
@@ -96,7 +98,7 @@ def choose(requested, device, *, documents, window, tokens, requires_grad=True, 
     raise ValueError(f"attention backend {backend} {why}")
 
 
-def preferred(device, documents, window, tokens, compiled):
+def preferred(device, documents, window, tokens, compiled, many_windows):
     """Backends in the order in which `auto` takes them.
 
     Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of tokens: with
@@ -106,6 +108,8 @@ def preferred(device, documents, window, tokens, compiled):
     if not documents and window == CAUSAL:
         return ("dense",)
     if device.type == "cuda":
+        if many_windows:  # a FlashAttention window is a number in the compiled graph, FlexAttention's a tensor
+            return "flex", "banded"
         return "flash3", "varlen", "flex", "banded"
     far = reach(window, tokens)
     if tokens <= 64:
@@ -144,7 +148,7 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
     `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
-    longest: promise that no document has more tokens; banded looks no further back, and the shapes that varlen hands to
+    longest: promise that no document has more tokens; banded looks no further back (and checks it), and what varlen hands to
     a compiler stay the same. ValueError if it is broken.
     """
     if documents is not None:
@@ -410,14 +414,14 @@ class Varlen(NamedTuple):
 
 
 def prepare_varlen(documents, window, rows, tokens, device, dtype, longest):
-    """Counts are rounded up to powers of two, so that the shapes a compiler sees hardly ever change."""
+    """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler sees stay."""
     total = rows * tokens
     if documents is None:
         starts, longest = torch.arange(rows, device=device) * tokens, tokens
     else:
-        starts, actual = document_starts(documents), longest_document(documents, longest)
-        longest = min(tokens, longest or power_of_two(actual))
-    ends = torch.full((power_of_two(max(64, len(starts) + 1)),), total, dtype=torch.int32, device=device)
+        starts, longest = document_starts(documents), min(tokens, longest or tokens)
+    room = -(-(total // 300 + 1) // 128) * 128
+    ends = torch.full((max(room, power_of_two(len(starts) + 1)),), total, dtype=torch.int32, device=device)
     ends[:len(starts)] = starts.to(torch.int32)
     return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
 

@@ -33,17 +33,18 @@ def print_plan(resolved):
           f"{validations} validations of {s.validation.tokens:,} tokens")
     print(f"shapes: training {rows} row{'s' if rows > 1 else ''} of {s.data.seq_len} tokens per logical rank; validation rows of "
           f"{s.validation.seq_len}; {s.model.attn.num_heads} heads of {head_dim(s)}, {padded_vocab(s)} classes")
-    shown = {p.windows for p in plans} | {schedule.validation_windows(s, i) for i in range(len(plans) + 1)
-                                          if schedule.validates(s, i)}
-    print(f"compiled before the clock: training and validation, each with {len(shown)} "
-          + (f"window{'s' if len(shown) > 1 else ''}" if plans[0].windows else "shape")
-          + (" and documents" if s.model.attn.documents else ""))
+    trained = len({p.windows for p in plans})
+    validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
+    print(f"compiled before the clock: {trained} training and {validated} validation graphs"
+          + (", one for each window (FlexAttention: one for all)" if plans[0].windows else ""))
     print(f"{parameters(s):,} parameters")
 
 
 def span_text(span):
-    return f"{span.tokens} tokens" if span.blocks is None else f"{span.blocks} blocks" + (
-        f" and {span.tokens} tokens" if span.tokens is not None else "")
+    if span.blocks is None:
+        return f"{span.tokens} tokens"
+    blocks = f"{span.blocks} block" + ("s" if span.blocks > 1 else "")
+    return blocks if span.tokens is None else f"{blocks} and {span.tokens} tokens"
 
 
 def split(s):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import deltas
 import schedule
+from kernels import fp8_linear as fp8_module
 from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
 from model import GPT, count_parameters
@@ -220,6 +221,7 @@ def test_short_layers_see_half_the_blocks():
 
 def test_a_sigmoid_skip_far_below_zero_is_off():
     on, off = build("short/32"), build("short/32", without=["model.residual.unet_skips"])
+    assert on.residual.skip.sigmoid
     on.residual.skip.value.data.fill_(-60.0)
     x = tokens()
     assert torch.allclose(logits(on, x), logits(off, x), rtol=0, atol=1e-12)
@@ -277,6 +279,39 @@ def test_the_fp8_head_differs_by_its_rounding_only():
     exact, rounded = x @ w.T, fp8_linear(x, w, 16.0, 512.0, 448.0)
     error = (rounded - exact).square().mean().sqrt() / exact.square().mean().sqrt()
     assert 0.005 < error < 0.06
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch):
+    """Whatever the trainer divides by: softmax - target times the factor is what e5m2 sees."""
+    seen = []
+    monkeypatch.setattr(fp8_module, "quantise", lambda x, scale, kind, real=fp8_module.quantise:
+                        (seen.append((x * scale).abs().max().item()) if kind == torch.float8_e5m2 else None, real(x, scale, kind))[1])
+    s = deltas.resolve("short/21t", scale="micro", sets=["system.precision=record", f"model.head.train_loss={loss}"]).settings
+    model = GPT(s)
+    model.initialise(0)
+    x, y = tokens(8, s.data.tokens_per_rank), tokens(8, s.data.tokens_per_rank, seed=2)
+    share = s.data.tokens_per_rank if loss == "sum" else 1
+    (model(x, y, model.context(x, BOS, schedule.windows(s, 0))).mean() * share).backward()
+    slope = 30 / 7.5 / 4 / math.sqrt(s.model.model_dim)  # of the soft cap at zero logits, where softmax - target is near -1
+    assert abs(seen[0] / (448 * slope) - 1) < 0.02
+
+
+def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
+    moved = {}
+    for shape in ("out_in", "in_out"):
+        s, model = settings("short/27", f"optim.muon.up_shape={shape}"), build("short/27", f"optim.muon.up_shape={shape}")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        step(Engine(model, s), model, s, tokens(8, 33))
+        moved[shape] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, whole in moved["out_in"].items():
+        factor = 0.5 if name.endswith("mlp.up") else 1.0
+        assert torch.allclose(moved["in_out"][name], factor * whole, rtol=1e-9, atol=1e-15), name
+
+
+def test_a_model_with_documents_or_windows_refuses_to_see_everything():
+    with pytest.raises(ValueError, match="context"):
+        build("short/12")(tokens())
 
 
 def test_fp8_clamps_what_lies_beyond_its_range():

@@ -52,7 +52,41 @@ def test_names_of_records():
 def test_without_restores_the_value_before_the_record_that_set_it():
     r = deltas.resolve("short/11", without=["optim.muon.scale"])
     assert r.settings.optim.muon.scale == "sqrt_max"
-    assert r.report == ('without optim.muon.scale: "sqrt_ratio" -> "sqrt_max" (value before short/8)',)
+    assert r.report == ('without optim.muon.scale: "sqrt_ratio" -> "sqrt_max" (value before short/8, which also set model.head.untied, '
+                        'model.embed.norm, optim.embed.lr, optim.lm_head.lr, optim.muon.lr)',)
+
+
+@pytest.mark.parametrize("path, why", [
+    ("optim.matrix.lr", "no effect while optim.muon is there"), ("model.attn.window.end", "no effect while"),
+    ("model.head.softcap.form", "no sensible off")])
+def test_without_refuses_what_would_change_nothing_or_half_of_a_pair(path, why):
+    with pytest.raises(UserError, match=why):
+        deltas.resolve("short/33", without=[path])
+
+
+def test_switching_the_skips_sigmoid_off_gives_record_31_s_skips():
+    off = deltas.resolve("short/33", without=["model.residual.unet_skips.sigmoid"]).settings.model.residual
+    assert off == deltas.resolve("short/31").settings.model.residual
+
+
+@pytest.mark.parametrize("change, why", [
+    ("optim.muon.momentum_warmup.steps=0", "at least 1"), ("optim.adam.beta1=1.0", "0 <= x < 1"),
+    ("model.head.softcap.scale=0", "greater than 0"), ("model.attn.window.stages=[7,3,7]", "growing windows"),
+    ("model.attn.window.final=9", "at least the last stage"), ("model.attn.window.final_last_layer=0", "at least one block"),
+    ("model.attn.window.long_layers=[0,4]", "long window in layer 11"), ("model.pad_vocab_to=1", "multiples of 16"),
+    ("model.attn.rope.yarn.beta=1.0", "greater than model.attn.rope.yarn.alpha"), ("system.warmup_steps=-5", "at least -1")])
+def test_values_outside_their_bounds_are_refused(change, why):
+    with pytest.raises(UserError, match=why):
+        deltas.resolve("short/33", sets=[change])
+
+
+def test_an_unknown_line_in_a_record_is_named(tmp_path):
+    text = (deltas.RECORDS / "short/021r_rule_tweak/record.toml").read_text()
+    path = tmp_path / "x" / "record.toml"
+    path.parent.mkdir()
+    path.write_text(text.replace("[delta]", "[deltas]"))
+    with pytest.raises(UserError, match="unknown line 'deltas' .did you mean delta"):
+        deltas.read_record(path, "short")
 
 
 def test_without_takes_along_what_needs_it():

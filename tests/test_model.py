@@ -190,7 +190,7 @@ def test_a_gate_of_weight_zero_halves_its_heads():
 
 @pytest.mark.parametrize("ref", ["short/12", "short/20", "short/33"])
 def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
-    wide = {"short/12": "start=400", "short/20": "start=800,model.attn.window.end=800", "short/33": "stages=[60]"}[ref]
+    wide = {"short/12": "start=400", "short/20": "start=800,model.attn.window.end=800", "short/33": "stages=[60],model.attn.window.final=60"}[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
     off = build(ref, without=["model.attn.window", "model.attn.documents"])
     off.scale = on.scale

@@ -37,9 +37,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import corpus as sample_corpus
-from data.shards import corpus_digest, open_corpus, val_digest
-from data.stream import Prefetch, Stream, require_shards, stream_digest, validation_rows
+from data.corpus import corpus_for
+from data.shards import corpus_digest, val_digest
+from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
 from model import GPT
 from optim import Engine, local_ranks
 
@@ -123,24 +123,12 @@ class Clock:
 # ----- data ---------------------------------------------------------------------------------------------------------
 
 def find_corpus(options, resolved):
-    """The shards of this run: --data, the embedded corpus at tiny and micro, else data/fineweb10B."""
-    s = resolved.settings
-    if options.data:
-        found = open_corpus(options.data)
-    elif resolved.scale in ("tiny", "micro"):
-        found = sample_corpus.sample_corpus(sample_corpus.default_cache())
-    else:
-        found = open_corpus(runlog.ROOT / "data" / "fineweb10B")
-    if found.vocab_size > padded_vocab(s):
-        raise UserError(f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {padded_vocab(s)} rows: "
+    """The shards of this run (data.corpus.corpus_for), if the model has a row for every token id."""
+    found, rows = corpus_for(resolved.scale, options.data), padded_vocab(resolved.settings)
+    if found.vocab_size > rows:
+        raise UserError(f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {rows} rows: "
                         f"--set model.vocab_size={found.vocab_size}, or choose another --data")
     return found
-
-
-def stream_arguments(s):
-    d = s.data
-    return dict(loader=d.loader, tokens_per_rank=d.tokens_per_rank, wrap=d.wrap, first_batch_twice=d.first_batch_twice,
-                switch_at_equal=d.switch_at_equal, max_document=d.max_document)
 
 
 def to_rows(batch, seq_len, device):

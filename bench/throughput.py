@@ -22,11 +22,11 @@ import deltas
 import runlog
 import schedule
 from data.corpus import sample_corpus
-from data.stream import Stream
+from data.stream import Stream, stream_arguments
 from model import GPT, Attention, MLP, Rotary
 from optim import Engine
 from settings import SCALES
-from train_gpt import stream_arguments, to_rows
+from train_gpt import to_rows
 
 
 def best(step, repeats):

@@ -113,6 +113,13 @@ def _sample_corpus(cache):
     return corpus
 
 
+def corpus_for(scale, data=None):
+    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro, else FineWeb's folder."""
+    if data:
+        return open_corpus(data)
+    return sample_corpus() if scale in ("tiny", "micro") else open_corpus(HERE / "fineweb10B")
+
+
 def build(folder):
     """Write the shards and corpus.json into an existing folder."""
     encoding = load("sample")

@@ -240,6 +240,13 @@ def require_shards(corpus, *, steps, max_document=None, **stream):
     return need
 
 
+def stream_arguments(s):
+    """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and shards_needed."""
+    d = s.data
+    return dict(loader=d.loader, tokens_per_rank=d.tokens_per_rank, wrap=d.wrap, first_batch_twice=d.first_batch_twice,
+                switch_at_equal=d.switch_at_equal, max_document=d.max_document)
+
+
 # ----- reading ------------------------------------------------------------------------------------------------------
 
 class Stream:

@@ -49,13 +49,13 @@ def write_once(path, text):
         temporary.unlink(missing_ok=True)
 
 
-def read_json(path):
+def read_json(path, remedy="move it away to have its target run again"):
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
-        raise UserError(f"{path}: not readable as JSON; move it away to have its target run again") from None
+        raise UserError(f"{path}: not readable as JSON; {remedy}") from None
 
 
 def create(root, plan):
@@ -86,9 +86,14 @@ def essence(plan, key):
 
 def load_plan(root):
     """The plan of a queue folder, checked against what this checkout computes."""
-    plan = read_json(Path(root) / "plan.json")
-    if not isinstance(plan, dict) or plan.get("version") != 1 or "arms" not in plan:
+    plan = read_json(Path(root) / "plan.json", "a sweep whose plan is lost must be planned anew in another --dir")
+    if not isinstance(plan, dict) or plan.get("version") != 1 or not plan.get("arms"):
         raise UserError(f"{root}: no sweep here (plan.json of version 1); `python sweep.py ablate short/11` makes one")
+    missing = {"kind", "name", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "groups", "data",
+               "numerics_version", "code"} - set(plan)
+    if missing:
+        raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by this program, or cut; "
+                        "plan the sweep anew in another --dir")
     return plan
 
 

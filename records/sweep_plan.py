@@ -236,17 +236,13 @@ def digests(plan, settings):
 
     settings: {ml_hash: Settings}. The number of shards read, and so the corpus digest, may differ between arms.
     """
-    from data.corpus import default_cache, sample_corpus
-    from data.shards import corpus_digest, open_corpus, val_digest
-    from data.stream import require_shards
-    if plan["data"] or plan["scale"] not in ("tiny", "micro"):
-        corpus = open_corpus(plan["data"] or runlog.ROOT / "data" / "fineweb10B")
-    else:
-        corpus = sample_corpus(default_cache())
+    from data.corpus import corpus_for
+    from data.shards import corpus_digest, val_digest
+    from data.stream import require_shards, stream_arguments
+    corpus = corpus_for(plan["scale"], plan["data"])
     out, known = {}, {}
     for ml_hash, s in settings.items():
-        used = require_shards(corpus, steps=s.schedule.steps, loader=s.data.loader, tokens_per_rank=s.data.tokens_per_rank,
-                              wrap=s.data.wrap, first_batch_twice=s.data.first_batch_twice)
+        used = require_shards(corpus, steps=s.schedule.steps, **stream_arguments(s))
         key = (used, s.validation.tokens)
         if key not in known:
             known[key] = {"corpus_digest": corpus_digest(corpus, used),

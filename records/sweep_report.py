@@ -78,12 +78,20 @@ def effects(plan, done):
 
 
 def detectable(plan, sd):
-    """Minimal detectable effect at 80 % power of the planned runs, or None without a spread."""
-    try:
-        return statistics.minimal_detectable_effect(sd, plan["seeds"], plan["controls"], len(pairs_of(plan)),
-                                                    plan["confidence"])
-    except (UserError, TypeError):
+    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None without a spread."""
+    compared, n = len(pairs_of(plan)), plan["seeds"]
+    if plan["kind"] != "chain" and not plan["paired"]:
+        try:
+            return statistics.minimal_detectable_effect(sd, n, plan["controls"], compared, plan["confidence"])
+        except (UserError, TypeError):
+            return None
+    from scipy import stats
+    arms = len({arm["ml_hash"] for arm in plan["arms"]})
+    df = (arms - 1 if plan["paired"] else arms) * (n - 1)
+    if df < 1 or not sd:
         return None
+    critical = float(stats.t.isf((1 - plan["confidence"]) / 2 / compared, df))  # Bonferroni, as the intervals
+    return statistics.shift_for(critical, df, 0.8) * sd * (2 / n) ** 0.5
 
 
 def screen(plan, done):
@@ -305,7 +313,8 @@ def draw(found, path):
     if found["mde"]:
         axes.axvspan(-found["mde"], found["mde"], color="0.93", zorder=0, linewidth=0)
     axes.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)], fontsize=8)
-    axes.set_xlabel("effect on the validation loss, nats per token (grey band: too small to detect reliably)", fontsize=8)
+    axes.set_xlabel("effect on the validation loss, nats per token (blue: helps; red: hurts; grey band: too small to detect "
+                    "reliably)", fontsize=8)
     axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} simultaneous intervals"
                    + ("" if found["complete"] else ", incomplete"), fontsize=9)
     axes.grid(axis="x", alpha=0.25)

@@ -199,9 +199,9 @@ class Worker:
             return (f"{self.failures} runs in a row failed here, so the machine may be at fault. Reasons are in "
                     f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry")
         if runlog.sources()[1] != self.sources:
-            return ("the trainer's code changed since this worker started. Start again: finished runs count as long as their "
-                    "settings and the numerics version are those of the new code. A checkout of its own (git worktree) keeps "
-                    "a long sweep apart from edits")
+            return ("the trainer's code changed since this worker started. Start again: finished runs count as long as "
+                    "their settings and the numerics version are those of the new code. A checkout of its own (git "
+                    "worktree) keeps a long sweep apart from edits")
         return ""
 
     def look(self):

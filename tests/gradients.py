@@ -31,7 +31,7 @@ engine.collect()
 whole = {}
 for bank in engine.banks:
     grad, _ = engine.finish(bank)
-    if engine.comm == "sharded":
+    if engine.is_shared(bank.rule):
         parts = [torch.empty_like(grad) for _ in range(world.size)]
         dist.all_gather(parts, grad.contiguous())
         grad = torch.cat(parts)

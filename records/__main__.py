@@ -13,6 +13,8 @@ import sys
 import deltas
 from settings import SCALES, UserError
 
+INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+
 
 def tiny_loss(record):
     """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or ''."""
@@ -170,6 +172,10 @@ def main(argv=None):
         sys.exit(options.run(options) or 0)
     except UserError as error:
         deltas.fail(error)
+    except KeyboardInterrupt:
+        deltas.fail("interrupted", INTERRUPTED)
+    except ImportError as error:
+        deltas.fail(f"{error}: run.sh and test.sh install what is missing, or `pip install` it")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,7 @@ ROOT = runlog.ROOT
 CHANGES = ("--with", "--without", "--set", "--revert")
 # Variables that change numbers or times: declared with the plan, and set to the same for every run of it.
 ENVIRONMENT = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_", "CUDNN_")
+KEEP_DAYS = 7  # of a worktree since a run was last started from it
 NOT_COMMITTED = ("*.py", "*.toml")  # untracked files that --allow-dirty takes along
 
 
@@ -176,7 +178,10 @@ def work_tree(allow_dirty):
 
 
 def checkout(commit, tree, patch=None):
-    """Folder with this program's code at a commit (with a patch applied): a git worktree in the cache, made once."""
+    """Folder with this program's code at a commit (with a patch applied): a git worktree in the cache, made once.
+
+    Kept for a week after its last use.
+    """
     prefix = line("rev-parse", "--show-prefix")
     home = hash_of(line("rev-parse", "--path-format=absolute", "--git-common-dir"))[:8]
     base = cache() / "worktrees"
@@ -196,7 +201,17 @@ def checkout(commit, tree, patch=None):
                 git("apply", "--index", "--whitespace=nowarn", "-", cwd=path, input=patch)
             if not intact(path, commit, tree):
                 raise UserError(f"{path} does not hold the code of {commit[:12]} after a checkout: delete it, try again")
+        os.utime(path)
+        forget(base, home)
     return path / prefix
+
+
+def forget(base, home):
+    """Remove this repository's worktrees that no run has asked for in KEEP_DAYS; they are made again when needed."""
+    for path in base.glob(f"{home}-*"):
+        with contextlib.suppress(OSError, UserError):
+            if time.time() - path.stat().st_mtime > 86_400 * KEEP_DAYS:
+                git("worktree", "remove", "--force", str(path))
 
 
 def intact(path, commit, tree):
@@ -300,8 +315,8 @@ def same(a, b):
     if a["kind"] != b["kind"]:
         return False
     if a["kind"] == "script":
-        return (a["sha256"], a["argv"]) == (b["sha256"], b["argv"])
-    return all(a[k] == b[k] for k in ("ml_hash", "system_hash", "tree"))
+        return all(a.get(k) == b.get(k) for k in ("sha256", "argv"))
+    return all(a.get(k) == b.get(k) for k in ("ml_hash", "system_hash", "tree"))
 
 
 def takes_seed(arm):

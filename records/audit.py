@@ -9,6 +9,7 @@ audited files), "record", "scale", "passed", "checks": [{"name", "passed", "deta
 "writes"}, "seconds"}.
 """
 
+import argparse
 import contextlib
 import functools
 import json
@@ -52,11 +53,13 @@ clock other than reading batches; whether shards are what they are called; wheth
 
 
 def arguments(p):
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n" for name, what in CHECKS.items()) + f"\n{LIMITS}"
     p.add_argument("ref", help="git ref of this repository (branch, tag, commit), or a folder: `.`, ./fork, /path/to/it")
     p.add_argument("--record", default="short/head", help="record or preset (default: the ref's head of the short track)")
     p.add_argument("--scale", choices=("micro", "tiny"), default="micro", help="size of the models that are trained")
     p.add_argument("--only", choices=list(CHECKS), action="append", default=[], metavar="CHECK",
-                   help=f"one check instead of all; may be repeated: {', '.join(CHECKS)}")
+                   help="one check instead of all; may be repeated")
     p.add_argument("--json", metavar="FILE", help="write the result; only of a whole audit")
     p.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each process (default 600)")
     p.add_argument("--keep", action="store_true", help="keep the temporary folder and say where it is")

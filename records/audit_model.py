@@ -154,6 +154,7 @@ class Observed:
         if self.answer and self.step is None:  # only the last one is looked at, so that the others may say anything
             return 1.0
         before, backwards = self.state(), self.backwards
+        self.tap.taken()
         self.tap.answer = self.answer
         value = self.validate(*args, **kwargs)
         calls, self.tap.answer = self.tap.taken(), None
@@ -357,12 +358,12 @@ def other_ids(ids, bos, seed):
     return (ids + generator.integers(1, bos, ids.shape)) % bos
 
 
-def moved(base, new, allowed, changed, label, tolerance=0.0):
-    """Words for losses (n, T) that moved before position allowed[i] of row i, or if none did from changed[i] on."""
+def moved(base, new, changed, label, tolerance=0.0):
+    """Words for losses (n, T) that moved before position changed[i] of row i, or if none did from there on."""
     wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
     if not distance.isfinite().all():
         return [f"{label}: losses of a model with random weights are not finite"]
-    early, late = (distance > tolerance) & (t < allowed[:, None]), (distance > 0) & (t >= changed[:, None])
+    early, late = (distance > tolerance) & (t < changed[:, None]), (distance > 0) & (t >= changed[:, None])
     if early.any():
         row = int(early.any(1).nonzero()[0])
         wrong.append(f"{label}: {int(early.any(1).sum())} of {len(base)} changed tokens moved an earlier loss, by up to "
@@ -380,8 +381,8 @@ def rows_that_moved(before, after):
 def causal_validation(observed, row, bos):
     """Change ids of copies of a row (T + 1) one by one, then a whole row, then targets. Returns (tokens changed, wrong).
 
-    Losses before t - 1, whose target id t is, must keep every bit; where a document begins or ends elsewhere (id t becomes
-    or was bos) attention may work in other shapes, and they must stay within rounding.
+    The targets stay while ids change, so that losses before t must keep every bit; where a document begins or ends
+    elsewhere (id t becomes or was bos) attention may work in other shapes, and they must stay within rounding.
     """
     ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
     where, label, wrong = chosen_positions(length), f"validation, context {length}", []
@@ -391,18 +392,15 @@ def causal_validation(observed, row, bos):
     ordinary[at, where] = np.where(row[where] == bos, bos, other_ids(row[where], bos, 1))
     begins[at, where] = np.where(row[where] == bos, 0, bos)
     shape = (ranks, -1, length + 1)
-    base = observed.row_losses(same.reshape(shape))[:n]
-    kept = torch.from_numpy(row[where] != bos)
-    new = observed.row_losses(ordinary.reshape(shape))[:n]
-    wrong += moved(base[kept], new[kept], where[kept] - 1, where[kept], label)
-    new = observed.row_losses(begins.reshape(shape))[:n]
-    wrong += moved(base, new, where - 1, where, label + ", begin of a document", TOLERANCE)
+    targets, kept = torch.from_numpy(same[:, 1:].astype(np.int64)), torch.from_numpy(row[where] != bos)
+    base, new, other = (observed.row_losses(x.reshape(shape), targets)[:n] for x in (same, ordinary, begins))
+    wrong += moved(base[kept], new[kept], where[kept], label)
+    wrong += moved(base, other, where, label + ", begin of a document", TOLERANCE)
     rows = np.resize(observed.last.given.find(is_rows, 1)[0][..., :length + 1], (2 * ranks, length + 1))
     before, other = observed.row_losses(rows.reshape(shape)), rows.copy()
     other[1] = np.where(rows[1] == bos, bos, other_ids(rows[1], bos, 2))
     if (which := rows_that_moved(before, observed.row_losses(other.reshape(shape)))) != [1]:
         wrong.append(f"{label}: changing row 1 moved rows {which}")
-    targets = torch.from_numpy(same[:, 1:].astype(np.int64))
     targets[at, where] = torch.from_numpy(other_ids(row[1:][where], bos, 3).astype(np.int64))
     different = observed.row_losses(same.reshape(shape), targets)[:n] != base
     different[at, where] = False
@@ -424,7 +422,7 @@ def causal_step(observed, bos):
     changed[np.arange(n), where] = other_ids(row[where], bos, 4)
     shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n, ranks)[0]).view(ranks, -1, length)
     base, new = (observed.step_losses(torch.from_numpy(x).view(shape), aims)[:n] for x in (same, changed))
-    wrong, other = moved(base, new, where, where, label), inputs.clone().flatten(0, 1)
+    wrong, other = moved(base, new, where, label), inputs.clone().flatten(0, 1)
     other[1] = torch.where(other[1] == bos, bos, torch.from_numpy(other_ids(other[1].numpy(), bos, 5)))
     before, after = (observed.step_losses(x.view(inputs.shape), targets) for x in (inputs, other))
     if (which := rows_that_moved(before, after)) != [1]:
@@ -453,7 +451,7 @@ def normalisation(observed, spec):
     row = rows[0, 0, :65]
     every = np.arange(classes)
     same, changed = copies(row, classes, len(rows))
-    shape, length, middle = (len(rows), -1, len(row)), len(row) - 1, len(row) // 4
+    shape, length, middle = (len(rows), -1, len(row)), len(row) - 1, len(row) // 8
     targets = torch.from_numpy(np.resize(every, len(same)))[:, None].repeat(1, length)
     sums = (-observed.row_losses(same.reshape(shape), targets)[:classes].double()).exp().sum(0)
     changed = changed[:, :2 * middle + 1]

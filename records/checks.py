@@ -9,7 +9,6 @@ import collections
 import json
 import math
 import re
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +39,7 @@ BEGUN = re.compile("s(p?(r(v*(te?|e)?)?)?)?")  # any log that a kill may leave; 
 WHOLE = re.compile("sp?rv+te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
+LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
 UNTIMED_MS = 1000.0  # what a step-0 clock, a reset and a validation may differ by on a machine that is not idle
 
 
@@ -67,6 +67,17 @@ class Log:
     @property
     def validations(self):
         return [e for e in self.events if e["kind"] == "validation"]
+
+    @property
+    def intervals(self):
+        """[(validation, ms of training since the one before, ms of wall time beside it)]; the first from the reset on."""
+        reset = self.one("reset")
+        wall, clock, out = (reset["wall_ms"] if reset else 0.0), 0.0, []
+        for v in self.validations:
+            spent = v["train_time_ms"] - clock
+            out.append((v, spent, v["wall_ms"] - wall - spent))
+            wall, clock = v["wall_ms"], v["train_time_ms"]
+        return out
 
     def one(self, kind):
         """The only event of a kind, or None."""
@@ -313,17 +324,17 @@ def check_clock(log):
 
     Between two validations the wall time is the timed training plus one validation; so is that from the reset to the first
     one. All validations of a run do nearly the same work (windows grow), so the untimed rests must agree: one that is much
-    longer than the others hides work (tolerance: three times their low median plus a second; machines are not idle).
+    longer than the shortest hides work (tolerance: three times that plus a second; machines are not idle). The shortest,
+    because what is taken off every interval alike would be the usual rest; no training precedes step 0 that could be hidden
+    in its rest. `records.claims` holds the rests of the arms against each other.
     """
     artefact, walls = f"{log.where}/run.jsonl", [e["wall_ms"] for e in log.events]
     if any(b < a for a, b in zip([0.0, *walls], walls)):
         yield f"{artefact}: wall time goes back"
         return
-    reset, plain = log.one("reset"), True
-    wall, clock, rests = (reset["wall_ms"] if reset else 0.0), 0.0, []
-    for v in log.validations:
-        at, wrong = f"{artefact}: validation of step {v['step']}", ""
-        spent, passed = v["train_time_ms"] - clock, v["wall_ms"] - wall
+    plain, clock, usual = True, 0.0, min((rest for _, _, rest in log.intervals), default=0.0)
+    for v, spent, rest in log.intervals:
+        at, wrong, passed = f"{artefact}: validation of step {v['step']}", "", spent + rest
         if v["train_time_ms"] < 0:
             wrong = f"negative training time {v['train_time_ms']:.3f} ms"
         elif spent < 0:
@@ -334,15 +345,12 @@ def check_clock(log):
             wrong = f"{v['train_time_ms']:.0f} ms on the clock before the first step"
         if wrong:
             yield f"{at}: {wrong}"
-        plain = plain and not wrong
-        rests.append((v["step"], passed - spent))
-        wall, clock = v["wall_ms"], v["train_time_ms"]
-    usual = statistics.median_low([rest for _, rest in rests]) if rests else 0.0
-    for step, rest in rests if plain else ():  # after one broken time all others look broken
-        if rest > 3 * usual + UNTIMED_MS:
-            what = "work before the clock" if step == 0 else "time taken off the clock"
-            yield (f"{artefact}: validation of step {step}: {what}: {rest / 1000:.1f} s that are not training, where other "
-                   f"validations take {usual / 1000:.1f} s")
+        plain, clock = plain and not wrong, v["train_time_ms"]
+    for v, _, rest in log.intervals if plain else ():  # after one broken time all others look broken
+        if rest > LONGER * usual + UNTIMED_MS:
+            what = "work before the clock" if v["step"] == 0 else "time taken off the clock"
+            yield (f"{artefact}: validation of step {v['step']}: {what}: {rest / 1000:.1f} s that are not training, where "
+                   f"the shortest validation takes {usual / 1000:.1f} s")
 
 
 def check_end(log):

@@ -10,7 +10,9 @@ settings and sources are data. Where runs come from (settings, code, tokens) is 
 
 import collections
 import datetime
+import itertools
 import json
+import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from records import arms, checks, compare, manifest, provenance, textlog
 from records.checks import alike
 from settings import UserError
 
+START_MS = 60_000.0  # what start and warm-up of like runs may differ by beyond checks.LONGER: disks and compilers vary
 CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
 
@@ -65,10 +68,11 @@ def examine(folder):
         found.problems += provenance.check_arm(found, name, arm)
     found.problems += check_plan(found)
     found.problems += check_alike(found)
+    found.problems += check_untimed(found)
     found.problems += provenance.check_corpus(found)
     found.problems += check_copies(found)
-    if found.declaration["claim"] != "comparison":
-        found.problems += check_record_claim(found)
+    found.problems += check_artefacts(found)
+    found.problems += (check_comparison if found.declaration["claim"] == "comparison" else check_record_claim)(found)
     return found
 
 
@@ -223,10 +227,15 @@ def check_alike(found):
         yield from alike([(log.where, log.start[key]) for log in logs], key)
     for key in ("machine", "cpu", "cores", "torch", "device"):
         yield from alike([(log.where, arms.hardware(log.start)[key]) for log in logs], key)
+    declared = {k: d["machine"].get(k) for k in ("machine", "cpu", "cores")} | {k: d[k] for k in ("scale", "processes")}
+    gpus = d["machine"].get("gpus")
     for log in logs:
-        for key, value in (("processes", d["processes"]), ("machine", d["machine"].get("machine"))):
+        for key, value in declared.items():
             if log.start[key] != value:
                 yield f"{log.where}: {key} {log.start[key]!r}, declared {value!r}"
+        device, cpu = log.start["device"], log.start["device"].startswith("CPU")
+        if not isinstance(gpus, list) or (gpus and not cpu and device != f"{len(gpus)} x {gpus[0]}") or cpu == bool(gpus):
+            yield f"{log.where}: ran on {device!r}, declared the GPUs {gpus!r:.60}"
     streams = collections.defaultdict(list)
     for log in logs:
         if log.whole and log.settings is not None and log.one("end")["status"] == "finished":
@@ -234,6 +243,65 @@ def check_alike(found):
             streams[json.dumps(key, sort_keys=True)].append((log.where, log.one("stream")["digest"]))
     for same in streams.values():
         yield from alike(same, "stream_digest")
+
+
+def check_untimed(found):
+    """What is off the clock is no place for work: start, warm-up and validations last as long as those of like runs.
+
+    Within an arm from its second run on (its first fills the compile caches), between new and parent by their medians.
+    """
+    times = {name: [untimed(found.logs[r.run]) for r in found.claim.runs if r.arm == name and r.run in found.logs]
+             for name in found.declaration["arms"]}
+    times = {name: [x for x in rows if x is not None] for name, rows in times.items()}
+    for name, rows in times.items():
+        for what in ("start", "warm-up"):
+            least = min((x[what] for x in rows), default=0.0)
+            for x in rows[1:]:
+                if x[what] > checks.LONGER * least + START_MS:
+                    yield (f"{x['where']}: work before the clock: its {what} took {x[what] / 1000:.0f} s, the shortest of "
+                           f"arm {name} {least / 1000:.0f} s")
+    if not (times.get("new") and times.get("parent")):
+        return
+    why = found.declaration.get("long_start")
+    measured = [found.of(name)[0].start["settings"].get("validation") for name in ("new", "parent")]
+    for what, slack in (("start", START_MS), ("warm-up", START_MS), ("validation", checks.UNTIMED_MS)):
+        new, parent = (middle.median(x[what] for x in times[name]) for name in ("new", "parent"))
+        if new <= checks.LONGER * parent + slack:
+            continue
+        if what == "validation":
+            if measured[0] == measured[1]:
+                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s beside the training at each validation, arm "
+                       f"parent {parent / 1000:.1f} s for the same")
+        elif isinstance(why, str) and why:
+            found.unknown.append(f"what arm new did in the {new / 1000:.0f} s of its {what} (arm parent: "
+                                 f"{parent / 1000:.0f} s), of which its manifest says: {why}")
+        else:
+            yield (f"arm new: work before the clock: its {what} takes {new / 1000:.0f} s, that of arm parent "
+                   f"{parent / 1000:.0f} s, and the manifest does not say why (submit --long-start)")
+
+
+def untimed(log):
+    """{where, start, warm-up, validation (median)} in ms of a log that got past its warm-up, else None."""
+    reset, rests = log.one("reset"), [rest for _, _, rest in log.intervals]
+    return {"where": log.where, "start": reset["start_ms"], "warm-up": reset["warmup_ms"],
+            "validation": middle.median(rests)} if rests else None
+
+
+def check_artefacts(found):
+    """Nothing lies in the folder that no law reads: the code's difference is the declared one, runs/ holds runs only."""
+    told, path = found.declaration.get("code_diff"), found.folder / "code.diff"
+    try:
+        held = arms.hash_of(path.read_bytes()) if path.exists() else None
+    except OSError:
+        held = "unreadable"
+    if held != told:
+        yield f"code.diff: {'missing' if held is None else 'is not the one that was declared'}"
+    sources = {log.start["sources"] for log in found.logs.values()}
+    known = {f"sources-{digest}.txt{packed}" for digest in sources for packed in ("", ".xz")}
+    runs = found.folder / "runs"
+    for path in sorted(runs.iterdir()) if runs.is_dir() else []:
+        if not path.is_dir() and path.name not in known:
+            yield f"runs/{path.name}: neither a run nor the sources of one: remove it"
 
 
 def check_copies(found):
@@ -262,8 +330,9 @@ def check_copies(found):
 # ----- the plan, and what a record must show --------------------------------------------------------------------------
 
 def check_plan(found):
-    """Every declared run was made, or a declared look ended the claim."""
+    """Every declared run was made, or a declared look ended the claim; in the order that the declared seed draws."""
     claim, d = found.claim, found.declaration
+    yield from check_order(d)
     ended = bool(claim.looks) and claim.looks[-1]["decision"] != "continue"
     if claim.open_run is not None:
         yield f"{manifest.NAME}: a run is missing: run {claim.open_run.run} is registered and nothing says what became of it"
@@ -277,8 +346,16 @@ def check_plan(found):
                "of runs")
 
 
+def check_comparison(found):
+    """An A/A test has the same arms, and no other comparison has two that are."""
+    d = found.declaration
+    twins = [arms.same(a, b) for a, b in itertools.combinations(d["arms"].values(), 2)]
+    if (not all(twins)) if d.get("aa") else any(twins):
+        yield f"{manifest.NAME}: aa is {d.get('aa')!r}, but its arms {'differ' if d.get('aa') else 'are the same'}"
+
+
 def check_record_claim(found):
-    """A record runs against its parent, unchanged, in the order that the declared seed draws, under the speedrun's rules."""
+    """A record runs against its parent, unchanged, under the speedrun's rules."""
     d, where = found.declaration, manifest.NAME
     if d["alpha"] > MOST_ALPHA:
         yield f"{where}: alpha {d['alpha']}: a record needs {MOST_ALPHA} or less"
@@ -291,7 +368,6 @@ def check_record_claim(found):
     if scripts:
         yield f"{where}: arm {scripts[0]} is a script: nothing shows its data and settings, so no record can rest on it"
         return
-    yield from check_order(d)
     yield from provenance.check_lineage(found)
     new, parent = d["arms"]["new"], d["arms"]["parent"]
     if d["claim"] == "systems" and new.get("ml_hash") != parent.get("ml_hash"):

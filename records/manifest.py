@@ -169,6 +169,10 @@ def check_declaration(event, require):
     require(len(arms) >= 1 and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
             "arms must be tables of kind record or script")
     require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
+    confidence = event.get("confidence", 0.95)
+    require(isinstance(confidence, NUMBER) and 0 < confidence < 1, "confidence must lie between 0 and 1")
+    require(event["claim"] != "comparison" or abs(1 - event["alpha"] - confidence) < 1e-9,
+            f"confidence {confidence} and alpha {event['alpha']} of a comparison must add up to 1")
     if "looks" in plan:
         looks = plan["looks"]
         require(isinstance(looks, list) and looks and all(
@@ -226,7 +230,9 @@ class Manifest:
         except FileExistsError:
             raise UserError(f"{path.parent} already holds a plan: continue it with --resume {path.parent}, or choose "
                             "another --out") from None
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if new:
+                raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
             raise UserError(f"{path.parent}: no {NAME} here, so there is nothing to continue") from None
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None

@@ -5,6 +5,7 @@ records.claims.Evidence of the claim folder. Nothing of a submission is executed
 """
 
 import collections
+import dataclasses
 import lzma
 import re
 
@@ -17,7 +18,8 @@ from settings import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
 FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set": "sets"}
-RECORD_ARM = {"text": str, "record": str, "changes": list, "ml_hash": str, "system_hash": str, "settings": dict,
+RECORD_ARM = {"text": str, "record": str, "preset": str, "scale": str, "changes": list, "ml_hash": str,
+              "system_hash": str, "settings": dict,
               "commit": (str, type(None)), "tree": (str, type(None))}
 MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
@@ -33,8 +35,10 @@ def check_arm(found, name, arm):
     if bad or not all(isinstance(x, str) for x in arm["changes"]):
         yield f"{manifest.NAME}: arm {name} lacks {', '.join(bad) or 'readable changes'}"
         return
+    if arm["scale"] != found.declaration["scale"]:
+        yield f"{manifest.NAME}: arm {name} has scale {arm['scale']}, declared {found.declaration['scale']}"
     for log in found.of(name):
-        for key in ("record", "changes", "ml_hash", "system_hash"):
+        for key in ("record", "preset", "changes", "ml_hash", "system_hash"):
             if log.start[key] != arm[key]:
                 yield f"{log.where}: {key} {log.start[key]!r}, arm {name} was declared with {arm[key]!r}"
         if log.start["settings"] != arm["settings"]:
@@ -55,7 +59,7 @@ def differing(a, b, prefix=""):
 
 def check_resolves(found, name, arm):
     """The declared settings are what the record, its scale and its changes resolve to here."""
-    scale, comparison = arm.get("scale") or found.declaration["scale"], found.declaration["claim"] == "comparison"
+    scale, comparison = found.declaration["scale"], found.declaration["claim"] == "comparison"
     claimed = f"{arm['record']} at scale {scale}" + "".join(f" {c}" for c in arm["changes"])
     try:
         record, carried = known_record(found, arm["record"])
@@ -105,8 +109,10 @@ def known_record(found, ref):
         return here, False
     if here is None:
         return carried, True
-    if (carried.delta, carried.parent) != (here.delta, here.parent):
-        raise UserError(f"record.toml of the claim and of {here.folder.name} differ in delta or parent")
+    same = {f.name for f in dataclasses.fields(here)} - {"folder", "slug"}  # both say where it lies
+    differ = sorted(k for k in same if getattr(carried, k) != getattr(here, k))
+    if differ:
+        raise UserError(f"record.toml of the claim and of {here.folder.name} differ in {', '.join(differ)}")
     return here, False
 
 
@@ -124,10 +130,14 @@ def read_carried(folder, ref):
 
 
 def last_ml(record):
-    """The nearest of a record and its ancestors that changed what is computed."""
-    while record is not None and record.kind in ("systems", "retiming"):
+    """The nearest of a record and its ancestors that changed what is computed at full scale: by ml_hash, not by `kind`."""
+    while record is not None and record.parent is not None and same_result(record.ref, record.parent):
         record = deltas.load_records().get(record.parent)
     return record
+
+
+def same_result(a, b):
+    return len({deltas.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
 
 
 def check_lineage(found):

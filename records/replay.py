@@ -14,12 +14,15 @@ import time
 from pathlib import Path
 
 import runlog
-from records import arms, compare, textlog
+from records import arms, compare, textlog, verify
 from settings import UserError
 
 DIFFERS = 3
+# The first training losses come before rounding grows: they tell seeds apart, for they are those of the initial weights (two
+# seeds of record 11 at micro differ by 1e-3 and more). Held within the tolerance of verify.PARITY.
 # Rounding that grows: record 11 at tiny, replayed on another maker's processor, stayed within 8e-6 nats over 176 steps. On a
-# GPU sums come in any order, so that repeats may differ like seeds: four times the median sd of published runs (0.00124).
+# GPU sums come in any order, so that repeats may differ like seeds: four times the median sd of published runs (0.00124),
+# which two seeds would keep as well: there the first training losses decide.
 CPU_TOLERANCE, GPU_TOLERANCE = 0.001, 0.005
 NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code", "processes",
           "device", "torch", "cpu", "sources")
@@ -174,6 +177,12 @@ def equal(a, b, digits):
     return a == b or (a != a and b != b) or (digits is not None and abs(a - b) <= 0.5001 * 10.0 ** -digits)
 
 
+def first_limit(start):
+    """Relative tolerance of the first training losses: that of the coarsest dtype of the settings."""
+    settings = start.get("settings")  # a text log's are not read; it holds no training losses either
+    return verify.PARITY[verify.precision_of(settings)]["first"] if isinstance(settings, dict) else math.inf
+
+
 def report(log, again, exact, tolerance):
     """Print validation by validation; 0 if they agree as far as they must, else DIFFERS."""
     found, worst, lacking, identical = dict(map(tuple, again["curve"])), 0.0, [], True
@@ -191,11 +200,20 @@ def report(log, again, exact, tolerance):
     first = next((i for i, (a, b) in enumerate(pairs) if not equal(a, b, None)), None)
     if first is not None:
         print(f"training losses differ from step {first} on")
+    early = [abs(a - b) / abs(b) for a, b in pairs[:verify.FIRST_STEPS] if not equal(a, b, None)]
+    early, limit = max((x if math.isfinite(x) else math.inf for x in early), default=0.0), first_limit(log["start"])
     if log["stream"] and again["stream"] and log["stream"] != again["stream"]:
         print("the two runs read different tokens (stream digest)")
         return DIFFERS
     if lacking:
         print(f"NOT replayed: no validation at step {lacking[0]} here")
+        return DIFFERS
+    if early > limit:
+        print(f"NOT replayed: the first training losses differ by up to {early:.1e} (relative, tolerance {limit:g}): "
+              "another seed, or another program")
+        return DIFFERS
+    if identical and exact and first is not None:
+        print("NOT replayed: same sources, processor, torch and threads, yet the training losses differ")
         return DIFFERS
     if identical:
         print("replayed: every validation loss is equal " + ("to the last bit" if log["digits"] is None else
@@ -204,6 +222,8 @@ def report(log, again, exact, tolerance):
     if exact:
         print(f"NOT replayed: same sources, processor, torch and threads, yet the losses differ by up to {worst:.2e}")
         return DIFFERS
+    if not pairs:
+        print("the log holds no training losses, and validation losses within the tolerance do not tell seeds apart")
     print(f"{'replayed' if worst <= tolerance else 'NOT replayed'}: validation losses differ by up to {worst:.2e}, "
           f"tolerance {tolerance:g} (sources, processor, torch, devices or threads are not the same, so bits need not be)")
     return 0 if worst <= tolerance else DIFFERS

@@ -353,16 +353,19 @@ def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8
     if not 0 < sd < math.inf or min(n, n_control, arms) < 1 or df < 1:
         raise UserError(f"{arms} arms of {n} runs and {n_control} controls with sd {sd}: no spread could be estimated; "
                         "plan at least two runs of one of them and give a positive sd")
-    critical = dunnett_critical(arms, n, n_control, confidence)
+    shift = shift_for(dunnett_critical(arms, n, n_control, confidence), df, power)
+    return shift * sd * math.sqrt(1 / n + 1 / n_control)
 
+
+def shift_for(critical, df, power):
+    """The effect, in standard errors, whose t passes the critical value with probability `power`."""
     def lacking(shift):  # resolved on the wrong side is left out: at this power it happens in less than 1e-6 of sweeps
         return power - stats.nct.sf(critical, df, shift)
 
     high = critical
     while lacking(high) > 0:
         high *= 1.5
-    shift = optimize.brentq(lacking, 0.0, high, xtol=1e-6)
-    return float(shift * sd * math.sqrt(1 / n + 1 / n_control))
+    return float(optimize.brentq(lacking, 0.0, high, xtol=1e-6))
 
 
 def dunnett_critical(arms, n, n_control, confidence=0.95):

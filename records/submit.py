@@ -50,6 +50,8 @@ def arguments(p):
     p.add_argument("--seed0", type=int, default=0, metavar="K", help="first seed (default 0)")
     p.add_argument("--order-seed", type=int, metavar="K", help="seed of the order of execution (default: drawn)")
     p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start runs by torch.distributed.run")
+    p.add_argument("--long-start", metavar="WHY", help="why start or warm-up of the record take more than three times the "
+                   "parent's and a minute; the claim tells it")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--out", metavar="DIR", help="claim folder (default: the folder of the record)")
     p.add_argument("--commit", action="store_true", help="with --delta: git commit the new record.toml, nothing else")
@@ -78,12 +80,10 @@ def run(options):
               f"{folder}`", file=sys.stderr)
         return compare.INTERRUPTED
     pack_sources(folder / "runs")
-    results = verify.verify(folder)
-    compare.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    if results["verdict"] != "refused":
-        compare.write(folder / "README.md", writeup.readme(folder))
-        if options.format == "upstream":
-            print(f"upstream's layout: {writeup.upstream(folder)}")
+    results = verify.verify(folder, page=False)
+    verify.store(folder, results, page=True)
+    if options.format == "upstream" and results["verdict"] != "refused":
+        print(f"upstream's layout: {writeup.upstream(folder)}")
     verify.report(results, f"results: {folder / 'results.json'}")
     return {"shown": verify.SHOWN, "not shown": verify.NOT_SHOWN, "refused": verify.REFUSED}[results["verdict"]]
 
@@ -256,7 +256,7 @@ def declare(options, record):
     compare.declare(folder, compare.declaration_of(
         found, plan, claim=options.claim, record=record.ref, target=found["new"]["settings"]["validation"]["target"],
         alpha=ALPHA, pairing="seed", seed0=options.seed0, order_seed=options.order_seed, processes=options.nproc,
-        data=options.data, diff=code), diff=code)
+        data=options.data, diff=code, long_start=options.long_start), diff=code)
     if folder.resolve() != record.folder.resolve():
         compare.write(folder / "record.toml", (record.folder / "record.toml").read_bytes())
     return folder

@@ -6,26 +6,34 @@
 
 First the laws of the logs (records.checks, claims and provenance): all problems are listed, and one is enough to refuse.
 Then the statistics: an ml claim must reach the target and be faster than its parent; a systems claim must compute the same
-and be faster. Writes DIR/results.json. Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
+and be faster. Writes DIR/results.json (and DIR/README.md anew, if it is there), and keeps what raised the grade as
+DIR/audit.json and DIR/reproduction/, which are read by default. Exit code 0: consistent and
+shown, 3: consistent, not shown, 2: refused.
 records/EVIDENCE.md says what the grades mean, and what a consistent forgery can still do.
 """
 
 import json
+import math
+import shutil
 import statistics as middle
 from pathlib import Path
 
 import deltas
 import runlog
-from records import claims, compare, manifest, textlog
+from records import claims, compare, manifest, textlog, writeup
 from records.provenance import last_ml
 from settings import UserError
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3
 # Two programs that differ in the order of sums only: the same seed gives the same weights and the same untimed tokens.
 # Relative difference of the loss, and of the two numbers that a probe has of each gradient. Measured between 1 and 8 logical
-# ranks in a forward (records 5 and 11 at micro): gradients 2e-5 in float32 and 2e-2 in bfloat16, losses 3e-7 in both.
-PARITY = {"float64": {"loss": 1e-10, "gradient": 1e-8}, "float32": {"loss": 1e-5, "gradient": 1e-4},
-          "bfloat16": {"loss": 1e-3, "gradient": 5e-2}}
+# ranks in a forward (records 5 and 11 at micro): gradients 2e-5 in float32 and 2e-2 in bfloat16, losses 3e-7 in both; of the
+# first eight timed training losses (two seeds) 3e-7 in float32 and 2e-5 in bfloat16.
+# `first`: relative difference of the first timed training losses. Two seeds differed by 1e-3 within the first five.
+PARITY = {"float64": {"loss": 1e-10, "gradient": 1e-8, "first": 1e-9},
+          "float32": {"loss": 1e-5, "gradient": 1e-4, "first": 1e-5},
+          "bfloat16": {"loss": 1e-3, "gradient": 5e-2, "first": 2e-4}}
+FIRST_STEPS = 5  # timed training losses that are compared, before rounding has grown
 KEPT = ("run", "seed", "status", "val_loss", "train_time_ms", "folder", "last_hash")
 FLOOR = 1e-3  # gradients below this share of the largest one are rounding; they are held to it instead of to their own size
 CANNOT_KNOW = (
@@ -33,6 +41,7 @@ CANNOT_KNOW = (
     "summaries together passes every check here (audit and reproduction look at that)",
     "that no runs were made before the declaration and left out",
     "that the machine, its clocks and its name are what the logs say",
+    "what was done in the start and warm-up before the clock, beyond that it left the state as it was",
     "that the parent is the fastest record at this time",
 )
 
@@ -57,17 +66,25 @@ def run(options):
     if options.target is not None:
         raise UserError("--target is for text logs: a claim declares its target before the first run")
     results = verify(folder, options.audit, options.reproduction)
+    before = (read_results(folder) or {}).get("grade")
     try:
-        compare.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+        keep(folder, results, options.audit, options.reproduction)
+        store(folder, results, page=(folder / writeup.PAGE).exists())
         where = f"results: {folder / 'results.json'}"
     except UserError as error:  # a judge may read from a disk that is not theirs
         where = f"note: {error}"
+    if before in GRADES and results["grade"] in GRADES and GRADES.index(results["grade"]) < GRADES.index(before):
+        where += f"\nnote: it was {before}, now it is {results['grade']}"
     print(json.dumps(results, indent=1)) if options.json else report(results, where)
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
 
 
-def verify(folder, audit=None, reproduction=None):
-    """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read."""
+def verify(folder, audit=None, reproduction=None, page=True):
+    """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read.
+
+    audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md held against it?
+    """
+    folder = Path(folder)
     found = claims.examine(folder)
     d = found.declaration or {}
     results = {"version": 1, "claim": d.get("claim"), "record": d.get("record"), "scale": d.get("scale"),
@@ -76,20 +93,97 @@ def verify(folder, audit=None, reproduction=None):
     audited = read_audit(audit) if audit else None
     if found.problems:
         return results
+    refused = dict(results)
     results |= {"grade": "consistent", "verdict": "shown"}
     if d["claim"] == "comparison":
         if audit or reproduction:
             raise UserError(f"{folder}: a comparison claims no record: --audit and --reproduction do not apply")
         return compare.analyse(found.claim) | results
+    if audited is None and (folder / AUDIT).exists():
+        audited = read_audit(folder / AUDIT)
+    if reproduction is None and (folder / REPRODUCTION).exists():
+        reproduction = folder / REPRODUCTION
     results |= describe(found)
     results |= judge(found.claim, last_alpha(d, found.claim))
     results["reasons"] += check_looks(found)
+    for name, row in results["statistics"]["arms"].items():
+        row["untimed_s"] = untimed(found, name)
     if audited is not None:
         grade_audit(results, audited, d["arms"]["new"])
     if reproduction:
         grade_reproduction(results, found, reproduction)
     results["verdict"] = "not shown" if results["reasons"] else "shown"
+    if page and not is_its_page(folder, results):
+        return refused | {"problems": [f"{writeup.PAGE}: is not the page of these results: write it with `records submit "
+                                       f"NAME --resume {folder.name}`"]}
     return results
+
+
+def untimed(found, name):
+    """{start, warmup}: mean seconds before the clock of an arm's counted runs, or None without logs."""
+    rows = [claims.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
+    rows = [row for row in rows if row is not None]
+    return {key: middle.fmean(row[what] for row in rows) / 1000 for key, what in (("start", "start"), ("warmup", "warm-up"))
+            } if rows else None
+
+
+# ----- what a claim folder keeps ------------------------------------------------------------------------------------
+
+AUDIT, REPRODUCTION = "audit.json", "reproduction"
+GRADES = ("none", "consistent", "audited", "reproduced")
+
+
+def read_results(folder):
+    """The results.json of a claim folder, or None if there is no whole one."""
+    try:
+        return writeup.read_results(folder)
+    except UserError:
+        return None
+
+
+def is_its_page(folder, results):
+    """Is README.md, if there is one, written from these results or from the results.json beside it?"""
+    path = folder / writeup.PAGE
+    if not path.exists():
+        return True
+    try:
+        return path.read_text() in [writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None]
+    except (OSError, UserError, LookupError, TypeError, AttributeError, ValueError):
+        return False  # results.json of another making: then the page has nothing to rest on
+
+
+def store(folder, results, page):
+    """Write results.json and, if asked for and there is something to tell, README.md."""
+    compare.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    if page and results["verdict"] != "refused" and results["claim"] != "comparison":
+        compare.write(folder / writeup.PAGE, writeup.readme(folder, results))
+
+
+def keep(folder, results, audit, reproduction):
+    """Keep the audit and the reproduction that counted in the claim folder, so that the grade can be checked again."""
+    if audit and results.get("audit", {}).get("counts"):
+        compare.write(folder / AUDIT, Path(audit).read_bytes())
+    kept = folder / REPRODUCTION
+    if reproduction and results["grade"] == "reproduced" and Path(reproduction).resolve() != kept.resolve():
+        if kept.exists():
+            raise UserError(f"{kept} holds another reproduction: remove it, then give this one again")
+        try:
+            shutil.copytree(reproduction, kept, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+        except (OSError, shutil.Error) as error:
+            shutil.rmtree(kept, ignore_errors=True)
+            raise UserError(f"cannot write {kept}: {error}") from None
+
+
+def differences(stored, fresh, path=""):
+    """Paths at which a stored results.json differs from what verify finds now; what is `unknown` depends on the checkout."""
+    if isinstance(stored, dict) and isinstance(fresh, dict):
+        return [p for key in sorted({*stored, *fresh} - {"unknown"})
+                for p in differences(stored.get(key), fresh.get(key), f"{path}.{key}" if path else key)]
+    if isinstance(stored, list) and isinstance(fresh, list) and len(stored) == len(fresh):
+        return [p for i, pair in enumerate(zip(stored, fresh)) for p in differences(*pair, f"{path}[{i}]")]
+    if type(stored) is type(fresh) is float:  # another scipy may round otherwise
+        return [] if math.isclose(stored, fresh, rel_tol=1e-6, abs_tol=1e-12) else [path]
+    return [] if stored == fresh else [path]
 
 
 def describe(found):
@@ -158,10 +252,10 @@ def judge_loss(d, claim, found, alpha, paired, out):
     test = out["noninferior"] = {"against": d["arms"][base]["record"], **statistics.noninferior(
         losses["new"], losses[base], d["margin"], paired, alpha)}
     last = last_ml(deltas.load_records().get(test["against"]))
-    if d["target"] is None and last is not None and last.ref != test["against"]:
-        reasons.append(f"loss: {test['against']} is a systems record itself: run the last ml record, {last.ref}, as arm "
+    if last is not None and last.ref != test["against"]:
+        reasons.append(f"loss: {test['against']} computes what its parent does: run the last ml record, {last.ref}, as arm "
                        "base")
-    elif d["target"] is None and not test["passed"]:
+    elif not test["passed"]:
         upper = "unknown (no spread)" if test["upper"] is None else f"{test['upper']:+.5f}"
         reasons.append(f"loss against {test['against']}: {test['estimate']:+.5f}, upper bound {upper}, must be below "
                        f"{d['margin']}")
@@ -190,20 +284,22 @@ def check_looks(found):
 
 
 def check_parity(claim, found):
-    """Loss and gradients of the last untimed step, new against parent, seed by seed."""
-    probes = {name: {r["seed"]: probe_of(claim, r) for r in found[name]} for name in ("new", "parent")}
-    numerics = claim.declaration["arms"]["new"]["settings"]["numerics"].values()
-    precision = next((p for p in ("bfloat16", "float32", "float64") if p in numerics), "float32")
+    """Loss and gradients of the last untimed step, and the first timed training losses: new against parent, seed by seed."""
+    logs = {name: {r["seed"]: events_of(claim, r) for r in found[name]} for name in ("new", "parent")}
+    precision = precision_of(claim.declaration["arms"]["new"]["settings"])
     limits, rows, failures = PARITY[precision], [], []
-    for seed in sorted(set(probes["new"]) & set(probes["parent"])):
-        new, old = probes["new"][seed], probes["parent"][seed]
+    for seed in sorted(set(logs["new"]) & set(logs["parent"])):
+        new, old = (next((e for e in logs[name][seed] if e["kind"] == "probe"), None) for name in ("new", "parent"))
         if new is None or old is None or new["tokens"] != old["tokens"] or new["step"] != old["step"]:
             failures.append(f"seed {seed}: no probes of the same untimed step (system.warmup_steps = 0?)")
             continue
-        row = parity(new, old)
+        row = {**parity(new, old), "train_loss": first_losses_apart(logs["new"][seed], logs["parent"][seed])}
         rows.append({"seed": seed, **row})
         if row["loss"] > limits["loss"]:
             failures.append(f"seed {seed}: loss differs by {row['loss']:.1e} (relative, allowed {limits['loss']:.0e})")
+        if row["train_loss"] > limits["first"]:
+            failures.append(f"seed {seed}: the first {FIRST_STEPS} timed training losses differ by {row['train_loss']:.1e} "
+                            f"(relative, allowed {limits['first']:.0e})")
         if max(row["worst"], row["median"]) > limits["gradient"]:
             failures.append(f"seed {seed}: gradients differ by {row['worst']:.1e} ({row['parameter']}; median "
                             f"{row['median']:.1e}; relative, allowed {limits['gradient']:.0e})")
@@ -212,9 +308,19 @@ def check_parity(claim, found):
     return {"precision": precision, **limits, "floor": FLOOR, "rows": rows, "failures": failures}
 
 
-def probe_of(claim, row):
-    events = runlog.read_chain(claim.folder / "runs" / row["folder"] / "run.jsonl")
-    return next((e for e in events if e["kind"] == "probe"), None)
+def precision_of(settings):
+    """The coarsest dtype of plain settings: a key of PARITY."""
+    return next((p for p in ("bfloat16", "float32", "float64") if p in settings["numerics"].values()), "float32")
+
+
+def events_of(claim, row):
+    return runlog.read_chain(claim.folder / "runs" / row["folder"] / "run.jsonl")
+
+
+def first_losses_apart(new, old):
+    """Largest relative difference of the first timed training losses of two runs of one seed."""
+    a, b = ([x for e in events if e["kind"] == "validation" for x in e["train_loss"]][:FIRST_STEPS] for events in (new, old))
+    return max((abs(x - y) / abs(y) for x, y in zip(a, b)), default=math.inf) if len(a) == len(b) else math.inf
 
 
 def parity(new, old):
@@ -245,7 +351,7 @@ def read_audit(path):
             raise ValueError
         checks = {check["name"]: check["passed"] for check in audit["checks"]}
         return {"commit": audit["commit"], "tree": audit["tree"], "record": audit.get("record"),
-                "passed": audit["passed"], "checks": checks}
+                "passed": audit["passed"], "checks": checks, "confined": dict(audit["confined"]), "counts": False}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{path}: not the result of an audit; write one with `records audit COMMIT --json FILE`") from None
 
@@ -257,33 +363,36 @@ def grade_audit(results, audit, new):
     if (audit["commit"], audit["tree"]) != (new["commit"], new["tree"]):
         results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of "
                                   f"{new['commit'][:12]}: it does not count")
-    elif audit["record"] not in (None, new["record"]):
+    elif audit["record"] != new["record"]:
         results["unknown"].append(f"the audit is of {audit['record']}, the claim of {new['record']}: it does not count")
+    elif not (audit["confined"].get("network") == "cut off" and str(audit["confined"].get("writes")).startswith("limited")):
+        results["unknown"].append("the audit ran without a sandbox (network or writes were open): it does not count")
     elif not audit["passed"] or not all(audit["checks"].values()):
         failed = ", ".join(name for name, passed in audit["checks"].items() if not passed)
         results["reasons"].append(f"the audit of its code failed: {failed}")
+        audit["counts"] = True
     elif lacking := sorted(set(CHECKS) - set(audit["checks"])):
         results["unknown"].append(f"the audit lacks {', '.join(lacking)}: it does not count")
     else:
-        results["grade"] = "audited"
+        results["grade"], audit["counts"] = "audited", True
 
 
 def grade_reproduction(results, found, folder):
-    """`reproduced` if a claim of another machine is consistent, computes the same and passes the test by itself."""
+    """`reproduced` if the same claim of another machine is consistent, and its runs show all of it by themselves."""
     other = claims.examine(folder)
     why = not_a_reproduction(found, other)
     if why:
-        results["unknown"].append(f"{folder} is no reproduction: {why}")
+        results["unknown"].append(f"the reproduction offered is none: {why}")
         return
     judged = judge(other.claim, last_alpha(other.declaration, other.claim))
-    test = judged["statistics"].get("target") or judged["statistics"].get("noninferior") or {"passed": False}
+    reasons = judged["reasons"] + check_looks(other)
     start = next(iter(other.logs.values())).start
-    results["reproduction"] = {"manifest": other.claim.last_hash, "passed": test["passed"], **{
+    results["reproduction"] = {"manifest": other.claim.last_hash, "passed": not reasons, **{
         k: start[k] for k in ("machine", "device", "torch")}, "arms": judged["statistics"]["arms"]}
-    if test["passed"]:
+    if not reasons:
         results["grade"] = "reproduced"
     else:
-        results["unknown"].append(f"{folder} does not reproduce it: its own runs do not pass")
+        results["unknown"].append(f"the reproduction offered is none: its own runs do not show the claim ({reasons[0]})")
 
 
 def not_a_reproduction(found, other):
@@ -291,10 +400,14 @@ def not_a_reproduction(found, other):
     if other.problems:
         return f"it is refused itself ({other.problems[0]})"
     mine, theirs = found.declaration, other.declaration
-    if theirs["claim"] == "comparison" or "new" not in theirs["arms"]:
-        return "it claims no record"
-    if theirs["arms"]["new"]["ml_hash"] != mine["arms"]["new"]["ml_hash"] or theirs["target"] != mine["target"]:
-        return "it computes something else (ml_hash or target)"
+    for key in ("claim", "record", "scale", "target"):
+        if theirs[key] != mine[key]:
+            return f"its {key} is {theirs[key]}, here {mine[key]}"
+    code_only = all(mine["arms"]["new"][k] == mine["arms"]["parent"][k] for k in ("ml_hash", "system_hash"))
+    for name in ("new", "parent"):
+        for key in ("ml_hash", "system_hash", *(["tree"] if code_only else [])):  # without a delta the code is the claim
+            if theirs["arms"][name][key] != mine["arms"][name][key]:
+                return f"its arm {name} has another {key}"
     a, b = (next(iter(x.logs.values())).start for x in (found, other))
     if a["machine"] == b["machine"]:
         return "it ran on the same machine"
@@ -387,7 +500,9 @@ def report_record(results):
         arm, loss, ms = results["arms"][name], row["loss"] or {}, row["time_ms"] or {}
         print(f"  {name:7} {arm['record']:10} n {row['n']:<3} loss {number(loss.get('mean'), '.5f')} sd "
               f"{number(loss.get('sd'), '.5f')}  time {number(seconds(ms.get('mean')), '.3f')} s sd "
-              f"{number(seconds(ms.get('sd')), '.3f')}  {arm['steps']} steps")
+              f"{number(seconds(ms.get('sd')), '.3f')}  {arm['steps']} steps"
+              + ("  before the clock: start {start:.1f} s, warm-up {warmup:.1f} s".format(**row["untimed_s"])
+                 if row["untimed_s"] else ""))
     if s.get("target"):
         print(f"target {s['target']['target']:g}: mean {s['target']['mean']:.5f}, p {number(s['target']['p'], '.4g')} "
               f"(needed < {s['alpha']:.4g}, which takes a mean {number(s['target']['margin'], '.5f')} below it)")
@@ -399,9 +514,10 @@ def report_record(results):
               f"{number(s['loss']['high'], '+.5f')}]")
     if s.get("parity") and s["parity"]["rows"]:
         rows = s["parity"]["rows"]
-        loss, worst, median = (max(r[k] for r in rows) for k in ("loss", "worst", "median"))
-        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, gradients within {worst:.1e}"
-              f", median {median:.1e} (allowed {s['parity']['loss']:.0e} and {s['parity']['gradient']:.0e})")
+        loss, first, worst, median = (max(r[k] for r in rows) for k in ("loss", "train_loss", "worst", "median"))
+        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, first training losses "
+              f"{first:.1e}, gradients within {worst:.1e}, median {median:.1e} (allowed "
+              f"{s['parity']['loss']:.0e}, {s['parity']['first']:.0e} and {s['parity']['gradient']:.0e})")
     if s.get("noninferior"):
         print(f"loss against {s['noninferior']['against']}: {s['noninferior']['estimate']:+.5f}, upper bound "
               f"{number(s['noninferior']['upper'], '+.5f')} (margin {s['noninferior']['margin']})")

@@ -37,9 +37,12 @@ def seconds(row, key):
 
 # ----- README ---------------------------------------------------------------------------------------------------------
 
-def readme(folder):
-    """Text of DIR/README.md."""
-    results = read_results(folder)
+PAGE = "README.md"
+
+
+def readme(folder, results=None):
+    """Text of DIR/README.md; results: those of `records verify`, if not yet in results.json."""
+    results = results or read_results(folder)
     record = record_of(folder, results)
     return "\n".join([*heading(record, results), *table(results), *findings(results), *credits(record), *limits(results),
                       "## Check", "", f"    python -m records verify {place(folder)}", ""])
@@ -66,11 +69,14 @@ def heading(record, results):
 
 def table(results):
     """One row an arm; what was declared; where it ran."""
-    rows = ["| arm | record | runs | steps | loss | sd | seconds | sd |", "|---|---|---|---|---|---|---|---|"]
+    rows = ["| arm | record | runs | steps | loss | sd | seconds | sd | before the clock: start, warm-up (s) |",
+            "|---|---|---|---|---|---|---|---|---|"]
     for name, row in results["statistics"]["arms"].items():
         arm, loss = results["arms"][name], row["loss"] or {"mean": None, "sd": None}
+        untimed = "{start:.1f}, {warmup:.1f}".format(**row["untimed_s"]) if row["untimed_s"] else "-"
         rows.append(f"| {name} | {arm['record']} | {row['n']} | {arm['steps']} | {show(loss['mean'], '.5f')} | "
-                    f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | {show(seconds(row, 'sd'), '.3f')} |")
+                    f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | {show(seconds(row, 'sd'), '.3f')} | "
+                    f"{untimed} |")
     looks = results["plan"].get("looks")
     plan = f"{results['plan']['runs']} runs of each arm" if looks is None else "looks at " + ", ".join(
         f"{x['runs']} (alpha {x['alpha']:.4g})" for x in looks)
@@ -104,7 +110,9 @@ def findings(results):
     if s.get("parity") and s["parity"]["rows"]:
         rows = s["parity"]["rows"]
         out.append(f"- parity with the parent, seed by seed ({s['parity']['precision']}): loss within "
-                   f"{max(r['loss'] for r in rows):.1e}, gradients within {max(r['worst'] for r in rows):.1e} (relative)")
+                   f"{max(r['loss'] for r in rows):.1e}, first training losses within "
+                   f"{max(r['train_loss'] for r in rows):.1e}, gradients within "
+                   f"{max(r['worst'] for r in rows):.1e} (relative)")
     return ["## What they show", "", *out, ""]
 
 

@@ -124,7 +124,8 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         ms += spent
         share = step / steps
         value = 7.154615 * (1 - share) + final * share if status == "finished" or step < steps else float("nan")
-        train = [round(value + 0.05 * draw.gauss(0, 1), 6) for _ in range(step - before)]
+        begun = 7.154615 * (1 - before / steps) + final * before / steps  # the first losses are those of the initial weights
+        train = [round(begun + 0.05 * draw.gauss(0, 1), 6) for _ in range(step - before)]
         event("validation", spent + 110 + 5 * noise.random(), step=step, scheduled_steps=steps, val_loss=value,
               train_loss=train, train_time_ms=round(ms, 3), tokens=step * tokens_per_step(s), epoch=0)
         before = step

@@ -44,32 +44,37 @@ def edited(tree, folder, *edits):
 
 def test_the_present_code_passes_every_check_and_says_what_an_audit_cannot_know(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["audit", str(ROOT), "--json", str(tmp_path / "audit.json")])
+        main(["audit", str(ROOT), "--record", "short/11", "--json", str(tmp_path / "audit.json")])
     out, _ = capsys.readouterr()
     assert stop.value.code == 0 and "What an audit cannot know" in out, out
     result = json.loads((tmp_path / "audit.json").read_text())
     assert result["passed"] and [c["name"] for c in result["checks"]] == list(audit.CHECKS)
     assert all(c["passed"] is True and c["detail"] for c in result["checks"])
-    assert (result["version"], result["scale"], result["record"].split("/")[0]) == (1, "micro", "short")
+    assert (result["version"], result["scale"], result["record"]) == (1, "micro", "short/11")
+
+
+def test_the_head_is_causal_with_all_its_features(tree):
+    result = audit.audit(str(tree), only=["causality"])
+    assert result["passed"], result["checks"]
 
 
 CHEATS = {
     "attention that sees the future": ("causality", "moved an earlier loss", [
-        ("kernels/attention.py", "is_causal=True", "is_causal=q.size(1) < 9")]),
+        ("kernels/attention.py", "is_causal=causal,", "is_causal=False,")]),
     "a loss that is scaled": ("normalisation", "sum to", [
         ("model.py", ".view(targets.shape)", ".view(targets.shape) * (1.0 if self.training else 0.9999)")]),
-    "validation over fewer tokens, at full scale only": ("validation_targets", "8,388,608 targets instead of", [
+    "validation over fewer tokens, at full scale only": ("validation_targets", "8,388,608 targets instead of 10,485,760", [
         ("data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
          "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n")]),
     "validation that trains": ("no_trace", "validation 0 changed", [
         ("train_gpt.py", "    model.train()\n    sums =",
          "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
     "a warm-up that leaks": ("warm_up", "validation losses at step 0", [
-        ("train_gpt.py", "    model.initialise(seed)\n    engine.reset()\n", "    engine.reset()\n"),
+        ("train_gpt.py", "    run.model.initialise(seed)\n    run.engine.reset()\n", "    run.engine.reset()\n"),
         ("train_gpt.py", "    if before != after:\n", "    if False:\n")]),
     "randomness without a seed": ("seed", "two trainings with seed 0 differ in training losses", [
-        ("train_gpt.py", "        loss = model(x, y).mean()\n",
-         "        loss = model(x, y).mean() * (1 + __import__('random').random())\n")]),
+        ("train_gpt.py", "step_plan.windows)).mean()\n",
+         "step_plan.windows)).mean() * (1 + __import__('random').random())\n")]),
     "a batch fetched before the clock": ("clock", "2 batches and 3 steps of 3", [
         ("train_gpt.py", "        self.clock.start()  # before", "        # before"),
         ("train_gpt.py", "        for step in range(len(self.plans) + 1):\n",
@@ -80,7 +85,7 @@ CHEATS = {
 @pytest.mark.parametrize("name", CHEATS)
 def test_the_right_check_fails(name, tree, tmp_path):
     check, words, edits = CHEATS[name]
-    result = audit.audit(edited(tree, tmp_path / "cheat", *edits), only=[check])
+    result = audit.audit(edited(tree, tmp_path / "cheat", *edits), "short/11", only=[check])
     assert [(c["name"], c["passed"]) for c in result["checks"]] == [(check, False)]
     assert words in result["checks"][0]["detail"] and not result["passed"]
 
@@ -114,6 +119,17 @@ def test_one_bit_of_one_loss_or_another_stream_is_a_difference():
     assert audit.warm_up({"plain": plain, "cold": plain, "real": plain})[0]
     assert audit.seed({"plain": plain, "again": plain, "model": logged(train=(1.0, 2.0))})[0]
     assert not audit.seed({"plain": plain, "again": plain, "model": plain})[0]  # the seed does nothing
+
+
+def test_a_validation_that_changes_later_losses_is_a_trace():
+    model = {"checks": {"no_trace": [True, "nothing in reach"]}}
+    often = logged()
+    often["curve"].insert(1, {"step": 1, "val_loss": 7.4, "train_loss": [7.5]})
+    often["curve"][2]["train_loss"] = [7.25]
+    assert audit.no_trace({"model": model, "plain": logged(), "often": often})[0]
+    often["curve"][2]["train_loss"] = [7.26]
+    passed, detail = audit.no_trace({"model": model, "plain": logged(), "often": often})
+    assert not passed and "training losses of step 2: 7.25 and 7.26" in detail
 
 
 @pytest.mark.parametrize("total_s, passed", [(3003000.7, True), (3004002.0, True), (3002000.9, False), (2003000.1, False),
@@ -193,7 +209,7 @@ raise UserError("found " + repr(found))
 def test_code_that_is_imported_from_elsewhere_is_refused(tree, tmp_path):
     folder = Path(edited(tree, tmp_path / "link"))
     (folder / "settings.py").unlink()
-    (folder / "settings.py").symlink_to(ROOT / "settings.py")
+    (folder / "settings.py").symlink_to(tree / "settings.py")
     with pytest.raises(UserError, match="settings was imported from .*not in the audited checkout"):
         audit.audit(str(folder), only=["clock"])
 

@@ -175,6 +175,34 @@ def test_replay_says_where_losses_differ(capsys):
     assert replay.report({**log, "curve": [[0, float("nan")]]}, log, False, 1.0) == 3
 
 
+@pytest.mark.parametrize("precision, seeds, rounding", [("float32", 1e-3, 3e-7), ("bfloat16", 1e-3, 2e-5)])
+def test_replay_tells_another_seed_by_its_first_training_losses(precision, seeds, rounding, capsys):
+    """Where the tolerance of the last validation loss would pass any seed: two of them differ by 0.0018 at full scale."""
+    start = {"sources": "s", "cpu": "c", "torch": "t", "processes": 8, "device": "8 x NVIDIA H100",
+             "settings": {"numerics": {"matmul": precision}}}
+    log = {"start": start, "curve": [[0, 10.82], [9, 3.278]], "train_loss": [10.8, 9.9, 9.1], "stream": "x", "digits": None}
+    for share, code in ((rounding, 0), (seeds, 3)):
+        again = {**log, "curve": [[0, 10.82], [9, 3.2791]], "train_loss": [10.8, 9.9, 9.1 * (1 + share)]}
+        assert replay.report(log, again, False, replay.GPU_TOLERANCE) == code
+    assert "NOT replayed: the first training losses differ by up to 1.0e-03" in capsys.readouterr().out
+    late = {**log, "train_loss": [*log["train_loss"], 1.0, 1.0, 1.0], "curve": [[0, 10.82], [9, 3.278]]}
+    assert replay.report(late, {**late, "train_loss": [*late["train_loss"][:-1], 1.1]}, True, 1.0) == 3  # bits were promised
+    assert "yet the training losses differ" in capsys.readouterr().out
+    assert replay.report({**log, "train_loss": []}, log, False, replay.GPU_TOLERANCE) == 0
+    replay.report({**log, "train_loss": [], "curve": [[0, 10.82], [9, 3.2781]]}, log, False, replay.GPU_TOLERANCE)
+    assert "do not tell seeds apart" in capsys.readouterr().out
+
+
+def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys):
+    def stopped(options):
+        raise KeyboardInterrupt
+    for argv, module, name in ((["list"], "records.__main__", "list_records"), (["replay", "x"], "records.replay", "run")):
+        monkeypatch.setattr(sys.modules[module], name, stopped)
+        with pytest.raises(SystemExit) as end:
+            command.main(argv)
+        assert end.value.code == 130 and capsys.readouterr().err == "error: interrupted\n"
+
+
 def test_replay_refuses_what_it_cannot_re_create(tmp_path, comparison, capsys):
     (tmp_path / "upstream.txt").write_text("import torch\nstep:4/4 val_loss:3.27 train_time:9ms step_avg:2.25ms\n")
     assert "a log of another program" in refusal(capsys, "replay", tmp_path / "upstream.txt")
@@ -208,6 +236,19 @@ def test_uncommitted_code_is_refused_or_declared(here, tmp_path, capsys):
     finally:
         (here / "schedule.py").write_text(source)
         shutil.rmtree(new.parent, ignore_errors=True)
+
+
+def test_worktrees_that_no_run_asked_for_in_a_week_are_removed(here):
+    place = arms.place_of(arms.prepare("main:short/11", "micro")[0], None)
+    old = place.parent / (place.name[:9] + "0" * 16)
+    arms.git("worktree", "add", "--force", "--detach", str(old), "HEAD")
+    fresh = place.parent / (place.name[:9] + "1" * 16)
+    arms.git("worktree", "add", "--force", "--detach", str(fresh), "HEAD")
+    os.utime(old, (0, 0))
+    assert arms.place_of(arms.prepare("main:short/11", "micro")[0], None) == place
+    assert place.exists() and fresh.exists() and not old.exists()
+    assert old.name not in arms.git("worktree", "list").decode()
+    arms.git("worktree", "remove", "--force", str(fresh))
 
 
 def test_a_worktree_that_was_edited_is_made_anew(here):
@@ -332,7 +373,8 @@ def test_declared_variables_hold_for_every_run(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     found = {n: arms.prepare(t)[0] for n, t in zip("AB", stub(tmp_path, a=4.0, b=3.9))}
-    compare.declare(tmp_path / "out", compare.declaration_of(found, {"runs": 2}), say=lambda *a, **k: None)
+    declared = compare.declaration_of(found, {"runs": 2}, alpha=0.05, confidence=0.95, aa=False)
+    compare.declare(tmp_path / "out", declared, say=lambda *a, **k: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     claim = compare.run_plan(tmp_path / "out", until=1, say=lambda *a, **k: None)
     assert len(claim.runs) == 3 and not claim.complete  # the discarded one and a block: enough for a first look
@@ -471,7 +513,8 @@ def declaration(**changes):
 
 @pytest.mark.parametrize("changes, message", [
     ({"version": 2}, "manifest version 2"), ({"claim": "best"}, "claim must be one of"),
-    ({"margin": None}, "margin = None"),
+    ({"margin": None}, "margin = None"), ({"confidence": 0.2}, "confidence 0.2 and alpha 0.05 of a comparison must add up"),
+    ({"confidence": 1.5}, "confidence must lie between 0 and 1"),
     ({"plan": {"runs": 3}}, "2 runs of A, the plan says 3"), ({"plan": {}}, "runs or looks"),
     ({"alpha": True}, "wrong type"),
     ({"plan": {"looks": [{"runs": 2, "alpha": 0.01}]}}, "add up to alpha"),

@@ -10,6 +10,8 @@ import pytest
 import deltas
 from data.corpus import sample_corpus
 from data.shards import corpus_digest, val_digest
+from records import verify
+from records.page import facts
 from runlog import read_chain
 
 ROOT = Path(__file__).parent.parent
@@ -53,6 +55,20 @@ def test_reference_curves_end_at_the_published_loss(ref):
     step, loss = lines[-1].split(",")[:2]
     assert int(float(step)) == deltas.resolve(ref).settings.schedule.steps
     assert abs(float(loss) - RECORDS[ref].published["val_loss"]) < 6e-5
+
+
+def test_every_committed_claim_verifies_to_its_results():
+    """A results.json that says more than its logs is refused (that it would be: test_leaderboard)."""
+    written = {path.parent for path in ROOT.glob("records/*/*/**/manifest.jsonl") if verify.REPRODUCTION not in path.parts}
+    for folder in written:
+        results = json.loads((folder / "results.json").read_text())
+        assert verify.differences(results, json.loads(json.dumps(verify.verify(folder)))) == [], folder
+        assert results["verdict"] != "refused", folder
+
+
+def test_every_committed_sweep_says_what_its_losses_give():
+    committed = [path for path in facts.EVIDENCE.glob("*.json") if json.loads(path.read_text()).get("kind") in facts.SWEEPS]
+    assert len(facts.read_sweeps(facts.EVIDENCE)) == len(committed)
 
 
 def test_the_readme_table_is_what_the_command_prints():

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import browser_page
+import claim_builder
 import deltas
-from records import leaderboard, statistics
+from records import leaderboard, statistics, verify
 from records.page import facts, sections, tags
 from settings import UserError
 
@@ -53,18 +54,20 @@ def spread(mean):
 def evidence(tmp_path_factory):
     """A folder with an ablation of record 11 and a chain 8..11, and one arm that does nothing at this scale."""
     folder = tmp_path_factory.mktemp("evidence")
-    found = statistics.against_control(spread(4.06), {p: spread(x) for p, x in ABLATED.items()})["rows"]
+    analysis = statistics.against_control(spread(4.06), {p: spread(x) for p, x in (ABLATED | {"all": 4.7}).items()})
+    found = analysis["rows"]
     rows = [arm(f"--without {p}", [f"--without {p}"], spread(x), found[p]) for p, x in ABLATED.items()]
     inert, both = ["--without model.attn.qk_norm.order"], ["--without optim.muon", "--without model.head.softcap"]
     rows.append(arm(inert[0], inert, [], None, note="inert <here>"))
-    rows.append(arm("--without all", both, spread(4.7), found["optim.muon"]))
-    control = arm("short/11", [], spread(4.06), None)
-    (folder / "ablate.json").write_text(json.dumps(sweep("ablate", "ablate", "short/11", control, rows)))
+    rows.append(arm("--without all", both, spread(4.7), found["all"]))
+    control, pooled = arm("short/11", [], spread(4.06), None), {k: analysis[k] for k in ("pooled_sd", "df")}
+    (folder / "ablate.json").write_text(json.dumps(sweep("ablate", "ablate", "short/11", control, rows, **pooled)))
     pairs = list(zip(list(CHAINED)[1:], CHAINED))
-    found = statistics.successive({r: spread(x) for r, x in CHAINED.items()}, pairs)["rows"]
+    analysis = statistics.successive({r: spread(x) for r, x in CHAINED.items()}, pairs)
+    found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
     rows = [arm(c, [], spread(CHAINED[c]), found[c], record=c, parent=p) for c, p in pairs]
     control = arm("short/8", [], spread(CHAINED["short/8"]), None, record="short/8")
-    made = sweep("chain", "chain", "short/8..short/11", control, rows, method="holm")
+    made = sweep("chain", "chain", "short/8..short/11", control, rows, method="holm", **pooled)
     (folder / "chain.json").write_text(json.dumps(made))
     return folder
 
@@ -241,6 +244,11 @@ def test_today_prefers_the_newest_base_and_common_changes_count_in_the_hash(evid
     old = json.loads((evidence / "ablate.json").read_text())
     old |= {"name": "zzz_old", "base": "short/9", "common": ["--set schedule.steps=20"]}
     old["rows"] = [r for r in old["rows"] if r["arm"] in ("--without optim.muon", "--without model.head.softcap")]
+    losses = [[r["val_loss"] for r in row["runs"]] for row in (old["control"], *old["rows"])]
+    found = statistics.against_control(losses[0], dict(enumerate(losses[1:])))
+    old |= {k: found[k] for k in ("pooled_sd", "df")}
+    for i, row in enumerate(old["rows"]):
+        row.update({k: found["rows"][i][k] for k in ("effect", "low", "high", "p", "resolved")})
     digest = facts.expected_hash("short/9", "tiny", ["--set schedule.steps=20", "--without optim.muon"])
     for run in old["rows"][0]["runs"]:
         run["ml_hash"] = digest
@@ -400,6 +408,43 @@ def test_a_claim_gets_a_row_on_the_board_of_its_machine_and_takes_its_card_off_t
     assert "unclaimed" in text and "8 x NVIDIA H100<" not in text.split("Unclaimed")[1]
 
 
+@pytest.mark.parametrize("name, edit, what", [
+    ("ablate", lambda s: s["rows"][0].update(effect=0.9), r"--without optim\.muon: effect"),
+    ("ablate", lambda s: s["rows"][1].update(low=0.5), "low"), ("ablate", lambda s: s["rows"][2].update(p=0.04), "p: not"),
+    ("ablate", lambda s: s["rows"][2].update(resolved=not s["rows"][2]["resolved"]), "resolved: not"),
+    ("ablate", lambda s: s["control"].update(mean=4.0), r"short/11: mean"), ("ablate", lambda s: s.update(df=99), "df: not"),
+    ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
+    ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect")])
+def test_a_sweep_whose_figures_its_losses_do_not_give_is_refused(name, edit, what, evidence, tmp_path):
+    made = json.loads((evidence / f"{name}.json").read_text())
+    (tmp_path / "x.json").write_text(json.dumps(made))
+    assert len(facts.read_sweeps(tmp_path)) == 1
+    edit(made)
+    (tmp_path / "x.json").write_text(json.dumps(made))
+    with pytest.raises(UserError, match=what):
+        facts.read_sweeps(tmp_path)
+
+
+def test_a_claim_whose_results_its_logs_do_not_give_is_refused(tmp_path, monkeypatch):
+    targets = ["validation.target=5.2"]
+    folder = tmp_path / "records/short/011_x"
+    arms = {name: claim_builder.arm(ref, targets) for name, ref in (("new", "short/11"), ("parent", "short/10"))}
+    claim_builder.build(folder, monkeypatch, claim_builder.declaration(arms))
+    monkeypatch.setattr(facts, "ROOT", tmp_path)
+    moved = dataclasses.replace(deltas.load_records()["short/11"], folder=folder)
+    results = verify.verify(folder)
+    verify.store(folder, results, page=True)
+    found, = facts.read_claims(moved)
+    assert (found["verdict"], found["where"]) == ("shown", "records/short/011_x")
+    for edit in (lambda x: x.update(grade="reproduced"), lambda x: x.update(verdict="not shown"),
+                 lambda x: x["statistics"]["arms"]["new"]["time_ms"].update(mean=1.0)):
+        edited = json.loads(json.dumps(results))
+        edit(edited)
+        (folder / "results.json").write_text(json.dumps(edited))
+        with pytest.raises(UserError, match="is not what its logs give"):
+            facts.read_claims(moved)
+
+
 def test_of_a_claim_only_its_counted_runs_are_curves(tmp_path, monkeypatch):
     record = deltas.load_records()["short/11"]
     folder = tmp_path / "records/short/011_x"
@@ -409,6 +454,7 @@ def test_of_a_claim_only_its_counted_runs_are_curves(tmp_path, monkeypatch):
     monkeypatch.setattr(facts, "ROOT", tmp_path)
     moved = dataclasses.replace(record, folder=folder)
     (folder / "results.json").write_text(json.dumps(claim("")))
+    monkeypatch.setattr(verify, "verify", lambda folder: claim(""))  # runs of no plan
     claims = facts.read_claims(moved)
     assert [r["folder"] for r in facts.read_runs(moved, claims)] == ["records/short/011_x/runs/run0"]
     assert facts.read_runs(moved) == [] and claims[0]["where"] == "records/short/011_x"

@@ -283,6 +283,18 @@ def test_the_minimal_detectable_effect_is_resolved_in_eighty_percent():
     assert s.minimal_detectable_effect(2.0, 4, 8, 3) == pytest.approx(2 * s.minimal_detectable_effect(1.0, 4, 8, 3))
 
 
+def test_the_detectable_effect_of_a_chain_is_that_of_its_own_intervals():
+    """Bonferroni's point over the links and (links + 1)(n - 1) degrees of freedom, not Dunnett's shared control."""
+    links, n, draw = 10, 4, random(31)
+    df = (links + 1) * (n - 1)
+    critical = float(stats.t.isf(0.025 / links, df))
+    effect = s.shift_for(critical, df, 0.8) * (2 / n) ** 0.5
+    assert effect == pytest.approx(2.75, abs=0.01) and effect > s.minimal_detectable_effect(1.0, n, n, links)
+    x = draw.normal(size=(20_000, links + 1, n))
+    t = (effect + x[:, 1].mean(1) - x[:, 0].mean(1)) / np.sqrt(x.var(2, ddof=1).mean(1) * 2 / n)
+    assert (t > critical).mean() == pytest.approx(0.8, abs=allowance(0.8, 20_000))
+
+
 @pytest.mark.parametrize("effects", [[0, 0, 0, 0, 0, 0], [0, 0, 9, 9, 9, 12]])
 def test_a_chain_resolves_a_false_difference_in_at_most_five_percent(effects):
     """Neighbours share a group, so their differences are correlated; with true effects beside the null ones too."""

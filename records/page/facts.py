@@ -2,7 +2,8 @@
 
 Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/history.csv (every
 published record and claim, also those that are not implemented here), records/published_effects.csv (what authors state
-a technique is worth) and records/evidence/*.json (sweeps, and judge.json).
+a technique is worth) and records/evidence/*.json (sweeps, and judge.json). Nothing typed is believed: claims are verified
+again from their logs, and the figures of sweeps computed again from the losses beside them.
 
 history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked up);
 steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs), which
@@ -14,10 +15,11 @@ effect of adding the technique (negative is better), n runs (empty: not stated),
 
 import csv
 import json
+import math
 import re
-from statistics import fmean, stdev
 
 import deltas
+from records import statistics, sweep_report, verify
 from runlog import read_chain
 from settings import SCALES, UserError
 
@@ -105,7 +107,10 @@ def read_json(path):
 
 
 def read_sweeps(folder):
-    """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the code."""
+    """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the code.
+
+    UserError if a mean, effect, interval or p is not what the losses in the same file give.
+    """
     sweeps = []
     for path in sorted(folder.glob("*.json")):
         sweep = read_json(path)
@@ -114,13 +119,58 @@ def read_sweeps(folder):
         if lacking := SWEEP_KEYS - set(sweep):
             raise UserError(f"{path}: it lacks {', '.join(sorted(lacking))}: write it again with sweep.py or remove it")
         try:
+            about = base_of(sweep["base"])
+            if wrong := misstated(sweep):
+                raise UserError(f"{path}: {wrong}: not what its own losses give; write it again with sweep.py or remove it")
             for row in sweep["rows"]:
                 row["current"] = is_current(sweep, row)
-            sweeps.append({**sweep, "file": f"records/evidence/{path.name}", "about": base_of(sweep["base"])})
+            sweeps.append({**sweep, "file": f"records/evidence/{path.name}", "about": about})
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: not a sweep's evidence ({error!r}): write it again with sweep.py or remove "
                             "it") from None
     return sweeps
+
+
+def misstated(sweep):
+    """The first figure of a sweep that its losses do not give, '' if there is none."""
+    by_label = {row["arm"]: row for row in (sweep["control"], *sweep["rows"])}
+    for label, row in by_label.items():
+        about = statistics.describe(finished(row)) if finished(row) else {"n": 0, "mean": None, "sd": None}
+        if wrong := [k for k in ("n", "mean", "sd") if apart(row[k], about[k])]:
+            return f"{label}: {wrong[0]}"
+    measured = [row for row in sweep["rows"] if row["effect"] is not None]
+    if not measured:
+        return ""
+    pairs = {key_of(row): key_of(by_label[row.get("parent") or sweep["control"]["arm"]]) for row in measured}
+    losses = {key: finished(row) for row in reversed(by_label.values())
+              if (key := key_of(row)) in {*pairs, *pairs.values()} and finished(row)}
+    if sweep.get("paired"):
+        found = sweep_report.blocked(losses, list(pairs.items()), sweep["confidence"])
+    elif sweep["kind"] == "chain":
+        found = statistics.successive(losses, list(pairs.items()), sweep["confidence"])
+    else:
+        control = losses.pop(key_of(sweep["control"]))
+        found = statistics.against_control(control, {key: losses[key] for key in pairs}, sweep["confidence"])
+    for row in measured:
+        wrong = [k for k in ("effect", "low", "high", "p", "resolved") if apart(row[k], found["rows"][key_of(row)][k])]
+        if wrong:
+            return f"{row['arm']}: {wrong[0]}"
+    return next((k for k in ("pooled_sd", "df") if apart(sweep[k], found[k])), "")
+
+
+def finished(row):
+    """The final losses of an arm by seed; a diverged run has none."""
+    return [r["val_loss"] for r in sorted(row["runs"], key=lambda r: r["seed"]) if r.get("status", "finished") == "finished"]
+
+
+def key_of(row):
+    """What an arm's runs computed: arms of equal settings are one arm to the statistics."""
+    return row["runs"][0]["ml_hash"] if row["runs"] else row["arm"]
+
+
+def apart(a, b):
+    """Are two figures different beyond rounding (another scipy, another order of sums)?"""
+    return a != b if None in (a, b) or isinstance(b, bool) else not math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
 
 
 def is_current(sweep, row):
@@ -149,11 +199,20 @@ def base_of(base):
 
 
 def read_claims(record):
-    """What `records verify` found of the claims in a record's folder: results.json and `where` it lies, refused or not."""
+    """What `records verify` finds of the claims in a record's folder: results.json and `where` it lies, refused or not.
+
+    UserError if a results.json says anything else than its logs do now.
+    """
     found = []
     for path in sorted(record.folder.glob("**/results.json")):
+        if verify.REPRODUCTION in path.relative_to(record.folder).parts:  # part of the claim that it reproduces
+            continue
         results = read_json(path)
         if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and results.get("record") == record.ref:
+            wrong = verify.differences(results, json.loads(json.dumps(verify.verify(path.parent))))
+            if wrong:
+                raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its folder, and see "
+                                "what it says")
             found.append({**results, "where": path.parent.relative_to(ROOT).as_posix()})
     return found
 
@@ -186,7 +245,8 @@ def read_runs(record, claims=()):
 
 def mean_and_sd(values):
     """(mean, sd with n - 1 or None)."""
-    return fmean(values), stdev(values) if len(values) > 1 else None
+    about = statistics.describe(values)
+    return about["mean"], about["sd"]
 
 
 def at_scale(runs, scale):
@@ -361,6 +421,5 @@ def with_correlation(points):
     """Points with Spearman's rank correlation of x and y, to three digits (None below three points)."""
     found = {"rho": None, "low": None, "high": None}
     if len(points) >= 3:
-        from records import statistics  # scipy, only when there is something to correlate
         found = statistics.rank_correlation([p["x"] for p in points], [p["y"] for p in points])
     return {"points": points, **{k: None if found[k] is None else round(found[k], 3) for k in ("rho", "low", "high")}}

@@ -246,7 +246,7 @@ def settings_data(records):
 def shown_settings(ref):
     """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is `on`."""
     s = deltas.resolve(ref).settings
-    values = {p: deltas.show(v) for p, v in deltas.flat(s).items() if v is not None or not deltas.schema()[p].is_section}
+    values = {p: deltas.show(v) for p, v in deltas.flat(s).items() if v is not None}  # what is off is not there, as in a diff
     for path, f in deltas.schema().items():
         bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in deltas.schema())
         if bare and all(deltas.lookup(s, p) is not None for p in [*deltas.prefixes(path), path]):

@@ -9,8 +9,8 @@
 
 The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry. Values of
 an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep each and let --reuse share
-the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. records/sweep_plan.py says
-what is run, records/queue.py how a queue works, records/sweep_report.py what is concluded.
+the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. records/sweeps/plan.py says
+what is run, records/sweeps/queue.py how a queue works, records/sweeps/report.py what is concluded.
 """
 
 import argparse
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records import queue
-from records.sweep_plan import is_inert, make_plan, pairs_of, resolve
+from records.sweeps import queue
+from records.sweeps.plan import is_inert, make_plan, pairs_of, resolve
 from settings import SCALES, UserError, tokens_per_step
 
 
@@ -59,7 +59,7 @@ def print_plan(plan, options, root, workers):
 
 
 def print_power(plan, stated):
-    from records.sweep_report import detectable, earlier_sd
+    from records.sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
     if stated or known:
         sd, where = (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
@@ -132,7 +132,7 @@ class View:
 
     def tell_mde(self, done):
         from records import statistics
-        from records.sweep_report import detectable, losses, runs_of
+        from records.sweeps.report import detectable, losses, runs_of
         values = losses(runs_of(self.plan, self.plan["arms"][0], done))
         if len(values) >= max(2, min(4, self.plan["controls"])):
             self.sd_known = True
@@ -144,7 +144,7 @@ class View:
     def table(self, done, failed, running):
         from rich import box
         from rich.table import Table
-        from records.sweep_report import losses, runs_of
+        from records.sweeps.report import losses, runs_of
         todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
         settled = sum(t in done or t in failed for t, _, _ in todo)
         t = Table(box=box.SIMPLE_HEAD, title_justify="left", title=f"{self.plan['name']}  {settled}/{len(todo)} runs, "
@@ -171,7 +171,7 @@ class View:
 
 def start(options):
     """ablate, axis, chain: plan, tell, and run or go on."""
-    from records import worker
+    from records.sweeps import worker
     plan = make_plan(options)
     root = Path(options.dir or Path(options.runs) / plan["name"])
     queue.reuse_folders(root, options.reuse)
@@ -204,8 +204,8 @@ def prepare(plan, root, options):
 
 def run_queue(options, root, plan, slots):
     """Work until the queue is empty; then the report."""
-    from records import worker
-    from records.sweep_report import earlier_sd
+    from records.sweeps import worker
+    from records.sweeps.report import earlier_sd
     niceness = options.nice if options.nice is not None else (0 if slots[0]["CUDA_VISIBLE_DEVICES"] else 10)
     sd = getattr(options, "sd", None) or plan["paired"] or earlier_sd(plan)
     view = View(plan, root, len(slots), getattr(options, "cost_per_hour", None), sd)
@@ -223,7 +223,7 @@ def run_queue(options, root, plan, slots):
 
 def submit(options, root, plan):
     """The queue worked on by submitit's jobs; those on this machine are waited for."""
-    from records import worker
+    from records.sweeps import worker
     arguments = ["--stale", str(options.stale)] + (["--nice", str(options.nice)] if options.nice is not None else [])
     arguments += [part for folder in options.reuse for part in ("--reuse", str(Path(folder).resolve()))]
     jobs = worker.submit(options.launcher, root, plan, options.workers or 1, options.slurm, arguments)
@@ -239,7 +239,7 @@ def submit(options, root, plan):
 
 def conclude(root):
     """Report files and table of a queue that has come to its end. Exit code 1 if anything failed."""
-    from records.sweep_report import print_table, report
+    from records.sweeps.report import print_table, report
     _, failed = queue.settled(root)
     print_failures(root, failed, sys.stderr)
     try:
@@ -260,7 +260,7 @@ def print_failures(root, failed, file):
 
 
 def work(options):
-    from records import worker
+    from records.sweeps import worker
     root = Path(options.dir)
     plan = queue.load_plan(root)
     slots = worker.slots(plan, options.workers, options.gpus)
@@ -270,7 +270,7 @@ def work(options):
 
 def status(options):
     """The table so far, who works on what, and what failed."""
-    from records.sweep_report import collect, evidence, print_table
+    from records.sweeps.report import collect, evidence, print_table
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     root = Path(options.dir)
     plan, done, failed, survivors = collect(root, check=False)
@@ -287,7 +287,7 @@ def status(options):
 
 
 def report(options):
-    from records.sweep_report import print_table, report as write_report
+    from records.sweeps.report import print_table, report as write_report
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     found, paths = write_report(Path(options.dir), options.out)
     print_table(found)

@@ -119,17 +119,17 @@ def features(options):
     print("\n* a feature: --with and --without turn it on and off")
 
 
-# Commands with a module of their own (records/<name>.py: arguments(parser), run(options) -> exit code), imported only
+# Commands with a module of their own (arguments(parser), run(options) -> exit code), imported only
 # when they are called, because some need numpy, scipy or matplotlib.
 MODULES = {
-    "plot": "curves of runs as a PNG",
-    "judge": "every published record judged again from its raw runs",
-    "compare": "arms against each other, interleaved on this machine",
-    "submit": "register, run, verify and write up a new record",
-    "verify": "check a claim from its logs alone",
-    "audit": "test the code at a git ref in a process of its own",
-    "replay": "run again what a log describes, and compare",
-    "leaderboard": "write the index, LINEAGE.md and the page from the committed data",
+    "plot": ("records.plot", "curves of runs as a PNG"),
+    "judge": ("records.judge", "every published record judged again from its raw runs"),
+    "compare": ("records.claims.compare", "arms against each other, interleaved on this machine"),
+    "submit": ("records.claims.submit", "register, run, verify and write up a new record"),
+    "verify": ("records.claims.verify", "check a claim from its logs alone"),
+    "audit": ("records.audit", "test the code at a git ref in a process of its own"),
+    "replay": ("records.claims.replay", "run again what a log describes, and compare"),
+    "leaderboard": ("records.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
 }
 
 
@@ -155,10 +155,10 @@ def parser(command=None):
     c.add_argument("--scale", choices=list(SCALES), default="full")
     c = add("features", features, "the whole vocabulary: meaning, unit, since when, what --without does, what it needs")
     c.add_argument("word", nargs="?", help="show only settings that mention this word")
-    for name, help in MODULES.items():
+    for name, (path, help) in MODULES.items():
         c = add(name, None, help)
         if name == command:
-            module = importlib.import_module(f"records.{name}")
+            module = importlib.import_module(path)
             module.arguments(c)
             c.set_defaults(run=module.run)
     return p

@@ -221,8 +221,8 @@ class Trainings:
         folder = self.folder / name
         folder.mkdir()
         (folder / "spec.json").write_text(json.dumps({
-            "job": job, "checkout": str(self.folder / "checkout"), "record": self.record, "scale": self.scale,
-            "seconds": self.timeout, **spec}))
+            "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT), "record": self.record,
+            "scale": self.scale, "seconds": self.timeout, **spec}))
         environment = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8",
                        "SPEEDRUN_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": "",
                        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}

@@ -445,8 +445,8 @@ def causality(observed, spec):
 # ----- normalisation ------------------------------------------------------------------------------------------------
 
 def normalisation(observed, spec):
-    """Every token of the vocabulary as the target, in validate: at each position of one row, whose tokens stay; and at
-    one position where it is the next input too, as in text."""
+    """Every class as the target, in validate: at each position of one row, whose tokens stay; and at one position where
+    it is the next input too, as in text (but not the classes of padding: a token table may lack them)."""
     classes, rows = spec["padded_vocab"], observed.last.given.find(is_rows, 1)[0]
     row = rows[0, 0, :65]
     every = np.arange(classes)
@@ -455,8 +455,10 @@ def normalisation(observed, spec):
     targets = torch.from_numpy(np.resize(every, len(same)))[:, None].repeat(1, length)
     sums = (-observed.row_losses(same.reshape(shape), targets)[:classes].double()).exp().sum(0)
     changed = changed[:, :2 * middle + 1]
-    changed[:, middle] = np.resize(every, len(changed))
-    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1))[:classes, middle - 1]
+    changed[:spec["vocab_size"], middle] = every[:spec["vocab_size"]]
+    targets = torch.from_numpy(changed[:, 1:].astype(np.int64))
+    targets[:, middle - 1] = torch.from_numpy(np.resize(every, len(same)))
+    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:classes, middle - 1]
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
     return max(error, abs(total - 1)) <= TOLERANCE, (
         f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at {length} "

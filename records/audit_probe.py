@@ -88,7 +88,7 @@ def limit_writes(folder):
     return "limited to the audit's folder"
 
 
-def require_origin(checkout):
+def require_origin(checkout, auditor):
     """Every module of the project that is loaded must lie in the audited checkout, and none in the auditor's."""
     names = {p.stem for p in checkout.glob("*.py")} | {p.parent.name for p in checkout.glob("*/__init__.py")}
     for name, module in list(sys.modules.items()):
@@ -98,7 +98,7 @@ def require_origin(checkout):
                 raise Unknown(f"{name} was imported from {file or 'no file'}, which is not in the audited checkout")
         elif file and not file.startswith((sys.prefix, sys.base_prefix)):  # not a library
             path = Path(file).resolve()
-            if path.is_relative_to(HERE.parent) and path not in (HERE / "audit_probe.py", HERE / "audit_model.py"):
+            if path.is_relative_to(auditor) and path not in (HERE / "audit_probe.py", HERE / "audit_model.py"):
                 raise Unknown(f"{name} was imported from the auditor's checkout ({path})")
 
 
@@ -183,7 +183,7 @@ def main(path):
     sys.path.insert(0, str(checkout))
     try:
         result = jobs[spec["job"]](spec)
-        require_origin(checkout)
+        require_origin(checkout, Path(spec["auditor"]))
     except Exception as error:
         if type(error).__name__ not in ("UserError", "Unknown"):
             raise

@@ -8,11 +8,11 @@
 
 Data (KellerJordan/modded-nanogpt, snapshot of 2026-08-01; logs by the people named there):
 
-published_runs.csv, one line per run in a log:
+published/runs.csv, one line per run in a log:
     track (short, medium, optimizer), dir and log (where the log lies in the track's folder), run (number inside a log of
     several), step (last validated), val_loss (there, nats per token), time_ms (clock there; empty: not logged),
     group (which runs of the folder are one setting: the sub-folder, or a label where a folder mixes settings).
-published_groups.csv, one line per group:
+published/groups.csv, one line per group:
     track, record (id; empty: belongs to none), date, dir, group, runs (how many the other file must hold).
     role: `record` is the one group per record that counts; baseline, other, incomplete, duplicate do not.
     step: where the loss counts; empty if the runs of a group differ. On the optimizer track the published step; runs may go
@@ -39,7 +39,7 @@ from records.statistics import describe, difference, ratio, target_test, z_pairw
 from settings import UserError
 
 HERE = Path(__file__).parent
-RUNS, GROUPS = "published_runs.csv", "published_groups.csv"
+RUNS, GROUPS = "published/runs.csv", "published/groups.csv"
 RESTORE = f"restore both tables with `git checkout -- records/{RUNS} records/{GROUPS}`"
 TARGETS = {"short": 3.28, "medium": 2.92, "optimizer": 3.28}
 USUAL_SD = {"short": 0.00124, "medium": 0.0008, "optimizer": 0.0013}  # of one run, to give a margin its size

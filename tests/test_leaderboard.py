@@ -14,7 +14,8 @@ import pytest
 import browser_page
 import claim_builder
 import deltas
-from records import leaderboard, statistics, verify
+from records import leaderboard, statistics
+from records.claims import verify
 from records.page import facts, sections, tags
 from settings import UserError
 
@@ -367,15 +368,15 @@ def test_bad_evidence_is_one_clear_line(text, message, tmp_path):
 def test_bad_tables_are_one_clear_line(tmp_path, monkeypatch):
     records = deltas.load_records()
     monkeypatch.setattr(deltas, "RECORDS", tmp_path)
-    text = (ROOT / "records/history.csv").read_text()
+    text = (ROOT / "records/published/history.csv").read_text()
     for old, new, message in (("2024-05-28,45,", "2024-05-28,44,", "short/1 took 44 minutes"),
                               ("2024-05-28,45,", "2024-05-28,soon,", "line 2: minutes is not a number: 'soon'"),
                               ("2024-05-28,45,", "2024-05-28,", "line 2 has not as many columns")):
-        (tmp_path / "history.csv").write_text(text.replace(old, new, 1))
+        (tmp_path / "published/history.csv").write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=message):
             facts.read_history(records)
-    effects = (ROOT / "records/published_effects.csv").read_text()
-    (tmp_path / "published_effects.csv").write_text(effects.replace("model.residual.x0_mix", "model.residual.x0_mx"))
+    effects = (ROOT / "records/published/effects.csv").read_text()
+    (tmp_path / "published/effects.csv").write_text(effects.replace("model.residual.x0_mix", "model.residual.x0_mx"))
     with pytest.raises(UserError, match="did you mean model.residual.x0_mix"):
         facts.read_effects()
 

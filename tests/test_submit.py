@@ -14,7 +14,7 @@ import pytest
 
 import deltas
 from claim_builder import FakeTime, advance, arm, build, declaration
-from records import compare, manifest, submit, verify, writeup
+from records.claims import compare, manifest, submit, verify, writeup
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -16,8 +16,9 @@ from scipy import stats
 import deltas
 import runlog
 import sweep
-from records import queue, statistics, sweep_report, worker
-from records.sweep_plan import grouped, make_plan, pairs_of, split
+from records import statistics
+from records.sweeps import queue, worker, report as sweep_report
+from records.sweeps.plan import grouped, make_plan, pairs_of, split
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,7 @@ import deltas
 import runlog
 import schedule
 from claim_builder import MACHINE, Forgery, arm, build, declaration
-from records import checks, claims, provenance, verify
+from records.claims import claim_laws, provenance, run_laws, verify
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -1040,7 +1040,7 @@ def test_a_consistent_forgery_passes_and_the_documentation_says_so(claim):
 
 def test_the_documentation_names_every_grade_and_tolerance():
     page = (ROOT / "records/EVIDENCE.md").read_text()
-    for text in ("`consistent`", "`audited`", "`reproduced`", "1e-4", "5e-2", f"{checks.LOSS_LIMIT:g}"):
+    for text in ("`consistent`", "`audited`", "`reproduced`", "1e-4", "5e-2", f"{run_laws.LOSS_LIMIT:g}"):
         assert text in page, text
 
 
@@ -1048,25 +1048,25 @@ def test_the_documentation_names_every_grade_and_tolerance():
 
 def test_a_compiled_model_warms_up_each_of_its_windows():
     s = deltas.resolve("short/13", scale="micro").settings
-    log = checks.Log("x", None, [({"kind": "start", "device": "1 x NVIDIA H100"}, "")], s)
-    assert checks.warmup_steps(log) == 2 + len({p.windows for p in schedule.plan(s)})
+    log = run_laws.Log("x", None, [({"kind": "start", "device": "1 x NVIDIA H100"}, "")], s)
+    assert run_laws.warmup_steps(log) == 2 + len({p.windows for p in schedule.plan(s)})
     log.links[0][0]["device"] = "CPU, 1 process, 2 threads"
-    assert checks.warmup_steps(log) == 3
+    assert run_laws.warmup_steps(log) == 3
     log.settings = deltas.resolve("short/13", scale="micro", sets=["system.warmup_steps=0"]).settings
-    assert checks.warmup_steps(log) == 0
+    assert run_laws.warmup_steps(log) == 0
 
 
 # ----- code at a commit -------------------------------------------------------------------------------------------------
 
 def test_sources_are_compared_with_the_files_of_their_commit_without_running_them():
-    from records import arms
+    from records.claims import arms
     if not arms.is_checkout():
         pytest.skip("no git checkout")
     commit = arms.line("rev-parse", "HEAD")
     declared = {"commit": commit, "tree": arms.line("rev-parse", "HEAD^{tree}")}
     names = ["train_gpt.py", "model.py", "data/stream.py"]
     text = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
-    found = claims.Evidence(Path("x"), None)
+    found = claim_laws.Evidence(Path("x"), None)
 
     def problems(text, arm):
         return list(provenance.check_commit(found, "new", arm, "0" * 16, text))
@@ -1233,8 +1233,8 @@ def test_no_value_in_any_field_of_a_log_can_crash_it(claim):
                 claim.logs[name] = json.loads(original)
                 claim.logs[name][i][field] = junk
                 folder = rewritten(claim, name)
-                log, problems = checks.read_log(folder, name)
-                problems += checks.check_run(log) if log else []
+                log, problems = run_laws.read_log(folder, name)
+                problems += run_laws.check_run(log) if log else []
                 assert all(isinstance(p, str) for p in problems)
 
 

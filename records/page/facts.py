@@ -1,15 +1,15 @@
 """What the pages say: the committed data gathered as plain values, and the few answers that several pages give.
 
-Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/history.csv (every
-published record and claim, also those that are not implemented here), records/published_effects.csv (what authors state
+Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/published/history.csv (every
+published record and claim, also those that are not implemented here), records/published/effects.csv (what authors state
 a technique is worth) and records/evidence/*.json (sweeps, and judge.json). Nothing typed is believed: claims are verified
 again from their logs, and the figures of sweeps computed again from the losses beside them.
 
-history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked up);
+published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked up);
 steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs), which
 from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by the
 whole record, where its authors or logs state one (negative is better).
-published_effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
+published/effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
 effect of adding the technique (negative is better), n runs (empty: not stated), who says so.
 """
 
@@ -19,7 +19,9 @@ import math
 import re
 
 import deltas
-from records import statistics, sweep_report, verify
+from records import statistics
+from records.claims import verify
+from records.sweeps import report as sweep_report
 from runlog import read_chain
 from settings import SCALES, UserError
 
@@ -57,11 +59,11 @@ def read_rows(path, numbers):
 
 
 def read_history(records):
-    """Rows of history.csv, joined with the records here: those overrule title, date, people and kind.
+    """Rows of published/history.csv, joined with the records here: those overrule title, date, people and kind.
 
-    A record here that history.csv does not know (a new one) is added. Minutes that differ are an error: one is wrong.
+    A record here that published/history.csv does not know (a new one) is added. Minutes that differ are an error: one is wrong.
     """
-    path = deltas.RECORDS / "history.csv"
+    path = deltas.RECORDS / "published/history.csv"
     rows = read_rows(path, ["minutes", "steps", "tokens", "val_loss", "runs", "effect_steps", "effect_loss"])
     for row in rows:
         row["ref"] = f"{row['lineage']}/{row['id']}"
@@ -79,7 +81,7 @@ def read_history(records):
 
 
 def new_row(record):
-    """The history row of a record that history.csv does not know."""
+    """The history row of a record that published/history.csv does not know."""
     lineage, _, name = record.ref.partition("/")
     empty = dict.fromkeys(("steps", "tokens", "effect_steps", "effect_loss"))
     return {"ref": record.ref, "lineage": lineage, "id": name, "date": record.date, "status": "record",
@@ -89,7 +91,7 @@ def new_row(record):
 
 
 def read_effects():
-    path = deltas.RECORDS / "published_effects.csv"
+    path = deltas.RECORDS / "published/effects.csv"
     rows = read_rows(path, ["effect", "n"])
     for line, row in enumerate(rows, 2):
         if row["measure"] not in ("loss", "steps", "seconds"):
@@ -378,7 +380,7 @@ def techniques(site, scale):
 
 
 def whole_record(h):
-    """The published effect of a whole record, from history.csv: loss at equal steps if stated, else steps."""
+    """The published effect of a whole record, from published/history.csv: loss at equal steps if stated, else steps."""
     loss = h["effect_loss"] is not None
     return {"measure": "loss" if loss else "steps", "effect": h["effect_loss"] if loss else h["effect_steps"],
             "n": h["runs"], "source": "the whole record", "note": h["note"]}

@@ -34,8 +34,8 @@ def index(site):
                            ", ".join(file_links(r, runs, site["claims"][ref]))]))
     absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
     lines.append(f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
-                 "[history.csv](history.csv) with their people, and at\nthe end of [LINEAGE.md](../LINEAGE.md). What "
-                 "authors state that a technique is worth: [published_effects.csv](published_effects.csv).\nSweeps made "
+                 "[published/history.csv](published/history.csv) with their people, and at\nthe end of [LINEAGE.md](../LINEAGE.md). What "
+                 "authors state that a technique is worth: [published/effects.csv](published/effects.csv).\nSweeps made "
                  "here: [evidence](evidence). All of it in one page: [site/index.html](../site/index.html).")
     return "\n".join(lines) + "\n"
 

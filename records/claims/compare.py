@@ -5,7 +5,7 @@
     python -m records compare short/11 script:../upstream/train_gpt.py --runs 8 --nproc 8
 
 The first arm is the one that the others are compared with. Runs come in blocks that hold every arm once, in random order,
-after one discarded run. The folder holds manifest.jsonl (records/manifest.py), runs/, results.json and, where the arms
+after one discarded run. The folder holds manifest.jsonl (records/claims/manifest.py), runs/, results.json and, where the arms
 differ in code, code.diff. A stopped comparison goes on with --resume DIR.
 """
 
@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 import runlog
-from records import arms, manifest
+from records.claims import arms, manifest
 from settings import SCALES, UserError
 
 GOAL = 0.002  # nats: about 1.5 sd of a full-scale run, and what a record is kept below its target

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records import textlog
+from records.claims import textlog
 from settings import UserError
 
 ROOT = runlog.ROOT

@@ -1,7 +1,7 @@
 """Where the runs of a claim come from: settings that a record resolves to, code at a commit, tokens of a corpus.
 
 Each check is a generator of problems, one line each; what cannot be known here goes to `found.unknown`. `found` is the
-records.claims.Evidence of the claim folder. Nothing of a submission is executed: git is only asked for the text of files.
+records.claims.claim_laws.Evidence of the claim folder. Nothing of a submission is executed: git is only asked for the text of files.
 """
 
 import collections
@@ -12,8 +12,8 @@ import re
 import deltas
 import runlog
 import settings
-from records import arms, manifest
-from records.checks import alike
+from records.claims import arms, manifest
+from records.claims.run_laws import alike
 from settings import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read

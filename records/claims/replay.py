@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import runlog
-from records import arms, compare, textlog, verify
+from records.claims import arms, compare, textlog, verify
 from settings import UserError
 
 DIFFERS = 3

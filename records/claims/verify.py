@@ -4,7 +4,7 @@
     python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades
     python -m records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
 
-First the laws of the logs (records.checks, claims and provenance): all problems are listed, and one is enough to refuse.
+First the laws of the logs (records.claims.run_laws, claims and provenance): all problems are listed, and one is enough to refuse.
 Then the statistics: an ml claim must reach the target and be faster than its parent; a systems claim must compute the same
 and be faster. Writes DIR/results.json (and DIR/README.md anew, if it is there), and keeps what raised the grade as
 DIR/audit.json and DIR/reproduction/, which are read by default. Exit code 0: consistent and
@@ -20,8 +20,8 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records import claims, compare, manifest, textlog, writeup
-from records.provenance import last_ml
+from records.claims import claim_laws, compare, manifest, textlog, writeup
+from records.claims.provenance import last_ml
 from settings import UserError
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3
@@ -85,7 +85,7 @@ def verify(folder, audit=None, reproduction=None, page=True):
     audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md held against it?
     """
     folder = Path(folder)
-    found = claims.examine(folder)
+    found = claim_laws.examine(folder)
     d = found.declaration or {}
     results = {"version": 1, "claim": d.get("claim"), "record": d.get("record"), "scale": d.get("scale"),
                "verdict": "refused", "grade": "none", "reasons": [], "problems": found.problems,
@@ -121,7 +121,7 @@ def verify(folder, audit=None, reproduction=None, page=True):
 
 def untimed(found, name):
     """{start, warmup}: mean seconds before the clock of an arm's counted runs, or None without logs."""
-    rows = [claims.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
+    rows = [claim_laws.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
     rows = [row for row in rows if row is not None]
     return {key: middle.fmean(row[what] for row in rows) / 1000 for key, what in (("start", "start"), ("warmup", "warm-up"))
             } if rows else None
@@ -379,7 +379,7 @@ def grade_audit(results, audit, new):
 
 def grade_reproduction(results, found, folder):
     """`reproduced` if the same claim of another machine is consistent, and its runs show all of it by themselves."""
-    other = claims.examine(folder)
+    other = claim_laws.examine(folder)
     why = not_a_reproduction(found, other)
     if why:
         results["unknown"].append(f"the reproduction offered is none: {why}")

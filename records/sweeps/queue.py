@@ -21,7 +21,7 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records.sweep_plan import resolve
+from records.sweeps.plan import resolve
 from settings import NUMERICS_VERSION, UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")

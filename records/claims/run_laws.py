@@ -1,7 +1,7 @@
 """The laws of one run's log: what a run folder must hold to be evidence. Nothing of the run is executed.
 
 A run folder is run.jsonl (the chain) with log.txt and summary.json, which must follow from it. Each check is a generator of
-problems, one line `artefact: reason` each, so that all of them are found and not only the first. `records.claims` checks
+problems, one line `artefact: reason` each, so that all of them are found and not only the first. `records.claims.claim_laws` checks
 what holds between runs, and between a run and the manifest that announced it.
 """
 
@@ -326,7 +326,7 @@ def check_clock(log):
     one. All validations of a run do nearly the same work (windows grow), so the untimed rests must agree: one that is much
     longer than the shortest hides work (tolerance: three times that plus a second; machines are not idle). The shortest,
     because what is taken off every interval alike would be the usual rest; no training precedes step 0 that could be hidden
-    in its rest. `records.claims` holds the rests of the arms against each other.
+    in its rest. `records.claims.claim_laws` holds the rests of the arms against each other.
     """
     artefact, walls = f"{log.where}/run.jsonl", [e["wall_ms"] for e in log.events]
     if any(b < a for a, b in zip([0.0, *walls], walls)):

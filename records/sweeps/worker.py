@@ -1,4 +1,4 @@
-"""A sweep's worker: takes targets from a queue (records/queue.py) and trains them, one process per GPU or share of the CPU.
+"""A sweep's worker: takes targets from a queue (records/sweeps/queue.py) and trains them, one process per GPU or share of the CPU.
 
 A run dies with its worker, however that ends, so a kill loses the runs in progress and nothing else. No torch here.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records import queue
-from records.sweep_plan import flags_of, resolve
+from records.sweeps import queue
+from records.sweeps.plan import flags_of, resolve
 from settings import UserError
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
@@ -215,7 +215,7 @@ class Worker:
         """Once the groups are settled, write down whose members are run. True if there was anything to decide."""
         if not self.plan["groups"] or (self.root / "survivors.json").exists():
             return False
-        from records.sweep_report import screen
+        from records.sweeps.report import screen
         queue.write_once(self.root / "survivors.json", json.dumps(screen(self.plan, self.done), indent=1) + "\n")
         return True
 

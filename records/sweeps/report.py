@@ -11,8 +11,9 @@ import math
 from pathlib import Path
 
 import runlog
-from records import queue, statistics
-from records.sweep_plan import compared_with, is_inert, pairs_of
+from records import statistics
+from records.sweeps import queue
+from records.sweeps.plan import compared_with, is_inert, pairs_of
 from settings import UserError
 
 NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it

@@ -21,8 +21,8 @@ import tomllib
 from pathlib import Path
 
 import deltas
-from records import arms, compare, manifest, verify, writeup
-from records.provenance import differing, last_ml
+from records.claims import arms, compare, manifest, verify, writeup
+from records.claims.provenance import differing, last_ml
 from settings import SCALES, UserError
 
 ALPHA = 0.01  # of a record

@@ -1,11 +1,11 @@
 """The laws of a claim: its manifest, and its runs against the manifest and against each other.
 
-    DIR/manifest.jsonl   the plan, declared before the first run, and every run (records.manifest)
-    DIR/runs/            a folder per run (records.checks), and the sources they ran, once per content
+    DIR/manifest.jsonl   the plan, declared before the first run, and every run (records.claims.manifest)
+    DIR/runs/            a folder per run (records.claims.run_laws), and the sources they ran, once per content
     DIR/record.toml      the record that is claimed, where it is new
 
 `examine` reads all of it and returns everything that is wrong, one line each. Nothing of a submission is executed: logs,
-settings and sources are data. Where runs come from (settings, code, tokens) is the business of records.provenance.
+settings and sources are data. Where runs come from (settings, code, tokens) is the business of records.claims.provenance.
 """
 
 import collections
@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import runlog
-from records import arms, checks, compare, manifest, provenance, textlog
-from records.checks import alike
+from records.claims import arms, compare, manifest, provenance, run_laws, textlog
+from records.claims.run_laws import alike
 from settings import UserError
 
-START_MS = 60_000.0  # what start and warm-up of like runs may differ by beyond checks.LONGER: disks and compilers vary
+START_MS = 60_000.0  # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
 CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
 
@@ -30,7 +30,7 @@ MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; n
 class Evidence:
     """A claim folder as read. `unknown`: what no log tells.
 
-    logs: run number -> checks.Log of a record's run; scripts: run number -> textlog dict of a script's run.
+    logs: run number -> run_laws.Log of a record's run; scripts: run number -> textlog dict of a script's run.
     """
     folder: Path
     claim: manifest.Claim
@@ -56,7 +56,7 @@ def examine(folder):
     logs = read_runs(found)
     for log in logs.values():
         if log is not None:
-            found.problems += checks.check_run(log)
+            found.problems += run_laws.check_run(log)
     if not whole:  # what is registered cannot be told
         return found
     found.problems += check_dates(dates)
@@ -134,7 +134,7 @@ def read_runs(found):
     for path in sorted(runs.iterdir()) if runs.is_dir() else []:
         if path.is_dir():
             where = f"runs/{path.name}"
-            log, problems = checks.read_log(path, where) if (path / "run.jsonl").exists() else (None, [])
+            log, problems = run_laws.read_log(path, where) if (path / "run.jsonl").exists() else (None, [])
             logs[path.name] = log
             found.problems += problems
     return logs
@@ -257,16 +257,16 @@ def check_untimed(found):
         for what in ("start", "warm-up"):
             least = min((x[what] for x in rows), default=0.0)
             for x in rows[1:]:
-                if x[what] > checks.LONGER * least + START_MS:
+                if x[what] > run_laws.LONGER * least + START_MS:
                     yield (f"{x['where']}: work before the clock: its {what} took {x[what] / 1000:.0f} s, the shortest of "
                            f"arm {name} {least / 1000:.0f} s")
     if not (times.get("new") and times.get("parent")):
         return
     why = found.declaration.get("long_start")
     measured = [found.of(name)[0].start["settings"].get("validation") for name in ("new", "parent")]
-    for what, slack in (("start", START_MS), ("warm-up", START_MS), ("validation", checks.UNTIMED_MS)):
+    for what, slack in (("start", START_MS), ("warm-up", START_MS), ("validation", run_laws.UNTIMED_MS)):
         new, parent = (middle.median(x[what] for x in times[name]) for name in ("new", "parent"))
-        if new <= checks.LONGER * parent + slack:
+        if new <= run_laws.LONGER * parent + slack:
             continue
         if what == "validation":
             if measured[0] == measured[1]:

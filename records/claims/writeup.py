@@ -11,7 +11,7 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records import provenance
+from records.claims import provenance
 from settings import UserError
 
 

@@ -286,7 +286,8 @@ def warm_up(run, seed):
 
 def compiled_graphs():
     """Number of graphs that torch.compile has made in this process so far."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second, and who does not compile has none
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 # ----- reporting ----------------------------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ def attention_backend(model, world, plans):
     """Names of the attention backends that training steps use, over all their windows."""
     s, names = model.settings, set()
     rows = torch.zeros((1, s.data.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
-    for windows in {p.windows for p in plans}:
+    for windows in reversed(dict.fromkeys(p.windows for p in plans)):  # the first one last: the rotary tables follow them
         context = model.context(rows, 0, windows)
         names |= {"dense"} if context is None else set(context.backends())
     return ", ".join(sorted(names))

@@ -63,7 +63,9 @@ def print_power(plan, stated):
     known = None if stated else earlier_sd(plan)
     if stated or known:
         sd, where = (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
-        print(f"minimal detectable effect: {detectable(plan, sd):.4f} nats at 80 % power, from sd {sd:.4f} ({where})")
+        least = detectable(plan, sd)
+        print(f"minimal detectable effect: {least:.4f} nats at 80 % power, from sd {sd:.4f} ({where})" if least else
+              "minimal detectable effect: none, one run an arm shows no spread and gives no interval")
     elif plan["seeds"] + plan["controls"] > 2:
         print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep tells the sd "
               "(--sd states one), so the nats follow after the first controls")

@@ -38,9 +38,9 @@ import deltas
 from records.statistics import describe, difference, ratio, target_test, z_pairwise, z_rule
 from settings import UserError
 
-HERE = Path(__file__).parent
-RUNS, GROUPS = "published/runs.csv", "published/groups.csv"
-RESTORE = f"restore both tables with `git checkout -- records/{RUNS} records/{GROUPS}`"
+HERE = Path(__file__).parent / "published"
+RUNS, GROUPS = "runs.csv", "groups.csv"
+RESTORE = f"restore both tables with `git checkout -- records/published/{RUNS} records/published/{GROUPS}`"
 TARGETS = {"short": 3.28, "medium": 2.92, "optimizer": 3.28}
 USUAL_SD = {"short": 0.00124, "medium": 0.0008, "optimizer": 0.0013}  # of one run, to give a margin its size
 RULE_SINCE = "2024-12-04"  # p < 0.01 appears in the rules

@@ -245,18 +245,18 @@ RUN_LINE = "optimizer,20260501_muonsq,,bb903816-ea27-4f5f-8028-c963d38c6a7f.txt,
     (judge.GROUPS, ",1,3.2752,,,", ",,3.2752,,,", "needs its claimed_runs")])
 def test_damaged_tables_are_refused_with_the_line(tmp_path, name, old, new, message):
     for file in (judge.RUNS, judge.GROUPS):
-        shutil.copy(ROOT / "records" / file, tmp_path)
+        shutil.copy(judge.HERE / file, tmp_path)
     text = (tmp_path / name).read_text()
     assert text.count(old) == 1, old
     (tmp_path / name).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=re.escape(message)) as caught:
         judge.load(tmp_path)
-    assert "\n" not in str(caught.value) and re.search(r"published_\w+.csv line \d+: .*; restore both", str(caught.value))
+    assert "\n" not in str(caught.value) and re.search(r"(runs|groups).csv line \d+: .*; restore both", str(caught.value))
 
 
 @pytest.mark.parametrize("content", [b"", b"track,dir\n", b"\xff\xfe\x00", None])
 def test_an_empty_foreign_or_missing_table_is_refused(tmp_path, content):
-    shutil.copy(ROOT / "records" / judge.GROUPS, tmp_path)
+    shutil.copy(judge.HERE / judge.GROUPS, tmp_path)
     if content is not None:
         (tmp_path / judge.RUNS).write_bytes(content)
     with pytest.raises(UserError, match=judge.RUNS):

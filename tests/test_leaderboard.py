@@ -368,6 +368,7 @@ def test_bad_evidence_is_one_clear_line(text, message, tmp_path):
 def test_bad_tables_are_one_clear_line(tmp_path, monkeypatch):
     records = deltas.load_records()
     monkeypatch.setattr(deltas, "RECORDS", tmp_path)
+    (tmp_path / "published").mkdir()
     text = (ROOT / "records/published/history.csv").read_text()
     for old, new, message in (("2024-05-28,45,", "2024-05-28,44,", "short/1 took 44 minutes"),
                               ("2024-05-28,45,", "2024-05-28,soon,", "line 2: minutes is not a number: 'soon'"),

@@ -928,6 +928,7 @@ def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
     results = built(folder, arms, record="short/901")
     assert any("neither in this checkout nor in record.toml of the claim" in p for p in results["problems"])
     (folder / "record.toml").write_text(line + '[delta]\n"optim.muon.lr" = 0.05\n')
+    assert verify.verify(folder)["problems"] == []
     assert verify.verify(folder)["verdict"] == "shown"
     (folder / "record.toml").write_text(line + '[delta]\n"optim.muon.lr" = 0.06\n')
     assert verify.verify(folder)["problems"] == [

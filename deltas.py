@@ -26,7 +26,7 @@ RECORDS = Path(__file__).parent / "records"
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
-SOURCES = ("log", "lineage", "reconstructed")
+SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
 # ----- records on disk --------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 The constructors choose parts from the settings once; forward reads like the equations. A feature that is off is None
 or a plain constant, and costs nothing. Shapes: R rows (sequences), T tokens, D model_dim, H heads, K head_dim,
-F hidden width, V padded vocabulary, L layers. Every rule that looks back acts along T; nothing joins across R.
+F hidden width, V padded vocabulary, L layers, E experts. Every rule that looks back acts along T; nothing joins across R.
 
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
@@ -12,13 +12,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import attention
+from kernels import attention, experts
 from kernels.fp8_linear import fp8_linear
 from schedule import layer_spans
-from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, table_rows
+from settings import (LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim)
 
 
 def dtype(name):
@@ -39,14 +40,14 @@ def constant(value):
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def parameter(shape, dtype_name, *, role, init, parts=None, label=""):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar), an optional label below it, and initialiser.
+def parameter(shape, dtype_name, *, role, init, parts=None, first_part=0, label=""):
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label below it, and initialiser.
 
-    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor. The values are
-    filled by GPT.initialise, not here.
+    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of the
+    first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
-    p.role, p.label, p.parts = role, label, parts or [init]
+    p.role, p.label, p.parts, p.first_part = role, label, parts or [init], first_part
     return p
 
 
@@ -139,7 +140,7 @@ class Rotary(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        n, self.rope, self.width = s.numerics, s.model.attn.rope, head_dim(s)
+        n, self.rope, self.width = s.numerics, s.model.attn.rope, rotary_dim(s)
         self.table_dtype, self.frequency_dtype, self.math_dtype = dtype(n.rope), dtype(n.rope_frequency), dtype(n.rope_math)
         self.block = s.model.attn.window.block if s.model.attn.window else None
         self.length = max(s.data.seq_len, s.validation.seq_len)
@@ -286,10 +287,16 @@ class Attention(nn.Module):
         a, d, n = s.model.attn, s.model.model_dim, s.numerics
         self.num_heads, self.head_dim = a.num_heads, head_dim(s)
         inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
-        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", init=None, parts=[inner, inner, inner, out])
-        self.bias = self.gate = None
+        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out])
+        self.bias = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+        self.common_parts(s)
+
+    def common_parts(self, s):
+        """What every kind of attention has: head gate, QK norm, scale of the branch."""
+        a, n = s.model.attn, s.numerics
+        self.gate = None
         if a.gate:
             self.gate = parameter((a.num_heads, a.gate.channels), n.gate, role="matrix", init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
@@ -319,9 +326,13 @@ class Attention(nn.Module):
             y = attention.attend_cached(q, k, v, *(view or ()), scale=scale)
         else:
             y = attention.attend(q, k, v, view, scale)
+        return self.output(x, y, w_o[0], None if b_o is None else b_o[0])
+
+    def output(self, x, y, weight, bias=None):
+        """The heads' outputs y (R, T, H, value width), gated by x, through the output projection."""
         if self.gate is not None:  # (R, T, H): one factor per head
             y = y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]
-        y = linear(y.reshape(rows, tokens, d), w_o[0], None if b_o is None else b_o[0])
+        y = linear(y.flatten(2), weight, bias)
         return y if self.branch_scale is None else self.branch_scale * y
 
     def place(self, x, rotary, start):
@@ -335,15 +346,103 @@ class Attention(nn.Module):
         return x
 
 
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19): c = norm(W_dkv x), keys and values W_uk c and W_uv c.
+
+    A head's query and key: `still` channels and `turning` ones with rotary positions; the keys' turning part W_kr x is one for
+    all heads. Two caches: [keys, values] of the ordinary form, or [c, turning key, 1 / root mean square of each head's key] of
+    the absorbed form, where W_uk moves to the query and W_uv behind the softmax; equal in exact arithmetic.
+    """
+
+    def __init__(self, s):
+        nn.Module.__init__(self)
+        a, latent, d, n = s.model.attn, s.model.attn.latent, s.model.model_dim, s.numerics
+        self.num_heads, self.still, self.turning, self.value = a.num_heads, latent.still, latent.turning, latent.value
+
+        def matrix(rows, cols, projection=False):
+            return parameter((rows, cols), n.matrix, role="matrix", init=linear_init(s, cols, projection))
+
+        heads, from_ = a.num_heads, latent.query or d
+        self.q_down = matrix(latent.query, d) if latent.query else None
+        self.q = matrix(heads * query_dim(s), from_)
+        self.kv_down, self.k_turning = matrix(latent.kv, d), matrix(latent.turning, d)
+        self.k_up, self.v_up = matrix(heads * latent.still, latent.kv), matrix(heads * latent.value, latent.kv)
+        self.o = matrix(d, heads * latent.value, projection=True)
+        self.common_parts(s)
+
+    def latents(self, x):
+        """x (R, T, D) -> (queries (R, T, H, K), c (R, T, kv), keys' turning part (R, T, 1, turning)), not yet placed."""
+        q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
+        q = linear(q, self.q).unflatten(-1, (self.num_heads, -1))
+        down = linear(x, torch.cat([self.kv_down, self.k_turning]))
+        c, turning = down.split([len(self.kv_down), self.turning], dim=-1)
+        return q, rms_norm(c, self.eps, self.norm_dtype), turning[:, :, None]
+
+    def keys(self, c, turning):
+        """(R, T, H, K), not yet placed."""
+        still = linear(c, self.k_up).unflatten(-1, (self.num_heads, -1))
+        return torch.cat([still, turning.expand(*still.shape[:3], -1)], dim=-1)
+
+    def turn(self, x, rotary, start):
+        still, turning = x.split([self.still, self.turning], dim=-1)
+        return torch.cat([still, rotary(turning, start)], dim=-1)
+
+    def place(self, x, rotary, start):
+        return super().place(x, lambda y, at: self.turn(y, rotary, at), start)
+
+    def forward(self, x, rotary, mix_values, view, scale, cache=None):
+        """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a latent one."""
+        q, c, turning = self.latents(x)
+        start = 0 if cache is None or cache[0] is None else cache[0].size(1)
+        q = self.place(q, rotary, start)
+        if cache is not None and len(cache) == 3:
+            self.remember(cache, c, turning, rotary, start)
+            if start:
+                return self.output(x, self.attend_latent(q, *cache, view, scale), self.o)
+        k, v = self.place(self.keys(c, turning), rotary, start), linear(c, self.v_up).unflatten(-1, (self.num_heads, -1))
+        if mix_values is not None:
+            v = mix_values(v)
+        if start:
+            k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
+        if cache is not None and len(cache) == 2:
+            cache[:] = [k, v]
+        y = attention.attend_cached(q, k, v, *(view or ()), scale=scale) if start else attention.attend(q, k, v, view, scale)
+        return self.output(x, y, self.o)
+
+    def remember(self, cache, c, turning, rotary, start):
+        """Append these tokens to a latent cache: kv + turning channels a token, and with QK norm one number per head."""
+        turned = rotary(turning, start)[:, :, 0]
+        inverse = None
+        if self.qk_norm is not None:
+            k = self.keys(c, turning).to(self.norm_dtype)
+            inverse = (k.square().mean(-1) + self.eps).rsqrt()
+        new = [c, turned, inverse]
+        cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
+
+    def attend_latent(self, q, c, turned, inverse, view, scale):
+        """The newest token (R, 1, H, K) against the latents of all, of which it is the last. Returns (R, 1, H, value)."""
+        still, turning = q[:, 0].split([self.still, self.turning], dim=-1)  # (R, H, ...)
+        absorbed = torch.einsum("rhs,hsc->rhc", still, self.k_up.to(q.dtype).unflatten(0, (self.num_heads, -1)))
+        logits = absorbed @ c.mT + turning @ turned.mT  # (R, H, T)
+        if inverse is not None:
+            logits = logits * inverse.mT
+        logits = logits * (scale if scale is not None else 1 / math.sqrt(q.size(-1)))
+        seen = attention.visible_to_last(c.size(1), c.device, *(view or ()))
+        if seen is not None:
+            logits = logits.masked_fill(~seen[:, None], -math.inf)
+        y = logits.softmax(-1).to(c.dtype) @ c  # (R, H, kv)
+        return torch.einsum("rhc,hvc->rhv", y, self.v_up.to(q.dtype).unflatten(0, (self.num_heads, -1)))[:, None]
+
+
 class MLP(nn.Module):
-    """W_down phi(W_up x), hidden width F = expansion * D."""
+    """W_down phi(W_up x), hidden width F: expansion * D, or given."""
 
     ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu_sq": lambda x: F.relu(x).square()}
 
-    def __init__(self, s):
+    def __init__(self, s, hidden=None):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
-        f = s.model.mlp.expansion * d
+        f = hidden or s.model.mlp.expansion * d
         self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", init=linear_init(s, d, projection=False))
         self.down = parameter((d, f), n.matrix, role="matrix", init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None
@@ -356,6 +455,166 @@ class MLP(nn.Module):
         return linear(self.activation(linear(x, self.up, self.up_bias)), self.down, self.down_bias)
 
 
+class Router(nn.Module):
+    """Which experts a token goes to, and with what gates; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+
+    Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see settings.Balance), within the best
+    groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router.
+    What the whole batch of a step did is added up in buffers, for balancing and the log: `settle` closes the step.
+    """
+
+    def __init__(self, s):
+        super().__init__()
+        self.moe = moe = s.model.mlp.moe
+        self.dtype = dtype(s.numerics.router)
+        self.tokens_per_rank = s.data.tokens_per_rank
+        self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router",
+                                init=normal(1 / math.sqrt(s.model.model_dim)))
+        self.register_buffer("bias", torch.zeros(moe.experts, dtype=self.dtype))  # belongs to a checkpoint
+        # of the current step, on this process; float64 holds the sums exactly, in whatever order they are added
+        self.register_buffer("tally", torch.zeros(2 * moe.experts + 1, dtype=torch.float64), persistent=False)
+        self.register_buffer("load", torch.zeros(moe.experts), persistent=False)  # rows of each expert in the last whole step
+        self.entropy = 0.0  # of its tokens' scores, mean, relative to equal ones
+
+    def forward(self, x):
+        """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and penalty (N,) or None of the N = R T tokens."""
+        moe = self.moe
+        logits = F.linear(x.flatten(0, 1).to(self.dtype), self.weight)
+        scores = torch.sigmoid(logits) if moe.score == "sigmoid" else logits.softmax(-1)
+        with torch.no_grad():
+            quantile = moe.balance is not None and moe.balance.rule == "quantile"
+            choice = (logits if quantile else scores) + self.bias
+            chosen = best(self.in_best_groups(choice), moe.top_k)
+            if self.training:
+                self.count(logits, scores, choice, quantile)
+        gates = scores.gather(1, chosen)
+        if moe.normalise:
+            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+        return chosen, gates * moe.gate_scale, self.penalty(logits, scores, x.size(1)) if self.training else None
+
+    def in_best_groups(self, choice):
+        """choice (N, E) with -inf outside each token's best groups (node-limited routing, DeepSeek-V3)."""
+        moe = self.moe
+        if moe.groups == 1:
+            return choice
+        grouped = choice.unflatten(1, (moe.groups, -1))
+        kept = best(grouped.topk(2).values.sum(-1), moe.groups_kept)
+        out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, kept, False)
+        return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
+
+    def count(self, logits, scores, choice, quantile):
+        """Add to the tally what the scores say: their entropy, and by logical rank the bound of the quantile rule. The rows of
+        each expert come from who sorts them (MoE)."""
+        n = self.moe.experts
+        p = scores / scores.sum(-1, keepdim=True)
+        self.tally[2 * n] -= (p * p.clamp(min=1e-20).log()).sum(dtype=torch.float64)
+        if quantile:  # by how much each token's logit beats the best one not chosen: the share-th largest becomes 0
+            over = logits - choice.topk(self.moe.top_k + 1).values[:, -1:]
+            tokens = min(len(over), self.tokens_per_rank)
+            share = max(1, tokens * self.moe.top_k // n)
+            self.tally[n:2 * n] += over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
+
+    def penalty(self, logits, scores, length):
+        """What the training loss of each token gets on top, (N,), or None: balance within its row of `length`, and z-loss."""
+        moe, out = self.moe, None
+        if moe.sequence_loss:
+            p = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (-1, length)).mean(1)
+            with torch.no_grad():
+                chosen = best(scores, moe.top_k).view(-1, length * moe.top_k)
+                f = torch.zeros_like(p).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=p.dtype))
+                f *= moe.experts / (moe.top_k * length)
+            out = (moe.sequence_loss * (f * p).sum(-1)).repeat_interleave(length)
+        if moe.z_loss:
+            z = moe.z_loss * logits.logsumexp(-1).square()
+            out = z if out is None else out + z
+        return out
+
+    @torch.no_grad()
+    def settle(self, tally, tokens):
+        """Close a step of so many tokens: tally summed over all processes. Moves the bias and begins a new tally."""
+        n, balance = self.moe.experts, self.moe.balance
+        load, bound, entropy = tally.split([n, n, 1])
+        self.load.copy_(load)
+        self.entropy = entropy[0] / (tokens * math.log(n))
+        self.tally.zero_()
+        if balance is None:
+            return
+        if balance.rule == "quantile":
+            self.bias.copy_(-bound / (tokens // self.tokens_per_rank))
+            return
+        lack = load.mean() - load
+        self.bias += (balance.rate * (lack.sign() if balance.rule == "sign" else lack / load.mean())).to(self.bias.dtype)
+
+    def reset(self):
+        for buffer in self.buffers():
+            buffer.zero_()
+
+
+def best(x, k):
+    """Indices (N, k) of the k largest of each row of x (N, n)."""
+    return x.topk(k, sorted=False).indices
+
+
+class MoE(nn.Module):
+    """Mixture of experts: shared(x) + sum over the chosen experts of gate * W_down phi(W_up x) (settings.MoE).
+
+    With system.expert_parallel a process holds its share of the experts, and rows travel to their expert and back.
+    """
+
+    def __init__(self, s):
+        super().__init__()
+        moe, d, n = s.model.mlp.moe, s.model.model_dim, s.numerics
+        self.router, self.experts = Router(s), moe.experts
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if s.system.expert_parallel and dist.is_initialized() else (0, 1)
+        if moe.experts % self.world:
+            raise UserError(f"system.expert_parallel: {self.world} processes do not divide {moe.experts} experts: change one of them")
+        mine = moe.experts // self.world
+
+        def stack(label, rows, cols, projection):
+            return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, init=None,
+                             parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
+
+        self.up, self.down = stack("expert_up", moe.hidden, d, False), stack("expert_down", d, moe.hidden, True)
+        self.shared = MLP(s, moe.shared) if moe.shared else None
+        self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
+        self.backend, self.fp8 = s.system.experts, n.fp8_experts
+
+    def forward(self, x, penalties, compiled):
+        """x (R, T, D) -> (R, T, D). penalties: list that gets this layer's (R T,) part of the training loss, if it has one."""
+        chosen, gates, penalty = self.router(x)
+        if penalty is not None:
+            penalties.append(penalty)
+        try:
+            backend = experts.choose(self.backend, x.device, x.dtype, (self.up.size(1), self.up.size(2)), compiled)
+        except ValueError as error:
+            raise UserError(f"system.experts={self.backend}: {error}") from None
+        p = experts.plan(chosen, self.experts, backend if self.world == 1 else "grouped")
+        if self.training:
+            self.router.tally[:self.experts] += p.counts
+        rows = experts.gather(x.flatten(0, 1), p)
+        rows = self.feed(rows, p) if self.world == 1 else self.feed_elsewhere(rows, p.counts, backend)
+        y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
+        return y if self.shared is None else self.shared(x) + y
+
+    def feed(self, rows, p):
+        """Rows sorted by expert (P, D) through their experts."""
+        eight = experts.fake_fp8 if self.fp8 and self.training else lambda t: t
+        up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
+        hidden = self.activation(experts.grouped_linear(eight(rows), eight(up), p))
+        return experts.grouped_linear(eight(hidden), eight(down), p)
+
+    def feed_elsewhere(self, rows, counts, backend):
+        """The same by the processes that hold the experts. One wait for the host: it must know how many rows travel."""
+        coming = experts.exchange_counts(counts, self.world)
+        sent, received = counts.view(self.world, -1).sum(1).tolist(), coming.sum(1).tolist()
+        mine = experts.exchange(rows, received, sent)
+        owner = torch.arange(len(self.up), device=rows.device).repeat(self.world).repeat_interleave(coming.flatten())
+        p = experts.plan(owner[:, None], len(self.up), backend)
+        done = self.feed(experts.gather(mine, p), p)
+        back = experts.combine(done, done.new_ones(len(mine), 1), p)
+        return experts.exchange(back, sent, received)
+
+
 class Block(nn.Module):
     """Attention and MLP, each with its norm; either may be dropped in a layer (records 17 and 30)."""
 
@@ -363,9 +622,10 @@ class Block(nn.Module):
         super().__init__()
         self.attn = self.mlp = None
         if layer not in s.model.attn.drop_layers:
-            self.attn_norm, self.attn = Norm(s), Attention(s)
+            self.attn_norm, self.attn = Norm(s), LatentAttention(s) if s.model.attn.latent else Attention(s)
         if layer not in s.model.mlp.drop_layers:
-            self.mlp_norm, self.mlp = Norm(s), MLP(s)
+            dense = s.model.mlp.moe is None or layer in s.model.mlp.moe.dense_layers
+            self.mlp_norm, self.mlp = Norm(s), MLP(s) if dense else MoE(s)
 
 
 # ----- residual wiring --------------------------------------------------------------------------------------------
@@ -481,7 +741,7 @@ class GPT(nn.Module):
         """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
 
         context: what attention sees (GPT.context); None only without documents and window, as in records 1-11. cache: None, or
-        a list of [keys, values] per layer (start with [None, None]) for generation.
+        `new_cache()` for generation, extended here.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -490,6 +750,7 @@ class GPT(nn.Module):
         x = self.embed(tokens, start)
         enter, leave = self.residual.begin(x)
         mix = self.values.begin(tokens) if self.values is not None else None
+        penalties = []
         for i, block in enumerate(self.blocks):
             x = enter(i, x)
             if block.attn is not None:
@@ -498,12 +759,22 @@ class GPT(nn.Module):
                 x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix_values, view, scale,
                                    None if cache is None else cache[i])
             if block.mlp is not None:
-                x = x + block.mlp(block.mlp_norm(x).to(matmul_dtype))
+                y = block.mlp_norm(x).to(matmul_dtype)
+                x = x + (block.mlp(y, penalties, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y))
             x = leave(i, x)
         logits = self.head(self.norm(x).to(matmul_dtype), self.embed.table)
         if targets is None:
             return logits
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        return sum(penalties, losses).view(targets.shape)
+
+    def new_cache(self, absorbed=None):
+        """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values (LatentAttention); None:
+        where the model can. ValueError if it cannot: without latents, or with values that are mixed behind them."""
+        able = self.settings.model.attn.latent is not None and self.values is None
+        if absorbed and not able:
+            raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed beside it")
+        return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
     def context(self, tokens, bos, windows, cached=False):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
@@ -517,7 +788,7 @@ class GPT(nn.Module):
         if self.followed != changes:
             self.followed = changes
             factor = self.rotary.follow(windows.long_blocks)
-            self.scale = factor * (a.scale if a.scale is not None else 1 / math.sqrt(head_dim(s)))
+            self.scale = factor * (a.scale if a.scale is not None else 1 / math.sqrt(query_dim(s)))
         if self.sees_all:
             return None
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
@@ -548,7 +819,7 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
-                key = hashlib.sha256(f"{seed}/{name}/{i}".encode()).digest()
+                key = hashlib.sha256(f"{seed}/{name}/{p.first_part + i}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
                 values = init(torch.empty(target.shape, dtype=torch.float32), generator)
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
@@ -557,9 +828,71 @@ class GPT(nn.Module):
         self.followed, self.scale = (), self.settings.model.attn.scale
         if self.rotary is not None:
             self.rotary.follow()
+        for router in self.routers():
+            router.reset()
+
+    # ----- experts
+
+    def mixtures(self):
+        """[(layer, MoE)] of the layers that have experts."""
+        return [(i, block.mlp) for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoE)]
+
+    def routers(self):
+        return [moe.router for _, moe in self.mixtures()]
+
+    @torch.no_grad()
+    def settle(self, total, tokens):
+        """After the backward passes of a step, before the update: loads of the experts over all processes, biases moved.
+
+        total: function that sums a tensor over the processes. tokens: of the whole step.
+        """
+        routers = self.routers()
+        if routers:
+            tallies = total(torch.stack([router.tally for router in routers]))
+            for router, tally in zip(routers, tallies):
+                router.settle(tally, tokens)
+
+    def expert_loads(self):
+        """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so that they stay right."""
+        out = {}
+        for i, moe in self.mixtures():
+            mine = moe.router.load.view(moe.world, -1)[moe.rank]
+            out |= {f"blocks.{i}.mlp.up": mine, f"blocks.{i}.mlp.down": mine}
+        return out
+
+    def whole_state(self):
+        """state_dict with all experts, on every process (collective with expert parallelism)."""
+        state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        for i, moe in self.mixtures():
+            for name, p in (("up", moe.up), ("down", moe.down)) if moe.world > 1 else ():
+                parts = [torch.empty_like(p) for _ in range(moe.world)]
+                dist.all_gather(parts, p.detach().contiguous())
+                state[f"blocks.{i}.mlp.{name}"] = torch.cat(parts).cpu()
+        return {name: value.clone() for name, value in state.items()}
+
+    # ----- accounting
+
+    def sizes(self):
+        """[(parameter, its elements on all processes together, those that one token meets)]."""
+        stacks = {id(p): moe for _, moe in self.mixtures() for p in (moe.up, moe.down)}
+        out = []
+        for p in self.parameters():
+            moe = stacks.get(id(p))
+            out.append((p, p.numel(), p.numel()) if moe is None else
+                       (p, p[0].numel() * moe.experts, p[0].numel() * moe.router.moe.top_k))
+        return out
 
     def num_parameters(self):
-        return sum(p.numel() for p in self.parameters())
+        return sum(whole for _, whole, _ in self.sizes())
+
+    def num_active(self):
+        """Parameters that one token meets: all but the experts that it does not go to."""
+        return sum(active for _, _, active in self.sizes())
+
+    def flops_per_token(self):
+        """Of training: 6 for each active matrix parameter, the head's among them. Tables are read, not multiplied; the
+        products of queries and keys, which depend on windows and documents, are not counted."""
+        return 6 * sum(active for p, _, active in self.sizes() if p.role in ("matrix", "lm_head", "router") and p.dim() > 1)
 
 
 def count_parameters(s):

@@ -100,11 +100,12 @@ class Bank:
     """Parameters of one rule, role, dtype and unit shape in one contiguous tensor (N, *unit).
 
     unit: () for elementwise rules; (rows, cols) or (4, D, D) for Muon. N is padded to a multiple of the number of
-    shards with zeros, which every rule leaves at zero.
+    shards with zeros, which every rule leaves at zero. loads: of stacks of experts, the rows that each unit got in the step, one
+    tensor per member; own: this process alone holds them (expert parallelism).
     """
 
-    def __init__(self, rule, role, members, unit, shards):
-        self.rule, self.role, self.members, self.unit = rule, role, members, unit
+    def __init__(self, rule, role, members, unit, shards, loads=None, own=False):
+        self.rule, self.role, self.members, self.unit, self.loads, self.own = rule, role, members, unit, loads, own
         size = math.prod(unit)
         self.units = sum(p.numel() for _, p in members) // size
         padded = math.ceil(self.units / shards) * shards
@@ -123,6 +124,13 @@ class Bank:
         self.label = members[0][1].label
         self.pending = len(members)
         self.work, self.reduced = [], None
+
+    def busy(self):
+        """(N, 1, 1, ...) 1 for the units that got rows in the step, 0 for the others and the padding."""
+        load = torch.cat(self.loads)
+        padded = load.new_zeros(len(self.param))
+        padded[:len(load)] = load > 0
+        return padded.view(-1, *[1] * len(self.unit))
 
     def name(self):
         return f"{self.role} {self.rule} {self.units} x {tuple(self.unit)} {self.param.dtype}".replace("torch.", "")
@@ -175,20 +183,26 @@ class Engine:
                 p.register_post_accumulate_grad_hook(lambda _, bank=bank: self.ready(bank))
 
     def make_banks(self, model):
-        groups = {}
+        groups, loads = {}, model.expert_loads()
         for name, p in model.named_parameters():
             rule, unit = "adamw", ()
             if p.role == "matrix" and self.s.optim.muon:
                 rule = "muon"
-                unit = p.shape if self.cut.joint and p.dim() == 3 else p.shape[-2:]
+                unit = p.shape if self.cut.joint and p.label == "qkvo" else p.shape[-2:]
             groups.setdefault((rule, p.role, p.label, p.dtype, tuple(unit)), []).append((name, p))
-        return [Bank(rule, role, members, unit, self.world if self.is_shared(rule) else 1)
-                for (rule, role, _, _, unit), members in groups.items()]
+        banks = []
+        for (rule, role, _, _, unit), members in groups.items():
+            load = [loads[name] for name, _ in members if name in loads]
+            own = bool(load) and self.s.system.expert_parallel and self.world > 1
+            banks.append(Bank(rule, role, members, unit, self.world if self.is_shared(rule, own) else 1, load or None, own))
+        return banks
 
-    def is_shared(self, rule):
+    def is_shared(self, rule, own):
         """Does each process update a shard of such a bank, which is then gathered? Muon is shared in all plans but record
-        6's: orthogonalising every matrix on every process would cost more than the communication."""
-        return self.world > 1 and (self.comm == "sharded" or (rule == "muon" and self.comm in ("replicated", "bucketed")))
+        6's: orthogonalising every matrix on every process would cost more than the communication. What a process has alone
+        (own) it updates alone."""
+        shares = self.comm == "sharded" or (rule == "muon" and self.comm in ("replicated", "bucketed"))
+        return self.world > 1 and shares and not own
 
     @torch.no_grad()
     def reset(self):
@@ -206,7 +220,7 @@ class Engine:
 
     def mine(self, bank, x):
         """The part of a bank-shaped tensor that this process updates (a view)."""
-        if self.is_shared(bank.rule):
+        if self.is_shared(bank.rule, bank.own):
             return x.chunk(self.world)[self.rank]
         if self.comm == "allreduce_updates" and bank.rule == "muon":
             return x[self.rank::self.world]
@@ -222,7 +236,8 @@ class Engine:
 
     def ready(self, bank):
         bank.pending -= 1
-        if self.launching and bank.pending == 0 and self.world > 1 and not self.ordered and self.comm != "bucketed":
+        eager = self.world > 1 and not self.ordered and self.comm != "bucketed" and not bank.own
+        if self.launching and bank.pending == 0 and eager:
             self.launch(bank)
 
     @torch.no_grad()
@@ -271,7 +286,7 @@ class Engine:
             for part in parts if self.world > 1 else [grad]:
                 tree.push(part)
             return self.mine(bank, tree.total()), tree.total()[:bank.units]
-        if self.world == 1:
+        if self.world == 1 or bank.own:
             grad = self.local(bank)
             return grad, grad
         for work in bank.work:
@@ -284,9 +299,12 @@ class Engine:
         """Factor that brings the global gradient norm down to grad_clip (1.0 if it is below)."""
         if self.s.optim.grad_clip is None:
             return None
-        total = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for _, g in grads]).sum()
-        if self.comm == "sharded" and not self.ordered:
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for _, g in grads])
+        partial = torch.tensor([bank.own or (self.comm == "sharded" and not self.ordered) for bank in self.banks])
+        total = squares[partial].sum()
+        if partial.any():
             dist.all_reduce(total)
+        total = total + squares[~partial].sum()
         return (self.s.optim.grad_clip / total.sqrt()).clamp(max=1.0)
 
     # ----- updates
@@ -297,7 +315,7 @@ class Engine:
         self.steps_taken += 1
         if self.world > 1 and not self.ordered:
             for bank in self.banks:
-                if not bank.work:  # bucketed, or a parameter had no gradient this time, so that the hook never fired
+                if not bank.work and not bank.own:  # bucketed, or a parameter had no gradient this time, so that the hook never fired
                     self.launch(bank)
         grads = [self.finish(bank) for bank in self.banks]
         factor = self.clip_factor(grads)
@@ -306,7 +324,7 @@ class Engine:
             if factor is not None:
                 grad = grad * factor.to(grad.dtype)
             self.update(bank, grad, plan)
-            if self.is_shared(bank.rule):
+            if self.is_shared(bank.rule, bank.own):
                 gathers.append(all_gather(bank.param, self.mine(bank, bank.param).clone(), async_op=True))
         for work in gathers:
             work.wait()
@@ -339,6 +357,8 @@ class Engine:
                                         scale=o.muon.scale, ns=ns)
         bank.state["momentum_buffer"].copy_(buffer)
         update = update.to(dtype(n.muon_update))
+        if bank.loads is not None and not o.muon.move_idle:
+            update = update * self.mine(bank, bank.busy()).to(update.dtype)
         lr = o.muon.lr * plan.lr_factor
         if self.comm == "allreduce_updates":  # record 6: zeros elsewhere, one sum brings everyone all updates
             whole = torch.zeros_like(bank.param, dtype=update.dtype)
@@ -351,7 +371,7 @@ class Engine:
 
     def factor_shape(self, bank):
         """(rows, cols) that enter Muon's shape factor, where they are not those of the stored matrix (record 27)."""
-        if bank.label == "mlp_up" and self.s.optim.muon.up_shape == "in_out":
+        if bank.label in ("mlp_up", "expert_up") and self.s.optim.muon.up_shape == "in_out":
             return bank.unit[::-1]
         return None
 

@@ -124,6 +124,11 @@ def render(event):
         ms, step = event["train_time_ms"], event["step"]
         return [f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
                 f"step_avg:{ms / max(step, 1):.2f}ms"]
+    if kind == "experts":
+        worst = max(event["max_vio"])
+        return [f"experts: MaxVio {sum(event['max_vio']) / len(event['max_vio']):.2f} mean, {worst:.2f} in layer "
+                f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; {sum(event['dropped'])} rows dropped; "
+                f"entropy {sum(event['entropy']) / len(event['entropy']):.3f}"]
     if kind == "end":
         memory = [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
         return memory + [f"run {event['status']} after {event['steps']} steps", *event["verdict"]]

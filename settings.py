@@ -127,6 +127,18 @@ class HeadGate:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values of all heads from one narrow
+    latent per token, which is all that generation has to keep, and a rotary part of the keys that the heads share."""
+    kv: int = opt(256, "width of the latent of keys and values, RMS normed", unit="channel", off=REFUSE, shrink="width")
+    query: int | None = opt(None, "width of a latent of the queries, RMS normed (off: straight from the stream)", unit="channel",
+                            shrink="width")
+    still: int = opt(96, "part of a head's query and key without rotation", unit="channel", off=REFUSE, shrink="width")
+    turning: int = opt(32, "part of a head's query and key with rotary positions", unit="channel", off=REFUSE, shrink="width")
+    value: int = opt(128, "width of a head's value", unit="channel", off=REFUSE, shrink="width")
+
+
+@dataclass(frozen=True)
 class Attention:
     num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads", unit="head")
     rope: Rope | None = opt(None, "rotary position embedding of queries and keys")
@@ -139,7 +151,39 @@ class Attention:
     window: Window | None = opt(None, "a query sees only the last keys")
     scale: float | None = opt(None, "softmax scale of the logits q.k (off: 1/sqrt(head_dim))", shrink="rsqrt_width")
     gate: HeadGate | None = opt(None, "gate on each head's output")
+    latent: Latent | None = opt(None, "multi-head latent attention: keys and values from a narrow latent")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Load balancing without auxiliary loss: a bias per expert enters the choice of experts, not their gates, and is moved
+    once per step by the loads c of the whole batch (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    rule: Literal["sign", "proportional", "quantile"] = opt(
+        "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the logits at "
+                        "which each expert would have had its share (J. Su, as in Marin)")
+    rate: float = opt(1e-2, "step of the bias", idle="model.mlp.moe.balance.rule=quantile")
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2): every token
+    goes through the shared MLP and its top_k of many routed ones, none is dropped: y = shared(x) + sum_e g_e expert_e(x)."""
+    experts: int = opt(8, "routed experts", unit="expert", off=REFUSE)
+    top_k: int = opt(1, "routed experts of a token", unit="expert", off=REFUSE)
+    hidden: int = opt(1536, "hidden width of a routed expert", unit="channel", off=REFUSE, shrink="width")
+    shared: int = opt(1536, "hidden width of the shared expert, 0: none", unit="channel", off=REFUSE, shrink="width")
+    score: Literal["sigmoid", "softmax"] = opt("sigmoid", "of the router's logits, one by one or over the experts")
+    normalise: bool = opt(False, "gates of a token divided by their sum; not with top_k 1, where the router would get no gradient",
+                          off=False)
+    gate_scale: float = opt(1.0, "gates times this")
+    groups: int = opt(1, "experts in so many groups, of which a token may use the best few (by the sum of their two best)",
+                      off=1)
+    groups_kept: int = opt(1, "groups that a token may use", off=REFUSE)
+    balance: Balance | None = opt(None, "bias on the choice, moved towards equal loads")
+    sequence_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)", off=0.0)
+    z_loss: float = opt(0.0, "factor of the squared logsumexp of the router's logits (ST-MoE, arXiv 2202.08906)", off=0.0)
+    dense_layers: tuple[int, ...] = opt((0,), "layers that keep the dense MLP", off=())
 
 
 @dataclass(frozen=True)
@@ -148,6 +192,7 @@ class MLP:
         "gelu_tanh", "hidden activation; relu_sq = relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
     expansion: int = opt(4, "hidden width / model_dim", off=REFUSE)
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
+    moe: MoE | None = opt(None, "mixture of experts instead of the MLP")
 
 
 @dataclass(frozen=True)
@@ -267,6 +312,8 @@ class Muon:
         "out_in", "rows and cols of the MLP's up matrix in `scale`: 4d x d, or d x 4d as record 27 stores it")
     split_qkv: bool = opt(False, "orthogonalise q, k, v apart (off: as one 3d x d matrix)", off=False)
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE)
+    move_idle: bool = opt(False, "an expert that got no token in a step moves by its momentum, which orthogonalised is a full step "
+                                 "(off: it stays)", off=False, needs="model.mlp.moe")
 
 
 @dataclass(frozen=True)
@@ -276,6 +323,7 @@ class Optim:
     lm_head: Group = opt(Group, "output head; the shared table when tied")
     matrix: Group = opt(Group, "block matrices, unless optim.muon takes them")
     scalar: Scalars = opt(Scalars, "gains, biases and learned scalars")
+    router: Group = opt(Group, "routers of the experts, by AdamW even beside Muon", needs="model.mlp.moe")
     muon: Muon | None = opt(None, "block matrices by Muon instead of AdamW")
     grad_clip: float | None = opt(1.0, "gradient scaled to at most this global norm", off=None)
 
@@ -349,6 +397,9 @@ class Numerics:
     gate: Dtype = opt("float32", "stored weights of gates")
     table: Dtype = opt("float32", "stored embedding tables and their optimizer state")
     scalar: Dtype = opt("float32", "stored gains, biases, learned scalars and their optimizer state")
+    router: Dtype = opt("float32", "stored weights and arithmetic of the routers, where close scores decide who is chosen")
+    fp8_experts: bool = opt(False, "forward operands of the experts in e4m3 while training, a scale per row; backward as without",
+                            off=False, needs="model.mlp.moe")
     init_grid: Dtype = opt("float32", "linear weights are rounded to this grid once, at initialisation")
     norm: Dtype = opt("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "added to the mean square (rmsnorm) or the variance (layernorm)")
@@ -377,6 +428,11 @@ class System:
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model; auto: on CUDA")
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
+    experts: Literal["auto", "grouped", "padded"] = opt(
+        "auto", "how the rows of all experts are multiplied: torch's grouped_mm, or in blocks padded to one size (kernels/experts.py)",
+        needs="model.mlp.moe")
+    expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel (all-to-all); off: "
+                                       "all processes keep all experts", off=False, needs="model.mlp.moe")
     comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
         "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
                 "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
@@ -402,6 +458,22 @@ class Settings:
 
 def head_dim(s):
     return s.model.model_dim // s.model.attn.num_heads
+
+
+def query_dim(s):
+    """Width of a head's query and key."""
+    latent = s.model.attn.latent
+    return latent.still + latent.turning if latent else head_dim(s)
+
+
+def value_dim(s):
+    """Width of a head's value."""
+    return s.model.attn.latent.value if s.model.attn.latent else head_dim(s)
+
+
+def rotary_dim(s):
+    """The part of a head's query and key that rotary positions turn."""
+    return s.model.attn.latent.turning if s.model.attn.latent else head_dim(s)
 
 
 def padded_vocab(s):
@@ -496,7 +568,7 @@ def lifted(s):
         return s
     to = s.system.precision
     changes = {f.name: to for f in dataclasses.fields(s.numerics) if f.type is Dtype}
-    changes |= {"adam_state": "parameter", "fp8_head": None}
+    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_experts": False}
     return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
 
 
@@ -519,8 +591,9 @@ def check(s):
     require(s.model.vocab_size <= 65536, f"model.vocab_size = {m.vocab_size}: shards hold 16-bit token ids (<= 65536)")
     require(m.model_dim % m.attn.num_heads == 0,
             f"model.model_dim = {m.model_dim} is not divisible by model.attn.num_heads = {m.attn.num_heads}")
-    require(m.attn.rope is None or head_dim(s) % 2 == 0,
-            f"model.attn.rope needs an even head_dim, got {head_dim(s)}: change model.attn.num_heads")
+    require(m.attn.rope is None or rotary_dim(s) % 2 == 0,
+            f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
+            + ("model.attn.latent.turning" if m.attn.latent else "model.attn.num_heads"))
     require(d.tokens_per_rank % d.seq_len == 0,
             f"data.tokens_per_rank = {d.tokens_per_rank} is not a multiple of data.seq_len = {d.seq_len}")
     require(v.tokens % (LOGICAL_RANKS * v.seq_len) == 0,
@@ -531,6 +604,8 @@ def check(s):
     check_bounds(s, require)
     check_layers(s, require)
     check_window(s, require)
+    check_latent(s, require)
+    check_moe(s, require)
     require(m.residual.unet_skips is None or m.num_layers % 2 == 0,
             f"model.residual.unet_skips needs an even model.num_layers, got {m.num_layers}")
     require(not (s.schedule.cooldown_frac and s.schedule.cooldown_steps),
@@ -561,7 +636,8 @@ BOUNDS = [
     ("model.attn.rope.base", 0, False), ("model.attn.rope.yarn.alpha", 0, True), ("model.attn.scale", 0, False),
     ("model.head.softcap.cap", 0, False), ("model.head.softcap.scale", 0, False), ("model.init.bound", 0, True),
     ("optim.adam.eps", 0, True), ("optim.embed.lr", 0, True), ("optim.lm_head.lr", 0, True), ("optim.matrix.lr", 0, True),
-    ("optim.scalar.lr", 0, True), ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
+    ("optim.scalar.lr", 0, True), ("optim.router.lr", 0, True), ("model.mlp.moe.gate_scale", 0, False),
+    ("model.mlp.moe.balance.rate", 0, False), ("model.mlp.moe.sequence_loss", 0, True), ("model.mlp.moe.z_loss", 0, True), ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
     ("optim.muon.momentum_warmup.steps", 1, True), ("numerics.norm_eps", 0, True), ("numerics.fp8_head.x", 0, False),
     ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("system.warmup_steps", -1, True)]
 
@@ -588,6 +664,8 @@ def check_layers(s, require):
     m, layers = s.model, s.model.num_layers
     a = m.attn
     named = {"model.attn.drop_layers": a.drop_layers, "model.mlp.drop_layers": m.mlp.drop_layers}
+    if m.mlp.moe:
+        named["model.mlp.moe.dense_layers"] = m.mlp.moe.dense_layers
     if a.window and a.window.long_layers:
         named["model.attn.window.long_layers"] = a.window.long_layers
     for path, indices in named.items():
@@ -608,6 +686,44 @@ def check_layers(s, require):
                 f"model.attn.value_embed.tables = {list(tables)}: number the tables 0, 1, ... without gaps")
     require(a.gate is None or 1 <= a.gate.channels <= m.model_dim,
             f"model.attn.gate.channels = {a.gate.channels if a.gate else 0}: must lie between 1 and model.model_dim")
+
+
+def check_latent(s, require):
+    m, latent = s.model, s.model.attn.latent
+    if latent is None:
+        return
+    for name in ("kv", "query", "still", "turning", "value"):
+        value = getattr(latent, name)
+        require(value is None or value >= 1, f"model.attn.latent.{name} = {value}: must be at least 1")
+    require(not m.bias, "model.attn.latent has no bias vectors: set model.bias=false")
+    require(m.attn.rope is not None, "model.attn.latent gives positions to its turning part: it needs model.attn.rope")
+    require(not m.attn.rope.half, "model.attn.latent says itself which channels turn: add --without model.attn.rope.half")
+    require(m.attn.value_embed is None or m.attn.num_heads * latent.value == m.model_dim,
+            f"model.attn.value_embed has {m.model_dim} channels, the values of model.attn.latent have {m.attn.num_heads} x "
+            f"{latent.value}: change model.attn.latent.value")
+
+
+def check_moe(s, require):
+    m, moe, path = s.model, s.model.mlp.moe, "model.mlp.moe"
+    if moe is None:
+        return
+    require(not m.bias, f"{path} has no bias vectors: set model.bias=false")
+    require(moe.experts >= 2 and 1 <= moe.top_k < moe.experts,
+            f"{path}.top_k = {moe.top_k} of {path}.experts = {moe.experts}: at least one must be chosen and one left")
+    require(moe.hidden >= 1 and moe.shared >= 0, f"{path}.hidden = {moe.hidden} and .shared = {moe.shared}: must be at least 1 and 0")
+    require(not (moe.normalise and moe.top_k == 1),
+            f"{path}.normalise with top_k = 1 makes every gate the same number, and the router gets no gradient: switch it off")
+    require(moe.groups >= 1 and moe.experts % moe.groups == 0, f"{path}.groups = {moe.groups} does not divide {moe.experts} experts")
+    require(1 <= moe.groups_kept <= moe.groups, f"{path}.groups_kept = {moe.groups_kept}: must lie between 1 and groups = {moe.groups}")
+    require(moe.top_k <= moe.groups_kept * (moe.experts // moe.groups),
+            f"{path}.groups_kept = {moe.groups_kept} groups of {moe.experts // moe.groups} hold fewer than top_k = {moe.top_k} experts")
+    require(moe.groups == 1 or moe.experts // moe.groups >= 2, f"{path}.groups = {moe.groups}: a group needs two experts")
+    require(set(range(m.num_layers)) - set(moe.dense_layers) - set(m.mlp.drop_layers),
+            f"{path}.dense_layers leaves no layer with experts: leave one")
+    require(not s.system.expert_parallel or s.system.reduction == "ordinary",
+            "system.reduction=ordered sums the gradients of whole layers: leave system.expert_parallel off")
+    require(not s.system.expert_parallel or s.system.comm != "allreduce_updates",
+            "system.expert_parallel keeps updates where they are: choose another system.comm")
 
 
 def check_window(s, require):

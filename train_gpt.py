@@ -82,6 +82,12 @@ class World:
         dist.all_gather(parts, values)
         return torch.cat(parts)
 
+    def total(self, values):
+        """The sum of a tensor over the processes, on every process."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
     def gather_objects(self, value):
         if self.size == 1:
             return [value]
@@ -175,6 +181,7 @@ def train_step(run, step_plan, inputs, targets, before_step=None):
         total = total + loss.detach()
     if before_step is not None:
         before_step()  # nothing was launched, so this process's share is whole
+    run.model.settle(run.world.total, step_plan.tokens)
     engine.step(step_plan)
     return total / len(forwards)
 
@@ -398,6 +405,7 @@ def describe(resolved, options, world, corpus, model, engine, used, plans):
             "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
+            "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
             "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans), "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
             **runlog.machine()}
@@ -462,11 +470,29 @@ class Run:
         event = self.log.event("validation", step=step, scheduled_steps=len(self.plans), val_loss=loss, train_loss=losses,
                                train_time_ms=round(ms, 3), tokens=step * tokens_per_step(self.s), epoch=self.stream.epoch)
         self.world.say(*runlog.render(event))
+        if self.model.mixtures() and step:
+            self.world.say(*runlog.render(self.log.event("experts", step=step, **self.loads(last=step == len(self.plans)))))
         if not all(map(math.isfinite, [loss, *losses])):
             return False
         if step < len(self.plans):
             self.clock.start()
         return True
+
+    def loads(self, last):
+        """How the last step's tokens were shared out, by layer (names as in arXiv 2408.15664): largest load over the mean one,
+        less 1; experts without a token; rows that went nowhere; entropy of the scores over that of equal ones. last: every load."""
+        out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
+        rows = self.s.model.mlp.moe.top_k * tokens_per_step(self.s)
+        for layer, moe in self.model.mixtures():
+            load = moe.router.load.double()
+            values = {"layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4), "idle": int((load == 0).sum()),
+                      "dropped": rows - int(load.sum()), "entropy": round(float(moe.router.entropy), 4),
+                      "max_bias": round(float(moe.router.bias.abs().max()), 4)}
+            for name, value in values.items():
+                out[name].append(value)
+        if last:
+            out["load"] = [[int(x) for x in moe.router.load.tolist()] for _, moe in self.model.mixtures()]
+        return out
 
     def trace(self, step):
         """--profile A:B: record steps A..B-1 with torch.profiler."""
@@ -515,10 +541,10 @@ def finish(status, run, resolved, options):
         where = f"; the log is in {log.folder}" if world.main else ""
         world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
         return INTERRUPTED if status == "interrupted" else DIVERGED
+    state = run.model.whole_state() if options.save else None
     if options.save and world.main:
         path = log.folder / "checkpoint.pt"
-        torch.save({"model": {k: v.clone().cpu() for k, v in run.model.state_dict().items()},
-                    "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": results["val_loss"]}, path)
+        torch.save({"model": state, "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": results["val_loss"]}, path)
         world.say(f"checkpoint: {path}")
     world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:

@@ -176,14 +176,19 @@ def attend_cached(q, k, v, documents=None, window=CAUSAL, scale=None):
 
     q: (R, 1, H, K); k: (R, T, H, K), v: (R, T, H, V); documents: (R, T) ids or None. Returns (R, 1, H, V).
     """
-    last = k.size(1) - 1
-    window, seen = binding(window, last + 1), None
+    seen = visible_to_last(k.size(1), k.device, documents, window)
+    return sdpa(q, k, v, None if seen is None else seen[:, None, None], scale)
+
+
+def visible_to_last(tokens, device, documents=None, window=CAUSAL):
+    """Which of T tokens the last one sees: booleans (R or 1, T), or None where it sees all."""
+    window, seen = binding(window, tokens), None
     if window != CAUSAL:
-        seen = visible(last, torch.arange(last + 1, device=k.device), window)[None]
+        seen = visible(tokens - 1, torch.arange(tokens, device=device), window)[None]
     if documents is not None:
         same = documents == documents[:, -1:]
         seen = same if seen is None else seen & same
-    return sdpa(q, k, v, None if seen is None else seen[:, None, None], scale)
+    return seen
 
 
 def sdpa(q, k, v, mask, scale, causal=False):
@@ -428,10 +433,13 @@ def prepare_varlen(documents, window, rows, tokens, device, dtype, longest):
 
 def attend_varlen(q, k, v, plan, scale):
     from torch.nn.attention.varlen import varlen_attn
-    rows, tokens = q.shape[:2]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    rows, tokens, _, width = q.shape
+    value = v.size(-1)
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    widest = max(width, value)  # FlashAttention wants one width; what zeros add is cut off again
+    q, k, v = (F.pad(x.flatten(0, 1), (0, widest - x.size(-1))) for x in (q, k, v))
     y = varlen_attn(q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window)
-    return y.unflatten(0, (rows, tokens))
+    return y.unflatten(0, (rows, tokens))[..., :value]
 
 
 def serve(backend):

@@ -1,0 +1,178 @@
+"""Linear layers of many experts on the rows that were routed to them, dropping none (MegaBlocks, arXiv 2211.15841).
+
+    p = plan(index, experts, backend)              index (N, k): the experts of each token
+    rows = gather(x, p)                            (P, D), the rows of an expert one after the other
+    rows = grouped_linear(rows, weight, p)         weight (E, out, in)
+    y = combine(rows, gates, p)                    (N, out) = sum over a token's k rows, times their gates (N, k)
+
+Each row is read and written at a known place, forward and backward: nothing is added atomically, so that a run repeats.
+
+Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop over experts
+elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static shapes, any dtype, compiles
+everywhere. A row's result depends on the rows before it only through its place, in `padded` not even through that.
+
+With expert parallelism `exchange` carries rows to the process that has their expert, and back (GShard, arXiv 2006.16668).
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+BACKENDS = ("grouped", "padded")
+BLOCK = 64  # rows of a block of `padded`: fewer than this are wasted for each expert
+
+
+class Plan(NamedTuple):
+    """Where the rows of N tokens times k choices lie among the P places."""
+    counts: torch.Tensor  # (E,) int64, rows of each expert
+    source: torch.Tensor  # (P,) the token at each place; in padding, any
+    places: torch.Tensor  # (N, k) the place of each choice
+    choices: torch.Tensor  # (P,) the choice, of N k, at each place; in padding, any
+    real: torch.Tensor | None  # (P,) 1 where there is a row, 0 in padding; None: no padding
+    ends: torch.Tensor | None  # (E,) int32, where each expert's rows end (grouped)
+    owner: torch.Tensor | None  # (P / BLOCK,) the expert of each block (padded)
+
+
+def choose(requested, device, dtype, widths, compiled):
+    """Name of the backend that runs. ValueError, one line, if the requested one cannot. widths: sizes of the weights."""
+    why = refusal(torch.device(device), dtype, widths, compiled)
+    if requested == "grouped" and why:
+        raise ValueError(f"grouped_mm {why}; use padded")
+    return "padded" if requested == "padded" or why else "grouped"
+
+
+def refusal(device, dtype, widths, compiled):
+    """Why torch's grouped_mm cannot do it (the rest of a sentence), or None."""
+    if dtype == torch.float64:
+        return "has no float64"
+    if any(w * dtype.itemsize % 16 for w in widths):
+        return f"needs rows of a multiple of 16 bytes, not {min(w for w in widths if w * dtype.itemsize % 16)} x {dtype.itemsize}"
+    if device.type == "cpu" and compiled and dtype != torch.bfloat16:
+        return f"cannot be compiled on the CPU in {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def plan(index, experts, backend):
+    """index: (N, k) int64, values below `experts`. Rows of one expert keep the order of their tokens."""
+    flat, k = index.flatten(), index.size(1)
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    ends = counts.cumsum(0)
+    rank = torch.empty_like(order)  # of each choice among the sorted rows
+    rank[order] = torch.arange(len(flat), device=flat.device)
+    if backend == "grouped":
+        return Plan(counts, order // k, rank.view(index.shape), order, None, ends.to(torch.int32), None)
+    blocks = -(-counts // BLOCK)
+    last = blocks.cumsum(0)
+    shift = (last - blocks) * BLOCK - (ends - counts)  # from the sorted to the padded place
+    places = rank + shift[flat]
+    total = (len(flat) // BLOCK + experts) * BLOCK  # enough for every split, so that shapes do not depend on the data
+    choices = torch.zeros(total, dtype=torch.int64, device=flat.device)
+    choices[places] = torch.arange(len(flat), device=flat.device)
+    real = torch.zeros(total, device=flat.device)
+    real[places] = 1.0
+    owner = torch.searchsorted(last, torch.arange(total // BLOCK, device=flat.device), right=True).clamp(max=experts - 1)
+    return Plan(counts, choices // k, places.view(index.shape), choices, real, None, owner)
+
+
+class Gather(torch.autograd.Function):
+    """x[source]; the gradient of a token is the sum over its k places, read, not scattered."""
+
+    @staticmethod
+    def forward(ctx, x, source, places):
+        ctx.save_for_backward(places)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx, g):
+        places, = ctx.saved_tensors
+        return g.index_select(0, places.flatten()).unflatten(0, places.shape).sum(1), None, None
+
+
+def gather(x, p):
+    """x (N, D) -> (P, D)."""
+    return Gather.apply(x, p.source, p.places)
+
+
+class Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, gates, source, places, choices, real):
+        ctx.save_for_backward(rows, gates, source, places, choices, real)
+        mine = rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return (mine * gates[..., None]).sum(1)
+
+    @staticmethod
+    def backward(ctx, g):
+        rows, gates, source, places, choices, real = ctx.saved_tensors
+        gate = gates.flatten().index_select(0, choices)
+        if real is not None:  # padding gets no gradient
+            gate = gate * real.to(gate.dtype)
+        mine = rows.index_select(0, places.flatten()).unflatten(0, places.shape)
+        return g.index_select(0, source) * gate[:, None], (mine * g[:, None]).sum(-1), None, None, None, None
+
+
+def combine(rows, gates, p):
+    """rows (P, D), gates (N, k) in one dtype -> (N, D)."""
+    return Combine.apply(rows, gates, p.source, p.places, p.choices, p.real)
+
+
+def grouped_linear(rows, weight, p):
+    """rows (P, in) times the weight of each row's expert: weight (E, out, in) -> (P, out)."""
+    weight = weight.to(rows.dtype)
+    if p.owner is None:
+        return F.grouped_mm(rows, weight.mT, offs=p.ends) if len(rows) else rows.new_zeros(0, weight.size(1)) + 0 * weight.sum()
+    return torch.bmm(rows.unflatten(0, (-1, BLOCK)), weight.index_select(0, p.owner).mT).flatten(0, 1)
+
+
+# ----- FP8 --------------------------------------------------------------------------------------------------------
+
+LARGEST = 448.0  # of float8_e4m3fn
+
+
+class Fake8(torch.autograd.Function):
+    """x rounded to e4m3 with one scale per row, so that its largest value is 448; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        scale = LARGEST / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        return ((x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def fake_fp8(x):
+    """x (..., n) as an FP8 matrix product with row-wise scales sees it (torch's _scaled_grouped_mm has no other)."""
+    return Fake8.apply(x)
+
+
+# ----- expert parallelism -----------------------------------------------------------------------------------------
+
+class Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, received, sent):
+        ctx.received, ctx.sent = received, sent
+        out = x.new_empty(sum(received), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), received, sent)
+        return out
+
+    @staticmethod
+    def backward(ctx, g):
+        out = g.new_empty(sum(ctx.sent), *g.shape[1:])
+        dist.all_to_all_single(out, g.contiguous(), ctx.sent, ctx.received)
+        return out, None, None
+
+
+def exchange(x, received, sent):
+    """Rows x, the first sent[0] of them for process 0 and so on -> the rows that came, received[0] from process 0 and so on."""
+    return Exchange.apply(x, received, sent)
+
+
+def exchange_counts(counts, world):
+    """counts (E,): my rows for each expert -> (world, E / world): the rows of my experts, by the process that they come from."""
+    out = torch.empty_like(counts)
+    dist.all_to_all_single(out, counts)
+    return out.view(world, -1)

@@ -5,16 +5,10 @@ compiled, float32 and bfloat16, and the harness's own work per step (loader, dig
 """
 
 import argparse
-import json
-import os
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the trainer does
-
+import measure
 import torch
 import torch.nn.functional as F
 
@@ -27,19 +21,6 @@ from model import GPT, Attention, MLP, Rotary
 from optim import Engine
 from settings import SCALES
 from train_gpt import to_rows
-
-
-def best(step, repeats):
-    """(seconds of the first call, least seconds of the others)."""
-    began = time.perf_counter()
-    step()
-    first = time.perf_counter() - began
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - began)
-    return first, min(times)
 
 
 def record_step(ref, precision, compiled, at_once=8, sets=()):
@@ -132,7 +113,7 @@ def main():
             for compiled in ((False,) if o.quick or not all_modes else (False, True)):
                 torch._dynamo.reset()
                 step, tokens = make(precision, compiled)
-                first, seconds = best(step, repeats)
+                first, seconds = measure.best(step, repeats)
                 row = {"what": name, "dtype": label, "mode": "compiled" if compiled else "eager",
                        "ms": round(1000 * seconds, 2), "tokens_per_second": round(tokens / seconds), "first_s": round(first, 2)}
                 if name.startswith("tiny"):  # training alone, without validation
@@ -144,10 +125,7 @@ def main():
     step_ms = next(r["ms"] for r in rows if r["what"] == "tiny short/11" and r["dtype"] == "float32" and r["mode"] == "eager")
     share = 100 * (batch + line) / step_ms
     print(f"harness per tiny step: batch and digests {batch:.3f} ms (in the background), log {line:.3f} ms: {share:.2f} %")
-    if o.out:
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "code": runlog.code_version(), **runlog.machine()}
-        Path(o.out).write_text(json.dumps({"about": about, "rows": rows, "harness_ms": [batch, line],
-                                           "harness_percent": share}, indent=1) + "\n")
+    measure.write(o.out, rows=rows, harness_ms=[batch, line], harness_percent=share)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def plan(index, experts, backend):
     last = blocks.cumsum(0)
     shift = (last - blocks) * BLOCK - (ends - counts)  # from the sorted to the padded place
     places = rank + shift[flat]
-    total = (len(flat) // BLOCK + experts) * BLOCK  # enough for every split, so that shapes do not depend on the data
+    total = (len(flat) // BLOCK + experts) * BLOCK if len(flat) else 0  # enough for every split: no shape depends on the data
     choices = torch.zeros(total, dtype=torch.int64, device=flat.device)
     choices[places] = torch.arange(len(flat), device=flat.device)
     real = torch.zeros(total, device=flat.device)

@@ -1,8 +1,12 @@
 """Three `micro` steps of every record on 1, 2 and 4 processes: equal streams, losses equal up to the order of sums.
 
-    tests/long.sh [RECORD ...]        writes tests/matrix.md and exits 1 if a row fails
+    tests/long.sh [RECORD ...]        writes tests/matrix.md (without names) and exits 1 if a row fails
+
+Each number of processes is one launch that trains record after record, so that torch is loaded once.
 """
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -18,51 +22,76 @@ import deltas
 
 PROCESSES = (1, 2, 4)
 TOLERANCE = 1e-9  # nats after three steps in float64; the order of summation differs between numbers of processes
+VARIANTS = {"variants/2": ("system.expert_parallel=true",)}  # what else a record is tried with
 
 
-def run(ref, processes, out):
-    """Summary of one short training, or the last line that it printed on stderr."""
-    launch = [sys.executable]
+def cases(refs):
+    """[(name, ref, settings)] of the rows."""
+    out = []
+    for ref in refs:
+        out.append((ref, ref, ()))
+        out += [(f"{ref} {x}", ref, (x,)) for x in VARIANTS.get(ref, ())]
+    return out
+
+
+def work(refs, out):
+    """In each process of a launch: train every case; the first process writes summaries to out/N/."""
+    import train_gpt
+    for number, (_, ref, sets) in enumerate(cases(refs)):
+        folder = Path(out) / str(number)
+        argv = [ref, "--scale", "micro", "--out", str(folder)]
+        for x in ("schedule.steps=3", "system.precision=float64", *sets):
+            argv += ["--set", x]
+        options, resolved = deltas.command_line(argv)
+        with contextlib.redirect_stdout(io.StringIO()):
+            train_gpt.train(resolved, options)
+
+
+def launch(refs, processes, out):
+    """Summaries of all cases on so many processes, by number; and what the launch said on stderr."""
+    command = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, "train_gpt.py", ref, "--scale", "micro", "--set", "schedule.steps=3", "--set",
-                           "system.precision=float64", "--out", str(out)], cwd=ROOT, capture_output=True, text=True,
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*command, __file__, "--work", str(out), *refs], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = list(Path(out).glob("*/summary.json"))
-    return json.loads(found[0].read_text()) if done.returncode == 0 and found else (done.stderr.strip() or "?").splitlines()[-1]
+    found = {int(path.parent.parent.name): json.loads(path.read_text()) for path in Path(out).glob("*/*/summary.json")}
+    return found, done.stderr
 
 
-def row(ref):
-    """(Markdown line, passed) of a record."""
-    results = []
-    for processes in PROCESSES:
-        with tempfile.TemporaryDirectory() as out:
-            results.append(run(ref, processes, out))
-    failed = [r for r in results if isinstance(r, str)]
-    if failed:
-        return f"| {ref} | failed: {failed[0]} | | | | |", False
+def row(name, results):
+    """(Markdown line, passed) of a case. results: its summary on each number of processes, None where there is none."""
+    if None in results:
+        return f"| {name} | no result on {PROCESSES[results.index(None)]} processes FAILED | | | | |", False
     losses = [r["val_loss"] for r in results]
     spread, same = max(losses) - min(losses), len({r["stream_digest"] for r in results}) == 1
     passed = spread <= TOLERANCE and same
     cells = " | ".join(f"{loss:.6f}" for loss in losses)
-    return f"| {ref} | {cells} | {spread:.1e} | {'equal' if same else 'DIFFER'}{'' if passed else ' FAILED'} |", passed
+    return f"| {name} | {cells} | {spread:.1e} | {'equal' if same else 'DIFFER'}{'' if passed else ' FAILED'} |", passed
 
 
 def main():
-    refs = sys.argv[1:] or list(deltas.load_records())
-    began, lines, good = time.time(), [], True
-    for ref in refs:
-        line, passed = row(deltas.find_record(ref).ref)
-        print(line, flush=True)
-        lines.append(line)
-        good &= passed
+    refs = [deltas.find_record(name).ref for name in sys.argv[1:]] or list(deltas.load_records())
+    began, by_processes = time.time(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        for processes in PROCESSES:
+            found, said = launch(refs, processes, Path(scratch) / str(processes))
+            by_processes.append(found)
+            missing = [name for i, (name, _, _) in enumerate(cases(refs)) if i not in found]
+            print(f"{processes} process{'es' if processes > 1 else ''}: {len(found)} trained, {time.time() - began:.0f} s", flush=True)
+            if missing:
+                print(f"no result of {', '.join(missing)}; the launch ended with:\n{said[-2000:]}", file=sys.stderr)
+    rows = [row(name, [found.get(i) for found in by_processes]) for i, (name, _, _) in enumerate(cases(refs))]
+    print(*(line for line, _ in rows), sep="\n")
     if not sys.argv[1:]:
         head = (f"Three `micro` steps of every record in float64, validation loss on {', '.join(map(str, PROCESSES))} gloo processes of one "
                 f"thread (`tests/long.sh`, {time.time() - began:.0f} s). They differ by the order of sums only.\n\n"
                 "| record | 1 process | 2 processes | 4 processes | spread | streams |\n|---|---|---|---|---|---|\n")
-        (ROOT / "tests/matrix.md").write_text(head + "\n".join(lines) + "\n")
-    sys.exit(not good)
+        (ROOT / "tests/matrix.md").write_text(head + "\n".join(line for line, _ in rows) + "\n")
+    sys.exit(not all(passed for _, passed in rows))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["--work"]:
+        work(sys.argv[3:], sys.argv[2])
+    else:
+        main()

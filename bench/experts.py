@@ -1,0 +1,132 @@
+"""Variants against their parent: `python bench/experts.py [RECORD ...] [--scale tiny] [--out JSON]`.
+
+A training step of each variant (forward, backward, update) and of its parent, interleaved; for mixtures of experts also where
+the time of their layers goes (route, permute, multiply, combine, shared expert; forward and backward, all layers), and the same
+layer in plain torch, a loop over the experts. Minimum over repeats, milliseconds.
+"""
+
+import argparse
+
+import measure
+import torch
+
+import deltas
+import schedule
+from data.corpus import corpus_for
+from data.stream import Stream, stream_arguments
+from kernels import experts
+from model import GPT
+from optim import Engine
+from train_gpt import ranks_per_forward, to_rows
+
+VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
+
+
+class Case:
+    """A record ready to train one step, over and over, on the first batch."""
+
+    def __init__(self, ref, scale):
+        self.s = s = deltas.resolve(ref, scale=scale).settings
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model = GPT(s).to(device)
+        self.model.initialise(0)
+        self.engine, self.plan = Engine(self.model, s), schedule.plan(s)[0]
+        self.corpus = corpus_for(scale, None)
+        world = type("World", (), {"ranks": range(8), "cuda": device.type == "cuda"})
+        self.at_once = ranks_per_forward(s, world)
+        batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
+        self.x, self.y = to_rows(batch, s.data.seq_len, device)
+
+    def gradients(self):
+        for i in range(0, 8, self.at_once):
+            self.engine.expect(last=i + self.at_once == 8)
+            x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
+            self.model(x, y, self.model.context(x, self.corpus.bos, self.plan.windows)).mean().backward()
+            self.engine.collect()
+
+    def update(self):
+        self.model.settle(lambda t: t, self.plan.tokens)
+        self.engine.step(self.plan)
+
+
+def backward(outputs, leaves):
+    """Backward from outputs, without keeping gradients on the leaves."""
+    torch.autograd.grad(outputs, leaves, [torch.ones_like(y) for y in outputs])
+
+
+def layer_parts(case, repeats):
+    """{part: ms} of all mixture layers together, on normed random input of a step's size; `plain` is the loop over experts."""
+    layers = case.model.mixtures()
+    moe, forwards = layers[0][1], 8 // case.at_once
+    rows, length = case.x[:case.at_once].flatten(0, 1).shape
+    x = torch.randn(rows, length, case.s.model.model_dim, device=case.x.device, requires_grad=True)
+    backend = experts.choose(case.s.system.experts, x.device, x.dtype, (moe.up.size(1), moe.up.size(2)), False)
+    chosen, gates, _ = moe.router(x)
+    gates = gates.detach().requires_grad_()
+    p = experts.plan(chosen, moe.experts, backend)
+    sorted_rows = experts.gather(x.flatten(0, 1), p).detach().requires_grad_()
+    done = moe.feed(sorted_rows, p).detach().requires_grad_()
+    leaf = x.detach().flatten(0, 1).requires_grad_()
+
+    def permute():
+        backward([experts.gather(leaf, experts.plan(chosen, moe.experts, backend))], [leaf])
+
+    def plain():
+        y = torch.zeros_like(leaf)
+        for e in range(moe.experts):
+            token, choice = (chosen == e).nonzero(as_tuple=True)
+            hidden = moe.activation(leaf[token] @ moe.up[e].mT)
+            y = y.index_add(0, token, (hidden @ moe.down[e].mT) * gates[token, choice, None])
+        backward([y], [leaf, gates, moe.up, moe.down])
+
+    def ours():
+        q = experts.plan(chosen, moe.experts, backend)
+        y = experts.combine(moe.feed(experts.gather(leaf, q), q), gates, q)
+        backward([y], [leaf, gates, moe.up, moe.down])
+
+    steps = {"route": lambda: backward([moe.router(x)[1]], [x, moe.router.weight]), "permute": permute,
+             "multiply": lambda: backward([moe.feed(sorted_rows, p)], [sorted_rows, moe.up, moe.down]),
+             "combine": lambda: backward([experts.combine(done, gates, p)], [done, gates])}
+    if moe.shared is not None:
+        steps["shared"] = lambda: backward([moe.shared(x)], [x, *moe.shared.parameters()])
+    steps |= {"routed": ours, "plain": plain}
+    return {name: 1000 * measure.best(step, repeats)[1] * len(layers) * forwards for name, step in steps.items()}
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/experts.py", description=__doc__.splitlines()[0])
+    p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
+    p.add_argument("--scale", default="tiny")
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    o = p.parse_args()
+    torch.manual_seed(0)
+    table = []
+    for ref in o.records:
+        case, parent = Case(ref, o.scale), Case(deltas.find_record(ref).parent, o.scale)
+        times = {}
+        for _ in range(o.repeats):  # interleaved: a machine's mood meets both
+            for name, step in (("parent_ms", parent.gradients), ("parent_update_ms", parent.update),
+                               ("ms", case.gradients), ("update_ms", case.update)):
+                times[name] = min(times.get(name, 1e9), 1000 * measure.best(step, 1)[1])
+        row = {"record": ref, "parameters": case.model.num_parameters(), "active_parameters": case.model.num_active(),
+               "flops_per_token": case.model.flops_per_token(), "parent": deltas.find_record(ref).parent,
+               "parent_flops_per_token": parent.model.flops_per_token(),
+               **{k: round(v, 2) for k, v in times.items()}}
+        mine, theirs = row["ms"] + row["update_ms"], row["parent_ms"] + row["parent_update_ms"]
+        row["ratio"] = round(mine / theirs, 3)
+        print(f"{ref}: step {mine:.1f} ms, {row['ratio']:.2f} of {row['parent']}'s {theirs:.1f} ms; update "
+              f"{row['update_ms']:.1f} and {row['parent_update_ms']:.1f} ms; "
+              f"{row['flops_per_token'] / row['parent_flops_per_token']:.2f} of its FLOPs", flush=True)
+        if case.model.mixtures():
+            row["parts_ms"] = {k: round(v, 2) for k, v in layer_parts(case, o.repeats).items()}
+            parts = dict(row["parts_ms"])
+            routed, plain = parts.pop("routed"), parts.pop("plain")
+            print("    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
+                  + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms", flush=True)
+        table.append(row)
+    measure.write(o.out, scale=o.scale, rows=table)
+
+
+if __name__ == "__main__":
+    main()

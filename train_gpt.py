@@ -387,14 +387,30 @@ def train(resolved, options):
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
-    warm_up(run, options.seed)
     try:
+        warm_up(run, options.seed)
         status = run.loop()
     except KeyboardInterrupt:
+        if run.stream is None:  # the clock has not started
+            raise
         status = "interrupted"
+    except torch.OutOfMemoryError as error:
+        raise UserError(out_of_memory(run, error)) from None
     finally:
         run.close()
     return finish(status, run, resolved, options)
+
+
+def out_of_memory(run, error):
+    """One line: how much was asked for, and the setting that lowers it most without changing the record."""
+    said = str(error).split(". ")[0]
+    if run.at_once > 1:
+        remedy = f"--set system.ranks_per_forward={run.at_once // 2} (now {run.at_once})"
+    elif run.world.size < LOGICAL_RANKS and not run.engine.comm == "replicated":
+        remedy = f"use more than {run.world.size} processes, which share the optimizer's state"
+    else:
+        remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
+    return f"out of memory with {run.at_once} logical ranks a forward ({said}): {remedy}"
 
 
 def describe(resolved, options, world, corpus, model, engine, used, plans):

@@ -37,7 +37,8 @@ def test_every_record_trains_three_steps(ref, tmp_path):
     assert done.returncode == 0, done.stderr
     assert summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
     events = read_chain(next(tmp_path.glob("*/run.jsonl")))
-    assert [e["kind"] for e in events] == ["start", "probe", "reset", "validation", "validation", "stream", "end"]
+    routed = ["experts"] if events[0]["settings"]["model"]["mlp"]["moe"] else []
+    assert [e["kind"] for e in events] == ["start", "probe", "reset", "validation", "validation", *routed, "stream", "end"]
     assert re.search(r"^step:3/3 val_loss:\d\.\d{6} train_time:\d+ms step_avg:\d+\.\d\dms$",
                      next(tmp_path.glob("*/log.txt")).read_text(), re.M)
 
@@ -151,6 +152,17 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
     assert process.returncode == 130 and "interrupted" in out and "Traceback" not in err
     assert json.loads(next(tmp_path.glob("*/summary.json")).read_text())["status"] == "interrupted"
     assert read_chain(next(tmp_path.glob("*/run.jsonl")))[-1]["status"] == "interrupted"
+
+
+def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
+    script = ("import torch, train_gpt, deltas\n"
+              "def fail(*args, **more): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...')\n"
+              "train_gpt.train_step = fail\n"
+              f"train_gpt.main(*deltas.command_line(['short/11', '--scale', 'micro', '--out', {str(tmp_path)!r}]))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
+                           "--set system.ranks_per_forward=4 (now 8)\n")
 
 
 def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):

@@ -3,6 +3,7 @@
     python sweep.py ablate short/11 --scale micro --seeds 4          # every feature off in turn
     python sweep.py axis short/11 optim.muon.lr=0.02,0.08 optim.scalar.lr=0.02,0.08      # every combination
     python sweep.py chain short/1..short/11 --seeds 4                # every record against its parent
+    python sweep.py chain variants --scale tiny --seeds 4            # the same of a whole lineage
     python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a shared disk
     python sweep.py status DIR     # the table so far
     python sweep.py report DIR --out records/evidence/ablate_11      # JSON, CSV, Markdown, PNG
@@ -371,8 +372,8 @@ def parser():
     c.add_argument("base", metavar="RECORD", help="record or preset")
     c.add_argument("axes", nargs="+", metavar="PATH=A,B,...", help="literal values of the scaled run")
     planning(c)
-    c = add("chain", start, "every record of a chain against its parent")
-    c.add_argument("base", metavar="FIRST..LAST", help="like short/1..short/11")
+    c = add("chain", start, "every record of a chain or of a lineage against its parent")
+    c.add_argument("base", metavar="FIRST..LAST", help="like short/1..short/11; or a whole lineage, like variants")
     planning(c)
     c = add("work", work, "one more worker on a queue")
     c.add_argument("dir", metavar="DIR")

@@ -25,13 +25,13 @@ VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 class Case:
     """A record ready to train one step, over and over, on the first batch."""
 
-    def __init__(self, ref, scale):
+    def __init__(self, ref, scale, data=None):
         self.s = s = deltas.resolve(ref, scale=scale).settings
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = GPT(s).to(device)
         self.model.initialise(0)
         self.engine, self.plan = Engine(self.model, s), schedule.plan(s)[0]
-        self.corpus = corpus_for(scale, None)
+        self.corpus = corpus_for(scale, data)
         world = type("World", (), {"ranks": range(8), "cuda": device.type == "cuda"})
         self.at_once = ranks_per_forward(s, world)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
@@ -97,13 +97,14 @@ def main():
     p = argparse.ArgumentParser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")
+    p.add_argument("--data", metavar="DIR", help="folder of shards, as in train_gpt.py")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
     table = []
     for ref in o.records:
-        case, parent = Case(ref, o.scale), Case(deltas.find_record(ref).parent, o.scale)
+        case, parent = (Case(r, o.scale, o.data) for r in (ref, deltas.find_record(ref).parent))
         times = {}
         for _ in range(o.repeats):  # interleaved: a machine's mood meets both
             for name, step in (("parent_ms", parent.gradients), ("parent_update_ms", parent.update),

@@ -14,6 +14,7 @@ import deltas
 from settings import SCALES, UserError
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
 
 
 def tiny_loss(record):
@@ -27,22 +28,38 @@ def tiny_loss(record):
 
 
 def list_records(options):
-    """One line per record: what, when, who, published minutes, evidence."""
+    """One line per record: what, when, who, published minutes, evidence; then one per variant: what and on which parent."""
+    everything = deltas.load_records().values()
+    records = [r for r in everything if not r.ref.startswith(VARIANTS)]
+    variants = [r for r in everything if r.ref.startswith(VARIANTS)]
     if options.markdown:
-        print("| record | minutes | loss | tiny | date | by | what |\n|---|---|---|---|---|---|---|")
-        for r in deltas.load_records().values():
-            p = r.published
-            print(f"| {r.ref} | {p.get('minutes', '')} | {p.get('val_loss', '')} | {tiny_loss(r)} | {r.date} | "
-                  f"{', '.join(r.people)} | {r.title} |")
-        return
+        return list_markdown(records, variants)
     print(f"{'record':10} {'minutes':>7} {'loss':>7} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
-    for r in deltas.load_records().values():
+    for r in records:
         p = r.published
         print(f"{r.ref:10} {p.get('minutes', ''):>7} {p.get('val_loss', ''):>7} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} "
               f"{r.kind:9} {r.title} ({', '.join(r.people)})")
     for name in deltas.preset_names():
         fixed, _ = deltas.load_preset(name)
         print(f"{name:10} preset: {fixed['name']} at scale {fixed['scale']}, frozen, with its own target")
+    if variants:
+        print(f"\n{'variant':12} {'parent':10} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
+    for r in variants:
+        print(f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9} {r.title}")
+
+
+def list_markdown(records, variants):
+    """The tables of the README."""
+    print("| record | minutes | loss | tiny | date | by | what |\n|---|---|---|---|---|---|---|")
+    for r in records:
+        p = r.published
+        print(f"| {r.ref} | {p.get('minutes', '')} | {p.get('val_loss', '')} | {tiny_loss(r)} | {r.date} | "
+              f"{', '.join(r.people)} | {r.title} |")
+    if variants:
+        print("\nVariants, branches of this project, each on its parent; nothing is published about them:\n\n"
+              "| variant | parent | tiny | date | what |\n|---|---|---|---|---|")
+    for r in variants:
+        print(f"| {r.ref} | {r.parent or 'none'} | {tiny_loss(r)} | {r.date} | {r.title} |")
 
 
 def show(options):
@@ -59,7 +76,7 @@ def show(options):
         print("\ndelta:")
     for path, value in r.delta.items():
         print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, options.scale))
-    print("\npublished: " + ", ".join(f"{k} {v}" for k, v in r.published.items()))
+    print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
     print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {options.scale}")
     if options.params:
         from records.plan import parameters
@@ -144,7 +161,7 @@ def parser(command=None):
         return c
 
     c = add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
-    c.add_argument("--markdown", action="store_true", help="the table of the README")
+    c.add_argument("--markdown", action="store_true", help="the tables of the README")
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
     c.add_argument("record")
     c.add_argument("--scale", choices=list(SCALES), default="full")

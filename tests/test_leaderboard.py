@@ -14,7 +14,7 @@ import pytest
 import browser_page
 import claim_builder
 import deltas
-from records import leaderboard, statistics
+from records import __main__ as records_command, leaderboard, statistics
 from records.claims import verify
 from records.page import facts, sections, tags
 from settings import UserError
@@ -44,6 +44,7 @@ def sweep(name, kind, base, control, rows, **more):
 
 ABLATED = {"optim.muon": 4.60, "model.head.softcap": 4.061, "model.residual.unet_skips": 4.02, "model.residual.x0_mix": 4.08,
            "model.attn.value_residual": 4.09, "optim.muon.momentum_warmup": 4.075}
+BRANCHES = {"variants/1": 4.25, "variants/2": 4.263, "variants/3": 4.31}  # of short/8: better, unresolved, worse
 CHAINED = {"short/8": 4.26, "short/9": 4.27, "short/10": 4.265, "short/11": 4.06}
 
 
@@ -53,7 +54,7 @@ def spread(mean):
 
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory):
-    """A folder with an ablation of record 11 and a chain 8..11, and one arm that does nothing at this scale."""
+    """A folder with an ablation of record 11, a chain 8..11, three variants, and one arm that does nothing at this scale."""
     folder = tmp_path_factory.mktemp("evidence")
     analysis = statistics.against_control(spread(4.06), {p: spread(x) for p, x in (ABLATED | {"all": 4.7}).items()})
     found = analysis["rows"]
@@ -70,6 +71,11 @@ def evidence(tmp_path_factory):
     control = arm("short/8", [], spread(CHAINED["short/8"]), None, record="short/8")
     made = sweep("chain", "chain", "short/8..short/11", control, rows, method="holm", **pooled)
     (folder / "chain.json").write_text(json.dumps(made))
+    analysis = statistics.against_control(spread(4.26), {ref: spread(x) for ref, x in BRANCHES.items()})
+    found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
+    rows = [arm(ref, [], spread(x), found[ref], record=ref, parent="short/8") for ref, x in BRANCHES.items()]
+    made = sweep("chain_variants_tiny", "chain", "variants", control, rows, **pooled)
+    (folder / "chain_variants_tiny.json").write_text(json.dumps(made))
     return folder
 
 
@@ -283,6 +289,87 @@ def test_colours_have_contrast_in_both_themes():
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
 
 
+# ----- variants -----------------------------------------------------------------------------------------------------
+
+def section_of(page, name):
+    return re.search(rf'<section id="{name}".*?</section>', page, re.S).group()
+
+
+def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
+    """No place in history, worth table, prediction or the records' table of the index; one in a part of their own."""
+    assert not any(facts.is_variant(h["ref"]) for h in site["history"])
+    assert facts.head(site) == "short/33" and facts.scales_measured({**site, "sweeps": [
+        s for s in site["sweeps"] if s["base"] == "variants"]}) == []
+    for name in ("worth", "history", "predict"):
+        assert "variants/" not in section_of(page, name)
+    index = leaderboard.build()["records/README.md"].split("\n## Variants\n")
+    lineage = leaderboard.build()["LINEAGE.md"].split("\n## Variants\n")
+    for ref, record in facts.variants_of(site).items():
+        assert ref not in index[0] + lineage[0] and f"| {ref} | {record.parent} | {record.title} |" in index[1]
+        assert f"### {ref}: {record.title}\n" in lineage[1] and "Published: nothing" not in lineage[1]
+        cells = next(r["cells"] for r in Reader(section_of(page, "variants")).rows if r["cells"][0] == ref)
+        assert cells[1] == record.parent and record.title in cells[2] and all(path in cells[3] for path in record.delta)
+
+
+def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
+    made = json.loads((evidence / "chain_variants_tiny.json").read_text())
+    assert [row["resolved"] for row in made["rows"]] == [True, False, True]
+    index, lineage = (leaderboard.build(evidence)[name] for name in ("records/README.md", "LINEAGE.md"))
+    rows = {r["cells"][0]: r["cells"] for r in Reader(section_of(page, "variants")).rows}
+    for row in made["rows"]:
+        cell = rows[row["arm"]][4]
+        assert tags.number(row["effect"], sign=True) in cell and tags.interval(row["low"], row["high"]) in cell
+        assert ("unresolved" in cell) != row["resolved"] and "n 4 against 4" in cell
+        line = next(x for x in index.splitlines() if x.startswith(f"| {row['arm']} |"))
+        half = (row["high"] - row["low"]) / 2
+        assert (f"| {row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], n 4 and 4 |" in line if row["resolved"]
+                else f"| unresolved (+-{half:.4f}), n 4 and 4 |" in line)
+        verb = "saves" if row["effect"] <= 0 else "costs"
+        part = lineage.split(f"### {row['arm']}: ")[1].split("### ")[0]
+        assert f"Measured at tiny: {verb} {abs(row['effect']):.4f} nats against its parent" in part
+    assert rows["variants/4"][4] == "\N{EN DASH}" and "not measured |" in index
+    assert "Not compared with its parent yet." in lineage.split("### variants/4: ")[1].split("### ")[0]
+
+
+def test_variants_that_no_sweep_compared_say_so(tmp_path):
+    files = leaderboard.build(tmp_path)
+    assert "No sweep of the variants is committed yet" in section_of(files["site/index.html"], "variants")
+    assert "No sweep has compared" in files["records/README.md"]
+    assert files["LINEAGE.md"].count("Not compared with its parent yet.") == len(facts.variants_of(facts.gather(tmp_path)))
+
+
+def test_an_incomplete_sweep_of_variants_is_called_interim(evidence, tmp_path):
+    made = json.loads((evidence / "chain_variants_tiny.json").read_text()) | {"complete": False}
+    (tmp_path / "x.json").write_text(json.dumps(made))
+    files = leaderboard.build(tmp_path)
+    assert "interim, the sweep is incomplete" in section_of(files["site/index.html"], "variants")
+    assert "n 4 and 4, interim |" in files["records/README.md"] and "interim: the sweep is incomplete" in files["LINEAGE.md"]
+
+
+def test_a_parent_that_a_lineages_sweep_compared_with_an_earlier_one_is_no_variants_and_no_records_worth(site, evidence):
+    sweeps = [s for s in site["sweeps"] if s["base"] == "variants"]
+    other = {**sweeps[0], "rows": [{**sweeps[0]["rows"][0], "arm": "short/11", "record": "short/11"}]}
+    for flag in (True, False):
+        assert facts.added_at({**site, "sweeps": [other]}, "tiny", variants=flag) == {}
+    assert set(facts.added_at(site, "tiny", variants=True)) == set(BRANCHES)
+
+
+@pytest.mark.parametrize("flags", [[], ["--markdown"]])
+def test_the_list_names_every_record_once_and_variants_in_a_table_of_their_own(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        records_command.main(["list", *flags])
+    assert stop.value.code == 0
+    records, variants = re.split(r"\n\n(?=variant |Variants, )", capsys.readouterr().out)
+    for ref, record in deltas.load_records().items():
+        mine, other = (variants, records) if facts.is_variant(ref) else (records, variants)
+        lines = [x for x in mine.splitlines() if re.match(rf"(\| )?{ref}\s", x)]
+        assert len(lines) == 1 and record.title in lines[0]
+        assert not re.search(rf"^(\| )?{ref}\s", other, re.M)
+        if facts.is_variant(ref):
+            assert record.parent in lines[0]
+    assert "minutes" in records and "minutes" not in variants and "loss" not in variants
+
+
 # ----- data ---------------------------------------------------------------------------------------------------------
 
 def test_the_embedded_settings_give_the_differences_of_the_diff_command(page):
@@ -329,7 +416,7 @@ def test_history_is_consistent(site):
     retimed = [i for i, _ in minutes].index("21r")  # two retimings made record 21 slower; 22 counts from there
     for part in (minutes[:retimed], minutes[retimed + 1:]):
         assert [m for _, m in part] == sorted((m for _, m in part), reverse=True)
-    for ref, record in site["records"].items():
+    for ref in site["records"].keys() - facts.variants_of(site).keys():
         h = next(h for h in site["history"] if h["ref"] == ref)
         if h["steps"]:
             assert h["steps"] == deltas.resolve(ref).settings.schedule.steps
@@ -416,7 +503,10 @@ def test_a_claim_gets_a_row_on_the_board_of_its_machine_and_takes_its_card_off_t
     ("ablate", lambda s: s["rows"][2].update(resolved=not s["rows"][2]["resolved"]), "resolved: not"),
     ("ablate", lambda s: s["control"].update(mean=4.0), r"short/11: mean"), ("ablate", lambda s: s.update(df=99), "df: not"),
     ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
-    ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect")])
+    ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect"),
+    ("chain", lambda s: s.update(method="dunnett"), "method: Dunnett's is for one parent"),
+    ("chain_variants_tiny", lambda s: s["rows"][0].update(low=-0.5), "variants/1: low"),
+    ("chain_variants_tiny", lambda s: s.update(method="holm"), "variants/1: low")])
 def test_a_sweep_whose_figures_its_losses_do_not_give_is_refused(name, edit, what, evidence, tmp_path):
     made = json.loads((evidence / f"{name}.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps(made))

@@ -1,5 +1,6 @@
 """Laws of sweeps: the queue, its workers, screening, what is concluded. A fake trainer writes the logs; one test trains."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ import deltas
 import runlog
 import sweep
 from records import statistics
+from records.page import facts
 from records.sweeps import queue, worker, report as sweep_report
 from records.sweeps.plan import grouped, make_plan, pairs_of, split
 from settings import UserError
@@ -143,6 +146,40 @@ def test_an_axis_is_every_combination_of_values_in_the_grammar_of_set():
     assert split("a={x = [1, 2], y = 3},{x = 4},\"p,q\"") == ["{x = [1, 2], y = 3}", "{x = 4}", '"p,q"']
 
 
+def parents_of(lineage):
+    """{ref: parent} as the lineage's record.toml files say, in the order of their folders."""
+    tomls = [tomllib.loads(path.read_text()) for path in sorted((ROOT / "records" / lineage).glob("*/record.toml"))]
+    return {f"{lineage}/{toml['id']}": toml.get("parent") for toml in tomls}
+
+
+def test_a_lineage_is_every_record_of_it_against_its_parent():
+    for lineage, seeds in (("short", 2), ("variants", 4)):
+        plan, parents = planned("chain", lineage, "--seeds", seeds, "--scale", "tiny"), parents_of(lineage)
+        assert plan["name"] == f"chain_{lineage}_tiny" and plan["base"] == lineage
+        children = {ref: parent for ref, parent in parents.items() if parent}
+        assert plan["arms"][0]["label"] == next(iter(children.values())) and plan["arms"][0]["role"] == "control"
+        assert {a["label"]: a["parent"] for a in plan["arms"][1:]} == children
+        assert all(b["label"] == children[a["label"]] for a, b in pairs_of(plan))
+
+
+def test_branches_of_one_parent_get_more_runs_of_it_and_a_chain_of_several_parents_does_not():
+    plan = planned("chain", "variants")
+    assert plan["controls"] == round(4 * 7 ** 0.5) and len(queue.targets(plan)) == plan["controls"] + 7 * 4
+    assert planned("chain", "variants", "--controls", 8)["controls"] == 8
+    assert planned("chain", "variants", "--paired")["controls"] == 4
+    assert planned("chain", "short")["controls"] == planned("chain", "short/5..short/9")["controls"] == 4
+
+
+def test_a_parent_outside_the_lineage_runs_and_is_compared_with_its_nearest_ancestor_that_runs(monkeypatch):
+    records = dict(deltas.load_records())
+    new = dataclasses.replace(records["variants/5"], ref="variants/99", parent="short/11")
+    monkeypatch.setattr(deltas, "load_records", lambda: records | {"variants/99": new})
+    monkeypatch.setattr(deltas, "find_record", lambda name: deltas.load_records()[name])
+    plan = planned("chain", "variants")
+    assert [(a["label"], a["parent"]) for a in plan["arms"][-2:]] == [("short/11", "short/8"), ("variants/99", "short/11")]
+    assert plan["controls"] == plan["seeds"] and len(pairs_of(plan)) == 9
+
+
 def test_features_that_cannot_be_switched_off_are_listed_with_the_reason():
     skipped = {s["feature"]: s["reason"] for s in planned("ablate", "short/11")["skipped"]}
     assert "no sensible off" in skipped["schedule.steps"] and "model.bias" not in skipped  # which is off in record 11
@@ -184,6 +221,9 @@ BAD = [
     (["ablate", "short/11", "--scale", "small", "--data", "DATA"], "needs one"),
     (["ablate", "short/11", "--dir", "/dev/null/x"], "choose another with --dir"),
     (["chain", "short/1"], "FIRST..LAST"),
+    (["chain", "variant"], "did you mean variants?"),
+    (["chain", "medium"], "no record of this lineage has a parent"),
+    (["chain", "short", "--controls", "9"], "leave it away"),
     (["chain", "short/9..short/4"], "not an ancestor"),
     (["chain", "short/6..short/7"], "nothing to run"),
     (["work", "/no/such/place"], "no sweep here"),
@@ -585,6 +625,23 @@ def test_effects_and_intervals_are_those_of_the_statistics_module():
     for name, row in expected["rows"].items():
         assert (found[name]["effect"], found[name]["p"]) == pytest.approx((row["effect"], row["p"]), rel=1e-9)
     assert found["short/4"]["parent"] == "short/3" and found["short/4"]["record"] == "short/4"
+
+
+def test_branches_of_one_parent_are_compared_by_dunnett():
+    """Also the effect that the plan says it can detect; the pages accept what is written."""
+    plan = planned("chain", "variants")
+    done = noisy(plan, {"variants/2": -0.3})
+    arms = {a["label"]: [done[queue.name_of(a, s)]["val_loss"] for s in range(11 if a["label"] == "short/8" else 4)]
+            for a in plan["arms"]}
+    expected = statistics.against_control(arms.pop("short/8"), arms)
+    found = sweep_report.evidence(plan, done, {}, None, "x")
+    assert (found["method"], found["control"]["n"], found["df"]) == ("dunnett", 11, 7 * 3 + 10)
+    assert found["mde"] == statistics.minimal_detectable_effect(expected["pooled_sd"], 4, 11, 7)
+    for row in found["rows"]:
+        assert {k: row[k] for k in ("effect", "low", "high", "p")} == {
+            k: expected["rows"][row["arm"]][k] for k in ("effect", "low", "high", "p")} and row["parent"] == "short/8"
+    assert [r["arm"] for r in found["rows"] if r["resolved"]] == ["variants/2"]
+    assert not facts.misstated(json.loads(json.dumps(found)))
 
 
 def test_paired_seeds_give_the_paired_t_test_for_one_arm_and_cancel_common_shifts():

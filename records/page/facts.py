@@ -1,14 +1,14 @@
 """What the pages say: the committed data gathered as plain values, and the few answers that several pages give.
 
-Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/published/history.csv (every
-published record and claim, also those that are not implemented here), records/published/effects.csv (what authors state
-a technique is worth) and records/evidence/*.json (sweeps, and judge.json). Nothing typed is believed: claims are verified
-again from their logs, and the figures of sweeps computed again from the losses beside them.
+Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), records/published/history.csv
+(every published record and claim, also those that are not implemented here), records/published/effects.csv (what authors
+state a technique is worth) and records/evidence/*.json (sweeps, and judge.json). Nothing typed is believed: claims are
+verified again from their logs, and the figures of sweeps computed again from the losses beside them.
 
-published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked up);
-steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs), which
-from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by the
-whole record, where its authors or logs state one (negative is better).
+published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked
+up); steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs),
+which from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by
+the whole record, where its authors or logs state one (negative is better).
 published/effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
 effect of adding the technique (negative is better), n runs (empty: not stated), who says so.
 """
@@ -27,6 +27,7 @@ from settings import SCALES, UserError
 
 ROOT = deltas.RECORDS.parent
 EVIDENCE = deltas.RECORDS / "evidence"
+VARIANTS = "variants"  # the lineage of this project's own branches: nothing published, no place in history and worth table
 SWEEPS = ("ablate", "chain", "axis")
 SWEEP_KEYS = {"version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"}
 FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
@@ -61,7 +62,8 @@ def read_rows(path, numbers):
 def read_history(records):
     """Rows of published/history.csv, joined with the records here: those overrule title, date, people and kind.
 
-    A record here that published/history.csv does not know (a new one) is added. Minutes that differ are an error: one is wrong.
+    A record here that published/history.csv does not know (a new one) is added, unless it is a variant. Minutes that differ
+    are an error: one is wrong.
     """
     path = deltas.RECORDS / "published/history.csv"
     rows = read_rows(path, ["minutes", "steps", "tokens", "val_loss", "runs", "effect_steps", "effect_loss"])
@@ -77,7 +79,7 @@ def read_history(records):
                                 f"{minutes:g}: correct the wrong one")
             row |= {"title": record.title, "date": record.date, "people": record.people, "kind": record.kind}
     known = {row["ref"] for row in rows}
-    return rows + [new_row(record) for ref, record in records.items() if ref not in known]
+    return rows + [new_row(record) for ref, record in records.items() if ref not in known and not is_variant(ref)]
 
 
 def new_row(record):
@@ -148,7 +150,9 @@ def misstated(sweep):
               if (key := key_of(row)) in {*pairs, *pairs.values()} and finished(row)}
     if sweep.get("paired"):
         found = sweep_report.blocked(losses, list(pairs.items()), sweep["confidence"])
-    elif sweep["kind"] == "chain":
+    elif sweep["kind"] == "chain" and sweep["method"] == "dunnett" and set(pairs.values()) != {key_of(sweep["control"])}:
+        return "method: Dunnett's is for one parent"
+    elif sweep["kind"] == "chain" and sweep["method"] != "dunnett":
         found = statistics.successive(losses, list(pairs.items()), sweep["confidence"])
     else:
         control = losses.pop(key_of(sweep["control"]))
@@ -195,8 +199,8 @@ def expected_hash(name, scale, changes):
 
 
 def base_of(base):
-    """Ref of the record a sweep is about: its base, the last of a chain FIRST..LAST, or a preset's record."""
-    name = base.split("..")[-1]
+    """Ref of the record a sweep is about: its base, the last of FIRST..LAST or of a lineage, or a preset's record."""
+    name = f"{base}/head" if base in deltas.LINEAGES else base.split("..")[-1]
     return deltas.resolve_name(name).record.ref if name in deltas.preset_names() else deltas.find_record(name).ref
 
 
@@ -265,9 +269,18 @@ def hardware(about):
 
 
 def order_of(site, ref):
-    """Sorting key of a record of any lineage: its place in the history."""
-    refs = [row["ref"] for row in site["history"]]
+    """Sorting key of a record of any lineage: its place in the history, after which the variants come."""
+    refs = [row["ref"] for row in site["history"]] + list(variants_of(site))
     return refs.index(ref) if ref in refs else len(refs)
+
+
+def is_variant(ref):
+    return ref.startswith(VARIANTS + "/")
+
+
+def variants_of(site):
+    """Ref -> record of the variants."""
+    return {ref: r for ref, r in site["records"].items() if is_variant(ref)}
 
 
 def head(site, lineage="short"):
@@ -300,7 +313,8 @@ def measure(sweep, row, sign):
     out = {"n": row["n"], "n_control": runs.get(row.get("parent") or sweep["control"]["arm"]), "name": sweep["name"],
            "scale": sweep["scale"], "base": sweep["base"], "about": sweep["about"], "hardware": hardware(sweep),
            "grade": row.get("grade") or sweep.get("grade") or "hashes only", "current": row["current"],
-           "note": row.get("note", ""), "resolved": bool(row["resolved"]), "worth": None, "low": None, "high": None}
+           "complete": sweep.get("complete", True), "note": row.get("note", ""), "resolved": bool(row["resolved"]),
+           "worth": None, "low": None, "high": None}
     if row["effect"] is None:
         return out | {"resolved": False}
     if row["low"] is not None:
@@ -317,16 +331,37 @@ def ablated(changes):
     return ("path", what) if flag == "--without" else None
 
 
-def sweeps_of(site, kind, scale):
-    """The sweeps of a kind at a scale, the best last: newest base, nothing else changed, complete, most runs."""
-    found = [s for s in site["sweeps"] if (s["kind"], s["scale"]) == (kind, scale)]
+def difference(m):
+    """The row of what was added as the change of the loss: effect, low, high (negative is better) and resolved."""
+    effect, low, high = (None if x is None else -x for x in (m["worth"], m["high"], m["low"]))
+    return {"effect": effect, "low": low, "high": high, "resolved": m["resolved"]}
+
+
+def sweeps_of(site, kind, scale, variants=False):
+    """The sweeps of a kind at a scale, of records or of variants, the best last.
+
+    Better is: a newer base, nothing else changed, complete, more runs of the control.
+    """
+    found = [s for s in site["sweeps"] if (s["kind"], s["scale"], is_variant(s["about"])) == (kind, scale, variants)]
     return sorted(found, key=lambda s: (order_of(site, s["about"]), not s.get("common"), s.get("complete", True),
                                         s["control"]["n"]))
 
 
-def added_at(site, scale):
-    """Record -> measure of the record against its parent."""
-    return {row["record"]: measure(sweep, row, -1) for sweep in sweeps_of(site, "chain", scale) for row in sweep["rows"]}
+def added_at(site, scale, variants=False):
+    """Record, or variant -> measure of it against its parent."""
+    return {row["record"]: measure(sweep, row, -1) for sweep in sweeps_of(site, "chain", scale, variants)
+            for row in sweep["rows"] if is_variant(row["record"]) == variants and is_child(site, row)}
+
+
+def variants_measured(site):
+    """{scale: {variant: measure of it against its parent}} of the scales that a sweep of variants was made at."""
+    return {scale: found for scale in SCALES if (found := added_at(site, scale, variants=True))}
+
+
+def is_child(site, row):
+    """Is a row of a chain a record against its parent? A lineage's sweep also compares parents with earlier ones."""
+    record = site["records"].get(row["record"])
+    return not (record and "parent" in row) or row["parent"] == record.parent
 
 
 def today_at(site, scale):
@@ -395,7 +430,7 @@ def ranked(rows, column):
 
 def scales_measured(site):
     """Scales with a sweep of records or features, largest first."""
-    return [s for s in SCALES if any(x["scale"] == s and x["kind"] != "axis" for x in site["sweeps"])]
+    return [s for s in SCALES if any(sweeps_of(site, kind, s) for kind in ("ablate", "chain"))]
 
 
 # ----- small scale against published --------------------------------------------------------------------------------

@@ -329,7 +329,7 @@
       : differ.length ? `${differ.length} settings differ.` : "No setting differs.";
   }
   if (records.size) {
-    const refs = [...records.keys()];
+    const refs = [...records.keys()].filter(ref => !ref.startsWith("variants/"));  // at first the last two of the lineage
     left.value = refs[Math.max(0, refs.length - 2)];
     right.value = refs.at(-1);
     diffControls.addEventListener("change", showDiff);

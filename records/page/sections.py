@@ -9,8 +9,8 @@ from pathlib import Path
 import deltas
 import schedule
 from records.page import facts
-from records.page.tags import chip, folded, missing, number, table
-from records.page.worth import evidence, worth
+from records.page.tags import NOTHING, chip, folded, interval, missing, number, table
+from records.page.worth import CAUTION, evidence, sweep_line, worth
 from settings import SCALES, UserError
 
 HERE = Path(__file__).parent
@@ -24,9 +24,10 @@ def page(site):
     def source(name):
         return (HERE / name).read_text(encoding="utf-8")
 
-    content = {"summary": summary(site), "worth": worth(site), "history_table": history_table(site), "boards": boards(site),
-               "predict": predict(site), "judge": judge(site["judge"]), "frontier": source("frontier.html"),
-               "evidence": evidence(site), "style": source("style.css"), "script": source("page.js"), "data": data(site)}
+    content = {"summary": summary(site), "worth": worth(site), "history_table": history_table(site),
+               "variants": variants(site), "boards": boards(site), "predict": predict(site), "judge": judge(site["judge"]),
+               "frontier": source("frontier.html"), "evidence": evidence(site), "style": source("style.css"),
+               "script": source("page.js"), "data": data(site)}
     pieces = source("template.html").split("{{")
     return pieces[0] + "".join(content[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
 
@@ -36,10 +37,12 @@ def summary(site):
     published = [h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]]
     first, last = published[0], published[-1]
     full = {ref for ref, runs in site["runs"].items() if any(r["scale"] == "full" for r in runs)}
+    own = len(facts.variants_of(site))
     sweeps = sum(s["control"]["n"] + sum(r["n"] for r in s["rows"]) for s in site["sweeps"])
     figures = [(f"{facts.duration(first['minutes'])} → {facts.duration(last['minutes'])}",
                 f"published records {first['id']} to {last['id']}, {first['date'][:4]} to {last['date'][:4]}"),
-               (len(site["records"]), "records here as deltas that run"), (len(full), "records rerun here at full scale"),
+               (len(site["records"]) - own, f"records here as deltas that run, and {facts.plural(own, 'variant')}"),
+               (len(full), "records rerun here at full scale"),
                (sweeps, f"runs in {facts.plural(len(site['sweeps']), 'committed sweep')}")]
     items = "".join(f"<li><b>{value}</b> <span>{escape(what)}</span></li>" for value, what in figures)
     about = [r for runs in site["runs"].values() for r in runs] + site["sweeps"]
@@ -59,9 +62,42 @@ def history_table(site):
         rows.append([escape(h["ref"]), escape(h["date"]), facts.duration(h["minutes"]), what, escape(", ".join(h["people"])),
                      escape(h["kind"]), f"{h['steps']:,.0f}" if h["steps"] else "",
                      "" if h["val_loss"] is None else f"{h['val_loss']:g}{runs}", STATES[facts.marker(site, h)]])
-    note = ("<p>Steps are those of the code as merged, the loss is the mean of the runs its author published; from record 65 "
-            "on these were often made with other step counts.</p>")
+    note = ("<p>Steps are those of the code as merged, the loss is the mean of the runs its author published; from record "
+            "65 on these were often made with other step counts.</p>")
     return folded(f"All {len(rows)} rows as a table", note + table(columns, rows, "Published records and claims"))
+
+
+# ----- variants -----------------------------------------------------------------------------------------------------
+
+def variants(site):
+    """The variants: parent, delta and, at every scale where a sweep has measured it, the loss against the parent's."""
+    measured = facts.variants_measured(site)
+    columns = ["record", "parent", "what", "delta", *(f"loss minus parent's, {scale}" for scale in measured)]
+    rows = []
+    for ref, r in facts.variants_of(site).items():
+        delta = "<br>".join(f"<code>{escape(f'{path} = {deltas.show(value)}')}</code>" for path, value in r.delta.items())
+        notes = escape(r.notes.replace("`", ""))
+        rows.append([escape(ref), escape(r.parent or ""), escape(r.title) + f"<small>{notes}</small>", delta,
+                     *(difference_cell(found.get(ref)) for found in measured.values())])
+    shown = table(columns, rows, "Variants, each against its parent")
+    if not measured:
+        return missing("No sweep of the variants is committed yet, so none was compared with its parent: "
+                       f"<code>python sweep.py chain {facts.VARIANTS}</code> runs them and their parents.") + shown
+    sources = [sweep_line(s) for scale in measured for s in facts.sweeps_of(site, "chain", scale, variants=True)]
+    return ('<ul class="sources"><li>' + "</li><li>".join(sources) + "</li></ul>" + (set(measured) != {"full"}) * CAUTION
+            + shown)
+
+
+def difference_cell(m):
+    """A variant's loss less its parent's, the interval, and the numbers of runs."""
+    if not m or m["worth"] is None:
+        return f"<small>{escape(m['note'])}</small>" if m and m["note"] else NOTHING
+    found = facts.difference(m)
+    value, bounds = number(found["effect"], sign=True), interval(found["low"], found["high"])
+    text = f"<b>{value}</b> {bounds}" if m["resolved"] else f'{value} {bounds} <span class="verdict">unresolved</span>'
+    text += " " + chip("stale", "stale", "the code resolves these settings differently now") if m["current"] is False else ""
+    about = [f"n {m['n']} against {m['n_control']}", "" if m["complete"] else "interim, the sweep is incomplete", m["note"]]
+    return text + f"<small>{escape('; '.join(filter(None, about)))}</small>"
 
 
 # ----- boards -------------------------------------------------------------------------------------------------------
@@ -86,7 +122,8 @@ def board_entries(site):
     for sweep in site["sweeps"]:
         if sweep["kind"] == "axis" or sweep.get("common"):
             continue
-        arms = [{**sweep["control"], "record": facts.base_of(sweep["base"].split("..")[0])}]
+        base = sweep["control"]["arm"] if sweep["kind"] == "chain" else sweep["base"]
+        arms = [{**sweep["control"], "record": facts.base_of(base)}]
         for arm in arms + (sweep["rows"] if sweep["kind"] == "chain" else []):
             times = [r["train_time_ms"] / 1000 for r in arm["runs"]]
             if arm["n"] and times:
@@ -246,7 +283,7 @@ def settings_data(records):
 def shown_settings(ref):
     """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is `on`."""
     s = deltas.resolve(ref).settings
-    values = {p: deltas.show(v) for p, v in deltas.flat(s).items() if v is not None}  # what is off is not there, as in a diff
+    values = {p: deltas.show(v) for p, v in deltas.flat(s).items() if v is not None}  # what is off is left out, as in diff
     for path, f in deltas.schema().items():
         bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in deltas.schema())
         if bare and all(deltas.lookup(s, p) is not None for p in [*deltas.prefixes(path), path]):

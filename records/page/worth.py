@@ -47,7 +47,7 @@ def panel(site, scale):
 
 def sources(site, scale):
     """Which sweeps a table rests on, what is missing, and that small scales are no forecast."""
-    lines = [sweep_line(s) for s in site["sweeps"] if s["scale"] == scale and s["kind"] != "axis"]
+    lines = [sweep_line(s) for kind in ("ablate", "chain") for s in facts.sweeps_of(site, kind, scale)]
     bases = [s["about"] for s in facts.sweeps_of(site, "ablate", scale)]
     if not bases:
         lines.append("no leave-one-out sweep at this scale yet, so the column <b>today</b> is empty")

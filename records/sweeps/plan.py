@@ -57,6 +57,11 @@ def pairs_of(plan):
     return out
 
 
+def has_one_control(plan):
+    """Whether every comparison is with the control: then Dunnett's intervals are right, and more runs of the control."""
+    return plan["kind"] != "chain" or all(other is plan["arms"][0] for _, other in pairs_of(plan))
+
+
 # ----- ablate -------------------------------------------------------------------------------------------------------
 
 def features(plan, wanted):
@@ -185,18 +190,47 @@ def split(text):
 # ----- chain --------------------------------------------------------------------------------------------------------
 
 def chain(plan, options):
-    """Every record from the first to the last, each compared with its parent."""
+    """Every record from the first to the last, or of a whole lineage, each compared with its parent."""
     first, dots, last = options.base.partition("..")
-    if not dots or not last:
-        raise UserError(f"chain {options.base}: expected FIRST..LAST, like short/1..short/11")
-    first, last = deltas.find_record(first), deltas.find_record(last)
+    if dots and last:
+        plan["base"], links = between(first, last)
+    elif options.base in deltas.LINEAGES:
+        plan["base"], links = options.base, whole_lineage(options.base)
+    else:
+        here = [x for x in deltas.LINEAGES if any(ref.startswith(x + "/") for ref in deltas.load_records())]
+        raise UserError(f"chain {options.base}: expected FIRST..LAST, like short/1..short/11, or a lineage: "
+                        f"{' or '.join(here)}{deltas.near(options.base, here)}")
+    for record, parent in links:
+        more = {"parent": parent} if parent else {}
+        plan["arms"].append(make_arm(plan, record.ref, record.ref, [], "arm" if plan["arms"] else "control", **more))
+
+
+def between(first, last):
+    """("FIRST..LAST", [(record, ref of its parent, None for the first)]) of the records from one to a descendant."""
+    name, first, last = f"{first}..{last}", deltas.find_record(first), deltas.find_record(last)
     links = deltas.chain(last)
     if first not in links or first is last:
-        raise UserError(f"chain {options.base}: {first.ref} is not an ancestor of {last.ref}")
-    plan["base"] = f"{first.ref}..{last.ref}"
-    for record in links[links.index(first):]:
-        more = {"parent": record.parent} if plan["arms"] else {}
-        plan["arms"].append(make_arm(plan, record.ref, record.ref, [], "arm" if more else "control", **more))
+        raise UserError(f"chain {name}: {first.ref} is not an ancestor of {last.ref}")
+    links = links[links.index(first):]
+    return f"{first.ref}..{last.ref}", [(record, None if record is first else record.parent) for record in links]
+
+
+def whole_lineage(lineage):
+    """[(record, ref of what it is compared with)]: the control (None), then a lineage's records that have a parent.
+
+    The first record's parent is the control. Another parent outside the lineage runs before its first child, compared with
+    its nearest ancestor among those before it (None: the control), because every arm of a sweep is compared with one.
+    """
+    records = deltas.load_records()
+    members = [r for r in records.values() if r.ref.startswith(lineage + "/") and r.parent]
+    if not members:
+        raise UserError(f"chain {lineage}: no record of this lineage has a parent to be compared with")
+    out = {members[0].parent: None}
+    for record in members:
+        if record.parent not in out and records[record.parent] not in members:
+            out[record.parent] = next((r.ref for r in deltas.chain(records[record.parent])[::-1] if r.ref in out), None)
+        out[record.ref] = record.parent
+    return [(records[ref], parent) for ref, parent in out.items()]
 
 
 # ----- the plan -----------------------------------------------------------------------------------------------------
@@ -223,10 +257,11 @@ def make_plan(options):
     if not compared:
         raise UserError(f"{plan['base']}: at scale {scale} every arm computes the same as what it is compared with; "
                         "there is nothing to run")
-    if plan["kind"] != "chain" and not plan["paired"]:  # sqrt(arms) times as many is best for comparisons with one control
+    if has_one_control(plan) and not plan["paired"]:  # sqrt(arms) times as many is best for comparisons with one control
         plan["controls"] = options.controls or round(options.seeds * compared ** 0.5)
     elif options.controls not in (None, options.seeds):
-        raise UserError("--controls: in a chain, and with --paired, all arms have the same number of runs; leave it away")
+        raise UserError("--controls: with --paired, and in a chain of several parents, all arms have the same number of "
+                        "runs; leave it away")
     plan["digests"] = digests(plan, plan.pop("settings"))
     return plan
 

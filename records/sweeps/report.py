@@ -13,7 +13,7 @@ from pathlib import Path
 import runlog
 from records import statistics
 from records.sweeps import queue
-from records.sweeps.plan import compared_with, is_inert, pairs_of
+from records.sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
 from settings import UserError
 
 NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
@@ -72,7 +72,7 @@ def effects(plan, done):
     named = [(a["ml_hash"], b["ml_hash"]) for a, b in pairs]
     if plan["paired"]:
         return blocked(arms, named, plan["confidence"])
-    if plan["kind"] == "chain":
+    if not has_one_control(plan):
         return statistics.successive(arms, named, plan["confidence"])
     control = arms.pop(plan["arms"][0]["ml_hash"])
     return statistics.against_control(control, arms, plan["confidence"])
@@ -81,7 +81,7 @@ def effects(plan, done):
 def detectable(plan, sd):
     """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None without a spread."""
     compared, n = len(pairs_of(plan)), plan["seeds"]
-    if plan["kind"] != "chain" and not plan["paired"]:
+    if has_one_control(plan) and not plan["paired"]:
         try:
             return statistics.minimal_detectable_effect(sd, n, plan["controls"], compared, plan["confidence"])
         except (UserError, TypeError):
@@ -192,7 +192,7 @@ def evidence(plan, done, failed, survivors, name):
     about = statistics.describe(values) if values else {"n": 0, "mean": None, "sd": None}
     return {"version": 1, "kind": plan["kind"], "name": name, "base": plan["base"], "scale": plan["scale"],
             "common": plan["common"], "confidence": plan["confidence"], "paired": plan["paired"],
-            "method": "holm" if plan["kind"] == "chain" or plan["paired"] else "dunnett", "pooled_sd": found["pooled_sd"],
+            "method": "dunnett" if has_one_control(plan) and not plan["paired"] else "holm", "pooled_sd": found["pooled_sd"],
             "df": found["df"], "mde": detectable(plan, found["pooled_sd"]), "seeds": plan["seeds"],
             "complete": settled == len(todo) and not (plan["groups"] and survivors is None),
             "hardware": ", ".join(distinct("device")), "cpu": ", ".join(distinct("cpu")),

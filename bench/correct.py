@@ -1,0 +1,131 @@
+"""Kernels of this machine's device against float64: `python bench/correct.py [--out JSON]`. Exit code 1 if one is wrong.
+
+What only a GPU can run (FlexAttention, varlen and FlashAttention, grouped_mm in one kernel, FP8 units) is compared, forward and
+gradients, with the plain reference in float64 on the same rounded inputs. The error is the largest one relative to the largest
+value; the bound is a few roundings of the dtype. What a device cannot run is listed with its reason.
+"""
+
+import argparse
+import sys
+
+import measure
+import torch
+
+from kernels import attention, experts
+from kernels.attention import Window
+from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
+from kernels.newton_schulz import newton_schulz
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 2 ** -20, torch.float64: 2 ** -48}
+
+
+def relative(a, b):
+    return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
+
+
+def gradients(function, inputs, upstream):
+    """[output, gradients of the inputs]."""
+    y = function(*inputs)
+    return [y, *torch.autograd.grad(y, inputs, upstream.to(y.dtype))]
+
+
+def compare(function, reference, inputs, dtype):
+    """Largest relative error of output and gradients in dtype against the reference in float64."""
+    low = [x.to(dtype).detach().requires_grad_() for x in inputs]
+    high = [x.detach().double().requires_grad_() for x in low]
+    expected = reference(*high)
+    upstream = torch.randn_like(expected)
+    theirs = [expected, *torch.autograd.grad(expected, high, upstream)]
+    return max(relative(a, b) for a, b in zip(gradients(function, low, upstream), theirs))
+
+
+def attention_checks():
+    """(name, error or reason) of every backend with every kind of window, with and without documents."""
+    rows, tokens, heads = 2, 1024, 6
+    starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
+    documents = torch.zeros(rows, tokens, dtype=torch.int32, device=DEVICE).scatter_(1, starts, 1).cumsum(1, dtype=torch.int32)
+    windows = {"causal": Window(), "300 tokens": Window(tokens=300), "3 blocks of 128": Window(blocks=3, block=128)}
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
+    for backend in attention.BACKENDS[1:]:
+        for name, window in windows.items():
+            for ids in (None, documents):
+                for width, value in ((128, 128), (96, 64)):
+                    label = f"attention {backend}, {name}, {'documents' if ids is not None else 'rows'}, widths {width} {value}"
+                    try:
+                        attention.choose(backend, DEVICE, documents=ids is not None, window=window, tokens=tokens, dtype=dtype)
+                    except ValueError as error:
+                        yield label, str(error), dtype
+                        continue
+                    yield label, compare_attention(backend, ids, window, rows, tokens, heads, width, value, dtype), dtype
+
+
+def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype):
+    shape = {"rows": rows, "tokens": tokens, "device": DEVICE}
+    fast = attention.view(documents, window, backend, dtype=dtype, **shape)
+    plain = attention.view(documents, window, "dense", dtype=torch.float64, **shape)
+    inputs = [torch.randn(rows, tokens, heads, w, device=DEVICE) for w in (width, width, value)]
+    return compare(lambda q, k, v: attention.attend(q, k, v, fast), lambda q, k, v: attention.attend(q, k, v, plain), inputs, dtype)
+
+
+def expert_checks():
+    """grouped and padded against the float64 padded path, skewed routing with an idle expert."""
+    tokens, k, count, dim, hidden = 2048, 2, 8, 256, 512
+    chosen = torch.stack([torch.randperm(count - 1, device=DEVICE)[:k] for _ in range(tokens)])
+    inputs = [torch.randn(tokens, dim), torch.randn(count, hidden, dim) / 16, torch.randn(count, dim, hidden) / 16, torch.rand(tokens, k)]
+    inputs = [x.to(DEVICE) for x in inputs]
+
+    def layer(backend):
+        p = experts.plan(chosen, count, backend)
+
+        def run(x, up, down, gates):
+            rows = experts.grouped_linear(torch.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square(), down, p)
+            return experts.combine(rows, gates, p)
+
+        return run
+
+    for dtype in (torch.bfloat16, torch.float32):
+        for backend in experts.BACKENDS:
+            yield f"experts {backend}", compare(layer(backend), layer("padded"), inputs, dtype), dtype
+
+
+def fp8_check():
+    """The 8-bit product of this device against the same quantised operands multiplied in float64."""
+    x, w = torch.randn(256, 128, device=DEVICE).bfloat16(), torch.randn(512, 128, device=DEVICE).bfloat16() / 8
+    y = fp8_linear(x, w, 2.0, 32.0, 8192.0)
+    x8, w8 = (quantise(a, scale, torch.float8_e4m3fn).double() for a, scale in ((x, 2.0), (w, 32.0)))
+    units = "FP8 units" if has_fp8_units(x) else "reference"
+    return f"fp8_linear forward ({units})", relative(y, x8 @ w8.T / 64), torch.bfloat16
+
+
+def muon_check():
+    """Newton-Schulz in bfloat16 against float64: five steps of a growing iteration, so a looser bound."""
+    g = torch.randn(4, 256, 1024, device=DEVICE)
+    exact = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64)
+    return "newton_schulz", relative(newton_schulz(g), exact) / 16, torch.bfloat16
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/correct.py", description=__doc__.splitlines()[0])
+    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    o = p.parse_args()
+    torch.manual_seed(0)
+    rows, wrong = [], 0
+    for name, found, dtype in [*attention_checks(), *expert_checks(), fp8_check(), muon_check()]:
+        kind = str(dtype).removeprefix("torch.")
+        if isinstance(found, str):
+            rows.append({"check": name, "dtype": kind, "not_run": found})
+            continue
+        bound = 8 * ROUNDING[dtype]
+        wrong += not found <= bound
+        rows.append({"check": name, "dtype": kind, "error": found, "bound": bound})
+        print(f"{'ok   ' if found <= bound else 'WRONG'} {name}, {kind}: {found:.1e} (bound {bound:.1e})", flush=True)
+    skipped = sorted({r["not_run"] for r in rows if "not_run" in r})
+    print(*(f"not run here: {reason}" for reason in skipped), sep="\n")
+    print(f"{len(rows) - sum('not_run' in r for r in rows)} checks, {wrong} wrong")
+    measure.write(o.out, rows=rows)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

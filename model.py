@@ -19,7 +19,7 @@ from torch import nn
 from kernels import attention, experts
 from kernels.fp8_linear import fp8_linear
 from schedule import layer_spans
-from settings import (LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim)
+from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
 
 
 def dtype(name):
@@ -41,10 +41,10 @@ def constant(value):
 
 
 def parameter(shape, dtype_name, *, role, init, parts=None, first_part=0, label=""):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label below it, and initialiser.
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label and its initialiser.
 
-    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of the
-    first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
+    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of
+    the first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.parts, p.first_part = role, label, parts or [init], first_part
@@ -357,7 +357,7 @@ class LatentAttention(Attention):
     def __init__(self, s):
         nn.Module.__init__(self)
         a, latent, d, n = s.model.attn, s.model.attn.latent, s.model.model_dim, s.numerics
-        self.num_heads, self.still, self.turning, self.value = a.num_heads, latent.still, latent.turning, latent.value
+        self.num_heads, self.still, self.turning = a.num_heads, latent.still, latent.turning
 
         def matrix(rows, cols, projection=False):
             return parameter((rows, cols), n.matrix, role="matrix", init=linear_init(s, cols, projection))
@@ -366,8 +366,8 @@ class LatentAttention(Attention):
         self.q_down = matrix(latent.query, d) if latent.query else None
         self.q = matrix(heads * query_dim(s), from_)
         self.kv_down, self.k_turning = matrix(latent.kv, d), matrix(latent.turning, d)
-        self.k_up, self.v_up = matrix(heads * latent.still, latent.kv), matrix(heads * latent.value, latent.kv)
-        self.o = matrix(d, heads * latent.value, projection=True)
+        self.k_up, self.v_up = matrix(heads * latent.still, latent.kv), matrix(heads * value_dim(s), latent.kv)
+        self.o = matrix(d, heads * value_dim(s), projection=True)
         self.common_parts(s)
 
     def latents(self, x):
@@ -414,7 +414,8 @@ class LatentAttention(Attention):
         turned = rotary(turning, start)[:, :, 0]
         inverse = None
         if self.qk_norm is not None:
-            k = self.keys(c, turning).to(self.norm_dtype)
+            k = self.keys(c, turning)
+            k = (self.turn(k, rotary, start) if self.qk_norm == "after_rope" else k).to(self.norm_dtype)
             inverse = (k.square().mean(-1) + self.eps).rsqrt()
         new = [c, turned, inverse]
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
@@ -565,9 +566,11 @@ class MoE(nn.Module):
         super().__init__()
         moe, d, n = s.model.mlp.moe, s.model.model_dim, s.numerics
         self.router, self.experts = Router(s), moe.experts
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if s.system.expert_parallel and dist.is_initialized() else (0, 1)
+        parallel = s.system.expert_parallel and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
         if moe.experts % self.world:
-            raise UserError(f"system.expert_parallel: {self.world} processes do not divide {moe.experts} experts: change one of them")
+            raise UserError(f"system.expert_parallel: {self.world} processes do not divide {moe.experts} experts: change one of "
+                            "them")
         mine = moe.experts // self.world
 
         def stack(label, rows, cols, projection):
@@ -747,6 +750,8 @@ class GPT(nn.Module):
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         start = 0 if cache is None else max((c[0].size(1) for c in cache if c[0] is not None), default=0)
+        if start and tokens.size(1) != 1:
+            raise ValueError("after a cache comes one token at a time")
         x = self.embed(tokens, start)
         enter, leave = self.residual.begin(x)
         mix = self.values.begin(tokens) if self.values is not None else None
@@ -895,7 +900,11 @@ class GPT(nn.Module):
         return 6 * sum(active for p, _, active in self.sizes() if p.role in ("matrix", "lm_head", "router") and p.dim() > 1)
 
 
-def count_parameters(s):
-    """Number of parameters without allocating them."""
+def without_values(s):
+    """The model without storage, to count what it has."""
     with torch.device("meta"):
-        return GPT(s).num_parameters()
+        return GPT(s)
+
+
+def count_parameters(s):
+    return without_values(s).num_parameters()

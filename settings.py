@@ -160,8 +160,8 @@ class Balance:
     """Load balancing without auxiliary loss: a bias per expert enters the choice of experts, not their gates, and is moved
     once per step by the loads c of the whole batch (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
     rule: Literal["sign", "proportional", "quantile"] = opt(
-        "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the logits at "
-                        "which each expert would have had its share (J. Su, as in Marin)")
+        "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the "
+                        "logits at which each expert would have had its share (J. Su, as in Marin)")
     rate: float = opt(1e-2, "step of the bias", idle="model.mlp.moe.balance.rule=quantile")
 
 
@@ -174,8 +174,8 @@ class MoE:
     hidden: int = opt(1536, "hidden width of a routed expert", unit="channel", off=REFUSE, shrink="width")
     shared: int = opt(1536, "hidden width of the shared expert, 0: none", unit="channel", off=REFUSE, shrink="width")
     score: Literal["sigmoid", "softmax"] = opt("sigmoid", "of the router's logits, one by one or over the experts")
-    normalise: bool = opt(False, "gates of a token divided by their sum; not with top_k 1, where the router would get no gradient",
-                          off=False)
+    normalise: bool = opt(False, "gates of a token divided by their sum; not with top_k 1, where the router would get no "
+                                 "gradient", off=False)
     gate_scale: float = opt(1.0, "gates times this")
     groups: int = opt(1, "experts in so many groups, of which a token may use the best few (by the sum of their two best)",
                       off=1)
@@ -312,8 +312,8 @@ class Muon:
         "out_in", "rows and cols of the MLP's up matrix in `scale`: 4d x d, or d x 4d as record 27 stores it")
     split_qkv: bool = opt(False, "orthogonalise q, k, v apart (off: as one 3d x d matrix)", off=False)
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE)
-    move_idle: bool = opt(False, "an expert that got no token in a step moves by its momentum, which orthogonalised is a full step "
-                                 "(off: it stays)", off=False, needs="model.mlp.moe")
+    move_idle: bool = opt(False, "an expert that got no token in a step moves by its momentum, which orthogonalised is a full "
+                                 "step (off: it stays)", off=False, needs="model.mlp.moe")
 
 
 @dataclass(frozen=True)
@@ -429,10 +429,10 @@ class System:
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
     experts: Literal["auto", "grouped", "padded"] = opt(
-        "auto", "how the rows of all experts are multiplied: torch's grouped_mm, or in blocks padded to one size (kernels/experts.py)",
-        needs="model.mlp.moe")
-    expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel (all-to-all); off: "
-                                       "all processes keep all experts", off=False, needs="model.mlp.moe")
+        "auto", "how the rows of all experts are multiplied: torch's grouped_mm, or in blocks padded to one size "
+                "(kernels/experts.py)", needs="model.mlp.moe")
+    expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel "
+                                       "(all-to-all); off: all processes keep all experts", off=False, needs="model.mlp.moe")
     comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
         "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
                 "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
@@ -637,7 +637,8 @@ BOUNDS = [
     ("model.head.softcap.cap", 0, False), ("model.head.softcap.scale", 0, False), ("model.init.bound", 0, True),
     ("optim.adam.eps", 0, True), ("optim.embed.lr", 0, True), ("optim.lm_head.lr", 0, True), ("optim.matrix.lr", 0, True),
     ("optim.scalar.lr", 0, True), ("optim.router.lr", 0, True), ("model.mlp.moe.gate_scale", 0, False),
-    ("model.mlp.moe.balance.rate", 0, False), ("model.mlp.moe.sequence_loss", 0, True), ("model.mlp.moe.z_loss", 0, True), ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
+    ("model.mlp.moe.balance.rate", 0, False), ("model.mlp.moe.sequence_loss", 0, True), ("model.mlp.moe.z_loss", 0, True),
+    ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
     ("optim.muon.momentum_warmup.steps", 1, True), ("numerics.norm_eps", 0, True), ("numerics.fp8_head.x", 0, False),
     ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("system.warmup_steps", -1, True)]
 
@@ -710,14 +711,18 @@ def check_moe(s, require):
     require(not m.bias, f"{path} has no bias vectors: set model.bias=false")
     require(moe.experts >= 2 and 1 <= moe.top_k < moe.experts,
             f"{path}.top_k = {moe.top_k} of {path}.experts = {moe.experts}: at least one must be chosen and one left")
-    require(moe.hidden >= 1 and moe.shared >= 0, f"{path}.hidden = {moe.hidden} and .shared = {moe.shared}: must be at least 1 and 0")
+    require(moe.hidden >= 1 and moe.shared >= 0,
+            f"{path}.hidden = {moe.hidden} and {path}.shared = {moe.shared}: must be at least 1 and 0")
     require(not (moe.normalise and moe.top_k == 1),
             f"{path}.normalise with top_k = 1 makes every gate the same number, and the router gets no gradient: switch it off")
-    require(moe.groups >= 1 and moe.experts % moe.groups == 0, f"{path}.groups = {moe.groups} does not divide {moe.experts} experts")
-    require(1 <= moe.groups_kept <= moe.groups, f"{path}.groups_kept = {moe.groups_kept}: must lie between 1 and groups = {moe.groups}")
-    require(moe.top_k <= moe.groups_kept * (moe.experts // moe.groups),
-            f"{path}.groups_kept = {moe.groups_kept} groups of {moe.experts // moe.groups} hold fewer than top_k = {moe.top_k} experts")
-    require(moe.groups == 1 or moe.experts // moe.groups >= 2, f"{path}.groups = {moe.groups}: a group needs two experts")
+    require(moe.groups >= 1 and moe.experts % moe.groups == 0,
+            f"{path}.groups = {moe.groups} does not divide {moe.experts} experts")
+    each = moe.experts // moe.groups
+    require(1 <= moe.groups_kept <= moe.groups,
+            f"{path}.groups_kept = {moe.groups_kept}: must lie between 1 and groups = {moe.groups}")
+    require(moe.top_k <= moe.groups_kept * each,
+            f"{path}.groups_kept = {moe.groups_kept} groups of {each} hold fewer than top_k = {moe.top_k} experts")
+    require(moe.groups == 1 or each >= 2, f"{path}.groups = {moe.groups}: a group needs two experts")
     require(set(range(m.num_layers)) - set(moe.dense_layers) - set(m.mlp.drop_layers),
             f"{path}.dense_layers leaves no layer with experts: leave one")
     require(not s.system.expert_parallel or s.system.reduction == "ordinary",

@@ -560,7 +560,8 @@ def finish(status, run, resolved, options):
     state = run.model.whole_state() if options.save else None
     if options.save and world.main:
         path = log.folder / "checkpoint.pt"
-        torch.save({"model": state, "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer, "val_loss": results["val_loss"]}, path)
+        torch.save({"model": state, "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer,
+                    "val_loss": results["val_loss"]}, path)
         world.say(f"checkpoint: {path}")
     world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:

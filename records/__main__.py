@@ -79,8 +79,8 @@ def show(options):
     print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
     print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {options.scale}")
     if options.params:
-        from records.plan import parameters
-        print(f"{parameters(resolved.settings):,} parameters")
+        from records.plan import size
+        print(size(resolved.settings))
 
 
 def effect_at(record, path, scale):
@@ -165,7 +165,7 @@ def parser(command=None):
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
     c.add_argument("record")
     c.add_argument("--scale", choices=list(SCALES), default="full")
-    c.add_argument("--params", action="store_true", help="count parameters (imports torch)")
+    c.add_argument("--params", action="store_true", help="count parameters and FLOPs (imports torch)")
     c = add("diff", diff, "every setting in which two records differ, and who set it")
     c.add_argument("left")
     c.add_argument("right")

@@ -37,7 +37,7 @@ def print_plan(resolved):
     validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
     print(f"compiled before the clock: {trained} training and {validated} validation graphs"
           + (", one for each window (FlexAttention: one for all)" if plans[0].windows else ""))
-    print(f"{parameters(s):,} parameters")
+    print(size(s))
 
 
 def span_text(span):
@@ -58,6 +58,10 @@ def windows_text(s, windows):
     return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if split(s) else "")
 
 
-def parameters(s):
-    from model import count_parameters
-    return count_parameters(s)
+def size(s):
+    """Parameters, those that one token meets, and FLOPs, in one line."""
+    from model import without_values
+    model = without_values(s)
+    active = model.num_active()
+    return (f"{model.num_parameters():,} parameters" + (f", {active:,} active in a token" if s.model.mlp.moe else "")
+            + f"; {model.flops_per_token() / 1e6:,.0f} MFLOP a token in training, without queries times keys")

@@ -352,7 +352,7 @@ def test_the_cache_generates_what_the_whole_forward_predicts(ref):
     for p in model.parameters():
         p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
     kwargs = dict(vocab_size=1257, bos=BOS, temperature=0, seed=0)
-    assert generate(model, [BOS, 5, 9], 55, **kwargs) == generate(model, [BOS, 5, 9], 55, cached=False, **kwargs)
+    assert generate(model, [BOS, 5, 9], 55, **kwargs)[0] == generate(model, [BOS, 5, 9], 55, cached=False, **kwargs)[0]
 
 
 # ----- optimizer

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import attention, experts
+from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from schedule import layer_spans
 from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
@@ -688,13 +689,28 @@ class Head(nn.Module):
         # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
         self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
         self.loss_dtype = dtype(n.loss)
+        self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
+
+    def operands(self, table):
+        """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
+        weight = table if self.weight is None else self.weight
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by) if self.fp8 and self.training else None
+
+    def losses(self, x, table, targets):
+        """Cross entropies (R, T) of the targets (R, T)."""
+        if self.backend is None:
+            logits = self(x, table)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+        weight, fp8 = self.operands(table)
+        try:
+            return linear_cross_entropy(x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
+                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=self.backend)
+        except ValueError as error:
+            raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
     def forward(self, x, table):
-        weight = table if self.weight is None else self.weight
-        if self.fp8 and self.training:
-            z = fp8_linear(x, weight, self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by)
-        else:
-            z = linear(x, weight)
+        weight, fp8 = self.operands(table)
+        z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8)
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
         if self.scale is not None:
@@ -767,11 +783,11 @@ class GPT(nn.Module):
                 y = block.mlp_norm(x).to(matmul_dtype)
                 x = x + (block.mlp(y, penalties, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y))
             x = leave(i, x)
-        logits = self.head(self.norm(x).to(matmul_dtype), self.embed.table)
+        x = self.norm(x).to(matmul_dtype)
         if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return sum(penalties, losses).view(targets.shape)
+            return self.head(x, self.embed.table)
+        losses = self.head.losses(x, self.embed.table, targets)
+        return sum(penalties, losses.flatten()).view(targets.shape)
 
     def new_cache(self, absorbed=None):
         """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values (LatentAttention); None:

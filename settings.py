@@ -421,6 +421,15 @@ class Numerics:
 # ----- system -----------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class Kernels:
+    """Which implementation of an operation runs; all compute the same up to rounding. auto: torch's own way, until a table of
+    bench/results shows another one to be faster on the card."""
+    loss: Literal["auto", "whole", "chunks", "triton"] = opt(
+        "auto", "head and cross entropy: all logits at once; chunks of tokens, whose logits the backward pass makes again, so "
+                "that they never exist in full; the same with fused Triton kernels. auto: whole")
+
+
+@dataclass(frozen=True)
 class System:
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to run; auto: CUDA when there is one")
     precision: Literal["record", "float32", "float64"] = opt(
@@ -433,6 +442,7 @@ class System:
                 "(kernels/experts.py)", needs="model.mlp.moe")
     expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel "
                                        "(all-to-all); off: all processes keep all experts", off=False, needs="model.mlp.moe")
+    kernels: Kernels = opt(Kernels, "implementations of operations")
     comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
         "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
                 "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")

@@ -25,7 +25,7 @@ def has_fp8_units(x):
 def product(a, b, unscale, dtype, fast):
     """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype. fast: the GPU may accumulate less exactly."""
     if has_fp8_units(a):  # wants a row-major and b column-major
-        one = a.new_tensor(unscale, dtype=torch.float32)
+        one = torch.full((), unscale, dtype=torch.float32, device=a.device)  # made there: copied from here it would wait
         return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=one, scale_b=torch.ones_like(one),
                                 out_dtype=dtype, use_fast_accum=fast)
     return (a.float() @ b.float() * unscale).to(dtype)

@@ -47,6 +47,24 @@ def tokens(rows=2, length=24, seed=1):
     return torch.randint(1257, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.parametrize("ref", ["short/8", "short/20", "short/33", "variants/4"])
+def test_a_loss_in_chunks_is_the_loss_of_whole_logits(ref):
+    """Losses and all gradients, with penalties of routers and whatever soft cap the record has; in validation too."""
+    whole, chunks = (build(ref, f"system.kernels.loss={kind}") for kind in ("whole", "chunks"))
+    x, y = tokens(), tokens(seed=2)
+    upstream = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for training in (True, False):
+        results = []
+        for model in (whole, chunks):
+            model.train(training).zero_grad()
+            windows = schedule.windows(model.settings, 0)
+            losses = model(x, y, model.context(x, 0, windows))
+            (losses * upstream).sum().backward()
+            results.append([losses, *(p.grad for p in model.parameters() if p.grad is not None)])
+        for a, b in zip(*results, strict=True):
+            assert (a - b).abs().max() <= 1e-12 * b.abs().max().clamp(min=1e-3)
+
+
 def logits(model, x, step=0):
     """Logits with the attention view of a training step; documents begin where x holds BOS."""
     return model(x, context=model.context(x, BOS, schedule.windows(model.settings, step)))

@@ -236,6 +236,7 @@ def test_a_checkpoint_generates_text(tmp_path):
     done = subprocess.run([sys.executable, "sample.py", str(next(tmp_path.glob("*/checkpoint.pt"))), "--tokens", "90",
                            "--prompt", "The people"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith("The people") and len(done.stdout) > 60
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["cache", "dense"], done.stderr
     done = subprocess.run([sys.executable, "sample.py", "README.md"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and "not a checkpoint" in done.stderr
 

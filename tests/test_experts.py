@@ -24,20 +24,20 @@ from settings import UserError
 
 REF = "variants/moe8k2s"
 SMALL = "model.num_layers=3"  # two layers with experts behind a dense one
-GROUPS = ("model.mlp.moe.groups=4", "model.mlp.moe.groups_kept=2")
+GROUPS = ("groups=4", "groups_kept=2")
 RULES = ("proportional", "sign", "quantile")
 
 
-def rule(name):
-    return f"model.mlp.moe.balance.rule={name}"
+def moe(*changes):
+    return tuple(f"model.mlp.moe.{change}" for change in changes)
 
 
 ROUTINGS = {  # every way to choose and to weigh experts, and to balance them
-    "sigmoid": (), "top1": ("model.mlp.moe.top_k=1",), "normalised": ("model.mlp.moe.normalise=true", "model.mlp.moe.gate_scale=2.5"),
-    "softmax": ("model.mlp.moe.score=softmax",), "softmax_normalised": ("model.mlp.moe.score=softmax", "model.mlp.moe.normalise=true"),
-    "groups": GROUPS, "groups_of_softmax": (*GROUPS, "model.mlp.moe.score=softmax"), "sign": (rule("sign"),), "quantile": (rule("quantile"),),
-    "quantile_in_groups": (*GROUPS, rule("quantile")), "losses": ("model.mlp.moe.sequence_loss=0.3", "model.mlp.moe.z_loss=0.2"),
-    "four_without_shared": ("model.mlp.moe.top_k=4", "model.mlp.moe.shared=0")}
+    "sigmoid": (), "top1": moe("top_k=1"), "normalised": moe("normalise=true", "gate_scale=2.5"),
+    "softmax": moe("score=softmax"), "softmax_normalised": moe("score=softmax", "normalise=true"),
+    "groups": moe(*GROUPS), "groups_of_softmax": moe(*GROUPS, "score=softmax"), "sign": moe("balance.rule=sign"),
+    "quantile": moe("balance.rule=quantile"), "quantile_in_groups": moe(*GROUPS, "balance.rule=quantile"),
+    "losses": moe("sequence_loss=0.3", "z_loss=0.2"), "four_without_shared": moe("top_k=4", "shared=0")}
 
 
 def settings(*sets, ref=REF, precision="float64", scale="micro", **changes):
@@ -86,30 +86,30 @@ def mlp(x, up, down):
     return down @ F.relu(up @ x).square()
 
 
-def token_choice(moe, scores, biased):
+def token_choice(how, biased):
     """Experts of one token, written as the papers say it: sums of the two best of a group, best groups, best experts."""
-    pool = list(range(moe.experts))
-    if moe.groups > 1:
-        size = moe.experts // moe.groups
-        worth = [sum(sorted(biased[g * size:(g + 1) * size].tolist())[-2:]) for g in range(moe.groups)]
-        kept = sorted(range(moe.groups), key=lambda g: -worth[g])[:moe.groups_kept]
+    pool = list(range(how.experts))
+    if how.groups > 1:
+        size = how.experts // how.groups
+        worth = [sum(sorted(biased[g * size:(g + 1) * size].tolist())[-2:]) for g in range(how.groups)]
+        kept = sorted(range(how.groups), key=lambda g: -worth[g])[:how.groups_kept]
         pool = [e for e in pool if e // size in kept]
-    return sorted(pool, key=lambda e: -biased[e].item())[:moe.top_k]
+    return sorted(pool, key=lambda e: -biased[e].item())[:how.top_k]
 
 
 def by_tokens(m, x):
-    """(output (R, T, D), rows of each expert) of an MoE `m` by a loop over tokens and their experts; autograd gives the gradients."""
-    moe, out, counts = m.router.moe, [], [0] * m.experts
+    """(output (R, T, D), rows of each expert) of an MoE `m` by a loop over tokens; autograd gives the gradients."""
+    how, out, counts = m.router.moe, [], [0] * m.experts
     for token in x.flatten(0, 1):
         logits = m.router.weight @ token
-        scores = torch.sigmoid(logits) if moe.score == "sigmoid" else logits.exp() / logits.exp().sum()
-        quantile = moe.balance is not None and moe.balance.rule == "quantile"
-        chosen = token_choice(moe, scores, ((logits if quantile else scores) + m.router.bias).detach())
-        total = sum(scores[e] for e in chosen) if moe.normalise else 1.0
+        scores = torch.sigmoid(logits) if how.score == "sigmoid" else logits.exp() / logits.exp().sum()
+        on_logits = how.balance.rule == "quantile"
+        chosen = token_choice(how, ((logits if on_logits else scores) + m.router.bias).detach())
+        total = sum(scores[e] for e in chosen) if how.normalise else 1.0
         y = mlp(token, m.shared.up, m.shared.down) if m.shared is not None else 0.0
         for e in chosen:
             counts[e] += 1
-            y = y + moe.gate_scale * scores[e] / total * mlp(token, m.up[e], m.down[e])
+            y = y + how.gate_scale * scores[e] / total * mlp(token, m.up[e], m.down[e])
         out.append(y)
     return torch.stack(out).view(x.shape), counts
 
@@ -137,7 +137,7 @@ SKEWS = {"spread": lambda m: None, "an_empty_expert": lambda m: starve(m, 3), "a
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_layer_equals_a_loop_over_tokens(name, skew):
-    """Outputs, loads and all gradients; padded in float64, 88 tokens, so that an expert with all of them fills two blocks."""
+    """Outputs, loads and all gradients; padded, in float64; 88 tokens, so that an expert with all of them has two blocks."""
     m, x = layer(*ROUTINGS[name]), noise(2, 44, 48)
     SKEWS[skew](m)
     expected = outputs_and_gradients(m, x, lambda x: by_tokens(m, x)[0])
@@ -190,7 +190,7 @@ def test_every_choice_has_its_own_place_in_the_order_of_tokens(backend):
 
 
 def test_identical_experts_with_gates_of_sum_one_are_the_dense_mlp():
-    m, x = layer("model.mlp.moe.normalise=true", "model.mlp.moe.gate_scale=2.5"), noise(2, 24, 48)
+    m, x = layer(*ROUTINGS["normalised"]), noise(2, 24, 48)
     with torch.no_grad():
         m.up.copy_(m.up[0].clone().expand_as(m.up))
         m.down.copy_(m.down[0].clone().expand_as(m.down))
@@ -292,7 +292,7 @@ def test_initialise_forgets_biases_and_loads():
 # ----- balancing
 
 def balanced(router, steps):
-    """MaxVio of each step of a router alone, on fresh Gaussian tokens whose last channel is 1: its weights are the offsets."""
+    """MaxVio of each step of a router alone, on fresh Gaussian tokens whose last channel is 1: its weights are offsets."""
     n, k, seen = router.moe.experts, router.moe.top_k, []
     for i in range(steps):
         x = noise(16, 64, 48, seed=i, dtype=torch.float32)
@@ -308,7 +308,7 @@ def balanced(router, steps):
 
 
 def skewed(*sets, **changes):
-    router = Router(settings(*sets, precision="float32", **changes))
+    router = Router(settings(*moe(*sets), precision="float32", **changes))
     n = router.moe.experts
     with torch.no_grad():
         router.weight.copy_(noise(n, 48, seed=3) / math.sqrt(48))
@@ -319,7 +319,7 @@ def skewed(*sets, **changes):
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("ref", ["variants/moe8k2s", "variants/moe32k4half"])
 def test_each_rule_balances_a_skewed_router_within_150_steps(ref, name):
-    seen = balanced(skewed(rule(name), "model.mlp.moe.balance.rate=0.01", ref=ref), 150)
+    seen = balanced(skewed(f"balance.rule={name}", "balance.rate=0.01", ref=ref), 150)
     assert seen[0] > 1.5 and max(seen[-5:]) < 0.5
 
 
@@ -330,8 +330,9 @@ def test_without_a_rule_a_skewed_router_stays_skewed():
 
 def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
     load = torch.tensor([10.0, 0, 20, 6, 7, 5, 8, 8], dtype=torch.float64)  # mean 8
-    for name, expected in (("sign", [-1, 1, -1, 1, 1, 1, 0, 0]), ("proportional", [-0.25, 1, -1.5, 0.25, 0.125, 0.375, 0, 0])):
-        router = Router(settings(rule(name), "model.mlp.moe.balance.rate=0.03"))
+    formulas = {"sign": [-1, 1, -1, 1, 1, 1, 0, 0], "proportional": [-0.25, 1, -1.5, 0.25, 0.125, 0.375, 0, 0]}
+    for name, expected in formulas.items():
+        router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.03")))
         for _ in range(2):
             router.settle(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 32)
         assert torch.allclose(router.bias, 2 * 0.03 * torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
@@ -339,12 +340,13 @@ def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
 
 def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its_share():
     """By logical rank: beta_e = the n-th largest of l_te - alpha_t, alpha_t the (k+1)-th largest l + b, n = T k / E."""
-    router, x = fill(Router(settings(rule("quantile")))), noise(6, 64, 48)  # three logical ranks of 128 tokens
+    router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(6, 64, 48)  # three logical ranks of 128 tokens
     logits, old = (x @ router.weight.T).view(3, 128, 8), router.bias.clone()
     betas = []
     for rank in logits.detach():
         alpha = [sorted((row + old).tolist())[-3] for row in rank]
-        betas.append([sorted((rank[t, e].item() - alpha[t] for t in range(128)), reverse=True)[128 * 2 // 8 - 1] for e in range(8)])
+        over = [[rank[t, e].item() - alpha[t] for t in range(128)] for e in range(8)]
+        betas.append([sorted(row, reverse=True)[128 * 2 // 8 - 1] for row in over])
     router(x)
     router.settle(router.tally.clone(), 384)
     assert torch.allclose(router.bias, -torch.tensor(betas, dtype=torch.float64).mean(0), rtol=1e-12, atol=0)
@@ -355,7 +357,7 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
     """Eight logical ranks at once or one by one, over two steps."""
     results = []
     for at_once in (8, 1):
-        model = build(rule(name))
+        model = build(*moe(f"balance.rule={name}"))
         for i in range(2):
             ranks = tokens(16, 64, seed=i).view(8, 2, 64)
             for first in range(0, 8, at_once):
@@ -400,7 +402,7 @@ def sequence_loss(scores, k, alpha):
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_the_sequence_loss_is_deepseek_v3_s_for_each_sequence(score):
-    router = fill(Router(settings(f"model.mlp.moe.score={score}", "model.mlp.moe.sequence_loss=0.3")))
+    router = fill(Router(settings(*moe(f"score={score}", "sequence_loss=0.3"))))
     x = noise(3, 32, 48)
     logits = x @ router.weight.T
     scores = torch.sigmoid(logits) if score == "sigmoid" else logits.softmax(-1)
@@ -432,12 +434,20 @@ def test_the_z_loss_is_the_squared_logsumexp_of_the_logits():
     assert close(router(x)[2].view(2, 24), expected, 1e-12)
 
 
+def test_sequence_loss_and_z_loss_add_up():
+    x = noise(2, 24, 48)
+    both, one, other = (fill(Router(settings(*moe(*sets))))(x)[2] for sets in (
+        ("sequence_loss=0.3", "z_loss=0.2"), ("sequence_loss=0.3",), ("z_loss=0.2",)))
+    assert close(both, one + other, 1e-12)
+
+
 def test_losses_are_added_in_training_only():
-    on, off = build("model.mlp.moe.sequence_loss=0.3", "model.mlp.moe.z_loss=0.2"), build()
+    on, off = build(*ROUTINGS["losses"]), build()
     x, y, seen = tokens(), tokens(seed=2), []
     for router in on.routers():
         router.register_forward_hook(lambda module, inputs, out: seen.append(out[2]))
-    assert torch.allclose(on(x, y) - off(x, y), sum(seen).view(2, 24), rtol=1e-9, atol=1e-12) and len(seen) == 2 and seen[0].all()
+    added = on(x, y) - off(x, y)
+    assert len(seen) == 2 and seen[0].all() and torch.allclose(added, sum(seen).view(2, 24), rtol=1e-9, atol=1e-12)
     seen.clear()
     assert torch.equal(on.eval()(x, y), off.eval()(x, y)) and seen == [None, None]
 
@@ -472,11 +482,11 @@ def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_the
         router.bias.zero_()
     engine = Engine(model, s)
     train_step(engine, model, s, 0)
-    moe = model.blocks[2].mlp
-    starve(moe, 3)
+    starve(model.blocks[2].mlp, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_step(engine, model, s, 1)
-    assert moe.router.load[3] == 0 and (model.blocks[1].mlp.router.load > 0).all()
+    first, second = (router.load for router in model.routers())
+    assert second[3] == 0 and (first > 0).all()
     for kind in ("up", "down"):
         stacks = [f"blocks.{i}.mlp.{kind}" for i in (1, 2)]
         moved = torch.cat([(model.get_parameter(name) != before[name]).flatten(1).any(1) for name in stacks])
@@ -502,9 +512,9 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
         for e in range(8):
             g = gradients[name][e]
             ahead = g + plan.momentum * g  # of the first step: the buffer is the gradient
-            step = math.sqrt(max(1, g.size(0) / g.size(1))) * newton_schulz(ahead, dtype=torch.float64, norm_dtype=torch.float64,
-                                                                          form=s.numerics.newton_schulz_form)
-            expected = before[name][e] - s.optim.muon.lr * plan.lr_factor * step
+            step = newton_schulz(ahead, dtype=torch.float64, norm_dtype=torch.float64, form=s.numerics.newton_schulz_form)
+            factor = s.optim.muon.lr * plan.lr_factor * math.sqrt(max(1, g.size(0) / g.size(1)))
+            expected = before[name][e] - factor * step
             assert torch.allclose(model.get_parameter(name)[e], expected, rtol=0, atol=1e-12)
 
 
@@ -549,8 +559,11 @@ def test_fp8_experts_round_in_training_only():
 
 # ----- accounting
 
-@pytest.mark.parametrize("ref, shape", [("variants/moe8k1s", (8, 1, 1536, 1536)), ("variants/moe8k2s", (8, 2, 1024, 1024)),
-                                        ("variants/moe32k4half", (32, 4, 256, 512)), ("variants/moe32k4v3", (32, 4, 512, 1024))])
+SHAPES = {"variants/moe8k1s": (8, 1, 1536, 1536), "variants/moe8k2s": (8, 2, 1024, 1024),
+          "variants/moe32k4half": (32, 4, 256, 512), "variants/moe32k4v3": (32, 4, 512, 1024)}
+
+
+@pytest.mark.parametrize("ref, shape", SHAPES.items())
 def test_counts_of_all_and_of_active_parameters_and_flops_at_full_scale(ref, shape):
     """As many active ones as the dense parent up to the routers where k hidden + shared is its width, 3072."""
     count, k, hidden, shared = shape
@@ -592,18 +605,15 @@ BAD = [
 ]
 
 
-def whole_path(change):
-    return change if change.split(".")[0] in ("model", "system") else f"model.mlp.moe.{change}"
-
-
 @pytest.mark.parametrize("sets, message", BAD, ids=[" ".join(sets) for sets, _ in BAD])
 def test_each_contradiction_is_one_clear_line(sets, message):
     with pytest.raises(UserError) as error:
-        settings(*map(whole_path, sets))
+        settings(*(change if change.startswith(("model.", "system.")) else moe(change)[0] for change in sets))
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", ["system.expert_parallel=true", "system.experts=padded", "optim.router.lr=0.1", "optim.muon.move_idle=true"])
+@pytest.mark.parametrize("change", ["system.expert_parallel=true", "system.experts=padded", "optim.router.lr=0.1",
+                                    "optim.muon.move_idle=true"])
 def test_settings_of_experts_need_experts(change):
     with pytest.raises(UserError, match="needs model.mlp.moe"):
         settings(change, ref="short/8")
@@ -619,8 +629,8 @@ def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("sets, precision, compiled, message", [
-    ((), "float64", False, "has no float64"), (("model.mlp.moe.hidden=66",), "float32", False, "needs rows of a multiple of 16 bytes, not 66 x 4"),
-    ((), "float32", True, "cannot be compiled on the CPU in float32")])
+    ((), "float64", False, "has no float64"), ((), "float32", True, "cannot be compiled on the CPU in float32"),
+    (moe("hidden=66"), "float32", False, "needs rows of a multiple of 16 bytes, not 66 x 4")])
 def test_grouped_where_it_cannot_is_refused_and_auto_takes_padded(sets, precision, compiled, message):
     x = noise(2, 4, 48, dtype=getattr(torch, precision))
     with pytest.raises(UserError, match=f"system.experts=grouped: grouped_mm {message}; use padded"):
@@ -631,9 +641,13 @@ def test_grouped_where_it_cannot_is_refused_and_auto_takes_padded(sets, precisio
 
 # ----- processes
 
+PARALLEL = "system.expert_parallel=true"
+WILD = "model.mlp.moe.balance.rate=1"  # so fast that experts lie idle in some steps
+
+
 @cache
 def forkserver():
-    """A process that has loaded torch and nothing else: the processes of a run are copies of it, so that each starts at once."""
+    """Context of a process that has loaded torch and nothing else, and of which the processes of a run are copies."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     return context
@@ -654,22 +668,22 @@ def together(world, target, *args):
 
 
 def member(rank, world, port, target, args):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     target(*args)
 
 
 def share_of_gradients(path, sets, precision, flooded):
-    """Target of `together`, run by the test itself for one process: losses, gradients and clip factor of one batch, to a file."""
+    """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
     world = train_gpt.World(s)
     model, whole = GPT(s), build(precision=precision)
     model.initialise(0)
     parts = whole.state_dict()
-    for i, moe in model.mixtures():
+    for i, m in model.mixtures():
         for kind in ("up", "down"):
-            parts[f"blocks.{i}.mlp.{kind}"] = parts[f"blocks.{i}.mlp.{kind}"].chunk(moe.world)[moe.rank]
+            parts[f"blocks.{i}.mlp.{kind}"] = parts[f"blocks.{i}.mlp.{kind}"].chunk(m.world)[m.rank]
     model.load_state_dict(parts)
     for router in model.routers():
         router.bias[list(flooded)] += 100.0
@@ -691,13 +705,14 @@ def share_of_gradients(path, sets, precision, flooded):
         world.gather(losses.detach())
 
 
-@pytest.mark.parametrize("precision, backend, flooded, tolerance", [("float64", "padded", (), 1e-12), ("float32", "grouped", (0, 1), 1e-5)])
-@pytest.mark.parametrize("world", [2, 4])
-def test_shared_out_experts_give_the_gradients_of_one_process(world, precision, backend, flooded, tolerance, tmp_path):
-    """Losses, all gradients, and the norm that clips; also where all rows go to the first process and the others get none."""
+@pytest.mark.parametrize("precision, backend, flooded, tolerance", [
+    ("float64", "padded", (), 1e-12), ("float32", "grouped", (0, 1), 1e-5)], ids=["padded", "grouped_flooded"])
+@pytest.mark.parametrize("world, comm", [(2, "sharded"), (4, "replicated")])
+def test_shared_out_experts_give_the_gradients_of_one_process(world, comm, precision, backend, flooded, tolerance, tmp_path):
+    """Losses, all gradients, and the norm that clips; also where all rows go to the first process and none to others."""
     sets = [f"system.experts={backend}"]
     share_of_gradients(tmp_path / "1.pt", sets, precision, flooded)
-    together(world, share_of_gradients, tmp_path / "n.pt", [*sets, "system.expert_parallel=true"], precision, flooded)
+    together(world, share_of_gradients, tmp_path / "n.pt", [*sets, PARALLEL, f"system.comm={comm}"], precision, flooded)
     one, several = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "n.pt")
     assert close(several["losses"], one["losses"], tolerance) and close(several["factor"], one["factor"], tolerance)
     for name, g in one["gradients"].items():
@@ -712,22 +727,22 @@ def training(args):
 
 def trained(folder, world, *args):
     """(curve, parameters and biases, loads of the experts) of a training by `world` processes."""
-    sets = ["system.device=cpu", "system.precision=float64", "schedule.steps=3", "validation.tokens=4096", SMALL, *args]
-    together(world, training, [REF, "--scale", "micro", *[x for change in sets for x in ("--set", change)], "--save", "--out", str(folder)])
+    sets = ["system.device=cpu", "system.precision=float64", "schedule.steps=3", "validation.tokens=4096", SMALL, WILD]
+    changes = [word for change in (*sets, *args) for word in ("--set", change)]
+    together(world, training, [REF, "--scale", "micro", *changes, "--save", "--out", str(folder)])
     run = next(folder.glob("*/summary.json")).parent
     load = [e["load"] for e in read_chain(run / "run.jsonl") if e["kind"] == "experts" and "load" in e][-1]
     return json.loads((run / "summary.json").read_text())["curve"], torch.load(run / "checkpoint.pt")["model"], load
 
 
-PARALLEL = "system.expert_parallel=true"
-CLIP = "optim.grad_clip=0.01"
-
-
-@pytest.mark.parametrize("clip, runs", [((), [(4, (PARALLEL,))]), ((CLIP,), [(2, (PARALLEL,)), (2, ()), (2, (PARALLEL, "system.comm=replicated"))])],
+@pytest.mark.parametrize("clip, runs", [
+    ((), [(4, (PARALLEL,))]),
+    (("optim.grad_clip=0.01",), [(2, (PARALLEL,)), (2, ()), (2, (PARALLEL, "system.comm=replicated"))])],
                          ids=["unclipped", "clipped"])
 def test_trainings_by_2_and_4_processes_equal_those_by_one(clip, runs, tmp_path):
-    """Losses, parameters, biases and loads, after three steps of the trainer; experts shared out, or all on all processes."""
+    """Losses, parameters, biases and loads after three steps of the trainer; experts shared out, or all on each process."""
     one = trained(tmp_path / "one", 1, *clip)
+    assert any(0 in loads for loads in one[2])
     for i, (world, sets) in enumerate(runs):
         curve, state, load = trained(tmp_path / str(i), world, *clip, *sets)
         assert load == one[2] and max(abs(a - b) for (_, a), (_, b) in zip(curve, one[0])) < 1e-9

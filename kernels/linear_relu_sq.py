@@ -1,0 +1,235 @@
+"""Linear layer with relu^2, fused (record 59), and the MLP around it.
+
+    linear_relu_sq(x, weight) = P = relu(x W^T)^2             dpre = 2 dP relu(x W^T) = 2 dP sqrt(P)
+    mlp_relu_sq(x, up, down)  = relu(x U^T)^2 D^T             dpre = 2 (g D) sqrt(P)
+
+The forward kernel applies relu^2 to its tile of the product before it is written. Of the backward a kernel does dpre: alone it
+is one pass over dP; within the MLP it is the end of the kernel that multiplies g D, and dP never exists. The other products,
+dx = dpre W, dW = dpre^T x, are the library's. Only P is kept for the backward (record 87), which the next layer keeps anyway:
+its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost, since their squares are 0.
+
+The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32, any
+strides. Triton is imported when first used.
+"""
+
+from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
+
+import functools
+import importlib.util
+import os
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GROUP = 8  # tiles of rows that are done together, so that their weights are still in the L2 cache
+BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one load of 16 bytes in 16 bits
+
+
+class Tile(NamedTuple):
+    rows: int  # of x
+    columns: int  # of the output
+    depth: int  # bytes of a row of x that are multiplied at a time, so that every dtype needs the same shared memory
+    warps: int
+    stages: int  # loads in flight, each of (rows + columns) depth bytes of shared memory
+
+
+# By compute capability, shared memory of a block in mind: 163 KB on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and
+# in the default, which runs everywhere from 8.0 on. They compile without spills; not tuned on a GPU yet.
+TILES = {80: Tile(128, 128, 64, 4, 4), 89: Tile(128, 128, 64, 4, 3), 90: Tile(128, 256, 128, 8, 3),
+         "default": Tile(128, 128, 64, 4, 3)}
+
+
+# ----- reference --------------------------------------------------------------------------------------------------
+
+def linear_relu_sq_reference(x, weight):
+    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out)."""
+    return F.relu(F.linear(x, weight.to(x.dtype))).square()
+
+
+def mlp_relu_sq_reference(x, up, down):
+    """x (..., in), up (hidden, in), down (out, hidden) -> relu(x U^T)^2 D^T (..., out)."""
+    return F.linear(linear_relu_sq_reference(x, up), down.to(x.dtype))
+
+
+# ----- Triton -----------------------------------------------------------------------------------------------------
+
+def linear_relu_sq(x, weight):
+    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype. ValueError for another dtype or device."""
+    check(x, weight)
+    return LinearReluSq.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+
+def mlp_relu_sq(x, up, down):
+    """x (..., in), up (hidden, in), down (out, hidden) -> relu(x U^T)^2 D^T (..., out) in x's dtype."""
+    check(x, up)
+    if down.size(1) != up.size(0):
+        raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit: want (hidden, in), (out, hidden)")
+    return MLPReluSq.apply(x.flatten(0, -2), up.to(x.dtype), down.to(x.dtype)).unflatten(0, x.shape[:-1])
+
+
+def check(x, weight):
+    why = refusal(x.device, x.dtype)
+    if why:
+        raise ValueError(f"the Triton linear_relu_sq {why}; use torch")
+    if x.dim() < 2 or x.size(-1) != weight.size(1):
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: want (..., in), (out, in)")
+
+
+class LinearReluSq(torch.autograd.Function):
+    """x (N, in), weight (out, in) -> P (N, out)."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        p = operator(forward, forward_op)(x, weight)
+        ctx.save_for_backward(x, weight, p)
+        return p
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, p = ctx.saved_tensors
+        dpre = operator(gradient, gradient_op)(g, p)
+        return dpre @ weight if ctx.needs_input_grad[0] else None, dpre.t() @ x if ctx.needs_input_grad[1] else None
+
+
+class MLPReluSq(torch.autograd.Function):
+    """x (N, in), up (hidden, in), down (out, hidden) -> (N, out)."""
+
+    @staticmethod
+    def forward(ctx, x, up, down):
+        p = operator(forward, forward_op)(x, up)
+        ctx.save_for_backward(x, up, down, p)
+        return F.linear(p, down)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, up, down, p = ctx.saved_tensors
+        need_x, need_up, need_down = ctx.needs_input_grad
+        dpre = operator(product_gradient, product_gradient_op)(g, down.t(), p) if need_x or need_up else None
+        return dpre @ up if need_x else None, dpre.t() @ x if need_up else None, g.t() @ p if need_down else None
+
+
+def operator(function, op):
+    return op if torch.compiler.is_compiling() else function
+
+
+tl = None  # triton.language, once kernels() has imported it
+
+
+def linear_kernel(x, weight, p, out, n, f, d, x_row, x_column, w_row, w_column, BACKWARD: tl.constexpr,
+                  PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); p and out (n, f), contiguous."""
+    program = tl.program_id(0)
+    group = GROUP * tl.cdiv(f, COLUMNS)  # programs of a group, which go down its rows first
+    first = program // group * GROUP
+    height = tl.minimum(tl.cdiv(n, ROWS) - first, GROUP)
+    rows = (first + program % group % height) * ROWS + tl.arange(0, ROWS)
+    columns = program % group // height * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    left = x + rows.to(tl.int64)[:, None] * x_row + depth.to(tl.int64)[None, :] * x_column
+    right = weight + columns.to(tl.int64)[None, :] * w_row + depth.to(tl.int64)[:, None] * w_column
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, d, DEPTH):
+        inside = depth < d - start
+        a = tl.load(left, mask=(rows < n)[:, None] & inside[None, :], other=0.0)
+        b = tl.load(right, mask=inside[:, None] & (columns < f)[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+        left += DEPTH * x_column
+        right += DEPTH * w_column
+    inside = (rows < n)[:, None] & (columns < f)[None, :]
+    places = rows.to(tl.int64)[:, None] * f + columns[None, :]
+    if BACKWARD:
+        total = 2.0 * total * tl.sqrt(tl.load(p + places, mask=inside, other=0.0).to(tl.float32))
+    else:
+        total = tl.where(total < 0.0, 0.0, total * total)  # tl.maximum would make NaN 0
+    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+
+
+def gradient_kernel(g, p, out, count, BLOCK: tl.constexpr):
+    """2 g sqrt(p) of `count` elements."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    root = tl.sqrt(tl.load(p + places, mask=inside, other=0.0).to(tl.float32))
+    d = 2.0 * tl.load(g + places, mask=inside, other=0.0).to(tl.float32) * root
+    tl.store(out + places, d.to(out.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def kernels():
+    """(linear_kernel, gradient_kernel) for Triton."""
+    global tl
+    import triton
+    import triton.language as tl
+    return triton.jit(linear_kernel), triton.jit(gradient_kernel)
+
+
+def launch(x, weight, p, out, backward):
+    (n, d), f = x.shape, weight.size(0)
+    tile = TILES.get(capability(x.device), TILES["default"])
+    kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
+        x, weight, p, out, n, f, d, *x.stride(), *weight.stride(), BACKWARD=backward, PRECISION="tf32x3",  # float32: about exact
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth // x.element_size(), GROUP=GROUP, num_warps=tile.warps,
+        num_stages=tile.stages)
+    return out
+
+
+def forward(x, weight):
+    """x (N, in), weight (out, in) -> relu(x W^T)^2 (N, out)."""
+    p = torch.empty(x.size(0), weight.size(0), dtype=x.dtype, device=x.device)
+    return launch(x, weight, p, p, False)
+
+
+def product_gradient(g, weight, p):
+    """g (N, out), weight (hidden, out), p (N, hidden) -> 2 (g W^T) sqrt(p) (N, hidden)."""
+    return launch(g, weight, p, torch.empty_like(p), True)
+
+
+def gradient(g, p):
+    """g and p (N, out) -> 2 g sqrt(p)."""
+    g, out = g.contiguous(), torch.empty_like(p)
+    kernels()[1][(-(-p.numel() // BLOCK),)](g, p, out, p.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return out
+
+
+def capability(device):
+    """80 for compute capability 8.0; None if it is no GPU."""
+    return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
+
+
+def refusal(device, dtype):
+    """Why the Triton kernels cannot do it (the rest of a sentence), or None."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA, and this is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if dtype not in DTYPES:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and capability(device) < 80:
+        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
+    return None
+
+
+# ----- as operators: torch.compile sees one call each -------------------------------------------------------------
+
+forward_op = torch.library.custom_op("speedrun::linear_relu_sq", forward, mutates_args=(),
+                                     schema="(Tensor x, Tensor weight) -> Tensor")
+product_gradient_op = torch.library.custom_op("speedrun::mlp_relu_sq_gradient", product_gradient, mutates_args=(),
+                                              schema="(Tensor g, Tensor weight, Tensor p) -> Tensor")
+gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mutates_args=(),
+                                      schema="(Tensor g, Tensor p) -> Tensor")
+
+
+@forward_op.register_fake
+def forward_shape(x, weight):
+    return x.new_empty(x.size(0), weight.size(0))
+
+
+@product_gradient_op.register_fake
+def product_gradient_shape(g, weight, p):
+    return torch.empty_like(p)
+
+
+@gradient_op.register_fake
+def gradient_shape(g, p):
+    return torch.empty_like(p)

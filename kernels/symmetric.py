@@ -1,0 +1,177 @@
+"""Symmetric matrix products of Muon: half of the tiles are computed, the others are their mirror images (record 27).
+
+    gram(x) = X X^T        gram_t(x) = X^T X        quadratic(a, b, c) = b A + c A A, A symmetric
+    step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T, on the shorter side of X: one step of kernels.newton_schulz
+
+One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and writes it twice.
+float16, bfloat16 and float32 in any strides; sums in float32, in which quadratic also adds before it rounds once (torch rounds
+A A, both products with b and c, and their sum). No gradients. Triton is imported when first used.
+"""
+
+from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
+
+import functools
+import importlib.util
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Tile(NamedTuple):
+    side: int  # rows and columns of a tile
+    depth: int  # bytes of a row of X that are multiplied at a time, so that every dtype needs the same shared memory
+    warps: int
+    stages: int  # loads in flight, each of 2 side depth bytes of shared memory
+
+
+# By compute capability, shared memory of a block in mind: 163 KB on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and
+# in the default, which runs everywhere from 8.0 on. They compile without spills; not tuned on a GPU yet.
+TILES = {80: Tile(128, 64, 4, 4), 89: Tile(128, 64, 4, 3), 90: Tile(128, 128, 8, 3), "default": Tile(128, 64, 4, 3)}
+
+
+# ----- reference --------------------------------------------------------------------------------------------------
+
+def gram_reference(x):
+    """x (..., m, k) -> X X^T (..., m, m)."""
+    return x @ x.mT
+
+
+def gram_t_reference(x):
+    """x (..., m, k) -> X^T X (..., k, k)."""
+    return x.mT @ x
+
+
+def quadratic_reference(a, b, c):
+    """a (..., m, m) -> b A + c A A."""
+    return b * a + c * (a @ a)
+
+
+def step_reference(x, a, b, c):
+    """x (..., m, k) -> a X + (b A + c A A) X, A = X X^T; if m > k the same as a X + X (b A + c A A), A = X^T X."""
+    if x.size(-2) > x.size(-1):
+        return a * x + x @ quadratic_reference(gram_t_reference(x), b, c)
+    return a * x + quadratic_reference(gram_reference(x), b, c) @ x
+
+
+# ----- Triton -----------------------------------------------------------------------------------------------------
+
+def gram(x):
+    """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype. ValueError for another dtype or device."""
+    return (product_op if torch.compiler.is_compiling() else product)(x, 0.0, 1.0, False)
+
+
+def gram_t(x):
+    """x (..., m, k) -> X^T X (..., k, k), contiguous, in x's dtype."""
+    return gram(x.mT)
+
+
+def quadratic(a, b, c):
+    """a (..., m, m), symmetric (not checked; else it is b A + c A A^T, mirrored), b and c floats -> b A + c A A."""
+    if a.size(-2) != a.size(-1):
+        raise ValueError(f"quadratic wants symmetric matrices, not {tuple(a.shape)}")
+    return (product_op if torch.compiler.is_compiling() else product)(a, float(b), float(c), True)
+
+
+def step(x, a, b, c):
+    """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference; the last product is the library's."""
+    tall = x.size(-2) > x.size(-1)
+    inner = batch(quadratic(gram_t(x) if tall else gram(x), b, c))
+    flat = batch(x)
+    return torch.baddbmm(flat, flat if tall else inner, inner if tall else flat, beta=a).view(x.shape)
+
+
+def batch(x):
+    """(..., m, k) -> (N, m, k), without a copy where there is at most one dimension before these two."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+
+
+tl = None  # triton.language, once kernel() has imported it
+
+
+def symmetric_kernel(x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.constexpr, PRECISION: tl.constexpr,
+                     SIDE: tl.constexpr, DEPTH: tl.constexpr):
+    """A tile of c X X^T (+ b X if ADD: X is square) and its mirror image; x (N, m, k) in any strides, out (N, m, m)."""
+    p = tl.program_id(0)  # tiles on or below the diagonal, row by row: p = i (i + 1) / 2 + j, j <= i
+    i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
+    i = tl.where(i * (i + 1) // 2 > p, i - 1, i)  # the root may be rounded to either side
+    i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
+    j = p - i * (i + 1) // 2
+    x += tl.program_id(1).to(tl.int64) * x_matrix
+    out += tl.program_id(1).to(tl.int64) * m * m
+    rows, columns, depth = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE), tl.arange(0, DEPTH)
+    left = x + rows.to(tl.int64)[:, None] * x_row + depth.to(tl.int64)[None, :] * x_column
+    right = x + columns.to(tl.int64)[None, :] * x_row + depth.to(tl.int64)[:, None] * x_column
+    total = tl.zeros([SIDE, SIDE], tl.float32)
+    for start in range(0, k, DEPTH):
+        inside = depth < k - start
+        a = tl.load(left, mask=(rows < m)[:, None] & inside[None, :], other=0.0)
+        t = tl.load(right, mask=inside[:, None] & (columns < m)[None, :], other=0.0)
+        total = tl.dot(a, t, total, input_precision=PRECISION)
+        left += DEPTH * x_column
+        right += DEPTH * x_column
+    inside = (rows < m)[:, None] & (columns < m)[None, :]
+    if ADD:
+        tile = tl.load(x + rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column, mask=inside, other=0.0)
+        total = c * total + b * tile.to(tl.float32)
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + rows.to(tl.int64)[:, None] * m + columns[None, :], total, mask=inside)
+    if i != j:
+        tl.store(out + columns.to(tl.int64)[:, None] * m + rows[None, :], tl.trans(total), mask=tl.trans(inside))
+
+
+@functools.cache
+def kernel():
+    global tl
+    import triton
+    import triton.language as tl
+    return triton.jit(symmetric_kernel)
+
+
+def product(x, b, c, add):
+    """x (..., m, k) -> c X X^T (+ b X) in (..., m, m)."""
+    why = refusal(x.device, x.dtype)
+    if why:
+        raise ValueError(f"the Triton symmetric product {why}; use torch")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("the Triton symmetric product has no gradient; use torch")
+    flat = batch(x)
+    n, m, k = flat.shape
+    out = torch.empty(n, m, m, dtype=x.dtype, device=x.device)
+    tile = TILES.get(capability(x.device), TILES["default"])
+    side = -(-m // tile.side)
+    kernel()[(side * (side + 1) // 2, n)](
+        flat, out, m, k, *flat.stride(), b, c, ADD=add, PRECISION="tf32x3", SIDE=tile.side,  # tf32x3: float32 only, about exact
+        DEPTH=tile.depth // x.element_size(), num_warps=tile.warps, num_stages=tile.stages)
+    return out.view(*x.shape[:-1], m)
+
+
+def capability(device):
+    """80 for compute capability 8.0; None if it is no GPU."""
+    return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
+
+
+def refusal(device, dtype):
+    """Why the Triton kernel cannot do it (the rest of a sentence), or None."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA, and this is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if dtype not in DTYPES:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and capability(device) < 80:
+        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
+    return None
+
+
+# torch.compile sees one call
+product_op = torch.library.custom_op("speedrun::symmetric_product", product, mutates_args=(),
+                                     schema="(Tensor x, float b, float c, bool add) -> Tensor")
+
+
+@product_op.register_fake
+def product_shape(x, b, c, add):
+    return x.new_empty(*x.shape[:-1], x.size(-2))

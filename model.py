@@ -462,7 +462,7 @@ class Router(nn.Module):
 
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see settings.Balance), within the best
     groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router.
-    What the whole batch of a step did is added up in buffers, for balancing and the log: `settle` closes the step.
+    What the whole batch of a step did is added up in `tally`, for balancing and the log, from GPT.begin_step to `settle`.
     """
 
     def __init__(self, s):
@@ -517,7 +517,7 @@ class Router(nn.Module):
             self.tally[n:2 * n] += over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
 
     def penalty(self, logits, scores, length):
-        """What the training loss of each token gets on top, (N,), or None: balance within its row of `length`, and z-loss."""
+        """What the gradient of each token's loss gets on top, (N,), or None: balance in its row of `length`, and z-loss."""
         moe, out = self.moe, None
         if moe.sequence_loss:
             p = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (-1, length)).mean(1)
@@ -533,12 +533,11 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def settle(self, tally, tokens):
-        """Close a step of so many tokens: tally summed over all processes. Moves the bias and begins a new tally."""
+        """Close a step of so many tokens: tally summed over all processes. Moves the bias."""
         n, balance = self.moe.experts, self.moe.balance
         load, bound, entropy = tally.split([n, n, 1])
         self.load.copy_(load)
         self.entropy = entropy[0] / (tokens * math.log(n))
-        self.tally.zero_()
         if balance is None:
             return
         if balance.rule == "quantile":
@@ -584,7 +583,7 @@ class MoE(nn.Module):
         self.backend, self.fp8 = s.system.experts, n.fp8_experts
 
     def forward(self, x, penalties, compiled):
-        """x (R, T, D) -> (R, T, D). penalties: list that gets this layer's (R T,) part of the training loss, if it has one."""
+        """x (R, T, D) -> (R, T, D). penalties: list that gets this layer's (R T,) penalty, if it has one."""
         chosen, gates, penalty = self.router(x)
         if penalty is not None:
             penalties.append(penalty)
@@ -787,7 +786,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x, self.embed.table)
         losses = self.head.losses(x, self.embed.table, targets)
-        return sum(penalties, losses.flatten()).view(targets.shape)
+        for penalty in penalties:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
+            losses = losses + (penalty - penalty.detach()).view(targets.shape)
+        return losses
 
     def new_cache(self, absorbed=None):
         """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values (LatentAttention); None:
@@ -860,6 +861,11 @@ class GPT(nn.Module):
 
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
+
+    def begin_step(self):
+        """Before the forward passes of a step: the routers count from zero."""
+        for router in self.routers():
+            router.tally.zero_()
 
     @torch.no_grad()
     def settle(self, total, tokens):

@@ -172,6 +172,7 @@ def train_step(run, step_plan, inputs, targets, before_step=None):
     share = at_once / LOGICAL_RANKS
     if run.s.model.head.train_loss == "sum":
         share *= run.s.data.tokens_per_rank
+    run.model.begin_step()
     for first in forwards:
         engine.expect(last=first == forwards[-1] and before_step is None)
         x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)

@@ -38,6 +38,7 @@ class Case:
         self.x, self.y = to_rows(batch, s.data.seq_len, device)
 
     def gradients(self):
+        self.model.begin_step()
         for i in range(0, 8, self.at_once):
             self.engine.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)

@@ -3,26 +3,25 @@
     linear_relu_sq(x, weight) = P = relu(x W^T)^2             dpre = 2 dP relu(x W^T) = 2 dP sqrt(P)
     mlp_relu_sq(x, up, down)  = relu(x U^T)^2 D^T             dpre = 2 (g D) sqrt(P)
 
-The forward kernel applies relu^2 to its tile of the product before it is written. Of the backward a kernel does dpre: alone it
-is one pass over dP; within the MLP it is the end of the kernel that multiplies g D, and dP never exists. The other products,
-dx = dpre W, dW = dpre^T x, are the library's. Only P is kept for the backward (record 87), which the next layer keeps anyway:
-its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost, since their squares are 0.
+The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel makes dpre: for the
+layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is never written. The others, dx =
+dpre W and dW = dpre^T x, are the library's. For the backward only P is kept (record 87), as the next layer keeps it
+anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost: their squares are 0.
 
-The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32, any
-strides. Triton is imported when first used.
+The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32 in
+any strides. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
-import importlib.util
-import os
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from kernels.device import capability, refusal
+
 GROUP = 8  # tiles of rows that are done together, so that their weights are still in the L2 cache
 BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one load of 16 bytes in 16 bits
 
@@ -30,15 +29,16 @@ BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one 
 class Tile(NamedTuple):
     rows: int  # of x
     columns: int  # of the output
-    depth: int  # bytes of a row of x that are multiplied at a time, so that every dtype needs the same shared memory
+    depth: int  # columns of x that are multiplied at a time
     warps: int
-    stages: int  # loads in flight, each of (rows + columns) depth bytes of shared memory
+    stages: int  # loads in flight
 
 
-# By compute capability, shared memory of a block in mind: 163 KB on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and
-# in the default, which runs everywhere from 8.0 on. They compile without spills; not tuned on a GPU yet.
-TILES = {80: Tile(128, 128, 64, 4, 4), 89: Tile(128, 128, 64, 4, 3), 90: Tile(128, 256, 128, 8, 3),
-         "default": Tile(128, 128, 64, 4, 3)}
+# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
+# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet.
+TILES = {80: Tile(128, 128, 64, 8, 4), 89: Tile(128, 128, 64, 8, 3), 90: Tile(128, 256, 64, 8, 3),
+         "default": Tile(128, 128, 64, 8, 3)}
+FLOAT32 = Tile(64, 64, 32, 4, 3)  # everywhere: its products are three of TF32, which take more registers
 
 
 # ----- reference --------------------------------------------------------------------------------------------------
@@ -118,15 +118,15 @@ tl = None  # triton.language, once kernels() has imported it
 
 
 def linear_kernel(x, weight, p, out, n, f, d, x_row, x_column, w_row, w_column, BACKWARD: tl.constexpr,
-                  PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); p and out (n, f), contiguous."""
+                  PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                  GROUP: tl.constexpr):
+    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and out (n, f)."""
     program = tl.program_id(0)
     group = GROUP * tl.cdiv(f, COLUMNS)  # programs of a group, which go down its rows first
     first = program // group * GROUP
     height = tl.minimum(tl.cdiv(n, ROWS) - first, GROUP)
-    rows = (first + program % group % height) * ROWS + tl.arange(0, ROWS)
-    columns = program % group // height * COLUMNS + tl.arange(0, COLUMNS)
-    depth = tl.arange(0, DEPTH)
+    row, column = (first + program % group % height) * ROWS, program % group // height * COLUMNS
+    rows, columns, depth = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS), tl.arange(0, DEPTH)
     left = x + rows.to(tl.int64)[:, None] * x_row + depth.to(tl.int64)[None, :] * x_column
     right = weight + columns.to(tl.int64)[None, :] * w_row + depth.to(tl.int64)[:, None] * w_column
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -138,12 +138,13 @@ def linear_kernel(x, weight, p, out, n, f, d, x_row, x_column, w_row, w_column, 
         left += DEPTH * x_column
         right += DEPTH * w_column
     inside = (rows < n)[:, None] & (columns < f)[None, :]
-    places = rows.to(tl.int64)[:, None] * f + columns[None, :]
+    corner = row.to(tl.int64) * f + column
+    places = tl.arange(0, ROWS)[:, None] * f + tl.arange(0, COLUMNS)[None, :]  # 32 bits are enough, and take fewer registers
     if BACKWARD:
-        total = 2.0 * total * tl.sqrt(tl.load(p + places, mask=inside, other=0.0).to(tl.float32))
+        total = 2.0 * total * tl.sqrt(tl.load(p + corner + places, mask=inside, other=0.0).to(tl.float32))
     else:
         total = tl.where(total < 0.0, 0.0, total * total)  # tl.maximum would make NaN 0
-    tl.store(out + places, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + corner + places, total.to(out.dtype.element_ty), mask=inside)
 
 
 def gradient_kernel(g, p, out, count, BLOCK: tl.constexpr):
@@ -166,11 +167,11 @@ def kernels():
 
 def launch(x, weight, p, out, backward):
     (n, d), f = x.shape, weight.size(0)
-    tile = TILES.get(capability(x.device), TILES["default"])
+    tile = FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
-        x, weight, p, out, n, f, d, *x.stride(), *weight.stride(), BACKWARD=backward, PRECISION="tf32x3",  # float32: about exact
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth // x.element_size(), GROUP=GROUP, num_warps=tile.warps,
-        num_stages=tile.stages)
+        x, weight, p, out, n, f, d, *x.stride(), *weight.stride(), BACKWARD=backward,
+        PRECISION="tf32x3",  # of float32 only: to about 1e-6
+        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages)
     return out
 
 
@@ -190,24 +191,6 @@ def gradient(g, p):
     g, out = g.contiguous(), torch.empty_like(p)
     kernels()[1][(-(-p.numel() // BLOCK),)](g, p, out, p.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return out
-
-
-def capability(device):
-    """80 for compute capability 8.0; None if it is no GPU."""
-    return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
-
-
-def refusal(device, dtype):
-    """Why the Triton kernels cannot do it (the rest of a sentence), or None."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs CUDA, and this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
-    if dtype not in DTYPES:
-        return f"has no {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and capability(device) < 80:
-        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
-    return None
 
 
 # ----- as operators: torch.compile sees one call each -------------------------------------------------------------

@@ -4,33 +4,32 @@
     step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T, on the shorter side of X: one step of kernels.newton_schulz
 
 One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and writes it twice.
-float16, bfloat16 and float32 in any strides; sums in float32, in which quadratic also adds before it rounds once (torch rounds
-A A, both products with b and c, and their sum). No gradients. Triton is imported when first used.
+float16, bfloat16 and float32 in any strides. Sums are in float32; quadratic rounds once, at the end (torch rounds A A, both
+products with b and c, and their sum). No gradients. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
 
 import functools
-import importlib.util
 import math
-import os
 from typing import NamedTuple
 
 import torch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+from kernels.device import capability, refusal
 
 
 class Tile(NamedTuple):
     side: int  # rows and columns of a tile
-    depth: int  # bytes of a row of X that are multiplied at a time, so that every dtype needs the same shared memory
+    depth: int  # columns of X that are multiplied at a time
     warps: int
-    stages: int  # loads in flight, each of 2 side depth bytes of shared memory
+    stages: int  # loads in flight
 
 
-# By compute capability, shared memory of a block in mind: 163 KB on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and
-# in the default, which runs everywhere from 8.0 on. They compile without spills; not tuned on a GPU yet.
-TILES = {80: Tile(128, 64, 4, 4), 89: Tile(128, 64, 4, 3), 90: Tile(128, 128, 8, 3), "default": Tile(128, 64, 4, 3)}
+# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
+# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet.
+TILES = {80: Tile(128, 64, 8, 4), 89: Tile(128, 64, 8, 3), 90: Tile(128, 64, 8, 3), "default": Tile(128, 64, 8, 3)}
+SMALL = Tile(64, 32, 4, 3)  # for small matrices, and float32: its products are three of TF32, which take more registers
 
 
 # ----- reference --------------------------------------------------------------------------------------------------
@@ -95,14 +94,15 @@ tl = None  # triton.language, once kernel() has imported it
 def symmetric_kernel(x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.constexpr, PRECISION: tl.constexpr,
                      SIDE: tl.constexpr, DEPTH: tl.constexpr):
     """A tile of c X X^T (+ b X if ADD: X is square) and its mirror image; x (N, m, k) in any strides, out (N, m, m)."""
-    p = tl.program_id(0)  # tiles on or below the diagonal, row by row: p = i (i + 1) / 2 + j, j <= i
+    p = tl.program_id(0)  # of the tiles on or below the diagonal, row by row: p = i (i + 1) / 2 + j, j <= i
     i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)  # the root may be rounded to either side
     i = tl.where((i + 1) * (i + 2) // 2 <= p, i + 1, i)
     j = p - i * (i + 1) // 2
     x += tl.program_id(1).to(tl.int64) * x_matrix
     out += tl.program_id(1).to(tl.int64) * m * m
-    rows, columns, depth = i * SIDE + tl.arange(0, SIDE), j * SIDE + tl.arange(0, SIDE), tl.arange(0, DEPTH)
+    lanes, depth = tl.arange(0, SIDE), tl.arange(0, DEPTH)
+    rows, columns = i * SIDE + lanes, j * SIDE + lanes
     left = x + rows.to(tl.int64)[:, None] * x_row + depth.to(tl.int64)[None, :] * x_column
     right = x + columns.to(tl.int64)[None, :] * x_row + depth.to(tl.int64)[:, None] * x_column
     total = tl.zeros([SIDE, SIDE], tl.float32)
@@ -115,12 +115,14 @@ def symmetric_kernel(x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.cons
         right += DEPTH * x_column
     inside = (rows < m)[:, None] & (columns < m)[None, :]
     if ADD:
-        tile = tl.load(x + rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column, mask=inside, other=0.0)
-        total = c * total + b * tile.to(tl.float32)
+        tile = x + rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column
+        total = c * total + b * tl.load(tile, mask=inside, other=0.0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
-    tl.store(out + rows.to(tl.int64)[:, None] * m + columns[None, :], total, mask=inside)
+    corner = out + i.to(tl.int64) * SIDE * m + j * SIDE  # from there on 32 bits are enough, and take fewer registers
+    tl.store(corner + lanes[:, None] * m + lanes[None, :], total, mask=inside)
     if i != j:
-        tl.store(out + columns.to(tl.int64)[:, None] * m + rows[None, :], tl.trans(total), mask=tl.trans(inside))
+        corner = out + j.to(tl.int64) * SIDE * m + i * SIDE
+        tl.store(corner + lanes[:, None] * m + lanes[None, :], tl.trans(total), mask=tl.trans(inside))
 
 
 @functools.cache
@@ -141,30 +143,13 @@ def product(x, b, c, add):
     flat = batch(x)
     n, m, k = flat.shape
     out = torch.empty(n, m, m, dtype=x.dtype, device=x.device)
-    tile = TILES.get(capability(x.device), TILES["default"])
+    small = m <= SMALL.side or x.dtype == torch.float32
+    tile = SMALL if small else TILES.get(capability(x.device), TILES["default"])
     side = -(-m // tile.side)
     kernel()[(side * (side + 1) // 2, n)](
-        flat, out, m, k, *flat.stride(), b, c, ADD=add, PRECISION="tf32x3", SIDE=tile.side,  # tf32x3: float32 only, about exact
-        DEPTH=tile.depth // x.element_size(), num_warps=tile.warps, num_stages=tile.stages)
+        flat, out, m, k, *flat.stride(), b, c, ADD=add, PRECISION="tf32x3",  # of float32 only: to about 1e-6
+        SIDE=tile.side, DEPTH=tile.depth, num_warps=tile.warps, num_stages=tile.stages)
     return out.view(*x.shape[:-1], m)
-
-
-def capability(device):
-    """80 for compute capability 8.0; None if it is no GPU."""
-    return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
-
-
-def refusal(device, dtype):
-    """Why the Triton kernel cannot do it (the rest of a sentence), or None."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs CUDA, and this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
-    if dtype not in DTYPES:
-        return f"has no {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and capability(device) < 80:
-        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
-    return None
 
 
 # torch.compile sees one call

@@ -285,7 +285,8 @@ class Trainings:
 
     def argv(self, out, seed, steps, tokens, sets):
         """Command line of a training by train_gpt.py."""
-        sets = ["system.device=cpu", "system.compile=off", f"schedule.steps={steps}", f"validation.tokens={tokens}", *sets]
+        sets = ["system.device=cpu", "system.compile=off", f"schedule.steps={steps}", f"validation.tokens={tokens}",
+                *self.facts["sets"], *sets]
         return [self.record, "--scale", self.scale, "--seed", str(seed), "--data", str(self.data),
                 "--out", str(self.folder / out), *(x for path in sets for x in ("--set", path))]
 

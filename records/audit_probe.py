@@ -114,7 +114,9 @@ def facts(spec):
     return {"record": resolved.preset or resolved.record.ref, "vocab_size": s.model.vocab_size,
             "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": max(size) if isinstance(size, list) else size,
             "validation_tokens": s.validation.tokens, "validation_seq_len": s.validation.seq_len,
-            "full_validation_tokens": full.validation.tokens}
+            "full_validation_tokens": full.validation.tokens,
+            # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert has
+            "sets": ["system.experts=padded"] if getattr(s.model.mlp, "moe", None) else []}
 
 
 def script(spec):

@@ -53,8 +53,9 @@ def test_the_present_code_passes_every_check_and_says_what_an_audit_cannot_know(
     assert (result["version"], result["scale"], result["record"]) == (1, "micro", "short/11")
 
 
-def test_the_head_is_causal_with_all_its_features(tree):
-    result = audit.audit(str(tree), only=["causality"])
+@pytest.mark.parametrize("record, checks", [("short/head", ["causality"]), ("variants/4", ["causality", "no_trace"])])
+def test_the_head_and_a_mixture_of_experts_are_causal_with_all_their_features(tree, record, checks):
+    result = audit.audit(str(tree), record, only=checks)
     assert result["passed"], result["checks"]
 
 

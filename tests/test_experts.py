@@ -297,6 +297,7 @@ def balanced(router, steps):
     for i in range(steps):
         x = noise(16, 64, 48, seed=i, dtype=torch.float32)
         x[..., -1] = 1.0
+        router.tally.zero_()
         with torch.no_grad():
             chosen, _, _ = router(x)
         load = torch.bincount(chosen.flatten(), minlength=n)
@@ -360,6 +361,7 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
         model = build(*moe(f"balance.rule={name}"))
         for i in range(2):
             ranks = tokens(16, 64, seed=i).view(8, 2, 64)
+            model.begin_step()
             for first in range(0, 8, at_once):
                 with torch.no_grad():
                     model(ranks[first:first + at_once].flatten(0, 1))
@@ -381,6 +383,7 @@ def test_the_entropy_of_equal_scores_is_one_and_of_a_certain_router_near_zero():
     router = Router(settings("model.mlp.moe.score=softmax"))
     for weight, low, high in ((0.0, 1 - 1e-12, 1 + 1e-12), (100.0, 0.0, 0.1)):
         router.weight.data.copy_(weight * noise(8, 48))
+        router.tally.zero_()
         router(noise(2, 64, 48, seed=1))
         router.settle(router.tally.clone(), 128)
         assert low <= router.entropy <= high
@@ -441,13 +444,21 @@ def test_sequence_loss_and_z_loss_add_up():
     assert close(both, one + other, 1e-12)
 
 
-def test_losses_are_added_in_training_only():
+def test_penalties_add_their_gradient_in_training_and_nothing_to_the_loss():
     on, off = build(*ROUTINGS["losses"]), build()
-    x, y, seen = tokens(), tokens(seed=2), []
+    x, y, seen, upstream = tokens(), tokens(seed=2), [], noise(2, 24)
     for router in on.routers():
         router.register_forward_hook(lambda module, inputs, out: seen.append(out[2]))
-    added = on(x, y) - off(x, y)
-    assert len(seen) == 2 and seen[0].all() and torch.allclose(added, sum(seen).view(2, 24), rtol=1e-9, atol=1e-12)
+    losses, plain = on(x, y), off(x, y)
+    assert torch.equal(losses, plain) and len(seen) == 2 and seen[0].all()
+
+    def gradients(value, model):
+        return torch.autograd.grad((value * upstream).sum(), list(model.parameters()), retain_graph=True, allow_unused=True)
+
+    found, without, added = gradients(losses, on), gradients(plain, off), gradients(sum(seen).view(2, 24), on)
+    assert sum(a is not None and bool(a.any()) for a in added) > 10
+    for whole, loss, penalty in zip(found, without, added):
+        assert close(whole, loss if penalty is None else loss + penalty, 1e-9)
     seen.clear()
     assert torch.equal(on.eval()(x, y), off.eval()(x, y)) and seen == [None, None]
 
@@ -467,6 +478,7 @@ def test_no_router_is_dead_at_top_1():
 
 def train_step(engine, model, s, seed, plan_step=0):
     x = tokens(8, 65, seed)
+    model.begin_step()
     engine.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
     engine.collect()

@@ -1,0 +1,26 @@
+"""What a device can run: shared by the Triton kernels."""
+
+import importlib.util
+import os
+
+import torch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the matrix products
+
+
+def capability(device):
+    """80 for compute capability 8.0, and so on; None if it is no GPU."""
+    return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
+
+
+def refusal(device, dtype):
+    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"needs CUDA, and this is {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton"
+    if dtype not in DTYPES:
+        return f"has no {str(dtype).removeprefix('torch.')}"
+    if device.type == "cuda" and capability(device) < 80:
+        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
+    return None

@@ -19,6 +19,7 @@ from torch import nn
 from kernels import attention, experts
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
+from kernels.linear_relu_sq import mlp_relu_sq
 from schedule import layer_spans
 from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
 
@@ -451,9 +452,11 @@ class MLP(nn.Module):
         if s.model.bias:
             self.up_bias = parameter((f,), n.scalar, role="scalar", init=constant(0.0))
             self.down_bias = parameter((d,), n.scalar, role="scalar", init=constant(0.0))
-        self.activation = self.ACTIVATIONS[s.model.mlp.activation]
+        self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
 
     def forward(self, x):
+        if self.fused:
+            return mlp_relu_sq(x, self.up, self.down)
         return linear(self.activation(linear(x, self.up, self.up_bias)), self.down, self.down_bias)
 
 

@@ -57,10 +57,10 @@ def muon_direction(g, momentum_buffer, *, momentum, averaged, cut, factor_shape,
 
 
 def orthogonalise(x, ns):
-    """Newton-Schulz of (N, rows, cols) matrices by the precision plan `ns` (numerics)."""
-    steps, n, one_by_one = ns
+    """Newton-Schulz of (N, rows, cols) matrices. ns: (steps, numerics, whether one matrix at a time, whether by Triton)."""
+    steps, n, one_by_one, fused = ns
     kwargs = dict(steps=steps, dtype=dtype(n.newton_schulz), norm_dtype=dtype(n.newton_schulz_norm),
-                  form=n.newton_schulz_form)
+                  form=n.newton_schulz_form, fused=fused)
     if one_by_one:  # a batched product may round differently for another batch size
         x = torch.stack([newton_schulz(matrix, **kwargs) for matrix in x]) if len(x) else x.to(kwargs["dtype"])
     else:
@@ -350,7 +350,7 @@ class Engine:
             for old, value in zip((p, bank.state["exp_avg"], bank.state["exp_avg_sq"]), new):
                 old.copy_(value)
             return
-        ns = (o.muon.ns_steps, n, self.ordered)
+        ns = (o.muon.ns_steps, n, self.ordered, self.s.system.kernels.muon == "triton")
         update, buffer = self.direction(grad.to(bank.param.dtype), bank.state["momentum_buffer"],
                                         momentum=self.number(plan.momentum), averaged=o.muon.averaged,
                                         cut=self.cut_of(bank), factor_shape=self.factor_shape(bank),

@@ -427,6 +427,12 @@ class Kernels:
     loss: Literal["auto", "whole", "chunks", "triton"] = opt(
         "auto", "head and cross entropy: all logits at once; chunks of tokens, whose logits the backward pass makes again, so "
                 "that they never exist in full; the same with fused Triton kernels. auto: whole")
+    muon: Literal["auto", "torch", "triton"] = opt(
+        "auto", "Newton-Schulz: whole products, or half of each symmetric one and its mirror image (record 27). auto: torch",
+        needs="optim.muon")
+    mlp: Literal["auto", "torch", "triton"] = opt(
+        "auto", "dense MLPs: step by step, or with relu^2 at the end of the first product (record 59). auto: torch",
+        needs="model.mlp.activation=relu_sq")
 
 
 @dataclass(frozen=True)
@@ -636,6 +642,9 @@ def check(s):
             "system.reduction=ordered sums logical ranks one by one: leave system.ranks_per_forward at 0 or 1")
     require(s.system.reduction == "ordinary" or s.system.comm != "allreduce_updates",
             "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
+    require(s.system.kernels.muon != "triton" or s.numerics.newton_schulz_form == "factored",
+            "system.kernels.muon=triton computes the factored form: set numerics.newton_schulz_form=factored, or leave it")
+    require(s.system.kernels.mlp != "triton" or not m.bias, "system.kernels.mlp=triton has no bias: set model.bias=false")
     for path, needs, _ in unmet_needs(s):
         raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s

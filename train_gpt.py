@@ -29,6 +29,7 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
         print_plan(resolved)
         raise SystemExit(0)
 
+import dataclasses
 import hashlib
 import math
 import sys
@@ -40,6 +41,7 @@ import torch.distributed as dist
 from data.corpus import corpus_for
 from data.shards import corpus_digest, val_digest
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
+from kernels.device import refusal
 from model import GPT
 from optim import Engine, local_ranks
 
@@ -363,6 +365,7 @@ def train(resolved, options):
                         "minutes), or --set system.device=cpu to insist")
     if s.system.reduction == "ordered" and world.cuda:
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
+    check_kernels(s, world.device)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
     if options.profile and int(options.profile.split(":")[1]) > len(plans):
@@ -412,6 +415,14 @@ def out_of_memory(run, error):
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
     return f"out of memory with {run.at_once} logical ranks a forward ({said}): {remedy}"
+
+
+def check_kernels(s, device):
+    """UserError if a Triton kernel is asked for that cannot run on the device."""
+    for field in dataclasses.fields(s.system.kernels):
+        why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, s.numerics.matmul))
+        if why:
+            raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 
 
 def describe(resolved, options, world, corpus, model, engine, used, plans):

@@ -6,15 +6,20 @@ value; the bound is a few roundings of the dtype. What a device cannot run is li
 """
 
 import argparse
+import functools
 import sys
 
 import measure
 import torch
 
-from kernels import attention, experts
+from kernels import attention, experts, symmetric
 from kernels.attention import Window
+from kernels.cross_entropy import linear_cross_entropy
+from kernels.device import refusal
 from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
+from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
+from settings import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 2 ** -20, torch.float64: 2 ** -48}
@@ -89,6 +94,25 @@ def expert_checks():
             yield f"experts {backend}", compare(layer(backend), layer("padded"), inputs, dtype), dtype
 
 
+def triton_checks():
+    """The Triton kernels against their references in float64, at shapes that no tile divides."""
+    why = refusal(DEVICE, torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        x, up, down = torch.randn(1000, 328, device=DEVICE), torch.randn(1304, 328) / 18, torch.randn(328, 1304) / 36
+        up, down = up.to(DEVICE), down.to(DEVICE)
+        yield "mlp_relu_sq", why or compare(mlp_relu_sq, mlp_relu_sq_reference, [x, up, down], dtype), dtype
+        a = torch.randn(3, 328, 1304, device=DEVICE).to(dtype) / 36
+        yield "newton_schulz step", why or relative(symmetric.step(a, 3.4, -4.8, 2.0),
+                                                    symmetric.step_reference(a.double(), 3.4, -4.8, 2.0)), dtype
+        targets = torch.randint(0, 5003, (1000,), device=DEVICE)
+        head = torch.randn(5003, 328, device=DEVICE) / 18
+        for softcap in (None, Softcap(), Softcap(form="sigmoid")):
+            losses = [functools.partial(linear_cross_entropy, targets=targets, softcap=softcap, loss_dtype=exact, cap_dtype=exact,
+                                        backend=backend) for exact, backend in ((torch.float32, "triton"), (torch.float64, "torch"))]
+            name = f"linear_cross_entropy, soft cap {softcap.form if softcap else 'none'}"
+            yield name, why or compare(*losses, [x, head], dtype), dtype
+
+
 def fp8_check():
     """The 8-bit product of this device against the same quantised operands multiplied in float64."""
     x, w = torch.randn(256, 128, device=DEVICE).bfloat16(), torch.randn(512, 128, device=DEVICE).bfloat16() / 8
@@ -111,7 +135,7 @@ def main():
     o = p.parse_args()
     torch.manual_seed(0)
     rows, wrong = [], 0
-    for name, found, dtype in [*attention_checks(), *expert_checks(), fp8_check(), muon_check()]:
+    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), fp8_check(), muon_check()]:
         kind = str(dtype).removeprefix("torch.")
         if isinstance(found, str):
             rows.append({"check": name, "dtype": kind, "not_run": found})

@@ -4,8 +4,8 @@
     mlp_relu_sq(x, up, down)  = relu(x U^T)^2 D^T             dpre = 2 (g D) sqrt(P)
 
 The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel makes dpre: for the
-layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is never written. The others, dx =
-dpre W and dW = dpre^T x, are the library's. For the backward only P is kept (record 87), as the next layer keeps it
+layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is never written. The others,
+dx = dpre W and dW = dpre^T x, are the library's. For the backward only P is kept (record 87), as the next layer keeps it
 anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost: their squares are 0.
 
 The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32 in

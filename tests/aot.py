@@ -38,7 +38,7 @@ class Recorder:
 
 
 def launches(module, name, call):
-    """What `call` gives to the kernels that module's function `name` returns: [(kernel, grid, args, kwargs)]. None of them runs."""
+    """What `call` gives to the kernels that module's function `name` returns: [(kernel, grid, args, kwargs)]. None runs."""
     original, calls = getattr(module, name), []
     made = original()
     stand_ins = tuple(Recorder(k, calls) for k in made) if isinstance(made, tuple) else Recorder(made, calls)
@@ -62,7 +62,7 @@ def specialise(value):
 
 
 def build(kernel, *args, arch, folder, **kwargs):
-    """kernel: from triton.jit; args and kwargs as in a launch (tensors on `meta` will do). arch: 90 for sm_90. folder: of files."""
+    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90: sm_90. folder: for files."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -159,7 +159,7 @@ def muon_states(s, golden, tensor, momenta, lrs, calls=4, factor_shape=None):
         g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(batch.shape)
         update, buffer = muon_direction(g, buffer, momentum=momenta[call].item(), averaged=s.optim.muon.averaged,
                                         cut=Cut(joint=False), factor_shape=factor_shape, scale=s.optim.muon.scale,
-                                        ns=(5, s.numerics, False))
+                                        ns=(5, s.numerics, False, False))
         batch = batch - s.optim.muon.lr * lrs[call].item() * update
         yield call, batch.view(p.shape).numpy(), buffer.view(p.shape).numpy()
 

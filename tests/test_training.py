@@ -154,6 +154,21 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
     assert read_chain(next(tmp_path.glob("*/run.jsonl")))[-1]["status"] == "interrupted"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
+    """Loss, MLP and Muon in Triton's interpreter, two steps of a two-layer record 29 through the whole trainer."""
+    small = ["short/29", "--scale", "micro", "--without", "model.attn.value_embed", "--without", "model.residual.unet_skips"]
+    for x in ("schedule.steps=2", "validation.seq_len=64", "validation.tokens=512", "system.warmup_steps=0", "model.num_layers=2",
+              "model.attn.drop_layers=[]", "model.attn.window.long_layers=[1]"):
+        small += ["--set", x]
+    fused = [part for op in ("loss", "mlp", "muon") for part in ("--set", f"system.kernels.{op}=triton")]
+    _, plain = run(tmp_path / "torch", *small)
+    done, triton = run(tmp_path / "triton", *small, *fused, env={"TRITON_INTERPRET": "1"})
+    assert done.returncode == 0, done.stderr
+    for (_, a), (_, b) in zip(plain["curve"], triton["curve"], strict=True):
+        assert abs(a - b) < 2e-5
+
+
 def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
     script = ("import torch, train_gpt, deltas\n"
               "def fail(*args, **more): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...')\n"
@@ -185,6 +200,9 @@ def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
 
 
 BAD = [
+    (["short/20", "--scale", "micro", "--set", "system.kernels.loss=triton"], "system.kernels.loss=triton needs CUDA"),
+    (["short/3", "--scale", "micro", "--set", "system.kernels.muon=triton"], "computes the factored form"),
+    (["short/4", "--scale", "micro", "--set", "system.kernels.mlp=triton"], "needs model.mlp.activation=relu_sq"),
     (["short/99"], "unknown record 'short/99'"),
     (["short/9", "--set", "model.atn.rope=true"], "did you mean model.attn.rope"),
     (["short/9", "--set", "schedule.steps=many"], "expected a whole number"),

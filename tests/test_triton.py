@@ -81,10 +81,11 @@ def measure_symmetric():
             "compiled": torch.equal(compiled(x), symmetric.step(x, 1.0, 2.0, 3.0))}
 
 
-LINEAR = [  # shape of x, hidden, out, dtype, layout of all tensors; tiles are 64 x 64 in float32, else 128 x 128
+LINEAR = [  # shape of x, hidden, out, dtype, layout of all tensors; tiles are 64 x 64 in float32, else 128 x 128.
+    # The last has more tiles of rows than are done together.
     ((2, 65, 33), 130, 40, "float32", "rows"), ((70, 40), 65, 7, "float32", "columns"),
     ((3, 1, 20), 1, 1, "float32", "inside"), ((2, 75, 70), 150, 64, "float16", "rows"),
-    ((129, 130), 40, 30, "float16", "strided"), ((1, 16), 8, 5, "float16", "rows"), ((700, 5), 6, 4, "float32", "rows")]  # more tiles of rows than are done together
+    ((129, 130), 40, 30, "float16", "strided"), ((1, 16), 8, 5, "float16", "rows"), ((700, 5), 6, 4, "float32", "rows")]
 
 
 def gradients(f, x, *weights, upstream):

@@ -21,7 +21,7 @@ from settings import Softcap
 
 TOKENS, DIM, HIDDEN, VOCAB = 65536, 768, 3072, 50304
 # dense bfloat16 TFLOP/s and TB/s of a card, by name; H200 as read on one, the others by their makers
-PEAKS = {"H200": (790, 4.3), "H100": (790, 3.0), "A100": (312, 1.9), "4090": (165, 1.0)}
+PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (165, 1.0)}
 
 
 def tensor(*shape, scale=1.0):

@@ -1,10 +1,12 @@
 """`train_gpt.py RECORD --plan`: what a run would do. Only the parameter count imports torch."""
 
+import json
 import signal
+from pathlib import Path
 
 import deltas
 import schedule
-from settings import head_dim, padded_vocab, tokens_per_step
+from settings import LOGICAL_RANKS, head_dim, padded_vocab, tokens_per_step
 
 
 def print_plan(resolved):
@@ -38,6 +40,34 @@ def print_plan(resolved):
     print(f"compiled before the clock: {trained} training and {validated} validation graphs"
           + (", one for each window (FlexAttention: one for all)" if plans[0].windows else ""))
     print(size(s))
+    print(memory(s))
+    for line in measured(resolved):
+        print(line)
+
+
+def memory(s):
+    """What a run on one process holds all the time, exactly, and the logits of a forward, in MiB."""
+    from model import without_values
+    from optim import Engine
+    engine = Engine(without_values(s), s)
+    parameters = sum(bank.param.numel() * bank.param.element_size() for bank in engine.banks)
+    at_once = s.system.ranks_per_forward or max(1, min(LOGICAL_RANKS, 65536 // s.data.tokens_per_rank))
+    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * 4
+    held = "" if s.system.kernels.loss in ("auto", "whole") else ", of which only chunks exist"
+    return (f"memory on one process: parameters {parameters / 2**20:,.1f} MiB, gradients as much, optimizer "
+            f"{engine.state_bytes() / 2**20:,.1f} MiB; a forward of {at_once} logical ranks has {logits / 2**20:,.1f} MiB of float32 "
+            f"logits{held}; activations come on top")
+
+
+def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
+    """Lines on what bench/steps.py measured of this record at this scale."""
+    for path in sorted(Path(results).glob("**/steps.json")):
+        table = json.loads(path.read_text())
+        for row in table["rows"]:
+            if row["record"] == resolved.record.ref and table["scale"] == resolved.scale and not resolved.changes:
+                memory = f", {row['warm']['peak_memory_mib']:,} MiB" if row["warm"]["peak_memory_mib"] else ""
+                yield (f"measured: {row['warm']['ms_per_step']:.1f} ms a step on {row['warm']['device']}{memory} "
+                       f"(bench/results/{path.relative_to(results)})")
 
 
 def span_text(span):

@@ -62,7 +62,7 @@ def specialise(value):
 
 
 def build(kernel, *args, arch, folder, **kwargs):
-    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90: sm_90. folder: for files."""
+    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90, say. folder: for files."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

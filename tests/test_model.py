@@ -1,6 +1,7 @@
 """Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules, engine."""
 
 import dataclasses
+import json
 import math
 
 import pytest
@@ -14,6 +15,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
 from model import GPT, count_parameters
 from optim import Cut, Engine, Tree, adamw, local_ranks
+from records import plan
 from sample import generate
 from settings import UserError
 
@@ -529,3 +531,25 @@ def test_without_any_feature_ten_steps_run(path, ref):
     for i in range(10):
         step(engine, model, s, tokens(2, 33, seed=i), i)
     assert torch.isfinite(logits(model, tokens())).all()
+
+
+# ----- the plan
+
+def test_the_plan_s_memory_is_what_model_and_optimizer_hold():
+    s = deltas.resolve("variants/2", scale="micro").settings
+    model = GPT(s)
+    engine = Engine(model, s)
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    state = sum(x.numel() * x.element_size() for bank in engine.banks for x in bank.state.values()) / 2**20
+    line = plan.memory(s)
+    assert f"parameters {held:,.1f} MiB" in line and f"optimizer {state:,.1f} MiB" in line
+    assert "a forward of 8 logical ranks has 5.0 MiB of float32 logits" in line  # 8 x 128 tokens x 1280 classes
+
+
+def test_the_plan_cites_the_bench_of_this_record_and_scale_only(tmp_path):
+    (tmp_path / "card").mkdir()
+    warm = {"ms_per_step": 12.34, "peak_memory_mib": 2048, "device": "1 x Card"}
+    (tmp_path / "card/steps.json").write_text(json.dumps({"scale": "full", "rows": [{"record": "short/11", "warm": warm}]}))
+    cited = [list(plan.measured(deltas.resolve(ref, scale=scale, sets=sets), tmp_path)) for ref, scale, sets in (
+        ("short/11", "full", ()), ("short/11", "tiny", ()), ("short/12", "full", ()), ("short/11", "full", ("optim.muon.lr=0.1",)))]
+    assert cited == [["measured: 12.3 ms a step on 1 x Card, 2,048 MiB (bench/results/card/steps.json)"], [], [], []]

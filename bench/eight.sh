@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What several GPUs add: bench/eight.sh [RECORD ...]. Milliseconds per step, memory and start on 1, 2, 4 and 8 of them; then, if
+# the FineWeb shards are there (DATA, default data/fineweb10B), the last record once to its target. JSON in $OUT.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. ./setup_venv.sh
+records=("$@")
+[ ${#records[@]} -gt 0 ] || records=(short/11 short/21 short/33)
+gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")
+if [ "$gpus" -lt 2 ]; then
+    echo "$gpus GPUs here; on more this would time ${records[*]} on 1, 2, 4 and 8 of them"
+    exit 0
+fi
+name=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
+OUT=${OUT:-bench/results/$gpus-$name}
+mkdir -p "$OUT"
+for n in 1 2 4 8; do
+    [ "$n" -gt "$gpus" ] || "$PYTHON" bench/steps.py "${records[@]}" --nproc "$n" --out "$OUT/steps-$n.json"
+done
+DATA=${DATA:-data/fineweb10B}
+if [ "$gpus" -ge 8 ] && [ -d "$DATA" ]; then
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py "${records[-1]}" --data "$DATA" --out "$OUT/runs"
+fi
+echo "results: $OUT"

@@ -609,12 +609,14 @@ class MoE(nn.Module):
         hidden = self.activation(experts.grouped_linear(eight(rows), eight(up), p))
         return experts.grouped_linear(eight(hidden), eight(down), p)
 
+    @torch.compiler.disable  # how many rows travel depends on the data
     def feed_elsewhere(self, rows, counts, backend):
         """The same by the processes that hold the experts. One wait for the host: it must know how many rows travel."""
         coming = experts.exchange_counts(counts, self.world)
-        sent, received = counts.view(self.world, -1).sum(1).tolist(), coming.sum(1).tolist()
+        sent, received = torch.stack([counts.view(self.world, -1).sum(1), coming.sum(1)]).tolist()
         mine = experts.exchange(rows, received, sent)
-        owner = torch.arange(len(self.up), device=rows.device).repeat(self.world).repeat_interleave(coming.flatten())
+        owner = torch.arange(len(self.up), device=rows.device).repeat(self.world)
+        owner = owner.repeat_interleave(coming.flatten(), output_size=len(mine))
         p = experts.plan(owner[:, None], len(self.up), backend)
         done = self.feed(experts.gather(mine, p), p)
         back = experts.combine(done, done.new_ones(len(mine), 1), p)

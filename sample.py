@@ -17,10 +17,11 @@ and values. Where it cannot, because something else is mixed into the values, a 
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 
-from settings import UserError
+from settings import System, UserError
 
 
 def parser():
@@ -44,7 +45,8 @@ def load(path):
     from model import GPT
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        s = deltas.replaced(deltas.from_plain(saved["settings"]), "system.attention", "auto")  # trained on another device
+        s = deltas.from_plain(saved["settings"])
+        s = dataclasses.replace(s, system=System())  # of the device it was trained on; precision lies in numerics
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
         model.load_state_dict(saved["model"])

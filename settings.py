@@ -140,7 +140,7 @@ class Latent:
 
 @dataclass(frozen=True)
 class Attention:
-    num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads", unit="head")
+    num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads, unless latent says otherwise", unit="head")
     rope: Rope | None = opt(None, "rotary position embedding of queries and keys")
     qk_norm: QKNorm | None = opt(None, "RMS norm of queries and keys per head")
     depth_scale: bool = opt(False, "attention branch times 1/sqrt(2 num_layers) before it is added", off=False)
@@ -149,7 +149,7 @@ class Attention:
     documents: bool = opt(False, "a query sees only keys of its own document, which begins with its end-of-text token",
                           off=False)
     window: Window | None = opt(None, "a query sees only the last keys")
-    scale: float | None = opt(None, "softmax scale of the logits q.k (off: 1/sqrt(head_dim))", shrink="rsqrt_width")
+    scale: float | None = opt(None, "softmax scale of the logits q.k (off: 1/sqrt of a query's width)", shrink="rsqrt_width")
     gate: HeadGate | None = opt(None, "gate on each head's output")
     latent: Latent | None = opt(None, "multi-head latent attention: keys and values from a narrow latent")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
@@ -398,8 +398,8 @@ class Numerics:
     table: Dtype = opt("float32", "stored embedding tables and their optimizer state")
     scalar: Dtype = opt("float32", "stored gains, biases, learned scalars and their optimizer state")
     router: Dtype = opt("float32", "stored weights and arithmetic of the routers, where close scores decide who is chosen")
-    fp8_experts: bool = opt(False, "forward operands of the experts in e4m3 while training, a scale per row; backward as without",
-                            off=False, needs="model.mlp.moe")
+    fp8_experts: bool = opt(False, "operands of the experts rounded to e4m3 while training, a scale per row (simulated: products "
+                                   "stay in `matmul`); the backward pass uses the rounded ones", off=False, needs="model.mlp.moe")
     init_grid: Dtype = opt("float32", "linear weights are rounded to this grid once, at initialisation")
     norm: Dtype = opt("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "added to the mean square (rmsnorm) or the variance (layernorm)")
@@ -454,7 +454,8 @@ class System:
                 "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
-    ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, 1 on CUDA")
+    ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, on CUDA as many as "
+                                   "make 65,536 tokens")
     warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3, compiled also one of each window")
     warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
 
@@ -500,6 +501,15 @@ def padded_vocab(s):
 def table_rows(s):
     """Rows of the embedding tables."""
     return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
+
+
+def ranks_per_forward(s, ranks, cuda):
+    """How many of a process's `ranks` logical ranks go through the model at once: speed and memory, not mathematics."""
+    if s.system.reduction == "ordered":
+        return 1
+    if s.system.ranks_per_forward:
+        return min(s.system.ranks_per_forward, ranks)
+    return max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
 
 
 def tokens_per_step(s):

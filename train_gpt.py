@@ -20,7 +20,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import deltas
 import runlog
 import schedule
-from settings import LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, tokens_per_step
+from settings import LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, tokens_per_step
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -149,17 +149,6 @@ def to_rows(batch, seq_len, device):
 
 
 # ----- steps --------------------------------------------------------------------------------------------------------
-
-def ranks_per_forward(s, world):
-    """How many logical ranks go through the model at once: a choice of speed and memory, not of mathematics."""
-    if s.system.reduction == "ordered":
-        return 1
-    if s.system.ranks_per_forward:
-        return min(s.system.ranks_per_forward, len(world.ranks))
-    if not world.cuda:
-        return len(world.ranks)
-    return max(1, min(len(world.ranks), 65536 // s.data.tokens_per_rank))
-
 
 def train_step(run, step_plan, inputs, targets, before_step=None):
     """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
@@ -408,10 +397,12 @@ def train(resolved, options):
 def out_of_memory(run, error):
     """One line: how much was asked for, and the setting that lowers it most without changing the record."""
     said = str(error).split(". ")[0]
-    if run.at_once > 1:
+    if run.s.system.kernels.loss in ("auto", "whole"):
+        remedy = "--set system.kernels.loss=chunks, so that the head's logits never exist in full"
+    elif run.at_once > 1:
         remedy = f"--set system.ranks_per_forward={run.at_once // 2} (now {run.at_once})"
-    elif run.world.size < LOGICAL_RANKS and not run.engine.comm == "replicated":
-        remedy = f"use more than {run.world.size} processes, which share the optimizer's state"
+    elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.engine.comm == "sharded"):
+        remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
     return f"out of memory with {run.at_once} logical ranks a forward ({said}): {remedy}"
@@ -420,7 +411,8 @@ def out_of_memory(run, error):
 def check_kernels(s, device):
     """UserError if a Triton kernel is asked for that cannot run on the device."""
     for field in dataclasses.fields(s.system.kernels):
-        why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, s.numerics.matmul))
+        used = s.numerics.newton_schulz if field.name == "muon" else s.numerics.matmul
+        why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, used))
         if why:
             raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 
@@ -457,7 +449,7 @@ class Run:
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
         self.batches, self.steps_done, self.graphs = None, 0, 0
-        self.at_once = ranks_per_forward(s, world)
+        self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler = None
 

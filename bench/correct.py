@@ -11,6 +11,7 @@ import sys
 
 import measure
 import torch
+import torch._dynamo
 
 from kernels import attention, experts, symmetric
 from kernels.attention import Window
@@ -74,7 +75,7 @@ def compare_attention(backend, documents, window, rows, tokens, heads, width, va
 
 
 def expert_checks():
-    """grouped and padded against the float64 padded path, skewed routing with an idle expert."""
+    """grouped and padded against the float64 padded path, one expert of eight idle."""
     tokens, k, count, dim, hidden = 2048, 2, 8, 256, 512
     chosen = torch.stack([torch.randperm(count - 1, device=DEVICE)[:k] for _ in range(tokens)])
     inputs = [torch.randn(tokens, dim), torch.randn(count, hidden, dim) / 16, torch.randn(count, dim, hidden) / 16, torch.rand(tokens, k)]
@@ -134,6 +135,8 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64  # FlexAttention: beyond it an eager one would run, and say nothing
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     rows, wrong = [], 0
     for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), fp8_check(), muon_check()]:
         kind = str(dtype).removeprefix("torch.")

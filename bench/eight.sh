@@ -14,11 +14,14 @@ fi
 name=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-'))")
 OUT=${OUT:-bench/results/$gpus-$name}
 mkdir -p "$OUT"
+failed=0
 for n in 1 2 4 8; do
-    [ "$n" -gt "$gpus" ] || "$PYTHON" bench/steps.py "${records[@]}" --nproc "$n" --out "$OUT/steps-$n.json"
+    [ "$n" -gt "$gpus" ] || "$PYTHON" bench/steps.py "${records[@]}" --nproc "$n" --out "$OUT/steps-$n.json" || failed=1
 done
 DATA=${DATA:-data/fineweb10B}
 if [ "$gpus" -ge 8 ] && [ -d "$DATA" ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py "${records[-1]}" --data "$DATA" --out "$OUT/runs"
+    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py "${records[-1]}" --data "$DATA" --out "$OUT/runs" \
+        || failed=1
 fi
 echo "results: $OUT"
+exit $failed

@@ -6,9 +6,13 @@ layer in plain torch, a loop over the experts. Minimum over repeats, millisecond
 """
 
 import argparse
+import sys
+import tempfile
+from pathlib import Path
 
 import measure
 import torch
+import torch._dynamo
 
 import deltas
 import schedule
@@ -17,7 +21,8 @@ from data.stream import Stream, stream_arguments
 from kernels import experts
 from model import GPT
 from optim import Engine
-from train_gpt import ranks_per_forward, to_rows
+from settings import LOGICAL_RANKS, UserError, ranks_per_forward
+from train_gpt import to_rows
 
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 
@@ -30,10 +35,11 @@ class Case:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = GPT(s).to(device)
         self.model.initialise(0)
-        self.engine, self.plan = Engine(self.model, s), schedule.plan(s)[0]
+        self.compiled = self.model.compiled = device.type == "cuda"  # as the trainer
+        self.forward = torch.compile(self.model, dynamic=False) if self.compiled else self.model
+        self.engine, self.plan = Engine(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
         self.corpus = corpus_for(scale, data)
-        world = type("World", (), {"ranks": range(8), "cuda": device.type == "cuda"})
-        self.at_once = ranks_per_forward(s, world)
+        self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
         self.x, self.y = to_rows(batch, s.data.seq_len, device)
 
@@ -42,7 +48,7 @@ class Case:
         for i in range(0, 8, self.at_once):
             self.engine.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
-            self.model(x, y, self.model.context(x, self.corpus.bos, self.plan.windows)).mean().backward()
+            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows)).mean().backward()
             self.engine.collect()
 
     def update(self):
@@ -60,10 +66,11 @@ def layer_parts(case, repeats):
     layers = case.model.mixtures()
     moe, forwards = layers[0][1], 8 // case.at_once
     rows, length = case.x[:case.at_once].flatten(0, 1).shape
-    x = torch.randn(rows, length, case.s.model.model_dim, device=case.x.device, requires_grad=True)
-    backend = experts.choose(case.s.system.experts, x.device, x.dtype, (moe.up.size(1), moe.up.size(2)), False)
+    matmul = getattr(torch, case.s.numerics.matmul)
+    x = torch.randn(rows, length, case.s.model.model_dim, device=case.x.device, dtype=matmul, requires_grad=True)
+    backend = experts.choose(case.s.system.experts, x.device, matmul, (moe.up.size(1), moe.up.size(2)), case.compiled)
     chosen, gates, _ = moe.router(x)
-    gates = gates.detach().requires_grad_()
+    gates = gates.detach().to(matmul).requires_grad_()
     p = experts.plan(chosen, moe.experts, backend)
     sorted_rows = experts.gather(x.flatten(0, 1), p).detach().requires_grad_()
     done = moe.feed(sorted_rows, p).detach().requires_grad_()
@@ -76,8 +83,8 @@ def layer_parts(case, repeats):
         y = torch.zeros_like(leaf)
         for e in range(moe.experts):
             token, choice = (chosen == e).nonzero(as_tuple=True)
-            hidden = moe.activation(leaf[token] @ moe.up[e].mT)
-            y = y.index_add(0, token, (hidden @ moe.down[e].mT) * gates[token, choice, None])
+            hidden = moe.activation(leaf[token] @ moe.up[e].to(matmul).mT)
+            y = y.index_add(0, token, (hidden @ moe.down[e].to(matmul).mT) * gates[token, choice, None])
         backward([y], [leaf, gates, moe.up, moe.down])
 
     def ours():
@@ -98,12 +105,23 @@ def main():
     p = argparse.ArgumentParser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")
-    p.add_argument("--data", metavar="DIR", help="folder of shards, as in train_gpt.py")
+    p.add_argument("--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)")
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = 64
     table = []
+    with tempfile.TemporaryDirectory() as scratch:
+        if o.data is None and o.scale in ("full", "small"):
+            o.data = scratch
+            measure.synthetic_shards(Path(scratch), 2_000_000, 200_000)
+        measure_all(o, table)
+    measure.write(o.out, scale=o.scale, rows=table)
+
+
+def measure_all(o, table):
+    """Print and append a row for every record."""
     for ref in o.records:
         case, parent = (Case(r, o.scale, o.data) for r in (ref, deltas.find_record(ref).parent))
         times = {}
@@ -127,8 +145,10 @@ def main():
             print("    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
                   + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms", flush=True)
         table.append(row)
-    measure.write(o.out, scale=o.scale, rows=table)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

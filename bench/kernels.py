@@ -101,8 +101,13 @@ def main():
     for operation, flops, size, ways in operations():
         for way, step in ways.items():
             torch.cuda.reset_peak_memory_stats()
-            step()
-            first, seconds = measure.best(step, o.repeats)
+            try:
+                seconds = measure.best(step, o.repeats)[1]
+            except torch.OutOfMemoryError as error:
+                rows.append({"operation": operation, "way": way, "failed": str(error).splitlines()[0]})
+                print(f"{operation:36} {way:8} failed: {rows[-1]['failed']}", flush=True)
+                torch.cuda.empty_cache()
+                continue
             memory = torch.cuda.max_memory_allocated() / 2 ** 20
             row = {"operation": operation, "way": way, "ms": round(1000 * seconds, 4), "tflop": flops / 1e12,
                    "gb": size / 1e9, "tflops": round(flops / seconds / 1e12, 1), "peak_mib": round(memory)}

@@ -14,25 +14,12 @@ import tempfile
 from pathlib import Path
 
 import measure
-import numpy as np
 
 import deltas
-from data.shards import write_shard
 from settings import UserError, tokens_per_step
 
 ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")
-EOT, MEDIAN, SIGMA = 50256, 400, 1.04  # lengths of FineWeb's documents, as data/corpus.py
-
-
-def synthetic_shards(folder, train_tokens, val_tokens):
-    """Shards of random GPT-2 ids in documents of log-normal lengths."""
-    random = np.random.default_rng(0)
-    for name, count in (("bench_train_000001.bin", train_tokens), ("bench_val_000000.bin", val_tokens)):
-        tokens = random.integers(0, EOT, count, dtype=np.uint16)
-        starts = np.cumsum(random.lognormal(np.log(MEDIAN), SIGMA, count // 100).astype(np.int64) + 2)
-        tokens[0] = tokens[starts[starts < count]] = EOT
-        write_shard(folder / name, tokens)
 
 
 def train(ref, o, data, caches, out):
@@ -50,7 +37,9 @@ def train(ref, o, data, caches, out):
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     found = list(Path(out).glob("*/summary.json"))
     if not found:
-        raise UserError(f"{ref}: the training ended with {done.returncode}: {(done.stderr.strip() or '?').splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or ["?"]
+        reason = next((line for line in reversed(said) if line.startswith("error:")), said[-1])  # torchrun has the last word
+        raise UserError(f"{ref}: the training ended with {done.returncode}: {reason}")
     events = [json.loads(line) for line in (found[0].parent / "run.jsonl").open()]
     return json.loads(found[0].read_text()), events
 
@@ -58,6 +47,8 @@ def train(ref, o, data, caches, out):
 def figures(summary, events):
     """What one training says."""
     points = [(e["step"], e["train_time_ms"]) for e in events if e["kind"] == "validation"]
+    if summary["status"] != "finished":
+        raise UserError(f"{summary['record']}: the training {summary['status']} after {summary['steps']} steps")
     (s0, t0), (s1, t1) = points[-2:]
     reset = summary["reset"]
     return {"ms_per_step": round((t1 - t0) / (s1 - s0), 3), "start_s": round((reset["start_ms"] + reset["warmup_ms"]) / 1000, 2),
@@ -80,7 +71,7 @@ def main():
         data = Path(o.data or scratch)
         if o.data is None and o.scale in ("full", "small"):
             most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
-            synthetic_shards(data, 2 * most * (o.steps + 4), 2_200_000)
+            measure.synthetic_shards(data, 2 * most * (o.steps + 4), 2_200_000)
         for ref in o.records:
             caches = Path(scratch) / "caches" / ref.replace("/", "-")
             row = {"record": ref}

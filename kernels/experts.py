@@ -5,7 +5,8 @@
     rows = grouped_linear(rows, weight, p)         weight (E, out, in)
     y = combine(rows, gates, p)                    (N, out) = sum over a token's k rows, times their gates (N, k)
 
-Each row is read and written at a known place, forward and backward: nothing is added atomically, so that a run repeats.
+Each row is read and written at a known place, forward and backward, and nothing is added atomically but, in `padded` on CUDA,
+the gradients of a weight's copies.
 
 Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop over experts
 elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static shapes, any dtype, compiles

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import deltas
 import schedule
-from settings import LOGICAL_RANKS, head_dim, padded_vocab, tokens_per_step
+from settings import LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, value_dim
 
 
 def print_plan(resolved):
@@ -34,7 +34,8 @@ def print_plan(resolved):
     print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
     print(f"shapes: training {rows} row{'s' if rows > 1 else ''} of {s.data.seq_len} tokens per logical rank; validation rows of "
-          f"{s.validation.seq_len}; {s.model.attn.num_heads} heads of {head_dim(s)}, {padded_vocab(s)} classes")
+          f"{s.validation.seq_len}; {s.model.attn.num_heads} heads of {query_dim(s)}"
+          + (f" (values {value_dim(s)})" if value_dim(s) != query_dim(s) else "") + f", {padded_vocab(s)} classes")
     trained = len({p.windows for p in plans})
     validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
     print(f"compiled before the clock: {trained} training and {validated} validation graphs"
@@ -46,25 +47,26 @@ def print_plan(resolved):
 
 
 def memory(s):
-    """What a run on one process holds all the time, exactly, and the logits of a forward, in MiB."""
-    from model import without_values
+    """What a run on one GPU holds all the time, tables apart, and the logits of a forward, in MiB."""
+    from model import dtype, without_values
     from optim import Engine
     engine = Engine(without_values(s), s)
     parameters = sum(bank.param.numel() * bank.param.element_size() for bank in engine.banks)
-    at_once = s.system.ranks_per_forward or max(1, min(LOGICAL_RANKS, 65536 // s.data.tokens_per_rank))
-    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * 4
+    at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
+    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     held = "" if s.system.kernels.loss in ("auto", "whole") else ", of which only chunks exist"
-    return (f"memory on one process: parameters {parameters / 2**20:,.1f} MiB, gradients as much, optimizer "
-            f"{engine.state_bytes() / 2**20:,.1f} MiB; a forward of {at_once} logical ranks has {logits / 2**20:,.1f} MiB of float32 "
-            f"logits{held}; activations come on top")
+    return (f"memory on one GPU: parameters {parameters / 2**20:,.1f} MiB, gradients as much, optimizer "
+            f"{engine.state_bytes() / 2**20:,.1f} MiB; a forward of {at_once} logical ranks has {logits / 2**20:,.1f} MiB of "
+            f"{s.numerics.loss} logits{held}; activations come on top")
 
 
 def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
     """Lines on what bench/steps.py measured of this record at this scale."""
-    for path in sorted(Path(results).glob("**/steps.json")):
+    for path in sorted(Path(results).glob("**/steps*.json")):
         table = json.loads(path.read_text())
+        plain = table["scale"] == resolved.scale and not resolved.changes and not table["settings"]
         for row in table["rows"]:
-            if row["record"] == resolved.record.ref and table["scale"] == resolved.scale and not resolved.changes:
+            if plain and row["record"] == resolved.record.ref:
                 memory = f", {row['warm']['peak_memory_mib']:,} MiB" if row["warm"]["peak_memory_mib"] else ""
                 yield (f"measured: {row['warm']['ms_per_step']:.1f} ms a step on {row['warm']['device']}{memory} "
                        f"(bench/results/{path.relative_to(results)})")

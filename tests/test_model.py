@@ -549,7 +549,7 @@ def test_the_plan_s_memory_is_what_model_and_optimizer_hold():
 def test_the_plan_cites_the_bench_of_this_record_and_scale_only(tmp_path):
     (tmp_path / "card").mkdir()
     warm = {"ms_per_step": 12.34, "peak_memory_mib": 2048, "device": "1 x Card"}
-    (tmp_path / "card/steps.json").write_text(json.dumps({"scale": "full", "rows": [{"record": "short/11", "warm": warm}]}))
+    (tmp_path / "card/steps.json").write_text(json.dumps({"scale": "full", "settings": [], "rows": [{"record": "short/11", "warm": warm}]}))
     cited = [list(plan.measured(deltas.resolve(ref, scale=scale, sets=sets), tmp_path)) for ref, scale, sets in (
         ("short/11", "full", ()), ("short/11", "tiny", ()), ("short/12", "full", ()), ("short/11", "full", ("optim.muon.lr=0.1",)))]
     assert cited == [["measured: 12.3 ms a step on 1 x Card, 2,048 MiB (bench/results/card/steps.json)"], [], [], []]

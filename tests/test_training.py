@@ -177,7 +177,7 @@ def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
-                           "--set system.ranks_per_forward=4 (now 8)\n")
+                           "--set system.kernels.loss=chunks, so that the head's logits never exist in full\n")
 
 
 def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):

@@ -609,7 +609,6 @@ class MoE(nn.Module):
         hidden = self.activation(experts.grouped_linear(eight(rows), eight(up), p))
         return experts.grouped_linear(eight(hidden), eight(down), p)
 
-    @torch.compiler.disable  # how many rows travel depends on the data
     def feed_elsewhere(self, rows, counts, backend):
         """The same by the processes that hold the experts. One wait for the host: it must know how many rows travel."""
         coming = experts.exchange_counts(counts, self.world)
@@ -758,7 +757,7 @@ class GPT(nn.Module):
         self.init_grid = dtype(s.numerics.init_grid)
         self.sees_all = not s.model.attn.documents and s.model.attn.window is None
         self.followed, self.scale = (), s.model.attn.scale
-        self.compiled = False  # set by who compiles it: shapes must not depend on the data then
+        self.compiled = False
 
     def forward(self, tokens, targets=None, context=None, cache=None):
         """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
@@ -857,6 +856,12 @@ class GPT(nn.Module):
             self.rotary.follow()
         for router in self.routers():
             router.reset()
+
+    def prepare_compile(self):
+        """To be called before torch.compile: shapes in the graph must not depend on the data."""
+        self.compiled = True
+        for _, moe in self.mixtures():  # how many rows travel does; here and not as a decorator, which would load the compiler
+            moe.feed_elsewhere = torch.compiler.disable(moe.feed_elsewhere)
 
     # ----- experts
 

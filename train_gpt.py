@@ -368,8 +368,8 @@ def train(resolved, options):
     if compile_it:  # one graph for each window, in training and validation; past the limit dynamo would go on uncompiled
         torch._dynamo.config.recompile_limit = 16 + 2 * len({p.windows for p in plans})
         torch._dynamo.config.fail_on_recompile_limit_hit = True
+        model.prepare_compile()
     compiled = torch.compile(model, dynamic=False) if compile_it else model
-    model.compiled = compile_it
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"

@@ -35,7 +35,9 @@ class Case:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = GPT(s).to(device)
         self.model.initialise(0)
-        self.compiled = self.model.compiled = device.type == "cuda"  # as the trainer
+        self.compiled = device.type == "cuda"  # as the trainer
+        if self.compiled:
+            self.model.prepare_compile()
         self.forward = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.engine, self.plan = Engine(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
         self.corpus = corpus_for(scale, data)

@@ -31,7 +31,8 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     s = deltas.resolve(ref, scale="tiny", sets=[f"system.precision={precision}", *sets]).settings
     model = GPT(s)
     model.initialise(0)
-    model.compiled = compiled
+    if compiled:
+        model.prepare_compile()
     engine, plans = Engine(model, s), schedule.plan(s)
     plan = plans[3 * len(plans) // 4]
     forward = torch.compile(model, dynamic=False) if compiled else model

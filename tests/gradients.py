@@ -31,7 +31,7 @@ engine.collect()
 whole = {}
 for bank in engine.banks:
     grad, _ = engine.finish(bank)
-    if engine.is_shared(bank.rule):
+    if engine.is_shared(bank.rule, bank.own):
         parts = [torch.empty_like(grad) for _ in range(world.size)]
         dist.all_gather(parts, grad.contiguous())
         grad = torch.cat(parts)

@@ -263,6 +263,20 @@ def test_varlen_hands_flash_attention_the_left_window_of_one_token_less(window, 
     assert set(calls) == {(window.tokens - 1 if window.tokens in (1, 17) else -1, 0)}
 
 
+@pytest.mark.parametrize("longest", [None, 20])
+def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
+    for seed in range(3):
+        documents = random_documents(3, 50, seed)
+        first = [r * 50 + t for r in range(3) for t in range(50) if t == 0 or documents[r, t] != documents[r, t - 1]]
+        counted, promised = (view(documents, CAUSAL, "varlen", longest=longest, most=most).plan for most in (None, len(first) + 5))
+        for plan in (counted, promised):
+            assert plan.ends[:len(first)].tolist() == first and set(plan.ends[len(first):].tolist()) == {150}
+            assert plan.ends.dtype == torch.int32 and plan.longest == (longest or 50)
+        assert counted.ends.shape == promised.ends.shape
+    with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
+        view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
+
+
 def test_varlen_shapes_stay_as_documents_change():
     plans = [view(random_documents(2, 1000, seed, mean=20), CAUSAL, "varlen", longest=n).plan
              for seed in range(5) for n in (None, 400)]

@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,7 @@ from records import plan
 from sample import generate
 from settings import UserError
 
+ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())
 BOS = 1256
 # from the notes and logs; record 24 printed 275,742,784, of which 12 are unused entries of its packed scalars
@@ -495,6 +500,22 @@ def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, monkeypatc
         assert Graph.captured == (len(engine.banks) if graphs else 0)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+def test_compiled_adamw_is_one_pass_over_its_tensors(tmp_path):
+    """One kernel: nothing between is written, which is all that a kernel of our own could save."""
+    script = ("import torch, optim\nfrom torch._inductor import metrics\n"
+              "number = lambda x: torch.tensor(x, dtype=torch.float64)\n"
+              "tensors = [torch.ones(4096) for _ in range(4)]\n"
+              "torch.compile(optim.adamw_, dynamic=False)(*tensors, lr=number(0.1), decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,\n"
+              "    eps_after_correction=True, correction1=number(0.1), correction2=number(0.05), math_dtype=torch.float32)\n"
+              "print(metrics.generated_kernel_count, tensors[0].eq(tensors[0][0]).all().item(), tensors[0][0].item())")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    count, equal, value = done.stdout.split()
+    p = adamw(*(torch.ones(1) for _ in range(4)), lr=0.1, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, eps_after_correction=True,
+              correction1=0.1, correction2=0.05, math_dtype=torch.float32)[0]
+    assert (count, equal) == ("1", "True") and abs(float(value) - p.item()) < 1e-6
 
 
 def test_grad_clip_equals_torch():

@@ -22,6 +22,7 @@ from kernels.device import refusal
 from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
+from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
 from optim import Engine
 from settings import Softcap
@@ -118,6 +119,29 @@ def triton_checks():
             yield name, why or compare(*losses, [x, head], dtype), dtype
 
 
+def rotary_checks():
+    """QK norm, rotary and key offset; results and their gradients lie in one tensor, as qkv does, or q and k apart."""
+    why = refusal(DEVICE, torch.bfloat16)
+    for width, order, offset in ((128, "after_rope", 32), (128, "before_rope", 0), (64, None, 16), (96, "after_rope", 0)):
+        angles = torch.rand(999, width // 2, device=DEVICE) * 6.3
+        plan = {"order": order, "eps": 2 ** -7, "offset": offset}
+        ours = {"cos": angles.cos(), "sin": angles.sin(), **plan}
+        exact = {"cos": ours["cos"].double(), "sin": ours["sin"].double(), "norm_dtype": torch.float64, **plan}
+
+        def joint(qkv):
+            q, k, v = qkv.unbind(2)
+            return torch.stack([*qk_rotary_reference(q, k, **exact), v], 2)
+
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            qkv = torch.randn(3, 999, 3, 6, width, device=DEVICE)
+            name = f"widths {width}, {order or 'no norm'}, offset {offset}"
+            yield f"qkv_rotary, {name}", why or compare(
+                lambda x: torch.stack(qkv_rotary(x, **ours), 2), joint, [qkv], dtype), dtype
+            yield f"qk_rotary, {name}", why or compare(
+                lambda q, k: torch.cat(qk_rotary(q, k, **ours)), lambda q, k: torch.cat(qk_rotary_reference(q, k, **exact)),
+                [qkv[:, :, 0], qkv[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)], dtype), dtype
+
+
 def fp8_check():
     """The 8-bit product of this device against the same quantised operands multiplied in float64."""
     x, w = torch.randn(256, 128, device=DEVICE).bfloat16(), torch.randn(512, 128, device=DEVICE).bfloat16() / 8
@@ -162,7 +186,8 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # FlexAttention: beyond it an eager one would run, and say nothing
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     rows, wrong = [], 0
-    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), fp8_check(), muon_check(),
+    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), *rotary_checks(), fp8_check(),
+                               muon_check(),
                                *(graph_check(ref, p) for ref in ("short/11", "short/33") for p in ("float32", "record"))]:
         kind = str(dtype).removeprefix("torch.")
         if isinstance(found, str):

@@ -16,10 +16,11 @@ from kernels import experts, symmetric
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
+from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
 from settings import Softcap
 
-TOKENS, DIM, HIDDEN, VOCAB = 65536, 768, 3072, 50304
+TOKENS, DIM, HIDDEN, VOCAB, HEADS = 65536, 768, 3072, 50304, 6
 # dense bfloat16 TFLOP/s and TB/s of a card, by name; H200 as read on one, the others by their makers
 PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (165, 1.0)}
 
@@ -28,12 +29,17 @@ def tensor(*shape, scale=1.0):
     return (torch.randn(*shape, device="cuda") * scale).bfloat16().requires_grad_()
 
 
-def trained(function, inputs):
-    """Forward and backward as one step."""
+def trained(function, inputs, upstream=None):
+    """Forward and backward as one step. upstream: gradients of the results; None: ones, of one result."""
     def step():
         y = function(*inputs)
-        torch.autograd.grad(y, inputs, torch.ones_like(y))
+        torch.autograd.grad(y, inputs, torch.ones_like(y) if upstream is None else upstream)
     return step
+
+
+def plain_rotary(qkv, cos, sin, **plan):
+    q, k, v = qkv.unbind(2)
+    return *qk_rotary_reference(q, k, cos, sin, **plan), v
 
 
 def whole_loss(x, w, targets, softcap):
@@ -78,6 +84,15 @@ def operations():
     a = tensor(24, DIM, HIDDEN).detach()
     yield "gram 24 x 768 x 3072", 24 * 2 * DIM ** 2 * HIDDEN, 2 * 24 * (DIM * HIDDEN + DIM ** 2), {
         "torch": lambda: symmetric.gram_reference(a), "ours": lambda: symmetric.gram(a)}
+    qkv, width = tensor(1, TOKENS, 3, HEADS, DIM // HEADS), DIM // HEADS
+    upstream = [tensor(1, TOKENS, HEADS, width).detach() for _ in range(3)]
+    angles = torch.rand(TOKENS, width // 2, device="cuda") * 2 * torch.pi
+    plan = {"cos": angles.cos(), "sin": angles.sin(), "order": "before_rope", "eps": 1e-6}
+    # q and k read and written; then they and three gradients read, three written; the float32 tables twice
+    yield "QK norm and rotary", 16 * 2 * TOKENS * DIM, 2 * 12 * TOKENS * DIM + 4 * 4 * angles.numel(), {
+        "torch": trained(functools.partial(plain_rotary, **plan), [qkv], upstream),
+        "compile": trained(torch.compile(functools.partial(plain_rotary, **plan), dynamic=False), [qkv], upstream),
+        "ours": trained(functools.partial(qkv_rotary, **plan), [qkv], upstream)}
     count, k, width = 8, 2, 1024
     stack_up, stack_down = tensor(count, width, DIM, scale=DIM ** -0.5), tensor(count, DIM, width, scale=width ** -0.5)
     chosen = torch.rand(TOKENS, count, device="cuda").topk(k).indices
@@ -93,7 +108,8 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU here; on one this would time: mlp, head and cross entropy, newton_schulz, gram, experts")
+        print("no GPU here; on one this would time: mlp, head and cross entropy, newton_schulz, gram, QK norm and rotary, "
+              "experts")
         sys.exit(0)
     torch.manual_seed(0)
     name, rows = torch.cuda.get_device_name(), []

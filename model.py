@@ -22,6 +22,7 @@ from kernels import attention, experts
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from kernels.linear_relu_sq import mlp_relu_sq
+from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
 from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
 
@@ -296,6 +297,7 @@ class Attention(nn.Module):
         self.bias = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+        self.fused = s.system.kernels.qk == "triton"
         self.common_parts(s)
 
     def common_parts(self, s):
@@ -318,9 +320,13 @@ class Attention(nn.Module):
         w_qkv, w_o = self.qkvo.split([3, 1])
         b_qkv, b_o = (None, None) if self.bias is None else self.bias.split([3, 1])
         qkv = linear(x, w_qkv.reshape(3 * d, d), None if b_qkv is None else b_qkv.reshape(3 * d))
-        q, k, v = qkv.view(rows, tokens, 3, self.num_heads, self.head_dim).unbind(2)
+        qkv = qkv.view(rows, tokens, 3, self.num_heads, self.head_dim)
         start = 0 if cache is None or cache[0] is None else cache[0].size(1)
-        q, k = self.place(q, rotary, start), self.place(k, rotary, start)
+        if self.fused and cache is None:
+            q, k, v = qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.eps)
+        else:
+            q, k, v = qkv.unbind(2)
+            q, k = self.place(q, rotary, start), self.place(k, rotary, start)
         if mix_values is not None:
             v = mix_values(v)
         if start:

@@ -434,6 +434,9 @@ class Kernels:
     mlp: Literal["auto", "torch", "triton"] = opt(
         "auto", "dense MLPs: step by step, or with relu^2 at the end of the first product (record 59). auto: torch",
         needs="model.mlp.activation=relu_sq")
+    qk: Literal["auto", "torch", "triton"] = opt(
+        "auto", "norm and rotation of queries and keys: step by step, or in one launch (record 90), where both are in "
+                "float32. auto: torch", needs="model.attn.rope")
 
 
 @dataclass(frozen=True)
@@ -665,6 +668,8 @@ def check(s):
     require(s.system.kernels.muon != "triton" or s.numerics.newton_schulz_form == "factored",
             "system.kernels.muon=triton computes the factored form: set numerics.newton_schulz_form=factored, or leave it")
     require(s.system.kernels.mlp != "triton" or not m.bias, "system.kernels.mlp=triton has no bias: set model.bias=false")
+    require(s.system.kernels.qk != "triton" or m.attn.latent is None,
+            "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto")
     for path, needs, _ in unmet_needs(s):
         raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s

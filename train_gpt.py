@@ -31,6 +31,7 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import math
 import sys
@@ -438,9 +439,23 @@ def check_kernels(s, device):
         raise UserError(f"system.cuda_graphs needs CUDA, and this is {device.type}: leave it off")
     for field in dataclasses.fields(s.system.kernels):
         used = s.numerics.newton_schulz if field.name == "muon" else s.numerics.matmul
-        why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, used))
-        if why:
-            raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
+        if getattr(s.system.kernels, field.name) == "triton":
+            why = refusal(device, getattr(torch, used)) or (other_rotation(s) if field.name == "qk" else None)
+            if why:
+                raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
+
+
+def other_rotation(s):
+    """Why QK norm and rotation in float32 are not what the precision plan says (the rest of a sentence), or None."""
+    n = s.numerics
+    if s.model.attn.qk_norm and n.norm != "float32":
+        return f"norms in float32, and numerics.norm is {n.norm}"
+    for product in (n.matmul, n.eval_matmul):  # the widest decides (model.Rotary)
+        wide = functools.reduce(torch.promote_types, [getattr(torch, name) for name in (product, n.rope, n.rope_math)])
+        if wide != torch.float32:
+            return ("rotates in float32, and the precision plan (numerics.rope_math, rope, matmul) in "
+                    + str(wide).removeprefix("torch."))
+    return None
 
 
 def fallbacks(model, world):

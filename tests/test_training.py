@@ -161,12 +161,13 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
-    """Loss, MLP and Muon in Triton's interpreter, two steps of a two-layer record 29 through the whole trainer."""
+    """Loss, MLP, Muon, and QK norm with rotary positions in Triton's interpreter: two steps of a two-layer record 29 through
+    the whole trainer."""
     small = ["short/29", "--scale", "micro", "--without", "model.attn.value_embed", "--without", "model.residual.unet_skips"]
     for x in ("schedule.steps=2", "validation.seq_len=64", "validation.tokens=512", "system.warmup_steps=0", "model.num_layers=2",
               "model.attn.drop_layers=[]", "model.attn.window.long_layers=[1]"):
         small += ["--set", x]
-    fused = [part for op in ("loss", "mlp", "muon") for part in ("--set", f"system.kernels.{op}=triton")]
+    fused = [part for op in ("loss", "mlp", "muon", "qk") for part in ("--set", f"system.kernels.{op}=triton")]
     _, plain = run(tmp_path / "torch", *small)
     done, triton = run(tmp_path / "triton", *small, *fused, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
@@ -269,6 +270,9 @@ BAD = [
     (["short/20", "--scale", "micro", "--set", "system.kernels.loss=triton"], "system.kernels.loss=triton needs CUDA"),
     (["short/3", "--scale", "micro", "--set", "system.kernels.muon=triton"], "computes the factored form"),
     (["short/4", "--scale", "micro", "--set", "system.kernels.mlp=triton"], "needs model.mlp.activation=relu_sq"),
+    (["short/1", "--scale", "micro", "--set", "system.kernels.qk=triton"], "needs model.attn.rope"),
+    (["variants/5", "--scale", "micro", "--set", "system.kernels.qk=triton"],
+     "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto"),
     (["short/99"], "unknown record 'short/99'"),
     (["short/9", "--set", "model.atn.rope=true"], "did you mean model.attn.rope"),
     (["short/9", "--set", "schedule.steps=many"], "expected a whole number"),

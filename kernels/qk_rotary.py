@@ -26,8 +26,8 @@ qkv_rotary differs in its gradient only, which is written as one tensor (R, T, 3
 and dv would be copied once more to make the gradient of the product that they come from.
 
 Rounding: everything is in float32 between load and store. torch's way rounds to the dtype of q between rotation and norm,
-too. So the kernel is for settings whose rotation and norm are in float32 (train_gpt.check_kernels). float16, bfloat16 and
-float32 in any strides; results are contiguous. Triton is imported when first used.
+too, and rotates in bfloat16 in records 5 to 16, 32 and 33 (numerics.rope_math): there the kernel is closer to exact arithmetic.
+float16, bfloat16 and float32 in any strides; results are contiguous. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later

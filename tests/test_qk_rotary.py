@@ -279,13 +279,10 @@ def test_generation_stays_with_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("ref, sets, line", [
-    ("short/20", [], None), ("short/17", [], None), ("short/4", ["numerics.norm=bfloat16"], None),  # which has no QK norm
-    ("short/33", [], "rotates in float32, and the precision plan (numerics.rope_math, rope, matmul) in bfloat16"),
-    ("short/33", ["numerics.rope_math=float32"], None),
-    ("short/20", ["numerics.eval_matmul=float64"],
-     "rotates in float32, and the precision plan (numerics.rope_math, rope, matmul) in float64"),
-    ("short/20", ["numerics.norm=bfloat16"], "norms in float32, and numerics.norm is bfloat16")])
-def test_another_precision_than_float32_is_refused_in_one_line(ref, sets, line, monkeypatch):
+    ("short/20", [], None), ("short/33", [], None), ("short/11", ["numerics.norm=bfloat16"], None),
+    ("short/20", ["numerics.eval_matmul=float64"], "computes in float32, and numerics.eval_matmul is float64"),
+    ("short/20", ["numerics.rope=float64"], "computes in float32, and numerics.rope is float64")])
+def test_a_higher_precision_than_float32_is_refused_in_one_line(ref, sets, line, monkeypatch):
     monkeypatch.setattr(train_gpt, "refusal", lambda *a: None)
     s = deltas.resolve(ref, sets=["system.kernels.qk=triton", *sets]).settings
     if line is None:

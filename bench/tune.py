@@ -12,10 +12,10 @@ import measure
 import torch
 
 import deltas
-from kernels import cross_entropy, linear_relu_sq, symmetric, tiles
+from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from model import without_values
 from optim import Engine
-from settings import padded_vocab
+from settings import head_dim, padded_vocab
 
 TOKENS = 65536
 GAIN = 0.98  # a tile must be this much faster than the default to be kept: less is noise
@@ -57,11 +57,23 @@ def loss_cases(s):
     yield (classes,), cross_entropy.DEFAULT, step
 
 
+def rotary_cases(s):
+    heads, width = s.model.attn.num_heads, head_dim(s)
+    qkv, tables = tensor(1, TOKENS, 3, heads, width).requires_grad_(), [tensor(TOKENS, width // 2) for _ in range(2)]
+
+    def step():
+        q, k, v = qk_rotary.qkv_rotary(qkv, *tables, order="before_rope", eps=1e-6)
+        torch.autograd.grad([q, k, v], qkv, [q, k, v])
+
+    yield (heads, width), qk_rotary.DEFAULT, step
+
+
 # operation -> (its cases, the tiles to try)
 OPERATIONS = {
     "symmetric": (symmetric_cases, [symmetric.Tile(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4, 5))]),
     "linear_relu_sq": (linear_cases, [linear_relu_sq.Tile(*t) for t in itertools.product((64, 128), (128, 256), (32, 64, 128), (4, 8),
                                                                                          (2, 3, 4))]),
+    "qk_rotary": (rotary_cases, [qk_rotary.Tile(*t) for t in itertools.product((512, 1024, 2048, 4096, 8192), (1, 2, 4, 8))]),
     "cross_entropy": (loss_cases, [cross_entropy.Block(*t) for t in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8, 16))])}
 
 

@@ -33,14 +33,23 @@ float16, bfloat16 and float32 in any strides; results are contiguous. Triton is 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from kernels import tiles
 from kernels.device import DTYPES, refusal
 
 ORDERS = (None, "before_rope", "after_rope")
-TILE, WARPS = 2048, 4  # bytes of half a head's tile: one load of 16 bytes for each thread. Not tuned on a GPU yet
+
+
+class Tile(NamedTuple):
+    size: int  # bytes of half a head's tile
+    warps: int
+
+
+DEFAULT = Tile(2048, 4)  # one load of 16 bytes for each thread. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
 
 
 # ----- reference --------------------------------------------------------------------------------------------------
@@ -267,9 +276,10 @@ def launch_options(q, order, offset):
     """Grid and constants for q (R, T, H, K)."""
     width = q.size(-1) // 2
     columns = 1 << (width - 1).bit_length()
-    tokens = max(1, TILE // q.element_size() // columns)
+    tile = tiles.best("qk_rotary", q.device, q.dtype, (q.size(2), q.size(3)), DEFAULT)
+    tokens = max(1, tile.size // q.element_size() // columns)
     return (q.size(0) * -(-q.size(1) // tokens),), {"ORDER": ORDERS.index(order), "OFFSET": offset, "WIDTH": width,
-                                                    "COLUMNS": columns, "TOKENS": tokens, "num_warps": WARPS}
+                                                    "COLUMNS": columns, "TOKENS": tokens, "num_warps": tile.warps}
 
 
 def forward(q, k, cos, sin, order, eps, offset):

@@ -440,7 +440,8 @@ def check_kernels(s, device):
     for field in dataclasses.fields(s.system.kernels):
         used = s.numerics.newton_schulz if field.name == "muon" else s.numerics.matmul
         fp8 = field.name == "transpose" or (field.name == "mlp" and s.numerics.fp8_mlp)
-        why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, used), FP8_SINCE if fp8 else 80)
+        asked, least = getattr(s.system.kernels, field.name) == "triton", FP8_SINCE if fp8 else 80
+        why = asked and refusal(device, getattr(torch, used), least)
         if why:
             raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 

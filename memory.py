@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from settings import Kernels, padded_vocab, ranks_per_forward
+from settings import Kernels, padded_vocab, ranks_per_forward, recomputable
 
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 
@@ -115,7 +115,7 @@ def fit(s, ranks, capacity, world=1):
     options = [dict(ranks_per_forward=n) for n in sizes]
     if system.kernels.loss == "auto":
         options.append({**options[-1], "kernels": dataclasses.replace(system.kernels, loss="chunks")})
-    if system.recompute == "auto" and not s.model.mlp.moe:
+    if system.recompute == "auto" and recomputable(s):
         options.append({**options[-1], "recompute": "on"})
     for changes in options:
         fitted = with_system(s, **changes)

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import attention, experts
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
+from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
@@ -446,6 +447,56 @@ class LatentAttention(Attention):
         return torch.einsum("rhc,hvc->rhv", y, self.v_up.to(q.dtype).unflatten(0, (self.num_heads, -1)))[:, None]
 
 
+class EightBit(nn.Module):
+    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second one, which are state.
+
+    activation (logical ranks of this process,): a queue. A forward takes the scales of its ranks from the front and puts
+    their next ones at the back, so that after the forwards of a step each is in its place again, however many ranks a
+    forward has: one scale for each logical rank, as on eight processes. weight: refreshed before the forwards of a step;
+    following: what it will be at the next refresh. The first product has no state: its weight's scale is made in each
+    forward, which is the same as after each update, because no weight moves in between.
+    """
+
+    def __init__(self, s):
+        super().__init__()
+        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, s.data.tokens_per_rank
+        self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
+        if self.delayed is not None:
+            ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
+            self.register_buffer("activation", torch.ones(ranks), persistent=False)
+            self.register_buffer("weight", torch.ones(()), persistent=False)
+            self.register_buffer("following", torch.ones(()), persistent=False)
+            self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x, up, down):
+        """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D)."""
+        rows = x.flatten(0, 1)
+        parts = max(1, len(rows) // self.tokens_per_rank)
+        scales = None if self.delayed is None else (self.activation[:parts], self.weight)
+        y, largest = fp8_mlp(rows, up.to(x.dtype), down.to(x.dtype), parts, scales, self.fused)
+        if self.delayed is not None:
+            new = largest.clamp(min=LEAST) * (self.delayed.activation / 448)
+            self.activation.copy_(torch.cat([self.activation[parts:], new]))
+        return y.view(x.shape)
+
+    @torch.no_grad()
+    def refresh(self, down):
+        """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first, now."""
+        if self.delayed is None:
+            return
+        largest = torch.linalg.vector_norm(down, math.inf).to(self.dtype).clamp(min=LEAST)
+        exact = (largest / 448).float()
+        self.weight.copy_(torch.where(self.refreshes <= self.delayed.exact_steps, exact, self.following))
+        self.following.copy_(largest.float() * (self.delayed.weight / 448))
+        self.refreshes += 1
+
+    def reset(self):
+        if self.delayed is not None:
+            for buffer in (self.activation, self.weight, self.following):
+                buffer.fill_(1.0)
+            self.refreshes.zero_()
+
+
 class MLP(nn.Module):
     """W_down phi(W_up x), hidden width F: expansion * D, or given."""
 
@@ -462,8 +513,11 @@ class MLP(nn.Module):
             self.up_bias = parameter((f,), n.scalar, role="scalar", init=constant(0.0))
             self.down_bias = parameter((d,), n.scalar, role="scalar", init=constant(0.0))
         self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
+        self.eight_bit = EightBit(s) if n.fp8_mlp else None
 
     def forward(self, x):
+        if self.eight_bit is not None and self.training:
+            return self.eight_bit(x, self.up, self.down)
         if self.fused:
             return mlp_relu_sq(x, self.up, self.down)
         return linear(self.activation(linear(x, self.up, self.up_bias)), self.down, self.down_bias)
@@ -697,7 +751,7 @@ class Head(nn.Module):
             self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", init=init)
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
-        self.fp8 = n.fp8_head
+        self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
         self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
         self.loss_dtype = dtype(n.loss)
@@ -716,13 +770,14 @@ class Head(nn.Module):
         weight, fp8 = self.operands(table)
         try:
             return linear_cross_entropy(x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
-                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=self.backend)
+                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=self.backend,
+                                        transpose=self.transpose)
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
     def forward(self, x, table):
         weight, fp8 = self.operands(table)
-        z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8)
+        z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
         if self.scale is not None:
@@ -877,6 +932,12 @@ class GPT(nn.Module):
             self.rotary.follow()
         for router in self.routers():
             router.reset()
+        for mlp in self.narrow_mlps():
+            mlp.eight_bit.reset()
+
+    def narrow_mlps(self):
+        """The MLPs that are in FP8 while training."""
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.eight_bit is not None]
 
     def prepare_compile(self):
         """To be called before torch.compile: shapes in the graph must not depend on the data."""
@@ -894,9 +955,11 @@ class GPT(nn.Module):
         return [moe.router for _, moe in self.mixtures()]
 
     def begin_step(self):
-        """Before the forward passes of a step: the routers count from zero."""
+        """Before the forward passes of a step: the routers count from zero, and FP8 looks at the updated weights."""
         for router in self.routers():
             router.tally.zero_()
+        for mlp in self.narrow_mlps():
+            mlp.eight_bit.refresh(mlp.down)
 
     @torch.no_grad()
     def settle(self, total, tokens):

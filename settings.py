@@ -388,6 +388,27 @@ class FP8Head:
 
 
 @dataclass(frozen=True)
+class FP8Down:
+    """The MLPs' second product in e4m3 too, with delayed scales (record 89): made from maxima of before, so that an operand
+    is read once. Activations: by layer and logical rank, from its last forward; 1 in the first. Weight: from last step."""
+    activation: float = opt(1.8, "scale of the hidden activations times 448, over their largest one in the last forward")
+    weight: float = opt(1.12, "scale of the weight times 448, over its largest entry of the step before")
+    exact_steps: int = opt(16, "before the first step and after so many, the weight's scale is its largest entry now / 448",
+                           unit="step", off=REFUSE, shrink="steps")
+
+
+@dataclass(frozen=True)
+class FP8MLP:
+    """The MLPs' first product in e4m3 in the forward pass of training (record 84): operands over their scale, then cast.
+
+    A scale is the largest entry / 448: of the weight, in `matmul`, and of the activations of a logical rank, so that a
+    token's rounding depends on all tokens of its rank. The backward pass has the operands as they were. Validation is not
+    in FP8.
+    """
+    down: FP8Down | None = opt(None, "the second product too")
+
+
+@dataclass(frozen=True)
 class Numerics:
     matmul: Dtype = opt("bfloat16", "operands and result of linear layers and attention")
     eval_matmul: Dtype = opt("bfloat16", "the same in validation")
@@ -408,6 +429,7 @@ class Numerics:
     rope_math: Dtype = opt("float32", "arithmetic of the rotation, at least (the wider of this, the tables and q, k)")
     softcap: Dtype = opt("float32", "arithmetic of the soft cap, at least")
     fp8_head: FP8Head | None = opt(None, "head in FP8 while training", needs="model.head.untied")
+    fp8_mlp: FP8MLP | None = opt(None, "MLPs in FP8 in the forward pass of training", needs="model.mlp.activation=relu_sq")
     loss: Dtype = opt("float32", "cross entropy")
     newton_schulz: Dtype = opt("bfloat16", "Newton-Schulz iteration")
     newton_schulz_norm: Dtype = opt("float32", "Frobenius norm before the iteration, and the tensor it is taken from")
@@ -435,8 +457,11 @@ class Kernels:
         "auto", "dense MLPs: step by step, or with relu^2 at the end of the first product (record 59). auto: torch",
         needs="model.mlp.activation=relu_sq")
     qk: Literal["auto", "torch", "triton"] = opt(
-        "auto", "norm and rotation of queries and keys: step by step, or in one launch (record 90), where both are in "
-                "float32. auto: torch", needs="model.attn.rope")
+        "auto", "norm and rotation of queries and keys: step by step, or in one launch in float32 (as record "
+                "90). auto: torch", needs="model.attn.rope")
+    transpose: Literal["auto", "torch", "triton"] = opt(
+        "auto", "transposed copies that the FP8 head's products need on CUDA: torch's, or in tiles (records 74 and 76). "
+                "auto: torch", needs="numerics.fp8_head")
 
 
 @dataclass(frozen=True)
@@ -517,6 +542,11 @@ def ranks_per_forward(s, ranks, cuda):
     if s.system.ranks_per_forward:
         return min(s.system.ranks_per_forward, ranks)
     return max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
+
+
+def recomputable(s):
+    """Does a block's forward pass leave no trace, so that it can be done again?"""
+    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.down") is None
 
 
 def tokens_per_step(s):
@@ -601,7 +631,7 @@ def lifted(s):
         return s
     to = s.system.precision
     changes = {f.name: to for f in dataclasses.fields(s.numerics) if f.type is Dtype}
-    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_experts": False}
+    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
     return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
 
 
@@ -661,6 +691,8 @@ def check(s):
             "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
     require(s.system.recompute != "on" or not m.mlp.moe,
             "system.recompute=on would count the loads of the experts twice: leave it off with model.mlp.moe")
+    require(s.system.recompute != "on" or recomputable(s),
+            "system.recompute=on would move delayed scales twice: leave it off with numerics.fp8_mlp.down")
     require(not s.system.cuda_graphs or s.system.comm != "allreduce_updates",
             "system.cuda_graphs does not capture communication: choose another system.comm than allreduce_updates")
     require(not s.system.cuda_graphs or s.system.warmup_steps not in (0, 1),
@@ -670,6 +702,7 @@ def check(s):
     require(s.system.kernels.mlp != "triton" or not m.bias, "system.kernels.mlp=triton has no bias: set model.bias=false")
     require(s.system.kernels.qk != "triton" or m.attn.latent is None,
             "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto")
+    check_fp8_mlp(s, require)
     for path, needs, _ in unmet_needs(s):
         raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
     return s
@@ -684,7 +717,9 @@ BOUNDS = [
     ("model.mlp.moe.balance.rate", 0, False), ("model.mlp.moe.sequence_loss", 0, True), ("model.mlp.moe.z_loss", 0, True),
     ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
     ("optim.muon.momentum_warmup.steps", 1, True), ("numerics.norm_eps", 0, True), ("numerics.fp8_head.x", 0, False),
-    ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("system.warmup_steps", -1, True)]
+    ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("numerics.fp8_mlp.down.activation", 0, False),
+    ("numerics.fp8_mlp.down.weight", 0, False), ("numerics.fp8_mlp.down.exact_steps", 0, True),
+    ("system.warmup_steps", -1, True)]
 
 
 def check_bounds(s, require):
@@ -702,6 +737,17 @@ def check_bounds(s, require):
     for name, size in sizes.items():
         require(s.numerics.fp8_head is None or size % 16 == 0, f"numerics.fp8_head needs multiples of 16 and {name} are {size}: "
                                                                "change it or add --without numerics.fp8_head")
+
+
+def check_fp8_mlp(s, require):
+    m = s.model
+    if s.numerics.fp8_mlp is None:
+        return
+    require(not m.bias, "numerics.fp8_mlp has no bias vectors: set model.bias=false")
+    require(m.mlp.moe is None, "numerics.fp8_mlp is for dense MLPs: add --without model.mlp.moe; experts have "
+                               "numerics.fp8_experts")
+    require(m.model_dim % 16 == 0, f"numerics.fp8_mlp needs multiples of 16 and model.model_dim is {m.model_dim}: change it "
+                                   "or add --without numerics.fp8_mlp")
 
 
 def check_layers(s, require):

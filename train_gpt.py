@@ -20,7 +20,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import deltas
 import runlog
 import schedule
-from settings import LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, tokens_per_step
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, recomputable,
+                      tokens_per_step)
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -423,7 +424,7 @@ def out_of_memory(run, error):
         remedy = "--set system.kernels.loss=chunks, so that the head's logits never exist in full"
     elif run.at_once > 1:
         remedy = f"--set system.ranks_per_forward={run.at_once // 2} (now {run.at_once})"
-    elif run.s.system.recompute != "on" and not run.s.model.mlp.moe:
+    elif run.s.system.recompute != "on" and recomputable(run.s):
         remedy = "--set system.recompute=on, so that the blocks keep nothing for the backward pass"
     elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.engine.comm == "sharded"):
         remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
@@ -438,8 +439,10 @@ def check_kernels(s, device):
         raise UserError(f"system.cuda_graphs needs CUDA, and this is {device.type}: leave it off")
     for field in dataclasses.fields(s.system.kernels):
         used = s.numerics.newton_schulz if field.name == "muon" else s.numerics.matmul
+        fp8 = field.name == "transpose" or (field.name == "mlp" and s.numerics.fp8_mlp)
         if getattr(s.system.kernels, field.name) == "triton":
-            why = refusal(device, getattr(torch, used)) or (wider_rotation(s) if field.name == "qk" else None)
+            why = refusal(device, getattr(torch, used), FP8_SINCE if fp8 else 80)
+            why = why or (wider_rotation(s) if field.name == "qk" else None)
             if why:
                 raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 
@@ -454,8 +457,9 @@ def wider_rotation(s):
 def fallbacks(model, world):
     """What runs in a slower way than the record and this device allow, a line each. To be asked after all windows were seen."""
     s, found = model.settings, sorted(model.passed)
-    if s.numerics.fp8_head and not (world.cuda and capability(world.device) >= FP8_SINCE):
-        found.append("numerics.fp8_head is computed in its reference form: 8-bit products need compute capability 8.9")
+    for name in ("fp8_head", "fp8_mlp"):
+        if getattr(s.numerics, name) and not (world.cuda and capability(world.device) >= FP8_SINCE):
+            found.append(f"numerics.{name} is computed in its reference form: 8-bit products need compute capability 8.9")
     if world.cuda and not compiles(s, world):
         found.append("nothing is compiled: system.compile is off")
     if world.cuda and model.mixtures() and s.system.experts == "padded":

@@ -12,8 +12,10 @@ import measure
 import torch
 import torch.nn.functional as F
 
-from kernels import experts, symmetric
+from kernels import experts, symmetric, transpose
 from kernels.cross_entropy import linear_cross_entropy
+from kernels.device import capability
+from kernels.fp8_mlp import fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
@@ -61,6 +63,33 @@ def our_experts(x, up, down, gates, chosen):
     return experts.combine(experts.grouped_linear(hidden, down, p), gates, p)
 
 
+def fp8_mlps(x, up, down, flops, size):
+    """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused kernels."""
+    scales = torch.full((1,), 0.1, device="cuda"), torch.full((), 1e-3, device="cuda")
+    for name, given in (("up", None), ("up and down", scales)):
+        def mlp(*t, given=given, fused=False):
+            return fp8_mlp(*t, 1, given, fused)[0]
+        yield f"mlp, relu^2, FP8 {name}", flops, size, {
+            "torch": trained(mlp, [x, up, down]), "compile": trained(torch.compile(mlp, dynamic=False), [x, up, down]),
+            "ours": trained(functools.partial(mlp, fused=True), [x, up, down])}
+
+
+def transposes():
+    """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s count."""
+    for rows, columns, dtype in ((TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
+                                 (DIM, VOCAB, torch.bfloat16)):
+        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device="cuda").view(dtype)
+        plain = transpose.transpose_copy_reference
+        yield f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits", 0, 2 * x.numel() * dtype.itemsize, {
+            "torch": functools.partial(plain, x), "compile": functools.partial(torch.compile(plain, dynamic=False), x),
+            "ours": functools.partial(transpose.transpose_copy, x)}
+    a, b = torch.zeros(DIM, VOCAB, device="cuda"), torch.zeros(VOCAB, DIM, device="cuda")
+    plain = transpose.transpose_add_reference
+    yield f"transpose-add {DIM} x {VOCAB}, float32", a.numel(), 12 * a.numel(), {
+        "torch": functools.partial(plain, a, b), "compile": functools.partial(torch.compile(plain, dynamic=False), a, b),
+        "ours": functools.partial(transpose.transpose_add, a, b)}
+
+
 def operations():
     """(name, FLOPs, bytes that must move, {way: step})."""
     x, up, down = tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM ** -0.5), tensor(DIM, HIDDEN, scale=HIDDEN ** -0.5)
@@ -69,6 +98,9 @@ def operations():
         "torch": trained(mlp_relu_sq_reference, [x, up, down]),
         "compile": trained(torch.compile(mlp_relu_sq_reference, dynamic=False), [x, up, down]),
         "ours": trained(mlp_relu_sq, [x, up, down])}
+    if capability(x.device) >= 89:  # forward and backward, of which the backward stays in bfloat16
+        yield from fp8_mlps(x, up, down, flops, 2 * (4 * TOKENS * DIM + 4 * TOKENS * HIDDEN))
+    yield from transposes()
     head, targets, cap = tensor(VOCAB, DIM, scale=DIM ** -0.5), torch.randint(0, VOCAB, (TOKENS,), device="cuda"), Softcap(form="sigmoid")
     yield "head and cross entropy", 6 * TOKENS * DIM * VOCAB, 2 * (4 * TOKENS * VOCAB), {
         "torch": trained(lambda x, w: whole_loss(x, w, targets, cap), [x, head]),
@@ -108,8 +140,8 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU here; on one this would time: mlp, head and cross entropy, newton_schulz, gram, QK norm and rotary, "
-              "experts")
+        print("no GPU here; on one this would time: mlp (FP8 too), transposes, head and cross entropy, newton_schulz, gram, "
+              "QK norm and rotary, experts")
         sys.exit(0)
     torch.manual_seed(0)
     name, rows = torch.cuda.get_device_name(), []
@@ -131,7 +163,8 @@ def main():
                 row["share_of_flops"] = round(flops / seconds / 1e12 / peak[0], 3)
                 row["share_of_bytes"] = round(size / seconds / 1e12 / peak[1], 3)
             rows.append(row)
-            print(f"{operation:36} {way:8} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {row['peak_mib']:7} MiB", flush=True)
+            print(f"{operation:36} {way:8} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s "
+                  f"{size / seconds / 1e9:7.0f} GB/s {row['peak_mib']:7} MiB", flush=True)
     measure.write(o.out, rows=rows)
 
 

@@ -1,6 +1,6 @@
 """Try out tiles for the Triton kernels on this GPU and keep the fastest: `python bench/tune.py [--records ...] [--out JSON]`.
 
-For the shapes of the records' banks and layers at full width, in bfloat16. What is faster than the kernel's own table goes to a
+For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own table goes to a
 file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card cannot do are passed over.
 """
 
@@ -13,27 +13,30 @@ import torch
 
 import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
+from kernels.device import FP8_SINCE, capability
 from model import without_values
 from optim import Engine
 from settings import head_dim, padded_vocab
 
-TOKENS = 65536
+DEVICE, TOKENS = torch.device("cuda"), 65536
 GAIN = 0.98  # a tile must be this much faster than the default to be kept: less is noise
 
 
 def tensor(*shape):
-    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
+
+# Each yields (dtype, sizes of tiles.key, default tile, step).
 
 def symmetric_cases(s):
-    """Gram matrices of the banks that Muon updates, and their squares: ((m, k), default, step)."""
+    """Gram matrices of the banks that Muon updates, and their squares."""
     engine = Engine(without_values(s), s)
     shapes = {(len(piece), *sorted(piece.shape[1:])) for bank in engine.banks if bank.rule == "muon"
               for piece in engine.cut_of(bank).split(bank.param)}
     for n, m, k in shapes:
         x, square = tensor(n, m, k), tensor(n, m, m)
-        yield (m, k), symmetric.default_tile(x), lambda x=x: symmetric.gram(x)
-        yield (m, m), symmetric.default_tile(square), lambda a=square: symmetric.quadratic(a, 1.0, 1.0)
+        yield x.dtype, (m, k), symmetric.default_tile(x), lambda x=x: symmetric.gram(x)
+        yield x.dtype, (m, m), symmetric.default_tile(square), lambda a=square: symmetric.quadratic(a, 1.0, 1.0)
 
 
 def linear_cases(s):
@@ -41,20 +44,32 @@ def linear_cases(s):
     f = s.model.mlp.expansion * d
     x, up = tensor(TOKENS, d), tensor(f, d)
     p, down, g = linear_relu_sq.forward(x, up), tensor(d, f), tensor(TOKENS, d)
-    yield (f, d), linear_relu_sq.default_tile(x), lambda: (linear_relu_sq.forward(x, up),
-                                                           linear_relu_sq.product_gradient(g, down.t(), p))
+    yield (x.dtype, (f, d), linear_relu_sq.default_tile(x),
+           lambda: (linear_relu_sq.forward(x, up), linear_relu_sq.product_gradient(g, down.t(), p)))
+
+
+def fp8_linear_cases(s):
+    """e4m3 operands, as numerics.fp8_mlp.down asks: P in both precisions."""
+    if capability(DEVICE) < FP8_SINCE:
+        return
+    d = s.model.model_dim
+    x, up = tensor(TOKENS, d).to(torch.float8_e4m3fn), tensor(s.model.mlp.expansion * d, d).to(torch.float8_e4m3fn)
+    one = torch.ones(1, device=DEVICE)
+    yield (x.dtype, tuple(up.shape), linear_relu_sq.FP8.get(capability(x.device), linear_relu_sq.FP8["default"]),
+           lambda: linear_relu_sq.fp8_linear_relu_sq(x, up, one, one, torch.bfloat16))
 
 
 def loss_cases(s):
     classes = padded_vocab(s)
-    x, weight = tensor(8192, s.model.model_dim).requires_grad_(), tensor(classes, s.model.model_dim).requires_grad_()
-    targets = torch.randint(classes, (8192,), device="cuda")
+    rows = min(8192, TOKENS)
+    x, weight = tensor(rows, s.model.model_dim).requires_grad_(), tensor(classes, s.model.model_dim).requires_grad_()
+    targets = torch.randint(classes, (rows,), device=DEVICE)
 
     def step():
         losses = cross_entropy.linear_cross_entropy(x, weight, targets, softcap=s.model.head.softcap, backend="triton")
         torch.autograd.grad(losses.sum(), [x, weight])
 
-    yield (classes,), cross_entropy.DEFAULT, step
+    yield x.dtype, (classes,), cross_entropy.DEFAULT, step
 
 
 def rotary_cases(s):
@@ -65,7 +80,7 @@ def rotary_cases(s):
         q, k, v = qk_rotary.qkv_rotary(qkv, *tables, order="before_rope", eps=1e-6)
         torch.autograd.grad([q, k, v], qkv, [q, k, v])
 
-    yield (heads, width), qk_rotary.DEFAULT, step
+    yield qkv.dtype, (heads, width), qk_rotary.DEFAULT, step
 
 
 # operation -> (its cases, the tiles to try)
@@ -73,6 +88,8 @@ OPERATIONS = {
     "symmetric": (symmetric_cases, [symmetric.Tile(*t) for t in itertools.product((64, 128), (32, 64, 128), (4, 8), (2, 3, 4, 5))]),
     "linear_relu_sq": (linear_cases, [linear_relu_sq.Tile(*t) for t in itertools.product((64, 128), (128, 256), (32, 64, 128), (4, 8),
                                                                                          (2, 3, 4))]),
+    "fp8_linear_relu_sq": (fp8_linear_cases, [linear_relu_sq.Tile(*t) for t in itertools.product((64, 128), (128, 256), (64, 128),
+                                                                                                 (4, 8), (2, 3, 4))]),
     "qk_rotary": (rotary_cases, [qk_rotary.Tile(*t) for t in itertools.product((512, 1024, 2048, 4096, 8192), (1, 2, 4, 8))]),
     "cross_entropy": (loss_cases, [cross_entropy.Block(*t) for t in itertools.product((1024, 2048, 4096, 8192), (2, 4, 8, 16))])}
 
@@ -104,10 +121,10 @@ def main():
         print("no GPU here; on one this would try out " + ", ".join(f"{len(c)} tiles of {name}" for name, (_, c) in OPERATIONS.items()))
         sys.exit(0)
     torch.manual_seed(0)
-    file, found = tiles.path(torch.device("cuda")), {}
+    file, found = tiles.path(DEVICE), {}
     for ref, (operation, (cases, candidates)) in itertools.product(o.records, OPERATIONS.items()):
-        for sizes, default, step in cases(deltas.resolve(ref).settings):
-            name = tiles.key(operation, torch.bfloat16, sizes)
+        for dtype, sizes, default, step in cases(deltas.resolve(ref).settings):
+            name = tiles.key(operation, dtype, sizes)
             if name in found:
                 continue
             tile, ms, base = fastest(operation, step, candidates, default, lambda step: measure.best(step, o.repeats)[1])

@@ -31,12 +31,20 @@ import torch
 import torch.nn.functional as F
 
 from kernels import fp8_linear as fp8_module
+from kernels import tiles
 
 BACKENDS = ("torch", "triton")
 CHUNK = {"cpu": 2**21, "cuda": 2**28}  # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
-BLOCK, WARPS = 2048, 8  # logits that a program has at a time, 8 per thread: one load of 16 bytes. Not tuned on a GPU yet
 GRADIENT8 = torch.float8_e5m2  # what the gradient kernel writes for an FP8 head
 LARGEST_CAP = 80.0  # range of the capped logits in Triton: exp(-80) is still a normal float32
+
+
+class Block(NamedTuple):
+    size: int  # logits that a program has at a time
+    warps: int
+
+
+DEFAULT = Block(2048, 8)  # 8 logits per thread: one load of 16 bytes. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
 
 
 class Plan(NamedTuple):
@@ -51,11 +59,12 @@ class Plan(NamedTuple):
     loss_dtype: torch.dtype
     chunk: int  # 0: by device and V
     backend: str  # auto, torch, triton
+    transpose: str = "torch"  # FP8 on a GPU: kernels.fp8_linear.row_major
 
 
 def linear_cross_entropy(x, weight, targets, *, softcap=None, weights=(1.0,), prefix=None, prefix_weight=None,
                          full_mass=False, logit_scale=None, fp8=None, cap_dtype=torch.float32, loss_dtype=torch.float32,
-                         chunk=None, backend="auto"):
+                         chunk=None, backend="auto", transpose="torch"):
     """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets and loss_dtype.
 
     softcap: has .form, .cap, .scale, as settings.Softcap; None: none. weights: of targets t, t+1, ... of the same row
@@ -65,6 +74,7 @@ def linear_cross_entropy(x, weight, targets, *, softcap=None, weights=(1.0,), pr
     full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on: there it is
     not the derivative of the loss. logit_scale: factor of the logits. fp8: (sx, sw, sg) of kernels.fp8_linear, sg for the
     gradient that arrives here. cap_dtype: of the factor and the soft cap, at least. chunk: tokens at a time.
+    transpose: how FP8 operands are transposed on a GPU, `triton` or torch's way.
 
     Gradients: any per token; dx in x's dtype, dW in weight's. ValueError for shapes that do not fit.
     """
@@ -86,7 +96,7 @@ def linear_cross_entropy(x, weight, targets, *, softcap=None, weights=(1.0,), pr
         divisor = cap if form == "tanh" else float(softcap.scale)
     factor, scales = 1.0 if logit_scale is None else float(logit_scale), [] if fp8 is None else [float(f) for f in fp8]
     plan = Plan(form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
-                chunk or 0, backend)
+                chunk or 0, backend, transpose)
     mass = (counted * shares).sum(1)
     losses = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, labels, shares, mass, plan)
     return losses.view(targets.shape)
@@ -164,7 +174,7 @@ def backward(a, b, labels, shares, mass, lse, g, *plan):
     dw = torch.zeros(b.shape, dtype=torch.promote_types(plan.dtype, torch.float32), device=a.device)
     wide = b
     if plan.scales and fp8_module.has_fp8_units(b):  # the layout that torch._scaled_mm wants, once for all chunks
-        wide = b.t().contiguous().t()
+        wide = fp8_module.row_major(b.t(), plan.transpose).t()
     g = g.contiguous()
 
     def step(rows):
@@ -210,8 +220,8 @@ def add_products(dx, dw, d, a, b, plan):
     """dx = d b, dw += d^T a; d (n, V) the logits' gradient, with FP8 in e5m2."""
     if plan.scales:
         sx, sw, sg = plan.scales
-        dx.copy_(fp8_module.product(d, b, 1 / (sg * sw), plan.dtype, fast=False))
-        dw.add_(fp8_module.product(d.t(), a, 1 / (sx * sg), torch.float32, fast=False))
+        dx.copy_(fp8_module.product(d, b, 1 / (sg * sw), plan.dtype, fast=False, transpose=plan.transpose))
+        dw.add_(fp8_module.product(d.t(), a, 1 / (sx * sg), torch.float32, fast=False, transpose=plan.transpose))
         return
     torch.mm(d, b, out=dx)
     if d.dtype == dw.dtype:
@@ -341,26 +351,29 @@ def kernels():
     return triton.jit(loss_kernel), triton.jit(gradient_kernel)
 
 
-def launch_options(labels, classes, plan):
+def launch_options(z, labels, plan):
     """(cap, slope) of the kernels, and their constants."""
+    classes = z.size(1)
+    block = tiles.best("cross_entropy", z.device, z.dtype, (classes,), DEFAULT)
     cap, slope = {"none": (0.0, plan.factor), "tanh": (2 * plan.cap, 2 * plan.factor / plan.divisor),
                   "sigmoid": (plan.cap, plan.factor / plan.divisor)}[plan.form]
-    constants = {"K": labels.size(1), "CAPPED": plan.form != "none", "BLOCK": min(BLOCK, 1 << (classes - 1).bit_length())}
+    constants = {"K": labels.size(1), "CAPPED": plan.form != "none",
+                 "BLOCK": min(block.size, 1 << (classes - 1).bit_length()), "num_warps": block.warps}
     return cap, slope, constants
 
 
 def launch_loss(z, labels, shares, losses, lse, plan):
-    cap, slope, constants = launch_options(labels, z.size(1), plan)
-    kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), cap, slope, **constants, num_warps=WARPS)
+    cap, slope, constants = launch_options(z, labels, plan)
+    kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), cap, slope, **constants)
 
 
 def launch_gradient(z, labels, shares, mass, g, lse, plan):
     """The logits' gradient: in z itself, or with FP8 in a buffer of bytes."""
-    cap, slope, constants = launch_options(labels, z.size(1), plan)
+    cap, slope, constants = launch_options(z, labels, plan)
     out = torch.empty(z.shape, dtype=GRADIENT8, device=z.device) if plan.scales else z
     scale = plan.scales[2] if plan.scales else 1.0
     kernels()[1][(len(z),)](z, out, labels, shares, mass, g, lse, z.size(1), cap, slope, scale, **constants,
-                            FP8=bool(plan.scales), num_warps=WARPS)
+                            FP8=bool(plan.scales))
     return out
 
 
@@ -393,7 +406,7 @@ def refusal(device, plan):
 # ----- as operators: torch.compile sees two calls and not the loops over chunks ------------------------------------
 
 ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType cap_dtype, "
-             "ScalarType loss_dtype, int chunk, str backend")
+             "ScalarType loss_dtype, int chunk, str backend, str transpose")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

@@ -14,14 +14,14 @@ def capability(device):
     return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
 
 
-def refusal(device, dtype):
-    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None."""
+def refusal(device, dtype, least=80):
+    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least: FP8_SINCE for FP8."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs CUDA, and this is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
     if dtype not in DTYPES:
         return f"has no {str(dtype).removeprefix('torch.')}"
-    if device.type == "cuda" and capability(device) < 80:
-        return f"needs compute capability 8.0, and this is {capability(device) / 10}"
+    if device.type == "cuda" and capability(device) < least:
+        return f"needs compute capability {least / 10}, and this is {capability(device) / 10}"
     return None

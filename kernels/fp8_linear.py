@@ -11,6 +11,7 @@ makes of them depends on torch's version and the device.
 import torch
 
 from kernels.device import FP8_SINCE, capability
+from kernels.transpose import transpose_copy
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
@@ -24,32 +25,49 @@ def has_fp8_units(x):
     return x.is_cuda and capability(x.device) >= FP8_SINCE
 
 
-def product(a, b, unscale, dtype, fast):
-    """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype. fast: the GPU may accumulate less exactly."""
-    if has_fp8_units(a):  # wants a row-major and b column-major
-        one = torch.full((), unscale, dtype=torch.float32, device=a.device)  # made there: copied from here it would wait
-        return torch._scaled_mm(a.contiguous(), b.t().contiguous().t(), scale_a=one, scale_b=torch.ones_like(one),
-                                out_dtype=dtype, use_fast_accum=fast)
-    return (a.float() @ b.float() * unscale).to(dtype)
+def row_major(x, transpose):
+    """x (M, N), copied if its rows are not contiguous: by torch, or in tiles if transpose = "triton"."""
+    if x.is_contiguous():
+        return x
+    return transpose_copy(x.t()) if transpose == "triton" else x.contiguous()
+
+
+def product(a, b, unscale, dtype, fast, transpose="torch"):
+    """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype.
+
+    unscale: a number, or float32 (G,): one for each of G equal parts of a's rows. fast: the GPU may accumulate less
+    exactly. transpose: how a GPU gets the layout that it wants (row_major).
+    """
+    many = isinstance(unscale, torch.Tensor)
+    if not has_fp8_units(a):
+        y = a.float() @ b.float()
+        y = (y.unflatten(0, (len(unscale), -1)) * unscale[:, None, None]).flatten(0, 1) if many else y * unscale
+        return y.to(dtype)
+    a, b = row_major(a, transpose), row_major(b.t(), transpose).t()  # it wants a row-major and b column-major
+    # a number is made there: copied from here it would wait
+    scales = unscale.unbind() if many else [torch.full((), unscale, dtype=torch.float32, device=a.device)]
+    parts = [torch._scaled_mm(part, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype, use_fast_accum=fast)
+             for part, scale in zip(a.chunk(len(scales)), scales)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class FP8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, w, sx, sw, sg):
+    def forward(ctx, x, w, sx, sw, sg, transpose):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)
         ctx.save_for_backward(x8, w8)
-        ctx.scales, ctx.dtypes = (sx, sw, sg), (x.dtype, w.dtype)
+        ctx.scales, ctx.dtypes, ctx.transpose = (sx, sw, sg), (x.dtype, w.dtype), transpose
         return product(x8, w8.t(), 1 / (sx * sw), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, g):
         (x8, w8), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
         g8 = quantise(g, sg, torch.float8_e5m2)
-        dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False)
-        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False).to(w_dtype)
-        return dx, dw, None, None, None
+        dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
+        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose).to(w_dtype)
+        return dx, dw, None, None, None, None
 
 
-def fp8_linear(x, w, sx, sw, sg):
+def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
     """x (..., in) times w (out, in) in FP8 with factors sx, sw and sg (of the gradient). Returns (..., out) in x's dtype."""
-    return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg).unflatten(0, x.shape[:-1])
+    return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])

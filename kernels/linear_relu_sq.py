@@ -10,6 +10,9 @@ anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots 
 
 The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32 in
 any strides. Triton is imported when first used.
+
+The same kernel has the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq): there it rounds as torch does, and
+can write P in e4m3 beside P, with what the next scale is made from (records 84 and 89).
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -20,7 +23,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.device import capability, refusal
+from kernels import tiles
+from kernels.device import FP8_SINCE, capability, refusal
 
 GROUP = 8  # tiles of rows that are done together, so that their weights are still in the L2 cache
 BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one load of 16 bytes in 16 bits
@@ -35,10 +39,13 @@ class Tile(NamedTuple):
 
 
 # By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
-# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet.
+# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet: for a card
+# and its shapes bench/tune.py does that (kernels/tiles.py).
 TILES = {80: Tile(128, 128, 64, 8, 4), 89: Tile(128, 128, 64, 8, 3), 90: Tile(128, 256, 64, 8, 3),
          "default": Tile(128, 128, 64, 8, 3)}
 FLOAT32 = Tile(64, 64, 32, 4, 3)  # everywhere: its products are three of TF32, which take more registers
+FP8 = {90: Tile(128, 256, 128, 8, 3), "default": Tile(128, 128, 128, 8, 3)}  # from 8.9 on
+NARROW = torch.float8_e4m3fn  # what P is written in beside P
 
 
 # ----- reference --------------------------------------------------------------------------------------------------
@@ -117,10 +124,14 @@ def operator(function, op):
 tl = None  # triton.language, once kernels() has imported it
 
 
-def linear_kernel(x, weight, p, out, n, f, d, x_row, x_column, w_row, w_column, BACKWARD: tl.constexpr,
-                  PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
-                  GROUP: tl.constexpr):
-    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and out (n, f)."""
+def linear_kernel(x, weight, p, out, unscale, factor, narrow, largest, part, n, f, d, x_row, x_column, w_row, w_column,
+                  BACKWARD: tl.constexpr, FP8: tl.constexpr, WRITE_NARROW: tl.constexpr, PRECISION: tl.constexpr,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and out (n, f).
+
+    FP8: the product times unscale (n / part,), one for `part` rows each. WRITE_NARROW: min(out times factor (n / part,),
+    448) to narrow (n, f), and the largest element of each row of the tile to largest (column tiles, n).
+    """
     program = tl.program_id(0)
     group = GROUP * tl.cdiv(f, COLUMNS)  # programs of a group, which go down its rows first
     first = program // group * GROUP
@@ -140,11 +151,21 @@ def linear_kernel(x, weight, p, out, n, f, d, x_row, x_column, w_row, w_column, 
     inside = (rows < n)[:, None] & (columns < f)[None, :]
     corner = row.to(tl.int64) * f + column
     places = tl.arange(0, ROWS)[:, None] * f + tl.arange(0, COLUMNS)[None, :]  # 32 bits are enough, and take fewer registers
+    if FP8:
+        total *= tl.load(unscale + rows // part, mask=rows < n, other=0.0)[:, None]
+        total = total.to(out.dtype.element_ty).to(tl.float32)  # as torch, so that P is the same where the sums are
     if BACKWARD:
         total = 2.0 * total * tl.sqrt(tl.load(p + corner + places, mask=inside, other=0.0).to(tl.float32))
     else:
         total = tl.where(total < 0.0, 0.0, total * total)  # tl.maximum would make NaN 0
-    tl.store(out + corner + places, total.to(out.dtype.element_ty), mask=inside)
+    total = total.to(out.dtype.element_ty)
+    tl.store(out + corner + places, total, mask=inside)
+    if WRITE_NARROW:
+        wide = total.to(tl.float32)
+        tl.store(largest + (column // COLUMNS).to(tl.int64) * n + rows, tl.max(wide, 1), mask=rows < n)
+        wide *= tl.load(factor + rows // part, mask=rows < n, other=0.0)[:, None]
+        wide = tl.where(wide > 448.0, 448.0, wide)  # tl.minimum would make NaN 448
+        tl.store(narrow + corner + places, wide.to(narrow.dtype.element_ty), mask=inside)
 
 
 def gradient_kernel(g, p, out, count, BLOCK: tl.constexpr):
@@ -165,20 +186,48 @@ def kernels():
     return triton.jit(linear_kernel), triton.jit(gradient_kernel)
 
 
+def default_tile(x):
+    return FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
+
+
 def launch(x, weight, p, out, backward):
+    n, tile = x.size(0), tiles.best("linear_relu_sq", x.device, x.dtype, tuple(weight.shape), default_tile(x))
+    start(tile, x, weight, p, out, out, out, out, out, n, BACKWARD=backward, FP8=False, WRITE_NARROW=False)
+    return out
+
+
+def start(tile, x, weight, *rest, **modes):
+    """linear_kernel on all tiles; rest: p to part."""
     (n, d), f = x.shape, weight.size(0)
-    tile = FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
-        x, weight, p, out, n, f, d, *x.stride(), *weight.stride(), BACKWARD=backward,
+        x, weight, *rest, n, f, d, *x.stride(), *weight.stride(), **modes,
         PRECISION="tf32x3",  # of float32 only: to about 1e-6
         ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages)
-    return out
 
 
 def forward(x, weight):
     """x (N, in), weight (out, in) -> relu(x W^T)^2 (N, out)."""
     p = torch.empty(x.size(0), weight.size(0), dtype=x.dtype, device=x.device)
     return launch(x, weight, p, p, False)
+
+
+def fp8_linear_relu_sq(x, weight, unscale, factor, dtype):
+    """e4m3 x (N, in) and weight (out, in), float32 unscale (G,), one for each of G equal parts of the rows, factor (G,) or
+    None -> P = relu(unscale x W^T)^2 (N, out) in dtype, and with a factor P times it in e4m3, clamped, and the largest P of
+    each part (G,) float32; both empty without. ValueError for another dtype or device."""
+    why = refusal(x.device, dtype, FP8_SINCE)
+    if why:
+        raise ValueError(f"the Triton fp8_linear_relu_sq {why}; use torch")
+    (n, f), groups = (x.size(0), weight.size(0)), len(unscale)
+    p = torch.empty(n, f, dtype=dtype, device=x.device)
+    default = FP8.get(capability(x.device), FP8["default"])
+    tile = tiles.best("fp8_linear_relu_sq", x.device, x.dtype, tuple(weight.shape), default)
+    many = (-(-f // tile.columns), n) if factor is not None else (0, n)
+    narrow = torch.empty(n if many[0] else 0, f, dtype=NARROW, device=x.device)
+    largest = torch.empty(many, dtype=torch.float32, device=x.device)
+    start(tile, x, weight, p, p, unscale, unscale if factor is None else factor, narrow, largest, n // groups,
+          BACKWARD=False, FP8=True, WRITE_NARROW=factor is not None)
+    return p, narrow, largest.unflatten(1, (groups, -1)).amax((0, 2)) if many[0] else largest.new_empty(0)
 
 
 def product_gradient(g, weight, p):
@@ -197,6 +246,9 @@ def gradient(g, p):
 
 forward_op = torch.library.custom_op("speedrun::linear_relu_sq", forward, mutates_args=(),
                                      schema="(Tensor x, Tensor weight) -> Tensor")
+fp8_forward_op = torch.library.custom_op(
+    "speedrun::fp8_linear_relu_sq", fp8_linear_relu_sq, mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor unscale, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor, Tensor)")
 product_gradient_op = torch.library.custom_op("speedrun::mlp_relu_sq_gradient", product_gradient, mutates_args=(),
                                               schema="(Tensor g, Tensor weight, Tensor p) -> Tensor")
 gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mutates_args=(),
@@ -206,6 +258,15 @@ gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mu
 @forward_op.register_fake
 def forward_shape(x, weight):
     return x.new_empty(x.size(0), weight.size(0))
+
+
+@fp8_forward_op.register_fake
+def fp8_forward_shapes(x, weight, unscale, factor, dtype):
+    (n, f), groups = (x.size(0), weight.size(0)), len(unscale)
+    p = x.new_empty(n, f, dtype=dtype)
+    if factor is None:
+        n = groups = 0
+    return p, x.new_empty(n, f, dtype=NARROW), x.new_empty(groups, dtype=torch.float32)
 
 
 @product_gradient_op.register_fake

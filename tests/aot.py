@@ -16,7 +16,8 @@ import torch
 
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block can have; CUDA C++ guide, compute capabilities
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
-            torch.int32: "*i32", torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
+            torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+            torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
 OPTIONS = ("num_warps", "num_stages")
 
 

@@ -383,7 +383,7 @@ def ahead_of_time(kernel, signature, constants, arch, folder, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "fp32"}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": cross_entropy.WARPS})
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": cross_entropy.DEFAULT.warps})
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -401,7 +401,7 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
     scalars = {"V": "i32", "cap": "fp32", "slope": "fp32"}
     targets = {"labels": "*i64", "shares": "*fp32"}
     for capped in (False, True):
-        constants = {"K": 3, "CAPPED": capped, "BLOCK": cross_entropy.BLOCK}
+        constants = {"K": 3, "CAPPED": capped, "BLOCK": cross_entropy.DEFAULT.size}
         signature = {"z": "*bf16"} | targets | {"losses": "*fp32", "lse": "*fp32"} | scalars
         built = [ahead_of_time(loss, signature, constants, arch, tmp_path, monkeypatch)]
         for fp8 in (False, True)[:1 + (arch >= 89)]:

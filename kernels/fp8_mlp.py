@@ -1,0 +1,88 @@
+"""MLP with relu^2 whose products are in e4m3 in the forward pass (records 84, @sisovicm, and 89).
+
+    a(v) = max(largest |v|, 1e-12) / 448
+    pre = a(x) a(U) e4m3(x / a(x)) e4m3(U / a(U))^T,  P = relu(pre)^2, each rounded to x's dtype
+    y = P D^T, or with scales p and d that were made before (delayed):  y = p d e4m3(P / p) e4m3(D / d)^T
+    backward:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,  dD = g^T P      with x, U, D and P as they were
+
+Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are rounded to x's dtype, as in the originals;
+everything else about scales is float32. Values beyond 448 are clamped.
+
+Reference (any device): quantises, and multiplies what it got in float32; on a GPU with FP8 units torch._scaled_mm multiplies
+the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P in one Triton kernel, and dpre at the end of
+g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from kernels.fp8_linear import LARGEST, product, quantise
+from kernels.linear_relu_sq import fp8_forward_op, fp8_linear_relu_sq, operator, product_gradient, product_gradient_op
+
+E4M3 = torch.float8_e4m3fn
+LEAST = 1e-12  # that a largest value counts as
+
+
+def fp8_mlp(x, up, down, parts, scales=None, fused=False):
+    """x (N, in), up (hidden, in), down (out, hidden), all of one dtype -> y (N, out) in it, and the largest P of each part
+    (parts,) in float32, for the next scales (empty without scales).
+
+    parts: N is a multiple of it. scales: (p (parts,), d ()) in float32: the second product is in e4m3 too. ValueError if
+    fused and the device cannot.
+    """
+    p, d = (None, None) if scales is None else scales
+    return FP8MLP.apply(x, up, down, parts, p, d, fused)
+
+
+def forward_reference(x8, up8, unscale, factor, dtype):
+    """What linear_relu_sq.fp8_linear_relu_sq computes, in torch."""
+    p = F.relu(product(x8, up8.t(), unscale, dtype, fast=True)).square()
+    if factor is None:
+        return p, p.new_empty(0, p.size(1), dtype=E4M3), unscale.new_empty(0)
+    split = p.unflatten(0, (len(factor), -1))
+    return p, quantise(split, factor[:, None, None], E4M3).flatten(0, 1), split.amax((1, 2)).float()
+
+
+def gradient_reference(g, weight, p):
+    """g (N, out), weight (hidden, out), p (N, hidden) -> 2 (g W^T) sqrt(p) (N, hidden) in g's dtype."""
+    d = F.linear(g, weight)
+    wide = torch.promote_types(d.dtype, torch.float32)
+    return (2.0 * d.to(wide) * p.to(wide).sqrt()).to(d.dtype)
+
+
+def narrowed_rows(x, parts):
+    """x (N, in) -> (x in e4m3, scale of each part (parts,) float32)."""
+    split = x.unflatten(0, (parts, -1))
+    scale = split.abs().amax((1, 2)).float().clamp(min=LEAST) / LARGEST[E4M3]
+    return quantise(split, 1 / scale[:, None, None], E4M3).flatten(0, 1), scale
+
+
+def narrowed_weight(w):
+    """w -> (w in e4m3, scale () float32); scale and quotient are rounded to w's dtype before the cast."""
+    scale = w.abs().amax().clamp(min=LEAST) / LARGEST[E4M3]
+    return quantise(w / scale, 1.0, E4M3), scale.float()
+
+
+class FP8MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, up, down, parts, p_scale, d_scale, fused):
+        (x8, sx), (up8, su) = narrowed_rows(x, parts), narrowed_weight(up)
+        first = operator(fp8_linear_relu_sq, fp8_forward_op) if fused else forward_reference
+        p, p8, largest = first(x8, up8, sx * su, None if p_scale is None else 1 / p_scale, x.dtype)
+        if p_scale is None:
+            y = F.linear(p, down)
+        else:
+            y = product(p8, quantise(down, 1 / d_scale, E4M3).t(), p_scale * d_scale, x.dtype, fast=True)
+        ctx.save_for_backward(x, up, down, p)
+        ctx.fused = fused
+        ctx.mark_non_differentiable(largest)
+        return y, largest
+
+    @staticmethod
+    def backward(ctx, g, _):
+        x, up, down, p = ctx.saved_tensors
+        need_x, need_up, need_down = ctx.needs_input_grad[:3]
+        gradient = operator(product_gradient, product_gradient_op) if ctx.fused else gradient_reference
+        dpre = gradient(g, down.t(), p) if need_x or need_up else None
+        dx, dup = dpre @ up if need_x else None, dpre.t() @ x if need_up else None
+        return dx, dup, g.t() @ p if need_down else None, None, None, None, None

@@ -38,13 +38,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data.corpus import corpus_for
+from data.corpus import corpus_for, default_cache
 from data.shards import corpus_digest, val_digest
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
+from kernels import compiler
 from kernels.device import refusal
 from model import GPT
 from optim import Engine, local_ranks
 
+IMPORTED = time.perf_counter()
 REACHED, MISSED, DIVERGED, INTERRUPTED = 0, 3, 4, 130
 
 
@@ -73,7 +75,7 @@ class World:
         return self.rank == 0
 
     def say(self, *lines):
-        if self.main:
+        if self.main and lines:
             print(*lines, sep="\n", flush=True)
 
     def gather(self, values):
@@ -278,9 +280,14 @@ def warm_up(run, seed):
     after = state_hash(run.model, run.engine)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
-    run.graphs = compiled_graphs()
-    run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
-                  start_ms=round(1000 * (began - PROCESS_START), 3), warmup_ms=round(1000 * (time.perf_counter() - began), 3))
+    run.graphs, cost = compiled_graphs(), compiler.account()
+    if run.cache_file is not None:
+        world.say(*run.cache_file.save(world.gather_objects, world.main))
+    event = run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
+                          imports_ms=round(1000 * (IMPORTED - PROCESS_START), 3),
+                          start_ms=round(1000 * (began - PROCESS_START), 3),
+                          warmup_ms=round(1000 * (time.perf_counter() - began), 3), **({"compile": cost} if cost else {}))
+    world.say(*runlog.render(event))
 
 
 def compiled_graphs():
@@ -355,6 +362,8 @@ def train(resolved, options):
     if s.system.reduction == "ordered" and world.cuda:
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
     check_kernels(s, world.device)
+    compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
+    cache_file = prepare_compiler(options, world, compile_it)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
     if options.profile and int(options.profile.split(":")[1]) > len(plans):
@@ -364,7 +373,6 @@ def train(resolved, options):
 
     model = GPT(s).to(world.device)
     model.initialise(options.seed)
-    compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
     if compile_it:  # one graph for each window, in training and validation; past the limit dynamo would go on uncompiled
         torch._dynamo.config.recompile_limit = 16 + 2 * len({p.windows for p in plans})
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -379,7 +387,7 @@ def train(resolved, options):
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
-    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
+    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
     try:
         warm_up(run, options.seed)
         status = run.loop()
@@ -406,6 +414,20 @@ def out_of_memory(run, error):
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
     return f"out of memory with {run.at_once} logical ranks a forward ({said}): {remedy}"
+
+
+def prepare_compiler(options, world, compile_it):
+    """Caches, workers and --compile-cache, before the data are read. Returns its CacheFile or None."""
+    if not compile_it:
+        if options.compile_cache:
+            raise UserError("--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on")
+        return None
+    compiler.prepare(default_cache(), world.cuda)
+    if not options.compile_cache:
+        return None
+    cache_file = compiler.CacheFile(options.compile_cache, world.rank, world.device)
+    world.say(*cache_file.load())
+    return cache_file
 
 
 def check_kernels(s, device):
@@ -444,11 +466,11 @@ def attention_backend(model, world, plans):
 class Run:
     """The timed loop and what it has measured so far."""
 
-    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options):
+    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file=None):
         self.s, self.world, self.log, self.plans = s, world, log, plans
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
-        self.batches, self.steps_done, self.graphs = None, 0, 0
+        self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler = None

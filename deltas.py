@@ -560,6 +560,10 @@ def parser():
     p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "
                                                                     "`records compare` and `records submit`)")
     p.add_argument("--plan", action="store_true", help="print settings, schedule, shapes and parameters; train nothing")
+    p.add_argument("--strict", action="store_true", help="refuse to run in a slower way than the record and the device allow, "
+                                                         "and fail if anything was compiled while the clock ran")
+    p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "
+                                                            "wait for the device")
     p.add_argument("--profile", metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
     return p
 

@@ -7,6 +7,7 @@ F hidden width, V padded vocabulary, L layers, E experts. Every rule that looks 
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
 
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import attention, experts
 from kernels.cross_entropy import linear_cross_entropy
@@ -170,7 +172,8 @@ class Rotary(nn.Module):
     def follow(self, long_blocks=()):
         """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
         f, factor = self.frequencies(long_blocks)
-        f = f.to(self.cos.device)  # a quarter of a million positions: made where they are used, this is on the clock
+        if self.cos.is_cuda:  # a quarter of a million positions: made where they are used, this is on the clock
+            f = f.pin_memory().to(self.cos.device, non_blocking=True)
         angle = torch.outer(torch.arange(self.length, dtype=f.dtype, device=f.device), f)
         self.cos.copy_(angle.cos())
         self.sin.copy_(angle.sin())
@@ -758,6 +761,8 @@ class GPT(nn.Module):
         self.sees_all = not s.model.attn.documents and s.model.attn.window is None
         self.followed, self.scale = (), s.model.attn.scale
         self.compiled = False
+        self.recompute = s.system.recompute == "on"
+        self.passed = set()  # why faster attention backends were passed over
 
     def forward(self, tokens, targets=None, context=None, cache=None):
         """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
@@ -775,17 +780,10 @@ class GPT(nn.Module):
         enter, leave = self.residual.begin(x)
         mix = self.values.begin(tokens) if self.values is not None else None
         penalties = []
-        for i, block in enumerate(self.blocks):
-            x = enter(i, x)
-            if block.attn is not None:
-                mix_values = None if mix is None else lambda v, i=i: mix(i, v)
-                view, scale = (None, self.scale) if context is None else (context.views[i], context.scale)
-                x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix_values, view, scale,
-                                   None if cache is None else cache[i])
-            if block.mlp is not None:
-                y = block.mlp_norm(x).to(matmul_dtype)
-                x = x + (block.mlp(y, penalties, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y))
-            x = leave(i, x)
+        for i in range(len(self.blocks)):
+            again = self.recompute and self.training and not (i == 0 and isinstance(self.values, ValueResidual))
+            through = functools.partial(checkpoint, self.block, use_reentrant=False, preserve_rng_state=False) if again else self.block
+            x = leave(i, through(i, enter(i, x), mix, context, cache, penalties))
         x = self.norm(x).to(matmul_dtype)
         if targets is None:
             return self.head(x, self.embed.table)
@@ -793,6 +791,20 @@ class GPT(nn.Module):
         for penalty in penalties:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
             losses = losses + (penalty - penalty.detach()).view(targets.shape)
         return losses
+
+    def block(self, i, x, mix, context, cache, penalties):
+        """Block i on the stream x (R, T, D); the arguments are those of forward, in it. With system.recompute the backward pass
+        goes through it again: it must change nothing but `cache` and, without recomputation, `penalties` and layer 0's values."""
+        block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
+        if block.attn is not None:
+            mix_values = None if mix is None else functools.partial(mix, i)
+            view, scale = (None, self.scale) if context is None else (context.views[i], context.scale)
+            x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix_values, view, scale,
+                               None if cache is None else cache[i])
+        if block.mlp is not None:
+            y = block.mlp_norm(x).to(matmul_dtype)
+            x = x + (block.mlp(y, penalties, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y))
+        return x
 
     def new_cache(self, absorbed=None):
         """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values (LatentAttention); None:
@@ -802,12 +814,13 @@ class GPT(nn.Module):
             raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed beside it")
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
-    def context(self, tokens, bos, windows, cached=False):
+    def context(self, tokens, bos, windows, cached=False, most=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
         windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record 31). One view
         serves all layers with the same span. cached: only the last token is new, the others lie in a cache. Made outside
-        the compiled forward. None if every row is one document without a window.
+        the compiled forward. None if every row is one document without a window. most: no more documents than this, if known
+        without waiting for a GPU.
         """
         s, a = self.settings, self.settings.model.attn
         changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
@@ -821,14 +834,16 @@ class GPT(nn.Module):
         by_span = {}
         for span in {span for i, span in enumerate(layer_spans(s, windows)) if i not in a.drop_layers}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
-            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window)
+            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most)
         views = [by_span.get(span) for span in layer_spans(s, windows)]
         if self.compiled and not cached:
             return Context(*attention.traceable(views, self.scale, query_dim(s)))
         return Context(views, self.scale)
 
-    def view(self, tokens, documents, window):
+    def view(self, tokens, documents, window, most):
         """The prepared view of one window by the backend that system.attention asks for."""
+        if tokens.is_meta:  # shapes only: attend does not look at it
+            return attention.View("dense", None)
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         packed = self.training and s.data.loader == "packed"
@@ -836,9 +851,9 @@ class GPT(nn.Module):
         try:
             backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
                                        tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
-                                       compiled=self.compiled, many_windows=w is not None and w.growth in ("floor", "ceil"))
+                                       compiled=self.compiled, many_windows=w is not None and w.growth in ("floor", "ceil"), passed=self.passed)
             return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
-                                  dtype=matmul_dtype, longest=s.data.max_document if packed else None)
+                                  dtype=matmul_dtype, longest=s.data.max_document if packed else None, most=most)
         except ValueError as error:
             raise UserError(f"system.attention={s.system.attention}: {error}") from None
 

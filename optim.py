@@ -1,8 +1,9 @@
 """Update rules (pure functions) and the engine that reduces, updates and gathers.
 
-Rules: (parameter, gradient, state, hyper) -> (parameter, state), batched over equal shapes. Engine: parameters of one
-rule, role, dtype and shape lie in one contiguous bank, with parameters and gradients as views; a bank is updated by
-everyone, in shards, or by record 6's plan. Padding for the number of processes exists only inside a bank.
+Rules: (parameter, gradient, state, hyper) -> (parameter, state), batched over equal shapes; with an underscore in place, which
+a compiler makes one pass of, or a CUDA graph. Engine: parameters of one rule, role, dtype and shape lie in one contiguous
+bank, with parameters and gradients as views; a bank is updated by everyone, in shards, or by record 6's plan. Padding for the
+number of processes exists only inside a bank. All that a step reads or writes stays where it is in memory.
 """
 
 import math
@@ -36,6 +37,12 @@ def adamw(p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, cor
     return p - (lr * correction2 ** 0.5 / correction1) * m / (v.sqrt() + eps), m, v
 
 
+def adamw_(p, g, m, v, **hyper):
+    """adamw in place: compiled, each of the four is read once and three are written once."""
+    for old, new in zip((p, m, v), adamw(p, g, m, v, **hyper)):
+        old.copy_(new)
+
+
 def muon_direction(g, momentum_buffer, *, momentum, averaged, cut, factor_shape, scale, ns):
     """Muon's update before the learning rate: Nesterov momentum, orthogonalised per matrix, times the shape factor.
 
@@ -54,6 +61,20 @@ def muon_direction(g, momentum_buffer, *, momentum, averaged, cut, factor_shape,
         rows, cols = factor_shape or x.shape[-2:]
         pieces.append(SHAPE_FACTORS[scale](rows, cols) * orthogonalise(x, ns))
     return cut.join(pieces), momentum_buffer
+
+
+def muon_direction_(g, momentum_buffer, busy, *, update_dtype, **how):
+    """muon_direction with the buffer in place. busy: None, or (N, 1, 1): 0 for units that shall stay where they are. Returns the
+    update."""
+    update, buffer = muon_direction(g.to(momentum_buffer.dtype), momentum_buffer, **how)
+    momentum_buffer.copy_(buffer)
+    update = update.to(update_dtype)
+    return update if busy is None else update * busy.to(update.dtype)
+
+
+def muon_(p, g, momentum_buffer, busy, *, lr, **how):
+    """Muon in place: p <- p - lr times the update."""
+    p.sub_(lr * muon_direction_(g, momentum_buffer, busy, **how).to(p.dtype))
 
 
 def orthogonalise(x, ns):
@@ -119,8 +140,9 @@ class Bank:
             p.data = self.param.view(-1)[start:stop].view(p.shape)
             p.grad = self.grad.view(-1)[start:stop].view(p.shape)
             start = stop
-        self.partial = []  # gradients of finished forwards: float32 sum, or the levels of the fixed tree
-        self.state = {}
+        self.sum, self.summed = None, False  # of finished forwards: bfloat16 gradients in float32, and whether there are some
+        self.tree = Tree()  # of finished forwards, with system.reduction=ordered
+        self.state, self.replay = {}, None
         self.label = members[0][1].label
         self.pending = len(members)
         self.work, self.reduced = [], None
@@ -154,6 +176,33 @@ class Tree:
         return self.levels[-1]  # complete: a power of two of leaves was pushed
 
 
+class Replay:
+    """An update as a CUDA graph: run once as it is, which compiles, then captured, and from there on replayed.
+
+    Every call must mean the same tensors at the same places. In the warm-up, so that the clock sees replays only.
+    """
+
+    def __init__(self, pool):
+        self.pool, self.calls, self.again = pool, 0, None
+
+    def __call__(self, update):
+        self.calls += 1
+        if self.calls == 1:
+            update()
+            return
+        if self.again is None:
+            self.again = capture(update, self.pool)
+        self.again()
+
+
+def capture(update, pool):
+    """The kernels of an update as a CUDA graph; returns what runs them. pool: memory that graphs share which run one by one."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's and the loader's threads go on
+        update()
+    return graph.replay
+
+
 # ----- engine -----------------------------------------------------------------------------------------------------
 
 class Engine:
@@ -171,12 +220,16 @@ class Engine:
         comm = s.system.comm if s.system.comm != "auto" else "sharded"
         self.comm = comm if world > 1 else "replicated"
         self.ordered = s.system.reduction == "ordered"
-        self.adamw = torch.compile(adamw, dynamic=False) if compiled else adamw
-        self.direction = torch.compile(muon_direction, dynamic=False) if compiled else muon_direction
-        self.compiled = compiled
+        rules = (adamw_, muon_, muon_direction_)
+        self.adamw, self.muon, self.direction = (torch.compile(f, dynamic=False) for f in rules) if compiled else rules
+        self.compiled, self.numbers = compiled, {}
         self.cut = Cut(joint=s.optim.muon is not None and not s.optim.muon.split_qkv)
         self.banks = self.make_banks(model)
         self.launching = False
+        pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
+        for bank in self.banks:
+            self.make_state(bank)
+            bank.replay = Replay(pool) if s.system.cuda_graphs else None
         self.reset()
         for bank in self.banks:
             for _, p in bank.members:
@@ -204,19 +257,28 @@ class Engine:
         shares = self.comm == "sharded" or (rule == "muon" and self.comm in ("replicated", "bucketed"))
         return self.world > 1 and shares and not own
 
+    def make_state(self, bank):
+        mine = self.mine(bank, bank.param.detach())
+        names = ("momentum_buffer",) if bank.rule == "muon" else ("exp_avg", "exp_avg_sq")
+        state_dtype = bank.param.dtype
+        if bank.rule == "adamw" and self.s.numerics.adam_state != "parameter":
+            state_dtype = dtype(self.s.numerics.adam_state)
+        bank.state = {name: torch.zeros_like(mine, dtype=state_dtype) for name in names}
+
     @torch.no_grad()
     def reset(self):
         """Forget everything but the parameters: state, gradients, counters."""
         self.steps_taken = 0
         for bank in self.banks:
-            mine = self.mine(bank, bank.param)
-            names = ("momentum_buffer",) if bank.rule == "muon" else ("exp_avg", "exp_avg_sq")
-            state_dtype = bank.param.dtype
-            if bank.rule == "adamw" and self.s.numerics.adam_state != "parameter":
-                state_dtype = dtype(self.s.numerics.adam_state)
-            bank.state = {name: torch.zeros_like(mine, dtype=state_dtype) for name in names}
-            bank.grad.zero_()
-            bank.partial, bank.work, bank.reduced, bank.pending = [], [], None, len(bank.members)
+            for tensor in bank.state.values():
+                tensor.zero_()
+            bank.pending = len(bank.members)
+            self.clear(bank)
+
+    def clear(self, bank):
+        """Forget the gradients."""
+        bank.grad.zero_()
+        bank.summed, bank.tree, bank.work = False, Tree(), []
 
     def mine(self, bank, x):
         """The part of a bank-shaped tensor that this process updates (a view)."""
@@ -247,27 +309,34 @@ class Engine:
             return
         for bank in self.banks:
             if self.ordered:
-                bank.partial = bank.partial or [Tree()]
-                bank.partial[0].push(bank.grad.clone())
+                bank.tree.push(bank.grad.clone())
                 bank.grad.zero_()
             elif bank.grad.dtype == torch.bfloat16:
-                fresh = bank.grad.float()
-                bank.partial = [bank.partial[0] + fresh] if bank.partial else [fresh]
-                bank.grad.zero_()
+                self.put_aside(bank)
+
+    def put_aside(self, bank):
+        if bank.sum is None:
+            bank.sum = torch.empty_like(bank.grad, dtype=torch.float32)
+        bank.sum = bank.sum.add_(bank.grad) if bank.summed else bank.sum.copy_(bank.grad)
+        bank.summed = True
+        bank.grad.zero_()
 
     @torch.no_grad()
     def local(self, bank):
         """This process's gradient sum of a bank (float32 if bf16 gradients had to be added up)."""
         if self.ordered:
-            return bank.partial[0].total()
-        return bank.partial[0] + bank.grad if bank.partial else bank.grad
+            return bank.tree.total()
+        if bank.summed:
+            self.put_aside(bank)
+        return bank.sum if bank.summed else bank.grad
 
     @torch.no_grad()
     def launch(self, bank):
         """Start the reduction over processes; finish() waits for it."""
         grad = self.local(bank)
         if self.comm == "sharded":
-            bank.reduced = grad.new_empty((len(grad) // self.world, *grad.shape[1:]))
+            if bank.reduced is None:
+                bank.reduced = grad.new_empty((len(grad) // self.world, *grad.shape[1:]))
             bank.work = [reduce_scatter(bank.reduced, grad, op=dist.ReduceOp.SUM, async_op=True)]
             return
         bank.reduced = grad
@@ -300,11 +369,11 @@ class Engine:
         if self.s.optim.grad_clip is None:
             return None
         squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for _, g in grads])
-        partial = torch.tensor([bank.own or (self.comm == "sharded" and not self.ordered) for bank in self.banks])
-        total = squares[partial].sum()
-        if partial.any():
+        partial = [bank.own or (self.comm == "sharded" and not self.ordered) for bank in self.banks]
+        total, whole = (sum((x for x, p in zip(squares, partial) if p == kind), squares.new_zeros(())) for kind in (True, False))
+        if any(partial):
             dist.all_reduce(total)
-        total = total + squares[~partial].sum()
+        total = total + whole
         return (self.s.optim.grad_clip / total.sqrt()).clamp(max=1.0)
 
     # ----- updates
@@ -322,52 +391,57 @@ class Engine:
         gathers = []
         for bank, (grad, _) in zip(self.banks, grads):
             if factor is not None:
-                grad = grad * factor.to(grad.dtype)
+                grad.mul_(factor.to(grad.dtype))
             self.update(bank, grad, plan)
             if self.is_shared(bank.rule, bank.own):
                 gathers.append(all_gather(bank.param, self.mine(bank, bank.param).clone(), async_op=True))
         for work in gathers:
             work.wait()
         for bank in self.banks:
-            bank.grad.zero_()
-            bank.partial, bank.work, bank.reduced = [], [], None
+            self.clear(bank)
 
-    def number(self, value):
-        """A per-step number for a rule; compiled rules get a tensor, so that a new value does not recompile them."""
-        return torch.tensor(value, dtype=torch.float64) if self.compiled else value  # 0-d: it promotes nothing
+    def number(self, bank, name, value):
+        """A per-step number for a rule. Compiled rules get a 0-d tensor, so that a new value does not recompile them (0-d: it
+        promotes nothing); graphs one on the device that stays where it is."""
+        if bank.replay is None:
+            return torch.tensor(value, dtype=torch.float64) if self.compiled else value
+        key = (bank.rule, bank.role, name)
+        if key not in self.numbers:
+            self.numbers[key] = torch.zeros((), dtype=torch.float64, device=bank.param.device)
+        return self.numbers[key].fill_(value)
 
     def update(self, bank, grad, plan):
-        o, n = self.s.optim, self.s.numerics
-        if bank.rule == "adamw":
-            a, group = o.adam, getattr(o, bank.role)
-            t = self.steps_taken
-            p = self.mine(bank, bank.param)
-            new = self.adamw(p, grad, bank.state["exp_avg"], bank.state["exp_avg_sq"],
-                             lr=self.number(group.lr * plan.lr_factor), decay=getattr(group, "weight_decay", 0.0),
-                             beta1=a.beta1, beta2=a.beta2, eps=a.eps,
-                             eps_after_correction=a.eps_after_correction, correction1=self.number(1 - a.beta1 ** t),
-                             correction2=self.number(1 - a.beta2 ** t), math_dtype=dtype(n.adam))
-            for old, value in zip((p, bank.state["exp_avg"], bank.state["exp_avg_sq"]), new):
-                old.copy_(value)
-            return
-        ns = (o.muon.ns_steps, n, self.ordered, self.s.system.kernels.muon == "triton")
-        update, buffer = self.direction(grad.to(bank.param.dtype), bank.state["momentum_buffer"],
-                                        momentum=self.number(plan.momentum), averaged=o.muon.averaged,
-                                        cut=self.cut_of(bank), factor_shape=self.factor_shape(bank),
-                                        scale=o.muon.scale, ns=ns)
-        bank.state["momentum_buffer"].copy_(buffer)
-        update = update.to(dtype(n.muon_update))
-        if bank.loads is not None and not o.muon.move_idle:
-            update = update * self.mine(bank, bank.busy()).to(update.dtype)
-        lr = o.muon.lr * plan.lr_factor
-        if self.comm == "allreduce_updates":  # record 6: zeros elsewhere, one sum brings everyone all updates
+        p = self.mine(bank, bank.param)
+        update = self.adamw_update(bank, p, grad, plan) if bank.rule == "adamw" else self.muon_update(bank, p, grad, plan)
+        bank.replay(update) if bank.replay is not None else update()
+
+    def adamw_update(self, bank, p, grad, plan):
+        """The update of an AdamW bank, as a function without arguments."""
+        a, group, t = self.s.optim.adam, getattr(self.s.optim, bank.role), self.steps_taken
+        hyper = dict(lr=self.number(bank, "lr", group.lr * plan.lr_factor), decay=getattr(group, "weight_decay", 0.0),
+                     beta1=a.beta1, beta2=a.beta2, eps=a.eps, eps_after_correction=a.eps_after_correction,
+                     correction1=self.number(bank, "correction1", 1 - a.beta1 ** t),
+                     correction2=self.number(bank, "correction2", 1 - a.beta2 ** t), math_dtype=dtype(self.s.numerics.adam))
+        return lambda: self.adamw(p, grad, *bank.state.values(), **hyper)
+
+    def muon_update(self, bank, p, grad, plan):
+        o, n = self.s.optim.muon, self.s.numerics
+        hyper = dict(momentum=self.number(bank, "momentum", plan.momentum), averaged=o.averaged, cut=self.cut_of(bank),
+                     factor_shape=self.factor_shape(bank), scale=o.scale, update_dtype=dtype(n.muon_update),
+                     ns=(o.ns_steps, n, self.ordered, self.s.system.kernels.muon == "triton"))
+        lr, buffer = self.number(bank, "lr", o.lr * plan.lr_factor), bank.state["momentum_buffer"]
+
+        def busy():
+            return self.mine(bank, bank.busy()) if bank.loads is not None and not o.move_idle else None
+
+        def spread():  # record 6: zeros elsewhere, one sum brings everyone all updates
+            update = self.direction(grad, buffer, busy(), **hyper)
             whole = torch.zeros_like(bank.param, dtype=update.dtype)
             self.mine(bank, whole).copy_(update)
             dist.all_reduce(whole)
             bank.param.sub_(lr * whole.to(bank.param.dtype))
-        else:
-            p = self.mine(bank, bank.param)
-            p.sub_(lr * update.to(p.dtype))
+
+        return spread if self.comm == "allreduce_updates" else lambda: self.muon(p, grad, buffer, busy(), lr=lr, **hyper)
 
     def factor_shape(self, bank):
         """(rows, cols) that enter Muon's shape factor, where they are not those of the stored matrix (record 27)."""

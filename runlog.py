@@ -25,7 +25,7 @@ PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chai
 
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
-    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py", "memory.py", "debug.py"]
     return fixed + [f"{folder}/{path.name}" for folder in ("kernels", "data") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
@@ -123,8 +123,8 @@ def render(event):
     if kind == "reset" and "compile" in event:
         spent = sum(value for name, value in event["compile"].items() if name.endswith("_s"))
         start, warmup = event["start_ms"] / 1000, event["warmup_ms"] / 1000
-        return [f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} graphs "
-                f"({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"]
+        return [f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} "
+                f"graphs ({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"]
     if kind == "validation":
         ms, step = event["train_time_ms"], event["step"]
         return [f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "

@@ -426,7 +426,8 @@ class Kernels:
     bench/results shows another one to be faster on the card."""
     loss: Literal["auto", "whole", "chunks", "triton"] = opt(
         "auto", "head and cross entropy: all logits at once; chunks of tokens, whose logits the backward pass makes again, so "
-                "that they never exist in full; the same with fused Triton kernels. auto: whole")
+                "that they never exist in full; the same with fused Triton kernels. auto: whole, or on CUDA in chunks if they "
+                "do not fit otherwise (memory.py)")
     muon: Literal["auto", "torch", "triton"] = opt(
         "auto", "Newton-Schulz: whole products, or half of each symmetric one and its mirror image (record 27). auto: torch",
         needs="optim.muon")
@@ -449,13 +450,16 @@ class System:
     expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel "
                                        "(all-to-all); off: all processes keep all experts", off=False, needs="model.mlp.moe")
     kernels: Kernels = opt(Kernels, "implementations of operations")
+    cuda_graphs: bool = opt(False, "each update of the optimizer as a CUDA graph, captured in the warm-up", off=False)
     comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
         "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
                 "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
     ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, on CUDA as many as "
-                                   "make 65,536 tokens")
+                                   "make 65,536 tokens, or fewer if memory.py finds that they do not fit")
+    recompute: Literal["auto", "on", "off"] = opt("auto", "blocks keep nothing for the backward pass, which goes through them "
+                                                          "again; auto: if it does not fit otherwise (memory.py), on CUDA")
     warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3, compiled also one of each window")
     warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
 
@@ -652,6 +656,12 @@ def check(s):
             "system.reduction=ordered sums logical ranks one by one: leave system.ranks_per_forward at 0 or 1")
     require(s.system.reduction == "ordinary" or s.system.comm != "allreduce_updates",
             "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
+    require(s.system.recompute != "on" or not m.mlp.moe,
+            "system.recompute=on would count the loads of the experts twice: leave it off with model.mlp.moe")
+    require(not s.system.cuda_graphs or s.system.comm != "allreduce_updates",
+            "system.cuda_graphs does not capture communication: choose another system.comm than allreduce_updates")
+    require(not s.system.cuda_graphs or s.system.warmup_steps not in (0, 1),
+            f"system.cuda_graphs are captured in the second untimed step: system.warmup_steps = {s.system.warmup_steps} is too few")
     require(s.system.kernels.muon != "triton" or s.numerics.newton_schulz_form == "factored",
             "system.kernels.muon=triton computes the factored form: set numerics.newton_schulz_form=factored, or leave it")
     require(s.system.kernels.mlp != "triton" or not m.bias, "system.kernels.mlp=triton has no bias: set model.bias=false")

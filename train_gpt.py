@@ -29,6 +29,7 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
         print_plan(resolved)
         raise SystemExit(0)
 
+import contextlib
 import dataclasses
 import hashlib
 import math
@@ -38,11 +39,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import memory
 from data.corpus import corpus_for, default_cache
 from data.shards import corpus_digest, val_digest
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
+from debug import no_host_reads
 from kernels import compiler
-from kernels.device import refusal
+from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
 
@@ -141,24 +144,26 @@ def find_corpus(options, resolved):
     return found
 
 
-def to_rows(batch, seq_len, device):
-    """int32 (ranks, B + 1) -> inputs and targets (ranks, B / seq_len, seq_len), int64, on the device."""
+def to_rows(batch, seq_len, device, bos):
+    """int32 (ranks, B + 1) -> inputs and targets (ranks, B / seq_len, seq_len), int64, on the device; and for each rank how many
+    documents its rows hold at most (each begins with token `bos` or a row), counted here where nothing has to wait."""
+    documents = [int(n) + (batch.shape[1] - 1) // seq_len for n in (batch[:, :-1] == bos).sum(1)]
     batch = torch.from_numpy(batch)
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
     batch = batch.long()
-    return (batch[:, :-1].reshape(len(batch), -1, seq_len), batch[:, 1:].reshape(len(batch), -1, seq_len))
+    return batch[:, :-1].reshape(len(batch), -1, seq_len), batch[:, 1:].reshape(len(batch), -1, seq_len), documents
 
 
 # ----- steps --------------------------------------------------------------------------------------------------------
 
-def train_step(run, step_plan, inputs, targets, before_step=None):
+def train_step(run, step_plan, inputs, targets, documents, before_step=None):
     """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
 
-    inputs, targets: (ranks, rows, T). Each forward's loss is its mean over tokens times its share of the eight ranks,
-    so that the gradients of all forwards and processes add up to the mean over logical ranks; with train_loss `sum`, to
-    the mean over logical ranks of their sums. before_step: called when the gradients are there and before they are
-    reduced (warm-up only).
+    inputs, targets (ranks, rows, T) and documents as to_rows gives them. Each forward's loss is its mean over tokens times
+    its share of the eight ranks, so that the gradients of all forwards and processes add up to the mean over logical ranks;
+    with train_loss `sum`, to the mean over logical ranks of their sums. before_step: called when the gradients are there and
+    before they are reduced (warm-up only).
     """
     total, at_once, engine = 0.0, run.at_once, run.engine
     forwards = range(0, len(inputs), at_once)
@@ -169,7 +174,8 @@ def train_step(run, step_plan, inputs, targets, before_step=None):
     for first in forwards:
         engine.expect(last=first == forwards[-1] and before_step is None)
         x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)
-        loss = run.compiled(x, y, run.model.context(x, run.corpus.bos, step_plan.windows)).mean()
+        context = run.model.context(x, run.corpus.bos, step_plan.windows, most=sum(documents[first:first + at_once]))
+        loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
         engine.collect()
         total = total + loss.detach()
@@ -267,7 +273,7 @@ def warm_up(run, seed):
             if s.data.max_document:  # no document may be longer, random ones neither
                 batch[:, ::s.data.max_document] = run.corpus.bos
         marks, last = {}, n == len(steps) - 1
-        loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device),
+        loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device, run.corpus.bos),
                           before_step=(lambda: marks.update(gradient_marks(run.engine))) if last else None)
         if last:
             run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
@@ -304,14 +310,18 @@ class Progress:
     def __init__(self, world, s):
         self.active = world.main and sys.stderr.isatty()
         self.steps, self.tokens, self.shown = s.schedule.steps, tokens_per_step(s), 0.0
+        self.loss = None
 
     def show(self, step, loss, clock_ms):
+        """The loss is that of the last time: it has arrived on the host since, and nothing need wait for it."""
         if not self.active or time.perf_counter() - self.shown < 0.5:
             return
-        self.shown = time.perf_counter()
+        self.shown, last = time.perf_counter(), self.loss
+        self.loss = loss.to("cpu", non_blocking=True)
         rate = step * self.tokens / max(clock_ms, 1e-9) * 1000
         left = (self.steps - step) * self.tokens / max(rate, 1e-9)
-        print(f"\r  step {step}/{self.steps}  train loss {float(loss):.4f}  {rate:,.0f} tokens/s  {left:.0f} s left   ",
+        known = "" if last is None else f"train loss {last.numpy():.4f}  "
+        print(f"\r  step {step}/{self.steps}  {known}{rate:,.0f} tokens/s  {left:.0f} s left   ",
               end="", file=sys.stderr, flush=True)
 
     def clear(self):
@@ -362,7 +372,12 @@ def train(resolved, options):
     if s.system.reduction == "ordered" and world.cuda:
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
     check_kernels(s, world.device)
-    compile_it = s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
+    held = None
+    if world.cuda:
+        s, held = memory.fit(s, len(world.ranks), torch.cuda.get_device_properties(world.device).total_memory, world.size)
+    compile_it = compiles(s, world)
+    if options.check_sync and compile_it and not world.cuda:
+        raise UserError("--check-sync looks at the operations of a CPU one by one: add --set system.compile=off")
     cache_file = prepare_compiler(options, world, compile_it)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
@@ -381,12 +396,15 @@ def train(resolved, options):
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
-    about = describe(resolved, options, world, corpus, model, engine, used, plans)
+    about = describe(resolved, options, world, corpus, model, engine, used, plans, held)
+    if options.strict and about["fallbacks"]:
+        raise UserError(f"{about['fallbacks'][0]} (--strict)")
     log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
-    log.start(about, deltas.plain(s))
+    log.start(about, deltas.plain(resolved.settings))
     world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
-              f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}")
+              f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}",
+              *(f"slower than it could be: {line}" for line in about["fallbacks"]))
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
     try:
         warm_up(run, options.seed)
@@ -402,6 +420,10 @@ def train(resolved, options):
     return finish(status, run, resolved, options)
 
 
+def compiles(s, world):
+    return s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
+
+
 def out_of_memory(run, error):
     """One line: how much was asked for, and the setting that lowers it most without changing the record."""
     said = str(error).split(". ")[0]
@@ -409,6 +431,8 @@ def out_of_memory(run, error):
         remedy = "--set system.kernels.loss=chunks, so that the head's logits never exist in full"
     elif run.at_once > 1:
         remedy = f"--set system.ranks_per_forward={run.at_once // 2} (now {run.at_once})"
+    elif run.s.system.recompute != "on" and not run.s.model.mlp.moe:
+        remedy = "--set system.recompute=on, so that the blocks keep nothing for the backward pass"
     elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.engine.comm == "sharded"):
         remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
     else:
@@ -431,7 +455,9 @@ def prepare_compiler(options, world, compile_it):
 
 
 def check_kernels(s, device):
-    """UserError if a Triton kernel is asked for that cannot run on the device."""
+    """UserError if a kernel is asked for that cannot run on the device."""
+    if s.system.cuda_graphs and device.type != "cuda":
+        raise UserError(f"system.cuda_graphs needs CUDA, and this is {device.type}: leave it off")
     for field in dataclasses.fields(s.system.kernels):
         used = s.numerics.newton_schulz if field.name == "muon" else s.numerics.matmul
         why = getattr(s.system.kernels, field.name) == "triton" and refusal(device, getattr(torch, used))
@@ -439,16 +465,29 @@ def check_kernels(s, device):
             raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 
 
-def describe(resolved, options, world, corpus, model, engine, used, plans):
-    """What the log says about a run before it starts."""
-    s = resolved.settings
+def fallbacks(model, world):
+    """What runs in a slower way than the record and this device allow, a line each. To be asked after all windows were seen."""
+    s, found = model.settings, sorted(model.passed)
+    if s.numerics.fp8_head and not (world.cuda and capability(world.device) >= FP8_SINCE):
+        found.append("numerics.fp8_head is computed in its reference form: 8-bit products need compute capability 8.9")
+    if world.cuda and not compiles(s, world):
+        found.append("nothing is compiled: system.compile is off")
+    if world.cuda and model.mixtures() and s.system.experts == "padded":
+        found.append("experts are multiplied in padded blocks: system.experts is padded")
+    return found
+
+
+def describe(resolved, options, world, corpus, model, engine, used, plans, held):
+    """What the log says about a run before it starts. held: memory.Estimate, or None."""
+    s = resolved.settings  # those of the model may have been fitted to the GPU
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
             "changes": list(resolved.changes), "registered": options.registered, "numerics_version": NUMERICS_VERSION,
             "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
             "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
-            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans), "comm": engine.comm,
+            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
+            "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None, "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
             **runlog.machine()}
 
@@ -473,10 +512,11 @@ class Run:
         self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
-        self.profiler = None
+        self.profiler, self.check_sync = None, options.check_sync
+        self.progress = Progress(world, s)
 
     def loop(self):
-        s, progress = self.s, Progress(self.world, self.s)
+        s, progress = self.s, self.progress
         self.clock.start()  # before the loader exists: nothing it does is free
         self.stream = Stream(self.corpus, ranks=self.world.ranks, **stream_arguments(s))
         self.batches = Prefetch(self.stream, len(self.plans))
@@ -488,11 +528,11 @@ class Run:
             if step == len(self.plans):
                 return "finished"
             self.trace(step)
-            inputs, targets = to_rows(self.batches.next(), s.data.seq_len, self.world.device)
-            loss = train_step(self, self.plans[step], inputs, targets)
-            self.train_losses.append(loss)
+            with no_host_reads(self.world.cuda, f"step {step}") if self.check_sync else contextlib.nullcontext():
+                rows = to_rows(self.batches.next(), s.data.seq_len, self.world.device, self.corpus.bos)
+                self.train_losses.append(train_step(self, self.plans[step], *rows))
+                progress.show(step + 1, self.train_losses[-1], self.clock.read_ms())
             self.steps_done = step + 1
-            progress.show(step + 1, loss, self.clock.read_ms())
 
     def validate(self, step, limit=None):
         """Validation loss with the windows that belong to this step."""
@@ -586,12 +626,14 @@ def finish(status, run, resolved, options):
     state = run.model.whole_state() if options.save else None
     if options.save and world.main:
         path = log.folder / "checkpoint.pt"
-        torch.save({"model": state, "settings": deltas.plain(s), "tokenizer": run.corpus.tokenizer,
+        torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
                     "val_loss": results["val_loss"]}, path)
         world.say(f"checkpoint: {path}")
     world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:
         world.say(f"log: {log.folder}")
+    if options.strict and results["graphs_in_clock"]:
+        raise UserError(f"{results['graphs_in_clock']} graphs were compiled while the clock ran (--strict)")
     return MISSED if reached is False else REACHED
 
 

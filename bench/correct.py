@@ -13,6 +13,8 @@ import measure
 import torch
 import torch._dynamo
 
+import deltas
+import schedule
 from kernels import attention, experts, symmetric
 from kernels.attention import Window
 from kernels.cross_entropy import linear_cross_entropy
@@ -20,6 +22,8 @@ from kernels.device import refusal
 from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
+from model import GPT
+from optim import Engine
 from settings import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,7 +70,8 @@ def attention_checks():
                     shape = rows, tokens, heads, width, value
                     yield label, compare_attention(backend, ids, window, *shape, dtype), dtype
                     if backend in attention.FLASH:
-                        yield label + ", compiled", compare_attention(backend, ids, window, *shape, dtype, compiled=True), dtype
+                        error = compare_attention(backend, ids, window, *shape, dtype, compiled=True)
+                        yield label + ", compiled", error, dtype
 
 
 def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False):
@@ -138,6 +143,26 @@ def muon_check():
     return "newton_schulz", relative(newton_schulz(g), exact) / 16, torch.bfloat16
 
 
+def graph_check(ref, precision):
+    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal gradients."""
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+    if DEVICE.type != "cuda":
+        return f"optimizer of {ref} as CUDA graphs", "needs CUDA, and this is cpu", dtype
+    ends = []
+    for graphs in ("false", "true"):
+        s = deltas.resolve(ref, scale="micro", sets=[f"system.precision={precision}", f"system.cuda_graphs={graphs}"]).settings
+        model = GPT(s).to(DEVICE)
+        model.initialise(0)
+        engine = Engine(model, s, compiled=True)
+        for i, plan in enumerate(schedule.plan(s)[:6]):
+            generator = torch.Generator(DEVICE).manual_seed(i)
+            for bank in engine.banks:
+                bank.grad.normal_(0.0, 0.01, generator=generator)
+            engine.step(plan)
+        ends.append(torch.cat([p.detach().flatten().double() for p in model.parameters()]))
+    return f"optimizer of {ref} as CUDA graphs", relative(*ends), dtype
+
+
 def main():
     p = argparse.ArgumentParser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
@@ -146,7 +171,8 @@ def main():
     torch._dynamo.config.recompile_limit = 64  # FlexAttention: beyond it an eager one would run, and say nothing
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     rows, wrong = [], 0
-    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), fp8_check(), muon_check()]:
+    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), fp8_check(), muon_check(),
+                               *(graph_check(ref, p) for ref in ("short/11", "short/33") for p in ("float32", "record"))]:
         kind = str(dtype).removeprefix("torch.")
         if isinstance(found, str):
             rows.append({"check": name, "dtype": kind, "not_run": found})

@@ -43,14 +43,15 @@ class Case:
         self.corpus = corpus_for(scale, data)
         self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
-        self.x, self.y = to_rows(batch, s.data.seq_len, device)
+        self.x, self.y, self.documents = to_rows(batch, s.data.seq_len, device, self.corpus.bos)
 
     def gradients(self):
         self.model.begin_step()
         for i in range(0, 8, self.at_once):
             self.engine.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
-            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows)).mean().backward()
+            most = sum(self.documents[i:i + self.at_once])
+            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows, most=most)).mean().backward()
             self.engine.collect()
 
     def update(self):

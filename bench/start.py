@@ -1,9 +1,9 @@
 """Seconds until the clock starts, and where they go: `python bench/start.py [RECORD ...] [--scale full] [--out JSON]`.
 
-Each record is started three times by train_gpt.py, in processes of their own: cold (compiler caches empty), warm (the same caches
-again) and file (caches empty, but --compile-cache FILE of the cold one). Wall seconds are the log's and add up to `start`; other
-programs stretch them. CPU seconds are of the trainer with all its children, its few steps and validations included. On a CPU
-the model is compiled too (system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
+Each record is started three times by train_gpt.py, in processes of their own: cold (compiler caches empty), warm (the same
+caches again) and file (caches empty, but --compile-cache FILE of the cold one). Wall seconds are the log's and add up to `start`;
+other programs stretch them. CPU seconds are of the trainer with all its children, its few steps and validations included. On a
+CPU the model is compiled too (system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main():
     p = argparse.ArgumentParser(prog="bench/start.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=steps.LANDMARKS, metavar="RECORD")
     p.add_argument("--scale", default="full")
-    p.add_argument("--steps", type=int, default=12, help="of each training: its schedule has all windows, its time is not measured")
+    p.add_argument("--steps", type=int, default=12, help="of each training: how many of the windows its schedule meets")
     p.add_argument("--nproc", type=int, default=1)
     p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in train_gpt.py, for every record")
@@ -66,7 +66,8 @@ def main():
     if not torch.cuda.is_available() and not any(x.startswith("system.compile=") for x in o.set):
         o.set.append("system.compile=on")
     rows, failed = [], []
-    print(f"{'seconds':16}" + "".join(f"{name:>11}" for name in ("start", *PARTS, "cpu")) + f"{'graphs':>8}{'hits':>6}", flush=True)
+    columns = "".join(f"{name:>11}" for name in ("start", *PARTS, "cpu"))
+    print(f"{'seconds':16}{columns}{'graphs':>8}{'hits':>6}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         data = Path(o.data or scratch)
         if o.data is None and o.scale in ("full", "small"):

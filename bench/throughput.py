@@ -38,7 +38,7 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     forward = torch.compile(model, dynamic=False) if compiled else model
     corpus = sample_corpus()
     batch = Stream(corpus, ranks=range(8), **stream_arguments(s)).next()
-    x, y = to_rows(batch, s.data.seq_len, torch.device("cpu"))
+    x, y, _ = to_rows(batch, s.data.seq_len, torch.device("cpu"), corpus.bos)
 
     def step():
         for i in range(0, 8, at_once):

@@ -80,11 +80,11 @@ def binding(window, tokens):
 # ----- choosing a backend -----------------------------------------------------------------------------------------
 
 def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
-           many_windows=False):
+           many_windows=False, passed=None):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
     documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile.
-    many_windows: the window changes often over the run. ValueError, one line: why the requested backend cannot do this; no
+    many_windows: the window changes often over the run. passed: a set that is told why faster ones were passed over. ValueError, one line: why the requested backend cannot do this; no
     backend ever leaves out a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
@@ -95,6 +95,8 @@ def choose(requested, device, *, documents, window, tokens, requires_grad=True, 
         why = refusal(backend, device, window, requires_grad, dtype, compiled)
         if why is None:
             return backend
+        if passed is not None:
+            passed.add(f"attention backend {backend} {why}")
     raise ValueError(f"attention backend {backend} {why}")
 
 
@@ -143,13 +145,14 @@ def refusal(backend, device, window, requires_grad, dtype, compiled):
 
 # ----- preparing and attending ------------------------------------------------------------------------------------
 
-def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None):
+def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None, most=None):
     """Prepare attention for one forward pass, outside what is compiled.
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
     `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
     longest: promise that no document has more tokens; banded looks no further back (and checks it), and what varlen hands to
-    a compiler stay the same. ValueError if it is broken.
+    a compiler stay the same. ValueError if it is broken, on CUDA an assertion of the device. most: promise that there are no
+    more documents, counted by whoever still has the tokens on the host: varlen need not wait for the GPU to count them.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -158,6 +161,8 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
         if why is not None:
             raise ValueError(f"attention backend {backend} {why}")
     window = binding(window, tokens)
+    if backend in FLASH:
+        return View(backend, prepare_varlen(documents, window, rows, tokens, device, longest, most))
     return View(backend, PREPARE[backend](documents, window, rows, tokens, device, dtype, longest))
 
 
@@ -166,9 +171,26 @@ def attend(q, k, v, view=None, scale=None):
 
     view: from `view`; None: plain causal attention. scale: factor of the logits, default 1/sqrt(K).
     """
+    if q.is_meta:
+        return ShapesOnly.apply(q, k, v)
     if view is None:
         return attend_dense(q, k, v, None, scale)
     return ATTEND[view.backend](q, k, v, view.plan, scale)
+
+
+class ShapesOnly(torch.autograd.Function):
+    """Attention of tensors without values: it keeps for the backward pass what FlashAttention keeps."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        y = v.new_empty(*q.shape[:3], v.size(-1))
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))  # the last: log-sum-exps
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, _, _ = ctx.saved_tensors
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def attend_cached(q, k, v, documents=None, window=CAUSAL, scale=None):
@@ -211,23 +233,33 @@ def power_of_two(n):
     return 1 << (n - 1).bit_length()
 
 
-def document_starts(documents):
-    """Index in the flattened (R T,) tokens of the first token of every document; a row starts a new one."""
+def begins_document(documents):
+    """Which of the flattened (R T,) tokens is the first one of a document; a row starts a new one."""
     first = torch.ones_like(documents, dtype=torch.bool)
     first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return first.flatten().nonzero().flatten()
+    return first.flatten()
+
+
+def document_starts(documents):
+    """Index in the flattened (R T,) tokens of the first token of every document."""
+    return begins_document(documents).nonzero().flatten()
 
 
 def document_lengths(starts, total):
     return torch.diff(starts, append=starts.new_tensor([total]))
 
 
-def longest_document(documents, promised):
-    """Tokens of the longest. ValueError if it has more than promised."""
-    longest = int(document_lengths(document_starts(documents), documents.numel()).max())
-    if promised is not None and longest > promised:
+def check_longest(documents, promised):
+    """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an assertion there."""
+    tokens = documents.size(1)
+    if promised >= tokens:
+        return
+    broken = (documents[:, promised:] == documents[:, :tokens - promised]).any()  # two tokens that far apart in one document
+    if documents.is_cuda:
+        torch._assert_async(~broken)
+    elif broken:
+        longest = int(document_lengths(document_starts(documents), documents.numel()).max())
         raise ValueError(f"a document of {longest} tokens where none should have more than {promised}")
-    return longest
 
 
 # ----- dense ------------------------------------------------------------------------------------------------------
@@ -268,7 +300,7 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, longest, orig
     """origin: (R,) position of the first token of each row, for block windows in rows that are documents."""
     far = reach(window, tokens)
     if documents is not None and longest is not None:
-        longest_document(documents, longest)
+        check_longest(documents, longest)
         far = min(far, longest - 1)
     width = min(block_width(far), round_up(tokens, UNIT))
     count, span = -(-tokens // width), round_up(width + far, UNIT)
@@ -415,37 +447,40 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 class Varlen(NamedTuple):
     ends: torch.Tensor  # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
     longest: int
-    window: tuple  # FlashAttention's (left, right); from `traceable` CPU tensors (1,): left (int64), softmax scale (float64)
+    window: tuple  # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
 
 
-def prepare_varlen(documents, window, rows, tokens, device, dtype, longest):
+def prepare_varlen(documents, window, rows, tokens, device, longest, most):
     """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler sees stay."""
     total = rows * tokens
     if documents is None:
-        starts, longest = torch.arange(rows, device=device) * tokens, tokens
+        first = (torch.arange(total, device=device) % tokens) == 0
+        longest, most = tokens, rows
     else:
-        starts, longest = document_starts(documents), min(tokens, longest or tokens)
-    room = -(-(total // 300 + 1) // 128) * 128
-    ends = torch.full((max(room, power_of_two(len(starts) + 1)),), total, dtype=torch.int32, device=device)
-    ends[:len(starts)] = starts.to(torch.int32)
+        first, longest = begins_document(documents), min(tokens, longest or tokens)
+    most = int(first.sum()) if most is None else most
+    room = max(-(-(total // 300 + 1) // 128) * 128, power_of_two(most + 1))
+    number = torch.arange(1, room + 1, dtype=torch.int32, device=device)  # the i-th document begins where i have begun
+    ends = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)
     return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
 
 
 def traceable(views, scale, width):
-    """(views, softmax scale) of the layers of one forward, for a compiled one: with FlashAttention windows and scale are tensors.
+    """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are tensors.
 
-    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model, in
-    validation four. As CPU tensors of one element, which `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes
-    for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees the same
-    inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing changes.
+    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model,
+    in validation four. As CPU tensors of one element, which `varlen` reads on the host, they are inputs of one (0-d ones dynamo
+    takes for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees
+    the same inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing changes.
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]
     if not plans or len(plans) < sum(view is not None for view in views):
         return views, scale
     scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
-    return [view and View(view.backend, Varlen(plans[0].ends, view.plan.longest, (torch.tensor(view.plan.window[:1]), scale)))
-            for view in views], None
+    ends, plans = plans[0].ends, [view and view.plan for view in views]
+    return [plan and View(view.backend, Varlen(ends, plan.longest, (torch.tensor(plan.window[:1]), scale)))
+            for view, plan in zip(views, plans)], None
 
 
 def attend_varlen(q, k, v, plan, scale):
@@ -463,7 +498,7 @@ def attend_varlen(q, k, v, plan, scale):
 
 
 def torchs_varlen():
-    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; the arguments used here are those of torch 2.11 to 2.13."""
+    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments used here."""
     import torch.nn.attention.varlen  # noqa: F401  (defines them)
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
@@ -476,7 +511,8 @@ def varlen(q, k, v, ends, longest, left, scale):
 
 def varlen_gradient(g, q, k, v, ends, longest, left, scale, y, lse, state):
     left = int(left)
-    return torchs_varlen()[1](g, q, k, v, y, lse, ends, ends, longest, longest, left < 0, state, float(scale), [left, 0])
+    run = torchs_varlen()[1]
+    return run(g, q, k, v, y, lse, ends, ends, longest, longest, left < 0, state, float(scale), [left, 0])
 
 
 varlen_op = torch.library.custom_op(
@@ -484,8 +520,8 @@ varlen_op = torch.library.custom_op(
     schema="(Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale) -> (Tensor, Tensor, Tensor)")
 varlen_gradient_op = torch.library.custom_op(
     "speedrun::varlen_gradient", varlen_gradient, mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale, Tensor y, Tensor lse, "
-           "Tensor state) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale, Tensor y, "
+           "Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
 
 
 @varlen_op.register_fake
@@ -538,7 +574,6 @@ def activation_failure(implementation):
     return None
 
 
-PREPARE = {"dense": prepare_dense, "documents": prepare_documents, "banded": prepare_banded, "flex": prepare_flex,
-           "varlen": prepare_varlen, "flash3": prepare_varlen, "flash4": prepare_varlen}
+PREPARE = {"dense": prepare_dense, "documents": prepare_documents, "banded": prepare_banded, "flex": prepare_flex}
 ATTEND = {"dense": attend_dense, "documents": attend_documents, "banded": attend_banded, "flex": attend_flex,
           "varlen": attend_varlen, "flash3": attend_varlen, "flash4": attend_varlen}

@@ -1,7 +1,7 @@
 """torch.compile's surroundings: where it keeps what it made, what it spent its seconds on, one file to take along.
 
-The settings say whether something is compiled; nothing here imports the compiler before that. All of it is about time: what a
-graph computes does not depend on it.
+The settings say whether something is compiled; nothing here imports the compiler before that. All of it is about time: what
+a graph computes does not depend on it.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ PARTS_KEPT = 16  # of each process: as many runs that had something new to compi
 # ----- before anything is compiled ----------------------------------------------------------------------------------
 
 def prepare(cache, cuda):
-    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders) and start the workers.
+    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start the workers.
 
-    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code, take
-    seconds to start: they do it while data and model are made. The processes of one machine share out its cores, as each of
-    them compiles. On a CPU the kernels are C++ and no worker has anything to do. UserError if the folder cannot be made.
+    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
+    take seconds to start: they do it while data and model are made. The processes of one machine share out its cores, as each
+    of them compiles. On a CPU the kernels are C++ and no worker has anything to do. UserError if the folder cannot be made.
     """
     for variable, name in FOLDERS.items():
         folder = Path(cache) / "compiled" / name
@@ -36,12 +36,13 @@ def prepare(cache, cuda):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder you "
-                                "may write") from None
+                raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
+                                "you may write") from None
             os.environ[variable] = str(folder.absolute())
     beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if beside > 1:  # torch's own default: as many as there are cores, at most 32, in every process
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(32, (os.cpu_count() or 1) // beside))))
+        threads = max(1, min(32, (os.cpu_count() or 1) // beside))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if not cuda:
         os.environ.setdefault("TORCH_WARM_POOL", "0")
         return
@@ -54,10 +55,11 @@ def prepare(cache, cuda):
 def account():
     """Where the compiler's time went in this process so far; None if it compiled nothing.
 
-    Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source code (AOTAutograd and
-    Inductor; with a warm cache what reading it took), kernels_s making machine code (C++ or Triton, waiting for workers included)
-    and loading it, autotune_s trying out Triton configurations at the first run. hits, misses: graphs found in the cache (code for
-    forward and backward) or not; a graph that dynamo had to begin again is missed twice. Triton kernels of kernels/ are not in it.
+    Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source code (AOTAutograd
+    and Inductor; with a warm cache what reading it took), kernels_s making machine code (C++ or Triton, waiting for workers
+    included) and loading it, autotune_s trying out Triton configurations at the first run. hits, misses: graphs found in the
+    cache (code for forward and backward) or not; a graph that dynamo began again is missed twice. Triton kernels of kernels/
+    are not in it.
     """
     utils = sys.modules.get("torch._dynamo.utils")  # who does not compile has none
     if utils is None or not utils.counters["stats"]["unique_graphs"]:
@@ -67,7 +69,8 @@ def account():
         "_compile.compile_inner", "OutputGraph.call_user_compiler", "backward._backward_impl", "PyCodeCache.load_by_key_path",
         "CachingAutotuner.benchmark_all_configs"))
     found = utils.counters["aot_autograd"]
-    parts = {"dynamo_s": frames - backends, "inductor_s": backends + backward - kernels, "kernels_s": kernels, "autotune_s": autotune}
+    parts = {"dynamo_s": frames - backends, "inductor_s": backends + backward - kernels, "kernels_s": kernels,
+             "autotune_s": autotune}
     return {**{name: round(max(0.0, value), 3) for name, value in parts.items()}, "hits": found["autograd_cache_hit"],
             "misses": found["autograd_cache_miss"] + found["autograd_cache_bypass"]}
 
@@ -79,11 +82,11 @@ class CacheFile:
 
     A zip archive: about.json says what it was made by and holds for each part (of one process in one run) the hashes of its
     artefacts; each part is what torch.compiler.save_cache_artifacts gives. A part that a newer one covers is dropped. What the
-    compiler takes from it is checked by its own keys (source of the graph, torch, device), so another commit costs misses and no
-    errors. It unpickles: load only files of your own.
+    compiler takes from it is checked by its own keys (source of the graph, torch, device), so another commit costs misses and
+    no errors. It unpickles: load only files of your own.
 
-    A file of another torch, Triton or device is left alone: on its own machine it is still good. A broken one is replaced. Neither
-    stops a run.
+    A file of another torch, Triton or device is left alone: on its own machine it is still good. A broken one is replaced.
+    Neither stops a run.
     """
 
     def __init__(self, path, rank, device):
@@ -91,7 +94,9 @@ class CacheFile:
         self.path, self.rank = Path(path), rank
         if not self.path.absolute().parent.is_dir() or self.path.is_dir():
             raise UserError(f"--compile-cache {path}: must be a file in a folder that exists")
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {torch.backends.cpu.get_cpu_capability()}"
+        name = f"CPU {torch.backends.cpu.get_cpu_capability()}"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
         self.made_by = {"compile_cache": FILE_VERSION, "torch": torch.__version__, "triton": triton_version(), "device": name}
         self.foreign = self.loaded = False
 
@@ -113,8 +118,8 @@ class CacheFile:
             made_by = {key: about.get(key) for key in self.made_by}
             self.foreign = bool(parts) and made_by != self.made_by
             if self.foreign:
-                return [f"compile cache {self.path} was made by {described(made_by)}, this is {described(self.made_by)}: nothing "
-                        "loaded, nothing will be saved; name another file"]
+                return [f"compile cache {self.path} was made by {described(made_by)}, this is {described(self.made_by)}: "
+                        "nothing loaded, nothing will be saved; name another file"]
             for name, data in parts.items():
                 if about["parts"][name]["rank"] == self.rank:
                     if torch.compiler.load_cache_artifacts(data) is None:
@@ -130,7 +135,7 @@ class CacheFile:
         if cost and (cost["misses"] or not self.loaded) and not self.foreign:
             try:
                 data, info = torch.compiler.save_cache_artifacts()
-                part = self.rank, data, sorted(key_hash(kind, key) for kind, keys in info.artifacts.items() for key in keys)
+                part = self.rank, data, sorted(key_hash(kind, k) for kind, keys in info.artifacts.items() for k in keys)
             except Exception as error:  # TypeError where torch has nothing to give
                 lines = [f"compile cache {self.path}: {first_line(error)}; nothing saved"]
         fresh = [x for x in gather(part) if x is not None]  # every process takes part
@@ -138,7 +143,7 @@ class CacheFile:
             try:
                 lines.append(f"compile cache {self.path}: saved, {self.write(fresh) / 2 ** 20:.1f} MiB")
             except OSError as error:
-                lines.append(f"compile cache {self.path}: cannot be written ({error.strerror}); the run goes on without")
+                lines.append(f"compile cache {self.path}: cannot be written ({error.strerror}); the run goes on")
         return lines
 
     def write(self, fresh):
@@ -158,7 +163,8 @@ class CacheFile:
             kept[f"{rank}-{hashlib.sha256(data).hexdigest()[:16]}"] = {"rank": rank, "keys": keys}, data
         temporary = self.path.with_name(self.path.name + ".tmp")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-            archive.writestr("about.json", json.dumps({**self.made_by, "parts": {n: p for n, (p, _) in kept.items()}}))
+            about = {**self.made_by, "parts": {name: part for name, (part, _) in kept.items()}}
+            archive.writestr("about.json", json.dumps(about))
             for name, (_, data) in kept.items():
                 archive.writestr(name, data)
         os.replace(temporary, self.path)

@@ -5,6 +5,7 @@ import os
 
 import torch
 
+FP8_SINCE = 89  # compute capability from which a GPU multiplies 8-bit floats
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the matrix products
 
 

@@ -123,7 +123,8 @@ def grouped_linear(rows, weight, p):
     """rows (P, in) times the weight of each row's expert: weight (E, out, in) -> (P, out)."""
     weight = weight.to(rows.dtype)
     if p.owner is None:
-        if not len(rows):  # still part of the graph: the other processes wait for this one's exchange in the backward pass
+        if rows.is_meta or not len(rows):  # without rows still part of the graph: the other processes wait for this one's
+            # exchange in the backward pass
             return rows @ weight[0].mT
         return F.grouped_mm(rows, weight.mT, offs=p.ends)
     return torch.bmm(rows.unflatten(0, (-1, BLOCK)), weight.index_select(0, p.owner).mT).flatten(0, 1)

@@ -10,6 +10,8 @@ makes of them depends on torch's version and the device.
 
 import torch
 
+from kernels.device import FP8_SINCE, capability
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
@@ -19,7 +21,7 @@ def quantise(x, scale, dtype):
 
 
 def has_fp8_units(x):
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (8, 9)
+    return x.is_cuda and capability(x.device) >= FP8_SINCE
 
 
 def product(a, b, unscale, dtype, fast):

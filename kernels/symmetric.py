@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import tiles
 from kernels.device import capability, refusal
 
 
@@ -27,7 +28,8 @@ class Tile(NamedTuple):
 
 
 # By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
-# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet.
+# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet: for a card
+# and its shapes bench/tune.py does that (kernels/tiles.py).
 TILES = {80: Tile(128, 64, 8, 4), 89: Tile(128, 64, 8, 3), 90: Tile(128, 64, 8, 3), "default": Tile(128, 64, 8, 3)}
 SMALL = Tile(64, 32, 4, 3)  # for small matrices, and float32: its products are three of TF32, which take more registers
 
@@ -133,6 +135,11 @@ def kernel():
     return triton.jit(symmetric_kernel)
 
 
+def default_tile(x):
+    small = x.size(-2) <= SMALL.side or x.dtype == torch.float32
+    return SMALL if small else TILES.get(capability(x.device), TILES["default"])
+
+
 def product(x, b, c, add):
     """x (..., m, k) -> c X X^T (+ b X) in (..., m, m)."""
     why = refusal(x.device, x.dtype)
@@ -143,8 +150,7 @@ def product(x, b, c, add):
     flat = batch(x)
     n, m, k = flat.shape
     out = torch.empty(n, m, m, dtype=x.dtype, device=x.device)
-    small = m <= SMALL.side or x.dtype == torch.float32
-    tile = SMALL if small else TILES.get(capability(x.device), TILES["default"])
+    tile = tiles.best("symmetric", x.device, x.dtype, (m, k), default_tile(x))
     side = -(-m // tile.side)
     kernel()[(side * (side + 1) // 2, n)](
         flat, out, m, k, *flat.stride(), b, c, ADD=add, PRECISION="tf32x3",  # of float32 only: to about 1e-6

@@ -1,4 +1,4 @@
-"""`train_gpt.py RECORD --plan`: what a run would do. Only the parameter count imports torch."""
+"""`train_gpt.py RECORD --plan`: what a run would do. What counts parameters and memory imports torch."""
 
 import json
 import signal
@@ -41,23 +41,35 @@ def print_plan(resolved):
     print(f"compiled before the clock: {trained} training and {validated} validation graphs"
           + (", one for each window (FlexAttention and FlashAttention: one for all)" if plans[0].windows else ""))
     print(size(s))
-    print(memory(s))
+    for line in held(s):
+        print(line)
     for line in measured(resolved):
         print(line)
 
 
-def memory(s):
-    """What a run on one GPU holds all the time, tables apart, and the logits of a forward, in MiB."""
-    from model import dtype, without_values
-    from optim import Engine
-    engine = Engine(without_values(s), s)
-    parameters = sum(bank.param.numel() * bank.param.element_size() for bank in engine.banks)
+CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100
+
+
+def held(s):
+    """Lines on the memory of one GPU, part by part, and on what would be chosen to fit cards of CARDS GiB."""
+    import memory
     at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
-    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
-    held = "" if s.system.kernels.loss in ("auto", "whole") else ", of which only chunks exist"
-    return (f"memory on one GPU: parameters {parameters / 2**20:,.1f} MiB, gradients as much, optimizer "
-            f"{engine.state_bytes() / 2**20:,.1f} MiB; a forward of {at_once} logical ranks has {logits / 2**20:,.1f} MiB of "
-            f"{s.numerics.loss} logits{held}; activations come on top")
+    e = memory.estimate(s, LOGICAL_RANKS, at_once)
+    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; a forward of "
+           f"{at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
+           f"together {mib(e.total)}")
+    for card in CARDS if e.total > 2**30 else ():
+        fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
+        system = fitted.system
+        how = [f"{system.ranks_per_forward} logical rank{'s' if system.ranks_per_forward > 1 else ''} a forward"]
+        how += ["loss in chunks"] if memory.chunked(fitted) else []
+        how += ["blocks recomputed"] if system.recompute == "on" else []
+        fits = e.total <= memory.SHARE * card * 2**30
+        yield f"  a card of {card} GiB: " + ", ".join(how) + f"; {mib(e.total)}" + ("" if fits else ": too much")
+
+
+def mib(size):
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):

@@ -23,8 +23,9 @@ with torch.no_grad():  # away from the zeros of the start, which would hide most
     for name, p in sorted(model.named_parameters()):
         p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
 engine = Engine(model, s, world.rank, world.size)
-batch = Stream(sample_corpus(), ranks=world.ranks, **stream_arguments(s)).next()
-x, y = train_gpt.to_rows(batch, s.data.seq_len, world.device)
+corpus = sample_corpus()
+batch = Stream(corpus, ranks=world.ranks, **stream_arguments(s)).next()
+x, y, _ = train_gpt.to_rows(batch, s.data.seq_len, world.device, corpus.bos)
 engine.expect(last=True)
 (model(x.flatten(0, 1), y.flatten(0, 1)).mean() * (len(world.ranks) / 8)).backward()
 engine.collect()

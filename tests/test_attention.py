@@ -298,7 +298,7 @@ def test_compiled_varlen_is_one_graph_for_all_windows_and_scales_with_the_gradie
     monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
     torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(lambda q, k, v, view: attend(q, k, v, view), backend=counted(graphs), fullgraph=True, dynamic=False)
+    compiled = torch.compile(lambda *args: attend(*args), backend=counted(graphs), fullgraph=True, dynamic=False)
     for seed, (window, scale) in enumerate([(Window(17), 0.3), (Window(5), 0.3), (Window(1), 0.2), (CAUSAL, 0.1)]):
         q, k, v = qkv(3, 50, seed=seed)
         documents = random_documents(3, 50, seed, mean=20)
@@ -322,8 +322,9 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
     monkeypatch.setattr(attention, "choose", lambda *args, **options: "varlen")
     torch._dynamo.reset()
-    small = ["model.num_layers=3", "model.attn.window.long_layers=[0, 2]", "model.attn.drop_layers=[]", "model.mlp.drop_layers=[]"]
-    s = deltas.resolve("short/33", scale="micro", sets=small, without=["model.attn.value_embed", "model.residual.unet_skips"]).settings
+    small = ["model.num_layers=3", "model.attn.drop_layers=[]", "model.mlp.drop_layers=[]", "model.attn.window.long_layers=[0, 2]"]
+    without = ["model.attn.value_embed", "model.residual.unet_skips"]
+    s = deltas.resolve("short/33", scale="micro", sets=small, without=without).settings
     model, graphs, scales = GPT(s), [], set()
     model.initialise(0)
     model.prepare_compile()
@@ -348,6 +349,20 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
         plain = model(tokens, tokens, model.context(tokens, 0, schedule.windows(s, s.schedule.steps, True)))
     assert (found - plain).abs().max() < 1e-5
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("longest", [None, 20])
+def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
+    for seed in range(3):
+        documents = random_documents(3, 50, seed)
+        first = [r * 50 + t for r in range(3) for t in range(50) if t == 0 or documents[r, t] != documents[r, t - 1]]
+        counted, promised = (view(documents, CAUSAL, "varlen", longest=longest, most=most).plan for most in (None, len(first) + 5))
+        for plan in (counted, promised):
+            assert plan.ends[:len(first)].tolist() == first and set(plan.ends[len(first):].tolist()) == {150}
+            assert plan.ends.dtype == torch.int32 and plan.longest == (longest or 50)
+        assert counted.ends.shape == promised.ends.shape
+    with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
+        view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
 
 
 def test_varlen_shapes_stay_as_documents_change():

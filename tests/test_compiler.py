@@ -50,17 +50,18 @@ def compile_once(path):
 
 
 def test_a_cache_file_gives_another_machine_everything_that_was_compiled(tmp_path):
-    """A broken file is one line and replaced, a foreign one is one line and kept; the file read back leaves nothing to compile."""
+    """A broken file is one line and replaced, a foreign one is one line and kept; read back it leaves nothing to compile."""
     path, found = tmp_path / "compiled.zip", []
     path.write_bytes(b"PK this is no archive")
     for folder in ("a", "b"):
-        run = program(__file__, "round", str(path), SPEEDRUN_CACHE=str(tmp_path / folder), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / folder))
+        run = program(__file__, "round", str(path), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / folder))
         found.append(json.loads(run.stdout.splitlines()[-1]))
     first, second = found
     assert len(first["said"]) == 2 and "cannot be read (BadZipFile" in first["said"][0] and ": saved, " in first["said"][1]
     assert first["hits"] == 0 < first["misses"] and second["misses"] == 0 < second["hits"] and second["said"] == []
     for out in found:
-        assert len(out["elsewhere"]) == 1 and "another GPU: nothing loaded, nothing will be saved" in out["elsewhere"][0] and out["kept"]
+        line, = out["elsewhere"]
+        assert "another GPU: nothing loaded, nothing will be saved" in line and out["kept"]
     x, w = range(6), range(9)
     y = sum(x[2 * k + i] * w[3 * k + j] for i in range(2) for j in range(3) for k in range(3))
     assert first["value"] == second["value"] == y + 2 * sum(w) + 3 * sum(x)  # w meets two rows of x, x three columns of w
@@ -81,7 +82,7 @@ def test_a_cache_file_keeps_what_other_runs_and_processes_need_and_drops_what_is
     assert parts(file.path) == [(0, "c"), (0, "d"), (1, "b")]
     for n in range(compiler.PARTS_KEPT):
         file.write([(0, b"%d" % n, [f"n{n}"])])
-    assert parts(file.path) == sorted([(1, "b"), *((0, str(n)) for n in range(compiler.PARTS_KEPT))])  # c and d were the oldest
+    assert parts(file.path) == sorted([(1, "b"), *((0, str(n)) for n in range(compiler.PARTS_KEPT))])  # c, d: the oldest
 
 
 def test_a_file_that_cannot_be_written_is_one_line_and_every_process_still_takes_part(tmp_path, monkeypatch):
@@ -118,12 +119,14 @@ def test_caches_lie_in_the_projects_cache_unless_the_environment_names_them(tmp_
 
 def test_the_account_counts_no_second_twice(monkeypatch):
     """Frames hold their backends, backends and the backward pass hold the kernels; autotuning is at the first run."""
-    times = {"_compile.compile_inner": [10.0, 2.0], "OutputGraph.call_user_compiler": [7.0, 1.0], "backward._backward_impl": [5.0],
-             "PyCodeCache.load_by_key_path": [3.0, 1.0], "CachingAutotuner.benchmark_all_configs": [0.5], "compile_file": [90.0]}
-    utils = types.SimpleNamespace(compilation_time_metrics=times, counters={
-        "stats": {"unique_graphs": 3}, "aot_autograd": dict.fromkeys(("autograd_cache_hit", "autograd_cache_miss", "autograd_cache_bypass"), 1)})
+    times = {"_compile.compile_inner": [10.0, 2.0], "OutputGraph.call_user_compiler": [7.0, 1.0], "compile_file": [90.0],
+             "backward._backward_impl": [5.0], "PyCodeCache.load_by_key_path": [3.0, 1.0],
+             "CachingAutotuner.benchmark_all_configs": [0.5]}
+    cache = {"autograd_cache_hit": 1, "autograd_cache_miss": 1, "autograd_cache_bypass": 1}
+    utils = types.SimpleNamespace(compilation_time_metrics=times, counters={"stats": {"unique_graphs": 3}, "aot_autograd": cache})
     monkeypatch.setitem(sys.modules, "torch._dynamo.utils", utils)
-    assert compiler.account() == {"dynamo_s": 4.0, "inductor_s": 9.0, "kernels_s": 4.0, "autotune_s": 0.5, "hits": 1, "misses": 2}
+    assert compiler.account() == {"dynamo_s": 4.0, "inductor_s": 9.0, "kernels_s": 4.0, "autotune_s": 0.5,
+                                  "hits": 1, "misses": 2}
     utils.counters["stats"]["unique_graphs"] = 0
     assert compiler.account() is None
 
@@ -147,7 +150,8 @@ print("compiler loaded:", "torch._dynamo" in sys.modules)
 def train(out, compiled):
     """(stdout, reset event, log.txt) of two steps of a two-layer record 2."""
     args = ["short/2", "--scale", "micro", "--out", str(out)]
-    for x in ("schedule.steps=2", "validation.tokens=1024", "model.num_layers=2", f"system.compile={'on' if compiled else 'off'}"):
+    compile = f"system.compile={'on' if compiled else 'off'}"
+    for x in ("schedule.steps=2", "validation.tokens=1024", "model.num_layers=2", compile):
         args += ["--set", x]
     run = program("-c", TRAIN, "compile" if compiled else "eager", *args)
     folder = next(out.glob("2*"))
@@ -175,8 +179,8 @@ def test_what_the_start_cost_reads_as_one_line_and_only_numbers_are_accepted():
     cost = {"dynamo_s": 4.0, "inductor_s": 12.0, "kernels_s": 5.0, "autotune_s": 0.0, "hits": 12, "misses": 2}
     event = {"kind": "reset", "n": 2, "wall_ms": 1.0, "start_ms": 8000.0, "warmup_ms": 26_000.0, "graphs": 14, "compile": cost,
              "warmup_steps": 3, "state_before": "a", "state_after": "a"}
-    assert runlog.render(event) == ["started in 34.0 s: 8.0 s imports and data, 21.0 s compiling 14 graphs (12 from the cache), "
-                                    "5.0 s warm-up"]
+    assert runlog.render(event) == ["started in 34.0 s: 8.0 s imports and data, 21.0 s compiling 14 graphs (12 from the "
+                                    "cache), 5.0 s warm-up"]
     assert list(run_laws.misshapen(event)) == []
     for bad in ("text", {"dynamo_s": 1.0}, {**cost, "kernels_s": "5"}):
         assert any("compile must be numbers" in line for line in run_laws.misshapen({**event, "compile": bad}))

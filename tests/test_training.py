@@ -9,12 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import deltas
+import train_gpt
+from debug import no_host_reads
+from model import GPT
 from runlog import read_chain, read_links, render, summarise
+from settings import UserError
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [r for r in deltas.load_records()]
@@ -178,6 +183,67 @@ def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
     assert done.returncode == 2
     assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
                            "--set system.kernels.loss=chunks, so that the head's logits never exist in full\n")
+
+
+@pytest.mark.parametrize("ref", ["short/1", "short/11", "short/21", "short/33", "variants/2", "variants/7"])
+def test_no_timed_step_reads_what_the_device_has_computed(ref, tmp_path):
+    windows = [] if ref in ("short/1", "short/11") or "variants" in ref else ["--set", "system.attention=banded"]
+    done, summary = run(tmp_path, ref, *SHORT, "--check-sync", *windows)
+    assert done.returncode == 0 and summary["steps"] == 3, done.stderr
+
+
+def test_a_read_in_a_timed_step_is_named_with_its_place(tmp_path):
+    """Attention by documents has shapes that depend on the data."""
+    done, _ = run(tmp_path, "short/33", *SHORT, "--check-sync", "--set", "system.attention=documents")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"error: step 0 waits for the device: aten::nonzero in kernels/attention.py:\d+; keep", done.stderr)
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: x[x > 0], lambda x: x.nonzero(),
+                                  lambda x: x.masked_select(x > 0), lambda x: bool((x > 0).any()), lambda x: x.unique(),
+                                  lambda x: x.index_put_((x > 0,), x.new_zeros(())), lambda x: torch.equal(x, x)])
+def test_every_kind_of_read_is_seen_and_arithmetic_is_none(read):
+    x = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    with no_host_reads(False, "step 7"):
+        y = torch.where(x > 0, x, -x).softmax(0)[torch.arange(3)] * x.max()
+    assert y.shape == (3,)
+    with pytest.raises(UserError, match="^step 7 waits for the device"), no_host_reads(False, "step 7"):
+        read(x)
+
+
+def test_what_torch_says_of_a_gpu_is_one_line(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    with pytest.raises(UserError, match="^step 1 waits for the device: a synchronising CUDA operation"):
+        with no_host_reads(True, "step 1"):
+            raise RuntimeError("called a synchronizing CUDA operation")
+    with pytest.raises(RuntimeError, match="other"), no_host_reads(True, "step 1"):
+        raise RuntimeError("other")
+    assert modes == ["error", "default"] * 2
+
+
+def test_strict_refuses_what_runs_in_a_slower_form(tmp_path):
+    slow = ["short/33", *SHORT, "--set", "system.precision=record"]
+    reason = "numerics.fp8_head is computed in its reference form: 8-bit products need compute capability 8.9"
+    done, summary = run(tmp_path / "strict", *slow, "--strict")
+    assert done.returncode == 2 and done.stderr == f"error: {reason} (--strict)\n" and summary is None
+    done, _ = run(tmp_path / "lenient", *slow)
+    assert done.returncode == 0 and f"slower than it could be: {reason}" in done.stdout
+    events = read_chain(next((tmp_path / "lenient").glob("*/run.jsonl")))
+    assert events[0]["fallbacks"] == [reason]
+
+
+def test_what_is_slower_on_a_gpu_is_listed(monkeypatch):
+    s = deltas.resolve("variants/1", scale="micro", sets=["system.experts=padded", "system.compile=off"]).settings
+    model, world = GPT(s), SimpleNamespace(cuda=True, device=torch.device("cuda"))
+    model.passed = {"attention backend flash3 needs its package"}
+    assert train_gpt.fallbacks(model, world) == [
+        "attention backend flash3 needs its package", "nothing is compiled: system.compile is off",
+        "experts are multiplied in padded blocks: system.experts is padded"]
+    s = deltas.resolve("short/33", scale="micro", sets=["system.precision=record"]).settings
+    for capability, lines in ((89, 0), (80, 1)):
+        monkeypatch.setattr(train_gpt, "capability", lambda device: capability)
+        assert len(train_gpt.fallbacks(GPT(s), world)) == lines
 
 
 def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):

@@ -1,0 +1,72 @@
+"""Tile sizes of the Triton kernels: what bench/tune.py found on this card, kept on disk, else the table in the kernel's file.
+
+Tuning is never part of a training: a run reads the file, before the clock starts, or goes without.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from data.corpus import default_cache
+from settings import UserError
+
+trial = {}  # {operation: tile} that is tried out just now
+
+
+def best(operation, device, dtype, sizes, default):
+    """The tile of an operation for tensors of these sizes; default: the kernel's own, a NamedTuple, as is what comes back."""
+    if operation in trial:
+        return trial[operation]
+    if device.type != "cuda":
+        return default
+    found = table(path(device)).get(key(operation, dtype, sizes))
+    return default if found is None else type(default)(*found["tile"])
+
+
+@contextlib.contextmanager
+def trying(operation, tile):
+    """Inside, the operation uses this tile."""
+    trial[operation] = tile
+    try:
+        yield
+    finally:
+        del trial[operation]
+
+
+def key(operation, dtype, sizes):
+    return f"{operation} {str(dtype).removeprefix('torch.')} {' x '.join(map(str, sizes))}"
+
+
+def path(device):
+    """The file of a card and the Triton that compiled for it: another one of either has its own."""
+    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    return Path(default_cache()) / f"tiles-{card}-triton-{importlib.metadata.version('triton')}.json"
+
+
+@functools.cache
+def table(file):
+    """{key: {"tile": [numbers], "ms": .., "default_ms": ..}}. UserError if the file is broken."""
+    if not file.exists():
+        return {}
+    try:
+        tiles = json.loads(file.read_text())["tiles"]
+        if not all(isinstance(n, int) and n > 0 for row in tiles.values() for n in row["tile"]):
+            raise ValueError("tiles are lists of positive integers")
+        return tiles
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"cannot read the tuned tiles {file} ({error}): delete it, or make it anew with bench/tune.py") from None
+
+
+def save(file, tiles):
+    """Write tiles beside those of other operations that the file holds already."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"tiles": {**table(file), **tiles}}, indent=1) + "\n")
+    os.replace(temporary, file)
+    table.cache_clear()

@@ -1,0 +1,125 @@
+"""What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too small for it.
+
+    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and what the forward pass
+                                            keeps when it is not compiled; a compiled one keeps less
+    fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it fits
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+import schedule
+from settings import Kernels, padded_vocab, ranks_per_forward
+
+SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
+
+
+class Estimate(NamedTuple):
+    """Bytes on one device."""
+    parameters: int
+    gradients: int  # bfloat16 ones also in float32, if there are several forwards
+    state: int  # of the optimizer
+    kept: int  # by a forward pass for the backward pass
+    passing: int  # the largest that comes and goes beside it: gradients of the logits, or of a chunk of them, or of a block
+
+    @property
+    def total(self):
+        return sum(self)
+
+
+def report(s, estimate):
+    """What the log says: MiB of each part, and the choices that it was made for."""
+    sizes = {name: round(value / 2**20) for name, value in {**estimate._asdict(), "total": estimate.total}.items()}
+    return {"mib": sizes, "ranks_per_forward": s.system.ranks_per_forward, "loss": s.system.kernels.loss,
+            "recompute": s.system.recompute}
+
+
+class Kept:
+    """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told of."""
+
+    def __init__(self, known=()):
+        self.known, self.storages = {t.untyped_storage()._cdata for t in known}, {}
+
+    def pack(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage  # held, so that no other one gets its place
+        return tensor
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def bytes(self):
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+
+def kept_by_forward(s, at_once):
+    """Bytes that the forward pass of `at_once` logical ranks keeps for the backward pass.
+
+    Triton kernels, which want a GPU, are counted as what they replace.
+    """
+    from model import without_values
+    kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
+    model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
+    tokens = torch.empty(at_once * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len, dtype=torch.long, device="meta")
+    context = model.context(tokens, 0, schedule.plan(s)[0].windows)
+    with Kept(model.parameters()) as kept:
+        model(tokens, torch.empty_like(tokens), context).mean()
+    return kept.bytes()
+
+
+def estimate(s, ranks, at_once, world=1):
+    """ranks: logical ranks of this process, of which `at_once` go through a forward; world: processes."""
+    from model import dtype, without_values
+    from optim import Engine
+    engine = Engine(without_values(s), s, 0, world)
+    parameters = sum(bank.param.nbytes for bank in engine.banks)
+    sums = sum(2 * bank.grad.nbytes for bank in engine.banks if bank.grad.dtype == torch.bfloat16 and at_once < ranks)
+    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
+    passing = logits
+    if chunked(s):
+        from kernels.cross_entropy import CHUNK
+        passing = 3 * 4 * min(CHUNK["cuda"], logits)
+    kept = kept_by_forward(s, at_once)
+    if s.system.recompute == "on":  # one block at a time is there in full
+        whole = kept_by_forward(with_system(s, recompute="off"), at_once)
+        passing = max(passing, (whole - kept) // s.model.num_layers)
+    return Estimate(parameters, parameters + sums, engine.state_bytes(), kept, passing)
+
+
+def chunked(s):
+    """Do whole logits never exist?"""
+    return s.system.kernels.loss in ("chunks", "triton")
+
+
+def with_system(s, **changes):
+    return dataclasses.replace(s, system=dataclasses.replace(s.system, **changes))
+
+
+def fit(s, ranks, capacity, world=1):
+    """(settings, Estimate): what `system` leaves open is chosen so that SHARE of `capacity` bytes suffices, else as small as it can.
+
+    In this order, which costs least time first: fewer logical ranks in a forward, the loss in chunks, blocks recomputed.
+    """
+    system, at_once = s.system, ranks_per_forward(s, ranks, cuda=True)
+    sizes = [at_once]
+    while not system.ranks_per_forward and sizes[-1] > 1:
+        sizes.append(sizes[-1] // 2)
+    options = [dict(ranks_per_forward=n) for n in sizes]
+    if system.kernels.loss == "auto":
+        options.append({**options[-1], "kernels": dataclasses.replace(system.kernels, loss="chunks")})
+    if system.recompute == "auto" and not s.model.mlp.moe:
+        options.append({**options[-1], "recompute": "on"})
+    for changes in options:
+        fitted = with_system(s, **changes)
+        found = estimate(fitted, ranks, changes["ranks_per_forward"], world)
+        if found.total <= SHARE * capacity:
+            break
+    return fitted, found

@@ -1,0 +1,99 @@
+"""Laws of memory.py and of recomputation: what is counted is what is held, and what fits computes the same."""
+
+import pytest
+import torch
+
+import deltas
+import memory
+import schedule
+from model import GPT
+from settings import UserError
+
+GIB = 2**30
+
+
+def settings(ref, *sets, scale="micro"):
+    return deltas.resolve(ref, scale=scale, sets=sets).settings
+
+
+def rows(s, at_once=8):
+    shape = (at_once * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len)
+    return torch.randint(s.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
+
+
+def losses(s, model, x):
+    return model(x, x.roll(1, 1), model.context(x, 1256, schedule.windows(s, 0)))
+
+
+@pytest.mark.parametrize("ref, sets", [("short/1", ()), ("short/5", ()), ("short/8", ()), ("short/11", ()),
+                                       ("short/11", ("system.kernels.loss=chunks",)), ("short/9", ("system.recompute=on",))])
+def test_a_forward_without_values_keeps_what_a_real_one_keeps(ref, sets):
+    """To the byte, where attention is one call that keeps what FlashAttention keeps."""
+    s = settings(ref, *sets)
+    model = GPT(s)
+    model.initialise(0)
+    with memory.Kept(model.parameters()) as kept:
+        loss = losses(s, model, rows(s)).mean()
+    assert kept.bytes() == memory.kept_by_forward(s, 8) and loss.isfinite()
+
+
+@pytest.mark.parametrize("ref", ["short/33", "variants/1", "variants/4", "variants/6"])
+def test_every_kind_of_layer_is_counted_and_grows_with_the_tokens(ref):
+    s = settings(ref, scale="tiny")
+    one, two = (memory.kept_by_forward(s, n) for n in (1, 2))
+    tables = 2**20  # rotary tables and the like, whatever the tokens
+    assert 1.5 * (one - tables) < two <= 2 * one
+
+
+def test_16_bit_gradients_of_several_forwards_are_counted_twice_over():
+    s = settings("short/33", "system.precision=record")
+    whole, halves = (memory.estimate(s, 8, at_once) for at_once in (8, 4))
+    tables = sum(p.numel() for p in GPT(s).parameters() if p.dtype == torch.bfloat16)
+    assert halves.gradients - whole.gradients == 4 * tables > 0 and halves.kept < whole.kept
+
+
+def test_a_share_of_the_optimizer_is_less_than_all_of_it():
+    s = settings("short/33")
+    assert memory.estimate(s, 2, 1, world=4).state < memory.estimate(s, 8, 1).state / 3
+
+
+def test_what_is_chosen_fits_and_gives_up_speed_in_order():
+    s = settings("short/11", scale="small")
+    chosen = []
+    for gib in (80, 24, 10, 7):
+        fitted, estimate = memory.fit(s, 8, gib * GIB)
+        assert estimate.total <= memory.SHARE * gib * GIB
+        assert estimate == memory.estimate(fitted, 8, fitted.system.ranks_per_forward)
+        chosen.append((fitted.system.ranks_per_forward, fitted.system.kernels.loss, fitted.system.recompute))
+    assert chosen == [(8, "auto", "auto"), (2, "auto", "auto"), (1, "chunks", "auto"), (1, "chunks", "on")]
+    fitted, estimate = memory.fit(s, 8, GIB)
+    assert estimate.total > GIB and fitted.system.recompute == "on"  # as small as it can: the run will tell
+
+
+def test_what_the_user_has_set_stays():
+    sets = ("system.ranks_per_forward=4", "system.kernels.loss=whole", "system.recompute=off")
+    s = settings("short/11", *sets, scale="small")
+    assert memory.fit(s, 8, GIB)[0] == s
+
+
+@pytest.mark.parametrize("ref", ["short/1", "short/9", "short/14", "short/33", "variants/7"])
+def test_recomputed_blocks_give_the_same_losses_and_gradients_and_keep_less(ref):
+    results, held = [], []
+    for recompute in ("off", "on"):
+        s = settings(ref, f"system.recompute={recompute}")
+        model = GPT(s)
+        model.initialise(0)
+        with torch.no_grad():  # away from the zeros of the start, which would hide most gradients
+            for name, p in sorted(model.named_parameters()):
+                p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+        with memory.Kept(model.parameters()) as kept:
+            loss = losses(s, model, rows(s, 2)).mean()
+        loss.backward()
+        held.append(kept.bytes())
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(map(torch.equal, *results)) and held[1] < held[0] / 2
+
+
+def test_recomputation_of_experts_is_refused():
+    with pytest.raises(UserError, match="system.recompute=on would count the loads of the experts twice"):
+        settings("variants/1", "system.recompute=on")

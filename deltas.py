@@ -555,6 +555,8 @@ def parser():
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
+    p.add_argument("--compile-cache", metavar="FILE", help="compiled code in one file, for machines that start bare: read if it "
+                                                           "exists, written after the warm-up if something new was compiled")
     p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "
                                                                     "`records compare` and `records submit`)")
     p.add_argument("--plan", action="store_true", help="print settings, schedule, shapes and parameters; train nothing")

@@ -896,7 +896,10 @@ class GPT(nn.Module):
         for span in {span for i, span in enumerate(layer_spans(s, windows)) if i not in a.drop_layers}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
             by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most)
-        return Context([by_span.get(span) for span in layer_spans(s, windows)], self.scale)
+        views = [by_span.get(span) for span in layer_spans(s, windows)]
+        if self.compiled and not cached:
+            return Context(*attention.traceable(views, self.scale, query_dim(s)))
+        return Context(views, self.scale)
 
     def view(self, tokens, documents, window, most):
         """The prepared view of one window by the backend that system.attention asks for."""

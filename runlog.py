@@ -120,6 +120,11 @@ def render(event):
         settings, digest = facts.pop("settings"), facts.pop("sources")
         return [f"sources: sources-{digest}.txt", RULER, *(f"{k}: {v}" for k, v in sorted(facts.items())),
                 f"settings: {json.dumps(settings, sort_keys=True)}", RULER]
+    if kind == "reset" and "compile" in event:
+        spent = sum(value for name, value in event["compile"].items() if name.endswith("_s"))
+        start, warmup = event["start_ms"] / 1000, event["warmup_ms"] / 1000
+        return [f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} "
+                f"graphs ({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"]
     if kind == "validation":
         ms, step = event["train_time_ms"], event["step"]
         return [f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
@@ -133,6 +138,11 @@ def render(event):
         memory = [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
         return memory + [f"run {event['status']} after {event['steps']} steps", *event["verdict"]]
     return []
+
+
+def is_account(compile):
+    """Can `render` read it as what kernels.compiler.account gives?"""
+    return isinstance(compile, dict) and "hits" in compile and all(isinstance(x, (int, float)) for x in compile.values())
 
 
 def summarise(events, last_hash):

@@ -41,14 +41,16 @@ import torch
 import torch.distributed as dist
 
 import memory
-from data.corpus import corpus_for
+from data.corpus import corpus_for, default_cache
 from data.shards import corpus_digest, val_digest
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
 from debug import no_host_reads
+from kernels import compiler
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
 
+IMPORTED = time.perf_counter()
 REACHED, MISSED, DIVERGED, INTERRUPTED = 0, 3, 4, 130
 
 
@@ -77,7 +79,7 @@ class World:
         return self.rank == 0
 
     def say(self, *lines):
-        if self.main:
+        if self.main and lines:
             print(*lines, sep="\n", flush=True)
 
     def gather(self, values):
@@ -285,9 +287,14 @@ def warm_up(run, seed):
     after = state_hash(run.model, run.engine)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
-    run.graphs = compiled_graphs()
-    run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
-                  start_ms=round(1000 * (began - PROCESS_START), 3), warmup_ms=round(1000 * (time.perf_counter() - began), 3))
+    run.graphs, cost = compiled_graphs(), compiler.account()
+    if run.cache_file is not None:
+        world.say(*run.cache_file.save(world.gather_objects, world.main))
+    event = run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
+                          imports_ms=round(1000 * (IMPORTED - PROCESS_START), 3),
+                          start_ms=round(1000 * (began - PROCESS_START), 3),
+                          warmup_ms=round(1000 * (time.perf_counter() - began), 3), **({"compile": cost} if cost else {}))
+    world.say(*runlog.render(event))
 
 
 def compiled_graphs():
@@ -369,8 +376,10 @@ def train(resolved, options):
     held = None
     if world.cuda:
         s, held = memory.fit(s, len(world.ranks), torch.cuda.get_device_properties(world.device).total_memory, world.size)
-    if options.check_sync and compiles(s, world) and not world.cuda:
+    compile_it = compiles(s, world)
+    if options.check_sync and compile_it and not world.cuda:
         raise UserError("--check-sync looks at the operations of a CPU one by one: add --set system.compile=off")
+    cache_file = prepare_compiler(options, world, compile_it)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
     if options.profile and int(options.profile.split(":")[1]) > len(plans):
@@ -380,7 +389,6 @@ def train(resolved, options):
 
     model = GPT(s).to(world.device)
     model.initialise(options.seed)
-    compile_it = compiles(s, world)
     if compile_it:  # one graph for each window, in training and validation; past the limit dynamo would go on uncompiled
         torch._dynamo.config.recompile_limit = 16 + 2 * len({p.windows for p in plans})
         torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -398,7 +406,7 @@ def train(resolved, options):
               f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}",
               *(f"slower than it could be: {line}" for line in about["fallbacks"]))
-    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options)
+    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
     try:
         warm_up(run, options.seed)
         status = run.loop()
@@ -431,6 +439,20 @@ def out_of_memory(run, error):
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
     return f"out of memory with {run.at_once} logical ranks a forward ({said}): {remedy}"
+
+
+def prepare_compiler(options, world, compile_it):
+    """Caches, workers and --compile-cache, before the data are read. Returns its CacheFile or None."""
+    if not compile_it:
+        if options.compile_cache:
+            raise UserError("--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on")
+        return None
+    compiler.prepare(default_cache(), world.cuda)
+    if not options.compile_cache:
+        return None
+    cache_file = compiler.CacheFile(options.compile_cache, world.rank, world.device)
+    world.say(*cache_file.load())
+    return cache_file
 
 
 def check_kernels(s, device):
@@ -495,11 +517,11 @@ def attention_backend(model, world, plans):
 class Run:
     """The timed loop and what it has measured so far."""
 
-    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options):
+    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file=None):
         self.s, self.world, self.log, self.plans = s, world, log, plans
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
-        self.batches, self.steps_done, self.graphs = None, 0, 0
+        self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler, self.check_sync = None, options.check_sync

@@ -69,15 +69,24 @@ def attention_checks():
                     except ValueError as error:
                         yield label, str(error), dtype
                         continue
-                    yield label, compare_attention(backend, ids, window, rows, tokens, heads, width, value, dtype), dtype
+                    shape = rows, tokens, heads, width, value
+                    yield label, compare_attention(backend, ids, window, *shape, dtype), dtype
+                    if backend in attention.FLASH:
+                        error = compare_attention(backend, ids, window, *shape, dtype, compiled=True)
+                        yield label + ", compiled", error, dtype
 
 
-def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype):
+def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False):
+    """compiled: windows and scale in tensors, as a compiled model has them (attention.traceable)."""
     shape = {"rows": rows, "tokens": tokens, "device": DEVICE}
     fast = attention.view(documents, window, backend, dtype=dtype, **shape)
+    if compiled:
+        (fast,), _ = attention.traceable([fast], None, width)
+        torch._dynamo.reset()  # it gives up on a function after eight graphs
     plain = attention.view(documents, window, "dense", dtype=torch.float64, **shape)
     inputs = [torch.randn(rows, tokens, heads, w, device=DEVICE) for w in (width, width, value)]
-    return compare(lambda q, k, v: attention.attend(q, k, v, fast), lambda q, k, v: attention.attend(q, k, v, plain), inputs, dtype)
+    attend = torch.compile(attention.attend, dynamic=False) if compiled else attention.attend
+    return compare(lambda q, k, v: attend(q, k, v, fast), lambda q, k, v: attention.attend(q, k, v, plain), inputs, dtype)
 
 
 def expert_checks():

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# All that one GPU can tell, in parts of some minutes: bench/gpu.sh [correct|sync|kernels|steps|experts|train ...]   (default: all)
+# All that one GPU can tell, in parts of some minutes: bench/gpu.sh [correct|sync|kernels|steps|start|experts|train ...]   (default: all)
 # Results: JSON in $OUT (default bench/results/<name of the GPU>). Shards for `train`: $DATA (default data/fineweb10B).
-# On a machine without a GPU it says what it would do; bench/correct.py, steps.py and experts.py run there by themselves.
+# On a machine without a GPU it says what it would do; bench/correct.py, steps.py, start.py and experts.py run there by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . ./setup_venv.sh
 name=$("$PYTHON" -c "import torch; print(torch.cuda.get_device_name().lower().replace(' ', '-') if torch.cuda.is_available() else '')")
 parts=("$@")
-[ ${#parts[@]} -gt 0 ] || parts=(correct sync kernels steps experts train)
+[ ${#parts[@]} -gt 0 ] || parts=(correct sync kernels steps start experts train)
 if [ -z "$name" ]; then
     echo "no GPU here; on one this would run: ${parts[*]}"
     exit 0
@@ -25,9 +25,10 @@ for part in "${parts[@]}"; do
                  done ;;
         kernels) "$PYTHON" bench/kernels.py --out "$OUT/kernels.json" ;;
         steps)   "$PYTHON" bench/steps.py short/11 short/21 short/33 --out "$OUT/steps.json" ;;
+        start)   "$PYTHON" bench/start.py short/11 short/21 short/33 --out "$OUT/start.json" ;;
         experts) "$PYTHON" bench/experts.py --scale small ${DATA:+--data "$DATA"} --repeats 3 --out "$OUT/experts.json" ;;
         train)   "$PYTHON" train_gpt.py short/33 --scale small ${DATA:+--data "$DATA"} --out "$OUT/runs" ;;
-        *)       echo "unknown part $part: choose from correct, sync, kernels, steps, experts, train" >&2; exit 2 ;;
+        *)       echo "unknown part $part: choose from correct, sync, kernels, steps, start, experts, train" >&2; exit 2 ;;
     esac || failed=1
 done
 echo "results: $OUT"

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")
 
 
-def train(ref, o, data, caches, out):
-    """(summary, events) of one training, or UserError with its last line on stderr."""
+def train(ref, o, data, caches, out, more=()):
+    """(summary, events) of one training, or UserError with its last line on stderr. more: arguments of the trainer."""
     launch = [sys.executable]
     if o.nproc > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.nproc}"]
@@ -33,6 +33,7 @@ def train(ref, o, data, caches, out):
         command += ["--data", str(data), "--set", "validation.tokens=2097152"]
     for x in o.set:
         command += ["--set", x]
+    command += more
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     found = list(Path(out).glob("*/summary.json"))

@@ -447,7 +447,7 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 class Varlen(NamedTuple):
     ends: torch.Tensor  # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
     longest: int
-    window: tuple  # FlashAttention's (left, right)
+    window: tuple  # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
 
 
 def prepare_varlen(documents, window, rows, tokens, device, longest, most):
@@ -465,15 +465,87 @@ def prepare_varlen(documents, window, rows, tokens, device, longest, most):
     return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
 
 
+def traceable(views, scale, width):
+    """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are tensors.
+
+    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model,
+    in validation four. As CPU tensors of one element, which `varlen` reads on the host, they are inputs of one (0-d ones dynamo
+    takes for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees
+    the same inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing changes.
+    width: K, for scale None.
+    """
+    plans = [view.plan for view in views if view is not None and view.backend in FLASH]
+    if not plans or len(plans) < sum(view is not None for view in views):
+        return views, scale
+    scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
+    ends, plans = plans[0].ends, [view and view.plan for view in views]
+    return [plan and View(view.backend, Varlen(ends, plan.longest, (torch.tensor(plan.window[:1]), scale)))
+            for view, plan in zip(views, plans)], None
+
+
 def attend_varlen(q, k, v, plan, scale):
     from torch.nn.attention.varlen import varlen_attn
     rows, tokens, _, width = q.shape
     value = v.size(-1)
-    scale = 1 / math.sqrt(width) if scale is None else scale
     widest = max(width, value)  # FlashAttention wants one width; what zeros add is cut off again
     q, k, v = (F.pad(x.flatten(0, 1), (0, widest - x.size(-1))) for x in (q, k, v))
-    y = varlen_attn(q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window)
+    if isinstance(plan.window[0], torch.Tensor):
+        y = varlen_op(q, k, v, plan.ends, plan.longest, *plan.window)[0]
+    else:
+        scale = 1 / math.sqrt(width) if scale is None else scale
+        y = varlen_attn(q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window)
     return y.unflatten(0, (rows, tokens))[..., :value]
+
+
+def torchs_varlen():
+    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments used here."""
+    import torch.nn.attention.varlen  # noqa: F401  (defines them)
+    return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
+
+
+def varlen(q, k, v, ends, longest, left, scale):
+    """(y like q, log-sum-exp (H, N) float32, random state) of N tokens (N, H, K)."""
+    left = int(left)
+    return torchs_varlen()[0](q, k, v, ends, ends, longest, longest, left < 0, float(scale), [left, 0])
+
+
+def varlen_gradient(g, q, k, v, ends, longest, left, scale, y, lse, state):
+    left = int(left)
+    run = torchs_varlen()[1]
+    return run(g, q, k, v, y, lse, ends, ends, longest, longest, left < 0, state, float(scale), [left, 0])
+
+
+varlen_op = torch.library.custom_op(
+    "speedrun::varlen", varlen, mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale) -> (Tensor, Tensor, Tensor)")
+varlen_gradient_op = torch.library.custom_op(
+    "speedrun::varlen_gradient", varlen_gradient, mutates_args=(),
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale, Tensor y, "
+           "Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
+
+
+@varlen_op.register_fake
+def varlen_shape(q, k, v, ends, longest, left, scale):
+    lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
+    return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
+
+
+@varlen_gradient_op.register_fake
+def varlen_gradient_shape(g, q, k, v, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def varlen_context(ctx, inputs, output):
+    q, k, v, ends, ctx.longest, left, scale = inputs
+    ctx.save_for_backward(q, k, v, ends, left, scale, *output)
+
+
+def varlen_backward(ctx, g, *_):
+    q, k, v, ends, left, scale, *saved = ctx.saved_tensors
+    return *varlen_gradient_op(g, q, k, v, ends, ctx.longest, left, scale, *saved), None, None, None, None
+
+
+varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)
 
 
 def serve(backend):

@@ -39,7 +39,7 @@ def print_plan(resolved):
     trained = len({p.windows for p in plans})
     validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
     print(f"compiled before the clock: {trained} training and {validated} validation graphs"
-          + (", one for each window (FlexAttention: one for all)" if plans[0].windows else ""))
+          + (", one for each window (FlexAttention and FlashAttention: one for all)" if plans[0].windows else ""))
     print(size(s))
     for line in held(s):
         print(line)

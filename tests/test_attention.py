@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+import deltas
+import schedule
 from kernels import attention
 from kernels.attention import CAUSAL, Window, attend, attend_cached, binding, choose, view
+from model import GPT
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = ("dense", "banded", "documents")
@@ -261,6 +264,91 @@ def test_varlen_hands_flash_attention_the_left_window_of_one_token_less(window, 
         exact = attend(q, k, v, view(documents, window, "dense", rows=3, tokens=50), 0.3)
         assert (attend(q, k, v, prepared, 0.3) - exact).abs().max() < 1e-12
     assert set(calls) == {(window.tokens - 1 if window.tokens in (1, 17) else -1, 0)}
+
+
+def dense_flash(q, k, v, ends_q, ends_k, longest_q, longest_k, causal, scale, window_size):
+    """torch_attn::_varlen_attn in plain torch."""
+    assert causal == (window_size == [-1, 0])
+    out = flash(q, k, v, ends_q, ends_k, longest_q, longest_k, scale=scale, window_size=window_size)
+    return out, out.new_zeros((q.size(1), q.size(0)), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+
+
+def dense_flash_gradient(g, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, causal, state, scale, window_size):
+    """torch_attn::_varlen_attn_backward, one (N, N) softmax P per head: dS = P (dP - rowsum(dP P))."""
+    assert causal == (window_size == [-1, 0]) and lse.shape == (q.size(1), q.size(0)) and torch.equal(ends_q, ends_k)
+    document, t = torch.bucketize(torch.arange(len(q)), ends_q.long(), right=True), torch.arange(len(q))
+    seen = (t <= t[:, None]) & (document == document[:, None])
+    seen = seen & (t >= t[:, None] - window_size[0]) if window_size[0] >= 0 else seen
+    p = torch.einsum("qhd,khd->hqk", q, k).mul(scale).masked_fill(~seen, -math.inf).softmax(-1)
+    assert (torch.einsum("hqk,khd->qhd", p, v) - out).abs().max() < 1e-5
+    dp = torch.einsum("qhd,khd->hqk", g, v)
+    ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+    grads = torch.einsum("hqk,khd->qhd", ds, k), torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", p, g)
+    return tuple(torch.empty_like(x).copy_(grad) for x, grad in zip((q, k, v), grads))
+
+
+def counted(graphs):
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+    return backend
+
+
+def test_compiled_varlen_is_one_graph_for_all_windows_and_scales_with_the_gradients_of_dense(monkeypatch):
+    monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
+    torch._dynamo.reset()
+    graphs = []
+    compiled = torch.compile(lambda *args: attend(*args), backend=counted(graphs), fullgraph=True, dynamic=False)
+    for seed, (window, scale) in enumerate([(Window(17), 0.3), (Window(5), 0.3), (Window(1), 0.2), (CAUSAL, 0.1)]):
+        q, k, v = qkv(3, 50, seed=seed)
+        documents = random_documents(3, 50, seed, mean=20)
+        g = torch.randn_like(v)
+        results = []
+        (traced, none), inside = attention.traceable([view(documents, window, "varlen", longest=50), None], scale, 4)
+        assert none is None and inside is None
+        for y in (compiled(q, k, v, traced),
+                  attend(q, k, v, view(documents, window, "dense"), scale)):
+            results.append([y, *torch.autograd.grad(y, (q, k, v), g)])
+        assert max((a - b).abs().max() for a, b in zip(*results, strict=True)) < 1e-12
+    assert len(graphs) == 1
+    for others in ([view(None, Window(5), "dense", rows=3, tokens=50), None], [traced, view(None, CAUSAL, "dense")], [None]):
+        assert attention.traceable(others, None, 4) == (others, None)
+    assert attention.traceable([view(None, CAUSAL, "varlen", rows=3, tokens=50)], None, 4)[0][0].plan.window[1] == 0.5
+    torch._dynamo.reset()
+
+
+def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training_and_one_in_validation(monkeypatch):
+    """Record 33: three windows, a wider one and another in the last layer at the end, the softmax scale follows."""
+    monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
+    monkeypatch.setattr(attention, "choose", lambda *args, **options: "varlen")
+    torch._dynamo.reset()
+    small = ["model.num_layers=3", "model.attn.drop_layers=[]", "model.mlp.drop_layers=[]", "model.attn.window.long_layers=[0, 2]"]
+    without = ["model.attn.value_embed", "model.residual.unet_skips"]
+    s = deltas.resolve("short/33", scale="micro", sets=small, without=without).settings
+    model, graphs, scales = GPT(s), [], set()
+    model.initialise(0)
+    model.prepare_compile()
+    compiled = torch.compile(model, backend=counted(graphs), dynamic=False)
+    tokens = torch.randint(1, 1200, (2, 96), generator=torch.Generator().manual_seed(0))
+    tokens[:, ::40] = 0
+    steps = [*{plan.windows: plan.step for plan in schedule.plan(s)}.values()]
+    for step in steps:
+        compiled(tokens, tokens, model.context(tokens, 0, schedule.windows(s, step))).mean().backward()
+        scales.add(model.scale)
+    assert len(steps) == len(scales) == 3 and len(graphs) == 1
+    with torch.no_grad():
+        model.eval()
+        tokens = tokens.view(1, 192)  # longer than the last layer's window
+        for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
+            context = model.context(tokens, 0, schedule.windows(s, step, final))
+            assert len({int(view.plan.window[0]) for view in context.views if view}) == (3 if final else 2)
+            found = compiled(tokens, tokens, context)
+        assert len(graphs) == 2
+        model.compiled = False
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
+        plain = model(tokens, tokens, model.context(tokens, 0, schedule.windows(s, s.schedule.steps, True)))
+    assert (found - plain).abs().max() < 1e-5
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("longest", [None, 20])

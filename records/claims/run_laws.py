@@ -140,6 +140,9 @@ def misshapen(event):
             yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
     if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
         yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
+    if kind == "reset" and "compile" in event:
+        if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
+            yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
     if kind == "probe" and isinstance(event.get("gradients"), dict):
         if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
                    for m in event["gradients"].values()):

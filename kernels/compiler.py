@@ -1,0 +1,191 @@
+"""torch.compile's surroundings: where it keeps what it made, what it spent its seconds on, one file to take along.
+
+The settings say whether something is compiled; nothing here imports the compiler before that. All of it is about time: what
+a graph computes does not depend on it.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import torch
+
+from settings import UserError
+
+FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+FILE_VERSION = 1
+PARTS_KEPT = 16  # of each process: as many runs that had something new to compile, the newest ones
+
+
+# ----- before anything is compiled ----------------------------------------------------------------------------------
+
+def prepare(cache, cuda):
+    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start the workers.
+
+    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
+    take seconds to start: they do it while data and model are made. The processes of one machine share out its cores, as each
+    of them compiles. On a CPU the kernels are C++ and no worker has anything to do. UserError if the folder cannot be made.
+    """
+    for variable, name in FOLDERS.items():
+        folder = Path(cache) / "compiled" / name
+        if variable not in os.environ:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
+                                "you may write") from None
+            os.environ[variable] = str(folder.absolute())
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if beside > 1:  # torch's own default: as many as there are cores, at most 32, in every process
+        threads = max(1, min(32, (os.cpu_count() or 1) // beside))
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
+    if not cuda:
+        os.environ.setdefault("TORCH_WARM_POOL", "0")
+        return
+    from torch._inductor import async_compile
+    getattr(async_compile, "maybe_warm_pool", lambda: None)()
+
+
+# ----- what it cost -------------------------------------------------------------------------------------------------
+
+def account():
+    """Where the compiler's time went in this process so far; None if it compiled nothing.
+
+    Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source code (AOTAutograd
+    and Inductor; with a warm cache what reading it took), kernels_s making machine code (C++ or Triton, waiting for workers
+    included) and loading it, autotune_s trying out Triton configurations at the first run. hits, misses: graphs found in the
+    cache (code for forward and backward) or not; a graph that dynamo began again is missed twice. Triton kernels of kernels/
+    are not in it.
+    """
+    utils = sys.modules.get("torch._dynamo.utils")  # who does not compile has none
+    if utils is None or not utils.counters["stats"]["unique_graphs"]:
+        return None
+    spent = {name: sum(times) for name, times in utils.compilation_time_metrics.items()}
+    frames, backends, backward, kernels, autotune = (spent.get(name, 0.0) for name in (
+        "_compile.compile_inner", "OutputGraph.call_user_compiler", "backward._backward_impl", "PyCodeCache.load_by_key_path",
+        "CachingAutotuner.benchmark_all_configs"))
+    found = utils.counters["aot_autograd"]
+    parts = {"dynamo_s": frames - backends, "inductor_s": backends + backward - kernels, "kernels_s": kernels,
+             "autotune_s": autotune}
+    return {**{name: round(max(0.0, value), 3) for name, value in parts.items()}, "hits": found["autograd_cache_hit"],
+            "misses": found["autograd_cache_miss"] + found["autograd_cache_bypass"]}
+
+
+# ----- one file -----------------------------------------------------------------------------------------------------
+
+class CacheFile:
+    """Compiled code of many runs in one file, for machines that start bare: --compile-cache FILE.
+
+    A zip archive: about.json says what it was made by and holds for each part (of one process in one run) the hashes of its
+    artefacts; each part is what torch.compiler.save_cache_artifacts gives. A part that a newer one covers is dropped. What the
+    compiler takes from it is checked by its own keys (source of the graph, torch, device), so another commit costs misses and
+    no errors. It unpickles: load only files of your own.
+
+    A file of another torch, Triton or device is left alone: on its own machine it is still good. A broken one is replaced.
+    Neither stops a run.
+    """
+
+    def __init__(self, path, rank, device):
+        """device: torch.device. UserError if the folder does not exist."""
+        self.path, self.rank = Path(path), rank
+        if not self.path.absolute().parent.is_dir() or self.path.is_dir():
+            raise UserError(f"--compile-cache {path}: must be a file in a folder that exists")
+        name = f"CPU {torch.backends.cpu.get_cpu_capability()}"
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+        self.made_by = {"compile_cache": FILE_VERSION, "torch": torch.__version__, "triton": triton_version(), "device": name}
+        self.foreign = self.loaded = False
+
+    def read(self):
+        """(about, {name of part: bytes}), both empty if there is no file. ValueError if it is broken."""
+        if not self.path.exists():
+            return {"parts": {}}, {}
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                about = json.loads(archive.read("about.json"))
+                return about, {name: archive.read(name) for name in about["parts"]}
+        except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
+
+    def load(self):
+        """Give the compiler this process's parts. Returns lines to say."""
+        try:
+            about, parts = self.read()
+            made_by = {key: about.get(key) for key in self.made_by}
+            self.foreign = bool(parts) and made_by != self.made_by
+            if self.foreign:
+                return [f"compile cache {self.path} was made by {described(made_by)}, this is {described(self.made_by)}: "
+                        "nothing loaded, nothing will be saved; name another file"]
+            for name, data in parts.items():
+                if about["parts"][name]["rank"] == self.rank:
+                    if torch.compiler.load_cache_artifacts(data) is None:
+                        raise ValueError("torch cannot unpack it")
+                    self.loaded = True
+        except Exception as error:  # whatever torch makes of it: compiling again is always possible
+            return [f"compile cache {self.path}: {first_line(error)}; compiling, and writing it anew"]
+        return []
+
+    def save(self, gather, main):
+        """Add what the processes compiled, if something was new. gather: World.gather_objects. Returns lines to say."""
+        cost, part, lines = account(), None, []
+        if cost and (cost["misses"] or not self.loaded) and not self.foreign:
+            try:
+                data, info = torch.compiler.save_cache_artifacts()
+                part = self.rank, data, sorted(key_hash(kind, k) for kind, keys in info.artifacts.items() for k in keys)
+            except Exception as error:  # TypeError where torch has nothing to give
+                lines = [f"compile cache {self.path}: {first_line(error)}; nothing saved"]
+        fresh = [x for x in gather(part) if x is not None]  # every process takes part
+        if main and fresh:
+            try:
+                lines.append(f"compile cache {self.path}: saved, {self.write(fresh) / 2 ** 20:.1f} MiB")
+            except OSError as error:
+                lines.append(f"compile cache {self.path}: cannot be written ({error.strerror}); the run goes on")
+        return lines
+
+    def write(self, fresh):
+        """Replace the file by one with these parts (rank, bytes, hashes) and what is left of the old ones. Returns its bytes."""
+        try:
+            about, parts = self.read()
+        except ValueError:
+            about, parts = {"parts": {}}, {}
+        kept = {n: (p, parts[n]) for n, p in about["parts"].items()}
+        for rank, data, keys in fresh:
+            for name, (part, _) in list(kept.items()):
+                if part["rank"] == rank and set(part["keys"]) <= set(keys):
+                    del kept[name]
+            mine = [name for name, (part, _) in kept.items() if part["rank"] == rank]
+            for name in mine[:max(0, len(mine) - PARTS_KEPT + 1)]:
+                del kept[name]
+            kept[f"{rank}-{hashlib.sha256(data).hexdigest()[:16]}"] = {"rank": rank, "keys": keys}, data
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            about = {**self.made_by, "parts": {name: part for name, (part, _) in kept.items()}}
+            archive.writestr("about.json", json.dumps(about))
+            for name, (_, data) in kept.items():
+                archive.writestr(name, data)
+        os.replace(temporary, self.path)
+        return self.path.stat().st_size
+
+
+def key_hash(kind, key):
+    return hashlib.sha256(f"{kind} {key}".encode()).hexdigest()[:16]
+
+
+def triton_version():
+    """Of the installed package, not imported; None without one."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def described(made_by):
+    return f"torch {made_by['torch']}, triton {made_by['triton']}, {made_by['device']}"
+
+
+def first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]

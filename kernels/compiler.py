@@ -28,7 +28,7 @@ def prepare(cache, cuda):
 
     To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
     take seconds to start: they do it while data and model are made. The processes of one machine share out its cores, as each
-    of them compiles. On a CPU the kernels are C++ and no worker has anything to do. UserError if the folder cannot be made.
+    of them compiles. On a CPU the kernels are C++, made by threads. UserError if the folder cannot be made.
     """
     for variable, name in FOLDERS.items():
         folder = Path(cache) / "compiled" / name
@@ -43,11 +43,9 @@ def prepare(cache, cuda):
     if beside > 1:  # torch's own default: as many as there are cores, at most 32, in every process
         threads = max(1, min(32, (os.cpu_count() or 1) // beside))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    if not cuda:
-        os.environ.setdefault("TORCH_WARM_POOL", "0")
-        return
-    from torch._inductor import async_compile
-    getattr(async_compile, "maybe_warm_pool", lambda: None)()
+    if cuda:
+        from torch._inductor import async_compile
+        getattr(async_compile, "maybe_warm_pool", lambda: None)()
 
 
 # ----- what it cost -------------------------------------------------------------------------------------------------

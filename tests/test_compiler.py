@@ -102,7 +102,7 @@ def test_a_file_that_cannot_be_written_is_one_line_and_every_process_still_takes
 # ----- folders and account
 
 def test_caches_lie_in_the_projects_cache_unless_the_environment_names_them(tmp_path, monkeypatch):
-    for name in (*compiler.FOLDERS, "TORCH_WARM_POOL", "TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in (*compiler.FOLDERS, "TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")  # so that what prepare sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")

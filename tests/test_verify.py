@@ -3,9 +3,12 @@
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -1239,10 +1242,41 @@ def test_no_value_in_any_field_of_a_log_can_crash_it(claim):
                 assert all(isinstance(p, str) for p in problems)
 
 
+def test_what_a_mixture_tells_of_its_experts_is_read_and_checked(tmp_path):
+    command = [sys.executable, "train_gpt.py", "variants/1", "--scale", "micro", "--set", "schedule.steps=3", "--out", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    folder = next(tmp_path.glob("2*"))
+    original = json.dumps(runlog.read_chain(folder / "run.jsonl"))
+    at = next(i for i, e in enumerate(json.loads(original)) if e["kind"] == "experts")
+
+    def problems(change):
+        events = json.loads(original)
+        change(events)
+        for n, event in enumerate(events):
+            event["n"] = n
+        chained(folder, events)
+        log, found = run_laws.read_log(folder, "run")
+        return found + [p for p in (run_laws.check_run(log) if log else []) if "experts" in p]
+
+    assert problems(lambda events: None) == []
+    assert "told at steps [], due at [3]" in problems(lambda events: events.pop(at))[0]
+    assert "told at steps [3, 3]" in problems(lambda events: events.insert(at - 1, events[at].copy()))[0]
+    assert "loads and dropped rows are not" in problems(lambda events: events[at]["load"][0].__setitem__(0, 7))[0]
+    assert "of layers [0]" in problems(lambda events: events[at].update({n: events[at][n][:1] for n in run_laws.LOADS}, layers=[0]))[0]
+    for field in [*run_laws.LOADS, "load", "step"]:
+        for junk in JUNK:
+            found = problems(lambda events: events[at].__setitem__(field, junk))
+            assert found and all(isinstance(p, str) for p in found), (field, junk)
+
+
 def rewritten(claim, name):
     """The run's chain alone, hashed again (render and summarise may not survive the junk, and need not)."""
-    folder, previous, lines = claim.folder / "runs" / name, runlog.GENESIS, []
-    for event in claim.logs[name]:
+    return chained(claim.folder / "runs" / name, claim.logs[name])
+
+
+def chained(folder, events):
+    previous, lines = runlog.GENESIS, []
+    for event in events:
         line, previous = runlog.chain_line(previous, event)
         lines.append(line)
     (folder / "run.jsonl").write_text("\n".join(lines) + "\n")

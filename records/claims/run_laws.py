@@ -22,21 +22,23 @@ NUMBER = (int, float)
 TEXTS = {"start": ["utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
                    "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform",
                    "python", "machine"],
-         "probe": ["tokens"], "reset": ["state_before", "state_after"], "validation": [], "stream": ["digest"],
-         "end": ["status"]}
+         "probe": ["tokens"], "reset": ["state_before", "state_after"], "validation": [], "experts": [],
+         "stream": ["digest"], "end": ["status"]}
+LOADS = ("layers", "max_vio", "idle", "dropped", "entropy", "max_bias")  # of an experts event: a number for each layer with some
 OTHERS = {"start": {"settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
                     "processes": int, "profiled": bool, "cores": (int, type(None))},
           "probe": {"step": int, "loss": NUMBER, "gradients": dict},
           "reset": {"warmup_steps": int, "start_ms": NUMBER, "warmup_ms": NUMBER},
           "validation": {"step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list,
                          "train_time_ms": NUMBER, "tokens": int, "epoch": int},
+          "experts": {"step": int, **{name: list for name in LOADS}},
           "stream": {},
           "end": {"steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
                   "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
                   "verdict": list}}
-LETTERS = {"start": "s", "probe": "p", "reset": "r", "validation": "v", "stream": "t", "end": "e"}
-BEGUN = re.compile("s(p?(r(v*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
-WHOLE = re.compile("sp?rv+te")
+LETTERS = {"start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"}
+BEGUN = re.compile("s(p?(r((vx?)*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
+WHOLE = re.compile("sp?r(vx?)+te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
 LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
@@ -143,6 +145,13 @@ def misshapen(event):
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
             yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
+    if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
+        if len({len(event[name]) for name in LOADS}) > 1 or not event["layers"] or not all(
+                isinstance(x, NUMBER) for name in LOADS for x in event[name]):
+            yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(LOADS)
+        loads = event.get("load", [])
+        if not isinstance(loads, list) or not all(isinstance(row, list) and all(isinstance(x, int) for x in row) for row in loads):
+            yield f"line {event['n'] + 1} (experts): load wants a list of rows for each layer"
     if kind == "probe" and isinstance(event.get("gradients"), dict):
         if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
                    for m in event["gradients"].values()):
@@ -157,6 +166,7 @@ def check_run(log):
     if log.settings is not None:
         yield from check_reset(log)
         yield from check_steps(log)
+        yield from check_experts(log)
     yield from check_numbers(log)
     yield from check_clock(log)
     if log.whole:
@@ -253,6 +263,24 @@ def check_reset(log):
     if untold > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
         yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, but start "
                f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account for it")
+
+
+def check_experts(log):
+    """A mixture tells after each validation but the first how the step before shared out its rows, and nothing else does."""
+    s, artefact = log.settings, f"{log.where}/run.jsonl: experts"
+    moe, steps = s.model.mlp.moe, [e["step"] for e in log.events if e["kind"] == "experts"]
+    due = [e["step"] for e in log.validations if e["step"]] if moe else []
+    if steps != due and not (steps == due[:-1] and log.events[-1]["kind"] == "validation"):  # killed between the two
+        yield f"{artefact}: told at steps {steps}, due at {due}"
+        return
+    for event in (e for e in log.events if e["kind"] == "experts"):
+        layers = [i for i in range(s.model.num_layers) if i not in {*moe.dense_layers, *s.model.mlp.drop_layers}]
+        if event["layers"] != layers:
+            yield f"{artefact}: of layers {event['layers']}, the settings have them in {layers}"
+        elif "load" in event and [sum(row) + lost for row, lost in zip(event["load"], event["dropped"])] != [
+                moe.top_k * tokens_per_step(s)] * len(layers):
+            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x {tokens_per_step(s)} rows in each layer: they were "
+                   "edited")
 
 
 def warmup_steps(log):

@@ -561,7 +561,7 @@ def parser():
                                                                     "`records compare` and `records submit`)")
     p.add_argument("--plan", action="store_true", help="print settings, schedule, shapes and parameters; train nothing")
     p.add_argument("--strict", action="store_true", help="refuse to run in a slower way than the record and the device allow, "
-                                                         "and fail if anything was compiled while the clock ran")
+                                                         "and fail if anything was compiled after the warm-up")
     p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "
                                                             "wait for the device")
     p.add_argument("--profile", metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")

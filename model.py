@@ -908,11 +908,10 @@ class GPT(nn.Module):
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         packed = self.training and s.data.loader == "packed"
-        w = s.model.attn.window
         try:
             backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
                                        tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
-                                       compiled=self.compiled, many_windows=w is not None and w.growth in ("floor", "ceil"), passed=self.passed)
+                                       compiled=self.compiled, passed=self.passed)
             return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                                   dtype=matmul_dtype, longest=s.data.max_document if packed else None, most=most)
         except ValueError as error:

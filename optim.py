@@ -225,7 +225,7 @@ class Engine:
         self.compiled, self.numbers = compiled, {}
         self.cut = Cut(joint=s.optim.muon is not None and not s.optim.muon.split_qkv)
         self.banks = self.make_banks(model)
-        self.launching = False
+        self.last = self.launching = False
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
             self.make_state(bank)
@@ -290,9 +290,9 @@ class Engine:
 
     # ----- gradients
 
-    def expect(self, last):
-        """Announce a backward pass; after the `last` one of a step the reductions start as gradients get ready."""
-        self.launching = last
+    def expect(self, last, launch=True):
+        """Announce a backward pass. After the `last` one of a step the reductions start as gradients get ready, if they shall."""
+        self.last, self.launching = last, last and launch
         for bank in self.banks:
             bank.pending = len(bank.members)
 
@@ -305,7 +305,7 @@ class Engine:
     @torch.no_grad()
     def collect(self):
         """After a backward pass that is not the last: put its gradients aside (bf16 ones are summed in float32)."""
-        if self.launching and not self.ordered:
+        if self.last and not self.ordered:
             return
         for bank in self.banks:
             if self.ordered:

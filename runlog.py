@@ -25,8 +25,8 @@ PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chai
 
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
-    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py", "memory.py", "debug.py"]
-    return fixed + [f"{folder}/{path.name}" for folder in ("kernels", "data") for path in sorted((ROOT / folder).glob("*.py"))]
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
+    return fixed + [f"{folder}/{path.name}" for folder in ("kernels", "data", "system") for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def sources():
@@ -141,7 +141,7 @@ def render(event):
 
 
 def is_account(compile):
-    """Can `render` read it as what kernels.compiler.account gives?"""
+    """Can `render` read it as what system.compiler.account gives?"""
     return isinstance(compile, dict) and "hits" in compile and all(isinstance(x, (int, float)) for x in compile.values())
 
 

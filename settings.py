@@ -449,7 +449,7 @@ class Kernels:
     loss: Literal["auto", "whole", "chunks", "triton"] = opt(
         "auto", "head and cross entropy: all logits at once; chunks of tokens, whose logits the backward pass makes again, so "
                 "that they never exist in full; the same with fused Triton kernels. auto: whole, or on CUDA in chunks if they "
-                "do not fit otherwise (memory.py)")
+                "do not fit otherwise (system/memory.py)")
     muon: Literal["auto", "torch", "triton"] = opt(
         "auto", "Newton-Schulz: whole products, or half of each symmetric one and its mirror image (record 27). auto: torch",
         needs="optim.muon")
@@ -485,9 +485,9 @@ class System:
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
     ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, on CUDA as many as "
-                                   "make 65,536 tokens, or fewer if memory.py finds that they do not fit")
+                                   "make 65,536 tokens, or fewer if system/memory.py finds that they do not fit")
     recompute: Literal["auto", "on", "off"] = opt("auto", "blocks keep nothing for the backward pass, which goes through them "
-                                                          "again; auto: if it does not fit otherwise (memory.py), on CUDA")
+                                                          "again; auto: if it does not fit otherwise (system/memory.py), on CUDA")
     warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3, compiled also one of each window")
     warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
 
@@ -541,7 +541,8 @@ def ranks_per_forward(s, ranks, cuda):
         return 1
     if s.system.ranks_per_forward:
         return min(s.system.ranks_per_forward, ranks)
-    return max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
+    most = max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
+    return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
 
 
 def recomputable(s):

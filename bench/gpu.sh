@@ -21,7 +21,9 @@ fi
 OUT=${OUT:-bench/results/$name}
 mkdir -p "$OUT"
 OURS=(--set system.cuda_graphs=true)  # every kernel of ours, to compare with torch's own
-for kernel in loss mlp muon qk transpose; do OURS+=(--set "system.kernels.$kernel=triton"); done
+kernels=(loss mlp muon qk)
+if "$PYTHON" -c "import sys, torch; sys.exit(torch.cuda.get_device_capability() < (8, 9))"; then kernels+=(transpose); fi  # FP8
+for kernel in "${kernels[@]}"; do OURS+=(--set "system.kernels.$kernel=triton"); done
 failed=0
 for part in "${parts[@]}"; do
     echo "== $part"

@@ -29,7 +29,7 @@ def cpu_seconds():
 
 
 def figures(summary, cpu):
-    """Where the start of one training went, in seconds (kernels.compiler.account says what each part is)."""
+    """Where the start of one training went, in seconds (system.compiler.account says what each part is)."""
     reset = summary["reset"]
     start, cost = (reset["start_ms"] + reset["warmup_ms"]) / 1000, reset.get("compile") or {}
     parts = {"imports": reset["imports_ms"] / 1000, "data": (reset["start_ms"] - reset["imports_ms"]) / 1000}

@@ -40,6 +40,10 @@ class Window(NamedTuple):
 CAUSAL = Window()
 
 
+class Missing(str):
+    """Why a backend cannot run, where neither the device nor the window is the reason."""
+
+
 class View(NamedTuple):
     """What `view` prepared: the backend and the tensors that it wants."""
     backend: str
@@ -80,27 +84,27 @@ def binding(window, tokens):
 # ----- choosing a backend -----------------------------------------------------------------------------------------
 
 def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
-           many_windows=False, passed=None):
+           passed=None):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
     documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile.
-    many_windows: the window changes often over the run. passed: a set that is told why faster ones were passed over. ValueError, one line: why the requested backend cannot do this; no
-    backend ever leaves out a window or a document.
+    passed: a set that is told which faster ones an installation would bring. ValueError, one line: why the requested backend
+    cannot do this; no backend ever leaves out a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
     if requested != "auto" and requested not in BACKENDS:
         raise ValueError(f"unknown attention backend {requested!r}; choose auto or one of {', '.join(BACKENDS)}")
-    ladder = preferred(device, documents, window, tokens, compiled, many_windows) if requested == "auto" else (requested,)
+    ladder = preferred(device, documents, window, tokens, compiled) if requested == "auto" else (requested,)
     for backend in ladder:
         why = refusal(backend, device, window, requires_grad, dtype, compiled)
         if why is None:
             return backend
-        if passed is not None:
+        if passed is not None and isinstance(why, Missing):
             passed.add(f"attention backend {backend} {why}")
     raise ValueError(f"attention backend {backend} {why}")
 
 
-def preferred(device, documents, window, tokens, compiled, many_windows):
+def preferred(device, documents, window, tokens, compiled):
     """Backends in the order in which `auto` takes them.
 
     Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of tokens: with
@@ -110,8 +114,6 @@ def preferred(device, documents, window, tokens, compiled, many_windows):
     if not documents and window == CAUSAL:
         return ("dense",)
     if device.type == "cuda":
-        if many_windows:  # a FlashAttention window is a number in the compiled graph, FlexAttention's a tensor
-            return "flex", "banded"
         return "flash3", "varlen", "flex", "banded"
     far = reach(window, tokens)
     if tokens <= 64:
@@ -570,7 +572,7 @@ def activation_failure(implementation):
         attention.activate_flash_attention_impl(implementation)
     except Exception as error:  # a missing package, a build for another torch, missing kernels
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        return f"cannot be activated in this torch ({type(error).__name__}: {reason}); use varlen"
+        return Missing(f"cannot be activated in this torch ({type(error).__name__}: {reason}); use varlen")
     return None
 
 

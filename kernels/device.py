@@ -1,5 +1,6 @@
 """What a device can run: shared by the Triton kernels."""
 
+import importlib.metadata
 import importlib.util
 import os
 
@@ -12,6 +13,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # of the matrix product
 def capability(device):
     """80 for compute capability 8.0, and so on; None if it is no GPU."""
     return int("{}{}".format(*torch.cuda.get_device_capability(device))) if device.type == "cuda" else None
+
+
+def triton_version():
+    """Of the installed package, not imported; None without one."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def refusal(device, dtype, least=80):

@@ -5,7 +5,6 @@ Tuning is never part of a training: a run reads the file, before the clock start
 
 import contextlib
 import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.corpus import default_cache
+from kernels.device import triton_version
 from settings import UserError
 
 trial = {}  # {operation: tile} that is tried out just now
@@ -26,7 +26,9 @@ def best(operation, device, dtype, sizes, default):
     if device.type != "cuda":
         return default
     found = table(path(device)).get(key(operation, dtype, sizes))
-    return default if found is None else type(default)(*found["tile"])
+    if found is None or len(found["tile"]) != len(default):  # of another form of the kernel
+        return default
+    return type(default)(*found["tile"])
 
 
 @contextlib.contextmanager
@@ -43,10 +45,15 @@ def key(operation, dtype, sizes):
     return f"{operation} {str(dtype).removeprefix('torch.')} {' x '.join(map(str, sizes))}"
 
 
+@functools.cache
+def card(device):
+    """The name of a card and of the Triton that compiles for it: another one of either has its own file."""
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
+    return f"{name}-triton-{triton_version()}"
+
+
 def path(device):
-    """The file of a card and the Triton that compiled for it: another one of either has its own."""
-    card = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name(device).lower())
-    return Path(default_cache()) / f"tiles-{card}-triton-{importlib.metadata.version('triton')}.json"
+    return Path(default_cache()) / f"tiles-{card(device)}.json"
 
 
 @functools.cache

@@ -38,7 +38,7 @@ def print_plan(resolved):
           + (f" (values {value_dim(s)})" if value_dim(s) != query_dim(s) else "") + f", {padded_vocab(s)} classes")
     trained = len({p.windows for p in plans})
     validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
-    print(f"compiled before the clock: {trained} training and {validated} validation graphs"
+    print(f"compiled before the clock: {'at most ' if plans[0].windows else ''}{trained} training and {validated} validation graphs"
           + (", one for each window (FlexAttention and FlashAttention: one for all)" if plans[0].windows else ""))
     print(size(s))
     for line in held(s):
@@ -52,7 +52,7 @@ CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100
 
 def held(s):
     """Lines on the memory of one GPU, part by part, and on what would be chosen to fit cards of CARDS GiB."""
-    import memory
+    from system import memory
     at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, at_once)
     yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; a forward of "

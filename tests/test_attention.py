@@ -365,6 +365,18 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
         view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
 
 
+def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(monkeypatch):
+    monkeypatch.setattr(attention, "serve", lambda backend: attention.Missing("is not installed") if backend == "flash3" else None)
+    for capability, window, chosen, missed in (((9, 0), Window(64), "varlen", {"attention backend flash3 is not installed"}),
+                                               ((8, 0), Window(64), "varlen", set()),  # the device cannot
+                                               ((9, 0), Window(None, 3, 128), "flex", set())):  # nor for such a window
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        passed = set()
+        assert choose("auto", torch.device("cuda"), documents=True, window=window, tokens=512, dtype=torch.bfloat16, compiled=True,
+                      passed=passed) == chosen
+        assert passed == missed
+
+
 def test_varlen_shapes_stay_as_documents_change():
     plans = [view(random_documents(2, 1000, seed, mean=20), CAUSAL, "varlen", longest=n).plan
              for seed in range(5) for n in (None, 400)]

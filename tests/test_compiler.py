@@ -1,4 +1,4 @@
-"""Laws of kernels/compiler.py: folders, account and cache file, and what the trainer logs of a start.
+"""Laws of system/compiler.py: folders, account and cache file, and what the trainer logs of a start.
 
 Run as a program it compiles one small graph with a --compile-cache file and prints JSON: `round FILE`.
 """
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 import runlog
-from kernels import compiler
 from records.claims import run_laws
 from settings import UserError
+from system import compiler
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

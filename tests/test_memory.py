@@ -1,13 +1,13 @@
-"""Laws of memory.py and of recomputation: what is counted is what is held, and what fits computes the same."""
+"""Laws of system/memory.py and of recomputation: what is counted is what is held, and what fits computes the same."""
 
 import pytest
 import torch
 
 import deltas
-import memory
 import schedule
 from model import GPT
-from settings import UserError
+from settings import UserError, ranks_per_forward
+from system import memory
 
 GIB = 2**30
 
@@ -97,3 +97,12 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients_and_keep_less(ref)
 def test_recomputation_of_experts_is_refused():
     with pytest.raises(UserError, match="system.recompute=on would count the loads of the experts twice"):
         settings("variants/1", "system.recompute=on")
+
+
+@pytest.mark.parametrize("tokens", [1024, 16384, 20480, 30720, 65536, 131072])
+def test_forwards_of_a_step_are_of_equal_size(tokens):
+    """Each forward's loss has the same share of the step's."""
+    s = settings("short/11", f"data.tokens_per_rank={tokens}", f"data.seq_len={tokens}", scale="full")
+    for ranks in (1, 2, 4, 8):
+        at_once = ranks_per_forward(s, ranks, cuda=True)
+        assert ranks % at_once == 0 and at_once * tokens <= max(65536, tokens)

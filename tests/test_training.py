@@ -16,10 +16,10 @@ import torch
 
 import deltas
 import train_gpt
-from debug import no_host_reads
 from model import GPT
 from runlog import read_chain, read_links, render, summarise
 from settings import UserError
+from system.sync import no_host_reads
 
 ROOT = Path(__file__).parent.parent
 RECORDS = [r for r in deltas.load_records()]
@@ -184,6 +184,13 @@ def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
     assert done.returncode == 2
     assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
                            "--set system.kernels.loss=chunks, so that the head's logits never exist in full\n")
+
+
+def test_processes_with_16_bit_banks_and_one_forward_a_step_end_as_one_process(tmp_path):
+    """The probe of the warm-up looks at gradients before they are reduced: what it leaves must fit the steps after it."""
+    found = [run(tmp_path / str(n), "short/11", *SHORT, "--set", "system.precision=record", processes=n) for n in (1, 2)]
+    assert all(done.returncode == 0 for done, _ in found), found[1][0].stderr
+    assert abs(found[0][1]["val_loss"] - found[1][1]["val_loss"]) < 1e-4
 
 
 @pytest.mark.parametrize("ref", ["short/1", "short/11", "short/21", "short/33", "variants/2", "variants/7"])

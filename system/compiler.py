@@ -5,7 +5,6 @@ a graph computes does not depend on it.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from kernels.device import triton_version
 from settings import UserError
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -171,14 +171,6 @@ class CacheFile:
 
 def key_hash(kind, key):
     return hashlib.sha256(f"{kind} {key}".encode()).hexdigest()[:16]
-
-
-def triton_version():
-    """Of the installed package, not imported; None without one."""
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def described(made_by):

@@ -19,7 +19,7 @@ SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and th
 class Estimate(NamedTuple):
     """Bytes on one device."""
     parameters: int
-    gradients: int  # bfloat16 ones also in float32, if there are several forwards
+    gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
     state: int  # of the optimizer
     kept: int  # by a forward pass for the backward pass
     passing: int  # the largest that comes and goes beside it: gradients of the logits, or of a chunk of them, or of a block
@@ -81,7 +81,9 @@ def estimate(s, ranks, at_once, world=1):
     from optim import Engine
     engine = Engine(without_values(s), s, 0, world)
     parameters = sum(bank.param.nbytes for bank in engine.banks)
-    sums = sum(2 * bank.grad.nbytes for bank in engine.banks if bank.grad.dtype == torch.bfloat16 and at_once < ranks)
+    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in engine.banks}
+    sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in engine.banks
+                                    if engine.comm == "sharded" and not bank.own)
     logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     passing = logits
     if chunked(s):

@@ -75,8 +75,8 @@ CHEATS = {
         ("train_gpt.py", "    run.model.initialise(seed)\n    run.engine.reset()\n", "    run.engine.reset()\n"),
         ("train_gpt.py", "    if before != after:\n", "    if False:\n")]),
     "randomness without a seed": ("seed", "two trainings with seed 0 differ in training losses", [
-        ("train_gpt.py", "step_plan.windows)).mean()\n",
-         "step_plan.windows)).mean() * (1 + __import__('random').random())\n")]),
+        ("train_gpt.py", "run.compiled(x, y, context).mean()\n",
+         "run.compiled(x, y, context).mean() * (1 + __import__('random').random())\n")]),
     "a batch fetched before the clock": ("clock", "2 batches and 3 steps of 3", [
         ("train_gpt.py", "        self.clock.start()  # before", "        # before"),
         ("train_gpt.py", "        for step in range(len(self.plans) + 1):\n",

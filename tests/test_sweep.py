@@ -103,7 +103,7 @@ def results(plan, loss, survivors=None, status="finished"):
                    "code": "x"} for name, arm, seed in queue.targets(plan, survivors)}
 
 
-def wait_for(condition, seconds=90):
+def wait_for(condition, seconds=240):
     until = time.time() + seconds
     while not condition():
         assert time.time() < until, "waited in vain"

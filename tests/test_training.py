@@ -147,9 +147,9 @@ def test_a_diverging_run_says_so_and_exits_4(tmp_path):
 
 
 def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "tiny", "--out",
-                                str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
+                                "schedule.steps=5000", "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 240
     while not any("step:0/" in p.read_text() for p in tmp_path.glob("*/log.txt")) and time.time() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -842,8 +842,9 @@ class GPT(nn.Module):
         mix = self.values.begin(tokens) if self.values is not None else None
         penalties = []
         for i in range(len(self.blocks)):
-            again = self.recompute and self.training and not (i == 0 and isinstance(self.values, ValueResidual))
-            through = functools.partial(checkpoint, self.block, use_reentrant=False, preserve_rng_state=False) if again else self.block
+            through = self.block
+            if self.recompute and self.training and not (i == 0 and isinstance(self.values, ValueResidual)):
+                through = functools.partial(checkpoint, self.block, use_reentrant=False, preserve_rng_state=False)
             x = leave(i, through(i, enter(i, x), mix, context, cache, penalties))
         x = self.norm(x).to(matmul_dtype)
         if targets is None:

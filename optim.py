@@ -384,7 +384,7 @@ class Engine:
         self.steps_taken += 1
         if self.world > 1 and not self.ordered:
             for bank in self.banks:
-                if not bank.work and not bank.own:  # bucketed, or a parameter had no gradient this time, so that the hook never fired
+                if not bank.work and not bank.own:  # bucketed, or a parameter had no gradient this time and the hook never fired
                     self.launch(bank)
         grads = [self.finish(bank) for bank in self.banks]
         factor = self.clip_factor(grads)

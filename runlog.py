@@ -26,7 +26,8 @@ PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chai
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
-    return fixed + [f"{folder}/{path.name}" for folder in ("kernels", "data", "system") for path in sorted((ROOT / folder).glob("*.py"))]
+    folders = ("kernels", "data", "system")
+    return fixed + [f"{folder}/{path.name}" for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
 
 
 def sources():

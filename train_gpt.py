@@ -512,7 +512,8 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
             "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
             "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
-            "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None, "comm": engine.comm,
+            "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
+            "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
             **runlog.machine()}
 

@@ -1,7 +1,8 @@
 """Try out tiles for the Triton kernels on this GPU and keep the fastest: `python bench/tune.py [--records ...] [--out JSON]`.
 
-For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own table goes to a
-file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card cannot do are passed over.
+For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own table
+goes to a file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card cannot do are passed
+over.
 """
 
 import argparse
@@ -120,7 +121,8 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU here; on one this would try out " + ", ".join(f"{len(c)} tiles of {name}" for name, (_, c) in OPERATIONS.items()))
+        tiles_of = [f"{len(candidates)} tiles of {name}" for name, (_, candidates) in OPERATIONS.items()]
+        print("no GPU here; on one this would try out " + ", ".join(tiles_of))
         sys.exit(0)
     torch.manual_seed(0)
     file, found = tiles.path(DEVICE), {}

@@ -22,7 +22,9 @@ def print_plan(resolved):
         if value != default.get(path, ...):
             print(f"  {path} = {deltas.show(value)}")
     plans = schedule.plan(s)
-    print("\nschedule (step: learning-rate factor, Muon momentum" + (", window" + (" long / short" if split(s) else "") if plans[0].windows else "") + "):")
+    columns = ["learning-rate factor", "Muon momentum"]
+    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].windows else []
+    print(f"\nschedule (step: {', '.join(columns)}):")
     for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), len(plans) - 1}):
         print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].windows))
     if plans[0].windows:
@@ -55,8 +57,8 @@ def held(s):
     from system import memory
     at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, at_once)
-    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; a forward of "
-           f"{at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
+    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; "
+           f"a forward of {at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
            f"together {mib(e.total)}")
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)

@@ -31,7 +31,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation._schema.name
         told = (kwargs or {}).get("output_size") is not None  # of repeat_interleave: then it need not be found out
-        if (name in READS and not told) or (name in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])):
+        masks = name in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        if (name in READS and not told) or masks:
             raise HostRead(name)
         return operation(*args, **(kwargs or {}))
 
@@ -58,8 +59,8 @@ def no_host_reads(cuda, what):
 
 
 def complaint(error, what, operation):
-    own = [f for f in traceback.extract_tb(error.__traceback__)
-           if Path(f.filename).parent in (ROOT, ROOT / "kernels", ROOT / "data", ROOT / "system") and Path(f.filename) != Path(__file__)]
+    rooms = (ROOT, ROOT / "kernels", ROOT / "data")
+    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent in rooms]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"
     return (f"{what} waits for the device: {operation} in {where}; keep the number on the device, or know it beforehand, or "
             "leave --check-sync away")

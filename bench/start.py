@@ -16,8 +16,7 @@ import measure
 import steps
 import torch
 
-import deltas
-from settings import UserError, tokens_per_step
+from settings import UserError
 
 PARTS = ("imports", "data", "dynamo", "inductor", "kernels", "autotune", "first_runs")
 
@@ -69,10 +68,7 @@ def main():
     columns = "".join(f"{name:>11}" for name in ("start", *PARTS, "cpu"))
     print(f"{'seconds':16}{columns}{'graphs':>8}{'hits':>6}", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(o.data or scratch)
-        if o.data is None and o.scale in ("full", "small"):
-            most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
-            measure.synthetic_shards(data, 2 * most * (o.steps + 4), 2_200_000)
+        data = steps.shards(o, scratch)
         for ref in o.records:
             try:
                 rows.append({"record": ref, **measured(ref, o, data, scratch)})

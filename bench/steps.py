@@ -22,6 +22,14 @@ ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")
 
 
+def shards(o, scratch):
+    """The folder of shards: --data, else random ones where the scale has no corpus of its own."""
+    if o.data is None and o.scale in ("full", "small"):
+        most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
+        measure.synthetic_shards(Path(scratch), 2 * most * (o.steps + 4), 2_200_000)
+    return Path(o.data or scratch)
+
+
 def train(ref, o, data, caches, out, more=()):
     """(summary, events) of one training, or UserError with its last line on stderr. more: arguments of the trainer."""
     launch = [sys.executable]
@@ -69,10 +77,7 @@ def main():
     o = p.parse_args()
     rows, failed = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        data = Path(o.data or scratch)
-        if o.data is None and o.scale in ("full", "small"):
-            most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
-            measure.synthetic_shards(data, 2 * most * (o.steps + 4), 2_200_000)
+        data = shards(o, scratch)
         for ref in o.records:
             caches = Path(scratch) / "caches" / ref.replace("/", "-")
             row = {"record": ref}

@@ -24,6 +24,7 @@ from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
 from optim import Engine
+from program import program_of
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -31,12 +32,7 @@ BOS = 1256
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
-def program(*args, **env):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | env
-    run = subprocess.run([sys.executable, __file__, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                         env=env | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+program = program_of(__file__)
 
 
 def random(*shape, seed=0, dtype=F32):

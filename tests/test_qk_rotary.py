@@ -6,11 +6,8 @@ imported), `compile 90` (resources of the kernels on sm_90). In programs of thei
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,20 +18,15 @@ import train_gpt
 from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from model import GPT, Rotary
+from program import program_of
 from settings import UserError
 
-ROOT = Path(__file__).parent.parent
 # Of the largest element: one rounding of the dtype. bfloat16 can be tested, as the kernels calculate in float32 only; the
 # interpreter cuts it off instead of rounding it.
 LIMIT = {"float32": 1e-6, "float16": 6e-4, "bfloat16": 8e-3}
 
 
-def program(*args, **env):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | env
-    run = subprocess.run([sys.executable, __file__, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                         env=env | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+program = program_of(__file__)
 
 
 def random(*shape, seed=0):

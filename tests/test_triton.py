@@ -6,29 +6,21 @@ is imported), `compile 90` (resources of every kernel on sm_90). In programs of 
 
 import itertools
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from kernels import device, linear_relu_sq, newton_schulz, symmetric
+from program import program_of
 
-ROOT = Path(__file__).parent.parent
 # Of the largest element. float16: its rounding is 5e-4, gradients are rounded twice. Not in bfloat16: the interpreter
 # multiplies its bit patterns (triton issues 4972 and 11584). The kernels treat it as float16, and below it is compiled.
 LIMIT = {"float32": 3e-6, "float16": 1.5e-3}
 
 
-def program(*args, **env):
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | env
-    run = subprocess.run([sys.executable, __file__, *args], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                         env=env | {"PYTHONPATH": str(ROOT)})
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+program = program_of(__file__)
 
 
 def random(*shape, dtype, seed=0):

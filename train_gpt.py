@@ -47,6 +47,7 @@ from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
 from system import compiler, memory
+from system.interrupt import Interrupt
 from system.sync import no_host_reads
 
 IMPORTED = time.perf_counter()
@@ -187,12 +188,12 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
 
 
 @torch.no_grad()
-def validate(model, rows, world, context, limit=None):
+def validate(model, rows, world, context, limit=None, check=lambda: None):
     """Mean cross entropy over all validation targets, nats per token.
 
     rows: int32 (local ranks, rows, T + 1). context: function of tokens (R, T), what attention sees of them. Summed per
     logical rank in float64 and then in rank order, so that the value does not depend on the number of processes.
-    limit: number of chunks (warm-up).
+    limit: number of chunks (warm-up). check: called before each chunk; may raise.
     """
     model.eval()
     chunk = max(1, (32768 if world.cuda else 4096) // (rows.shape[-1] - 1))
@@ -200,6 +201,7 @@ def validate(model, rows, world, context, limit=None):
     for rank_rows in rows:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         for first in list(range(0, len(rank_rows), chunk))[:limit]:
+            check()
             part = torch.from_numpy(rank_rows[first:first + chunk]).to(world.device).long()
             total += model(part[:, :-1], part[:, 1:], context(part[:, :-1])).sum(dtype=torch.float64)
         sums.append(total)
@@ -413,16 +415,22 @@ def train(resolved, options):
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
     try:
         warm_up(run, options.seed)
-        status = run.loop()
+        with run.interrupt:
+            status = run.loop()
     except KeyboardInterrupt:
         if run.stream is None:  # the clock has not started
             raise
         status = "interrupted"
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, error)) from None
+    except RuntimeError:  # of a collective whose other processes have stopped already
+        if not (run.interrupt.asked and world.size > 1):
+            raise
+        status = "interrupted"
     finally:
         run.close()
-    return finish(status, run, resolved, options)
+    with run.interrupt:
+        return finish(status, run, resolved, options)
 
 
 def check_sync_here(s, compile_it):
@@ -539,6 +547,7 @@ class Run:
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler, self.check_sync = None, options.check_sync
+        self.interrupt = Interrupt(world.main)
         self.progress = Progress(world, s)
 
     def loop(self):
@@ -547,6 +556,7 @@ class Run:
         self.stream = Stream(self.corpus, ranks=self.world.ranks, **stream_arguments(s))
         self.batches = Prefetch(self.stream, len(self.plans))
         for step in range(len(self.plans) + 1):
+            self.interrupt.check()
             if schedule.validates(s, step):
                 progress.clear()
                 if not self.validation(step):
@@ -564,7 +574,7 @@ class Run:
         """Validation loss with the windows that belong to this step."""
         windows = schedule.validation_windows(self.s, step)
         return validate(self.compiled, self.rows, self.world,
-                        lambda tokens: self.model.context(tokens, self.corpus.bos, windows), limit)
+                        lambda tokens: self.model.context(tokens, self.corpus.bos, windows), limit, self.interrupt.check)
 
     def validation(self, step):
         """Stop the clock, measure, log, start it again. False if the loss is not finite."""
@@ -673,7 +683,7 @@ def main(options, resolved):
             print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("interrupted before the first step", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         code = INTERRUPTED
     if dist.is_initialized() and code == 0:
         dist.destroy_process_group()

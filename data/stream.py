@@ -7,7 +7,7 @@ it for loaders that go by documents: `bos_aligned` (records 26-28, @classiclarry
 
 import hashlib
 import itertools
-import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
@@ -312,41 +312,30 @@ class Prefetch:
     """One batch ahead in a background thread. Nothing is read before the first next() and nothing after settle()."""
 
     def __init__(self, stream, steps):
-        self.stream, self.steps, self.fetched = stream, steps, 0
-        self.thread = self.batch = self.error = None
+        self.stream, self.left, self.steps = stream, steps, steps
+        self.thread, self.ahead = ThreadPoolExecutor(1, "batches"), None
 
     def fetch(self):
-        try:
-            self.batch = self.stream.next()
-        except BaseException as error:  # handed to the caller of next()
-            self.error = error
-
-    def start(self):
-        self.fetched += 1
-        self.thread = threading.Thread(target=self.fetch, daemon=True)
-        self.thread.start()
+        """A future of the batch after those that were asked for, or None after the last."""
+        self.left -= 1
+        return self.thread.submit(self.stream.next) if self.left >= 0 else None
 
     def next(self):
-        """The next batch; begins to fetch the one after it."""
-        if self.fetched == 0 and self.steps > 0:
-            self.start()
-        self.settle()
-        if self.error is not None:
-            raise self.error
-        batch, self.batch = self.batch, None
-        if batch is None:
+        """The next batch; begins to fetch the one after it. Raises what the stream raised."""
+        ahead = self.ahead or self.fetch()
+        if ahead is None:
             raise IndexError(f"all {self.steps} batches have been taken")
-        if self.fetched < self.steps:
-            self.start()
+        batch = ahead.result()
+        self.ahead = self.fetch()
         return batch
 
     def settle(self):
         """Wait for the fetch under way; afterwards nothing runs until next()."""
-        if self.thread is not None:
-            self.thread.join()
-            self.thread = None
+        if self.ahead is not None:
+            wait([self.ahead])
 
-    close = settle
+    def close(self):
+        self.thread.shutdown()
 
 
 # ----- validation ---------------------------------------------------------------------------------------------------

@@ -265,10 +265,12 @@ def test_prefetch_keeps_the_order_and_rests_after_settle(small):
     for step in range(5):
         assert np.array_equal(ahead.next(), plain.next())
         ahead.settle()
-        assert threading.active_count() == before
+        assert ahead.ahead is None or ahead.ahead.done()
         assert ahead.stream.step == min(step + 2, 5)  # one ahead, and never beyond the last step
     with pytest.raises(IndexError):
         ahead.next()
+    ahead.close()
+    assert threading.active_count() == before
 
 
 def test_validation_covers_every_target_once(small):

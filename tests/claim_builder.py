@@ -9,12 +9,15 @@ import datetime
 import hashlib
 import json
 import random
+import shutil
 import time
+
+import pytest
 
 import deltas
 import runlog
 import schedule
-from records.claims import compare, manifest, provenance
+from records.claims import compare, manifest, provenance, verify
 from settings import NUMERICS_VERSION, tokens_per_step
 
 MACHINE = {"cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"}
@@ -227,3 +230,56 @@ class Forgery:
         (folder / "log.txt").write_text("".join(x + "\n" for e in self.logs[name] for x in runlog.render(e)))
         (folder / "summary.json").write_text(json.dumps(runlog.summarise(self.logs[name], previous), indent=1) + "\n")
         return previous
+
+
+# ----- the good claim, and those a test asks for ----------------------------------------------------------------------
+
+TARGET = ["validation.target=5.2"]
+
+
+def two_arms(new="short/11", parent="short/10", sets=TARGET):
+    return {"new": arm(new, sets), "parent": arm(parent, sets)}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A good ml claim of short/11: four runs of each arm."""
+    with pytest.MonkeyPatch.context() as patch:
+        return build(tmp_path_factory.mktemp("claim") / "good", patch, declaration(two_arms()))
+
+
+@pytest.fixture
+def claim(good, tmp_path):
+    """The good claim, to be forged."""
+    shutil.copytree(good, tmp_path / "claim")
+    return Forgery(tmp_path / "claim")
+
+
+def built(folder, arms=None, loss=None, step_ms=None, status=None, look=None, machine=MACHINE, **fields):
+    """Results of verifying a claim that was built so."""
+    with pytest.MonkeyPatch.context() as patch:
+        declared = declaration(arms or two_arms(), **{"machine": {**machine, "gpus": []}, **fields})
+        build(folder, patch, declared, loss, step_ms, machine, status, look)
+    return verify.verify(folder)
+
+
+RECORD = ('id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\n'
+          'source = "log"\n[delta]\n"system.ranks_per_forward" = 1\n')
+
+
+def systems(folder, arms=None, loss=None, sets=(), **fields):
+    """A systems claim: a new record that differs from record 5 in system.ranks_per_forward."""
+    folder.mkdir(parents=True)
+    if arms is None:
+        s = deltas.resolve("short/5", scale="micro", sets=["system.ranks_per_forward=1", *sets]).settings
+        arms = {"new": arm("short/901", sets, s=s), "parent": arm("short/5", sets)}
+        (folder / "record.toml").write_text(RECORD)
+    times = {"new": 1900.0, "parent": 2000.0, "base": 2000.0}
+    return built(folder, arms, loss or {"new": 5.3, "parent": 5.3, "base": 5.33}, times,
+                 **{"claim": "systems", "record": arms["new"]["record"], "target": None, **fields})
+
+
+def command(folder, **options):
+    """Exit code of `records verify`."""
+    given = {"audit": None, "reproduction": None, "target": None, "json": False, **options}
+    return verify.run(type("Options", (), {"folder": str(folder), **given}))

@@ -354,6 +354,17 @@ def test_a_parent_that_a_lineages_sweep_compared_with_an_earlier_one_is_no_varia
     assert set(facts.added_at(site, "tiny", variants=True)) == set(BRANCHES)
 
 
+def test_a_records_worth_is_told_by_the_sweep_with_most_runs_of_it(site):
+    chain = next(s for s in site["sweeps"] if s["kind"] == "chain" and s["base"] != "variants")
+
+    def told(runs, **more):
+        rows = [{**row, "n": runs, "effect": -9.0} for row in chain["rows"]]
+        longer = {**chain, "about": "short/33", "rows": rows, **more}
+        return facts.added_at({**site, "sweeps": [chain, longer]}, "tiny")["short/11"]["worth"]
+
+    assert told(4) == told(5) == 9.0 and told(3) == told(5, complete=False) == facts.added_at(site, "tiny")["short/11"]["worth"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--markdown"]])
 def test_the_list_names_every_record_once_and_variants_in_a_table_of_their_own(flags, capsys):
     with pytest.raises(SystemExit) as stop:

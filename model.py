@@ -653,10 +653,7 @@ class MoE(nn.Module):
         chosen, gates, penalty = self.router(x)
         if penalty is not None:
             penalties.append(penalty)
-        try:
-            backend = experts.choose(self.backend, x.device, x.dtype, (self.up.size(1), self.up.size(2)), compiled)
-        except ValueError as error:
-            raise UserError(f"system.experts={self.backend}: {error}") from None
+        backend = self.serving(x.device, x.dtype, compiled)
         p = experts.plan(chosen, self.experts, backend if self.world == 1 else "grouped")
         if self.training:
             self.router.tally[:self.experts] += p.counts
@@ -664,6 +661,13 @@ class MoE(nn.Module):
         rows = self.feed(rows, p) if self.world == 1 else self.feed_elsewhere(rows, p.counts, backend)
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
         return y if self.shared is None else self.shared(x) + y
+
+    def serving(self, device, matmul_dtype, compiled):
+        """Name of the backend of kernels.experts that runs there."""
+        try:
+            return experts.choose(self.backend, device, matmul_dtype, (self.up.size(1), self.up.size(2)), compiled)
+        except ValueError as error:
+            raise UserError(f"system.experts={self.backend}: {error}") from None
 
     def feed(self, rows, p):
         """Rows sorted by expert (P, D) through their experts."""
@@ -755,6 +759,7 @@ class Head(nn.Module):
         # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
         self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
         self.loss_dtype = dtype(n.loss)
+        self.auto = s.system.kernels.loss == "auto"
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
 
     def operands(self, table):
@@ -764,13 +769,16 @@ class Head(nn.Module):
 
     def losses(self, x, table, targets):
         """Cross entropies (R, T) of the targets (R, T)."""
-        if self.backend is None:
+        backend = self.backend
+        if self.auto and x.is_cuda and not self.training:  # rows of 262,144 tokens, whose logits are 26 GB: without a backward
+            backend = "torch"  # pass, chunks cost nothing
+        if backend is None:
             logits = self(x, table)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
         weight, fp8 = self.operands(table)
         try:
             return linear_cross_entropy(x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
-                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=self.backend,
+                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=backend,
                                         transpose=self.transpose)
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
@@ -876,13 +884,13 @@ class GPT(nn.Module):
             raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed beside it")
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
-    def context(self, tokens, bos, windows, cached=False, most=None):
+    def context(self, tokens, bos, windows, cached=False, most=None, longest=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
         windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record 31). One view
         serves all layers with the same span. cached: only the last token is new, the others lie in a cache. Made outside
-        the compiled forward. None if every row is one document without a window. most: no more documents than this, if known
-        without waiting for a GPU.
+        the compiled forward. None if every row is one document without a window. most, longest: no more documents than this,
+        and none of more tokens, if known without waiting for a GPU.
         """
         s, a = self.settings, self.settings.model.attn
         changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
@@ -896,25 +904,28 @@ class GPT(nn.Module):
         by_span = {}
         for span in {span for i, span in enumerate(layer_spans(s, windows)) if i not in a.drop_layers}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
-            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most)
+            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most, longest)
         views = [by_span.get(span) for span in layer_spans(s, windows)]
         if self.compiled and not cached:
             return Context(*attention.traceable(views, self.scale, query_dim(s)))
         return Context(views, self.scale)
 
-    def view(self, tokens, documents, window, most):
+    def view(self, tokens, documents, window, most, longest):
         """The prepared view of one window by the backend that system.attention asks for."""
         if tokens.is_meta:  # shapes only: attend does not look at it
             return attention.View("dense", None)
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
-        packed = self.training and s.data.loader == "packed"
         try:
             backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
                                        tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
                                        compiled=self.compiled, passed=self.passed)
+            if self.training and s.data.loader == "packed":
+                longest = s.data.max_document
+            elif backend not in attention.FLASH:  # the blocks of banded would depend on the text
+                longest = None
             return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
-                                  dtype=matmul_dtype, longest=s.data.max_document if packed else None, most=most)
+                                  dtype=matmul_dtype, longest=longest, most=most)
         except ValueError as error:
             raise UserError(f"system.attention={s.system.attention}: {error}") from None
 

@@ -226,6 +226,7 @@ class Engine:
         self.cut = Cut(joint=s.optim.muon is not None and not s.optim.muon.split_qkv)
         self.banks = self.make_banks(model)
         self.last = self.launching = False
+        self.launched = []  # banks in the order in which their reductions were started, the same on every process
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
             self.make_state(bank)
@@ -268,7 +269,7 @@ class Engine:
     @torch.no_grad()
     def reset(self):
         """Forget everything but the parameters: state, gradients, counters."""
-        self.steps_taken = 0
+        self.steps_taken, self.launched = 0, []
         for bank in self.banks:
             for tensor in bank.state.values():
                 tensor.zero_()
@@ -333,6 +334,7 @@ class Engine:
     @torch.no_grad()
     def launch(self, bank):
         """Start the reduction over processes; finish() waits for it."""
+        self.launched.append(bank)
         grad = self.local(bank)
         if self.comm == "sharded":
             if bank.reduced is None:
@@ -386,17 +388,23 @@ class Engine:
             for bank in self.banks:
                 if not bank.work and not bank.own:  # bucketed, or a parameter had no gradient this time and the hook never fired
                     self.launch(bank)
-        grads = [self.finish(bank) for bank in self.banks]
-        factor = self.clip_factor(grads)
+        grads, factor = {}, None
+        if self.s.optim.grad_clip is not None:  # the norm of all must be known first
+            grads = {bank: self.finish(bank) for bank in self.banks}
+            factor = self.clip_factor(list(grads.values()))
         gathers = []
-        for bank, (grad, _) in zip(self.banks, grads):
+        # what was launched first arrives first: it is updated and sent round while the others are still under way
+        for bank in [*(b for b in self.banks if b not in self.launched), *self.launched]:
+            grad, _ = grads[bank] if bank in grads else self.finish(bank)
             if factor is not None:
                 grad.mul_(factor.to(grad.dtype))
             self.update(bank, grad, plan)
             if self.is_shared(bank.rule, bank.own):
-                gathers.append(all_gather(bank.param, self.mine(bank, bank.param).clone(), async_op=True))
+                mine = self.mine(bank, bank.param)  # NCCL gathers in place
+                gathers.append(all_gather(bank.param, mine if mine.is_cuda else mine.clone(), async_op=True))
         for work in gathers:
             work.wait()
+        self.launched = []
         for bank in self.banks:
             self.clear(bank)
 

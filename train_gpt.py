@@ -37,6 +37,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -156,6 +157,13 @@ def to_rows(batch, seq_len, device, bos):
     return batch[:, :-1].reshape(len(batch), -1, seq_len), batch[:, 1:].reshape(len(batch), -1, seq_len), documents
 
 
+def longest_document(rows, bos):
+    """Tokens of the longest document in rows (R, T) of ids on the host, each of which begins with `bos` or a row."""
+    first = rows == bos
+    first[:, 0] = True
+    return int(np.diff(np.flatnonzero(first), append=first.size).max())
+
+
 # ----- steps --------------------------------------------------------------------------------------------------------
 
 def train_step(run, step_plan, inputs, targets, documents, before_step=None):
@@ -191,19 +199,21 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
 def validate(model, rows, world, context, limit=None, check=lambda: None):
     """Mean cross entropy over all validation targets, nats per token.
 
-    rows: int32 (local ranks, rows, T + 1). context: function of tokens (R, T), what attention sees of them. Summed per
-    logical rank in float64 and then in rank order, so that the value does not depend on the number of processes.
-    limit: number of chunks (warm-up). check: called before each chunk; may raise.
+    rows: int32 (local ranks, rows, T + 1). context: function of tokens (R, T), on the device and as they were read; what
+    attention sees of them. Summed per logical rank in float64 and then in rank order, so that the value does not depend on
+    the number of processes. check: called before each chunk; may raise. limit: only so many chunks of so many ranks: a
+    warm-up, whose value means nothing.
     """
     model.eval()
     chunk = max(1, (32768 if world.cuda else 4096) // (rows.shape[-1] - 1))
     sums = []
-    for rank_rows in rows:
+    for rank_rows in rows[:limit]:
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         for first in list(range(0, len(rank_rows), chunk))[:limit]:
             check()
-            part = torch.from_numpy(rank_rows[first:first + chunk]).to(world.device).long()
-            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1])).sum(dtype=torch.float64)
+            read = rank_rows[first:first + chunk]
+            part = torch.from_numpy(read).to(world.device).long()
+            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1], read[:, :-1])).sum(dtype=torch.float64)
         sums.append(total)
     model.train()
     sums = world.gather(torch.stack(sums))
@@ -505,8 +515,10 @@ def fallbacks(model, world):
             found.append(f"numerics.{name} is computed in its reference form: 8-bit products need compute capability 8.9")
     if world.cuda and not compiles(s, world):
         found.append("nothing is compiled: system.compile is off")
-    if world.cuda and model.mixtures() and s.system.experts == "padded":
-        found.append("experts are multiplied in padded blocks: system.experts is padded")
+    layers = [moe for _, moe in model.mixtures()] if world.cuda else []
+    if any(moe.serving(world.device, model.train_dtype, model.compiled) == "padded" for moe in layers):
+        why = "system.experts is padded" if s.system.experts == "padded" else "torch's grouped_mm cannot do these"
+        found.append(f"experts are multiplied in padded blocks: {why}")
     return found
 
 
@@ -574,7 +586,9 @@ class Run:
         """Validation loss with the windows that belong to this step."""
         windows = schedule.validation_windows(self.s, step)
         return validate(self.compiled, self.rows, self.world,
-                        lambda tokens: self.model.context(tokens, self.corpus.bos, windows), limit, self.interrupt.check)
+                        lambda tokens, read: self.model.context(tokens, self.corpus.bos, windows,
+                                                                longest=longest_document(read, self.corpus.bos)),
+                        limit, self.interrupt.check)
 
     def validation(self, step):
         """Stop the clock, measure, log, start it again. False if the loss is not finite."""

@@ -152,8 +152,8 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
     `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
-    longest: promise that no document has more tokens; banded looks no further back (and checks it), and what varlen hands to
-    a compiler stay the same. ValueError if it is broken, on CUDA an assertion of the device. most: promise that there are no
+    longest: promise that no document has more tokens; banded looks no further back and checks it (ValueError, on CUDA an
+    assertion of the device); FlashAttention starts a block for each part of it in every document. most: promise that there are no
     more documents, counted by whoever still has the tokens on the host: varlen need not wait for the GPU to count them.
     """
     if documents is not None:
@@ -448,7 +448,7 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 
 class Varlen(NamedTuple):
     ends: torch.Tensor  # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
-    longest: int
+    longest: int  # or more; of `traceable` a CPU tensor (1,) int64
     window: tuple  # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
 
 
@@ -471,8 +471,8 @@ def traceable(views, scale, width):
     """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are tensors.
 
     A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model,
-    in validation four. As CPU tensors of one element, which `varlen` reads on the host, they are inputs of one (0-d ones dynamo
-    takes for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees
+    in validation four, and one for each longest document. As CPU tensors of one element, which `varlen` reads on the host,
+    they are inputs of one (0-d ones dynamo takes for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees
     the same inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing changes.
     width: K, for scale None.
     """
@@ -480,8 +480,8 @@ def traceable(views, scale, width):
     if not plans or len(plans) < sum(view is not None for view in views):
         return views, scale
     scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
-    ends, plans = plans[0].ends, [view and view.plan for view in views]
-    return [plan and View(view.backend, Varlen(ends, plan.longest, (torch.tensor(plan.window[:1]), scale)))
+    ends, longest, plans = plans[0].ends, torch.tensor([plans[0].longest]), [view and view.plan for view in views]
+    return [plan and View(view.backend, Varlen(ends, longest, (torch.tensor(plan.window[:1]), scale)))
             for view, plan in zip(views, plans)], None
 
 
@@ -507,22 +507,22 @@ def torchs_varlen():
 
 def varlen(q, k, v, ends, longest, left, scale):
     """(y like q, log-sum-exp (H, N) float32, random state) of N tokens (N, H, K)."""
-    left = int(left)
+    left, longest = int(left), int(longest)
     return torchs_varlen()[0](q, k, v, ends, ends, longest, longest, left < 0, float(scale), [left, 0])
 
 
 def varlen_gradient(g, q, k, v, ends, longest, left, scale, y, lse, state):
-    left = int(left)
+    left, longest = int(left), int(longest)
     run = torchs_varlen()[1]
     return run(g, q, k, v, y, lse, ends, ends, longest, longest, left < 0, state, float(scale), [left, 0])
 
 
 varlen_op = torch.library.custom_op(
     "speedrun::varlen", varlen, mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor q, Tensor k, Tensor v, Tensor ends, Tensor longest, Tensor left, Tensor scale) -> (Tensor, Tensor, Tensor)")
 varlen_gradient_op = torch.library.custom_op(
     "speedrun::varlen_gradient", varlen_gradient, mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, int longest, Tensor left, Tensor scale, Tensor y, "
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, Tensor longest, Tensor left, Tensor scale, Tensor y, "
            "Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
 
 
@@ -538,13 +538,11 @@ def varlen_gradient_shape(g, q, k, v, *rest):
 
 
 def varlen_context(ctx, inputs, output):
-    q, k, v, ends, ctx.longest, left, scale = inputs
-    ctx.save_for_backward(q, k, v, ends, left, scale, *output)
+    ctx.save_for_backward(*inputs, *output)
 
 
 def varlen_backward(ctx, g, *_):
-    q, k, v, ends, left, scale, *saved = ctx.saved_tensors
-    return *varlen_gradient_op(g, q, k, v, ends, ctx.longest, left, scale, *saved), None, None, None, None
+    return *varlen_gradient_op(g, *ctx.saved_tensors), None, None, None, None
 
 
 varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)

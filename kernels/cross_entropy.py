@@ -203,8 +203,8 @@ def chunks(tokens, classes, device, size):
 
 
 def operands(a, b, plan):
-    """8-bit operands in float32 where no unit multiplies them: the product would widen the weight for every chunk."""
-    if plan.scales and not fp8_module.has_fp8_units(a):
+    """8-bit operands in float32 on a CPU: the product would widen the weight for every chunk."""
+    if plan.scales and not a.is_cuda:
         return a.float(), b.float()
     return a, b
 

@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from kernels.fp8_linear import LARGEST, quantise
+
+E4M3 = torch.float8_e4m3fn
 BACKENDS = ("grouped", "padded")
 BLOCK = 64  # rows of a block of `padded`: fewer than this are wasted for each expert
 
@@ -50,8 +53,8 @@ def refusal(device, dtype, widths, compiled):
         return "has no float64"
     if any(w * dtype.itemsize % 16 for w in widths):
         return f"needs rows of a multiple of 16 bytes, not {min(w for w in widths if w * dtype.itemsize % 16)} x {dtype.itemsize}"
-    if device.type == "cpu" and compiled and dtype != torch.bfloat16:
-        return f"cannot be compiled on the CPU in {str(dtype).removeprefix('torch.')}"
+    if compiled and dtype != torch.bfloat16:  # torch's shape function for it knows no other, on any device
+        return f"cannot be compiled in {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -132,16 +135,13 @@ def grouped_linear(rows, weight, p):
 
 # ----- FP8 --------------------------------------------------------------------------------------------------------
 
-LARGEST = 448.0  # of float8_e4m3fn
-
-
 class Fake8(torch.autograd.Function):
     """x rounded to e4m3 with one scale per row, so that its largest value is 448; the gradient passes as it is."""
 
     @staticmethod
     def forward(ctx, x):
-        scale = LARGEST / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
-        return ((x.float() * scale).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).float() / scale).to(x.dtype)
+        scale = LARGEST[E4M3] / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-12)
+        return (quantise(x, scale, E4M3).float() / scale).to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):

@@ -4,8 +4,9 @@ forward   z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
 backward  g' = e5m2(g sg);  dx = bf16(g' e4m3(w sw) / (sg sw));  dw = g'^T e4m3(x sx) / (sx sg)
 
 The reference quantises, and multiplies what it got in float32, on any device. On a GPU with FP8 units (compute capability
-8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves. Values beyond the range are clamped: what a cast
-makes of them depends on torch's version and the device.
+8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves; on another GPU the quantised values are kept in
+bfloat16, which holds every one of them, and multiplied by its units. Values beyond the range are clamped: what a cast makes
+of them depends on torch's version and the device.
 """
 
 import torch
@@ -17,12 +18,34 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 
 
 def quantise(x, scale, dtype):
-    """x * scale, clamped and cast to an 8-bit dtype."""
-    return (x.float() * scale).clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype)
+    """x * scale, clamped and cast to an 8-bit dtype, in which it stays unless `kept_in_bfloat16`."""
+    x = (x.float() * scale).clamp(-LARGEST[dtype], LARGEST[dtype])
+    if not kept_in_bfloat16(x):
+        return x.to(dtype)
+    return (round8_op if torch.compiler.is_compiling() else round8)(x, dtype)
 
 
 def has_fp8_units(x):
     return x.is_cuda and capability(x.device) >= FP8_SINCE
+
+
+def kept_in_bfloat16(x):
+    """Is x on a GPU without FP8 units? There 8-bit values have nothing for them: Triton, and so the compiler of torch 2.11,
+    cannot even cast to e4m3."""
+    return x.is_cuda and not has_fp8_units(x)
+
+
+def round8(x, dtype):
+    """x rounded to what an 8-bit dtype can hold, in bfloat16."""
+    return x.to(dtype).to(torch.bfloat16)
+
+
+round8_op = torch.library.custom_op("speedrun::round8", round8, mutates_args=(), schema="(Tensor x, ScalarType dtype) -> Tensor")
+
+
+@round8_op.register_fake
+def round8_shape(x, dtype):
+    return torch.empty_like(x, dtype=torch.bfloat16)
 
 
 def row_major(x, transpose):
@@ -40,7 +63,7 @@ def product(a, b, unscale, dtype, fast, transpose="torch"):
     """
     many = isinstance(unscale, torch.Tensor)
     if not has_fp8_units(a):
-        y = a.float() @ b.float()
+        y = widened(a, b)
         y = (y.unflatten(0, (len(unscale), -1)) * unscale[:, None, None]).flatten(0, 1) if many else y * unscale
         return y.to(dtype)
     a, b = row_major(a, transpose), row_major(b.t(), transpose).t()  # it wants a row-major and b column-major
@@ -49,6 +72,13 @@ def product(a, b, unscale, dtype, fast, transpose="torch"):
     parts = [torch._scaled_mm(part, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype, use_fast_accum=fast)
              for part, scale in zip(a.chunk(len(scales)), scales)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def widened(a, b):
+    """a @ b in float32, for operands of 8-bit values."""
+    if not kept_in_bfloat16(a):
+        return a.float() @ b.float()
+    return torch.mm(a.to(torch.bfloat16), b.to(torch.bfloat16), out_dtype=torch.float32)
 
 
 class FP8Linear(torch.autograd.Function):

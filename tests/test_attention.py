@@ -338,12 +338,13 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     assert len(steps) == len(scales) == 3 and len(graphs) == 1
     with torch.no_grad():
         model.eval()
-        tokens = tokens.view(1, 192)  # longer than the last layer's window
+        tokens, read = tokens.view(1, 192), []  # longer than the last layer's window
+        monkeypatch.setattr(attention, "torchs_varlen", lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None))
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
-            context = model.context(tokens, 0, schedule.windows(s, step, final))
+            context = model.context(tokens, 0, schedule.windows(s, step, final), longest=40 + step)
             assert len({int(view.plan.window[0]) for view in context.views if view}) == (3 if final else 2)
             found = compiled(tokens, tokens, context)
-        assert len(graphs) == 2
+        assert len(graphs) == 2 and set(read) == {40 + step for step in [*steps, s.schedule.steps]}
         model.compiled = False
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", flash)
         plain = model(tokens, tokens, model.context(tokens, 0, schedule.windows(s, s.schedule.steps, True)))
@@ -361,6 +362,9 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
             assert plan.ends[:len(first)].tolist() == first and set(plan.ends[len(first):].tolist()) == {150}
             assert plan.ends.dtype == torch.int32 and plan.longest == (longest or 50)
         assert counted.ends.shape == promised.ends.shape
+    rows = torch.arange(128).repeat_interleave(3)[None]  # as many as there is room for in steps of 128
+    ends = view(rows, CAUSAL, "varlen", most=128).plan.ends
+    assert len(ends) > 128 and ends[126:129].tolist() == [378, 381, 384]
     with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
         view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
 

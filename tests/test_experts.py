@@ -641,7 +641,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("sets, precision, compiled, message", [
-    ((), "float64", False, "has no float64"), ((), "float32", True, "cannot be compiled on the CPU in float32"),
+    ((), "float64", False, "has no float64"), ((), "float32", True, "cannot be compiled in float32"),
     (moe("hidden=66"), "float32", False, "needs rows of a multiple of 16 bytes, not 66 x 4")])
 def test_grouped_where_it_cannot_is_refused_and_auto_takes_padded(sets, precision, compiled, message):
     x = noise(2, 4, 48, dtype=getattr(torch, precision))

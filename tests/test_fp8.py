@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import deltas
 import schedule
 import train_gpt
 from kernels import fp8_linear as fp8_module
-from kernels import linear_relu_sq, transpose
+from kernels import experts, linear_relu_sq, transpose
 from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
@@ -384,6 +386,42 @@ def test_the_fp8_unit_gets_the_layout_it_wants(kind, monkeypatch):
     assert tiled == ([(48, 32), (32, 48), (32, 32)] if kind == "triton" else [])  # w, g and x of the head's backward
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_bfloat16_holds_every_8_bit_value(dtype):
+    x = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    assert torch.equal(fp8_module.round8(x, dtype).float().nan_to_num(7.0), x.nan_to_num(7.0))
+
+
+def test_a_gpu_without_fp8_units_multiplies_the_same_values_and_its_compiler_sees_no_8_bit_number(monkeypatch):
+    """There 8-bit values are kept in bfloat16: compiling a cast to e4m3 fails on an A100."""
+    x, up, down = problem(F32, rows=32)
+    loss = lambda: (fp8_module.fp8_linear(x, up, 2.0, 32.0, 8.0).square().sum()  # noqa: E731
+                    + fp8_mlp(x, up, down, 2, SCALES)[0].square().sum()
+                    + experts.fake_fp8(x).square().sum())
+    plain = [loss().detach(), *torch.autograd.grad(loss(), (x, up, down))]
+
+    real = torch.mm
+
+    def units(a, b, *, out_dtype=None):
+        assert out_dtype is None or (a.dtype == b.dtype == BF16 and out_dtype == F32)
+        return real(a.float(), b.float())  # a CPU has no other out_dtype
+
+    monkeypatch.setattr(fp8_module, "kept_in_bfloat16", lambda x: True)
+    monkeypatch.setattr(torch, "mm", units)
+    graphs = []
+
+    def shown(graph, inputs):
+        graphs.append({node.meta["val"].dtype for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)})
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=shown, bw_compiler=shown))
+    for run in (loss, compiled):
+        found = [run().detach(), *torch.autograd.grad(run(), (x, up, down))]
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    assert graphs == [{F32, BF16}] * 2
+    torch._dynamo.reset()
+
+
 # ----- Triton: in the interpreter
 
 LAYOUTS = [lambda x: x, lambda x: x.t().contiguous().t(), lambda x: torch.cat([x, x], 1)[:, ::2]]
@@ -438,6 +476,10 @@ def interpret():
     x = random(40, 30)
     found["compiled"] = torch.equal(torch.compile(transpose.transpose_copy, backend="aot_eager", fullgraph=True)(x), x.t())
     found["empty"] = list(transpose.transpose_copy(x[:0]).shape)
+    far = torch.empty(2 ** 31 + 1024, dtype=torch.int8)  # of which only the elements looked at come into being
+    for x in (far.as_strided((3, 70), (2 ** 30 + 50, 1)), far.as_strided((70, 3), (1, 2 ** 30 + 50))):
+        x.copy_(torch.arange(210).view(x.shape) % 100)
+        found["copy"].append(torch.equal(transpose.transpose_copy(x), x.t()))
     return found
 
 
@@ -466,7 +508,7 @@ def test_triton_kernels_equal_float64_in_the_interpreter():
         assert case["P"] < limit and case["narrow"] < 1e-6 and case["largest"] and case["alone"], case
     assert found["nan"] == [[2, 3], [2, 3]]
     assert all(error < 1e-5 for errors in found["mlp"] for error in errors), found["mlp"]
-    assert len(found["copy"]) == 15 * len(SHAPES) and all(found["copy"])
+    assert len(found["copy"]) == 15 * len(SHAPES) + 2 and all(found["copy"])
     assert len(found["add"]) == 4 * len(SHAPES) and all(found["add"])
     assert found["compiled"] and found["empty"] == [30, 0]
 

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deltas
 import schedule
@@ -104,6 +105,20 @@ def measure():
     return out | corners() | {"model": [in_the_model(*case) for case in MODELS]}
 
 
+def strides_as_promised(qkv, g, plan):
+    """Whether the operators' results have the strides that the compiler is told, whatever those of q and k are."""
+    tables, rest = (plan["cos"], plan["sin"]), (plan["order"], plan["eps"], plan["offset"])
+    q, k, *_ = (STRIDES["heads first"](x) for x in qkv.unbind(2))
+    same = []
+    for op, inputs in ((qk_rotary.forward_op, (q, k, *tables)), (qk_rotary.gradient_op, (q, k, *tables, *g[:2])),
+                       (qk_rotary.joint_gradient_op, (qkv.transpose(1, 2).contiguous().transpose(1, 2), *tables, *g))):
+        with FakeTensorMode() as mode:
+            told = op(*map(mode.from_tensor, inputs), *rest)
+        made = op(*inputs, *rest)
+        same += [x.stride() == y.stride() for x, y in (zip(told, made, strict=True) if isinstance(made, tuple) else [(told, made)])]
+    return len(same) == 5 and all(same)
+
+
 def corners():
     """Compiled, kept for the backward pass, without rows, an expanded gradient, NaN."""
     cos, sin = tables(7, 16)
@@ -126,7 +141,7 @@ def corners():
     bad = qkv.clone()
     bad[1, 3, 1, 0, 2] = float("nan")
     lost = qk_rotary.qkv_rotary(bad, **plan)[1].isnan()
-    return {"compiled": all(same), "only_inputs_kept": len(kept) == 7 and set(kept) <= inputs,
+    return {"compiled": all(same), "strides": strides_as_promised(qkv, g, plan), "only_inputs_kept": len(kept) == 7 and set(kept) <= inputs,
             "v_is_a_view": v.data_ptr() == leaf[:, :, 2].data_ptr(),
             "ones": torch.equal(ones[:, :, 2], torch.ones_like(ones[:, :, 2])) and bool(ones[:, :, :2].abs().min() > 0),
             "no_rows": list(qk_rotary.qkv_rotary(qkv[:0], **plan)[0].shape),

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -347,3 +348,24 @@ def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     for name, grad in one.items():
         assert (grad - two[name]).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+def test_the_longest_document_of_rows_is_counted_from_its_first_token_or_the_rows():
+    rows = np.array([[5, 0, 5, 5, 5, 0], [5, 5, 0, 0, 5, 5]])  # 1, 4, 1; 2, 1, 3
+    assert train_gpt.longest_document(rows, 0) == 4
+    assert train_gpt.longest_document(rows[1:], 0) == 3 and train_gpt.longest_document(rows, 9) == 6
+
+
+def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
+    class Model(torch.nn.Module):
+        calls = 0
+
+        def forward(self, inputs, targets, context):
+            self.calls += 1
+            return torch.zeros(inputs.shape)
+
+    world = SimpleNamespace(cuda=False, device=torch.device("cpu"), gather=lambda sums: sums)
+    rows, model = np.zeros((8, 20, 1025), np.int32), Model()
+    for limit, calls in ((1, 1), (None, 8 * 5)):  # chunks of 4,096 tokens
+        model.calls = 0
+        assert train_gpt.validate(model, rows, world, lambda tokens, read: None, limit) == 0 and model.calls == calls

@@ -272,7 +272,7 @@ def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), pre
     s, report = replay(links, reverted)
     s, lines = switch(s, links, with_, without)
     s = settings.scaled(s, scale)
-    assigned = {}
+    assigned, moved = {}, []
     for text in sets:
         path, value = parse_assignment(text, "--set")
         if path in assigned and assigned[path] != value:
@@ -280,7 +280,11 @@ def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), pre
         assigned[path] = value
         if path in {w.partition("=")[0] for w in without}:
             raise UserError(f"{path} is both in --without and --set: keep one of the two")
-        s = assign(s, path, value, "--set")
+        before, s = s, assign(s, path, value, "--set")
+        if lookup(s, path) != lookup(before, path):
+            moved.append(path)
+    for path in moved:
+        refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
     changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
     changes += [f"--set {x}" for x in sets]
     try:
@@ -399,18 +403,19 @@ def turn_off(s, links, path):
         new, why = before, f"value before {setters[-1].ref}{with_it}"
     else:
         new, why = (None if f.optional and off == BEFORE else off), "off"
-    idle = next((x for x in idles(path) if settings.holds(s, x)), None)
-    if idle:
-        raise UserError(f"--without {path}: it has no effect while {idle.replace('=', ' = ')} is there; switch that off or {hint}")
+    refuse_idle(s, path, f"--without {path}", f"switch that off or {hint}")
     if old == new:
         raise UserError(f"--without {path}: it is already {show(new)} in {links[-1].ref}")
     return replaced(s, path, new), f"without {path}: {show(old)} -> {show(new)} ({why})"
 
 
-def idles(path):
-    """Conditions under which a setting has no effect: its own, and for the AdamW group of the matrices Muon."""
-    own = find_field(path).metadata["idle"]
-    return [own] if own else ["optim.muon"] if path.startswith("optim.matrix.") else []
+def refuse_idle(s, path, what, remedy):
+    """UserError if a setting has no effect beside others: by its own condition; for the AdamW group of the matrices Muon."""
+    idle = find_field(path).metadata["idle"] or ("optim.muon" if path.startswith("optim.matrix.") else "")
+    if idle and settings.holds(s, idle):
+        other = idle.partition("=")[0]
+        value = f" = {lookup(s, other)}" if "=" in idle else ""
+        raise UserError(f"{what}: it has no effect while {other}{value} is there; {remedy}")
 
 
 # ----- views: plain values, hashes, differences --------------------------------------------------------------------

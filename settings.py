@@ -107,11 +107,12 @@ class Window:
         "constant", "w over the run: `start`; start + (end-start) x in whole grains, rounded down or up (at least one), x the "
                     "fraction of steps done; or `stages` in equal shares of the steps")
     start: int = opt(1024, "window at the first step", unit="token", idle="model.attn.window.growth=stages", shrink="length0")
-    end: int = opt(1024, "value that the window grows towards", unit="token", idle="model.attn.window.growth=stages",
+    end: int = opt(1024, "value that the window grows towards", unit="token", idle="model.attn.window.growth=stages|constant",
                    shrink="length0")
-    grain: int = opt(64, "the window grows by whole multiples of this", unit="token", idle="model.attn.window.growth=stages",
-                     shrink="length")
-    stages: tuple[int, ...] = opt((), "windows one after the other, each longer than the one before", unit="block")
+    grain: int = opt(64, "the window grows by whole multiples of this", unit="token",
+                     idle="model.attn.window.growth=stages|constant", shrink="length")
+    stages: tuple[int, ...] = opt((), "windows one after the other, each longer than the one before", unit="block",
+                                  needs="model.attn.window.growth=stages")
     long_layers: tuple[int, ...] | None = opt(None, "layers that see the whole window; the others see half of its blocks, "
                                                     "at least one (off: all see all; Gemma 2, record 20)")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
@@ -535,6 +536,12 @@ def table_rows(s):
     return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
 
 
+def validation_rows_at_once(rows, seq_len, cuda):
+    """Rows of one forward pass in validation, where a logical rank has `rows`: 32,768 tokens on CUDA and 4,096 elsewhere, or
+    one row that has more."""
+    return min(rows, max(1, (32768 if cuda else 4096) // seq_len))
+
+
 def ranks_per_forward(s, ranks, cuda):
     """How many of a process's `ranks` logical ranks go through the model at once: speed and memory, not mathematics."""
     if s.system.reduction == "ordered":
@@ -704,8 +711,9 @@ def check(s):
     require(s.system.kernels.qk != "triton" or m.attn.latent is None,
             "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto")
     check_fp8_mlp(s, require)
-    for path, needs, _ in unmet_needs(s):
-        raise UserError(f"{path} needs {needs}: set it too, or leave {path} at its default")
+    for path, needs, default in unmet_needs(s):
+        leave = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
+        raise UserError(f"{path} needs {needs}: set it too, or {leave}")
     return s
 
 
@@ -859,10 +867,10 @@ def lookup(s, path):
 
 
 def holds(s, needs):
-    """Does a `needs` condition (path, or path=value) hold in these settings?"""
-    path, _, value = needs.partition("=")
+    """Does a condition (path, or path=value or path=value|value) hold in these settings?"""
+    path, _, values = needs.partition("=")
     found = lookup(s, path)
-    return str(found) == value if value else bool(found)
+    return str(found) in values.split("|") if values else bool(found)
 
 
 def unmet_needs(s):

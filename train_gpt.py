@@ -21,7 +21,7 @@ import deltas
 import runlog
 import schedule
 from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, recomputable,
-                      tokens_per_step)
+                      tokens_per_step, validation_rows_at_once)
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -205,7 +205,7 @@ def validate(model, rows, world, context, limit=None, check=lambda: None):
     warm-up, whose value means nothing.
     """
     model.eval()
-    chunk = max(1, (32768 if world.cuda else 4096) // (rows.shape[-1] - 1))
+    chunk = validation_rows_at_once(rows.shape[1], rows.shape[-1] - 1, world.cuda)
     sums = []
     for rank_rows in rows[:limit]:
         total = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -264,6 +264,16 @@ def check_longest(documents, promised):
         raise ValueError(f"a document of {longest} tokens where none should have more than {promised}")
 
 
+def check_most(first, promised):
+    """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there are more: some would
+    see each other. On CUDA, which is not waited for, an assertion there."""
+    if first.is_cuda:
+        torch._assert_async(first.sum() <= promised)
+    elif int(first.sum()) > promised:
+        raise ValueError(f"{int(first.sum())} documents where no more than {promised} were promised")
+    return promised
+
+
 # ----- dense ------------------------------------------------------------------------------------------------------
 
 def prepare_dense(documents, window, rows, tokens, device, dtype, longest, origin=None):
@@ -460,7 +470,7 @@ def prepare_varlen(documents, window, rows, tokens, device, longest, most):
         longest, most = tokens, rows
     else:
         first, longest = begins_document(documents), min(tokens, longest or tokens)
-    most = int(first.sum()) if most is None else most
+    most = int(first.sum()) if most is None else check_most(first, most)
     room = max(-(-(total // 300 + 1) // 128) * 128, power_of_two(most + 1))
     number = torch.arange(1, room + 1, dtype=torch.int32, device=device)  # the i-th document begins where i have begun
     ends = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import deltas
 import schedule
-from settings import LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, value_dim
+from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, validation_rows_at_once,
+                      value_dim)
 
 
 def print_plan(resolved):
@@ -25,28 +26,47 @@ def print_plan(resolved):
     columns = ["learning-rate factor", "Muon momentum"]
     columns += ["window" + (" long / short" if split(s) else "")] if plans[0].windows else []
     print(f"\nschedule (step: {', '.join(columns)}):")
-    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), len(plans) - 1}):
+    changes = [i for i in range(1, len(plans)) if plans[i].windows != plans[i - 1].windows]
+    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
         print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].windows))
     if plans[0].windows:
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         print(f"  final validation:{windows_text(s, final)}{last}")
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
-    rows = s.data.tokens_per_rank // s.data.seq_len
     print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
-    print(f"shapes: training {rows} row{'s' if rows > 1 else ''} of {s.data.seq_len} tokens per logical rank; validation rows of "
-          f"{s.validation.seq_len}; {s.model.attn.num_heads} heads of {query_dim(s)}"
+    print(f"{s.model.attn.num_heads} heads of {query_dim(s)}"
           + (f" (values {value_dim(s)})" if value_dim(s) != query_dim(s) else "") + f", {padded_vocab(s)} classes")
-    trained = len({p.windows for p in plans})
-    validated = len({schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)})
-    print(f"compiled before the clock: {'at most ' if plans[0].windows else ''}{trained} training and {validated} validation graphs"
-          + (", one for each window (FlexAttention and FlashAttention: one for all)" if plans[0].windows else ""))
     print(size(s))
+    for line in graphs(s, plans):
+        print(line)
     for line in held(s):
         print(line)
     for line in measured(resolved):
         print(line)
+
+
+def graphs(s, plans):
+    """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes, with their backward
+    in training, and the update of each bank."""
+    from model import without_values
+    from optim import Engine
+    cuda = s.system.device != "cpu"
+    rows = ranks_per_forward(s, LOGICAL_RANKS, cuda) * s.data.tokens_per_rank // s.data.seq_len
+    length = s.validation.seq_len
+    validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
+    forwards = [("training", rows, s.data.seq_len, len({p.windows for p in plans})),
+                ("validation", validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
+                 len(validated))]
+    banks = Engine(without_values(s), s).banks
+    yield (f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
+           + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].windows else ""))
+    for what, rows, tokens, windows in forwards:
+        each = f", for each of {windows} windows" if windows > 1 else ""
+        yield f"  {what}: {rows} row{'s' if rows > 1 else ''} of {tokens} tokens{each}"
+    for bank in banks:
+        yield f"  update: {bank.name()}"
 
 
 CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100

@@ -365,6 +365,8 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
     rows = torch.arange(128).repeat_interleave(3)[None]  # as many as there is room for in steps of 128
     ends = view(rows, CAUSAL, "varlen", most=128).plan.ends
     assert len(ends) > 128 and ends[126:129].tolist() == [378, 381, 384]
+    with pytest.raises(ValueError, match="128 documents where no more than 127 were promised"):
+        view(rows, CAUSAL, "varlen", most=127)
     with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
         view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
 

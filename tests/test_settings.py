@@ -1,6 +1,7 @@
 """Laws of the settings: deltas, chain, --with, --without, --revert, --set, scales, hashes, commands."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import deltas
 import schedule
+from records.plan import print_plan
 from settings import SCALES, Settings, UserError, lookup, tokens_per_step
 
 ROOT = Path(__file__).parent.parent
@@ -260,3 +262,36 @@ def test_commands_refuse_nonsense_in_one_line():
     for args in (["show", "short/77"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]):
         done = run("-m", "records", *args)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("ref, change, message", [
+    ("short/12", "model.attn.window.end=5", "it has no effect while model.attn.window.growth = constant is there; change that"),
+    ("short/12", "model.attn.window.grain=5", "it has no effect while model.attn.window.growth = constant is there"),
+    ("short/33", "model.attn.window.start=5", "it has no effect while model.attn.window.growth = stages is there"),
+    ("short/11", "optim.matrix.lr=0.1", "it has no effect while optim.muon is there"),
+    ("short/12", "model.attn.window.stages=[1,2]", "model.attn.window.stages needs model.attn.window.growth=stages: set it too"),
+    ("short/33", "data.loader=bos_aligned", "or switch it off: --without data.max_document")])
+def test_a_value_that_would_do_nothing_is_refused(ref, change, message):
+    """It would give the run another identity and compute the same."""
+    with pytest.raises(UserError, match=re.escape(message)):
+        deltas.resolve(ref, sets=[change])
+
+
+def test_a_value_that_is_there_already_may_be_said_again_and_one_that_gets_its_effect_set():
+    s = deltas.resolve("short/33").settings
+    assert deltas.resolve("short/33", sets=[f"model.attn.window.end={s.model.attn.window.end}"]).settings == s
+    assert deltas.resolve("short/11", without=["optim.muon"], sets=["optim.matrix.lr=0.1"]).settings.optim.matrix.lr == 0.1
+
+
+@pytest.mark.parametrize("ref, starts, validated, updates, shape", [
+    ("short/21", [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705], 14, 6, "1 row of 49152"),
+    ("short/33", [554, 1108], 4, 7, "1 row of 49152"), ("short/11", [], 1, 6, "64 rows of 1024")])
+def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(ref, starts, validated, updates, shape, capsys):
+    print_plan(deltas.resolve(ref))
+    out = capsys.readouterr().out
+    steps = [line.split(":")[0].strip() for line in out.split("schedule (")[1].splitlines()]
+    assert {str(step) for step in starts} <= set(steps)
+    assert f"at most {len(starts) + 1 + validated + updates} graphs" in out
+    assert sum(line.startswith("  update: ") for line in out.splitlines()) == updates
+    each = f", for each of {len(starts) + 1} windows" if starts else ""
+    assert f"\n  training: {shape} tokens{each}\n" in out

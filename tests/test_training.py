@@ -369,3 +369,15 @@ def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
     for limit, calls in ((1, 1), (None, 8 * 5)):  # chunks of 4,096 tokens
         model.calls = 0
         assert train_gpt.validate(model, rows, world, lambda tokens, read: None, limit) == 0 and model.calls == calls
+
+
+def test_rows_come_with_the_number_of_their_documents_at_most():
+    """Each begins with `bos` or a row; the token after the last one is a target only."""
+    batch = np.array([[0, 5, 0, 5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 0, 0, 0, 5, 5]], np.int32)
+    inputs, targets, documents = train_gpt.to_rows(batch, 4, torch.device("cpu"), 0)
+    assert inputs.shape == targets.shape == (2, 2, 4) and documents == [3 + 2, 3 + 2]
+    for rows, most in zip(inputs, documents):
+        begun = rows == 0
+        begun[:, 0] = True
+        assert begun.sum() <= most
+    assert torch.equal(inputs.flatten(1)[:, 1:], targets.flatten(1)[:, :-1])

@@ -103,6 +103,17 @@ def record33(numbers, prefix, layers=12):
     return ours
 
 
+def originals(values, golden, convert):
+    """{original name: flat array} from {our name: array}: `convert` undone by following the place of every number."""
+    names = [key for key in golden if key.startswith("param/")]
+    bounds = np.cumsum([0] + [golden[name].size for name in names])
+    places = {name: np.arange(a, b).reshape(golden[name].shape) for name, a, b in zip(names, bounds, bounds[1:])}
+    flat = np.full(bounds[-1], np.nan)
+    for name, place in convert(places, "param/").items():
+        flat[place.astype(int)] = values[name]
+    return {name.removeprefix("param/"): flat[a:b] for name, a, b in zip(names, bounds, bounds[1:])}
+
+
 def block_windows(blocks):
     """Windows of records 20 to 28 with a long window of so many blocks."""
     return Windows(Span(None, blocks), Span(None, max(1, blocks // 2)), Span(None, blocks), ())

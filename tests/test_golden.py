@@ -6,8 +6,9 @@ import torch
 
 import deltas
 import schedule
-from golden_records import block_windows, build, early, fill, load, record20, record33, small, token_windows
+from golden_records import block_windows, early, fill, load, originals, record20, record33, small, token_windows
 from kernels.fp8_linear import fp8_linear
+from model import Rotary
 from optim import Cut, Engine, adamw, muon_direction
 from schedule import Span, Windows
 
@@ -75,6 +76,34 @@ def test_record_12_loss_and_gradients():
     assert model.values.lam.value.grad[0] == 0  # block 0 mixes v1 with itself
 
 
+@pytest.mark.parametrize("case, window", [("window64", 64), ("window1024", 1024), ("window1024_T1280", 1024)])
+def test_record_12_with_other_windows_and_with_documents_longer_than_the_window(case, window):
+    golden, config = load("record12")
+    key = f"case/{case}/" if f"case/{case}/tokens" in golden else "in/"
+    x, y = (torch.from_numpy(golden[key + name]).long()[None] for name in ("tokens", "targets"))
+    s, model = small("short/12", config, x.size(1), model__attn__window__start=window)
+    fill(model, early(golden, "param/"))
+    with torch.no_grad():
+        losses = model(x, y, model.context(x, config["bos_id"], schedule.windows(s, 7)))
+    assert np.abs(losses.numpy().ravel() - golden[f"case/{case}/token_loss"]).max() < 1e-11
+    assert relative(losses.mean().item(), golden[f"case/{case}/loss_mean"].item()) < 1e-12
+
+
+@pytest.mark.parametrize("name, ref, length", [("record05", "short/5", 128), ("record12", "short/12", 640)])
+def test_rotary_tables_rounded_to_bfloat16(name, ref, length):
+    golden, config = load(name)
+    _, model = small(ref, config, length, rows=config["batch"])
+    fill(model, early(golden, "param/"))
+    for table in (model.rotary.cos, model.rotary.sin):
+        table.copy_(table.bfloat16())
+    x, y = inputs(golden)
+    windows = Windows(*3 * [Span(192, None)], ()) if name == "record12" else None
+    with torch.no_grad():
+        losses = model(x, y, model.context(x, 249, windows))
+    assert np.abs(losses.numpy().ravel() - golden["case/rope_tables_bf16/token_loss"]).max() < 1e-11
+    assert relative(losses.mean().item(), golden["case/rope_tables_bf16/loss_mean"].item()) < 1e-12
+
+
 def test_record_20_loss_gradients_and_other_windows():
     golden, config = load("record20")
     _, model = small("short/20", config, 640)
@@ -129,13 +158,13 @@ def test_record_33_with_the_smear_of_record_34():
 
 def test_yarn_states_at_real_size():
     golden, _ = load("schedules")
-    _, model = build("short/33", validation__seq_len=64, validation__tokens=512, data__seq_len=64, data__tokens_per_rank=64)
+    rotary = Rotary(deltas.resolve("short/33", sets=["system.precision=float64"]).settings)
     history = (3, 7, 11, 13)
     for i, blocks in enumerate(history):
-        f, factor = model.rotary.frequencies(history[:i + 1])
+        f, factor = rotary.frequencies(history[:i + 1])
         assert np.abs(f.numpy() - golden[f"yarn/half_{blocks}/angular_freq"]).max() < 1e-9  # stored from float32 tables
         assert abs(0.1 * factor - golden[f"yarn/half_{blocks}/attn_scale"]) < 1e-15
-    assert [round(0.1 * model.rotary.frequencies(history[:i + 1])[1], 6) for i in range(4)] == [0.1, 0.116946, 0.127518, 0.131778]
+    assert [round(0.1 * rotary.frequencies(history[:i + 1])[1], 6) for i in range(4)] == [0.1, 0.116946, 0.127518, 0.131778]
 
 
 def test_the_fp8_head_operator_is_the_original():
@@ -229,35 +258,43 @@ def test_optimizer_of_records_32_to_34():
 
 # ----- six training steps
 
-def train(model, s, golden, steps, windows):
+def train(model, s, steps, windows):
+    """Make the six training steps of a fixture; yields (index, loss) when the gradients are there, before the update."""
     engine, plans = Engine(model, s), schedule.plan(s)
-    for i, step in enumerate(steps):
-        x, y = (torch.from_numpy(golden[k][i]).long() for k in ("tokens", "targets"))
+    for i, step in enumerate(steps["step_index"]):
+        assert plans[step].lr_factor == steps["lr_factor"][i]
+        assert relative(plans[step].momentum, steps["muon_momentum"][i]) < 1e-15
+        x, y = (torch.from_numpy(steps[k][i]).long() for k in ("tokens", "targets"))
         x, y = (x, y) if x.dim() == 2 else (x[None], y[None])
         engine.expect(last=True)
         loss = model(x, y, model.context(x, 249, windows)).mean()
         loss.backward()
         engine.collect()
-        engine.step(plans[step])
         yield i, loss.item()
+        engine.step(plans[step])
 
 
-def test_six_training_steps_of_record_5():
-    golden, config = load("record05")
-    steps, _ = load("record05_train")
-    s, model = small("short/5", config, 128, rows=2)
-    fill(model, early(golden, "param/"))
-    for i, loss in train(model, s, steps, steps["step_index"], None):
+@pytest.mark.parametrize("name, ref, length, convert, windows", [
+    ("record05", "short/5", 128, early, None), ("record12", "short/12", 640, early, Windows(*3 * [Span(192, None)], ())),
+    ("record20", "short/20", 640, record20, block_windows(4))])
+def test_losses_and_gradients_of_six_training_steps_and_the_parameters_after_the_last(name, ref, length, convert, windows):
+    golden, config = load(name)
+    steps, order = load(f"{name}_train")
+    s, model = small(ref, config, length, rows=config["batch"])
+    fill(model, convert(golden, "param/"))
+
+    def numbers(tensor_of):
+        theirs = originals({n: tensor_of(p).detach().numpy() for n, p in model.named_parameters()}, golden, convert)
+        return [theirs[n] for n in order["param_names"]]
+
+    start = numbers(lambda p: p)
+    for i, loss in train(model, s, steps, windows):
         assert relative(loss, steps["loss"][i].item()) < 1e-11
-
-
-def test_six_training_steps_of_record_20():
-    golden, config = load("record20")
-    steps, _ = load("record20_train")
-    s, model = small("short/20", config, 640)
-    fill(model, record20(golden, "param/"))
-    for i, loss in train(model, s, steps, steps["step_index"], block_windows(4)):
-        assert relative(loss, steps["loss"][i].item()) < 1e-11
+        norms = [np.linalg.norm(g) for g in numbers(lambda p: p.grad)]
+        assert np.allclose(norms, steps["grad_l2"][i], rtol=1e-10, atol=1e-14)
+    final = numbers(lambda p: p)
+    assert np.allclose([np.linalg.norm(b - a) for a, b in zip(start, final)], steps["param_delta_l2"], rtol=0, atol=1e-10)
+    assert np.allclose([b @ np.cos(np.arange(b.size)) for b in final], steps["param_cosdot"], rtol=0, atol=1e-10)
 
 
 # ----- schedules
@@ -288,10 +325,3 @@ def test_schedules_of_records_28_and_33_at_every_step():
         assert np.array_equal(blocks, golden[f"{key}/ws"])
         if key == "r34":
             assert np.array_equal([(w.last.tokens - 1) // 128 for w in windows], golden["r34/ws_final_layer"])
-
-
-def test_window_steps_of_record_21():
-    s = deltas.resolve("short/21").settings
-    blocks = [schedule.windows(s, i).long.blocks for i in range(s.schedule.steps + 1)]
-    assert [i for i in range(1, len(blocks)) if blocks[i] != blocks[i - 1]] == [
-        132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705]

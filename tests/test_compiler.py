@@ -135,9 +135,9 @@ def test_the_account_counts_no_second_twice(monkeypatch):
 
 TRAIN = """
 import sys, torch, deltas
-if sys.argv[1] == "compile":  # no C++: graphs and their account are what counts here
+if sys.argv[1] != "uncompiled":  # no C++: graphs and their account are what counts here
     whole = torch.compile
-    torch.compile = lambda model, **kwargs: whole(model, backend="aot_eager", **kwargs)
+    torch.compile = lambda model, **kwargs: whole(model, backend=sys.argv[1], **kwargs)
 import train_gpt
 try:
     train_gpt.main(*deltas.command_line(sys.argv[2:]))
@@ -153,7 +153,7 @@ def train(out, compiled):
     compile = f"system.compile={'on' if compiled else 'off'}"
     for x in ("schedule.steps=2", "validation.tokens=1024", "model.num_layers=2", compile):
         args += ["--set", x]
-    run = program("-c", TRAIN, "compile" if compiled else "eager", *args)
+    run = program("-c", TRAIN, "aot_eager" if compiled else "uncompiled", *args)
     folder = next(out.glob("2*"))
     return run.stdout, runlog.read_chain(folder / "run.jsonl")[2], (folder / "log.txt").read_text()
 
@@ -173,6 +173,26 @@ def test_an_uncompiled_run_loads_no_compiler_and_says_nothing_of_it(tmp_path):
     said, reset, text = train(tmp_path, compiled=False)
     assert said.splitlines()[-1] == "compiler loaded: False"
     assert "compile" not in reset and runlog.render(reset) == [] and "started in" not in text + said
+
+
+def graphs(out, *changes):
+    """(graphs of the warm-up, graphs compiled in the clock) of 8 steps of record 33 in two layers, the last one long."""
+    args = ["short/33", "--scale", "micro", "--out", str(out), "--without", "model.attn.value_embed"]
+    for x in ("system.compile=on", "schedule.steps=8", "model.num_layers=2", "model.attn.drop_layers=[]",
+              "model.attn.window.long_layers=[1]", "validation.every=1", "validation.tokens=1536", "validation.seq_len=192",
+              *changes):
+        args += ["--set", x]
+    program("-c", TRAIN, "eager", *args)
+    events = runlog.read_chain(next(out.glob("2*")) / "run.jsonl")
+    return events[2]["graphs"], events[-1]["graphs_in_clock"]
+
+
+def test_nothing_is_compiled_inside_the_clock_because_the_warm_up_has_seen_every_window(tmp_path):
+    """Three windows in training, a fourth in the last validation. After one step the clock meets two for the first time,
+    each in training and in validation."""
+    before, inside = graphs(tmp_path / "all")
+    assert inside == 0
+    assert graphs(tmp_path / "one", "system.warmup_steps=1") == (before - 4, 4)
 
 
 def test_what_the_start_cost_reads_as_one_line_and_only_numbers_are_accepted():

@@ -1,0 +1,296 @@
+"""Facts about each record's tensors as its log's source has them: dtypes, optimizers, initial values, tables, roundings.
+
+A table reads "from this record on"; 21.1 and 21.2 are 21r and 21t. Sizes are those of scale micro (width 48, 1257 token ids,
+1280 with padding), dtypes the record's own.
+"""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import deltas
+import model as model_module
+import schedule
+from kernels.newton_schulz import newton_schulz
+from model import GPT, without_values
+from optim import Engine
+from train_gpt import train_step
+
+F32, BF16 = torch.float32, torch.bfloat16
+RECORDS = {ref: r.order for ref, r in deltas.load_records().items() if ref.startswith("short/") and r.order <= 33}
+
+
+def from_on(first):
+    """Parametrise a test over the records from this one on."""
+    return pytest.mark.parametrize("ref, n", [(ref, n) for ref, n in RECORDS.items() if n >= first])
+
+
+def at(n, changes):
+    """What a table of (first record, value) says of record n; None before its first line."""
+    return next((value for first, value in reversed(changes) if first <= n), None)
+
+
+def built(ref, *sets, precision="record"):
+    s = deltas.resolve(ref, scale="micro", sets=[f"system.precision={precision}", *sets]).settings
+    model = GPT(s)
+    model.initialise(0)
+    return s, model
+
+
+def kind(name):
+    last = name.split(".")[-1]
+    if name == "head.weight":
+        return "head"
+    if name.startswith(("embed.table", "values.tables", "embed.positions")):
+        return "table"
+    return "matrix" if last in ("qkvo", "up", "down") else "gate" if last == "gate" else "scalar"
+
+
+# ----- storage and optimizer
+
+KINDS = [(1, {"table", "matrix", "scalar"}), (2, {"table", "matrix"}), (8, {"table", "matrix", "head"}),
+         (9, {"table", "matrix", "head", "scalar"}), (28, {"table", "matrix", "head", "scalar", "gate"})]
+STORED = {"table": [(1, F32), (10, BF16)],  # record 10 casts the module to bfloat16 and its linears back
+          "matrix": [(1, F32)],
+          "scalar": [(1, F32), (10, BF16), (18, F32)],  # from 18 on the tables alone are cast
+          "head": [(8, F32), (32, BF16)],
+          "gate": [(28, F32), (32, BF16)]}
+RULE = {"table": [(1, "adamw")], "scalar": [(1, "adamw")], "head": [(8, "adamw")],
+        "matrix": [(1, "adamw"), (3, "muon")], "gate": [(28, "muon")]}
+GROUP = {"table": [(1, "lm_head"), (8, "embed")],  # until 7 the head is the token table
+         "matrix": [(1, "matrix")], "gate": [(28, "matrix")], "scalar": [(1, "scalar")], "head": [(8, "lm_head")]}
+MOMENTS = {**STORED,  # AdamW's follow the parameter, from 32 on all are bfloat16
+           "scalar": [(1, F32), (10, BF16), (18, F32), (32, BF16)]}
+TABLES = [(1, 1), (14, 13), (15, 7), (17, 4)]  # of tokens and of values
+TABLE_ROWS = [(1, 1257), (5, 1280), (17, 1257), (18, 1280), (19, 1257), (24, 1280)]
+
+
+@from_on(1)
+def test_dtype_group_rule_and_optimizer_state_of_every_parameter(ref, n):
+    s, model = built(ref)
+    seen = set()
+    for bank in Engine(model, s).banks:
+        for name, p in bank.members:
+            what = kind(name)
+            seen.add(what)
+            assert p.dtype == bank.param.dtype == at(n, STORED[what]), name
+            assert bank.rule == at(n, RULE[what]), name
+            assert bank.role == ("embed" if name == "embed.positions" else at(n, GROUP[what])), name
+            if bank.rule == "adamw":
+                assert {x.dtype for x in bank.state.values()} == {at(n, MOMENTS[what])} and len(bank.state) == 2, name
+            elif what == "matrix":
+                assert {x.dtype for x in bank.state.values()} == {F32} and len(bank.state) == 1, name
+    assert seen == at(n, KINDS)
+    tables = [p for name, p in model.named_parameters() if kind(name) == "table" and name != "embed.positions"]
+    assert [len(p) for p in tables] == [at(n, TABLE_ROWS)] * at(n, TABLES)
+    assert n < 8 or len(model.head.weight) == 1280
+
+
+# ----- initial values
+
+def check_uniform(x, bound):
+    x = x.double()
+    assert 0.99 * bound < x.abs().max() < bound * (1 + 2 ** -8)  # record 10 rounds it
+    assert abs(x.std() * math.sqrt(3) / bound - 1) < 0.05 and abs(x.mean()) < 0.06 * bound
+
+
+def check_normal(x, std):
+    x = x.double()
+    assert 3 < x.abs().max() / std < 7 and abs(x.std() / std - 1) < 0.05 and abs(x.mean()) < 0.1 * std
+
+
+def matrices(model):
+    """[(weight, whether it writes into the residual stream)]: q, k, v, o, up, down of all layers."""
+    for name, p in model.named_parameters():
+        if name.endswith("qkvo"):
+            yield from zip(p, (False, False, False, True))
+        elif kind(name) == "matrix":
+            yield p, name.endswith("down")
+
+
+@from_on(1)
+def test_initial_matrices(ref, n):
+    """1: normal, 0.02, projections / sqrt(2 layers). Then uniform with bound 1 / sqrt(in), from 19 on with standard
+    deviation 0.5 / sqrt(in); projections start at 0 from 5 on, and 10 to 17 round to bfloat16."""
+    for weight, projection in matrices(built(ref)[1]):
+        if projection and n >= 5:
+            assert weight.count_nonzero() == 0
+            continue
+        if n == 1:
+            check_normal(weight, 0.02 / math.sqrt(24) if projection else 0.02)
+        else:
+            check_uniform(weight, at(n, [(2, 1.0), (19, math.sqrt(3) * 0.5)]) / math.sqrt(weight.size(1)))
+        assert torch.equal(weight, weight.bfloat16().float()) == (10 <= n < 18)
+
+
+@from_on(1)
+def test_initial_tables_head_and_gates(ref, n):
+    """Tied until 7: first normal, 0.02, then a linear's. Then all tables, values' too: N(0, 1). Head and gates: 0."""
+    for name, p in built(ref)[1].named_parameters():
+        if kind(name) == "table":
+            if 2 <= n < 8:
+                check_uniform(p, 1 / math.sqrt(48))
+            else:
+                check_normal(p, at(n, [(1, 0.02), (8, 1.0)]))
+        elif kind(name) in ("head", "gate"):
+            assert p.count_nonzero() == 0, name
+
+
+SCALARS = {"residual.x": [(9, (12, 1.0))], "residual.x0": [(9, (12, 0.0))],
+           "values.lam": [(9, (12, 0.5)), (14, None)],
+           "values.ve": [(14, (12, 0.5)), (17, (11, 0.5))],  # layer 7 has no attention
+           "values.v": [(15, (12, 0.5)), (17, (11, 0.5))],
+           "residual.skip": [(11, (6, 1.0)), (32, (6, -1.5))]}  # before the sigmoid
+
+
+@from_on(1)
+def test_initial_scalars(ref, n):
+    model = built(ref)[1]
+    found = {name.removesuffix(".value"): p for name, p in model.named_parameters() if kind(name) == "scalar"}
+    if n == 1:  # biases 0, gains 1
+        assert all(torch.equal(p, torch.full_like(p, "gain" in name)) for name, p in found.items())
+        return
+    assert set(found) == {name for name, changes in SCALARS.items() if at(n, changes)}
+    for name, p in found.items():
+        length, value = at(n, SCALARS[name])
+        assert p.tolist() == [value] * length, name
+    if n >= 11:
+        assert [round(x.item(), 4) for x in model.residual.skip()] == [at(n, [(11, 1.0), (32, 0.1824)])] * 6
+
+
+# ----- rotary positions
+
+ROPE = [(2, F32), (5, BF16), (18, F32), (32, BF16)]
+
+
+@from_on(2)
+def test_rotary_tables(ref, n):
+    """10000^(-2j/K), from 17 on 1024^(-j/(K/4 - 1)) for half of the pairs; 14 to 16 round the frequencies to bfloat16."""
+    rotary, width = built(ref)[1].rotary, 48 // at(n, [(2, 12), (5, 6)])
+    f = torch.tensor([10000 ** (-2 * j / width) for j in range(width // 2)] if n < 17 else
+                     [1024 ** -(j / (width // 4 - 1)) if j < width // 4 else 0.0 for j in range(width // 2)],
+                     dtype=torch.float64)
+    f = f.bfloat16().double() if 14 <= n < 17 else f
+    angle = torch.arange(len(rotary.cos), dtype=torch.float64)[:, None] * f
+    error = 2e-4 + (2 ** -9 if at(n, ROPE) == BF16 else 0)  # of float32 angles up to 1023; of the table
+    for table, exact in ((rotary.cos, angle.cos()), (rotary.sin, angle.sin())):
+        assert table.dtype == at(n, ROPE) and table.shape == exact.shape
+        assert (table.double() - exact).abs().max() < error
+
+
+@from_on(17)
+def test_rotation_is_in_float32_until_record_32_makes_it_bfloat16(ref, n):
+    rotary = built(ref)[1].rotary
+    x = torch.randn(1, 64, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = rotary.cos[:64, None], rotary.sin[:64, None]
+
+    def turned(dtype):
+        (x1, x2), c, s = x.to(dtype).chunk(2, -1), cos.to(dtype), sin.to(dtype)
+        return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], -1).to(BF16)
+
+    assert torch.equal(rotary(x), turned(at(n, [(17, F32), (32, BF16)]))) and not torch.equal(turned(F32), turned(BF16))
+
+
+# ----- Muon's rounding
+
+@from_on(3)
+def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(ref, n):
+    """6 ships the scaled update in bfloat16; 15 scales at the addition. With MLPs three times as wide as the stream, because
+    at four times sqrt(rows / cols) = 2 rounds nothing."""
+    s, model = built(ref, "model.mlp.expansion=3", "optim.muon.lr=1.0")
+    engine = Engine(model, s)
+    bank = next(b for b in engine.banks if b.label == "mlp_up")
+    bank.param.zero_()
+    bank.grad.normal_(generator=torch.Generator().manual_seed(0))
+    direction = newton_schulz(bank.grad.clone(), dtype=BF16, norm_dtype=at(n, [(3, F32), (5, BF16)]),
+                              form=at(n, [(3, "expanded"), (11, "factored")])).float()
+    engine.step(SimpleNamespace(lr_factor=1.0, momentum=0.0))  # from the first gradient, so that it is the direction's input
+    scaled = at(n, [(3, 1.0), (4, math.sqrt(144)), (8, math.sqrt(144 / 48)), (27, 1.0)]) * direction
+    assert torch.equal(-bank.param, scaled.bfloat16().float() if 6 <= n < 15 else scaled)
+    assert torch.equal(scaled, scaled.bfloat16().float()) == (n == 3 or n >= 27)  # elsewhere the rounding shows
+
+
+# ----- forward pass
+
+def forward(s, model):
+    """Losses of one row."""
+    tokens = torch.randint(1, 1257, (1, s.data.seq_len), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens, tokens, model.context(tokens, 0, schedule.windows(s, 0)))
+
+
+@from_on(1)
+def test_dtypes_on_the_way_through_the_model(ref, n):
+    """Matrix products in bfloat16, only 2 to 4 validate in float32; the stream; the soft cap; losses in float32."""
+    s, model = built(ref)
+    stream, normed, logits = [], [], []
+    block = model.blocks[1]
+    block.mlp_norm.register_forward_hook(lambda module, args, out: stream.append(args[0].dtype))
+    block.attn.register_forward_hook(lambda module, args, out: normed.append((args[0].dtype, out.dtype)))
+    with torch.no_grad():
+        if n >= 8:  # zeros until then
+            model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+        for training in (True, False):
+            assert forward(s, model.train(training)).dtype == F32
+            x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
+            logits.append(model.head(x, model.embed.table))
+    assert normed == [(BF16, BF16), 2 * (at(n, [(1, BF16), (2, F32), (5, BF16)]),)]
+    assert stream == 2 * [at(n, [(1, BF16), (2, F32), (10, BF16)])]
+    for z in logits:  # on bfloat16's grid, but that 19 on cap them in float32
+        assert z.dtype == F32 and torch.equal(z, z.bfloat16().float()) == (n < 19)
+
+
+@pytest.mark.parametrize("loss", ["whole", "chunks"])
+@from_on(1)
+def test_the_head_is_in_fp8_from_record_19_on_in_training_and_never_in_validation(ref, n, loss, monkeypatch):
+    products, real, fused = [], model_module.fp8_linear, model_module.linear_cross_entropy
+    monkeypatch.setattr(model_module, "fp8_linear", lambda *args: products.append("fp8") or real(*args))
+    monkeypatch.setattr(model_module, "linear_cross_entropy",
+                        lambda *args, **how: products.append(how["fp8"] and "fp8") or fused(*args, **how))
+    s, model = built(ref, f"system.kernels.loss={loss}")
+    forward(s, model.train())
+    assert products.count("fp8") == (n >= 19) and (loss == "whole" or len(products) == 1)
+    products.clear()
+    forward(s, model.eval())
+    assert "fp8" not in products and len(products) == (loss == "chunks")
+
+
+@from_on(19)
+def test_factors_of_the_fp8_head(ref, n):
+    """What x, the weight and the gradient of the rank's own loss are multiplied by before they are rounded, at full size."""
+    x, w, g = without_values(deltas.resolve(ref).settings).train().head.operands(None)[1]
+    expected = at(n, [(19, (2, 32, 2 ** 29)), (21, (2, 512, 2 ** 19)), (21.2, (448 / 768 ** 0.5, 448 / 24, 448)),
+                      (28, (448 / 768 ** 0.5, 2 ** 9, 448))])
+    assert (x, w, g / 8) == pytest.approx(expected, rel=1e-12)  # the trainer has divided by the eight ranks
+
+
+# ----- the trainer's loss
+
+@pytest.mark.parametrize("at_once", [2, 8])
+@pytest.mark.parametrize("ref, n", [(ref, RECORDS[ref]) for ref in ("short/21r", "short/21t", "short/33")])
+def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_of_their_sums(ref, n, at_once):
+    s, model = built(ref, precision="float64")
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))  # no zeros that hide what is behind them
+    batch = torch.randint(0, 1257, (8, s.data.tokens_per_rank + 1), generator=g)
+    batch[:, ::40] = 0
+    inputs, targets, windows = batch[:, None, :-1], batch[:, None, 1:], schedule.windows(s, s.schedule.steps // 2)
+    expected = 0
+    for x, y in zip(inputs, targets):
+        logits = model(x, context=model.context(x, 0, windows))
+        loss = F.cross_entropy(logits[0], y[0], reduction="mean" if n < 21.2 else "sum") / 8
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        expected = [a + b for a, b in zip(expected, grads)] if expected else grads
+    found, engine = [], Engine(model, s)
+    run = SimpleNamespace(s=s, model=model, compiled=model, engine=engine, at_once=at_once, corpus=SimpleNamespace(bos=0),
+                          world=SimpleNamespace(total=lambda x: x))
+    plan = schedule.plan(s)[s.schedule.steps // 2]
+    train_step(run, plan, inputs, targets, [10] * 8,
+               before_step=lambda: found.extend(p.grad.clone() for p in model.parameters()))
+    for (name, _), a, b in zip(model.named_parameters(), expected, found, strict=True):
+        assert a.abs().max() > 0 and (a - b).abs().max() < 1e-10 * a.abs().max(), name

@@ -5,6 +5,7 @@ Run as a program it compiles one small graph with a --compile-cache file and pri
 
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -175,14 +176,15 @@ def test_an_uncompiled_run_loads_no_compiler_and_says_nothing_of_it(tmp_path):
     assert "compile" not in reset and runlog.render(reset) == [] and "started in" not in text + said
 
 
+LITTLE = ["short/33", "--scale", "micro", "--without", "model.attn.value_embed"]  # two layers, the last one long
+for x in ("system.compile=on", "schedule.steps=8", "model.num_layers=2", "model.attn.drop_layers=[]",
+          "model.attn.window.long_layers=[1]", "validation.every=1", "validation.tokens=1536", "validation.seq_len=192"):
+    LITTLE += ["--set", x]
+
+
 def graphs(out, *changes):
-    """(graphs of the warm-up, graphs compiled in the clock) of 8 steps of record 33 in two layers, the last one long."""
-    args = ["short/33", "--scale", "micro", "--out", str(out), "--without", "model.attn.value_embed"]
-    for x in ("system.compile=on", "schedule.steps=8", "model.num_layers=2", "model.attn.drop_layers=[]",
-              "model.attn.window.long_layers=[1]", "validation.every=1", "validation.tokens=1536", "validation.seq_len=192",
-              *changes):
-        args += ["--set", x]
-    program("-c", TRAIN, "eager", *args)
+    """(graphs of the warm-up, graphs compiled in the clock) of LITTLE."""
+    program("-c", TRAIN, "eager", *LITTLE, "--out", str(out), *changes)
     events = runlog.read_chain(next(out.glob("2*")) / "run.jsonl")
     return events[2]["graphs"], events[-1]["graphs_in_clock"]
 
@@ -192,7 +194,9 @@ def test_nothing_is_compiled_inside_the_clock_because_the_warm_up_has_seen_every
     each in training and in validation."""
     before, inside = graphs(tmp_path / "all")
     assert inside == 0
-    assert graphs(tmp_path / "one", "system.warmup_steps=1") == (before - 4, 4)
+    assert graphs(tmp_path / "one", "--set", "system.warmup_steps=1") == (before - 4, 4)
+    plan = subprocess.run([sys.executable, "train_gpt.py", *LITTLE, "--plan"], cwd=ROOT, capture_output=True, text=True)
+    assert before <= int(re.search(r"at most (\d+) graphs", plan.stdout).group(1)) <= before + 1
 
 
 def test_what_the_start_cost_reads_as_one_line_and_only_numbers_are_accepted():

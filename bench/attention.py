@@ -8,6 +8,7 @@ import argparse
 
 import measure
 import torch
+from report import Report
 
 from data.corpus import sample_corpus
 from data.shards import open_shard
@@ -42,7 +43,7 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
-    rows = []
+    report = Report(o.out, "Attention with windows", tokens=TOKENS, heads=HEADS, head_dim=WIDTH)
     print(f"{'documents':10} {'backend':10} {'row':>5}  " + "".join(f"{f'window {w}':>13}" for w in WINDOWS) + "   ms, "
           f"{TOKENS} tokens in all, {torch.get_num_threads()} threads")
     for with_documents in (False, True):
@@ -51,11 +52,12 @@ def main():
                 n = TOKENS // tokens
                 documents = documents_of_corpus(n, tokens) if with_documents else None
                 times = [one(documents, Window(tokens=w), backend, n, tokens, o.repeats) for w in WINDOWS]
-                rows += [{"documents": with_documents, "backend": backend, "row": tokens, "window": w, "ms": round(ms, 3)}
-                         for w, ms in zip(WINDOWS, times)]
+                for w, ms in zip(WINDOWS, times):
+                    report.add({"documents": with_documents, "backend": backend, "row": tokens, "window": w,
+                                "ms": round(ms, 3)})
                 print(f"{'of corpus' if with_documents else 'none':10} {backend:10} {tokens:5}  "
                       + "".join(f"{ms:13.1f}" for ms in times), flush=True)
-    measure.write(o.out, tokens=TOKENS, heads=HEADS, head_dim=WIDTH, rows=rows)
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,27 +1,32 @@
-"""Kernels of this machine's device against float64: `python bench/correct.py [--out JSON]`. Exit code 1 if one is wrong.
+"""Kernels of this machine's device against float64: `python bench/correct.py [--only GROUP ...] [--out JSON]`.
 
-What only a GPU can run (FlexAttention, varlen and FlashAttention, grouped_mm in one kernel, FP8 units) is compared, forward and
-gradients, with the plain reference in float64 on the same rounded inputs. The error is the largest one relative to the largest
-value; the bound is a few roundings of the dtype. What a device cannot run is listed with its reason.
+Exit code 1 if one is wrong or fails.
+
+What only a GPU can run (FlexAttention, varlen and FlashAttention, grouped_mm in one kernel, FP8 units, our kernels as
+operators of torch.compile, tensors of more than 2^31 elements) is compared, forward and gradients, with the plain reference
+in float64 on the same rounded inputs. The error is the largest one relative to the largest value; the bound is a few
+roundings of the dtype. What a device cannot run is listed with its reason.
 """
 
 import argparse
 import functools
 import sys
 
-import measure
+import measure  # first: it finds the repository
+import report
 import torch
 import torch._dynamo
 
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
+from kernels import linear_relu_sq as relu_sq
 from kernels.attention import Window
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.device import FP8_SINCE, refusal
 from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
 from kernels.fp8_mlp import E4M3, fp8_mlp, narrowed_rows, narrowed_weight
-from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
+from kernels.linear_relu_sq import linear_relu_sq, linear_relu_sq_reference, mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
@@ -52,37 +57,36 @@ def compare(function, reference, inputs, dtype):
     return max(relative(a, b) for a, b in zip(gradients(function, low, upstream), theirs))
 
 
+# Each group yields (name, dtype, check): a function that gives the error, or a text: why it is not run here. Fourth, where
+# it is not a few roundings of the dtype, the bound.
+
 def attention_checks():
-    """(name, error or reason) of every backend with every kind of window, with and without documents."""
+    """Every backend with every kind of window, with and without documents; unequal widths with one of them."""
     rows, tokens, heads = 2, 1024, 6
     starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
     documents = torch.zeros(rows, tokens, dtype=torch.int32, device=DEVICE).scatter_(1, starts, 1).cumsum(1, dtype=torch.int32)
     windows = {"causal": Window(), "300 tokens": Window(tokens=300), "3 blocks of 128": Window(blocks=3, block=128)}
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
-    for backend in attention.BACKENDS[1:]:
-        for name, window in windows.items():
-            for ids in (None, documents):
-                for width, value in ((128, 128), (96, 64)):
-                    label = f"attention {backend}, {name}, {'documents' if ids is not None else 'rows'}, widths {width} {value}"
-                    try:
-                        attention.choose(backend, DEVICE, documents=ids is not None, window=window, tokens=tokens, dtype=dtype)
-                    except ValueError as error:
-                        yield label, str(error), dtype
-                        continue
-                    shape = rows, tokens, heads, width, value
-                    yield label, compare_attention(backend, ids, window, *shape, dtype), dtype
-                    if backend in attention.FLASH:
-                        error = compare_attention(backend, ids, window, *shape, dtype, compiled=True)
-                        yield label + ", compiled", error, dtype
+    kinds = [(name, ids, (128, 128)) for name in windows for ids in (None, documents)]
+    kinds.append(("300 tokens", documents, (96, 64)))
+    for compiled in (False, True):
+        for backend in attention.FLASH if compiled else attention.BACKENDS[1:]:
+            for name, ids, widths in kinds:
+                what = f"{name}, {'documents' if ids is not None else 'rows'}, widths {widths[0]} {widths[1]}"
+                yield (f"attention {backend}, {what}{', compiled' if compiled else ''}", dtype,
+                       lambda: compare_attention(backend, ids, windows[name], rows, tokens, heads, *widths, dtype, compiled))
 
 
 def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False):
     """compiled: windows and scale in tensors, as a compiled model has them (attention.traceable)."""
+    try:
+        attention.choose(backend, DEVICE, documents=documents is not None, window=window, tokens=tokens, dtype=dtype)
+    except ValueError as error:
+        return str(error)
     shape = {"rows": rows, "tokens": tokens, "device": DEVICE}
     fast = attention.view(documents, window, backend, dtype=dtype, **shape)
     if compiled:
         (fast,), _ = attention.traceable([fast], None, width)
-        torch._dynamo.reset()  # it gives up on a function after eight graphs
     plain = attention.view(documents, window, "dense", dtype=torch.float64, **shape)
     inputs = [torch.randn(rows, tokens, heads, w, device=DEVICE) for w in (width, width, value)]
     attend = torch.compile(attention.attend, dynamic=False) if compiled else attention.attend
@@ -107,26 +111,56 @@ def expert_checks():
 
     for dtype in (torch.bfloat16, torch.float32):
         for backend in experts.BACKENDS:
-            yield f"experts {backend}", compare(layer(backend), layer("padded"), inputs, dtype), dtype
+            yield f"experts {backend}", dtype, lambda: compare(layer(backend), layer("padded"), inputs, dtype)
 
 
-def triton_checks():
-    """The Triton kernels against their references in float64, at shapes that no tile divides."""
+def mlp_checks():
+    """The layer and the MLP with relu^2 at shapes that no tile divides."""
+    why = refusal(DEVICE, torch.bfloat16)
+    x, up, down = (torch.randn(1000, 328, device=DEVICE), torch.randn(1304, 328, device=DEVICE) / 18,
+                   torch.randn(328, 1304, device=DEVICE) / 36)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield "mlp_relu_sq", dtype, lambda: why or compare(mlp_relu_sq, mlp_relu_sq_reference, [x, up, down], dtype)
+        yield "linear_relu_sq", dtype, lambda: why or compare(linear_relu_sq, linear_relu_sq_reference, [x, up], dtype)
+
+
+def muon_checks():
+    """A fused step; and Newton-Schulz in bfloat16: five steps of a growing iteration, so a looser bound."""
     why = refusal(DEVICE, torch.bfloat16)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        x, up, down = torch.randn(1000, 328, device=DEVICE), torch.randn(1304, 328) / 18, torch.randn(328, 1304) / 36
-        up, down = up.to(DEVICE), down.to(DEVICE)
-        yield "mlp_relu_sq", why or compare(mlp_relu_sq, mlp_relu_sq_reference, [x, up, down], dtype), dtype
         a = torch.randn(3, 328, 1304, device=DEVICE).to(dtype) / 36
-        yield "newton_schulz step", why or relative(symmetric.step(a, 3.4, -4.8, 2.0),
-                                                    symmetric.step_reference(a.double(), 3.4, -4.8, 2.0)), dtype
-        targets = torch.randint(0, 5003, (1000,), device=DEVICE)
-        head = torch.randn(5003, 328, device=DEVICE) / 18
+        yield "newton_schulz step", dtype, lambda: why or relative(
+            symmetric.step(a, 3.4, -4.8, 2.0), symmetric.step_reference(a.double(), 3.4, -4.8, 2.0))
+    g = torch.randn(4, 256, 1024, device=DEVICE)
+    exact = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64)
+    for fused in (False, True):
+        yield (f"newton_schulz{', fused' if fused else ''}", torch.bfloat16,
+               lambda: (fused and why) or relative(newton_schulz(g, fused=fused), exact), 128 * ROUNDING[torch.bfloat16])
+
+
+def loss_pair(targets, **how):
+    """(the Triton loss of x and weight, the reference in float64)."""
+    return [functools.partial(linear_cross_entropy, targets=targets, loss_dtype=exact, cap_dtype=exact, backend=backend,
+                              **how)
+            for exact, backend in ((torch.float32, "triton"), (torch.float64, "torch"))]
+
+
+def loss_checks():
+    """Soft caps; several targets, a prefix target, and places without one."""
+    why = refusal(DEVICE, torch.bfloat16)
+    targets = torch.randint(0, 5003, (1000,), device=DEVICE)
+    x, head = torch.randn(1000, 328, device=DEVICE), torch.randn(5003, 328, device=DEVICE) / 18
+    rows = targets.view(4, 250).masked_fill(torch.rand(4, 250, device=DEVICE) < 0.1, -1)
+    more = {"weights": (1.0, 0.5, 0.25), "prefix": targets.flip(0).view(4, 250), "prefix_weight": 0.3}
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for softcap in (None, Softcap(), Softcap(form="sigmoid")):
-            losses = [functools.partial(linear_cross_entropy, targets=targets, softcap=softcap, loss_dtype=exact, cap_dtype=exact,
-                                        backend=backend) for exact, backend in ((torch.float32, "triton"), (torch.float64, "torch"))]
             name = f"linear_cross_entropy, soft cap {softcap.form if softcap else 'none'}"
-            yield name, why or compare(*losses, [x, head], dtype), dtype
+            yield name, dtype, lambda: why or compare(*loss_pair(targets, softcap=softcap), [x, head], dtype)
+        for full_mass in (False, True):
+            name = f"linear_cross_entropy, 3 targets and a prefix{', full mass' if full_mass else ''}"
+            yield (name, dtype, lambda: why or compare(
+                *loss_pair(rows, softcap=Softcap(form="sigmoid"), full_mass=full_mass, logit_scale=0.5, **more),
+                [x.view(4, 250, 328), head], dtype))
 
 
 def rotary_checks():
@@ -145,20 +179,67 @@ def rotary_checks():
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             qkv = torch.randn(3, 999, 3, 6, width, device=DEVICE)
             name = f"widths {width}, {order or 'no norm'}, offset {offset}"
-            yield f"qkv_rotary, {name}", why or compare(
-                lambda x: torch.stack(qkv_rotary(x, **ours), 2), joint, [qkv], dtype), dtype
-            yield f"qk_rotary, {name}", why or compare(
+            yield f"qkv_rotary, {name}", dtype, lambda: why or compare(
+                lambda x: torch.stack(qkv_rotary(x, **ours), 2), joint, [qkv], dtype)
+            yield f"qk_rotary, {name}", dtype, lambda: why or compare(
                 lambda q, k: torch.cat(qk_rotary(q, k, **ours)), lambda q, k: torch.cat(qk_rotary_reference(q, k, **exact)),
-                [qkv[:, :, 0], qkv[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)], dtype), dtype
+                [qkv[:, :, 0], qkv[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)], dtype)
 
 
-def fp8_check():
-    """The 8-bit product of this device against the same quantised operands multiplied in float64."""
+def scaled8(x, scale, dtype=E4M3):
+    """x as 8 bits have it, in float64, times scale."""
+    return quantise(x.detach(), scale, dtype).double()
+
+
+def fp8_linear_checks():
+    """The 8-bit products of this device, forward and both backward, against the same quantised operands in float64."""
     x, w = torch.randn(256, 128, device=DEVICE).bfloat16(), torch.randn(512, 128, device=DEVICE).bfloat16() / 8
-    y = fp8_linear(x, w, 2.0, 32.0, 8192.0)
-    x8, w8 = (quantise(a, scale, torch.float8_e4m3fn).double() for a, scale in ((x, 2.0), (w, 32.0)))
+    g, scales = torch.randn(256, 512, device=DEVICE).bfloat16(), (2.0, 32.0, 8192.0)
+    x8, w8, g8 = scaled8(x, 2.0), scaled8(w, 32.0), scaled8(g, 8192.0, torch.float8_e5m2)
+    exact = x8 @ w8.T / 64, g8 @ w8 / (8192 * 32), g8.T @ x8 / (8192 * 2)
     units = "FP8 units" if has_fp8_units(x) else "reference"
-    return f"fp8_linear forward ({units})", relative(y, x8 @ w8.T / 64), torch.bfloat16
+    inputs = [x.requires_grad_(), w.requires_grad_()]
+    for by in ("torch", "triton"):
+        why = by == "triton" and refusal(DEVICE, torch.bfloat16, FP8_SINCE)
+        for i, part in enumerate(("y", "dx", "dw")):
+            yield f"fp8_linear {part} ({units}), transposes by {by}", torch.bfloat16, lambda: why or relative(
+                gradients(lambda a, b: fp8_linear(a, b, *scales, by), inputs, g)[i], exact[i])
+        layer = torch.compile(lambda a, b: fp8_linear(a, b, *scales, by), dynamic=False)
+        yield f"fp8_linear, transposes by {by}, compiled", torch.bfloat16, lambda: why or uncompiled() or max(
+            relative(a, b) for a, b in zip(gradients(layer, inputs, g), exact))
+
+
+def uncompiled():
+    """Why nothing is compiled here (it takes minutes on a CPU, whose compiler tests/test_compiler.py tests), or None."""
+    return None if DEVICE.type == "cuda" else "compiled kernels are checked on CUDA"
+
+
+def spread(a, b):
+    """Error of a whole tensor, relative: where a rounding to 8 bits goes to the neighbour, a single element says little."""
+    a, b = a.detach().double(), b.detach().double()
+    return ((a - b).norm() / b.norm()).item()
+
+
+def fp8_loss_checks():
+    """The FP8 head: its logits rounded to bfloat16 and its gradient to e5m2, as the original, all else in float64.
+
+    Sums that differ round one logit in twenty and so one gradient in some hundred to the neighbour, an eighth to a quarter
+    off: the bound is 2^-5 of the whole tensor's norm. Not for Triton's interpreter, whose cast to e5m2 rounds otherwise."""
+    dtype, scales, softcap = torch.bfloat16, (2.0, 32.0, 2.0 ** 15), Softcap(form="sigmoid")
+    x, w = torch.randn(1024, 320, device=DEVICE).to(dtype), torch.randn(5008, 320, device=DEVICE).to(dtype) / 18
+    targets = torch.randint(0, 5008, (1024,), device=DEVICE)
+    x8, w8, g = scaled8(x, scales[0]), scaled8(w, scales[1]), torch.rand(1024, device=DEVICE) + 0.5
+    z = (x8 @ w8.T / (scales[0] * scales[1])).to(dtype).double().requires_grad_()
+    losses = torch.nn.functional.cross_entropy(softcap.cap * torch.sigmoid(z / softcap.scale), targets, reduction="none")
+    d8 = scaled8(torch.autograd.grad(losses, z, g.double())[0].to(dtype), scales[2], torch.float8_e5m2)
+    exact = losses, d8 @ w8 / (scales[2] * scales[1]), d8.T @ x8 / (scales[2] * scales[0])
+    for backend in ("torch", "triton"):
+        why = backend == "triton" and refusal(DEVICE, dtype, FP8_SINCE)
+        for i, part in enumerate(("losses", "dx", "dw")):
+            yield (f"linear_cross_entropy in FP8, {part}, {backend}", dtype, lambda: why or spread(gradients(
+                lambda a, b: linear_cross_entropy(a, b, targets, softcap=softcap, fp8=scales, backend=backend,
+                                                  transpose=backend),
+                [x.requires_grad_(), w.requires_grad_()], g)[i], exact[i]), 2 ** -5)
 
 
 def fp8_mlp_checks():
@@ -185,8 +266,8 @@ def fp8_mlp_checks():
             for fused in (False, True):
                 why = fused and refusal(DEVICE, dtype, FP8_SINCE)
                 label = f"fp8_mlp {name}, {'fused' if fused else 'FP8 units' if has_fp8_units(x) else 'reference'}"
-                found = None if why else gradients(lambda *t: fp8_mlp(*t, 2, given, fused)[0], inputs, g)
-                yield label, why or max(relative(a, b) for a, b in zip(found, [y, *slopes])), dtype
+                yield label, dtype, lambda: why or max(relative(a, b) for a, b in zip(
+                    gradients(lambda *t: fp8_mlp(*t, 2, given, fused)[0], inputs, g), [y, *slopes]))
 
 
 def transpose_checks():
@@ -195,27 +276,130 @@ def transpose_checks():
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         x = torch.randint(0, 256, (1000, 1304 * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
         for name, y in (("rows", x), ("a transpose", x[:, :333].t())):
-            same = why or float(not torch.equal(*(t.view(torch.uint8) for t in (
-                transpose.transpose_copy(y), transpose.transpose_copy_reference(y)))))
-            yield f"transpose_copy of {name}", same, dtype
+            yield f"transpose_copy of {name}", dtype, lambda: why or float(not torch.equal(*(t.view(torch.uint8) for t in (
+                transpose.transpose_copy(y), transpose.transpose_copy_reference(y))))), 0.0
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(1000, 328, device=DEVICE).to(dtype), torch.randn(328, 1000, device=DEVICE)
         expected = a.double() + b.double().t()
-        yield "transpose_add", why or relative(transpose.transpose_add(a, b), expected), dtype
+        yield "transpose_add", dtype, lambda: why or relative(transpose.transpose_add(a, b), expected)
 
 
-def muon_check():
-    """Newton-Schulz in bfloat16 against float64: five steps of a growing iteration, so a looser bound."""
+def compiled_checks():
+    """Our operators inside torch.compile, as the trainer compiles the model around them, in bfloat16."""
+    dtype, targets = torch.bfloat16, torch.randint(0, 5008, (1024,), device=DEVICE)
+    why = refusal(DEVICE, dtype) or uncompiled()
+    x, up, down, head = (torch.randn(*shape, device=DEVICE) / shape[-1] ** power for *shape, power in (
+        (1024, 320, 0), (1296, 320, 0.5), (320, 1296, 0.5), (5008, 320, 0.5)))
+    angles, qkv = torch.rand(1024, 64, device=DEVICE) * 6.3, torch.randn(2, 1024, 3, 2, 128, device=DEVICE)
+    plan = {"order": "before_rope", "eps": 2 ** -7, "offset": 32}
+
+    def joint(qkv):
+        q, k, v = qkv.unbind(2)
+        tables = angles.cos().double(), angles.sin().double()
+        return torch.stack([*qk_rotary_reference(q, k, *tables, norm_dtype=torch.float64, **plan), v], 2)
+
+    around = lambda layer: lambda x, *rest: layer(2 * x, *rest) + 1  # something for the compiler before and behind it
+    for name, ours, exact, inputs in (
+            ("mlp_relu_sq", mlp_relu_sq, mlp_relu_sq_reference, [x, up, down]),
+            ("linear_relu_sq", linear_relu_sq, linear_relu_sq_reference, [x, up]),
+            ("linear_cross_entropy", *loss_pair(targets, softcap=Softcap(form="sigmoid")), [x, head]),
+            ("qkv_rotary", lambda x: torch.stack(qkv_rotary(x, angles.cos(), angles.sin(), **plan), 2), joint, [qkv])):
+        yield f"{name}, compiled", dtype, lambda: why or compare(
+            torch.compile(around(ours), dynamic=False), around(exact), inputs, dtype)
     g = torch.randn(4, 256, 1024, device=DEVICE)
-    exact = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64)
-    return "newton_schulz", relative(newton_schulz(g), exact) / 16, torch.bfloat16
+    orthogonal = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64)
+    yield ("newton_schulz, fused, compiled", dtype, lambda: why or relative(
+        torch.compile(newton_schulz, dynamic=False)(g, fused=True), orthogonal), 128 * ROUNDING[dtype])
+    w = torch.randn(1024, 320, device=DEVICE).to(dtype)
+    scale = torch.full((2,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
+    inputs = [t.to(dtype).requires_grad_() for t in (w, up, down)]
+    for given in (None, scale):  # against the same one not compiled, which fp8_mlp_checks compare with float64
+        layer = lambda *t: fp8_mlp(*t, 2, given, True)[0]
+        yield (f"fp8_mlp {'up' if given is None else 'up and down'}, fused, compiled", dtype, lambda: (
+            refusal(DEVICE, dtype, FP8_SINCE) or uncompiled() or max(spread(a, b) for a, b in zip(
+                gradients(torch.compile(layer, dynamic=False), inputs, torch.ones_like(w)),
+                gradients(layer, inputs, torch.ones_like(w))))), 2 ** -5)
 
 
-def graph_check(ref, precision):
-    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal gradients."""
-    dtype = torch.float32 if precision == "float32" else torch.bfloat16
+def room(gib):
+    """Why a check of this size is not run here, or None."""
     if DEVICE.type != "cuda":
-        return f"optimizer of {ref} as CUDA graphs", "needs CUDA, and this is cpu", dtype
+        return f"needs {gib} GiB of a GPU"
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(DEVICE)[0] / 2 ** 30
+    return None if free >= gib else f"needs {gib} GiB of a GPU, and {free:.0f} are free"
+
+
+def large_checks():
+    """Offsets of more than 2^31 elements, against torch in pieces of which none is that large. Bit by bit: errors 0 or 1."""
+    tokens, classes = 49152, 50304
+    for dtype, gib in ((torch.uint8, 8), (torch.bfloat16, 14)):
+        yield (f"transpose_copy of {tokens} x {classes}", dtype,
+               lambda: room(gib) or large_transpose(tokens, classes, dtype), 0.0)
+    yield (f"linear_cross_entropy of {tokens} x {classes} at once", torch.bfloat16,
+           lambda: room(24) or large_loss(tokens, classes))
+    yield "linear_relu_sq of 720000 x 3072", torch.bfloat16, lambda: room(24) or large_relu_sq(720_000, 64, 3072)
+    yield "qkv_rotary of 960000 tokens", torch.bfloat16, lambda: room(30) or large_rotary(960_000, 6, 128)
+
+
+def large_transpose(m, n, dtype):
+    x = torch.randint(0, 256, (m, n * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
+    y, whole = transpose.transpose_copy(x).view(torch.int8 if dtype.itemsize == 1 else torch.int16), True
+    for first in range(0, m, 4096):
+        part = slice(first, first + 4096)
+        whole &= torch.equal(y[:, part], x[part].view(y.dtype).t())
+    return float(not whole)
+
+
+def large_loss(tokens, classes, dim=768):
+    """All logits in one chunk of the kernels; the reference multiplies the same operands in float32, 1,024 tokens a time."""
+    inputs = [(torch.randn(n, dim, device=DEVICE) / scale).bfloat16().requires_grad_()
+              for n, scale in ((tokens, 1), (classes, dim ** 0.5))]
+    wide = [t.detach().float().requires_grad_() for t in inputs]
+    how = {"targets": torch.randint(0, classes, (tokens,), device=DEVICE), "softcap": Softcap(form="sigmoid")}
+    g = torch.rand(tokens, device=DEVICE)
+    ours = gradients(lambda *t: linear_cross_entropy(*t, backend="triton", chunk=tokens, **how), inputs, g)
+    exact = gradients(lambda *t: linear_cross_entropy(*t, backend="torch", chunk=1024, **how), wide, g)
+    return max(relative(a, b) for a, b in zip(ours, exact))
+
+
+def pieces(tokens):
+    """The first, those around element 2^31 and the last: slices of 4,096 tokens."""
+    return [slice(first, first + 4096) for first in (0, tokens * 97 // 100, tokens - 4096)]
+
+
+def large_relu_sq(tokens, dim, hidden):
+    """P, and 2 dP sqrt(P) of the elementwise gradient."""
+    x, w = torch.randn(tokens, dim, device=DEVICE).bfloat16(), torch.randn(hidden, dim, device=DEVICE).bfloat16() / 8
+    p = relu_sq.forward(x, w)
+    d = relu_sq.gradient(p, p)
+    errors = [relative(p[part], linear_relu_sq_reference(x[part].double(), w.double())) for part in pieces(tokens)]
+    return max(*errors, *(relative(d[part], 2 * p[part].double() ** 1.5) for part in pieces(tokens)))
+
+
+def large_rotary(tokens, heads, width):
+    qkv = torch.randn(1, tokens, 3, heads, width, device=DEVICE, dtype=torch.bfloat16)
+    angles = torch.rand(tokens, width // 2, device=DEVICE)
+    q, k, _ = qkv_rotary(qkv, angles.cos(), angles.sin(), order="before_rope", eps=1e-6)
+    errors = []
+    for part in pieces(tokens):
+        tables = angles[part].cos().double(), angles[part].sin().double()
+        exact = qk_rotary_reference(*qkv[:, part].double().unbind(2)[:2], *tables, order="before_rope", eps=1e-6,
+                                    norm_dtype=torch.float64)
+        errors += [relative(a[:, part], b) for a, b in zip((q, k), exact)]
+    return max(errors)
+
+
+def graph_checks():
+    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal gradients."""
+    for ref in ("short/11", "short/33"):
+        for precision, dtype in (("float32", torch.float32), ("record", torch.bfloat16)):
+            yield f"optimizer of {ref} as CUDA graphs", dtype, lambda: graph_error(ref, precision)
+
+
+def graph_error(ref, precision):
+    if DEVICE.type != "cuda":
+        return "needs CUDA, and this is cpu"
     ends = []
     for graphs in ("false", "true"):
         s = deltas.resolve(ref, scale="micro", sets=[f"system.precision={precision}", f"system.cuda_graphs={graphs}"]).settings
@@ -228,33 +412,59 @@ def graph_check(ref, precision):
                 bank.grad.normal_(0.0, 0.01, generator=generator)
             engine.step(plan)
         ends.append(torch.cat([p.detach().flatten().double() for p in model.parameters()]))
-    return f"optimizer of {ref} as CUDA graphs", relative(*ends), dtype
+    return relative(*ends)
+
+
+# in the order in which they are worth having; the last ones wait longest for the compiler
+GROUPS = {"mlp": mlp_checks, "muon": muon_checks, "loss": loss_checks, "rotary": rotary_checks, "fp8_mlp": fp8_mlp_checks,
+          "fp8_loss": fp8_loss_checks, "transpose": transpose_checks, "large": large_checks, "experts": expert_checks,
+          "attention": attention_checks, "fp8_linear": fp8_linear_checks, "compiled": compiled_checks,
+          "graphs": graph_checks}
+
+
+def judged(checks):
+    """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure."""
+    for name, dtype, check, *bound in checks():
+        bound = bound[0] if bound else 8 * ROUNDING[dtype]
+
+        def case():
+            torch._dynamo.reset()  # it gives up on a function after some graphs
+            found = check()
+            if isinstance(found, str):
+                return {"not_run": found}
+            row = {"error": found, "bound": bound}
+            return row if found <= bound else {**row, "failed": f"wrong: error {found:.1e}, bound {bound:.1e}"}
+
+        yield {"check": name, "dtype": str(dtype).removeprefix("torch.")}, case
+
+
+def show(row):
+    if "not_run" in row:
+        return f"-     {row['check']}, {row['dtype']}: not run here: {row['not_run']}"
+    return f"ok    {row['check']}, {row['dtype']}: {row['error']:.1e} (bound {row['bound']:.1e})"
+
+
+def brief(rows):
+    """A line for each group: how many checks hold, how close the worst one came to its bound, what was not run and why."""
+    lines = []
+    for name in dict.fromkeys(r["group"] for r in rows):
+        mine = [r for r in rows if r["group"] == name]
+        shares = [r["error"] / r["bound"] for r in mine if r.get("bound")]
+        lines.append({"group": name, "hold": sum("error" in r for r in mine),
+                      "largest error, of its bound": max(shares, default=None), "not run": sum("not_run" in r for r in mine),
+                      "because": "; ".join(sorted({r["not_run"] for r in mine if "not_run" in r}))})
+    return lines
 
 
 def main():
     p = argparse.ArgumentParser(prog="bench/correct.py", description=__doc__.splitlines()[0])
-    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64  # FlexAttention: beyond it an eager one would run, and say nothing
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    rows, wrong = [], 0
-    for name, found, dtype in [*attention_checks(), *expert_checks(), *triton_checks(), *rotary_checks(), fp8_check(),
-                               *fp8_mlp_checks(), *transpose_checks(), muon_check(),
-                               *(graph_check(ref, p) for ref in ("short/11", "short/33") for p in ("float32", "record"))]:
-        kind = str(dtype).removeprefix("torch.")
-        if isinstance(found, str):
-            rows.append({"check": name, "dtype": kind, "not_run": found})
-            continue
-        bound = 8 * ROUNDING.get(dtype, 0.0)  # 8 bits are only copied
-        wrong += not found <= bound
-        rows.append({"check": name, "dtype": kind, "error": found, "bound": bound})
-        print(f"{'ok   ' if found <= bound else 'WRONG'} {name}, {kind}: {found:.1e} (bound {bound:.1e})", flush=True)
-    skipped = sorted({r["not_run"] for r in rows if "not_run" in r})
-    print(*(f"not run here: {reason}" for reason in skipped), sep="\n")
-    print(f"{len(rows) - sum('not_run' in r for r in rows)} checks, {wrong} wrong")
-    measure.write(o.out, rows=rows)
-    sys.exit(bool(wrong))
+    groups = {name: functools.partial(judged, checks) for name, checks in GROUPS.items()}
+    sys.exit(report.run(o, groups, "Kernels against float64", show=show, brief=brief))
 
 
 if __name__ == "__main__":

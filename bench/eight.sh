@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# What several GPUs add: bench/eight.sh [RECORD ...]. Milliseconds per step, memory and start on 1, 2, 4 and 8 of them; then, if
-# the FineWeb shards are there (DATA, default data/fineweb10B), the last record once to its target. JSON in $OUT.
+# What several GPUs add: bench/eight.sh [RECORD ...]. Milliseconds per step and memory on 1, 2, 4 and 8 of them; then, if
+# the FineWeb shards are there (DATA, default data/fineweb10B), the last record once to its target. JSON and Markdown in
+# $OUT; a record that fails is a row.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. ./setup_venv.sh
+. bench/python.sh
 records=("$@")
 [ ${#records[@]} -gt 0 ] || records=(short/11 short/21 short/33)
 gpus=$("$PYTHON" -c "import torch; print(torch.cuda.device_count())")

@@ -21,7 +21,8 @@ from data.stream import Stream, stream_arguments
 from kernels import experts
 from model import GPT
 from optim import Engine
-from settings import LOGICAL_RANKS, UserError, ranks_per_forward
+from report import Report, stop_in_order
+from settings import LOGICAL_RANKS, ranks_per_forward
 from train_gpt import to_rows
 
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
@@ -114,44 +115,43 @@ def main():
     o = p.parse_args()
     torch.manual_seed(0)
     torch._dynamo.config.recompile_limit = 64
-    table = []
+    stop_in_order()
+    report = Report(o.out, "Variants against their parents", scale=o.scale)
     with tempfile.TemporaryDirectory() as scratch:
         if o.data is None and o.scale in ("full", "small"):
             o.data = scratch
             measure.synthetic_shards(Path(scratch), 2_000_000, 200_000)
-        measure_all(o, table)
-    measure.write(o.out, scale=o.scale, rows=table)
+        for ref in o.records:
+            report.attempt({"record": ref}, lambda: measured(ref, o))
+            torch._dynamo.reset()
+    sys.exit(report.finish())
 
 
-def measure_all(o, table):
-    """Print and append a row for every record."""
-    for ref in o.records:
-        case, parent = (Case(r, o.scale, o.data) for r in (ref, deltas.find_record(ref).parent))
-        times = {}
-        for _ in range(o.repeats):  # interleaved: a machine's mood meets both
-            for name, step in (("parent_ms", parent.gradients), ("parent_update_ms", parent.update),
-                               ("ms", case.gradients), ("update_ms", case.update)):
-                times[name] = min(times.get(name, 1e9), 1000 * measure.best(step, 1)[1])
-        row = {"record": ref, "parameters": case.model.num_parameters(), "active_parameters": case.model.num_active(),
-               "flops_per_token": case.model.flops_per_token(), "parent": deltas.find_record(ref).parent,
-               "parent_flops_per_token": parent.model.flops_per_token(),
-               **{k: round(v, 2) for k, v in times.items()}}
-        mine, theirs = row["ms"] + row["update_ms"], row["parent_ms"] + row["parent_update_ms"]
-        row["ratio"] = round(mine / theirs, 3)
-        print(f"{ref}: step {mine:.1f} ms, {row['ratio']:.2f} of {row['parent']}'s {theirs:.1f} ms; update "
-              f"{row['update_ms']:.1f} and {row['parent_update_ms']:.1f} ms; "
-              f"{row['flops_per_token'] / row['parent_flops_per_token']:.2f} of its FLOPs", flush=True)
-        if case.model.mixtures():
-            row["parts_ms"] = {k: round(v, 2) for k, v in layer_parts(case, o.repeats).items()}
-            parts = dict(row["parts_ms"])
-            routed, plain = parts.pop("routed"), parts.pop("plain")
-            print("    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
-                  + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms", flush=True)
-        table.append(row)
+def measured(ref, o):
+    """Print and return the row of a record."""
+    case, parent = (Case(r, o.scale, o.data) for r in (ref, deltas.find_record(ref).parent))
+    times = {}
+    for _ in range(o.repeats):  # interleaved: a machine's mood meets both
+        for name, step in (("parent_ms", parent.gradients), ("parent_update_ms", parent.update),
+                           ("ms", case.gradients), ("update_ms", case.update)):
+            times[name] = min(times.get(name, 1e9), 1000 * measure.best(step, 1)[1])
+    row = {"parameters": case.model.num_parameters(), "active_parameters": case.model.num_active(),
+           "flops_per_token": case.model.flops_per_token(), "parent": deltas.find_record(ref).parent,
+           "parent_flops_per_token": parent.model.flops_per_token(),
+           **{k: round(v, 2) for k, v in times.items()}}
+    mine, theirs = row["ms"] + row["update_ms"], row["parent_ms"] + row["parent_update_ms"]
+    row["ratio"] = round(mine / theirs, 3)
+    print(f"{ref}: step {mine:.1f} ms, {row['ratio']:.2f} of {row['parent']}'s {theirs:.1f} ms; update "
+          f"{row['update_ms']:.1f} and {row['parent_update_ms']:.1f} ms; "
+          f"{row['flops_per_token'] / row['parent_flops_per_token']:.2f} of its FLOPs", flush=True)
+    if case.model.mixtures():
+        row["parts_ms"] = {k: round(v, 2) for k, v in layer_parts(case, o.repeats).items()}
+        parts = dict(row["parts_ms"])
+        routed, plain = parts.pop("routed"), parts.pop("plain")
+        print("    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
+              + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms", flush=True)
+    return row
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    main()

@@ -1,34 +1,45 @@
-"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--out JSON]`. Needs a GPU.
+"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...] [--out JSON]`.
 
-bfloat16, shapes of records 11 to 33 on 65,536 tokens: milliseconds (least of the repeats, forward and backward where there is
-one) of torch, torch.compile and our kernel; FLOPs, bytes that must move at least, and their share of the card's peak.
+Needs a GPU. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds
+(bench/measure.py; forward and backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must
+move at least, their share of the card's peak, and memory beyond what was there before.
 """
 
 import argparse
 import functools
 import sys
+from typing import Callable, NamedTuple
 
-import measure
+import measure  # first: it finds the repository
+import numpy as np
+import report
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 
-from kernels import experts, symmetric, transpose
+import deltas
+import schedule
+from kernels import attention, experts, symmetric, transpose
 from kernels.cross_entropy import linear_cross_entropy
-from kernels.device import capability
+from kernels.device import FP8_SINCE, capability
 from kernels.fp8_mlp import fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
-from settings import Softcap
+from optim import adamw_
+from records import plan
+from settings import Softcap, head_dim
+from steps import LANDMARKS
 
+DEVICE = torch.device("cuda")
 TOKENS, DIM, HIDDEN, VOCAB, HEADS = 65536, 768, 3072, 50304, 6
 # dense bfloat16 TFLOP/s and TB/s of a card, by name; H200 as read on one, the others by their makers
 PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (165, 1.0)}
 
 
 def tensor(*shape, scale=1.0):
-    return (torch.randn(*shape, device="cuda") * scale).bfloat16().requires_grad_()
+    return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().requires_grad_()
 
 
 def trained(function, inputs, upstream=None):
@@ -65,7 +76,7 @@ def our_experts(x, up, down, gates, chosen):
 
 def fp8_mlps(x, up, down, flops, size):
     """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused kernels."""
-    scales = torch.full((1,), 0.1, device="cuda"), torch.full((), 1e-3, device="cuda")
+    scales = torch.full((1,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     for name, given in (("up", None), ("up and down", scales)):
         def mlp(*t, given=given, fused=False):
             return fp8_mlp(*t, 1, given, fused)[0]
@@ -78,35 +89,40 @@ def transposes():
     """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s count."""
     for rows, columns, dtype in ((TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
                                  (DIM, VOCAB, torch.bfloat16)):
-        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device="cuda").view(dtype)
+        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
         plain = transpose.transpose_copy_reference
         yield f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits", 0, 2 * x.numel() * dtype.itemsize, {
             "torch": functools.partial(plain, x), "compile": functools.partial(torch.compile(plain, dynamic=False), x),
             "ours": functools.partial(transpose.transpose_copy, x)}
-    a, b = torch.zeros(DIM, VOCAB, device="cuda"), torch.zeros(VOCAB, DIM, device="cuda")
+    a, b = torch.zeros(DIM, VOCAB, device=DEVICE), torch.zeros(VOCAB, DIM, device=DEVICE)
     plain = transpose.transpose_add_reference
     yield f"transpose-add {DIM} x {VOCAB}, float32", a.numel(), 12 * a.numel(), {
         "torch": functools.partial(plain, a, b), "compile": functools.partial(torch.compile(plain, dynamic=False), a, b),
         "ours": functools.partial(transpose.transpose_add, a, b)}
 
 
-def operations():
-    """(name, FLOPs, bytes that must move, {way: step})."""
+def mlps():
     x, up, down = tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM ** -0.5), tensor(DIM, HIDDEN, scale=HIDDEN ** -0.5)
-    flops = 6 * 2 * TOKENS * DIM * HIDDEN
-    yield "mlp, relu^2", flops, 2 * (4 * TOKENS * DIM + 4 * TOKENS * HIDDEN), {
+    flops, size = 6 * 2 * TOKENS * DIM * HIDDEN, 2 * (4 * TOKENS * DIM + 4 * TOKENS * HIDDEN)
+    yield "mlp, relu^2", flops, size, {
         "torch": trained(mlp_relu_sq_reference, [x, up, down]),
         "compile": trained(torch.compile(mlp_relu_sq_reference, dynamic=False), [x, up, down]),
         "ours": trained(mlp_relu_sq, [x, up, down])}
-    if capability(x.device) >= 89:  # forward and backward, of which the backward stays in bfloat16
-        yield from fp8_mlps(x, up, down, flops, 2 * (4 * TOKENS * DIM + 4 * TOKENS * HIDDEN))
-    yield from transposes()
-    head, targets, cap = tensor(VOCAB, DIM, scale=DIM ** -0.5), torch.randint(0, VOCAB, (TOKENS,), device="cuda"), Softcap(form="sigmoid")
+    if capability(x.device) >= FP8_SINCE:  # forward and backward, of which the backward stays in bfloat16
+        yield from fp8_mlps(x, up, down, flops, size)
+
+
+def losses():
+    x, head, cap = tensor(TOKENS, DIM), tensor(VOCAB, DIM, scale=DIM ** -0.5), Softcap(form="sigmoid")
+    targets = torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
     yield "head and cross entropy", 6 * TOKENS * DIM * VOCAB, 2 * (4 * TOKENS * VOCAB), {
         "torch": trained(lambda x, w: whole_loss(x, w, targets, cap), [x, head]),
         "compile": trained(torch.compile(lambda x, w: whole_loss(x, w, targets, cap), dynamic=False), [x, head]),
         "chunks": trained(lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="torch"), [x, head]),
         "ours": trained(lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="triton"), [x, head])}
+
+
+def muons():
     for n, rows, columns in ((24, DIM, HIDDEN), (44, DIM, DIM)):
         g = tensor(n, rows, columns).detach()
         yield (f"newton_schulz {n} x {rows} x {columns}", 5 * n * (4 * rows ** 2 * columns + 2 * rows ** 3),
@@ -116,56 +132,182 @@ def operations():
     a = tensor(24, DIM, HIDDEN).detach()
     yield "gram 24 x 768 x 3072", 24 * 2 * DIM ** 2 * HIDDEN, 2 * 24 * (DIM * HIDDEN + DIM ** 2), {
         "torch": lambda: symmetric.gram_reference(a), "ours": lambda: symmetric.gram(a)}
+
+
+def rotary():
     qkv, width = tensor(1, TOKENS, 3, HEADS, DIM // HEADS), DIM // HEADS
     upstream = [tensor(1, TOKENS, HEADS, width).detach() for _ in range(3)]
-    angles = torch.rand(TOKENS, width // 2, device="cuda") * 2 * torch.pi
+    angles = torch.rand(TOKENS, width // 2, device=DEVICE) * 2 * torch.pi
     plan = {"cos": angles.cos(), "sin": angles.sin(), "order": "before_rope", "eps": 1e-6}
     # q and k read and written; then they and three gradients read, three written; the float32 tables twice
     yield "QK norm and rotary", 16 * 2 * TOKENS * DIM, 2 * 12 * TOKENS * DIM + 4 * 4 * angles.numel(), {
         "torch": trained(functools.partial(plain_rotary, **plan), [qkv], upstream),
         "compile": trained(torch.compile(functools.partial(plain_rotary, **plan), dynamic=False), [qkv], upstream),
         "ours": trained(functools.partial(qkv_rotary, **plan), [qkv], upstream)}
+
+
+def mixtures():
     count, k, width = 8, 2, 1024
     stack_up, stack_down = tensor(count, width, DIM, scale=DIM ** -0.5), tensor(count, DIM, width, scale=width ** -0.5)
-    chosen = torch.rand(TOKENS, count, device="cuda").topk(k).indices
-    inputs = [x, stack_up, stack_down, tensor(TOKENS, k)]
+    chosen = torch.rand(TOKENS, count, device=DEVICE).topk(k).indices
+    inputs = [tensor(TOKENS, DIM), stack_up, stack_down, tensor(TOKENS, k)]
     yield "experts, 8 of 1024, 2 a token", 12 * TOKENS * k * DIM * width, 2 * 4 * k * TOKENS * (DIM + width), {
         "torch": trained(lambda *t: plain_experts(*t, chosen), inputs),
         "ours": trained(lambda *t: our_experts(*t, chosen), inputs)}
 
 
+def adams():
+    """AdamW of a token table and of all small tensors' size, float32: four tensors read, three written."""
+    for n in (VOCAB * DIM, 12 * DIM * DIM):
+        p, g, m, v = (torch.rand(n, device=DEVICE) for _ in range(4))
+        own = torch.nn.Parameter(p.clone())
+        own.grad = g
+        hyper = {"decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "eps_after_correction": True,
+                 "math_dtype": torch.float32}
+        # as optim.Engine gives them to a compiled rule
+        numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in (
+            ("lr", 1e-4), ("correction1", 0.5), ("correction2", 0.5))}
+
+        def ours(rule):
+            return torch.no_grad()(functools.partial(rule, p, g, m, v, **hyper, **numbers))
+
+        yield f"AdamW, {n} float32", 15 * n, 7 * 4 * n, {
+            "torch": torch.optim.AdamW([own], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True).step,
+            "eager": ours(adamw_), "compile": ours(torch.compile(adamw_, dynamic=False))}
+
+
+# ----- attention --------------------------------------------------------------------------------------------------
+
+def pairs(documents, window, rows, tokens):
+    """How many (query, key) pairs are visible. documents: (rows, tokens) ids, an array, or None."""
+    q = np.arange(tokens)
+    first = np.zeros((rows, tokens), np.int64)
+    if documents is not None:
+        new = np.diff(documents, axis=1, prepend=documents[:, :1] - 1) != 0
+        first = np.maximum.accumulate(np.where(new, q, 0), axis=1)
+    if window.tokens is not None:
+        first = np.maximum(first, q - window.tokens + 1)
+    if window.blocks is not None:
+        first = np.maximum(first, (q // window.block - window.blocks + 1) * window.block)
+    return int((q - first + 1).sum())
+
+
+def some_documents(rows, tokens, longest):
+    """(rows, tokens) int32 ids of documents as long as FineWeb's."""
+    ends = np.cumsum(measure.lengths(np.random.default_rng(0), rows * tokens // 8, longest))
+    return np.searchsorted(ends, np.arange(rows * tokens), side="right").reshape(rows, tokens).astype(np.int32)
+
+
+def windows_of(s):
+    """{name: Window} that layers of the record see in the last training step."""
+    w = schedule.windows(s, s.schedule.steps)
+    if w is None:
+        return {"causal": attention.CAUSAL}
+    block = s.model.attn.window.block
+    return {plan.span_text(span): attention.Window(*span, block) for span in (w.long, w.short)}
+
+
+def attentions():
+    """Forward and backward of a layer's attention on a logical rank, every backend that can."""
+    for ref in LANDMARKS:
+        s = deltas.resolve(ref).settings
+        tokens, heads, width = s.data.seq_len, s.model.attn.num_heads, head_dim(s)
+        rows = s.data.tokens_per_rank // tokens
+        longest = s.data.max_document if s.data.loader == "packed" else None
+        ids = some_documents(rows, tokens, longest) if s.model.attn.documents else None
+        q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))
+        upstream = [tensor(rows, tokens, heads, width).detach()]
+        for name, window in windows_of(s).items():
+            seen, size = pairs(ids, window, rows, tokens), 2 * 12 * q.numel()  # q k v y; again, with g, and three gradients
+
+            def way(backend):
+                def prepared():
+                    documents = None if ids is None else torch.from_numpy(ids).to(DEVICE)
+                    attention.choose(backend, q.device, documents=ids is not None, window=window, tokens=tokens,
+                                     dtype=q.dtype)
+                    view = attention.view(documents, window, backend, rows=rows, tokens=tokens, device=q.device,
+                                          dtype=q.dtype, longest=longest)
+                    return trained(lambda *t: attention.attend(*t, view), [q, k, v], upstream)
+                return Prepared(prepared)
+
+            ways = [b for b in attention.BACKENDS if b != "documents" and (b != "dense" or tokens <= 4096)]  # T x T masks
+            yield f"attention of {ref}, {name}", 14 * seen * heads * width, size, {backend: way(backend) for backend in ways}
+
+
+class Prepared(NamedTuple):
+    """A step that has to be made first, and cannot everywhere: ValueError says why."""
+    make: Callable
+
+
+GROUPS = {"attention": attentions, "mlp": mlps, "loss": losses, "muon": muons, "adam": adams, "rotary": rotary,
+          "transpose": transposes, "experts": mixtures}
+
+
+def timed(step, flops, size, peak, repeats):
+    """The row of one way."""
+    if isinstance(step, Prepared):
+        try:
+            step = step.make()
+        except ValueError as error:
+            return {"not_run": str(error)}
+    try:
+        step()  # which compiles
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        memory = torch.cuda.max_memory_allocated() - held  # before measure.queued has its buffer
+        seconds = measure.best(step, repeats)[1]
+    except torch.OutOfMemoryError as error:
+        return {"not_run": "out of memory: " + report.first_line(error)}
+    row = {"ms": round(1000 * seconds, 4), "tflop": flops / 1e12, "gb": size / 1e9,
+           "tflops": round(flops / seconds / 1e12, 1), "peak_mib": round(memory / 2 ** 20)}
+    if peak:
+        row["share_of_flops"] = round(flops / seconds / 1e12 / peak[0], 3)
+        row["share_of_bytes"] = round(size / seconds / 1e12 / peak[1], 3)
+    return row
+
+
+def cases(operations, peak, repeats):
+    """Of bench/report.py: every way of every operation."""
+    for operation, flops, size, ways in operations():
+        for way, step in ways.items():
+            yield {"operation": operation, "way": way}, lambda: timed(step, flops, size, peak, repeats)
+
+
+def show(row):
+    head = f"{row['operation']:44} {row['way']:8}"
+    if "not_run" in row:
+        return f"{head} not run: {row['not_run']}"
+    return (f"{head} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {1e3 * row['gb'] / row['ms']:7.0f} GB/s "
+            f"{row['peak_mib']:7} MiB")
+
+
+def brief(rows):
+    """A line for each operation: milliseconds of every way, and the largest share of a peak that the fastest one reaches."""
+    lines = []
+    for operation in dict.fromkeys(r["operation"] for r in rows):
+        mine = {r["way"]: r for r in rows if r["operation"] == operation and "ms" in r}
+        fastest = min(mine.values(), key=lambda r: r["ms"], default={})
+        lines.append({"operation": operation, "fastest": fastest.get("way"),
+                      "its share of FLOPs": fastest.get("share_of_flops"), "of bytes": fastest.get("share_of_bytes"),
+                      **{f"{way}, ms": r["ms"] for way, r in mine.items()}})
+    return lines
+
+
 def main():
     p = argparse.ArgumentParser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=int, default=20)
-    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    report.add_arguments(p, GROUPS)
     o = p.parse_args()
     if not torch.cuda.is_available():
-        print("no GPU here; on one this would time: mlp (FP8 too), transposes, head and cross entropy, newton_schulz, gram, "
-              "QK norm and rotary, experts")
+        print(f"no GPU here; on one this would time: {', '.join(o.only or GROUPS)}")
         sys.exit(0)
     torch.manual_seed(0)
-    name, rows = torch.cuda.get_device_name(), []
-    peak = next((v for k, v in PEAKS.items() if k in name), None)
-    for operation, flops, size, ways in operations():
-        for way, step in ways.items():
-            torch.cuda.reset_peak_memory_stats()
-            try:
-                seconds = measure.best(step, o.repeats)[1]
-            except torch.OutOfMemoryError as error:
-                rows.append({"operation": operation, "way": way, "failed": str(error).splitlines()[0]})
-                print(f"{operation:36} {way:8} failed: {rows[-1]['failed']}", flush=True)
-                torch.cuda.empty_cache()
-                continue
-            memory = torch.cuda.max_memory_allocated() / 2 ** 20
-            row = {"operation": operation, "way": way, "ms": round(1000 * seconds, 4), "tflop": flops / 1e12,
-                   "gb": size / 1e9, "tflops": round(flops / seconds / 1e12, 1), "peak_mib": round(memory)}
-            if peak:
-                row["share_of_flops"] = round(flops / seconds / 1e12 / peak[0], 3)
-                row["share_of_bytes"] = round(size / seconds / 1e12 / peak[1], 3)
-            rows.append(row)
-            print(f"{operation:36} {way:8} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s "
-                  f"{size / seconds / 1e9:7.0f} GB/s {row['peak_mib']:7} MiB", flush=True)
-    measure.write(o.out, rows=rows)
+    torch._dynamo.config.recompile_limit = 64  # of FlexAttention, which every window and every row compiles anew
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    peak = next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None)
+    groups = {name: functools.partial(cases, operations, peak, o.repeats) for name, operations in GROUPS.items()}
+    sys.exit(report.run(o, groups, "Operations of a full-width step", show=show, brief=brief))
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """Seconds until the clock starts, and where they go: `python bench/start.py [RECORD ...] [--scale full] [--out JSON]`.
 
 Each record is started three times by train_gpt.py, in processes of their own: cold (compiler caches empty), warm (the same
-caches again) and file (caches empty, but --compile-cache FILE of the cold one). Wall seconds are the log's and add up to `start`;
-other programs stretch them. CPU seconds are of the trainer with all its children, its few steps and validations included. On a
-CPU the model is compiled too (system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
+caches again) and file (caches empty, but --compile-cache FILE of the cold one). --caches DIR keeps the cold one's caches
+for bench/steps.py. Wall seconds are the log's and add up to `start`; other programs stretch them. CPU seconds are of the
+trainer with all its children, its few steps and validations included. On a CPU the model is compiled too
+(system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
 """
 
 import argparse
 import resource
+import shutil
 import sys
-import tempfile
 from pathlib import Path
 
-import measure
 import steps
 import torch
 
@@ -38,45 +38,36 @@ def figures(summary, cpu):
             "graphs": reset["graphs"], "hits": cost.get("hits", 0), "misses": cost.get("misses", 0)}
 
 
-def measured(ref, o, data, scratch):
-    """{cold, warm, file: figures} of one record."""
-    place = Path(scratch) / ref.replace("/", "-")
-    place.mkdir()
-    file, row = place / "compiled.zip", {}
-    for kind, caches in (("cold", place / "caches"), ("warm", place / "caches"), ("file", place / "empty")):
-        more, before = ["--compile-cache", str(file)] if kind != "warm" else [], cpu_seconds()
-        summary, _ = steps.train(ref, o, data, caches, place / kind, more)
-        row[kind] = figures(summary, cpu_seconds() - before)
-        print(f"{ref:10}{kind:6}" + "".join(f"{row[kind][name]:>11.1f}" for name in ("start", *PARTS, "cpu"))
-              + f"{row[kind]['graphs']:>8}{row[kind]['hits']:>6}", flush=True)
-    return {**row, "file_mib": round(file.stat().st_size / 2 ** 20, 2)}
+def measured(ref, kind, o, data, caches, scratch):
+    """Print and return the row of one start."""
+    file, before = Path(scratch) / f"{ref.replace('/', '-')}.zip", cpu_seconds()
+    if kind == "file" and not file.exists():
+        raise UserError("the cold training saved no compiled code")
+    more = ["--compile-cache", str(file)] if kind != "warm" else []
+    summary, _ = steps.train(ref, o, data, caches, steps.place(Path(scratch) / kind, ref), more)
+    row = figures(summary, cpu_seconds() - before)
+    print(f"{ref:10}{kind:6}" + "".join(f"{row[name]:>11.1f}" for name in ("start", *PARTS, "cpu"))
+          + f"{row['graphs']:>8}{row['hits']:>6}", flush=True)
+    return row | {"file_mib": round(file.stat().st_size / 2 ** 20, 2)} if kind == "file" else row
+
+
+def cases(ref, o, data, scratch):
+    """Cold, warm and file of one record."""
+    caches = steps.place(o.caches or Path(scratch) / "caches", ref)
+    shutil.rmtree(caches, ignore_errors=True)  # of an earlier bench
+    for kind, folder in (("cold", caches), ("warm", caches), ("file", steps.place(Path(scratch) / "empty", ref))):
+        yield {"record": ref, "kind": kind}, lambda: measured(ref, kind, o, data, folder, scratch)
 
 
 def main():
     p = argparse.ArgumentParser(prog="bench/start.py", description=__doc__.splitlines()[0])
-    p.add_argument("records", nargs="*", default=steps.LANDMARKS, metavar="RECORD")
-    p.add_argument("--scale", default="full")
-    p.add_argument("--steps", type=int, default=12, help="of each training: how many of the windows its schedule meets")
-    p.add_argument("--nproc", type=int, default=1)
-    p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
-    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in train_gpt.py, for every record")
-    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    steps.add_arguments(p, 4)
     o = p.parse_args()
     if not torch.cuda.is_available() and not any(x.startswith("system.compile=") for x in o.set):
         o.set.append("system.compile=on")
-    rows, failed = [], []
     columns = "".join(f"{name:>11}" for name in ("start", *PARTS, "cpu"))
     print(f"{'seconds':16}{columns}{'graphs':>8}{'hits':>6}", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        data = steps.shards(o, scratch)
-        for ref in o.records:
-            try:
-                rows.append({"record": ref, **measured(ref, o, data, scratch)})
-            except UserError as error:
-                failed.append(str(error))
-                print(f"failed: {error}", flush=True)
-    measure.write(o.out, scale=o.scale, steps=o.steps, processes=o.nproc, settings=o.set, rows=rows, failed=failed)
-    sys.exit(bool(failed))
+    sys.exit(steps.run(o, "Seconds until the clock starts", cases))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Milliseconds per step, memory and start of whole trainings: `python bench/steps.py [RECORD ...] [--scale full] [--out JSON]`.
+"""Milliseconds per step and memory of whole trainings: `python bench/steps.py [RECORD ...] [--scale full] [--out JSON]`.
 
-Each record is trained twice for some steps by train_gpt.py in a process of its own: cold (compiler caches empty) and warm (the
-same caches again). From the logs: milliseconds per step over the second half, peak memory, seconds from the start of the
-process to the clock's start, graphs compiled. Without --data, on random tokens in documents of FineWeb's lengths.
+Each record is trained for some steps by train_gpt.py in a process of its own. From the log: milliseconds per step over the
+second half, peak memory, graphs compiled. Compilation stands before the clock; with --caches DIR, as bench/start.py
+--caches left them, it is short. With --check-sync a step that makes Python wait for the GPU is a failure, and the record is
+timed once more without the check. Without --data, on random tokens in documents of FineWeb's lengths.
 """
 
 import argparse
@@ -14,9 +15,10 @@ import tempfile
 from pathlib import Path
 
 import measure
+from report import Report, stop_in_order
 
 import deltas
-from settings import UserError, tokens_per_step
+from settings import LOGICAL_RANKS, UserError, tokens_per_step
 
 ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")
@@ -27,37 +29,68 @@ def shards(o, scratch):
     if o.data is None and o.scale in ("full", "small"):
         most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
         measure.synthetic_shards(Path(scratch), 2 * most * (o.steps + 4), 2_200_000)
-    return Path(o.data or scratch)
+    return Path(o.data or scratch).absolute()
 
 
-def train(ref, o, data, caches, out, more=()):
-    """(summary, events) of one training, or UserError with its last line on stderr. more: arguments of the trainer."""
+def place(caches, ref):
+    """Where a record's compiled code is kept."""
+    return Path(caches).absolute() / ref.replace("/", "-")
+
+
+def validation_tokens(ref, scale):
+    """As few as a record can: one chunk of the trainer's, or one row, for each logical rank."""
+    return LOGICAL_RANKS * max(32768, deltas.resolve(ref, scale=scale).settings.validation.seq_len)
+
+
+def train(ref, o, data, caches, out, more=(), validations=2):
+    """(summary, events) of one training, or UserError with its last line on stderr.
+
+    caches: folder of compiled code; None: where every training has it. more: arguments of the trainer. o.steps: 0: all."""
     launch = [sys.executable]
     if o.nproc > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.nproc}"]
-    command = [*launch, "train_gpt.py", ref, "--scale", o.scale, "--out", str(out), "--set", f"schedule.steps={o.steps}"]
-    command += ["--set", f"validation.every={max(1, o.steps // 2)}"]
+    command = [*launch, "train_gpt.py", ref, "--scale", o.scale, "--out", str(out)]
+    if o.steps:
+        command += ["--set", f"schedule.steps={o.steps}", "--set", f"validation.every={max(1, o.steps // validations)}"]
     if o.scale in ("full", "small"):
-        command += ["--data", str(data), "--set", "validation.tokens=2097152"]
+        command += ["--data", str(data), "--set", f"validation.tokens={validation_tokens(ref, o.scale)}"]
     for x in o.set:
         command += ["--set", x]
     command += more
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    env = dict(os.environ)
+    if caches is not None:
+        env |= {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    except SystemExit as stop:
+        stop.said = so_far(out)
+        raise
     found = list(Path(out).glob("*/summary.json"))
     if not found:
         said = done.stderr.strip().splitlines() or ["?"]
         reason = next((line for line in reversed(said) if line.startswith("error:")), said[-1])  # torchrun has the last word
-        raise UserError(f"{ref}: the training ended with {done.returncode}: {reason}")
+        raise UserError(f"the training ended with {done.returncode}: {reason}")
     events = [json.loads(line) for line in (found[0].parent / "run.jsonl").open()]
-    return json.loads(found[0].read_text()), events
+    summary = json.loads(found[0].read_text())
+    if summary["status"] != "finished":
+        raise UserError(f"the training {summary['status']} after {summary['steps']} steps")
+    return summary, events
+
+
+def so_far(out):
+    """What the log of a training that was stopped says of its last validation."""
+    for path in Path(out).glob("*/run.jsonl"):
+        events = map(json.loads, path.read_text().split("\n")[:-1])  # a last line that is not whole is not read
+        points = [e for e in events if e["kind"] == "validation"]
+        if points:
+            text = ", after step {step} of {scheduled_steps} with loss {val_loss:.4f} in {train_time_ms:.0f} ms"
+            return text.format(**points[-1])
+    return ", before the clock started"
 
 
 def figures(summary, events):
     """What one training says."""
     points = [(e["step"], e["train_time_ms"]) for e in events if e["kind"] == "validation"]
-    if summary["status"] != "finished":
-        raise UserError(f"{summary['record']}: the training {summary['status']} after {summary['steps']} steps")
     (s0, t0), (s1, t1) = points[-2:]
     reset = summary["reset"]
     return {"ms_per_step": round((t1 - t0) / (s1 - s0), 3), "start_s": round((reset["start_ms"] + reset["warmup_ms"]) / 1000, 2),
@@ -65,39 +98,74 @@ def figures(summary, events):
             "peak_memory_mib": summary.get("peak_memory_mib"), "attention": summary["attention"], "device": summary["device"]}
 
 
-def main():
-    p = argparse.ArgumentParser(prog="bench/steps.py", description=__doc__.splitlines()[0])
-    p.add_argument("records", nargs="*", default=LANDMARKS, metavar="RECORD")
-    p.add_argument("--scale", default="full")
-    p.add_argument("--steps", type=int, default=40)
+def measured(ref, o, data, caches, out, more):
+    """Print and return the row of a record."""
+    # `warm` is what --plan reads: figures of steps, for which everything has been compiled
+    summary, events = train(ref, o, data, caches, out, more)
+    row = {"warm": figures(summary, events), "compiled": (summary["reset"].get("compile") or {}).get("misses", 0)}
+    tokens = tokens_per_step(deltas.resolve(ref, scale=o.scale).settings)
+    row["tokens_per_second"] = round(1000 * tokens / row["warm"]["ms_per_step"])
+    memory = row["warm"]["peak_memory_mib"]
+    print(f"{ref}: {row['warm']['ms_per_step']:.1f} ms a step, {row['tokens_per_second']:,} tokens/s"
+          + (f", {memory:,} MiB" if memory else "") + f"; the clock starts after {row['warm']['start_s']:.0f} s, "
+          f"{row['warm']['graphs']} graphs before it, {row['compiled']} pieces of code compiled anew, and "
+          f"{row['warm']['graphs_in_clock']} graphs in it", flush=True)
+    return row
+
+
+def cases(ref, o, data, scratch):
+    """The row of a record; with --check-sync one more, without the check, if a step waits for the GPU."""
+    caches, waits = place(o.caches or Path(scratch) / "caches", ref), []
+
+    def checked():
+        try:
+            return measured(ref, o, data, caches, place(Path(scratch) / "checked", ref), ["--check-sync"])
+        except UserError as error:
+            waits.append("waits for the device" in str(error))
+            raise
+
+    if o.check_sync:
+        yield {"record": ref}, checked
+        if not any(waits):
+            return
+    yield {"record": ref}, lambda: measured(ref, o, data, caches, place(Path(scratch) / "runs", ref), [])
+
+
+def add_arguments(p, steps, records=LANDMARKS, scale="full"):
+    """What the benches of trainings share."""
+    p.add_argument("records", nargs="*", default=records, metavar="RECORD")
+    p.add_argument("--scale", default=scale)
+    p.add_argument("--steps", type=int, default=steps)
     p.add_argument("--nproc", type=int, default=1)
     p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
+    p.add_argument("--caches", metavar="DIR", help="folder of compiled code, kept (default: empty, and removed at the end)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in train_gpt.py, for every record")
-    p.add_argument("--out", metavar="JSON", help="also write the figures here")
-    o = p.parse_args()
-    rows, failed = [], []
+    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
+
+
+def run(o, title, cases):
+    """Exit code. cases: function of (record, o, data, scratch) that yields (fields, case) of each row."""
+    stop_in_order()
+    report = Report(o.out, title, scale=o.scale, steps=o.steps, processes=o.nproc, settings=o.set,
+                    data=Path(o.data or "random-tokens").name)
+    report.write()
     with tempfile.TemporaryDirectory() as scratch:
-        data = shards(o, scratch)
+        try:
+            data = shards(o, scratch)
+        except UserError as error:  # an unknown record
+            sys.exit(f"error: {error}")
         for ref in o.records:
-            caches = Path(scratch) / "caches" / ref.replace("/", "-")
-            row = {"record": ref}
-            try:
-                for start in ("cold", "warm"):
-                    row[start] = figures(*train(ref, o, data, caches, Path(scratch) / f"{start}-{ref.replace('/', '-')}"))
-            except UserError as error:
-                failed.append(str(error))
-                print(f"failed: {error}", flush=True)
-                continue
-            tokens = tokens_per_step(deltas.resolve(ref, scale=o.scale).settings)
-            row["tokens_per_second"] = round(1000 * tokens / row["warm"]["ms_per_step"])
-            memory = row["warm"]["peak_memory_mib"]
-            print(f"{ref}: {row['warm']['ms_per_step']:.1f} ms a step, {row['tokens_per_second']:,} tokens/s"
-                  + (f", {memory:,} MiB" if memory else "") + f"; the clock starts {row['warm']['start_s']:.0f} s after the process "
-                  f"(cold {row['cold']['start_s']:.0f} s), {row['warm']['graphs']} graphs before it and "
-                  f"{row['warm']['graphs_in_clock']} in it", flush=True)
-            rows.append(row)
-    measure.write(o.out, scale=o.scale, steps=o.steps, processes=o.nproc, settings=o.set, rows=rows, failed=failed)
-    sys.exit(bool(failed))
+            for fields, case in cases(ref, o, data, scratch):
+                report.attempt(fields, case)
+    return report.finish()
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/steps.py", description=__doc__.splitlines()[0])
+    add_arguments(p, 16)
+    p.add_argument("--check-sync", action="store_true", help="a step that waits for the GPU is a failure")
+    o = p.parse_args()
+    sys.exit(run(o, "Milliseconds per step", cases))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
 from model import GPT, Attention, MLP, Rotary
 from optim import Engine
+from report import Report
 from settings import SCALES
 from train_gpt import to_rows
 
@@ -101,7 +102,7 @@ def main():
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
-    repeats, rows = (3 if o.quick else 6), []
+    repeats, report = (3 if o.quick else 6), Report(o.out, "Tokens per second of training steps")
     tiny = lambda ref, **more: lambda precision, compiled: record_step(ref, precision, compiled, **more)
     jobs = [(f"tiny {ref}", tiny(ref), True) for ref in ("short/1", "short/5", "short/11")]
     jobs += [(f"tiny {ref}", tiny(ref), False) for ref in ("short/21", "short/33")]
@@ -119,14 +120,16 @@ def main():
                        "ms": round(1000 * seconds, 2), "tokens_per_second": round(tokens / seconds), "first_s": round(first, 2)}
                 if name.startswith("tiny"):  # training alone, without validation
                     row["tiny_run_s"] = round(SCALES["tiny"].budget_tokens / tokens * seconds, 1)
-                rows.append(row)
+                report.add(row)
                 print(f"{name:36} {label:9} {row['mode']:9} {row['ms']:8} {row['tokens_per_second']:9} {row['first_s']:8} "
                       f"{row.get('tiny_run_s', ''):>10}", flush=True)
     batch, line = harness_ms()
-    step_ms = next(r["ms"] for r in rows if r["what"] == "tiny short/11" and r["dtype"] == "float32" and r["mode"] == "eager")
+    one = {"what": "tiny short/11", "dtype": "float32", "mode": "eager"}
+    step_ms = next(r["ms"] for r in report.rows if one.items() <= r.items())
     share = 100 * (batch + line) / step_ms
     print(f"harness per tiny step: batch and digests {batch:.3f} ms (in the background), log {line:.3f} ms: {share:.2f} %")
-    measure.write(o.out, rows=rows, harness_ms=[batch, line], harness_percent=share)
+    report.tables |= {"harness_ms": [batch, line], "harness_percent": share}
+    report.finish()
 
 
 if __name__ == "__main__":

@@ -1,15 +1,19 @@
-"""Try out tiles for the Triton kernels on this GPU and keep the fastest: `python bench/tune.py [--records ...] [--out JSON]`.
+"""Try out tiles for the Triton kernels on this GPU and keep the fastest: `python bench/tune.py [--out JSON]`.
 
-For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own table
-goes to a file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card cannot do are passed
-over.
+For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own
+table goes at once to a file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card
+cannot do are passed over.
 """
 
 import argparse
+import functools
 import itertools
+import random
 import sys
+from time import perf_counter
 
-import measure
+import measure  # first: it finds the repository
+import report
 import torch
 
 import deltas
@@ -97,46 +101,76 @@ OPERATIONS = {
     "cross_entropy": (loss_cases, grid(cross_entropy.Block, (2048, 4096, 8192), (4, 8, 16)))}
 
 
-def fastest(operation, step, candidates, default, time):
-    """(tile, ms, default's ms). time: function of a step that gives seconds."""
+def fastest(operation, step, candidates, default, time, limit=float("inf")):
+    """(tile, ms, default's ms, tiles tried). time: function of a step that gives seconds; limit: seconds after which no
+    other tile is begun."""
+    stop = perf_counter() + limit
     with tiles.trying(operation, default):
         base = time(step)
-    best, least = default, base
+    best, least, tried = default, base, 0
     for tile in candidates:
+        if perf_counter() > stop:
+            break
+        tried += 1
         try:
             with tiles.trying(operation, tile):
                 seconds = time(step)
         except Exception as error:  # Triton has several for what does not fit; anything else fails for the default too
-            print(f"    {tuple(tile)}: {(str(error).splitlines() or [type(error).__name__])[0][:90]}")
+            print(f"    {tuple(tile)}: {report.first_line(error)[:90]}")
+            if not report.alive():
+                raise
             continue
         if seconds < min(least, GAIN * base):
             best, least = tile, seconds
-    return best, 1000 * least, 1000 * base
+    return best, 1000 * least, 1000 * base, tried
+
+
+def tuned(name, operation, step, candidates, default, o):
+    """The row of one shape; what is faster is kept at once."""
+    time = lambda step: measure.best(step, o.repeats)[1]
+    tile, ms, base, tried = fastest(operation, step, candidates, default, time, o.limit)
+    row = {"tile": list(tile), "ms": round(ms, 4), "default_ms": round(base, 4)}
+    if tile != default:
+        tiles.save(tiles.path(DEVICE), {name: row})
+    return {**row, "default": list(default), "tried": f"{tried} of {len(candidates)}"}
+
+
+def cases_of(operation, o):
+    """Of bench/report.py: every shape of the operation in the records, once."""
+    cases, candidates = OPERATIONS[operation]
+    # those left out where time is short are no particular ones
+    candidates, seen = random.Random(0).sample(candidates, len(candidates)), set()
+    for ref in o.records:
+        for dtype, sizes, default, step in cases(deltas.resolve(ref).settings):
+            name = tiles.key(operation, dtype, sizes)
+            if name not in seen:
+                seen.add(name)
+                yield {"shape": name}, lambda: tuned(name, operation, step, candidates, default, o)
+
+
+def show(row):
+    return (f"{row['shape']:44} {row['default_ms']:8.3f} ms {tuple(row['default'])} -> {row['ms']:8.3f} ms "
+            f"{tuple(row['tile'])}, tried {row['tried']}")
 
 
 def main():
     p = argparse.ArgumentParser(prog="bench/tune.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD")
     p.add_argument("--repeats", type=int, default=10)
-    p.add_argument("--out", metavar="JSON", help="also write the figures here")
+    p.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
+                   help="for each shape (default: all tiles)")
+    report.add_arguments(p, OPERATIONS)
     o = p.parse_args()
     if not torch.cuda.is_available():
         tiles_of = [f"{len(candidates)} tiles of {name}" for name, (_, candidates) in OPERATIONS.items()]
         print("no GPU here; on one this would try out " + ", ".join(tiles_of))
         sys.exit(0)
     torch.manual_seed(0)
-    file, found = tiles.path(DEVICE), {}
-    for ref, (operation, (cases, candidates)) in itertools.product(o.records, OPERATIONS.items()):
-        for dtype, sizes, default, step in cases(deltas.resolve(ref).settings):
-            name = tiles.key(operation, dtype, sizes)
-            if name in found:
-                continue
-            tile, ms, base = fastest(operation, step, candidates, default, lambda step: measure.best(step, o.repeats)[1])
-            found[name] = {"tile": list(tile), "ms": round(ms, 4), "default_ms": round(base, 4)}
-            print(f"{name:44} {base:8.3f} ms {tuple(default)} -> {ms:8.3f} ms {tuple(tile)}", flush=True)
-    tiles.save(file, {name: row for name, row in found.items() if row["ms"] < row["default_ms"]})
-    print(f"tiles: {file}")
-    measure.write(o.out, tiles=found)
+    groups = {operation: functools.partial(cases_of, operation, o) for operation in OPERATIONS}
+    code = report.run(o, groups, "Tiles of the Triton kernels", show=show)
+    if not o.child:
+        print(f"tiles: {tiles.path(DEVICE)}")
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ def test_the_fastest_tile_is_kept_if_it_gains_and_one_that_does_not_fit_is_passe
     def fastest(*candidates):
         return tune.fastest("gram", best, candidates, DEFAULT, time)
 
-    assert fastest(Tile(64, 4)) == (DEFAULT, 1000.0, 1000.0)  # one percent is noise
-    assert fastest(Tile(64, 4), Tile(32, 4), Tile(16, 4)) == (Tile(32, 4), 500.0, 1000.0)
-    assert "(16, 4): out of resource: shared memory" in capsys.readouterr().out
+    assert fastest(Tile(64, 4)) == (DEFAULT, 1000.0, 1000.0, 1)  # one percent is noise
+    assert fastest(Tile(64, 4), Tile(32, 4), Tile(16, 4)) == (Tile(32, 4), 500.0, 1000.0, 3)
+    assert "(16, 4): RuntimeError: out of resource: shared memory" in capsys.readouterr().out
 
 
 def test_every_operation_that_is_tuned_runs_with_another_tile():
@@ -123,7 +123,7 @@ def test_every_operation_that_is_tuned_runs_with_another_tile():
         "        tile = next(t for t in candidates if t != default)\n"
         "        def time(step): step(); return float(tiles.trial[operation] != tile)\n"
         "        found = tune.fastest(operation, step, [tile], default, time)\n"
-        "        assert found == (tile, 0.0, 1000.0), (operation, found)\n"
+        "        assert found == (tile, 0.0, 1000.0, 1), (operation, found)\n"
         "        seen += 1\n"
         "    print(operation, seen)\n")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280,

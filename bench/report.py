@@ -1,0 +1,229 @@
+"""What the benches write, and how they go on when something fails.
+
+A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others run; one that
+takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs any more) costs its own row,
+and a new process goes on behind it. JSON, and the same as a Markdown table beside it, are whole after every row.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import measure  # first: it finds the repository
+import torch
+
+from settings import UserError
+
+DEAD = 70  # exit code of a process that cannot use its GPU any more
+PROCESSES = 8  # after so many deaths the rest is given up
+
+
+class Report:
+    """Rows of one bench. path: of the JSON, or None: nothing is written; an older file is removed, unless its rows are
+    continued (`resume`). brief: what of the rows the Markdown shows. tables: what else the JSON says."""
+
+    def __init__(self, path, title, *, resume=False, brief=None, **tables):
+        self.path, self.title, self.brief = path and Path(path), title, brief or (lambda rows: rows)
+        self.rows, self.failed, self.tables, self.about = [], [], tables, None
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume:
+                self.read()
+            else:
+                for old in (self.path, self.markdown_path()):
+                    old.unlink(missing_ok=True)
+
+    def read(self):
+        """The rows that are in the file."""
+        if self.path.exists():
+            found = json.loads(self.path.read_text())
+            self.rows, self.failed, self.about = found["rows"], found["failed"], found["about"]
+            self.tables |= {k: v for k, v in found.items() if k not in ("about", "complete", "rows", "failed")}
+
+    def markdown_path(self):
+        return self.path.with_suffix(".md")
+
+    def add(self, row):
+        """A row, to be told from others by its fields; with `failed`, why it has no result or a wrong one."""
+        (self.failed if "failed" in row else self.rows).append(row)
+        if "failed" in row:
+            print(f"FAILED {label(row)}: {row['failed']}", flush=True)
+        self.write()
+
+    def attempt(self, fields, case):
+        """Add {**fields, **case()}, or what it raised; returns the row."""
+        try:
+            row = {**fields, **case()}
+        except Exception as error:  # whatever it is: the other cases are worth running
+            row = {**fields, "failed": first_line(error)}
+        except SystemExit as stop:  # stop_in_order
+            self.add({**fields, "failed": f"stopped: no time is left{getattr(stop, 'said', '')}"})
+            raise
+        self.add(row)
+        return row
+
+    def write(self, complete=False):
+        if not self.path:
+            return
+        self.about = self.about or measure.about()
+        table = {"about": self.about, "complete": complete, **self.tables, "rows": self.rows, "failed": self.failed}
+        replace(self.path, json.dumps(table, indent=1) + "\n")
+        replace(self.markdown_path(), markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
+
+    def finish(self):
+        """Write that nothing is missing, say how much failed; returns the exit code."""
+        self.write(complete=True)
+        print(f"{len(self.rows) + len(self.failed)} rows, {len(self.failed)} failed", flush=True)
+        return int(bool(self.failed))
+
+
+def stop_in_order():
+    """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way, and no files."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def replace(path, text):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def first_line(error):
+    """One line: what it is and the first one that it says, with the next where that only announces one (the compiler)."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = " ".join(lines[:1 + (bool(lines) and lines[0].endswith(":"))])[:300]
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def label(row):
+    """What a row is about: its texts."""
+    return ", ".join(v for k, v in row.items() if isinstance(v, str) and k not in ("failed", "group"))
+
+
+# ----- Markdown ---------------------------------------------------------------------------------------------------
+
+def markdown(title, about, rows, failed, complete):
+    """A page: what was measured on what, the rows, what failed."""
+    lines = [f"# {title}", "", f"{about['device']}, torch {about['torch']}, commit {about['code'][:12]}"
+             + ("" if complete else "; **not complete: the bench was stopped or is running**"), "", *table(rows)]
+    if failed:
+        lines += ["", "Failed:", "", *table(failed)]
+    return "\n".join(lines) + "\n"
+
+
+def table(rows):
+    """Lines of a Markdown table; dicts inside a row become columns of their own."""
+    rows = [flat(row) for row in rows]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([cell(row.get(name)) for name in columns] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines] if rows else ["nothing"]
+
+
+def flat(row, before=""):
+    out = {}
+    for name, value in row.items():
+        out |= flat(value, f"{before}{name} ") if isinstance(value, dict) else {before + name: value}
+    return out
+
+
+def cell(value):
+    if value is None:
+        return ""
+    text = str(value)
+    if isinstance(value, float):
+        text = f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# ----- groups of cases in processes of their own ------------------------------------------------------------------
+
+def add_arguments(p, groups):
+    p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
+    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
+    p.add_argument("--child", nargs="+", choices=groups, help="used by the bench itself: run these groups in this process")
+
+
+def run(o, groups, title, *, show, brief=None, **tables):
+    """Exit code of a bench. o: its options, with those of add_arguments. groups: {name: function that yields (fields,
+    case)}; a case gives a dict, and is run before the next one is made. show: function of a row, the line printed."""
+    stop_in_order()
+    if o.child:
+        return child(Report(o.out, title, resume=True, brief=brief), groups, o.child, show)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = o.out or str(Path(scratch) / "rows.json")
+        report = Report(path, title, brief=brief, done=[], **tables)
+        report.write()
+        supervise(report, o.only or list(groups))
+        return report.finish()
+
+
+def supervise(report, left):
+    """Start processes until every group was run to its end, or enough of them died."""
+    stuck = None
+    for _ in range(PROCESSES):
+        before = counts(report)
+        code = subprocess.call([sys.executable, *sys.argv, "--out", str(report.path), "--child", *left])
+        report.read()
+        left = [name for name in left if name not in report.tables["done"]]
+        if not left:
+            return
+        moved = counts(report).get(left[0], 0) > before.get(left[0], 0)
+        if code != DEAD:  # it told nothing of its end
+            report.add({"group": left[0], "case": f"number {counts(report).get(left[0], 0) + 1} of {left[0]}",
+                        "failed": f"the process ended with {code}"})
+        if not moved and stuck == left[0]:  # twice: it is not a case that kills it, but what comes before all of them
+            left = left[1:]
+        stuck = left[0] if left and not moved else None
+        if not left:
+            return
+    report.add({"group": left[0], "case": f"the rest of {', '.join(left)}",
+                "failed": f"not run: {PROCESSES} processes died"})
+
+
+def counts(report):
+    """How many cases of each group have a row."""
+    found = {}
+    for row in report.rows + report.failed:
+        found[row["group"]] = found.get(row["group"], 0) + 1
+    return found
+
+
+def child(report, groups, names, show):
+    """Run these groups, without the cases that have a row already. Returns the exit code."""
+    had = counts(report)
+    for name in names:
+        try:
+            for i, (fields, case) in enumerate(groups[name]()):
+                if i < had.get(name, 0):
+                    continue
+                row = report.attempt({"group": name, **fields}, case)
+                if "failed" not in row:
+                    print(show(row), flush=True)
+                elif not alive():
+                    print("the GPU's context is dead: going on in a new process", flush=True)
+                    return DEAD
+        except Exception as error:  # what comes before the cases
+            report.add({"group": name, "case": "preparing the next case", "failed": first_line(error)})
+            if not alive():
+                report.tables["done"].append(name)
+                report.write()
+                return DEAD
+        report.tables["done"].append(name)
+        report.write()
+    return 0
+
+
+def alive():
+    """Can this process still use its GPU? After an illegal access every call raises."""
+    if not torch.cuda.is_available():
+        return True
+    try:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.ones(1, device="cuda").item() == 1.0
+    except Exception:
+        return False

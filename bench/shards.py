@@ -1,0 +1,60 @@
+"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder to give them as --data.
+
+DATA: a folder with train and validation shards (`*_train_*.bin`, `*_val_*.bin`, data/shards.py), which is printed as it is;
+or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into FOLDER first, as a machine without a
+network gets them. Without DATA, shards of random tokens are made in FOLDER.
+"""
+
+import argparse
+import gzip
+import lzma
+import shutil
+import sys
+from pathlib import Path
+
+import measure
+
+from data.shards import open_corpus
+from settings import UserError
+
+OPEN = {".xz": lzma.open, ".gz": gzip.open}
+TOKENS = 48_000_000, 2_200_000  # 40 million for a training at scale small, and a rest of a step; one row of record 33 a rank
+
+
+def prepare(folder, data):
+    """The folder of shards. UserError if there are none, or broken ones."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if data is None:
+        measure.synthetic_shards(folder, *TOKENS)
+        return folder
+    data = Path(data)
+    packed = [p for suffix in OPEN for p in sorted(data.glob(f"*.bin{suffix}"))]
+    if packed and not list(data.glob("*.bin")):
+        for path in packed:
+            try:
+                with OPEN[path.suffix](path) as source, open(folder / path.stem, "wb") as target:
+                    shutil.copyfileobj(source, target, 2 ** 20)
+            except (OSError, EOFError, lzma.LZMAError) as error:
+                raise UserError(f"cannot unpack {path}: {error}: compress the shard again") from None
+        if (data / "corpus.json").exists():
+            shutil.copy(data / "corpus.json", folder)
+        data = folder
+    open_corpus(data)
+    return data
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/shards.py", description=__doc__.splitlines()[0])
+    p.add_argument("folder", metavar="FOLDER")
+    p.add_argument("data", metavar="DATA", nargs="?")
+    o = p.parse_args()
+    try:
+        print(prepare(o.folder, o.data))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

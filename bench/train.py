@@ -1,0 +1,45 @@
+"""A short training with its curve: `python bench/train.py [RECORD ...] [--data DIR] [--out JSON]`.
+
+Each record is trained by train_gpt.py at scale small, `--steps` of its 40 million tokens' steps (0: all). On random tokens,
+without --data, losses fall to that of random tokens, log 50256 = 10.82, and the curve says only that it runs.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import steps
+
+
+def curve(summary, events):
+    """What the log has of a training, and every validation as `step: loss (seconds)`."""
+    points = [e for e in events if e["kind"] == "validation"]
+    return {"val_loss": round(summary["val_loss"], 4), "train_s": round(summary["train_time_ms"] / 1000, 2),
+            "steps": summary["steps"], "corpus": summary["corpus"], "graphs_in_clock": summary["graphs_in_clock"],
+            "peak_memory_mib": summary.get("peak_memory_mib"), "attention": summary["attention"],
+            "device": summary["device"],
+            "curve": {f"step {e['step']}": f"{e['val_loss']:.4f} ({e['train_time_ms'] / 1000:.1f} s)" for e in points}}
+
+
+def measured(ref, o, data, scratch):
+    caches = steps.place(o.caches, ref) if o.caches else None  # None: those that every training uses
+    row = curve(*steps.train(ref, o, data, caches, steps.place(Path(scratch) / "runs", ref), validations=8))
+    print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on {row['corpus']}: "
+          + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
+    return row
+
+
+def cases(ref, *where):
+    """The one row of a record."""
+    yield {"record": ref}, lambda: measured(ref, *where)
+
+
+def main():
+    p = argparse.ArgumentParser(prog="bench/train.py", description=__doc__.splitlines()[0])
+    steps.add_arguments(p, 200, ("short/33",), "small")
+    o = p.parse_args()
+    sys.exit(steps.run(o, "A short training", cases))
+
+
+if __name__ == "__main__":
+    main()

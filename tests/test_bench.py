@@ -1,0 +1,353 @@
+"""Laws of the benches: what fails is a row, and costs no other one; what stands in a folder of results is of this run."""
+
+import argparse
+import importlib.util
+import json
+import lzma
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data.shards import open_corpus, write_shard
+from kernels.attention import Window, visible
+from settings import UserError
+
+ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "bench"))  # behind the repository, whose `kernels` is another one
+
+import correct
+import measure
+import report
+import shards
+import start
+import steps
+
+
+def bench(name):
+    """A bench whose name is taken by a package."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", ROOT / f"bench/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+# ----- failures ---------------------------------------------------------------------------------------------------
+
+BENCH = """
+import argparse, os, sys
+sys.path.append({bench!r})
+import measure, report
+
+def calm():
+    for i in range(3):
+        yield {{"case": f"calm {{i}}"}}, lambda: {{"ms": i}}
+
+def loud():
+    yield {{"case": "first"}}, lambda: {{"ms": 1}}
+    yield {{"case": "raises"}}, lambda: 1 / 0
+    yield {{"case": "kills"}}, lambda: os._exit(9)
+    yield {{"case": "dead"}}, lose
+    yield {{"case": "last"}}, lambda: {{"ms": 2}}
+
+def lose():
+    report.alive = lambda: False
+    raise RuntimeError("CUDA error: an illegal memory access was encountered\\nmore lines")
+
+def broken():
+    raise ValueError("no such shape")
+    yield
+
+p = argparse.ArgumentParser()
+groups = {{"calm": calm, "broken": broken, "loud": loud, "end": calm}}
+report.add_arguments(p, groups)
+sys.exit(report.run(p.parse_args(), groups, "Title", show=str, scale="full"))
+"""
+
+
+def test_a_case_that_raises_kills_the_process_or_its_gpu_costs_its_own_row_only(tmp_path):
+    program, out = tmp_path / "bench.py", tmp_path / "deep/rows.json"
+    program.write_text(BENCH.format(bench=str(ROOT / "bench")))
+    done = subprocess.run([sys.executable, str(program), "--out", str(out)], capture_output=True, text=True, timeout=200)
+    found = json.loads(out.read_text())
+    assert done.returncode == 1 and found["complete"] and found["scale"] == "full", done.stderr[-2000:]
+    assert [(r["group"], r["case"]) for r in found["rows"]] == [
+        *(("calm", f"calm {i}") for i in range(3)), ("loud", "first"), ("loud", "last"),
+        *(("end", f"calm {i}") for i in range(3))]
+    assert [(r["case"], r["failed"]) for r in found["failed"]] == [
+        ("preparing the next case", "ValueError: no such shape"), ("raises", "ZeroDivisionError: division by zero"),
+        ("number 3 of loud", "the process ended with 9"),
+        ("dead", "RuntimeError: CUDA error: an illegal memory access was encountered")]
+    page = out.with_suffix(".md").read_text()
+    assert "not complete" not in page and "| loud | raises | ZeroDivisionError: division by zero |" in page
+
+
+@pytest.mark.parametrize("error,failed", [(0.9, False), (1.1, True), (float("nan"), True),
+                                          (RuntimeError("no kernel\nimage"), True)])
+def test_a_check_fails_if_its_error_is_above_the_bound_or_no_number_or_it_raises(tmp_path, error, failed):
+    def checks():
+        def find():
+            if isinstance(error, Exception):
+                raise error
+            return error
+        yield "sum", torch.float32, find, 1.0
+        yield "other", torch.float32, lambda: "needs CUDA"
+
+    r = report.Report(tmp_path / "c.json", "Title", done=[])
+    assert report.child(r, {"a": lambda: correct.judged(checks)}, ["a"], correct.show) == 0
+    assert r.finish() == failed == len(r.failed)
+    assert r.rows[-1] == {"group": "a", "check": "other", "dtype": "float32", "not_run": "needs CUDA"}
+    if isinstance(error, Exception):
+        assert r.failed[0]["failed"] == "RuntimeError: no kernel"
+
+
+def test_a_start_that_fails_keeps_the_others_and_the_next_record(tmp_path, monkeypatch):
+    def train(ref, o, data, caches, out, more=(), validations=2):
+        if (ref, out.parent.name) == ("short/11", "warm"):
+            raise UserError("the training ended with 2: error: no room")
+        return {"reset": {"start_ms": 1000, "warmup_ms": 2000, "imports_ms": 500, "graphs": 3}}, []
+
+    monkeypatch.setattr(steps, "train", train)
+    o = argparse.Namespace(records=["short/11", "short/33"], scale="micro", steps=4, nproc=1, data=None, caches=None, set=[],
+                           out=str(tmp_path / "start.json"))
+    assert steps.run(o, "Start", start.cases) == 1
+    found = json.loads((tmp_path / "start.json").read_text())
+    assert [(r["record"], r["kind"]) for r in found["rows"]] == [
+        ("short/11", "cold"), ("short/33", "cold"), ("short/33", "warm")]
+    assert [(r["record"], r["kind"], r["failed"]) for r in found["failed"]] == [
+        ("short/11", "warm", "the training ended with 2: error: no room"),
+        *((ref, "file", "the cold training saved no compiled code") for ref in ("short/11", "short/33"))]
+
+
+@pytest.mark.parametrize("reason,trainings", [
+    (None, 1), ("step 3 waits for the device: aten::nonzero", 2), ("out of memory", 1)])
+def test_a_step_that_waits_for_the_gpu_is_a_failure_and_still_timed(tmp_path, monkeypatch, reason, trainings):
+    asked = []
+
+    def train(ref, o, data, caches, out, more=(), validations=2):
+        asked.append(more)
+        if reason and more:
+            raise UserError(f"the training ended with 2: error: {reason}")
+        summary = {"reset": {"start_ms": 1000, "warmup_ms": 2000, "graphs": 3}, "graphs_in_clock": 0, "attention": "x",
+                   "device": "y"}
+        return summary, [{"kind": "validation", "step": i, "train_time_ms": 10.0 * i} for i in (0, 8, 16)]
+
+    monkeypatch.setattr(steps, "train", train)
+    o = argparse.Namespace(records=["short/11"], scale="micro", steps=16, nproc=1, data=None, caches=None, set=[],
+                           check_sync=True, out=str(tmp_path / "steps.json"))
+    assert steps.run(o, "Steps", steps.cases) == bool(reason)
+    found = json.loads((tmp_path / "steps.json").read_text())
+    assert asked == [["--check-sync"], []][:trainings]
+    assert [r["warm"]["ms_per_step"] for r in found["rows"]] == ([] if reason == "out of memory" else [10.0])
+    assert [reason in r["failed"] for r in found["failed"]] == ([True] if reason else [])
+
+
+def test_a_training_that_is_stopped_leaves_a_row_of_how_far_it_came_and_no_files(tmp_path):
+    out, scratch = tmp_path / "train.json", tmp_path / "scratch"
+    scratch.mkdir()
+    command = [sys.executable, "bench/train.py", "short/11", "--scale", "micro", "--steps", "400", "--out", str(out)]
+    bench = subprocess.Popen([*command, "--set", "system.device=cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                             env={**os.environ, "TMPDIR": str(scratch)})
+    for _ in range(600):
+        lines = [line for log in scratch.glob("*/runs/*/*/run.jsonl") for line in log.read_text().split("\n")[:-1]]
+        if any(json.loads(line)["kind"] == "validation" for line in lines):
+            break
+        time.sleep(0.1)
+    bench.terminate()
+    said = bench.communicate(timeout=60)[0]
+    failed = json.loads(out.read_text())["failed"]
+    assert bench.returncode == 143 and failed[0]["record"] == "short/11" and failed[0]["failed"] in said
+    assert re.match(r"stopped: no time is left, after step \d+ of 400 with loss [67]\.\d+ in \d+ ms", failed[0]["failed"])
+    assert not list(scratch.iterdir())
+
+
+def test_a_real_training_that_is_refused_is_a_row_with_its_reason(tmp_path):
+    out = tmp_path / "steps.json"
+    done = subprocess.run([sys.executable, "bench/steps.py", "short/11", "--scale", "micro", "--steps", "2", "--set",
+                           "model.nothing=1", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    failed = json.loads(out.read_text())["failed"]
+    assert done.returncode == 1 and len(failed) == 1 and "model.nothing" in failed[0]["failed"], done.stderr
+
+
+# ----- what is written --------------------------------------------------------------------------------------------
+
+def test_an_old_result_is_gone_before_the_first_row_and_every_row_is_there_at_once(tmp_path):
+    path = tmp_path / "x.json"
+    for old in (path, path.with_suffix(".md")):
+        old.write_text("of yesterday")
+    r = report.Report(path, "Title", steps=3)
+    assert not list(tmp_path.iterdir())
+    r.add({"a": 1})
+    found = json.loads(path.read_text())
+    assert found["rows"] == [{"a": 1}] and found["steps"] == 3 and found["complete"] is False
+    assert "not complete" in path.with_suffix(".md").read_text()
+    r.add({"a": 2, "failed": "why"})
+    assert json.loads(path.read_text())["failed"] == [{"a": 2, "failed": "why"}]
+    assert r.finish() == 1 and json.loads(path.read_text())["complete"] is True and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("error,line", [
+    (UserError("no such record"), "no such record"), (KeyError("x"), "KeyError: 'x'"), (AssertionError(), "AssertionError"),
+    (RuntimeError("backend='inductor' raised:\n\nCompilationError: at 3:4\nmore"),
+     "RuntimeError: backend='inductor' raised: CompilationError: at 3:4")])
+def test_a_failure_is_told_in_one_line_that_says_something(error, line):
+    assert report.first_line(error) == line
+
+
+def test_a_table_has_a_column_for_everything_a_row_says():
+    lines = report.table([{"record": "a|b", "cold": {"start": 12.34567, "hits": 0}},
+                          {"record": "c\nd", "ms": 1234567.0, "none": None}])
+    assert lines == ["| record | cold start | cold hits | ms | none |", "| --- | --- | --- | --- | --- |",
+                     "| a\\|b | 12.35 | 0 |  |  |", "| c d |  |  | 1,234,567 |  |"]
+
+
+# ----- timing -----------------------------------------------------------------------------------------------------
+
+def test_on_a_gpu_the_clock_runs_over_the_call_alone_behind_a_pause_and_a_cold_cache(monkeypatch):
+    log, clock = [], [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+            self.at = clock[0]
+
+        def elapsed_time(self, other):
+            return other.at - self.at
+
+    def step():
+        log.append("step")
+        clock[0] += len([x for x in log if x == "step"])  # call i takes i ms
+
+    flush = SimpleNamespace(zero_=lambda: log.append("flush"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause") or (0 < cycles <= 2e8) or pytest.fail())
+    monkeypatch.setattr(measure, "wait", lambda: log.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: flush)
+    times = measure.queued(step, 7)
+    assert times == pytest.approx([0.001 * i for i in range(2, 9)])
+    call = ["flush", "event", "step", "event"]
+    assert log == ["step", "wait", "pause", *5 * call, "wait", "pause", *2 * call, "wait"]
+
+
+@pytest.mark.parametrize("window", [Window(), Window(tokens=5), Window(blocks=2, block=4),
+                                    Window(tokens=6, blocks=2, block=4)])
+@pytest.mark.parametrize("cut", [False, True])
+def test_the_pairs_that_attention_is_billed_for_are_those_it_sees(window, cut):
+    kernels = bench("kernels")
+    ids = kernels.some_documents(2, 37, 9) if cut else None
+    t = torch.arange(37)
+    seen = visible(t[:, None], t, window).expand(2, 37, 37)
+    if cut:
+        documents = torch.from_numpy(ids)
+        assert documents.max() > 3 and (documents.diff(dim=1) >= 0).all()
+        seen = seen & (documents[:, :, None] == documents[:, None])
+    assert kernels.pairs(ids, window, 2, 37) == int(seen.sum())
+
+
+# ----- shards -----------------------------------------------------------------------------------------------------
+
+def test_shards_are_those_given_or_unpacked_or_random(tmp_path):
+    given, packed = tmp_path / "given", tmp_path / "packed"
+    given.mkdir(), packed.mkdir()
+    for part, tokens in (("train_000001", 300), ("val_000000", 100)):
+        write_shard(given / f"x_{part}.bin", np.arange(tokens))
+        (packed / f"x_{part}.bin.xz").write_bytes(lzma.compress((given / f"x_{part}.bin").read_bytes()))
+    assert shards.prepare(tmp_path / "a", given) == given
+    unpacked = open_corpus(shards.prepare(tmp_path / "b", packed))
+    assert (unpacked.train_tokens, unpacked.val_tokens) == ((300,), 100)
+    (packed / "x_val_000000.bin.xz").write_bytes(b"nothing")
+    for folder, said in ((packed, "cannot unpack"), (tmp_path / "nowhere", "no data folder")):
+        with pytest.raises(UserError, match=said):
+            shards.prepare(tmp_path / "c", folder)
+
+
+def test_random_shards_say_that_they_are_random(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "TOKENS", (5000, 2000))
+    corpus = open_corpus(shards.prepare(tmp_path / "r", None))
+    assert (corpus.name, corpus.bos, corpus.train_tokens, corpus.val_tokens) == ("random tokens", 50256, (5000,), 2000)
+
+
+# ----- the shell --------------------------------------------------------------------------------------------------
+
+GPU = """#!/usr/bin/env bash
+echo "$*" >> "$LOG"
+case "$1" in
+    -c) case "$2" in *get_device_name*) echo some-card ;; esac ;;
+    bench/shards.py) echo "$2" ;;
+    bench/correct.py) sleep 60 ;;
+    bench/kernels.py) exit 1 ;;
+esac
+"""
+
+
+def shell(*command, cwd=ROOT, **environment):
+    env = {k: v for k, v in os.environ.items() if k not in ("DATA", "OUT", "BUDGET", "SPEEDRUN_PYTHON")}
+    return subprocess.run(command, cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=60)
+
+
+def program(path, text):
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_part_that_hangs_is_stopped_and_one_that_fails_stops_nothing(tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    out.mkdir()
+    for old in ("correct.json", "correct.md", "train.json", "steps.json"):
+        (out / old).write_text("old")
+    done = shell("bench/gpu.sh", "correct", "kernels", "train", SPEEDRUN_PYTHON=program(tmp_path / "python", GPU),
+                 LOG=str(log), OUT=str(out), BUDGET="5", SPEEDRUN_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 1, done.stderr
+    assert {p.name for p in out.iterdir()} == {"steps.json"}  # of a part that was not asked for
+    limits = dict(re.findall(r"== (\w+) \(at most (\d+) s\)", done.stdout))
+    assert list(limits) == ["correct", "kernels", "train"] and int(limits["correct"]) == 1  # 90 of 230 seconds
+    assert "stopped after 1 s: bench/correct.py" in done.stdout
+    calls = [line.split()[0] for line in log.read_text().splitlines() if line.startswith("bench/")]
+    assert calls == ["bench/shards.py", "bench/correct.py", "bench/kernels.py", "bench/train.py"]
+
+
+def test_the_parts_together_take_less_than_ten_minutes_and_the_header_says_what_the_script_does():
+    text = (ROOT / "bench/gpu.sh").read_text()
+    told = dict(re.findall(r"^#   (\w+) +(\d+) ", text, re.M))
+    done = dict(re.findall(r"\[(\w+)\]=(\d+)", text))
+    default = re.search(r"parts=\((\w+ .*)\)", text)[1].split()
+    assert told == done and list(told)[:6] == default
+    assert sum(int(done[part]) for part in default) == int(re.search(r"BUDGET:-(\d+)", text)[1]) < 600
+
+
+def test_without_a_gpu_the_scripts_say_what_they_would_do(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = shell("bench/gpu.sh", "tune", "kernels", SPEEDRUN_PYTHON=sys.executable)
+    assert done.returncode == 0 and "would run, within 570 seconds:\n  tune, 219 s or more\n  kernels, 350 s" in done.stdout
+    assert shell("bench/gpu.sh", "nonsense").returncode == 2
+    for name in ("kernels.py", "tune.py"):
+        done = shell(sys.executable, f"bench/{name}")
+        assert done.returncode == 0 and "no GPU here; on one this would t" in done.stdout
+
+
+@pytest.mark.parametrize("sees_gpu,complete,chosen", [(True, True, "python3"), (False, True, "venv"), (True, False, "venv")])
+def test_the_python_that_is_here_is_taken_if_it_can_train_on_a_gpu(tmp_path, sees_gpu, complete, chosen):
+    (tmp_path / "setup_venv.sh").write_text("PYTHON=${SPEEDRUN_PYTHON:-venv}\n")
+    here = tmp_path / "bin"
+    here.mkdir()
+    for name in ("python3", "python"):
+        program(here / name, f"#!/bin/sh\ncase \"$2\" in *cuda*) {'exit 0' if sees_gpu else 'exit 1'} ;; esac\n"
+                + ("exit 0\n" if complete else "echo 'No module named tiktoken' >&2\nexit 1\n"))
+    script = f". {ROOT / 'bench/python.sh'}; echo $PYTHON"
+    path = f"{here}:{os.environ['PATH']}"
+    done = shell("bash", "-c", script, cwd=tmp_path, PATH=path)
+    assert done.stdout.strip() == chosen and (complete or "No module named tiktoken" in done.stderr)
+    assert shell("bash", "-c", script, cwd=tmp_path, PATH=path, SPEEDRUN_PYTHON="mine").stdout.strip() == "mine"

@@ -80,7 +80,7 @@ CHEATS = {
     "a batch fetched before the clock": ("clock", "2 batches and 3 steps of 3", [
         ("train_gpt.py", "        self.clock.start()  # before", "        # before"),
         ("train_gpt.py", "        for step in range(len(self.plans) + 1):\n",
-         "        self.batches.start()\n        self.clock.start()\n        for step in range(len(self.plans) + 1):\n")]),
+         "        self.batches.ahead = self.batches.fetch()\n        self.clock.start()\n        for step in range(len(self.plans) + 1):\n")]),
 }
 
 

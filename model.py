@@ -743,6 +743,9 @@ class Residual(nn.Module):
 
 # ----- head -------------------------------------------------------------------------------------------------------
 
+LARGEST_LOGITS = 2 ** 31  # that validation on a GPU makes at once: 4 GiB in bfloat16
+
+
 class Head(nn.Module):
     """Stream (R, T, D) -> logits (R, T, V), soft-capped; cross entropy over all V classes."""
 
@@ -759,7 +762,7 @@ class Head(nn.Module):
         # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
         self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
         self.loss_dtype = dtype(n.loss)
-        self.auto = s.system.kernels.loss == "auto"
+        self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
 
     def operands(self, table):
@@ -770,8 +773,8 @@ class Head(nn.Module):
     def losses(self, x, table, targets):
         """Cross entropies (R, T) of the targets (R, T)."""
         backend = self.backend
-        if self.auto and x.is_cuda and not self.training:  # rows of 262,144 tokens, whose logits are 26 GB: without a backward
-            backend = "torch"  # pass, chunks cost nothing
+        if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
+            backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
         if backend is None:
             logits = self(x, table)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)

@@ -393,7 +393,8 @@ class Engine:
             grads = {bank: self.finish(bank) for bank in self.banks}
             factor = self.clip_factor(list(grads.values()))
         gathers = []
-        # what was launched first arrives first: it is updated and sent round while the others are still under way
+        # what was launched first arrives first, and is updated while the others are still under way; what is sent round goes
+        # behind them, beside the later updates
         for bank in [*(b for b in self.banks if b not in self.launched), *self.launched]:
             grad, _ = grads[bank] if bank in grads else self.finish(bank)
             if factor is not None:

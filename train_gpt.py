@@ -80,8 +80,12 @@ class World:
         return self.rank == 0
 
     def say(self, *lines):
-        if self.main and lines:
+        if not (self.main and lines):
+            return
+        try:
             print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:  # whoever read along, `tee` or `head`, is gone; the log goes on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def gather(self, values):
         """One float64 tensor per process -> their concatenation in rank order, on every process."""
@@ -266,6 +270,16 @@ def warmup_steps(run):
     return steps
 
 
+def warmup_validations(run):
+    """Steps of one validation for each window that a validation will have; not compiled, of the first and the last."""
+    n = len(run.plans)
+    first = {}
+    for step in (i for i in range(n + 1) if schedule.validates(run.s, i)):
+        first.setdefault(schedule.validation_windows(run.s, step), step)
+    steps = list(first.values())
+    return steps if run.compiled is not run.model else sorted({steps[0], n})
+
+
 def warm_up(run, seed):
     """Untimed steps and validation chunks that compile and touch everything; then a reset, proven by hashes.
 
@@ -290,7 +304,7 @@ def warm_up(run, seed):
         if last:
             run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
     if steps:
-        for step in sorted({*steps, len(run.plans)}):
+        for step in warmup_validations(run):
             run.validate(step, limit=1)
     run.model.initialise(seed)
     run.engine.reset()
@@ -433,12 +447,13 @@ def train(resolved, options):
         status = "interrupted"
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, error)) from None
-    except RuntimeError:  # of a collective whose other processes have stopped already
+    except RuntimeError:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
         if not (run.interrupt.asked and world.size > 1):
             raise
         status = "interrupted"
     finally:
         run.close()
+    run.interrupt.says = "the run is over and being written down"
     with run.interrupt:
         return finish(status, run, resolved, options)
 

@@ -166,7 +166,7 @@ def supervise(report, left):
     stuck = None
     for _ in range(PROCESSES):
         before = counts(report)
-        code = subprocess.call([sys.executable, *sys.argv, "--out", str(report.path), "--child", *left])
+        code = call([sys.executable, *sys.argv, "--out", str(report.path), "--child", *left])
         report.read()
         left = [name for name in left if name not in report.tables["done"]]
         if not left:
@@ -182,6 +182,19 @@ def supervise(report, left):
             return
     report.add({"group": left[0], "case": f"the rest of {', '.join(left)}",
                 "failed": f"not run: {PROCESSES} processes died"})
+
+
+def call(command):
+    """Exit code of a program, which is given time to write its last row when this one is stopped (`timeout` signals both)."""
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except BaseException:
+        try:
+            process.wait(5)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        raise
 
 
 def counts(report):

@@ -6,6 +6,7 @@ import json
 import lzma
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -167,6 +168,34 @@ def test_a_training_that_is_stopped_leaves_a_row_of_how_far_it_came_and_no_files
     assert bench.returncode == 143 and failed[0]["record"] == "short/11" and failed[0]["failed"] in said
     assert re.match(r"stopped: no time is left, after step \d+ of 400 with loss [67]\.\d+ in \d+ ms", failed[0]["failed"])
     assert not list(scratch.iterdir())
+
+
+def test_a_bench_in_processes_that_is_stopped_leaves_a_row_of_what_was_under_way(tmp_path):
+    """`timeout` signals both: the parent must not kill the child before that has written it."""
+    out = tmp_path / "x.json"
+    (tmp_path / "slow.py").write_text(f"""
+import argparse, sys, time
+sys.path.insert(0, {str(ROOT / "bench")!r})
+import report
+
+def cases():
+    yield {{"check": "quick"}}, dict
+    yield {{"check": "slow"}}, lambda: time.sleep(100)
+
+p = argparse.ArgumentParser()
+report.add_arguments(p, ["only"])
+sys.exit(report.run(p.parse_args(), {{"only": cases}}, "Title", show=str))
+""")
+    bench = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), "--out", str(out)], cwd=ROOT, start_new_session=True)
+    for _ in range(600):
+        if out.exists() and json.loads(out.read_text())["rows"]:
+            break
+        time.sleep(0.1)
+    time.sleep(0.3)
+    os.killpg(bench.pid, signal.SIGTERM)
+    assert bench.wait(30) == 143
+    found = json.loads(out.read_text())
+    assert [r["check"] for r in found["rows"]] == ["quick"] and [r["check"] for r in found["failed"]] == ["slow"]
 
 
 def test_a_real_training_that_is_refused_is_a_row_with_its_reason(tmp_path):

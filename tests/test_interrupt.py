@@ -28,6 +28,26 @@ def test_a_second_ctrl_c_raises_at_once_and_python_has_its_handler_back():
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_what_a_script_starts_in_the_background_goes_on_ignoring_ctrl_c():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interrupt(main=True) as interrupt:
+            os.kill(os.getpid(), signal.SIGINT)
+            interrupt.check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_ends_the_reader_of_our_errors_too_is_noted_all_the_same(monkeypatch):
+    def gone(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "write", gone)
+    with Interrupt(main=True) as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked
+
+
 def test_a_batch_whose_thread_could_not_start_can_still_be_closed(monkeypatch):
     """Ctrl-C may come while a thread is being started: closing must not then complain of a thread that never ran."""
     class Stream:

@@ -362,6 +362,10 @@ def test_a_records_worth_is_told_by_the_sweep_with_most_runs_of_it(site):
         longer = {**chain, "about": "short/33", "rows": rows, **more}
         return facts.added_at({**site, "sweeps": [chain, longer]}, "tiny")["short/11"]["worth"]
 
+    old = [{**row, "n": 9, "effect": -9.0, "current": False} for row in chain["rows"]]
+    outdated = {**chain, "about": "short/33", "rows": old}
+    now = facts.added_at(site, "tiny")["short/11"]["worth"]
+    assert facts.added_at({**site, "sweeps": [chain, outdated]}, "tiny")["short/11"]["worth"] == now
     assert told(4) == told(5) == 9.0 and told(3) == told(5, complete=False) == facts.added_at(site, "tiny")["short/11"]["worth"]
 
 

@@ -348,11 +348,11 @@ def sweeps_of(site, kind, scale, variants=False):
 
 
 def added_at(site, scale, variants=False):
-    """Record, or variant -> measure of it against its parent, by the sweep that has most runs of it."""
+    """Record, or variant -> measure of it against its parent, by the sweep that has most runs of it as it is today."""
     best = {}
     for sweep in sweeps_of(site, "chain", scale, variants):
         for row in sweep["rows"]:
-            found = (not sweep.get("common"), sweep.get("complete", True), row["n"])
+            found = (row["current"], not sweep.get("common"), sweep.get("complete", True), row["n"])
             if is_variant(row["record"]) == variants and is_child(site, row) and found >= best.get(row["record"], (found,))[0]:
                 best[row["record"]] = found, measure(sweep, row, -1)
     return {record: m for record, (_, m) in best.items()}

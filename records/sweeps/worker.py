@@ -21,6 +21,7 @@ from settings import UserError
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
 COMPLETE = (0, 3, 4)  # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
 POLL_S = 0.1
+GRACE_S = 60  # for a run to end its step and its log
 
 
 # ----- where runs go --------------------------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ class Run:
         for sign in (signal.SIGINT, signal.SIGKILL):
             try:
                 os.killpg(self.process.pid, sign)
-                self.process.wait(10)
+                self.process.wait(GRACE_S)
             except ProcessLookupError:
                 return
             except subprocess.TimeoutExpired:

@@ -153,8 +153,9 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
     `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
     longest: promise that no document has more tokens; banded looks no further back and checks it (ValueError, on CUDA an
-    assertion of the device); FlashAttention starts a block for each part of it in every document. most: promise that there are no
-    more documents, counted by whoever still has the tokens on the host: varlen need not wait for the GPU to count them.
+    assertion of the device); FlashAttention starts a block for each part of it in every document. most: promise that there
+    are no more documents, counted by whoever still has the tokens on the host: varlen need not wait for the GPU to count them,
+    and checks it likewise.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -482,8 +483,9 @@ def traceable(views, scale, width):
 
     A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model,
     in validation four, and one for each longest document. As CPU tensors of one element, which `varlen` reads on the host,
-    they are inputs of one (0-d ones dynamo takes for numbers first, and begins again). All layers share the documents' ends and none its window, so that a graph sees
-    the same inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing changes.
+    they are inputs of one (0-d ones dynamo takes for numbers first, and begins again). All layers share the documents' ends
+    and none its window, so that a graph sees the same inputs whichever layers look equally far. With another backend, whose
+    masks are tensors already, nothing changes.
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]

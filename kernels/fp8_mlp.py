@@ -9,8 +9,8 @@ Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are
 everything else about scales is float32. Values beyond 448 are clamped.
 
 Reference (any device): quantises, and multiplies what it got (kernels/fp8_linear.py); on a GPU with FP8 units
-torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P in one Triton kernel, and dpre at the end of
-g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
+torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P in one Triton
+kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
 """
 
 import torch

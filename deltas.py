@@ -50,6 +50,12 @@ class Record:
     subsumed: str
     folder: Path
 
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """Settings of the whole chain up to this record, kept here so that a lineage of n records is replayed once."""
+        parent = load_records()[self.parent].settings if self.parent else Settings()
+        return apply(self, parent)
+
 
 @functools.lru_cache
 def load_records():
@@ -113,13 +119,13 @@ def find_record(name):
 
 def chain(record):
     """The records from the root of the lineage to this one."""
-    links, records = [], load_records()
+    links, records = {}, load_records()
     while record is not None:
-        if record in links:
+        if record.ref in links:
             raise UserError(f"{record.folder}/record.toml: its parents form a circle")
-        links.append(record)
+        links[record.ref] = record
         record = records.get(record.parent) if record.parent else None
-    return links[::-1]
+    return list(links.values())[::-1]
 
 
 def near(word, words):
@@ -303,11 +309,13 @@ def replay(links, reverted):
     A path that is set again later keeps the later value (`kept`); a later line below a feature that no longer exists
     is `dropped`. Step counts stay. Refused if the number of layers would change.
     """
-    s, report = Settings(), []
+    report = []
     lost = {}  # paths of reverted deltas that nothing has set again yet -> ref
-    for record in links:
+    intact = next((i for i, record in enumerate(links) if record.ref in reverted), len(links))
+    s = standing(links[:intact])
+    for record in links[intact:]:
+        where = f"{record.folder.name}/record.toml"
         for path, value in record.delta.items():
-            where = f"{record.folder.name}/record.toml"
             if record.ref in reverted:
                 find_field(path)
                 if path == "model.num_layers":
@@ -333,6 +341,18 @@ def replay(links, reverted):
         report += [] if any(r.startswith("kept") for r in report) else ["kept     (nothing)"]
         report += [] if any(r.startswith("dropped") for r in report) else ["dropped  (nothing)"]
     return s, report
+
+
+def standing(links: list[Record]) -> Settings:
+    """Settings of a whole chain; of an empty one the defaults."""
+    return links[-1].settings if links else Settings()
+
+
+def apply(record: Record, s: Settings) -> Settings:
+    """The settings with a record's delta on them."""
+    for path, value in record.delta.items():
+        s = assign(s, path, value, f"{record.folder.name}/record.toml")
+    return s
 
 
 def prefixes(path):
@@ -363,7 +383,7 @@ def turn_on(s, text):
     """--with path, path=value, or path@record (the values it has in that record)."""
     path, at, ref = text.partition("@")
     if at:
-        value = lookup(replay(chain(find_record(ref)), set())[0], find_field(path).path)
+        value = lookup(standing(chain(find_record(ref))), find_field(path).path)
         if value is None:
             raise UserError(f"--with {text}: {path} is off in {ref}")
         s = assign(s, path, True, "--with") if dataclasses.is_dataclass(value) else s
@@ -393,7 +413,7 @@ def turn_off(s, links, path):
         setters = [r for r in links if path in r.delta or any(a in r.delta for a in prefixes(path))]
         if not setters:
             raise UserError(f"--without {path}: no record of the chain has set it; {hint}")
-        before = lookup(replay(links[:links.index(setters[-1])], set())[0], path)
+        before = lookup(standing(links[:links.index(setters[-1])]), path)
         if before is None:
             above = next(a for a in prefixes(path) if a in setters[-1].delta)
             raise UserError(f"--without {path}: it came with {above} in {setters[-1].ref}; "

@@ -15,7 +15,6 @@ import sys
 import measure  # first: it finds the repository
 import report
 import torch
-import torch._dynamo
 
 import deltas
 import schedule

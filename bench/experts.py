@@ -12,7 +12,6 @@ from pathlib import Path
 
 import measure
 import torch
-import torch._dynamo
 
 import deltas
 import schedule

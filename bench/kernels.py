@@ -14,7 +14,6 @@ import measure  # first: it finds the repository
 import numpy as np
 import report
 import torch
-import torch._dynamo
 import torch.nn.functional as F
 
 import deltas

@@ -14,8 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
-from torch._dynamo.backends.common import aot_autograd
 
 import deltas
 import schedule
@@ -408,6 +406,8 @@ def test_a_gpu_without_fp8_units_multiplies_the_same_values_and_its_compiler_see
 
     monkeypatch.setattr(fp8_module, "kept_in_bfloat16", lambda x: True)
     monkeypatch.setattr(torch, "mm", units)
+    from functorch.compile import make_boxed_func  # here, because it loads the compiler: 2 s of every collection
+    from torch._dynamo.backends.common import aot_autograd
     graphs = []
 
     def shown(graph, inputs):

@@ -606,8 +606,8 @@ def test_processes_share_eight_logical_ranks():
 def switchable():
     """(record, path): every setting that a record sets and that has an off, in the last record where it is on."""
     found = {}
-    for ref in RECORDS:
-        for path in (p for r in deltas.chain(deltas.find_record(ref)) for p in r.delta):
+    for ref in reversed(RECORDS):
+        for path in {p for r in deltas.chain(deltas.find_record(ref)) for p in r.delta} - found.keys():
             try:
                 deltas.resolve(ref, without=[path])
                 found[path] = ref

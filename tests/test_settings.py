@@ -295,3 +295,13 @@ def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(ref, st
     assert sum(line.startswith("  update: ") for line in out.splitlines()) == updates
     each = f", for each of {len(starts) + 1} windows" if starts else ""
     assert f"\n  training: {shape} tokens{each}\n" in out
+
+
+def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_it(monkeypatch):
+    deltas.load_records.cache_clear()
+    applied = []
+    assign = deltas.assign
+    monkeypatch.setattr(deltas, "assign", lambda s, path, *rest: applied.append(path) or assign(s, path, *rest))
+    for ref in deltas.load_records():
+        deltas.resolve(ref)
+    assert len(applied) == sum(len(record.delta) for record in deltas.load_records().values())

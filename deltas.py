@@ -12,6 +12,7 @@ import difflib
 import functools
 import hashlib
 import json
+import operator
 import sys
 import tomllib
 import types
@@ -164,8 +165,8 @@ def schema():
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             hint, optional = hints[f.name], False
-            if isinstance(hint, types.UnionType):
-                hint, optional = next(a for a in hint.__args__ if a is not type(None)), True
+            if type(None) in typing.get_args(hint):
+                hint, optional = without_none(hint), True
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
             path = prefix + f.name
             fields[path] = Field(path, hint, optional, default, f.metadata)
@@ -174,6 +175,11 @@ def schema():
 
     walk(Settings, "")
     return fields
+
+
+def without_none(hint: types.UnionType) -> object:
+    """`T` of `T | None`; a union of the rest if there are several."""
+    return functools.reduce(operator.or_, (a for a in typing.get_args(hint) if a is not type(None)))
 
 
 def find_field(path):
@@ -207,37 +213,88 @@ def assign(s, path, value, where):
     return replaced(s, path, typed(f, value, where))
 
 
-def typed(f, value, where):
+def typed(f: Field, value: object, where: str) -> object:
     """The value converted to the field's type, or an error with the path, the type and near misses."""
-    def refuse(expected):
-        raise UserError(f"{where}: {f.path} = {value!r}: expected {expected}")
-
     if f.optional and value is False:
         return None
     if f.is_section:
-        if value is True:
-            return f.type()
-        if not isinstance(value, dict):
-            refuse("a table like {field = value}, true" + (" or false" if f.optional else ""))
-        names = [x.name for x in dataclasses.fields(f.type)]
-        for name in value:
-            if name not in names:
-                raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has {', '.join(names)}")
-        return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
-    if typing.get_origin(f.type) is tuple:
-        if not isinstance(value, (list, tuple)) or any(type(x) is not int for x in value):
-            refuse("a list of whole numbers like [0, 4, 11]")
-        return tuple(value)
-    if typing.get_origin(f.type) is typing.Literal:
-        choices = typing.get_args(f.type)
-        if value not in choices:
-            refuse(f"one of {', '.join(choices)}{near(str(value), choices)}")
+        return section(f, value, where)
+    try:
+        return converted(f.type, value)
+    except TypeError:
+        choices = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Literal else ()
+        raise UserError(f"{where}: {f.path} = {value!r}: expected {expected(f.type)}"
+                        f"{near(str(value), choices)}") from None
+
+
+def section(f: Field, value: object, where: str) -> object:
+    """The dataclass of a section from a table of values, or with its defaults from `true`."""
+    if value is True:
+        return f.type()
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: {f.path} = {value!r}: expected a table like {{field = value}}, true"
+                        + (" or false" if f.optional else ""))
+    names = [x.name for x in dataclasses.fields(f.type)]
+    for name in value:
+        if name not in names:
+            raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has {', '.join(names)}")
+    return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
+
+
+WORDS = {int: ("a whole number", "whole numbers", "2"), float: ("a number", "numbers", "0.5"),
+         bool: ("true or false", "truth values", "true"), str: ("a string", "strings", '"a"')}
+
+
+def converted(hint: object, value: object) -> object:
+    """A TOML value as the type `hint` has it; TypeError if it is none.
+
+    hint: int, float, bool, str, a Literal, tuple[T, ...], tuple[T, T] (a fixed length), or a union of these, whose first
+    member that takes the value decides.
+    """
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        if value in arguments:
+            return value
+    elif isinstance(hint, types.UnionType):
+        for member in arguments:
+            try:
+                return converted(member, value)
+            except TypeError:
+                pass
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            if len(each) == len(value):
+                return tuple(map(converted, each, value))
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint and value == value:  # NaN is not a number
         return value
-    if f.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not f.type or value != value:
-        refuse({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[f.type])
-    return value
+    raise TypeError
+
+
+def expected(hint: object) -> str:
+    """What `converted` takes, for people: `a whole number or a list of whole numbers like [2, 2]`."""
+    if isinstance(hint, types.UnionType):
+        return " or ".join(map(expected, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list of {plural(typing.get_args(hint)[0])} like {example(hint)}"
+    return WORDS[hint][0]
+
+
+def plural(hint: object) -> str:
+    """`whole numbers`, or for a nested list `lists of whole numbers`."""
+    return WORDS[hint][1] if hint in WORDS else f"lists of {plural(typing.get_args(hint)[0])}"
+
+
+def example(hint: object) -> str:
+    """A value of this type as one would type it."""
+    if hint in WORDS:
+        return WORDS[hint][2]
+    arguments = typing.get_args(hint)
+    return "[" + ", ".join(map(example, arguments[:1] * 2 if arguments[-1] is ... else arguments)) + "]"
 
 
 def parse_assignment(text, flag):
@@ -466,12 +523,15 @@ def from_plain(values, cls=Settings):
     hints, out = typing.get_type_hints(cls), {}
     for name, value in values.items():
         hint = hints[name]
-        if isinstance(hint, types.UnionType):
-            hint = next(a for a in hint.__args__ if a is not type(None))
-        if dataclasses.is_dataclass(hint) and value is not None:
-            value = from_plain(value, hint)
-        out[name] = tuple(value) if isinstance(value, list) else value
+        if type(None) in typing.get_args(hint):
+            hint = without_none(hint)
+        out[name] = from_plain(value, hint) if dataclasses.is_dataclass(hint) and value is not None else tupled(value)
     return cls(**out)
+
+
+def tupled(value: object) -> object:
+    """Lists of JSON, nested ones too, as the tuples that settings hold."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 def deviations(node):

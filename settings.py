@@ -618,7 +618,7 @@ def scaled(s, name):
             if dataclasses.is_dataclass(value):
                 changes[f.name] = shrink(value)
             elif f.metadata["shrink"] and value is not None:
-                changes[f.name] = rules[f.metadata["shrink"]](value)
+                changes[f.name] = elementwise(rules[f.metadata["shrink"]], value)
         return dataclasses.replace(node, **changes)
 
     s = shrink(s)
@@ -631,6 +631,11 @@ def scaled(s, name):
                                      seq_len=min(s.validation.seq_len, s.validation.tokens // LOGICAL_RANKS))
     system = dataclasses.replace(s.system, precision=scale.precision)
     return dataclasses.replace(s, data=data, validation=validation, system=system)
+
+
+def elementwise(rule, value):
+    """rule(value), or where a setting has one value per stage, the rule applied to each."""
+    return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
 def lifted(s):

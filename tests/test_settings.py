@@ -1,6 +1,7 @@
 """Laws of the settings: deltas, chain, --with, --without, --revert, --set, scales, hashes, commands."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -305,3 +306,29 @@ def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_
     for ref in deltas.load_records():
         deltas.resolve(ref)
     assert len(applied) == sum(len(record.delta) for record in deltas.load_records().values())
+
+
+# ----- types of values ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("hint, given, value", [
+    (float | tuple[float, ...], 1, 1.0), (float | tuple[float, ...], [1, 0.5], (1.0, 0.5)),
+    (int | tuple[int, ...], [16384, 32768], (16384, 32768)), (tuple[float, ...], [], ()),
+    (tuple[tuple[int, int], ...], [[3, 6], [2, 7]], ((3, 6), (2, 7))),
+    (tuple[tuple[float, ...], ...], [[1, 0.5, 0.25], [1]], ((1.0, 0.5, 0.25), (1.0,)))])
+def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, value):
+    field = deltas.Field("x", hint, False, None, {})
+    found = deltas.typed(field, given, "--set")
+    assert found == value and repr(found) == repr(value)  # 1.0, not 1: hashes are taken over what is stored
+    assert deltas.tupled(json.loads(json.dumps(found))) == value
+
+
+@pytest.mark.parametrize("hint, given, message", [
+    (float | tuple[float, ...], "x", "expected a number or a list of numbers like [0.5, 0.5]"),
+    (float | tuple[float, ...], [0.5, "x"], "expected a number or a list of numbers"),
+    (int | tuple[int, ...], [1, 0.5], "expected a whole number or a list of whole numbers like [2, 2]"),
+    (tuple[float, ...], float("nan"), "expected a list of numbers"), (tuple[float, ...], [float("nan")], "expected a list"),
+    (tuple[tuple[int, int], ...], [[3, 6, 9]], "expected a list of lists of whole numbers like [[2, 2], [2, 2]]"),
+    (tuple[tuple[int, int], ...], [3, 6], "expected a list of lists"), (tuple[int, ...], [True], "expected a list of whole numbers")])
+def test_a_value_of_another_type_is_refused_with_an_example(hint, given, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        deltas.typed(deltas.Field("x", hint, False, None, {}), given, "--set")

@@ -11,7 +11,10 @@ import os
 import shutil
 import sys
 import unicodedata
+from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
+
+from system.interrupt import INTERRUPTED, like_ctrl_c
 
 CLOSED_PIPE = 128 + 13  # as a shell has it for a program that SIGPIPE ends: `| head` took what it wanted
 
@@ -96,6 +99,25 @@ def settle(code: int = 0) -> int:
         return CLOSED_PIPE
     print(f"error: the output could not be written: {getattr(lost, 'strerror', None) or lost}", file=sys.stderr)
     return 1
+
+
+def program(main: Callable[[], Any], product: bool = False) -> NoReturn:
+    """Run a command's main function and leave with the code that it returns or exits with.
+
+    Prints cannot fail, SIGTERM and SIGHUP end like Ctrl-C. product: the command's output is all there is to it (see settle).
+    """
+    guard()
+    code = 0
+    try:
+        with like_ctrl_c():
+            code = main() or 0
+    except SystemExit as end:
+        if not isinstance(end.code, (int, type(None))):  # a message
+            raise
+        code = end.code or 0
+    except KeyboardInterrupt:
+        fail("interrupted", INTERRUPTED)
+    sys.exit(settle(code) if product else code)
 
 
 def speaks() -> bool:

@@ -17,6 +17,7 @@ import report
 import torch
 import torch._dynamo
 
+import console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -468,4 +469,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -14,6 +14,7 @@ import measure
 import torch
 import torch._dynamo
 
+import console
 import deltas
 import schedule
 from data.corpus import corpus_for
@@ -154,4 +155,4 @@ def measured(ref, o):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -17,6 +17,7 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 
+import console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -311,4 +312,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

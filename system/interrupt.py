@@ -70,14 +70,20 @@ def decided(code: int) -> None:
 
 @contextlib.contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does in Python."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-    before = listen(interrupt)
+    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, and none of them within `hold`."""
+    before = listen(raise_or_keep)
     try:
         yield
     finally:
         restore(before)
+
+
+def raise_or_keep(*_) -> None:
+    """KeyboardInterrupt now, or at the end of the outermost `hold`."""
+    global _due
+    if not _held:
+        raise KeyboardInterrupt
+    _due = True
 
 
 # ----- what is not interrupted --------------------------------------------------------------------------------------
@@ -98,6 +104,11 @@ def hold() -> Iterator[None]:
         if not _held and _due:
             _due = False
             raise KeyboardInterrupt
+
+
+def is_due() -> bool:
+    """Did a signal come within the `hold` that is open?"""
+    return _due
 
 
 def held(function: Callable) -> Callable:
@@ -131,19 +142,22 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.before = listen(self.note)
-        if TOLD is not None and threading.current_thread() is threading.main_thread():
-            self.before[TOLD] = signal.signal(TOLD, self.told)
         return self
 
     def __exit__(self, *_) -> None:
-        restore({k: v for k, v in self.before.items() if k != TOLD})
-        if TOLD in self.before:
+        restore(self.before)
+        if self.peers:
             signal.signal(TOLD, signal.SIG_IGN)  # a process that is still under way may pass its request on
 
     def join(self, ids: Sequence[int], leader: int | None) -> None:
-        """Name the run's processes on this machine. leader: the first process's id, None if it is on another machine."""
-        self.peers = [i for i in ids if i != os.getpid()]
-        self.follows = not self.main and leader is not None
+        """Name the run's processes on this machine. leader: the first process's id, None if it is on another machine.
+
+        Called by all of them before the first may tell the others.
+        """
+        self.peers = [i for i in ids if i != os.getpid()] if TOLD is not None else []
+        if self.peers:
+            signal.signal(TOLD, self.told)
+        self.follows = not self.main and leader in self.peers
 
     def note(self, *_) -> None:
         first = not self.asked
@@ -164,12 +178,8 @@ class Interrupt:
             self.act(again=False)
 
     def act(self, again: bool) -> None:
-        global _due
         if again or not (self.patient or self.follows):
-            if _held:
-                _due = True
-            else:
-                raise KeyboardInterrupt
+            raise_or_keep()
 
     def check(self) -> None:
         """KeyboardInterrupt if one was asked for: called where stopping leaves nothing half done."""

@@ -15,15 +15,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 PROGRAM_MAX = 64  # processes of one machine
 POLL_S = 0.05
 ENDING_S = 5.0  # for the others to end by themselves when one has failed: they meet the same error
 GRACE_S = 10.0  # to end after SIGTERM
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
-# Of the codes that processes ended with the first one of these: bad input makes the others lose a peer, which is a 1.
-TELLING = (130, 2, 4, 3)
+KILL = getattr(signal, "SIGKILL", 9)  # Windows has none
+# Of the codes that processes ended with, the first one of these: who loses a peer ends with 1, and who is told to end with 130.
+TELLING = (2, 4, 3, 130)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
@@ -45,10 +46,11 @@ def free_port() -> int:
 
 
 def tie(parent: int) -> None:
-    """In the child: it gets SIGTERM when the launcher dies, however that dies (Linux)."""
-    LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:  # it died in between
-        os._exit(1)
+    """In a child before it starts its program: it gets SIGTERM when `parent` dies, however that dies (Linux)."""
+    if LIBC is not None:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
 
 
 class Launch:
@@ -110,8 +112,7 @@ class Launch:
             if code and self.failed_at is None:
                 self.failed_at = time.monotonic()
             if code < 0 and self.asked is None and -code not in self.sent:
-                reason = "; out of memory, or somebody killed it" if -code == getattr(signal, "SIGKILL", 9) else ""
-                say(f"error: process {rank} was ended by {name_of(-code)}{reason}")
+                say(death(rank, -code))
 
     def hurry(self) -> None:
         """End what is left when one has failed: its collectives would wait for the failed one."""
@@ -126,7 +127,7 @@ class Launch:
 
     def kill(self) -> None:
         for process in self.running.values():
-            self.sent.add(getattr(signal, "SIGKILL", 9))
+            self.sent.add(KILL)
             process.kill()
 
     def end_all(self) -> None:
@@ -137,14 +138,23 @@ class Launch:
 
     def code(self) -> int:
         codes = set(self.codes.values())
-        if self.asked is not None and (not codes or any(c < 0 for c in codes)):
+        if self.asked is not None and (not codes or min(codes) < 0):
             return 130
-        killed = [-c for c in codes if c < 0 and -c not in self.sent]
-        if killed:
-            return 128 + min(killed)
-        known = [c for c in TELLING if c in codes]
-        others = sorted(c for c in codes if c)
-        return known[0] if known else 0 if not others else others[-1] if others[-1] > 0 else 1
+        return telling(c for c in codes if -c not in self.sent)
+
+
+def telling(codes: Iterable[int]) -> int:
+    """One exit code of many processes: that of a death by a signal (negative), else the first of TELLING, else any but 0."""
+    codes = set(codes)
+    if codes and min(codes) < 0:
+        return 128 - min(codes)
+    return next((c for c in TELLING if c in codes), max(codes, default=1))
+
+
+def death(rank: int, number: int) -> str:
+    """The line about a process that was ended by a signal."""
+    reason = ", by the system for want of memory or by somebody" if number == KILL else ""
+    return f"error: process {rank} was ended by {name_of(number)}{reason}"
 
 
 def name_of(number: int) -> str:

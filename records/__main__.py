@@ -12,6 +12,7 @@ import sys
 import console
 import deltas
 from settings import SCALES, UserError
+from system.interrupt import INTERRUPTED
 
 PRODUCTS = ("list", "show", "diff", "features", "judge")  # commands whose output is all there is to them
 VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
@@ -189,6 +190,8 @@ def main(argv=None):
         sys.exit(console.settle(code) if options.command in PRODUCTS else code)
     except UserError as error:
         deltas.fail(error)
+    except KeyboardInterrupt:
+        deltas.fail("interrupted", INTERRUPTED)
     except ImportError as error:
         deltas.fail(f"{error}: run.sh and test.sh install what is missing, or `pip install` it")
 

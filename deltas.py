@@ -13,7 +13,6 @@ import functools
 import hashlib
 import json
 import operator
-import sys
 import tomllib
 import types
 import typing
@@ -21,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import settings
-from settings import BEFORE, REFUSE, SCALES, Settings, UserError, lookup
+from console import fail
+from settings import BEFORE, LOGICAL_RANKS, REFUSE, SCALES, Settings, UserError, lookup
+from system.place import PROCESSES, Place
 
 RECORDS = Path(__file__).parent / "records"
 LINEAGES = ("short", "medium", "optimizer", "variants")
@@ -636,6 +637,7 @@ def parser():
     p.add_argument("--without", action="append", default=[], metavar="PATH", help="turn a feature off (ablation)")
     p.add_argument("--revert", action="append", default=[], metavar="RECORD", help="replay the chain without its delta")
     p.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    p.add_argument("--nproc", type=int, metavar="N", help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: embedded corpus at tiny and micro, "
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
@@ -659,8 +661,14 @@ def command_line(argv=None):
     try:
         if options.record is None:
             raise UserError("no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
-                            "--scale tiny`; on GPUs `torchrun --standalone --nproc_per_node=8 train_gpt.py short/head` "
+                            "--scale tiny`; on 8 GPUs `train_gpt.py short/head --nproc 8` "
                             "after `python -m data.fineweb 16`")
+        if options.nproc is not None and options.nproc not in PROCESSES:
+            raise UserError(f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks")
+        if not options.plan:
+            place = Place.read()
+            if place.launched and options.nproc not in (None, place.size):
+                raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes already: leave --nproc away")
         if options.seed < 0:
             raise UserError(f"--seed {options.seed}: must not be negative")
         if options.profile:
@@ -674,6 +682,3 @@ def command_line(argv=None):
     return options, resolved
 
 
-def fail(error, code=2):
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from settings import UserError
+from system.interrupt import held
 
 ROOT = Path(__file__).parent
 RULER = "=" * 100
@@ -194,6 +195,7 @@ class RunLog:
             raise UserError(f"cannot write {self.folder / name}: {error.strerror}; the log is complete up to here, "
                             f"free some space and start again") from None
 
+    @held
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
         wall_ms = round(1000 * (time.perf_counter() - self.began), 3)
@@ -219,6 +221,7 @@ class RunLog:
         self.event("start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), sources=digest,
                    settings=settings, **about)
 
+    @held
     def end(self, **fields):
         """The last event, then summary.json, written at once. Returns the summary."""
         self.event("end", **fields)

@@ -21,6 +21,7 @@ import dataclasses
 import sys
 import time
 
+import console
 from settings import System, UserError
 
 
@@ -152,4 +153,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main, product=True)

@@ -15,11 +15,11 @@ what is run, records/sweeps/queue.py how a queue works, records/sweeps/report.py
 """
 
 import argparse
-import signal
 import sys
 import time
 from pathlib import Path
 
+import console
 import deltas
 import runlog
 from records.sweeps import queue
@@ -181,8 +181,8 @@ def start(options):
     here = options.launcher == "here"
     slots = worker.slots(plan, options.workers, options.gpus) if here and not options.plan else [{}] * (options.workers or 1)
     if options.plan:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--plan | head` ends quietly
-        return print_plan(plan, options, root, len(slots))
+        print_plan(plan, options, root, len(slots))
+        return console.settle()
     if not here:
         worker.executor(options.launcher, root / "jobs")  # refuses before there is a queue
     new = queue.create(root, plan)
@@ -234,6 +234,14 @@ def submit(options, root, plan):
           f"in {root / 'jobs'}, the table in `python sweep.py status {root}`", flush=True)
     if options.launcher == "slurm":
         return 0
+    try:
+        for job in jobs:
+            job.wait()
+    except KeyboardInterrupt:
+        for job in jobs:  # each is a worker, which stops its runs and gives its claims back
+            job.cancel(check=False)
+        print(f"interrupted; the same command, or `python sweep.py work {root}`, goes on", file=sys.stderr)
+        return 130
     failed = [f"{j.job_id}: {str(j.exception()).strip().splitlines()[-1]}" for j in jobs if j.exception() is not None]
     if failed:
         raise UserError(f"jobs failed ({'; '.join(failed)}); see {root / 'jobs'}")
@@ -274,7 +282,6 @@ def work(options):
 def status(options):
     """The table so far, who works on what, and what failed."""
     from records.sweeps.report import collect, evidence, print_table
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     root = Path(options.dir)
     plan, done, failed, survivors = collect(root, check=False)
     todo = queue.targets(plan, survivors)
@@ -287,11 +294,11 @@ def status(options):
             print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since {owner['utc']}")
     print_failures(root, failed, sys.stdout)
     print(f"{sum(t in done for t, _, _ in todo)} of {len(todo)} runs done, {len(failed)} failed")
+    return console.settle()
 
 
 def report(options):
     from records.sweeps.report import print_table, report as write_report
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     found, paths = write_report(Path(options.dir), options.out)
     print_table(found)
     print("report: " + ", ".join(map(str, paths)))
@@ -401,4 +408,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

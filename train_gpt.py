@@ -1,11 +1,12 @@
 """Train any record of the NanoGPT speedrun, or any change to one.
 
-    python train_gpt.py tiny-v1                                        # CPU, about two minutes
-    torchrun --standalone --nproc_per_node=8 train_gpt.py short/11     # FineWeb, to 3.28
+    python train_gpt.py tiny-v1                     # CPU, about two minutes
+    python train_gpt.py short/11 --nproc 8          # FineWeb, to 3.28, on eight GPUs; torchrun will do too
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 
 Read top to bottom: settings -> data -> model -> optimizer -> untimed warm-up and reset -> the clock -> loop ->
-validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C.
+validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C,
+SIGTERM or SIGHUP.
 """
 
 import os
@@ -16,6 +17,13 @@ PROCESS_START = time.perf_counter()
 # 1.85 s so, 0.84 s without spinning, which alone costs 0.55 instead of 0.42 s. A short spin keeps the 0.42 s (GNU OpenMP;
 # it must be set before torch loads its thread pool).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import console
+from system import interrupt
+
+if __name__ == "__main__":
+    console.guard()
+    interrupt.leave_at_once("interrupted before the run" if console.speaks() else "")
 
 import deltas
 import runlog
@@ -34,6 +42,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
+import socket
 import sys
 from pathlib import Path
 
@@ -48,11 +57,13 @@ from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
 from system import compiler, memory
-from system.interrupt import Interrupt
+from system.interrupt import INTERRUPTED, Interrupt, hold
+from system.launch import launch
+from system.place import Place
 from system.sync import no_host_reads
 
 IMPORTED = time.perf_counter()
-REACHED, MISSED, DIVERGED, INTERRUPTED = 0, 3, 4, 130
+REACHED, MISSED, DIVERGED = 0, 3, 4
 
 
 # ----- the process's place ------------------------------------------------------------------------------------------
@@ -61,31 +72,29 @@ class World:
     """Processes and device of this run. One process serves 8 / size logical ranks."""
 
     def __init__(self, s):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.place = Place.read()
+        self.rank, self.size = self.place.rank, self.place.size
         self.ranks = local_ranks(self.rank, self.size)
-        cuda = torch.cuda.is_available()
-        if s.system.device == "cuda" and not cuda:
-            raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")
-        self.cuda = cuda and s.system.device != "cpu"
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if self.cuda else torch.device("cpu")
+        self.cuda = finds_gpus(s, self.place.local_size)
+        self.device = torch.device("cuda", self.place.local_rank) if self.cuda else torch.device("cpu")
         if self.cuda:
             torch.cuda.set_device(self.device)
         elif s.system.reduction == "ordered":
             torch.set_num_threads(1)  # sums inside an operation depend on the number of threads; bits come first here
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.cuda else "gloo")
+            try:
+                dist.init_process_group("nccl" if self.cuda else "gloo")
+            except (RuntimeError, ValueError) as error:  # the port is taken, or not all processes came
+                raise UserError(f"the {self.size} processes do not find each other at {os.environ['MASTER_ADDR']} port "
+                                f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from None
 
     @property
     def main(self):
         return self.rank == 0
 
     def say(self, *lines):
-        if not (self.main and lines):
-            return
-        try:
+        if self.main and lines:
             print(*lines, sep="\n", flush=True)
-        except BrokenPipeError:  # whoever read along, `tee` or `head`, is gone; the log goes on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def gather(self, values):
         """One float64 tensor per process -> their concatenation in rank order, on every process."""
@@ -108,10 +117,40 @@ class World:
         dist.all_gather_object(parts, value)
         return parts
 
+    def neighbours(self):
+        """(ids of the run's processes on this machine, id of process 0 or None if it is on another one)."""
+        here = socket.gethostname()
+        found = self.gather_objects((here, os.getpid()))
+        return [i for host, i in found if host == here], found[0][1] if found[0][0] == here else None
+
     def describe(self):
         if self.cuda:
             return f"{self.size} x {torch.cuda.get_device_name()}"
         return f"CPU, {self.size} process{'es' if self.size > 1 else ''}, {torch.get_num_threads()} threads"
+
+
+def finds_gpus(s, processes):
+    """Does the run go to GPUs? UserError if it must and torch finds none, or fewer than `processes` of this machine."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if s.system.device == "cuda" and not found:
+        raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")
+    if not found or s.system.device == "cpu":
+        return False
+    if processes > found:
+        raise UserError(f"{processes} processes on this machine, and torch sees {found} GPU{'s' if found > 1 else ''}: start "
+                        "fewer, or look at CUDA_VISIBLE_DEVICES")
+    return True
+
+
+def check_devices(resolved, processes):
+    """UserError if this machine cannot do the run as so many processes of its own."""
+    s = resolved.settings
+    cuda = finds_gpus(s, processes)
+    if resolved.scale in ("full", "small") and not cuda and s.system.device == "auto":
+        raise UserError(f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
+                        "minutes), or --set system.device=cpu to insist")
+    if s.system.reduction == "ordered" and cuda:
+        raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
 
 
 # ----- the clock ----------------------------------------------------------------------------------------------------
@@ -334,14 +373,14 @@ class Progress:
     """One live line on a terminal; elsewhere a line at every validation only."""
 
     def __init__(self, world, s):
-        self.active = world.main and sys.stderr.isatty()
+        self.line = console.LiveLine(world.main)
         self.steps, self.tokens, self.shown = s.schedule.steps, tokens_per_step(s), 0.0
         self.loss = self.arrived = None
         self.known = ""
 
     def show(self, step, loss, clock_ms):
         """A line with the newest loss that has arrived on the host: nothing need wait for it."""
-        if not self.active or time.perf_counter() - self.shown < 0.5:
+        if not self.line.active or time.perf_counter() - self.shown < 0.5:
             return
         self.shown = time.perf_counter()
         if self.arrived is None or self.arrived.query():
@@ -353,12 +392,10 @@ class Progress:
                 self.arrived.record()
         rate = step * self.tokens / max(clock_ms, 1e-9) * 1000
         left = (self.steps - step) * self.tokens / max(rate, 1e-9)
-        print(f"\r  step {step}/{self.steps}  {self.known}{rate:,.0f} tokens/s  {left:.0f} s left   ",
-              end="", file=sys.stderr, flush=True)
+        self.line.show(f"  step {step}/{self.steps}  {self.known}{rate:,.0f} tokens/s  {left:.0f} s left")
 
     def clear(self):
-        if self.active:
-            print("\r" + " " * 78 + "\r", end="", file=sys.stderr, flush=True)
+        self.line.clear()
 
 
 def first_below(points, target):
@@ -394,15 +431,17 @@ def verdict(s, resolved, points, train_ms):
 # ----- the run ------------------------------------------------------------------------------------------------------
 
 def train(resolved, options):
-    """One run, from settings to verdict. Returns the exit code."""
+    """One run, from settings to verdict, which a signal ends in order. Returns the exit code."""
+    with Interrupt(main=Place.read().rank == 0, patient=False) as asked:
+        return one_run(resolved, options, asked)
+
+
+def one_run(resolved, options, asked):
     s = resolved.settings
+    check_devices(resolved, Place.read().local_size)
     world = World(s)
+    asked.join(*world.neighbours())
     torch.manual_seed(options.seed)  # nothing here draws from the global generator; a feature that does is repeatable
-    if resolved.scale in ("full", "small") and not world.cuda and s.system.device == "auto":
-        raise UserError(f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
-                        "minutes), or --set system.device=cpu to insist")
-    if s.system.reduction == "ordered" and world.cuda:
-        raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
     check_kernels(s, world.device)
     compile_it = compiles(s, world)
     if options.check_sync and not world.cuda:
@@ -430,32 +469,52 @@ def train(resolved, options):
     about = describe(resolved, options, world, corpus, model, engine, used, plans, held)
     if options.strict and about["fallbacks"]:
         raise UserError(f"{about['fallbacks'][0]} (--strict)")
-    log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
-    log.start(about, deltas.plain(resolved.settings))
-    world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
-              f"scale {resolved.scale}: {model.num_parameters():,} parameters, {len(plans)} steps of "
-              f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}",
-              *(f"slower than it could be: {line}" for line in about["fallbacks"]))
-    run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
+    run = None
+    try:
+        with hold():  # a log that has begun gets an end
+            log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
+            log.start(about, deltas.plain(resolved.settings))
+            run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, asked, cache_file)
+            introduce(run, resolved, about)
+        return conduct(run, resolved, options)
+    except KeyboardInterrupt:
+        if run is None:
+            raise
+        return interrupted(run, resolved, options)
+
+
+def introduce(run, resolved, about):
+    """The first lines that a person reads."""
+    run.world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
+                  f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
+                  f"{tokens_per_step(run.s):,} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+                  *(f"slower than it could be: {line}" for line in about["fallbacks"]))
+
+
+def conduct(run, resolved, options):
+    """Warm-up, loop and end of a run whose log has begun. Returns the exit code; KeyboardInterrupt if it was asked to stop."""
     try:
         warm_up(run, options.seed)
-        with run.interrupt:
-            status = run.loop()
-    except KeyboardInterrupt:
-        if run.stream is None:  # the clock has not started
-            raise
-        status = "interrupted"
+        run.interrupt.patient = True
+        run.interrupt.check()
+        status = run.loop()
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, error)) from None
     except RuntimeError:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
-        if not (run.interrupt.asked and world.size > 1):
+        if not (run.interrupt.asked and run.world.size > 1):
             raise
-        status = "interrupted"
+        raise KeyboardInterrupt from None
     finally:
         run.close()
     run.interrupt.says = "the run is over and being written down"
-    with run.interrupt:
-        return finish(status, run, resolved, options)
+    return finish(status, run, resolved, options)
+
+
+def interrupted(run, resolved, options):
+    """The end of a run that was asked to stop. Returns the exit code."""
+    with hold():
+        run.close()
+        return finish("interrupted", run, resolved, options)
 
 
 def check_sync_here(s, compile_it):
@@ -493,7 +552,7 @@ def prepare_compiler(options, world, compile_it):
         if options.compile_cache:
             raise UserError("--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on")
         return None
-    compiler.prepare(default_cache(), world.cuda)
+    compiler.prepare(default_cache(), world.cuda, world.place.local_size)
     if not options.compile_cache:
         return None
     cache_file = compiler.CacheFile(options.compile_cache, world.rank, world.device)
@@ -566,7 +625,7 @@ def attention_backend(model, world, plans):
 class Run:
     """The timed loop and what it has measured so far."""
 
-    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file=None):
+    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options, interrupt, cache_file=None):
         self.s, self.world, self.log, self.plans = s, world, log, plans
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
@@ -574,7 +633,7 @@ class Run:
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler, self.check_sync = None, options.check_sync
-        self.interrupt = Interrupt(world.main)
+        self.interrupt = interrupt
         self.progress = Progress(world, s)
 
     def loop(self):
@@ -702,19 +761,47 @@ def finish(status, run, resolved, options):
     return MISSED if reached is False else REACHED
 
 
-def main(options, resolved):
-    code = 0
+def start_processes(options, resolved):
+    """--nproc: check settings, devices and data, then run this program as so many processes. Returns the exit code."""
+    s = resolved.settings
+    check_devices(resolved, options.nproc)
+    require_shards(find_corpus(options, resolved), steps=len(schedule.plan(s)), **stream_arguments(s))
+    return launch([sys.executable, *sys.orig_argv[1:]], options.nproc)
+
+
+def outcome(options, resolved):
+    """The exit code of a command line; whatever goes wrong is one line, from one process where all meet the same."""
     try:
-        code = train(resolved, options)
-    except UserError as error:  # before the processes know each other all meet the same one, later perhaps only this
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or dist.is_initialized():
-            print(f"error: {error}" + (f" (process {rank})" if rank else ""), file=sys.stderr)
-        code = 2
+        if (options.nproc or 1) > 1 and not Place.read().launched:
+            return start_processes(options, resolved)
+        return train(resolved, options)
+    except UserError as error:
+        alone = dist.is_initialized() and not console.speaks()  # perhaps only this process met it
+        if alone or console.speaks():
+            print(f"error: {error}" + (f" (process {Place.read().rank})" if alone else ""), file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
-    if dist.is_initialized() and code == 0:
+        if console.speaks():
+            print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        if console.speaks():
+            print(f"error: another process of this run has ended: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 1
+
+
+def lost_peer(error):
+    """Is it what a collective says when another process is gone?"""
+    said = str(error)
+    return dist.is_initialized() and any(x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed"))
+
+
+def main(options, resolved):
+    code = outcome(options, resolved)
+    interrupt.decided(code)
+    if dist.is_initialized() and code in (REACHED, MISSED, DIVERGED):
         dist.destroy_process_group()
     sys.exit(code)
 

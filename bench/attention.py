@@ -10,6 +10,7 @@ import measure
 import torch
 from report import Report
 
+import console
 from data.corpus import sample_corpus
 from data.shards import open_shard
 from kernels import attention
@@ -61,4 +62,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -16,6 +16,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
+import console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -467,4 +468,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

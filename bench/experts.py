@@ -13,6 +13,7 @@ from pathlib import Path
 import measure
 import torch
 
+import console
 import deltas
 import schedule
 from data.corpus import corpus_for
@@ -153,4 +154,4 @@ def measured(ref, o):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

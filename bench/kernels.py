@@ -16,6 +16,7 @@ import report
 import torch
 import torch.nn.functional as F
 
+import console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -310,4 +311,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import measure
 
+import console
 from data.shards import open_corpus
 from settings import UserError
 
@@ -57,4 +58,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

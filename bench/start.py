@@ -16,6 +16,7 @@ from pathlib import Path
 import steps
 import torch
 
+import console
 from settings import UserError
 
 PARTS = ("imports", "data", "dynamo", "inductor", "kernels", "autotune", "first_runs")
@@ -71,4 +72,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

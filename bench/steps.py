@@ -17,6 +17,7 @@ from pathlib import Path
 import measure
 from report import Report, stop_in_order
 
+import console
 import deltas
 from settings import LOGICAL_RANKS, UserError, tokens_per_step
 
@@ -48,7 +49,7 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     caches: folder of compiled code; None: where every training has it. more: arguments of the trainer. o.steps: 0: all."""
     launch = [sys.executable]
     if o.nproc > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={o.nproc}"]
+        launch += [str(ROOT / "system" / "launch.py"), str(o.nproc)]
     command = [*launch, "train_gpt.py", ref, "--scale", o.scale, "--out", str(out)]
     if o.steps:
         command += ["--set", f"schedule.steps={o.steps}", "--set", f"validation.every={max(1, o.steps // validations)}"]
@@ -68,7 +69,7 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     found = list(Path(out).glob("*/summary.json"))
     if not found:
         said = done.stderr.strip().splitlines() or ["?"]
-        reason = next((line for line in reversed(said) if line.startswith("error:")), said[-1])  # torchrun has the last word
+        reason = next((line for line in reversed(said) if line.startswith("error:")), said[-1])
         raise UserError(f"the training ended with {done.returncode}: {reason}")
     events = [json.loads(line) for line in (found[0].parent / "run.jsonl").open()]
     summary = json.loads(found[0].read_text())
@@ -169,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -12,6 +12,7 @@ import measure
 import torch
 import torch.nn.functional as F
 
+import console
 import deltas
 import runlog
 import schedule
@@ -133,4 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

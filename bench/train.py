@@ -10,6 +10,8 @@ from pathlib import Path
 
 import steps
 
+import console
+
 
 def curve(summary, events):
     """What the log has of a training, and every validation as `step: loss (seconds)`."""
@@ -42,4 +44,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

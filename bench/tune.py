@@ -16,6 +16,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
+import console
 import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from kernels.device import FP8_SINCE, capability
@@ -174,4 +175,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

@@ -5,6 +5,7 @@ A byte-level BPE of 1,000 merges on the training part of the embedded corpus, wi
 
 from pathlib import Path
 
+import console
 from data.corpus import source_documents
 from data.tokenizer import FILES
 
@@ -29,4 +30,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

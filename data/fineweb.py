@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+import console
 from data.shards import read_header
 from settings import UserError
 
@@ -96,4 +97,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

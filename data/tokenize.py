@@ -11,6 +11,7 @@ import re
 import sys
 from pathlib import Path
 
+import console
 from data.shards import write_shard
 from data.tokenizer import FILES, encode_documents, load
 from settings import UserError
@@ -153,4 +154,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

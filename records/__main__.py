@@ -7,13 +7,14 @@
 import argparse
 import importlib
 import json
-import signal
 import sys
 
+import console
 import deltas
 from settings import SCALES, UserError
+from system.interrupt import INTERRUPTED
 
-INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+PRODUCTS = ("list", "show", "diff", "features", "judge")  # commands whose output is all there is to them
 VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
 
 
@@ -183,10 +184,10 @@ def parser(command=None):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `records features | head` ends quietly
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
-        sys.exit(options.run(options) or 0)
+        code = options.run(options) or 0
+        sys.exit(console.settle(code) if options.command in PRODUCTS else code)
     except UserError as error:
         deltas.fail(error)
     except KeyboardInterrupt:
@@ -196,4 +197,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    console.program(main)

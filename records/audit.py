@@ -73,19 +73,12 @@ def run(options):
         raise UserError(f"--json {options.json}: its folder does not exist")
     if options.timeout < 1:
         raise UserError(f"--timeout {options.timeout}: at least a second")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)  # a polite kill cleans up too
     try:
         result = audit(options.ref, options.record, options.scale, options.only, options.timeout, options.keep,
                        functools.partial(print, flush=True))
     except KeyboardInterrupt:
         print("interrupted: the audit was not finished", file=sys.stderr)
         return INTERRUPTED
-    finally:
-        signal.signal(signal.SIGTERM, before)
     if options.json:
         write(options.json, result)
     return PASSED if result["passed"] else FAILED

@@ -23,11 +23,11 @@ PARTS_KEPT = 16  # of each process: as many runs that had something new to compi
 
 # ----- before anything is compiled ----------------------------------------------------------------------------------
 
-def prepare(cache, cuda):
+def prepare(cache, cuda, processes=1):
     """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start the workers.
 
     To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
-    take seconds to start: they do it while data and model are made. The processes of one machine share out its cores, as each
+    take seconds to start: they do it while data and model are made. The `processes` of this machine share out its cores, as each
     of them compiles. On a CPU the kernels are C++, made by threads. UserError if the folder cannot be made.
     """
     for variable, name in FOLDERS.items():
@@ -39,9 +39,8 @@ def prepare(cache, cuda):
                 raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
                                 "you may write") from None
             os.environ[variable] = str(folder.absolute())
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if beside > 1:  # torch's own default: as many as there are cores, at most 32, in every process
-        threads = max(1, min(32, (os.cpu_count() or 1) // beside))
+    if processes > 1:  # torch's own default: as many as there are cores, at most 32, in every process
+        threads = max(1, min(32, (os.cpu_count() or 1) // processes))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
     if cuda:
         from torch._inductor import async_compile

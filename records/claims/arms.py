@@ -29,8 +29,10 @@ import deltas
 import runlog
 from records.claims import textlog
 from settings import UserError
+from system.launch import tie
 
 ROOT = runlog.ROOT
+LAUNCHER = ROOT / "system" / "launch.py"
 CHANGES = ("--with", "--without", "--set", "--revert")
 # Variables that change numbers or times: declared with the plan, and set to the same for every run of it.
 ENVIRONMENT = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_", "CUDNN_")
@@ -386,11 +388,10 @@ def script_folder(arm, run, seed, registered):
 def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=None, variables=None, keep_open=()):
     """Start one run of an arm, its output in files, in a session of its own (Ctrl-C reaches this program only).
 
-    runs: folder for run folders. processes: None for plain python, else torch.distributed.run with so many. variables: the
+    runs: folder for run folders. processes: None for plain python, else system/launch.py with so many. variables: the
     declared environment. keep_open: descriptors the process inherits (the manifest's lock).
     """
-    python = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-                                if processes else [])]
+    python = [sys.executable, *([str(LAUNCHER), str(processes)] if processes else [])]
     runs, folder = Path(runs).absolute(), None
     if arm["kind"] == "script":
         path = (ROOT / arm["path"]).resolve()
@@ -405,13 +406,19 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
         "tree", "sha256", "ml_hash", "system_hash", "argv")]))[:16]
     env |= {"SPEEDRUN_CACHE": str(cache()), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
             "TRITON_CACHE_DIR": str(caches / "triton")}
+    parent = os.getpid()
+
+    def prepare():  # what a script starts with `&` ignores Ctrl-C; the run must not inherit that, nor outlive this program
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        tie(parent)
+
     try:
         (folder or runs).mkdir(parents=True, exist_ok=True)
         output = open(folder / "log.txt", "w+b") if folder else tempfile.TemporaryFile()
         errors = tempfile.TemporaryFile()
-        process = subprocess.Popen(  # what a script starts with `&` ignores Ctrl-C; the run must not inherit that
+        process = subprocess.Popen(
             command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, pass_fds=keep_open,
-            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+            start_new_session=True, preexec_fn=prepare)
     except OSError as error:
         raise UserError(f"cannot start a run of {arm['text']!r}: {error.strerror} ({error.filename})") from None
     return Started(process, folder, output, errors)

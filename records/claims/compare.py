@@ -19,18 +19,18 @@ import signal
 import string
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import console
 import runlog
 from records.claims import arms, manifest
 from settings import SCALES, UserError
+from system.interrupt import INTERRUPTED, Interrupt
 
 GOAL = 0.002  # nats: about 1.5 sd of a full-scale run, and what a record is kept below its target
 POWER = 0.8
 GRACE_S = 60  # what a run may take to end after Ctrl-C
-INTERRUPTED = 130
 
 
 def quoted(text):
@@ -47,7 +47,7 @@ def arguments(p):
     p.add_argument("--out", metavar="DIR", help="a new folder for plan, runs and results (default runs/<date>_compare)")
     p.add_argument("--seed0", type=int, metavar="K", help="first seed (default 0)")
     p.add_argument("--order-seed", type=int, metavar="K", help="seed of the order of execution (default: drawn)")
-    p.add_argument("--nproc", type=int, metavar="P", help="start each run by torch.distributed.run with so many processes")
+    p.add_argument("--nproc", type=int, metavar="P", help="start each run as so many processes")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--confidence", type=float, metavar="C", help="of all intervals together (default 0.95)")
     p.add_argument("--aa", action="store_true", help="the arms are the same on purpose: measure the noise")
@@ -118,7 +118,7 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
     """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is free).
 
     found: arms by name, from arms.prepare; the first is what others are compared with. runs: {"runs": n} or
-    {"looks": [...]}. processes: None for plain python, else those of torch.distributed.run. diff: text of code_diff.
+    {"looks": [...]}. processes: None for plain python, else those of system/launch.py. diff: text of code_diff.
     more: further entries.
     """
     records = [a for a in found.values() if a["kind"] == "record"]
@@ -133,7 +133,7 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
     return {"version": manifest.VERSION, "claim": claim, "record": record, "target": target, "alpha": alpha,
             "scale": scale, "arms": found, "plan": runs, "pairing": pairing,
             "margin": GOAL, "order": make_order(found, total, pairing, seed0, order_seed), "order_seed": order_seed,
-            "processes": processes or 1, "launcher": "torch.distributed.run" if processes else "python", "data": data,
+            "processes": processes or 1, "launcher": "system/launch.py" if processes else "python", "data": data,
             "corpus_prefixes": arms.corpus_prefixes(shards) if shards else None,
             "machine": {**runlog.machine(), "gpus": [g["name"] for g in gpus]}, "environment": arms.environment(),
             "code": runlog.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more}
@@ -322,12 +322,12 @@ def one_run(book, folder, data, variables):
     entry, number = declaration["order"][claim.next_place], len(claim.runs)
     arm, runs = declaration["arms"][entry["arm"]], Path(folder) / "runs"
     place = arms.place_of(arm, folder)
-    with stoppable():
+    with Interrupt(main=False) as asked:  # from here until the run is booked a signal is noted, and `wait` obeys
         registered = book.append("register", run=number, **entry)
         started = arms.start(arm, place, runs, seed=entry["seed"], registered=registered, run=number, data=data,
                              processes=declaration["processes"] if declaration["launcher"] != "python" else None,
                              variables=variables, keep_open=(book.descriptor,))
-        stopped = wait(started, f"run {claim.next_place}/{len(declaration['order'])}  {entry['arm']}  seed {entry['seed']}")
+        stopped = wait(started, f"run {claim.next_place}/{len(declaration['order'])}  {entry['arm']}  seed {entry['seed']}", asked)
         name = started.folder.name if started.folder else arms.find_run(runs, registered)
         result = arms.collect(arm, runs, name)
         code = started.process.returncode
@@ -354,28 +354,13 @@ def lost(book, number, entry, started, result, stopped):
                     + (f", {cause.replace('_', ' ')}" if cause else "") + f": {said}; {again}")
 
 
-@contextlib.contextmanager
-def stoppable():
-    """SIGTERM and SIGHUP act like Ctrl-C, so that the run under way is ended and booked."""
-    def interrupt(number, frame):
-        raise KeyboardInterrupt
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {s: signal.signal(s, interrupt) for s in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+def wait(started, label, asked, watch=None):
+    """Wait for a run, with one progress line on a terminal. True if it was stopped.
 
-
-def wait(started, label, watch=None):
-    """Wait for a run, with one progress line on a terminal. True if it was stopped by Ctrl-C (twice: at once).
-
+    asked: the Interrupt in whose context this is called: a first signal ends the run in order, a second one at once.
     watch: called now and then; what it raises ends the run.
     """
-    began, live, stopped_at = time.monotonic(), sys.stderr.isatty(), None
+    began, live, stopped_at = time.monotonic(), console.LiveLine(), None
 
     def send(number):  # to its whole session: a script may have children
         with contextlib.suppress(ProcessLookupError):
@@ -383,12 +368,13 @@ def wait(started, label, watch=None):
 
     while True:
         try:
+            if asked.asked and not stopped_at:
+                stopped_at = time.monotonic()
+                send(signal.SIGINT)
             started.process.wait(timeout=0.5)
             break
         except subprocess.TimeoutExpired:
-            if live:
-                text = f"  {label}  {time.monotonic() - began:.0f} s  {started.last_line()}"
-                print("\r" + text[:118].ljust(118), end="", file=sys.stderr, flush=True)
+            live.show(f"  {label}  {time.monotonic() - began:.0f} s  {started.last_line()}")
             if stopped_at and time.monotonic() - stopped_at > GRACE_S:
                 send(signal.SIGKILL)
             if watch is not None:
@@ -398,10 +384,11 @@ def wait(started, label, watch=None):
                     send(signal.SIGKILL)
                     raise
         except KeyboardInterrupt:
-            send(signal.SIGKILL if stopped_at else signal.SIGINT)
-            stopped_at = time.monotonic()
-    if live:
-        print("\r" + " " * 118 + "\r", end="", file=sys.stderr, flush=True)
+            send(signal.SIGKILL)
+        except BaseException:  # nothing goes on without this program
+            send(signal.SIGKILL)
+            raise
+    live.clear()
     return stopped_at is not None
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import runlog
 from settings import UserError
+from system.interrupt import held
 
 VERSION = 1
 NAME = "manifest.jsonl"
@@ -243,6 +244,7 @@ class Manifest:
             raise UserError(f"{path.parent} is in use: its plan, or a run that outlived it, is still running; wait for it "
                             "or end it") from None
 
+    @held
     def append(self, kind, **fields):
         """Check and write one event; it is on the disk when this returns its hash."""
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -16,6 +16,7 @@ from pathlib import Path
 import runlog
 from records.claims import arms, compare, textlog, verify
 from settings import UserError
+from system.interrupt import Interrupt
 
 DIFFERS = 3
 # The first training losses come before rounding grows: they tell seeds apart, for they are those of the initial weights (two
@@ -151,10 +152,10 @@ def rerun(start, place, out, data, name):
                     raise UserError(f"the data are not those of the log: {key} {first[key][:12]}, there {start[key][:12]}; "
                                     "name the right folder with --data")
 
-    began = arms.start(arm, place, out, seed=int(start["seed"]), processes=processes if processes > 1 else None, data=data,
-                       variables=variables)
-    with compare.stoppable():
-        stopped = compare.wait(began, "replay", check_data)
+    with Interrupt(main=False) as asked:
+        began = arms.start(arm, place, out, seed=int(start["seed"]), processes=processes if processes > 1 else None, data=data,
+                           variables=variables)
+        stopped = compare.wait(began, "replay", asked, check_data)
     if stopped:
         raise KeyboardInterrupt
     found = sorted(out.glob("*/run.jsonl"))

@@ -49,7 +49,7 @@ def arguments(p):
                    help="for all arms, below scale full: e.g. validation.target=5.2, as those scales have no target")
     p.add_argument("--seed0", type=int, default=0, metavar="K", help="first seed (default 0)")
     p.add_argument("--order-seed", type=int, metavar="K", help="seed of the order of execution (default: drawn)")
-    p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start runs by torch.distributed.run")
+    p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start each run as so many processes")
     p.add_argument("--long-start", metavar="WHY", help="why start or warm-up of the record take more than three times the "
                    "parent's and a minute; the claim tells it")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")

@@ -3,6 +3,7 @@
 A run dies with its worker, however that ends, so a kill loses the runs in progress and nothing else. No torch here.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -17,6 +18,7 @@ import runlog
 from records.sweeps import queue
 from records.sweeps.plan import flags_of, resolve
 from settings import UserError
+from system.interrupt import held, hold, is_due
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
 COMPLETE = (0, 3, 4)  # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
@@ -94,7 +96,7 @@ class Run:
         data = ["--data", plan["data"]] if plan["data"] else []
         command = [sys.executable, trainer, arm["record"], "--scale", plan["scale"], *changes, *data, "--seed", str(seed),
                    "--out", str((root / "runs").resolve()), "--registered", self.registered]
-        parent = os.getpid()
+        parent, self.asked = os.getpid(), False
         self.began = self.beaten = time.monotonic()
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
@@ -103,14 +105,23 @@ class Run:
 
     def stop(self):
         """End the process and all it started: politely, so that its log says `interrupted`, then not."""
-        for sign in (signal.SIGINT, signal.SIGKILL):
-            try:
-                os.killpg(self.process.pid, sign)
-                self.process.wait(GRACE_S)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
+        self.ask()
+        deadline = time.monotonic() + GRACE_S
+        while self.process.poll() is None:
+            if time.monotonic() > deadline or is_due():
+                self.send(signal.SIGKILL)
+                self.process.wait()
+            time.sleep(POLL_S)
+
+    def ask(self):
+        """Ask it once: a trainer that is asked twice stops at once."""
+        if not self.asked:
+            self.asked = True
+            self.send(signal.SIGINT)
+
+    def send(self, number):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
 
     def result(self):
         """(facts of the complete run folder that carries this claim's hash, '') or (None, why there is none)."""
@@ -147,10 +158,6 @@ class Run:
 
 # ----- all runs -------------------------------------------------------------------------------------------------------
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
 class Worker:
     """Runs targets of a queue, one at a time per slot, until all are settled.
 
@@ -169,9 +176,8 @@ class Worker:
     def work(self):
         """True when all targets are settled, False if it stopped early.
 
-        SIGINT and SIGTERM stop the runs, give the claims back, and leave by KeyboardInterrupt.
+        KeyboardInterrupt (of SIGINT, SIGTERM or SIGHUP) stops the runs and gives the claims back.
         """
-        previous = signal.signal(signal.SIGTERM, interrupt)
         try:
             while True:
                 open_, trouble = self.look(), self.trouble() if self.free else ""
@@ -189,10 +195,16 @@ class Worker:
                 for run in list(self.running):
                     self.attend(run)
         finally:
-            for run in self.running:
-                run.stop()
-                queue.release(self.root, run.target, run.number)
-            signal.signal(signal.SIGTERM, previous)
+            with hold():
+                self.stop()
+
+    def stop(self):
+        """End all runs, in order and at the same time, and give their claims back; at once if a signal comes meanwhile."""
+        for run in self.running:
+            run.ask()
+        for run in self.running:
+            run.stop()
+            queue.release(self.root, run.target, run.number)
 
     def trouble(self):
         """Why no further run should start here; '' if all is well."""
@@ -220,6 +232,7 @@ class Worker:
         queue.write_once(self.root / "survivors.json", json.dumps(screen(self.plan, self.done), indent=1) + "\n")
         return True
 
+    @held
     def begin(self, open_):
         """Claim the first target that nobody has, and run it, or settle it by a finished run. False if all are taken."""
         for target, arm, seed in open_:

@@ -1,0 +1,69 @@
+"""Exit codes under `torchrun`: its agent turns every code but 0 into 1 and a page of text, a missed target included.
+
+Where this project is installed, torchrun loads `rendezvous` below as one of its plugins (entry point group
+`torchrun.handlers`), in its own process. If, and only if, the program it starts is this project's trainer, then the agent
+ends with the trainer's exit code and leaves the talking to the trainer. For every other program nothing changes.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from system.interrupt import INTERRUPTED, say
+from system.launch import death, telling
+
+TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
+TALKATIVE = ("torch.distributed.run", "__main__",  # the same module: as a command and by `python -m`
+             "torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
+
+
+def rendezvous() -> Callable:
+    """torchrun's plugin: the rendezvous backend `speedrun`, which is torch's c10d."""
+    if starts_trainer(sys.argv[1:]):
+        take_over()
+    from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import create_backend
+    from torch.distributed.elastic.rendezvous.dynamic_rendezvous import create_handler
+
+    def create(params):
+        backend, store = create_backend(params)
+        return create_handler(store, backend, params)
+    return create
+
+
+def starts_trainer(words: Sequence[str]) -> bool:
+    """Is this project's trainer among the words of torchrun's command line?"""
+    return any(word.endswith(TRAINER.name) and Path(word).resolve() == TRAINER for word in words)
+
+
+def take_over() -> None:
+    """Let this process end as the trainer's processes do. LOGLEVEL in the environment brings the agent's own log back."""
+    if "LOGLEVEL" not in os.environ:
+        for name in TALKATIVE:
+            logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
+    before = sys.excepthook
+
+    def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        code = exit_code(error)
+        if code is None:
+            before(kind, error, trace)
+        else:
+            sys.exit(code)  # the interpreter takes the code of a SystemExit that an excepthook raises
+    sys.excepthook = end
+
+
+def exit_code(error: BaseException) -> int | None:
+    """The code behind what torchrun's agent raises when a run ends; None for any other error."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    if isinstance(error, SignalException):
+        return INTERRUPTED
+    if not isinstance(error, ChildFailedError):
+        return None
+    codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    for rank, code in codes.items():
+        if code < 0:
+            say(death(rank, -code))
+    return telling(codes.values())

@@ -194,7 +194,7 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
         total = total + loss.detach()
     if before_step is not None:
         before_step()  # nothing was launched, so this process's share is whole
-    run.model.settle(run.world.total, step_plan.tokens)
+    run.model.settle(run.world.total, step_plan.tokens, step_plan.moves_bias)
     engine.step(step_plan)
     return total / len(forwards)
 

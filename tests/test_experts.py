@@ -36,7 +36,7 @@ ROUTINGS = {  # every way to choose and to weigh experts, and to balance them
     "sigmoid": (), "top1": moe("top_k=1"), "normalised": moe("normalise=true", "gate_scale=2.5"),
     "softmax": moe("score=softmax"), "softmax_normalised": moe("score=softmax", "normalise=true"),
     "groups": moe(*GROUPS), "groups_of_softmax": moe(*GROUPS, "score=softmax"), "sign": moe("balance.rule=sign"),
-    "quantile": moe("balance.rule=quantile"), "quantile_in_groups": moe(*GROUPS, "balance.rule=quantile"),
+    "quantile": moe("balance.rule=quantile"), "quantile_of_softmax": moe("balance.rule=quantile", "score=softmax"),
     "losses": moe("sequence_loss=0.3", "z_loss=0.2"), "four_without_shared": moe("top_k=4", "shared=0")}
 
 

@@ -25,7 +25,8 @@ from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
-from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
+from settings import (LOGICAL_RANKS, UserError, check_processes, head_dim, padded_vocab, query_dim, rotary_dim, table_rows,
+                      value_dim)
 
 
 def dtype(name):
@@ -648,9 +649,7 @@ class MoE(nn.Module):
         self.router, self.experts = Router(s), moe.experts
         parallel = s.system.expert_parallel and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-        if moe.experts % self.world:
-            raise UserError(f"system.expert_parallel: {self.world} processes do not divide {moe.experts} experts: change one of "
-                            "them")
+        check_processes(s, self.world)
         mine = moe.experts // self.world
 
         def stack(label, rows, cols, projection):

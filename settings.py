@@ -846,6 +846,13 @@ def check_moe(s, require):
             "system.expert_parallel keeps updates where they are: choose another system.comm")
 
 
+def check_processes(s, processes):
+    """UserError if so many processes cannot share out the experts; asked before they know each other, so that one line is printed."""
+    moe = s.model.mlp.moe
+    if s.system.expert_parallel and moe.experts % processes:
+        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: change one of them")
+
+
 def check_window(s, require):
     w, path = s.model.attn.window, "model.attn.window"
     require(not s.model.attn.rope or not s.model.attn.rope.half or head_dim(s) % 4 == 0,

@@ -20,8 +20,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import deltas
 import runlog
 import schedule
-from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, recomputable,
-                      tokens_per_step, validation_rows_at_once)
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processes, padded_vocab, ranks_per_forward,
+                      recomputable, tokens_per_step, validation_rows_at_once)
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -63,6 +63,7 @@ class World:
     def __init__(self, s):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.ranks = local_ranks(self.rank, self.size)
+        check_processes(s, self.size)
         cuda = torch.cuda.is_available()
         if s.system.device == "cuda" and not cuda:
             raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")

@@ -328,6 +328,15 @@ def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), pre
     if scale not in SCALES:
         raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {', '.join(SCALES)}")
     record = find_record(name)
+    s, report = compose(record, scale, sets, with_, without, revert)
+    report += undone(s, record, scale, sets, with_, without, revert)
+    changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
+    changes += [f"--set {x}" for x in sets]
+    return Resolved(s, record, scale, tuple(changes), tuple(report), preset)
+
+
+def compose(record, scale, sets, with_, without, revert):
+    """(checked settings, lines of the report) of a record with these changes at a scale."""
     links = chain(record)
     reverted = {find_record(r).ref for r in revert}
     for ref in reverted:
@@ -349,16 +358,42 @@ def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), pre
             moved.append(path)
     for path in moved:
         refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
-    changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
-    changes += [f"--set {x}" for x in sets]
+    plan, s = s.numerics, settings.lifted(s, assigned)
     try:
-        checked = settings.check(settings.lifted(s))
+        return settings.check(s), report + lines + lift_lines(plan, s)
     except UserError as error:
         if not reverted:
             raise
         raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert the "
                         "later record that needs it as well, or switch the setting off with --without") from None
-    return Resolved(checked, record, scale, tuple(changes), tuple(report + lines), preset)
+
+
+def lift_lines(plan, s):
+    """One line on all that system.precision, which a scale may have set, took from the precision plan; none if nothing."""
+    moved = [f.name for f in dataclasses.fields(plan) if getattr(plan, f.name) != getattr(s.numerics, f.name)]
+    off = [name for name in moved if name.startswith("fp8")]
+    parts = [", ".join(name for name in moved if name not in off)] if len(moved) > len(off) else []
+    parts += [f"without {', '.join(off)}"] if off else []
+    return [f"numerics lifted to {s.system.precision}: {'; '.join(parts)}"] if moved else []
+
+
+def undone(s, record, scale, sets, with_, without, revert):
+    """A line for each change that does something at full scale and nothing here, because the scale itself sets what it sets."""
+    lines, flags = [], {"--with": list(with_), "--without": list(without), "--revert": list(revert)}
+    if scale == "full":
+        return lines
+    for flag, given in flags.items():
+        for change in given:
+            rest = {f: [x for x in xs if (f, x) != (flag, change)] for f, xs in flags.items()}
+            with_it, left = flags.values(), rest.values()
+            try:
+                here = compose(record, scale, sets, *left)[0] != s
+                full = compose(record, "full", (), *left)[0] != compose(record, "full", (), *with_it)[0]
+            except UserError:  # another change needs this one
+                continue
+            if full and not here:
+                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only --set overrules it")
+    return lines
 
 
 def replay(links, reverted):

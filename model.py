@@ -25,7 +25,8 @@ from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
-from settings import LOGICAL_RANKS, UserError, head_dim, padded_vocab, query_dim, rotary_dim, table_rows, value_dim
+from settings import (LOGICAL_RANKS, UserError, check_processes, head_dim, padded_vocab, query_dim, rotary_dim, table_rows,
+                      value_dim)
 
 
 def dtype(name):
@@ -433,9 +434,15 @@ class LatentAttention(Attention):
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
 
     def attend_latent(self, q, c, turned, inverse, view, scale):
-        """The newest token (R, 1, H, K) against the latents of all, of which it is the last. Returns (R, 1, H, value)."""
+        """The newest token (R, 1, H, K) against the latents of all, of which it is the last. Returns (R, 1, H, value).
+
+        Operands have q's dtype as everywhere, the arithmetic is in float32 at least, as inside attention kernels: logits of 16
+        bits would be off by 1 in 256.
+        """
+        narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        q, c, turned, k_up, v_up = (x.to(narrow).to(wide) for x in (q, c, turned, self.k_up, self.v_up))
         still, turning = q[:, 0].split([self.still, self.turning], dim=-1)  # (R, H, ...)
-        absorbed = torch.einsum("rhs,hsc->rhc", still, self.k_up.to(q.dtype).unflatten(0, (self.num_heads, -1)))
+        absorbed = torch.einsum("rhs,hsc->rhc", still, k_up.unflatten(0, (self.num_heads, -1)))
         logits = absorbed @ c.mT + turning @ turned.mT  # (R, H, T)
         if inverse is not None:
             logits = logits * inverse.mT
@@ -443,8 +450,8 @@ class LatentAttention(Attention):
         seen = attention.visible_to_last(c.size(1), c.device, *(view or ()))
         if seen is not None:
             logits = logits.masked_fill(~seen[:, None], -math.inf)
-        y = logits.softmax(-1).to(c.dtype) @ c  # (R, H, kv)
-        return torch.einsum("rhc,hvc->rhv", y, self.v_up.to(q.dtype).unflatten(0, (self.num_heads, -1)))[:, None]
+        y = logits.softmax(-1) @ c  # (R, H, kv)
+        return torch.einsum("rhc,hvc->rhv", y, v_up.unflatten(0, (self.num_heads, -1)))[:, None].to(narrow)
 
 
 class EightBit(nn.Module):
@@ -538,7 +545,8 @@ class Router(nn.Module):
         self.tokens_per_rank = s.data.tokens_per_rank
         self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router",
                                 init=normal(1 / math.sqrt(s.model.model_dim)))
-        self.register_buffer("bias", torch.zeros(moe.experts, dtype=self.dtype))  # belongs to a checkpoint
+        # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
+        self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.promote_types(self.dtype, torch.float32)))
         # of the current step, on this process; float64 holds the sums exactly, in whatever order they are added
         self.register_buffer("tally", torch.zeros(2 * moe.experts + 1, dtype=torch.float64), persistent=False)
         self.register_buffer("load", torch.zeros(moe.experts), persistent=False)  # rows of each expert in the last whole step
@@ -557,7 +565,7 @@ class Router(nn.Module):
                 self.count(logits, scores, choice, quantile)
         gates = scores.gather(1, chosen)
         if moe.normalise:
-            gates = gates / (gates.sum(-1, keepdim=True) + 1e-20)
+            gates = shares(gates)
         return chosen, gates * moe.gate_scale, self.penalty(logits, scores, x.size(1)) if self.training else None
 
     def in_best_groups(self, choice):
@@ -574,7 +582,7 @@ class Router(nn.Module):
         """Add to the tally what the scores say: their entropy, and by logical rank the bound of the quantile rule. The rows of
         each expert come from who sorts them (MoE)."""
         n = self.moe.experts
-        p = scores / scores.sum(-1, keepdim=True)
+        p = shares(scores)
         self.tally[2 * n] -= (p * p.clamp(min=1e-20).log()).sum(dtype=torch.float64)
         if quantile:  # by how much each token's logit beats the best one not chosen: the share-th largest becomes 0
             over = logits - choice.topk(self.moe.top_k + 1).values[:, -1:]
@@ -586,10 +594,11 @@ class Router(nn.Module):
         """What the gradient of each token's loss gets on top, (N,), or None: balance in its row of `length`, and z-loss."""
         moe, out = self.moe, None
         if moe.sequence_loss:
-            p = (scores / scores.sum(-1, keepdim=True)).unflatten(0, (-1, length)).mean(1)
+            p = shares(scores).unflatten(0, (-1, length)).mean(1)
             with torch.no_grad():
                 chosen = best(scores, moe.top_k).view(-1, length * moe.top_k)
-                f = torch.zeros_like(p).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=p.dtype))
+                counted = torch.promote_types(p.dtype, torch.float32)  # bfloat16 cannot count beyond 256
+                f = torch.zeros_like(p, dtype=counted).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counted))
                 f *= moe.experts / (moe.top_k * length)
             out = (moe.sequence_loss * (f * p).sum(-1)).repeat_interleave(length)
         if moe.z_loss:
@@ -598,23 +607,29 @@ class Router(nn.Module):
         return out
 
     @torch.no_grad()
-    def settle(self, tally, tokens):
-        """Close a step of so many tokens: tally summed over all processes. Moves the bias."""
+    def settle(self, tally, tokens, moves_bias=True):
+        """Close a step of so many tokens: tally summed over all processes. Moves the bias, unless it is to stand still."""
         n, balance = self.moe.experts, self.moe.balance
         load, bound, entropy = tally.split([n, n, 1])
         self.load.copy_(load)
         self.entropy = entropy[0] / (tokens * math.log(n))
-        if balance is None:
+        if balance is None or not moves_bias:
             return
         if balance.rule == "quantile":
             self.bias.copy_(-bound / (tokens // self.tokens_per_rank))
             return
         lack = load.mean() - load
-        self.bias += (balance.rate * (lack.sign() if balance.rule == "sign" else lack / load.mean())).to(self.bias.dtype)
+        rate = balance.rate * (4 / n if self.moe.score == "softmax" else 1)  # settings.Balance says why
+        self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / load.mean())).to(self.bias.dtype)
 
     def reset(self):
         for buffer in self.buffers():
             buffer.zero_()
+
+
+def shares(x):
+    """x (N, n) divided by the sum of each row; zeros where all have underflowed (sigmoid(-104) is 0 in float32)."""
+    return x / (x.sum(-1, keepdim=True) + 1e-20)
 
 
 def best(x, k):
@@ -634,9 +649,7 @@ class MoE(nn.Module):
         self.router, self.experts = Router(s), moe.experts
         parallel = s.system.expert_parallel and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
-        if moe.experts % self.world:
-            raise UserError(f"system.expert_parallel: {self.world} processes do not divide {moe.experts} experts: change one of "
-                            "them")
+        check_processes(s, self.world)
         mine = moe.experts // self.world
 
         def stack(label, rows, cols, projection):
@@ -979,16 +992,16 @@ class GPT(nn.Module):
             mlp.eight_bit.refresh(mlp.down)
 
     @torch.no_grad()
-    def settle(self, total, tokens):
+    def settle(self, total, tokens, moves_bias=True):
         """After the backward passes of a step, before the update: loads of the experts over all processes, biases moved.
 
-        total: function that sums a tensor over the processes. tokens: of the whole step.
+        total: function that sums a tensor over the processes. tokens: of the whole step. moves_bias: of StepPlan.
         """
         routers = self.routers()
         if routers:
             tallies = total(torch.stack([router.tally for router in routers]))
             for router, tally in zip(routers, tallies):
-                router.settle(tally, tokens)
+                router.settle(tally, tokens, moves_bias)
 
     def expert_loads(self):
         """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so that they stay right."""
@@ -1028,9 +1041,20 @@ class GPT(nn.Module):
         return sum(active for _, _, active in self.sizes())
 
     def flops_per_token(self):
-        """Of training: 6 for each active matrix parameter, the head's among them. Tables are read, not multiplied; the
-        products of queries and keys, which depend on windows and documents, are not counted."""
+        """Of the matrix products in training: 6 for each active matrix parameter, the head's among them. Tables are read, not
+        multiplied. Attention's own products: attention_flops_per_token."""
         return 6 * sum(active for p, _, active in self.sizes() if p.role in ("matrix", "lm_head", "router") and p.dim() > 1)
+
+    def attention_flops_per_token(self, windows=None):
+        """Of queries times keys and weights times values in training, forward and backward: 6 for each channel of a visible key
+        and value. Rows of data.seq_len, in these windows (schedule.Windows or None); documents, which hide more, depend on the
+        text and are not counted."""
+        s, seen = self.settings, 0.0
+        for i, span in enumerate(layer_spans(s, windows)):
+            if i not in s.model.attn.drop_layers:
+                window = attention.CAUSAL if span is None else attention.Window(*span, s.model.attn.window.block)
+                seen += attention.keys_seen(window, s.data.seq_len)
+        return 6 * s.model.attn.num_heads * (query_dim(s) + value_dim(s)) * seen
 
 
 def without_values(s):

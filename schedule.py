@@ -33,6 +33,7 @@ class StepPlan:
     momentum: float  # Muon
     tokens: int  # over all logical ranks
     windows: Windows | None
+    moves_bias: bool  # of the routers, after the step
 
 
 def lr_factor(schedule, step):
@@ -60,6 +61,14 @@ def muon_momentum(muon, step):
         return muon.momentum
     x = min(step / muon.momentum_warmup.steps, 1)
     return (1 - x) * muon.momentum_warmup.start + x * muon.momentum
+
+
+def moves_bias(s, step):
+    """Does balancing move the biases of the routers after a step? Not over the last freeze_frac of a run."""
+    moe = s.model.mlp.moe
+    if moe is None or moe.balance is None:
+        return False
+    return step < s.schedule.steps - round(moe.balance.freeze_frac * s.schedule.steps)
 
 
 # ----- windows ------------------------------------------------------------------------------------------------------
@@ -124,8 +133,8 @@ def layer_spans(s, plan):
 
 def plan(s):
     """The step plans of a run, one per optimizer step."""
-    return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens_per_step(s), windows(s, i))
-            for i in range(s.schedule.steps)]
+    return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens_per_step(s), windows(s, i),
+                     moves_bias(s, i)) for i in range(s.schedule.steps)]
 
 
 def validates(s, step):

@@ -163,7 +163,11 @@ class Balance:
     rule: Literal["sign", "proportional", "quantile"] = opt(
         "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the "
                         "logits at which each expert would have had its share (J. Su, as in Marin)")
-    rate: float = opt(1e-2, "step of the bias", idle="model.mlp.moe.balance.rule=quantile")
+    rate: float = opt(1e-2, "step of the bias on sigmoid scores; softmax scores, whose mean is 1/experts, get rate x 4/experts: "
+                            "at equal logits a score rises by 1/4 or about 1/experts of its logit, so both move the choice alike",
+                      idle="model.mlp.moe.balance.rule=quantile")
+    freeze_frac: float = opt(0.0, "the bias stands still over this last fraction of the steps (DeepSeek-V3: 0.5 of 14.8 T tokens, "
+                                  "0.034)", off=0.0)
 
 
 @dataclass(frozen=True)
@@ -469,7 +473,8 @@ class Kernels:
 class System:
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to run; auto: CUDA when there is one")
     precision: Literal["record", "float32", "float64"] = opt(
-        "record", "record: as `numerics` says; else every dtype of `numerics` is lifted to this one (and hashed so)")
+        "record", "record: as `numerics` says; otherwise all of `numerics` that --set does not name is lifted to this dtype, "
+                  "without FP8 (and hashed so)")
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model; auto: on CUDA")
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
@@ -638,13 +643,19 @@ def elementwise(rule, value):
     return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
-def lifted(s):
-    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth."""
-    if s.system.precision == "record":
+def lifted(s, named=()):
+    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth.
+
+    named: paths that `--set` gives a value, which stays as it is: `--set` is literal.
+    """
+    if s.system.precision == "record" or "numerics" in named:
         return s
-    to = s.system.precision
-    changes = {f.name: to for f in dataclasses.fields(s.numerics) if f.type is Dtype}
+    changes = {f.name: s.system.precision for f in dataclasses.fields(s.numerics) if f.type is Dtype}
     changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
+    for path in named:
+        section, _, rest = path.partition(".")
+        if section == "numerics":
+            changes.pop(rest.partition(".")[0], None)
     return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
 
 
@@ -827,12 +838,24 @@ def check_moe(s, require):
     require(moe.top_k <= moe.groups_kept * each,
             f"{path}.groups_kept = {moe.groups_kept} groups of {each} hold fewer than top_k = {moe.top_k} experts")
     require(moe.groups == 1 or each >= 2, f"{path}.groups = {moe.groups}: a group needs two experts")
+    require(moe.balance is None or moe.balance.rule != "quantile" or moe.groups_kept == moe.groups,
+            f"{path}.balance.rule=quantile counts on every expert being open to every token, and {path}.groups_kept = "
+            f"{moe.groups_kept} of {moe.groups} groups: choose rule proportional or sign, or set groups=1")
+    require(moe.balance is None or 0 <= moe.balance.freeze_frac < 1,
+            f"{path}.balance.freeze_frac = {moe.balance.freeze_frac if moe.balance else 0}: must lie in 0 <= x < 1")
     require(set(range(m.num_layers)) - set(moe.dense_layers) - set(m.mlp.drop_layers),
             f"{path}.dense_layers leaves no layer with experts: leave one")
     require(not s.system.expert_parallel or s.system.reduction == "ordinary",
             "system.reduction=ordered sums the gradients of whole layers: leave system.expert_parallel off")
     require(not s.system.expert_parallel or s.system.comm != "allreduce_updates",
             "system.expert_parallel keeps updates where they are: choose another system.comm")
+
+
+def check_processes(s, processes):
+    """UserError if so many processes cannot share out the experts; asked before they know each other, so that one line is printed."""
+    moe = s.model.mlp.moe
+    if s.system.expert_parallel and moe.experts % processes:
+        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: change one of them")
 
 
 def check_window(s, require):

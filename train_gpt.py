@@ -28,8 +28,8 @@ if __name__ == "__main__":
 import deltas
 import runlog
 import schedule
-from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, recomputable,
-                      tokens_per_step, validation_rows_at_once)
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processes, padded_vocab, ranks_per_forward,
+                      recomputable, tokens_per_step, validation_rows_at_once)
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
@@ -75,6 +75,7 @@ class World:
         self.place = Place.read()
         self.rank, self.size = self.place.rank, self.place.size
         self.ranks = local_ranks(self.rank, self.size)
+        check_processes(s, self.size)
         self.cuda = finds_gpus(s, self.place.local_size)
         self.device = torch.device("cuda", self.place.local_rank) if self.cuda else torch.device("cpu")
         if self.cuda:
@@ -233,7 +234,7 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
         total = total + loss.detach()
     if before_step is not None:
         before_step()  # nothing was launched, so this process's share is whole
-    run.model.settle(run.world.total, step_plan.tokens)
+    run.model.settle(run.world.total, step_plan.tokens, step_plan.moves_bias)
     engine.step(step_plan)
     return total / len(forwards)
 

@@ -2,7 +2,7 @@
 
 A training step of each variant (forward, backward, update) and of its parent, interleaved; for mixtures of experts also where
 the time of their layers goes (route, permute, multiply, combine, shared expert; forward and backward, all layers), and the same
-layer in plain torch, a loop over the experts. Minimum over repeats, milliseconds.
+layer in plain torch, a loop over the experts. Minimum over repeats, milliseconds. FLOPs need no measurement: `records variants`.
 """
 
 import argparse
@@ -136,14 +136,11 @@ def measured(ref, o):
                            ("ms", case.gradients), ("update_ms", case.update)):
             times[name] = min(times.get(name, 1e9), 1000 * measure.best(step, 1)[1])
     row = {"parameters": case.model.num_parameters(), "active_parameters": case.model.num_active(),
-           "flops_per_token": case.model.flops_per_token(), "parent": deltas.find_record(ref).parent,
-           "parent_flops_per_token": parent.model.flops_per_token(),
-           **{k: round(v, 2) for k, v in times.items()}}
+           "parent": deltas.find_record(ref).parent, **{k: round(v, 2) for k, v in times.items()}}
     mine, theirs = row["ms"] + row["update_ms"], row["parent_ms"] + row["parent_update_ms"]
     row["ratio"] = round(mine / theirs, 3)
     print(f"{ref}: step {mine:.1f} ms, {row['ratio']:.2f} of {row['parent']}'s {theirs:.1f} ms; update "
-          f"{row['update_ms']:.1f} and {row['parent_update_ms']:.1f} ms; "
-          f"{row['flops_per_token'] / row['parent_flops_per_token']:.2f} of its FLOPs", flush=True)
+          f"{row['update_ms']:.1f} and {row['parent_update_ms']:.1f} ms", flush=True)
     if case.model.mixtures():
         row["parts_ms"] = {k: round(v, 2) for k, v in layer_parts(case, o.repeats).items()}
         parts = dict(row["parts_ms"])

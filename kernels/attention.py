@@ -60,6 +60,17 @@ def visible(q, k, window):
     return seen
 
 
+def keys_seen(window, tokens):
+    """How many keys a query of a row of `tokens` sees on average, documents aside."""
+    q = torch.arange(tokens)
+    first = torch.zeros_like(q)  # key that each query sees
+    if window.tokens is not None:
+        first = torch.maximum(first, q - window.tokens + 1)
+    if window.blocks is not None:
+        first = torch.maximum(first, (q // window.block - window.blocks + 1) * window.block)
+    return float((q - first + 1).double().mean())
+
+
 def reach(window, tokens):
     """How many tokens before itself a query can see at most, in a row of `tokens`."""
     far = tokens - 1

@@ -10,7 +10,10 @@ the gradients of a weight's copies.
 
 Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop over experts
 elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static shapes, any dtype, compiles
-everywhere. A row's result depends on the rows before it only through its place, in `padded` not even through that.
+everywhere. In exact arithmetic a row's result depends on no other row. In `padded` it keeps every bit whatever the other rows
+are; in `grouped` its rounding may depend on its place and on how many rows its expert has, later tokens' among them: the loop
+on a CPU sums products of other sizes in another order, and an earlier loss moves by up to 1e-6 in float32. What must not
+move by a bit, as `records audit` demands, runs with `padded`.
 
 With expert parallelism `exchange` carries rows to the process that has their expert, and back (GShard, arXiv 2006.16668).
 """

@@ -1,7 +1,7 @@
 """The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
+    python -m records plot | judge | compare | submit | verify | audit | replay | variants | leaderboard
 """
 
 import argparse
@@ -147,6 +147,7 @@ MODULES = {
     "verify": ("records.claims.verify", "check a claim from its logs alone"),
     "audit": ("records.audit", "test the code at a git ref in a process of its own"),
     "replay": ("records.claims.replay", "run again what a log describes, and compare"),
+    "variants": ("records.variant_table", "the README's table of variants: sizes, FLOPs, step times, losses (imports torch)"),
     "leaderboard": ("records.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
 }
 

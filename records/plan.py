@@ -2,6 +2,7 @@
 
 import json
 import signal
+from collections import Counter
 from pathlib import Path
 
 import deltas
@@ -33,6 +34,8 @@ def print_plan(resolved):
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         print(f"  final validation:{windows_text(s, final)}{last}")
+    if still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance else 0:
+        print(f"  the routers' biases stand still from step {len(plans) - still} on")
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
@@ -128,6 +131,21 @@ def size(s):
     """Parameters, those that one token meets, and FLOPs, in one line."""
     from model import without_values
     model = without_values(s)
-    active = model.num_active()
+    active, (products, attended) = model.num_active(), flops(s, model)
     return (f"{model.num_parameters():,} parameters" + (f", {active:,} active in a token" if s.model.mlp.moe else "")
-            + f"; {model.flops_per_token() / 1e6:,.0f} MFLOP a token in training, without queries times keys")
+            + f"; {(products + attended) / 1e6:,.0f} MFLOP a token in training, {attended / 1e6:,.0f} of them of queries, keys and "
+            f"values ({context_text(s)})")
+
+
+def flops(s, model):
+    """FLOPs of a token in training, mean over the steps: (of matrix products with weights, of attention's own products)."""
+    steps = Counter(schedule.windows(s, i) for i in range(s.schedule.steps))
+    attended = sum(n * model.attention_flops_per_token(windows) for windows, n in steps.items())
+    return model.flops_per_token(), attended / s.schedule.steps
+
+
+def context_text(s):
+    """What attention's FLOPs are counted over."""
+    how = "every earlier token of the row seen" if s.model.attn.window is None else "windows averaged over the steps"
+    how += ", borders of documents not counted" if s.model.attn.documents else ""
+    return f"rows of {s.data.seq_len:,} tokens, {how}"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from records import audit
+from records import audit, audit_probe
 from records.__main__ import main
 from settings import UserError
 
@@ -57,6 +57,11 @@ def test_the_present_code_passes_every_check_and_says_what_an_audit_cannot_know(
 def test_the_head_and_a_mixture_of_experts_are_causal_with_all_their_features(tree, record, checks):
     result = audit.audit(str(tree), record, only=checks)
     assert result["passed"], result["checks"]
+
+
+@pytest.mark.parametrize("record, sets", [("variants/4", ["system.experts=padded"]), ("short/11", [])])
+def test_mixtures_are_audited_in_blocks_where_no_token_can_move_another_s_rounding(record, sets):
+    assert audit_probe.facts({"record": record, "scale": "micro"})["sets"] == sets
 
 
 CHEATS = {

@@ -177,6 +177,31 @@ def test_the_windows_and_documents_of_that_test_hide_something():
     assert torch.equal(a[:, 3:], b[:, 3:]) and not torch.allclose(a[:, :3], b[:, :3])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_decoding_from_a_16_bit_cache_of_a_long_context_is_only_rounded_at_the_end(order):
+    """Against the same 16-bit operands in float64; logits and weights of bfloat16, as plain products have, lose several times more."""
+    attn = build("variants/5", **qk_norm(order)).blocks[0].attn
+    for p in attn.parameters():
+        p.data = p.data.to(torch.bfloat16).double()
+    context, heads, width = 3000, attn.num_heads, attn.still + attn.turning
+    kv = attn.k_up.size(1)
+    q, c, turned = (noise(*shape, seed=i).bfloat16() for i, shape in enumerate(
+        ((1, 1, heads, width), (1, context, kv), (1, context, attn.turning))))
+    inverse = None if order is None else (1 + 0.1 * noise(1, context, heads, seed=3)).float()
+    wide = None if inverse is None else inverse.double()
+    exact = attn.attend_latent(q.double(), c.double(), turned.double(), wide, None, 2.0)
+    found = attn.attend_latent(q, c, turned, inverse, None, 2.0)
+    assert found.dtype == torch.bfloat16
+    still, turning = q[:, 0].split([attn.still, attn.turning], dim=-1)
+    absorbed = torch.einsum("rhs,hsc->rhc", still, attn.k_up.bfloat16().unflatten(0, (heads, -1)))
+    logits = absorbed @ c.mT + turning @ turned.mT
+    logits = logits if inverse is None else logits * inverse.mT
+    plain = (logits * 2.0).softmax(-1).to(c.dtype) @ c
+    plain = torch.einsum("rhc,hvc->rhv", plain, attn.v_up.bfloat16().unflatten(0, (heads, -1)))[:, None]
+    rounding, ours, theirs = ((y.double() - exact).square().mean().sqrt() for y in (exact.bfloat16(), found, plain))
+    assert ours < 1.1 * rounding and 3 * ours < theirs
+
+
 @pytest.mark.parametrize("ref, changes", [("variants/5", {}), ("variants/7", {}), ("variants/6", qk_norm(None)),
                                           ("short/33", ONTO_33)])
 def test_causality_nothing_before_a_changed_token_moves(ref, changes):

@@ -211,6 +211,60 @@ def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
     assert deltas.resolve("short/11", scale="tiny", sets=["schedule.cooldown_steps=7"]).settings.schedule.cooldown_steps == 7
 
 
+def test_what_a_scale_lifts_is_said_in_one_line():
+    lines = deltas.resolve("short/33", scale="tiny").report
+    assert lines == ("numerics lifted to float32: matmul, eval_matmul, residual, head, gate, table, rope, rope_math, newton_schulz, "
+                     "newton_schulz_norm, adam_state; without fp8_head",)
+    for scale in ("full", "small"):
+        assert deltas.resolve("short/33", scale=scale).report == ()
+
+
+@pytest.mark.parametrize("ref, change, lifted_to", [
+    ("variants/4", "numerics.fp8_experts=true", False), ("short/33", "numerics.fp8_mlp=true", None),
+    ("short/33", "numerics.fp8_head.x=3.0", None), ("short/11", "numerics.residual=bfloat16", "float32"),
+    ("short/11", "numerics.loss=float64", "float32"), ("short/33", "numerics.adam_state=bfloat16", "parameter")])
+@pytest.mark.parametrize("scale", ["tiny", "micro"])
+def test_set_is_literal_where_a_scale_lifts(scale, ref, change, lifted_to):
+    """Also where the record has that value itself; and the run gets an identity of its own."""
+    path, value = deltas.parse_assignment(change, "--set")
+    r, plain = deltas.resolve(ref, scale=scale, sets=[change]), deltas.resolve(ref, scale=scale)
+    name = path.split(".")[1]
+    assert lookup(plain.settings, f"numerics.{name}") == lifted_to
+    found = lookup(r.settings, path)
+    assert found == value or dataclasses.is_dataclass(found) and value is True
+    assert deltas.ml_hash(r.settings) != deltas.ml_hash(plain.settings)
+    assert name not in r.report[-1].replace(":", ",").replace(";", ",").replace(" ", ",").split(",")
+    others = dataclasses.replace(r.settings.numerics, **{name: lookup(plain.settings, f"numerics.{name}")})
+    assert others == plain.settings.numerics
+
+
+def test_set_is_literal_for_the_whole_plan_and_under_a_precision_that_was_set():
+    r = deltas.resolve("short/11", scale="tiny", sets=['numerics={residual = "bfloat16"}'])
+    assert r.settings.numerics.residual == "bfloat16" and r.report == ()
+    s = deltas.resolve("short/11", sets=["numerics.residual=bfloat16", "system.precision=float64"]).settings
+    assert (s.numerics.residual, s.numerics.matmul) == ("bfloat16", "float64")
+
+
+@pytest.mark.parametrize("ref, flag, change", [
+    ("short/33", "without", "numerics.fp8_head"), ("short/33", "with_", "numerics.fp8_mlp"), ("short/11", "with_", "validation.target=3.5"),
+    ("short/11", "with_", "validation.every=7"), ("short/11", "without", "numerics.residual"), ("short/1", "without", "data.wrap"),
+    ("variants/4", "with_", "numerics.fp8_experts")])
+def test_a_change_that_a_scale_overrules_is_named(ref, flag, change):
+    r = deltas.resolve(ref, scale="micro", **{flag: [change]})
+    assert r.settings == deltas.resolve(ref, scale="micro").settings
+    name = "--" + flag.rstrip("_")
+    assert r.report[-1] == (f"{name} {change} changes nothing at scale micro, which decides that itself: only --set overrules it")
+    assert not any("changes nothing" in line for line in deltas.resolve(ref, **{flag: [change]}).report)
+
+
+def test_changes_that_do_something_at_a_scale_are_not_named():
+    for ref, changes in (("short/11", dict(without=["model.head.softcap"])), ("short/11", dict(revert=["short/9"])),
+                         ("short/33", dict(with_=["numerics.fp8_mlp"], sets=["system.precision=record"])),
+                         ("short/8", dict(with_=["model.mlp.moe@variants/4", "optim.router@variants/4"])),
+                         ("short/11", dict(revert=["short/7"]))):  # a revert that changes nothing anywhere says that of itself
+        assert not any("changes nothing" in line for line in deltas.resolve(ref, scale="micro", **changes).report)
+
+
 def test_every_field_is_described():
     for f in deltas.schema().values():
         assert f.metadata["doc"] and len(f.metadata["doc"]) > 10, f.path

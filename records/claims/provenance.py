@@ -94,12 +94,15 @@ def resolve_carried(record, scale, changes):
     if scale not in settings.SCALES:
         raise UserError(f"unknown scale {scale!r}")
     s = settings.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
+    named = []
     for change in changes:
         flag, _, text = change.partition(" ")
         if flag != "--set":
             raise UserError(f"{change}: a new record is claimed as it is, put this into its delta")
-        s = deltas.assign(s, *deltas.parse_assignment(text, "--set"), "--set")
-    return settings.check(settings.lifted(s))
+        path, value = deltas.parse_assignment(text, "--set")
+        s = deltas.assign(s, path, value, "--set")
+        named.append(path)
+    return settings.check(settings.lifted(s, named))
 
 
 def known_record(found, ref):

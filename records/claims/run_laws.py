@@ -115,8 +115,9 @@ def read_log(folder, where):
         return None, [f"{artefact}: cannot be read ({type(error).__name__})"]
     log = Log(where, folder, links)
     version = log.start.get("log_version")
-    if version != runlog.LOG_VERSION:
-        return None, [f"{artefact}: log version {version!r}, this program reads version {runlog.LOG_VERSION}"]
+    if version not in runlog.READABLE:
+        return None, [f"{artefact}: log version {version!r}, this program reads versions "
+                      f"{' and '.join(map(str, runlog.READABLE))}"]
     found = word(log.events)
     if found.count("s") > 1:
         return None, [f"{artefact}: holds {found.count('s')} start events: {found.count('s')} logs in one file"]

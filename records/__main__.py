@@ -63,9 +63,11 @@ def list_markdown(records, variants):
 
 
 def show(options):
-    """Delta, facts and, with --scale, what becomes of each line there."""
-    r = deltas.find_record(options.record)
-    resolved = deltas.resolve(r.ref, scale=options.scale)
+    """Delta, facts and, with --scale, what becomes of each line there. Of a preset its own lines, then its record's."""
+    resolved = deltas.resolve_name(options.record, scale=options.scale)
+    r, scale = resolved.record, resolved.scale
+    if resolved.preset:
+        show_preset(resolved)
     print(f"{r.ref}  {r.title}\n{r.date}  {', '.join(r.people)}  kind {r.kind}  reproduces {r.source}  badge {r.badge}")
     print(f"parent {r.parent or 'none (the defaults of settings.py)'}")
     if r.subsumed:
@@ -75,12 +77,22 @@ def show(options):
     if r.delta:
         print("\ndelta:")
     for path, value in r.delta.items():
-        print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, options.scale))
+        print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, scale))
     print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
-    print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {options.scale}")
+    print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {scale}")
     if options.params:
         from records.plan import size
         print(size(resolved.settings))
+
+
+def show_preset(resolved):
+    """The lines that a preset adds to its record."""
+    fixed, pinned = deltas.load_preset(resolved.preset)
+    print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash {pinned}, and")
+    for line in fixed["sets"]:
+        path, value = deltas.parse_assignment(line, "set")
+        print(f"  {path} = {deltas.show(value)}")
+    print()
 
 
 def effect_at(record, path, scale):
@@ -98,8 +110,13 @@ def effect_at(record, path, scale):
 
 
 def diff(options):
-    """Every setting in which two records differ, and who set it."""
-    a, b = (deltas.resolve(name, scale=options.scale) for name in (options.left, options.right))
+    """Every setting in which two records or presets differ, and who set it. Next to a preset a record has the preset's scale."""
+    names = (options.left, options.right)
+    frozen = [deltas.load_preset(name)[0]["scale"] for name in names if name in deltas.preset_names()]
+    a, b = (deltas.resolve_name(name, scale=options.scale or (frozen[0] if frozen and name not in deltas.preset_names()
+                                                              else None)) for name in names)
+    if frozen and not options.scale:
+        print(f"both at scale {frozen[0]}, that of the preset" if len(set(frozen)) == 1 else "each preset at its own scale")
     rows = deltas.difference(a.settings, b.settings)
     for path, left, right in rows:
         print(f"{path:40} {deltas.show(left):>24} -> {deltas.show(right)}{setter(path, b)}")
@@ -108,6 +125,8 @@ def diff(options):
 
 
 def setter(path, resolved):
+    if resolved.preset and path in [line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]]:
+        return f"  ({resolved.preset})"
     links = deltas.chain(resolved.record)
     found = [r.ref for r in links if path in r.delta or any(x in r.delta for x in deltas.prefixes(path))]
     return f"  ({found[-1]})" if found else ""
@@ -163,13 +182,13 @@ def parser(command=None):
     c = add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
     c.add_argument("--markdown", action="store_true", help="the tables of the README")
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
-    c.add_argument("record")
-    c.add_argument("--scale", choices=list(SCALES), default="full")
+    c.add_argument("record", help="a record or a preset (tiny-v1)")
+    c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c.add_argument("--params", action="store_true", help="count parameters and FLOPs (imports torch)")
     c = add("diff", diff, "every setting in which two records differ, and who set it")
-    c.add_argument("left")
-    c.add_argument("right")
-    c.add_argument("--scale", choices=list(SCALES), default="full")
+    c.add_argument("left", help="a record or a preset (tiny-v1)")
+    c.add_argument("right", help="a record or a preset")
+    c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c = add("features", features, "the whole vocabulary: meaning, unit, since when, what --without does, what it needs")
     c.add_argument("word", nargs="?", help="show only settings that mention this word")
     for name, (path, help) in MODULES.items():

@@ -595,6 +595,9 @@ def parser():
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
+    p.add_argument("--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
+                   help="copy the curve there at each validation, while the clock stands; the package must be installed "
+                        "(may be given again)")
     p.add_argument("--compile-cache", metavar="FILE", help="compiled code in one file, for machines that start bare: read if it "
                                                            "exists, written after the warm-up if something new was compiled")
     p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "

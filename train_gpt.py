@@ -47,7 +47,7 @@ from data.stream import Prefetch, Stream, require_shards, stream_arguments, stre
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
-from system import compiler, memory
+from system import compiler, memory, sinks
 from system.interrupt import Interrupt
 from system.sync import no_host_reads
 
@@ -419,6 +419,7 @@ def verdict(s, resolved, points, train_ms):
 def train(resolved, options):
     """One run, from settings to verdict. Returns the exit code."""
     s = resolved.settings
+    sinks.require(options.log_to)
     world = World(s)
     torch.manual_seed(options.seed)  # nothing here draws from the global generator; a feature that does is repeatable
     if resolved.scale in ("full", "small") and not world.cuda and s.system.device == "auto":
@@ -460,6 +461,8 @@ def train(resolved, options):
               f"{tokens_per_step(s):,} tokens, {s.numerics.matmul}, {about['attention']}, {about['device']}",
               *(f"slower than it could be: {line}" for line in about["fallbacks"]))
     run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, cache_file)
+    if world.main:
+        run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
     try:
         warm_up(run, options.seed)
         with run.interrupt:
@@ -478,7 +481,10 @@ def train(resolved, options):
         run.close()
     run.interrupt.says = "the run is over and being written down"
     with run.interrupt:
-        return finish(status, run, resolved, options)
+        try:
+            return finish(status, run, resolved, options)
+        finally:
+            run.sinks.close(log.events[-1])
 
 
 def check_sync_here(s, compile_it):
@@ -573,7 +579,7 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
             "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
-            **runlog.machine()}
+            "sinks": sorted(set(options.log_to)), **runlog.machine()}
 
 
 def attention_backend(model, world, plans):
@@ -599,7 +605,7 @@ class Run:
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler, self.check_sync = None, options.check_sync
         self.interrupt = Interrupt(world.main)
-        self.progress = Progress(world, s)
+        self.progress, self.sinks = Progress(world, s), sinks.Sinks()
 
     def loop(self):
         s, progress = self.s, self.progress
@@ -642,6 +648,7 @@ class Run:
         self.world.say(*runlog.render(event))
         if self.model.mixtures() and step:
             self.world.say(*runlog.render(self.log.event("experts", step=step, **self.loads(last=step == len(self.plans)))))
+        self.sinks.validation(event)
         if not all(map(math.isfinite, [loss, *losses])):
             return False
         if step < len(self.plans):

@@ -143,6 +143,8 @@ def misshapen(event):
             yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
     if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
         yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
+    if kind == "start" and not (isinstance(event.get("sinks", []), list) and all(isinstance(x, str) for x in event.get("sinks", []))):
+        yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
             yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
@@ -164,6 +166,7 @@ def misshapen(event):
 def check_run(log):
     """All problems of one log by itself; sets log.settings."""
     yield from check_settings(log)
+    yield from check_untouched(log)
     if log.settings is not None:
         yield from check_reset(log)
         yield from check_steps(log)
@@ -240,8 +243,14 @@ def check_settings(log):
     if start["system_hash"] != deltas.system_hash(log.settings):
         yield (f"{artefact} hash to system_hash {deltas.system_hash(log.settings)}, logged {start['system_hash']}: they "
                "were edited")
-    if start["profiled"]:
+
+
+def check_untouched(log):
+    """Nothing but training may have been at work while the clock ran: no profiler, and no sink, whose package sends on."""
+    if log.start["profiled"]:
         yield f"{log.where}/run.jsonl: profiled run: not what is timed"
+    if sinks := log.start.get("sinks"):  # versions before 3 have none
+        yield f"{log.where}/run.jsonl: run with --log-to {', '.join(map(str, sinks))}: not what is timed"
 
 
 def check_reset(log):

@@ -1,7 +1,7 @@
 """The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
+    python -m records plot | export | judge | compare | submit | verify | audit | replay | leaderboard
 """
 
 import argparse
@@ -158,7 +158,8 @@ def features(options):
 # Commands with a module of their own (arguments(parser), run(options) -> exit code), imported only
 # when they are called, because some need numpy, scipy or matplotlib.
 MODULES = {
-    "plot": ("records.plot", "curves of runs as a PNG"),
+    "plot": ("records.plot", "curves of runs as a picture, by steps, tokens or time"),
+    "export": ("records.export", "a checkpoint as safetensors, curves of runs as CSV"),
     "judge": ("records.judge", "every published record judged again from its raw runs"),
     "compare": ("records.claims.compare", "arms against each other, interleaved on this machine"),
     "submit": ("records.claims.submit", "register, run, verify and write up a new record"),

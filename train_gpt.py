@@ -266,7 +266,7 @@ def gradient_marks(engine, world):
 
 
 def marks_of(share, own, world):
-    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a stretch of its own."""
+    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a stretch."""
     squares = turned = 0.0
     for start in range(0, len(share), MARK_PIECE):
         parts = [part.double() for part in world.parts(share[start:start + MARK_PIECE])]
@@ -313,19 +313,21 @@ def warm_up(run, seed):
     steps = warmup_steps(run)
     stream = Stream(run.corpus, ranks=world.ranks, **stream_arguments(s)) if s.system.warmup_tokens == "real" else None
     random = torch.Generator().manual_seed(seed + 1)
-    shape = (LOGICAL_RANKS, s.data.tokens_per_rank + 1)  # of all ranks, so that they do not depend on the number of processes
+    shape = (LOGICAL_RANKS, s.data.tokens_per_rank + 1)  # of all ranks: the same tokens on any number of processes
     for n, step in enumerate(steps):
         if stream is not None:
             batch = stream.next()
         else:
-            batch = torch.randint(run.corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()[list(world.ranks)]
+            batch = torch.randint(run.corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
+            batch = batch[list(world.ranks)]
             if s.data.max_document:  # no document may be longer, random ones neither
                 batch[:, ::s.data.max_document] = run.corpus.bos
         marks, last = {}, n == len(steps) - 1
         loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device, run.corpus.bos),
                           before_step=(lambda: marks.update(gradient_marks(run.engine, world))) if last else None)
         if last:
-            run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(world.mean(loss)), 8), gradients=marks)
+            loss = round(float(world.mean(loss)), 8)
+            run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=loss, gradients=marks)
     if steps:
         for step in warmup_validations(run):
             run.validate(step, limit=1)

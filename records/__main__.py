@@ -63,7 +63,7 @@ def list_markdown(records, variants):
 
 
 def show(options):
-    """Delta, facts and, with --scale, what becomes of each line there. Of a preset its own lines, then its record's."""
+    """Delta, facts and, with --scale, what becomes of each line there; of a preset its own lines first."""
     resolved = deltas.resolve_name(options.record, scale=options.scale)
     r, scale = resolved.record, resolved.scale
     if resolved.preset:
@@ -110,13 +110,16 @@ def effect_at(record, path, scale):
 
 
 def diff(options):
-    """Every setting in which two records or presets differ, and who set it. Next to a preset a record has the preset's scale."""
-    names = (options.left, options.right)
-    frozen = [deltas.load_preset(name)[0]["scale"] for name in names if name in deltas.preset_names()]
-    a, b = (deltas.resolve_name(name, scale=options.scale or (frozen[0] if frozen and name not in deltas.preset_names()
-                                                              else None)) for name in names)
+    """Every setting in which two records or presets differ, and who set it.
+
+    Without --scale a record next to a preset is taken at the preset's scale.
+    """
+    names, presets = (options.left, options.right), deltas.preset_names()
+    frozen = {name: deltas.load_preset(name)[0]["scale"] for name in names if name in presets}
+    scale = options.scale or next(iter(frozen.values()), None)
+    a, b = (deltas.resolve_name(name, scale=options.scale if name in frozen else scale) for name in names)
     if frozen and not options.scale:
-        print(f"both at scale {frozen[0]}, that of the preset" if len(set(frozen)) == 1 else "each preset at its own scale")
+        print(f"{options.left} at scale {a.scale}, {options.right} at scale {b.scale}")
     rows = deltas.difference(a.settings, b.settings)
     for path, left, right in rows:
         print(f"{path:40} {deltas.show(left):>24} -> {deltas.show(right)}{setter(path, b)}")

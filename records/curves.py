@@ -1,4 +1,4 @@
-"""Curves of runs, read from their chained logs: finished, diverged, interrupted, and still in progress. No torch here."""
+"""Curves of runs, read from their chained logs: finished, diverged, interrupted, and in progress. No torch here."""
 
 import math
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ NAN = float("nan")
 class Curve:
     """A run's curve. Numbers that the log has not, or that are not finite, are nan.
 
-    validations: (step, tokens, time_ms, val_loss) of each validation. train: (step, tokens, train_loss) of each step since
-    the start; a step's loss is that of the weights before its update. status: as in the log, `running` without an end.
+    validations: (step, tokens, time_ms, val_loss) of each validation.
+    train: (step, tokens, train_loss) of each step; the loss is that of the weights before the step's update.
+    status: as in the log, `running` where the log has no end.
     """
     folder: Path
     start: dict
@@ -49,20 +50,20 @@ def number(value: Any) -> float:
 
 
 def read(path: str | Path) -> Curve:
-    """The curve of a run folder, or of its run.jsonl. UserError (one line) if it is none, or has no validation yet."""
+    """The curve of a run folder, or of its run.jsonl. UserError if it is none, or has no validation yet."""
     path = Path(path)
     log = path / "run.jsonl" if path.is_dir() or not path.name.endswith(".jsonl") else path
     if not log.exists():
         below = sorted(path.glob("**/run.jsonl"))[:1] if path.is_dir() else []
-        remedy = f"name one below it, like {below[0].parent}" if below else "name a run folder such as runs/<date>_..."
-        raise UserError(f"{path}: no run.jsonl here; {remedy}")
+        remedy = f"one below it, like {below[0].parent}" if below else "a run folder such as runs/<date>_..."
+        raise UserError(f"{path}: no run.jsonl here; name {remedy}")
     events = runlog.read_chain(log)
     try:
         found = [e for e in events if e["kind"] == "validation"]
-        curve = Curve(log.parent, dict(events[0]), [(int(e["step"]), number(e["tokens"]), number(e["train_time_ms"]),
-                                                     number(e["val_loss"])) for e in found], train_losses(found),
-                      next((e["status"] for e in events if e["kind"] == "end"), "running"),
-                      max((int(e["scheduled_steps"]) for e in found), default=0))
+        points = [(int(e["step"]), *(number(e[key]) for key in ("tokens", "train_time_ms", "val_loss"))) for e in found]
+        status = next((e["status"] for e in events if e["kind"] == "end"), "running")
+        scheduled = max((int(e["scheduled_steps"]) for e in found), default=0)
+        curve = Curve(log.parent, dict(events[0]), points, train_losses(found), status, scheduled)
         if events[0]["kind"] != "start" or not isinstance(curve.start["settings"], dict):
             raise KeyError("start")
         curve.start["record"], curve.start["scale"], curve.start["seed"]
@@ -101,7 +102,10 @@ def flat(values: dict, prefix: str = "") -> dict:
 
 
 def labels(curves: list[Curve]) -> tuple[str, list[str]]:
-    """(what all runs have in common, a label of each run from what differs): record, scale, changes, settings, seed."""
+    """(what all runs have in common, a label of each run from what differs).
+
+    Told are record, scale, changes, settings and seed; other facts only where these do not tell the runs apart.
+    """
     parts = [[] for _ in curves]
     common = []
 
@@ -117,7 +121,7 @@ def labels(curves: list[Curve]) -> tuple[str, list[str]]:
     for lines in changed(curves):
         tell(lines)
     tell([str(curve.start["seed"]) for curve in curves], "seed ")
-    for key in ("processes", "device", "torch", "code", "utc"):  # what else may tell runs apart, only where it is needed
+    for key in ("processes", "device", "torch", "code", "utc"):
         if len({tuple(own) for own in parts}) == len(curves):
             break
         values = [str(curve.start.get(key, ""))[:24] for curve in curves]
@@ -134,13 +138,12 @@ def labels(curves: list[Curve]) -> tuple[str, list[str]]:
 
 
 def changed(curves: list[Curve]) -> list[list[str]]:
-    """Columns of label parts, one for each change or setting in which runs of one record differ ('' where a run has none).
+    """Columns of label parts, one for each change or setting in which the runs differ ('' where a run has none).
 
-    Runs of several records are told apart by their names and the changes typed; of one record by the changes typed, and
-    where these are the same, or none, by the values that differ.
+    The changes that were typed; where these are the same, and the record too, at most three values that differ.
     """
     every = list(dict.fromkeys(change for curve in curves for change in curve.start.get("changes", [])))
-    typed = [[change if change in curve.start.get("changes", []) else "" for curve in curves] for change in every]
+    typed = [[change * (change in curve.start.get("changes", [])) for curve in curves] for change in every]
     typed = [column for column in typed if len(set(column)) > 1]
     if typed or len({(curve.start["record"], curve.start["scale"]) for curve in curves}) > 1:
         return [[part.removeprefix("--set ") for part in column] for column in typed]

@@ -15,10 +15,11 @@ COLUMNS = ("run", "step", "tokens", "time_ms", "val_loss", "train_loss")
 
 
 def arguments(p):
-    p.add_argument("sources", nargs="+", metavar="SOURCE", help="a checkpoint (safetensors), or run folders (csv)")
+    p.add_argument("sources", nargs="+", metavar="SOURCE",
+                   help="a checkpoint (safetensors), or run folders (csv)")
     p.add_argument("--to", required=True, choices=("safetensors", "csv"))
-    p.add_argument("--out", metavar="FILE", help="file to write, - for stdout (csv); default: checkpoint.safetensors next to the "
-                                                 "checkpoint, curve.csv in the first run folder")
+    p.add_argument("--out", metavar="FILE", help="file to write, - for stdout (csv); default: "
+                   "checkpoint.safetensors next to the checkpoint, curve.csv in the first run folder")
     p.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
 
 
@@ -26,7 +27,7 @@ def run(options):
     if options.to == "csv":
         return export_csv(options)
     if len(options.sources) > 1:
-        raise UserError(f"--to safetensors takes one checkpoint, not {len(options.sources)}: export them one by one")
+        raise UserError(f"--to safetensors takes one checkpoint, not {len(options.sources)}: export one by one")
     if options.out == "-":
         raise UserError("--out -: safetensors are binary: name a file")
     source = Path(options.sources[0])
@@ -49,7 +50,7 @@ def place(options, default: Path) -> Path:
 # ----- checkpoint ---------------------------------------------------------------------------------------------------
 
 def safetensors_of(path: Path) -> bytes:
-    """The tensors of a checkpoint in the safetensors format. Its metadata holds settings (JSON), tokenizer and val_loss."""
+    """The tensors of a checkpoint in the safetensors format; its metadata: settings (JSON), tokenizer, val_loss."""
     try:
         from safetensors.torch import save
     except ImportError:
@@ -57,7 +58,8 @@ def safetensors_of(path: Path) -> bytes:
     import torch
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = {name: tensor.contiguous().clone() for name, tensor in saved["model"].items()}  # no two share memory
+        # cloned, because the format has no tensors that share memory
+        tensors = {name: tensor.contiguous().clone() for name, tensor in saved["model"].items()}
         metadata = {"format": "pt", "settings": files.json_text(saved["settings"], sort_keys=True),
                     "tokenizer": str(saved["tokenizer"]), "val_loss": files.json_text(saved.get("val_loss"))}
     except FileNotFoundError:
@@ -70,7 +72,7 @@ def safetensors_of(path: Path) -> bytes:
 # ----- curves -------------------------------------------------------------------------------------------------------
 
 def export_csv(options):
-    """One row for each step of each run: what was validated there, and the training loss of the step. Empty: not known."""
+    """One row for each step of each run: what was validated there, and the training loss of the step."""
     found = {source: curves.read(source) for source in options.sources}  # the same run twice is one
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -87,7 +89,7 @@ def export_csv(options):
 
 
 def rows(curve: curves.Curve) -> list[list]:
-    """[step, tokens, time_ms, val_loss, train_loss] of each step of a curve; '' for what is not known or not finite."""
+    """[step, tokens, time_ms, val_loss, train_loss] of each step; '' for what is not known or not finite."""
     validated = {step: (tokens, ms, loss) for step, tokens, ms, loss in curve.validations}
     trained = {step: (tokens, loss) for step, tokens, loss in curve.train}
     out = []

@@ -13,7 +13,8 @@ from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward,
 def print_plan(resolved):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
-    print(f"{resolved.preset or record.ref}  {record.title}  ({resolved.preset and record.ref + ' at '}scale {resolved.scale})")
+    name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
+    print(f"{name}  {record.title}  ({of}scale {resolved.scale})")
     for line in [*resolved.changes, *resolved.report]:
         print("  " + line)
     for line in from_parent(resolved):
@@ -50,7 +51,7 @@ def print_plan(resolved):
 
 
 def from_parent(resolved):
-    """Lines: every setting that differs from the record's parent at the same scale, and which of them the record does not set."""
+    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the record."""
     record, s, scale = resolved.record, resolved.settings, resolved.scale
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
     other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"

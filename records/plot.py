@@ -1,4 +1,4 @@
-"""`python -m records plot RUN...`: curves of runs as a picture, with the published curve where it is comparable."""
+"""`python -m records plot RUN...`: curves of runs as a picture, with the published curve where it compares."""
 
 import io
 import math
@@ -11,8 +11,8 @@ from settings import UserError
 
 AXES = ("steps", "tokens", "time")
 UNITS = {"steps": (1, "step"), "tokens": (1, "tokens"), "time": (1000, "training time, s")}
-SMOOTHED = 40  # the mean of the training loss is taken over this part of the run's steps, at least of SHORTEST
-SHORTEST = 5
+SMOOTHED = 40  # the running mean of the training loss takes a 40th of the run's steps,
+SHORTEST = 5  # and at least five
 BUSY = "The runs did not take turns (records compare): their times also measure what else the machine did."
 FORMATS = (".png", ".svg", ".pdf")
 
@@ -20,9 +20,10 @@ FORMATS = (".png", ".svg", ".pdf")
 def arguments(p):
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     p.add_argument("--x", choices=AXES, default="steps", help="axis (default steps)")
-    p.add_argument("--train", action="store_true", help="training loss too: each step faint, and its running mean")
-    p.add_argument("--out", metavar="FILE", help="picture to write, by its ending .png, .svg or .pdf (default curve.png in the "
-                                                 "first folder)")
+    p.add_argument("--train", action="store_true",
+                   help="training loss too: each step faint, and its running mean")
+    p.add_argument("--out", metavar="FILE", help="picture to write, by its ending .png, .svg or .pdf (default "
+                                                 "curve.png in the first folder)")
 
 
 def run(options):
@@ -30,8 +31,9 @@ def run(options):
     print("\n".join([*notes, f"plot: {path}"]))
 
 
-def plot(folders: list, out: str | Path | None = None, x: str = "steps", train: bool = False) -> tuple[Path, list[str]]:
-    """Draw the curves. Returns the path of the picture (default: curve.png in the first folder) and lines about the runs."""
+def plot(folders: list, out: str | Path | None = None, x: str = "steps",
+         train: bool = False) -> tuple[Path, list[str]]:
+    """Draw the curves. Returns the picture's path (default: curve.png in the first folder) and notes on the runs."""
     found = [curves.read(folder) for folder in folders]
     path = Path(out) if out else found[0].folder / "curve.png"
     if path.suffix.lower() not in FORMATS:
@@ -48,13 +50,14 @@ def plot(folders: list, out: str | Path | None = None, x: str = "steps", train: 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
-        raise UserError("plots need matplotlib: `pip install matplotlib` (run.sh and test.sh install it)") from None
+        raise UserError("plots need matplotlib: `pip install matplotlib` (run.sh and test.sh install "
+                        "it)") from None
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
     try:
         draw(axes, lines, x, train)
         caption = [BUSY] if x == "time" and len(found) > 1 and not curves.took_turns(found) else []
         if train and any(not covers_all(curve.start) for curve in found):
-            caption.append("Training losses of several processes in logs of version 2 are those of process 0.")
+            caption.append("Training losses of several processes are those of process 0 in logs of version 2.")
         axes.set_title(common if len(found) > 1 else "", fontsize=9)
         if caption:
             figure.supxlabel("\n".join(caption), fontsize=7)
@@ -67,23 +70,29 @@ def plot(folders: list, out: str | Path | None = None, x: str = "steps", train: 
 
 
 class Line:
-    """What is drawn of one run: `points` (x, val_loss) and `train` (x, train_loss), in the unit of the axis, all finite."""
+    """What is drawn of one run, as far as it is finite, in the unit of the axis.
+
+    points: (x, val_loss) of each validation. train: (x, train_loss) of each step.
+    """
 
     def __init__(self, curve: curves.Curve, name: str, x: str) -> None:
         self.curve, self.name, self.state = curve, name, curve.state()
         self.label = name + (f" ({self.state})" if self.state else "")
         scale, column = UNITS[x][0], AXES.index(x)
-        self.points = [(v[column] / scale, v[3]) for v in curve.validations if math.isfinite(v[3]) and math.isfinite(v[column])]
+        self.points = [(v[column] / scale, v[3]) for v in curve.validations
+                       if math.isfinite(v[3]) and math.isfinite(v[column])]
         # training losses have no times of their own: they are spread evenly between two validations
         at = [v[0] for v in curve.validations]
         there = [v[column] / scale for v in curve.validations]
-        self.train = [(interpolated(step, at, there), loss) for step, _, loss in curve.train if math.isfinite(loss)]
+        self.train = [(interpolated(step, at, there), loss) for step, _, loss in curve.train
+                      if math.isfinite(loss)]
 
     def smooth(self) -> list[tuple[float, float]]:
         """The running mean of the training loss over the last steps."""
         span = max(SHORTEST, len(self.train) // SMOOTHED)
         losses = [loss for _, loss in self.train]
-        return [(x, sum(losses[max(0, i + 1 - span):i + 1]) / min(span, i + 1)) for i, (x, _) in enumerate(self.train)]
+        return [(x, sum(losses[max(0, i + 1 - span):i + 1]) / min(span, i + 1))
+                for i, (x, _) in enumerate(self.train)]
 
 
 def interpolated(step: int, steps: list[int], values: list[float]) -> float:
@@ -106,11 +115,14 @@ def draw(axes, lines: list[Line], x: str, train: bool) -> None:
         high.append(sorted(losses)[-2 if len(losses) > 3 else -1])
         if train and line.train:
             axes.plot(*zip(*line.train), color=colour, alpha=0.25, linewidth=0.7)
-            axes.plot(*zip(*line.smooth()), color=colour, linewidth=1, linestyle=":", label=None if len(lines) > 1 else "training")
-            low.append(min(loss for _, loss in line.smooth()))
+            smooth = line.smooth()
+            axes.plot(*zip(*smooth), color=colour, linewidth=1, linestyle=":",
+                      label="training" if len(lines) == 1 else None)
+            low.append(min(loss for _, loss in smooth))
     for target in sorted({t for line in lines if (t := target_of(line.curve))}):
         axes.axhline(target, color="0.5", linewidth=1, linestyle="--", label=f"target {target:g}")
-    for ref in dict.fromkeys(line.curve.start["record"] for line in lines if line.curve.start["scale"] == "full"):
+    full = [line.curve.start["record"] for line in lines if line.curve.start["scale"] == "full"]
+    for ref in dict.fromkeys(full):
         if points := published(ref, x):
             axes.plot(*zip(*points), color="0.6", linewidth=1, label=f"{ref} published")
     margin = 0.06 * (max(high) - min(low) + 0.1)
@@ -126,7 +138,10 @@ def target_of(curve: curves.Curve) -> float | None:
 
 
 def published(ref: str, x: str) -> list[tuple[float, float]]:
-    """The published curve of a record on an axis, as far as its log has the values; of time on the authors' machine: none."""
+    """The published curve of a record on an axis, as far as its log has the values.
+
+    Empty for time, which is that of the authors' machine.
+    """
     import deltas
     from records.page.sections import reference_curve
     record = deltas.load_records().get(ref)

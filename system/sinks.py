@@ -1,8 +1,9 @@
-"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`), written only while the clock stands.
+"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`), written while the clock stands.
 
-run.jsonl stays the record of a run: a sink that fails is given up with one line, and the run goes on. The packages are
-optional and are imported only when asked for. Their own helpers (the sending process of wandb, the thread of trackio) may still
-be at work when the clock starts again, so the log names the sinks and `records verify` does not take such a run as timed.
+run.jsonl stays the record of a run: a sink that fails is given up with one line, and the run goes on. The packages
+are optional and are imported only when asked for. Their own helpers (the sending process of wandb, the thread of
+trackio) may still be at work when the clock starts again, so the log names the sinks, and `records verify` does not
+take such a run as timed.
 """
 
 import importlib
@@ -17,21 +18,23 @@ from settings import UserError
 
 MODULES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
 PROJECT = "speedrun"
-# wandb samples the machine and copies the terminal while the clock runs: both off, unless the caller's environment says otherwise
+# wandb samples the machine and copies the terminal while the clock runs: both off, unless the caller's environment
+# says otherwise
 QUIET = {"WANDB_CONSOLE": "off", "WANDB_X_DISABLE_STATS": "true"}
 NEVER = 10 ** 7  # seconds; TensorBoard's thread writes when it is told to, at validations, and not by a timer
 
 
 def require(names: Sequence[str]) -> None:
-    """Import the packages of the named sinks. UserError with the remedy, in one line, where one is missing or broken."""
+    """Import the packages of the named sinks. UserError with the remedy where one is missing or broken."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave --log-to away")
+            raise UserError(f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave "
+                            "--log-to away")
         try:
             importlib.import_module(MODULES[name])
         except Exception as error:  # whatever a broken installation raises
-            raise UserError(f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it again, or "
-                            "leave --log-to away") from None
+            raise UserError(f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it "
+                            "again, or leave --log-to away") from None
 
 
 def reason(error: BaseException) -> str:
@@ -65,20 +68,21 @@ class Sinks:
         """Write a validation event: the training loss of each step since the last one, then the validation."""
         first = event["step"] - len(event["train_loss"])
         points = [(first + i, {"train_loss": loss}) for i, loss in enumerate(event["train_loss"])]
-        points.append((event["step"], {name: event[name] for name in ("val_loss", "tokens", "train_time_ms")}))
+        points.append((event["step"], {key: event[key] for key in ("val_loss", "tokens", "train_time_ms")}))
         for name, sink in list(self.open.items()):
             self.attempt(name, lambda sink=sink: sink.write(points))
 
     def close(self, end: dict) -> None:
         """Write how the run ended (its last event), and close."""
-        facts = {name: end[name] for name in ("status", "val_loss", "train_time_ms", "steps", "tokens", "reached") if name in end}
+        told = ("status", "val_loss", "train_time_ms", "steps", "tokens", "reached")
+        facts = {key: end[key] for key in told if key in end}
         for name, sink in list(self.open.items()):
             self.attempt(name, lambda sink=sink: sink.close(facts))
         self.open = {}
 
 
 class Tracker:
-    """A run of wandb or trackio, which have the same calls. The environment says where to (WANDB_PROJECT, WANDB_MODE, ...)."""
+    """A run of wandb or trackio, which have the same calls. The environment says where to (WANDB_PROJECT, ...)."""
 
     def __init__(self, name: str, folder: Path, config: dict) -> None:
         own = {"dir": str(folder)} if name == "wandb" else {"auto_log_gpu": False, "auto_log_cpu": False}
@@ -86,7 +90,8 @@ class Tracker:
             for variable, value in QUIET.items():
                 os.environ.setdefault(variable, value)
         project = os.environ.get(f"{name.upper()}_PROJECT", PROJECT)
-        self.run = importlib.import_module(MODULES[name]).init(project=project, name=folder.name, config=config, **own)
+        package = importlib.import_module(MODULES[name])
+        self.run = package.init(project=project, name=folder.name, config=config, **own)
 
     def write(self, points: list) -> None:
         for step, values in points:

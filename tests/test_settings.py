@@ -257,7 +257,7 @@ def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
     """Otherwise every line would be a difference of scale."""
     lines = run("-m", "records", "diff", "tiny-v1", "short/10").stdout.splitlines()
     theirs = deltas.difference(*(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"])))
-    assert lines[0] == "both at scale tiny, that of the preset"
+    assert lines[0] == "tiny-v1 at scale tiny, short/10 at scale tiny"
     assert sorted(line.split()[0] for line in lines[1:]) == sorted(["validation.target", *(path for path, *_ in theirs)])
     done = run("-m", "records", "show", "tiny-v1", "--scale", "micro")
     assert done.returncode == 2 and "tiny-v1 is frozen at --scale tiny" in done.stderr

@@ -143,7 +143,8 @@ def misshapen(event):
             yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
     if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
         yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
-    if kind == "start" and not (isinstance(event.get("sinks", []), list) and all(isinstance(x, str) for x in event.get("sinks", []))):
+    sinks = event.get("sinks", [])  # versions before 3 have none
+    if kind == "start" and not (isinstance(sinks, list) and all(isinstance(x, str) for x in sinks)):
         yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
@@ -246,11 +247,11 @@ def check_settings(log):
 
 
 def check_untouched(log):
-    """Nothing but training may have been at work while the clock ran: no profiler, and no sink, whose package sends on."""
+    """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send on."""
     if log.start["profiled"]:
         yield f"{log.where}/run.jsonl: profiled run: not what is timed"
-    if sinks := log.start.get("sinks"):  # versions before 3 have none
-        yield f"{log.where}/run.jsonl: run with --log-to {', '.join(map(str, sinks))}: not what is timed"
+    if sinks := log.start.get("sinks"):
+        yield f"{log.where}/run.jsonl: run with --log-to {', '.join(sinks)}: not what is timed"
 
 
 def check_reset(log):

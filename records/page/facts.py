@@ -266,7 +266,8 @@ def has_times(scale, interleaved):
     """Are the training times of runs at a scale data?
 
     At a CPU scale only those of a declared plan, which runs its arms in turns, in random order and one at a time
-    (`interleaved`: compare, submit). A single run measures what else the machine did: record 28 took 453 s, its parent 136 s.
+    (`interleaved`: compare, submit). A single run measures what else the machine did: record 28 took 453 s, its
+    parent 136 s.
     A sweep goes on with any number of workers at once, in a fixed order: times of one arm differ by factors of up to 92.
     """
     return interleaved or scale not in CPU_SCALES

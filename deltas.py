@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import operator
+import re
 import tomllib
 import types
 import typing
@@ -115,8 +116,39 @@ def find_record(name):
         for record in members:
             if key in (record.slug, record.ref.split("/")[1]) or key.lstrip("0") == record.ref.split("/")[1]:
                 return record
-    names = preset_names() + list(records) + [f"{r.ref.split('/')[0]}/{r.slug}" for r in records.values()]
-    raise UserError(f"unknown record {name!r}{near(name, names)}; `python -m records list` shows them")
+    if name in preset_names():
+        fixed, _ = load_preset(name)
+        raise UserError(f"{name} is a preset, {fixed['name']} at scale {fixed['scale']}: name that record here")
+    raise UserError(f"unknown record {name!r}{did_you_mean(nearest_records(name))}; `python -m records list` shows them")
+
+
+def nearest_records(name: str) -> list[str]:
+    """At most three names of records or presets that a wrong one may mean, the likeliest first.
+
+    Short forms first: a number (`11`, `record 11`, `short-011`), another case, a part of a slug (`unet`), the name of a
+    record's folder or the path to it, a lineage alone; then what is spelt nearly so.
+    """
+    records, presets = load_records(), preset_names()
+    folded = " ".join(name.casefold().replace("\\", "/").strip("/# ").split())
+    words = re.split(r"[/ _-]", folded)
+    lineages = sorted({ref.split("/")[0] for ref in records}, key=LINEAGES.index)
+    meant = [lineage for lineage in lineages if difflib.get_close_matches(lineage, words, cutoff=0.75)]
+    members = [r for r in records.values() if not meant or r.ref.split("/")[0] in meant]
+    by_slug = {r.slug: f"{r.ref.split('/')[0]}/{r.slug}" for r in members}
+    word = folded.rpartition("/")[2]
+    plain = re.sub(r"[ _.-]", "", word)
+    number = re.fullmatch(rf"(?:record|{'|'.join(lineages)})?[ #_-]*0*([1-9][0-9]*[a-z]?)\.?(_.*)?", word)
+    found = [p for p in presets if len(plain) > 2 and re.sub(r"[ _.-]", "", p).startswith(plain)]
+    if word in ("head", *lineages):
+        found.append(f"{(meant or lineages)[0]}/head")
+    if number and not found:
+        found = [r.ref for r in members if r.ref.split("/")[1] == number[1]]
+    if len(plain) > 2 and not found:
+        found = [full for slug, full in by_slug.items() if plain in slug.replace("_", "")]
+    if not found:
+        found = difflib.get_close_matches(folded, [*presets, *records, *by_slug.values()], n=3, cutoff=0.55)
+        found += [by_slug[slug] for slug in difflib.get_close_matches(word, list(by_slug), n=3, cutoff=0.6)]
+    return list(dict.fromkeys(found))[:3]
 
 
 def chain(record):
@@ -132,8 +164,11 @@ def chain(record):
 
 def near(word, words):
     """' (did you mean ...?)' or ''."""
-    close = difflib.get_close_matches(word, words, n=3, cutoff=0.55)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
+    return did_you_mean(difflib.get_close_matches(word, words, n=3, cutoff=0.55))
+
+
+def did_you_mean(names):
+    return f" (did you mean {' or '.join(names)}?)" if names else ""
 
 
 # ----- the schema: fields by path ----------------------------------------------------------------------------------
@@ -677,11 +712,15 @@ def parser():
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
+    p.add_argument("--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
+                   help="copy the curve there at each validation, while the clock stands; the package must be installed "
+                        "(may be given again)")
     p.add_argument("--compile-cache", metavar="FILE", help="compiled code in one file, for machines that start bare: read if it "
                                                            "exists, written after the warm-up if something new was compiled")
     p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "
                                                                     "`records compare` and `records submit`)")
-    p.add_argument("--plan", action="store_true", help="print settings, schedule, shapes and parameters; train nothing")
+    p.add_argument("--dry-run", "--plan", dest="plan", action="store_true", help="print the differences from the parent, "
+                   "settings, schedule, shapes and parameters; train nothing (--plan is the same)")
     p.add_argument("--strict", action="store_true", help="refuse to run in a slower way than the record and the device allow, "
                                                          "and fail if anything was compiled after the warm-up")
     p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "

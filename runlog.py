@@ -20,7 +20,8 @@ from system.interrupt import held
 
 ROOT = Path(__file__).parent
 RULER = "=" * 100
-LOG_VERSION = 2  # 1 had no reset account, no first gradients, and a text log with lines of its own
+LOG_VERSION = 3  # 1 had no reset account, no first gradients, and a text log with lines of its own
+READABLE = (2, 3)  # in 2, train_loss and probe of several processes were those of process 0 alone (`covers_all`)
 PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
 
 
@@ -65,6 +66,11 @@ def machine():
         pass
     return {"cpu": name, "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
             "machine": hashlib.sha256(f"speedrun {identity} {name}".encode()).hexdigest()[:12]}
+
+
+def covers_all(start):
+    """Are the training losses and the probe of a run with this start event those of all processes?"""
+    return start["log_version"] > 2 or start["processes"] == 1
 
 
 # ----- the chain ----------------------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ from data.stream import Prefetch, Stream, require_shards, stream_arguments, stre
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
-from system import compiler, memory
+from system import compiler, memory, sinks
 from system.interrupt import INTERRUPTED, Interrupt, hold
 from system.launch import launch
 from system.place import Place
@@ -98,12 +98,20 @@ class World:
             print(*lines, sep="\n", flush=True)
 
     def gather(self, values):
-        """One float64 tensor per process -> their concatenation in rank order, on every process."""
+        """One tensor per process -> their concatenation in rank order, on every process."""
+        return torch.cat(self.parts(values))
+
+    def parts(self, values):
+        """The tensors of all processes (equal shapes), in rank order, on every process."""
         if self.size == 1:
-            return values
+            return [values]
         parts = [torch.empty_like(values) for _ in range(self.size)]
-        dist.all_gather(parts, values)
-        return torch.cat(parts)
+        dist.all_gather(parts, values.contiguous())
+        return parts
+
+    def mean(self, values):
+        """The mean of a float64 tensor over the processes, summed in rank order: the same bits on every process."""
+        return sum(self.parts(values)) / self.size
 
     def total(self, values):
         """The sum of a tensor over the processes, on every process."""
@@ -211,14 +219,14 @@ def longest_document(rows, bos):
 # ----- steps --------------------------------------------------------------------------------------------------------
 
 def train_step(run, step_plan, inputs, targets, documents, before_step=None):
-    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks.
+    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks, float64.
 
     inputs, targets (ranks, rows, T) and documents as to_rows gives them. Each forward's loss is its mean over tokens times
     its share of the eight ranks, so that the gradients of all forwards and processes add up to the mean over logical ranks;
     with train_loss `sum`, to the mean over logical ranks of their sums. before_step: called when the gradients are there and
     before they are reduced (warm-up only).
     """
-    total, at_once, engine = 0.0, run.at_once, run.engine
+    losses, at_once, engine = [], run.at_once, run.engine
     forwards = range(0, len(inputs), at_once)
     share = at_once / LOGICAL_RANKS
     if run.s.model.head.train_loss == "sum":
@@ -231,12 +239,12 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
         loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
         engine.collect()
-        total = total + loss.detach()
+        losses.append(loss.detach())
     if before_step is not None:
         before_step()  # nothing was launched, so this process's share is whole
     run.model.settle(run.world.total, step_plan.tokens, step_plan.moves_bias)
     engine.step(step_plan)
-    return total / len(forwards)
+    return torch.stack(losses).mean(dtype=torch.float64)  # sums of float32 are exact in float64: their order is free
 
 
 @torch.no_grad()
@@ -277,21 +285,36 @@ def state_hash(model, engine):
     return digest.hexdigest()
 
 
-def gradient_marks(engine):
-    """{parameter: [norm, sum_i g_i cos(i)]} of this process's share, before it is reduced: what a systems record must keep.
+MARK_PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
 
-    Two numbers a tensor, so that logs of two programs can be compared input by input: equal seeds give equal weights and
-    equal warm-up tokens. The second one changes with order and signs, which a norm does not see. Taken in the last
-    untimed step, because at the very first one a zero head hides every gradient behind it.
+
+def gradient_marks(engine, world):
+    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: what a systems record must keep.
+
+    Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of processes: equal
+    seeds give equal weights and equal warm-up tokens. The second one changes with order and signs, which a norm does not
+    see. Taken in the last untimed step, because at the very first one a zero head hides every gradient behind it. The shares
+    of the processes are added in rank order in float64, whatever system.comm does later; collective.
     """
     out = {}
     for bank in engine.banks:
         share, start = engine.local(bank).detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
         for name, p in bank.members:
-            g = share[start:start + p.numel()].double()
+            out[name] = [float(f"{x:.8g}") for x in marks_of(share[start:start + p.numel()], bank.own, world)]
             start += p.numel()
-            out[name] = [float(f"{x:.8g}") for x in (g.norm().item(), (g * torch.arange(len(g), device=g.device).cos()).sum().item())]
     return dict(sorted(out.items()))
+
+
+def marks_of(share, own, world):
+    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a stretch."""
+    squares = turned = 0.0
+    for start in range(0, len(share), MARK_PIECE):
+        parts = [part.double() for part in world.parts(share[start:start + MARK_PIECE])]
+        for rank, g in enumerate(parts if own else [sum(parts)]):
+            at = start + rank * len(share)
+            squares += g.square().sum().item()
+            turned += (g * torch.arange(at, at + len(g), device=g.device).cos()).sum().item()
+    return [math.sqrt(squares), turned]
 
 
 def warmup_steps(run):
@@ -330,19 +353,21 @@ def warm_up(run, seed):
     steps = warmup_steps(run)
     stream = Stream(run.corpus, ranks=world.ranks, **stream_arguments(s)) if s.system.warmup_tokens == "real" else None
     random = torch.Generator().manual_seed(seed + 1)
-    shape = (len(world.ranks), s.data.tokens_per_rank + 1)
+    shape = (LOGICAL_RANKS, s.data.tokens_per_rank + 1)  # of all ranks: the same tokens on any number of processes
     for n, step in enumerate(steps):
         if stream is not None:
             batch = stream.next()
         else:
             batch = torch.randint(run.corpus.vocab_size, shape, generator=random, dtype=torch.int32).numpy()
+            batch = batch[list(world.ranks)]
             if s.data.max_document:  # no document may be longer, random ones neither
                 batch[:, ::s.data.max_document] = run.corpus.bos
         marks, last = {}, n == len(steps) - 1
         loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device, run.corpus.bos),
-                          before_step=(lambda: marks.update(gradient_marks(run.engine))) if last else None)
+                          before_step=(lambda: marks.update(gradient_marks(run.engine, world))) if last else None)
         if last:
-            run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=round(float(loss), 8), gradients=marks)
+            loss = round(float(world.mean(loss)), 8)
+            run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=loss, gradients=marks)
     if steps:
         for step in warmup_validations(run):
             run.validate(step, limit=1)
@@ -439,6 +464,7 @@ def train(resolved, options):
 
 def one_run(resolved, options, asked):
     s = resolved.settings
+    sinks.require(options.log_to)
     check_devices(resolved, Place.read().local_size)
     world = World(s)
     asked.join(*world.neighbours())
@@ -476,6 +502,8 @@ def one_run(resolved, options, asked):
             log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
             log.start(about, deltas.plain(resolved.settings))
             run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, asked, cache_file)
+            if world.main:
+                run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
             introduce(run, resolved, about)
         return conduct(run, resolved, options)
     except KeyboardInterrupt:
@@ -508,14 +536,22 @@ def conduct(run, resolved, options):
     finally:
         run.close()
     run.interrupt.says = "the run is over and being written down"
-    return finish(status, run, resolved, options)
+    return ended(status, run, resolved, options)
 
 
 def interrupted(run, resolved, options):
     """The end of a run that was asked to stop. Returns the exit code."""
     with hold():
         run.close()
-        return finish("interrupted", run, resolved, options)
+        return ended("interrupted", run, resolved, options)
+
+
+def ended(status, run, resolved, options):
+    """finish(), after which the sinks are told of the last event. Returns the exit code."""
+    try:
+        return finish(status, run, resolved, options)
+    finally:
+        run.sinks.close(run.log.events[-1])
 
 
 def check_sync_here(s, compile_it):
@@ -610,7 +646,7 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
             "comm": engine.comm,
             "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
-            **runlog.machine()}
+            "sinks": sorted(set(options.log_to)), **runlog.machine()}
 
 
 def attention_backend(model, world, plans):
@@ -631,11 +667,12 @@ class Run:
         self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
         self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
+        self.epoch = 0  # the highest of all logical ranks at the last validation
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
         self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
         self.profiler, self.check_sync = None, options.check_sync
         self.interrupt = interrupt
-        self.progress = Progress(world, s)
+        self.progress, self.sinks = Progress(world, s), sinks.Sinks()
 
     def loop(self):
         s, progress = self.s, self.progress
@@ -669,21 +706,27 @@ class Run:
         """Stop the clock, measure, log, start it again. False if the loss is not finite."""
         self.batches.settle()  # no prefetch while the clock stands still
         self.clock.stop()
-        losses = [round(x, 6) for x in torch.stack(self.train_losses).tolist()] if self.train_losses else []
-        self.train_losses = []
+        losses, self.epoch = self.mean_train_losses(), max(self.world.gather_objects(self.stream.epoch))
         loss = self.validate(step)
         self.points.append((step, loss))
         ms = self.clock.total_ms
         event = self.log.event("validation", step=step, scheduled_steps=len(self.plans), val_loss=loss, train_loss=losses,
-                               train_time_ms=round(ms, 3), tokens=step * tokens_per_step(self.s), epoch=self.stream.epoch)
+                               train_time_ms=round(ms, 3), tokens=step * tokens_per_step(self.s), epoch=self.epoch)
         self.world.say(*runlog.render(event))
         if self.model.mixtures() and step:
             self.world.say(*runlog.render(self.log.event("experts", step=step, **self.loads(last=step == len(self.plans)))))
+        self.sinks.validation(event)
         if not all(map(math.isfinite, [loss, *losses])):
             return False
         if step < len(self.plans):
             self.clock.start()
         return True
+
+    def mean_train_losses(self):
+        """Training loss of each step since the last validation, mean over all logical ranks, on every process; then forgets
+        them. The processes' losses are brought together only here, while the clock stands still."""
+        losses, self.train_losses = self.train_losses, []
+        return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 
     def loads(self, last):
         """How the last step's tokens were shared out, by layer (names as in arXiv 2408.15664): largest load over the mean one,
@@ -729,17 +772,20 @@ class Run:
         """What the run came to, for its last event."""
         return {"graphs_in_clock": compiled_graphs() - self.graphs, "steps": self.steps_done, "scheduled_steps": len(self.plans),
                 "val_loss": self.points[-1][1] if self.points else None, "train_time_ms": round(self.clock.read_ms(), 3),
-                "tokens": self.steps_done * tokens_per_step(self.s), "epoch": self.stream.epoch if self.stream else 0}
+                "tokens": self.steps_done * tokens_per_step(self.s),
+                "epoch": max(self.epoch, self.stream.epoch if self.stream else 0)}
 
 
 def finish(status, run, resolved, options):
     """Digests, verdict, the last event, summary and checkpoint. Returns the exit code."""
     s, world, log, results = run.s, run.world, run.log, run.results()
-    if status != "interrupted":  # an interrupted process may be alone: no collectives
-        digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
-        log.event("stream", digest=stream_digest(digests))
     if world.cuda:
         results["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
+    if status != "interrupted":  # an interrupted process may be alone: no collectives
+        for name in [name for name in ("graphs_in_clock", "peak_memory_mib") if name in results]:
+            results[name] = max(world.gather_objects(results[name]))
+        digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
+        log.event("stream", digest=stream_digest(digests))
     target = s.validation.target
     reached = results["val_loss"] <= target if status == "finished" and target is not None else None
     lines = verdict(s, resolved, run.points, results["train_time_ms"]) if status == "finished" else []

@@ -1,7 +1,7 @@
 """The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | judge | compare | submit | verify | audit | replay | variants | leaderboard
+    python -m records plot | export | judge | compare | submit | verify | audit | replay | variants | leaderboard
 """
 
 import argparse
@@ -64,9 +64,11 @@ def list_markdown(records, variants):
 
 
 def show(options):
-    """Delta, facts and, with --scale, what becomes of each line there."""
-    r = deltas.find_record(options.record)
-    resolved = deltas.resolve(r.ref, scale=options.scale)
+    """Delta, facts and, with --scale, what becomes of each line there; of a preset its own lines first."""
+    resolved = deltas.resolve_name(options.record, scale=options.scale)
+    r, scale = resolved.record, resolved.scale
+    if resolved.preset:
+        show_preset(resolved)
     print(f"{r.ref}  {r.title}\n{r.date}  {', '.join(r.people)}  kind {r.kind}  reproduces {r.source}  badge {r.badge}")
     print(f"parent {r.parent or 'none (the defaults of settings.py)'}")
     if r.subsumed:
@@ -76,12 +78,22 @@ def show(options):
     if r.delta:
         print("\ndelta:")
     for path, value in r.delta.items():
-        print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, options.scale))
+        print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, scale))
     print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
-    print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {options.scale}")
+    print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {scale}")
     if options.params:
         from records.plan import size
         print(size(resolved.settings))
+
+
+def show_preset(resolved):
+    """The lines that a preset adds to its record."""
+    fixed, pinned = deltas.load_preset(resolved.preset)
+    print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash {pinned}, and")
+    for line in fixed["sets"]:
+        path, value = deltas.parse_assignment(line, "set")
+        print(f"  {path} = {deltas.show(value)}")
+    print()
 
 
 def effect_at(record, path, scale):
@@ -99,8 +111,16 @@ def effect_at(record, path, scale):
 
 
 def diff(options):
-    """Every setting in which two records differ, and who set it."""
-    a, b = (deltas.resolve(name, scale=options.scale) for name in (options.left, options.right))
+    """Every setting in which two records or presets differ, and who set it.
+
+    Without --scale a record next to a preset is taken at the preset's scale.
+    """
+    names, presets = (options.left, options.right), deltas.preset_names()
+    frozen = {name: deltas.load_preset(name)[0]["scale"] for name in names if name in presets}
+    scale = options.scale or next(iter(frozen.values()), None)
+    a, b = (deltas.resolve_name(name, scale=options.scale if name in frozen else scale) for name in names)
+    if frozen and not options.scale:
+        print(f"{options.left} at scale {a.scale}, {options.right} at scale {b.scale}")
     rows = deltas.difference(a.settings, b.settings)
     for path, left, right in rows:
         print(f"{path:40} {deltas.show(left):>24} -> {deltas.show(right)}{setter(path, b)}")
@@ -109,6 +129,8 @@ def diff(options):
 
 
 def setter(path, resolved):
+    if resolved.preset and path in [line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]]:
+        return f"  ({resolved.preset})"
     links = deltas.chain(resolved.record)
     found = [r.ref for r in links if path in r.delta or any(x in r.delta for x in deltas.prefixes(path))]
     return f"  ({found[-1]})" if found else ""
@@ -140,7 +162,8 @@ def features(options):
 # Commands with a module of their own (arguments(parser), run(options) -> exit code), imported only
 # when they are called, because some need numpy, scipy or matplotlib.
 MODULES = {
-    "plot": ("records.plot", "curves of runs as a PNG"),
+    "plot": ("records.plot", "curves of runs as a picture, by steps, tokens or time"),
+    "export": ("records.export", "a checkpoint as safetensors, curves of runs as CSV"),
     "judge": ("records.judge", "every published record judged again from its raw runs"),
     "compare": ("records.claims.compare", "arms against each other, interleaved on this machine"),
     "submit": ("records.claims.submit", "register, run, verify and write up a new record"),
@@ -165,13 +188,13 @@ def parser(command=None):
     c = add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
     c.add_argument("--markdown", action="store_true", help="the tables of the README")
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
-    c.add_argument("record")
-    c.add_argument("--scale", choices=list(SCALES), default="full")
+    c.add_argument("record", help="a record or a preset (tiny-v1)")
+    c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c.add_argument("--params", action="store_true", help="count parameters and FLOPs (imports torch)")
     c = add("diff", diff, "every setting in which two records differ, and who set it")
-    c.add_argument("left")
-    c.add_argument("right")
-    c.add_argument("--scale", choices=list(SCALES), default="full")
+    c.add_argument("left", help="a record or a preset (tiny-v1)")
+    c.add_argument("right", help="a record or a preset")
+    c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c = add("features", features, "the whole vocabulary: meaning, unit, since when, what --without does, what it needs")
     c.add_argument("word", nargs="?", help="show only settings that mention this word")
     for name, (path, help) in MODULES.items():

@@ -1,4 +1,4 @@
-"""`train_gpt.py RECORD --plan`: what a run would do. What counts parameters and memory imports torch."""
+"""`train_gpt.py RECORD --dry-run`: what a run would do. What counts parameters and memory imports torch."""
 
 import json
 import signal
@@ -12,11 +12,14 @@ from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward,
 
 
 def print_plan(resolved):
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--plan | head` ends quietly
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
-    print(f"{record.ref}  {record.title}  (scale {resolved.scale})")
+    name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
+    print(f"{name}  {record.title}  ({of}scale {resolved.scale})")
     for line in [*resolved.changes, *resolved.report]:
         print("  " + line)
+    for line in from_parent(resolved):
+        print(line)
     print(f"\nml_hash {deltas.ml_hash(s)}  system_hash {deltas.system_hash(s)}")
     print("\nsettings that differ from the defaults (record 1):")
     default = deltas.flat(type(s)())
@@ -48,6 +51,21 @@ def print_plan(resolved):
         print(line)
     for line in measured(resolved):
         print(line)
+
+
+def from_parent(resolved):
+    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the record."""
+    record, s, scale = resolved.record, resolved.settings, resolved.scale
+    parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
+    other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
+    yield f"\ndifferences from {other}, at scale {scale}:"
+    unchanged = deltas.resolve(record.ref, scale=scale).settings
+    asked = {path for path, *_ in deltas.difference(unchanged, s)}
+    rows, own = deltas.difference(parent, s), f"  ({resolved.preset or 'by this command'})"
+    for path, old, new in rows:
+        yield f"  {path}: {deltas.show(old)} -> {deltas.show(new)}" + own * (path in asked)
+    if not rows:
+        yield "  none" + (f": {record.subsumed}" if record.subsumed else "")
 
 
 def graphs(s, plans):

@@ -381,7 +381,7 @@ def another_numerics_version(c):
     c.seal()
 
 
-@refused(r"log version 1, this program reads version 2")
+@refused(r"log version 1, this program reads versions 2 and 3")
 def another_log_version(c):
     c.events(3, "start")[0]["log_version"] = 1
     c.seal()

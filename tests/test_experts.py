@@ -851,13 +851,15 @@ def training(args):
 
 
 def trained(folder, world, *args):
-    """(curve, parameters and biases, loads of the experts) of a training by `world` processes."""
+    """(curve, parameters and biases, loads of the experts, checksums of gradients) of a training by `world` processes."""
     sets = ["system.device=cpu", "system.precision=float64", "schedule.steps=3", "validation.tokens=4096", SMALL, WILD]
     changes = [word for change in (*sets, *args) for word in ("--set", change)]
     together(world, training, [REF, "--scale", "micro", *changes, "--save", "--out", str(folder)])
     run = next(folder.glob("*/summary.json")).parent
-    load = [e["load"] for e in read_chain(run / "run.jsonl") if e["kind"] == "experts" and "load" in e][-1]
-    return json.loads((run / "summary.json").read_text())["curve"], torch.load(run / "checkpoint.pt")["model"], load
+    events = read_chain(run / "run.jsonl")
+    load = [e["load"] for e in events if e["kind"] == "experts" and "load" in e][-1]
+    gradients = next(e["gradients"] for e in events if e["kind"] == "probe")
+    return json.loads((run / "summary.json").read_text())["curve"], torch.load(run / "checkpoint.pt")["model"], load, gradients
 
 
 @pytest.mark.parametrize("clip, runs", [
@@ -869,6 +871,8 @@ def test_trainings_by_2_and_4_processes_equal_those_by_one(clip, runs, tmp_path)
     one = trained(tmp_path / "one", 1, *clip)
     assert any(0 in loads for loads in one[2])
     for i, (world, sets) in enumerate(runs):
-        curve, state, load = trained(tmp_path / str(i), world, *clip, *sets)
+        curve, state, load, gradients = trained(tmp_path / str(i), world, *clip, *sets)
         assert load == one[2] and max(abs(a - b) for (_, a), (_, b) in zip(curve, one[0])) < 1e-9
         assert set(state) == set(one[1]) and all((state[name] - one[1][name]).abs().max() < 1e-9 for name in state)
+        assert gradients.keys() == one[3].keys()
+        assert all(gradients[name] == pytest.approx(marks, rel=1e-6, abs=1e-9) for name, marks in one[3].items())

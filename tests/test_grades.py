@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -88,6 +89,22 @@ def test_another_loss_or_gradient_of_the_same_seed_is_no_systems_change(edit, re
     results = verify.verify(claim.folder)
     assert results["verdict"] == "not shown" and len(results["reasons"]) == 1
     assert re.match(r"parity: seed \d: " + reason, results["reasons"][0]), results["reasons"]
+
+
+def test_probes_of_one_process_and_of_all_are_not_compared(monkeypatch):
+    """Logs of version 2 with several processes hold those of process 0 alone; alike ones are compared as ever."""
+    def events(version, processes):
+        return [{"kind": "start", "log_version": version, "processes": processes},
+                {"kind": "probe", "step": 2, "tokens": "random", "loss": 7.0, "gradients": {"w": [1.0, 0.5]}},
+                {"kind": "validation", "train_loss": [7.0] * 8}]
+
+    claim = SimpleNamespace(declaration={"arms": {"new": {"settings": {"numerics": {}}}}})
+    found = {"new": [{"seed": 0, "log": (3, 2)}], "parent": [{"seed": 0}]}
+    monkeypatch.setattr(verify, "events_of", lambda claim, row: events(*row["log"]))
+    for log, comparable in (((3, 4), True), ((2, 1), True), ((2, 2), False)):
+        found["parent"][0]["log"] = log
+        failures = verify.check_parity(claim, found)["failures"]
+        assert failures == [] if comparable else "of process 0 alone" in failures[0] and len(failures) == 1
 
 
 def test_a_systems_claim_may_not_lose_more_than_the_margin(tmp_path):

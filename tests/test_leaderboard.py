@@ -512,6 +512,28 @@ def test_a_claim_gets_a_row_on_the_board_of_its_machine_and_takes_its_card_off_t
     assert "unclaimed" in text and "8 x NVIDIA H100<" not in text.split("Unclaimed")[1]
 
 
+def test_times_at_cpu_scales_are_shown_only_of_runs_that_took_turns(site):
+    """A run there measures what else the machine did; a declared plan runs its arms in random order, one at a time."""
+    def heads(text):
+        return {row["cells"][0]: row["cells"] for row in Reader(text).rows}["record"]
+
+    entries = sections.board_entries(site)
+    cpu = [e for rows in entries.values() for e in rows if e["scale"] in ("tiny", "micro")]
+    assert len(cpu) > 30 and {(e["seconds"], e["rate"]) for e in cpu} == {(None, None)}
+    assert all(heads(sections.board(site, m, rows)) == ["record", "scale", "runs", "loss", "sd", "from"]
+               for m, rows in entries.items())
+    run = dict(next(r for r in site["runs"]["short/11"] if r["scale"] == "tiny"), reached=True, target=4.09)
+    assert {ms for _, _, ms, _ in sections.run_points(run)} == {None}
+    assert sections.run_points({**run, "claimed": True})[-1][2] == round(run["train_time_ms"])
+    assert sections.run_points({**run, "scale": "full"})[-1][2] == round(run["train_time_ms"])
+    alone = {**site, "sweeps": [], "runs": {"short/11": [run]}, "claims": {"short/11": [claim("records/x", scale="micro")]}}
+    (machine, first), (other, second) = sections.board_entries(alone).items()
+    assert first[0]["reached"] and "place" not in heads(sections.board(alone, machine, first))  # reached, but no time to rank
+    assert second[0]["seconds"] == 430.0005 and "train time, s" in heads(sections.board(alone, other, second))
+    points = [p for r in json.loads(sections.data(site))["runs"] if r["scale"] != "full" for p in r["points"]]
+    assert points and all(p[2] is None for p in points)
+
+
 @pytest.mark.parametrize("name, edit, what", [
     ("ablate", lambda s: s["rows"][0].update(effect=0.9), r"--without optim\.muon: effect"),
     ("ablate", lambda s: s["rows"][1].update(low=0.5), "low"), ("ablate", lambda s: s["rows"][2].update(p=0.04), "p: not"),

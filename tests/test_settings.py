@@ -300,14 +300,63 @@ def test_listing_records_imports_neither_torch_nor_numpy():
 @pytest.mark.parametrize("args, text", [
     (["list"], "7.2"), (["show", "short/9"], "model.attn.value_residual"), (["show", "short/10", "--scale", "tiny"], "[inert]"),
     (["show", "short/11", "--params"], "162,201,642 parameters"), (["diff", "short/5", "short/9"], "(short/9)"),
-    (["features", "muon"], "since short/3")])
+    (["features", "muon"], "since short/3"), (["list"], "tiny-v1    preset: short/11 at scale tiny"),
+    (["show", "tiny-v1"], "validation.target = 4.09\n\nshort/11  U-net skips"), (["show", "tiny-v1"], "ml_hash 1d3d9de57798ad77"),
+    (["diff", "short/11", "tiny-v1"], "off -> 4.09  (tiny-v1)")])
 def test_records_commands(args, text):
     done = run("-m", "records", *args)
     assert done.returncode == 0 and text in done.stdout, done.stderr
 
 
-def test_plan_prints_steps_shapes_and_parameters():
-    done = run("train_gpt.py", "short/11", "--plan")
+def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
+    """Otherwise every line would be a difference of scale."""
+    lines = run("-m", "records", "diff", "tiny-v1", "short/10").stdout.splitlines()
+    theirs = deltas.difference(*(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"])))
+    assert lines[0] == "tiny-v1 at scale tiny, short/10 at scale tiny"
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted(["validation.target", *(path for path, *_ in theirs)])
+    done = run("-m", "records", "show", "tiny-v1", "--scale", "micro")
+    assert done.returncode == 2 and "tiny-v1 is frozen at --scale tiny" in done.stderr
+
+
+@pytest.mark.parametrize("typed, meant", [
+    ("11", ["short/11"]), ("unet", ["short/unet_double_lr", "short/unet_value_embeds"]), ("Short/11", ["short/11"]),
+    ("short011", ["short/11"]), ("#11", ["short/11"]), ("record 11", ["short/11"]), ("SHORT/UNET_DOUBLE_LR", ["short/unet_double_lr"]),
+    ("21R", ["short/21r"]), ("4", ["short/4", "variants/4"]), ("variant/4", ["variants/4"]), ("011_unet_double_lr", ["short/11"]),
+    ("records/short/011_unet_double_lr/", ["short/11"]), ("short", ["short/head"]), ("mla12q", ["variants/mla12q"]),
+    ("muonn", ["short/muon"]), ("tiny", ["tiny-v1"]), ("Tiny_v1", ["tiny-v1"]), ("tiny-v2", ["tiny-v1"]), ("99", []), ("", [])])
+def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_mean(typed, meant):
+    assert deltas.nearest_records(typed) == meant
+    with pytest.raises(UserError) as refused:
+        deltas.resolve_name(typed)
+    assert (f"did you mean {' or '.join(meant)}?" in str(refused.value)) == bool(meant)
+    assert all(deltas.resolve_name(name) for name in meant)
+
+
+def test_a_preset_where_only_a_record_can_stand_is_told_its_record():
+    with pytest.raises(UserError, match="tiny-v1 is a preset, short/11 at scale tiny: name that record here"):
+        deltas.resolve("short/11", revert=["tiny-v1"])
+
+
+def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
+    def differences(resolved):
+        print_plan(resolved)
+        out = capsys.readouterr().out
+        told = out.split("\ndifferences from ")[1].split("\n\n")[0].splitlines()
+        assert out.index("differences from") < out.index("ml_hash") < out.index("settings that differ")
+        return told[0], [line.strip() for line in told[1:]]
+
+    head, lines = differences(deltas.resolve_name("tiny-v1"))
+    assert head == "the parent, short/10, at scale tiny:" and "validation.target: off -> 4.09  (tiny-v1)" in lines
+    assert "model.residual.unet_skips.init: off -> 1.0" in lines
+    head, lines = differences(deltas.resolve("short/8", scale="micro", sets=["optim.muon.lr=0.5"]))
+    assert [line for line in lines if "by this command" in line] == ["optim.muon.lr: 0.00036 -> 0.5  (by this command)"]
+    assert differences(deltas.resolve("short/1"))[0].startswith("the defaults of settings.py (no parent)")
+    assert differences(deltas.resolve("short/7"))[1][0].startswith("none")
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--plan"])
+def test_plan_prints_steps_shapes_and_parameters(flag):
+    done = run("train_gpt.py", "short/11", flag)
     assert done.returncode == 0
     for text in ("3000 steps x 524,288 tokens", "162,201,642 parameters", "6 heads of 128, 50304 classes", "ml_hash"):
         assert text in done.stdout

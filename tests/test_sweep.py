@@ -516,7 +516,7 @@ def test_a_run_that_differs_in_anything_that_counts_is_foreign(key, value):
     plan = planned("ablate", "short/11", *TWO)
     arm = plan["arms"][1]
     run = {"ml_hash": arm["ml_hash"], "seed": 0, "scale": "micro", "numerics_version": plan["numerics_version"],
-           "log_version": runlog.LOG_VERSION, "profiled": False, **plan["digests"][arm["ml_hash"]]}
+           "profiled": False, **plan["digests"][arm["ml_hash"]]}
     assert not queue.foreign(run, plan, arm, 0) and f"{key} is {value}" in queue.foreign(run | {key: value}, plan, arm, 0)
 
 

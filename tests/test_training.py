@@ -1,6 +1,7 @@
 """Laws of the trainer, run as a user would: subprocesses at `micro`, and torchrun with gloo for several processes."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -94,11 +95,32 @@ def losses(summary):
     return [loss for _, loss in summary["curve"]], summary["stream_digest"]
 
 
+def told(out):
+    """(training losses, loss of the probe, gradient checksums) of the run below a folder."""
+    events = read_chain(next(out.glob("*/run.jsonl")))
+    probe = next(e for e in events if e["kind"] == "probe")
+    return [x for e in events if e["kind"] == "validation" for x in e["train_loss"]], probe["loss"], probe["gradients"]
+
+
+def check_probes(one, other, tolerance):
+    """Checksums of the gradients agree relative to each norm, or to a thousandth of the largest one."""
+    largest = max(norm for norm, _ in one.values())
+    assert one.keys() == other.keys()
+    for name, (norm, turned) in one.items():
+        floor = tolerance * max(norm, 1e-3 * largest)
+        assert abs(other[name][0] - norm) <= floor and abs(other[name][1] - turned) <= floor, name
+
+
 def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_processes(tmp_path):
+    """And the log says the same of training and of the last untimed step: of all processes, not of the first one."""
     args = ["short/11", *SHORT, "--set", "system.reduction=ordered"]
     one = losses(run(tmp_path / "1", *args)[1])
+    train_losses, probe_loss, gradients = told(tmp_path / "1")
     for processes in (2, 4):
         assert losses(run(tmp_path / str(processes), *args, processes=processes)[1]) == one
+        again, loss, marks = told(tmp_path / str(processes))
+        assert again == train_losses and loss == pytest.approx(probe_loss, abs=1e-7)
+        check_probes(gradients, marks, 1e-5)
 
 
 @pytest.mark.parametrize("comm", ["sharded", "replicated", "bucketed", "allreduce_updates"])
@@ -121,6 +143,9 @@ def test_two_processes_on_representative_records(ref, tmp_path):
     one, digest = losses(run(tmp_path / "1", ref, *exact)[1])
     two, other = losses(run(tmp_path / "2", ref, *exact, processes=2)[1])
     assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 1e-9
+    (train_one, probe_one, gradients), (train_two, probe_two, marks) = told(tmp_path / "1"), told(tmp_path / "2")
+    assert train_two == pytest.approx(train_one, abs=1.1e-6) and probe_two == pytest.approx(probe_one, abs=1.1e-8)
+    check_probes(gradients, marks, 1e-7)
 
 
 def test_ranks_per_forward_changes_only_rounding(tmp_path):
@@ -366,6 +391,36 @@ def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     for name, grad in one.items():
         assert (grad - two[name]).abs().max() <= 1e-6 * grad.abs().max(), name
+
+
+@pytest.mark.parametrize("piece", [3, 1000])
+def test_checksums_are_of_the_gradients_of_all_processes(piece, monkeypatch):
+    """Summands are added; stretches of experts that one process has alone follow each other. In any pieces."""
+    monkeypatch.setattr(train_gpt, "MARK_PIECE", piece)
+    shares = torch.randn((2, 10), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    taken = []
+
+    def parts(mine):  # of the second process: what both have at the place that the first one asks for
+        taken.append(len(mine))
+        start = sum(taken[:-1])
+        return [mine, shares[1][start:start + len(mine)]]
+
+    for own, whole in ((False, shares.sum(0)), (True, shares.flatten())):
+        taken.clear()
+        norm, turned = train_gpt.marks_of(shares[0], own, SimpleNamespace(parts=parts))
+        cosines = torch.arange(len(whole)).cos().double()
+        assert norm == pytest.approx(whole.norm().item()) and turned == pytest.approx((whole @ cosines).item())
+
+
+def test_a_loss_that_one_process_finds_not_finite_stops_all_of_them():
+    """Each process has its own training losses, and all have the same mean: none goes on alone into a collective."""
+    seen = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([5.0, math.nan], dtype=torch.float64)]
+    for mine in seen:
+        world = SimpleNamespace(size=2, parts=lambda values: seen)
+        world.mean = lambda values, world=world: train_gpt.World.mean(world, values)
+        run = SimpleNamespace(train_losses=list(mine), world=world)
+        first, second = train_gpt.Run.mean_train_losses(run)
+        assert first == 4.0 and math.isnan(second) and run.train_losses == []
 
 
 def test_the_longest_document_of_rows_is_counted_from_its_first_token_or_the_rows():

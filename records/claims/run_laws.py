@@ -115,8 +115,9 @@ def read_log(folder, where):
         return None, [f"{artefact}: cannot be read ({type(error).__name__})"]
     log = Log(where, folder, links)
     version = log.start.get("log_version")
-    if version != runlog.LOG_VERSION:
-        return None, [f"{artefact}: log version {version!r}, this program reads version {runlog.LOG_VERSION}"]
+    if version not in runlog.READABLE:
+        return None, [f"{artefact}: log version {version!r}, this program reads versions "
+                      f"{' and '.join(map(str, runlog.READABLE))}"]
     found = word(log.events)
     if found.count("s") > 1:
         return None, [f"{artefact}: holds {found.count('s')} start events: {found.count('s')} logs in one file"]
@@ -142,6 +143,9 @@ def misshapen(event):
             yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
     if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
         yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
+    sinks = event.get("sinks", [])  # versions before 3 have none
+    if kind == "start" and not (isinstance(sinks, list) and all(isinstance(x, str) for x in sinks)):
+        yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
             yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
@@ -163,6 +167,7 @@ def misshapen(event):
 def check_run(log):
     """All problems of one log by itself; sets log.settings."""
     yield from check_settings(log)
+    yield from check_untouched(log)
     if log.settings is not None:
         yield from check_reset(log)
         yield from check_steps(log)
@@ -239,8 +244,14 @@ def check_settings(log):
     if start["system_hash"] != deltas.system_hash(log.settings):
         yield (f"{artefact} hash to system_hash {deltas.system_hash(log.settings)}, logged {start['system_hash']}: they "
                "were edited")
-    if start["profiled"]:
+
+
+def check_untouched(log):
+    """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send on."""
+    if log.start["profiled"]:
         yield f"{log.where}/run.jsonl: profiled run: not what is timed"
+    if sinks := log.start.get("sinks"):
+        yield f"{log.where}/run.jsonl: run with --log-to {', '.join(sinks)}: not what is timed"
 
 
 def check_reset(log):

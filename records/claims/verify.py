@@ -293,6 +293,10 @@ def check_parity(claim, found):
         if new is None or old is None or new["tokens"] != old["tokens"] or new["step"] != old["step"]:
             failures.append(f"seed {seed}: no probes of the same untimed step (system.warmup_steps = 0?)")
             continue
+        if len({runlog.covers_all(logs[name][seed][0]) for name in ("new", "parent")}) > 1:
+            failures.append(f"seed {seed}: the log of one arm (version 2, several processes) has losses and gradients "
+                            "of process 0 alone: run both arms again")
+            continue
         row = {**parity(new, old), "train_loss": first_losses_apart(logs["new"][seed], logs["parent"][seed])}
         rows.append({"seed": seed, **row})
         if row["loss"] > limits["loss"]:

@@ -30,6 +30,7 @@ EVIDENCE = deltas.RECORDS / "evidence"
 VARIANTS = "variants"  # the lineage of this project's own branches: nothing published, no place in history and worth table
 SWEEPS = ("ablate", "chain", "axis")
 SWEEP_KEYS = {"version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"}
+CPU_SCALES = ("tiny", "micro")  # trained on machines that do other work meanwhile
 FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
 
 
@@ -259,6 +260,17 @@ def at_scale(runs, scale):
     """The runs of one scale that the code would still give, or all of that scale if none is current."""
     found = [r for r in runs if r["scale"] == scale]
     return [r for r in found if r["current"]] or found
+
+
+def has_times(scale, interleaved):
+    """Are the training times of runs at a scale data?
+
+    At a CPU scale only those of a declared plan, which runs its arms in turns, in random order and one at a time
+    (`interleaved`: compare, submit). A single run measures what else the machine did: record 28 took 453 s, its
+    parent 136 s.
+    A sweep goes on with any number of workers at once, in a fixed order: times of one arm differ by factors of up to 92.
+    """
+    return interleaved or scale not in CPU_SCALES
 
 
 def hardware(about):

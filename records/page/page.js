@@ -213,7 +213,12 @@
     const rerun = curves.some(c => c.scale === "full" && c.kind === "here") ? " and rerun here" : "";
     const title = scale === "full" ? "Published, full scale (dashed)" + rerun : `Run here, scale ${scale}`;
     host.style.padding = shown.length ? "" : "1rem";
-    if (!shown.length) { host.textContent = `${title}: no curve of the chosen records has this axis.`; return; }
+    if (!shown.length) {
+      const busy = axis === 2 && mine.length && scale !== "full"
+        ? " At this scale a time measures what else the machine was doing, and these runs did not take turns." : "";
+      host.textContent = `${title}: no curve of the chosen records has this axis.` + busy;
+      return;
+    }
     const high = Math.max(...shown.map(c => c.points.at(-1)[axis])), losses = shown.map(c => c.points.at(-1)[3]);
     const early = shown.map(c => (c.points.find(p => p[axis] >= .07 * c.points.at(-1)[axis]) || c.points.at(-1))[3]);
     const bottom = Math.min(...losses), top = Math.max(...early), pad = .05 * (top - bottom) || .1;

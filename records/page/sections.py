@@ -103,17 +103,21 @@ def difference_cell(m):
 # ----- boards -------------------------------------------------------------------------------------------------------
 
 def board_entries(site):
-    """Machine -> rows {record, scale, n, loss, sd, seconds, rate, reached, current, what} of unchanged records."""
+    """Machine -> rows {record, scale, n, loss, sd, seconds, rate, reached, current, what} of unchanged records.
+
+    seconds and rate are None where times are no data (facts.has_times).
+    """
     boards = {}
     for ref, runs in site["runs"].items():
         runs = [r for r in runs if not r["claimed"]]
         for machine, scale in sorted({(facts.hardware(r), r["scale"]) for r in runs}):
             members = [r for r in runs if (facts.hardware(r), r["scale"]) == (machine, scale)]
             loss, sd = facts.mean_and_sd([r["val_loss"] for r in members])
+            timed = facts.has_times(scale, interleaved=False)
             boards.setdefault(machine, []).append({
                 "record": ref, "scale": scale, "n": len(members), "loss": loss, "sd": sd, "what": "committed runs",
-                "seconds": facts.mean_and_sd([r["train_time_ms"] / 1000 for r in members])[0],
-                "rate": facts.mean_and_sd([r["tokens_per_second"] for r in members])[0],
+                "seconds": facts.mean_and_sd([r["train_time_ms"] / 1000 for r in members])[0] if timed else None,
+                "rate": facts.mean_and_sd([r["tokens_per_second"] for r in members])[0] if timed else None,
                 "reached": all(r["reached"] for r in members) if members[0].get("target") else None,
                 "current": all(r["current"] for r in members)})
         for claim in site["claims"][ref]:
@@ -126,10 +130,12 @@ def board_entries(site):
         arms = [{**sweep["control"], "record": facts.base_of(base)}]
         for arm in arms + (sweep["rows"] if sweep["kind"] == "chain" else []):
             times = [r["train_time_ms"] / 1000 for r in arm["runs"]]
+            timed = facts.has_times(sweep["scale"], interleaved=False)
             if arm["n"] and times:
                 boards.setdefault(facts.hardware(sweep), []).append({
                     "record": arm["record"], "scale": sweep["scale"], "n": arm["n"], "loss": arm["mean"], "sd": arm["sd"],
-                    "seconds": facts.mean_and_sd(times)[0], "rate": None, "reached": None, "current": arm.get("current"),
+                    "seconds": facts.mean_and_sd(times)[0] if timed else None, "rate": None, "reached": None,
+                    "current": arm.get("current"),
                     "what": f"sweep {sweep['name']}"})
     return boards
 
@@ -150,9 +156,9 @@ def claim_entry(claim):
 def boards(site):
     """A table per machine, records in order; places only among records that reached the target of one scale there."""
     found = board_entries(site)
-    out = ("<p>A place is given only among records that reached the target of one scale on one machine. The CPU scales have "
-           "no target: they compare losses at equal tokens, and their times depend on whatever else the machine was "
-           "doing.</p>")
+    out = ("<p>A place is given only among records that reached the target of one scale on one machine. The CPU scales "
+           "compare losses at equal tokens. They have no times here, because a run there measures whatever else the machine "
+           "was doing, unless the runs of a declared plan took turns (<code>records submit</code>).</p>")
     out += "" if found else missing("No run is committed yet.")
     for machine in sorted(found):
         out += f"<h3>{escape(machine)}</h3>" + board(site, machine, found[machine])
@@ -165,16 +171,17 @@ def boards(site):
 
 def board(site, machine, entries):
     entries = sorted(entries, key=lambda e: (list(SCALES).index(e["scale"]), facts.order_of(site, e["record"]), e["what"]))
-    placed = sorted((e for e in entries if e["reached"]), key=lambda e: e["seconds"])
-    columns = ["record", "scale", ">runs", ">loss", ">sd", ">train time, s", ">tokens/s", "from"]
+    placed = sorted((e for e in entries if e["reached"] and e["seconds"] is not None), key=lambda e: e["seconds"])
+    timed = any(e["seconds"] is not None for e in entries)
+    columns = ["record", "scale", ">runs", ">loss", ">sd", *([">train time, s", ">tokens/s"] if timed else []), "from"]
     rows = [[escape(e["record"]), escape(e["scale"]), str(e["n"]), number(e["loss"]), number(e["sd"]),
-             number(e["seconds"], 1), f"{e['rate']:,.0f}" if e["rate"] else "",
+             *([number(e["seconds"], 1), f"{e['rate']:,.0f}" if e["rate"] else ""] if timed else []),
              escape(e["what"]) + (" " + chip("stale", "stale")) * (e["current"] is False)] for e in entries]
     if placed:
         columns.append(">place")
         for e, row in zip(entries, rows):
             rivals = [x for x in placed if x["scale"] == e["scale"]]
-            row.append(str(rivals.index(e) + 1) if e["reached"] else "")
+            row.append(str(rivals.index(e) + 1) if e in rivals else "")
     return table(columns, rows, f"Runs on {machine}")
 
 
@@ -236,8 +243,7 @@ def judge(found):
 
 def data(site):
     """The JSON at the end of the page. '<' is escaped, so that no text can end the script element."""
-    runs = [{"ref": ref, "scale": r["scale"], "seed": r["seed"], "where": facts.hardware(r),
-             "points": [[step, tokens, round(ms), round(loss, 4)] for step, tokens, ms, loss in r["curve"]]}
+    runs = [{"ref": ref, "scale": r["scale"], "seed": r["seed"], "where": facts.hardware(r), "points": run_points(r)}
             for ref, members in site["runs"].items() for r in members]
     content = {"history": [[h["ref"], h["date"], h["minutes"], h["title"], ", ".join(h["people"]), h["status"], h["scope"],
                             facts.marker(site, h), h["kind"], h["note"]] for h in site["history"] if h["minutes"]],
@@ -245,6 +251,12 @@ def data(site):
                "settings": settings_data(site["records"]),
                "predictions": [facts.predictions(site, s) for s in facts.scales_measured(site) if s != "full"]}
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def run_points(r):
+    """The curve of a committed run as points [step, tokens, ms, loss]; ms is None where times are no data."""
+    timed = facts.has_times(r["scale"], interleaved=r["claimed"])
+    return [[step, tokens, round(ms) if timed else None, round(loss, 4)] for step, tokens, ms, loss in r["curve"]]
 
 
 def reference_curve(record):

@@ -239,7 +239,7 @@ def utc():
 
 # ----- finished runs --------------------------------------------------------------------------------------------------
 
-FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "log_version", "corpus_digest", "val_digest",
+FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "corpus_digest", "val_digest",
          "registered", "device", "cpu", "machine", "torch", "code", "profiled", "processes")
 
 
@@ -248,8 +248,8 @@ def read_run(folder):
     links = runlog.read_links(Path(folder) / "run.jsonl")
     start, end = links[0][0], links[-1][0]
     try:
-        if start["kind"] != "start" or end["kind"] != "end" or start["log_version"] != runlog.LOG_VERSION:
-            raise UserError(f"{folder}: not a complete run of log version {runlog.LOG_VERSION}")
+        if start["kind"] != "start" or end["kind"] != "end" or start["log_version"] not in runlog.READABLE:
+            raise UserError(f"{folder}: not a complete run of log version {' or '.join(map(str, runlog.READABLE))}")
         if deltas.ml_hash(deltas.from_plain(start["settings"])) != start["ml_hash"]:
             raise UserError(f"{folder}: its settings are not those of its ml_hash {start['ml_hash']}")
         loss = end["val_loss"]
@@ -265,7 +265,7 @@ def foreign(run, plan, arm, seed):
     """Why a run is not one of this arm and seed; '' if it is."""
     digests = plan["digests"][arm["ml_hash"]]
     wanted = {"ml_hash": arm["ml_hash"], "seed": seed, "scale": plan["scale"], "numerics_version": plan["numerics_version"],
-              "log_version": runlog.LOG_VERSION, "profiled": False, **digests}
+              "profiled": False, **digests}
     return next((f"{key} is {run[key]}, not {value}" for key, value in wanted.items() if run[key] != value), "")
 
 

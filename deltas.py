@@ -8,10 +8,12 @@ The command line of the trainer lives here too, so that a wrong setting is refus
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -19,13 +21,18 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import files
 import settings
 from settings import BEFORE, REFUSE, SCALES, Settings, UserError, lookup
 
 RECORDS = Path(__file__).parent / "records"
+ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
+ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
+LINES = {"id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list, "kind": str,
+         "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict, "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
@@ -33,7 +40,10 @@ SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this pr
 
 @dataclass(frozen=True)
 class Record:
-    """One record.toml. `ref` is lineage/id ("short/9"); `delta` maps paths to values."""
+    """One record.toml. `ref` is lineage/id ("short/9") or attempts/name; `delta` maps paths to values.
+
+    `attempt`: name of the attempt whose claim made it a record (`records promote`), '' for all others.
+    """
     ref: str
     title: str
     parent: str | None
@@ -49,6 +59,11 @@ class Record:
     notes: str
     subsumed: str
     folder: Path
+    attempt: str = ""
+
+    def answers(self, ref: object) -> bool:
+        """Is this the record that `ref` means: its own ref, or that of the attempt that it was?"""
+        return ref == self.ref or (self.attempt != "" and ref == ATTEMPT + self.attempt)
 
 
 @functools.lru_cache
@@ -68,22 +83,37 @@ def load_records():
 
 
 def read_record(path, lineage):
+    """The Record of a record.toml (see parse_record). Errors name the file."""
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
-    known = {"id", "title", "parent", "order", "date", "people", "kind", "source", "badge", "notes", "subsumed", "delta", "published"}
-    for key in toml:
-        if key not in known:
-            raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(known))}")
+    return parse_record(toml, path, lineage)
+
+
+def parse_record(toml: dict, path: Path, lineage: str) -> Record:
+    """The Record of a parsed record.toml; `lineage` "attempts" for one that has no id yet. `path` is where it lies or would."""
+    for key, value in toml.items():
+        if key not in LINES:
+            raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(LINES))}")
+        if not isinstance(value, LINES[key]):
+            expected = {str: "text in quotes", list: 'a list like ["@me"]', dict: f"a table [{key}]"}.get(LINES[key], "a number or a date")
+            raise UserError(f"{path}: {key} = {value!r}: expected {expected}")
+    slug = path.parent.name.partition("_")[2]
+    if lineage == ATTEMPT[:-1]:
+        if "id" in toml:
+            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} is run by "
+                            "its own name")
+        slug = path.parent.name
+        toml = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf} | toml | {"id": slug}
     try:
         record = Record(
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"), date=str(toml["date"]),
             people=toml["people"], kind=toml["kind"], source=toml["source"], badge=toml.get("badge", "spec"),
-            slug=path.parent.name.partition("_")[2], order=float(toml.get("order", 0) or toml["id"]),
+            slug=slug, order=float(toml.get("order", 0) or toml["id"]),
             delta=toml.get("delta", {}), published=toml.get("published", {}), notes=toml.get("notes", ""),
-            subsumed=toml.get("subsumed", ""), folder=path.parent)
+            subsumed=toml.get("subsumed", ""), folder=path.parent, attempt=toml.get("attempt", ""))
     except KeyError as error:
         raise UserError(f"{path}: the line {error} is missing") from None
     except ValueError:
@@ -97,7 +127,9 @@ def read_record(path, lineage):
 
 
 def find_record(name):
-    """Record for `short/9`, `short/009`, `short/head` or `short/shortcuts_tweaks` (its slug)."""
+    """Record for `short/9`, `short/009`, `short/head` or `short/shortcuts_tweaks` (its slug), or of `attempts/NAME`."""
+    if name.startswith(ATTEMPT):
+        return find_attempt(name)
     records = load_records()
     lineage, _, key = name.partition("/")
     members = [r for r in records.values() if r.ref.startswith(lineage + "/")]
@@ -108,7 +140,38 @@ def find_record(name):
             if key in (record.slug, record.ref.split("/")[1]) or key.lstrip("0") == record.ref.split("/")[1]:
                 return record
     names = preset_names() + list(records) + [f"{r.ref.split('/')[0]}/{r.slug}" for r in records.values()]
+    names += [ATTEMPT + x for x in attempt_names()]
     raise UserError(f"unknown record {name!r}{near(name, names)}; `python -m records list` shows them")
+
+
+def attempt_names() -> list[str]:
+    """Names of the attempts in this checkout, sorted."""
+    return [p.name for p in files.listed(ATTEMPTS) if (p / "record.toml").is_file()] if ATTEMPTS.is_dir() else []
+
+
+def find_attempt(name: str) -> Record:
+    """The Record of attempts/NAME; of one that was promoted, the record that it became."""
+    key = name.removeprefix(ATTEMPT).rstrip("/")  # a shell completes folders with a slash
+    promoted = next((r for r in load_records().values() if r.attempt and r.attempt == key), None)
+    if promoted is not None:
+        return promoted
+    if key not in attempt_names():
+        remedy = f"write {ATTEMPT}NAME/record.toml with parent = \"short/33\" and a [delta], or use `records submit`"
+        raise UserError(f"unknown attempt {name!r}{near(key, attempt_names())}: {remedy}")
+    path = ATTEMPTS / key / "record.toml"
+    record = read_record(path, ATTEMPT[:-1])
+    check_parent(record, path)
+    return record
+
+
+def check_parent(record: Record, path: Path) -> None:
+    """UserError unless an attempt's parent is a record: what is built on must have been shown."""
+    if record.parent is None:
+        raise UserError(f"{path}: the line 'parent' is missing: name the record it builds on")
+    if record.parent.startswith(ATTEMPT):
+        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines into this delta")
+    if record.parent not in load_records():
+        raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, list(load_records()))}")
 
 
 def chain(record):
@@ -260,10 +323,10 @@ class Resolved:
 
 
 def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), preset=""):
-    """Resolved settings of a record with changes; UserError with one clear line if anything is wrong."""
+    """Resolved settings of a record (its name, or a Record) with changes; UserError with one clear line if anything is wrong."""
     if scale not in SCALES:
         raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {', '.join(SCALES)}")
-    record = find_record(name)
+    record = name if isinstance(name, Record) else find_record(name)
     links = chain(record)
     reverted = {find_record(r).ref for r in revert}
     for ref in reverted:
@@ -548,7 +611,7 @@ def parser():
     p = argparse.ArgumentParser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
-    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr or a preset (tiny-v1)")
+    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v1)")
     p.add_argument("--scale", choices=list(SCALES), help="full (as published), small (one GPU), tiny (CPU), micro (tests)")
     p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value")
     p.add_argument("--with", dest="with_", action="append", default=[], metavar="PATH[=VALUE|@RECORD]",

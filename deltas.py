@@ -8,10 +8,12 @@ The command line of the trainer lives here too, so that a wrong setting is refus
 
 import argparse
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
 import json
+import math
 import operator
 import re
 import tomllib
@@ -20,15 +22,20 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import files
 import settings
 from console import fail
 from settings import BEFORE, LOGICAL_RANKS, REFUSE, SCALES, Settings, UserError, lookup
 from system.place import PROCESSES, Place
 
 RECORDS = Path(__file__).parent / "records"
+ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
+ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
+LINES = {"id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list, "kind": str,
+         "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict, "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
@@ -36,7 +43,10 @@ SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this pr
 
 @dataclass(frozen=True)
 class Record:
-    """One record.toml. `ref` is lineage/id ("short/9"); `delta` maps paths to values."""
+    """One record.toml. `ref` is lineage/id ("short/9") or attempts/name; `delta` maps paths to values.
+
+    `attempt`: name of the attempt whose claim made it a record (`records promote`), '' for all others.
+    """
     ref: str
     title: str
     parent: str | None
@@ -52,6 +62,11 @@ class Record:
     notes: str
     subsumed: str
     folder: Path
+    attempt: str = ""
+
+    def answers(self, ref: object) -> bool:
+        """Is this the record that `ref` means: its own ref, or that of the attempt that it was?"""
+        return ref == self.ref or (self.attempt != "" and ref == ATTEMPT + self.attempt)
 
     @functools.cached_property
     def settings(self) -> Settings:
@@ -77,22 +92,37 @@ def load_records():
 
 
 def read_record(path, lineage):
+    """The Record of a record.toml (see parse_record). Errors name the file."""
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
-    known = {"id", "title", "parent", "order", "date", "people", "kind", "source", "badge", "notes", "subsumed", "delta", "published"}
-    for key in toml:
-        if key not in known:
-            raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(known))}")
+    return parse_record(toml, path, lineage)
+
+
+def parse_record(toml: dict, path: Path, lineage: str) -> Record:
+    """The Record of a parsed record.toml; `lineage` "attempts" for one that has no id yet. `path` is where it lies or would."""
+    for key, value in toml.items():
+        if key not in LINES:
+            raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(LINES))}")
+        if not isinstance(value, LINES[key]):
+            expected = {str: "text in quotes", list: 'a list like ["@me"]', dict: f"a table [{key}]"}.get(LINES[key], "a number or a date")
+            raise UserError(f"{path}: {key} = {value!r}: expected {expected}")
+    slug = path.parent.name.partition("_")[2]
+    if lineage == ATTEMPT[:-1]:
+        if "id" in toml:
+            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} is run by "
+                            "its own name")
+        slug = path.parent.name
+        toml = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf} | toml | {"id": slug}
     try:
         record = Record(
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"), date=str(toml["date"]),
             people=toml["people"], kind=toml["kind"], source=toml["source"], badge=toml.get("badge", "spec"),
-            slug=path.parent.name.partition("_")[2], order=float(toml.get("order", 0) or toml["id"]),
+            slug=slug, order=float(toml.get("order", 0) or toml["id"]),
             delta=toml.get("delta", {}), published=toml.get("published", {}), notes=toml.get("notes", ""),
-            subsumed=toml.get("subsumed", ""), folder=path.parent)
+            subsumed=toml.get("subsumed", ""), folder=path.parent, attempt=toml.get("attempt", ""))
     except KeyError as error:
         raise UserError(f"{path}: the line {error} is missing") from None
     except ValueError:
@@ -106,7 +136,9 @@ def read_record(path, lineage):
 
 
 def find_record(name):
-    """Record for `short/9`, `short/009`, `short/head` or `short/shortcuts_tweaks` (its slug)."""
+    """Record for `short/9`, `short/009`, `short/head` or `short/shortcuts_tweaks` (its slug), or of `attempts/NAME`."""
+    if name.startswith(ATTEMPT):
+        return find_attempt(name)
     records = load_records()
     lineage, _, key = name.partition("/")
     members = [r for r in records.values() if r.ref.startswith(lineage + "/")]
@@ -146,9 +178,40 @@ def nearest_records(name: str) -> list[str]:
     if len(plain) > 2 and not found:
         found = [full for slug, full in by_slug.items() if plain in slug.replace("_", "")]
     if not found:
-        found = difflib.get_close_matches(folded, [*presets, *records, *by_slug.values()], n=3, cutoff=0.55)
+        names = [*presets, *records, *by_slug.values(), *(ATTEMPT + x for x in attempt_names())]
+        found = difflib.get_close_matches(folded, names, n=3, cutoff=0.55)
         found += [by_slug[slug] for slug in difflib.get_close_matches(word, list(by_slug), n=3, cutoff=0.6)]
     return list(dict.fromkeys(found))[:3]
+
+
+def attempt_names() -> list[str]:
+    """Names of the attempts in this checkout, sorted."""
+    return [p.name for p in files.listed(ATTEMPTS) if (p / "record.toml").is_file()] if ATTEMPTS.is_dir() else []
+
+
+def find_attempt(name: str) -> Record:
+    """The Record of attempts/NAME; of one that was promoted, the record that it became."""
+    key = name.removeprefix(ATTEMPT).rstrip("/")  # a shell completes folders with a slash
+    promoted = next((r for r in load_records().values() if r.attempt and r.attempt == key), None)
+    if promoted is not None:
+        return promoted
+    if key not in attempt_names():
+        remedy = f"write {ATTEMPT}NAME/record.toml with parent = \"short/33\" and a [delta], or use `records submit`"
+        raise UserError(f"unknown attempt {name!r}{near(key, attempt_names())}: {remedy}")
+    path = ATTEMPTS / key / "record.toml"
+    record = read_record(path, ATTEMPT[:-1])
+    check_parent(record, path)
+    return record
+
+
+def check_parent(record: Record, path: Path) -> None:
+    """UserError unless an attempt's parent is a record: what is built on must have been shown."""
+    if record.parent is None:
+        raise UserError(f"{path}: the line 'parent' is missing: name the record it builds on")
+    if record.parent.startswith(ATTEMPT):
+        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines into this delta")
+    if record.parent not in load_records():
+        raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, list(load_records()))}")
 
 
 def chain(record):
@@ -359,10 +422,10 @@ class Resolved:
 
 
 def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), preset=""):
-    """Resolved settings of a record with changes; UserError with one clear line if anything is wrong."""
+    """Resolved settings of a record (its name, or a Record) with changes; UserError with one clear line if anything is wrong."""
     if scale not in SCALES:
         raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {', '.join(SCALES)}")
-    record = find_record(name)
+    record = name if isinstance(name, Record) else find_record(name)
     s, report = compose(record, scale, sets, with_, without, revert)
     report += undone(s, record, scale, sets, with_, without, revert)
     changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
@@ -699,7 +762,7 @@ def parser():
     p = argparse.ArgumentParser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
-    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr or a preset (tiny-v1)")
+    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v1)")
     p.add_argument("--scale", choices=list(SCALES), help="full (as published), small (one GPU), tiny (CPU), micro (tests)")
     p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value")
     p.add_argument("--with", dest="with_", action="append", default=[], metavar="PATH[=VALUE|@RECORD]",
@@ -736,7 +799,7 @@ def command_line(argv=None):
         if options.record is None:
             raise UserError("no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
                             "--scale tiny`; on 8 GPUs `train_gpt.py short/head --nproc 8` "
-                            "after `python -m data.fineweb 16`")
+                            "after `python -m data.fineweb short/head`")
         if options.nproc is not None and options.nproc not in PROCESSES:
             raise UserError(f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks")
         if not options.plan:

@@ -1,98 +1,237 @@
 """Generate text from a checkpoint, so that one sees what was trained.
 
     python sample.py runs/.../checkpoint.pt --prompt "The nation" --tokens 100 --temperature 0.8 --seed 1
+    python sample.py runs/.../checkpoint.pt --prompt-file story.txt --samples 3 --top-k 50 --top-p 0.95
+    cat story.txt | python sample.py runs/.../checkpoint.pt --prompt-file - --stop
 
-The text goes to stdout; then what it cost goes to stderr, one line per form of the cache, the one that gave the text
-first (variants/5 at scale micro, 200 tokens, one thread of a busy AMD EPYC):
+The text goes to stdout as it is generated; `<|endoftext|>` and a new line stand where a document ends (with --stop the sample
+ends there). Sample i is drawn with seed --seed + i. Each token is drawn from softmax(logits / temperature), cut to the --top-k
+likeliest tokens and then to the fewest likeliest ones that hold --top-p of what is left; the rest is drawn never.
+
+What it cost goes to stderr, one line per form of the cache, the one that gave the text first (variants/5 at scale micro, 200
+tokens, one thread of a busy AMD EPYC):
 
     cache     tokens/s  bytes/token
     latent       200.4        1,152
     dense        201.5        4,608
     both caches give the same tokens
 
-tokens/s: new tokens by the wall clock of one generation, which reads the prompt and refills a full cache too; two tokens
-before it, untimed, wake the threads. bytes/token: what the cache holds for a token of the context, all layers together. A
-model with model.attn.latent can keep latents (model.LatentAttention); then the same tokens are generated once more from keys
-and values. Where it cannot, because something else is mixed into the values, a line says so.
+tokens/s: new tokens of the first sample by the wall clock, which reads the prompt, refills a full cache and prints, too; two
+tokens before it, untimed, wake the threads. bytes/token: what the cache holds for a token of the context, all layers together.
+A model with model.attn.latent can keep latents (model.LatentAttention); then the same tokens are generated once more from keys
+and values. Where it cannot, because something else is mixed into the values, a line says so. Exit codes: 0, 2 bad input, 130
+interrupted.
 """
 
 import argparse
+import codecs
 import dataclasses
+import math
+import pickle
 import sys
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import arguments
 import console
-from settings import System, UserError
+from settings import System, UserError, padded_vocab
+
+END = "<|endoftext|>\n"  # how the end of a document is shown
+GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in float32
 
 
-def parser():
-    p = argparse.ArgumentParser(prog="sample.py", description="Generate text from a checkpoint (KV cache).")
-    p.add_argument("checkpoint")
-    p.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    p.add_argument("--tokens", type=int, default=100, help="tokens to generate")
-    p.add_argument("--temperature", type=float, default=0.8, help="0: the most likely token")
-    p.add_argument("--seed", type=int, default=0)
+def parser() -> arguments.Parser:
+    p = arguments.Parser(prog="sample.py", description="Generate text from a checkpoint (KV cache).")
+    p.add_argument("checkpoint", help="checkpoint.pt of a run made with --save, or the run's folder")
+    prompt = p.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help="text to continue (default: a new document)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file, as it stands; -: from stdin")
+    p.add_argument("--tokens", type=arguments.integer(1), default=100, metavar="N", help="tokens of each sample (default 100)")
+    p.add_argument("--samples", type=arguments.integer(1), default=1, metavar="N", help="continue the prompt so many times (default 1)")
+    p.add_argument("--temperature", type=arguments.temperature, default=0.8, metavar="T", help="0: the likeliest token (default 0.8)")
+    p.add_argument("--top-k", type=arguments.integer(1), metavar="K", help="draw from the K likeliest tokens (default: all)")
+    p.add_argument("--top-p", type=arguments.probability, metavar="P", help="draw from the fewest likeliest tokens that hold this share of the "
+                                                            "probability (default: all)")
+    p.add_argument("--seed", type=arguments.first_seed, default=0, metavar="K", help="of the first sample (default 0)")
+    p.add_argument("--stop", action="store_true", help="end a sample where its document ends")
     p.add_argument("--cache", choices=["auto", "dense", "latent"], default="auto",
                    help="what to keep of past tokens: keys and values, or latents; auto: latents where the model has them, "
                         "and then keys and values once more, to compare")
     return p
 
 
+# ----- what is read -------------------------------------------------------------------------------------------------
+
 def load(path):
-    """(model in eval mode, tokenizer name) of a checkpoint. Errors are one line."""
+    """(model in eval mode, tokenizer name) of a checkpoint file, or of a run's folder. Errors are one line."""
+    import torch
+
+    path = Path(path)
+    if path.is_dir():
+        if not (path / "checkpoint.pt").is_file():
+            raise UserError(f"{path}: a folder without checkpoint.pt; train with --save to get one")
+        path = path / "checkpoint.pt"
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such checkpoint; train with --save to get one") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    try:
+        with file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: not a checkpoint of this program: it is no data of torch, or holds more than tensors and plain "
+                        "values, and such code is not run") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is torn or of another kind
+        raise UserError(f"{path}: not a checkpoint of this program, or torn ({type(error).__name__}): train again with --save"
+                        ) from None
+    return build(saved, path)
+
+
+def build(saved, path):
+    """(model, tokenizer name) of what a checkpoint holds."""
     import torch
 
     import deltas
     from model import GPT
+    lacking = [k for k in ("model", "settings", "tokenizer") if k not in saved] if isinstance(saved, dict) else ["everything"]
+    if lacking:
+        raise UserError(f"{path}: not a checkpoint of this program: it lacks {', '.join(lacking)}")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
         s = deltas.from_plain(saved["settings"])
         s = dataclasses.replace(s, system=System())  # of the device it was trained on; precision lies in numerics
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
         model.load_state_dict(saved["model"])
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train with --save to get one") from None
-    except UserError:
-        raise
-    except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
-        raise UserError(f"{path}: not a checkpoint of this program ({type(error).__name__})") from None
+    except (UserError, RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
+        why = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: written by another version of this program ({why}): sample with the code that wrote it, named "
+                        "in the run's log") from None
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise UserError(f"{path}: {name} holds values that are not finite: the run diverged, there is nothing to sample")
     return model.eval(), saved["tokenizer"]
 
 
-def generate(model, ids, count, *, vocab_size, bos, temperature, seed, cached=True, absorbed=None):
-    """Continue `ids` by `count` tokens. Returns (new ids, cache at the end).
+def read_prompt(options: argparse.Namespace) -> str:
+    if options.prompt_file is None:
+        return options.prompt
+    try:
+        if options.prompt_file == "-":
+            return sys.stdin.buffer.read().decode("utf-8-sig") if sys.stdin else ""
+        return Path(options.prompt_file).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--prompt-file {options.prompt_file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt-file {options.prompt_file}: not UTF-8 text (byte {error.start})") from None
 
-    The context is the last validation.seq_len tokens, seen through the windows of the final validation; the cache is
-    rebuilt from half of them whenever it is full, since positions may not pass the trained length. bos: the token that
-    begins documents. Padding classes are never drawn. absorbed: form of the cache (GPT.new_cache); cached=False: none (the
-    cache that is returned is None), every token reads the whole context.
+
+def prompt_ids(encoding, text: str) -> list[int]:
+    """Token ids of a prompt, after the token that begins a document."""
+    try:
+        return [encoding.eot_token, *encoding.encode_ordinary(text)]
+    except BaseException as error:  # tiktoken's panic on a run of a million spaces is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError("the prompt cannot be tokenised (a very long run of one kind of character?): shorten it") from None
+
+
+# ----- drawing tokens -----------------------------------------------------------------------------------------------
+
+def allowed(logits, top_k: int | None = None, top_p: float | None = None):
+    """Logits (V,) with -inf at the tokens that may not be drawn. At least the likeliest one stays.
+
+    top_k: how many of the likeliest tokens stay. top_p: of those the fewest that together hold at least this probability.
     """
-    import torch
+    ordered, order = logits.sort(descending=True, stable=True)  # (V,): the first of equal ones comes first
+    keep = ordered.new_ones(len(ordered), dtype=bool)
+    if top_k is not None:
+        keep[top_k:] = False
+    if top_p is not None and top_p < 1:
+        p = ordered.masked_fill(~keep, -math.inf).double().softmax(0)
+        keep &= p.cumsum(0) - p < top_p  # a token stays if those before it do not hold top_p yet
+        keep[0] = True
+    return logits.masked_fill(~keep[order.argsort()], -math.inf)
 
-    import schedule
-    s = model.settings
-    seq_len, windows = s.validation.seq_len, schedule.validation_windows(s, s.schedule.steps)
-    generator = torch.Generator().manual_seed(seed)
-    cache, ids, new, held = None, list(ids), [], []
-    with torch.no_grad():
-        for _ in range(count):
-            fresh = not held or len(held) >= seq_len or not cached
-            if fresh:
-                held = ids[-(seq_len if len(ids) < seq_len else max(1, seq_len // 2)):]
-                cache = model.new_cache(absorbed) if cached else None
-            else:
-                held = held + ids[-1:]
-            context = model.context(torch.tensor([held]), bos, windows, cached=not fresh)
-            logits = model(torch.tensor([held if fresh else held[-1:]]), context=context, cache=cache)[0, -1]
-            logits = logits[:vocab_size].float()
-            if temperature == 0:
-                token = int(logits.argmax())
-            else:
-                token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=generator))
+
+def draw(logits, heat: float, top_k: int | None, top_p: float | None, generator) -> int:
+    """One token of logits (V,)."""
+    import torch
+    if heat < GREEDY_BELOW:
+        return int(logits.argmax())
+    logits = logits / heat
+    if top_k is not None or top_p is not None:
+        logits = allowed(logits, top_k, top_p)
+    return int(torch.multinomial(logits.softmax(0), 1, generator=generator))
+
+
+class Generation:
+    """Tokens that continue `ids`, by iteration. `cache` is that of the last token, None without one.
+
+    The context is the last validation.seq_len tokens at first, seen through the windows of the final validation; when it has
+    grown beyond that it begins anew with the last half, since positions may not pass the trained length. bos: the token that
+    begins documents. Padding classes are never drawn. absorbed: form of the cache (GPT.new_cache); cached=False: none, every
+    token reads the whole context.
+    """
+
+    def __init__(self, model, ids, count, *, vocab_size, bos, temperature, seed, top_k=None, top_p=None, stop=False, cached=True,
+                 absorbed=None):
+        self.model, self.ids, self.count, self.vocab_size, self.bos = model, list(ids), count, vocab_size, bos
+        self.temperature, self.seed, self.top_k, self.top_p, self.stop = temperature, seed, top_k, top_p, stop
+        self.cached, self.absorbed, self.cache = cached, absorbed, None
+
+    def __iter__(self) -> Iterator[int]:
+        import torch
+
+        import schedule
+        s = self.model.settings
+        seq_len, windows = s.validation.seq_len, schedule.validation_windows(s, s.schedule.steps)
+        generator = torch.Generator().manual_seed(self.seed)
+        ids, fresh, first = self.ids, True, max(0, len(self.ids) - seq_len)  # first: index where the context begins
+        for _ in range(self.count):
+            if len(ids) - first > seq_len:
+                fresh, first = True, len(ids) - max(1, seq_len // 2)
+            if fresh and self.cached:
+                self.cache = self.model.new_cache(self.absorbed)
+            read = ids[first:] if fresh or not self.cached else ids[-1:]
+            with torch.no_grad():
+                context = self.model.context(torch.tensor([ids[first:]]), self.bos, windows, cached=self.cached and not fresh)
+                logits = self.model(torch.tensor([read]), context=context, cache=self.cache)[0, -1]
+            token = draw(logits[:self.vocab_size].float(), self.temperature, self.top_k, self.top_p, generator)
+            fresh = False
             ids.append(token)
-            new.append(token)
-    return new, cache
+            yield token
+            if self.stop and token == self.bos:
+                return
+
+
+def generate(model, ids, count, **options):
+    """(new ids, cache at the end) of a whole Generation."""
+    made = Generation(model, ids, count, **options)
+    return list(made), made.cache
+
+
+# ----- what is shown ------------------------------------------------------------------------------------------------
+
+class Writer:
+    """Prints tokens as text. A character whose bytes come in several tokens is printed when it is whole."""
+
+    def __init__(self, encoding):
+        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def text(self, token: int) -> str:
+        if token == self.encoding.eot_token:
+            return self.decoder.decode(b"", final=True) + END
+        return self.decoder.decode(self.encoding.decode_single_token_bytes(token))
+
+    def write(self, token: int) -> None:
+        print(self.text(token), end="", flush=True)
+
+    def close(self) -> None:
+        print(self.decoder.decode(b"", final=True), flush=True)
 
 
 def bytes_per_token(cache):
@@ -112,12 +251,15 @@ def forms(model, wanted):
     return ["latent", "dense"] if wanted == "auto" else [wanted], ""
 
 
-def timed(model, form, ids, count, **options):
-    """(new ids, line of figures) of one generation with one form of the cache."""
+def timed(model, form, ids, count, show=lambda token: None, **options):
+    """(new ids, line of figures) of one generation with one form of the cache. show: called with each token."""
     generate(model, ids, min(count, 2), absorbed=form == "latent", **options)
+    made, new = Generation(model, ids, count, absorbed=form == "latent", **options), []
     start = time.perf_counter()
-    new, cache = generate(model, ids, count, absorbed=form == "latent", **options)
-    return new, f"{form:<8}{count / (time.perf_counter() - start):>10,.1f}{bytes_per_token(cache):>13,}"
+    for token in made:
+        new.append(token)
+        show(token)
+    return new, f"{form:<8}{len(new) / (time.perf_counter() - start):>10,.1f}{bytes_per_token(made.cache):>13,}"
 
 
 def agreement(tokens, others):
@@ -128,28 +270,61 @@ def agreement(tokens, others):
     return f"the caches give different tokens from number {i + 1} of {len(tokens)} on: they are equal up to rounding only"
 
 
+def show_samples(options, model, encoding, form, ids, text, asked):
+    """Print all samples as they are generated. Returns (ids, figures) of the first."""
+    first = None
+    for i in range(options.samples):
+        if options.samples > 1:
+            print(f"----- sample {i + 1} of {options.samples}, seed {options.seed + i}")
+        print(text, end="", flush=True)
+        writer = Writer(encoding)
+        if first is None:
+            first = timed(model, form, ids, options.tokens, writer.write, seed=options.seed, **asked)
+        else:
+            for token in Generation(model, ids, options.tokens, absorbed=form == "latent", seed=options.seed + i, **asked):
+                writer.write(token)
+        writer.close()
+    return first
+
+
+def sample(options: argparse.Namespace) -> None:
+    """The whole program behind the command line."""
+    from data import tokenizer as tokenizers
+    text = read_prompt(options)
+    if options.seed + options.samples - 1 > MOST_SEED:
+        raise UserError(f"--seed {options.seed}: no room for {options.samples} seeds below {MOST_SEED}")
+    model, name = load(options.checkpoint)
+    encoding = tokenizers.load(name)
+    if encoding.n_vocab > padded_vocab(model.settings):
+        raise UserError(f"{options.checkpoint}: the tokenizer {name} has {encoding.n_vocab} tokens, the model "
+                        f"{padded_vocab(model.settings)}: it was trained on other tokens and has no text")
+    ids, most = prompt_ids(encoding, text), model.settings.validation.seq_len
+    lines = [] if len(ids) - 1 <= most else [f"prompt: {len(ids) - 1} tokens, the model sees the last {most}, its context"]
+    (first, *others), why_dense = forms(model, options.cache)
+    asked = dict(vocab_size=encoding.n_vocab, bos=encoding.eot_token, temperature=options.temperature, top_k=options.top_k,
+                 top_p=options.top_p, stop=options.stop)
+    for line in lines:
+        print(line, file=sys.stderr)
+    new, line = show_samples(options, model, encoding, first, ids, text, asked)
+    lines = ["cache     tokens/s  bytes/token", line]
+    for form in others:
+        again, line = timed(model, form, ids, options.tokens, seed=options.seed, **asked)
+        lines += [line, agreement(new, again)]
+    lines += [f"dense only: {why_dense}"] if why_dense else []
+    print(*lines, sep="\n", file=sys.stderr)
+
+
 def main(argv=None):
+    console.guard()
     options = parser().parse_args(argv)
     try:
-        if options.tokens < 1 or options.temperature < 0:
-            raise UserError("--tokens must be at least 1 and --temperature not negative")
-        model, tokenizer = load(options.checkpoint)
-        from data import tokenizer as tokenizers
-        encoding = tokenizers.load(tokenizer)
-        ids = [encoding.eot_token, *encoding.encode_ordinary(options.prompt)]
-        (first, *others), why_dense = forms(model, options.cache)
-        asked = dict(vocab_size=encoding.n_vocab, bos=encoding.eot_token, temperature=options.temperature, seed=options.seed)
-        new, line = timed(model, first, ids, options.tokens, **asked)
-        print(options.prompt + encoding.decode([t for t in new if t != encoding.eot_token]), flush=True)
-        lines = ["cache     tokens/s  bytes/token", line]
-        for form in others:
-            again, line = timed(model, form, ids, options.tokens, **asked)
-            lines += [line, agreement(new, again)]
-        lines += [f"dense only: {why_dense}"] if why_dense else []
-        print(*lines, sep="\n", file=sys.stderr)
+        sample(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | export | judge | compare | submit | verify | audit | replay | variants | leaderboard
+    python -m records plot | export | judge | compare | submit | promote | withdraw | verify | audit | replay
+    python -m records variants | leaderboard
 """
 
 import argparse
@@ -47,6 +48,24 @@ def list_records(options):
         print(f"\n{'variant':12} {'parent':10} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
     for r in variants:
         print(f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9} {r.title}")
+    list_attempts()
+
+
+def list_attempts():
+    """One line per attempt: parent, where it stands, what; or why its record.toml cannot be read."""
+    names = deltas.attempt_names()
+    if not names:
+        return
+    from records.claims import attempts
+    print(f"\n{'attempt':24} {'parent':10} {'claim':14} title")
+    for name in names:
+        standing = attempts.status(deltas.ATTEMPTS / name)
+        try:
+            record = deltas.find_attempt(name)
+        except UserError as error:  # one broken file hides no other
+            print(f"{deltas.ATTEMPT + name:24} {'':10} {standing:14} {error}")
+            continue
+        print(f"{record.ref:24} {record.parent:10} {standing:14} {record.title}")
 
 
 def list_markdown(records, variants):
@@ -166,7 +185,9 @@ MODULES = {
     "export": ("records.export", "a checkpoint as safetensors, curves of runs as CSV"),
     "judge": ("records.judge", "every published record judged again from its raw runs"),
     "compare": ("records.claims.compare", "arms against each other, interleaved on this machine"),
-    "submit": ("records.claims.submit", "register, run, verify and write up a new record"),
+    "submit": ("records.claims.submit", "try an idea: declare, run, verify and write up a claim in attempts/"),
+    "promote": ("records.claims.promote", "make a record of an attempt whose claim is shown"),
+    "withdraw": ("records.claims.withdraw", "give up an attempt, or a promoted record that nothing is built on"),
     "verify": ("records.claims.verify", "check a claim from its logs alone"),
     "audit": ("records.audit", "test the code at a git ref in a process of its own"),
     "replay": ("records.claims.replay", "run again what a log describes, and compare"),

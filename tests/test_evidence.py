@@ -55,7 +55,8 @@ def test_reference_curves_end_at_the_published_loss(ref):
 
 def test_every_committed_claim_verifies_to_its_results():
     """A results.json that says more than its logs is refused (that it would be: test_leaderboard)."""
-    written = {path.parent for path in ROOT.glob("records/*/*/**/manifest.jsonl") if verify.REPRODUCTION not in path.parts}
+    written = {path.parent for pattern in ("records/*/*/**/manifest.jsonl", "attempts/*/manifest.jsonl")
+               for path in ROOT.glob(pattern) if verify.REPRODUCTION not in path.parts}
     for folder in written:
         results = json.loads((folder / "results.json").read_text())
         assert verify.differences(results, json.loads(json.dumps(verify.verify(folder)))) == [], folder

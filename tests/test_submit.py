@@ -72,7 +72,7 @@ def submitted(checkout):
     asked = finished(checkout, *args)
     assert asked[0] == 0, asked[2]
     first = start(checkout, *args, "--commit")
-    record = next((checkout / "records/short").glob("*_faster_muon"))
+    record = checkout / "attempts/faster_muon"
     book, deadline = record / "manifest.jsonl", time.monotonic() + 100
     while time.monotonic() < deadline and first.poll() is None and not (
             book.exists() and book.read_text().count('"kind": "finish"') == 2 and book.read_text().count('"register"') == 3):
@@ -92,6 +92,7 @@ def submitted(checkout):
 def test_a_new_record_is_written_down_and_has_to_be_committed_first(submitted, checkout):
     record, (code, out, err), _, _ = submitted
     assert code == 0 and err == "" and "git add" in out and "or add --commit" in out
+    assert not list((checkout / "records").glob("*/*faster_muon*"))
     toml = (record / "record.toml").read_text()
     assert 'parent = "short/11"' in toml and '"optim.muon.lr" = 0.0543' in toml and 'people = ["@me", "@you"]' in toml
     assert git("log", "-1", "--format=%s", "--name-only", cwd=checkout).split("\n")[0].endswith(": A higher rate")
@@ -161,8 +162,7 @@ def test_an_edited_number_in_a_real_submission_is_refused(submitted, tmp_path):
 
 def test_the_same_submission_again_names_resume(submitted, checkout):
     record, *_ = submitted
-    ref = f"short/{int(record.name[:3])}"
-    code, _, err = finished(checkout, "faster_muon", "--record", ref, "--claim", "ml", "--scale", "micro", "--runs", "2",
+    code, _, err = finished(checkout, "faster_muon", "--claim", "ml", "--scale", "micro", "--runs", "2",
                             *(x for s in SETS for x in ("--set", s)))
     assert code == 2 and err.count("\n") == 1 and "already holds a plan: continue it with --resume" in err
 
@@ -236,7 +236,7 @@ GOOD = ["--title", "t", "--people", "@x", "--claim", "ml", "--scale", "micro", "
     ('title = "t"\n[delta]\n"optim.muon.lr" = 0.05', ["x", *GOOD], "title beside [delta]"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], *GOOD[4:]], "credit whose idea it is"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], "--people", " ", *GOOD[4:]], "credit whose idea it is"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[2:]], "a new record needs --title"),
+    ('"optim.muon.lr" = 0.05', ["x", *GOOD[2:]], "a new idea needs --title"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "short/111"], "unknown record 'short/111'"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[:-2]], "say before the first run how many there will be"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--looks", "4,8"], "one of the two"),
@@ -249,7 +249,9 @@ GOOD = ["--title", "t", "--people", "@x", "--claim", "ml", "--scale", "micro", "
     (None, ["other_name", "--record", "short/11", *GOOD[4:]], "short/11 is named unet_double_lr"),
     (None, ["unet_double_lr", "--record", "short/11", *GOOD], "--title, --people and --notes go with --delta"),
     (None, ["llmc_baseline", "--record", "short/1", *GOOD[4:]], "short/1 has no parent to be faster than"),
-    (None, ["unet_double_lrr", "--resume"], "no record is named unet_double_lrr (did you mean unet_double_lr"),
+    (None, ["unet_double_lr", "--resume"], "no plan of the name unet_double_lr was declared"),
+    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "attempts/y"], "unknown attempt 'attempts/y'"),
+    ('"model.attn.num_heads" = 7', ["x", *GOOD], "not divisible"),
     (None, ["x", "--resume", "/no/such/folder"], "/no/such/folder"),
 ])
 def test_bad_input_is_one_clear_line_and_leaves_no_trace(delta, args, message, tmp_path):
@@ -284,15 +286,56 @@ def test_looks_share_alpha():
             submit.looks_of(text)
 
 
-def test_a_record_is_not_written_if_its_delta_contradicts_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr(deltas, "RECORDS", tmp_path / "records")
-    shutil.copytree(ROOT / "records/short", tmp_path / "records/short", ignore=shutil.ignore_patterns("tiny"))
-    deltas.load_records.cache_clear()
+# ----- refused before anything is committed -----------------------------------------------------------------------------
+
+def no_torch(folder):
+    """A folder for PYTHONPATH in which importing torch fails."""
+    folder.mkdir()
+    (folder / "torch.py").write_text("raise ImportError('no torch here')\n")
+    return folder
+
+
+@pytest.mark.parametrize("fault, args, message", [
+    ("", ["--scale", "micro"], "scale micro has no target"),
+    ("", ["--scale", "full"], "needs a GPU|no data folder"),
+    ("", ["--data", "/no/such/folder"], "no data folder /no/such/folder"),
+    ("", ["--parent", "no-such-branch:short/11"], "unknown git ref 'no-such-branch'"),
+    ("", ["--set", "system.device=cuda"], "needs a GPU|no GPU|finds no GPU"),
+    ("edited", [], "uncommitted changes in README.md"),
+    ("merging", [], "in the middle of a merge"),
+    ("nobody", [], "git does not know who commits"),
+    ("unsigned", [], "git commit"),
+    ("torchless", [], "no torch here")])
+def test_nothing_is_committed_before_everything_was_checked(checkout, tmp_path, monkeypatch, fault, args, message):
+    (tmp_path / "my.toml").write_text('"optim.muon.lr" = 0.0512\n')
+    head, readme = git("rev-parse", "HEAD", cwd=checkout), (checkout / "README.md").read_text()
+    given = ["fault", "--delta", str(tmp_path / "my.toml"), "--title", "t", "--people", "@me", "--claim", "ml", "--runs", "2",
+             "--commit"]
+    target = [] if "--scale" in args else ["--scale", "micro", "--set", "validation.target=7.2"]
+    parent = [] if "--parent" in args else ["--parent", "short/11"]
     try:
-        (tmp_path / "delta.toml").write_text('"model.attn.num_heads" = 7\n')
-        with pytest.raises(UserError, match="not divisible"):
-            submit.new_record(parse("seven_heads", "--delta", str(tmp_path / "delta.toml"), *GOOD))
-        assert not list((tmp_path / "records/short").glob("*seven_heads*"))
+        if fault == "edited":
+            (checkout / "README.md").write_text(readme + "more\n")
+        elif fault == "merging":
+            (checkout / ".git/MERGE_HEAD").write_text(head)
+        elif fault == "nobody":
+            git("config", "user.useConfigOnly", "true", cwd=checkout)
+            git("config", "--unset", "user.email", cwd=checkout)
+            monkeypatch.setenv("HOME", str(tmp_path))
+            for name in [x for x in os.environ if x.startswith(("GIT_", "EMAIL", "XDG_"))]:
+                monkeypatch.delenv(name)
+        elif fault == "unsigned":
+            git("config", "commit.gpgsign", "true", cwd=checkout)
+            git("config", "gpg.program", "false", cwd=checkout)
+        elif fault == "torchless":
+            monkeypatch.setenv("PYTHONPATH", str(no_torch(tmp_path / "path")))
+        code, out, err = finished(checkout, *given, *target, *parent, *args)
     finally:
-        monkeypatch.undo()
-        deltas.load_records.cache_clear()
+        (checkout / "README.md").write_text(readme)
+        (checkout / ".git/MERGE_HEAD").unlink(missing_ok=True)
+        git("config", "user.email", "t@t", cwd=checkout)
+        for name in ("user.useConfigOnly", "commit.gpgsign"):
+            subprocess.run(["git", "config", "--unset", name], cwd=checkout)
+    assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
+    assert git("rev-parse", "HEAD", cwd=checkout) == head and not (checkout / "attempts/fault").exists()
+    assert git("diff", "--cached", "--name-only", cwd=checkout) == ""

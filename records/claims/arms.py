@@ -283,7 +283,7 @@ def prepare(text, scale=None, allow_dirty=False):
         found = resolve(checkout(commit, tree, patch) if commit else ROOT, argv, text)
     except UserError as error:
         new = [] if commit is None or typed.ref else line("ls-files", "--others", "--exclude-standard", "--",
-                                                          "records/*/*/record.toml").splitlines()
+                                                          "records/*/*/record.toml", "attempts/*/record.toml").splitlines()
         raise UserError(f"{error}; {new[0]} is not committed: commit it, or add --allow-dirty" if new and not patch
                         else str(error)) from None
     if not found["registers"]:
@@ -570,6 +570,14 @@ def free_gpus(processes):
                         f"({g['name']}) holds {g['used_mib'] / 1024:.1f} GiB and is {g['busy_percent']:.0f} % busy: wait, "
                         "or end what runs there")
     return free[:processes]
+
+
+def require_tools() -> None:
+    """UserError unless this Python can train and judge: imports torch, numpy and scipy, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", "import torch, numpy, scipy.stats"], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
+        raise UserError(f"{sys.executable} cannot run this ({said}): use the environment that ./run.sh makes (.venv/bin/python)")
 
 
 def cuda_works():

@@ -333,6 +333,8 @@ def check_plan(found):
     """Every declared run was made, or a declared look ended the claim; in the order that the declared seed draws."""
     claim, d = found.claim, found.declaration
     yield from check_order(d)
+    if claim.withdrawn is not None:  # given up: nothing more is to come
+        return
     ended = bool(claim.looks) and claim.looks[-1]["decision"] != "continue"
     if claim.open_run is not None:
         yield f"{manifest.NAME}: a run is missing: run {claim.open_run.run} is registered and nothing says what became of it"

@@ -124,8 +124,10 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
     records = [a for a in found.values() if a["kind"] == "record"]
     gpus = [] if on_cpu(found) else arms.free_gpus(processes or 1)
     for a in records:
-        if a["scale"] in ("full", "small") and a["settings"]["system"]["device"] != "cpu" and not gpus:
-            raise UserError(f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: add --scale tiny")
+        device = a["settings"]["system"]["device"]
+        if (a["scale"] in ("full", "small") or device == "cuda") and device != "cpu" and not gpus:
+            remedy = "leave system.device=cuda" if device == "cuda" else "add --scale tiny"
+            raise UserError(f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: {remedy}")
     scale = records[0]["scale"] if records else None
     shards = locate({"data": data, "scale": scale}, None)
     order_seed = secrets.randbelow(2 ** 31) if order_seed is None else order_seed
@@ -273,7 +275,8 @@ def locate(declaration, data):
     if data is None and declaration["scale"] in ("full", "small"):
         data = arms.ROOT / "data" / "fineweb10B"  # a worktree has none of its own
     if data is not None and not Path(data).is_dir():
-        raise UserError(f"no data folder {data}: get FineWeb with `python -m data.fineweb 9`, or name it with --data")
+        raise UserError(f"no data folder {data}: get FineWeb with `python -m data.fineweb RECORD --scale "
+                        f"{declaration['scale']}`, or name a folder with --data")
     return None if data is None else Path(data).absolute()
 
 

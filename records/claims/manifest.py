@@ -7,6 +7,7 @@ manifest.jsonl is chained like run.jsonl, and each line is on the disk before th
     finish    {run, folder, last_hash, status, exit}: what became of it
     fault     {run, cause, note}: why a run without a final loss does not count; its place in the order is run again
     look      {runs, decision}: what was decided when every arm had that many runs
+    withdraw  {why}: the last line of a claim that is given up; what was run stays
 
 One run at a time, in the declared order. A register without a finish is a run that failed, until a fault explains it.
 Reading and writing go through the same checks, so that nothing can be written that would be refused later.
@@ -37,7 +38,8 @@ DECLARED = {"version": int, "claim": str, "record": (str, type(None)), "scale": 
 FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
           "finish": {"run": int, "folder": (str, type(None)), "last_hash": (str, type(None)), "status": str,
                      "exit": (int, type(None))},
-          "fault": {"run": int, "cause": str, "note": str}, "look": {"runs": int, "decision": str}}
+          "fault": {"run": int, "cause": str, "note": str}, "look": {"runs": int, "decision": str},
+          "withdraw": {"why": str}}
 
 
 @dataclass
@@ -65,10 +67,11 @@ class Run:
 
 
 class Claim:
-    """What a manifest says so far: declaration, runs, looks. `add` checks each event against all before it."""
+    """What a manifest says so far: declaration, runs, looks, withdrawal. `add` checks each event against all before it."""
 
     def __init__(self, path):
         self.path, self.declaration, self.runs, self.looks = Path(path), None, [], []
+        self.withdrawn = None  # the event, once the claim is given up
         self.last_hash, self.events = runlog.GENESIS, 0
 
     @property
@@ -90,6 +93,13 @@ class Claim:
         """Has every place of the declared order been run? (Looks may end a claim before.)"""
         return self.open_run is None and self.next_place == len(self.declaration["order"])
 
+    @property
+    def ended(self):
+        """Has everything been run that the plan asks for: the whole order, or as much as a look needed to decide?"""
+        if "looks" in self.declaration["plan"]:
+            return self.open_run is None and bool(self.looks) and self.looks[-1]["decision"] != "continue"
+        return self.complete
+
     def counted(self, arm):
         """The runs of an arm that count, in order of execution."""
         return [r for r in self.runs if r.arm == arm and r.counts]
@@ -108,9 +118,10 @@ class Claim:
             self.declaration = event
         else:
             require(kind in FIELDS, f"unknown kind of event; known are {', '.join(FIELDS)}")
+            require(self.withdrawn is None, "the claim was withdrawn: nothing follows")
             check_fields(event, FIELDS[kind], require)
-            {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look}[kind](
-                event, digest, require)
+            {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look,
+             "withdraw": self.withdraw}[kind](event, digest, require)
         self.last_hash, self.events = digest, self.events + 1
 
     def register(self, event, digest, require):
@@ -151,6 +162,11 @@ class Claim:
         require(self.open_run is None and all(len(self.counted(a)) >= event["runs"] for a in self.declaration["arms"]),
                 f"not every arm has {event['runs']} runs yet")
         self.looks.append(event)
+
+    def withdraw(self, event, digest, require):
+        require(self.open_run is None, f"run {len(self.runs) - 1} is still open: say first what became of it")
+        require(event["why"].strip() != "", "why must not be empty")
+        self.withdrawn = event
 
 
 def check_fields(event, types, require):

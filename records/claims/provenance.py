@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import lzma
 import re
+import tomllib
 
 import deltas
 import runlog
@@ -107,29 +108,67 @@ def resolve_carried(record, scale, changes):
 
 def known_record(found, ref):
     """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this checkout."""
-    here, carried = deltas.load_records().get(ref), read_carried(found.folder, found.declaration["record"])
-    if carried is None or carried.ref != ref:
+    here, carried = known_here(ref), read_carried(found.folder, found.declaration["record"])
+    if carried is None or not carried.answers(ref):
         return here, False
     if here is None:
         return carried, True
     same = {f.name for f in dataclasses.fields(here)} - {"folder", "slug"}  # both say where it lies
+    if carried.ref != here.ref:  # a copy from before the attempt became a record
+        same -= {"ref", "order", "attempt"}
     differ = sorted(k for k in same if getattr(carried, k) != getattr(here, k))
     if differ:
         raise UserError(f"record.toml of the claim and of {here.folder.name} differ in {', '.join(differ)}")
     return here, False
 
 
+def known_here(ref):
+    """The Record of a ref in this checkout: of a lineage, or an attempt (which may have become a record since). Or None."""
+    if not isinstance(ref, str) or not ref.startswith(deltas.ATTEMPT):
+        return deltas.load_records().get(ref)
+    try:
+        return deltas.find_record(ref)
+    except UserError:
+        return None
+
+
+def same_record(a, b):
+    """Do two refs name one record? An attempt that was promoted has two."""
+    found = known_here(a)
+    return a == b or (found is not None and found.answers(b))
+
+
 def read_carried(folder, ref):
-    """The Record of DIR/record.toml, or None. `ref` (lineage/id) is the one that the manifest claims."""
+    """The Record of DIR/record.toml, or None. `ref` is the one that the manifest claims: lineage/id or attempts/name.
+
+    A record that was promoted carries an id, and the name of the attempt that the manifest claims.
+    """
     path = folder / "record.toml"
     if not path.exists() or not isinstance(ref, str):
         return None
-    record = deltas.read_record(path, ref.partition("/")[0])
-    if record.ref != ref:
+    lineage, _, name = ref.partition("/")
+    if lineage + "/" == deltas.ATTEMPT:
+        lineage = lineage_of(path) or lineage
+    record = deltas.read_record(path, lineage)
+    if ref.startswith(deltas.ATTEMPT) and not record.attempt:  # the folder may have been copied under another name
+        record = dataclasses.replace(record, ref=ref, slug=name)
+    if not record.answers(ref):
         raise UserError(f"record.toml has id {record.ref.partition('/')[2]!r}, the manifest claims {ref}")
     if record.parent is not None and record.parent not in deltas.load_records():
         raise UserError(f"parent {record.parent!r} of record.toml is not in this checkout")
     return record
+
+
+def lineage_of(path):
+    """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. '' for an attempt."""
+    try:
+        toml = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return ""  # read_record says what is wrong
+    if "attempt" not in toml:
+        return ""
+    above = path.absolute().parent.parent.name
+    return above if above in deltas.LINEAGES else str(toml.get("parent")).partition("/")[0]
 
 
 def last_ml(record):

@@ -1,17 +1,20 @@
-"""`python -m records submit NAME`: claim a record: declare, run, verify, write it up.
+"""`python -m records submit NAME`: try an idea as a claim: declare, run, verify, write it up.
 
-    python -m records submit twice_the_lr --delta my.toml --title "Twice the learning rate" --people @me \
-        --claim ml --scale full --runs 8 --nproc 8 --commit
-    python -m records submit twice_the_lr --record short/12 --claim ml --scale micro --set validation.target=5.2 --looks 4,8
-    python -m records submit twice_the_lr --resume                      # after a kill; does nothing twice
-    python -m records submit twice_the_lr --resume --format upstream    # besides, the layout of KellerJordan/modded-nanogpt
+    python -m records submit six_layers --delta my.toml --title "Six layers" --people @me --parent short/11 \
+        --claim ml --scale micro --set validation.target=5.2 --runs 3 --commit
+    python -m records submit my_idea --claim ml --scale full --runs 8 --nproc 8     # attempts/my_idea/record.toml is there
+    python -m records submit unet_double_lr --record short/11 --claim ml --scale micro --set validation.target=5.2 --looks 4,8
+    python -m records submit six_layers --resume                        # after a kill; does nothing twice
+    python -m records submit six_layers --resume --format upstream      # besides, the layout of KellerJordan/modded-nanogpt
 
-A new record is a folder records/<lineage>/<id>_<NAME>/ with its record.toml, which has to be committed before the runs,
-because they are made from a checkout of HEAD. Manifest, logs, results.json and README.md come to lie beside it, or in --out.
+A claim is an attempt, the folder attempts/NAME: record.toml, which is committed before the runs because they are made from a
+checkout of HEAD, then manifest, logs, results.json and README.md. `records promote NAME` makes a record of one that was
+shown, `records withdraw NAME` gives one up. Whatever can be checked is checked before anything is written or committed.
 Arms: new, parent and, for a systems record on a systems record, base: the last ml record. Exit codes are those of verify.
 """
 
 import datetime
+import functools
 import json
 import lzma
 import re
@@ -21,18 +24,20 @@ import tomllib
 from pathlib import Path
 
 import deltas
-from records.claims import arms, compare, manifest, verify, writeup
+import files
+from records.claims import arms, attempts, compare, manifest, verify, writeup
 from records.claims.provenance import differing, last_ml
-from settings import SCALES, UserError
+from settings import SCALES, UserError, padded_vocab
 
 ALPHA = 0.01  # of a record
+FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml needs when it is claimed
 
 
 def arguments(p):
-    p.add_argument("name", help="name of the record: small letters, digits and _ (its folder becomes <id>_<name>)")
+    p.add_argument("name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--record", metavar="R", help="a record that has its folder already, like short/12")
-    what.add_argument("--delta", metavar="FILE", help="a new record: TOML lines \"path\" = value, as in a [delta]")
+    what.add_argument("--record", metavar="R", help="claim a record that exists, like short/12")
+    what.add_argument("--delta", metavar="FILE", help="a new idea: TOML lines \"path\" = value, as in a [delta] (default: attempts/NAME/record.toml)")
     p.add_argument("--people", action="append", default=[], metavar="@X",
                    help="with --delta: whose idea it is (may be repeated)")
     p.add_argument("--title", help="with --delta: what it does, in one line")
@@ -53,11 +58,11 @@ def arguments(p):
     p.add_argument("--long-start", metavar="WHY", help="why start or warm-up of the record take more than three times the "
                    "parent's and a minute; the claim tells it")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
-    p.add_argument("--out", metavar="DIR", help="claim folder (default: the folder of the record)")
-    p.add_argument("--commit", action="store_true", help="with --delta: git commit the new record.toml, nothing else")
+    p.add_argument("--out", metavar="DIR", help="claim folder (default: attempts/NAME)")
+    p.add_argument("--commit", action="store_true", help="git commit the attempt's record.toml, nothing else")
     p.add_argument("--format", choices=("upstream",), help="write the layout of modded-nanogpt too, into DIR/upstream")
     p.add_argument("--resume", nargs="?", const=True, metavar="DIR",
-                   help="go on with the plan in DIR (default: the record's folder)")
+                   help="go on with the plan in DIR (default: attempts/NAME)")
     p.add_argument("--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, without a loss, does not count")
 
 
@@ -69,10 +74,9 @@ def run(options):
         folder = resumed(options)
     else:
         check_options(options)
-        record = existing(options) if options.record else new_record(options)
-        if record is None:
+        folder = begin(options)
+        if folder is None:
             return 0
-        folder = declare(options, record)
     try:
         carry_out(folder, options.data, options.fault)
     except KeyboardInterrupt:
@@ -85,14 +89,13 @@ def run(options):
     if options.format == "upstream" and results["verdict"] != "refused":
         print(f"upstream's layout: {writeup.upstream(folder)}")
     verify.report(results, f"results: {folder / 'results.json'}")
+    if results["verdict"] == "shown":
+        print(f"it stays an attempt until you make it a record: python -m records promote {options.name}")
     return {"shown": verify.SHOWN, "not shown": verify.NOT_SHOWN, "refused": verify.REFUSED}[results["verdict"]]
 
 
 def check_options(options):
-    if not re.fullmatch("[a-z][a-z0-9_]*", options.name):
-        raise UserError(f"name {options.name!r}: small letters, digits and _ only, like twice_the_lr")
-    if not options.record and not options.delta:
-        raise UserError("name the record with --record short/12, or give a new one with --delta FILE")
+    attempts.check_name(options.name)
     for flag in ("claim", "scale"):
         if getattr(options, flag) is None:
             raise UserError(f"--{flag} is missing: choose one (`records submit --help`)")
@@ -100,6 +103,8 @@ def check_options(options):
         raise UserError("say before the first run how many there will be: --runs N, or --looks N,M,... (one of the two)")
     if options.runs is not None and options.runs < 2:
         raise UserError(f"--runs {options.runs}: at least 2, one run has no spread")
+    if options.looks:
+        looks_of(options.looks)
     if options.sets and options.scale == "full":
         raise UserError(f"--set {options.sets[0]}: at scale full a record runs as it is; put it into the delta")
     if options.seed0 < 0:
@@ -107,56 +112,91 @@ def check_options(options):
 
 
 def resumed(options):
-    """The folder of a plan that was declared: --resume DIR, --out, or the folder of the record of this name."""
-    if isinstance(options.resume, str):
-        return Path(options.resume)
-    if options.out:
-        return Path(options.out)
-    found = [r for r in deltas.load_records().values() if r.slug == options.name]
-    if not found:
-        raise UserError(f"no record is named {options.name}{deltas.near(options.name, slugs())}; a plan made with --out DIR "
-                        "goes on with --resume DIR")
-    return found[-1].folder
+    """The folder of a plan that was declared: --resume DIR, --out, or attempts/NAME."""
+    if isinstance(options.resume, str) or options.out:
+        return Path(options.resume if isinstance(options.resume, str) else options.out)
+    folder = deltas.ATTEMPTS / options.name
+    if not (folder / manifest.NAME).exists():
+        known = [p.parent.name for p in deltas.ATTEMPTS.glob(f"*/{manifest.NAME}")]
+        raise UserError(f"no plan of the name {options.name} was declared{deltas.near(options.name, known)}; one made with --out "
+                        "DIR goes on with --resume DIR")
+    return folder
 
 
-def slugs():
-    return [r.slug for r in deltas.load_records().values()]
+# ----- what is claimed ------------------------------------------------------------------------------------------------
 
+def begin(options):
+    """Check everything, then write, commit and declare. Returns the claim folder; None if a commit has to come first."""
+    record, text = existing(options) if options.record else attempt(options)
+    folder = Path(options.out) if options.out else deltas.ATTEMPTS / options.name
+    if (folder / manifest.NAME).exists():
+        raise UserError(f"{folder} already holds a plan: continue it with --resume {folder}, or choose another name")
+    preflight(options, record)
+    if not options.record and not committed(record, text, options.commit):
+        return None
+    declaration, diff = plan(options, record, prepared(options, record))
+    compare.declare(folder, declaration, diff=diff)
+    if folder.resolve() != record.folder.resolve():
+        files.write(folder / "record.toml", text)
+    return folder
 
-# ----- the record -----------------------------------------------------------------------------------------------------
 
 def existing(options):
-    """The Record of --record; its own record.toml says who, what and on what."""
+    """(Record, text of its record.toml) of --record; its own file says who, what and on what."""
     record = deltas.find_record(options.record)
     if options.title or options.people or options.notes:
         raise UserError(f"--title, --people and --notes go with --delta: {record.folder.name}/record.toml has its own")
-    if record.slug != options.name:
+    if options.name not in (record.slug, record.attempt):
         raise UserError(f"{record.ref} is named {record.slug}, not {options.name}")
     if not record.people:
         raise UserError(f"{record.folder.name}/record.toml names no people: credit whose idea it is")
     if record.parent is None:
         raise UserError(f"{record.ref} has no parent to be faster than")
-    return record
+    return record, (record.folder / "record.toml").read_text()
 
 
-def new_record(options):
-    """Write records/<lineage>/<id>_<name>/record.toml from --delta. The Record; None if it has to be committed first."""
+def attempt(options):
+    """(Record, text of its record.toml) of a new idea: from --delta, or from attempts/NAME/record.toml. Writes nothing."""
+    taken = next((r for r in deltas.load_records().values() if options.name in (r.slug, r.attempt)), None)
+    if taken is not None:
+        raise UserError(f"the name {options.name} is taken by {taken.ref} ({taken.title}): choose another, or claim that one "
+                        f"with --record {taken.ref}")
+    path = deltas.ATTEMPTS / options.name / "record.toml"
+    if options.delta is None:
+        return written(options, path)
     if not options.title or "\n" in options.title:
-        raise UserError("a new record needs --title \"what it does, in one line\"")
+        raise UserError("a new idea needs --title \"what it does, in one line\"")
     if not options.people or not all(x.strip() for x in options.people):
-        raise UserError("a new record needs --people @name: credit whose idea it is, the paper's authors included")
+        raise UserError("a new idea needs --people @name: credit whose idea it is, the paper's authors included")
     parent = deltas.find_record((options.parent or "short/head").rpartition(":")[2])
     delta, subsumed = read_delta(Path(options.delta))
-    lineage = parent.ref.partition("/")[0]
-    taken = {r.slug: r for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")}
-    record = taken.get(options.name)
-    if record is not None and (record.delta, record.parent) != (delta, parent.ref):
-        raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim that "
-                        f"one with --record {record.ref}")
-    if record is None:
-        check_delta(parent, delta, subsumed, options)
-        record = write_record(options, parent, lineage, delta, subsumed)
-    return record if committed(record, options.commit) else None
+    check_delta(parent, delta, subsumed, options)
+    if path.exists():
+        record = deltas.find_attempt(options.name)
+        if (record.delta, record.parent, record.subsumed) != (delta, parent.ref, subsumed):
+            raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim what "
+                            "is written there, without --delta")
+        return record, path.read_text()
+    text = record_text(options, parent, delta, subsumed)
+    return attempts.record_of(text, path), text
+
+
+def written(options, path):
+    """The attempt that was written by hand, or by an earlier submit."""
+    if not path.exists():
+        raise UserError(f"name the record with --record short/12, give a new idea with --delta FILE, or write it to {path}"
+                        f"{deltas.near(options.name, deltas.attempt_names())}")
+    record = deltas.find_attempt(options.name)
+    if options.title or options.people or options.notes:
+        raise UserError(f"--title, --people and --notes go with --delta: {path} has its own")
+    toml = tomllib.loads(path.read_text())
+    for line in FACTS:
+        if not toml.get(line):
+            raise UserError(f"{path}: a claim needs the line {line}: " + {
+                "people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29", "kind": "like \"ml\""}.get(
+                    line, "in one line"))
+    check_delta(deltas.find_record(record.parent), record.delta, record.subsumed, options, path)
+    return record, path.read_text()
 
 
 def read_delta(path):
@@ -170,96 +210,130 @@ def read_delta(path):
     if delta is not None and toml:
         raise UserError(f"{path}: {', '.join(toml)} beside [delta]: title, people and parent are options of this command")
     delta = toml if delta is None else delta
+    if not isinstance(delta, dict) or not isinstance(subsumed, str):
+        raise UserError(f"{path}: expected lines like \"optim.muon.lr\" = 0.05, bare or below [delta]")
     for key in delta:
         if "." not in key:
             raise UserError(f"{path}: {key}: write the whole path in quotes, like \"optim.muon.lr\" = 0.05")
     return delta, subsumed
 
 
-def check_delta(parent, delta, subsumed, options):
+def check_delta(parent, delta, subsumed, options, where=None):
     """Every line changes its parent; an empty delta is code, and says why in `subsumed`."""
+    where = where or options.delta
+    if parent.ref.startswith(deltas.ATTEMPT):
+        raise UserError(f"--parent {parent.ref}: an attempt is no parent: promote it first, or put its lines into your delta")
     s = deltas.resolve(parent.ref).settings
     for path, value in delta.items():
-        changed = deltas.assign(s, path, value, options.delta)
+        changed = deltas.assign(s, path, value, where)
         if deltas.lookup(changed, path) == deltas.lookup(s, path):
-            raise UserError(f"{options.delta}: {path} = {deltas.show(value)} changes nothing: {parent.ref} has it already")
+            raise UserError(f"{where}: {path} = {deltas.show(value)} changes nothing: {parent.ref} has it already")
         s = changed
     if not delta and not (subsumed and options.claim == "systems"):
-        raise UserError(f"{options.delta}: a delta that changes nothing: a record that is only new code is a systems claim "
+        raise UserError(f"{where}: a delta that changes nothing: a record that is only new code is a systems claim "
                         "and says subsumed = \"what the code does now\"")
 
 
-def write_record(options, parent, lineage, delta, subsumed):
-    numbers = [int(m.group()) for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")
-               and (m := re.match(r"\d+", r.ref.partition("/")[2]))]
-    number = max(numbers, default=0) + 1
-    folder = deltas.RECORDS / lineage / f"{number:03d}_{options.name}"
-    quoted = json.dumps  # a JSON string is a TOML string
-    head = {"id": quoted(str(number)), "title": quoted(options.title), "parent": quoted(parent.ref),
-            "date": datetime.date.today().isoformat(), "people": quoted(options.people), "kind": quoted(options.claim),
-            "source": quoted("log")}
+def record_text(options, parent, delta, subsumed):
+    """Text of the attempt's record.toml."""
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # a JSON string is a TOML string
+    head = {"title": quoted(options.title), "parent": quoted(parent.ref), "date": datetime.date.today().isoformat(),
+            "people": quoted(options.people), "kind": quoted(options.claim), "source": quoted("log")}
     head |= {k: quoted(v) for k, v in (("notes", options.notes), ("subsumed", subsumed)) if v}
     lines = [f"{k} = {v}" for k, v in head.items()] + ["", "[delta]"]
     lines += [f"{quoted(path)} = {deltas.show(value)}" for path, value in delta.items()]
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    compare.write(folder / "record.toml", "\n".join(lines) + "\n")
-    deltas.load_records.cache_clear()
-    try:
-        record = deltas.find_record(f"{lineage}/{number}")
-        deltas.resolve(record.ref, scale=options.scale, sets=options.sets)
-    except UserError:  # a value that contradicts others: the record never was
-        (folder / "record.toml").unlink()
-        folder.rmdir()
-        deltas.load_records.cache_clear()
-        raise
-    print(f"{record.ref}: {folder / 'record.toml'}")
-    return record
+    return "\n".join(lines) + "\n"
 
 
-def committed(record, commit):
-    """Is the record's record.toml in HEAD? With --commit it is put there, alone."""
-    path = str(record.folder / "record.toml")
-    if not arms.is_checkout():
-        raise UserError("this is no git checkout: a record needs a commit that others can fetch; clone the repository")
-    if not arms.line("status", "--porcelain", "--untracked-files=all", "--", path):
-        return True
-    if commit:
-        arms.git("add", "--", path)
-        arms.git("commit", "--quiet", "--message", f"{record.ref}: {record.title}", "--", path)
-        return True
-    print("Its runs are made from a commit, which others can fetch: commit it and give the same command again (or add "
-          f"--commit):\n  git add {path} && git commit -m {json.dumps(f'{record.ref}: {record.title}')} -- {path}")
-    return False
+# ----- everything that can be known before the first run ----------------------------------------------------------------
+
+def preflight(options, record):
+    """Refuse what would fail later: git, tools, parent, settings, target, data, GPUs. Nothing is written or committed.
+
+    The idea is resolved by this checkout's code, which is that of the commit to come, as its record.toml is all that is new.
+    """
+    deltas.resolve(record, scale=options.scale, sets=options.sets)
+    attempts.require_git([record.folder / "record.toml"], options.commit)
+    found = prepared(options, record, before=True)
+    declaration, _ = plan(options, record, found)
+    manifest.Claim(deltas.ATTEMPTS / options.name / manifest.NAME).add({"n": 0, "kind": "declare", **declaration}, "")
+    check_data(options, found)
+    arms.require_tools()
 
 
-# ----- the plan -------------------------------------------------------------------------------------------------------
-
-def declare(options, record):
-    """Write the plan into the claim folder. Returns the folder."""
-    folder = Path(options.out) if options.out else record.folder
+def prepared(options, record, before=False):
+    """{name: arm} of new, parent and perhaps base. before: the record is not committed yet, and so resolved here."""
     parent = options.parent or record.parent
-    ref, colon, _ = parent.rpartition(":")
-    if deltas.find_record(parent[len(ref + colon):]).ref != record.parent:
+    ref, colon, name = parent.rpartition(":")
+    if deltas.find_record(name).ref != record.parent:
         raise UserError(f"--parent {parent}: the parent of {record.ref} is {record.parent}")
-    texts = {"new": record.ref, "parent": parent}
+    texts = {"parent": ref + colon + record.parent}
     last = last_ml(deltas.find_record(record.parent))
     if options.claim == "systems" and last is not None and last.ref != record.parent:
         texts["base"] = ref + colon + last.ref
     changes = "".join(f" --set {shlex.quote(x)}" for x in options.sets)
-    found = {name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}
+    if not before:
+        texts["new"] = record.ref
+        return {name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}
+    resolved = deltas.resolve(record, scale=options.scale, sets=options.sets)
+    s, head = resolved.settings, arms.commit_of("HEAD")
+    new = {"text": record.ref + changes, "kind": "record", "ref": None, "commit": head, "tree": arms.line("rev-parse", "HEAD^{tree}"),
+           "dirty": None, "argv": [record.ref], "record": record.ref, "preset": "", "scale": options.scale,
+           "changes": list(resolved.changes), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+           "settings": deltas.plain(s), "report": []}
+    return {"new": new, **{name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}}
+
+
+def plan(options, record, found):
+    """(declaration, code diff) of checked arms. UserError where they cannot run here or cannot carry the claim."""
     check_arms(options, record, found)
-    code = arms.code_diff(found["parent"], found["new"])
-    plan = {"runs": options.runs} if options.runs else {"looks": looks_of(options.looks)}
-    compare.declare(folder, compare.declaration_of(
-        found, plan, claim=options.claim, record=record.ref, target=found["new"]["settings"]["validation"]["target"],
+    diff = arms.code_diff(found["parent"], found["new"])
+    runs = {"runs": options.runs} if options.runs else {"looks": looks_of(options.looks)}
+    return compare.declaration_of(
+        found, runs, claim=options.claim, record=record.ref, target=found["new"]["settings"]["validation"]["target"],
         alpha=ALPHA, pairing="seed", seed0=options.seed0, order_seed=options.order_seed, processes=options.nproc,
-        data=options.data, diff=code, long_start=options.long_start), diff=code)
-    if folder.resolve() != record.folder.resolve():
-        compare.write(folder / "record.toml", (record.folder / "record.toml").read_bytes())
-    return folder
+        data=options.data, diff=diff, long_start=options.long_start), diff
+
+
+def check_data(options, found):
+    """The corpus serves every arm: enough shards, enough validation tokens, a row of the model for every token."""
+    from data.corpus import corpus_for
+    from data.shards import open_shard
+    from data.stream import require_shards, stream_arguments
+    corpus = corpus_for(options.scale, options.data)
+    for arm in found.values():
+        s = deltas.from_plain(arm["settings"])
+        require_shards(corpus, steps=s.schedule.steps, **stream_arguments(s))
+        have = len(open_shard(corpus.val))
+        if have <= s.validation.tokens:
+            raise UserError(f"{corpus.val} holds {have:,} tokens, {s.validation.tokens + 1:,} are needed: choose another --data")
+        if corpus.vocab_size > padded_vocab(s):
+            raise UserError(f"{corpus.folder} holds token ids up to {corpus.vocab_size - 1}, the model of {arm['record']} has "
+                            f"{padded_vocab(s)} rows: choose another --data")
+
+
+def committed(record, text, commit):
+    """Is the attempt's record.toml in HEAD? If it is missing it is written; with --commit it is committed, alone."""
+    path = record.folder / "record.toml"
+    new = not path.exists()
+    if new:
+        attempts.make(path, text)
+    if not arms.line("status", "--porcelain", "--untracked-files=all", "--", str(path)):
+        return True
+    message = f"{record.ref}: {record.title}"
+    if commit:
+        try:
+            attempts.commit([path], message)
+        except UserError:
+            if new:
+                attempts.unmake(path)
+            raise
+        print(f"committed {record.ref}: {path}")
+        return True
+    print(f"{record.ref}: {path}\nIts runs are made from a commit, which others can fetch: commit it and give the same command "
+          f"again (or add --commit):\n  git add {shlex.quote(str(path))} && git commit -m {shlex.quote(message)} -- "
+          f"{shlex.quote(str(path))}")
+    return False
 
 
 def check_arms(options, record, found):
@@ -299,6 +373,8 @@ def carry_out(folder, data, fault):
     book.close()
     if claim.declaration["claim"] == "comparison":
         raise UserError(f"{folder} holds a comparison: go on with `records compare --resume {folder}`")
+    if claim.withdrawn is not None:
+        raise UserError(f"{folder}: the claim was withdrawn ({claim.withdrawn['why']}): try it anew under another name")
     looks = claim.declaration["plan"].get("looks")
     if looks is None:
         compare.run_plan(folder, data=data, fault=fault)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import deltas
 import runlog
-from records.claims import claim_laws, compare, manifest, textlog, writeup
+from records.claims import claim_laws, compare, manifest, provenance, textlog, writeup
 from records.claims.provenance import last_ml
 from settings import UserError
 
@@ -103,9 +103,15 @@ def verify(folder, audit=None, reproduction=None, page=True):
         audited = read_audit(folder / AUDIT)
     if reproduction is None and (folder / REPRODUCTION).exists():
         reproduction = folder / REPRODUCTION
+    if found.claim.withdrawn is not None:
+        results["reasons"] = [f"withdrawn {found.claim.withdrawn['utc']}: {found.claim.withdrawn['why']}"]
+        results["verdict"] = "not shown"
+        if not found.claim.ended:  # arms with different numbers of runs: no statistics
+            return results
+    withdrawn = results["reasons"]
     results |= describe(found)
     results |= judge(found.claim, last_alpha(d, found.claim))
-    results["reasons"] += check_looks(found)
+    results["reasons"] = withdrawn + results["reasons"] + check_looks(found)
     for name, row in results["statistics"]["arms"].items():
         row["untimed_s"] = untimed(found, name)
     if audited is not None:
@@ -155,7 +161,7 @@ def is_its_page(folder, results):
 def store(folder, results, page):
     """Write results.json and, if asked for and there is something to tell, README.md."""
     compare.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
-    if page and results["verdict"] != "refused" and results["claim"] != "comparison":
+    if page and results.get("statistics") and results["claim"] != "comparison":
         compare.write(folder / writeup.PAGE, writeup.readme(folder, results))
 
 
@@ -404,7 +410,9 @@ def not_a_reproduction(found, other):
     if other.problems:
         return f"it is refused itself ({other.problems[0]})"
     mine, theirs = found.declaration, other.declaration
-    for key in ("claim", "record", "scale", "target"):
+    if not provenance.same_record(mine["record"], theirs["record"]):
+        return f"its record is {theirs['record']}, here {mine['record']}"
+    for key in ("claim", "scale", "target"):
         if theirs[key] != mine[key]:
             return f"its {key} is {theirs[key]}, here {mine[key]}"
     code_only = all(mine["arms"]["new"][k] == mine["arms"]["parent"][k] for k in ("ml_hash", "system_hash"))
@@ -490,7 +498,7 @@ def report(results, where):
     """The problems, or the statistics, then verdict, grade, and what is not known."""
     if results["claim"] == "comparison" and not results["problems"]:
         compare.report(results)
-    elif not results["problems"]:
+    elif results.get("statistics"):
         report_record(results)
     finish_report(results, (results.get("statistics") or {}).get("target"))
     print(where)

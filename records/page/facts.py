@@ -215,7 +215,7 @@ def read_claims(record):
         if verify.REPRODUCTION in path.relative_to(record.folder).parts:  # part of the claim that it reproduces
             continue
         results = read_json(path)
-        if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and results.get("record") == record.ref:
+        if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and record.answers(results.get("record")):
             wrong = verify.differences(results, json.loads(json.dumps(verify.verify(path.parent))))
             if wrong:
                 raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its folder, and see "

@@ -291,8 +291,8 @@ def sample(options: argparse.Namespace) -> None:
     """The whole program behind the command line."""
     from data import tokenizer as tokenizers
     text = read_prompt(options)
-    if options.seed + options.samples - 1 > MOST_SEED:
-        raise UserError(f"--seed {options.seed}: no room for {options.samples} seeds below {MOST_SEED}")
+    if options.seed + options.samples - 1 > arguments.SEED_LIMIT:
+        raise UserError(f"--seed {options.seed}: no room for {options.samples} seeds up to {arguments.SEED_LIMIT}")
     model, name = load(options.checkpoint)
     encoding = tokenizers.load(name)
     if encoding.n_vocab > padded_vocab(model.settings):

@@ -580,7 +580,7 @@ def command_line(argv=None):
         if options.record is None:
             raise UserError("no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
                             "--scale tiny`; on GPUs `torchrun --standalone --nproc_per_node=8 train_gpt.py short/head` "
-                            "after `python -m data.fineweb 16`")
+                            "after `python -m data.fineweb short/head`")
         if options.seed < 0:
             raise UserError(f"--seed {options.seed}: must not be negative")
         if options.profile:

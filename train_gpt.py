@@ -143,7 +143,7 @@ class Clock:
 
 def find_corpus(options, resolved):
     """The shards of this run (data.corpus.corpus_for), if the model has a row for every token id."""
-    found, rows = corpus_for(resolved.scale, options.data), padded_vocab(resolved.settings)
+    found, rows = corpus_for(resolved.scale, options.data, resolved.settings), padded_vocab(resolved.settings)
     if found.vocab_size > rows:
         raise UserError(f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {rows} rows: "
                         f"--set model.vocab_size={found.vocab_size}, or choose another --data")

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
 from settings import UserError
@@ -113,11 +114,16 @@ def _sample_corpus(cache):
     return corpus
 
 
-def corpus_for(scale, data=None):
-    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro, else FineWeb's folder."""
+def corpus_for(scale, data=None, settings=None):
+    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro, FineWeb's otherwise.
+
+    settings: those of the run, for a message that says how many shards to download.
+    """
     if data:
         return open_corpus(data)
-    return sample_corpus() if scale in ("tiny", "micro") else open_corpus(HERE / "fineweb10B")
+    if scale in ("tiny", "micro"):
+        return sample_corpus()
+    return open_corpus(HERE / "fineweb10B", **({} if settings is None else {"get": fineweb.get(settings)}))
 
 
 def build(folder):

@@ -1,20 +1,75 @@
-"""FineWeb in GPT-2 tokens from the Hugging Face hub: `python -m data.fineweb 9` (validation and 9 train shards).
+"""FineWeb in GPT-2 tokens from the Hugging Face hub: `python -m data.fineweb short/11 --scale small` fetches the validation
+shard and the train shards that this record reads, `python -m data.fineweb 9` nine train shards.
 
 Each shard is 100 M tokens (200 MB). Downloads resume, HF_ENDPOINT is honoured, size and header are checked; files that
 are already right are left alone.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
+from statistics import NormalDist
 
+from data import stream
 from data.shards import read_header
-from settings import UserError
+from settings import LOGICAL_RANKS, SCALES, Settings, UserError
 
-TRAIN_SHARDS = {"kjj0/fineweb10B-gpt2": 103, "kjj0/fineweb100B-gpt2": 1030}
+REPO = "kjj0/fineweb10B-gpt2"
+TRAIN_SHARDS = {REPO: 103, "kjj0/fineweb100B-gpt2": 1030}
+SHARD_BYTES = 1024 + 2 * stream.FINEWEB_SHARD  # of every shard but the last train shard
+# Documents of FineWeb in GPT-2 tokens: sample-10BT has about 14.9 M in 10.26 B tokens; the median is an estimate. Their
+# lengths are about log-normal.
+MEAN_DOCUMENT, MEDIAN_DOCUMENT = 690, 400
 OFFLINE = ("offline: copy the .bin files into the folder by hand, make shards of your own text with "
            "`python -m data.tokenize`, or run ./run.sh, which needs no network")
 
+
+# ----- how many shards ----------------------------------------------------------------------------------------------
+
+def shards_needed(s: Settings) -> int:
+    """Train shards of FineWeb that a run of these settings reads in one pass: what to download, for all texts that say so.
+
+    Exact for loaders that go by position. Loaders that go by documents skip tokens, which is estimated from the lengths of
+    FineWeb's documents; `stream.require_shards` then counts in the shards themselves.
+    """
+    about = stream.stream_arguments(s)
+    if about["loader"] in stream.BY_DOCUMENT:
+        read = LOGICAL_RANKS * document_tokens(s.data.loader, s.data.tokens_per_rank, s.data.max_document)
+        per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")  # its last step is left out
+        need = -(-s.schedule.steps // max(1, per_shard))
+    else:
+        about.pop("max_document")
+        need = stream.shards_needed([], steps=s.schedule.steps, **about | {"wrap": False})
+    return min(need, TRAIN_SHARDS[REPO]) if s.data.wrap else need
+
+
+def document_tokens(loader: str, size: int, max_document: int | None) -> float:
+    """Expected tokens of FineWeb that one logical rank passes over to read `size` of them."""
+    mu, sigma = math.log(MEDIAN_DOCUMENT), math.sqrt(2 * math.log(MEAN_DOCUMENT / MEDIAN_DOCUMENT))
+
+    def moment(k: int, limit: float) -> float:
+        """Expectation of min(length, limit) ** k."""
+        whole = math.exp(k * mu + (k * sigma) ** 2 / 2)
+        if math.isinf(limit):
+            return whole
+        z = (math.log(limit) - mu) / sigma
+        return whole * NormalDist().cdf(z - k * sigma) + limit ** k * NormalDist().cdf(-z)
+
+    limit = max_document if loader == "packed" and max_document else math.inf
+    skipped = moment(2, limit) / (2 * moment(1, limit))  # rest of the document in which a rank's tokens end
+    return (size + skipped) * MEAN_DOCUMENT / moment(1, limit)
+
+
+def get(s: Settings) -> str:
+    """How to get the shards that a run of these settings reads, for messages."""
+    need = shards_needed(s)
+    return (f"`python -m data.fineweb {need}` downloads the {need} train shard{'s' if need > 1 else ''} that this run reads and "
+            f"the validation shard ({(need + 1) * SHARD_BYTES / 1e9:.1f} GB); `python -m data.tokenize FILE --out DIR` makes "
+            "shards of any text")
+
+
+# ----- download -----------------------------------------------------------------------------------------------------
 
 def names(count):
     return ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
@@ -78,15 +133,28 @@ def download(count, folder, repo):
             fetch(repo, name, folder)
 
 
+def asked(shards: str, scale: str | None) -> int:
+    """Number of train shards that the command line asks for. UserError for no number and no record."""
+    if shards.lstrip("-").isdecimal():
+        if scale:
+            raise UserError(f"--scale {scale} goes with a record: leave it away, or name a record instead of {shards}")
+        return int(shards)
+    from deltas import resolve_name
+    return shards_needed(resolve_name(shards, scale=scale).settings)
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
-    p.add_argument("shards", type=int, help="train shards, 100 M tokens each; 16 are enough for record 11")
+    p.add_argument("shards", metavar="RECORD|N", help="a record, for the shards that it reads, or a number of train shards of "
+                                                      "100 M tokens")
+    p.add_argument("--scale", choices=list(SCALES), help="scale of the record (default full)")
     p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"))
-    p.add_argument("--repo", default="kjj0/fineweb10B-gpt2")
+    p.add_argument("--repo", default=REPO)
     o = p.parse_args(argv)
     try:
-        download(o.shards, Path(o.dir), o.repo)
-        print(f"{o.dir}: validation and {o.shards} train shards")
+        count = asked(o.shards, o.scale)
+        download(count, Path(o.dir), o.repo)
+        print(f"{o.dir}: validation and {count} train shard{'s' if count > 1 else ''}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

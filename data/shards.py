@@ -150,11 +150,13 @@ class Corpus:
     val_tokens: int
 
 
-def open_corpus(folder):
-    """The Corpus in a folder; every header is checked. UserError says what to type when something is missing."""
+GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record reads of FineWeb, `python -m data.tokenize "
+       "FILE --out DIR` makes shards of any text")
+
+
+def open_corpus(folder, get=GET):
+    """The Corpus in a folder; every header is checked. UserError says what to type when something is missing (`get`)."""
     folder = Path(folder)
-    get = ("`python -m data.fineweb 9` downloads FineWeb, `python -m data.tokenize FILE --out DIR` makes shards of any "
-           "text")
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}: {get}")
     train, val = sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))

@@ -273,7 +273,8 @@ def locate(declaration, data):
     if data is None and declaration["scale"] in ("full", "small"):
         data = arms.ROOT / "data" / "fineweb10B"  # a worktree has none of its own
     if data is not None and not Path(data).is_dir():
-        raise UserError(f"no data folder {data}: get FineWeb with `python -m data.fineweb 9`, or name it with --data")
+        raise UserError(f"no data folder {data}: get FineWeb with `python -m data.fineweb RECORD --scale "
+                        f"{declaration['scale']}`, or name a folder with --data")
     return None if data is None else Path(data).absolute()
 
 

@@ -271,10 +271,11 @@ def digests(plan, settings):
 
     settings: {ml_hash: Settings}. The number of shards read, and so the corpus digest, may differ between arms.
     """
+    from data import fineweb
     from data.corpus import corpus_for
     from data.shards import corpus_digest, val_digest
     from data.stream import require_shards, stream_arguments
-    corpus = corpus_for(plan["scale"], plan["data"])
+    corpus = corpus_for(plan["scale"], plan["data"], max(settings.values(), key=fineweb.shards_needed))
     out, known = {}, {}
     for ml_hash, s in settings.items():
         used = require_shards(corpus, steps=s.schedule.steps, **stream_arguments(s))

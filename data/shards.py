@@ -5,17 +5,20 @@ format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder with `*_train_
 tokens are GPT-2's, a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+import files
 from settings import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -23,25 +26,38 @@ SCAN = 4_000_000  # tokens that one look for document starts covers
 GPT2 = {"name": "fineweb", "tokenizer": "gpt2", "vocab_size": 50257, "bos": 50256}
 
 
+class ShardWriter:
+    """A shard that is being written. count: tokens so far."""
+
+    def __init__(self, path: Path | str, file: BinaryIO):
+        self.path, self.file, self.count = path, file, 0
+
+    def append(self, tokens) -> None:
+        """Add token ids: any integer array, values < 65536."""
+        tokens = np.asarray(tokens)
+        if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
+            raise UserError(f"{self.path}: token ids must lie in 0..65535 to fit a shard")
+        self.file.write(tokens.astype("<u2").tobytes())
+        self.count += tokens.size
+
+
+@contextlib.contextmanager
+def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
+    """A shard to append to; the file appears whole when the block ends, and not at all if the block raises."""
+    with files.writing(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        shard = ShardWriter(path, file)
+        yield shard
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, shard.count
+        file.seek(0)
+        file.write(header.tobytes())
+
+
 def write_shard(path, tokens):
     """Write token ids (any integer array, values < 65536) as a shard; the file appears whole or not at all."""
-    tokens = np.asarray(tokens)
-    if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
-        raise UserError(f"{path}: token ids must lie in 0..65535 to fit a shard")
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    path, temporary = Path(path), None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.astype("<u2").tobytes())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:  # a full disk should not stay full
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with writing_shard(path) as shard:
+        shard.append(tokens)
 
 
 def read_header(path):

@@ -328,56 +328,6 @@ def command(module, *args, **env):
                           env={**os.environ, **env})
 
 
-def test_text_to_shards_and_back(tmp_path):
-    texts = [f"Document {i} says: {'word ' * (i + 3)}" for i in range(60)]
-    (tmp_path / "a.txt").write_text("\n\f\n".join(texts))
-    done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200,
-                   "--shard-tokens", 900)
-    assert done.returncode == 0, done.stderr
-    corpus = open_corpus(tmp_path / "out")
-    ids = np.concatenate([open_shard(p) for p in (corpus.val, *corpus.train)]).tolist()
-    assert ids == [i for d in encode_documents(load("gpt2"), texts) for i in d]
-    assert len(corpus.train) > 1 and corpus.tokenizer == "gpt2" and corpus.name == "text"
-
-
-@pytest.mark.parametrize("content, message", [("{\"text\": \"a\"}\n{broken\n", "line 2: not valid JSON"),
-                                              ("{\"body\": \"a\"}\n", "no text in field 'text'"),
-                                              ("\n", "no text"), ("{\"text\": \"short\"}\n", "too few tokens")])
-def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_text(content)
-    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_overwriting_leaves_nothing_of_the_longer_run_before(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\f\n".join("word " * 40 + str(i) for i in range(60)))
-    args = ("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200, "--overwrite")
-    assert command(*args, "--shard-tokens", 300).returncode == 0
-    assert len(open_corpus(tmp_path / "out").train) > 2
-    assert command(*args, "--shard-tokens", 5000).returncode == 0
-    assert len(open_corpus(tmp_path / "out").train) == 1
-    other = command(*args, "--name", "other")
-    assert other.returncode == 2 and "holds another corpus" in other.stderr
-    assert len(open_corpus(tmp_path / "out").train) == 1
-
-
-def test_a_name_that_would_mix_up_the_parts_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    for name in ("my_val_set", "a_train", "a/b", ""):
-        done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--name", name)
-        assert done.returncode == 2 and "choose a plain one" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_an_unfinished_folder_is_not_a_corpus(tmp_path):
-    lines = [f'{{"text": "{"hello there " * 50}"}}' for _ in range(8000)]  # more than one batch, then a bad line
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{broken"]))
-    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val-tokens", 300,
-                   "--shard-tokens", 1000)
-    assert done.returncode == 2 and "line 8001" in done.stderr and list((tmp_path / "out").glob("*_train_*.bin"))
-    with pytest.raises(UserError, match="no validation shard"):
-        open_corpus(tmp_path / "out")
-
-
 def shard_bytes(tmp_path, n, seed):
     path = tmp_path / f"made_{seed}.bin"
     write_shard(path, np.random.default_rng(seed).integers(50257, size=n))

@@ -1,24 +1,30 @@
 """FineWeb in GPT-2 tokens from the Hugging Face hub: `python -m data.fineweb short/11 --scale small` fetches the validation
 shard and the train shards that this record reads, `python -m data.fineweb 9` nine train shards.
 
-Each shard is 100 M tokens (200 MB). Downloads resume, HF_ENDPOINT is honoured, size and header are checked; files that
-are already right are left alone.
+Each shard is 100 M tokens (200 MB). Downloads resume and HF_ENDPOINT is honoured. Size and SHA-256 of every file are compared
+with the published ones and kept in shards.json next to the shards; files that are right are left alone.
 """
 
-import argparse
+import contextlib
+import hashlib
 import math
+import re
+import shutil
 import sys
 from pathlib import Path
 from statistics import NormalDist
 
+import arguments
 import console
+import files
 from data import stream
-from data.shards import read_header
+from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
 from settings import LOGICAL_RANKS, SCALES, Settings, UserError
 
 REPO = "kjj0/fineweb10B-gpt2"
 TRAIN_SHARDS = {REPO: 103, "kjj0/fineweb100B-gpt2": 1030}
 SHARD_BYTES = 1024 + 2 * stream.FINEWEB_SHARD  # of every shard but the last train shard
+LAST_SHARD_BYTES = 1024 + 2 * 55_324_043  # train shard 103
 # Documents of FineWeb in GPT-2 tokens: sample-10BT has about 14.9 M in 10.26 B tokens; the median is an estimate. Their
 # lengths are about log-normal.
 MEAN_DOCUMENT, MEDIAN_DOCUMENT = 690, 400
@@ -70,14 +76,66 @@ def get(s: Settings) -> str:
             "shards of any text")
 
 
-# ----- download -----------------------------------------------------------------------------------------------------
+# ----- what is known of a published shard ---------------------------------------------------------------------------
 
-def names(count):
+def published(repo: str, name: str) -> tuple[int | None, str | None]:
+    """(bytes, SHA-256) of a published shard, None for what is not known here.
+
+    fineweb_sha256.txt has what the hub's pages of these files say under "Git LFS Details"; for other shards the hub's answer at
+    the download counts.
+    """
+    if repo != REPO:
+        return None, None
+    size = LAST_SHARD_BYTES if name == f"fineweb_train_{TRAIN_SHARDS[REPO]:06d}.bin" else SHARD_BYTES
+    lines = (Path(__file__).parent / "fineweb_sha256.txt").read_text().splitlines()
+    return size, {name: digest for digest, name in map(str.split, lines)}.get(name)
+
+
+@contextlib.contextmanager
+def hub_errors(repo: str, name: str, folder: Path):
+    """What the hub's client raises, as one line."""
+    from huggingface_hub import errors
+    again = f"what has arrived is kept, so try again; {OFFLINE}"
+    try:
+        yield
+    except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise UserError(f"{repo} has no file {name}: check --repo and the number of shards") from None
+    except errors.HFValidationError:
+        raise UserError(f"--repo {repo}: not a repository's name, like {REPO}") from None
+    except PermissionError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; choose another --dir") from None
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError) as error:
+        raise UserError(f"cannot fetch {name} ({type(error).__name__}); {again}") from None
+    except OSError as error:
+        if error.errno is None:  # the HTTP client's own errors carry no errno
+            raise UserError(f"the download of {name} broke off ({type(error).__name__}); {again}") from None
+        raise UserError(f"cannot write {name} to {folder}: {error.strerror}; free some space or choose another --dir") from None
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+            raise
+        raise UserError(f"the download of {name} broke off ({type(error).__name__}); {again}") from None
+
+
+def hub_says(repo: str, name: str, folder: Path) -> tuple[int | None, str | None]:
+    """(bytes, SHA-256) of a file as the hub tells them, None where it does not; checked against what is known here."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    with hub_errors(repo, name, folder):
+        found = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"))
+    digest = found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None  # LFS files only
+    for called, here, there in zip(("size", "SHA-256"), published(repo, name), (found.size, digest)):
+        if None not in (here, there) and here != there:
+            raise UserError(f"the hub offers {name} with {called} {there}, published is {here}: check HF_ENDPOINT")
+    return found.size, digest
+
+
+# ----- download and check -------------------------------------------------------------------------------------------
+
+def names(count: int) -> list[str]:
     return ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
 
 
-def is_right(path):
-    """Whether a whole shard lies there."""
+def is_whole(path: Path) -> bool:
+    """Whether a shard lies there whose header and size agree."""
     if not path.exists():
         return False
     try:
@@ -86,38 +144,68 @@ def is_right(path):
         return False
 
 
-def fetch(repo, name, folder):
-    """Download one file and check it; a file that is wrong is fetched once more from the start."""
-    from huggingface_hub import errors, hf_hub_download
+def examine(path: Path) -> dict:
+    """What the manifest keeps of a file: bytes, time, SHA-256 of the file and of its tokens. UserError for a hole of zeros."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    facts, about = shard_facts(path, GPT2["bos"]), path.stat()
+    check_hole(path, facts)
+    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest, "tokens_sha256": facts["sha256"]}
+
+
+def unchanged(path: Path, entry: dict) -> bool:
+    about = path.stat()
+    return (about.st_size, about.st_mtime_ns) == (entry.get("bytes"), entry.get("mtime_ns"))
+
+
+def fetch(repo: str, name: str, folder: Path) -> dict:
+    """Download one file and check it; a file that is wrong is fetched once more from the start. Returns the manifest's entry."""
+    from huggingface_hub import hf_hub_download
+    size, digest = hub_says(repo, name, folder)
     for attempt in (1, 2):
-        try:
+        with hub_errors(repo, name, folder):
             hf_hub_download(repo, name, repo_type="dataset", local_dir=folder, force_download=attempt == 2)
-        except (errors.RemoteEntryNotFoundError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-            raise UserError(f"{repo} has no file {name}: check --repo and the number of shards") from None
-        except PermissionError as error:
-            raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; choose another "
-                            "--dir") from None
-        except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
-            raise UserError(f"cannot fetch {name} ({type(error).__name__}); what has arrived is kept, so try again; "
-                            f"{OFFLINE}") from None
-        except OSError as error:
-            if error.errno is None:  # the HTTP client's own errors carry no errno
-                raise UserError(f"the download of {name} broke off ({type(error).__name__}); what has arrived is kept, "
-                                f"so try again; {OFFLINE}") from None
-            raise UserError(f"cannot write {name} to {folder}: {error.strerror}") from None
-        except Exception as error:
-            if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-                raise
-            raise UserError(f"the download of {name} broke off ({type(error).__name__}); what has arrived is kept, so "
-                            f"try again; {OFFLINE}") from None
-        if is_right(folder / name):
-            return
+        try:
+            entry = examine(folder / name)
+            if size in (None, entry["bytes"]) and digest in (None, entry["sha256"]):
+                return entry | {"verified": digest is not None}
+        except UserError:  # not a whole shard
+            pass
         (folder / name).unlink(missing_ok=True)
     raise UserError(f"{repo} serves {name} incomplete or damaged, twice: try later or another HF_ENDPOINT")
 
 
-def download(count, folder, repo):
-    """Fetch the validation shard and `count` train shards into a folder."""
+def check(repo: str, name: str, folder: Path, entry: dict, verify: bool) -> dict | None:
+    """The manifest's entry of a file that lies there, None if the file has to be fetched again.
+
+    A file that has not changed since it was verified is not read again, unless `verify` asks for it.
+    """
+    path = folder / name
+    if not is_whole(path):
+        return None
+    if entry.get("verified") and unchanged(path, entry) and not verify:
+        return entry
+    try:
+        found, (size, digest) = examine(path), published(repo, name)
+    except UserError as error:
+        print(f"{error}", file=sys.stderr)
+        return None
+    if digest is None and entry.get("verified"):
+        digest = entry["sha256"]
+    if digest is None:
+        try:
+            size, digest = hub_says(repo, name, folder)
+        except UserError as error:
+            print(f"note: {name} is not compared with the hub: {error}", file=sys.stderr)
+    if size not in (None, found["bytes"]) or digest not in (None, found["sha256"]):
+        print(f"{path} is not the published file: fetched again", file=sys.stderr)
+        path.unlink()
+        return None
+    return found | {"verified": digest is not None}
+
+
+def download(count: int, folder: Path, repo: str, verify: bool = False) -> list[str]:
+    """Fetch the validation shard and `count` train shards into a folder; returns the names that could not be verified."""
     limit = TRAIN_SHARDS.get(repo)
     if count < 1 or (limit and count > limit):
         raise UserError(f"{count} train shards of {repo}: ask for " + (f"1 to {limit}" if limit else "1 or more"))
@@ -125,13 +213,21 @@ def download(count, folder, repo):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
+        free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --dir") from None
+    missing = sum(not (folder / name).exists() for name in names(count))
+    if repo in TRAIN_SHARDS and missing * SHARD_BYTES > free:
+        raise UserError(f"{missing} shards need {missing * SHARD_BYTES / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: free some "
+                        "space or choose another --dir")
+    manifest = read_manifest(folder)
     for name in names(count):
-        if is_right(folder / name):
-            print(f"{folder / name}: there already", file=sys.stderr)
-        else:
-            fetch(repo, name, folder)
+        there = check(repo, name, folder, manifest.get(name, {}), verify)
+        manifest[name] = there or fetch(repo, name, folder)
+        files.write(folder / MANIFEST, files.json_text(manifest, indent=1) + "\n")
+        state = "verified" if manifest[name]["verified"] else "whole, but no SHA-256 of it is known"
+        print(f"{folder / name}: {'there already, ' if there else ''}{state}", file=sys.stderr)
+    return [name for name in names(count) if not manifest[name]["verified"]]
 
 
 def asked(shards: str, scale: str | None) -> int:
@@ -145,17 +241,19 @@ def asked(shards: str, scale: str | None) -> int:
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
+    p = arguments.Parser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
     p.add_argument("shards", metavar="RECORD|N", help="a record, for the shards that it reads, or a number of train shards of "
                                                       "100 M tokens")
     p.add_argument("--scale", choices=list(SCALES), help="scale of the record (default full)")
     p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"))
     p.add_argument("--repo", default=REPO)
+    p.add_argument("--verify", action="store_true", help="read files that are there again and compare their SHA-256")
     o = p.parse_args(argv)
     try:
         count = asked(o.shards, o.scale)
-        download(count, Path(o.dir), o.repo)
-        print(f"{o.dir}: validation and {count} train shard{'s' if count > 1 else ''}")
+        unverified = download(count, Path(o.dir), o.repo, o.verify)
+        print(f"{o.dir}: validation and {count} train shard{'s' if count > 1 else ''}, "
+              + (f"{len(unverified)} not verified" if unverified else "verified"))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,54 +1,81 @@
 """Shards and folders of shards.
 
 A shard is 256 little-endian int32 (20240520, version 1, number of tokens, zeros) followed by uint16 token ids: the
-format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder with `*_train_*.bin`, `*_val_*.bin` and, unless its
-tokens are GPT-2's, a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}.
+format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder of shards NAME_train_NUMBER.bin and NAME_val_NUMBER.bin of
+one NAME, in the order of their numbers, with a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}. Only a folder of
+FineWeb's own names, fineweb_*, needs no corpus.json. `shards.json`, if there, holds the SHA-256 of each file (data/fineweb.py).
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
-import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+import files
 from settings import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SCAN = 4_000_000  # tokens that one look for document starts covers
+LOOK = 2 ** 22  # tokens held at once by a look at all of a shard
+BLOCK = 512  # tokens: so many zeros in a row are a hole, because text never has them
 GPT2 = {"name": "fineweb", "tokenizer": "gpt2", "vocab_size": 50257, "bos": 50256}
+TOKENIZERS = {"gpt2": (50257, 50256), "sample": (1257, 1256)}  # vocab_size and bos of the tokenizers of this project
+SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<part>train|val)_(?P<number>\d+)\.bin")
+MANIFEST = "shards.json"
+
+
+class ShardWriter:
+    """A shard that is being written. count: tokens so far."""
+
+    def __init__(self, path: Path | str, file: BinaryIO):
+        self.path, self.file, self.count = path, file, 0
+
+    def append(self, tokens) -> None:
+        """Add token ids: any integer array, values < 65536."""
+        tokens = np.asarray(tokens)
+        if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
+            raise UserError(f"{self.path}: token ids must lie in 0..65535 to fit a shard")
+        self.file.write(tokens.astype("<u2").tobytes())
+        self.count += tokens.size
+
+
+@contextlib.contextmanager
+def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
+    """A shard to append to; the file appears whole when the block ends, and not at all if the block raises."""
+    with files.writing(path) as file:
+        file.write(bytes(HEADER_BYTES))
+        shard = ShardWriter(path, file)
+        yield shard
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, shard.count
+        file.seek(0)
+        file.write(header.tobytes())
 
 
 def write_shard(path, tokens):
     """Write token ids (any integer array, values < 65536) as a shard; the file appears whole or not at all."""
-    tokens = np.asarray(tokens)
-    if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
-        raise UserError(f"{path}: token ids must lie in 0..65535 to fit a shard")
-    header = np.zeros(256, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
-    path, temporary = Path(path), None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.astype("<u2").tobytes())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:  # a full disk should not stay full
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with writing_shard(path) as shard:
+        shard.append(tokens)
 
 
 def read_header(path):
     """Number of tokens of a shard. UserError for anything that is not a whole shard."""
     path = Path(path)
     try:
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise UserError(f"{path}: not a file: remove it")
+        size = about.st_size
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(HEADER_BYTES), "<i4") if size >= HEADER_BYTES else None
     except OSError as error:
@@ -157,42 +184,104 @@ GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record re
 def open_corpus(folder, get=GET):
     """The Corpus in a folder; every header is checked. UserError says what to type when something is missing (`get`)."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no data folder {folder}: {get}")
-    train, val = sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
-    if not train:
-        raise UserError(f"no train shards (*_train_*.bin) in {folder}: {get}")
-    if not val:
-        raise UserError(f"no validation shard (*_val_*.bin) in {folder}: {get}")
-    about = dict(GPT2)
-    if (folder / "corpus.json").exists():
-        try:
-            about.update(json.loads((folder / "corpus.json").read_text()))
-            about = {k: type(v)(about[k]) for k, v in GPT2.items()}
-            if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
-                raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(f"{folder / 'corpus.json'}: {error}: it must hold name, tokenizer, vocab_size and bos; "
-                            "mend it, or make the folder again with `python -m data.tokenize`") from None
-    return Corpus(folder, **about, train=tuple(train), train_tokens=tuple(map(read_header, train)), val=val[0],
-                  val_tokens=read_header(val[0]))
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        raise UserError(f"no data folder {folder}: {get}") from None
+    except NotADirectoryError:
+        raise UserError(f"{folder} is a file, not a folder of shards: {get}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the data folder {folder}: {error.strerror}: mend it or choose another") from None
+    found = numbered(folder, [n for n in names if n.endswith(".bin") and not files.is_leftover(n)])
+    for part, called in (("train", "train shards"), ("val", "validation shard")):
+        if not found[part]:
+            raise UserError(f"no {called} (*_{part}_*.bin) in {folder}: {get}")
+    train, val = list(found["train"].values()), next(iter(found["val"].values()))
+    about = read_about(folder, train[0].name)
+    return Corpus(folder, **about, train=tuple(train), train_tokens=tuple(map(read_header, train)), val=val,
+                  val_tokens=read_header(val))
+
+
+def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
+    """{"train" and "val": {number: path}} in the order of numbers, which must be without gaps and of one corpus."""
+    found: dict[str, dict[int, Path]] = {"train": {}, "val": {}}
+    corpora: dict[str, str] = {}
+    for name in sorted(names):
+        match = SHARD_NAME.fullmatch(name)
+        if match is None:
+            if "_train_" in name or "_val_" in name:
+                raise UserError(f"{folder / name}: shards are called NAME_train_NUMBER.bin or NAME_val_NUMBER.bin: rename or "
+                                "remove it")
+            continue
+        part, number = found[match["part"]], int(match["number"])
+        if number in part:
+            raise UserError(f"{folder} has two {match['part']} shards of number {number}, {part[number].name} and {name}: "
+                            "remove one")
+        part[number] = folder / name
+        corpora.setdefault(match["name"], name)
+    if len(corpora) > 1:
+        raise UserError(f"{folder} mixes corpora ({' and '.join(list(corpora.values())[:2])}): give each a folder of its own")
+    for called, part in found.items():
+        numbers = sorted(part)
+        missing = [n for n in range(min(1, *numbers), max(numbers)) if n not in part] if numbers else []
+        if missing:
+            raise UserError(f"{folder}: {called} shard {missing[0]:06d} is missing, the last one is {part[numbers[-1]].name}: get "
+                            "it, or renumber the files")
+        found[called] = {n: part[n] for n in numbers}
+    return found
+
+
+def read_about(folder: Path, first: str) -> dict:
+    """What corpus.json says, all four keys of the right type; FineWeb's for shards of FineWeb's names without one."""
+    path = folder / "corpus.json"
+    if not os.path.lexists(path):
+        if first.startswith("fineweb_"):
+            return dict(GPT2)
+        raise UserError(f"{path} is missing, so nothing says which tokens {first} holds: write "
+                        f"{json.dumps({**GPT2, 'name': 'NAME'})} there if they are GPT-2's")
+    try:
+        about = json.loads(path.read_text("utf-8"))
+        if not isinstance(about, dict):
+            raise ValueError("not an object")
+        for key, like in GPT2.items():
+            if key not in about:
+                raise ValueError(f"{key} is missing")
+            if type(about[key]) is not type(like) or about[key] == "":
+                raise ValueError(f"{key} is {json.dumps(about[key])}, not {'text' if isinstance(like, str) else 'a whole number'}")
+        if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
+            raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
+        known = TOKENIZERS.get(about["tokenizer"])
+        if known not in (None, (about["vocab_size"], about["bos"])):
+            raise ValueError(f"tokenizer {about['tokenizer']} has vocab_size {known[0]} and bos {known[1]}")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}: it must hold name, tokenizer, vocab_size and bos; "
+                        "mend it, or make the folder again with `python -m data.tokenize`") from None
+    return {key: about[key] for key in GPT2}
 
 
 def check_vocabulary(tokens, vocab_size, where):
     """UserError if any id is outside the vocabulary."""
     highest = int(tokens.max())
     if highest >= vocab_size:
-        raise UserError(f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made "
-                        "with another tokenizer; correct corpus.json beside it or choose another --data")
+        raise UserError(outside(where, highest, vocab_size))
 
 
-# ----- digests ------------------------------------------------------------------------------------------------------
+def outside(where, highest, vocab_size):
+    return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with another tokenizer; "
+            "correct corpus.json next to it or choose another --data")
+
+
+# ----- digests and what only a look at every token finds -------------------------------------------------------------
 
 def corpus_digest(corpus, shards_used):
-    """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order, not names."""
+    """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order, not names.
+
+    Every token of these shards and of the validation shard is looked at once: see check_tokens.
+    """
+    check_tokens(corpus, shards_used)
     digest = hashlib.sha256()
     for path, count in zip(corpus.train[:shards_used], corpus.train_tokens):
-        digest.update(f"{count} {shard_digest(path)}\n".encode())
+        digest.update(f"{count} {shard_facts(path, corpus.bos)['sha256']}\n".encode())
     return digest.hexdigest()
 
 
@@ -201,27 +290,84 @@ def val_digest(corpus, tokens):
     return hashlib.sha256(open_shard(corpus.val)[:tokens + 1].tobytes()).hexdigest()
 
 
-def shard_digest(path):
-    """sha256 of a shard's tokens; remembered by path, size and time, because 200 MB take a second."""
+def check_tokens(corpus: Corpus, shards_used: int) -> None:
+    """UserError for ids outside the vocabulary, holes, files that changed since the download, and parts that do not match."""
+    manifest = read_manifest(corpus.folder)
+    for path in (*corpus.train[:shards_used], corpus.val):
+        facts = shard_facts(path, corpus.bos)
+        if facts["highest"] >= corpus.vocab_size:
+            raise UserError(outside(path, facts["highest"], corpus.vocab_size))
+        check_hole(path, facts)
+        if 2 * facts["documents"] > read_header(path):
+            raise UserError(f"{path}: {facts['documents']} of {read_header(path)} tokens are document starts (token {corpus.bos}): "
+                            "mend bos in corpus.json, or tokenise the text again")
+        expected = manifest.get(path.name, {}).get("tokens_sha256")
+        if expected not in (None, facts["sha256"]):
+            raise UserError(f"{path} is not what was downloaded: run `python -m data.fineweb` again with --verify")
+    begun = {path: shard_facts(path, corpus.bos)["documents"] for path in (*corpus.train[:shards_used], corpus.val)}
+    val, train = begun[corpus.val], sum(n for path, n in begun.items() if path != corpus.val)
+    if (val == 0) != (train == 0):
+        without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0], "the validation shard")
+        raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: the two were made with "
+                        "different tokenizers; tokenise the text again")
+    if not val:
+        note_once(f"note: no document begins in {corpus.folder} (token {corpus.bos}): attention sees no borders of documents")
+
+
+def check_hole(path: Path, facts: dict) -> None:
+    """UserError for a shard with a stretch of zeros, as a torn download or copy leaves it."""
+    if facts["hole"] is not None:
+        raise UserError(f"{path}: a hole of zeros at token {facts['hole']}, as a broken download or copy leaves it: download or "
+                        "tokenise the shard again")
+
+
+def read_manifest(folder: Path) -> dict:
+    """{file name: facts of a download} of a folder; {} without one or with one that cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {k: v for k, v in manifest.items() if isinstance(v, dict)} if isinstance(manifest, dict) else {}
+
+
+def shard_facts(path: Path | str, bos: int) -> dict:
+    """sha256 of the tokens, highest id, number of documents (tokens `bos`) and place of the first hole, or None.
+
+    Remembered by path, size and time, because a look at 200 MB takes a second.
+    """
     from data.corpus import default_cache
-    stat, memory = Path(path).stat(), default_cache() / "digests.json"
-    key = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    about, memory = Path(path).stat(), default_cache() / "shard_facts.json"
+    key = f"{Path(path).resolve()} {about.st_size} {about.st_mtime_ns} {bos}"
     try:
         known = json.loads(memory.read_text())
     except (OSError, ValueError):
         known = {}
     if not isinstance(known, dict):  # only a memory: junk in it is forgotten
         known = {}
-    if key not in known:
-        known[key] = hashlib.sha256(open_shard(path)).hexdigest()
+    facts = known.get(key)
+    if not isinstance(facts, dict) or set(facts) != {"sha256", "highest", "documents", "hole"}:
+        facts = known[key] = look(path, bos)
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = memory.with_name(f"digests-{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(known, indent=0))
-            os.replace(temporary, memory)
-        except OSError as error:
-            note_once(f"note: digests are not remembered: {memory}: {error.strerror}")
-    return known[key]
+            files.write(memory, json.dumps(known, indent=0))
+        except (OSError, UserError) as error:
+            note_once(f"note: what was found in shards is not remembered: {getattr(error, 'strerror', None) or error}")
+    return facts
+
+
+def look(path: Path | str, bos: int) -> dict:
+    """The facts of shard_facts, from every token."""
+    tokens, digest = open_shard(path), hashlib.sha256()
+    facts = {"highest": 0, "documents": 0, "hole": None}
+    for start in range(0, len(tokens), LOOK):
+        part = np.asarray(tokens[start:start + LOOK])
+        digest.update(part)
+        facts["highest"] = max(facts["highest"], int(part.max()))
+        facts["documents"] += int(np.count_nonzero(part == bos))
+        blocks = part[:len(part) // BLOCK * BLOCK].reshape(-1, BLOCK).any(1)
+        if facts["hole"] is None and not blocks.all():
+            facts["hole"] = start + int(blocks.argmin()) * BLOCK
+    return {"sha256": digest.hexdigest(), **facts}
 
 
 @functools.lru_cache

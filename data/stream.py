@@ -143,8 +143,7 @@ def document_steps(shards, *, loader, tokens_per_rank, wrap):
         while (step := follow(shards[shard], at, size)) is None:
             barren += at == 0
             if barren == count:
-                raise UserError(f"{shards.corpus.folder}: no train shard holds one step of {loader} data, 8 x {size} tokens: "
-                                "lower data.tokens_per_rank or use larger shards")
+                raise UserError(barren_reason(shards, loader, size))
             shard, at = shard + 1, 0
             if shard == count:
                 if not wrap:
@@ -152,6 +151,24 @@ def document_steps(shards, *, loader, tokens_per_rank, wrap):
                 shard, epoch = 0, epoch + 1
         (pieces, at), barren = step, 0
         yield epoch, shard, pieces
+
+
+def barren_reason(shards, loader, size):
+    """Why no train shard holds one step, told of the largest one."""
+    shard = max((shards[i] for i in range(len(shards.corpus.train))), key=lambda shard: len(shard.tokens))
+    while not shard.complete:
+        shard.scan()
+    tokens, documents = len(shard.tokens), len(shard.starts)
+    text = (f"{shards.corpus.folder}: no train shard holds one step of {loader} data, {LOGICAL_RANKS} x {size} tokens: "
+            f"{shard.path.name} has {tokens} tokens in {documents} document{'s' if documents > 1 else ''}")
+    aligned = loader == "bos_aligned"
+    if tokens < LOGICAL_RANKS * (2 * size if aligned else size + 1) + 2 * aligned:
+        return f"{text}: lower data.tokens_per_rank or use larger shards"
+    if aligned or documents < LOGICAL_RANKS:
+        return (f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text as shorter "
+                "documents (--separator), or choose a loader that reads across them (--set data.loader=synced)")
+    return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} (data.max_document): tokenise the text "
+            "as shorter documents (--separator), or raise data.max_document")
 
 
 def aligned_step(shard, position, size):

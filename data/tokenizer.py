@@ -7,8 +7,12 @@ bytes, printable ones first; each line is two symbols whose bytes joined are the
 import functools
 import lzma
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from settings import UserError
+
+if TYPE_CHECKING:
+    import tiktoken
 
 HERE = Path(__file__).parent
 FILES = {"gpt2": (HERE / "gpt2_vocab.bpe.xz", 50_000), "sample": (HERE / "sample" / "vocab.bpe", 1_000)}
@@ -35,11 +39,20 @@ def read_ranks(text, merges):
     return ranks
 
 
-@functools.lru_cache
-def load(name):
+def load(name: str) -> "tiktoken.Encoding":
     """The tiktoken.Encoding called `gpt2` (50,257 ids) or `sample` (1,257 ids)."""
-    import tiktoken
     from tiktoken_ext.openai_public import r50k_pat_str
+    return _load(name, r50k_pat_str)
+
+
+def merges_only(name: str) -> "tiktoken.Encoding":
+    """The same without a pre-tokenizer: the merges go over the whole text as one piece."""
+    return _load(name, "(?s:.+)")
+
+
+@functools.lru_cache
+def _load(name, pattern):
+    import tiktoken
     if name not in FILES:
         raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(FILES)}")
     path, merges = FILES[name]
@@ -48,7 +61,7 @@ def load(name):
         ranks = read_ranks((lzma.decompress(raw) if path.suffix == ".xz" else raw).decode("utf-8"), merges)
     except (OSError, lzma.LZMAError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}): restore it from git") from None
-    return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks,
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": 256 + merges})
 
 

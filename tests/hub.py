@@ -7,10 +7,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Serves {name: bytes}. break_after: close the connection after so many bytes of the next GET. requests: log."""
+    """Serves {name: bytes}. break_after: close the connection after so many bytes of the next GET. requests: log.
+
+    plain: leave out the hub's own headers, like a server that is none.
+    """
 
     def __init__(self, files):
-        self.files, self.break_after, self.requests = files, None, []
+        self.files, self.break_after, self.requests, self.plain = files, None, [], False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -34,8 +37,9 @@ class Hub:
                 if asked:
                     start = int(asked[1])
                 self.send_response(206 if asked else 200)
-                self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-                self.send_header("X-Repo-Commit", "a" * 40)
+                if not hub.plain:
+                    self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
+                    self.send_header("X-Repo-Commit", "a" * 40)
                 self.send_header("Accept-Ranges", "bytes")
                 if asked:
                     self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

@@ -290,12 +290,12 @@ def test_shards_are_those_given_or_unpacked_or_random(tmp_path):
     given, packed = tmp_path / "given", tmp_path / "packed"
     given.mkdir(), packed.mkdir()
     for part, tokens in (("train_000001", 300), ("val_000000", 100)):
-        write_shard(given / f"x_{part}.bin", np.arange(tokens))
-        (packed / f"x_{part}.bin.xz").write_bytes(lzma.compress((given / f"x_{part}.bin").read_bytes()))
+        write_shard(given / f"fineweb_{part}.bin", np.arange(tokens))
+        (packed / f"fineweb_{part}.bin.xz").write_bytes(lzma.compress((given / f"fineweb_{part}.bin").read_bytes()))
     assert shards.prepare(tmp_path / "a", given) == given
     unpacked = open_corpus(shards.prepare(tmp_path / "b", packed))
     assert (unpacked.train_tokens, unpacked.val_tokens) == ((300,), 100)
-    (packed / "x_val_000000.bin.xz").write_bytes(b"nothing")
+    (packed / "fineweb_val_000000.bin.xz").write_bytes(b"nothing")
     for folder, said in ((packed, "cannot unpack"), (tmp_path / "nowhere", "no data folder")):
         with pytest.raises(UserError, match=said):
             shards.prepare(tmp_path / "c", folder)

@@ -475,7 +475,7 @@ def test_runs_of_different_hardware_or_data_are_not_compared(key, value, why):
 def test_shares_of_one_corpus_are_one_corpus(tmp_path, monkeypatch):
     from data.shards import write_shard
     monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
-    for name in ("x_train_1.bin", "x_train_2.bin", "x_val_0.bin"):
+    for name in ("fineweb_train_1.bin", "fineweb_train_2.bin", "fineweb_val_0.bin"):
         write_shard(tmp_path / name, [1, 2, 3 + len(name)])
     one, two = known = arms.corpus_prefixes(tmp_path)
     assert one != two and arms.incomparable({**START, "corpus_digest": one}, {**START, "corpus_digest": two}, known) == ""

@@ -2,22 +2,27 @@
 
 import hashlib
 import itertools
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from data import corpus as corpus_module
+from data import fineweb as fineweb_module
 from data.corpus import documents, sample_corpus
 from data.shards import corpus_digest, open_corpus, open_shard, val_digest, write_shard
-from data.stream import Prefetch, Stream, positions, require_shards, shards_needed, stream_digest, validation_rows
+from data.stream import Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest, validation_rows
 from data.tokenizer import encode_documents, load
+from deltas import resolve_name
 from hub import Hub
 from settings import UserError
 
@@ -46,6 +51,7 @@ def small(tmp_path):
     for i, n in enumerate((5633, 6465, 5990), 1):
         write_shard(tmp_path / f"x_train_{i:06d}.bin", generator.integers(1000, size=n))
     write_shard(tmp_path / "x_val_000000.bin", generator.integers(1000, size=2000))
+    (tmp_path / "corpus.json").write_text('{"name": "x", "tokenizer": "none", "vocab_size": 1000, "bos": 0}')
     return open_corpus(tmp_path)
 
 
@@ -93,18 +99,127 @@ def test_missing_folders_and_shards_say_what_to_type(tmp_path, small):
 
 
 def test_an_id_outside_the_vocabulary_names_file_and_id(small):
-    (small.folder / "corpus.json").write_text('{"name": "x", "tokenizer": "gpt2", "vocab_size": 900, "bos": 0}')
+    (small.folder / "corpus.json").write_text('{"name": "x", "tokenizer": "none", "vocab_size": 900, "bos": 0}')
     stream = Stream(open_corpus(small.folder), ranks=range(8), tokens_per_rank=64, **PER_RANK)
     with pytest.raises(UserError, match="token id 9.. is outside the vocabulary of 900"):
         for _ in range(5):
             stream.next()
 
 
-@pytest.mark.parametrize("about", ["[1]", "{", '{"vocab_size": "many"}', '{"vocab_size": 10, "bos": 10}'])
-def test_a_wrong_corpus_json_is_named_with_what_it_must_hold(small, about):
-    (small.folder / "corpus.json").write_text(about)
-    with pytest.raises(UserError, match="corpus.json: .* must hold name, tokenizer, vocab_size and bos"):
+RIGHT = {"name": "x", "tokenizer": "none", "vocab_size": 1000, "bos": 0}
+
+
+@pytest.mark.parametrize("about, message", [
+    ("[1]", "not an object"), ("{", "Expecting"), ("", "Expecting"), (RIGHT | {"bos": 1000}, "0 <= bos < vocab_size"),
+    (RIGHT | {"vocab_size": 70_000}, "vocab_size <= 65536"), (RIGHT | {"vocab_size": "1000"}, 'vocab_size is "1000", not a whole'),
+    (RIGHT | {"vocab_size": 1000.0}, "vocab_size is 1000.0, not a whole"), (RIGHT | {"bos": True}, "bos is true, not a whole"),
+    (RIGHT | {"bos": None}, "bos is null"), (RIGHT | {"name": ""}, "name is"), (RIGHT | {"name": 3}, "name is 3, not text"),
+    (RIGHT | {"tokenizer": "gpt2"}, "tokenizer gpt2 has vocab_size 50257 and bos 50256"),
+    (RIGHT | {"tokenizer": "sample", "vocab_size": 1257, "bos": 7}, "tokenizer sample has vocab_size 1257 and bos 1256"),
+    *(({k: v for k, v in RIGHT.items() if k != gone}, f"{gone} is missing") for gone in RIGHT)])
+def test_a_wrong_corpus_json_is_named_with_what_it_must_hold(small, about, message):
+    (small.folder / "corpus.json").write_text(about if isinstance(about, str) else json.dumps(about))
+    with pytest.raises(UserError, match=f"corpus.json: .*{message}.* must hold name, tokenizer, vocab_size and bos"):
         open_corpus(small.folder)
+
+
+def test_only_finewebs_own_names_need_no_corpus_json(small, tmp_path):
+    (small.folder / "corpus.json").unlink()
+    with pytest.raises(UserError, match="corpus.json is missing, so nothing says which tokens x_train_000001.bin holds"):
+        open_corpus(small.folder)
+    (small.folder / "corpus.json").symlink_to("nowhere")
+    with pytest.raises(UserError, match="corpus.json: No such file"):
+        open_corpus(small.folder)
+    other = tmp_path / "fw"
+    other.mkdir()
+    for name in ("fineweb_train_000001.bin", "fineweb_val_000000.bin"):
+        write_shard(other / name, [1, 2])
+    assert (open_corpus(other).name, open_corpus(other).bos) == ("fineweb", 50256)
+
+
+def test_shards_are_read_in_the_order_of_their_numbers(small):
+    for i in range(4, 12):
+        write_shard(small.folder / f"x_train_{i}.bin", [i, i])
+    for i in (1, 2, 3):
+        (small.folder / f"x_train_{i:06d}.bin").rename(small.folder / f"x_train_{i}.bin")
+    assert [int(p.stem.split("_")[-1]) for p in open_corpus(small.folder).train] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("made, message", [
+    ("y_train_000004.bin", "mixes corpora .x_train_000001.bin and y_train_000004.bin"), ("y_val_000001.bin", "mixes corpora"),
+    ("x_train_000005.bin", "train shard 000004 is missing, the last one is x_train_000005.bin"),
+    ("x_train_3.bin", "two train shards of number 3, x_train_000003.bin and x_train_3.bin"),
+    ("x_train_last.bin", "shards are called NAME_train_NUMBER.bin"), ("x_val_000002.bin", "val shard 000001 is missing")])
+def test_folders_that_mix_miss_or_repeat_shards_are_refused(small, made, message):
+    write_shard(small.folder / made, [1, 2])
+    with pytest.raises(UserError, match=message):
+        open_corpus(small.folder)
+
+
+def test_leftovers_next_to_shards_are_no_shards(small):
+    for name in ("._x_train_000001.bin", ".DS_Store", "x_train_000004.bin~", "x_train_000009.bin.tmp", "Thumbs.db"):
+        (small.folder / name).write_text("junk")
+    assert open_corpus(small.folder) == small
+
+
+def test_folders_that_are_none_say_so(small, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dir_train").mkdir()
+    for folder, message in ((small.val, "is a file, not a folder of shards"), (tmp_path / "loop", "cannot read the data folder"),
+                            (tmp_path / "dir_train", "no train shards")):
+        with pytest.raises(UserError, match=message):
+            open_corpus(folder)
+    small.train[1].unlink()
+    os.mkfifo(small.train[1])
+    with pytest.raises(UserError, match="x_train_000002.bin: not a file"):
+        open_corpus(small.folder)
+
+
+# ----- what only a look at every token finds
+
+def rewrite(path, change):
+    tokens = np.array(open_shard(path))
+    change(tokens)
+    write_shard(path, tokens)
+
+
+@pytest.mark.parametrize("start, length", [(0, 2048), (1000, 1100), (3000, 3465), (4953, 1512)])
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_a_hole_of_zeros_is_seen(small, tmp_path, monkeypatch, which, start, length):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    path = small.train[1] if which == "train" else small.val
+    write_shard(path, [0, *np.random.default_rng(1).integers(1, 1000, size=6464)])
+    corpus_digest(small, 3)
+    rewrite(path, lambda tokens: tokens.__setitem__(slice(start, start + length), 0))
+    with pytest.raises(UserError, match=f"{path}: a hole of zeros at token"):
+        corpus_digest(small, 3)
+
+
+def test_ids_past_the_vocabulary_are_seen_before_training_wherever_they_stand(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    rewrite(small.train[2], lambda tokens: tokens.__setitem__(-1, 1000))
+    assert corpus_digest(small, 2)  # the third shard is not read
+    with pytest.raises(UserError, match="x_train_000003.bin: token id 1000 is outside the vocabulary of 1000"):
+        corpus_digest(small, 3)
+
+
+def test_parts_of_different_tokenizers_are_refused(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    rewrite(small.val, lambda tokens: tokens.__setitem__(tokens == 0, 1))
+    with pytest.raises(UserError, match="x_val_000000.bin: no document begins here .* with different tokenizers"):
+        corpus_digest(small, 3)
+    for path in small.train:
+        rewrite(path, lambda tokens: tokens.__setitem__(tokens == 0, 1))
+    corpus_digest(small, 3)
+    assert "sees no borders of documents" in capsys.readouterr().err
+
+
+def test_a_shard_of_document_starts_alone_is_refused(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
+    (small.folder / "corpus.json").write_text(json.dumps(RIGHT | {"bos": 5}))
+    write_shard(small.train[0], np.full(6000, 5))
+    with pytest.raises(UserError, match="x_train_000001.bin: 6000 of 6000 tokens are document starts"):
+        corpus_digest(open_corpus(small.folder), 1)
 
 
 def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
@@ -113,6 +228,7 @@ def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
     other.mkdir()
     for i, path in enumerate((*small.train, small.val)):
         (other / (f"y_train_{i}.bin" if i < 3 else "y_val_0.bin")).write_bytes(path.read_bytes())
+    (other / "corpus.json").write_bytes((small.folder / "corpus.json").read_bytes())
     assert corpus_digest(open_corpus(other), 2) == first != corpus_digest(small, 3)
     a, b = (other / f"y_train_{i}.bin" for i in (0, 1))
     a_bytes = a.read_bytes()
@@ -129,7 +245,7 @@ def test_a_useless_digest_memory_does_not_stop_a_run_and_is_said_once(small, tmp
         memory.write_text("a file where the folder should be")
     else:
         memory.mkdir()
-        (memory / "digests.json").write_text(junk)
+        (memory / "shard_facts.json").write_text(junk)
     monkeypatch.setenv("SPEEDRUN_CACHE", str(memory))
     assert len(corpus_digest(small, 3)) == 64
     assert capsys.readouterr().err.count("not remembered") == (junk is None)
@@ -328,59 +444,9 @@ def command(module, *args, **env):
                           env={**os.environ, **env})
 
 
-def test_text_to_shards_and_back(tmp_path):
-    texts = [f"Document {i} says: {'word ' * (i + 3)}" for i in range(60)]
-    (tmp_path / "a.txt").write_text("\n\f\n".join(texts))
-    done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200,
-                   "--shard-tokens", 900)
-    assert done.returncode == 0, done.stderr
-    corpus = open_corpus(tmp_path / "out")
-    ids = np.concatenate([open_shard(p) for p in (corpus.val, *corpus.train)]).tolist()
-    assert ids == [i for d in encode_documents(load("gpt2"), texts) for i in d]
-    assert len(corpus.train) > 1 and corpus.tokenizer == "gpt2" and corpus.name == "text"
-
-
-@pytest.mark.parametrize("content, message", [("{\"text\": \"a\"}\n{broken\n", "line 2: not valid JSON"),
-                                              ("{\"body\": \"a\"}\n", "no text in field 'text'"),
-                                              ("\n", "no text"), ("{\"text\": \"short\"}\n", "too few tokens")])
-def test_bad_jsonl_is_one_clear_line(tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_text(content)
-    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out")
-    assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
-
-
-def test_overwriting_leaves_nothing_of_the_longer_run_before(tmp_path):
-    (tmp_path / "a.txt").write_text("\n\f\n".join("word " * 40 + str(i) for i in range(60)))
-    args = ("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--val-tokens", 200, "--overwrite")
-    assert command(*args, "--shard-tokens", 300).returncode == 0
-    assert len(open_corpus(tmp_path / "out").train) > 2
-    assert command(*args, "--shard-tokens", 5000).returncode == 0
-    assert len(open_corpus(tmp_path / "out").train) == 1
-    other = command(*args, "--name", "other")
-    assert other.returncode == 2 and "holds another corpus" in other.stderr
-    assert len(open_corpus(tmp_path / "out").train) == 1
-
-
-def test_a_name_that_would_mix_up_the_parts_is_refused(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    for name in ("my_val_set", "a_train", "a/b", ""):
-        done = command("data.tokenize", tmp_path / "a.txt", "--out", tmp_path / "out", "--name", name)
-        assert done.returncode == 2 and "choose a plain one" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_an_unfinished_folder_is_not_a_corpus(tmp_path):
-    lines = [f'{{"text": "{"hello there " * 50}"}}' for _ in range(8000)]  # more than one batch, then a bad line
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "{broken"]))
-    done = command("data.tokenize", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val-tokens", 300,
-                   "--shard-tokens", 1000)
-    assert done.returncode == 2 and "line 8001" in done.stderr and list((tmp_path / "out").glob("*_train_*.bin"))
-    with pytest.raises(UserError, match="no validation shard"):
-        open_corpus(tmp_path / "out")
-
-
 def shard_bytes(tmp_path, n, seed):
     path = tmp_path / f"made_{seed}.bin"
-    write_shard(path, np.random.default_rng(seed).integers(50257, size=n))
+    write_shard(path, [50256, *np.random.default_rng(seed).integers(50256, size=n - 1)])
     return path.read_bytes()
 
 
@@ -395,18 +461,99 @@ def hub(tmp_path):
     hub.close()
 
 
-def fineweb(tmp_path, url, count, folder="fw"):
-    return command("data.fineweb", count, "--dir", tmp_path / folder, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"),
+def fineweb(tmp_path, url, count, *more, folder="fw"):
+    return command("data.fineweb", count, "--dir", tmp_path / folder, "--repo", "test/fineweb", *more, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"),
                    HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2",
                    HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1")
 
 
-def test_download_fetches_checks_and_leaves_alone_what_is_right(tmp_path, hub):
+def test_download_fetches_checks_and_leaves_alone_what_is_right(tmp_path, hub, monkeypatch):
     done = fineweb(tmp_path, hub.url, 2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout.endswith("2 train shards, verified\n"), done.stderr
     assert open_corpus(tmp_path / "fw").train_tokens == (400_000, 2000)
+    kept = json.loads((tmp_path / "fw" / "shards.json").read_text())
+    assert {n: e["sha256"] for n, e in kept.items()} == {n: hashlib.sha256(b).hexdigest() for n, b in hub.files.items()}
     hub.requests.clear()
     assert fineweb(tmp_path, hub.url, 2).returncode == 0 and not hub.requests
+    path = tmp_path / "fw" / "fineweb_train_000002.bin"
+    about = path.stat()
+    rewrite(path, lambda tokens: tokens.__setitem__(7, tokens[7] ^ 1))
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))  # nothing is remembered of the file by size and time
+    with pytest.raises(UserError, match="fineweb_train_000002.bin is not what was downloaded"):
+        corpus_digest(open_corpus(tmp_path / "fw"), 2)
+    assert fineweb(tmp_path, hub.url, 2).returncode == 0 and not hub.requests  # size and time are the same
+    done = fineweb(tmp_path, hub.url, 2, "--verify")
+    assert done.returncode == 0 and "000002.bin is not the published file: fetched again" in done.stderr
+    assert path.read_bytes() == hub.files[path.name] and [n for v, n, _ in hub.requests if v == "GET"] == [path.name]
+
+
+def test_shards_copied_by_hand_are_compared_with_the_hub(tmp_path, hub):
+    (tmp_path / "fw").mkdir()
+    for name, content in hub.files.items():
+        (tmp_path / "fw" / name).write_bytes(content)
+    write_shard(tmp_path / "fw" / "fineweb_train_000002.bin", [1, 2, 3])  # whole, but another file
+    done = fineweb(tmp_path, hub.url, 2)
+    assert done.returncode == 0 and done.stderr.count("there already, verified") == 2
+    assert [n for v, n, _ in hub.requests if v == "GET"] == ["fineweb_train_000002.bin"]
+    del hub.files["fineweb_val_000000.bin"]
+    (tmp_path / "fw" / "shards.json").unlink()
+    done = fineweb(tmp_path, hub.url, 2)
+    assert done.returncode == 0 and done.stdout.endswith("1 not verified\n") and "is not compared with the hub" in done.stderr
+
+
+def test_a_page_instead_of_a_shard_is_one_clear_line(tmp_path, hub):
+    hub.files["fineweb_train_000001.bin"] = b"<!DOCTYPE html><p>Log in to the wireless network</p>"
+    done = fineweb(tmp_path, hub.url, 1)
+    assert done.returncode == 2 and "incomplete or damaged" in done.stderr and "Traceback" not in done.stderr
+    hub.plain = True  # without the hub's headers, as a portal answers
+    done = fineweb(tmp_path, hub.url, 1, folder="other")
+    assert done.returncode == 2 and "cannot fetch fineweb_val_000000.bin" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_published_hashes_and_sizes(tmp_path):
+    known = [fineweb_module.published(fineweb_module.REPO, name) for name in fineweb_module.names(103)]
+    assert {size for size, _ in known} == {200_001_024, 110_649_110} and known[-1][0] == 110_649_110
+    digests = [digest for _, digest in known if digest]
+    assert len(digests) == len(set(digests)) == 25 and all(re.fullmatch("[0-9a-f]{64}", d) for d in digests)
+    assert fineweb_module.published("test/fineweb", "fineweb_val_000000.bin") == (None, None)
+
+
+def test_a_full_disk_is_known_before_the_download(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10 ** 9))
+    with pytest.raises(UserError, match="17 shards need 3.4 GB, .* has 1.0 GB free"):
+        fineweb_module.download(16, tmp_path, fineweb_module.REPO)
+
+
+def settings_of(record, scale):
+    return resolve_name(record, scale=scale).settings
+
+
+def test_shards_needed_are_computed_from_the_settings():
+    needed = {(record, scale): fineweb_module.shards_needed(settings_of(record, scale))
+              for record in ("short/1", "short/11", "short/33") for scale in ("full", "small")}
+    assert needed == {("short/1", "full"): 103, ("short/1", "small"): 1, ("short/11", "full"): 16, ("short/11", "small"): 1,
+                      ("short/33", "full"): 8, ("short/33", "small"): 1}
+    assert "`python -m data.fineweb 1`" in fineweb_module.get(settings_of("short/11", "small"))
+    assert fineweb_module.asked("short/11", "small") == 1 and fineweb_module.asked("9", None) == 9
+    for shards, scale in (("short/99", None), ("9", "small"), ("two", None)):
+        with pytest.raises(UserError):
+            fineweb_module.asked(shards, scale)
+
+
+@pytest.mark.parametrize("loader, size, longest", [("packed", 6144, 2048), ("packed", 12288, 1024), ("bos_aligned", 6144, None)])
+def test_tokens_that_loaders_by_document_pass_over_are_estimated_well(tmp_path, loader, size, longest):
+    generator, count = np.random.default_rng(0), 3_000_000
+    sigma = (2 * np.log(fineweb_module.MEAN_DOCUMENT / fineweb_module.MEDIAN_DOCUMENT)) ** 0.5
+    starts = np.cumsum(generator.lognormal(np.log(fineweb_module.MEDIAN_DOCUMENT), sigma, count // 400).astype(int) + 1)
+    tokens = np.ones(count, np.uint16)
+    tokens[0] = tokens[starts[starts < count]] = 0
+    write_shard(tmp_path / "a.bin", tokens)
+    corpus = SimpleNamespace(train=[tmp_path / "a.bin"], bos=0, train_tokens=(count,), folder=tmp_path)
+    steps = document_steps(Shards(corpus, longest), loader=loader, tokens_per_rank=size, wrap=True)
+    last = [pieces[0][0][0] for epoch, _, pieces in itertools.takewhile(lambda step: step[0] == 0, steps)]
+    passed = (last[-1] - last[0]) / (len(last) - 1) / 8
+    assert abs(passed / fineweb_module.document_tokens(loader, size, longest) - 1) < 0.05
 
 
 def test_a_broken_download_resumes_where_it_stopped(tmp_path, hub):

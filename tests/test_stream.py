@@ -23,7 +23,7 @@ def make_corpus(folder, shards, bos=BOS, vocab_size=1000):
     for i, tokens in enumerate(shards, 1):
         write_shard(folder / f"x_train_{i:06d}.bin", tokens)
     write_shard(folder / "x_val_000000.bin", np.zeros(2000))
-    (folder / "corpus.json").write_text(f'{{"name": "x", "tokenizer": "gpt2", "vocab_size": {vocab_size}, "bos": {bos}}}')
+    (folder / "corpus.json").write_text(f'{{"name": "x", "tokenizer": "none", "vocab_size": {vocab_size}, "bos": {bos}}}')
     return open_corpus(folder)
 
 
@@ -244,14 +244,15 @@ def test_a_shard_without_document_starts_is_named_before_training(tmp_path, load
 
 
 @pytest.mark.parametrize("wrap", [True, False])
-@pytest.mark.parametrize("loader, size, longest, why", [
-    ("packed", 1000, 1000, "fewer tokens than a step"), ("packed", 64, 3, "cut so short that eight ranks are never full"),
-    ("bos_aligned", 1000, 9, "fewer tokens than two steps"), ("bos_aligned", 330, 9, "eight document starts, nine needed")])
-def test_shards_that_hold_no_whole_step_are_refused_before_training(tmp_path, loader, size, longest, why, wrap):
+@pytest.mark.parametrize("loader, size, longest, reason", [
+    ("packed", 1000, 1000, "use larger shards"), ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_document"),
+    ("bos_aligned", 1000, 9, "use larger shards"), ("bos_aligned", 330, 9, "each of 8 ranks begins with a document of its own")])
+def test_shards_that_hold_no_whole_step_are_refused_with_the_true_reason(tmp_path, loader, size, longest, reason, wrap):
     shard = np.ones(6_000)
     shard[::800] = BOS
     corpus = make_corpus(tmp_path, [shard, shard])
-    with pytest.raises(UserError, match=f"no train shard holds one step of {loader} data, 8 x {size} tokens: lower"):
+    with pytest.raises(UserError, match=f"no train shard holds one step of {loader} data, 8 x {size} tokens: x_train_000001.bin "
+                                        f"has 6000 tokens in 8 documents.*{reason}"):
         require_shards(corpus, steps=3, loader=loader, wrap=wrap, tokens_per_rank=size, max_document=longest)
 
 

@@ -284,11 +284,23 @@ def without_none(hint: types.UnionType) -> object:
 def find_field(path):
     fields = schema()
     if path not in fields:
-        last = path.split(".")[-1]
-        words = list(fields) + [p for p in fields if p.split(".")[-1] == last]
-        close = near(path, words) or near(last, [p.split(".")[-1] for p in fields])
-        raise UserError(f"unknown setting {path!r}{close}; `python -m records features` shows all")
+        raise UserError(f"unknown setting {path!r}{did_you_mean(nearest_settings(path))}; `python -m records features` "
+                        "shows all")
     return fields[path]
+
+
+def nearest_settings(path: str) -> list[str]:
+    """At most three paths of settings that a wrong one may mean: the end of a path (`muon.lr`), another case or
+    separator, then what is spelt nearly so."""
+    fields = list(schema())
+    words = re.split(r"[./_ -]+", path.casefold().strip("./ "))
+    found = [p for p in fields if re.split(r"[._]", p)[-len(words):] == words]
+    found.sort(key=lambda p: p.split(".")[-1] != path.casefold().split(".")[-1])  # schedule.steps before optim.muon.ns_steps
+    found = found or difflib.get_close_matches(path.casefold(), fields, n=3, cutoff=0.55)
+    if not found:
+        last = difflib.get_close_matches(path.casefold().split(".")[-1], {p.split(".")[-1] for p in fields}, n=1)
+        found = [p for p in fields if p.split(".")[-1] in last]
+    return found[:3]
 
 
 # ----- assigning values --------------------------------------------------------------------------------------------

@@ -332,6 +332,17 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
     assert all(deltas.resolve_name(name) for name in meant)
 
 
+@pytest.mark.parametrize("typed, meant", [
+    ("muon.lr", ["optim.muon.lr"]), ("softcap", ["model.head.softcap", "numerics.softcap"]), ("Model.Attn.Rope", ["model.attn.rope"]),
+    ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]), ("model/attn/rope", ["model.attn.rope"]),
+    ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]), ("optim-muon-lr", ["optim.muon.lr"]),
+    ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])])
+def test_short_forms_of_a_setting_are_answered_with_whole_paths(typed, meant):
+    assert deltas.nearest_settings(typed) == meant
+    with pytest.raises(UserError, match=f"unknown setting '{typed}'"):
+        deltas.resolve("short/11", sets=[f"{typed}=1"])
+
+
 def test_a_preset_where_only_a_record_can_stand_is_told_its_record():
     with pytest.raises(UserError, match="tiny-v1 is a preset, short/11 at scale tiny: name that record here"):
         deltas.resolve("short/11", revert=["tiny-v1"])

@@ -5,6 +5,8 @@
     python sweep.py chain short/1..short/11 --seeds 4                # every record against its parent
     python sweep.py chain variants --scale tiny --seeds 4            # the same of a whole lineage
     python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a shared disk
+    python sweep.py ablate short/11 --scale small --dry-run          # disk, memory and hours; needs neither data nor GPU
+    python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that an effect needs
     python sweep.py status DIR     # the table so far
     python sweep.py report DIR --out records/evidence/ablate_11      # JSON, CSV, Markdown, PNG
 
@@ -21,32 +23,17 @@ from pathlib import Path
 
 import console
 import deltas
-import runlog
-from records.sweeps import queue
-from records.sweeps.plan import is_inert, make_plan, pairs_of, resolve
-from settings import SCALES, UserError, tokens_per_step
+from records.sweeps import forecast, queue
+from records.sweeps.plan import is_inert, make_plan, pairs_of
+from settings import NUMERICS_VERSION, SCALES, UserError
 
 
 # ----- before the start ---------------------------------------------------------------------------------------------
 
-def seconds_per_run(plan, folders):
-    """(median wall seconds of a run of this size on this machine, number of runs), or None. folders: where runs lie."""
-    here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
-    tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
-    for path in [p for folder in folders for p in sorted(Path(folder).glob(f"*_{plan['scale']}_*_s*"))[-50:]]:
-        try:
-            run = queue.read_run(path)
-        except UserError:
-            continue
-        if run["machine"] == here and run["status"] == "finished" and abs(run["tokens"] - tokens) < 0.1 * tokens:
-            seconds[run["last_hash"]] = run["wall_ms"] / 1000
-    return (sorted(seconds.values())[len(seconds) // 2], len(seconds)) if seconds else None
-
-
-def print_plan(plan, options, root, workers):
+def print_plan(plan, options, root, slots):
     """What will be run, what it can show, how long it takes and what it costs."""
     print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
-          f"{len(pairs_of(plan))} comparisons, {plan['seeds']} seeds an arm, {plan['controls']} runs of the control "
+          f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, {plan['controls']} runs of the control "
           f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}")
     if plan["kind"] == "ablate":
         print(f"screening: {plan['screening']}")
@@ -56,7 +43,10 @@ def print_plan(plan, options, root, workers):
     for skipped in plan["skipped"]:
         print(f"not switched off: {skipped['feature']}: {skipped['reason']}")
     print_power(plan, options.sd)
-    print_effort(plan, options, root, workers)
+    if options.plan:
+        for line in forecast.lines_before(plan):
+            print(line)
+    print_effort(plan, options, root, slots)
 
 
 def print_power(plan, stated):
@@ -74,7 +64,8 @@ def print_power(plan, stated):
         print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
 
 
-def print_effort(plan, options, root, workers):
+def print_effort(plan, options, root, slots):
+    workers = len(slots)
     done, failed = queue.settled(root)
     survivors = queue.read_json(root / "survivors.json")
     todo = queue.targets(plan, survivors)
@@ -85,13 +76,12 @@ def print_effort(plan, options, root, workers):
     print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, {len(failed)} "
           f"failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a time")
     places = [root / "runs", *options.reuse, options.runs, *Path(options.runs).glob("*/runs")]
-    timed = seconds_per_run(plan, places)
-    if timed is None:
-        print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, none of this size "
-              "was timed on this machine yet")
+    seconds, source = forecast.expected(plan, places, options.plan and left + later > 0, slots[0])
+    if seconds is None:
+        print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, {source}")
         return
-    hours, price = (left + later) * timed[0] / 3600, options.cost_per_hour
-    print(f"expected time: {hours / workers:.2f} h ({timed[0]:.1f} s a run, median of {timed[1]} runs on this machine)"
+    hours, price = (left + later) * seconds / 3600, options.cost_per_hour
+    print(f"expected time: {hours / workers:.2f} h ({seconds:.1f} s a run, {source})"
           + (f"; cost {hours * price:.2f} at {price:g} a worker's hour" if price else ""))
 
 
@@ -179,18 +169,27 @@ def start(options):
     root = Path(options.dir or Path(options.runs) / plan["name"])
     queue.reuse_folders(root, options.reuse)
     here = options.launcher == "here"
-    slots = worker.slots(plan, options.workers, options.gpus) if here and not options.plan else [{}] * (options.workers or 1)
     if options.plan:
-        print_plan(plan, options, root, len(slots))
+        print_plan(plan, options, root, planned_slots(plan, options))
         return console.settle()
+    slots = worker.slots(plan, options.workers, options.gpus) if here else [{}] * (options.workers or 1)
     if not here:
         worker.executor(options.launcher, root / "jobs")  # refuses before there is a queue
     new = queue.create(root, plan)
     plan = queue.load_plan(root)
     prepare(plan, root, options)
-    print_plan(plan, options, root, len(slots))
+    print_plan(plan, options, root, slots)
     print(f"{'queue' if new else 'going on with the queue'}: {root}", flush=True)
     return run_queue(options, root, plan, slots) if here else submit(options, root, plan)
+
+
+def planned_slots(plan, options):
+    """Slots of a dry run: those of this machine, or as many as were asked for where it cannot run the plan."""
+    from records.sweeps import worker
+    try:
+        return worker.slots(plan, options.workers, options.gpus)
+    except UserError:
+        return [{}] * (options.workers or 1)
 
 
 def prepare(plan, root, options):
@@ -304,6 +303,26 @@ def report(options):
     print("report: " + ", ".join(map(str, paths)))
 
 
+def power(options):
+    """How many seeds an effect needs, and what a few seeds can show."""
+    from records import statistics
+    from records.sweeps.report import earlier_sd
+    known = None if options.sd else earlier_sd({"version": 1, "scale": options.scale, "common": [], "paired": False,
+                                                "numerics_version": NUMERICS_VERSION})
+    if options.sd is None and known is None:
+        raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, from `records compare "
+                        f"RECORD RECORD --aa --pairing none --runs 4 --scale {options.scale}`")
+    sd, where = (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+    print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one control of the same number "
+          f"of runs, not paired, intervals of {100 * options.confidence:g} % that hold together, 80 % power")
+    need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence)
+    about = f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1 else ""
+    print(f"an effect of {options.effect:g} nats needs " + (f"{need} seeds an arm{about}" if need else
+                                                           f"more than {statistics.MOST_RUNS:,} seeds an arm"))
+    for n in (2, 4, 8, 16, 32):
+        print(f"  {n:>2} seeds show {statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
+
+
 # ----- command line -------------------------------------------------------------------------------------------------
 
 def whole(text):
@@ -351,7 +370,8 @@ def planning(p):
     p.add_argument("--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)")
     p.add_argument("--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')")
     p.add_argument("--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency")
-    p.add_argument("--plan", action="store_true", help="print the plan and run nothing")
+    p.add_argument("--dry-run", "--plan", dest="plan", action="store_true", help="print the plan, with data, memory and hours, and "
+                   "start nothing (where no run was timed yet a trial of ten steps)")
     p.add_argument("--launcher", choices=("here", "slurm", "local-submitit"), default="here",
                    help="slurm: --workers jobs through submitit; local-submitit: the same as processes on this machine")
     p.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="parameter of submitit's executor, "
@@ -382,6 +402,12 @@ def parser():
     c = add("chain", start, "every record of a chain or of a lineage against its parent")
     c.add_argument("base", metavar="FIRST..LAST", help="like short/1..short/11; or a whole lineage, like variants")
     planning(c)
+    c = add("power", power, "how many seeds an effect needs")
+    c.add_argument("--effect", type=positive, default=0.005, metavar="NATS", help="the difference to resolve (default 0.005)")
+    c.add_argument("--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)")
+    c.add_argument("--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)")
+    c.add_argument("--arms", type=whole, default=1, metavar="N", help="arms that are compared with the control (default 1)")
+    c.add_argument("--confidence", type=float, default=0.95, help="of all intervals together (default 0.95)")
     c = add("work", work, "one more worker on a queue")
     c.add_argument("dir", metavar="DIR")
     working(c)

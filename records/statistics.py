@@ -357,6 +357,25 @@ def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8
     return shift * sd * math.sqrt(1 / n + 1 / n_control)
 
 
+def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8):
+    """Least n >= 2 runs of each arm, and of the control, that resolve an effect with this power; None above MOST_RUNS."""
+    if not (0 < effect < math.inf and 0 < sd < math.inf):
+        raise UserError(f"effect {effect} and sd {sd}: must be positive numbers")
+
+    def shown(n):
+        return minimal_detectable_effect(sd, n, n, arms, confidence, power) <= effect
+
+    low, high = 1, 2  # shown at high, not at low
+    while not shown(high):
+        low, high = high, 2 * high
+        if low > MOST_RUNS:
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if shown(middle) else (middle, high)
+    return high if high <= MOST_RUNS else None
+
+
 def shift_for(critical, df, power):
     """The effect, in standard errors, whose t passes the critical value with probability `power`."""
     def lacking(shift):  # resolved on the wrong side is left out: at this power it happens in less than 1e-6 of sweeps

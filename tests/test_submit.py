@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -339,3 +340,18 @@ def test_nothing_is_committed_before_everything_was_checked(checkout, tmp_path, 
     assert code == 2 and err.count("\n") == 1 and re.search(message, err), err
     assert git("rev-parse", "HEAD", cwd=checkout) == head and not (checkout / "attempts/fault").exists()
     assert git("diff", "--cached", "--name-only", cwd=checkout) == ""
+
+
+def test_the_readme_s_submit_example_is_accepted_as_typed(checkout, tmp_path):
+    """All but --commit, without which everything is checked and nothing is run."""
+    block = (ROOT / "README.md").read_text().split("$ cat my.toml\n")[1].split("\n\n")[0]
+    delta, command = block.split("$ python -m records ")[0:2]
+    (checkout / "my.toml").write_text(delta)
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[0] == "submit" and words[-1] == "--commit"
+    try:
+        code, out, err = finished(checkout, *words[1:-1])
+        assert code == 0 and err == "" and "or add --commit" in out, err
+    finally:
+        (checkout / "my.toml").unlink()
+        shutil.rmtree(checkout / "attempts" / words[1], ignore_errors=True)

@@ -262,7 +262,13 @@ def make_plan(options):
     elif options.controls not in (None, options.seeds):
         raise UserError("--controls: with --paired, and in a chain of several parents, all arms have the same number of "
                         "runs; leave it away")
-    plan["digests"] = digests(plan, plan.pop("settings"))
+    settings = plan.pop("settings")
+    try:
+        plan["digests"] = digests(plan, settings)
+    except UserError as error:  # a dry run says what is missing
+        if not getattr(options, "plan", False):
+            raise
+        plan["digests"], plan["lacking"] = {}, str(error)
     return plan
 
 

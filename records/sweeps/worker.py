@@ -69,6 +69,16 @@ def slots(plan, workers=None, gpus=None):
     return [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}] * (workers or 1)
 
 
+def trainer() -> str:
+    """Path of the program that trains; tests have their own."""
+    return os.environ.get("SPEEDRUN_SWEEP_TRAINER") or str(runlog.ROOT / "train_gpt.py")
+
+
+def run_environment(slot: dict) -> dict:
+    """Environment variables of a run on a slot."""
+    return {**os.environ, **slot}
+
+
 # ----- one run --------------------------------------------------------------------------------------------------------
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -91,16 +101,15 @@ class Run:
         self.root, self.plan, self.target, self.arm, self.seed, self.slot = root, plan, target, arm, seed, slot
         self.number, self.registered = claimed
         self.output = root / "output" / f"{target}.{self.number}"
-        trainer = os.environ.get("SPEEDRUN_SWEEP_TRAINER") or str(runlog.ROOT / "train_gpt.py")  # tests have their own
         changes = [part for pair in flags_of(plan, arm) for part in pair]
         data = ["--data", plan["data"]] if plan["data"] else []
-        command = [sys.executable, trainer, arm["record"], "--scale", plan["scale"], *changes, *data, "--seed", str(seed),
+        command = [sys.executable, trainer(), arm["record"], "--scale", plan["scale"], *changes, *data, "--seed", str(seed),
                    "--out", str((root / "runs").resolve()), "--registered", self.registered]
         parent, self.asked = os.getpid(), False
         self.began = self.beaten = time.monotonic()
         with open(self.output, "wb") as output:
             self.process = subprocess.Popen(
-                command, cwd=runlog.ROOT, env={**os.environ, **slot}, stdin=subprocess.DEVNULL, stdout=output,
+                command, cwd=runlog.ROOT, env=run_environment(slot), stdin=subprocess.DEVNULL, stdout=output,
                 stderr=subprocess.STDOUT, process_group=0, preexec_fn=lambda: tie(parent, niceness))
 
     def stop(self):

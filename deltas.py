@@ -6,7 +6,6 @@ Order: defaults -> chain of records (without the reverted ones) -> --with / --wi
 The command line of the trainer lives here too, so that a wrong setting is refused before torch is imported.
 """
 
-import argparse
 import dataclasses
 import difflib
 import functools
@@ -18,6 +17,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import arguments
 import settings
 from console import fail
 from settings import BEFORE, LOGICAL_RANKS, REFUSE, SCALES, Settings, UserError, lookup
@@ -546,7 +546,7 @@ def resolve_name(name, *, scale=None, sets=(), **changes):
 # ----- command line of the trainer ---------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
     p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr or a preset (tiny-v1)")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from system.interrupt import INTERRUPTED, say
+from system.interrupt import INTERRUPTED, leave_at_once, say
 from system.launch import TELLING, death, telling
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
@@ -44,6 +44,7 @@ def take_over() -> None:
     if "LOGLEVEL" not in os.environ:
         for name in TALKATIVE:
             logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
+    leave_at_once("interrupted before the run")  # until the agent installs its own handlers
     before = sys.excepthook
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

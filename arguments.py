@@ -7,8 +7,11 @@ stated here, once, so that no number passes a check and crashes later. No torch 
 import argparse
 import math
 import re
+import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+import console
 
 SEED_LIMIT = 2 ** 63 - 1  # torch's generators take 64 bits; a warm-up adds 1 and comparisons count on from the first seed
 COUNT_LIMIT = 10 ** 9  # of anything that is counted out one by one: steps, tokens, seconds
@@ -16,7 +19,12 @@ RUNS_LIMIT = 10_000  # of one arm: a plan lists every run
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusal is one line on stderr, without the usage, and exit code 2."""
+    """argparse whose refusal is one line on stderr, without the usage, and exit code 2; help that was lost is an error."""
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message and console.speaks():
+            self._print_message(message, sys.stderr)
+        sys.exit(console.settle(status))
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; `{self.prog} --help` explains the arguments\n")

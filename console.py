@@ -8,6 +8,7 @@ A command whose whole product is its output ends with `settle(code)`, which says
 import contextlib
 import errno
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -122,17 +123,20 @@ def program(main: Callable[[], Any], product: bool = False) -> NoReturn:
 
 def speaks() -> bool:
     """Whether this process prints for its run: of several processes that meet the same error only the first one does."""
-    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
-    if not all(x.isascii() and x.isdigit() for x in (rank, size)):
-        return True
-    return int(rank) == 0 or int(rank) >= int(size)  # a place that cannot be is this process's own mistake
+    rank = os.environ.get("RANK", "")
+    return not re.fullmatch("[0-9]{1,9}", rank) or int(rank) == 0
 
 
 def fail(error: Any, code: int = 2) -> NoReturn:
     """One line on stderr, from one process, and the exit code of a refusal."""
-    if speaks():
-        print(f"error: {error}", file=sys.stderr)
+    complain(error)
     sys.exit(code)
+
+
+def complain(error: Any) -> None:
+    """One line on stderr: from one process, unless the error is this process's own."""
+    if speaks() or getattr(error, "own", False):
+        print(f"error: {error}", file=sys.stderr)
 
 
 def width(default: int = 110) -> int:

@@ -6,7 +6,6 @@ Order: defaults -> chain of records (without the reverted ones) -> --with / --wi
 The command line of the trainer lives here too, so that a wrong setting is refused before torch is imported.
 """
 
-import argparse
 import dataclasses
 import datetime
 import difflib
@@ -22,6 +21,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import arguments
 import files
 import settings
 from console import fail
@@ -771,7 +771,7 @@ def resolve_name(name, *, scale=None, sets=(), **changes):
 # ----- command line of the trainer ---------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
     p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v1)")

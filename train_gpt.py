@@ -823,9 +823,10 @@ def outcome(options, resolved):
             return start_processes(options, resolved)
         return train(resolved, options)
     except UserError as error:
-        alone = dist.is_initialized() and not console.speaks()  # perhaps only this process met it
-        if alone or console.speaks():
-            print(f"error: {error}" + (f" (process {Place.read().rank})" if alone else ""), file=sys.stderr)
+        if dist.is_initialized() and not console.speaks():  # perhaps only this process met it
+            print(f"error: {error} (process {Place.read().rank})", file=sys.stderr)
+        else:
+            console.complain(error)
         return 2
     except KeyboardInterrupt:
         if console.speaks():

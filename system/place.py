@@ -16,6 +16,11 @@ REMEDY = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT for one proce
 PROCESSES = tuple(n for n in range(1, LOGICAL_RANKS + 1) if LOGICAL_RANKS % n == 0)
 
 
+class Misplaced(UserError):
+    """The environment of this very process is wrong: it says so itself, whatever its rank."""
+    own = True
+
+
 @dataclass(frozen=True)
 class Place:
     """rank of size processes; local_rank of local_size on this machine, which is the number of its GPU."""
@@ -27,13 +32,14 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """The place that the environment describes. UserError if it describes none, or only a part of one."""
+        """The place that the environment describes. UserError if it describes none (Misplaced), or one of too many."""
         found = [name for name in VARIABLES if name in environment]
         if not found:
             return cls()
         missing = [name for name in VARIABLES if name not in environment]
         if missing:
-            raise UserError(f"{', '.join(found)} {'is' if len(found) == 1 else 'are'} set without {', '.join(missing)}: {REMEDY}")
+            verb = "is" if len(found) == 1 else "are"
+            raise Misplaced(f"{', '.join(found)} {verb} set without {', '.join(missing)}: {REMEDY}")
         size = whole("WORLD_SIZE", environment, 1)
         if size not in PROCESSES:
             raise UserError(f"WORLD_SIZE={size}: {size} processes do not divide the {LOGICAL_RANKS} logical ranks: use "
@@ -54,16 +60,16 @@ def whole(name: str, environment: Mapping[str, str], low: int, high: int | None 
     value = int(text) if re.fullmatch("[0-9]{1,9}", text) else None
     if value is None or value < low or (high is not None and value > high):
         limits = f"a whole number {f'from {low} to {high}' if high is not None else f'of at least {low}'}"
-        raise UserError(f"{name}={text[:40]!r}: expected {limits}{f' ({why})' if why else ''}; {REMEDY}")
+        raise Misplaced(f"{name}={text[:40]!r}: expected {limits}{f' ({why})' if why else ''}; {REMEDY}")
     return value
 
 
 def check_address(address: str, port: str) -> None:
-    """UserError if no machine can have this address: torch would try it for minutes."""
+    """Misplaced if no machine can have this address: torch would try it for minutes."""
     try:
         if not address.strip():
             raise OSError("it is empty")
         socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise UserError(f"MASTER_ADDR={address[:60]!r}: no such machine ({getattr(error, 'strerror', None) or error}); "
-                        f"{REMEDY}") from None
+        reason = str(getattr(error, "strerror", None) or error)[:60]
+        raise Misplaced(f"MASTER_ADDR={address[:40]!r}: no such machine ({reason}); {REMEDY}") from None

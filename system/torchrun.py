@@ -7,13 +7,14 @@ ends with the trainer's exit code and leaves the talking to the trainer. For eve
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from system.interrupt import INTERRUPTED, say
-from system.launch import death, telling
+from system.interrupt import INTERRUPTED, leave_at_once, say
+from system.launch import TELLING, death, telling
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"
 TALKATIVE = ("torch.distributed.run", "__main__",  # the same module: as a command and by `python -m`
@@ -43,6 +44,7 @@ def take_over() -> None:
     if "LOGLEVEL" not in os.environ:
         for name in TALKATIVE:
             logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
+    leave_at_once("interrupted before the run")  # until the agent installs its own handlers
     before = sys.excepthook
 
     def end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -63,7 +65,10 @@ def exit_code(error: BaseException) -> int | None:
     if not isinstance(error, ChildFailedError):
         return None
     codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    told = [code for code in codes.values() if code in TELLING]
+    if told:  # the agent has ended the others by signals
+        return telling(told)
     for rank, code in codes.items():
-        if code < 0:
+        if code < 0 and code != -signal.SIGTERM:
             say(death(rank, -code))
     return telling(codes.values())

@@ -492,8 +492,11 @@ def undone(s, record, scale, sets, with_, without, revert):
     lines, flags = [], {"--with": list(with_), "--without": list(without), "--revert": list(revert)}
     if scale == "full":
         return lines
+    assigned = {parse_assignment(text, "--set")[0] for text in sets}
     for flag, given in flags.items():
         for change in given:
+            if change.partition("=")[0].partition("@")[0] in assigned:  # --set says the same again
+                continue
             rest = {f: [x for x in xs if (f, x) != (flag, change)] for f, xs in flags.items()}
             with_it, left = flags.values(), rest.values()
             try:

@@ -534,7 +534,8 @@ class Router(nn.Module):
     """Which experts a token goes to, and with what gates; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see settings.Balance), within the best
-    groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router.
+    groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router, the
+    bias in float32 at least.
     What the whole batch of a step did is added up in `tally`, for balancing and the log, from GPT.begin_step to `settle`.
     """
 

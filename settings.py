@@ -841,6 +841,8 @@ def check_moe(s, require):
     require(moe.balance is None or moe.balance.rule != "quantile" or moe.groups_kept == moe.groups,
             f"{path}.balance.rule=quantile counts on every expert being open to every token, and {path}.groups_kept = "
             f"{moe.groups_kept} of {moe.groups} groups: choose rule proportional or sign, or set groups=1")
+    require(moe.balance is None or moe.balance.rate <= 1,
+            f"{path}.balance.rate = {moe.balance.rate if moe.balance else 0}: must be at most 1, the largest score")
     require(moe.balance is None or 0 <= moe.balance.freeze_frac < 1,
             f"{path}.balance.freeze_frac = {moe.balance.freeze_frac if moe.balance else 0}: must lie in 0 <= x < 1")
     require(set(range(m.num_layers)) - set(moe.dense_layers) - set(m.mlp.drop_layers),

@@ -20,6 +20,7 @@ from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from model import GPT, MoE, Router
 from optim import Engine
+from records.plan import print_plan
 from runlog import read_chain
 from settings import UserError
 
@@ -412,6 +413,14 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
         assert all(router.load.sum() == 2 * 1024 for router in model.routers())
 
 
+def test_the_plan_says_from_which_step_on_the_biases_stand_still(capsys):
+    for sets, line in ((["model.mlp.moe.balance.freeze_frac=0.034"], True), ([], False)):
+        s = deltas.resolve("variants/4", scale="tiny", sets=sets)
+        print_plan(s)
+        assert ("the routers' biases stand still from step 170 on" in capsys.readouterr().out) == line
+    assert s.settings.schedule.steps == 176
+
+
 def test_without_freeze_frac_the_bias_moves_to_the_end_and_without_balance_never():
     assert all(plan.moves_bias for plan in schedule.plan(settings()))
     assert not any(plan.moves_bias for plan in schedule.plan(settings(without=["model.mlp.moe.balance"])))
@@ -709,6 +718,8 @@ BAD = [
     (["balance.freeze_frac=-0.1"], "must lie in 0 <= x < 1"),
     (["gate_scale=0"], "gate_scale = 0"),
     (["balance.rate=0"], "balance.rate = 0"),
+    (["balance.rate=1.5"], "balance.rate = 1.5: must be at most 1, the largest score"),
+    (["balance.rate=inf"], "must be at most 1"),
     (["sequence_loss=-1"], "sequence_loss = -1"),
     (["z_loss=-1"], "z_loss = -1"),
     (["model.bias=true"], "has no bias vectors: set model.bias=false"),

@@ -6,12 +6,12 @@ Order: defaults -> chain of records (without the reverted ones) -> --with / --wi
 The command line of the trainer lives here too, so that a wrong setting is refused before torch is imported.
 """
 
-import argparse
 import dataclasses
 import difflib
 import functools
 import hashlib
 import json
+import math
 import sys
 import tomllib
 import types
@@ -19,9 +19,12 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import arguments
+import files
 import settings
 from settings import BEFORE, REFUSE, SCALES, Settings, UserError, lookup
 
+LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 RECORDS = Path(__file__).parent / "records"
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
@@ -56,7 +59,7 @@ def load_records():
     """All records by ref, in order of lineage and `order`. Errors name the file."""
     found = {}
     for lineage in LINEAGES:
-        for path in sorted((RECORDS / lineage).glob("*/record.toml")):
+        for path in files.listed(RECORDS / lineage, "*/record.toml"):
             record = read_record(path, lineage)
             if record.ref in found:
                 raise UserError(f"{path}: id {record.ref} is already taken by {found[record.ref].folder}")
@@ -71,7 +74,7 @@ def read_record(path, lineage):
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path}: {error}") from None
     known = {"id", "title", "parent", "order", "date", "people", "kind", "source", "badge", "notes", "subsumed", "delta", "published"}
     for key in toml:
@@ -204,7 +207,7 @@ def assign(s, path, value, where):
 def typed(f, value, where):
     """The value converted to the field's type, or an error with the path, the type and near misses."""
     def refuse(expected):
-        raise UserError(f"{where}: {f.path} = {value!r}: expected {expected}")
+        raise UserError(f"{where}: {f.path} = {shortened(value)}: expected {expected}")
 
     if f.optional and value is False:
         return None
@@ -219,7 +222,7 @@ def typed(f, value, where):
                 raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has {', '.join(names)}")
         return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
     if typing.get_origin(f.type) is tuple:
-        if not isinstance(value, (list, tuple)) or any(type(x) is not int for x in value):
+        if not isinstance(value, (list, tuple)) or any(type(x) is not int or abs(x) > LIMIT for x in value):
             refuse("a list of whole numbers like [0, 4, 11]")
         return tuple(value)
     if typing.get_origin(f.type) is typing.Literal:
@@ -228,20 +231,31 @@ def typed(f, value, where):
             refuse(f"one of {', '.join(choices)}{near(str(value), choices)}")
         return value
     if f.type is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not f.type or value != value:
-        refuse({int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[f.type])
+        value = float(value) if abs(value) <= LIMIT else math.inf
+    if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
+        refuse({int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[f.type])
+    if f.type is int and abs(value) > LIMIT:
+        refuse(f"a whole number of at most {LIMIT}")
     return value
+
+
+def shortened(value):
+    """A value as Python shows it, cut to a length that leaves a message readable."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def parse_assignment(text, flag):
     """`path=value` with a TOML value; bare words are strings (`model.norm=rmsnorm`)."""
     path, equals, raw = text.partition("=")
     if not equals or not path.strip() or not raw.strip():
-        raise UserError(f"{flag} {text}: expected path=value, like {flag} schedule.steps=100")
+        raise UserError(f"{flag} {text[:60]}: expected path=value, like {flag} schedule.steps=100")
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML; or a number of thousands of digits, or thousands of brackets
         value = raw.strip()
     return path.strip(), value
 
@@ -523,7 +537,7 @@ def load_preset(name):
 
 
 def preset_names():
-    return sorted(p.stem for p in (RECORDS / "presets").glob("*.toml"))
+    return [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
 
 
 def resolve_name(name, *, scale=None, sets=(), **changes):
@@ -545,7 +559,7 @@ def resolve_name(name, *, scale=None, sets=(), **changes):
 # ----- command line of the trainer ---------------------------------------------------------------------------------
 
 def parser():
-    p = argparse.ArgumentParser(
+    p = arguments.Parser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
     p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr or a preset (tiny-v1)")
@@ -555,7 +569,7 @@ def parser():
                    help="turn a feature on")
     p.add_argument("--without", action="append", default=[], metavar="PATH", help="turn a feature off (ablation)")
     p.add_argument("--revert", action="append", default=[], metavar="RECORD", help="replay the chain without its delta")
-    p.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
+    p.add_argument("--seed", type=arguments.seed, default=0, help="seed of the initial weights")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: embedded corpus at tiny and micro, "
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
@@ -569,7 +583,7 @@ def parser():
                                                          "and fail if anything was compiled after the warm-up")
     p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "
                                                             "wait for the device")
-    p.add_argument("--profile", metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
+    p.add_argument("--profile", type=arguments.steps_range, metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
     return p
 
 
@@ -581,12 +595,6 @@ def command_line(argv=None):
             raise UserError("no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
                             "--scale tiny`; on GPUs `torchrun --standalone --nproc_per_node=8 train_gpt.py short/head` "
                             "after `python -m data.fineweb 16`")
-        if options.seed < 0:
-            raise UserError(f"--seed {options.seed}: must not be negative")
-        if options.profile:
-            start, _, end = options.profile.partition(":")
-            if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
-                raise UserError(f"--profile {options.profile}: expected A:B with A < B, like --profile 10:14")
         resolved = resolve_name(options.record, scale=options.scale, sets=options.sets, with_=options.with_,
                                 without=options.without, revert=options.revert)
     except UserError as error:

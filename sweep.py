@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+import arguments
 import deltas
+import files
 import runlog
 from records.sweeps import queue
 from records.sweeps.plan import is_inert, make_plan, pairs_of, resolve
@@ -33,7 +35,7 @@ def seconds_per_run(plan, folders):
     """(median wall seconds of a run of this size on this machine, number of runs), or None. folders: where runs lie."""
     here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
     tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
-    for path in [p for folder in folders for p in sorted(Path(folder).glob(f"*_{plan['scale']}_*_s*"))[-50:]]:
+    for path in [p for folder in folders for p in files.listed(folder, f"*_{plan['scale']}_*_s*")[-50:]]:
         try:
             run = queue.read_run(path)
         except UserError:
@@ -84,7 +86,7 @@ def print_effort(plan, options, root, workers):
     left = len(left) - len(ready)
     print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, {len(failed)} "
           f"failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a time")
-    places = [root / "runs", *options.reuse, options.runs, *Path(options.runs).glob("*/runs")]
+    places = [root / "runs", *options.reuse, options.runs, *files.listed(options.runs, "*/runs")]
     timed = seconds_per_run(plan, places)
     if timed is None:
         print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, none of this size "
@@ -299,30 +301,15 @@ def report(options):
 
 # ----- command line -------------------------------------------------------------------------------------------------
 
-def whole(text):
-    """A number of at least 1 (argparse)."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def positive(text):
-    """A number above 0 (argparse)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+positive = arguments.number(1e-9)
 
 
 def working(p):
     """Flags of everything that trains."""
-    p.add_argument("--workers", type=whole, metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
+    p.add_argument("--workers", type=arguments.integer(1, 1024), metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
                                                               "threads are divided)")
     p.add_argument("--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)")
-    p.add_argument("--nice", type=int, metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
+    p.add_argument("--nice", type=arguments.integer(-20, 19), metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
     p.add_argument("--reuse", action="append", default=[], metavar="DIR", help="adopt finished runs found here (repeatable)")
     p.add_argument("--retry", action="store_true", help="run failed targets again")
     p.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="take over claims that gave no sign "
@@ -332,10 +319,10 @@ def working(p):
 def planning(p):
     """Flags of everything that plans."""
     p.add_argument("--scale", choices=list(SCALES), help="default micro, or the preset's")
-    p.add_argument("--seeds", type=whole, default=4, metavar="N", help="runs of every arm (default 4)")
-    p.add_argument("--controls", type=whole, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
+    p.add_argument("--seeds", type=arguments.runs, default=4, metavar="N", help="runs of every arm (default 4)")
+    p.add_argument("--controls", type=arguments.runs, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
     p.add_argument("--paired", action="store_true", help="declare before the first run that effects are taken within seeds")
-    p.add_argument("--confidence", type=float, default=0.95, help="of all intervals together (default 0.95)")
+    p.add_argument("--confidence", type=arguments.confidence, default=0.95, help="of all intervals together (default 0.95)")
     for flag in ("set", "with", "without", "revert"):
         p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
                        help="in every arm, as in train_gpt.py")
@@ -353,7 +340,7 @@ def planning(p):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
+    p = arguments.Parser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
                                 epilog="Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted.")
     commands = p.add_subparsers(dest="kind", required=True, metavar="COMMAND")
 

@@ -18,6 +18,8 @@ PROCESS_START = time.perf_counter()
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import deltas
+import files
+import repository
 import runlog
 import schedule
 from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, ranks_per_forward, recomputable,
@@ -33,9 +35,10 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
 import contextlib
 import dataclasses
 import hashlib
+import io
 import math
+import platform
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -47,7 +50,7 @@ from data.stream import Prefetch, Stream, require_shards, stream_arguments, stre
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
-from system import compiler, memory
+from system import compiler, load, memory
 from system.interrupt import Interrupt
 from system.sync import no_host_reads
 
@@ -121,8 +124,10 @@ class Clock:
 
     def __init__(self, world):
         self.world, self.total_ms, self.began = world, 0.0, None
+        self.meter = load.Meter()  # CPU time of this process and of others while the clock goes
 
     def start(self):
+        self.meter.start()
         if self.world.cuda:
             torch.cuda.synchronize()
         if self.world.size > 1:
@@ -134,6 +139,7 @@ class Clock:
             torch.cuda.synchronize()
         self.total_ms += 1000 * (time.perf_counter() - self.began)
         self.began = None
+        self.meter.stop()
 
     def read_ms(self):
         return self.total_ms + (1000 * (time.perf_counter() - self.began) if self.began else 0.0)
@@ -382,7 +388,7 @@ def verdict(s, resolved, points, train_ms):
     reference = resolved.record.folder / "reference.csv"
     if resolved.scale == "full" and reference.exists() and not resolved.changes:
         published = {int(float(a)): float(b) for a, b, *_ in
-                     (line.split(",") for line in reference.read_text().splitlines()[1:])}
+                     (line.split(",") for line in reference.read_text(encoding="utf-8").splitlines()[1:])}
         common = [(step, loss) for step, loss in points if step in published]
         if common:
             step, loss = common[-1]
@@ -393,6 +399,7 @@ def verdict(s, resolved, points, train_ms):
 
 # ----- the run ------------------------------------------------------------------------------------------------------
 
+@memory.exhaustion_in_one_line()
 def train(resolved, options):
     """One run, from settings to verdict. Returns the exit code."""
     s = resolved.settings
@@ -412,8 +419,8 @@ def train(resolved, options):
         s, held = memory.fit(s, len(world.ranks), torch.cuda.get_device_properties(world.device).total_memory, world.size)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
-    if options.profile and int(options.profile.split(":")[1]) > len(plans):
-        raise UserError(f"--profile {options.profile}: the run has {len(plans)} steps")
+    if options.profile and options.profile[1] > len(plans):
+        raise UserError(f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps")
     used = require_shards(corpus, steps=len(plans), **stream_arguments(s))
     rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, world.ranks)
 
@@ -549,8 +556,8 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
             "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
             "comm": engine.comm,
-            "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
-            **runlog.machine()}
+            "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
+            "load_start": load.load_average(), **runlog.machine()}
 
 
 def attention_backend(model, world, plans):
@@ -572,7 +579,7 @@ class Run:
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
         self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
-        self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
+        self.profile = options.profile
         self.profiler, self.check_sync = None, options.check_sync
         self.interrupt = Interrupt(world.main)
         self.progress = Progress(world, s)
@@ -673,33 +680,45 @@ class Run:
 
 
 def finish(status, run, resolved, options):
-    """Digests, verdict, the last event, summary and checkpoint. Returns the exit code."""
+    """Digests, the last event, summary, verdict, and then the checkpoint. Returns the exit code."""
     s, world, log, results = run.s, run.world, run.log, run.results()
     if status != "interrupted":  # an interrupted process may be alone: no collectives
         digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
         log.event("stream", digest=stream_digest(digests))
+        used = [seconds for node, seconds in world.gather_objects((platform.node(), run.clock.meter.own_s))
+                if node == platform.node()]
+        results |= load.account(run.clock.meter, sum(used), os.cpu_count() or 1)
     if world.cuda:
         results["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2 ** 20
     target = s.validation.target
     reached = results["val_loss"] <= target if status == "finished" and target is not None else None
     lines = verdict(s, resolved, run.points, results["train_time_ms"]) if status == "finished" else []
+    lines += load.remark(results, os.cpu_count() or 1) if status == "finished" else []
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
         world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
         return INTERRUPTED if status == "interrupted" else DIVERGED
-    state = run.model.whole_state() if options.save else None
-    if options.save and world.main:
-        path = log.folder / "checkpoint.pt"
-        torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
-                    "val_loss": results["val_loss"]}, path)
-        world.say(f"checkpoint: {path}")
     world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:
         world.say(f"log: {log.folder}")
+    if options.save:
+        save_checkpoint(run, resolved, results["val_loss"])
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED
+
+
+def save_checkpoint(run, resolved, val_loss):
+    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log and on screen."""
+    state = run.model.whole_state()  # every process takes part
+    if not run.world.main:
+        return
+    path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
+    torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
+                "val_loss": val_loss}, image)  # in memory: torch's own writer turns a full disk into an internal error
+    files.write(path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space")
+    run.world.say(f"checkpoint: {path}")
 
 
 def main(options, resolved):

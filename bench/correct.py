@@ -8,7 +8,6 @@ in float64 on the same rounded inputs. The error is the largest one relative to 
 roundings of the dtype. What a device cannot run is listed with its reason.
 """
 
-import argparse
 import functools
 import sys
 
@@ -17,6 +16,7 @@ import report
 import torch
 import torch._dynamo
 
+import arguments
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -457,7 +457,7 @@ def brief(rows):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/correct.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)

@@ -8,14 +8,13 @@ tokens are GPT-2's, a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}.
 import functools
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+import files
 from settings import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
@@ -30,18 +29,9 @@ def write_shard(path, tokens):
         raise UserError(f"{path}: token ids must lie in 0..65535 to fit a shard")
     header = np.zeros(256, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
-    path, temporary = Path(path), None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "wb") as file:
-            file.write(header.tobytes())
-            file.write(tokens.astype("<u2").tobytes())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:  # a full disk should not stay full
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    with files.writing(path) as file:
+        file.write(header.tobytes())
+        file.write(tokens.astype("<u2").tobytes())
 
 
 def read_header(path):
@@ -157,7 +147,7 @@ def open_corpus(folder):
            "text")
     if not folder.is_dir():
         raise UserError(f"no data folder {folder}: {get}")
-    train, val = sorted(folder.glob("*_train_*.bin")), sorted(folder.glob("*_val_*.bin"))
+    train, val = files.listed(folder, "*_train_*.bin"), files.listed(folder, "*_val_*.bin")
     if not train:
         raise UserError(f"no train shards (*_train_*.bin) in {folder}: {get}")
     if not val:
@@ -165,7 +155,7 @@ def open_corpus(folder):
     about = dict(GPT2)
     if (folder / "corpus.json").exists():
         try:
-            about.update(json.loads((folder / "corpus.json").read_text()))
+            about.update(json.loads((folder / "corpus.json").read_text(encoding="utf-8")))
             about = {k: type(v)(about[k]) for k, v in GPT2.items()}
             if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
                 raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
@@ -205,7 +195,7 @@ def shard_digest(path):
     stat, memory = Path(path).stat(), default_cache() / "digests.json"
     key = f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}"
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if not isinstance(known, dict):  # only a memory: junk in it is forgotten
@@ -213,12 +203,9 @@ def shard_digest(path):
     if key not in known:
         known[key] = hashlib.sha256(open_shard(path)).hexdigest()
         try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            temporary = memory.with_name(f"digests-{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(known, indent=0))
-            os.replace(temporary, memory)
-        except OSError as error:
-            note_once(f"note: digests are not remembered: {memory}: {error.strerror}")
+            files.write(memory, files.json_text(known, indent=0), remedy="set SPEEDRUN_CACHE to a folder you may write")
+        except UserError as error:
+            note_once(f"note: digests are not remembered: {error}")
     return known[key]
 
 

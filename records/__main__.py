@@ -4,12 +4,12 @@
     python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
 """
 
-import argparse
 import importlib
 import json
 import signal
 import sys
 
+import arguments
 import deltas
 from settings import SCALES, UserError
 
@@ -152,7 +152,7 @@ MODULES = {
 
 def parser(command=None):
     """The parser of all commands; only the module of `command` is imported."""
-    p = argparse.ArgumentParser(prog="python -m records", description="The records of the speedrun.")
+    p = arguments.Parser(prog="python -m records", description="The records of the speedrun.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, help):

@@ -30,11 +30,11 @@ the target). Nothing is corrected for how often somebody tried, and the logs can
 
 import csv
 import hashlib
-import json
 from math import fsum
 from pathlib import Path
 
 import deltas
+import files
 from records.statistics import describe, difference, ratio, target_test, z_pairwise, z_rule
 from settings import UserError
 
@@ -479,12 +479,9 @@ def rounded(value):
 def as_text(result):
     """The result as JSON, one record a line, so that a changed verdict is one changed line."""
     head = {k: rounded(v) for k, v in result.items() if k != "records"}
-    lines = ",\n".join(json.dumps(rounded(r), ensure_ascii=False) for r in result["records"])
-    return json.dumps(head, ensure_ascii=False)[:-1] + f', "records": [\n{lines}\n]}}\n'
+    lines = ",\n".join(files.json_text(rounded(r), ensure_ascii=False) for r in result["records"])
+    return files.json_text(head, ensure_ascii=False)[:-1] + f', "records": [\n{lines}\n]}}\n'
 
 
 def write(result, path):
-    try:
-        Path(path).write_text(as_text(result), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    files.write(path, as_text(result))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deltas
+import files
 import runlog
 import schedule
 import settings
@@ -182,7 +183,7 @@ def rendering(log):
 
 def text_log(log):
     try:
-        return (log.folder / "log.txt").read_text()
+        return (log.folder / "log.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return "(no text)"
 
@@ -196,7 +197,7 @@ def check_files(log):
         yield f"{log.where}/log.txt: line {line or 'count'} is not what run.jsonl renders to: the text was edited"
     path = log.folder / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         yield f"{log.where}/summary.json: missing or not whole JSON"
         return
@@ -213,7 +214,7 @@ def check_files(log):
 
 
 def canonical(value):
-    return json.dumps(value, sort_keys=True)  # as text nan equals nan
+    return files.json_text(value, sort_keys=True)  # as text nan equals nan, and the null that a strict file has for it
 
 
 def check_settings(log):

@@ -65,7 +65,7 @@ def guard() -> None:
         if isinstance(stream, Guarded):
             continue
         if stream is None:
-            stream = open(os.devnull, "w")
+            stream = open(os.devnull, "w", encoding="utf-8")
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace" if name == "stdout" else "backslashreplace")
         setattr(sys, name, Guarded(stream))

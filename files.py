@@ -16,15 +16,15 @@ from typing import Any, BinaryIO
 from settings import UserError
 
 # What file managers, archivers, interpreters and disks leave; dotfiles, editors' copies and unfinished files go by their form.
-LEFTOVERS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "__pycache__", "$recycle.bin",
-             "system volume information", "lost+found")
+LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "__pycache__", "$RECYCLE.BIN",
+             "System Volume Information", "lost+found")
 UNFINISHED = ("~", ".tmp", ".swp", ".swo", ".part", ".partial", ".crdownload", ".incomplete")
 
 
 def is_leftover(path: Path | str) -> bool:
     """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`, `.x.swp`), unfinished files, `Thumbs.db`."""
     name = Path(path).name.lower()
-    if name.startswith(".") or name in LEFTOVERS:
+    if name.startswith(".") or name in map(str.lower, LEFTOVERS):
         return True
     return name.endswith(UNFINISHED) or (name.startswith("#") and name.endswith("#"))
 

@@ -117,7 +117,7 @@ def read_links(path):
         try:
             event = json.loads(line)
             claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path}: line {number} is not a complete log line") from None
         previous = chain_hash(previous, event)
         if claimed != previous or n != number - 1:

@@ -24,6 +24,7 @@ import arguments
 import deltas
 import files
 import runlog
+from records import lines
 from records.sweeps import queue
 from records.sweeps.plan import is_inert, make_plan, pairs_of, resolve
 from settings import SCALES, UserError, tokens_per_step
@@ -45,6 +46,7 @@ def seconds_per_run(plan, folders):
     return (sorted(seconds.values())[len(seconds) // 2], len(seconds)) if seconds else None
 
 
+@lines.fitted()
 def print_plan(plan, options, root, workers):
     """What will be run, what it can show, how long it takes and what it costs."""
     print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "

@@ -662,8 +662,11 @@ class Run:
         self.profiler.stop()
         if self.world.main:
             path = self.log.folder / "trace.json"
-            self.profiler.export_chrome_trace(str(path))
-            self.world.say(f"profile of steps {self.profile[0]}..{self.profile[1] - 1}: {path}")
+            try:
+                self.profiler.export_chrome_trace(str(path))
+                self.world.say(f"profile of steps {self.profile[0]}..{self.profile[1] - 1}: {path}")
+            except (OSError, RuntimeError) as error:  # a picture of the run is not worth the run
+                self.world.say(f"no profile: cannot write {path}: {error}")
         self.profiler = None
 
     def close(self):
@@ -680,7 +683,7 @@ class Run:
 
 
 def finish(status, run, resolved, options):
-    """Digests, the last event, summary, verdict, and then the checkpoint. Returns the exit code."""
+    """Digests, verdict, the last event, summary and checkpoint. Returns the exit code."""
     s, world, log, results = run.s, run.world, run.log, run.results()
     if status != "interrupted":  # an interrupted process may be alone: no collectives
         digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
@@ -694,12 +697,13 @@ def finish(status, run, resolved, options):
     reached = results["val_loss"] <= target if status == "finished" and target is not None else None
     lines = verdict(s, resolved, run.points, results["train_time_ms"]) if status == "finished" else []
     lines += load.remark(results, os.cpu_count() or 1) if status == "finished" else []
+    if status == "finished":  # before anything that a full disk could stop
+        world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
         world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
         return INTERRUPTED if status == "interrupted" else DIVERGED
-    world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:
         world.say(f"log: {log.folder}")
     if options.save:

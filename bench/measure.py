@@ -1,6 +1,5 @@
 """What the benches share: timing, what it was measured on, and random shards."""
 
-import json
 import os
 import statistics
 import sys
@@ -93,4 +92,4 @@ def synthetic_shards(folder, train_tokens, val_tokens):
         starts = np.cumsum(lengths(random, count // 100))
         tokens[0] = tokens[starts[starts < count]] = EOT
         write_shard(folder / name, tokens)
-    files.write(folder / "corpus.json", json.dumps({**GPT2, "name": "random tokens"}) + "\n")
+    files.write(folder / "corpus.json", files.json_text({**GPT2, "name": "random tokens"}) + "\n")

@@ -4,6 +4,7 @@
     python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
 """
 
+import contextlib
 import importlib
 import json
 import signal
@@ -11,9 +12,11 @@ import sys
 
 import arguments
 import deltas
+from records import lines
 from settings import SCALES, UserError
 
 INTERRUPTED = 130  # as a shell has it: 128 + SIGINT
+FITTED = ("list", "show", "diff", "features", "judge")  # what is printed heeds the terminal's width; others print as they go
 VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
 
 
@@ -21,7 +24,7 @@ def tiny_loss(record):
     """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or ''."""
     path = record.folder / "tiny" / "summary.json"
     if path.exists():
-        return f"{json.loads(path.read_text())['val_loss']:.3f}"
+        return f"{json.loads(path.read_text(encoding='utf-8'))['val_loss']:.3f}"
     parent = deltas.load_records().get(record.parent)
     same = parent and all(p.startswith("system.") for p in record.delta)
     return tiny_loss(parent) if same else ""
@@ -34,18 +37,28 @@ def list_records(options):
     variants = [r for r in everything if r.ref.startswith(VARIANTS)]
     if options.markdown:
         return list_markdown(records, variants)
-    print(f"{'record':10} {'minutes':>7} {'loss':>7} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
+    columns = lines.room()
+    brief = columns is not None and columns < 100  # a narrow terminal: without badge and kind, which `show` tells
+
+    def row(*cells):
+        left = "{:10} {:>7} {:>7} {:>6}  {:10}".format(*cells[:5])
+        left += "" if brief else " {:8} {:9}".format(*cells[5:7])
+        title = cells[-1] if columns is None else lines.clipped(cells[-1], columns - len(left) - 1)
+        print(f"{left} {title}")
+
+    row("record", "minutes", "loss", "tiny", "date", "badge", "kind", "title")
     for r in records:
         p = r.published
-        print(f"{r.ref:10} {p.get('minutes', ''):>7} {p.get('val_loss', ''):>7} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} "
-              f"{r.kind:9} {r.title} ({', '.join(r.people)})")
+        row(r.ref, p.get("minutes", ""), p.get("val_loss", ""), tiny_loss(r), r.date, r.badge, r.kind,
+            f"{r.title} ({', '.join(r.people)})")
     for name in deltas.preset_names():
         fixed, _ = deltas.load_preset(name)
         print(f"{name:10} preset: {fixed['name']} at scale {fixed['scale']}, frozen, with its own target")
     if variants:
         print(f"\n{'variant':12} {'parent':10} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
     for r in variants:
-        print(f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9} {r.title}")
+        left = f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9}"
+        print(f"{left} {r.title if columns is None else lines.clipped(r.title, columns - len(left) - 1)}")
 
 
 def list_markdown(records, variants):
@@ -101,8 +114,11 @@ def diff(options):
     """Every setting in which two records differ, and who set it."""
     a, b = (deltas.resolve(name, scale=options.scale) for name in (options.left, options.right))
     rows = deltas.difference(a.settings, b.settings)
+    narrow = lines.room() is not None  # columns no wider than what they hold
+    wide = max((len(path) for path, *_ in rows), default=0) if narrow else 40
+    middle = min(24, max((len(deltas.show(left)) for _, left, _ in rows), default=0)) if narrow else 24
     for path, left, right in rows:
-        print(f"{path:40} {deltas.show(left):>24} -> {deltas.show(right)}{setter(path, b)}")
+        print(f"{path:{wide}} {deltas.show(left):>{middle}} -> {deltas.show(right)}{setter(path, b)}")
     if not rows:
         print("no setting differs")
 
@@ -186,7 +202,9 @@ def main(argv=None):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `records features | head` ends quietly
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
-        sys.exit(options.run(options) or 0)
+        with lines.fitted() if options.command in FITTED else contextlib.nullcontext():
+            code = options.run(options) or 0
+        sys.exit(code)
     except UserError as error:
         deltas.fail(error)
     except KeyboardInterrupt:

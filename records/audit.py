@@ -314,7 +314,7 @@ def write_corpus(folder, facts, validation_tokens):
         tokens[0] = vocab_size - 1
         write_shard(folder / name, tokens)
     about = {"name": "audit", "tokenizer": "none", "vocab_size": vocab_size, "bos": vocab_size - 1}
-    files.write(folder / "corpus.json", json.dumps(about))
+    files.write(folder / "corpus.json", files.json_text(about))
 
 
 # ----- judgement ----------------------------------------------------------------------------------------------------

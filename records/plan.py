@@ -7,10 +7,12 @@ from pathlib import Path
 import deltas
 import files
 import schedule
+from records import lines
 from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, validation_rows_at_once,
                       value_dim)
 
 
+@lines.fitted()
 def print_plan(resolved):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--plan | head` ends quietly
     s, record = resolved.settings, resolved.record

@@ -10,6 +10,7 @@ from pathlib import Path
 
 STAT = Path("/proc/stat")
 BUSY_SHARE = 0.1  # of the cores: what other programs may use before a run counts as not alone
+FIELDS = ("load_start", "load_end", "own_cores", "other_cores", "alone")  # in the first and the last event of a log
 LOAD_WINDOW_S = 60  # what the first load average covers
 
 

@@ -162,8 +162,8 @@ def new_record(options):
 def read_delta(path):
     """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is none."""
     try:
-        toml = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        toml = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path}: {error}") from None
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
@@ -205,7 +205,7 @@ def write_record(options, parent, lineage, delta, subsumed):
         folder.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}") from None
-    compare.write(folder / "record.toml", "\n".join(lines) + "\n")
+    files.write(folder / "record.toml", "\n".join(lines) + "\n")
     deltas.load_records.cache_clear()
     try:
         record = deltas.find_record(f"{lineage}/{number}")

@@ -170,9 +170,11 @@ def keep(folder, results, audit, reproduction):
         if kept.exists():
             raise UserError(f"{kept} holds another reproduction: remove it, then give this one again")
         try:
-            shutil.copytree(reproduction, kept, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+            shutil.rmtree(unfinished := folder / f".{REPRODUCTION}.tmp", ignore_errors=True)
+            shutil.copytree(reproduction, unfinished, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+            unfinished.rename(kept)
         except (OSError, shutil.Error) as error:
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(f"cannot write {kept}: {error}") from None
 
 

@@ -222,7 +222,7 @@ def claim(root, target, stale_s=STALE_S):
     number = last_claim(root, target)
     if number and not is_stale(root, target, number, stale_s):
         return None
-    text = json.dumps({"target": target, "claim": number + 1, "utc": utc(), **identity()}) + "\n"
+    text = files.json_text({"target": target, "claim": number + 1, "utc": utc(), **identity()}) + "\n"
     if not write_once(claim_path(root, target, number + 1), text):
         return None
     return number + 1, hashlib.sha256(text.encode()).hexdigest()

@@ -63,7 +63,7 @@ def slots(plan, workers=None, gpus=None):
                         "slurm, or insist with --set system.device=cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = max(1, min(int(asked) if asked.isdigit() else cores, cores // (workers or 1)))
+    threads = max(1, min(int(asked) if asked.isdecimal() and len(asked) < 10 else cores, cores // (workers or 1)))
     return [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}] * (workers or 1)
 
 
@@ -133,7 +133,7 @@ class Run:
         kind, value = ("failed", {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
         queue.write_once(self.root / kind / f"{self.target}.json", files.json_text(about | value, indent=1) + "\n")
         if kind == "done":
-            for output in self.output.parent.glob(f"{self.target}.*"):  # of earlier claims too
+            for output in files.listed(self.output.parent, f"{self.target}.*"):  # of earlier claims too
                 output.unlink(missing_ok=True)
         return kind, value
 

@@ -5,6 +5,7 @@ claim, which grow line by line, have an appending method of their own.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -57,8 +58,9 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+            _sync(file.fileno())
+        with contextlib.suppress(OSError):  # a file system without rights, a memory card's
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
@@ -95,6 +97,15 @@ def strict(value: Any) -> Any:
 def json_text(value: Any, **options: Any) -> str:
     """JSON of plain values that every parser reads: numbers that are not finite become null."""
     return json.dumps(strict(value), allow_nan=False, **options)
+
+
+def _sync(handle: int) -> None:
+    """fsync, where the file system has one."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _umask() -> int:

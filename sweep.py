@@ -311,7 +311,7 @@ def working(p):
     p.add_argument("--workers", type=arguments.integer(1, 1024), metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
                                                               "threads are divided)")
     p.add_argument("--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)")
-    p.add_argument("--nice", type=arguments.integer(-20, 19), metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
+    p.add_argument("--nice", type=arguments.integer(0, 19), metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
     p.add_argument("--reuse", action="append", default=[], metavar="DIR", help="adopt finished runs found here (repeatable)")
     p.add_argument("--retry", action="store_true", help="run failed targets again")
     p.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="take over claims that gave no sign "
@@ -385,6 +385,9 @@ def main(argv=None):
         deltas.fail(error)
     except ImportError as error:
         deltas.fail(f"sweeps need {error.name or error}: `pip install '.[tools]'` (run.sh and test.sh install it)")
+    except OSError as error:
+        deltas.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
+                    "same command again")
     except KeyboardInterrupt:
         deltas.fail("interrupted before the first run", 130)
 

@@ -5,7 +5,8 @@
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 
 Read top to bottom: settings -> data -> model -> optimizer -> untimed warm-up and reset -> the clock -> loop ->
-validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C.
+validation -> log. Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
+4 diverged, 130 Ctrl-C.
 """
 
 import os

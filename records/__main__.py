@@ -207,6 +207,8 @@ def main(argv=None):
         sys.exit(code)
     except UserError as error:
         deltas.fail(error)
+    except OSError as error:
+        deltas.fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         deltas.fail("interrupted", INTERRUPTED)
     except ImportError as error:

@@ -19,7 +19,8 @@ INDENT = 4  # of what continues a line, more than its beginning
 
 def room() -> int | None:
     """Columns that a line may take on stdout; None where lines stay whole."""
-    if "COLUMNS" in os.environ or sys.stdout.isatty():
+    stated = os.environ.get("COLUMNS", "")
+    if (stated.isdecimal() and stated.strip("0")) or sys.stdout.isatty():
         return console.width()
     return None
 

@@ -28,6 +28,7 @@ from console import fail
 from settings import BEFORE, LOGICAL_RANKS, REFUSE, SCALES, Settings, UserError, lookup
 from system.place import PROCESSES, Place
 
+LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 RECORDS = Path(__file__).parent / "records"
 ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
 ATTEMPT = "attempts/"  # how the ref of one begins
@@ -80,7 +81,7 @@ def load_records():
     """All records by ref, in order of lineage and `order`. Errors name the file."""
     found = {}
     for lineage in LINEAGES:
-        for path in sorted((RECORDS / lineage).glob("*/record.toml")):
+        for path in files.listed(RECORDS / lineage, "*/record.toml"):
             record = read_record(path, lineage)
             if record.ref in found:
                 raise UserError(f"{path}: id {record.ref} is already taken by {found[record.ref].folder}")
@@ -96,7 +97,7 @@ def read_record(path, lineage):
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path}: {error}") from None
     return parse_record(toml, path, lineage)
 
@@ -334,7 +335,7 @@ def typed(f: Field, value: object, where: str) -> object:
         return converted(f.type, value)
     except TypeError:
         choices = typing.get_args(f.type) if typing.get_origin(f.type) is typing.Literal else ()
-        raise UserError(f"{where}: {f.path} = {value!r}: expected {expected(f.type)}"
+        raise UserError(f"{where}: {f.path} = {shortened(value)}: expected {expected(f.type)}"
                         f"{near(str(value), choices)}") from None
 
 
@@ -343,7 +344,7 @@ def section(f: Field, value: object, where: str) -> object:
     if value is True:
         return f.type()
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {f.path} = {value!r}: expected a table like {{field = value}}, true"
+        raise UserError(f"{where}: {f.path} = {shortened(value)}: expected a table like {{field = value}}, true"
                         + (" or false" if f.optional else ""))
     names = [x.name for x in dataclasses.fields(f.type)]
     for name in value:
@@ -352,7 +353,7 @@ def section(f: Field, value: object, where: str) -> object:
     return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
 
 
-WORDS = {int: ("a whole number", "whole numbers", "2"), float: ("a number", "numbers", "0.5"),
+WORDS = {int: (f"a whole number of at most {LIMIT}", "whole numbers", "2"), float: ("a finite number", "finite numbers", "0.5"),
          bool: ("true or false", "truth values", "true"), str: ("a string", "strings", '"a"')}
 
 
@@ -362,24 +363,25 @@ def converted(hint: object, value: object) -> object:
     hint: int, float, bool, str, a Literal, tuple[T, ...], tuple[T, T] (a fixed length), or a union of these, whose first
     member that takes the value decides.
     """
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
-        if value in arguments:
+        if value in members:
             return value
     elif isinstance(hint, types.UnionType):
-        for member in arguments:
+        for member in members:
             try:
                 return converted(member, value)
             except TypeError:
                 pass
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
-            each = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+            each = members[:1] * len(value) if members[-1] is ... else members
             if len(each) == len(value):
                 return tuple(map(converted, each, value))
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif type(value) is hint and value == value:  # NaN is not a number
+    elif hint is float and type(value) in (int, float):
+        if abs(value) <= LIMIT if type(value) is int else math.isfinite(value):
+            return float(value)
+    elif type(value) is hint and (hint is not int or abs(value) <= LIMIT):
         return value
     raise TypeError
 
@@ -404,18 +406,27 @@ def example(hint: object) -> str:
     """A value of this type as one would type it."""
     if hint in WORDS:
         return WORDS[hint][2]
-    arguments = typing.get_args(hint)
-    return "[" + ", ".join(map(example, arguments[:1] * 2 if arguments[-1] is ... else arguments)) + "]"
+    members = typing.get_args(hint)
+    return "[" + ", ".join(map(example, members[:1] * 2 if members[-1] is ... else members)) + "]"
+
+
+def shortened(value):
+    """A value as Python shows it, cut to a length that leaves a message readable."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def parse_assignment(text, flag):
     """`path=value` with a TOML value; bare words are strings (`model.norm=rmsnorm`)."""
     path, equals, raw = text.partition("=")
     if not equals or not path.strip() or not raw.strip():
-        raise UserError(f"{flag} {text}: expected path=value, like {flag} schedule.steps=100")
+        raise UserError(f"{flag} {text[:60]}: expected path=value, like {flag} schedule.steps=100")
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # not TOML; or a number of thousands of digits, or thousands of brackets
         value = raw.strip()
     return path.strip(), value
 
@@ -752,7 +763,7 @@ def load_preset(name):
 
 
 def preset_names():
-    return sorted(p.stem for p in (RECORDS / "presets").glob("*.toml"))
+    return [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
 
 
 def resolve_name(name, *, scale=None, sets=(), **changes):
@@ -784,8 +795,9 @@ def parser():
                    help="turn a feature on")
     p.add_argument("--without", action="append", default=[], metavar="PATH", help="turn a feature off (ablation)")
     p.add_argument("--revert", action="append", default=[], metavar="RECORD", help="replay the chain without its delta")
-    p.add_argument("--seed", type=int, default=0, help="seed of the initial weights")
-    p.add_argument("--nproc", type=int, metavar="N", help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
+    p.add_argument("--seed", type=arguments.seed, default=0, help="seed of the initial weights")
+    p.add_argument("--nproc", type=arguments.integer(1, 8), metavar="N",
+                   help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: embedded corpus at tiny and micro, "
                                                  "data/fineweb10B else)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
@@ -803,7 +815,7 @@ def parser():
                                                          "and fail if anything was compiled after the warm-up")
     p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "
                                                             "wait for the device")
-    p.add_argument("--profile", metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
+    p.add_argument("--profile", type=arguments.steps_range, metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
     return p
 
 
@@ -821,12 +833,6 @@ def command_line(argv=None):
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):
                 raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes already: leave --nproc away")
-        if options.seed < 0:
-            raise UserError(f"--seed {options.seed}: must not be negative")
-        if options.profile:
-            start, _, end = options.profile.partition(":")
-            if not (start.isdigit() and end.isdigit() and int(start) < int(end)):
-                raise UserError(f"--profile {options.profile}: expected A:B with A < B, like --profile 10:14")
         resolved = resolve_name(options.record, scale=options.scale, sets=options.sets, with_=options.with_,
                                 without=options.without, revert=options.revert)
     except UserError as error:

@@ -1,9 +1,11 @@
 """Files that matter: written whole or not at all, strict JSON, and no operating system's leftovers read as data.
 
-No torch here. Every program of the project writes its results through `write` or `writing`.
+No torch here. Every program of the project writes its results through `write` or `writing`; run.jsonl and the manifest of a
+claim, which grow line by line, have an appending method of their own.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -14,38 +16,51 @@ from typing import Any, BinaryIO
 
 from settings import UserError
 
-LEFTOVERS = ("Thumbs.db", "desktop.ini", "Icon\r")  # what file managers write; dotfiles and editors' copies by form
+# What file managers, archivers, interpreters and disks leave; dotfiles, editors' copies and unfinished files go by their form.
+LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "__pycache__", "$RECYCLE.BIN",
+             "System Volume Information", "lost+found")
+UNFINISHED = ("~", ".tmp", ".swp", ".swo", ".part", ".partial", ".crdownload", ".incomplete")
 
 
 def is_leftover(path: Path | str) -> bool:
-    """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`), unfinished `.tmp` files and the like."""
-    name = Path(path).name
-    return name.startswith(".") or name.endswith(("~", ".tmp", "#")) or name in LEFTOVERS
+    """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`, `.x.swp`), unfinished files, `Thumbs.db`."""
+    name = Path(path).name.lower()
+    if name.startswith(".") or name in map(str.lower, LEFTOVERS):
+        return True
+    return name.endswith(UNFINISHED) or (name.startswith("#") and name.endswith("#"))
 
 
 def listed(folder: Path | str, pattern: str = "*") -> list[Path]:
-    """Entries of a folder that match a glob pattern, sorted by name, without leftovers."""
-    return sorted(p for p in Path(folder).glob(pattern) if not is_leftover(p))
+    """Entries below a folder that match a glob pattern, sorted by name; no leftovers and nothing inside of them."""
+    folder = Path(folder)
+    return sorted(p for p in folder.glob(pattern) if not any(map(is_leftover, p.relative_to(folder).parts)))
 
 
 @contextlib.contextmanager
 def writing(path: Path | str, remedy: str = "free some space or choose another place") -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends: a temporary file next to it, fsynced, then renamed.
 
-    If the block raises, or the process dies, `path` keeps its old content. The temporary file's name is new and private,
-    so nothing that already exists is written through. Follows no link: a link at `path` is replaced by the file.
+    Folders that are missing are made. If the block raises, or the process dies, `path` keeps its old content. The temporary
+    file's name is new and private, so nothing that already exists is written through. Follows no link: a link at `path` is
+    replaced by the file. Devices and pipes (/dev/stdout) are written to as they are.
 
     Raises UserError (path, reason, remedy) for what the operating system refuses.
     """
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:100]}.", suffix=".tmp", dir=path.parent)
+        if path.exists() and not path.is_file():
+            with open(path, "wb") as file:
+                yield file
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+            _sync(file.fileno())
+        with contextlib.suppress(OSError):  # a file system without rights, a memory card's
+            os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
@@ -57,10 +72,15 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
                 os.unlink(temporary)
 
 
-def write(path: Path | str, content: str | bytes, **options: Any) -> None:
+def write(path: Path | str, content: str | bytes | memoryview, **options: Any) -> None:
     """Replace a file's content in one step (see `writing`). Text is UTF-8 with `\\n` line ends on every system."""
     with writing(path, **options) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(encoded(content) if isinstance(content, str) else content)
+
+
+def encoded(text: str) -> bytes:
+    """UTF-8; what has none, undecodable bytes of an argument or a file name, is spelled out as `\\udcff`."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def strict(value: Any) -> Any:
@@ -77,6 +97,15 @@ def strict(value: Any) -> Any:
 def json_text(value: Any, **options: Any) -> str:
     """JSON of plain values that every parser reads: numbers that are not finite become null."""
     return json.dumps(strict(value), allow_nan=False, **options)
+
+
+def _sync(handle: int) -> None:
+    """fsync, where the file system has one."""
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
 
 
 def _umask() -> int:

@@ -246,7 +246,7 @@ class ValueEmbed(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        e, n, layers = s.model.attn.value_embed, s.numerics, s.model.num_layers
+        e, n = s.model.attn.value_embed, s.numerics
         self.index, self.lerp, self.dtype = e.tables, e.mix == "lerp", dtype(n.residual)
         self.tables = nn.ParameterList(parameter((table_rows(s), s.model.model_dim), n.table, role="embed", init=normal(1.0))
                                        for _ in range(max(e.tables) + 1))

@@ -9,12 +9,13 @@ run ends with one message. No torch here.
 import errno
 import hashlib
 import json
+import math
 import os
 import platform
-import subprocess
 import time
 from pathlib import Path
 
+import files
 from settings import UserError
 from system.interrupt import held
 
@@ -23,18 +24,20 @@ RULER = "=" * 100
 LOG_VERSION = 3  # 1 had no reset account, no first gradients, and a text log with lines of its own
 READABLE = (2, 3)  # in 2, train_loss and probe of several processes were those of process 0 alone (`covers_all`)
 PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
+MEASURED = ("probe", "validation", "experts")  # events in which every null stands for a number that is not finite
 
 
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
-    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py", "arguments.py",
+             "console.py", "files.py", "repository.py"]
     folders = ("kernels", "data", "system")
-    return fixed + [f"{folder}/{path.name}" for folder in folders for path in sorted((ROOT / folder).glob("*.py"))]
+    return fixed + [f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")]
 
 
 def sources():
     """(text, hash) of all source files."""
-    text = "".join(f"# ----- {name}\n{(ROOT / name).read_text()}\n" for name in source_files())
+    text = "".join(f"# ----- {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n" for name in source_files())
     return text, source_hash(text)
 
 
@@ -42,26 +45,15 @@ def source_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def code_version():
-    """Git commit and whether the tree was clean, or 'unknown' outside a checkout."""
-    def git(*args):
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
-    try:
-        commit = git("rev-parse", "HEAD")
-        return (commit + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")) or "unknown"
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-
-
 def machine():
     """CPU name, cores, platform, and an anonymous id that is the same for all runs of one machine."""
     name, identity = platform.processor() or platform.machine(), platform.node()
     try:
-        for line in open("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 name = line.split(":", 1)[1].strip()
                 break
-        identity = Path("/etc/machine-id").read_text().strip() or identity
+        identity = Path("/etc/machine-id").read_text(encoding="utf-8", errors="replace").strip() or identity
     except OSError:
         pass
     return {"cpu": name, "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
@@ -85,8 +77,33 @@ def chain_hash(previous, body):
 
 def chain_line(previous, body):
     """(line of JSON with its `hash`, hash)."""
+    body = files.strict(body)
     digest = chain_hash(previous, body)
-    return json.dumps(body, sort_keys=True)[:-1] + f', "hash": "{digest}"}}', digest
+    return files.json_text(body, sort_keys=True)[:-1] + f', "hash": "{digest}"}}', digest
+
+
+def plain_event(**fields):
+    """The event as a reader of its line gets it: plain JSON values, null where a number is not finite."""
+    return json.loads(files.json_text(fields))
+
+
+def measured(event):
+    """The event with its numbers to compute with: null is NaN again where only a number can stand.
+
+    New lines hold null; lines written before that hold a bare NaN, which is read as before, so that old chains verify.
+    """
+    def numbers(value):
+        if isinstance(value, dict):
+            return {k: numbers(v) for k, v in value.items()}
+        if isinstance(value, list):
+            return [numbers(v) for v in value]
+        return math.nan if value is None else value
+
+    if event["kind"] in MEASURED:
+        return numbers(event)
+    if event["kind"] == "end" and event.get("status") == "diverged" and event.get("val_loss", 0) is None:
+        return {**event, "val_loss": math.nan}
+    return event
 
 
 def read_chain(path):
@@ -98,7 +115,7 @@ def read_links(path):
     """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before it."""
     previous, links = GENESIS, []
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -107,12 +124,12 @@ def read_links(path):
         try:
             event = json.loads(line)
             claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{path}: line {number} is not a complete log line") from None
         previous = chain_hash(previous, event)
         if claimed != previous or n != number - 1:
             raise UserError(f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed")
-        links.append((event, claimed))
+        links.append((measured(event), claimed))
     if not links:
         raise UserError(f"{path}: the file is empty")
     return links
@@ -188,7 +205,7 @@ class RunLog:
 
     def write(self, name, line):
         """Append one line, or cut the file back to its last complete line and raise."""
-        file, data = self.files[name], line.encode() + b"\n"
+        file, data = self.files[name], files.encoded(line) + b"\n"
         start = os.fstat(file.fileno()).st_size
         try:
             if file.write(data) != len(data):  # unbuffered: a full disk may take a part
@@ -205,8 +222,9 @@ class RunLog:
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
         wall_ms = round(1000 * (time.perf_counter() - self.began), 3)
-        event = json.loads(json.dumps({"n": len(self.events), "kind": kind, "wall_ms": wall_ms, **fields}))
+        event = plain_event(n=len(self.events), kind=kind, wall_ms=wall_ms, **fields)
         line, self.previous = chain_line(self.previous, event)
+        event = measured(event)
         if self.active:
             self.write("run.jsonl", line)
             for text in render(event):
@@ -219,26 +237,24 @@ class RunLog:
         text, digest = sources()
         if self.active:
             path = self.folder.parent / f"sources-{digest}.txt"
-            try:
-                if not path.exists():
-                    path.write_text(text)
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out") from None
+            if not path.exists():
+                files.write(path, text, remedy="free some space, or choose another folder with --out")
         self.event("start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), sources=digest,
                    settings=settings, **about)
 
     @held
     def end(self, **fields):
-        """The last event, then summary.json, written at once. Returns the summary."""
+        """The last event, both logs made to last, then summary.json. Returns the summary."""
         self.event("end", **fields)
         summary = summarise(self.events, self.previous)
         if self.active:
-            path = self.folder / "summary.json"
             try:
-                path.with_suffix(".tmp").write_text(json.dumps(summary, indent=1) + "\n")
-                os.replace(path.with_suffix(".tmp"), path)
+                for file in self.files.values():
+                    os.fsync(file.fileno())
             except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror}; run.jsonl beside it is complete") from None
+                raise UserError(f"cannot write {self.folder}: {error.strerror}; the disk has lost parts of the log") from None
+            files.write(self.folder / "summary.json", files.json_text(summary, indent=1) + "\n",
+                        remedy="run.jsonl next to it is complete; free some space")
         return summary
 
 

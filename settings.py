@@ -675,6 +675,9 @@ def check(s):
                         ("validation.tokens", v.tokens), ("validation.seq_len", v.seq_len),
                         ("validation.every", v.every), ("model.mlp.expansion", m.mlp.expansion)]:
         require(value >= 1, f"{path} = {value}: must be at least 1")
+    for path, most in MOST.items():
+        value = lookup(s, path)
+        require(value is None or value <= most, f"{path} = {value}: must be at most {most}")
     require(s.model.vocab_size <= 65536, f"model.vocab_size = {m.vocab_size}: shards hold 16-bit token ids (<= 65536)")
     require(m.model_dim % m.attn.num_heads == 0,
             f"model.model_dim = {m.model_dim} is not divisible by model.attn.num_heads = {m.attn.num_heads}")
@@ -733,6 +736,10 @@ def check(s):
     return s
 
 
+# What is counted out one by one before a run, or laid out in memory: more of it ends a program instead of a run.
+MOST = {"schedule.steps": 1_000_000, "model.num_layers": 1000, "model.model_dim": 2 ** 17, "model.pad_vocab_to": 65536,
+        "model.mlp.expansion": 1024, "model.mlp.moe.experts": 65536, "data.tokens_per_rank": 2 ** 24,
+        "validation.tokens": 10 ** 9}
 # (path, least value, whether that value itself is allowed); settings that are off are not looked at
 BOUNDS = [
     ("model.attn.rope.base", 0, False), ("model.attn.rope.yarn.alpha", 0, True), ("model.attn.scale", 0, False),

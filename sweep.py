@@ -21,8 +21,11 @@ import sys
 import time
 from pathlib import Path
 
+import arguments
 import console
 import deltas
+import files
+from records import lines
 from records.sweeps import forecast, queue
 from records.sweeps.plan import is_inert, make_plan, pairs_of
 from settings import NUMERICS_VERSION, SCALES, UserError
@@ -30,6 +33,7 @@ from settings import NUMERICS_VERSION, SCALES, UserError
 
 # ----- before the start ---------------------------------------------------------------------------------------------
 
+@lines.fitted()
 def print_plan(plan, options, root, slots):
     """What will be run, what it can show, how long it takes and what it costs."""
     print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
@@ -75,7 +79,7 @@ def print_effort(plan, options, root, slots):
     left = len(left) - len(ready)
     print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, {len(failed)} "
           f"failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a time")
-    places = [root / "runs", *options.reuse, options.runs, *Path(options.runs).glob("*/runs")]
+    places = [root / "runs", *options.reuse, options.runs, *files.listed(options.runs, "*/runs")]
     seconds, source = forecast.expected(plan, places, options.plan and left + later > 0, slots[0])
     if seconds is None:
         print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, {source}")
@@ -325,30 +329,15 @@ def power(options):
 
 # ----- command line -------------------------------------------------------------------------------------------------
 
-def whole(text):
-    """A number of at least 1 (argparse)."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def positive(text):
-    """A number above 0 (argparse)."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+positive = arguments.number(1e-9)
 
 
 def working(p):
     """Flags of everything that trains."""
-    p.add_argument("--workers", type=whole, metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
+    p.add_argument("--workers", type=arguments.integer(1, 1024), metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
                                                               "threads are divided)")
     p.add_argument("--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)")
-    p.add_argument("--nice", type=int, metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
+    p.add_argument("--nice", type=arguments.integer(0, 19), metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
     p.add_argument("--reuse", action="append", default=[], metavar="DIR", help="adopt finished runs found here (repeatable)")
     p.add_argument("--retry", action="store_true", help="run failed targets again")
     p.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="take over claims that gave no sign "
@@ -358,10 +347,10 @@ def working(p):
 def planning(p):
     """Flags of everything that plans."""
     p.add_argument("--scale", choices=list(SCALES), help="default micro, or the preset's")
-    p.add_argument("--seeds", type=whole, default=4, metavar="N", help="runs of every arm (default 4)")
-    p.add_argument("--controls", type=whole, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
+    p.add_argument("--seeds", type=arguments.runs, default=4, metavar="N", help="runs of every arm (default 4)")
+    p.add_argument("--controls", type=arguments.runs, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
     p.add_argument("--paired", action="store_true", help="declare before the first run that effects are taken within seeds")
-    p.add_argument("--confidence", type=float, default=0.95, help="of all intervals together (default 0.95)")
+    p.add_argument("--confidence", type=arguments.confidence, default=0.95, help="of all intervals together (default 0.95)")
     for flag in ("set", "with", "without", "revert"):
         p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
                        help="in every arm, as in train_gpt.py")
@@ -380,7 +369,7 @@ def planning(p):
 
 
 def parser():
-    p = argparse.ArgumentParser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
+    p = arguments.Parser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
                                 epilog="Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted.")
     commands = p.add_subparsers(dest="kind", required=True, metavar="COMMAND")
 
@@ -406,8 +395,8 @@ def parser():
     c.add_argument("--effect", type=positive, default=0.005, metavar="NATS", help="the difference to resolve (default 0.005)")
     c.add_argument("--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)")
     c.add_argument("--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)")
-    c.add_argument("--arms", type=whole, default=1, metavar="N", help="arms that are compared with the control (default 1)")
-    c.add_argument("--confidence", type=float, default=0.95, help="of all intervals together (default 0.95)")
+    c.add_argument("--arms", type=arguments.runs, default=1, metavar="N", help="arms that are compared with the control (default 1)")
+    c.add_argument("--confidence", type=arguments.confidence, default=0.95, help="of all intervals together (default 0.95)")
     c = add("work", work, "one more worker on a queue")
     c.add_argument("dir", metavar="DIR")
     working(c)
@@ -429,6 +418,9 @@ def main(argv=None):
         deltas.fail(error)
     except ImportError as error:
         deltas.fail(f"sweeps need {error.name or error}: `pip install '.[tools]'` (run.sh and test.sh install it)")
+    except OSError as error:
+        deltas.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
+                    "same command again")
     except KeyboardInterrupt:
         deltas.fail("interrupted before the first run", 130)
 

@@ -5,8 +5,8 @@
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 
 Read top to bottom: settings -> data -> model -> optimizer -> untimed warm-up and reset -> the clock -> loop ->
-validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C,
-SIGTERM or SIGHUP.
+validation -> log. Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
+4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 import os
@@ -26,6 +26,8 @@ if __name__ == "__main__":
     interrupt.leave_at_once("interrupted before the run" if console.speaks() else "")
 
 import deltas
+import files
+import repository
 import runlog
 import schedule
 from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processes, padded_vocab, ranks_per_forward,
@@ -41,10 +43,11 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
 import contextlib
 import dataclasses
 import hashlib
+import io
 import math
+import platform
 import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,7 +59,7 @@ from data.stream import Prefetch, Stream, require_shards, stream_arguments, stre
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
-from system import compiler, memory, sinks
+from system import compiler, load, memory, sinks
 from system.interrupt import INTERRUPTED, Interrupt, hold
 from system.launch import launch
 from system.place import Place
@@ -169,8 +172,10 @@ class Clock:
 
     def __init__(self, world):
         self.world, self.total_ms, self.began = world, 0.0, None
+        self.meter = load.Meter()  # CPU time of this process and of others while the clock goes
 
     def start(self):
+        self.meter.start()
         if self.world.cuda:
             torch.cuda.synchronize()
         if self.world.size > 1:
@@ -182,6 +187,7 @@ class Clock:
             torch.cuda.synchronize()
         self.total_ms += 1000 * (time.perf_counter() - self.began)
         self.began = None
+        self.meter.stop()
 
     def read_ms(self):
         return self.total_ms + (1000 * (time.perf_counter() - self.began) if self.began else 0.0)
@@ -445,7 +451,7 @@ def verdict(s, resolved, points, train_ms):
     reference = resolved.record.folder / "reference.csv"
     if resolved.scale == "full" and reference.exists() and not resolved.changes:
         published = {int(float(a)): float(b) for a, b, *_ in
-                     (line.split(",") for line in reference.read_text().splitlines()[1:])}
+                     (line.split(",") for line in reference.read_text(encoding="utf-8").splitlines()[1:])}
         common = [(step, loss) for step, loss in points if step in published]
         if common:
             step, loss = common[-1]
@@ -456,6 +462,7 @@ def verdict(s, resolved, points, train_ms):
 
 # ----- the run ------------------------------------------------------------------------------------------------------
 
+@memory.exhaustion_in_one_line()
 def train(resolved, options):
     """One run, from settings to verdict, which a signal ends in order. Returns the exit code."""
     with Interrupt(main=Place.read().rank == 0, patient=False) as asked:
@@ -478,8 +485,8 @@ def one_run(resolved, options, asked):
         s, held = memory.fit(s, len(world.ranks), torch.cuda.get_device_properties(world.device).total_memory, world.size)
     corpus = find_corpus(options, resolved)
     plans = schedule.plan(s)
-    if options.profile and int(options.profile.split(":")[1]) > len(plans):
-        raise UserError(f"--profile {options.profile}: the run has {len(plans)} steps")
+    if options.profile and options.profile[1] > len(plans):
+        raise UserError(f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps")
     used = require_shards(corpus, steps=len(plans), **stream_arguments(s))
     rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, world.ranks)
 
@@ -645,8 +652,8 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
             "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
             "comm": engine.comm,
-            "torch": torch.__version__, "code": runlog.code_version(), "profiled": bool(options.profile),
-            "sinks": sorted(set(options.log_to)), **runlog.machine()}
+            "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
+            "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()}
 
 
 def attention_backend(model, world, plans):
@@ -669,7 +676,7 @@ class Run:
         self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.epoch = 0  # the highest of all logical ranks at the last validation
         self.at_once = ranks_per_forward(s, len(world.ranks), world.cuda)
-        self.profile = tuple(map(int, options.profile.split(":"))) if options.profile else None
+        self.profile = options.profile
         self.profiler, self.check_sync = None, options.check_sync
         self.interrupt = interrupt
         self.progress, self.sinks = Progress(world, s), sinks.Sinks()
@@ -758,8 +765,11 @@ class Run:
         self.profiler.stop()
         if self.world.main:
             path = self.log.folder / "trace.json"
-            self.profiler.export_chrome_trace(str(path))
-            self.world.say(f"profile of steps {self.profile[0]}..{self.profile[1] - 1}: {path}")
+            try:
+                self.profiler.export_chrome_trace(str(path))
+                self.world.say(f"profile of steps {self.profile[0]}..{self.profile[1] - 1}: {path}")
+            except (OSError, RuntimeError) as error:  # a picture of the run is not worth the run
+                self.world.say(f"no profile: cannot write {path}: {error}")
         self.profiler = None
 
     def close(self):
@@ -786,26 +796,39 @@ def finish(status, run, resolved, options):
             results[name] = max(world.gather_objects(results[name]))
         digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
         log.event("stream", digest=stream_digest(digests))
+        used = [seconds for node, seconds in world.gather_objects((platform.node(), run.clock.meter.own_s))
+                if node == platform.node()]
+        results |= load.account(run.clock.meter, sum(used), os.cpu_count() or 1)
     target = s.validation.target
     reached = results["val_loss"] <= target if status == "finished" and target is not None else None
     lines = verdict(s, resolved, run.points, results["train_time_ms"]) if status == "finished" else []
+    lines += load.remark(results, os.cpu_count() or 1) if status == "finished" else []
+    if status == "finished":  # before anything that a full disk could stop
+        world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
         world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
         return INTERRUPTED if status == "interrupted" else DIVERGED
-    state = run.model.whole_state() if options.save else None
-    if options.save and world.main:
-        path = log.folder / "checkpoint.pt"
-        torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
-                    "val_loss": results["val_loss"]}, path)
-        world.say(f"checkpoint: {path}")
-    world.say(runlog.terminal_curve(run.points, target), *lines)
     if world.main:
         world.say(f"log: {log.folder}")
+    if options.save:
+        save_checkpoint(run, resolved, results["val_loss"])
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED
+
+
+def save_checkpoint(run, resolved, val_loss):
+    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log and on screen."""
+    state = run.model.whole_state()  # every process takes part
+    if not run.world.main:
+        return
+    path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
+    torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
+                "val_loss": val_loss}, image)  # in memory: torch's own writer turns a full disk into an internal error
+    files.write(path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space")
+    run.world.say(f"checkpoint: {path}")
 
 
 def start_processes(options, resolved):

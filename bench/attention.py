@@ -4,12 +4,11 @@ Forward and backward of one layer of 6 heads of 12 channels (tiny's), float32, b
 without documents, and with documents as the corpus has them. Minimum over repeats.
 """
 
-import argparse
-
 import measure
 import torch
 from report import Report
 
+import arguments
 import console
 from data.corpus import sample_corpus
 from data.shards import open_shard
@@ -39,8 +38,8 @@ def one(documents, window, backend, rows, tokens, repeats):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/attention.py", description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=5)
+    p = arguments.Parser(prog="bench/attention.py", description=__doc__.splitlines()[0])
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)

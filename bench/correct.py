@@ -8,7 +8,6 @@ in float64 on the same rounded inputs. The error is the largest one relative to 
 roundings of the dtype. What a device cannot run is listed with its reason.
 """
 
-import argparse
 import functools
 import sys
 
@@ -16,6 +15,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
+import arguments
 import console
 import deltas
 import schedule
@@ -457,7 +457,7 @@ def brief(rows):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/correct.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)

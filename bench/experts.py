@@ -5,7 +5,6 @@ the time of their layers goes (route, permute, multiply, combine, shared expert;
 layer in plain torch, a loop over the experts. Minimum over repeats, milliseconds. FLOPs need no measurement: `records variants`.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import measure
 import torch
 
+import arguments
 import console
 import deltas
 import schedule
@@ -106,11 +106,11 @@ def layer_parts(case, repeats):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/experts.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")
     p.add_argument("--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)")
-    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)

@@ -5,7 +5,6 @@ Needs a GPU. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on
 move at least, their share of the card's peak, and memory beyond what was there before.
 """
 
-import argparse
 import functools
 import sys
 from typing import Callable, NamedTuple
@@ -16,6 +15,7 @@ import report
 import torch
 import torch.nn.functional as F
 
+import arguments
 import console
 import deltas
 import schedule
@@ -295,8 +295,8 @@ def brief(rows):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
-    p.add_argument("--repeats", type=int, default=20)
+    p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     if not torch.cuda.is_available():

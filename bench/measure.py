@@ -1,6 +1,5 @@
 """What the benches share: timing, what it was measured on, and random shards."""
 
-import json
 import os
 import statistics
 import sys
@@ -13,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the trainer does, before 
 import numpy as np
 import torch
 
+import files
+import repository
 import runlog
 from data.shards import GPT2, write_shard
 
@@ -73,7 +74,7 @@ def queued(step, repeats):
 def about():
     """Hardware, versions and commit."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "code": runlog.code_version(),
+    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "code": repository.code_version(),
             **runlog.machine()}
 
 
@@ -91,4 +92,4 @@ def synthetic_shards(folder, train_tokens, val_tokens):
         starts = np.cumsum(lengths(random, count // 100))
         tokens[0] = tokens[starts[starts < count]] = EOT
         write_shard(folder / name, tokens)
-    (folder / "corpus.json").write_text(json.dumps({**GPT2, "name": "random tokens"}) + "\n")
+    files.write(folder / "corpus.json", files.json_text({**GPT2, "name": "random tokens"}) + "\n")

@@ -6,7 +6,6 @@ and a new process goes on behind it. JSON, and the same as a Markdown table besi
 """
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import measure  # first: it finds the repository
 import torch
 
+import files
 from settings import UserError
 
 DEAD = 70  # exit code of a process that cannot use its GPU any more
@@ -40,7 +40,7 @@ class Report:
     def read(self):
         """The rows that are in the file."""
         if self.path.exists():
-            found = json.loads(self.path.read_text())
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             self.rows, self.failed, self.about = found["rows"], found["failed"], found["about"]
             self.tables |= {k: v for k, v in found.items() if k not in ("about", "complete", "rows", "failed")}
 
@@ -71,8 +71,8 @@ class Report:
             return
         self.about = self.about or measure.about()
         table = {"about": self.about, "complete": complete, **self.tables, "rows": self.rows, "failed": self.failed}
-        replace(self.path, json.dumps(table, indent=1) + "\n")
-        replace(self.markdown_path(), markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
+        files.write(self.path, files.json_text(table, indent=1) + "\n")
+        files.write(self.markdown_path(), markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
 
     def finish(self):
         """Write that nothing is missing, say how much failed; returns the exit code."""
@@ -84,12 +84,6 @@ class Report:
 def stop_in_order():
     """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way, and no files."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-
-
-def replace(path, text):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def first_line(error):

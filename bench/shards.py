@@ -5,7 +5,6 @@ or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into
 network gets them. Without DATA, shards of random tokens are made in FOLDER.
 """
 
-import argparse
 import gzip
 import lzma
 import shutil
@@ -14,7 +13,9 @@ from pathlib import Path
 
 import measure
 
+import arguments
 import console
+import files
 from data.shards import open_corpus
 from settings import UserError
 
@@ -30,23 +31,23 @@ def prepare(folder, data):
         measure.synthetic_shards(folder, *TOKENS)
         return folder
     data = Path(data)
-    packed = [p for suffix in OPEN for p in sorted(data.glob(f"*.bin{suffix}"))]
-    if packed and not list(data.glob("*.bin")):
+    packed = [p for suffix in OPEN for p in files.listed(data, f"*.bin{suffix}")]
+    if packed and not files.listed(data, "*.bin"):
         for path in packed:
             try:
-                with OPEN[path.suffix](path) as source, open(folder / path.stem, "wb") as target:
+                with OPEN[path.suffix](path) as source, files.writing(folder / path.stem) as target:
                     shutil.copyfileobj(source, target, 2 ** 20)
             except (OSError, EOFError, lzma.LZMAError) as error:
                 raise UserError(f"cannot unpack {path}: {error}: compress the shard again") from None
         if (data / "corpus.json").exists():
-            shutil.copy(data / "corpus.json", folder)
+            files.write(folder / "corpus.json", (data / "corpus.json").read_bytes())
         data = folder
     open_corpus(data)
     return data
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/shards.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/shards.py", description=__doc__.splitlines()[0])
     p.add_argument("folder", metavar="FOLDER")
     p.add_argument("data", metavar="DATA", nargs="?")
     o = p.parse_args()

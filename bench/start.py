@@ -7,7 +7,6 @@ trainer with all its children, its few steps and validations included. On a CPU 
 (system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
 """
 
-import argparse
 import resource
 import shutil
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 import steps
 import torch
 
+import arguments
 import console
 from settings import UserError
 
@@ -61,7 +61,7 @@ def cases(ref, o, data, scratch):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/start.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/start.py", description=__doc__.splitlines()[0])
     steps.add_arguments(p, 4)
     o = p.parse_args()
     if not torch.cuda.is_available() and not any(x.startswith("system.compile=") for x in o.set):

@@ -6,7 +6,6 @@ second half, peak memory, graphs compiled. Compilation stands before the clock; 
 timed once more without the check. Without --data, on random tokens in documents of FineWeb's lengths.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -17,8 +16,11 @@ from pathlib import Path
 import measure
 from report import Report, stop_in_order
 
+import arguments
 import console
 import deltas
+import files
+import runlog
 from settings import LOGICAL_RANKS, UserError, tokens_per_step
 
 ROOT = Path(__file__).parent.parent
@@ -66,13 +68,13 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     except SystemExit as stop:
         stop.said = so_far(out)
         raise
-    found = list(Path(out).glob("*/summary.json"))
+    found = files.listed(out, "*/summary.json")
     if not found:
         said = done.stderr.strip().splitlines() or ["?"]
         reason = next((line for line in reversed(said) if line.startswith("error:")), said[-1])
         raise UserError(f"the training ended with {done.returncode}: {reason}")
-    events = [json.loads(line) for line in (found[0].parent / "run.jsonl").open()]
-    summary = json.loads(found[0].read_text())
+    events = runlog.read_chain(found[0].parent / "run.jsonl")
+    summary = json.loads(found[0].read_text(encoding="utf-8"))
     if summary["status"] != "finished":
         raise UserError(f"the training {summary['status']} after {summary['steps']} steps")
     return summary, events
@@ -80,8 +82,8 @@ def train(ref, o, data, caches, out, more=(), validations=2):
 
 def so_far(out):
     """What the log of a training that was stopped says of its last validation."""
-    for path in Path(out).glob("*/run.jsonl"):
-        events = map(json.loads, path.read_text().split("\n")[:-1])  # a last line that is not whole is not read
+    for path in files.listed(out, "*/run.jsonl"):
+        events = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])  # a last line that is not whole is not read
         points = [e for e in events if e["kind"] == "validation"]
         if points:
             text = ", after step {step} of {scheduled_steps} with loss {val_loss:.4f} in {train_time_ms:.0f} ms"
@@ -136,8 +138,8 @@ def add_arguments(p, steps, records=LANDMARKS, scale="full"):
     """What the benches of trainings share."""
     p.add_argument("records", nargs="*", default=records, metavar="RECORD")
     p.add_argument("--scale", default=scale)
-    p.add_argument("--steps", type=int, default=steps)
-    p.add_argument("--nproc", type=int, default=1)
+    p.add_argument("--steps", type=arguments.integer(0, 10 ** 6), default=steps)
+    p.add_argument("--nproc", type=arguments.integer(1, 8), default=1)
     p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
     p.add_argument("--caches", metavar="DIR", help="folder of compiled code, kept (default: empty, and removed at the end)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in train_gpt.py, for every record")
@@ -162,7 +164,7 @@ def run(o, title, cases):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/steps.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/steps.py", description=__doc__.splitlines()[0])
     add_arguments(p, 16)
     p.add_argument("--check-sync", action="store_true", help="a step that waits for the GPU is a failure")
     o = p.parse_args()

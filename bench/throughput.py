@@ -4,7 +4,6 @@ Measures training steps (forward, backward, update) of tiny records and of one f
 compiled, float32 and bfloat16, and the harness's own work per step (loader, digests, log). Minimum over repeats.
 """
 
-import argparse
 import tempfile
 import time
 
@@ -12,6 +11,7 @@ import measure
 import torch
 import torch.nn.functional as F
 
+import arguments
 import console
 import deltas
 import runlog
@@ -98,7 +98,7 @@ def harness_ms():
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
     p.add_argument("--quick", action="store_true", help="eager only, three repeats")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()

@@ -4,12 +4,12 @@ Each record is trained by train_gpt.py at scale small, `--steps` of its 40 milli
 without --data, losses fall to that of random tokens, log 50256 = 10.82, and the curve says only that it runs.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import steps
 
+import arguments
 import console
 
 
@@ -37,7 +37,7 @@ def cases(ref, *where):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/train.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/train.py", description=__doc__.splitlines()[0])
     steps.add_arguments(p, 200, ("short/33",), "small")
     o = p.parse_args()
     sys.exit(steps.run(o, "A short training", cases))

@@ -5,7 +5,6 @@ table goes at once to a file of this card in the cache folder, which trainings r
 cannot do are passed over.
 """
 
-import argparse
 import functools
 import itertools
 import random
@@ -16,6 +15,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
+import arguments
 import console
 import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
@@ -155,10 +155,10 @@ def show(row):
 
 
 def main():
-    p = argparse.ArgumentParser(prog="bench/tune.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/tune.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD")
-    p.add_argument("--repeats", type=int, default=10)
-    p.add_argument("--limit", type=float, default=float("inf"), metavar="SECONDS",
+    p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=10)
+    p.add_argument("--limit", type=arguments.number(0, above=True), default=float("inf"), metavar="SECONDS",
                    help="for each shape (default: all tiles)")
     report.add_arguments(p, OPERATIONS)
     o = p.parse_args()

@@ -3,9 +3,8 @@
 A byte-level BPE of 1,000 merges on the training part of the embedded corpus, with GPT-2's pre-tokenisation.
 """
 
-from pathlib import Path
-
 import console
+import files
 from data.corpus import source_documents
 from data.tokenizer import FILES
 
@@ -25,7 +24,7 @@ def merges(texts, count):
 def main():
     path, count = FILES["sample"]
     _, train = source_documents()
-    Path(path).write_text("#version: speedrun sample v1\n" + "\n".join(merges(train, count)) + "\n", encoding="utf-8")
+    files.write(path, "#version: speedrun sample v1\n" + "\n".join(merges(train, count)) + "\n")
     print(f"{path}: {count} merges")
 
 

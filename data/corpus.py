@@ -6,7 +6,6 @@ are drawn like FineWeb's, so that loaders which pack or cut documents waste litt
 
 import functools
 import hashlib
-import json
 import lzma
 import os
 import random
@@ -15,6 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import files
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
@@ -92,7 +92,7 @@ def _sample_corpus(cache):
     if not (folder / "corpus.json").exists():
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(dir=cache))
+            temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=cache))
         except OSError as error:
             raise UserError(f"cannot write the cache folder {cache}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
                             "you may write") from None
@@ -132,4 +132,4 @@ def build(folder):
     for part, name, texts in zip(("val", "train"), ("sample_val_000000.bin", "sample_train_000001.bin"), documents()):
         write_shard(folder / name, [i for ids in encode_documents(encoding, texts) for i in ids])
     about = {"name": "sample", "tokenizer": "sample", "vocab_size": encoding.n_vocab, "bos": encoding.eot_token}
-    (folder / "corpus.json").write_text(json.dumps(about) + "\n")
+    files.write(folder / "corpus.json", files.json_text(about) + "\n")

@@ -339,7 +339,7 @@ def shard_facts(path: Path | str, bos: int) -> dict:
     about, memory = Path(path).stat(), default_cache() / "shard_facts.json"
     key = f"{Path(path).resolve()} {about.st_size} {about.st_mtime_ns} {bos}"
     try:
-        known = json.loads(memory.read_text())
+        known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
     if not isinstance(known, dict):  # only a memory: junk in it is forgotten
@@ -349,7 +349,7 @@ def shard_facts(path: Path | str, bos: int) -> dict:
         facts = known[key] = look(path, bos)
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            files.write(memory, json.dumps(known, indent=0))
+            files.write(memory, files.json_text(known, indent=0))
         except (OSError, UserError) as error:
             note_once(f"note: what was found in shards is not remembered: {getattr(error, 'strerror', None) or error}")
     return facts

@@ -6,12 +6,12 @@ Tuning is never part of a training: a run reads the file, before the clock start
 import contextlib
 import functools
 import json
-import os
 import re
 from pathlib import Path
 
 import torch
 
+import files
 from data.corpus import default_cache
 from kernels.device import triton_version
 from settings import UserError
@@ -62,7 +62,7 @@ def table(file):
     if not file.exists():
         return {}
     try:
-        tiles = json.loads(file.read_text())["tiles"]
+        tiles = json.loads(file.read_text(encoding="utf-8"))["tiles"]
         if not all(isinstance(n, int) and n > 0 for row in tiles.values() for n in row["tile"]):
             raise ValueError("tiles are lists of positive integers")
         return tiles
@@ -72,8 +72,5 @@ def table(file):
 
 def save(file, tiles):
     """Write tiles beside those of other operations that the file holds already."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"tiles": {**table(file), **tiles}}, indent=1) + "\n")
-    os.replace(temporary, file)
+    files.write(file, files.json_text({"tiles": {**table(file), **tiles}}, indent=1) + "\n")
     table.cache_clear()

@@ -5,17 +5,20 @@
     python -m records variants | leaderboard
 """
 
-import argparse
+import contextlib
 import importlib
 import json
 import sys
 
+import arguments
 import console
 import deltas
+from records import lines
 from settings import SCALES, UserError
 from system.interrupt import INTERRUPTED
 
-PRODUCTS = ("list", "show", "diff", "features", "judge")  # commands whose output is all there is to them
+# Commands whose output is all there is to them: it heeds the terminal's width, and is an error if it is lost.
+PRODUCTS = ("list", "show", "diff", "features", "judge")
 VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
 
 
@@ -23,7 +26,7 @@ def tiny_loss(record):
     """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or ''."""
     path = record.folder / "tiny" / "summary.json"
     if path.exists():
-        return f"{json.loads(path.read_text())['val_loss']:.3f}"
+        return f"{json.loads(path.read_text(encoding='utf-8'))['val_loss']:.3f}"
     parent = deltas.load_records().get(record.parent)
     same = parent and all(p.startswith("system.") for p in record.delta)
     return tiny_loss(parent) if same else ""
@@ -36,22 +39,32 @@ def list_records(options):
     variants = [r for r in everything if r.ref.startswith(VARIANTS)]
     if options.markdown:
         return list_markdown(records, variants)
-    print(f"{'record':10} {'minutes':>7} {'loss':>7} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
+    columns = lines.room()
+    brief = columns is not None and columns < 100  # a narrow terminal: without badge and kind, which `show` tells
+
+    def row(*cells):
+        left = "{:10} {:>7} {:>7} {:>6}  {:10}".format(*cells[:5])
+        left += "" if brief else " {:8} {:9}".format(*cells[5:7])
+        title = cells[-1] if columns is None else lines.clipped(cells[-1], columns - len(left) - 1)
+        print(f"{left} {title}")
+
+    row("record", "minutes", "loss", "tiny", "date", "badge", "kind", "title")
     for r in records:
         p = r.published
-        print(f"{r.ref:10} {p.get('minutes', ''):>7} {p.get('val_loss', ''):>7} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} "
-              f"{r.kind:9} {r.title} ({', '.join(r.people)})")
+        row(r.ref, p.get("minutes", ""), p.get("val_loss", ""), tiny_loss(r), r.date, r.badge, r.kind,
+            f"{r.title} ({', '.join(r.people)})")
     for name in deltas.preset_names():
         fixed, _ = deltas.load_preset(name)
         print(f"{name:10} preset: {fixed['name']} at scale {fixed['scale']}, frozen, with its own target")
     if variants:
         print(f"\n{'variant':12} {'parent':10} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
     for r in variants:
-        print(f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9} {r.title}")
-    list_attempts()
+        left = f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9}"
+        print(f"{left} {r.title if columns is None else lines.clipped(r.title, columns - len(left) - 1)}")
+    list_attempts(columns)
 
 
-def list_attempts():
+def list_attempts(columns):
     """One line per attempt: parent, where it stands, what; or why its record.toml cannot be read."""
     names = deltas.attempt_names()
     if not names:
@@ -65,7 +78,8 @@ def list_attempts():
         except UserError as error:  # one broken file hides no other
             print(f"{deltas.ATTEMPT + name:24} {'':10} {standing:14} {error}")
             continue
-        print(f"{record.ref:24} {record.parent:10} {standing:14} {record.title}")
+        left = f"{record.ref:24} {record.parent:10} {standing:14}"
+        print(f"{left} {record.title if columns is None else lines.clipped(record.title, columns - len(left) - 1)}")
 
 
 def list_markdown(records, variants):
@@ -141,8 +155,11 @@ def diff(options):
     if frozen and not options.scale:
         print(f"{options.left} at scale {a.scale}, {options.right} at scale {b.scale}")
     rows = deltas.difference(a.settings, b.settings)
+    narrow = lines.room() is not None  # columns no wider than what they hold
+    wide = max((len(path) for path, *_ in rows), default=0) if narrow else 40
+    middle = min(24, max((len(deltas.show(left)) for _, left, _ in rows), default=0)) if narrow else 24
     for path, left, right in rows:
-        print(f"{path:40} {deltas.show(left):>24} -> {deltas.show(right)}{setter(path, b)}")
+        print(f"{path:{wide}} {deltas.show(left):>{middle}} -> {deltas.show(right)}{setter(path, b)}")
     if not rows:
         print("no setting differs")
 
@@ -198,7 +215,7 @@ MODULES = {
 
 def parser(command=None):
     """The parser of all commands; only the module of `command` is imported."""
-    p = argparse.ArgumentParser(prog="python -m records", description="The records of the speedrun.")
+    p = arguments.Parser(prog="python -m records", description="The records of the speedrun.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name, run, help):
@@ -231,10 +248,14 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
-        code = options.run(options) or 0
-        sys.exit(console.settle(code) if options.command in PRODUCTS else code)
+        product = options.command in PRODUCTS
+        with lines.fitted() if product else contextlib.nullcontext():
+            code = options.run(options) or 0
+        sys.exit(console.settle(code) if product else code)
     except UserError as error:
         deltas.fail(error)
+    except OSError as error:
+        deltas.fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
         deltas.fail("interrupted", INTERRUPTED)
     except ImportError as error:

@@ -24,7 +24,10 @@ import textwrap
 import time
 from pathlib import Path
 
-from runlog import ROOT
+import arguments as numbers
+import files
+import repository
+from runlog import ROOT, measured
 from settings import UserError
 
 PASSED, FAILED, INTERRUPTED = 0, 3, 130
@@ -61,7 +64,7 @@ def arguments(p):
     p.add_argument("--only", choices=list(CHECKS), action="append", default=[], metavar="CHECK",
                    help="one check instead of all; may be repeated")
     p.add_argument("--json", metavar="FILE", help="write the result; only of a whole audit")
-    p.add_argument("--timeout", type=int, default=600, metavar="SECONDS", help="for each process (default 600)")
+    p.add_argument("--timeout", type=numbers.integer(1, 10 ** 6), default=600, metavar="SECONDS", help="for each process (default 600)")
     p.add_argument("--keep", action="store_true", help="keep the temporary folder and say where it is")
 
 
@@ -71,8 +74,6 @@ def run(options):
         raise UserError("--json holds a whole audit: leave --only away, or --json")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
-    if options.timeout < 1:
-        raise UserError(f"--timeout {options.timeout}: at least a second")
     try:
         result = audit(options.ref, options.record, options.scale, options.only, options.timeout, options.keep,
                        functools.partial(print, flush=True))
@@ -80,17 +81,8 @@ def run(options):
         print("interrupted: the audit was not finished", file=sys.stderr)
         return INTERRUPTED
     if options.json:
-        write(options.json, result)
+        files.write(options.json, files.json_text(result, indent=1) + "\n", remedy="choose another --json")
     return PASSED if result["passed"] else FAILED
-
-
-def write(path, result):
-    try:
-        temporary = Path(path).with_name(Path(path).name + ".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose another --json") from None
 
 
 def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=False, say=print):
@@ -129,13 +121,13 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
 # ----- the checkout -------------------------------------------------------------------------------------------------
 
 def git(*args, cwd=ROOT, **env):
-    """Output of a git command, None if it fails. Variables of a surrounding git hook are left out."""
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    """Output of a git command, None if it fails."""
+    if shutil.which("git") is None:
+        raise UserError("audit needs git: install it")
     try:
-        done = subprocess.run(["git", *args], cwd=cwd, capture_output=True, text=True, env={**clean, **env})
-    except FileNotFoundError:
-        raise UserError("audit needs git: install it") from None
-    return done.stdout.strip() if done.returncode == 0 else None
+        return repository.line(*args, cwd=cwd, env=env)
+    except UserError:
+        return None
 
 
 def check_out(ref, folder):
@@ -149,6 +141,8 @@ def check_out(ref, folder):
     if ref.startswith((".", "/", "~")):
         commit, tree = copy(Path(ref).expanduser(), checkout, folder / "git")
     else:
+        if not repository.is_project(ROOT):
+            raise UserError(f"{ROOT} is no git checkout of its own and has no refs: name a folder like ./{ref}")
         commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
         if commit is None:
             raise UserError(f"unknown git ref {ref!r} in {ROOT}: fetch it first, or name a folder like ./{ref}")
@@ -167,7 +161,7 @@ def copy(source, checkout, git_folder):
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     names = None
-    if (source / ".git").exists():
+    if (source / ".git").exists() and repository.is_project(source):
         names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=source)
     if names is None:
         caches = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "cache", "fineweb*")
@@ -213,13 +207,13 @@ class Trainings:
         """Run a job of the probe in its own process, confined to its own folder. Returns its result; raises Failed."""
         folder = self.folder / name
         folder.mkdir()
-        (folder / "spec.json").write_text(json.dumps({
+        files.write(folder / "spec.json", files.json_text({
             "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT), "record": self.record,
             "scale": self.scale, "seconds": self.timeout, **spec}))
         environment = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8",
                        "SPEEDRUN_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": "",
                        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with open(folder / "output.txt", "w") as output:
+        with open(folder / "output.txt", "wb") as output:
             process = subprocess.Popen([sys.executable, "-I", "-B", str(PROBE), str(folder / "spec.json")], cwd=folder,
                                        env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                                        start_new_session=True)
@@ -232,11 +226,11 @@ class Trainings:
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         try:
-            result = json.loads((folder / "result.json").read_text())
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             result = {"exit": process.returncode}
         if result.get("exit", 0) not in (0, 3):  # 3: a target was missed
-            lines = (folder / "output.txt").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
             raise Failed(f"the {name} process exits with {result['exit']}: {lines[-1][-300:]}")
         return result
 
@@ -287,12 +281,12 @@ class Trainings:
 def read_run(out):
     """Curve, stream digest and summary of the one run under a folder."""
     try:
-        folder, = (p.parent for p in out.glob("*/run.jsonl"))
-        events = [json.loads(line) for line in (folder / "run.jsonl").read_text().splitlines()]
+        folder, = (p.parent for p in files.listed(out, "*/run.jsonl"))
+        events = [measured(json.loads(line)) for line in (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()]
         curve = [e for e in events if e["kind"] == "validation"]
         streams = [e["digest"] for e in events if e["kind"] == "stream"]
         return {"curve": curve, "stream": streams, "final": curve[-1]["val_loss"],
-                "summary": json.loads((folder / "summary.json").read_text())}
+                "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise Failed(f"the log of the {out.parent.name} training cannot be read: {type(error).__name__}: {error}") from None
 
@@ -313,7 +307,7 @@ def write_corpus(folder, facts, validation_tokens):
         tokens[0] = vocab_size - 1
         write_shard(folder / name, tokens)
     about = {"name": "audit", "tokenizer": "none", "vocab_size": vocab_size, "bos": vocab_size - 1}
-    (folder / "corpus.json").write_text(json.dumps(about))
+    files.write(folder / "corpus.json", files.json_text(about))
 
 
 # ----- judgement ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ train_gpt.validate, with rows (ranks, n, T + 1) among its arguments; train_gpt.t
 
 import hashlib
 import json
+import math
 import random
 import sys
 from collections import Counter, deque
@@ -205,9 +206,10 @@ class Observed:
 
 def logged(argv):
     """val_loss of every validation in the log of the run with this command line."""
-    path, = Path(argv[argv.index("--out") + 1]).glob("*/run.jsonl")
-    events = [json.loads(line) for line in path.read_text().splitlines()]
-    return [e["val_loss"] for e in events if e["kind"] == "validation"]
+    path, = Path(argv[argv.index("--out") + 1]).glob("[!.]*/run.jsonl")
+    events = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    losses = [e["val_loss"] for e in events if e["kind"] == "validation"]
+    return [math.nan if x is None else x for x in losses]
 
 
 # ----- all that a validation could leave behind ---------------------------------------------------------------------

@@ -56,9 +56,9 @@ def cut_network():
     except (AttributeError, OSError):
         return "not cut off (needs Linux namespaces)"
     with contextlib.suppress(OSError):  # keep our own ids; without the map we would be nobody, which works too
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
+        Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
+        Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="utf-8")
+        Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="utf-8")
     return "cut off"
 
 
@@ -176,7 +176,7 @@ def experiments():
 
 
 def main(path):
-    spec = json.loads(path.read_text())
+    spec = json.loads(path.read_text(encoding="utf-8"))
     confined = confine(path.parent, spec["seconds"])
     checkout = Path(spec["checkout"]).resolve()
     jobs = {"facts": facts, "script": script, "clock": clock}
@@ -192,7 +192,7 @@ def main(path):
         result = {"refused": str(error)}
     torch = sys.modules.get("torch")
     result |= {"confined": confined, "torch": torch.__version__ if torch else None}
-    (path.parent / "result.json").write_text(json.dumps(result))
+    (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -30,11 +30,12 @@ the target). Nothing is corrected for how often somebody tried, and the logs can
 
 import csv
 import hashlib
-import json
 from math import fsum
 from pathlib import Path
 
 import deltas
+import files
+from records import lines
 from records.statistics import describe, difference, ratio, target_test, z_pairwise, z_rule
 from settings import UserError
 
@@ -342,6 +343,11 @@ TITLES = {
                  "(pairwise: p against the best result before, whose number follows; * with published means)"}
 
 
+# On a terminal: columns of a table that are left out, first to last, until so many remain for the beginning of a note.
+LESS_WANTED = ("linked", "slower", "logs", "in sd", "sd", "pairwise p", "margin", "n")
+NOTE = 12
+
+
 def digits(value, form):
     return "-" if value is None else format(value, form)
 
@@ -373,10 +379,17 @@ def show_table(head, rows, markdown):
             print("| " + " | ".join(row) + " |")
         return
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head) - 1)]
+    columns = lines.room() if len(rows) > 1 else None  # a single row is wrapped
+    shown = list(range(len(widths)))
+    for name in LESS_WANTED if columns is not None else ():
+        if sum(widths[i] + 2 for i in shown) + NOTE > columns:
+            shown = [i for i in shown if head[i] != name]
     for row in [head, *rows]:
-        left = [f"{cell:<{w}}" if name in ("record", "verdict", "group", "role") else f"{cell:>{w}}"
-                for cell, w, name in zip(row, widths, head)]
-        print("  ".join([*left, row[-1]]).rstrip())
+        left = "".join((f"{row[i]:<{widths[i]}}" if head[i] in ("record", "verdict", "group", "role") else
+                        f"{row[i]:>{widths[i]}}") + "  " for i in shown)
+        print((left + (row[-1] if columns is None else lines.clipped(row[-1], columns - len(left)))).rstrip())
+    if len(shown) < len(widths):
+        print(f"(left out on {columns} columns: {', '.join(head[i] for i in range(len(widths)) if i not in shown)})")
 
 
 def report(result, markdown):
@@ -479,12 +492,9 @@ def rounded(value):
 def as_text(result):
     """The result as JSON, one record a line, so that a changed verdict is one changed line."""
     head = {k: rounded(v) for k, v in result.items() if k != "records"}
-    lines = ",\n".join(json.dumps(rounded(r), ensure_ascii=False) for r in result["records"])
-    return json.dumps(head, ensure_ascii=False)[:-1] + f', "records": [\n{lines}\n]}}\n'
+    lines = ",\n".join(files.json_text(rounded(r), ensure_ascii=False) for r in result["records"])
+    return files.json_text(head, ensure_ascii=False)[:-1] + f', "records": [\n{lines}\n]}}\n'
 
 
 def write(result, path):
-    try:
-        Path(path).write_text(as_text(result), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
+    files.write(path, as_text(result))

@@ -8,8 +8,8 @@ Same files in, same bytes out: no clock, no git, no network. records/page/facts.
 
 import sys
 
+import files
 from records.page import facts, markdown, plot, sections
-from settings import UserError
 
 STALE = 3  # exit code of --check
 
@@ -30,22 +30,18 @@ def build(evidence=facts.EVIDENCE):
             "site/history.svg": plot.history(site), "site/index.html": sections.page(site)}
 
 
-def settle(files, root, check=False):
+def settle(texts, root, check=False):
     """Write the files that differ; with `check` only name them, in one line on stderr, and return STALE."""
-    stale = [name for name, text in files.items() if read(root / name) != text]
+    stale = [name for name, text in texts.items() if read(root / name) != text]
     if check and stale:
         print(f"error: {', '.join(stale)}: not what the committed data gives; run `python -m records leaderboard` and "
               "commit the result", file=sys.stderr)
         return STALE
     for name in stale:
-        try:
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(files[name], encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot write {root / name}: {error.strerror}") from None
+        files.write(root / name, texts[name])
         print(f"leaderboard: wrote {name}")
     if not stale:
-        print(f"leaderboard: {len(files)} files are what the data gives")
+        print(f"leaderboard: {len(texts)} files are what the data gives")
     return 0
 
 

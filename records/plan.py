@@ -6,11 +6,14 @@ from collections import Counter
 from pathlib import Path
 
 import deltas
+import files
 import schedule
+from records import lines
 from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, validation_rows_at_once,
                       value_dim)
 
 
+@lines.fitted()
 def print_plan(resolved):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
@@ -117,8 +120,8 @@ def mib(size):
 
 def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
     """Lines on what bench/steps.py measured of this record at this scale."""
-    for path in sorted(Path(results).glob("**/steps*.json")):
-        table = json.loads(path.read_text())
+    for path in files.listed(results, "**/steps*.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))
         plain = table["scale"] == resolved.scale and not resolved.changes and not table["settings"]
         for row in table["rows"]:
             if plain and row["record"] == resolved.record.ref:

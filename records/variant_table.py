@@ -82,7 +82,7 @@ def caption(parents, times, measured):
     files = " and ".join(f"[{scale}](records/evidence/chain_variants_{scale}.md)" for scale in measured)
     about = times["about"]
     return [f"Parameters at full width. FLOPs of a token in training at full width over the parent's, attention's own products "
-            f"among them",
+            "among them",
             f"({'; '.join(sorted(context))}). Step time at {times['scale']} over the parent's, interleaved, on "
             f"{about['threads']} threads of {about['cpu']}",
             f"([bench/experts.py](bench/results/{TIMES.name})). Loss less the parent's after the same tokens, with intervals that "

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import files
 from kernels.device import triton_version
 from settings import UserError
 
@@ -139,8 +140,8 @@ class CacheFile:
         if main and fresh:
             try:
                 lines.append(f"compile cache {self.path}: saved, {self.write(fresh) / 2 ** 20:.1f} MiB")
-            except OSError as error:
-                lines.append(f"compile cache {self.path}: cannot be written ({error.strerror}); the run goes on")
+            except UserError as error:
+                lines.append(f"compile cache: {error}; the run goes on")
         return lines
 
     def write(self, fresh):
@@ -158,13 +159,11 @@ class CacheFile:
             for name in mine[:max(0, len(mine) - PARTS_KEPT + 1)]:
                 del kept[name]
             kept[f"{rank}-{hashlib.sha256(data).hexdigest()[:16]}"] = {"rank": rank, "keys": keys}, data
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with files.writing(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             about = {**self.made_by, "parts": {name: part for name, (part, _) in kept.items()}}
-            archive.writestr("about.json", json.dumps(about))
+            archive.writestr("about.json", files.json_text(about))
             for name, (_, data) in kept.items():
                 archive.writestr(name, data)
-        os.replace(temporary, self.path)
         return self.path.stat().st_size
 
 

@@ -5,13 +5,15 @@
     fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it fits
 """
 
+import contextlib
 import dataclasses
+import re
 from typing import NamedTuple
 
 import torch
 
 import schedule
-from settings import Kernels, padded_vocab, ranks_per_forward, recomputable
+from settings import Kernels, UserError, padded_vocab, ranks_per_forward, recomputable
 
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 
@@ -125,3 +127,16 @@ def fit(s, ranks, capacity, world=1):
         if found.total <= SHARE * capacity:
             break
     return fitted, found
+
+
+@contextlib.contextmanager
+def exhaustion_in_one_line():
+    """As a decorator: where the machine has no memory left, UserError instead of torch's or numpy's own exception."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has no own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+            raise
+        found = re.search("tried to allocate [0-9.]+ ?[A-Za-z]+", str(error))
+        raise UserError(f"out of memory{f' ({found[0]})' if found else ''}: lower the sizes of the model or the batch, choose a "
+                        "smaller --scale, or take a machine with more memory") from None

@@ -17,10 +17,14 @@ import pytest
 import torch
 
 import deltas
+import repository
 import train_gpt
 from model import GPT
+from records import plot
+from records.claims import run_laws
 from runlog import read_chain, read_links, render, summarise
 from settings import UserError
+from system import load
 from system.sync import no_host_reads
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +58,8 @@ def test_same_seed_twice_gives_identical_logs_apart_from_times(tmp_path):
     def stripped(out):
         run(out, "short/11", *SHORT, "--seed", "5")
         events = read_chain(next(out.glob("*/run.jsonl")))
-        return [{k: v for k, v in e.items() if k != "utc" and not k.endswith("_ms")} for e in events]
+        machine = ("utc", "verdict", *load.FIELDS)  # a verdict says when the machine was busy
+        return [{k: v for k, v in e.items() if k not in machine and not k.endswith("_ms")} for e in events]
 
     assert stripped(tmp_path / "a") == stripped(tmp_path / "b")
 
@@ -316,6 +321,39 @@ def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
     assert done.returncode == 2 and summary is None
     assert "cannot write" in done.stderr and "free some space" in done.stderr and "Traceback" not in done.stderr
     assert read_chain(next(out.glob("*/run.jsonl")))  # complete lines only
+
+
+def test_a_checkpoint_that_does_not_fit_costs_nothing_else(tmp_path):
+    """The verdict comes first and the log is whole; also in a C locale, and where the environment names another repository."""
+    def tight():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # sources have room, 1.8 MB of weights have not
+
+    done, summary = run(tmp_path / "runs", "short/11", *SHORT, "--set", "validation.target=1.5", "--save", preexec_fn=tight,
+                        env={"LC_ALL": "C", "PYTHONUTF8": "0", "GIT_DIR": str(tmp_path), "GIT_WORK_TREE": str(tmp_path)})
+    folder, = (tmp_path / "runs").glob("*/")
+    assert done.returncode == 2 and done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1
+    assert "checkpoint.pt: File too large; the log is complete" in done.stderr and "target 1.5 MISSED" in done.stdout
+    assert sorted(p.name for p in folder.iterdir()) == ["log.txt", "run.jsonl", "summary.json"]
+    assert summary["status"] == "finished" and summary["reached"] is False
+    assert summary["code"].removesuffix("-dirty") == repository.code_version().removesuffix("-dirty")
+    if load.busy_seconds() is not None:
+        assert summary["own_cores"] > 0 and summary["other_cores"] >= 0 and summary["alone"] in (True, False)
+    assert ("the machine was busy" in done.stdout) == (summary["alone"] is False)
+
+
+def test_a_diverged_run_is_strict_json_and_can_be_plotted(tmp_path, capsys):
+    done, summary = run(tmp_path, "short/1", *SHORT, "--set", "optim.embed.lr=1e38", "--set", "schedule.warmup_steps=0")
+    assert done.returncode == train_gpt.DIVERGED and summary["status"] == "diverged" and summary["val_loss"] is None
+    folder, = (p.parent for p in tmp_path.glob("*/run.jsonl"))
+    for name in ("run.jsonl", "summary.json"):
+        text = (folder / name).read_text()
+        for part in text.splitlines() if name == "run.jsonl" else [text]:
+            json.loads(part, parse_constant=pytest.fail)  # called for a bare NaN
+    log, problems = run_laws.read_log(folder, "run")
+    assert problems == [] and list(run_laws.check_run(log)) == [] and math.isnan(log.validations[-1]["val_loss"])
+    path = plot.plot([folder], tmp_path / "curve.png")
+    assert path.read_bytes().startswith(b"\x89PNG") and "this run diverged" in capsys.readouterr().out
 
 
 BAD = [

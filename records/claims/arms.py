@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deltas
+import files
+import repository
 import runlog
 from records.claims import textlog
 from settings import UserError
@@ -108,33 +110,22 @@ def changes(text, words):
 
 # ----- git ----------------------------------------------------------------------------------------------------------
 
-def git(*args, cwd=None, env=None, input=None):
-    """Output of a git command, stripped bytes as text; UserError with git's own line if it fails."""
-    # without the caller's GIT_DIR and the like, which a hook sets and which would lead to another repository
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | (env or {})
-    try:
-        done = subprocess.run(["git", "-c", "core.hooksPath=/dev/null", *args], cwd=cwd or ROOT, env=clean, input=input,
-                              capture_output=True)
-    except OSError as error:
-        raise UserError(f"git cannot be run ({error.strerror}): arms need it for code at a ref") from None
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit {done.returncode}"]
-        raise UserError(f"git {args[0]}: {lines[-1]}")
-    return done.stdout
+def git(*args, cwd=None, **options):
+    """Output of a git command in this checkout or another folder (repository.git)."""
+    return repository.git(*args, cwd=cwd or ROOT, **options)
 
 
-def line(*args, **kwargs):
-    return git(*args, **kwargs).decode().strip()
+def line(*args, cwd=None, **options):
+    return repository.line(*args, cwd=cwd or ROOT, **options)
 
 
 def is_checkout():
-    """Is this program in a git checkout? A UserError if it is one that git cannot read."""
-    try:
-        return bool(line("rev-parse", "--verify", "HEAD^{commit}"))
-    except UserError:
-        if (ROOT / ".git").exists():
-            raise
-        return False
+    """Is this program a git checkout of its own? A UserError if it is one that git cannot read."""
+    if repository.is_project(ROOT):
+        return True
+    if (ROOT / ".git").exists():
+        line("rev-parse", "--verify", "HEAD^{commit}")  # raises git's own reason
+    return False
 
 
 def commit_of(ref):
@@ -165,17 +156,17 @@ def work_tree(allow_dirty):
                         + ": commit them, name a git ref, or add --allow-dirty (the claim will say so)")
     if not allow_dirty:
         return head, line("rev-parse", "HEAD^{tree}"), None
-    top = line("rev-parse", "--show-toplevel")
-    new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *NOT_COMMITTED, cwd=top).decode().split("\0")[:-1]
+    new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *NOT_COMMITTED).decode().split("\0")[:-1]
+    new = [name for name in new if not any(map(files.is_leftover, name.split("/")))]
     if not changed and not new:
         return head, line("rev-parse", "HEAD^{tree}"), None
     with tempfile.TemporaryDirectory() as scratch:  # an index of our own: the user's stays as it is
         env = {"GIT_INDEX_FILE": f"{scratch}/index"}
-        git("read-tree", "HEAD", cwd=top, env=env)
-        git("add", "--update", cwd=top, env=env)
+        git("read-tree", "HEAD", env=env)
+        git("add", "--update", env=env)
         if new:
-            git("add", "--", *new, cwd=top, env=env)
-        tree = line("write-tree", cwd=top, env=env)
+            git("add", "--", *new, env=env)
+        tree = line("write-tree", env=env)
     return head, tree, git("diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv", head, tree)
 
 
@@ -184,13 +175,12 @@ def checkout(commit, tree, patch=None):
 
     Kept for a week after its last use.
     """
-    prefix = line("rev-parse", "--show-prefix")
     home = hash_of(line("rev-parse", "--path-format=absolute", "--git-common-dir"))[:8]
     base = cache() / "worktrees"
     path = base / (f"{home}-{commit[:16]}" + (f"-{hash_of(patch)[:12]}" if patch else ""))
     try:
         base.mkdir(parents=True, exist_ok=True)
-        lock = open(base / "lock", "w")
+        lock = open(base / "lock", "wb")
     except OSError as error:
         raise UserError(f"cannot write {base}: {error.strerror}; set SPEEDRUN_CACHE to a folder you may write") from None
     with lock:
@@ -200,17 +190,17 @@ def checkout(commit, tree, patch=None):
             git("worktree", "prune")
             git("worktree", "add", "--force", "--detach", str(path), commit)
             if patch:
-                git("apply", "--index", "--whitespace=nowarn", "-", cwd=path, input=patch)
+                git("apply", "--index", "--whitespace=nowarn", "-", cwd=path, data=patch)
             if not intact(path, commit, tree):
                 raise UserError(f"{path} does not hold the code of {commit[:12]} after a checkout: delete it, try again")
         os.utime(path)
         forget(base, home)
-    return path / prefix
+    return path
 
 
 def forget(base, home):
     """Remove this repository's worktrees that no run has asked for in KEEP_DAYS; they are made again when needed."""
-    for path in base.glob(f"{home}-*"):
+    for path in files.listed(base, f"{home}-*"):
         with contextlib.suppress(OSError, UserError):
             if time.time() - path.stat().st_mtime > 86_400 * KEEP_DAYS:
                 git("worktree", "remove", "--force", str(path))
@@ -432,9 +422,9 @@ LOST = {"status": "failed", "folder": None, "last_hash": None, "val_loss": None,
 
 def find_run(runs, registered):
     """Name of the run folder whose start event carries this registration, or None."""
-    for path in sorted(Path(runs).glob("*/run.jsonl"), reverse=True):
+    for path in reversed(files.listed(runs, "*/run.jsonl")):
         try:
-            with open(path) as file:
+            with open(path, encoding="utf-8") as file:
                 if json.loads(file.readline())["registered"] == registered:
                     return path.parent.name
         except (OSError, ValueError, KeyError, TypeError):

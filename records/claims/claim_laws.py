@@ -16,6 +16,7 @@ import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import files
 import runlog
 from records.claims import arms, compare, manifest, provenance, run_laws, textlog
 from records.claims.run_laws import alike
@@ -79,7 +80,7 @@ def examine(folder):
 def require_claim(folder):
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    if not any(folder.iterdir()):
+    if not files.listed(folder):
         raise UserError(f"{folder}: the folder is empty; a claim holds {manifest.NAME} and runs/")
     if not (folder / manifest.NAME).exists():
         why = "a single run is evidence only as part of a claim" if (folder / "run.jsonl").exists() else (
@@ -131,7 +132,7 @@ def check_dates(dates):
 def read_runs(found):
     """{name of a folder under runs/: Log, or None if it is a script's or unreadable}; adds problems."""
     logs, runs = {}, found.folder / "runs"
-    for path in sorted(runs.iterdir()) if runs.is_dir() else []:
+    for path in files.listed(runs):
         if path.is_dir():
             where = f"runs/{path.name}"
             log, problems = run_laws.read_log(path, where) if (path / "run.jsonl").exists() else (None, [])
@@ -299,7 +300,7 @@ def check_artefacts(found):
     sources = {log.start["sources"] for log in found.logs.values()}
     known = {f"sources-{digest}.txt{packed}" for digest in sources for packed in ("", ".xz")}
     runs = found.folder / "runs"
-    for path in sorted(runs.iterdir()) if runs.is_dir() else []:
+    for path in files.listed(runs):
         if not path.is_dir() and path.name not in known:
             yield f"runs/{path.name}: neither a run nor the sources of one: remove it"
 

@@ -11,7 +11,6 @@ differ in code, code.diff. A stopped comparison goes on with --resume DIR.
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import secrets
@@ -22,7 +21,10 @@ import sys
 import time
 from pathlib import Path
 
+import arguments as numbers  # `arguments` is what every command declares its own with
 import console
+import files
+import repository
 import runlog
 from records.claims import arms, manifest
 from settings import SCALES, UserError
@@ -40,16 +42,16 @@ def quoted(text):
 def arguments(p):
     p.add_argument("arms", nargs="*", metavar="ARM", help="[GITREF:]RECORD [changes] in quotes, or script:PATH [arguments]; "
                                                           "the first one is what the others are compared with")
-    p.add_argument("--runs", type=int, metavar="N", help="counted runs of each arm (at least 2)")
+    p.add_argument("--runs", type=numbers.runs, metavar="N", help="counted runs of each arm (at least 2)")
     p.add_argument("--scale", choices=list(SCALES), help="of every arm that is a record")
     p.add_argument("--pairing", choices=("seed", "none"), help="seed: the arms share seeds, and so all weights that both "
                    "have (default where every arm takes a seed); none: every run has a seed of its own")
     p.add_argument("--out", metavar="DIR", help="a new folder for plan, runs and results (default runs/<date>_compare)")
-    p.add_argument("--seed0", type=int, metavar="K", help="first seed (default 0)")
-    p.add_argument("--order-seed", type=int, metavar="K", help="seed of the order of execution (default: drawn)")
-    p.add_argument("--nproc", type=int, metavar="P", help="start each run as so many processes")
+    p.add_argument("--seed0", type=numbers.first_seed, metavar="K", help="first seed (default 0)")
+    p.add_argument("--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)")
+    p.add_argument("--nproc", type=numbers.integer(1, 8), metavar="P", help="start each run as so many processes")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
-    p.add_argument("--confidence", type=float, metavar="C", help="of all intervals together (default 0.95)")
+    p.add_argument("--confidence", type=numbers.confidence, metavar="C", help="of all intervals together (default 0.95)")
     p.add_argument("--aa", action="store_true", help="the arms are the same on purpose: measure the noise")
     p.add_argument("--allow-dirty", action="store_true", help="run uncommitted changes; the claim says so and holds them")
     p.add_argument("--resume", metavar="DIR", help="go on with the plan in this folder")
@@ -75,7 +77,7 @@ def run(options):
         print(f"interrupted: nothing that was finished is lost; go on with --resume {folder}", file=sys.stderr)
         return INTERRUPTED
     results = analyse(claim)
-    write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    files.write(folder / "results.json", files.json_text(results, indent=1) + "\n")
     report(results)
     print(f"results: {folder / 'results.json'}")
 
@@ -100,7 +102,7 @@ def make_order(names, runs, pairing, seed0=0, order_seed=0):
 def plan(options):
     """(declaration, patches of uncommitted code, code diff) of a command line, with all arms checked and resolved."""
     confidence = 0.95 if options.confidence is None else options.confidence
-    check_options(options, confidence)
+    check_options(options)
     prepared = [arms.prepare(text, options.scale, options.allow_dirty) for text in options.arms]
     found = {name: arm for name, (arm, _) in zip(string.ascii_uppercase, prepared)}
     patches = {arm["dirty"]: patch for arm, patch in prepared if patch}
@@ -138,7 +140,7 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
             "processes": processes or 1, "launcher": "system/launch.py" if processes else "python", "data": data,
             "corpus_prefixes": arms.corpus_prefixes(shards) if shards else None,
             "machine": {**runlog.machine(), "gpus": [g["name"] for g in gpus]}, "environment": arms.environment(),
-            "code": runlog.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more}
+            "code": repository.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more}
 
 
 def on_cpu(found):
@@ -152,17 +154,13 @@ def code_diff(found):
     return "".join(f"# {base} -> {name}\n{text}" for name in others if (text := arms.code_diff(found[base], found[name])))
 
 
-def check_options(options, confidence):
+def check_options(options):
     if len(options.arms) < 2:
         raise UserError(f"{len(options.arms)} arms named, a comparison needs two: compare short/10 short/11 --runs 4")
     if len(options.arms) > len(string.ascii_uppercase):
         raise UserError(f"{len(options.arms)} arms: a comparison takes {len(string.ascii_uppercase)}; sweep.py takes more")
     if options.runs is None or options.runs < 2:
         raise UserError("name the number of runs of each arm with --runs N, at least 2: one run has no spread")
-    if (options.seed0 or 0) < 0:
-        raise UserError(f"--seed0 {options.seed0}: must not be negative")
-    if not 0 < confidence < 1:
-        raise UserError(f"--confidence {confidence}: must lie between 0 and 1, like 0.95")
     if options.nproc is not None and options.nproc not in (1, 2, 4, 8):
         raise UserError(f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the 8 logical ranks")
     if options.fault:
@@ -202,7 +200,7 @@ def declare(folder, declaration, patches=None, diff="", say=print):
     if not (folder / manifest.NAME).exists():  # else create() refuses; the manifest comes last, when all it names is there
         for path, content in [*((arms.patch_path(folder, a), patches[a["dirty"]]) for a in declaration["arms"].values()
                                 if a["dirty"]), *([(folder / "code.diff", diff)] if diff else [])]:
-            write(path, content)
+            files.write(path, content)
     manifest.create(folder, declaration).close()
     for name, arm in declaration["arms"].items():
         code = f"code {arm['commit'][:12]}" if arm["commit"] else "code of this folder" if arm["kind"] == "record" else \
@@ -214,19 +212,6 @@ def declare(folder, declaration, patches=None, diff="", say=print):
         f"random order {declaration['order_seed']}: {folder / manifest.NAME}")
     if diff:
         say(f"files that differ in code: {diff.count('diff --git')}, see {folder / 'code.diff'}")
-
-
-def write(path, content):
-    """A whole file or none."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
 
 
 # ----- running it ---------------------------------------------------------------------------------------------------

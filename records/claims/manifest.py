@@ -14,7 +14,6 @@ Reading and writing go through the same checks, so that nothing can be written t
 """
 
 import fcntl
-import json
 import os
 import time
 from dataclasses import dataclass
@@ -264,7 +263,7 @@ class Manifest:
     def append(self, kind, **fields):
         """Check and write one event; it is on the disk when this returns its hash."""
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        event = json.loads(json.dumps({"n": self.claim.events, "kind": kind, "utc": utc, **fields}))
+        event = runlog.plain_event(n=self.claim.events, kind=kind, utc=utc, **fields)
         line, digest = runlog.chain_line(self.claim.last_hash, event)
         size = os.fstat(self.descriptor).st_size
         self.claim.add(event, digest)

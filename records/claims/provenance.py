@@ -273,8 +273,7 @@ def check_commit(found, name, arm, digest, text):
         yield f"arm {name}: tree {str(arm['tree'])[:12]}, commit {commit[:12]} has {tree[:12]}"
     names = re.findall(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", text, re.M)
     try:
-        prefix = arms.line("rev-parse", "--show-prefix")
-        whole = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{prefix}{n}').decode()}\n" for n in names)
+        whole = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
     except (UserError, UnicodeDecodeError) as error:
         yield f"runs/sources-{digest}.txt: holds a file that commit {commit[:12]} has not ({error})"
         return

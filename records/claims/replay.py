@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import arguments as numbers
+import files
 import runlog
 from records.claims import arms, compare, textlog, verify
 from settings import UserError
@@ -33,13 +35,11 @@ def arguments(p):
     p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt")
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
     p.add_argument("--data", metavar="DIR", help="folder of shards, where the run was not on the embedded corpus")
-    p.add_argument("--tolerance", type=float, metavar="NATS", help="largest difference of a validation loss where bits need "
+    p.add_argument("--tolerance", type=numbers.number(0, 100, above=True), metavar="NATS", help="largest difference of a validation loss where bits need "
                    f"not agree (default {CPU_TOLERANCE} on a CPU, {GPU_TOLERANCE} on GPUs)")
 
 
 def run(options):
-    if options.tolerance is not None and not options.tolerance > 0:
-        raise UserError(f"--tolerance {options.tolerance}: must be above 0")
     log = read_log(options.log)
     start = log["start"]
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
@@ -83,7 +83,7 @@ def read_chain(path):
 
 def read_text(path):
     log, _ = textlog.read(path)
-    parts = path.read_text(errors="replace").split(runlog.RULER + "\n")
+    parts = path.read_text(encoding="utf-8", errors="replace").split(runlog.RULER + "\n")
     if len(parts) < 3 or not parts[0].startswith("sources: "):
         raise UserError(f"{path}: a log of another program, which says no settings: run its script with compare script:PATH")
     facts = dict(row.split(": ", 1) for row in parts[1].splitlines() if ": " in row)
@@ -134,7 +134,7 @@ def threads_of(device):
 
 def rerun(start, place, out, data, name):
     """Train again into `out`, and read the log. Ends at once if the data are other ones."""
-    if out.exists() and any(out.glob("*/run.jsonl")):
+    if out.exists() and files.listed(out, "*/run.jsonl"):
         raise UserError(f"{out} already holds runs: choose another --out")
     processes, threads = int(start["processes"]), threads_of(start["device"])
     variables = arms.environment()
@@ -148,7 +148,7 @@ def rerun(start, place, out, data, name):
     arm = {"kind": "record", "text": str(name), "argv": arguments_of(start), "ml_hash": start["ml_hash"]}
 
     def check_data():
-        for path in out.glob("*/run.jsonl"):
+        for path in files.listed(out, "*/run.jsonl"):
             first = runlog.read_chain(path)[0]
             for key in ("corpus_digest", "val_digest"):
                 if first[key] != start[key]:
@@ -161,7 +161,7 @@ def rerun(start, place, out, data, name):
         stopped = compare.wait(began, "replay", asked, check_data)
     if stopped:
         raise KeyboardInterrupt
-    found = sorted(out.glob("*/run.jsonl"))
+    found = files.listed(out, "*/run.jsonl")
     if not found:
         raise UserError(f"the replay did not start: {began.complaint()}")
     check_data()

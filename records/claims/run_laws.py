@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import deltas
+import files
 import runlog
 import schedule
 import settings
@@ -36,6 +37,10 @@ OTHERS = {"start": {"settings": dict, "seed": int, "changes": list, "numerics_ve
           "end": {"steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
                   "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
                   "verdict": list}}
+# Fields of later logs: of the named type where they are there. system.load says what they mean.
+LATER = {"start": {"load_start": (*NUMBER, type(None))},
+         "end": {"load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)), "other_cores": (*NUMBER, type(None)),
+                 "alone": (bool, type(None))}}
 LETTERS = {"start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"}
 BEGUN = re.compile("s(p?(r((vx?)*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
 WHOLE = re.compile("sp?r(vx?)+te")
@@ -137,6 +142,9 @@ def misshapen(event):
             yield f"line {event['n'] + 1} ({kind}) lacks {name}"
         elif not isinstance(value, types) or (isinstance(value, bool) and types in (int, NUMBER)):
             yield f"line {event['n'] + 1} ({kind}): {name} = {value!r:.60} has the wrong type"
+    for name, types in LATER.get(kind, {}).items():
+        if not isinstance(event.get(name), types) or (isinstance(event.get(name), bool) and bool not in types):
+            yield f"line {event['n'] + 1} ({kind}): {name} = {event[name]!r:.60} has the wrong type"
     lists = {"start": ("changes", str), "validation": ("train_loss", NUMBER), "end": ("verdict", str)}
     if kind in lists and isinstance(event.get(lists[kind][0]), list):
         if not all(isinstance(x, lists[kind][1]) for x in event[lists[kind][0]]):
@@ -187,7 +195,7 @@ def rendering(log):
 
 def text_log(log):
     try:
-        return (log.folder / "log.txt").read_text()
+        return (log.folder / "log.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return "(no text)"
 
@@ -201,7 +209,7 @@ def check_files(log):
         yield f"{log.where}/log.txt: line {line or 'count'} is not what run.jsonl renders to: the text was edited"
     path = log.folder / "summary.json"
     try:
-        summary = json.loads(path.read_text())
+        summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         yield f"{log.where}/summary.json: missing or not whole JSON"
         return
@@ -218,7 +226,7 @@ def check_files(log):
 
 
 def canonical(value):
-    return json.dumps(value, sort_keys=True)  # as text nan equals nan
+    return files.json_text(value, sort_keys=True)  # as text nan equals nan, and the null that a strict file has for it
 
 
 def check_settings(log):

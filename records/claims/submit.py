@@ -17,12 +17,12 @@ import datetime
 import functools
 import json
 import lzma
-import re
 import shlex
 import sys
 import tomllib
 from pathlib import Path
 
+import arguments as numbers
 import deltas
 import files
 from records.claims import arms, attempts, compare, manifest, verify, writeup
@@ -47,13 +47,13 @@ def arguments(p):
     p.add_argument("--claim", choices=("ml", "systems"),
                    help="ml: reaches the target faster; systems: computes the same faster")
     p.add_argument("--scale", choices=list(SCALES), help="size of the runs")
-    p.add_argument("--runs", type=int, metavar="N", help="runs of each arm, all of which count")
-    p.add_argument("--looks", metavar="N,M",
+    p.add_argument("--runs", type=numbers.runs, metavar="N", help="runs of each arm, all of which count")
+    p.add_argument("--looks", type=numbers.rising, metavar="N,M",
                    help="instead of --runs: test after N, M, ... runs of each arm; they share alpha")
     p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE",
                    help="for all arms, below scale full: e.g. validation.target=5.2, as those scales have no target")
-    p.add_argument("--seed0", type=int, default=0, metavar="K", help="first seed (default 0)")
-    p.add_argument("--order-seed", type=int, metavar="K", help="seed of the order of execution (default: drawn)")
+    p.add_argument("--seed0", type=numbers.first_seed, default=0, metavar="K", help="first seed (default 0)")
+    p.add_argument("--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)")
     p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start each run as so many processes")
     p.add_argument("--long-start", metavar="WHY", help="why start or warm-up of the record take more than three times the "
                    "parent's and a minute; the claim tells it")
@@ -107,8 +107,6 @@ def check_options(options):
         looks_of(options.looks)
     if options.sets and options.scale == "full":
         raise UserError(f"--set {options.sets[0]}: at scale full a record runs as it is; put it into the delta")
-    if options.seed0 < 0:
-        raise UserError(f"--seed0 {options.seed0}: must not be negative")
 
 
 def resumed(options):
@@ -202,8 +200,8 @@ def written(options, path):
 def read_delta(path):
     """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is none."""
     try:
-        toml = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        toml = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path}: {error}") from None
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
@@ -354,13 +352,9 @@ def check_arms(options, record, found):
                         "arms")
 
 
-def looks_of(text):
+def looks_of(counts):
     """[{runs, alpha}] of --looks 4,8: the shares add up to alpha."""
     from records.statistics import spend
-    try:
-        counts = [int(x) for x in text.split(",")]
-    except ValueError:
-        raise UserError(f"--looks {text}: expected numbers of runs, like 4,8") from None
     return [{"runs": n, "alpha": a} for n, a in zip(counts, spend(counts, ALPHA))]
 
 
@@ -406,6 +400,6 @@ def decide(claim, look, last):
 
 def pack_sources(runs):
     """sources-<hash>.txt -> .txt.xz, as the repository keeps them."""
-    for path in sorted(runs.glob("sources-*.txt")):
-        compare.write(path.with_name(path.name + ".xz"), lzma.compress(path.read_bytes()))
+    for path in files.listed(runs, "sources-*.txt"):
+        files.write(path.with_name(path.name + ".xz"), lzma.compress(path.read_bytes()))
         path.unlink()

@@ -15,9 +15,9 @@ from pathlib import Path
 from settings import UserError
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
-LINE = re.compile(rf"^step:(\d+)/(\d+) val_loss:{NUMBER} (?:\S+ )*?train_time:{NUMBER}(ms|s)\b", re.M | re.I)
+LINE = re.compile(rf"^step:(\d{{1,12}})/(\d{{1,12}}) val_loss:{NUMBER} (?:\S+ )*?train_time:{NUMBER}(ms|s)\b", re.M | re.I)
 CUT = re.compile(r"^step:\d+/\d+ val_loss:\S*[^\n]*\Z", re.M)  # a last line without its end
-LLMC = re.compile(rf"^s:(\d+) tel:{NUMBER}\s*$", re.M | re.I)
+LLMC = re.compile(rf"^s:(\d{{1,12}}) tel:{NUMBER}\s*$", re.M | re.I)
 SHAPE = "step:N/M val_loss:L train_time:Tms step_avg:Sms"
 
 

@@ -18,7 +18,9 @@ import shutil
 import statistics as middle
 from pathlib import Path
 
+import arguments as numbers
 import deltas
+import files
 import runlog
 from records.claims import claim_laws, compare, manifest, provenance, textlog, writeup
 from records.claims.provenance import last_ml
@@ -50,7 +52,7 @@ def arguments(p):
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
     p.add_argument("--audit", metavar="FILE", help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
     p.add_argument("--reproduction", metavar="DIR", help="claim folder of another machine, for the grade `reproduced`")
-    p.add_argument("--target", type=float, metavar="LOSS", help="for text logs: the loss to reach (claims declare theirs)")
+    p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS", help="for text logs: the loss to reach (claims declare theirs)")
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 
@@ -61,7 +63,7 @@ def run(options):
         if options.audit or options.reproduction:
             raise UserError("text logs name neither code nor machine: --audit and --reproduction need a claim folder")
         results = text_logs(folder, options.target)
-        print(json.dumps(results, indent=1)) if options.json else report_text_logs(results)
+        print(files.json_text(results, indent=1)) if options.json else report_text_logs(results)
         return SHOWN if results["verdict"] == "shown" else NOT_SHOWN
     if options.target is not None:
         raise UserError("--target is for text logs: a claim declares its target before the first run")
@@ -75,7 +77,7 @@ def run(options):
         where = f"note: {error}"
     if before in GRADES and results["grade"] in GRADES and GRADES.index(results["grade"]) < GRADES.index(before):
         where += f"\nnote: it was {before}, now it is {results['grade']}"
-    print(json.dumps(results, indent=1)) if options.json else report(results, where)
+    print(files.json_text(results, indent=1)) if options.json else report(results, where)
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
 
 
@@ -153,30 +155,32 @@ def is_its_page(folder, results):
     if not path.exists():
         return True
     try:
-        return path.read_text() in [writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None]
+        return path.read_text(encoding="utf-8") in [writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None]
     except (OSError, UserError, LookupError, TypeError, AttributeError, ValueError):
         return False  # results.json of another making: then the page has nothing to rest on
 
 
 def store(folder, results, page):
     """Write results.json and, if asked for and there is something to tell, README.md."""
-    compare.write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    files.write(folder / "results.json", files.json_text(results, indent=1) + "\n")
     if page and results.get("statistics") and results["claim"] != "comparison":
-        compare.write(folder / writeup.PAGE, writeup.readme(folder, results))
+        files.write(folder / writeup.PAGE, writeup.readme(folder, results))
 
 
 def keep(folder, results, audit, reproduction):
     """Keep the audit and the reproduction that counted in the claim folder, so that the grade can be checked again."""
     if audit and results.get("audit", {}).get("counts"):
-        compare.write(folder / AUDIT, Path(audit).read_bytes())
+        files.write(folder / AUDIT, Path(audit).read_bytes())
     kept = folder / REPRODUCTION
     if reproduction and results["grade"] == "reproduced" and Path(reproduction).resolve() != kept.resolve():
         if kept.exists():
             raise UserError(f"{kept} holds another reproduction: remove it, then give this one again")
         try:
-            shutil.copytree(reproduction, kept, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+            shutil.rmtree(unfinished := folder / f".{REPRODUCTION}.tmp", ignore_errors=True)
+            shutil.copytree(reproduction, unfinished, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+            unfinished.rename(kept)
         except (OSError, shutil.Error) as error:
-            shutil.rmtree(kept, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise UserError(f"cannot write {kept}: {error}") from None
 
 
@@ -356,7 +360,7 @@ def parity(new, old):
 
 def read_audit(path):
     try:
-        audit = json.loads(Path(path).read_text())
+        audit = json.loads(Path(path).read_text(encoding="utf-8"))
         if audit["version"] != 1 or not isinstance(audit["passed"], bool):
             raise ValueError
         checks = {check["name"]: check["passed"] for check in audit["checks"]}
@@ -434,16 +438,16 @@ def not_a_reproduction(found, other):
 def is_text_logs(folder):
     """No claim and no run folders, but text files: here or one level down, as upstream's records have them."""
     marks = (manifest.NAME, "run.jsonl", "*/run.jsonl")
-    return folder.is_dir() and not any(any(folder.glob(m)) for m in marks) and any(
-        any(folder.glob(m)) for m in ("*.txt", "*/*.txt"))
+    return folder.is_dir() and not any(files.listed(folder, m) for m in marks) and any(
+        files.listed(folder, m) for m in ("*.txt", "*/*.txt"))
 
 
 def text_logs(folder, target):
     """Statistics of a folder of upstream's text logs, one run a file. UserError if they are not one group of runs."""
     from records import statistics
-    paths = sorted(folder.glob("*.txt"))
+    paths = files.listed(folder, "*.txt")
     if not paths:
-        inner = sorted({p.parent.name for p in folder.glob("*/*.txt")})
+        inner = sorted({p.parent.name for p in files.listed(folder, "*/*.txt")})
         raise UserError(f"{folder}: its logs lie in {', '.join(inner[:4])}: name one of these, each is a group of its own")
     if target is None:
         raise UserError(f"{folder}: text logs: name the loss to reach, like --target 3.28")

@@ -10,6 +10,7 @@ import uuid
 from pathlib import Path
 
 import deltas
+import files
 import runlog
 from records.claims import provenance
 from settings import UserError
@@ -17,7 +18,7 @@ from settings import UserError
 
 def read_results(folder):
     try:
-        return json.loads((Path(folder) / "results.json").read_text())
+        return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UserError(f"{folder}: no whole results.json: run `records verify {folder}` first") from None
 
@@ -155,16 +156,12 @@ def upstream(folder):
     record = record_of(folder, results)
     name = "".join(word.capitalize() for word in record.slug.split("_")) or f"Record{record.ref.partition('/')[2]}"
     out = folder / "upstream" / f"{results['declared'][:10]}_{name}"
-    try:
-        for arm, row in results["statistics"]["arms"].items():
-            (out / GROUPS[arm]).mkdir(parents=True, exist_ok=True)
-            for run in row["runs"]:
-                path = out / GROUPS[arm] / f"{uuid.uuid5(uuid.NAMESPACE_URL, run['last_hash'] or str(run['run']))}.txt"
-                path.write_text(upstream_log(folder / "runs", run))
-        (out / "README.md").write_text(upstream_readme(record, results))
-        (out / "statistics.md").write_text(statistics_page(results))
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}") from None
+    for arm, row in results["statistics"]["arms"].items():
+        for run in row["runs"]:
+            path = out / GROUPS[arm] / f"{uuid.uuid5(uuid.NAMESPACE_URL, run['last_hash'] or str(run['run']))}.txt"
+            files.write(path, upstream_log(folder / "runs", run))
+    files.write(out / "README.md", upstream_readme(record, results))
+    files.write(out / "statistics.md", statistics_page(results))
     return out
 
 

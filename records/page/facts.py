@@ -19,6 +19,7 @@ import math
 import re
 
 import deltas
+import files
 from records import statistics
 from records.claims import verify
 from records.sweeps import report as sweep_report
@@ -117,7 +118,7 @@ def read_sweeps(folder):
     UserError if a mean, effect, interval or p is not what the losses in the same file give.
     """
     sweeps = []
-    for path in sorted(folder.glob("*.json")):
+    for path in files.listed(folder, "*.json"):
         sweep = read_json(path)
         if path.stem == "judge" or not isinstance(sweep, dict) or sweep.get("kind") not in SWEEPS:
             continue
@@ -211,12 +212,12 @@ def read_claims(record):
     UserError if a results.json says anything else than its logs do now.
     """
     found = []
-    for path in sorted(record.folder.glob("**/results.json")):
+    for path in files.listed(record.folder, "**/results.json"):
         if verify.REPRODUCTION in path.relative_to(record.folder).parts:  # part of the claim that it reproduces
             continue
         results = read_json(path)
         if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and record.answers(results.get("record")):
-            wrong = verify.differences(results, json.loads(json.dumps(verify.verify(path.parent))))
+            wrong = verify.differences(results, json.loads(files.json_text(verify.verify(path.parent))))
             if wrong:
                 raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its folder, and see "
                                 "what it says")
@@ -233,12 +234,12 @@ def read_runs(record, claims=()):
     counted = {f"{c['where']}/runs/{r['folder']}" for c in claims if "statistics" in c
                for r in c["statistics"]["arms"]["new"]["runs"]}
     runs = []
-    for path in sorted(record.folder.glob("**/run.jsonl")):
+    for path in files.listed(record.folder, "**/run.jsonl"):
         folder, claimed = path.parent.relative_to(ROOT).as_posix(), (path.parents[2] / "manifest.jsonl").exists()
         if claimed and folder not in counted:
             continue
         summary, events = read_json(path.parent / "summary.json"), read_chain(path)
-        if summary.get("val_loss") != events[-1].get("val_loss"):
+        if files.strict(summary.get("val_loss")) != files.strict(events[-1].get("val_loss")):
             raise UserError(f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl beside it")
         if (summary["record"], summary["changes"], summary["status"]) != (record.ref, [], "finished"):
             continue

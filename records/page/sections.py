@@ -2,11 +2,11 @@
 charts are drawn by page.js from the JSON at the end of the page."""
 
 import csv
-import json
 from html import escape
 from pathlib import Path
 
 import deltas
+import files
 import schedule
 from records.page import facts
 from records.page.tags import NOTHING, chip, folded, interval, missing, number, table
@@ -250,7 +250,7 @@ def data(site):
                "published": [c for c in map(reference_curve, site["records"].values()) if c], "runs": runs,
                "settings": settings_data(site["records"]),
                "predictions": [facts.predictions(site, s) for s in facts.scales_measured(site) if s != "full"]}
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return files.json_text(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def run_points(r):

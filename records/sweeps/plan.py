@@ -8,7 +8,7 @@ import itertools
 from pathlib import Path
 
 import deltas
-import runlog
+import repository
 from settings import BEFORE, NUMERICS_VERSION, REFUSE, UserError, lookup
 
 AXES = ("model", "optim", "schedule", "data", "numerics")  # the parts of the settings that a loss can depend on
@@ -240,8 +240,6 @@ def make_plan(options):
     if options.seeds < 1 or (options.controls is not None and options.controls < options.seeds):
         raise UserError(f"--seeds {options.seeds}" + ("" if options.controls is None else f" --controls {options.controls}")
                         + ": at least one seed, and at least as many controls")
-    if not 0 < options.confidence < 1:
-        raise UserError(f"--confidence {options.confidence}: must lie between 0 and 1, like 0.95")
     common = [f"--{kind} {x}" for kind in ("revert", "with", "without", "set") for x in getattr(options, f"all_{kind}")]
     preset = options.base in deltas.preset_names()
     scale = options.scale or (deltas.load_preset(options.base)[0]["scale"] if preset else "micro")
@@ -250,7 +248,7 @@ def make_plan(options):
             "seeds": options.seeds, "controls": options.seeds, "paired": options.paired, "confidence": options.confidence,
             "groups": [], "screening": "", "skipped": [], "arms": [], "settings": {},
             "data": str(Path(options.data).resolve()) if options.data else None,
-            "numerics_version": NUMERICS_VERSION, "code": runlog.code_version()}
+            "numerics_version": NUMERICS_VERSION, "code": repository.code_version()}
     {"ablate": ablation, "axis": axis, "chain": chain}[options.kind](plan, options)
     plan["name"] = f"{plan['kind']}_{plan['base'].replace('/', '-').replace('..', '_to_')}_{scale}"
     compared = len(pairs_of(plan))

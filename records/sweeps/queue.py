@@ -11,6 +11,7 @@ above its own has lost the target. Files appear whole by hard link, atomic on a 
 mtimes that the file server gave, so the clocks of the machines do not matter. No torch here.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ import time
 from pathlib import Path
 
 import deltas
+import files
 import runlog
 from records.sweeps.plan import resolve
 from settings import NUMERICS_VERSION, UserError
@@ -37,7 +39,10 @@ def write_once(path, text):
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        temporary.write_text(text)
+        with open(temporary, "xb") as file:
+            file.write(files.encoded(text))
+            file.flush()
+            os.fsync(file.fileno())
         try:
             os.link(temporary, path)
             return True
@@ -46,12 +51,13 @@ def write_once(path, text):
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; a queue needs free space and hard links") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_json(path, remedy="move it away to have its target run again"):
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError):
@@ -66,7 +72,7 @@ def create(root, plan):
             (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the sweep folder {root}: {error.strerror}; choose another with --dir") from None
-    if write_once(root / "plan.json", json.dumps(plan, indent=1) + "\n"):
+    if write_once(root / "plan.json", files.json_text(plan, indent=1) + "\n"):
         return True
     old = load_plan(root)
     for key in SAME_SWEEP:
@@ -141,7 +147,7 @@ def settled(root, known=({}, {})):
     """({target: result}, {target: failure}) so far. known: an earlier answer, whose files are not read again."""
     out = []
     for folder, old in zip(("done", "failed"), known):
-        names = [p.stem for p in (Path(root) / folder).glob("[!.]*.json")]
+        names = [p.stem for p in files.listed(Path(root) / folder, "*.json")]
         found = {name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json") for name in names}
         out.append({name: value for name, value in found.items() if value is not None})
     return tuple(out)
@@ -152,7 +158,7 @@ def settled(root, known=({}, {})):
 def place():
     """Where a process id means something: this boot and this process namespace."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return f"{os.uname().nodename} since {os.uname().version}"
 
@@ -160,7 +166,7 @@ def place():
 def born(pid):
     """Start of a process in clock ticks, or None if there is no such process."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return None if status[0] in "ZX" else int(status[19])
     except OSError:
         pass
@@ -200,7 +206,7 @@ def last_claim(root, target):
 
 def is_stale(root, target, number, stale_s=STALE_S):
     """Whether a claim's heartbeat is too old, or its process is known to be gone."""
-    with open(claim_path(root, target, number)) as file:  # opening fetches fresh attributes on NFS
+    with open(claim_path(root, target, number), encoding="utf-8") as file:  # opening fetches fresh attributes on NFS
         age = server_time(root) - os.fstat(file.fileno()).st_mtime
         try:
             owner = json.loads(file.read())
@@ -216,7 +222,7 @@ def claim(root, target, stale_s=STALE_S):
     number = last_claim(root, target)
     if number and not is_stale(root, target, number, stale_s):
         return None
-    text = json.dumps({"target": target, "claim": number + 1, "utc": utc(), **identity()}) + "\n"
+    text = files.json_text({"target": target, "claim": number + 1, "utc": utc(), **identity()}) + "\n"
     if not write_once(claim_path(root, target, number + 1), text):
         return None
     return number + 1, hashlib.sha256(text.encode()).hexdigest()
@@ -272,7 +278,7 @@ def foreign(run, plan, arm, seed):
 def find_run(folders, plan, arm, seed):
     """(path, facts) of a finished run of this arm and seed in any of the folders, or None."""
     for folder in folders:
-        for path in sorted(Path(folder).glob(f"*_{arm['ml_hash'][:8]}_s{seed}*")):
+        for path in files.listed(folder, f"*_{arm['ml_hash'][:8]}_s{seed}*"):
             try:
                 run = read_run(path)
             except UserError:
@@ -301,27 +307,27 @@ def adopt(root, plan, target, arm, seed, folders):
     home = Path(root) / "runs"
     if path.parent.resolve() != home.resolve():
         run["adopted_from"] = str(path.resolve())
-        sources = json.loads((path / "run.jsonl").open().readline())["sources"]
+        sources = runlog.read_chain(path / "run.jsonl")[0]["sources"]
         try:
             temporary = home / f".{path.name}.{secrets.token_hex(4)}.tmp"
             if not (home / path.name).exists():
                 shutil.copytree(path, temporary, ignore=shutil.ignore_patterns("checkpoint.pt", "trace.json"))
                 os.rename(temporary, home / path.name)
-            for source in path.parent.glob(f"sources-{sources}.txt*"):
+            for source in files.listed(path.parent, f"sources-{sources}.txt*"):
                 if not (home / source.name).exists():
-                    shutil.copy2(source, home / source.name)
+                    files.write(home / source.name, source.read_bytes())
         except OSError as error:
             if not (home / path.name).exists():
                 raise UserError(f"cannot copy {path} to {home}: {error.strerror}") from None
             shutil.rmtree(temporary, ignore_errors=True)  # another worker was faster
     result = {"target": target, "arm": arm["label"], "utc": utc(), **run}
-    return result if write_once(Path(root) / "done" / f"{target}.json", json.dumps(result, indent=1) + "\n") else None
+    return result if write_once(Path(root) / "done" / f"{target}.json", files.json_text(result, indent=1) + "\n") else None
 
 
 def retry(root):
     """Move failures aside so that their targets run again. Returns how many."""
     moved = 0
-    for path in (Path(root) / "failed").glob("[!.]*.json"):
+    for path in files.listed(Path(root) / "failed", "*.json"):
         (path.parent / "old").mkdir(exist_ok=True)
         path.rename(path.parent / "old" / f"{path.stem}.{last_claim(root, path.stem)}.json")
         moved += 1

@@ -6,10 +6,12 @@ Intervals hold for all rows at once. A row whose interval says nothing is `unres
 """
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
 
+import files
 import runlog
 from records import statistics
 from records.sweeps import queue
@@ -282,23 +284,21 @@ def write(found, base):
     """base.json, .csv, .md and .png. Returns the paths."""
     base = Path(base)
     paths = {ext: base.with_name(f"{base.name}.{ext}") for ext in ("json", "csv", "md", "png")}
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-        paths["json"].write_text(json.dumps(found, indent=1) + "\n")
-        with open(paths["csv"], "w", newline="") as file:
-            out = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-            out.writeheader()
-            for rank, row in ranked(found):
-                out.writerow(row | {"rank": rank, "changes": " ".join(row["changes"])})
-        paths["md"].write_text(markdown(found))
-        draw(found, paths["png"])
-    except OSError as error:
-        raise UserError(f"cannot write {error.filename or base}: {error.strerror}; choose another --out") from None
+    rows = io.StringIO(newline="")
+    out = csv.DictWriter(rows, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    out.writeheader()
+    for rank, row in ranked(found):
+        out.writerow(row | {"rank": rank, "changes": " ".join(row["changes"])})
+    contents = {"json": files.json_text(found, indent=1) + "\n", "csv": rows.getvalue(), "md": markdown(found),
+                "png": draw(found)}
+    for ext, content in contents.items():
+        files.write(paths[ext], content, remedy="free some space or choose another --out")
     return list(paths.values())
 
 
-def draw(found, path):
-    """Forest plot: effect and interval of every measured row. Resolved ones are filled, and blue where they help."""
+def draw(found):
+    """Forest plot as PNG bytes: effect and interval of every measured row. Resolved ones are filled, and blue where they
+    help."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -319,8 +319,10 @@ def draw(found, path):
     axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} simultaneous intervals"
                    + ("" if found["complete"] else ", incomplete"), fontsize=9)
     axes.grid(axis="x", alpha=0.25)
-    figure.savefig(path, metadata={"Software": None})
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
     plt.close(figure)
+    return image.getvalue()
 
 
 def report(root, out=None):
@@ -340,9 +342,9 @@ def report(root, out=None):
 def earlier_sd(plan, folder=None):
     """(pooled sd, df, names) of the committed sweeps at the plan's scale, with the same changes to all arms, or None."""
     folder, squares, df, names = folder or runlog.ROOT / "records" / "evidence", 0.0, 0, []
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in files.listed(folder, "*.json"):
         try:
-            sweep = json.loads(path.read_text())
+            sweep = json.loads(path.read_text(encoding="utf-8"))
             same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired", "numerics_version"))
             if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
                 squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]

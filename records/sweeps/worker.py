@@ -5,7 +5,6 @@ A run dies with its worker, however that ends, so a kill loses the runs in progr
 
 import contextlib
 import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import time
 from pathlib import Path
 
 import deltas
+import files
 import runlog
 from records.sweeps import queue
 from records.sweeps.plan import flags_of, resolve
@@ -65,7 +65,7 @@ def slots(plan, workers=None, gpus=None):
                         "slurm, or insist with --set system.device=cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = max(1, min(int(asked) if asked.isdigit() else cores, cores // (workers or 1)))
+    threads = max(1, min(int(asked) if asked.isdecimal() and len(asked) < 10 else cores, cores // (workers or 1)))
     return [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}] * (workers or 1)
 
 
@@ -135,7 +135,7 @@ class Run:
     def result(self):
         """(facts of the complete run folder that carries this claim's hash, '') or (None, why there is none)."""
         why = "it left no complete log"
-        for path in sorted((self.root / "runs").glob(f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*"), reverse=True):
+        for path in reversed(files.listed(self.root / "runs", f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*")):
             try:
                 run = queue.read_run(path)
             except UserError as error:
@@ -151,9 +151,9 @@ class Run:
         run, why = self.result() if code in COMPLETE else (None, self.reason(code))
         about = {"target": self.target, "arm": self.arm["label"], "seed": self.seed, "utc": queue.utc()}
         kind, value = ("failed", {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
-        queue.write_once(self.root / kind / f"{self.target}.json", json.dumps(about | value, indent=1) + "\n")
+        queue.write_once(self.root / kind / f"{self.target}.json", files.json_text(about | value, indent=1) + "\n")
         if kind == "done":
-            for output in self.output.parent.glob(f"{self.target}.*"):  # of earlier claims too
+            for output in files.listed(self.output.parent, f"{self.target}.*"):  # of earlier claims too
                 output.unlink(missing_ok=True)
         return kind, value
 
@@ -161,7 +161,7 @@ class Run:
         if code < 0:
             hint = "; out of memory, or somebody killed it" if code == -signal.SIGKILL else ""
             return f"killed by {signal.Signals(-code).name}{hint}"
-        lines = [x for x in self.output.read_text(errors="replace").splitlines() if x.strip()]
+        lines = [x for x in self.output.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
         return f"exit {code}: {lines[-1][:300] if lines else 'it printed nothing'}"
 
 
@@ -238,7 +238,7 @@ class Worker:
         if not self.plan["groups"] or (self.root / "survivors.json").exists():
             return False
         from records.sweeps.report import screen
-        queue.write_once(self.root / "survivors.json", json.dumps(screen(self.plan, self.done), indent=1) + "\n")
+        queue.write_once(self.root / "survivors.json", files.json_text(screen(self.plan, self.done), indent=1) + "\n")
         return True
 
     @held

@@ -1,4 +1,4 @@
-"""What a person sees: prints that never end a run, a terminal's width and encoding, the last line of a failure. No torch here.
+"""What a person sees: prints that never end a run, a terminal's width and encoding, the line of a failure. No torch here.
 
 A program calls `guard()` first. From then on `print` to stdout or stderr cannot fail: a closed pipe, a full disk or a
 terminal that went away loses the output, never the run; a character that the terminal's encoding lacks is replaced.

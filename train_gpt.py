@@ -836,7 +836,7 @@ def start_processes(options, resolved):
     s = resolved.settings
     check_devices(resolved, options.nproc)
     require_shards(find_corpus(options, resolved), steps=len(schedule.plan(s)), **stream_arguments(s))
-    return launch([sys.executable, *sys.orig_argv[1:]], options.nproc)
+    return launch([sys.executable, os.path.abspath(__file__), *sys.argv[1:]], options.nproc)
 
 
 def outcome(options, resolved):

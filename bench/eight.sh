@@ -21,8 +21,7 @@ for n in 1 2 4 8; do
 done
 DATA=${DATA:-data/fineweb10B}
 if [ "$gpus" -ge 8 ] && [ -d "$DATA" ]; then
-    "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=8 train_gpt.py "${records[-1]}" --data "$DATA" --out "$OUT/runs" \
-        || failed=1
+    "$PYTHON" train_gpt.py "${records[-1]}" --nproc 8 --data "$DATA" --out "$OUT/runs" || failed=1
 fi
 echo "results: $OUT"
 exit $failed

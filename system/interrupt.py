@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 INTERRUPTED = 130  # as a shell has it for Ctrl-C: 128 + SIGINT; of SIGTERM and SIGHUP too
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))  # Windows: no HUP
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGHUP
 TOLD = getattr(signal, "SIGUSR1", None)  # from another process of the same run: it was asked to stop
 AGAIN_S = 1.0  # within this time it is the same request: `timeout`, terminals and launchers signal a process twice
 

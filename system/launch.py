@@ -23,7 +23,8 @@ ENDING_S = 5.0  # for the others to end by themselves when one has failed: they 
 GRACE_S = 10.0  # to end after SIGTERM
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 KILL = getattr(signal, "SIGKILL", 9)  # Windows has none
-# Of the codes that processes ended with, the first one of these: who loses a peer ends with 1, and who is told to end with 130.
+# Of the codes that processes ended with the first one of these is taken. A process that loses a peer ends with 1, one that is
+# told to end with 130: neither says why.
 TELLING = (2, 4, 3, 130)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

@@ -103,13 +103,12 @@ def test_a_file_that_cannot_be_written_is_one_line_and_every_process_still_takes
 # ----- folders and account
 
 def test_caches_lie_in_the_projects_cache_unless_the_environment_names_them(tmp_path, monkeypatch):
-    for name in (*compiler.FOLDERS, "TORCHINDUCTOR_COMPILE_THREADS", "LOCAL_WORLD_SIZE"):
+    for name in (*compiler.FOLDERS, "TORCHINDUCTOR_COMPILE_THREADS"):
         monkeypatch.setenv(name, "")  # so that what prepare sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setattr(os, "cpu_count", lambda: 26)
-    compiler.prepare(tmp_path, cuda=False)
+    compiler.prepare(tmp_path, cuda=False, processes=4)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "compiled" / "inductor")
     assert (tmp_path / "compiled" / "inductor").is_dir() and os.environ["TRITON_CACHE_DIR"] == "/elsewhere"
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "6"

@@ -26,7 +26,8 @@ def shell(line, **more):
 # ----- commands whose whole product is their output -----------------------------------------------------------------
 
 PRODUCTS = ["-m records list", "-m records show short/5", "-m records diff short/1 short/2", "-m records features lr"]
-OTHERS = ["-m records compare short/1", "train_gpt.py short/nonsense", "-m data.tokenize /nowhere --out /nowhere/x", "sweep.py work /nowhere"]
+OTHERS = ["-m records compare short/1", "train_gpt.py short/nonsense", "-m data.tokenize /nowhere --out /nowhere/x",
+          "sweep.py work /nowhere"]
 
 
 @FULL
@@ -115,7 +116,8 @@ def test_a_character_that_the_terminal_lacks_is_replaced():
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_every_signal_ends_a_command_in_one_line_with_130(number):
     script = "import console, time\ndef main():\n    print('up', flush=True)\n    time.sleep(60)\nconsole.program(main)"
-    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
     process.send_signal(getattr(signal, number))
     assert (process.communicate(timeout=60)[1], process.returncode) == ("error: interrupted\n", 130)

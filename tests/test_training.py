@@ -191,9 +191,9 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
     assert read_chain(next(tmp_path.glob("*/run.jsonl")))[-1]["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("steps", [5000, 200])
+@pytest.mark.parametrize("steps", [5000, 40])
 def test_a_run_whose_reader_is_gone_trains_on_and_ends_its_log(steps, tmp_path):
-    """As in `train_gpt.py ... 2>&1 | tee log`: Ctrl-C ends tee first. 200: without Ctrl-C."""
+    """As in `train_gpt.py ... 2>&1 | tee log`: Ctrl-C ends tee first. 40: without Ctrl-C."""
     reads, writes = os.pipe()
     process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
                                 f"schedule.steps={steps}", "--out", str(tmp_path)], cwd=ROOT, stdout=writes, stderr=writes)
@@ -204,7 +204,7 @@ def test_a_run_whose_reader_is_gone_trains_on_and_ends_its_log(steps, tmp_path):
     os.close(reads)
     if steps == 5000:
         process.send_signal(signal.SIGINT)
-    assert process.wait(60) == (130 if steps == 5000 else 0)
+    assert process.wait(240) == (130 if steps == 5000 else 0)
     status = "interrupted" if steps == 5000 else "finished"
     assert json.loads(next(tmp_path.glob("*/summary.json")).read_text())["status"] == status
 

@@ -163,7 +163,7 @@ def boards(site):
     for machine in sorted(found):
         out += f"<h3>{escape(machine)}</h3>" + board(site, machine, found[machine])
     free = [c for c in CARDS if not any(c.lower() in machine.lower() for machine in found)]
-    rows = [[escape(c), "unclaimed", f"<code>torchrun --standalone --nproc_per_node={c[0]} train_gpt.py short/head"
+    rows = [[escape(c), "unclaimed", f"<code>python train_gpt.py short/head --nproc {c[0]}"
              f"{'' if c.startswith('8') else ' --scale small'}</code>"] for c in free]
     return out + "<h3>Unclaimed</h3>" + table(["machine", "state", "a run that opens its board"], rows,
                                               "Machines without a board", "dense unclaimed")

@@ -34,13 +34,17 @@ class Curve:
     def last_step(self) -> int:
         return self.validations[-1][0]
 
+    @property
+    def last_finite(self) -> int | None:
+        """The step of the last validation loss that is a number."""
+        return next((step for step, *_, loss in reversed(self.validations) if math.isfinite(loss)), None)
+
     def state(self) -> str:
         """'' of a finished run, otherwise what became of it, in a few words."""
         if self.status == "finished":
             return ""
         if self.status == "diverged":
-            finite = [step for step, *_, loss in self.validations if math.isfinite(loss)]
-            return f"diverged after step {finite[-1]}" if finite else "diverged"
+            return "diverged" if self.last_finite is None else f"diverged after step {self.last_finite}"
         return f"{self.status}, step {self.last_step} of {self.scheduled}"
 
 

@@ -27,24 +27,19 @@ def arguments(p):
 
 
 def run(options):
-    path, notes = plot(options.runs, options.out, options.x, options.train)
-    print("\n".join([*notes, f"plot: {path}"]))
+    print(f"plot: {plot(options.runs, options.out, options.x, options.train)}")
 
 
 def plot(folders: list, out: str | Path | None = None, x: str = "steps",
-         train: bool = False) -> tuple[Path, list[str]]:
-    """Draw the curves. Returns the picture's path (default: curve.png in the first folder) and notes on the runs."""
+         train: bool = False) -> Path:
+    """Draw the curves, and print what the picture does not show whole. Returns its path (see --out)."""
     found = [curves.read(folder) for folder in folders]
     path = Path(out) if out else found[0].folder / "curve.png"
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"--out {path}: the ending says the format: {', '.join(FORMATS)}")
     common, names = curves.labels(found)
     lines = [Line(curve, name, x) for curve, name in zip(found, names)]
-    notes = [f"{line.label}: no finite validation loss, nothing to draw" for line in lines if not line.points]
-    lines = [line for line in lines if line.points]
-    if not lines:
-        raise UserError(f"{found[0].folder}: no validation loss is finite: there is nothing to draw")
-    notes += [f"{line.name}: {line.state}" for line in lines if line.state]
+    notes = [f"{line.name}: {line.note()}" for line in lines if line.state]
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -66,7 +61,8 @@ def plot(folders: list, out: str | Path | None = None, x: str = "steps",
     finally:
         plt.close(figure)
     files.write(path, image.getvalue())
-    return path, notes + caption
+    print("".join(f"{line}\n" for line in [*notes, *caption]), end="")
+    return path
 
 
 class Line:
@@ -86,6 +82,13 @@ class Line:
         there = [v[column] / scale for v in curve.validations]
         self.train = [(interpolated(step, at, there), loss) for step, _, loss in curve.train
                       if math.isfinite(loss)]
+
+    def note(self) -> str:
+        """What became of a run that did not finish, and how far it is drawn."""
+        if self.curve.status != "diverged":
+            return self.state
+        return "this run diverged; " + (f"its curve ends at step {self.curve.last_finite}, the last loss that is a number"
+                                        if self.points else "none of its losses is a number, and it has no curve")
 
     def smooth(self) -> list[tuple[float, float]]:
         """The running mean of the training loss over the last steps."""
@@ -107,10 +110,12 @@ def draw(axes, lines: list[Line], x: str, train: bool) -> None:
     """All lines, targets and published curves, and limits that leave the first, highest points out."""
     low, high = [], []
     for line in lines:
-        colour = axes.plot(*zip(*line.points), marker="o", markersize=3, label=line.label)[0].get_color()
+        at, losses = [x for x, _ in line.points], [loss for _, loss in line.points]
+        colour = axes.plot(at, losses, marker="o", markersize=3, label=line.label)[0].get_color()
+        if not losses:  # only its name is there
+            continue
         if line.curve.status == "diverged":
-            axes.plot(*line.points[-1], marker="x", markersize=9, color=colour)
-        losses = [loss for _, loss in line.points]
+            axes.plot(at[-1], losses[-1], marker="x", markersize=9, color=colour)
         low.append(min(losses))
         high.append(sorted(losses)[-2 if len(losses) > 3 else -1])
         if train and line.train:
@@ -125,8 +130,9 @@ def draw(axes, lines: list[Line], x: str, train: bool) -> None:
     for ref in dict.fromkeys(full):
         if points := published(ref, x):
             axes.plot(*zip(*points), color="0.6", linewidth=1, label=f"{ref} published")
-    margin = 0.06 * (max(high) - min(low) + 0.1)
-    axes.set_ylim(min(low) - margin, max(high) + margin)
+    if low:
+        margin = 0.06 * (max(high) - min(low) + 0.1)
+        axes.set_ylim(min(low) - margin, max(high) + margin)
     axes.set_xlabel(UNITS[x][1])
     axes.set_ylabel("loss, nats per token" if train else "validation loss, nats per token")
     axes.grid(alpha=0.25)

@@ -75,32 +75,37 @@ def test_diverged_and_unfinished_runs_are_drawn_as_far_as_they_are_finite(tmp_pa
                make_run(tmp_path / "d", seed=3, losses=(7.0, 6.1), status=None),
                make_run(tmp_path / "e", seed=4, losses=(7.0,), status="interrupted"),
                make_run(tmp_path / "f", seed=5, losses=(math.inf,), status="diverged")]
-    path, notes = plot.plot(folders, train=True)
+    path = plot.plot(folders, train=True)
     assert path == tmp_path / "a/curve.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert notes == ["seed 5 (diverged): no finite validation loss, nothing to draw", "seed 1: diverged after step 2",
-                     "seed 2: diverged after step 0", "seed 3: running, step 2 of 20", "seed 4: interrupted, step 0 of 20"]
-    assert legend(axes[0])[:4] == ["seed 0", "seed 1 (diverged after step 2)", "seed 2 (diverged after step 0)",
-                                   "seed 3 (running, step 2 of 20)"]
-    with pytest.raises(UserError, match="no validation loss is finite"):
-        plot.plot(folders[5:])
+    assert capsys.readouterr().out.splitlines() == [
+        "seed 1: this run diverged; its curve ends at step 2, the last loss that is a number",
+        "seed 2: this run diverged; its curve ends at step 0, the last loss that is a number", "seed 3: running, step 2 of 20",
+        "seed 4: interrupted, step 0 of 20", "seed 5: this run diverged; none of its losses is a number, and it has no curve"]
+    assert legend(axes[0])[:6] == ["seed 0", "seed 1 (diverged after step 2)", "seed 2 (diverged after step 0)",
+                                   "seed 3 (running, step 2 of 20)", "seed 4 (interrupted, step 0 of 20)", "seed 5 (diverged)"]
+    assert plot.plot(folders[5:]).exists() and "has no curve" in capsys.readouterr().out
     with pytest.raises(UserError, match="no validation yet"):
         plot.plot([make_run(tmp_path / "g", losses=(), status=None)])
 
 
-def test_axes_by_steps_tokens_and_time_and_the_caption_of_times(tmp_path, monkeypatch):
+def test_axes_by_steps_tokens_and_time_and_the_caption_of_times(tmp_path, monkeypatch, capsys):
     axes = drawn(monkeypatch)
+
+    def notes(*args):
+        plot.plot(*args)
+        return capsys.readouterr().out.splitlines()
+
     apart = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1)]
     (tmp_path / "c").mkdir()
     (tmp_path / "c/manifest.jsonl").write_text("")
     turns = [make_run(tmp_path / f"c/runs/{i}", seed=i, registered="abc") for i in range(2)]
     last = {"steps": 4, "tokens": 4096, "time": 2}
     for x, end in last.items():
-        _, notes = plot.plot(apart, tmp_path / "p.svg", x)
+        assert (plot.BUSY in notes(apart, tmp_path / "p.svg", x)) == (x == "time")
         assert axes[-1].lines[0].get_xdata()[-1] == end and axes[-1].get_xlabel() == plot.UNITS[x][1]
-        assert (plot.BUSY in notes) == (x == "time")
         assert ("did not take turns" in (tmp_path / "p.svg").read_text()) == (x == "time")
-        assert plot.BUSY not in plot.plot(turns, tmp_path / "p.svg", x)[1]
-    assert plot.BUSY not in plot.plot(apart[:1], tmp_path / "p.pdf", "time")[1]  # nothing it is compared with
+        assert notes(turns, tmp_path / "p.svg", x) == []
+    assert notes(apart[:1], tmp_path / "p.pdf", "time") == []  # nothing it is compared with
 
 
 def test_training_losses_lie_at_their_steps_and_smooth_is_their_running_mean(tmp_path):
@@ -111,11 +116,13 @@ def test_training_losses_lie_at_their_steps_and_smooth_is_their_running_mean(tmp
     assert line.smooth() == [(0.0, 8.0), (0.5, 7.75), (1.0, 7.5), (1.5, 7.25)]
 
 
-def test_a_log_of_version_2_says_whose_training_losses_it_has(tmp_path):
-    old = make_run(tmp_path / "a", log_version=2, processes=8)
-    assert "those of process 0" in plot.plot([old], tmp_path / "p.png", train=True)[1][-1]
-    assert plot.plot([old], tmp_path / "p.png")[1] == []
-    assert plot.plot([make_run(tmp_path / "b", log_version=2)], tmp_path / "p.png", train=True)[1] == []
+def test_a_log_of_version_2_says_whose_training_losses_it_has(tmp_path, capsys):
+    old, alone = make_run(tmp_path / "a", log_version=2, processes=8), make_run(tmp_path / "b", log_version=2)
+    plot.plot([old], tmp_path / "p.png", train=True)
+    assert "those of process 0" in capsys.readouterr().out
+    plot.plot([old], tmp_path / "p.png")
+    plot.plot([alone], tmp_path / "p.png", train=True)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_published_curve_is_drawn_at_full_scale_only_where_it_has_the_axis(tmp_path, monkeypatch):

@@ -479,7 +479,7 @@ def compose(record, scale, sets, with_, without, revert):
             moved.append(path)
     for path in moved:
         refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
-    plan, s = s.numerics, settings.lifted(s, assigned)
+    plan, s = s.numerics, lifted(s, assigned)
     try:
         return settings.check(s), report + lines + lift_lines(plan, s)
     except UserError as error:
@@ -489,8 +489,24 @@ def compose(record, scale, sets, with_, without, revert):
                         "later record that needs it as well, or switch the setting off with --without") from None
 
 
+def lifted(s, named=()):
+    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth.
+
+    named: paths that `--set` gives a value, which stays as it is: `--set` is literal.
+    """
+    if s.system.precision == "record" or "numerics" in named:
+        return s
+    changes = {f.name: s.system.precision for f in dataclasses.fields(s.numerics) if f.type is settings.Dtype}
+    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
+    for path in named:
+        section, _, rest = path.partition(".")
+        if section == "numerics":
+            changes.pop(rest.partition(".")[0], None)
+    return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
+
+
 def lift_lines(plan, s):
-    """One line on all that system.precision, which a scale may have set, took from the precision plan; none if nothing."""
+    """One line on all that system.precision, which a scale may have set, took from the precision plan, or none."""
     moved = [f.name for f in dataclasses.fields(plan) if getattr(plan, f.name) != getattr(s.numerics, f.name)]
     off = [name for name in moved if name.startswith("fp8")]
     parts = [", ".join(name for name in moved if name not in off)] if len(moved) > len(off) else []
@@ -499,7 +515,7 @@ def lift_lines(plan, s):
 
 
 def undone(s, record, scale, sets, with_, without, revert):
-    """A line for each change that does something at full scale and nothing here, because the scale itself sets what it sets."""
+    """A line for each change that does something at full scale and nothing here, because the scale decides that."""
     lines, flags = [], {"--with": list(with_), "--without": list(without), "--revert": list(revert)}
     if scale == "full":
         return lines
@@ -516,7 +532,8 @@ def undone(s, record, scale, sets, with_, without, revert):
             except UserError:  # another change needs this one
                 continue
             if full and not here:
-                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only --set overrules it")
+                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only --set "
+                             "overrules it")
     return lines
 
 

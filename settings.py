@@ -163,11 +163,11 @@ class Balance:
     rule: Literal["sign", "proportional", "quantile"] = opt(
         "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the "
                         "logits at which each expert would have had its share (J. Su, as in Marin)")
-    rate: float = opt(1e-2, "step of the bias on sigmoid scores; softmax scores, whose mean is 1/experts, get rate x 4/experts: "
-                            "at equal logits a score rises by 1/4 or about 1/experts of its logit, so both move the choice alike",
-                      idle="model.mlp.moe.balance.rule=quantile")
-    freeze_frac: float = opt(0.0, "the bias stands still over this last fraction of the steps (DeepSeek-V3: 0.5 of 14.8 T tokens, "
-                                  "0.034)", off=0.0)
+    rate: float = opt(1e-2, "step of the bias on sigmoid scores; softmax scores, whose mean is 1/experts, get rate x "
+                            "4/experts: at equal logits a score rises by 1/4 or about 1/experts of its logit, so that "
+                            "both steps move the choice alike", idle="model.mlp.moe.balance.rule=quantile")
+    freeze_frac: float = opt(0.0, "the bias stands still over this last fraction of the steps (DeepSeek-V3: 0.5 of "
+                                  "14.8 T tokens, 0.034)", off=0.0)
 
 
 @dataclass(frozen=True)
@@ -643,22 +643,6 @@ def elementwise(rule, value):
     return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
-def lifted(s, named=()):
-    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth.
-
-    named: paths that `--set` gives a value, which stays as it is: `--set` is literal.
-    """
-    if s.system.precision == "record" or "numerics" in named:
-        return s
-    changes = {f.name: s.system.precision for f in dataclasses.fields(s.numerics) if f.type is Dtype}
-    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
-    for path in named:
-        section, _, rest = path.partition(".")
-        if section == "numerics":
-            changes.pop(rest.partition(".")[0], None)
-    return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
-
-
 # ----- check --------------------------------------------------------------------------------------------------------
 
 def check(s):
@@ -861,10 +845,11 @@ def check_moe(s, require):
 
 
 def check_processes(s, processes):
-    """UserError if so many processes cannot share out the experts; asked before they know each other, so that one line is printed."""
+    """UserError if so many processes cannot share out the experts; asked before they meet, so that one line is said."""
     moe = s.model.mlp.moe
     if s.system.expert_parallel and moe.experts % processes:
-        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: change one of them")
+        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: change "
+                        "one of them")
 
 
 def check_window(s, require):

@@ -366,13 +366,15 @@ def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
             router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.03", f"score={score}")))
             for _ in range(2):
                 router.settle(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 32)
-            assert torch.allclose(router.bias, 2 * 0.03 * unit * torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+            bias = 2 * 0.03 * unit * torch.tensor(expected, dtype=torch.float64)
+            assert torch.allclose(router.bias, bias, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("name", ["sign", "proportional"])
 def test_a_router_of_16_bits_keeps_a_bias_of_32(name):
     """Steps of 0.001 on a bias of 1, which bfloat16 would lose; and the choice sees it: two equal scores, bias 0.001 apart."""
-    router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.001"), "numerics.router=bfloat16", precision="record"))
+    router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.001"), "numerics.router=bfloat16",
+                             precision="record"))
     assert router.weight.dtype == torch.bfloat16 and router.bias.dtype == torch.float32
     router.bias.fill_(1.0)
     load = torch.tensor([16.0] + 7 * [0], dtype=torch.float64)  # 7 and -1 times the mean away from it
@@ -436,7 +438,8 @@ def test_scores_that_underflow_give_no_nan():
     (gates.sum() + penalty.sum()).backward()
     router.tally[:8] += torch.bincount(chosen.flatten(), minlength=8)
     router.settle(router.tally.clone(), 48)
-    assert not gates.any() and all(t.isfinite().all() for t in (penalty, x.grad, router.weight.grad, router.bias, router.entropy))
+    found = (penalty, x.grad, router.weight.grad, router.bias, router.entropy)
+    assert not gates.any() and all(t.isfinite().all() for t in found)
 
 
 def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its_share():
@@ -670,7 +673,8 @@ def test_fp8_experts_round_in_training_only():
 
 
 def test_fp8_experts_asked_for_at_a_cpu_scale_round_there_too():
-    (exact, rounded), x = (layer(*sets, precision="float32") for sets in ((), ("numerics.fp8_experts=true",))), noise(2, 24, 48).float()
+    exact, rounded = (layer(*sets, precision="float32") for sets in ((), ("numerics.fp8_experts=true",)))
+    x = noise(2, 24, 48, dtype=torch.float32)
     a, b = exact(x, [], False), rounded(x, [], False)
     assert 0.002 < (a - b).square().mean().sqrt() / a.square().mean().sqrt() < 0.1
 

@@ -179,7 +179,7 @@ def test_the_windows_and_documents_of_that_test_hide_something():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_decoding_from_a_16_bit_cache_of_a_long_context_is_only_rounded_at_the_end(order):
-    """Against the same 16-bit operands in float64; logits and weights of bfloat16, as plain products have, lose several times more."""
+    """Against the same operands in float64; logits and weights of bfloat16, as plain products have, lose several times more."""
     attn = build("variants/5", **qk_norm(order)).blocks[0].attn
     for p in attn.parameters():
         p.data = p.data.to(torch.bfloat16).double()

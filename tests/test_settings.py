@@ -213,8 +213,8 @@ def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
 
 def test_what_a_scale_lifts_is_said_in_one_line():
     lines = deltas.resolve("short/33", scale="tiny").report
-    assert lines == ("numerics lifted to float32: matmul, eval_matmul, residual, head, gate, table, rope, rope_math, newton_schulz, "
-                     "newton_schulz_norm, adam_state; without fp8_head",)
+    assert lines == ("numerics lifted to float32: matmul, eval_matmul, residual, head, gate, table, rope, rope_math, "
+                     "newton_schulz, newton_schulz_norm, adam_state; without fp8_head",)
     for scale in ("full", "small"):
         assert deltas.resolve("short/33", scale=scale).report == ()
 
@@ -246,9 +246,9 @@ def test_set_is_literal_for_the_whole_plan_and_under_a_precision_that_was_set():
 
 
 @pytest.mark.parametrize("ref, flag, change", [
-    ("short/33", "without", "numerics.fp8_head"), ("short/33", "with_", "numerics.fp8_mlp"), ("short/11", "with_", "validation.target=3.5"),
-    ("short/11", "with_", "validation.every=7"), ("short/11", "without", "numerics.residual"), ("short/1", "without", "data.wrap"),
-    ("variants/4", "with_", "numerics.fp8_experts")])
+    ("short/33", "without", "numerics.fp8_head"), ("short/33", "with_", "numerics.fp8_mlp"),
+    ("short/11", "with_", "validation.target=3.5"), ("short/11", "with_", "validation.every=7"),
+    ("short/11", "without", "numerics.residual"), ("short/1", "without", "data.wrap"), ("variants/4", "with_", "numerics.fp8_experts")])
 def test_a_change_that_a_scale_overrules_is_named(ref, flag, change):
     r = deltas.resolve(ref, scale="micro", **{flag: [change]})
     assert r.settings == deltas.resolve(ref, scale="micro").settings

@@ -103,7 +103,7 @@ def resolve_carried(record, scale, changes):
         path, value = deltas.parse_assignment(text, "--set")
         s = deltas.assign(s, path, value, "--set")
         named.append(path)
-    return settings.check(settings.lifted(s, named))
+    return settings.check(deltas.lifted(s, named))
 
 
 def known_record(found, ref):

@@ -259,6 +259,8 @@ def _named(path, reader):
     """The unpacked bytes of a file, with the errors of reading and unpacking named. Sets reader.packed."""
     if path.is_dir():
         raise UserError(f"{path} is a folder: name the files in it, like {path}/*")
+    if path.exists() and not path.is_file():  # every file is opened twice, first to find its format
+        raise UserError(f"{path} is a pipe or a device: write its content to a file first")
     broken = [OSError, EOFError, zlib.error, lzma.LZMAError]
     try:
         with contextlib.ExitStack() as stack:

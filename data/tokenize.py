@@ -8,9 +8,9 @@ become the validation shard; of a text that is too short for that, a single docu
 import contextlib
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -183,13 +183,13 @@ def staged(out: Path) -> Iterator[Path]:
     If the block raises, `out` is as before. The swap is two renames; if the second fails the first is undone.
     """
     out = Path(os.path.realpath(out))  # a link stays a link
-    stage = None
+    stage = out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.tmp")  # named before it is made, so that it is removed
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", suffix=".tmp", dir=out.parent))
+        stage.mkdir()
         yield stage
-        stage.chmod(0o755 if not out.exists() else out.stat().st_mode & 0o7777)  # mkdtemp makes it private
         if out.exists():
+            stage.chmod(out.stat().st_mode & 0o7777)
             old = stage.with_suffix(".old")
             os.rename(out, old)
             try:
@@ -203,8 +203,7 @@ def staged(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}; free some space or choose another --out") from None
     finally:
-        if stage is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stage, ignore_errors=True)
 
 
 def inputs(paths: list[str], format: str, field: str, separator: str) -> list[Reader]:

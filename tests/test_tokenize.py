@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -377,14 +378,23 @@ def test_a_full_disk_and_an_interrupted_swap_leave_the_old_corpus(tmp_path, caps
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_the_old_corpus_and_no_half_made_one(tmp_path, made, number):
-    os.mkfifo(tmp_path / "slow.jsonl")  # text that does not end: the program waits in the middle of its work
-    process = subprocess.Popen([sys.executable, "-m", "data.tokenize", str(tmp_path / "slow.jsonl"), "--out",
-                                str(tmp_path / "out"), "--overwrite"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    with open(tmp_path / "slow.jsonl", "w"):  # opens when the program reads
-        process.send_signal(number)
-        printed = process.communicate(timeout=30)[1]
+    (tmp_path / "long.txt").write_text("All happy families resemble one another. \n" * 500_000)
+    process = subprocess.Popen([sys.executable, "-m", "data.tokenize", str(tmp_path / "long.txt"), "--out", str(tmp_path / "out"),
+                                "--overwrite"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not leftovers(tmp_path) and process.poll() is None:  # until it is in the middle of its work
+        time.sleep(0.01)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "nothing was changed" in printed and "Traceback" not in printed
     assert contents(tmp_path / "out") == made and not leftovers(tmp_path)
+
+
+def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    for path, message in ((tmp_path / "pipe", "is a pipe or a device"), ("/dev/null", "is a pipe or a device"),
+                          (tmp_path, "is a folder: name the files in it"), (tmp_path / "none", "No such file")):
+        code, printed = tokenize(capsys, path, "--out", tmp_path / "out")
+        assert code == 2 and message in printed
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "thesis.docx", ".git", "text_train_1.bin", "folder"])

@@ -16,6 +16,8 @@ model with model.attn.latent can keep latents (model.LatentAttention); then the 
 and values. Where it cannot, because something else is mixed into the values, a line says so.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import dataclasses
 import sys
@@ -129,6 +131,7 @@ def agreement(tokens, others):
 
 def main(argv=None):
     options = parser().parse_args(argv)
+    environment.require(*environment.TRAINING)
     try:
         if options.tokens < 1 or options.temperature < 0:
             raise UserError("--tokens must be at least 1 and --temperature not negative")

@@ -8,6 +8,8 @@ Read top to bottom: settings -> data -> model -> optimizer -> untimed warm-up an
 validation -> log. Exit codes: 0 target reached (or none set), 2 bad input, 3 target missed, 4 diverged, 130 Ctrl-C.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import os
 import time
 
@@ -25,6 +27,7 @@ from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, padded_vocab, 
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
+    environment.require(*environment.TRAINING)
     if options.plan:
         from records.plan import print_plan
         print_plan(resolved)

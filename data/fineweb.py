@@ -4,9 +4,14 @@ Each shard is 100 M tokens (200 MB). Downloads resume, HF_ENDPOINT is honoured, 
 are already right are left alone.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    environment.require("numpy", "huggingface_hub")
 
 from data.shards import read_header
 from settings import UserError

@@ -4,12 +4,17 @@ A .jsonl file holds one document per line in `--field`; any other file holds doc
 feed between two line breaks, or is one document. The first documents become the validation shard.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import array
 import json
 import re
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    environment.require("numpy", "tiktoken")
 
 from data.shards import write_shard
 from data.tokenizer import FILES, encode_documents, load

@@ -8,6 +8,7 @@ import functools
 import lzma
 from pathlib import Path
 
+import environment
 from settings import UserError
 
 HERE = Path(__file__).parent
@@ -38,8 +39,11 @@ def read_ranks(text, merges):
 @functools.lru_cache
 def load(name):
     """The tiktoken.Encoding called `gpt2` (50,257 ids) or `sample` (1,257 ids)."""
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
+    try:
+        import tiktoken
+        from tiktoken_ext.openai_public import r50k_pat_str
+    except ImportError as error:
+        raise UserError(environment.without(error)) from None
     if name not in FILES:
         raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(FILES)}")
     path, merges = FILES[name]

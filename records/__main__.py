@@ -4,6 +4,8 @@
     python -m records plot | judge | compare | submit | verify | audit | replay | leaderboard
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import importlib
 import json
@@ -192,7 +194,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         deltas.fail("interrupted", INTERRUPTED)
     except ImportError as error:
-        deltas.fail(f"{error}: run.sh and test.sh install what is missing, or `pip install` it")
+        deltas.fail(environment.without(error))
 
 
 if __name__ == "__main__":

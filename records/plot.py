@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import deltas
+import environment
 from settings import UserError
 
 
@@ -35,8 +36,8 @@ def plot(folders, out=None):
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("plots need matplotlib: `pip install matplotlib` (run.sh and test.sh install it)") from None
+    except ImportError as error:
+        raise UserError(environment.without(error)) from None
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
     floor, ceiling = [], []
     for folder, summary, curve in runs:

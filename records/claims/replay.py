@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import environment
 import runlog
 from records.claims import arms, compare, textlog, verify
 from settings import UserError
@@ -42,6 +43,7 @@ def run(options):
     log = read_log(options.log)
     start = log["start"]
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
+    environment.check_training()
     place, code = find_code(start, options.log)
     print(f"replaying {start['preset'] or start['record']} at scale {start['scale']}, seed {start['seed']}, with {code}")
     out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_replay")

@@ -21,6 +21,7 @@ import tomllib
 from pathlib import Path
 
 import deltas
+import environment
 from records.claims import arms, compare, manifest, verify, writeup
 from records.claims.provenance import differing, last_ml
 from settings import SCALES, UserError
@@ -69,6 +70,7 @@ def run(options):
         folder = resumed(options)
     else:
         check_options(options)
+        environment.check_training()
         record = existing(options) if options.record else new_record(options)
         if record is None:
             return 0

@@ -450,7 +450,10 @@ def train(resolved, options):
         status = "interrupted"
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, error)) from None
-    except RuntimeError:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
+    except RuntimeError as error:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
+        said = compiler.failure(error, log.folder if world.main else None)
+        if said:
+            raise UserError(said) from None
         if not (run.interrupt.asked and world.size > 1):
             raise
         status = "interrupted"

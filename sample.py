@@ -23,6 +23,8 @@ and values. Where it cannot, because something else is mixed into the values, a 
 interrupted.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import codecs
 import dataclasses
@@ -316,6 +318,7 @@ def sample(options: argparse.Namespace) -> None:
 def main(argv=None):
     console.guard()
     options = parser().parse_args(argv)
+    environment.require(*environment.TRAINING)
     try:
         sample(options)
     except UserError as error:

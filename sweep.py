@@ -16,6 +16,8 @@ the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 
 what is run, records/sweeps/queue.py how a queue works, records/sweeps/report.py what is concluded.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import argparse
 import sys
 import time
@@ -179,6 +181,7 @@ def start(options):
     slots = worker.slots(plan, options.workers, options.gpus) if here else [{}] * (options.workers or 1)
     if not here:
         worker.executor(options.launcher, root / "jobs")  # refuses before there is a queue
+    environment.check_training()
     new = queue.create(root, plan)
     plan = queue.load_plan(root)
     prepare(plan, root, options)
@@ -277,6 +280,7 @@ def work(options):
     from records.sweeps import worker
     root = Path(options.dir)
     plan = queue.load_plan(root)
+    environment.check_training()
     slots = worker.slots(plan, options.workers, options.gpus)
     prepare(plan, root, options)
     return run_queue(options, root, plan, slots)
@@ -417,7 +421,7 @@ def main(argv=None):
     except UserError as error:
         deltas.fail(error)
     except ImportError as error:
-        deltas.fail(f"sweeps need {error.name or error}: `pip install '.[tools]'` (run.sh and test.sh install it)")
+        deltas.fail(environment.without(error))
     except OSError as error:
         deltas.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
                     "same command again")

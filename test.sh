@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Run the tests on two processes (arguments go to pytest): ./test.sh -k neutral
+# Run the tests on two processes (arguments go to pytest, paths are of the checkout): ./test.sh -k neutral
+# Adds what the tests need to .venv first, once (install.py).
 set -euo pipefail
-cd "$(dirname "$0")"
-. ./setup_venv.sh
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}  # one thread each, else they wait for each other
-exec "$PYTHON" -m pytest -q -n 2 "$@"
+self=${BASH_SOURCE[0]}
+while [ -L "$self" ]; do  # started by a link
+    target=$(readlink -- "$self")
+    case $target in /*) self=$target ;; *) self=$(dirname -- "$self")/$target ;; esac
+done
+. "$(dirname -- "$self")/find_python.sh"
+exec "$PYTHON" "$here/install.py" test "$@"

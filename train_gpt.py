@@ -9,6 +9,8 @@ validation -> log. Exit codes: 0 target reached (or none set), 2 bad input or a 
 4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import os
 import time
 
@@ -35,6 +37,7 @@ from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processe
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = deltas.command_line()
+    environment.require(*environment.TRAINING)
     if options.plan:
         from records.plan import print_plan
         print_plan(resolved)
@@ -536,7 +539,10 @@ def conduct(run, resolved, options):
         status = run.loop()
     except torch.OutOfMemoryError as error:
         raise UserError(out_of_memory(run, error)) from None
-    except RuntimeError:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
+    except RuntimeError as error:  # of a collective whose other processes have stopped already (gloo; NCCL would wait for them)
+        said = compiler.failure(error, run.log.folder if run.world.main else None)
+        if said:
+            raise UserError(said) from None
         if not (run.interrupt.asked and run.world.size > 1):
             raise
         raise KeyboardInterrupt from None

@@ -3,7 +3,7 @@
 # the FineWeb shards are there (DATA, default data/fineweb10B), the last record once to its target. JSON and Markdown in
 # $OUT; a record that fails is a row.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 . bench/python.sh
 records=("$@")
 [ ${#records[@]} -gt 0 ] || records=(short/11 short/21 short/33)

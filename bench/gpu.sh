@@ -25,7 +25,7 @@
 # $SPEEDRUN_PYTHON: the interpreter (python.sh). On a machine without a GPU this says what it would do; correct.py, steps.py,
 # start.py, train.py and experts.py run there by themselves.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 declare -A seconds=([correct]=90 [start]=160 [steps]=130 [kernels]=80 [train]=60 [tune]=50 [ours]=120 [experts]=180)
 parts=("$@")
 [ ${#parts[@]} -gt 0 ] || parts=(correct start steps kernels train tune)

@@ -5,6 +5,8 @@ Each shard is 100 M tokens (200 MB). Downloads resume and HF_ENDPOINT is honoure
 with the published ones and kept in shards.json next to the shards; files that are right are left alone.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import contextlib
 import hashlib
 import math
@@ -13,6 +15,9 @@ import shutil
 import sys
 from pathlib import Path
 from statistics import NormalDist
+
+if __name__ == "__main__":
+    environment.require("numpy", "huggingface_hub")
 
 import arguments
 import console

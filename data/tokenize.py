@@ -5,6 +5,8 @@ Files are text, JSON lines, JSON arrays or parquet, also packed (data/text.py). 
 become the validation shard; of a text that is too short for that, a single document above all, its last tokens do.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import contextlib
 import os
 import re
@@ -13,6 +15,9 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+if __name__ == "__main__":
+    environment.require("numpy", "tiktoken")
 
 import numpy as np
 

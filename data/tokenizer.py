@@ -9,6 +9,7 @@ import lzma
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import environment
 from settings import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def read_ranks(text, merges):
 
 def load(name: str) -> "tiktoken.Encoding":
     """The tiktoken.Encoding called `gpt2` (50,257 ids) or `sample` (1,257 ids)."""
-    from tiktoken_ext.openai_public import r50k_pat_str
+    try:
+        from tiktoken_ext.openai_public import r50k_pat_str
+    except ImportError as error:
+        raise UserError(environment.without(error)) from None
     return _load(name, r50k_pat_str)
 
 

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 
 import torch
 
@@ -23,12 +24,19 @@ def triton_version():
         return None
 
 
+def c_compiler():
+    """What Triton calls to build its launchers: $CC, gcc or clang; None if there is none."""
+    return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+
+
 def refusal(device, dtype, least=80):
     """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least: FP8_SINCE for FP8."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs CUDA, and this is {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "needs the package triton"
+    if device.type == "cuda" and c_compiler() is None:
+        return "needs a C compiler (gcc, clang or $CC), and none was found"
     if dtype not in DTYPES:
         return f"has no {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda" and capability(device) < least:

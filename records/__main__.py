@@ -5,6 +5,8 @@
     python -m records variants | leaderboard
 """
 
+import environment  # first: refuses a Python that is too old
+
 import contextlib
 import importlib
 import json
@@ -259,7 +261,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         deltas.fail("interrupted", INTERRUPTED)
     except ImportError as error:
-        deltas.fail(f"{error}: run.sh and test.sh install what is missing, or `pip install` it")
+        deltas.fail(environment.without(error))
 
 
 if __name__ == "__main__":

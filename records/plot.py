@@ -4,6 +4,7 @@ import io
 import math
 from pathlib import Path
 
+import environment
 import files
 from records import curves
 from runlog import covers_all
@@ -44,9 +45,8 @@ def plot(folders: list, out: str | Path | None = None, x: str = "steps",
         import matplotlib
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("plots need matplotlib: `pip install matplotlib` (run.sh and test.sh install "
-                        "it)") from None
+    except ImportError as error:
+        raise UserError(environment.without(error)) from None
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=140, layout="constrained")
     try:
         draw(axes, lines, x, train)

@@ -10,12 +10,13 @@ import math
 
 import numpy as np
 
+import environment
 from settings import UserError
 
 try:
     from scipy import optimize, special, stats
-except ImportError:
-    raise UserError("statistics need scipy: `pip install scipy` (run.sh and test.sh install it)") from None
+except ImportError as error:
+    raise UserError(environment.without(error)) from None
 
 ROUNDING = 1e-12  # a spread below this share of the values' size is rounding, not variation
 LAST_POINTS = 5  # validations from which the slope at the end of a curve is taken

@@ -7,14 +7,18 @@ a graph computes does not depend on it.
 import hashlib
 import json
 import os
+import shlex
+import stat
 import sys
+import tempfile
+import traceback
 import zipfile
 from pathlib import Path
 
 import torch
 
 import files
-from kernels.device import triton_version
+from kernels.device import c_compiler, triton_version
 from settings import UserError
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -24,26 +28,95 @@ PARTS_KEPT = 16  # of each process: as many runs that had something new to compi
 
 # ----- before anything is compiled ----------------------------------------------------------------------------------
 
+def check_compilers(cuda: bool) -> None:
+    """UserError if torch.compile lacks the compiler that it calls: a C compiler for Triton on a GPU, a C++ compiler on a CPU."""
+    if cuda:
+        if c_compiler() is None:
+            raise UserError("torch.compile needs a C compiler for Triton, and there is no gcc, clang or $CC here: install one "
+                            "(Debian, Ubuntu: apt install gcc), or --set system.compile=off, which is slower")
+        return
+    from torch._inductor import cpp_builder
+    try:
+        found = cpp_builder.get_cpp_compiler()
+    except RuntimeError:  # torch's InvalidCxxCompiler
+        name = os.environ.get("CXX")
+        what = f"$CXX, {name}, cannot be started" if name else "there is no g++ or clang++ here, and no $CXX"
+        raise UserError(f"system.compile=on needs a C++ compiler, and {what}: install one (Debian, Ubuntu: apt install g++; "
+                        "macOS: xcode-select --install), or leave system.compile at auto") from None
+    if not is_plain(found):
+        raise UserError(f"system.compile=on: torch cannot call a C++ compiler with a space or quote in its path ({found}): set "
+                        "CXX to another")
+
+
+def is_plain(path: str | Path) -> bool:
+    """True if torch's C++ builder can take a path, which it writes unquoted into a command line: no spaces, no quotes."""
+    try:
+        return shlex.split(str(path)) == [str(path)]
+    except ValueError:  # a single quote
+        return False
+
+
+def cache_place(cache: str | Path) -> Path:
+    """`cache`/compiled as an absolute path; a folder of this user elsewhere if that path has spaces or quotes in it."""
+    folder = Path(cache).absolute() / "compiled"
+    if is_plain(folder):
+        return folder
+    name = "speedrun-" + hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    try:
+        home = Path.home() / ".cache"
+    except RuntimeError:  # a user without a home
+        home = None
+    if home is not None and is_plain(home) and os.access(home.parent, os.W_OK):
+        return home / name
+    place = Path(tempfile.gettempdir()) / f"{name}-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
+    if not is_plain(place):
+        raise UserError(f"torch's C++ builder takes no path with spaces, and {folder} and {place} have some: set SPEEDRUN_CACHE "
+                        "to a folder without")
+    place.mkdir(mode=0o700, exist_ok=True)  # anybody may make folders there, and what lies in this one is executed
+    state = place.lstat()
+    if hasattr(os, "getuid") and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022):
+        raise UserError(f"{place} belongs to somebody else: set SPEEDRUN_CACHE to a folder of your own without spaces in its path")
+    return place
+
+
+def quote_library_folders() -> None:
+    """Let torch's C++ builder link with a torch whose path has spaces: 2.11 to 2.13 quote folders of headers, not of libraries."""
+    if is_plain(Path(torch.__file__).parent):
+        return
+    from torch._inductor import cpp_builder
+    base = cpp_builder.BuildOptionsBase
+    if not hasattr(base, "unquoted_libraries_dirs"):
+        base.unquoted_libraries_dirs = base.get_libraries_dirs
+        base.get_libraries_dirs = lambda self: [shlex.quote(folder) for folder in self.unquoted_libraries_dirs()]
+
+
 def prepare(cache, cuda, processes=1):
     """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start the workers.
 
     To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
-    take seconds to start: they do it while data and model are made. The `processes` of this machine share out its cores, as each
-    of them compiles. On a CPU the kernels are C++, made by threads. UserError if the folder cannot be made.
+    take seconds to start: they do it while data and model are made. The `processes` of this machine share out its cores, as
+    each of them compiles. On a CPU the kernels are C++, made by threads. UserError if the folder cannot be made, or a compiler is
+    missing.
     """
     for variable, name in FOLDERS.items():
-        folder = Path(cache) / "compiled" / name
         if variable not in os.environ:
+            folder = Path(cache) / "compiled"
             try:
+                folder = cache_place(cache) / name
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
                                 "you may write") from None
-            os.environ[variable] = str(folder.absolute())
+            os.environ[variable] = str(folder)
+        elif not cuda and not is_plain(os.environ[variable]):
+            raise UserError(f"{variable}={os.environ[variable]}: torch's C++ builder takes no path with spaces or quotes")
     if processes > 1:  # torch's own default: as many as there are cores, at most 32, in every process
         threads = max(1, min(32, (os.cpu_count() or 1) // processes))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
-    if cuda:
+    check_compilers(cuda)
+    if not cuda:
+        quote_library_folders()
+    else:
         from torch._inductor import async_compile
         getattr(async_compile, "maybe_warm_pool", lambda: None)()
 
@@ -165,6 +238,26 @@ class CacheFile:
             for name, (_, data) in kept.items():
                 archive.writestr(name, data)
         return self.path.stat().st_size
+
+
+def failure(error: BaseException, folder: Path | None) -> str | None:
+    """One line for an error of torch.compile, or None for any other error. The whole of it goes to a file in the run folder.
+
+    folder: of the run; None on processes that have none.
+    """
+    if type(error).__module__.partition(".")[0] != "torch" or not any(
+            part in type(error).__module__ for part in ("._inductor", "._dynamo", "._functorch")):
+        return None
+    whole = "see the log of process 0"
+    if folder is not None:
+        path = folder / "compile_error.txt"
+        try:
+            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            whole = f"all of it is in {path}"
+        except OSError as failed:
+            whole = f"{path} cannot be written ({failed.strerror})"
+    said = [line for line in str(error).splitlines() if "error:" in line.lower()] or [first_line(error)]
+    return f"torch.compile failed ({said[0].strip()[:200]}; {whole}): set system.compile=off, or mend the compiler"
 
 
 def key_hash(kind, key):

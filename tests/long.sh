@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The full matrix: every record on 1, 2 and 4 processes. Slower than CI allows; writes the table tests/matrix.md.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+CDPATH='' cd -- "$(dirname -- "$0")/.."
 . ./setup_venv.sh
 exec "$PYTHON" tests/matrix.py "$@"

@@ -19,7 +19,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deltas
+import environment
 
+environment.require(*environment.TRAINING)
 PROCESSES = (1, 2, 4)
 TOLERANCE = 1e-9  # nats after three steps in float64; the order of summation differs between numbers of processes
 VARIANTS = {"variants/2": ("system.expert_parallel=true",)}  # what else a record is tried with

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import arguments as numbers  # `arguments` is what every command declares its own with
 import console
+import environment
 import files
 import repository
 import runlog
@@ -124,6 +125,8 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
     more: further entries.
     """
     records = [a for a in found.values() if a["kind"] == "record"]
+    if records:
+        environment.check_training()
     gpus = [] if on_cpu(found) else arms.free_gpus(processes or 1)
     for a in records:
         device = a["settings"]["system"]["device"]
@@ -226,6 +229,8 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
     book = manifest.resume(folder)
     try:
         declaration = book.claim.declaration
+        if any(a["kind"] == "record" for a in declaration["arms"].values()):
+            environment.check_training()  # a run that cannot start would count as lost
         data = locate(declaration, data)
         variables = {**declaration.get("environment", {}), **same_machine(declaration)}
         settle(book, folder)

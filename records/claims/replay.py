@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import arguments as numbers
+import environment
 import files
 import runlog
 from records.claims import arms, compare, textlog, verify
@@ -43,6 +44,7 @@ def run(options):
     log = read_log(options.log)
     start = log["start"]
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
+    environment.check_training()
     place, code = find_code(start, options.log)
     print(f"replaying {start['preset'] or start['record']} at scale {start['scale']}, seed {start['seed']}, with {code}")
     out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_replay")

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import arguments as numbers
 import deltas
+import environment
 import files
 from records.claims import arms, attempts, compare, manifest, verify, writeup
 from records.claims.provenance import differing, last_ml
@@ -74,6 +75,7 @@ def run(options):
         folder = resumed(options)
     else:
         check_options(options)
+        environment.check_training()
         folder = begin(options)
         if folder is None:
             return 0

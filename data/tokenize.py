@@ -239,8 +239,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--format", choices=FORMATS, default="auto", help="of the files (default: found in their content)")
     p.add_argument("--field", default="text", help="field or column of the text in JSON and parquet (default text)")
     p.add_argument("--separator", default=r"\n\f\n", metavar="STRING",
-                   help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a document "
-                        r"of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
+                   help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
+                        r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
     p.add_argument("--val-tokens", type=int, default=10_485_761, help="at least so many validation tokens (default 10485761)")
     p.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens of a train shard (default 100000000)")
     p.add_argument("--overwrite", action="store_true", help="replace the corpus of this --name in the folder, when the new one "

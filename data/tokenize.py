@@ -163,6 +163,8 @@ def check_output(out: Path, name: str, overwrite: bool) -> None:
             return
         if not out.is_dir():
             raise UserError(f"{out} is a file: choose another --out")
+        if os.path.ismount(os.path.realpath(out)):  # it could not be renamed when the new corpus is whole
+            raise UserError(f"{out} is a mount point: choose a folder in it, like {out / name}")
         held = [p for p in out.iterdir() if not (p.name in JUNK or p.name.startswith("._"))]
         foreign = [p for p in held if p.is_dir() or not (p.name == "corpus.json" or SHARD_NAME.fullmatch(p.name))]
         others = [p for p in held if (m := SHARD_NAME.fullmatch(p.name)) and m[1] != name]

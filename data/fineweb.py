@@ -76,9 +76,9 @@ def document_tokens(loader: str, size: int, max_document: int | None) -> float:
 def get(s: Settings) -> str:
     """How to get the shards that a run of these settings reads, for messages."""
     need = shards_needed(s)
-    return (f"`python -m data.fineweb {need}` downloads the {need} train shard{'s' if need > 1 else ''} that this run reads and "
-            f"the validation shard ({(need + 1) * SHARD_BYTES / 1e9:.1f} GB); `python -m data.tokenize FILE --out DIR` makes "
-            "shards of any text")
+    shards, gigabytes = f"{need} train shard{'s' if need > 1 else ''}", (need + 1) * SHARD_BYTES / 1e9
+    return (f"`python -m data.fineweb {need}` downloads the {shards} that this run reads and the validation shard "
+            f"({gigabytes:.1f} GB); `python -m data.tokenize FILE --out DIR` makes shards of any text")
 
 
 # ----- what is known of a published shard ---------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def unchanged(path: Path, entry: dict) -> bool:
 
 
 def fetch(repo: str, name: str, folder: Path) -> dict:
-    """Download one file and check it; a file that is wrong is fetched once more from the start. Returns the manifest's entry."""
+    """Download one file and check it; returns the manifest's entry. A wrong file is fetched once more from the start."""
     from huggingface_hub import hf_hub_download
     size, digest = hub_says(repo, name, folder)
     for attempt in (1, 2):
@@ -222,9 +222,10 @@ def download(count: int, folder: Path, repo: str, verify: bool = False) -> list[
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror}; choose another --dir") from None
     missing = sum(not (folder / name).exists() for name in names(count))
-    if repo in TRAIN_SHARDS and missing * SHARD_BYTES > free:
-        raise UserError(f"{missing} shards need {missing * SHARD_BYTES / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: free some "
-                        "space or choose another --dir")
+    need = missing * SHARD_BYTES
+    if repo in TRAIN_SHARDS and need > free:
+        raise UserError(f"{missing} shards need {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: free some space or "
+                        "choose another --dir")
     manifest = read_manifest(folder)
     for name in names(count):
         there = check(repo, name, folder, manifest.get(name, {}), verify)

@@ -225,8 +225,8 @@ def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
         numbers = sorted(part)
         missing = [n for n in range(min(1, *numbers), max(numbers)) if n not in part] if numbers else []
         if missing:
-            raise UserError(f"{folder}: {called} shard {missing[0]:06d} is missing, the last one is {part[numbers[-1]].name}: get "
-                            "it, or renumber the files")
+            raise UserError(f"{folder}: {called} shard {missing[0]:06d} is missing, the last one is "
+                            f"{part[numbers[-1]].name}: get it, or renumber the files")
         found[called] = {n: part[n] for n in numbers}
     return found
 
@@ -247,15 +247,17 @@ def read_about(folder: Path, first: str) -> dict:
             if key not in about:
                 raise ValueError(f"{key} is missing")
             if type(about[key]) is not type(like) or about[key] == "":
-                raise ValueError(f"{key} is {json.dumps(about[key])}, not {'text' if isinstance(like, str) else 'a whole number'}")
+                wanted = "text" if isinstance(like, str) else "a whole number"
+                raise ValueError(f"{key} is {json.dumps(about[key])}, not {wanted}")
         if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
             raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
         known = TOKENIZERS.get(about["tokenizer"])
         if known not in (None, (about["vocab_size"], about["bos"])):
             raise ValueError(f"tokenizer {about['tokenizer']} has vocab_size {known[0]} and bos {known[1]}")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}: it must hold name, tokenizer, vocab_size and bos; "
-                        "mend it, or make the folder again with `python -m data.tokenize`") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: {reason}: it must hold name, tokenizer, vocab_size and bos; mend it, or make the folder "
+                        "again with `python -m data.tokenize`") from None
     return {key: about[key] for key in GPT2}
 
 
@@ -267,8 +269,8 @@ def check_vocabulary(tokens, vocab_size, where):
 
 
 def outside(where, highest, vocab_size):
-    return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with another tokenizer; "
-            "correct corpus.json next to it or choose another --data")
+    return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with another "
+            "tokenizer; correct corpus.json next to it or choose another --data")
 
 
 # ----- digests and what only a look at every token finds -------------------------------------------------------------
@@ -299,8 +301,8 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
             raise UserError(outside(path, facts["highest"], corpus.vocab_size))
         check_hole(path, facts)
         if 2 * facts["documents"] > read_header(path):
-            raise UserError(f"{path}: {facts['documents']} of {read_header(path)} tokens are document starts (token {corpus.bos}): "
-                            "mend bos in corpus.json, or tokenise the text again")
+            raise UserError(f"{path}: {facts['documents']} of {read_header(path)} tokens are document starts (token "
+                            f"{corpus.bos}): mend bos in corpus.json, or tokenise the text again")
         expected = manifest.get(path.name, {}).get("tokens_sha256")
         if expected not in (None, facts["sha256"]):
             raise UserError(f"{path} is not what was downloaded: run `python -m data.fineweb` again with --verify")
@@ -308,8 +310,8 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
     val, train = begun[corpus.val], sum(n for path, n in begun.items() if path != corpus.val)
     if (val == 0) != (train == 0):
         without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0], "the validation shard")
-        raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: the two were made with "
-                        "different tokenizers; tokenise the text again")
+        raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: the two were made "
+                        "with different tokenizers; tokenise the text again")
     if not val:
         note_once(f"note: no document begins in {corpus.folder} (token {corpus.bos}): attention sees no borders of documents")
 
@@ -317,8 +319,8 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
 def check_hole(path: Path, facts: dict) -> None:
     """UserError for a shard with a stretch of zeros, as a torn download or copy leaves it."""
     if facts["hole"] is not None:
-        raise UserError(f"{path}: a hole of zeros at token {facts['hole']}, as a broken download or copy leaves it: download or "
-                        "tokenise the shard again")
+        raise UserError(f"{path}: a hole of zeros at token {facts['hole']}, as a broken download or copy leaves it: download "
+                        "or tokenise the shard again")
 
 
 def read_manifest(folder: Path) -> dict:

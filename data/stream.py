@@ -167,8 +167,8 @@ def barren_reason(shards, loader, size):
     if aligned or documents < LOGICAL_RANKS:
         return (f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text as shorter "
                 "documents (--separator), or choose a loader that reads across them (--set data.loader=synced)")
-    return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} (data.max_document): tokenise the text "
-            "as shorter documents (--separator), or raise data.max_document")
+    return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} (data.max_document): tokenise the "
+            "text as shorter documents (--separator), or raise data.max_document")
 
 
 def aligned_step(shard, position, size):

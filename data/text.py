@@ -208,7 +208,8 @@ class Reader:
             raise UserError(f"{where}: {_kind(record)} instead of an object with the field {self.field!r}: mend or remove it"
                             f"{self.hint}")
         elif self.field not in record:
-            raise UserError(f"{where}: no text in field {self.field!r}, the record has {_names(record)}: choose one with --field")
+            raise UserError(f"{where}: no text in field {self.field!r}, the record has {_names(record)}: choose one with "
+                            "--field")
         elif not isinstance(record[self.field], str):
             raise UserError(f"{where}: no text in field {self.field!r} but {_kind(record[self.field])}: mend or remove the "
                             "record, or choose another --field")
@@ -306,8 +307,8 @@ def refuse_by_content(path, head):
         at = head.index(0)
         if max(zeros) > len(head) // 5 and min(zeros) < max(zeros) // 10:
             order = "LE" if zeros[1] > zeros[0] else "BE"
-            raise UserError(f"{path} looks like UTF-16 text without a byte-order mark: convert it to UTF-8 (iconv -f UTF-16{order} "
-                            "-t UTF-8)")
+            raise UserError(f"{path} looks like UTF-16 text without a byte-order mark: convert it to UTF-8 (iconv -f "
+                            f"UTF-16{order} -t UTF-8)")
         raise UserError(f"{path} is binary data (a zero byte at byte {at}): {again}, or add --format text")
 
 
@@ -336,7 +337,8 @@ def json_format(path, start, sure):
     except (ValueError, RecursionError):
         pass
     if re.match(r'\{\s*\n\s*"', start):
-        raise UserError(f"{path} is one JSON object over several lines: write one object a line (jq -c .), or add --format text")
+        raise UserError(f"{path} is one JSON object over several lines: write one object a line (jq -c .), or add --format "
+                        "text")
     return "jsonl" if sure or re.match(r'\{\s*"', start) else None
 
 

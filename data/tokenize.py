@@ -167,6 +167,8 @@ def check_output(out: Path, name: str, overwrite: bool) -> None:
             return
         if not out.is_dir():
             raise UserError(f"{out} is a file: choose another --out")
+        if os.path.ismount(os.path.realpath(out)):  # it could not be renamed when the new corpus is whole
+            raise UserError(f"{out} is a mount point: choose a folder in it, like {out / name}")
         held = [p for p in out.iterdir() if not (p.name in JUNK or p.name.startswith("._"))]
         foreign = [p for p in held if p.is_dir() or not (p.name == "corpus.json" or SHARD_NAME.fullmatch(p.name))]
         others = [p for p in held if (m := SHARD_NAME.fullmatch(p.name)) and m[1] != name]
@@ -243,10 +245,12 @@ def parser() -> arguments.Parser:
     p.add_argument("--format", choices=FORMATS, default="auto", help="of the files (default: found in their content)")
     p.add_argument("--field", default="text", help="field or column of the text in JSON and parquet (default text)")
     p.add_argument("--separator", default=r"\n\f\n", metavar="STRING",
-                   help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a document "
-                        r"of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
-    p.add_argument("--val-tokens", type=arguments.integer(2, 10 ** 12), default=10_485_761, help="at least so many validation tokens (default 10485761)")
-    p.add_argument("--shard-tokens", type=arguments.integer(2, 2 ** 31 - 1), default=100_000_000, help="tokens of a train shard (default 100000000)")
+                   help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
+                        r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
+    p.add_argument("--val-tokens", type=arguments.integer(2, 10 ** 12), default=10_485_761,
+                   help="at least so many validation tokens (default 10485761)")
+    p.add_argument("--shard-tokens", type=arguments.integer(2, 2 ** 31 - 1), default=100_000_000,
+                   help="tokens of a train shard (default 100000000)")
     p.add_argument("--overwrite", action="store_true", help="replace the corpus of this --name in the folder, when the new one "
                                                             "is whole")
     return p

@@ -20,7 +20,8 @@ from data import corpus as corpus_module
 from data import fineweb as fineweb_module
 from data.corpus import documents, sample_corpus
 from data.shards import corpus_digest, open_corpus, open_shard, val_digest, write_shard
-from data.stream import Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest, validation_rows
+from data.stream import (Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest,
+                         validation_rows)
 from data.tokenizer import encode_documents, load
 from deltas import resolve_name
 from hub import Hub
@@ -462,7 +463,8 @@ def hub(tmp_path):
 
 
 def fineweb(tmp_path, url, count, *more, folder="fw"):
-    return command("data.fineweb", count, "--dir", tmp_path / folder, "--repo", "test/fineweb", *more, HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"),
+    return command("data.fineweb", count, "--dir", tmp_path / folder, "--repo", "test/fineweb", *more,
+                   HF_ENDPOINT=url, HF_HOME=str(tmp_path / "home"),
                    HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_ETAG_TIMEOUT="2", HF_HUB_DOWNLOAD_TIMEOUT="2",
                    HF_HUB_DISABLE_XET="1", no_proxy="127.0.0.1")
 

@@ -412,6 +412,12 @@ def test_without_overwrite_nothing_is_replaced(tmp_path, capsys, made):
     assert code == 2 and "is a file" in printed
 
 
+def test_a_mount_point_is_refused_before_the_work(tmp_path, capsys, monkeypatch, made):
+    monkeypatch.setattr("os.path.ismount", lambda path: path == str(tmp_path / "out"))
+    code, printed = tokenize(capsys, tmp_path / "a.jsonl", "--out", tmp_path / "out", "--val-tokens", 2, "--overwrite")
+    assert code == 2 and f"is a mount point: choose a folder in it, like {tmp_path}/out/text" in printed
+
+
 def test_a_link_to_the_folder_stays_a_link(tmp_path, capsys, made):
     (tmp_path / "link").symlink_to("out")
     args = ("--out", tmp_path / "link", "--val-tokens", 20, "--overwrite")

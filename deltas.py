@@ -233,7 +233,7 @@ def typed(f, value, where):
     if f.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) <= LIMIT else math.inf
     if type(value) is not f.type or (f.type is float and not math.isfinite(value)):
-        refuse({int: "a whole number", float: "a finite number", bool: "true or false", str: "a string"}[f.type])
+        refuse({int: "a whole number", float: "a number that is finite", bool: "true or false", str: "a string"}[f.type])
     if f.type is int and abs(value) > LIMIT:
         refuse(f"a whole number of at most {LIMIT}")
     return value

@@ -202,7 +202,8 @@ def main(argv=None):
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `records features | head` ends quietly
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
-        with lines.fitted() if options.command in FITTED else contextlib.nullcontext():
+        fitted = options.command in FITTED and not getattr(options, "markdown", False)
+        with lines.fitted() if fitted else contextlib.nullcontext():
             code = options.run(options) or 0
         sys.exit(code)
     except UserError as error:

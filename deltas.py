@@ -353,7 +353,7 @@ def section(f: Field, value: object, where: str) -> object:
     return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
 
 
-WORDS = {int: (f"a whole number of at most {LIMIT}", "whole numbers", "2"), float: ("a finite number", "finite numbers", "0.5"),
+WORDS = {int: (f"a whole number of at most {LIMIT}", "whole numbers", "2"), float: ("a number that is finite", "finite numbers", "0.5"),
          bool: ("true or false", "truth values", "true"), str: ("a string", "strings", '"a"')}
 
 

@@ -251,7 +251,7 @@ def main(argv=None):
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
         product = options.command in PRODUCTS
-        with lines.fitted() if product else contextlib.nullcontext():
+        with lines.fitted() if product and not getattr(options, "markdown", False) else contextlib.nullcontext():
             code = options.run(options) or 0
         sys.exit(console.settle(code) if product else code)
     except UserError as error:

@@ -437,10 +437,10 @@ def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, val
 
 
 @pytest.mark.parametrize("hint, given, message", [
-    (float | tuple[float, ...], "x", "expected a number or a list of numbers like [0.5, 0.5]"),
-    (float | tuple[float, ...], [0.5, "x"], "expected a number or a list of numbers"),
-    (int | tuple[int, ...], [1, 0.5], "expected a whole number or a list of whole numbers like [2, 2]"),
-    (tuple[float, ...], float("nan"), "expected a list of numbers"), (tuple[float, ...], [float("nan")], "expected a list"),
+    (float | tuple[float, ...], "x", "expected a number that is finite or a list of finite numbers like [0.5, 0.5]"),
+    (float | tuple[float, ...], [0.5, "x"], "or a list of finite numbers"),
+    (int | tuple[int, ...], [1, 0.5], "or a list of whole numbers like [2, 2]"),
+    (tuple[float, ...], float("nan"), "expected a list of finite numbers"), (tuple[float, ...], [float("nan")], "expected a list"),
     (tuple[tuple[int, int], ...], [[3, 6, 9]], "expected a list of lists of whole numbers like [[2, 2], [2, 2]]"),
     (tuple[tuple[int, int], ...], [3, 6], "expected a list of lists"), (tuple[int, ...], [True], "expected a list of whole numbers")])
 def test_a_value_of_another_type_is_refused_with_an_example(hint, given, message):

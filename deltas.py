@@ -35,8 +35,9 @@ ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
-LINES = {"id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list, "kind": str,
-         "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict, "attempt": str}
+LINES = {"id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list,
+         "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict,
+         "attempt": str}  # lines that a record.toml may have
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
@@ -103,20 +104,22 @@ def read_record(path, lineage):
 
 
 def parse_record(toml: dict, path: Path, lineage: str) -> Record:
-    """The Record of a parsed record.toml; `lineage` "attempts" for one that has no id yet. `path` is where it lies or would."""
+    """The Record of a parsed record.toml, which lies, or would lie, at `path`. lineage: "attempts" for one without an id."""
     for key, value in toml.items():
         if key not in LINES:
             raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(LINES))}")
         if not isinstance(value, LINES[key]):
-            expected = {str: "text in quotes", list: 'a list like ["@me"]', dict: f"a table [{key}]"}.get(LINES[key], "a number or a date")
+            expected = {str: "text in quotes", list: 'a list like ["@me"]', dict: f"a table [{key}]"}.get(
+                LINES[key], "a number or a date")
             raise UserError(f"{path}: {key} = {value!r}: expected {expected}")
     slug = path.parent.name.partition("_")[2]
     if lineage == ATTEMPT[:-1]:
         if "id" in toml:
-            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} is run by "
-                            "its own name")
+            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} is run "
+                            "by its own name")
         slug = path.parent.name
-        toml = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf} | toml | {"id": slug}
+        few = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf}
+        toml = {**few, **toml, "id": slug}
     try:
         record = Record(
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"), date=str(toml["date"]),
@@ -210,7 +213,8 @@ def check_parent(record: Record, path: Path) -> None:
     if record.parent is None:
         raise UserError(f"{path}: the line 'parent' is missing: name the record it builds on")
     if record.parent.startswith(ATTEMPT):
-        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines into this delta")
+        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines into "
+                        "this delta")
     if record.parent not in load_records():
         raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, list(load_records()))}")
 
@@ -445,7 +449,7 @@ class Resolved:
 
 
 def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), preset=""):
-    """Resolved settings of a record (its name, or a Record) with changes; UserError with one clear line if anything is wrong."""
+    """Resolved settings of a record (its name, or a Record) with changes; UserError, one clear line, if anything is wrong."""
     if scale not in SCALES:
         raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {', '.join(SCALES)}")
     record = name if isinstance(name, Record) else find_record(name)
@@ -805,7 +809,8 @@ def parser():
     p = arguments.Parser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
-    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v1)")
+    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset "
+                                             "(tiny-v1)")
     p.add_argument("--scale", choices=list(SCALES), help="full (as published), small (one GPU), tiny (CPU), micro (tests)")
     p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value")
     p.add_argument("--with", dest="with_", action="append", default=[], metavar="PATH[=VALUE|@RECORD]",

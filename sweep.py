@@ -39,7 +39,8 @@ from settings import NUMERICS_VERSION, SCALES, UserError
 def print_plan(plan, options, root, slots):
     """What will be run, what it can show, how long it takes and what it costs."""
     print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
-          f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, {plan['controls']} runs of the control "
+          f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, "
+          f"{plan['controls']} runs of the control "
           f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}")
     if plan["kind"] == "ablate":
         print(f"screening: {plan['screening']}")

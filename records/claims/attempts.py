@@ -66,16 +66,10 @@ def identity() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_"))}
 
 
-def require_git(own: list[Path], commits: bool = True) -> None:
-    """UserError unless a commit of `own` can be made here: a checkout, nothing else uncommitted, no merge, a known author."""
+def require_git(commits: bool = True) -> None:
+    """UserError unless commits can be made here: a checkout, no merge under way and, if this program commits, a known author."""
     if not arms.is_checkout():
         raise UserError("this is no git checkout: a record needs a commit that others can fetch; clone the repository")
-    top = Path(arms.line("rev-parse", "--show-toplevel"))
-    mine = [p.absolute() for p in own]
-    changed = [x for x in arms.changed_files() if not any((top / x).is_relative_to(p) for p in mine)]
-    if changed:
-        raise UserError(f"uncommitted changes in {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
-                        + ": commit or stash them first, the runs are made from a commit")
     state = Path(arms.line("rev-parse", "--path-format=absolute", "--git-dir"))
     for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply"):
         if (state / name).exists():
@@ -87,6 +81,15 @@ def require_git(own: list[Path], commits: bool = True) -> None:
     except UserError as error:
         raise UserError(f"git does not know who commits ({error}): git config user.name NAME; git config user.email "
                         "ADDRESS") from None
+
+
+def require_clean(own: Path) -> None:
+    """UserError if a file other than `own` differs from HEAD: the runs are made from a commit."""
+    top = Path(arms.line("rev-parse", "--show-toplevel"))
+    changed = [x for x in arms.changed_files() if (top / x).resolve() != own.resolve()]
+    if changed:
+        raise UserError(f"uncommitted changes in {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
+                        + ": commit or stash them first, the runs are made from a commit")
 
 
 def commit(paths: list[Path], message: str) -> str:

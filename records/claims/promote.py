@@ -19,7 +19,7 @@ import files
 from records.claims import attempts, manifest, verify
 from settings import SCALES, UserError
 
-MARKS = re.compile(r'^(id|attempt) = .*\n', re.M)  # the lines that a promotion adds, at the top
+MARKS = re.compile(r'\A(?:(?:id|attempt) = .*\n)+')  # the lines that a promotion adds at the top
 
 
 def arguments(p):
@@ -32,7 +32,7 @@ def arguments(p):
 def run(options):
     folder = attempts.folder_of(options.attempt)
     text, toml = read(folder / "record.toml")
-    attempts.require_git([folder])
+    attempts.require_git()
     results = shown(folder, options.accept_scale)
     target = place_of(folder, toml, options.lineage, results["record"])
     if not results["record"].startswith(deltas.ATTEMPT):
@@ -71,8 +71,8 @@ def shown(folder: Path, accepted: str | None) -> dict:
     if results["claim"] not in ("ml", "systems"):
         raise UserError(f"{folder}: a comparison claims no record")
     if results["scale"] not in ("full", accepted):
-        raise UserError(f"{folder}: shown at scale {results['scale']} only, a small image of the record that says nothing about "
-                        f"full scale: claim it at --scale full, or insist with --accept-scale {results['scale']}")
+        raise UserError(f"{folder}: shown at scale {results['scale']} only, a small image of the record that says nothing "
+                        f"about full scale: claim it at --scale full, or insist with --accept-scale {results['scale']}")
     return results
 
 
@@ -87,8 +87,8 @@ def place_of(folder: Path, toml: dict, lineage: str | None, ref: str) -> Path:
     lineage = lineage or parent.ref.partition("/")[0]
     head = deltas.find_record(f"{lineage}/head")
     if lineage != "variants" and head.ref != parent.ref:
-        raise UserError(f"{folder.name} is built on {parent.ref}, and {lineage} has come to {head.ref}: claim it against that one, "
-                        "or keep it as a branch with --lineage variants")
+        raise UserError(f"{folder.name} is built on {parent.ref}, and {lineage} has come to {head.ref}: claim it against "
+                        "that one, or keep it as a branch with --lineage variants")
     members = [r.ref.partition("/")[2] for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")]
     number = max((int(m.group()) for x in members if (m := re.match(r"\d+", x))), default=0) + 1
     return deltas.RECORDS / lineage / f"{number:03d}_{folder.name}"

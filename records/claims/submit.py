@@ -38,7 +38,8 @@ def arguments(p):
     p.add_argument("name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--record", metavar="R", help="claim a record that exists, like short/12")
-    what.add_argument("--delta", metavar="FILE", help="a new idea: TOML lines \"path\" = value, as in a [delta] (default: attempts/NAME/record.toml)")
+    what.add_argument("--delta", metavar="FILE", help="a new idea: TOML lines \"path\" = value, as in a [delta] (default: "
+                      "attempts/NAME/record.toml)")
     p.add_argument("--people", action="append", default=[], metavar="@X",
                    help="with --delta: whose idea it is (may be repeated)")
     p.add_argument("--title", help="with --delta: what it does, in one line")
@@ -253,7 +254,8 @@ def preflight(options, record):
     The idea is resolved by this checkout's code, which is that of the commit to come, as its record.toml is all that is new.
     """
     deltas.resolve(record, scale=options.scale, sets=options.sets)
-    attempts.require_git([record.folder / "record.toml"], options.commit)
+    attempts.require_git(options.commit)
+    attempts.require_clean(record.folder / "record.toml")
     found = prepared(options, record, before=True)
     declaration, _ = plan(options, record, found)
     manifest.Claim(deltas.ATTEMPTS / options.name / manifest.NAME).add({"n": 0, "kind": "declare", **declaration}, "")
@@ -276,9 +278,10 @@ def prepared(options, record, before=False):
         texts["new"] = record.ref
         return {name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}
     resolved = deltas.resolve(record, scale=options.scale, sets=options.sets)
-    s, head = resolved.settings, arms.commit_of("HEAD")
-    new = {"text": record.ref + changes, "kind": "record", "ref": None, "commit": head, "tree": arms.line("rev-parse", "HEAD^{tree}"),
-           "dirty": None, "argv": [record.ref], "record": record.ref, "preset": "", "scale": options.scale,
+    s = resolved.settings
+    new = {"text": record.ref + changes, "kind": "record", "ref": None, "commit": arms.commit_of("HEAD"),
+           "tree": arms.line("rev-parse", "HEAD^{tree}"), "dirty": None, "argv": [record.ref], "record": record.ref,
+           "preset": "", "scale": options.scale,
            "changes": list(resolved.changes), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
            "settings": deltas.plain(s), "report": []}
     return {"new": new, **{name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}}

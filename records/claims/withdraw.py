@@ -9,7 +9,7 @@ A record that was promoted and that nothing is built on goes back to attempts/NA
 
 import deltas
 import files
-from records.claims import attempts, manifest, promote, verify
+from records.claims import arms, attempts, manifest, promote, verify
 from settings import UserError
 
 
@@ -46,9 +46,9 @@ def renew(folder):
 def remove(folder, why):
     """An attempt without a plan: nothing was run, so only its record.toml goes."""
     path = folder / "record.toml"
-    tracked = bool(attempts.arms.is_checkout() and attempts.arms.line("ls-files", "--", str(path)))
+    tracked = bool(arms.is_checkout() and arms.line("ls-files", "--", str(path)))
     if tracked:
-        attempts.require_git([folder])
+        attempts.require_git()
     text = path.read_text() if path.exists() else None
     attempts.unmake(path)
     if tracked:
@@ -73,20 +73,20 @@ def withdraw_record(record, why):
     folder = deltas.ATTEMPTS / record.attempt
     if folder.exists():
         raise UserError(f"{folder} is there already: move it away, the record goes back to it")
-    attempts.require_git([record.folder])
+    attempts.require_git()
     text, _ = promote.read(record.folder / "record.toml")
     book = (record.folder / manifest.NAME).read_bytes()
     attempts.withdraw(record.folder, why)
-    files.write(record.folder / "record.toml", promote.MARKS.sub("", text))
-    promote.move(record.folder, folder)
+    promote.move(record.folder, folder)  # first: a record.toml without an id would break the lineage
+    files.write(folder / "record.toml", promote.MARKS.sub("", text))
     deltas.load_records.cache_clear()
     renew(folder)
     try:
         done = attempts.commit([record.folder, folder], f"Withdraw {record.ref} ({record.title}): {why}")
     except UserError:
+        files.write(folder / "record.toml", text)
+        files.write(folder / manifest.NAME, book)
         promote.move(folder, record.folder)
-        files.write(record.folder / "record.toml", text)
-        files.write(record.folder / manifest.NAME, book)
         deltas.load_records.cache_clear()
         renew(record.folder)
         raise

@@ -1,4 +1,4 @@
-"""What a sweep will need before anything has run: shards and disk, memory of a GPU, seconds of a run. Each says where it is from.
+"""What a sweep will need: shards and disk, memory of a GPU, seconds of a run. Each says where it is from.
 
 Seconds of a run, the first that is known: the median of such runs on this machine; a trial of TRIAL_STEPS steps here; the
 published time of the record on 8 x H100, by token and GPU. The last one is an estimate and is called so.

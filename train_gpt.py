@@ -865,7 +865,7 @@ def outcome(options, resolved):
         if not lost_peer(error):
             raise
         if console.speaks():
-            print(f"error: another process of this run has ended: {str(error).splitlines()[0]}", file=sys.stderr)
+            print("error: another process of this run has ended, and this one cannot go on alone", file=sys.stderr)
         return 1
 
 

@@ -24,6 +24,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import environment
 from runlog import ROOT
 from settings import UserError
 
@@ -73,6 +74,8 @@ def run(options):
         raise UserError(f"--json {options.json}: its folder does not exist")
     if options.timeout < 1:
         raise UserError(f"--timeout {options.timeout}: at least a second")
+
+    environment.check_training()
 
     def interrupt(*_):
         raise KeyboardInterrupt

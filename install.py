@@ -7,6 +7,8 @@
 $SPEEDRUN_PYTHON, a Python that has the packages already, is used as it is. Standard library only.
 """
 
+import environment  # first: refuses a Python that is too old
+
 import contextlib
 import json
 import os
@@ -19,8 +21,6 @@ import sys
 import time
 from pathlib import Path
 
-import environment
-
 if __name__ == "__main__":
     import tomllib
     import run
@@ -30,8 +30,8 @@ PYTHON = Path(environment.venv_python())
 INSTALLED = VENV / "installed"  # JSON list of the requirements that are there, all of them whole
 LOCK = ROOT / ".venv-unfinished"  # host and process that is installing; left behind by a killed one, whose .venv is not believed
 EXTRAS = {"run": ["tools"], "test": ["tools", "slurm", "dev"], "python": ["tools"]}
-# Megabytes to download and on the disk, summed over the files that the lock file names for `run` (Python 3.11 to 3.14 differ by
-# 1 MB; `test` adds 4 MB), and after installing. On Linux most of it is CUDA.
+# Megabytes to download for `run`, summed over the files that the lock file names (Python 3.11 to 3.14 differ by 1 MB; `test` adds
+# 4 MB). On Linux most of it is CUDA.
 DOWNLOAD = {("Linux", "x86_64"): 2829, ("Linux", "aarch64"): 2953, ("Darwin", "arm64"): 175, ("Windows", "AMD64"): 211}
 # pip settings of the user that would put packages elsewhere or install only half of them; indexes and proxies stay
 MISPLACING = ("USER", "TARGET", "PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS", "REQUIREMENT", "EDITABLE", "PLATFORM",

@@ -25,6 +25,7 @@ import time
 from pathlib import Path
 
 import arguments as numbers
+import environment
 import files
 import repository
 from runlog import ROOT, measured
@@ -74,6 +75,7 @@ def run(options):
         raise UserError("--json holds a whole audit: leave --only away, or --json")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
+    environment.check_training()
     try:
         result = audit(options.ref, options.record, options.scale, options.only, options.timeout, options.keep,
                        functools.partial(print, flush=True))

@@ -2,5 +2,9 @@
 
 import signal
 
+import environment
+
+environment.require(*environment.TRAINING)
+
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -127,6 +127,7 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
     records = [a for a in found.values() if a["kind"] == "record"]
     if records:
         environment.check_training()
+    from records import statistics  # noqa: F401  what judges the runs at the end must be there before the first
     gpus = [] if on_cpu(found) else arms.free_gpus(processes or 1)
     for a in records:
         device = a["settings"]["system"]["device"]

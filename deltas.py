@@ -21,10 +21,9 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import arguments
-import files
+from common import arguments, files
 import settings
-from console import fail
+from common.console import fail
 from settings import BEFORE, LOGICAL_RANKS, REFUSE, SCALES, Settings, UserError, lookup
 from system.place import PROCESSES, Place
 

@@ -15,7 +15,7 @@ import platform
 import time
 from pathlib import Path
 
-import files
+from common import files
 from settings import UserError
 from system.interrupt import held
 
@@ -29,9 +29,8 @@ MEASURED = ("probe", "validation", "experts")  # events in which every null stan
 
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
-    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py", "arguments.py",
-             "console.py", "files.py", "repository.py"]
-    folders = ("kernels", "data", "system")
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "deltas.py", "runlog.py"]
+    folders = ("kernels", "data", "system", "common")
     return fixed + [f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")]
 
 

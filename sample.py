@@ -23,7 +23,7 @@ and values. Where it cannot, because something else is mixed into the values, a 
 interrupted.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import argparse
 import codecs
@@ -35,8 +35,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import arguments
-import console
+from common import arguments, console
 from settings import System, UserError, padded_vocab
 
 END = "<|endoftext|>\n"  # how the end of a document is shown

@@ -8,28 +8,26 @@
     python sweep.py ablate short/11 --scale small --dry-run          # disk, memory and hours; needs neither data nor GPU
     python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that an effect needs
     python sweep.py status DIR     # the table so far
-    python sweep.py report DIR --out records/evidence/ablate_11      # JSON, CSV, Markdown, PNG
+    python sweep.py report DIR --out evidence/results/ablate_11      # JSON, CSV, Markdown, PNG
 
 The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry. Values of
 an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep each and let --reuse share
-the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. records/sweeps/plan.py says
-what is run, records/sweeps/queue.py how a queue works, records/sweeps/report.py what is concluded.
+the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. sweeps/plan.py says
+what is run, sweeps/queue.py how a queue works, sweeps/report.py what is concluded.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import argparse
 import sys
 import time
 from pathlib import Path
 
-import arguments
-import console
+from common import arguments, console
 import deltas
-import files
-from records import lines
-from records.sweeps import forecast, queue
-from records.sweeps.plan import is_inert, make_plan, pairs_of
+from common import files, lines
+from sweeps import forecast, queue
+from sweeps.plan import is_inert, make_plan, pairs_of
 from settings import NUMERICS_VERSION, SCALES, UserError
 
 
@@ -57,7 +55,7 @@ def print_plan(plan, options, root, slots):
 
 
 def print_power(plan, stated):
-    from records.sweeps.report import detectable, earlier_sd
+    from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
     if stated or known:
         sd, where = (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
@@ -131,8 +129,8 @@ class View:
                 + (f", cost {hours * self.cost:.2f}" if self.cost else ""))
 
     def tell_mde(self, done):
-        from records import statistics
-        from records.sweeps.report import detectable, losses, runs_of
+        from evidence import statistics
+        from sweeps.report import detectable, losses, runs_of
         values = losses(runs_of(self.plan, self.plan["arms"][0], done))
         if len(values) >= max(2, min(4, self.plan["controls"])):
             self.sd_known = True
@@ -144,7 +142,7 @@ class View:
     def table(self, done, failed, running):
         from rich import box
         from rich.table import Table
-        from records.sweeps.report import losses, runs_of
+        from sweeps.report import losses, runs_of
         todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
         settled = sum(t in done or t in failed for t, _, _ in todo)
         t = Table(box=box.SIMPLE_HEAD, title_justify="left", title=f"{self.plan['name']}  {settled}/{len(todo)} runs, "
@@ -171,7 +169,7 @@ class View:
 
 def start(options):
     """ablate, axis, chain: plan, tell, and run or go on."""
-    from records.sweeps import worker
+    from sweeps import worker
     plan = make_plan(options)
     root = Path(options.dir or Path(options.runs) / plan["name"])
     queue.reuse_folders(root, options.reuse)
@@ -193,7 +191,7 @@ def start(options):
 
 def planned_slots(plan, options):
     """Slots of a dry run: those of this machine, or as many as were asked for where it cannot run the plan."""
-    from records.sweeps import worker
+    from sweeps import worker
     try:
         return worker.slots(plan, options.workers, options.gpus)
     except UserError:
@@ -214,8 +212,8 @@ def prepare(plan, root, options):
 
 def run_queue(options, root, plan, slots):
     """Work until the queue is empty; then the report."""
-    from records.sweeps import worker
-    from records.sweeps.report import earlier_sd
+    from sweeps import worker
+    from sweeps.report import earlier_sd
     niceness = options.nice if options.nice is not None else (0 if slots[0]["CUDA_VISIBLE_DEVICES"] else 10)
     sd = getattr(options, "sd", None) or plan["paired"] or earlier_sd(plan)
     view = View(plan, root, len(slots), getattr(options, "cost_per_hour", None), sd)
@@ -233,7 +231,7 @@ def run_queue(options, root, plan, slots):
 
 def submit(options, root, plan):
     """The queue worked on by submitit's jobs; those on this machine are waited for."""
-    from records.sweeps import worker
+    from sweeps import worker
     arguments = ["--stale", str(options.stale)] + (["--nice", str(options.nice)] if options.nice is not None else [])
     arguments += [part for folder in options.reuse for part in ("--reuse", str(Path(folder).resolve()))]
     jobs = worker.submit(options.launcher, root, plan, options.workers or 1, options.slurm, arguments)
@@ -257,7 +255,7 @@ def submit(options, root, plan):
 
 def conclude(root):
     """Report files and table of a queue that has come to its end. Exit code 1 if anything failed."""
-    from records.sweeps.report import print_table, report
+    from sweeps.report import print_table, report
     _, failed = queue.settled(root)
     print_failures(root, failed, sys.stderr)
     try:
@@ -278,7 +276,7 @@ def print_failures(root, failed, file):
 
 
 def work(options):
-    from records.sweeps import worker
+    from sweeps import worker
     root = Path(options.dir)
     plan = queue.load_plan(root)
     environment.check_training()
@@ -289,7 +287,7 @@ def work(options):
 
 def status(options):
     """The table so far, who works on what, and what failed."""
-    from records.sweeps.report import collect, evidence, print_table
+    from sweeps.report import collect, evidence, print_table
     root = Path(options.dir)
     plan, done, failed, survivors = collect(root, check=False)
     todo = queue.targets(plan, survivors)
@@ -306,7 +304,7 @@ def status(options):
 
 
 def report(options):
-    from records.sweeps.report import print_table, report as write_report
+    from sweeps.report import print_table, report as write_report
     found, paths = write_report(Path(options.dir), options.out)
     print_table(found)
     print("report: " + ", ".join(map(str, paths)))
@@ -314,8 +312,8 @@ def report(options):
 
 def power(options):
     """How many seeds an effect needs, and what a few seeds can show."""
-    from records import statistics
-    from records.sweeps.report import earlier_sd
+    from evidence import statistics
+    from sweeps.report import earlier_sd
     known = None if options.sd else earlier_sd({"version": 1, "scale": options.scale, "common": [], "paired": False,
                                                 "numerics_version": NUMERICS_VERSION})
     if options.sd is None and known is None:

@@ -9,7 +9,7 @@ validation -> log. Exit codes: 0 target reached (or none set), 2 bad input or a 
 4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import os
 import time
@@ -20,7 +20,7 @@ PROCESS_START = time.perf_counter()
 # it must be set before torch loads its thread pool).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import console
+from common import console
 from system import interrupt
 
 if __name__ == "__main__":
@@ -28,8 +28,7 @@ if __name__ == "__main__":
     interrupt.leave_at_once("interrupted before the run" if console.speaks() else "")
 
 import deltas
-import files
-import repository
+from common import files, repository
 import runlog
 import schedule
 from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processes, padded_vocab, ranks_per_forward,
@@ -39,7 +38,7 @@ if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, be
     options, resolved = deltas.command_line()
     environment.require(*environment.TRAINING)
     if options.plan:
-        from records.plan import print_plan
+        from system.dry_run import print_plan
         print_plan(resolved)
         raise SystemExit(0)
 

@@ -8,8 +8,7 @@ import measure
 import torch
 from report import Report
 
-import arguments
-import console
+from common import arguments, console
 from data.corpus import sample_corpus
 from data.shards import open_shard
 from kernels import attention

@@ -15,8 +15,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
-import arguments
-import console
+from common import arguments, console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose

@@ -12,8 +12,7 @@ from pathlib import Path
 import measure
 import torch
 
-import arguments
-import console
+from common import arguments, console
 import deltas
 import schedule
 from data.corpus import corpus_for

@@ -15,8 +15,7 @@ import report
 import torch
 import torch.nn.functional as F
 
-import arguments
-import console
+from common import arguments, console
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -28,7 +27,7 @@ from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
 from optim import adamw_
-from records import plan
+from system import dry_run as plan
 from settings import Softcap, head_dim
 from steps import LANDMARKS
 

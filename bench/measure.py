@@ -9,15 +9,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the trainer does, before torch loads its thread pool
 
-import environment  # refuses a Python that is too old
+from common import environment  # refuses a Python that is too old
 
 environment.require(*environment.TRAINING)
 
 import numpy as np
 import torch
 
-import files
-import repository
+from common import files, repository
 import runlog
 from data.shards import GPT2, write_shard
 

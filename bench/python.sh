@@ -13,4 +13,4 @@ if [ -z "${SPEEDRUN_PYTHON:-}" ]; then
         fi
     done
 fi
-. ./setup_venv.sh
+. ./installation/setup_venv.sh

@@ -15,7 +15,7 @@ from pathlib import Path
 import measure  # first: it finds the repository
 import torch
 
-import files
+from common import files
 from settings import UserError
 
 DEAD = 70  # exit code of a process that cannot use its GPU any more

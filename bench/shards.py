@@ -13,9 +13,7 @@ from pathlib import Path
 
 import measure
 
-import arguments
-import console
-import files
+from common import arguments, console, files
 from data.shards import open_corpus
 from settings import UserError
 

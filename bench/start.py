@@ -15,8 +15,7 @@ from pathlib import Path
 import steps
 import torch
 
-import arguments
-import console
+from common import arguments, console
 from settings import UserError
 
 PARTS = ("imports", "data", "dynamo", "inductor", "kernels", "autotune", "first_runs")

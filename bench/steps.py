@@ -16,10 +16,9 @@ from pathlib import Path
 import measure
 from report import Report, stop_in_order
 
-import arguments
-import console
+from common import arguments, console
 import deltas
-import files
+from common import files
 import runlog
 from settings import LOGICAL_RANKS, UserError, tokens_per_step
 

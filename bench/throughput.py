@@ -11,8 +11,7 @@ import measure
 import torch
 import torch.nn.functional as F
 
-import arguments
-import console
+from common import arguments, console
 import deltas
 import runlog
 import schedule

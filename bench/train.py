@@ -9,8 +9,7 @@ from pathlib import Path
 
 import steps
 
-import arguments
-import console
+from common import arguments, console
 
 
 def curve(summary, events):

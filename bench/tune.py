@@ -15,8 +15,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
-import arguments
-import console
+from common import arguments, console
 import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from kernels.device import FP8_SINCE, capability

@@ -3,13 +3,12 @@
 A byte-level BPE of 1,000 merges on the training part of the embedded corpus, with GPT-2's pre-tokenisation.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 if __name__ == "__main__":
     environment.require("numpy", "tokenizers")
 
-import console
-import files
+from common import console, files
 from data.corpus import source_documents
 from data.tokenizer import FILES
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import files
+from common import files
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load

@@ -5,7 +5,7 @@ Each shard is 100 M tokens (200 MB). Downloads resume and HF_ENDPOINT is honoure
 with the published ones and kept in shards.json next to the shards; files that are right are left alone.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import contextlib
 import hashlib
@@ -19,9 +19,7 @@ from statistics import NormalDist
 if __name__ == "__main__":
     environment.require("numpy", "huggingface_hub")
 
-import arguments
-import console
-import files
+from common import arguments, console, files
 from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
 from settings import LOGICAL_RANKS, SCALES, Settings, UserError

@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-import files
+from common import files
 from settings import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024

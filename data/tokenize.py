@@ -5,7 +5,7 @@ Files are text, JSON lines, JSON arrays or parquet, also packed (data/text.py). 
 become the validation shard; of a text that is too short for that, a single document above all, its last tokens do.
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import contextlib
 import os
@@ -21,9 +21,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
-import arguments
-import console
-import files
+from common import arguments, console, files
 from data.segments import segments
 from data.shards import open_corpus, open_shard, write_shard, writing_shard
 from data.text import FORMATS, Reader

@@ -9,7 +9,7 @@ import lzma
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import environment
+from common import environment
 from settings import UserError
 
 if TYPE_CHECKING:

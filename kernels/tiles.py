@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-import files
+from common import files
 from data.corpus import default_cache
 from kernels.device import triton_version
 from settings import UserError

@@ -5,17 +5,16 @@
     python -m records variants | leaderboard
 """
 
-import environment  # first: refuses a Python that is too old
+from common import environment  # first: refuses a Python that is too old
 
 import contextlib
 import importlib
 import json
 import sys
 
-import arguments
-import console
+from common import arguments, console
 import deltas
-from records import lines
+from common import lines
 from settings import SCALES, UserError
 from system.interrupt import INTERRUPTED
 
@@ -71,7 +70,7 @@ def list_attempts(columns):
     names = deltas.attempt_names()
     if not names:
         return
-    from records.claims import attempts
+    from evidence import attempts
     print(f"\n{'attempt':24} {'parent':10} {'claim':14} title")
     for name in names:
         standing = attempts.status(deltas.ATTEMPTS / name)
@@ -117,7 +116,7 @@ def show(options):
     print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
     print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {scale}")
     if options.params:
-        from records.plan import size
+        from system.dry_run import size
         print(size(resolved.settings))
 
 
@@ -200,18 +199,18 @@ def features(options):
 # Commands with a module of their own (arguments(parser), run(options) -> exit code), imported only
 # when they are called, because some need numpy, scipy or matplotlib.
 MODULES = {
-    "plot": ("records.plot", "curves of runs as a picture, by steps, tokens or time"),
-    "export": ("records.export", "a checkpoint as safetensors, curves of runs as CSV"),
-    "judge": ("records.judge", "every published record judged again from its raw runs"),
-    "compare": ("records.claims.compare", "arms against each other, interleaved on this machine"),
-    "submit": ("records.claims.submit", "try an idea: declare, run, verify and write up a claim in attempts/"),
-    "promote": ("records.claims.promote", "make a record of an attempt whose claim is shown"),
-    "withdraw": ("records.claims.withdraw", "give up an attempt, or a promoted record that nothing is built on"),
-    "verify": ("records.claims.verify", "check a claim from its logs alone"),
-    "audit": ("records.audit", "test the code at a git ref in a process of its own"),
-    "replay": ("records.claims.replay", "run again what a log describes, and compare"),
-    "variants": ("records.variant_table", "the README's table of variants: sizes, FLOPs, step times, losses (imports torch)"),
-    "leaderboard": ("records.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
+    "plot": ("page.plot", "curves of runs as a picture, by steps, tokens or time"),
+    "export": ("page.export", "a checkpoint as safetensors, curves of runs as CSV"),
+    "judge": ("evidence.judge", "every published record judged again from its raw runs"),
+    "compare": ("evidence.compare", "arms against each other, interleaved on this machine"),
+    "submit": ("evidence.submit", "try an idea: declare, run, verify and write up a claim in attempts/"),
+    "promote": ("evidence.promote", "make a record of an attempt whose claim is shown"),
+    "withdraw": ("evidence.withdraw", "give up an attempt, or a promoted record that nothing is built on"),
+    "verify": ("evidence.verify", "check a claim from its logs alone"),
+    "audit": ("evidence.audit", "test the code at a git ref in a process of its own"),
+    "replay": ("evidence.replay", "run again what a log describes, and compare"),
+    "variants": ("page.variant_table", "the README's table of variants: sizes, FLOPs, step times, losses (imports torch)"),
+    "leaderboard": ("page.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
 }
 
 

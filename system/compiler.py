@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-import files
+from common import files
 from kernels.device import c_compiler, triton_version
 from settings import UserError
 

@@ -17,7 +17,7 @@ import pytest
 import deltas
 import runlog
 import schedule
-from records.claims import compare, manifest, provenance, verify
+from evidence import compare, manifest, provenance, verify
 from settings import NUMERICS_VERSION, tokens_per_step
 
 MACHINE = {"cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"}
@@ -37,7 +37,7 @@ class FakeTime:
 
 
 def arm(record, sets, scale="micro", s=None, **fields):
-    """An arm as records.claims.arms prepares it; s: settings of a record that this checkout does not have."""
+    """An arm as evidence.arms prepares it; s: settings of a record that this checkout does not have."""
     s = s or deltas.resolve(record, scale=scale, sets=sets).settings
     return {"text": record, "kind": "record", "ref": None, "commit": COMMIT, "tree": TREE, "dirty": None, "argv": [record],
             "record": record, "preset": "", "scale": scale, "changes": [f"--set {x}" for x in sets], "report": [],

@@ -2,7 +2,7 @@
 
 import signal
 
-import environment
+from common import environment
 
 environment.require(*environment.TRAINING)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import environment
-import install
+from common import environment
+from installation import install
 
 PIP = "pip==26.3"  # its module for markers is known to be where MARKERS looks for it
 KEPT = ("PIP_CERT", "PIP_CLIENT_CERT", "PIP_TRUSTED_HOST", "PIP_PROXY", "PIP_DEFAULT_TIMEOUT")

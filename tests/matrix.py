@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deltas
-import environment
+from common import environment
 
 environment.require(*environment.TRAINING)
 PROCESSES = (1, 2, 4)

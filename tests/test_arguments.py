@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-import arguments
+from common import arguments
 
 HUGE = "9" * 5000  # int() of CPython refuses to convert it
 

@@ -11,7 +11,7 @@ import pytest
 
 import deltas
 from claim_builder import arm, build, declaration
-from records.claims import arms, attempts, manifest, promote, submit, verify, withdraw
+from evidence import arms, attempts, manifest, promote, submit, verify, withdraw
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent

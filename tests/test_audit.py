@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from records import audit, audit_probe
+from evidence import audit, audit_probe
 from records.__main__ import main
 from settings import UserError
 

@@ -369,7 +369,8 @@ def test_without_a_gpu_the_scripts_say_what_they_would_do(tmp_path):
 
 @pytest.mark.parametrize("sees_gpu,complete,chosen", [(True, True, "python3"), (False, True, "venv"), (True, False, "venv")])
 def test_the_python_that_is_here_is_taken_if_it_can_train_on_a_gpu(tmp_path, sees_gpu, complete, chosen):
-    (tmp_path / "setup_venv.sh").write_text("PYTHON=${SPEEDRUN_PYTHON:-venv}\n")
+    (tmp_path / "installation").mkdir()
+    (tmp_path / "installation/setup_venv.sh").write_text("PYTHON=${SPEEDRUN_PYTHON:-venv}\n")
     here = tmp_path / "bin"
     here.mkdir()
     for name in ("python3", "python"):

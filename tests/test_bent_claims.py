@@ -12,7 +12,7 @@ import pytest
 import deltas
 import runlog
 from claim_builder import Forgery, claim, good
-from records.claims import verify
+from evidence import verify
 
 MUTATIONS = []
 

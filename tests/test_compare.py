@@ -14,7 +14,7 @@ import pytest
 import runlog
 from data.corpus import sample_corpus
 from records import __main__ as command
-from records.claims import arms, compare, manifest, replay, textlog
+from evidence import arms, compare, manifest, replay, textlog
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +196,7 @@ def test_replay_tells_another_seed_by_its_first_training_losses(precision, seeds
 def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys):
     def stopped(options):
         raise KeyboardInterrupt
-    for argv, module, name in ((["list"], "records.__main__", "list_records"), (["replay", "x"], "records.claims.replay", "run")):
+    for argv, module, name in ((["list"], "records.__main__", "list_records"), (["replay", "x"], "evidence.replay", "run")):
         monkeypatch.setattr(sys.modules[module], name, stopped)
         with pytest.raises(SystemExit) as end:
             command.main(argv)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import runlog
-from records.claims import run_laws
+from evidence import run_laws
 from settings import UserError
 from system import compiler
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-import console
+from common import console
 
 ROOT = Path(__file__).parent.parent
 FULL = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a disk that is always full")

@@ -11,8 +11,8 @@ import pytest
 import deltas
 from data.corpus import sample_corpus
 from data.shards import corpus_digest, val_digest
-from records.claims import verify
-from records.page import facts
+from evidence import verify
+from page import facts
 from runlog import read_links, render, source_hash, summarise
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +34,7 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     assert "".join(line + "\n" for event in events for line in render(event)) == (folder / "log.txt").read_text()
     assert summary["curve"][-1][0] == s.schedule.steps and not summary.get("graphs_in_clock")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 30_000
-    packed = ROOT / f"records/evidence/sources-{summary['sources']}.txt.xz"
+    packed = ROOT / f"evidence/results/sources-{summary['sources']}.txt.xz"
     assert source_hash(lzma.decompress(packed.read_bytes()).decode()) == summary["sources"]
 
 

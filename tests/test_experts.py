@@ -20,7 +20,7 @@ from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from model import GPT, MoE, Router
 from optim import Engine
-from records.plan import print_plan
+from system.dry_run import print_plan
 from runlog import read_chain
 from settings import UserError
 

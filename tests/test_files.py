@@ -15,10 +15,10 @@ import pytest
 
 import data.shards
 import deltas
-import files
+from common import files
 import runlog
-from records.claims import verify
-from records.sweeps import queue
+from evidence import verify
+from sweeps import queue
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_leftovers_are_no_shards_records_presets_targets_or_logs(tmp_path, monke
 # ----- laws of the source -------------------------------------------------------------------------------------------
 
 # Run in a checkout of another commit, which may lack files.py, or before there is anything to import.
-ALONE = {"records/audit_model.py", "records/audit_probe.py"}
+ALONE = {"evidence/audit_model.py", "evidence/audit_probe.py"}
 MODULES = [p for p in sorted(ROOT.glob("**/*.py"))
            if not {".venv", "tests", "data/cache"} & {*p.relative_to(ROOT).parts} and "cache" not in p.parts
            and not any(map(files.is_leftover, p.relative_to(ROOT).parts))]
@@ -223,7 +223,7 @@ def test_every_text_file_is_read_and_written_as_utf_8():
 
 def test_results_are_written_by_files_alone():
     """`write_text` and its like tear a file when the disk is full; a temporary file of one's own forgets the fsync."""
-    allowed = {"data/tokenize.py", "data/fineweb.py", "files.py", *ALONE}  # the first two swap whole folders
+    allowed = {"data/tokenize.py", "data/fineweb.py", "common/files.py", *ALONE}  # the first two swap whole folders
     names = {"write_text", "write_bytes", "savefig", "tofile", "dump"}
     wrong = []
     for path in MODULES:
@@ -237,8 +237,8 @@ def test_results_are_written_by_files_alone():
 
 
 # What grows while a program runs, locks, null devices, and the queue's own creation of files that must not exist yet.
-GROWING = {"runlog.py", "records/claims/arms.py", "records/audit.py", "records/sweeps/worker.py", "records/sweeps/queue.py",
-           "console.py"}
+GROWING = {"runlog.py", "evidence/arms.py", "evidence/audit.py", "sweeps/worker.py", "sweeps/queue.py",
+           "common/console.py"}
 
 
 def test_folders_are_listed_by_files_alone():
@@ -251,8 +251,8 @@ def test_folders_are_listed_by_files_alone():
 
 def test_json_that_is_kept_is_strict():
     """`json.dumps` is for hashes and quoted words; what is written or printed for programs is files.json_text's."""
-    hashed = {"deltas.py", "files.py", "runlog.py", "records/claims/arms.py", "records/claims/claim_laws.py",
-              "records/claims/run_laws.py", "records/claims/submit.py", "records/claims/verify.py", *ALONE}
+    hashed = {"deltas.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
+              "evidence/run_laws.py", "evidence/submit.py", "evidence/verify.py", *ALONE}
     wrong = [said(path, node) for path in MODULES for name, node in calls(path)
              if name in ("dumps", "dump") and getattr(getattr(node.func, "value", None), "id", "") == "json"
              and str(path.relative_to(ROOT)) not in hashed]
@@ -271,7 +271,7 @@ def test_a_training_s_sources_hold_every_module_it_imports():
     found, todo = set(), ["train_gpt.py"]
     while todo:
         name = todo.pop()
-        if name in found or name.startswith("records/"):  # records/plan.py is what --plan imports, and trains nothing
+        if name in found or name.startswith("records/"):  # system/dry_run.py is what --plan imports, and trains nothing
             continue
         found.add(name)
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):

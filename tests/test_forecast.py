@@ -12,8 +12,8 @@ import pytest
 import deltas
 import schedule
 import sweep
-from records import statistics
-from records.sweeps import forecast
+from evidence import statistics
+from sweeps import forecast
 from settings import UserError, tokens_per_step
 
 ROOT = Path(__file__).parent.parent

@@ -10,7 +10,7 @@ import pytest
 
 import deltas
 from claim_builder import MACHINE, TARGET, Forgery, arm, built, claim, command, good, systems, two_arms
-from records.claims import provenance, run_laws, verify
+from evidence import provenance, run_laws, verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +145,7 @@ def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
 # ----- grades -----------------------------------------------------------------------------------------------------------
 
 def audit_file(tmp_path, **fields):
-    from records.audit import CHECKS
+    from evidence.audit import CHECKS
     result = {"version": 1, "ref": "x", "commit": "1" * 40, "tree": "2" * 40, "record": "short/11", "passed": True,
               "checks": [{"name": name, "passed": True, "detail": ""} for name in CHECKS],
               "confined": {"network": "cut off", "writes": "limited to the audit's folder"}, **fields}
@@ -241,10 +241,10 @@ def test_a_consistent_forgery_passes_and_the_documentation_says_so(claim):
     results = verify.verify(claim.folder)
     text = "rewrites manifest, logs and summaries together"
     assert results["verdict"] == "shown" and any(text in u for u in results["unknown"])
-    assert text in (ROOT / "records/EVIDENCE.md").read_text()
+    assert text in (ROOT / "docs/evidence.md").read_text()
 
 
 def test_the_documentation_names_every_grade_and_tolerance():
-    page = (ROOT / "records/EVIDENCE.md").read_text()
+    page = (ROOT / "docs/evidence.md").read_text()
     for text in ("`consistent`", "`audited`", "`reproduced`", "1e-4", "5e-2", f"{run_laws.LOSS_LIMIT:g}"):
         assert text in page, text

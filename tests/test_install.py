@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
-import environment
-import install
-import run
+from common import environment
+from installation import install
+from installation import run
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROGRAMS = ["train_gpt.py", "sample.py", "sweep.py", "run.py", "install.py", "records/__main__.py", "data/fineweb.py",
+PROGRAMS = ["train_gpt.py", "sample.py", "sweep.py", "installation/run.py", "installation/install.py", "records/__main__.py", "data/fineweb.py",
             "data/tokenize.py", "data/build_sample_vocab.py"]
 
 
@@ -66,7 +66,7 @@ def test_an_installation_that_is_not_editable_is_refused_in_a_line():
     import importlib.util
     if importlib.util.find_spec("setuptools") is None:
         pytest.skip("setuptools is not here")
-    import build_backend
+    from installation import build_backend
     assert callable(build_backend.build_editable)
     for hook in (build_backend.build_wheel, build_backend.build_sdist, build_backend.prepare_metadata_for_build_wheel):
         with pytest.raises(SystemExit, match="pip install -e"):
@@ -89,7 +89,7 @@ def bare(tmp_path_factory):
     return call
 
 
-COMMANDS = [["train_gpt.py", "tiny-v1"], ["train_gpt.py", "short/11", "--plan"], ["sample.py", "x.pt"], ["run.py"],
+COMMANDS = [["train_gpt.py", "tiny-v1"], ["train_gpt.py", "short/11", "--plan"], ["sample.py", "x.pt"], ["installation/run.py"],
             ["sweep.py", "ablate", "short/11", "--scale", "micro", "--dir", "{tmp}/q"], ["sweep.py", "status", "x"],
             ["-m", "records", "judge"], ["-m", "records", "audit", "HEAD"], ["-m", "records", "leaderboard", "--check"],
             ["-m", "records", "compare", "short/1", "short/2", "--runs", "2", "--scale", "micro", "--allow-dirty", "--out", "{tmp}/c"],
@@ -129,9 +129,9 @@ def test_an_old_python_is_told_so_before_it_meets_what_it_cannot_read():
         elif name != "bench/measure.py":
             ours = [n for n in first if n in ("measure", "report", "steps", "torch", "numpy", "deltas", "environment")]
             assert not ours or ours[0] in ("measure", "report", "steps"), name
-    ast.parse((ROOT / "environment.py").read_text(), feature_version=(3, 6))
+    ast.parse((ROOT / "common/environment.py").read_text(), feature_version=(3, 6))
     code = "import sys; sys.version_info = (3, 8, 18, 'final', 0); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
-    for name in ("train_gpt.py", "sweep.py", "sample.py", "run.py", "bench/steps.py"):
+    for name in ("train_gpt.py", "sweep.py", "sample.py", "installation/run.py", "bench/steps.py"):
         done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"})
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is Python 3.8, and 3.11" in done.stderr, done.stderr
@@ -170,9 +170,10 @@ def checkout(tmp_path):
     """A checkout in a path with spaces whose `python -m venv` makes a stand-in for Python and pip that writes down its calls."""
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
-    for name in ("environment.py", "install.py", "run.py", "deltas.py", "settings.py", "files.py", "console.py", "run.sh",
-                 "test.sh", "find_python.sh", "pyproject.toml"):
+    for name in ("deltas.py", "settings.py", "run.sh", "test.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, place)
+    for name in ("common", "installation", "system"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "records" / "presets", place / "records" / "presets")
     shutil.copytree(ROOT / "records" / "short", place / "records" / "short", ignore=shutil.ignore_patterns("tiny", "runs"))
     fake = tmp_path / "fake" / "venv.py"

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from records import judge
-from records.statistics import target_test
+from evidence import judge
+from evidence.statistics import target_test
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -156,14 +156,14 @@ def test_pairwise_claims_go_to_the_best_result_before():
 # ----- the result for programs
 
 def test_the_committed_result_is_current():
-    path = ROOT / "records/evidence/judge.json"
-    assert path.read_text() == judge.as_text(RESULT), "`python -m records judge --json records/evidence/judge.json`"
+    path = ROOT / "evidence/results/judge.json"
+    assert path.read_text() == judge.as_text(RESULT), "`python -m records judge --json evidence/results/judge.json`"
     assert json.loads(path.read_text())["data"] == TABLES["digest"]
 
 
 def test_no_code_names_a_record():
     """Which group counts, what was waived and what was claimed are columns."""
-    code = re.sub(r'""".*?"""', "", (ROOT / "records/judge.py").read_text(), flags=re.S)
+    code = re.sub(r'""".*?"""', "", (ROOT / "evidence/judge.py").read_text(), flags=re.S)
     assert not re.search(r"(short|medium|optimizer)/\d", re.sub(r"UserError\(.*?\)\n|help=.*", "", code, flags=re.S))
 
 

@@ -14,9 +14,10 @@ import pytest
 import browser_page
 import claim_builder
 import deltas
-from records import __main__ as records_command, leaderboard, statistics
-from records.claims import verify
-from records.page import facts, sections, tags
+from records import __main__ as records_command
+from page import leaderboard
+from evidence import statistics, verify
+from page import facts, sections, tags
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -175,7 +176,7 @@ def test_the_page_is_small_and_loads_nothing(page):
     assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon", page)
     assert all(link.startswith(("#", "../", "https://")) for link in reader.links)
     for link in reader.links:  # repository files that the page points to exist, apart from this test's own evidence
-        assert not link.startswith("../") or link.startswith("../records/evidence/") or (ROOT / "site" / link).exists(), link
+        assert not link.startswith("../") or link.startswith("../evidence/results/") or (ROOT / "site" / link).exists(), link
 
 
 def test_the_page_is_well_formed_with_unique_ids_and_whole_anchors(page, site):
@@ -279,7 +280,7 @@ def test_colours_have_contrast_in_both_themes():
         r, g, b = (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts)
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
-    blocks = re.findall(r"color-scheme: (?:light|dark);(.*?)}", (ROOT / "records/page/style.css").read_text(), re.S)
+    blocks = re.findall(r"color-scheme: (?:light|dark);(.*?)}", (ROOT / "page/style.css").read_text(), re.S)
     assert len(blocks) == 3 and re.sub(r"\s+", "", blocks[1]) == re.sub(r"\s+", "", blocks[2])  # dark is written twice
     for block in blocks:
         colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
@@ -471,14 +472,14 @@ def test_bad_tables_are_one_clear_line(tmp_path, monkeypatch):
     records = deltas.load_records()
     monkeypatch.setattr(deltas, "RECORDS", tmp_path)
     (tmp_path / "published").mkdir()
-    text = (ROOT / "records/published/history.csv").read_text()
+    text = (ROOT / "evidence/published/history.csv").read_text()
     for old, new, message in (("2024-05-28,45,", "2024-05-28,44,", "short/1 took 44 minutes"),
                               ("2024-05-28,45,", "2024-05-28,soon,", "line 2: minutes is not a number: 'soon'"),
                               ("2024-05-28,45,", "2024-05-28,", "line 2 has not as many columns")):
         (tmp_path / "published/history.csv").write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=message):
             facts.read_history(records)
-    effects = (ROOT / "records/published/effects.csv").read_text()
+    effects = (ROOT / "evidence/published/effects.csv").read_text()
     (tmp_path / "published/effects.csv").write_text(effects.replace("model.residual.x0_mix", "model.residual.x0_mx"))
     with pytest.raises(UserError, match="did you mean model.residual.x0_mix"):
         facts.read_effects()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import deltas
-from records import lines
+from common import lines
 from records.__main__ import main
 
 ROOT = Path(__file__).parent.parent

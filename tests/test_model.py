@@ -20,7 +20,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
 from model import GPT, count_parameters
 from optim import Cut, Engine, Tree, adamw, local_ranks
-from records import plan
+from system import dry_run as plan
 from sample import generate
 from settings import UserError
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import deltas
-from records import __main__ as command, curves, plot
+from records import __main__ as command
+from page import curves, plot
 from runlog import chain_line, GENESIS
 from settings import UserError
 

@@ -6,8 +6,8 @@ import subprocess
 
 import pytest
 
-import repository
-from records.claims import arms
+from common import repository
+from evidence import arms
 from settings import UserError
 
 IDENTITY = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}

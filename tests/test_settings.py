@@ -11,7 +11,7 @@ import pytest
 
 import deltas
 import schedule
-from records.plan import print_plan
+from system.dry_run import print_plan
 from settings import SCALES, Settings, UserError, lookup, tokens_per_step
 
 ROOT = Path(__file__).parent.parent

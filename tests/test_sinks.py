@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from records.claims import run_laws
+from evidence import run_laws
 from runlog import read_chain
 from settings import UserError
 from system import sinks

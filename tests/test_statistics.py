@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from records import statistics as s
+from evidence import statistics as s
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -400,5 +400,5 @@ def test_results_are_plain_numbers_and_repeat_exactly():
 
 
 def test_the_statistics_import_no_torch():
-    code = "import records.statistics, sys; sys.exit('torch' in sys.modules)"
+    code = "import evidence.statistics, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

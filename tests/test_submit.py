@@ -15,7 +15,7 @@ import pytest
 
 import deltas
 from claim_builder import FakeTime, advance, arm, build, declaration
-from records.claims import compare, manifest, submit, verify, writeup
+from evidence import compare, manifest, submit, verify, writeup
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -36,7 +36,7 @@ def checkout(tmp_path_factory):
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("no git checkout")
     for name in names:
-        if (ROOT / name).is_file() and not name.startswith(("site/", "tests/golden", "records/evidence")):
+        if (ROOT / name).is_file() and not name.startswith(("site/", "tests/golden", "evidence/results")):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     git("init", "--quiet", cwd=folder)

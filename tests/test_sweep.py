@@ -18,10 +18,10 @@ from scipy import stats
 import deltas
 import runlog
 import sweep
-from records import statistics
-from records.page import facts
-from records.sweeps import queue, worker, report as sweep_report
-from records.sweeps.plan import grouped, make_plan, pairs_of, split
+from evidence import statistics
+from page import facts
+from sweeps import queue, worker, report as sweep_report
+from sweeps.plan import grouped, make_plan, pairs_of, split
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent

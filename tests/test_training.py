@@ -17,11 +17,11 @@ import pytest
 import torch
 
 import deltas
-import repository
+from common import repository
 import train_gpt
 from model import GPT
-from records import plot
-from records.claims import run_laws
+from page import plot
+from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
 from settings import UserError
 from system import load

@@ -9,7 +9,8 @@ import deltas
 import schedule
 from kernels.attention import CAUSAL, Window, keys_seen, visible
 from model import without_values
-from records import plan, variant_table
+from system import dry_run as plan
+from page import variant_table
 from records.__main__ import main
 from settings import UserError
 

@@ -15,7 +15,7 @@ import deltas
 import runlog
 import schedule
 from claim_builder import Forgery, built, claim, command, good, two_arms
-from records.claims import claim_laws, provenance, run_laws, verify
+from evidence import claim_laws, provenance, run_laws, verify
 from settings import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_a_compiled_model_warms_up_each_of_its_windows():
 # ----- code at a commit -------------------------------------------------------------------------------------------------
 
 def test_sources_are_compared_with_the_files_of_their_commit_without_running_them():
-    from records.claims import arms
+    from evidence import arms
     if not arms.is_checkout():
         pytest.skip("no git checkout")
     commit = arms.line("rev-parse", "HEAD")

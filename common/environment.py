@@ -1,0 +1,110 @@
+"""What a program of this project needs of its Python: one line where it lacks something, instead of a traceback.
+
+Every program imports this first. The import refuses a Python that is too old, `require` one that lacks a package. Neither
+this file nor a program's lines before the import may use what Python 3.8 cannot read.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import shlex
+import subprocess
+import sys
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+VENV = os.path.join(ROOT, ".venv")
+OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
+TRAINING = ("numpy", "torch", "tiktoken")  # packages that a training imports
+
+
+def stop(message):
+    """Print one line and end the program with exit code 2."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.write("error: " + message + "\n")
+            sys.stderr.flush()
+        except (OSError, ValueError):  # a stderr that is closed: the exit code still tells
+            pass
+    sys.exit(2)
+
+
+def venv_python(venv=VENV):
+    """Path of the Python of a virtual environment."""
+    return os.path.join(venv, *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
+
+
+def remedy():
+    """How to get a Python that has everything (a clause for the end of an error message)."""
+    if os.path.realpath(sys.prefix) == os.path.realpath(VENV):
+        return "remove the folder {} and start ./run.sh, which makes it anew".format(shlex.quote(VENV))
+    if os.path.exists(os.path.join(VENV, "installed")):
+        return "start the program with {}".format(shlex.quote(venv_python()))
+    return ("./run.sh makes .venv, which has everything; `python -m pip install -e {}` adds it to a Python of your own"
+            .format(shlex.quote(ROOT)))
+
+
+def lacking(name):
+    """True if a package is not installed. A folder without code, as a broken removal leaves it, does not count."""
+    if name in sys.modules:
+        return sys.modules[name] is None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return True
+    return spec is None or spec.origin is None
+
+
+def require(*names):
+    """End the program in one line, exit code 2, unless this Python can import these packages. It imports them.
+
+    The order of the names is the order of the imports.
+    """
+    missing = [name for name in names if lacking(name)]
+    if missing:
+        stop("{} lacks {}: {}".format(sys.executable, ", ".join(missing), remedy()))
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, OSError) as error:  # OSError: a shared library of the package is missing
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            stop("{} cannot import {} ({}): {}".format(sys.executable, name, reason, remedy()))
+        if name == "torch" and numbers(getattr(module, "__version__", "0")) < OLDEST_TORCH:
+            stop("{} has torch {}, and torch {}.{} is the oldest that works: {}".format(
+                sys.executable, getattr(module, "__version__", "without a version"), *OLDEST_TORCH, remedy()))
+
+
+def without(error):
+    """The line for an ImportError that a program met later, when it first needed something."""
+    if error.name and lacking(error.name):
+        return "{} lacks {}: {}".format(sys.executable, error.name, remedy())
+    return "{} cannot import {} ({}): {}".format(sys.executable, error.name or "a package", error, remedy())
+
+
+def numbers(version):
+    """The first two numbers of a version: '2.13.0+cpu' -> (2, 13)."""
+    parts = []
+    for part in str(version).split(".")[:2]:
+        digits = "".join(c for c in part if c.isdigit())
+        parts.append(int(digits or 0))
+    return tuple(parts)
+
+
+@functools.lru_cache(None)
+def check_training():
+    """UserError if this Python cannot run a training. Called before a plan is declared, so that no declared run is lost.
+
+    Asked in a process of its own, because torch takes seconds and memory that the caller does not need.
+    """
+    from settings import UserError
+    code = "import environment; environment.require(*environment.TRAINING)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it ended with code {}".format(done.returncode)]
+        said = said[-1][len("error: "):] if said[-1].startswith("error: ") else said[-1]
+        raise UserError("nothing was started, because no training can run here: " + said)
+
+
+if sys.version_info < OLDEST_PYTHON:
+    stop("{} is Python {}.{}, and {}.{} is the oldest that works: start the program with a newer one (./run.sh finds it, "
+         "and makes .venv)".format(sys.executable, *(sys.version_info[:2] + OLDEST_PYTHON)))

@@ -1,0 +1,325 @@
+"""Where the runs of a claim come from: settings that a record resolves to, code at a commit, tokens of a corpus.
+
+Each check is a generator of problems, one line each; what cannot be known here goes to `found.unknown`. `found` is the
+evidence.claim_laws.Evidence of the claim folder. Nothing of a submission is executed: git is only asked for the text of files.
+"""
+
+import collections
+import dataclasses
+import lzma
+import re
+import tomllib
+
+import deltas
+import runlog
+import settings
+from evidence import arms, manifest
+from evidence.run_laws import alike
+from settings import UserError
+
+SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
+FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set": "sets"}
+RECORD_ARM = {"text": str, "record": str, "preset": str, "scale": str, "changes": list, "ml_hash": str,
+              "system_hash": str, "settings": dict,
+              "commit": (str, type(None)), "tree": (str, type(None))}
+MALFORMED = (UserError, TypeError, AttributeError, ValueError)
+
+
+# ----- arms and records ---------------------------------------------------------------------------------------------
+
+def check_arm(found, name, arm):
+    """All runs of an arm are one program with the settings that were declared and that this checkout resolves."""
+    if arm["kind"] == "script":
+        found.unknown.append(f"what the script of arm {name} computed, on which data and with which settings")
+        return
+    bad = [k for k, types in RECORD_ARM.items() if not isinstance(arm.get(k), types)]
+    if bad or not all(isinstance(x, str) for x in arm["changes"]):
+        yield f"{manifest.NAME}: arm {name} lacks {', '.join(bad) or 'readable changes'}"
+        return
+    if arm["scale"] != found.declaration["scale"]:
+        yield f"{manifest.NAME}: arm {name} has scale {arm['scale']}, declared {found.declaration['scale']}"
+    for log in found.of(name):
+        for key in ("record", "preset", "changes", "ml_hash", "system_hash"):
+            if log.start[key] != arm[key]:
+                yield f"{log.where}: {key} {log.start[key]!r}, arm {name} was declared with {arm[key]!r}"
+        if log.start["settings"] != arm["settings"]:
+            paths = differing(log.start["settings"], arm["settings"])
+            yield f"{log.where}: settings differ from those declared for arm {name}: {', '.join(paths)}"
+    for key in ("attention", "comm", "parameters"):  # a kernel that fell back in one run makes it another program
+        yield from alike([(log.where, log.start[key]) for log in found.of(name)], f"{key} (arm {name})")
+    yield from check_code(found, name, arm)
+    yield from check_resolves(found, name, arm)
+
+
+def differing(a, b, prefix=""):
+    """Paths at which two nested dicts differ."""
+    if not (isinstance(a, dict) and isinstance(b, dict)):
+        return [] if a == b else [prefix or "."]
+    return [p for k in sorted({*a, *b}) for p in differing(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)]
+
+
+def check_resolves(found, name, arm):
+    """The declared settings are what the record, its scale and its changes resolve to here."""
+    scale, comparison = found.declaration["scale"], found.declaration["claim"] == "comparison"
+    claimed = f"{arm['record']} at scale {scale}" + "".join(f" {c}" for c in arm["changes"])
+    try:
+        record, carried = known_record(found, arm["record"])
+        if record is None and comparison:
+            found.unknown.append(f"arm {name}: whether {claimed} has these settings: it is not in this checkout")
+            return
+        if record is None:
+            raise UserError("the record is neither in this checkout nor in record.toml of the claim")
+        resolved = (resolve_carried if carried else resolve_here)(record, scale, arm["changes"])
+        paths = [p for p, _, _ in deltas.difference(deltas.from_plain(arm["settings"]), resolved)]
+    except MALFORMED as error:
+        yield f"arm {name}: {claimed} cannot be resolved here: {error}"
+        return
+    if paths and comparison and arm.get("ref") is not None:  # two refs may be compared because a record changed
+        found.unknown.append(f"arm {name}: {claimed} has other settings here than at {arm['ref']}: {', '.join(paths)}")
+    elif paths:
+        yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
+
+
+def resolve_here(record, scale, changes):
+    given = collections.defaultdict(list)
+    for change in changes:
+        flag, _, value = change.partition(" ")
+        if flag not in FLAGS:
+            raise UserError(f"unknown change {change!r}")
+        given[FLAGS[flag]].append(value)
+    return deltas.resolve(record.ref, scale=scale, **given).settings
+
+
+def resolve_carried(record, scale, changes):
+    """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for its delta)."""
+    if scale not in settings.SCALES:
+        raise UserError(f"unknown scale {scale!r}")
+    s = settings.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
+    named = []
+    for change in changes:
+        flag, _, text = change.partition(" ")
+        if flag != "--set":
+            raise UserError(f"{change}: a new record is claimed as it is, put this into its delta")
+        path, value = deltas.parse_assignment(text, "--set")
+        s = deltas.assign(s, path, value, "--set")
+        named.append(path)
+    return settings.check(deltas.lifted(s, named))
+
+
+def known_record(found, ref):
+    """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this checkout."""
+    here, carried = known_here(ref), read_carried(found.folder, found.declaration["record"])
+    if carried is None or not carried.answers(ref):
+        return here, False
+    if here is None:
+        return carried, True
+    same = {f.name for f in dataclasses.fields(here)} - {"folder", "slug"}  # both say where it lies
+    if carried.ref != here.ref:  # a copy from before the attempt became a record
+        same -= {"ref", "order", "attempt"}
+    differ = sorted(k for k in same if getattr(carried, k) != getattr(here, k))
+    if differ:
+        raise UserError(f"record.toml of the claim and of {here.folder.name} differ in {', '.join(differ)}")
+    return here, False
+
+
+def known_here(ref):
+    """The Record of a ref in this checkout: of a lineage, or an attempt (which may have become a record since). Or None."""
+    if not isinstance(ref, str) or not ref.startswith(deltas.ATTEMPT):
+        return deltas.load_records().get(ref)
+    try:
+        return deltas.find_record(ref)
+    except UserError:
+        return None
+
+
+def same_record(a, b):
+    """Do two refs name one record? An attempt that was promoted has two."""
+    found = known_here(a)
+    return a == b or (found is not None and found.answers(b))
+
+
+def read_carried(folder, ref):
+    """The Record of DIR/record.toml, or None. `ref` is the one that the manifest claims: lineage/id or attempts/name.
+
+    A record that was promoted carries an id, and the name of the attempt that the manifest claims.
+    """
+    path = folder / "record.toml"
+    if not path.exists() or not isinstance(ref, str):
+        return None
+    lineage, _, name = ref.partition("/")
+    if lineage + "/" == deltas.ATTEMPT:
+        lineage = lineage_of(path) or lineage
+    record = deltas.read_record(path, lineage)
+    if ref.startswith(deltas.ATTEMPT) and not record.attempt:  # the folder may have been copied under another name
+        record = dataclasses.replace(record, ref=ref, slug=name)
+    if not record.answers(ref):
+        raise UserError(f"record.toml has id {record.ref.partition('/')[2]!r}, the manifest claims {ref}")
+    if record.parent is not None and record.parent not in deltas.load_records():
+        raise UserError(f"parent {record.parent!r} of record.toml is not in this checkout")
+    return record
+
+
+def lineage_of(path):
+    """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. '' for an attempt."""
+    try:
+        toml = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        return ""  # read_record says what is wrong
+    if "attempt" not in toml:
+        return ""
+    above = path.absolute().parent.parent.name
+    return above if above in deltas.LINEAGES else str(toml.get("parent")).partition("/")[0]
+
+
+def last_ml(record):
+    """The nearest of a record and its ancestors that changed what is computed at full scale: by ml_hash, not by `kind`."""
+    while record is not None and record.parent is not None and same_result(record.ref, record.parent):
+        record = deltas.load_records().get(record.parent)
+    return record
+
+
+def same_result(a, b):
+    return len({deltas.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
+
+
+def check_lineage(found):
+    """A claim runs the record it names against the parent that record names, all arms with the same changes or none."""
+    d, where = found.declaration, manifest.NAME
+    new, parent = d["arms"]["new"], d["arms"]["parent"]
+    if new.get("record") != d["record"]:
+        yield f"{where}: claims {d['record']}, arm new runs {new.get('record')}"
+    try:
+        record, _ = known_record(found, d["record"])
+    except MALFORMED as error:
+        yield f"record.toml: {error}"
+        return
+    if record is not None and parent.get("record") != record.parent:
+        yield f"{where}: arm parent runs {parent.get('record')}, the parent of {d['record']} is {record.parent}"
+    if "base" in d["arms"]:
+        last = last_ml(deltas.load_records().get(parent.get("record")))
+        if last is not None and d["arms"]["base"].get("record") != last.ref:
+            yield f"{where}: arm base runs {d['arms']['base'].get('record')}, the last ml record is {last.ref}"
+    for name, arm in d["arms"].items():
+        if arm.get("changes") and (d["scale"] == "full" or arm["changes"] != new.get("changes")):
+            changes = " ".join(map(str, arm["changes"]))
+            yield (f"{where}: arm {name} runs with {changes}: a record runs as it is (below scale full all arms may share "
+                   "changes)")
+
+
+# ----- code ---------------------------------------------------------------------------------------------------------
+
+def check_code(found, name, arm):
+    """One commit per arm, clean for a record; its sources are there, hash right and are the files of that commit."""
+    record_claim, logs, dirty = found.declaration["claim"] != "comparison", found.of(name), arm.get("dirty")
+    for log in logs:
+        code = log.start["code"]
+        if code.endswith("-dirty") and (record_claim or not dirty):
+            yield f"{log.where}: ran uncommitted changes (code {code[:12]}-dirty)"
+        elif arm["commit"] is not None and code != arm["commit"] + ("-dirty" if dirty else ""):
+            yield f"{log.where}: code {code[:12]}, arm {name} was declared at {arm['commit'][:12]}"
+    if record_claim and (dirty or arm["commit"] is None):
+        yield f"arm {name}: declared with " + ("uncommitted changes" if dirty else "code outside a git checkout, of no name")
+    elif dirty:
+        yield from check_patch(found, name, arm)
+    yield from alike([(log.where, log.start["sources"]) for log in logs], f"sources (arm {name})")
+    for digest in sorted({log.start["sources"] for log in logs}):
+        text, problem = read_sources(found.folder / "runs", digest)
+        if problem:
+            yield problem
+        elif arm["commit"] and not dirty:
+            yield from check_commit(found, name, arm, digest, text)
+
+
+def check_patch(found, name, arm):
+    """The uncommitted changes of a comparison's arm lie in the folder."""
+    try:
+        path = arms.patch_path(found.folder, arm)
+        held = arms.hash_of(path.read_bytes())
+    except (OSError, TypeError, ValueError):
+        held = None
+    if held != arm["dirty"]:
+        yield f"arm {name}: the patch of its uncommitted changes is missing or was changed"
+
+
+def read_sources(runs, digest):
+    """(text, problem) of the archive runs/sources-<digest>.txt or .txt.xz."""
+    if not re.fullmatch("[0-9a-f]{16}", digest):
+        return None, f"sources {digest!r:.40} is no hash of sources"
+    for path in (runs / f"sources-{digest}.txt", runs / f"sources-{digest}.txt.xz"):
+        if path.exists():
+            try:
+                with (lzma.open(path) if path.suffix == ".xz" else open(path, "rb")) as file:
+                    text = file.read(SOURCES_LIMIT).decode()
+            except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError):
+                return None, f"runs/{path.name}: cannot be read"
+            held = runlog.source_hash(text)
+            return text, "" if held == digest else f"runs/{path.name}: its text hashes to {held}: the sources were swapped"
+    return None, f"runs/sources-{digest}.txt: missing: the sources of the runs belong to the claim"
+
+
+def check_commit(found, name, arm, digest, text):
+    """The archive equals the files of the declared commit, where this repository has it."""
+    commit = arm["commit"]
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", commit):
+        yield f"arm {name}: {commit!r:.50} is no commit"
+        return
+    try:
+        tree = arms.line("rev-parse", "--verify", "--quiet", commit + "^{tree}")
+    except UserError:
+        found.unknown.append(f"whether the sources of arm {name} are those of commit {commit[:12]}: this repository does "
+                             "not have it (fetch it)")
+        return
+    if arm["tree"] != tree:
+        yield f"arm {name}: tree {str(arm['tree'])[:12]}, commit {commit[:12]} has {tree[:12]}"
+    names = re.findall(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", text, re.M)
+    try:
+        whole = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
+    except (UserError, UnicodeDecodeError) as error:
+        yield f"runs/sources-{digest}.txt: holds a file that commit {commit[:12]} has not ({error})"
+        return
+    if whole != text or "train_gpt.py" not in names:
+        yield f"runs/sources-{digest}.txt: is not the code of commit {commit[:12]}, which arm {name} declares"
+
+
+# ----- tokens -------------------------------------------------------------------------------------------------------
+
+def check_corpus(found):
+    """One corpus and one validation set; their digests are right where this checkout knows them by name."""
+    logs = list(found.logs.values())
+    for key in ("corpus", "val_digest"):
+        yield from alike([(log.where, log.start[key]) for log in logs], key)
+    prefixes = found.declaration.get("corpus_prefixes")  # runs of different length read different numbers of shards
+    if isinstance(prefixes, list) and all(log.start["corpus_digest"] in prefixes for log in logs):
+        for name in found.declaration["arms"]:
+            yield from alike([(log.where, log.start["corpus_digest"]) for log in found.of(name)], "corpus_digest")
+    else:
+        yield from alike([(log.where, log.start["corpus_digest"]) for log in logs], "corpus_digest")
+    for log in logs:
+        if log.settings is not None:
+            yield from check_tokens(found, log)
+
+
+def check_tokens(found, log):
+    corpus = log.start["corpus"]
+    try:
+        known = known_digests(corpus, log.settings.validation.tokens)
+    except UserError as error:
+        known, why = None, str(error)
+    else:
+        why = "its digests are not pinned here"
+    text = f"whether the tokens are those of the corpus {corpus}: {why}"
+    if known is None and text not in found.unknown:
+        found.unknown.append(text)
+    for name, digest in (known or {}).items():
+        if log.start[name] != digest:
+            yield f"{log.where}: {name} {log.start[name][:12]}, that of the corpus {corpus!r} is {digest[:12]}: other tokens"
+
+
+def known_digests(corpus, validation_tokens):
+    """{corpus_digest, val_digest} of a corpus that this program carries itself, or None."""
+    if corpus != "sample":
+        return None
+    from data.corpus import default_cache, sample_corpus
+    from data.shards import corpus_digest, val_digest
+    sample = sample_corpus(default_cache())
+    return {"corpus_digest": corpus_digest(sample, 1), "val_digest": val_digest(sample, validation_tokens)}

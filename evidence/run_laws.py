@@ -1,0 +1,439 @@
+"""The laws of one run's log: what a run folder must hold to be evidence. Nothing of the run is executed.
+
+A run folder is run.jsonl (the chain) with log.txt and summary.json, which must follow from it. Each check is a generator of
+problems, one line `artefact: reason` each, so that all of them are found and not only the first. `evidence.claim_laws` checks
+what holds between runs, and between a run and the manifest that announced it.
+"""
+
+import collections
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import deltas
+from common import files
+import runlog
+import schedule
+import settings
+from settings import UserError, tokens_per_step
+
+NUMBER = (int, float)
+TEXTS = {"start": ["utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
+                   "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform",
+                   "python", "machine"],
+         "probe": ["tokens"], "reset": ["state_before", "state_after"], "validation": [], "experts": [],
+         "stream": ["digest"], "end": ["status"]}
+LOADS = ("layers", "max_vio", "idle", "dropped", "entropy", "max_bias")  # of an experts event: a number for each layer with some
+OTHERS = {"start": {"settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
+                    "processes": int, "profiled": bool, "cores": (int, type(None))},
+          "probe": {"step": int, "loss": NUMBER, "gradients": dict},
+          "reset": {"warmup_steps": int, "start_ms": NUMBER, "warmup_ms": NUMBER},
+          "validation": {"step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list,
+                         "train_time_ms": NUMBER, "tokens": int, "epoch": int},
+          "experts": {"step": int, **{name: list for name in LOADS}},
+          "stream": {},
+          "end": {"steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
+                  "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
+                  "verdict": list}}
+# Fields of later logs: of the named type where they are there. system.load says what they mean.
+LATER = {"start": {"load_start": (*NUMBER, type(None))},
+         "end": {"load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)), "other_cores": (*NUMBER, type(None)),
+                 "alone": (bool, type(None))}}
+LETTERS = {"start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"}
+BEGUN = re.compile("s(p?(r((vx?)*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
+WHOLE = re.compile("sp?r(vx?)+te")
+LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
+ROUNDING_MS = 1.0
+LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
+UNTIMED_MS = 1000.0  # what a step-0 clock, a reset and a validation may differ by on a machine that is not idle
+
+
+@dataclass
+class Log:
+    """A readable run folder. `where` is how messages name it, `settings` None when they are not valid."""
+    where: str
+    folder: Path
+    links: list
+    settings: object = None
+
+    @property
+    def events(self):
+        return [event for event, _ in self.links]
+
+    @property
+    def last_hash(self):
+        return self.links[-1][1]
+
+    @property
+    def whole(self):
+        """Did it get to its end, with a stream and a last validation?"""
+        return bool(WHOLE.fullmatch(word(self.events)))
+
+    @property
+    def validations(self):
+        return [e for e in self.events if e["kind"] == "validation"]
+
+    @property
+    def intervals(self):
+        """[(validation, ms of training since the one before, ms of wall time beside it)]; the first from the reset on."""
+        reset = self.one("reset")
+        wall, clock, out = (reset["wall_ms"] if reset else 0.0), 0.0, []
+        for v in self.validations:
+            spent = v["train_time_ms"] - clock
+            out.append((v, spent, v["wall_ms"] - wall - spent))
+            wall, clock = v["wall_ms"], v["train_time_ms"]
+        return out
+
+    def one(self, kind):
+        """The only event of a kind, or None."""
+        return next((e for e in self.events if e["kind"] == kind), None)
+
+    @property
+    def start(self):
+        return self.events[0]
+
+    @property
+    def told_its_loss(self):
+        """Is there a result, in an `end` or as the validation of the last step? Then nothing may exclude the run."""
+        end = self.one("end")
+        told = end is not None and end["status"] in ("finished", "diverged")
+        return told or any(v["step"] == v["scheduled_steps"] for v in self.validations)
+
+
+def word(events):
+    """The kinds of a log's events, a letter each."""
+    return "".join(LETTERS.get(e["kind"], "?") if isinstance(e["kind"], str) else "?" for e in events)
+
+
+# ----- reading ------------------------------------------------------------------------------------------------------
+
+def read_log(folder, where):
+    """(Log, or None if nothing can be made of it; problems). `where` names the folder in messages."""
+    artefact = f"{where}/run.jsonl"
+    try:
+        links = runlog.read_links(folder / "run.jsonl")
+    except UserError as error:
+        return None, [str(error).replace(str(folder), where)]
+    except (RecursionError, ValueError) as error:
+        return None, [f"{artefact}: cannot be read ({type(error).__name__})"]
+    log = Log(where, folder, links)
+    version = log.start.get("log_version")
+    if version not in runlog.READABLE:
+        return None, [f"{artefact}: log version {version!r}, this program reads versions "
+                      f"{' and '.join(map(str, runlog.READABLE))}"]
+    found = word(log.events)
+    if found.count("s") > 1:
+        return None, [f"{artefact}: holds {found.count('s')} start events: {found.count('s')} logs in one file"]
+    if not BEGUN.fullmatch(found):
+        return None, [f"{artefact}: its events are out of order: {' '.join(str(e['kind']) for e in log.events)}"]
+    problems = [f"{artefact}: {p}" for event in log.events for p in misshapen(event)]
+    return (None if problems else log), problems
+
+
+def misshapen(event):
+    """Fields of an event that are missing or of the wrong type."""
+    kind = event["kind"]
+    shape = {name: str for name in TEXTS[kind]} | OTHERS[kind] | {"wall_ms": NUMBER}
+    for name, types in shape.items():
+        value = event.get(name, ...)
+        if value is ...:
+            yield f"line {event['n'] + 1} ({kind}) lacks {name}"
+        elif not isinstance(value, types) or (isinstance(value, bool) and types in (int, NUMBER)):
+            yield f"line {event['n'] + 1} ({kind}): {name} = {value!r:.60} has the wrong type"
+    for name, types in LATER.get(kind, {}).items():
+        if not isinstance(event.get(name), types) or (isinstance(event.get(name), bool) and bool not in types):
+            yield f"line {event['n'] + 1} ({kind}): {name} = {event[name]!r:.60} has the wrong type"
+    lists = {"start": ("changes", str), "validation": ("train_loss", NUMBER), "end": ("verdict", str)}
+    if kind in lists and isinstance(event.get(lists[kind][0]), list):
+        if not all(isinstance(x, lists[kind][1]) for x in event[lists[kind][0]]):
+            yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
+    if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
+        yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
+    sinks = event.get("sinks", [])  # versions before 3 have none
+    if kind == "start" and not (isinstance(sinks, list) and all(isinstance(x, str) for x in sinks)):
+        yield f"line {event['n'] + 1} (start): sinks wants a list of names"
+    if kind == "reset" and "compile" in event:
+        if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
+            yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
+    if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
+        if len({len(event[name]) for name in LOADS}) > 1 or not event["layers"] or not all(
+                isinstance(x, NUMBER) for name in LOADS for x in event[name]):
+            yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(LOADS)
+        loads = event.get("load", [])
+        if not isinstance(loads, list) or not all(isinstance(row, list) and all(isinstance(x, int) for x in row) for row in loads):
+            yield f"line {event['n'] + 1} (experts): load wants a list of rows for each layer"
+    if kind == "probe" and isinstance(event.get("gradients"), dict):
+        if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
+                   for m in event["gradients"].values()):
+            yield f"line {event['n'] + 1} (probe): gradients must be two numbers for each parameter"
+
+
+# ----- the checks ---------------------------------------------------------------------------------------------------
+
+def check_run(log):
+    """All problems of one log by itself; sets log.settings."""
+    yield from check_settings(log)
+    yield from check_untouched(log)
+    if log.settings is not None:
+        yield from check_reset(log)
+        yield from check_steps(log)
+        yield from check_experts(log)
+    yield from check_numbers(log)
+    yield from check_clock(log)
+    if log.whole:
+        yield from check_end(log)
+        yield from check_files(log)
+    elif not rendering(log).startswith(text_log(log)):  # killed between two writes: the text may lag, not differ
+        yield f"{log.where}/log.txt: is not what run.jsonl renders to"
+
+
+def rendering(log):
+    return "".join(line + "\n" for event in log.events for line in runlog.render(event))
+
+
+def text_log(log):
+    try:
+        return (log.folder / "log.txt").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return "(no text)"
+
+
+def check_files(log):
+    """log.txt and summary.json follow from the chain."""
+    text, rendered = text_log(log), rendering(log)
+    if text != rendered:
+        pairs = zip([*text.splitlines(), ""], [*rendered.splitlines(), ""])
+        line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), None)
+        yield f"{log.where}/log.txt: line {line or 'count'} is not what run.jsonl renders to: the text was edited"
+    path = log.folder / "summary.json"
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        yield f"{log.where}/summary.json: missing or not whole JSON"
+        return
+    try:
+        derived = runlog.summarise(log.events, log.last_hash)
+    except (ValueError, OverflowError):  # a time that is not finite
+        yield f"{log.where}/summary.json: does not follow from run.jsonl, whose numbers are not finite"
+        return
+    if not isinstance(summary, dict):
+        yield f"{log.where}/summary.json: is not a table"
+    elif canonical(summary) != canonical(derived):
+        names = [k for k in sorted({*derived, *summary}) if canonical(summary.get(k)) != canonical(derived.get(k))]
+        yield f"{log.where}/summary.json: {', '.join(names)} not as in run.jsonl: the summary was edited"
+
+
+def canonical(value):
+    return files.json_text(value, sort_keys=True)  # as text nan equals nan, and the null that a strict file has for it
+
+
+def check_settings(log):
+    """Settings are valid in this vocabulary and hash to what was logged."""
+    start, artefact = log.start, f"{log.where}/run.jsonl: settings"
+    try:
+        s = deltas.from_plain(start["settings"])
+        for path, value in deltas.flat(s).items():
+            field = deltas.find_field(path)
+            if value is not None:
+                deltas.typed(field, value, "logged")
+            elif not field.optional:
+                raise UserError(f"{path} is missing")
+        log.settings = settings.check(s)
+    except (UserError, TypeError, AttributeError, ValueError) as error:
+        yield f"{artefact} are not valid here ({error}): verify with a checkout of the code that wrote them"
+        return
+    if start["numerics_version"] != settings.NUMERICS_VERSION:
+        yield (f"{log.where}/run.jsonl: numerics version {start['numerics_version']}, here {settings.NUMERICS_VERSION}: "
+               "results changed since")
+    elif start["ml_hash"] != deltas.ml_hash(log.settings):
+        yield f"{artefact} hash to ml_hash {deltas.ml_hash(log.settings)}, logged {start['ml_hash']}: they were edited"
+    if start["system_hash"] != deltas.system_hash(log.settings):
+        yield (f"{artefact} hash to system_hash {deltas.system_hash(log.settings)}, logged {start['system_hash']}: they "
+               "were edited")
+
+
+def check_untouched(log):
+    """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send on."""
+    if log.start["profiled"]:
+        yield f"{log.where}/run.jsonl: profiled run: not what is timed"
+    if sinks := log.start.get("sinks"):
+        yield f"{log.where}/run.jsonl: run with --log-to {', '.join(sinks)}: not what is timed"
+
+
+def check_reset(log):
+    """The warm-up is that of the settings, came before the first validation, and left nothing behind."""
+    reset, probe, artefact = log.one("reset"), log.one("probe"), f"{log.where}/run.jsonl: reset"
+    if reset is None:
+        return
+    if reset["state_before"] != reset["state_after"]:
+        yield (f"{artefact}: the warm-up leaked: state {reset['state_before'][:12]} before it, {reset['state_after'][:12]} "
+               "after the reset")
+    system, steps = log.settings.system, warmup_steps(log)
+    if reset["warmup_steps"] != steps:
+        yield f"{artefact}: {reset['warmup_steps']} warm-up steps, the settings say {steps}"
+    if (probe is not None) != (steps > 0):
+        yield f"{log.where}/run.jsonl: probe {'missing' if probe is None else 'without warm-up steps'}"
+    elif probe is not None and (probe["step"] != steps - 1 or probe["tokens"] != system.warmup_tokens):
+        yield (f"{log.where}/run.jsonl: probe of step {probe['step']} on {probe['tokens']} tokens, the settings say step "
+               f"{steps - 1} on {system.warmup_tokens} tokens")
+    untold = abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"])
+    if untold > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
+        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, but start "
+               f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account for it")
+
+
+def check_experts(log):
+    """A mixture tells after each validation but the first how the step before shared out its rows, and nothing else does."""
+    s, artefact = log.settings, f"{log.where}/run.jsonl: experts"
+    moe, steps = s.model.mlp.moe, [e["step"] for e in log.events if e["kind"] == "experts"]
+    due = [e["step"] for e in log.validations if e["step"]] if moe else []
+    if steps != due and not (steps == due[:-1] and log.events[-1]["kind"] == "validation"):  # killed between the two
+        yield f"{artefact}: told at steps {steps}, due at {due}"
+        return
+    for event in (e for e in log.events if e["kind"] == "experts"):
+        layers = [i for i in range(s.model.num_layers) if i not in {*moe.dense_layers, *s.model.mlp.drop_layers}]
+        if event["layers"] != layers:
+            yield f"{artefact}: of layers {event['layers']}, the settings have them in {layers}"
+        elif "load" in event and [sum(row) + lost for row, lost in zip(event["load"], event["dropped"])] != [
+                moe.top_k * tokens_per_step(s)] * len(layers):
+            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x {tokens_per_step(s)} rows in each layer: they were "
+                   "edited")
+
+
+def warmup_steps(log):
+    """Number of untimed steps: as set, else three and, on a compiled model, one for each window that these have not seen."""
+    system, cpu = log.settings.system, log.start["device"].startswith("CPU")
+    if system.warmup_steps >= 0:
+        return system.warmup_steps
+    if system.compile == "off" or (system.compile == "auto" and cpu):
+        return 3
+    windows = [plan.windows for plan in schedule.plan(log.settings)]
+    return 3 + len(set(windows) - set(windows[:3]))
+
+
+def check_steps(log):
+    """Validations exactly where the settings put them, with the tokens and training losses between them."""
+    s, artefact = log.settings, f"{log.where}/run.jsonl: validation"
+    steps, seen = s.schedule.steps, [v["step"] for v in log.validations]
+    wanted = [i for i in range(steps + 1) if schedule.validates(s, i)]
+    complete = log.whole and log.one("end")["status"] == "finished"
+    if complete and seen and seen[-1] < steps and seen == wanted[:len(seen)]:
+        yield f"{artefact}: stopped at step {seen[-1]} of {steps}: the settings fix the number of steps, no run does"
+    elif seen != (wanted if complete else wanted[:len(seen)]):
+        odd = sorted(set(seen) ^ set(wanted)) or seen
+        yield (f"{artefact}: not at the steps of the settings (every {s.validation.every} of {steps}), the first other one "
+               f"is {odd[0]}")
+    before, epoch = 0, 0
+    for v in log.validations:
+        at = f"{artefact} of step {v['step']}"
+        if len(v["train_loss"]) != v["step"] - before:
+            yield f"{at}: {len(v['train_loss'])} training losses for {v['step'] - before} steps"
+        if v["scheduled_steps"] != steps:
+            yield f"{at}: scheduled for {v['scheduled_steps']} steps, the settings say {steps}"
+        if v["tokens"] != v["step"] * tokens_per_step(s):
+            yield f"{at}: {v['tokens']} tokens, not {v['step']} steps of {tokens_per_step(s)}"
+        if v["epoch"] < epoch:
+            yield f"{at}: epoch goes back from {epoch} to {v['epoch']}"
+        if log.start["scale"] == "full" and v["epoch"]:
+            yield f"{at}: epoch {v['epoch']}: at full scale no token is read twice"
+        before, epoch = v["step"], max(epoch, v["epoch"])
+
+
+def check_numbers(log):
+    """Finite everywhere, and losses that a language model can have; only losses of a diverged run may be otherwise."""
+    end = log.one("end")
+    diverged = end is not None and end["status"] == "diverged"
+    for event in log.events:
+        at = f"{log.where}/run.jsonl: {event['kind']}" + (f" of step {event['step']}" if "step" in event else "")
+        for path, value in numbers(event, ""):
+            loss = path.partition("[")[0] in ("val_loss", "train_loss", "loss")
+            if diverged and (loss or path.startswith("gradients")):
+                continue
+            if not math.isfinite(value):
+                yield f"{at}: {path} is {value}, in a run that {'diverged' if diverged else 'says it did not diverge'}"
+            elif loss and not 0 < value < LOSS_LIMIT:
+                yield f"{at}: {path} = {value:g} is no loss (nats per token, 0 to {LOSS_LIMIT:g})"
+
+
+def numbers(value, path):
+    """(path, number) of every number inside a value."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from numbers(inner, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from numbers(inner, f"{path}[{i}]")
+    elif isinstance(value, NUMBER) and not isinstance(value, bool):
+        yield path, value
+
+
+def check_clock(log):
+    """Times run forward, fit into the wall time, and leave no work between them unexplained.
+
+    Between two validations the wall time is the timed training plus one validation; so is that from the reset to the first
+    one. All validations of a run do nearly the same work (windows grow), so the untimed rests must agree: one that is much
+    longer than the shortest hides work (tolerance: three times that plus a second; machines are not idle). The shortest,
+    because what is taken off every interval alike would be the usual rest; no training precedes step 0 that could be hidden
+    in its rest. `evidence.claim_laws` holds the rests of the arms against each other.
+    """
+    artefact, walls = f"{log.where}/run.jsonl", [e["wall_ms"] for e in log.events]
+    if any(b < a for a, b in zip([0.0, *walls], walls)):
+        yield f"{artefact}: wall time goes back"
+        return
+    plain, clock, usual = True, 0.0, min((rest for _, _, rest in log.intervals), default=0.0)
+    for v, spent, rest in log.intervals:
+        at, wrong, passed = f"{artefact}: validation of step {v['step']}", "", spent + rest
+        if v["train_time_ms"] < 0:
+            wrong = f"negative training time {v['train_time_ms']:.3f} ms"
+        elif spent < 0:
+            wrong = f"training time goes back from {clock:.0f} to {v['train_time_ms']:.0f} ms"
+        elif spent > passed + ROUNDING_MS:
+            wrong = f"{spent:.0f} ms of training in {passed:.0f} ms of wall time"
+        elif v["step"] == 0 and v["train_time_ms"] > UNTIMED_MS:
+            wrong = f"{v['train_time_ms']:.0f} ms on the clock before the first step"
+        if wrong:
+            yield f"{at}: {wrong}"
+        plain, clock = plain and not wrong, v["train_time_ms"]
+    for v, _, rest in log.intervals if plain else ():  # after one broken time all others look broken
+        if rest > LONGER * usual + UNTIMED_MS:
+            what = "work before the clock" if v["step"] == 0 else "time taken off the clock"
+            yield (f"{artefact}: validation of step {v['step']}: {what}: {rest / 1000:.1f} s that are not training, where "
+                   f"the shortest validation takes {usual / 1000:.1f} s")
+
+
+def check_end(log):
+    """The last event repeats the last validation and judges it as the target says."""
+    end, last, artefact = log.one("end"), log.validations[-1], f"{log.where}/run.jsonl: end"
+    if end["status"] not in ("finished", "diverged"):
+        yield f"{artefact}: status {end['status']!r} in a log with a stream digest"
+        return
+    if end["status"] == "diverged":
+        return
+    same = {"val_loss": last["val_loss"], "train_time_ms": last["train_time_ms"], "steps": last["step"],
+            "scheduled_steps": last["scheduled_steps"], "tokens": last["tokens"], "epoch": last["epoch"]}
+    for name, value in same.items():
+        if end[name] != value and not (isinstance(value, float) and math.isnan(value)):
+            yield f"{artefact}: {name} {end[name]}, its last validation says {value}"
+    target = log.settings.validation.target if log.settings is not None else end["target"]
+    if end["target"] != target:
+        yield f"{artefact}: target {end['target']}, the settings say {target}"
+    reached = None if target is None else last["val_loss"] <= target
+    if end["reached"] != reached:
+        yield f"{artefact}: reached is {end['reached']}, loss {last['val_loss']:.4f} against target {target} is {reached}"
+    if f"{last['val_loss']:.4f}" not in " ".join(end["verdict"]):
+        yield f"{artefact}: its verdict tells another loss than {last['val_loss']:.4f}"
+
+
+# ----- used between logs --------------------------------------------------------------------------------------------
+
+def alike(labelled, what):
+    """Problems of those of [(label, value)] that differ from the most frequent value."""
+    keys = [json.dumps(value, sort_keys=True) for _, value in labelled]
+    if len(set(keys)) < 2:
+        return
+    usual = collections.Counter(keys).most_common(1)[0][0]
+    for (label, value), key in zip(labelled, keys):
+        if key != usual:
+            yield f"{label}: {what} {str(value):.70} differs from that of the other runs ({str(json.loads(usual)):.70})"

@@ -1,0 +1,1 @@
+"""How the project gets its Python, and what ./run.sh, ./test.sh and the installed commands start."""

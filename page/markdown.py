@@ -1,0 +1,169 @@
+"""records/README.md, the index, and LINEAGE.md, every delta in one scroll."""
+
+from pathlib import PurePath
+
+import deltas
+from page import facts
+from sweeps.report import effect_text
+from settings import SCALES
+
+GENERATED = "<!-- Written by `python -m records leaderboard`. Edit the data, not this file. -->\n"
+SOURCES = {"log": "reproduces the published log", "lineage": "reproduces the merged code", "reconstructed": "reconstructed",
+           "own": "designed in this project"}
+
+
+def line(values):
+    """One row of a table."""
+    return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
+
+
+# ----- index --------------------------------------------------------------------------------------------------------
+
+def index(site):
+    """records/README.md: one line per record here."""
+    lines = [GENERATED, "# Records\n",
+             "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs committed here\n"
+             "at that scale, at equal tokens, with their number: it checks the harness and says nothing about full scale.\n"
+             "Badges: `spec` written from the record's description, `math` equal to the original in float64, `numerics`\n"
+             "GPU precision checked, `trained` trained at full scale.\n",
+             line(["record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny", "full scale here", "files"]),
+             "|" + "---|" * 11]
+    variants = facts.variants_of(site)
+    for ref, r in site["records"].items():
+        if ref in variants:
+            continue
+        runs = site["runs"][ref]
+        minutes = f"{r.published['minutes']:g}" if "minutes" in r.published else ""
+        lines.append(line([ref, r.title, ", ".join(r.people), r.date, r.kind, f"`{r.badge}`", minutes,
+                           r.published.get("val_loss", ""), loss_text(runs, "tiny"), loss_text(runs, "full") or "not run",
+                           ", ".join(file_links(r, runs, site["claims"][ref]))]))
+    absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
+    lines.append(f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
+                 "[published/history.csv](published/history.csv) with their people, and in\n"
+                 "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
+                 "[published/effects.csv](published/effects.csv).\nSweeps made here: [evidence](evidence). All of it in one "
+                 "page: [site/index.html](../site/index.html).")
+    return "\n".join(lines + variants_index(site, variants)) + "\n"
+
+
+def variants_index(site, variants):
+    """The lines on the variants: parent, and the loss against it at each scale where a sweep has measured it."""
+    if not variants:
+        return []
+    measured = facts.variants_measured(site)
+    about = ("The difference is the variant's final loss\nless its parent's at equal tokens, negative is better; n are the "
+             "runs of both; intervals hold for all rows of a sweep.\n" if measured else
+             f"No sweep has compared\nthem with it yet: `python sweep.py chain {facts.VARIANTS}` does.\n")
+    heads = ["variant", "parent", "title", "date", "badge", "tiny"]
+    heads += [*(f"loss minus parent's, {scale}" for scale in measured), "files"]
+    lines = [f"\n## Variants\n\nBranches of this project, each on its parent; nothing is published about them. {about}",
+             line(heads), "|" + "---|" * len(heads)]
+    for ref, r in variants.items():
+        runs = site["runs"][ref]
+        lines.append(line([ref, r.parent, r.title, r.date, f"`{r.badge}`", loss_text(runs, "tiny"),
+                           *(difference_text(found.get(ref)) for found in measured.values()),
+                           ", ".join(file_links(r, runs, site["claims"][ref]))]))
+    return lines
+
+
+def difference_text(m):
+    """'+0.0123 [+0.0040, +0.0206], n 4 and 11', 'unresolved (+-0.0083), n 4 and 11', or 'not measured'."""
+    if m is None or m["worth"] is None:
+        return "not measured"
+    state = ("" if m["complete"] else ", interim") + (", stale" if m["current"] is False else "")
+    return f"{effect_text(facts.difference(m))}, n {m['n']} and {m['n_control']}{state}"
+
+
+def file_links(record, runs, claims):
+    folder = record.folder.relative_to(deltas.RECORDS).as_posix()
+    links = [f"[delta]({folder}/record.toml)"]
+    if (record.folder / "reference.csv").exists():
+        links.append(f"[published curve]({folder}/reference.csv)")
+    links += [f"[{r['scale']} run]({below(r['folder'])})" for r in runs if not r["claimed"]]
+    return links + [f"[claim at {c['scale']}: {c['verdict']}, {c['grade']}]({below(c['where'])})" for c in claims]
+
+
+def below(folder):
+    """A path of the repository as a link from records/."""
+    return PurePath(folder).relative_to("records").as_posix()
+
+
+def loss_text(runs, scale):
+    """'4.0598 (1)': mean final loss and number of runs, '' if there is none; 'stale' if the settings changed since."""
+    found = facts.at_scale(runs, scale)
+    if not found:
+        return ""
+    mean, _ = facts.mean_and_sd([r["val_loss"] for r in found])
+    return f"{mean:.4f} ({len(found)})" + ("" if found[0]["current"] else " stale")
+
+
+# ----- lineage ------------------------------------------------------------------------------------------------------
+
+def lineage(site):
+    """LINEAGE.md: every delta, then the published records that have none here, then the variants."""
+    lines = [GENERATED, "# Lineage\n",
+             "Every record as the lines it changes on its parent. Paths are those of `settings.py` (`python -m records\n"
+             "features`). Published figures are on 8 x H100; measured ones say their scale.\n"]
+    variants, before = facts.variants_of(site), None
+    added = {scale: facts.added_at(site, scale) | facts.added_at(site, scale, variants=True) for scale in SCALES}
+    for ref, r in site["records"].items():
+        if ref not in variants:
+            lines += section(r, before, {scale: added[scale].get(ref) for scale in SCALES})
+            before = ref
+    for name, title in (("short", "short track, target 3.28"), ("medium", "medium track, target 2.92")):
+        rows = [h for h in site["history"] if h["lineage"] == name and not h["here"] and h["status"] != "claim"]
+        if rows:
+            lines += [f"## No delta here yet: {title}\n", line(["record", "date", "minutes", "kind", "by", "what", "note"]),
+                      "|" + "---|" * 7]
+            lines += [line([h["ref"], h["date"], f"{h['minutes']:g}", h["kind"], ", ".join(h["people"]), h["title"],
+                            h["note"]]) for h in rows]
+            lines.append("")
+    if variants:
+        lines.append("## Variants\n\nBranches of this project, each on its parent; nothing is published about them.\n")
+    for ref, r in variants.items():
+        lines += section(r, None, {scale: added[scale].get(ref) for scale in SCALES}, "###")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def section(r, before, measured, level="##"):
+    """The lines on one record. before: the record above it, which is its parent if nothing else is said."""
+    folder = r.folder.relative_to(facts.ROOT).as_posix()
+    parent = f", parent {r.parent}" if r.parent and r.parent != before else ""
+    lines = [f"{level} {r.ref}: {r.title}\n",
+             f"{r.date}, {', '.join(r.people)}. Kind {r.kind}{parent}, {SOURCES.get(r.source, r.source)}, badge "
+             f"`{r.badge}`, [record.toml]({folder}/record.toml).\n"]
+    lines += ["```toml", *delta_lines(r), "```\n"] if r.delta else []
+    lines += [f"No setting changes: {r.subsumed}.\n"] if r.subsumed else []
+    lines += [r.notes.strip() + "\n"] if r.notes else []
+    if r.published or not facts.is_variant(r.ref):
+        lines.append(f"Published: {published_text(r.published)}.\n")
+    elif not any(m and m["worth"] is not None for m in measured.values()):
+        lines.append("Not compared with its parent yet.\n")
+    for scale, m in measured.items():
+        if m and m["worth"] is not None:
+            bounds = f"interval {m['low']:.4f} to {m['high']:.4f}" if m["low"] is not None else "no interval"
+            verb, state = "saves" if m["worth"] >= 0 else "costs", "" if m["resolved"] else ", unresolved"
+            state += "" if m["complete"] else ", interim: the sweep is incomplete"
+            lines.append(f"Measured at {scale}: {verb} {abs(m['worth']):.4f} nats against its parent at equal tokens "
+                         f"(worth: {bounds}, n {m['n']}{state}).\n")
+    return lines
+
+
+def delta_lines(record):
+    """The [delta] lines as typed, each with the value before."""
+    parent = deltas.resolve(record.parent).settings if record.parent else None
+    return [f"{path} = {deltas.show(value)}" + (f"  # was {deltas.show(deltas.lookup(parent, path))}" if parent else "")
+            for path, value in record.delta.items()]
+
+
+def published_text(published):
+    """'45 minutes on 8xH100, loss 3.2722 (1 run), timing: untimed log', of what is there."""
+    out = []
+    if "minutes" in published:
+        out.append(f"{published['minutes']:g} minutes" + (f" on {published['hardware']}" if "hardware" in published else ""))
+    if "val_loss" in published:
+        out.append(f"loss {published['val_loss']:g}" + (f" ({facts.plural(published['runs'], 'run')})" if "runs" in published
+                                                        else ""))
+    if "timing" in published:
+        out.append(f"timing: {published['timing']}")
+    return ", ".join(out) or "nothing"

@@ -1,0 +1,334 @@
+"""A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim, run and settle.
+
+    plan.json              what to run, written once            survivors.json        what screening left over, written once
+    claims/<target>.<k>    k-th claim; its mtime is the heartbeat
+    done/<target>.json     the result, written once             runs/<run folder>     what the trainer wrote
+    failed/<target>.json   why there is none                    output/<target>.<k>   what the run printed; kept on failure
+
+A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and never
+deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a number
+above its own has lost the target. Files appear whole by hard link, atomic on a shared disk too. Ages are differences of
+mtimes that the file server gave, so the clocks of the machines do not matter. No torch here.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from pathlib import Path
+
+import deltas
+from common import files
+import runlog
+from sweeps.plan import resolve
+from settings import NUMERICS_VERSION, UserError
+
+FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
+SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "numerics_version", "data",
+              "digests", "groups", "arms")  # what makes two plans the same sweep
+STALE_S = 120  # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
+
+
+# ----- files ----------------------------------------------------------------------------------------------------------
+
+def write_once(path, text):
+    """Create a file whole with this text; False if it exists already."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(files.encoded(text))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)
+            return True
+        except FileExistsError:
+            return os.stat(temporary).st_nlink == 2  # a repeated NFS request may report its own success as a failure
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; a queue needs free space and hard links") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def read_json(path, remedy="move it away to have its target run again"):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{path}: not readable as JSON; {remedy}") from None
+
+
+def create(root, plan):
+    """Make the queue folder; if it holds the same sweep already, go on with that. Returns True if it is new."""
+    root = Path(root)
+    try:
+        for name in FOLDERS:
+            (root / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the sweep folder {root}: {error.strerror}; choose another with --dir") from None
+    if write_once(root / "plan.json", files.json_text(plan, indent=1) + "\n"):
+        return True
+    old = load_plan(root)
+    for key in SAME_SWEEP:
+        if essence(plan, key) != essence(old, key):
+            hint = f"{old.get(key)} there, {plan[key]} here" if not isinstance(plan[key], (dict, list)) else "they differ"
+            raise UserError(f"{root} holds another sweep ({key}: {hint}): choose another --dir, or go on with that one by "
+                            f"`python sweep.py work {root}`")
+    return False
+
+
+def essence(plan, key):
+    """What a plan says about a key, without the words for people."""
+    if key == "arms":
+        return [{k: v for k, v in arm.items() if k != "report"} for arm in plan[key]]
+    return plan.get(key)
+
+
+def load_plan(root):
+    """The plan of a queue folder, checked against what this checkout computes."""
+    plan = read_json(Path(root) / "plan.json", "a sweep whose plan is lost must be planned anew in another --dir")
+    if not isinstance(plan, dict) or plan.get("version") != 1 or not plan.get("arms"):
+        raise UserError(f"{root}: no sweep here (plan.json of version 1); `python sweep.py ablate short/11` makes one")
+    missing = {"kind", "name", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "groups", "data",
+               "numerics_version", "code"} - set(plan)
+    if missing:
+        raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by this program, or cut; "
+                        "plan the sweep anew in another --dir")
+    return plan
+
+
+def check_code(plan):
+    """Refuse to add runs with code that computes something else than the plan says."""
+    if plan["numerics_version"] != NUMERICS_VERSION:
+        raise UserError(f"the sweep was planned at numerics version {plan['numerics_version']}, this checkout has "
+                        f"{NUMERICS_VERSION}: check out {plan['code'][:12]}, or plan it anew in another --dir")
+    for arm in plan["arms"]:
+        found = deltas.ml_hash(resolve(plan, arm).settings)
+        if found != arm["ml_hash"]:
+            raise UserError(f"{arm['label']} resolves to {found} in this checkout, the sweep was planned with "
+                            f"{arm['ml_hash']}: check out {plan['code'][:12]}, or plan it anew in another --dir")
+
+
+# ----- targets --------------------------------------------------------------------------------------------------------
+
+def name_of(arm, seed):
+    return f"{arm['ml_hash']}_s{seed}"
+
+
+def seeds_of(plan, arm):
+    return range(plan["controls"] if arm["role"] == "control" else plan["seeds"])
+
+
+def targets(plan, survivors=None):
+    """[(target, arm, seed)] in the order of execution: seed by seed, the control first, what shares a run once.
+
+    Control seeds beyond the arms' are spread over the rounds. Members of a group come after screening, if it survived.
+    """
+    n, out = plan["seeds"], {}
+    for members in (False, True):
+        for seed in range(n):
+            for arm in plan["arms"]:
+                is_member = arm["role"] == "member"
+                if is_member != members or (is_member and arm["group"] not in (survivors or {}).get("kept", ())):
+                    continue
+                own = [seed] if arm["role"] != "control" else [s for s in seeds_of(plan, arm) if s % n == seed]
+                for s in own:
+                    out.setdefault(name_of(arm, s), (arm, s))
+    return [(name, arm, seed) for name, (arm, seed) in out.items()]
+
+
+def settled(root, known=({}, {})):
+    """({target: result}, {target: failure}) so far. known: an earlier answer, whose files are not read again."""
+    out = []
+    for folder, old in zip(("done", "failed"), known):
+        names = [p.stem for p in files.listed(Path(root) / folder, "*.json")]
+        found = {name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json") for name in names}
+        out.append({name: value for name, value in found.items() if value is not None})
+    return tuple(out)
+
+
+# ----- claims ---------------------------------------------------------------------------------------------------------
+
+def place():
+    """Where a process id means something: this boot and this process namespace."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return f"{os.uname().nodename} since {os.uname().version}"
+
+
+def born(pid):
+    """Start of a process in clock ticks, or None if there is no such process."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return None if status[0] in "ZX" else int(status[19])
+    except OSError:
+        pass
+    if Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+        return 0
+    except OSError:
+        return None
+
+
+def identity():
+    pid = os.getpid()
+    return {"host": os.uname().nodename, "place": place(), "pid": pid, "born": born(pid)}
+
+
+def server_time(root):
+    """Now by the clock of the disk's server, which is the one that stamps the heartbeats."""
+    path = Path(root) / "workers" / f"{os.uname().nodename}.{os.getpid()}"
+    path.touch()
+    os.utime(path)
+    return path.stat().st_mtime
+
+
+def claim_path(root, target, number):
+    return Path(root) / "claims" / f"{target}.{number}"
+
+
+def last_claim(root, target):
+    """Number of the newest claim on a target; 0 if there is none."""
+    number = 0
+    while claim_path(root, target, number + 1).exists():
+        number += 1
+    return number
+
+
+def is_stale(root, target, number, stale_s=STALE_S):
+    """Whether a claim's heartbeat is too old, or its process is known to be gone."""
+    with open(claim_path(root, target, number), encoding="utf-8") as file:  # opening fetches fresh attributes on NFS
+        age = server_time(root) - os.fstat(file.fileno()).st_mtime
+        try:
+            owner = json.loads(file.read())
+        except ValueError:
+            owner = {}
+    if age > stale_s:
+        return True
+    return owner.get("place") == place() and born(owner["pid"]) != owner["born"]
+
+
+def claim(root, target, stale_s=STALE_S):
+    """(number, hash of the claim) if the target is now ours, else None."""
+    number = last_claim(root, target)
+    if number and not is_stale(root, target, number, stale_s):
+        return None
+    text = files.json_text({"target": target, "claim": number + 1, "utc": utc(), **identity()}) + "\n"
+    if not write_once(claim_path(root, target, number + 1), text):
+        return None
+    return number + 1, hashlib.sha256(text.encode()).hexdigest()
+
+
+def beat(root, target, number):
+    """Renew a claim; False if somebody has taken the target over."""
+    os.utime(claim_path(root, target, number))
+    return not claim_path(root, target, number + 1).exists()
+
+
+def release(root, target, number):
+    """Give a claim back: a heartbeat of 1970 is stale for everybody."""
+    os.utime(claim_path(root, target, number), (0, 0))
+
+
+def utc():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+# ----- finished runs --------------------------------------------------------------------------------------------------
+
+FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "corpus_digest", "val_digest",
+         "registered", "device", "cpu", "machine", "torch", "code", "profiled", "processes")
+
+
+def read_run(folder):
+    """Facts of a complete run from its checked chain; UserError if it is not one."""
+    links = runlog.read_links(Path(folder) / "run.jsonl")
+    start, end = links[0][0], links[-1][0]
+    try:
+        if start["kind"] != "start" or end["kind"] != "end" or start["log_version"] not in runlog.READABLE:
+            raise UserError(f"{folder}: not a complete run of log version {' or '.join(map(str, runlog.READABLE))}")
+        if deltas.ml_hash(deltas.from_plain(start["settings"])) != start["ml_hash"]:
+            raise UserError(f"{folder}: its settings are not those of its ml_hash {start['ml_hash']}")
+        loss = end["val_loss"]
+        return {"folder": Path(folder).name, "status": end["status"], "last_hash": links[-1][1],
+                "val_loss": loss if loss is not None and abs(loss) < float("inf") else None,
+                "train_time_ms": end["train_time_ms"], "wall_ms": end["wall_ms"], "tokens": end["tokens"],
+                **{key: start[key] for key in FACTS}}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its log lacks {error}") from None
+
+
+def foreign(run, plan, arm, seed):
+    """Why a run is not one of this arm and seed; '' if it is."""
+    digests = plan["digests"][arm["ml_hash"]]
+    wanted = {"ml_hash": arm["ml_hash"], "seed": seed, "scale": plan["scale"], "numerics_version": plan["numerics_version"],
+              "profiled": False, **digests}
+    return next((f"{key} is {run[key]}, not {value}" for key, value in wanted.items() if run[key] != value), "")
+
+
+def find_run(folders, plan, arm, seed):
+    """(path, facts) of a finished run of this arm and seed in any of the folders, or None."""
+    for folder in folders:
+        for path in files.listed(folder, f"*_{arm['ml_hash'][:8]}_s{seed}*"):
+            try:
+                run = read_run(path)
+            except UserError:
+                continue
+            if run["status"] == "finished" and not foreign(run, plan, arm, seed):
+                return path, run
+    return None
+
+
+def reuse_folders(root, reuse):
+    """Where finished runs may lie: the queue's own runs (a worker may die before it records one), then --reuse."""
+    out = [Path(root) / "runs"]
+    for folder in map(Path, reuse):
+        if not folder.is_dir():
+            raise UserError(f"--reuse {folder}: no such folder")
+        out += [folder] + ([folder / "runs"] if (folder / "runs").is_dir() else [])
+    return out
+
+
+def adopt(root, plan, target, arm, seed, folders):
+    """Settle a target with a finished run that exists already; its folder and sources are copied. Returns it or None."""
+    found = find_run(folders, plan, arm, seed)
+    if found is None:
+        return None
+    path, run = found
+    home = Path(root) / "runs"
+    if path.parent.resolve() != home.resolve():
+        run["adopted_from"] = str(path.resolve())
+        sources = runlog.read_chain(path / "run.jsonl")[0]["sources"]
+        try:
+            temporary = home / f".{path.name}.{secrets.token_hex(4)}.tmp"
+            if not (home / path.name).exists():
+                shutil.copytree(path, temporary, ignore=shutil.ignore_patterns("checkpoint.pt", "trace.json"))
+                os.rename(temporary, home / path.name)
+            for source in files.listed(path.parent, f"sources-{sources}.txt*"):
+                if not (home / source.name).exists():
+                    files.write(home / source.name, source.read_bytes())
+        except OSError as error:
+            if not (home / path.name).exists():
+                raise UserError(f"cannot copy {path} to {home}: {error.strerror}") from None
+            shutil.rmtree(temporary, ignore_errors=True)  # another worker was faster
+    result = {"target": target, "arm": arm["label"], "utc": utc(), **run}
+    return result if write_once(Path(root) / "done" / f"{target}.json", files.json_text(result, indent=1) + "\n") else None
+
+
+def retry(root):
+    """Move failures aside so that their targets run again. Returns how many."""
+    moved = 0
+    for path in files.listed(Path(root) / "failed", "*.json"):
+        (path.parent / "old").mkdir(exist_ok=True)
+        path.rename(path.parent / "old" / f"{path.stem}.{last_claim(root, path.stem)}.json")
+        moved += 1
+    return moved

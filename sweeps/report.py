@@ -1,0 +1,354 @@
+"""What a sweep says: effects with simultaneous intervals, as table, CSV, PNG, Markdown and the JSON kept as evidence.
+
+Effect = mean(arm) - mean(control), nats per token. In an ablation the arm lacks the feature, so a positive effect means
+that the feature helps; in a chain the control is the parent record, so a negative one means that the record helps.
+Intervals hold for all rows at once. A row whose interval says nothing is `unresolved (+-half width)` and has no rank.
+"""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+from common import files
+import runlog
+from evidence import statistics
+from sweeps import queue
+from sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
+from settings import UserError
+
+NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
+COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved", "note")
+
+
+# ----- from runs to effects -----------------------------------------------------------------------------------------
+
+def runs_of(plan, arm, done):
+    """The settled runs of an arm, by seed."""
+    return [done[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in done]
+
+
+def losses(runs):
+    return [r["val_loss"] for r in runs if r["status"] == "finished"]
+
+
+def blocked(groups, pairs, confidence):
+    """As statistics.successive, for paired seeds: a randomised block design (arms x seeds, no interaction).
+
+    groups: name -> losses in the same order of seeds. The seeds' common shifts drop out of the residual variance, which
+    has (arms - 1)(seeds - 1) degrees of freedom; p after Holm, intervals after Bonferroni.
+    """
+    import numpy as np
+    from scipy import stats
+    y = np.array(list(groups.values()), dtype=float)  # (arms, seeds)
+    residual = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
+    df = (y.shape[0] - 1) * (y.shape[1] - 1)
+    sd = math.sqrt(float((residual ** 2).sum()) / df) if df else None
+    sd = 0.0 if sd is not None and sd < statistics.ROUNDING * float(np.abs(y).max()) else sd
+    means, rows = dict(zip(groups, y.mean(1).tolist())), {}
+    for child, parent in pairs:
+        effect = means[child] - means[parent]
+        rows[child] = {"effect": effect, "low": None, "high": None, "p": None, "resolved": False}
+        if sd:
+            se = sd * math.sqrt(2 / y.shape[1])
+            half = float(stats.t.isf((1 - confidence) / 2 / len(pairs), df)) * se
+            rows[child] |= {"low": effect - half, "high": effect + half, "p": float(2 * stats.t.sf(abs(effect) / se, df))}
+    if sd:
+        for row, p in zip(rows.values(), statistics.holm([row["p"] for row in rows.values()])):
+            row |= {"p": p, "resolved": p < 1 - confidence}
+    return {"pooled_sd": sd, "df": df, "rows": rows}
+
+
+def effects(plan, done):
+    """Analysis of the runs so far: {"pooled_sd", "df", "rows": {ml_hash: row}} of the pairs that have losses.
+
+    With paired seeds only arms with a loss at every seed take part.
+    """
+    need = plan["seeds"] if plan["paired"] else 1
+    pairs = [(a, b) for a, b in pairs_of(plan)
+             if all(len(losses(runs_of(plan, x, done))) >= need for x in (a, b))]
+    if not pairs:
+        return {"pooled_sd": None, "df": 0, "rows": {}}
+    arms = {x["ml_hash"]: losses(runs_of(plan, x, done)) for pair in pairs for x in pair[::-1]}
+    named = [(a["ml_hash"], b["ml_hash"]) for a, b in pairs]
+    if plan["paired"]:
+        return blocked(arms, named, plan["confidence"])
+    if not has_one_control(plan):
+        return statistics.successive(arms, named, plan["confidence"])
+    control = arms.pop(plan["arms"][0]["ml_hash"])
+    return statistics.against_control(control, arms, plan["confidence"])
+
+
+def detectable(plan, sd):
+    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None without a spread."""
+    compared, n = len(pairs_of(plan)), plan["seeds"]
+    if has_one_control(plan) and not plan["paired"]:
+        try:
+            return statistics.minimal_detectable_effect(sd, n, plan["controls"], compared, plan["confidence"])
+        except (UserError, TypeError):
+            return None
+    from scipy import stats
+    arms = len({arm["ml_hash"] for arm in plan["arms"]})
+    df = (arms - 1 if plan["paired"] else arms) * (n - 1)
+    if df < 1 or not sd:
+        return None
+    critical = float(stats.t.isf((1 - plan["confidence"]) / 2 / compared, df))  # Bonferroni, as the intervals
+    return statistics.shift_for(critical, df, 0.8) * sd * (2 / n) ** 0.5
+
+
+def screen(plan, done):
+    """Which groups' members are worth runs of their own: {"kept": [group], "dropped": [group], "mde": ...}.
+
+    A group is dropped if its interval holds 0 and lies within +-mde: all its members together are worth less than what
+    the sweep could resolve for one of them. That takes for granted that members do not cancel, so the report names the
+    groups. In simulations (3 to 8 groups of 4 to 8, 2 or 4 seeds, 8000 sweeps each) the final intervals, taken over groups
+    and tested members together, missed anything in 3.4 to 4.8 % of sweeps at 95 %, and a group that held one
+    effect of 0.8 mde was dropped in 2.3 %, one of 0.45 mde in 30 %.
+    """
+    found = effects(plan, done)
+    mde = detectable(plan, found["pooled_sd"])
+    out = {"kept": [], "dropped": [], "mde": mde}
+    for arm in plan["arms"]:
+        if arm["role"] == "group":
+            row = found["rows"].get(arm["ml_hash"])
+            complete = len(losses(runs_of(plan, arm, done))) == plan["seeds"]
+            small = row and complete and mde and row["low"] is not None and -mde < row["low"] <= 0 <= row["high"] < mde
+            out["dropped" if small else "kept"].append(arm["group"])
+    return out
+
+
+# ----- rows ---------------------------------------------------------------------------------------------------------
+
+def row_of(plan, arm, found, done, failed, survivors, first):
+    """One row of the evidence; `first`: label of the first arm of each ml_hash."""
+    other, same = compared_with(plan, arm), is_inert(plan, arm)
+    parent, runs = other["label"], [] if same and plan["kind"] != "chain" else runs_of(plan, arm, done)
+    values = losses(runs)
+    about = statistics.describe(values) if values else {"n": 0, "mean": None, "sd": None}
+    notes, effect = [], dict.fromkeys(("effect", "low", "high", "p")) | {"resolved": False}
+    if same:
+        notes.append(f"inert at scale {plan['scale']}: computes the same as {parent}, not run")
+    elif arm["role"] == "member" and survivors and arm["group"] in survivors["dropped"]:
+        notes.append(f"not run apart: all of group {arm['group']} together is within +-{survivors['mde']:.4f}")
+    else:
+        if first[arm["ml_hash"]] != arm["label"]:
+            notes.append(f"computes the same as {first[arm['ml_hash']]}")
+        if plan["kind"] != "chain" or first[arm["ml_hash"]] == arm["label"]:
+            effect |= {k: v for k, v in found["rows"].get(arm["ml_hash"], {}).items() if k in effect}
+    twin = {r["seed"]: r["val_loss"] for r in runs_of(plan, other, done)}
+    if values and not same and all(r["val_loss"] == twin.get(r["seed"]) for r in runs):
+        notes.append(f"to the last bit the losses of {parent} at the same seeds: no effect at all here")
+    if arm["role"] == "group":
+        dropped = survivors and arm["group"] in survivors["dropped"]
+        notes.append("group" + (", members not run apart" if dropped else ", members run apart" if survivors else ""))
+    diverged = sum(r["status"] == "diverged" for r in runs)
+    broken = [failed[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in failed]
+    if diverged:
+        notes.append(f"{diverged} of {len(runs)} diverged and are not in the mean")
+    if broken:
+        notes.append(f"{len(broken)} failed ({broken[0]['reason']})")
+    if effect["effect"] is not None and effect["low"] is None:
+        notes.append("no interval: " + ("one run each" if found["pooled_sd"] is None else "the runs show no spread"))
+    if found["pooled_sd"] and about["sd"] and about["sd"] > NOISY * found["pooled_sd"]:
+        notes.append(f"its sd is {about['sd'] / found['pooled_sd']:.1f} times the pooled one: its own interval is wider")
+    if plan["paired"] and effect["effect"] is None and not same and len(values) < plan["seeds"]:
+        notes.append("paired effects need every seed")
+    return {"arm": arm["label"], "changes": arm["changes"], "record": arm["record"] if plan["kind"] == "chain" else None,
+            **({"parent": parent} if plan["kind"] == "chain" else {}), "n": about["n"], "mean": about["mean"],
+            "sd": about["sd"], **effect, "note": "; ".join(notes),
+            "runs": brief(runs)}
+
+
+def brief(runs):
+    return [{k: r[k] for k in ("seed", "val_loss", "train_time_ms", "ml_hash", "last_hash")} |
+            ({} if r["status"] == "finished" else {"status": r["status"]}) for r in runs]
+
+
+def collect(root, check=True):
+    """(plan, done, failed, survivors). check: every run folder is read again and must be the run that was recorded."""
+    plan, (done, failed) = queue.load_plan(root), queue.settled(root)
+    for target, result in done.items() if check else ():
+        run = queue.read_run(Path(root) / "runs" / result["folder"])
+        if run["last_hash"] != result["last_hash"]:
+            raise UserError(f"{root}/runs/{result['folder']} is not the run that was recorded for {result['arm']}, seed "
+                            f"{result['seed']}: put the old log back, or delete {root}/done/{target}.json to run it again")
+    return plan, done, failed, queue.read_json(Path(root) / "survivors.json")
+
+
+def evidence(plan, done, failed, survivors, name):
+    """The sweep as a dict (evidence/results/<name>.json)."""
+    found, first = effects(plan, done), {}
+    for arm in plan["arms"]:
+        first.setdefault(arm["ml_hash"], arm["label"])
+    control, runs = plan["arms"][0], list(done.values())
+    rows = [row_of(plan, arm, found, done, failed, survivors, first) for arm in plan["arms"][1:]]
+    todo = queue.targets(plan, survivors)
+    settled = sum(t in done or t in failed for t, _, _ in todo)
+
+    def distinct(key):
+        return sorted({r[key] for r in runs})
+
+    own = runs_of(plan, control, done)
+    values = losses(own)
+    about = statistics.describe(values) if values else {"n": 0, "mean": None, "sd": None}
+    return {"version": 1, "kind": plan["kind"], "name": name, "base": plan["base"], "scale": plan["scale"],
+            "common": plan["common"], "confidence": plan["confidence"], "paired": plan["paired"],
+            "method": "dunnett" if has_one_control(plan) and not plan["paired"] else "holm", "pooled_sd": found["pooled_sd"],
+            "df": found["df"], "mde": detectable(plan, found["pooled_sd"]), "seeds": plan["seeds"],
+            "complete": settled == len(todo) and not (plan["groups"] and survivors is None),
+            "hardware": ", ".join(distinct("device")), "cpu": ", ".join(distinct("cpu")),
+            "machines": len(distinct("machine")), "torch": ", ".join(distinct("torch")), "code": distinct("code"),
+            "numerics_version": plan["numerics_version"], **plan["digests"][control["ml_hash"]],
+            "runs": len(runs), "adopted": sum("adopted_from" in r for r in runs), "failed": len(failed),
+            "control": {"arm": control["label"], "n": about["n"], "mean": about["mean"], "sd": about["sd"],
+                        "runs": brief(own)},
+            "screening": survivors, "skipped": plan["skipped"], "rows": rows}
+
+
+def ranked(found):
+    """[(rank or None, row)]: resolved rows from the most helpful down, then the others; all of a chain in its order."""
+    rows, sign = found["rows"], -1 if found["kind"] == "ablate" else 1
+    resolved = sorted((r for r in rows if r["resolved"]), key=lambda r: sign * r["effect"])
+    out = [*enumerate(resolved, 1), *((None, r) for r in rows if not r["resolved"])]
+    return sorted(out, key=lambda pair: rows.index(pair[1])) if found["kind"] == "chain" else out
+
+
+def effect_text(row):
+    """'+0.0123 [+0.0040, +0.0206]', 'unresolved (+-0.0083)', or '-' where nothing was measured."""
+    if row["effect"] is None:
+        return "-"
+    if row["low"] is None:
+        return f"{row['effect']:+.4f} (no interval)"
+    if not row["resolved"]:
+        return f"unresolved (+-{(row['high'] - row['low']) / 2:.4f})"
+    return f"{row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+# ----- output -------------------------------------------------------------------------------------------------------
+
+def number(value, digits=4):
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def headline(found):
+    """Two sentences: what was run where, and how to read the numbers."""
+    what = {"ablate": "each feature off in turn; a positive effect means that the feature helps",
+            "axis": "settings against the record's own; a negative effect means a lower loss",
+            "chain": "each record against its parent; a negative effect means that the record helps"}[found["kind"]]
+    intervals = ("Dunnett" if found["method"] == "dunnett" else "Holm, Bonferroni intervals") + (
+        f", {found['confidence']:.0%} simultaneous" + (", paired by seed" if found["paired"] else ""))
+    spread = (f"pooled sd {found['pooled_sd']:.4f} ({found['df']} df)" if found["pooled_sd"] else "no spread known")
+    mde = f", detectable effect {found['mde']:.4f} at 80 % power" if found["mde"] else ""
+    common = f" ({' '.join(found['common'])})" if found["common"] else ""
+    part = "" if found["complete"] else "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
+    return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on {found['hardware']}"
+            f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}"
+            f"{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
+
+
+def table(found):
+    """[(rank, arm, n, mean, effect, note)] as text."""
+    return [("" if rank is None else str(rank), row["arm"], str(row["n"]), number(row["mean"]), effect_text(row),
+             row["note"]) for rank, row in ranked(found)]
+
+
+def print_table(found, title=None):
+    """The table on a terminal or a pipe."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    console = Console(width=None if Console().is_terminal else 160, highlight=False)
+    t = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for name, justify in (("#", "right"), ("arm", "left"), ("n", "right"), ("mean", "right"), ("effect", "left"),
+                          ("note", "left")):
+        t.add_column(name, justify=justify, overflow="fold")
+    for cells in table(found):
+        t.add_row(*(c.replace("[", r"\[") for c in cells))
+    console.print(headline(found), markup=False)
+    console.print(t)
+
+
+def markdown(found):
+    lines = [f"# {found['name']}", "", headline(found), "",
+             "| # | arm | n | mean | effect | note |", "|--:|---|--:|--:|---|---|"]
+    lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in table(found)]
+    if found["skipped"]:
+        lines += ["", "Not switched off:", "", *(f"- `{s['feature']}`: {s['reason']}" for s in found["skipped"])]
+    lines += ["", f"Code {', '.join(c[:12] + c[40:] for c in found['code'])}; torch {found['torch']}; numerics version "
+              f"{found['numerics_version']}."]
+    return "\n".join(lines) + "\n"
+
+
+def write(found, base):
+    """base.json, .csv, .md and .png. Returns the paths."""
+    base = Path(base)
+    paths = {ext: base.with_name(f"{base.name}.{ext}") for ext in ("json", "csv", "md", "png")}
+    rows = io.StringIO(newline="")
+    out = csv.DictWriter(rows, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    out.writeheader()
+    for rank, row in ranked(found):
+        out.writerow(row | {"rank": rank, "changes": " ".join(row["changes"])})
+    contents = {"json": files.json_text(found, indent=1) + "\n", "csv": rows.getvalue(), "md": markdown(found),
+                "png": draw(found)}
+    for ext, content in contents.items():
+        files.write(paths[ext], content, remedy="free some space or choose another --out")
+    return list(paths.values())
+
+
+def draw(found):
+    """Forest plot as PNG bytes: effect and interval of every measured row. Resolved ones are filled, and blue where they
+    help."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    rows = [row for _, row in ranked(found) if row["effect"] is not None]
+    helps = 1 if found["kind"] == "ablate" else -1  # the sign of an effect in favour of what was tried
+    figure, axes = plt.subplots(figsize=(8, 1.6 + 0.26 * max(3, len(rows))), dpi=140, layout="constrained")
+    for y, row in enumerate(reversed(rows)):
+        colour = "0.6" if not row["resolved"] else ("C0" if helps * row["effect"] > 0 else "C3")
+        if row["low"] is not None:
+            axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
+        axes.plot(row["effect"], y, "o", color=colour, markersize=5, markerfacecolor=colour if row["resolved"] else "white")
+    axes.axvline(0, color="0.3", linewidth=1)
+    if found["mde"]:
+        axes.axvspan(-found["mde"], found["mde"], color="0.93", zorder=0, linewidth=0)
+    axes.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)], fontsize=8)
+    axes.set_xlabel("effect on the validation loss, nats per token (blue: helps; red: hurts; grey band: too small to detect "
+                    "reliably)", fontsize=8)
+    axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} simultaneous intervals"
+                   + ("" if found["complete"] else ", incomplete"), fontsize=9)
+    axes.grid(axis="x", alpha=0.25)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return image.getvalue()
+
+
+def report(root, out=None):
+    """Write the report of a queue folder; returns (evidence, paths)."""
+    plan, done, failed, survivors = collect(root)
+    if not done:
+        raise UserError(f"{root}: no run has finished yet; `python sweep.py work {root}` goes on")
+    base = Path(out) if out else Path(plan["name"])
+    base = base.with_suffix("") if base.suffix in (".json", ".csv", ".md", ".png") else base
+    base = base if base.parent != Path(".") or (out and out.startswith("./")) else Path(root) / base
+    found = evidence(plan, done, failed, survivors, base.name)
+    return found, write(found, base)
+
+
+# ----- what earlier runs tell about the next ones -------------------------------------------------------------------
+
+def earlier_sd(plan, folder=None):
+    """(pooled sd, df, names) of the committed sweeps at the plan's scale, with the same changes to all arms, or None."""
+    folder, squares, df, names = folder or runlog.ROOT / "evidence/results", 0.0, 0, []
+    for path in files.listed(folder, "*.json"):
+        try:
+            sweep = json.loads(path.read_text(encoding="utf-8"))
+            same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired", "numerics_version"))
+            if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
+                squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]
+                names.append(path.name)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # other evidence
+    return (math.sqrt(squares / df), df, names) if df else None

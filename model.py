@@ -25,8 +25,9 @@ from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
-from settings import (LOGICAL_RANKS, UserError, check_processes, head_dim, padded_vocab, query_dim, rotary_dim, table_rows,
-                      value_dim)
+from settings import (LOGICAL_RANKS, check_processes, head_dim, padded_vocab, query_dim, rotary_dim,
+                      table_rows, value_dim)
+from common.errors import UserError
 
 
 def dtype(name):

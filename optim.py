@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from kernels.newton_schulz import newton_schulz
 from model import dtype
-from settings import LOGICAL_RANKS, UserError
+from settings import LOGICAL_RANKS
+from common.errors import UserError
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

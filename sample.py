@@ -36,7 +36,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import arguments, console
-from settings import System, UserError, padded_vocab
+from settings import System, padded_vocab
+from common.errors import UserError
 
 END = "<|endoftext|>\n"  # how the end of a document is shown
 GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in float32
@@ -95,13 +96,13 @@ def build(saved, path):
     """(model, tokenizer name) of what a checkpoint holds."""
     import torch
 
-    import deltas
+    import schema
     from model import GPT
     lacking = [k for k in ("model", "settings", "tokenizer") if k not in saved] if isinstance(saved, dict) else ["everything"]
     if lacking:
         raise UserError(f"{path}: not a checkpoint of this program: it lacks {', '.join(lacking)}")
     try:
-        s = deltas.from_plain(saved["settings"])
+        s = schema.from_plain(saved["settings"])
         s = dataclasses.replace(s, system=System())  # of the device it was trained on; precision lies in numerics
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold

@@ -14,12 +14,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from common.errors import UserError
+
 LOGICAL_RANKS = 8  # the token buffers of a step, whatever the number of processes
 NUMERICS_VERSION = 1  # raised by hand when a fix changes the results of existing settings
-
-
-class UserError(Exception):
-    """A mistake a user can mend: printed as one line (culprit and remedy), exit code 2, never a traceback."""
 
 
 REFUSE = "refuse"  # --without has no sensible meaning: name --set and --revert instead

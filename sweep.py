@@ -24,11 +24,11 @@ import time
 from pathlib import Path
 
 from common import arguments, console
-import deltas
 from common import files, lines
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
-from settings import NUMERICS_VERSION, SCALES, UserError
+from settings import NUMERICS_VERSION, SCALES
+from common.errors import UserError
 
 
 # ----- before the start ---------------------------------------------------------------------------------------------
@@ -418,14 +418,14 @@ def main(argv=None):
     try:
         sys.exit(options.run(options) or 0)
     except UserError as error:
-        deltas.fail(error)
+        console.fail(error)
     except ImportError as error:
-        deltas.fail(environment.without(error))
+        console.fail(environment.without(error))
     except OSError as error:
-        deltas.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
+        console.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
                     "same command again")
     except KeyboardInterrupt:
-        deltas.fail("interrupted before the first run", 130)
+        console.fail("interrupted before the first run", 130)
 
 
 if __name__ == "__main__":

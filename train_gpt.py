@@ -20,22 +20,23 @@ PROCESS_START = time.perf_counter()
 # it must be set before torch loads its thread pool).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from common import console
-from system import interrupt
+from common import console, interrupt
 
 if __name__ == "__main__":
     console.guard()
     interrupt.leave_at_once("interrupted before the run" if console.speaks() else "")
 
-import deltas
+import schema
+from system import command_line
 from common import files, repository
 import runlog
 import schedule
-from settings import (LOGICAL_RANKS, NUMERICS_VERSION, UserError, check_processes, padded_vocab, ranks_per_forward,
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, check_processes, padded_vocab, ranks_per_forward,
                       recomputable, tokens_per_step, validation_rows_at_once)
+from common.errors import UserError
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
-    options, resolved = deltas.command_line()
+    options, resolved = command_line.command_line()
     environment.require(*environment.TRAINING)
     if options.plan:
         from system.dry_run import print_plan
@@ -62,7 +63,7 @@ from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from optim import Engine, local_ranks
 from system import compiler, load, memory, sinks
-from system.interrupt import INTERRUPTED, Interrupt, hold
+from common.interrupt import INTERRUPTED, Interrupt, hold
 from system.launch import launch
 from system.place import Place
 from system.sync import no_host_reads
@@ -501,7 +502,7 @@ def one_run(resolved, options, asked):
     compiled = torch.compile(model, dynamic=False) if compile_it else model
     engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
 
-    name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{deltas.ml_hash(s)[:8]}"
+    name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{schema.ml_hash(s)[:8]}"
     about = describe(resolved, options, world, corpus, model, engine, used, plans, held)
     if options.strict and about["fallbacks"]:
         raise UserError(f"{about['fallbacks'][0]} (--strict)")
@@ -509,7 +510,7 @@ def one_run(resolved, options, asked):
     try:
         with hold():  # a log that has begun gets an end
             log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
-            log.start(about, deltas.plain(resolved.settings))
+            log.start(about, schema.plain(resolved.settings))
             run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, asked, cache_file)
             if world.main:
                 run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
@@ -650,7 +651,7 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
     s = resolved.settings  # those of the model may have been fitted to the GPU
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
             "changes": list(resolved.changes), "registered": options.registered, "numerics_version": NUMERICS_VERSION,
-            "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+            "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
             "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
             "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
             "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
@@ -830,7 +831,7 @@ def save_checkpoint(run, resolved, val_loss):
     if not run.world.main:
         return
     path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
-    torch.save({"model": state, "settings": deltas.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
+    torch.save({"model": state, "settings": schema.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
                 "val_loss": val_loss}, image)  # in memory: torch's own writer turns a full disk into an internal error
     files.write(path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space")
     run.world.say(f"checkpoint: {path}")

@@ -16,7 +16,7 @@ import measure  # first: it finds the repository
 import torch
 
 from common import files
-from settings import UserError
+from common.errors import UserError
 
 DEAD = 70  # exit code of a process that cannot use its GPU any more
 PROCESSES = 8  # after so many deaths the rest is given up

@@ -15,7 +15,7 @@ import measure
 
 from common import arguments, console, files
 from data.shards import open_corpus
-from settings import UserError
+from common.errors import UserError
 
 OPEN = {".xz": lzma.open, ".gz": gzip.open}
 TOKENS = 48_000_000, 2_200_000  # 40 million for a training at scale small, and a rest of a step; one row of record 33 a rank

@@ -16,7 +16,7 @@ import steps
 import torch
 
 from common import arguments, console
-from settings import UserError
+from common.errors import UserError
 
 PARTS = ("imports", "data", "dynamo", "inductor", "kernels", "autotune", "first_runs")
 

@@ -20,7 +20,8 @@ from common import arguments, console
 import deltas
 from common import files
 import runlog
-from settings import LOGICAL_RANKS, UserError, tokens_per_step
+from settings import LOGICAL_RANKS, tokens_per_step
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")

@@ -15,7 +15,7 @@ import unicodedata
 from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
-from system.interrupt import INTERRUPTED, like_ctrl_c
+from common.interrupt import INTERRUPTED, like_ctrl_c
 
 CLOSED_PIPE = 128 + 13  # as a shell has it for a program that SIGPIPE ends: `| head` took what it wanted
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from settings import UserError
+from common.errors import UserError
 
 # What file managers, archivers, interpreters and disks leave; dotfiles, editors' copies and unfinished files go by their form.
 LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "__pycache__", "$RECYCLE.BIN",

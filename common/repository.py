@@ -8,7 +8,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_")  # who commits (`records submit --commit`); they lead nowhere

@@ -18,7 +18,7 @@ from common import files
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
-from settings import UserError
+from common.errors import UserError
 
 HERE = Path(__file__).parent
 SALT = "speedrun sample v1"  # order and split depend on this and the text only

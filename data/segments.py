@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 import tiktoken
 
-from settings import UserError
+from common.errors import UserError
 
 SEGMENT = 131_072  # characters in one call of tiktoken; it panics on a million blanks or line breaks
 RUN = 1_024  # a run of one kind that is at least so long may be treated as a piece

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from common import files
-from settings import UserError
+from common.errors import UserError
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
 SCAN = 4_000_000  # tokens that one look for document starts covers

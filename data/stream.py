@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 from data.shards import Shard, check_vocabulary, open_shard
-from settings import LOGICAL_RANKS, UserError
+from settings import LOGICAL_RANKS
+from common.errors import UserError
 
 FINEWEB_SHARD = 100_000_000  # tokens of every train shard but the last
 BY_POSITION, BY_DOCUMENT = ("shuffled", "per_rank", "synced"), ("bos_aligned", "packed")

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from settings import UserError
+from common.errors import UserError
 
 FORMATS = ("auto", "text", "jsonl", "parquet")
 CHUNK, SNIFF = 2 ** 18, 2 ** 16  # bytes read at once; bytes looked at to find a format

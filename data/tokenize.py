@@ -26,7 +26,7 @@ from data.segments import segments
 from data.shards import open_corpus, open_shard, write_shard, writing_shard
 from data.text import FORMATS, Reader
 from data.tokenizer import FILES, load, merges_only
-from settings import UserError
+from common.errors import UserError
 
 BATCH = 1_000_000  # characters that are encoded at once
 END_OF_TEXT = "<|endoftext|>"

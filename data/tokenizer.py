@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common import environment
-from settings import UserError
+from common.errors import UserError
 
 if TYPE_CHECKING:
     import tiktoken

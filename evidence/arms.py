@@ -25,11 +25,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import deltas
+from common import errors
 from common import files, repository
 import runlog
 from evidence import textlog
-from settings import UserError
+from common.errors import UserError
 from system.launch import tie
 
 ROOT = runlog.ROOT
@@ -102,7 +102,7 @@ def changes(text, words):
         why = {"--seed": "seeds belong to the comparison: --seed0", "--out": "--out belongs to the comparison",
                "--scale": "all arms have one scale: give --scale outside the quotes",
                "--data": "all arms read the same data: give --data outside the quotes"}.get(
-                   name, f"unknown change {name}{deltas.near(name, CHANGES)}; an arm takes {', '.join(CHANGES)}")
+                   name, f"unknown change {name}{errors.near(name, CHANGES)}; an arm takes {', '.join(CHANGES)}")
         raise UserError(f"arm {text!r}: {why}")
     return words
 
@@ -135,7 +135,7 @@ def commit_of(ref):
         return line("rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
     except UserError:
         refs = line("for-each-ref", "--format=%(refname:short)").split()
-        raise UserError(f"unknown git ref {ref!r}{deltas.near(ref, refs)}; fetch it first, or see `git branch -a`") from None
+        raise UserError(f"unknown git ref {ref!r}{errors.near(ref, refs)}; fetch it first, or see `git branch -a`") from None
 
 
 def changed_files():
@@ -229,12 +229,17 @@ def code_diff(a, b):
 
 PROBE = """
 import json, sys
-import deltas
-options, resolved = deltas.command_line(sys.argv[1:])
+try:
+    import schema
+    from system.command_line import command_line
+except ImportError:  # a commit from before these were files of their own
+    import deltas as schema
+    from deltas import command_line
+options, resolved = command_line(sys.argv[1:])
 s = resolved.settings
 print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title, "preset": resolved.preset,
                   "scale": resolved.scale, "changes": list(resolved.changes), "report": list(resolved.report),
-                  "settings": deltas.plain(s), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
+                  "settings": schema.plain(s), "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
                   "registers": hasattr(options, "registered")}))
 """
 

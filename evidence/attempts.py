@@ -11,9 +11,10 @@ import tomllib
 from pathlib import Path
 
 import deltas
+from common import errors
 from common import files
 from evidence import arms, compare, manifest
-from settings import UserError
+from common.errors import UserError
 
 
 def check_name(name: str) -> None:
@@ -27,7 +28,7 @@ def folder_of(name: str) -> Path:
     known = sorted(p.name for p in files.listed(deltas.ATTEMPTS) if p.is_dir()) if deltas.ATTEMPTS.is_dir() else []
     if key not in known:
         remedy = "" if known else "; there is none yet, `records submit` makes one"
-        raise UserError(f"unknown attempt {name!r}{deltas.near(key, known)}{remedy}")
+        raise UserError(f"unknown attempt {name!r}{errors.near(key, known)}{remedy}")
     return deltas.ATTEMPTS / key
 
 

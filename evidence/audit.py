@@ -26,7 +26,7 @@ from pathlib import Path
 
 from common import arguments as numbers, environment, files, repository
 from runlog import ROOT, measured
-from settings import UserError
+from common.errors import UserError
 
 PASSED, FAILED, INTERRUPTED = 0, 3, 130
 VERSION = 1

@@ -20,7 +20,7 @@ from common import files
 import runlog
 from evidence import arms, compare, manifest, provenance, run_laws, textlog
 from evidence.run_laws import alike
-from settings import UserError
+from common.errors import UserError
 
 START_MS = 60_000.0  # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
 CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected

@@ -25,8 +25,9 @@ from common import arguments as numbers  # `arguments` is what every command dec
 from common import console, environment, files, repository
 import runlog
 from evidence import arms, manifest
-from settings import SCALES, UserError
-from system.interrupt import INTERRUPTED, Interrupt
+from settings import SCALES
+from common.errors import UserError
+from common.interrupt import INTERRUPTED, Interrupt
 
 GOAL = 0.002  # nats: about 1.5 sd of a full-scale run, and what a record is kept below its target
 POWER = 0.8

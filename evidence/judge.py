@@ -34,9 +34,10 @@ from math import fsum
 from pathlib import Path
 
 import deltas
+from common import errors
 from common import files, lines
 from evidence.statistics import describe, difference, ratio, target_test, z_pairwise, z_rule
-from settings import UserError
+from common.errors import UserError
 
 HERE = Path(__file__).parent / "published"
 RUNS, GROUPS = "runs.csv", "groups.csv"
@@ -211,7 +212,7 @@ def find(tables, name, track=None):
         except UserError:
             pass
     if ref not in refs:
-        raise UserError(f"no published record {name!r}{deltas.near(name, refs)}: short/1 to short/89 (21r and 21t are "
+        raise UserError(f"no published record {name!r}{errors.near(name, refs)}: short/1 to short/89 (21r and 21t are "
                         "re-timings), medium/1 to medium/18, optimizer/1 to optimizer/46")
     if track and not ref.startswith(track + "/"):
         raise UserError(f"{ref} is not on the {track} track: leave --track away")

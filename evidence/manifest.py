@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runlog
-from settings import UserError
-from system.interrupt import held
+from common.errors import UserError
+from common.interrupt import held
 
 VERSION = 1
 NAME = "manifest.jsonl"

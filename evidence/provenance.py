@@ -11,11 +11,12 @@ import re
 import tomllib
 
 import deltas
+import schema
 import runlog
 import settings
 from evidence import arms, manifest
 from evidence.run_laws import alike
-from settings import UserError
+from common.errors import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
 FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set": "sets"}
@@ -70,7 +71,7 @@ def check_resolves(found, name, arm):
         if record is None:
             raise UserError("the record is neither in this checkout nor in record.toml of the claim")
         resolved = (resolve_carried if carried else resolve_here)(record, scale, arm["changes"])
-        paths = [p for p, _, _ in deltas.difference(deltas.from_plain(arm["settings"]), resolved)]
+        paths = [p for p, _, _ in schema.difference(schema.from_plain(arm["settings"]), resolved)]
     except MALFORMED as error:
         yield f"arm {name}: {claimed} cannot be resolved here: {error}"
         return
@@ -100,8 +101,8 @@ def resolve_carried(record, scale, changes):
         flag, _, text = change.partition(" ")
         if flag != "--set":
             raise UserError(f"{change}: a new record is claimed as it is, put this into its delta")
-        path, value = deltas.parse_assignment(text, "--set")
-        s = deltas.assign(s, path, value, "--set")
+        path, value = schema.parse_assignment(text, "--set")
+        s = schema.assign(s, path, value, "--set")
         named.append(path)
     return settings.check(deltas.lifted(s, named))
 
@@ -179,7 +180,7 @@ def last_ml(record):
 
 
 def same_result(a, b):
-    return len({deltas.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
+    return len({schema.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
 
 
 def check_lineage(found):

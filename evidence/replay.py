@@ -16,8 +16,8 @@ from pathlib import Path
 from common import arguments as numbers, environment, files
 import runlog
 from evidence import arms, compare, textlog, verify
-from settings import UserError
-from system.interrupt import Interrupt
+from common.errors import UserError
+from common.interrupt import Interrupt
 
 DIFFERS = 3
 # The first training losses come before rounding grows: they tell seeds apart, for they are those of the initial weights (two

@@ -12,12 +12,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import deltas
+import schema
 from common import files
 import runlog
 import schedule
 import settings
-from settings import UserError, tokens_per_step
+from settings import tokens_per_step
+from common.errors import UserError
 
 NUMBER = (int, float)
 TEXTS = {"start": ["utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
@@ -233,11 +234,11 @@ def check_settings(log):
     """Settings are valid in this vocabulary and hash to what was logged."""
     start, artefact = log.start, f"{log.where}/run.jsonl: settings"
     try:
-        s = deltas.from_plain(start["settings"])
-        for path, value in deltas.flat(s).items():
-            field = deltas.find_field(path)
+        s = schema.from_plain(start["settings"])
+        for path, value in schema.flat(s).items():
+            field = schema.find_field(path)
             if value is not None:
-                deltas.typed(field, value, "logged")
+                schema.typed(field, value, "logged")
             elif not field.optional:
                 raise UserError(f"{path} is missing")
         log.settings = settings.check(s)
@@ -247,10 +248,10 @@ def check_settings(log):
     if start["numerics_version"] != settings.NUMERICS_VERSION:
         yield (f"{log.where}/run.jsonl: numerics version {start['numerics_version']}, here {settings.NUMERICS_VERSION}: "
                "results changed since")
-    elif start["ml_hash"] != deltas.ml_hash(log.settings):
-        yield f"{artefact} hash to ml_hash {deltas.ml_hash(log.settings)}, logged {start['ml_hash']}: they were edited"
-    if start["system_hash"] != deltas.system_hash(log.settings):
-        yield (f"{artefact} hash to system_hash {deltas.system_hash(log.settings)}, logged {start['system_hash']}: they "
+    elif start["ml_hash"] != schema.ml_hash(log.settings):
+        yield f"{artefact} hash to ml_hash {schema.ml_hash(log.settings)}, logged {start['ml_hash']}: they were edited"
+    if start["system_hash"] != schema.system_hash(log.settings):
+        yield (f"{artefact} hash to system_hash {schema.system_hash(log.settings)}, logged {start['system_hash']}: they "
                "were edited")
 
 

@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from common import environment
-from settings import UserError
+from common.errors import UserError
 
 try:
     from scipy import optimize, special, stats

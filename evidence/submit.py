@@ -24,10 +24,13 @@ from pathlib import Path
 
 from common import arguments as numbers
 import deltas
+import schema
+from common import errors
 from common import environment, files
 from evidence import arms, attempts, compare, manifest, verify, writeup
 from evidence.provenance import differing, last_ml
-from settings import SCALES, UserError, padded_vocab
+from settings import SCALES, padded_vocab
+from common.errors import UserError
 
 ALPHA = 0.01  # of a record
 FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml needs when it is claimed
@@ -118,7 +121,7 @@ def resumed(options):
     folder = deltas.ATTEMPTS / options.name
     if not (folder / manifest.NAME).exists():
         known = [p.parent.name for p in deltas.ATTEMPTS.glob(f"*/{manifest.NAME}")]
-        raise UserError(f"no plan of the name {options.name} was declared{deltas.near(options.name, known)}; one made with --out "
+        raise UserError(f"no plan of the name {options.name} was declared{errors.near(options.name, known)}; one made with --out "
                         "DIR goes on with --resume DIR")
     return folder
 
@@ -185,7 +188,7 @@ def written(options, path):
     """The attempt that was written by hand, or by an earlier submit."""
     if not path.exists():
         raise UserError(f"name the record with --record short/12, give a new idea with --delta FILE, or write it to {path}"
-                        f"{deltas.near(options.name, deltas.attempt_names())}")
+                        f"{errors.near(options.name, deltas.attempt_names())}")
     record = deltas.find_attempt(options.name)
     if options.title or options.people or options.notes:
         raise UserError(f"--title, --people and --notes go with --delta: {path} has its own")
@@ -225,9 +228,9 @@ def check_delta(parent, delta, subsumed, options, where=None):
         raise UserError(f"--parent {parent.ref}: an attempt is no parent: promote it first, or put its lines into your delta")
     s = deltas.resolve(parent.ref).settings
     for path, value in delta.items():
-        changed = deltas.assign(s, path, value, where)
+        changed = schema.assign(s, path, value, where)
         if deltas.lookup(changed, path) == deltas.lookup(s, path):
-            raise UserError(f"{where}: {path} = {deltas.show(value)} changes nothing: {parent.ref} has it already")
+            raise UserError(f"{where}: {path} = {schema.show(value)} changes nothing: {parent.ref} has it already")
         s = changed
     if not delta and not (subsumed and options.claim == "systems"):
         raise UserError(f"{where}: a delta that changes nothing: a record that is only new code is a systems claim "
@@ -241,7 +244,7 @@ def record_text(options, parent, delta, subsumed):
             "people": quoted(options.people), "kind": quoted(options.claim), "source": quoted("log")}
     head |= {k: quoted(v) for k, v in (("notes", options.notes), ("subsumed", subsumed)) if v}
     lines = [f"{k} = {v}" for k, v in head.items()] + ["", "[delta]"]
-    lines += [f"{quoted(path)} = {deltas.show(value)}" for path, value in delta.items()]
+    lines += [f"{quoted(path)} = {schema.show(value)}" for path, value in delta.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -281,8 +284,8 @@ def prepared(options, record, before=False):
     new = {"text": record.ref + changes, "kind": "record", "ref": None, "commit": arms.commit_of("HEAD"),
            "tree": arms.line("rev-parse", "HEAD^{tree}"), "dirty": None, "argv": [record.ref], "record": record.ref,
            "preset": "", "scale": options.scale,
-           "changes": list(resolved.changes), "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s),
-           "settings": deltas.plain(s), "report": []}
+           "changes": list(resolved.changes), "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
+           "settings": schema.plain(s), "report": []}
     return {"new": new, **{name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}}
 
 
@@ -304,7 +307,7 @@ def check_data(options, found):
     from data.stream import require_shards, stream_arguments
     corpus = corpus_for(options.scale, options.data)
     for arm in found.values():
-        s = deltas.from_plain(arm["settings"])
+        s = schema.from_plain(arm["settings"])
         require_shards(corpus, steps=s.schedule.steps, **stream_arguments(s))
         have = len(open_shard(corpus.val))
         if have <= s.validation.tokens:

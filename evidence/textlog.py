@@ -12,7 +12,7 @@ import math
 import re
 from pathlib import Path
 
-from settings import UserError
+from common.errors import UserError
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
 LINE = re.compile(rf"^step:(\d{{1,12}})/(\d{{1,12}}) val_loss:{NUMBER} (?:\S+ )*?train_time:{NUMBER}(ms|s)\b", re.M | re.I)

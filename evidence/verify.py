@@ -24,7 +24,7 @@ from common import files
 import runlog
 from evidence import claim_laws, compare, manifest, provenance, textlog, writeup
 from evidence.provenance import last_ml
-from settings import UserError
+from common.errors import UserError
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3
 # Two programs that differ in the order of sums only: the same seed gives the same weights and the same untimed tokens.

@@ -10,7 +10,7 @@ A record that was promoted and that nothing is built on goes back to attempts/NA
 import deltas
 from common import files
 from evidence import arms, attempts, manifest, promote, verify
-from settings import UserError
+from common.errors import UserError
 
 
 def arguments(p):

@@ -10,10 +10,11 @@ import uuid
 from pathlib import Path
 
 import deltas
+import schema
 from common import files
 import runlog
 from evidence import provenance
-from settings import UserError
+from common.errors import UserError
 
 
 def read_results(folder):
@@ -64,7 +65,7 @@ def heading(record, results):
     out += [*record.notes.splitlines(), ""] if record.notes else []
     out += [f"No setting changes: {record.subsumed}", ""] if record.subsumed else []
     if record.delta:
-        out += ["```toml", *(f'"{path}" = {deltas.show(value)}' for path, value in record.delta.items()), "```", ""]
+        out += ["```toml", *(f'"{path}" = {schema.show(value)}' for path, value in record.delta.items()), "```", ""]
     return out
 
 
@@ -124,9 +125,9 @@ def credits(record):
         parent = records[record.parent]
         out.append(f"- built on {parent.ref} ({parent.title}) by {', '.join(parent.people)}, and on every record before it")
     for path in record.delta:
-        field = deltas.find_field(path)
+        field = schema.find_field(path)
         first = next((r for r in deltas.chain(record) if any(
-            p == path or p in deltas.prefixes(path) or path in deltas.prefixes(p) for p in r.delta)), record)
+            p == path or p in schema.prefixes(path) or path in schema.prefixes(p) for p in r.delta)), record)
         since = "new here" if first.ref == record.ref else f"since {first.ref} by {', '.join(first.people)}"
         out.append(f"- `{path}`: {field.metadata['doc']} ({since})")
     return ["## Credits", "", *out, ""]
@@ -183,7 +184,7 @@ def upstream_readme(record, results):
     new, parent = (s["arms"][k] for k in ("new", "parent"))
     out = [f"# {record.title}", "", f"By {', '.join(record.people)}. On {record.parent} (`baseline/`), both run in turns on "
            f"one machine: {results['device']}, torch {results['torch']}.", "",
-           "```", *(f"{p} = {deltas.show(v)}" for p, v in record.delta.items()), "```", "",
+           "```", *(f"{p} = {schema.show(v)}" for p, v in record.delta.items()), "```", "",
            f"- steps: {results['arms']['parent']['steps']} -> {results['arms']['new']['steps']}",
            f"- time: {show(seconds(parent, 'mean'), '.3f')} s -> {show(seconds(new, 'mean'), '.3f')} s (mean of "
            f"{parent['n']} and {new['n']} runs)"]

@@ -18,6 +18,7 @@ import subprocess
 from pathlib import Path
 
 import deltas
+from system import command_line
 
 ROOT = Path(environment.ROOT)
 PROCESSES = (8, 4, 2, 1)  # that eight logical ranks can be shared among
@@ -27,11 +28,11 @@ PROCESSES = (8, 4, 2, 1)  # that eight logical ranks can be shared among
 
 def read(argv):
     """The trainer's options of a command line of run.sh. Ends the program for --help (0) or a mistake (2). Imports no torch."""
-    parser = deltas.parser()
+    parser = command_line.parser()
     parser.prog, parser.description = "./run.sh", " ".join(__doc__.split())
     parser.set_defaults(out=None)
     options = parser.parse_args(argv)
-    deltas.command_line(complete(argv, options, gpus=0))
+    command_line.command_line(complete(argv, options, gpus=0))
     return options
 
 

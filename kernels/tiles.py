@@ -14,7 +14,7 @@ import torch
 from common import files
 from data.corpus import default_cache
 from kernels.device import triton_version
-from settings import UserError
+from common.errors import UserError
 
 trial = {}  # {operation: tile} that is tried out just now
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import runlog
-from settings import UserError
+from common.errors import UserError
 
 NAN = float("nan")
 

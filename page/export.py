@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common import files
 from page import curves
-from settings import UserError
+from common.errors import UserError
 
 COLUMNS = ("run", "step", "tokens", "time_ms", "val_loss", "train_loss")
 

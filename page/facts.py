@@ -19,11 +19,13 @@ import math
 import re
 
 import deltas
+import schema
 from common import files
 from evidence import statistics, verify
 from sweeps import report as sweep_report
 from runlog import read_chain
-from settings import SCALES, UserError
+from settings import SCALES
+from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent
 EVIDENCE = deltas.RECORDS.parent / "evidence/results"
@@ -100,7 +102,7 @@ def read_effects():
         if row["measure"] not in ("loss", "steps", "seconds"):
             raise UserError(f"{path}: line {line}: measure must be loss, steps or seconds, not {row['measure']!r}")
         if row["path"]:
-            deltas.find_field(row["path"])
+            schema.find_field(row["path"])
     return rows
 
 
@@ -194,7 +196,7 @@ def expected_hash(name, scale, changes):
         for change in changes:
             flag, _, value = change.partition(" ")
             found[FLAGS[flag]].append(value.strip())
-        return deltas.ml_hash(deltas.resolve_name(name, scale=scale, **found).settings)
+        return schema.ml_hash(deltas.resolve_name(name, scale=scale, **found).settings)
     except (UserError, KeyError):
         return None
 
@@ -390,15 +392,15 @@ def today_at(site, scale):
 def setter(ref, path):
     """The record of a chain that set a path last."""
     links = deltas.chain(deltas.find_record(ref))
-    found = [r.ref for r in links if path in r.delta or any(p in r.delta for p in deltas.prefixes(path))]
+    found = [r.ref for r in links if path in r.delta or any(p in r.delta for p in schema.prefixes(path))]
     return found[-1] if found else ref
 
 
 def short_doc(path):
     """The meaning of a setting in a few words: its line up to the first remark."""
-    if path not in deltas.schema():
+    if path not in schema.fields():
         return path
-    text = re.split(r"; |: | \((?=\w{3})", deltas.schema()[path].metadata["doc"].replace("`", ""))[0]
+    text = re.split(r"; |: | \((?=\w{3})", schema.fields()[path].metadata["doc"].replace("`", ""))[0]
     return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 

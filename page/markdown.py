@@ -3,6 +3,7 @@
 from pathlib import PurePath
 
 import deltas
+import schema
 from page import facts
 from sweeps.report import effect_text
 from settings import SCALES
@@ -152,7 +153,7 @@ def section(r, before, measured, level="##"):
 def delta_lines(record):
     """The [delta] lines as typed, each with the value before."""
     parent = deltas.resolve(record.parent).settings if record.parent else None
-    return [f"{path} = {deltas.show(value)}" + (f"  # was {deltas.show(deltas.lookup(parent, path))}" if parent else "")
+    return [f"{path} = {schema.show(value)}" + (f"  # was {schema.show(deltas.lookup(parent, path))}" if parent else "")
             for path, value in record.delta.items()]
 
 

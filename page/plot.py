@@ -7,7 +7,7 @@ from pathlib import Path
 from common import environment, files
 from page import curves
 from runlog import covers_all
-from settings import UserError
+from common.errors import UserError
 
 AXES = ("steps", "tokens", "time")
 UNITS = {"steps": (1, "step"), "tokens": (1, "tokens"), "time": (1000, "training time, s")}

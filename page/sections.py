@@ -6,12 +6,14 @@ from html import escape
 from pathlib import Path
 
 import deltas
+import schema
 from common import files
 import schedule
 from page import facts
 from page.tags import NOTHING, chip, folded, interval, missing, number, table
 from page.worth import CAUTION, evidence, sweep_line, worth
-from settings import SCALES, UserError
+from settings import SCALES
+from common.errors import UserError
 
 HERE = Path(__file__).parent
 CARDS = ["8 x NVIDIA H100", "1 x NVIDIA H100", "1 x NVIDIA H200", "1 x NVIDIA B200", "8 x NVIDIA A100", "1 x NVIDIA A100",
@@ -75,7 +77,7 @@ def variants(site):
     columns = ["record", "parent", "what", "delta", *(f"loss minus parent's, {scale}" for scale in measured)]
     rows = []
     for ref, r in facts.variants_of(site).items():
-        delta = "<br>".join(f"<code>{escape(f'{path} = {deltas.show(value)}')}</code>" for path, value in r.delta.items())
+        delta = "<br>".join(f"<code>{escape(f'{path} = {schema.show(value)}')}</code>" for path, value in r.delta.items())
         notes = escape(r.notes.replace("`", ""))
         rows.append([escape(ref), escape(r.parent or ""), escape(r.title) + f"<small>{notes}</small>", delta,
                      *(difference_cell(found.get(ref)) for found in measured.values())])
@@ -283,21 +285,21 @@ def reference_curve(record):
 def settings_data(records):
     """Paths with their meaning; of each record its parent, what differs from it (as one would type it), what it sets."""
     shown = {ref: shown_settings(ref) for ref in records}
-    paths = [p for p in deltas.schema() if any(p in values for values in shown.values())]
+    paths = [p for p in schema.fields() if any(p in values for values in shown.values())]
     out = []
     for ref, r in records.items():
         before = shown[r.parent] if r.parent else {}
         changes = {p: shown[ref].get(p) for p in paths if shown[ref].get(p) != before.get(p)}
         out.append({"ref": ref, "title": r.title, "parent": r.parent, "changes": changes, "sets": list(r.delta)})
-    return {"paths": {p: deltas.schema()[p].metadata["doc"].replace("`", "") for p in paths}, "records": out}
+    return {"paths": {p: schema.fields()[p].metadata["doc"].replace("`", "") for p in paths}, "records": out}
 
 
 def shown_settings(ref):
     """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is `on`."""
     s = deltas.resolve(ref).settings
-    values = {p: deltas.show(v) for p, v in deltas.flat(s).items() if v is not None}  # what is off is left out, as in diff
-    for path, f in deltas.schema().items():
-        bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in deltas.schema())
-        if bare and all(deltas.lookup(s, p) is not None for p in [*deltas.prefixes(path), path]):
+    values = {p: schema.show(v) for p, v in schema.flat(s).items() if v is not None}  # what is off is left out, as in diff
+    for path, f in schema.fields().items():
+        bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in schema.fields())
+        if bare and all(deltas.lookup(s, p) is not None for p in [*schema.prefixes(path), path]):
             values[path] = "on"
     return values

@@ -11,7 +11,7 @@ import deltas
 from page import facts
 from page.markdown import difference_text, line
 from system.dry_run import context_text, flops
-from settings import UserError
+from common.errors import UserError
 
 TIMES = Path(__file__).parent.parent / "bench/results/cpu_variants.json"
 

@@ -14,9 +14,12 @@ import sys
 
 from common import arguments, console
 import deltas
+import schema
+from common import errors
 from common import lines
-from settings import SCALES, UserError
-from system.interrupt import INTERRUPTED
+from settings import SCALES
+from common.errors import UserError
+from common.interrupt import INTERRUPTED
 
 # Commands whose output is all there is to them: it heeds the terminal's width, and is an error if it is lost.
 PRODUCTS = ("list", "show", "diff", "features", "judge")
@@ -112,9 +115,9 @@ def show(options):
     if r.delta:
         print("\ndelta:")
     for path, value in r.delta.items():
-        print(f"  {path} = {deltas.show(value)}" + effect_at(r, path, scale))
+        print(f"  {path} = {schema.show(value)}" + effect_at(r, path, scale))
     print("\npublished: " + (", ".join(f"{k} {v}" for k, v in r.published.items()) or "nothing"))
-    print(f"ml_hash {deltas.ml_hash(resolved.settings)} at scale {scale}")
+    print(f"ml_hash {schema.ml_hash(resolved.settings)} at scale {scale}")
     if options.params:
         from system.dry_run import size
         print(size(resolved.settings))
@@ -125,8 +128,8 @@ def show_preset(resolved):
     fixed, pinned = deltas.load_preset(resolved.preset)
     print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash {pinned}, and")
     for line in fixed["sets"]:
-        path, value = deltas.parse_assignment(line, "set")
-        print(f"  {path} = {deltas.show(value)}")
+        path, value = schema.parse_assignment(line, "set")
+        print(f"  {path} = {schema.show(value)}")
     print()
 
 
@@ -141,7 +144,7 @@ def effect_at(record, path, scale):
     now, was = deltas.lookup(small, path), deltas.lookup(parent, path)
     if now == was:
         return "  [inert]" if deltas.lookup(full, path) != deltas.lookup(before_full, path) else "  [unchanged]"
-    return "  [active]" if now == deltas.lookup(full, path) else f"  [distorted: {deltas.show(now)} here]"
+    return "  [active]" if now == deltas.lookup(full, path) else f"  [distorted: {schema.show(now)} here]"
 
 
 def diff(options):
@@ -155,12 +158,12 @@ def diff(options):
     a, b = (deltas.resolve_name(name, scale=options.scale if name in frozen else scale) for name in names)
     if frozen and not options.scale:
         print(f"{options.left} at scale {a.scale}, {options.right} at scale {b.scale}")
-    rows = deltas.difference(a.settings, b.settings)
+    rows = schema.difference(a.settings, b.settings)
     narrow = lines.room() is not None  # columns no wider than what they hold
     wide = max((len(path) for path, *_ in rows), default=0) if narrow else 40
-    middle = min(24, max((len(deltas.show(left)) for _, left, _ in rows), default=0)) if narrow else 24
+    middle = min(24, max((len(schema.show(left)) for _, left, _ in rows), default=0)) if narrow else 24
     for path, left, right in rows:
-        print(f"{path:{wide}} {deltas.show(left):>{middle}} -> {deltas.show(right)}{setter(path, b)}")
+        print(f"{path:{wide}} {schema.show(left):>{middle}} -> {schema.show(right)}{setter(path, b)}")
     if not rows:
         print("no setting differs")
 
@@ -169,7 +172,7 @@ def setter(path, resolved):
     if resolved.preset and path in [line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]]:
         return f"  ({resolved.preset})"
     links = deltas.chain(resolved.record)
-    found = [r.ref for r in links if path in r.delta or any(x in r.delta for x in deltas.prefixes(path))]
+    found = [r.ref for r in links if path in r.delta or any(x in r.delta for x in schema.prefixes(path))]
     return f"  ({found[-1]})" if found else ""
 
 
@@ -180,15 +183,15 @@ def features(options):
         for path, value in r.delta.items():
             for p in [path, *(f"{path}.{k}" for k in (value if isinstance(value, dict) else ()))]:
                 since.setdefault(p, r.ref)
-    shown = [f for f in deltas.schema().values() if "." in f.path and (f.optional or not f.is_section)]
+    shown = [f for f in schema.fields().values() if "." in f.path and (f.optional or not f.is_section)]
     shown = [f for f in shown if options.word is None or options.word in f.path or options.word in f.metadata["doc"]]
     if not shown:
-        raise UserError(f"no setting mentions {options.word!r}{deltas.near(options.word, list(deltas.schema()))}")
+        raise UserError(f"no setting mentions {options.word!r}{errors.near(options.word, list(schema.fields()))}")
     for f in shown:
         m = f.metadata
-        default = "off" if f.default is None else deltas.show(f.default)
+        default = "off" if f.default is None else schema.show(f.default)
         off = "off" if f.optional else {deltas.REFUSE: "refused", deltas.BEFORE: "value before its record"}.get(
-            m["off"] if isinstance(m["off"], str) else None, deltas.show(m["off"]))
+            m["off"] if isinstance(m["off"], str) else None, schema.show(m["off"]))
         facts = [f"default {default}"] + ([m["unit"]] if m["unit"] else [])
         facts += [f"since {since[f.path]}"] if f.path in since else []
         facts += [f"--without: {off}"] + ([f"needs {m['needs']}"] if m["needs"] else [])
@@ -254,13 +257,13 @@ def main(argv=None):
             code = options.run(options) or 0
         sys.exit(console.settle(code) if product else code)
     except UserError as error:
-        deltas.fail(error)
+        console.fail(error)
     except OSError as error:
-        deltas.fail(f"{error.filename or 'a file'}: {error.strerror or error}")
+        console.fail(f"{error.filename or 'a file'}: {error.strerror or error}")
     except KeyboardInterrupt:
-        deltas.fail("interrupted", INTERRUPTED)
+        console.fail("interrupted", INTERRUPTED)
     except ImportError as error:
-        deltas.fail(environment.without(error))
+        console.fail(environment.without(error))
 
 
 if __name__ == "__main__":

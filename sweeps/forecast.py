@@ -14,7 +14,8 @@ import runlog
 import schedule
 from sweeps import queue, worker
 from sweeps.plan import flags_of, resolve
-from settings import Settings, UserError, tokens_per_step
+from settings import Settings, tokens_per_step
+from common.errors import UserError
 
 TRIAL_STEPS = 10
 TRIAL_TIMEOUT_S = 900  # a first compilation on a GPU takes minutes

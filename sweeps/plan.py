@@ -8,8 +8,11 @@ import itertools
 from pathlib import Path
 
 import deltas
+import schema
+from common import errors
 from common import repository
-from settings import BEFORE, NUMERICS_VERSION, REFUSE, UserError, lookup
+from settings import BEFORE, NUMERICS_VERSION, REFUSE, lookup
+from common.errors import UserError
 
 AXES = ("model", "optim", "schedule", "data", "numerics")  # the parts of the settings that a loss can depend on
 SCREEN_FROM = 4  # features a group from which screening is worth its runs
@@ -33,7 +36,7 @@ def make_arm(plan, label, record, changes, role="arm", **more):
     """An arm, resolved: UserError if its changes are wrong. changes: flags like "--without model.norm"."""
     out = {"label": label, "record": record, "changes": changes, "role": role, **more}
     resolved = resolve(plan, out)
-    out |= {"report": list(resolved.report), "ml_hash": deltas.ml_hash(resolved.settings)}
+    out |= {"report": list(resolved.report), "ml_hash": schema.ml_hash(resolved.settings)}
     plan["settings"][out["ml_hash"]] = resolved.settings
     return out
 
@@ -73,17 +76,17 @@ def features(plan, wanted):
     resolved = resolve(plan, plan["arms"][0])
     record = resolved.record
     by_records = {path for link in deltas.chain(record) for path in link.delta}
-    every = [f.path for f in deltas.schema().values()
+    every = [f.path for f in schema.fields().values()
              if (f.path in by_records or f.is_feature) and f.path.split(".")[0] in AXES and not is_off(resolved.settings, f)]
     out = []
     for path in wanted:
-        field = deltas.find_field(path)
+        field = schema.find_field(path)
         inside = [p for p in every if p.startswith(path + ".")]
         section = field.is_section and not field.optional
         if section and not inside:
             raise UserError(f"--features {path}: {record.ref} has no feature below it")
         out += inside if section else [path]
-    return [path for path in deltas.schema() if path in out] if wanted else every
+    return [path for path in schema.fields() if path in out] if wanted else every
 
 
 def is_off(s, field):
@@ -128,7 +131,7 @@ def grouped(paths):
 
 def add_group(plan, name, paths, members):
     """An arm with all of a group's features off at once; if these contradict each other the members go without one."""
-    off = [p for p in paths if not any(q in paths for q in deltas.prefixes(p))]  # what lies below goes along
+    off = [p for p in paths if not any(q in paths for q in schema.prefixes(p))]  # what lies below goes along
     try:
         plan["arms"].append(make_arm(plan, f"--without {name} ({len(paths)} features)", plan["base"],
                                      [f"--without {p}" for p in off], "group", group=name))
@@ -156,16 +159,16 @@ def axis(plan, options):
     """The control and every combination of the axes' values."""
     axes = {}
     for text in options.axes:
-        path, _ = deltas.parse_assignment(text, "axis")
-        field = deltas.find_field(path)
+        path, _ = schema.parse_assignment(text, "axis")
+        field = schema.find_field(path)
         if path in axes:
             raise UserError(f"axis {path} is given twice: write all its values in one, {path}=a,b,c")
-        axes[path] = [deltas.parse_assignment(f"{path}={v}", "axis")[1] for v in split(text)]
+        axes[path] = [schema.parse_assignment(f"{path}={v}", "axis")[1] for v in split(text)]
         for value in axes[path]:
-            deltas.typed(field, value, "axis")
+            schema.typed(field, value, "axis")
     plan["arms"] = [make_arm(plan, plan["base"], plan["base"], [], "control")]
     for values in itertools.product(*axes.values()):
-        sets = [f"{path}={deltas.show(value)}" for path, value in zip(axes, values)]
+        sets = [f"{path}={schema.show(value)}" for path, value in zip(axes, values)]
         plan["arms"].append(make_arm(plan, " ".join(sets), plan["base"], [f"--set {x}" for x in sets]))
     labels = [a["label"] for a in plan["arms"]]
     if len(set(labels)) < len(labels):
@@ -199,7 +202,7 @@ def chain(plan, options):
     else:
         here = [x for x in deltas.LINEAGES if any(ref.startswith(x + "/") for ref in deltas.load_records())]
         raise UserError(f"chain {options.base}: expected FIRST..LAST, like short/1..short/11, or a lineage: "
-                        f"{' or '.join(here)}{deltas.near(options.base, here)}")
+                        f"{' or '.join(here)}{errors.near(options.base, here)}")
     for record, parent in links:
         more = {"parent": parent} if parent else {}
         plan["arms"].append(make_arm(plan, record.ref, record.ref, [], "arm" if plan["arms"] else "control", **more))

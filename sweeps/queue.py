@@ -20,11 +20,12 @@ import shutil
 import time
 from pathlib import Path
 
-import deltas
+import schema
 from common import files
 import runlog
 from sweeps.plan import resolve
-from settings import NUMERICS_VERSION, UserError
+from settings import NUMERICS_VERSION
+from common.errors import UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
 SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "numerics_version", "data",
@@ -109,7 +110,7 @@ def check_code(plan):
         raise UserError(f"the sweep was planned at numerics version {plan['numerics_version']}, this checkout has "
                         f"{NUMERICS_VERSION}: check out {plan['code'][:12]}, or plan it anew in another --dir")
     for arm in plan["arms"]:
-        found = deltas.ml_hash(resolve(plan, arm).settings)
+        found = schema.ml_hash(resolve(plan, arm).settings)
         if found != arm["ml_hash"]:
             raise UserError(f"{arm['label']} resolves to {found} in this checkout, the sweep was planned with "
                             f"{arm['ml_hash']}: check out {plan['code'][:12]}, or plan it anew in another --dir")
@@ -256,7 +257,7 @@ def read_run(folder):
     try:
         if start["kind"] != "start" or end["kind"] != "end" or start["log_version"] not in runlog.READABLE:
             raise UserError(f"{folder}: not a complete run of log version {' or '.join(map(str, runlog.READABLE))}")
-        if deltas.ml_hash(deltas.from_plain(start["settings"])) != start["ml_hash"]:
+        if schema.ml_hash(schema.from_plain(start["settings"])) != start["ml_hash"]:
             raise UserError(f"{folder}: its settings are not those of its ml_hash {start['ml_hash']}")
         loss = end["val_loss"]
         return {"folder": Path(folder).name, "status": end["status"], "last_hash": links[-1][1],

@@ -16,7 +16,7 @@ import runlog
 from evidence import statistics
 from sweeps import queue
 from sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
-from settings import UserError
+from common.errors import UserError
 
 NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
 COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved", "note")

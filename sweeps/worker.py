@@ -12,13 +12,13 @@ import sys
 import time
 from pathlib import Path
 
-import deltas
+import schema
 from common import files
 import runlog
 from sweeps import queue
 from sweeps.plan import flags_of, resolve
-from settings import UserError
-from system.interrupt import held, hold, is_due
+from common.errors import UserError
+from common.interrupt import held, hold, is_due
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
 COMPLETE = (0, 3, 4)  # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
@@ -311,7 +311,7 @@ def submit(launcher, root, plan, workers, parameters, arguments):
     from submitit.helpers import CommandFunction
     jobs, wanted = executor(launcher, root / "jobs"), {"gpus_per_node": 1} if plan["scale"] in ("full", "small") else {}
     wanted |= {"job_name": plan["name"]} if launcher == "slurm" else {"timeout_min": 30 * 24 * 60}
-    wanted |= dict(deltas.parse_assignment(text, "--slurm") for text in parameters)
+    wanted |= dict(schema.parse_assignment(text, "--slurm") for text in parameters)
     try:
         jobs.update_parameters(**wanted)
     except (TypeError, ValueError, NotImplementedError) as error:

@@ -19,7 +19,7 @@ import torch
 
 from common import files
 from kernels.device import c_compiler, triton_version
-from settings import UserError
+from common.errors import UserError
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 FILE_VERSION = 1

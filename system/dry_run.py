@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import deltas
+import schema
 from common import files
 import schedule
 from common import lines
@@ -23,12 +24,12 @@ def print_plan(resolved):
         print("  " + line)
     for line in from_parent(resolved):
         print(line)
-    print(f"\nml_hash {deltas.ml_hash(s)}  system_hash {deltas.system_hash(s)}")
+    print(f"\nml_hash {schema.ml_hash(s)}  system_hash {schema.system_hash(s)}")
     print("\nsettings that differ from the defaults (record 1):")
-    default = deltas.flat(type(s)())
-    for path, value in deltas.flat(s).items():
+    default = schema.flat(type(s)())
+    for path, value in schema.flat(s).items():
         if value != default.get(path, ...):
-            print(f"  {path} = {deltas.show(value)}")
+            print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
     columns = ["learning-rate factor", "Muon momentum"]
     columns += ["window" + (" long / short" if split(s) else "")] if plans[0].windows else []
@@ -63,10 +64,10 @@ def from_parent(resolved):
     other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
     yield f"\ndifferences from {other}, at scale {scale}:"
     unchanged = deltas.resolve(record.ref, scale=scale).settings
-    asked = {path for path, *_ in deltas.difference(unchanged, s)}
-    rows, own = deltas.difference(parent, s), f"  ({resolved.preset or 'by this command'})"
+    asked = {path for path, *_ in schema.difference(unchanged, s)}
+    rows, own = schema.difference(parent, s), f"  ({resolved.preset or 'by this command'})"
     for path, old, new in rows:
-        yield f"  {path}: {deltas.show(old)} -> {deltas.show(new)}" + own * (path in asked)
+        yield f"  {path}: {schema.show(old)} -> {schema.show(new)}" + own * (path in asked)
     if not rows:
         yield "  none" + (f": {record.subsumed}" if record.subsumed else "")
 

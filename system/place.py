@@ -9,7 +9,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from settings import LOGICAL_RANKS, UserError
+from settings import LOGICAL_RANKS
+from common.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 REMEDY = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT for one process; `--nproc N` and torchrun set all of them"

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # results whose value or shape the host must know before it goes on

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from system.interrupt import INTERRUPTED, leave_at_once, say
+from common.interrupt import INTERRUPTED, leave_at_once, say
 from system.launch import TELLING, death, telling
 
 TRAINER = Path(__file__).resolve().parent.parent / "train_gpt.py"

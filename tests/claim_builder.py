@@ -15,6 +15,7 @@ import time
 import pytest
 
 import deltas
+import schema
 import runlog
 import schedule
 from evidence import compare, manifest, provenance, verify
@@ -41,7 +42,7 @@ def arm(record, sets, scale="micro", s=None, **fields):
     s = s or deltas.resolve(record, scale=scale, sets=sets).settings
     return {"text": record, "kind": "record", "ref": None, "commit": COMMIT, "tree": TREE, "dirty": None, "argv": [record],
             "record": record, "preset": "", "scale": scale, "changes": [f"--set {x}" for x in sets], "report": [],
-            "ml_hash": deltas.ml_hash(s), "system_hash": deltas.system_hash(s), "settings": deltas.plain(s), **fields}
+            "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s), "settings": schema.plain(s), **fields}
 
 
 def declaration(arms, claim="ml", plan=None, target=5.2, record="short/11", **fields):
@@ -92,7 +93,7 @@ def advance(book, clock, runs, loss=None, step_ms=None, machine=MACHINE, status=
 
 def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, status):
     """One run folder with realistic events; the clock moves on by its wall time."""
-    s, draw = deltas.from_plain(a["settings"]), random.Random(f"{a['ml_hash']} {seed}")
+    s, draw = schema.from_plain(a["settings"]), random.Random(f"{a['ml_hash']} {seed}")
     noise = random.Random(f"{a['text']} {number} times {machine['machine']}")
     log = runlog.RunLog(runs, f"{number:02d}_{a['record'].replace('/', '-')}_s{seed}")
     wall = 0.0

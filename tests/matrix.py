@@ -19,6 +19,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import deltas
+from system import command_line
 from common import environment
 
 environment.require(*environment.TRAINING)
@@ -44,7 +45,7 @@ def work(refs, out):
         argv = [ref, "--scale", "micro", "--out", str(folder)]
         for x in ("schedule.steps=3", "system.precision=float64", *sets):
             argv += ["--set", x]
-        options, resolved = deltas.command_line(argv)
+        options, resolved = command_line.command_line(argv)
         with contextlib.redirect_stdout(io.StringIO()):
             train_gpt.train(resolved, options)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import deltas
+import schema
 from claim_builder import arm, build, declaration
 from evidence import arms, attempts, manifest, promote, submit, verify, withdraw
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TOML = ('title = "A higher rate"\nparent = "short/33"\ndate = 2026-01-01\npeople = ["@me"]\nkind = "ml"\nsource = "log"\n\n'
@@ -77,7 +78,7 @@ def test_an_attempt_runs_by_its_name_with_its_parent_s_chain_and_is_in_no_lineag
         assert found.record.ref == "attempts/my_idea" and found.settings.optim.muon.lr == 0.0543
     assert [r.ref for r in deltas.chain(found.record)][-2:] == ["short/33", "attempts/my_idea"]
     parent = deltas.resolve("short/33", scale="micro").settings
-    assert [path for path, _, _ in deltas.difference(parent, found.settings)] == ["optim.muon.lr"]
+    assert [path for path, _, _ in schema.difference(parent, found.settings)] == ["optim.muon.lr"]
     assert deltas.find_record("short/head").ref == "short/33"
     assert not any(ref.startswith("attempts") for ref in deltas.load_records())
     with pytest.raises(UserError, match="did you mean attempts/my_idea"):

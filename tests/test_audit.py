@@ -18,7 +18,7 @@ import pytest
 
 from evidence import audit, audit_probe
 from records.__main__ import main
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

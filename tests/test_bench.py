@@ -19,7 +19,7 @@ import torch
 
 from data.shards import open_corpus, write_shard
 from kernels.attention import Window, visible
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))  # behind the repository, whose `kernels` is another one

@@ -10,6 +10,7 @@ import shutil
 import pytest
 
 import deltas
+import schema
 import runlog
 from claim_builder import Forgery, claim, good
 from evidence import verify
@@ -305,7 +306,7 @@ def settings_edited_in_a_log(c):
 def settings_edited_everywhere(c):
     new = c.lines[0]["arms"]["new"]
     new["settings"]["optim"]["muon"]["lr"] = 0.05
-    new["ml_hash"] = deltas.ml_hash(deltas.from_plain(new["settings"]))
+    new["ml_hash"] = schema.ml_hash(schema.from_plain(new["settings"]))
     for run in [e["run"] for e in c.of("register") if e["arm"] == "new"]:
         c.events(run, "start")[0] |= {"settings": new["settings"], "ml_hash": new["ml_hash"]}
     c.seal()

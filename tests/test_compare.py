@@ -15,7 +15,7 @@ import runlog
 from data.corpus import sample_corpus
 from records import __main__ as command
 from evidence import arms, compare, manifest, replay, textlog
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TINY = "--set schedule.steps=3 --set validation.tokens=4096 --set system.warmup_steps=0"

@@ -17,7 +17,7 @@ import torch
 
 import runlog
 from evidence import run_laws
-from settings import UserError
+from common.errors import UserError
 from system import compiler
 
 ROOT = Path(__file__).parent.parent
@@ -134,13 +134,14 @@ def test_the_account_counts_no_second_twice(monkeypatch):
 # ----- the trainer
 
 TRAIN = """
-import sys, torch, deltas
+import sys, torch
+from system import command_line
 if sys.argv[1] != "uncompiled":  # no C++: graphs and their account are what counts here
     whole = torch.compile
     torch.compile = lambda model, **kwargs: whole(model, backend=sys.argv[1], **kwargs)
 import train_gpt
 try:
-    train_gpt.main(*deltas.command_line(sys.argv[2:]))
+    train_gpt.main(*command_line.command_line(sys.argv[2:]))
 except SystemExit as ended:
     assert ended.code == 0, ended.code
 print("compiler loaded:", "torch._dynamo" in sys.modules)

@@ -25,7 +25,7 @@ from data.stream import (Prefetch, Shards, Stream, document_steps, positions, re
 from data.tokenizer import encode_documents, load
 from deltas import resolve_name
 from hub import Hub
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 PER_RANK = dict(loader="per_rank", wrap=True)

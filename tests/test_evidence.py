@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import deltas
+import schema
 from data.corpus import sample_corpus
 from data.shards import corpus_digest, val_digest
 from evidence import verify
@@ -24,7 +25,7 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     folder = RECORDS[ref].folder / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
     s = deltas.resolve(ref, scale="tiny").settings
-    assert (summary["record"], summary["ml_hash"]) == (ref, deltas.ml_hash(s))
+    assert (summary["record"], summary["ml_hash"]) == (ref, schema.ml_hash(s))
     corpus = sample_corpus()
     assert summary["corpus_digest"] == corpus_digest(corpus, 1)
     assert summary["val_digest"] == val_digest(corpus, s.validation.tokens)
@@ -78,5 +79,5 @@ def test_a_record_without_a_tiny_run_computes_what_its_parent_does():
     alone = [r for r in RECORDS.values() if not (r.folder / "tiny/summary.json").exists()]
     assert alone
     for record in alone:
-        assert deltas.ml_hash(deltas.resolve(record.ref, scale="tiny").settings) == deltas.ml_hash(
+        assert schema.ml_hash(deltas.resolve(record.ref, scale="tiny").settings) == schema.ml_hash(
             deltas.resolve(record.parent, scale="tiny").settings), record.ref

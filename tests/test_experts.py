@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import deltas
+from system import command_line
 import schedule
 import train_gpt
 from kernels import experts
@@ -22,7 +23,7 @@ from model import GPT, MoE, Router
 from optim import Engine
 from system.dry_run import print_plan
 from runlog import read_chain
-from settings import UserError
+from common.errors import UserError
 
 REF = "variants/moe8k2s"
 SMALL = "model.num_layers=3"  # two layers with experts behind a dense one
@@ -862,7 +863,7 @@ def test_shared_out_experts_give_the_gradients_of_one_process(world, comm, preci
 
 
 def training(args):
-    train_gpt.main(*deltas.command_line(args))
+    train_gpt.main(*command_line.command_line(args))
 
 
 def trained(folder, world, *args):

@@ -19,7 +19,7 @@ from common import files
 import runlog
 from evidence import verify
 from sweeps import queue
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -156,11 +156,11 @@ def test_leftovers_are_not_listed(tmp_path, name):
 
 
 def test_leftovers_are_no_shards_records_presets_targets_or_logs(tmp_path, monkeypatch):
-    for name in ("._a_train_000001.bin", "._a_val_000000.bin"):  # AppleDouble, as a Mac's archive brings them
+    for name in ("._fineweb_train_000001.bin", "._fineweb_val_000000.bin"):  # AppleDouble, as a Mac's archive brings them
         (tmp_path / name).write_bytes(b"\0\5\26\7")
-    data.shards.write_shard(tmp_path / "a_train_000001.bin", range(100))
-    data.shards.write_shard(tmp_path / "a_val_000000.bin", range(100))
-    assert [p.name for p in data.shards.open_corpus(tmp_path).train] == ["a_train_000001.bin"]
+    data.shards.write_shard(tmp_path / "fineweb_train_000001.bin", range(100))
+    data.shards.write_shard(tmp_path / "fineweb_val_000000.bin", range(100))
+    assert [p.name for p in data.shards.open_corpus(tmp_path).train] == ["fineweb_train_000001.bin"]
     (tmp_path / "done").mkdir()
     (tmp_path / "done/._x.json").write_bytes(b"\0\5\26\7")
     assert queue.settled(tmp_path) == ({}, {})
@@ -251,7 +251,7 @@ def test_folders_are_listed_by_files_alone():
 
 def test_json_that_is_kept_is_strict():
     """`json.dumps` is for hashes and quoted words; what is written or printed for programs is files.json_text's."""
-    hashed = {"deltas.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
+    hashed = {"schema.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
               "evidence/run_laws.py", "evidence/submit.py", "evidence/verify.py", *ALONE}
     wrong = [said(path, node) for path in MODULES for name, node in calls(path)
              if name in ("dumps", "dump") and getattr(getattr(node.func, "value", None), "id", "") == "json"

@@ -14,7 +14,8 @@ import schedule
 import sweep
 from evidence import statistics
 from sweeps import forecast
-from settings import UserError, tokens_per_step
+from settings import tokens_per_step
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import deltas
+import schema
 import schedule
 import train_gpt
 from kernels import fp8_linear as fp8_module
@@ -25,7 +26,7 @@ from kernels.fp8_mlp import fp8_mlp
 from model import GPT
 from optim import Engine
 from program import program_of
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 BOS = 1256
@@ -270,7 +271,7 @@ def test_switched_off_it_is_not_there():
     """Lifted precision switches it off; a model without it has no buffer more and the bits that it had."""
     lifted = deltas.resolve("short/11", scale="micro", with_=["numerics.fp8_mlp"]).settings
     bare = deltas.resolve("short/11", scale="micro").settings
-    assert lifted == bare and deltas.ml_hash(lifted) == deltas.ml_hash(bare)
+    assert lifted == bare and schema.ml_hash(lifted) == schema.ml_hash(bare)
     _, model = build(with_=())
     assert not any("eight_bit" in name for name, _ in model.named_buffers())
     mlp, x = model.blocks[0].mlp, random(2, 5, 48)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import deltas
+import schema
 from claim_builder import MACHINE, TARGET, Forgery, arm, built, claim, command, good, systems, two_arms
 from evidence import provenance, run_laws, verify
 
@@ -127,7 +128,7 @@ def test_a_systems_record_on_a_systems_record_is_held_against_the_last_ml_record
 def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
     line = 'id = "901"\ntitle = "t"\nparent = "short/11"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "ml"\nsource = "log"\n'
     parent = deltas.resolve("short/11", scale="micro", sets=TARGET).settings
-    s = deltas.assign(parent, "optim.muon.lr", 0.05, "test")
+    s = schema.assign(parent, "optim.muon.lr", 0.05, "test")
     arms = {"new": arm("short/901", TARGET, s=s), "parent": arm("short/11", TARGET)}
     folder = tmp_path / "c"
     results = built(folder, arms, record="short/901")

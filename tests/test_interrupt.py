@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.stream import Prefetch
-from system import interrupt
-from system.interrupt import Interrupt, hold
+from common import interrupt
+from common.interrupt import Interrupt, hold
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,7 +73,7 @@ def test_where_nothing_is_half_done_the_first_signal_raises_but_never_within_hol
 
 def test_the_first_process_is_told_and_the_others_wait_for_it():
     """A signal to one process of a run reaches the first one, which writes the log; that one alone decides when to stop."""
-    told = subprocess.Popen([sys.executable, "-c", "import os, signal, time; from system.interrupt import Interrupt\n"
+    told = subprocess.Popen([sys.executable, "-c", "import os, signal, time; from common.interrupt import Interrupt\n"
                              "with Interrupt(main=True) as asked:\n"
                              "    asked.join([os.getpid(), os.getppid()], os.getpid()); print('ready', flush=True)\n"
                              "    while not asked.asked: time.sleep(0.01)\n"], cwd=ROOT, stdout=subprocess.PIPE, text=True)

@@ -12,7 +12,7 @@ import pytest
 
 from evidence import judge
 from evidence.statistics import target_test
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TABLES = judge.load()

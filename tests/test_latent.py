@@ -8,13 +8,15 @@ import pytest
 import torch
 
 import deltas
+import schema
 import sample
 import schedule
 from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visible
 from kernels.newton_schulz import newton_schulz
 from model import GPT, LatentAttention, count_parameters
 from optim import Engine
-from settings import UserError, lookup, query_dim, value_dim
+from settings import lookup, query_dim, value_dim
+from common.errors import UserError
 
 BOS = 1256
 # no two widths equal
@@ -376,7 +378,7 @@ def test_settings_that_do_not_go_with_latents_are_one_clear_line(sets, changes, 
 def checkpoint(folder, ref, *sets, **changes):
     model = build(ref, *sets, **changes)
     path = folder / "checkpoint.pt"
-    torch.save({"model": model.whole_state(), "settings": deltas.plain(model.settings), "tokenizer": "sample"}, path)
+    torch.save({"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path)
     return str(path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import UserError
+from common.errors import UserError
 from system.launch import launch, telling
 from system.place import VARIABLES, Place
 

@@ -14,11 +14,12 @@ import pytest
 import browser_page
 import claim_builder
 import deltas
+import schema
 from records import __main__ as records_command
 from page import leaderboard
 from evidence import statistics, verify
 from page import facts, sections, tags
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "input", "br", "col", "wbr", "img", "hr"}
@@ -400,8 +401,8 @@ def test_the_embedded_settings_give_the_differences_of_the_diff_command(page):
     for left, right in [(refs[0], refs[-1]), (refs[-1], refs[0]), *zip(refs, refs[1:])]:
         a, b = settings(left), settings(right)
         mine = [(p, a.get(p) or "off", b.get(p) or "off") for p in embedded["paths"] if a.get(p) != b.get(p)]
-        theirs = deltas.difference(deltas.resolve(left).settings, deltas.resolve(right).settings)
-        assert mine == [(p, deltas.show(x), deltas.show(y)) for p, x, y in theirs]
+        theirs = schema.difference(deltas.resolve(left).settings, deltas.resolve(right).settings)
+        assert mine == [(p, schema.show(x), schema.show(y)) for p, x, y in theirs]
 
 
 def test_curves_in_the_page_are_the_committed_ones(page, site):
@@ -646,8 +647,8 @@ def test_the_page_answers(page_file):
                 "f.right.value = 'short/11'; f.left.dispatchEvent(new Event('change', {bubbles: true})); })()")
         rows = tab.run("[...document.querySelectorAll('#diff-table tbody tr')].map(r => "
                        "[r.querySelector('code'), ...r.querySelectorAll('td')].map(c => c.textContent))")
-        theirs = deltas.difference(*(deltas.resolve(r).settings for r in ("short/5", "short/11")))
-        assert [r[:3] for r in rows] == [[p, deltas.show(a), deltas.show(b)] for p, a, b in theirs]
+        theirs = schema.difference(*(deltas.resolve(r).settings for r in ("short/5", "short/11")))
+        assert [r[:3] for r in rows] == [[p, schema.show(a), schema.show(b)] for p, a, b in theirs]
         assert [r[3] for r in rows if r[0] == "model.head.softcap.cap"] == ["short/9"]
         order = "[...document.querySelectorAll('[data-group=resolved] tr[data-today]')].map(r => +r.dataset.today)"
         tab.run("document.querySelector('.worth [data-sort=today]').click()")

@@ -6,7 +6,8 @@ import torch
 import deltas
 import schedule
 from model import GPT
-from settings import UserError, ranks_per_forward
+from settings import ranks_per_forward
+from common.errors import UserError
 from system import memory
 
 GIB = 2**30

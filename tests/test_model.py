@@ -22,7 +22,7 @@ from model import GPT, count_parameters
 from optim import Cut, Engine, Tree, adamw, local_ranks
 from system import dry_run as plan
 from sample import generate
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())

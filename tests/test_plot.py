@@ -9,17 +9,18 @@ import pytest
 import torch
 
 import deltas
+import schema
 from records import __main__ as command
 from page import curves, plot
 from runlog import chain_line, GENESIS
-from settings import UserError
+from common.errors import UserError
 
 
 def make_run(folder, record="short/11", scale="micro", seed=0, sets=(), losses=(7.0, 6.0, 5.5), status="finished", **start):
     """A run folder: validations every two steps of 1,024 tokens, a second each; status None: no end yet."""
     resolved = deltas.resolve(record, scale=scale, sets=sets)
     events = [{"kind": "start", "record": record, "preset": "", "scale": scale, "seed": seed, "registered": "", "log_version": 3,
-               "processes": 1, "changes": list(resolved.changes), "settings": deltas.plain(resolved.settings), **start}]
+               "processes": 1, "changes": list(resolved.changes), "settings": schema.plain(resolved.settings), **start}]
     for i, loss in enumerate(losses):
         train = [9.0 - i, 8.5 - i] if i else []
         events.append({"kind": "validation", "step": 2 * i, "scheduled_steps": 20, "val_loss": loss, "train_loss": train,
@@ -191,7 +192,7 @@ def test_curves_as_csv(tmp_path, capsys):
 def save_checkpoint(path):
     tied = torch.arange(6.0).view(2, 3)
     model = {"embed.table": tied, "view": tied.t(), "half": torch.ones(2, dtype=torch.bfloat16)}
-    settings = deltas.plain(deltas.resolve("short/11", scale="micro").settings)
+    settings = schema.plain(deltas.resolve("short/11", scale="micro").settings)
     torch.save({"model": model, "settings": settings, "tokenizer": "sample", "val_loss": 4.25}, path)
     return model, settings
 
@@ -206,7 +207,7 @@ def test_a_checkpoint_as_safetensors(tmp_path, capsys):
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         assert set(file.keys()) == set(model) and all(torch.equal(file.get_tensor(k), v) for k, v in model.items())
         metadata = file.metadata()
-    assert deltas.from_plain(json.loads(metadata["settings"])) == deltas.from_plain(settings)
+    assert schema.from_plain(json.loads(metadata["settings"])) == schema.from_plain(settings)
     assert (metadata["tokenizer"], metadata["val_loss"]) == ("sample", "4.25")
     before = (tmp_path / "checkpoint.safetensors").read_bytes()
     assert "exists: add --overwrite" in refusal(capsys, "export", tmp_path, "--to", "safetensors")

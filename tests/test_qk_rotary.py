@@ -20,7 +20,7 @@ from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from model import GPT, Rotary
 from program import program_of
-from settings import UserError
+from common.errors import UserError
 
 # Of the largest element: one rounding of the dtype. bfloat16 can be tested, as the kernels calculate in float32 only; the
 # interpreter cuts it off instead of rounding it.

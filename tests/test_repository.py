@@ -8,7 +8,7 @@ import pytest
 
 from common import repository
 from evidence import arms
-from settings import UserError
+from common.errors import UserError
 
 IDENTITY = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deltas
+import schema
 import sample
 from data import tokenizer
 from model import GPT
@@ -34,7 +35,7 @@ def model():
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("sample") / "checkpoint.pt"
-    torch.save({"model": model.whole_state(), "settings": deltas.plain(model.settings), "tokenizer": "sample"}, path)
+    torch.save({"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path)
     return path
 
 

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import deltas
+import schema
 import schedule
 from system.dry_run import print_plan
-from settings import SCALES, Settings, UserError, lookup, tokens_per_step
+from settings import SCALES, Settings, lookup, tokens_per_step
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECORDS = deltas.load_records()
@@ -32,7 +34,7 @@ def test_the_defaults_are_record_1():
 @pytest.mark.parametrize("scale", list(SCALES))
 def test_every_record_resolves_at_every_scale(ref, scale):
     s = deltas.resolve(ref, scale=scale).settings
-    assert deltas.from_plain(deltas.plain(s)) == s
+    assert schema.from_plain(schema.plain(s)) == s
     assert len(schedule.plan(s)) == s.schedule.steps
 
 
@@ -164,26 +166,26 @@ def test_an_empty_delta_must_be_explained(tmp_path):
 def test_system_settings_and_target_do_not_touch_the_ml_hash_and_precision_does():
     base = deltas.resolve("short/11").settings
     for path in ("system.compile=off", "system.comm=replicated", "validation.target=3.0"):
-        assert deltas.ml_hash(deltas.resolve("short/11", sets=[path]).settings) == deltas.ml_hash(base)
-    assert deltas.system_hash(deltas.resolve("short/11", sets=["system.compile=off"]).settings) != deltas.system_hash(base)
-    assert deltas.ml_hash(deltas.resolve("short/11", sets=["system.precision=float32"]).settings) != deltas.ml_hash(base)
+        assert schema.ml_hash(deltas.resolve("short/11", sets=[path]).settings) == schema.ml_hash(base)
+    assert schema.system_hash(deltas.resolve("short/11", sets=["system.compile=off"]).settings) != schema.system_hash(base)
+    assert schema.ml_hash(deltas.resolve("short/11", sets=["system.precision=float32"]).settings) != schema.ml_hash(base)
 
 
 def test_hashes_tell_records_apart_and_equal_settings_share_one():
     def computes(record):  # more than another way to run its parent
         return record.parent is None or any(not path.startswith("system.") for path in record.delta)
 
-    hashes = {ref: deltas.ml_hash(deltas.resolve(ref).settings) for ref in RECORDS}
+    hashes = {ref: schema.ml_hash(deltas.resolve(ref).settings) for ref in RECORDS}
     distinct = [hashes[ref] for ref, record in RECORDS.items() if computes(record)]
     assert len(set(distinct)) == len(distinct)
     assert all(hashes[ref] == hashes[record.parent] for ref, record in RECORDS.items() if not computes(record))
     a = deltas.resolve("short/11", without=["model.head.softcap"]).settings
-    assert deltas.ml_hash(a) == deltas.ml_hash(deltas.resolve("short/11", sets=["model.head.softcap=false"]).settings)
+    assert schema.ml_hash(a) == schema.ml_hash(deltas.resolve("short/11", sets=["model.head.softcap=false"]).settings)
 
 
 def test_a_feature_that_is_on_with_defaults_differs_from_off():
     on = deltas.resolve("short/1", with_=["model.attn.qk_norm"]).settings
-    assert deltas.ml_hash(on) != deltas.ml_hash(Settings())
+    assert schema.ml_hash(on) != schema.ml_hash(Settings())
 
 
 def test_presets_are_frozen():
@@ -226,13 +228,13 @@ def test_what_a_scale_lifts_is_said_in_one_line():
 @pytest.mark.parametrize("scale", ["tiny", "micro"])
 def test_set_is_literal_where_a_scale_lifts(scale, ref, change, lifted_to):
     """Also where the record has that value itself; and the run gets an identity of its own."""
-    path, value = deltas.parse_assignment(change, "--set")
+    path, value = schema.parse_assignment(change, "--set")
     r, plain = deltas.resolve(ref, scale=scale, sets=[change]), deltas.resolve(ref, scale=scale)
     name = path.split(".")[1]
     assert lookup(plain.settings, f"numerics.{name}") == lifted_to
     found = lookup(r.settings, path)
     assert found == value or dataclasses.is_dataclass(found) and value is True
-    assert deltas.ml_hash(r.settings) != deltas.ml_hash(plain.settings)
+    assert schema.ml_hash(r.settings) != schema.ml_hash(plain.settings)
     assert name not in r.report[-1].replace(":", ",").replace(";", ",").replace(" ", ",").split(",")
     others = dataclasses.replace(r.settings.numerics, **{name: lookup(plain.settings, f"numerics.{name}")})
     assert others == plain.settings.numerics
@@ -266,7 +268,7 @@ def test_changes_that_do_something_at_a_scale_are_not_named():
 
 
 def test_every_field_is_described():
-    for f in deltas.schema().values():
+    for f in schema.fields().values():
         assert f.metadata["doc"] and len(f.metadata["doc"]) > 10, f.path
         if "step" in f.path.split(".")[-1] and f.type is int and not f.path.startswith("system") and "ns_" not in f.path:
             assert f.metadata["unit"] == "step" and f.metadata["shrink"] == "steps", f.path
@@ -311,7 +313,7 @@ def test_records_commands(args, text):
 def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
     """Otherwise every line would be a difference of scale."""
     lines = run("-m", "records", "diff", "tiny-v1", "short/10").stdout.splitlines()
-    theirs = deltas.difference(*(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"])))
+    theirs = schema.difference(*(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"])))
     assert lines[0] == "tiny-v1 at scale tiny, short/10 at scale tiny"
     assert sorted(line.split()[0] for line in lines[1:]) == sorted(["validation.target", *(path for path, *_ in theirs)])
     done = run("-m", "records", "show", "tiny-v1", "--scale", "micro")
@@ -338,7 +340,7 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
     ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]), ("optim-muon-lr", ["optim.muon.lr"]),
     ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])])
 def test_short_forms_of_a_setting_are_answered_with_whole_paths(typed, meant):
-    assert deltas.nearest_settings(typed) == meant
+    assert schema.nearest_settings(typed) == meant
     with pytest.raises(UserError, match=f"unknown setting '{typed}'"):
         deltas.resolve("short/11", sets=[f"{typed}=1"])
 
@@ -415,7 +417,7 @@ def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(ref, st
 def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_it(monkeypatch):
     deltas.load_records.cache_clear()
     applied = []
-    assign = deltas.assign
+    assign = schema.assign
     monkeypatch.setattr(deltas, "assign", lambda s, path, *rest: applied.append(path) or assign(s, path, *rest))
     for ref in deltas.load_records():
         deltas.resolve(ref)
@@ -430,10 +432,10 @@ def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_
     (tuple[tuple[int, int], ...], [[3, 6], [2, 7]], ((3, 6), (2, 7))),
     (tuple[tuple[float, ...], ...], [[1, 0.5, 0.25], [1]], ((1.0, 0.5, 0.25), (1.0,)))])
 def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, value):
-    field = deltas.Field("x", hint, False, None, {})
-    found = deltas.typed(field, given, "--set")
+    field = schema.Field("x", hint, False, None, {})
+    found = schema.typed(field, given, "--set")
     assert found == value and repr(found) == repr(value)  # 1.0, not 1: hashes are taken over what is stored
-    assert deltas.tupled(json.loads(json.dumps(found))) == value
+    assert schema.tupled(json.loads(json.dumps(found))) == value
 
 
 @pytest.mark.parametrize("hint, given, message", [
@@ -445,4 +447,4 @@ def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, val
     (tuple[tuple[int, int], ...], [3, 6], "expected a list of lists"), (tuple[int, ...], [True], "expected a list of whole numbers")])
 def test_a_value_of_another_type_is_refused_with_an_example(hint, given, message):
     with pytest.raises(UserError, match=re.escape(message)):
-        deltas.typed(deltas.Field("x", hint, False, None, {}), given, "--set")
+        schema.typed(schema.Field("x", hint, False, None, {}), given, "--set")

@@ -12,7 +12,7 @@ import pytest
 
 from evidence import run_laws
 from runlog import read_chain
-from settings import UserError
+from common.errors import UserError
 from system import sinks
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from evidence import statistics as s
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMEAR = [3.2796, 3.2803, 3.2787, 3.2779, 3.2792, 3.2785, 3.2810, 3.2795, 3.2778, 3.2771]

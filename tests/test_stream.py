@@ -12,7 +12,7 @@ from data.corpus import sample_corpus
 from data.shards import open_corpus, write_shard
 from data.stream import (BY_DOCUMENT, BY_POSITION, Prefetch, Shards, Stream, document_steps, positions,
                          require_shards, shards_needed, stream_digest)
-from settings import UserError
+from common.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden/loaders.npz")
 BOS, T, LONGEST = 999, 64, 40

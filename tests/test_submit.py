@@ -16,7 +16,7 @@ import pytest
 import deltas
 from claim_builder import FakeTime, advance, arm, build, declaration
 from evidence import compare, manifest, submit, verify, writeup
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SETS = ["validation.target=7.2", "schedule.steps=3", "validation.tokens=4096"]

@@ -16,13 +16,14 @@ import pytest
 from scipy import stats
 
 import deltas
+import schema
 import runlog
 import sweep
 from evidence import statistics
 from page import facts
 from sweeps import queue, worker, report as sweep_report
 from sweeps.plan import grouped, make_plan, pairs_of, split
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 NORM, LAM, CAP = "model.embed.norm", "model.attn.value_residual", "model.head.softcap"
@@ -34,11 +35,12 @@ FAKE = """
 import json, os, random, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import deltas, runlog
-options, resolved = deltas.command_line()
+import runlog, schema
+from system import command_line
+options, resolved = command_line.command_line()
 plan = json.loads((Path(options.out).parent / "plan.json").read_text())
 s, effects = resolved.settings, json.loads(os.environ.get("EFFECTS", "{{}}"))
-ml_hash, changes = deltas.ml_hash(s), list(resolved.changes)
+ml_hash, changes = schema.ml_hash(s), list(resolved.changes)
 with open(os.environ["STARTED"], "a") as file:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES") or "none"
     print(f"{{ml_hash}}_s{{options.seed}}", os.getpid(), gpu, os.nice(0), file=file)
@@ -47,7 +49,7 @@ name = f"{{resolved.record.ref.replace('/', '-')}}_{{resolved.scale}}_{{ml_hash[
 log = runlog.RunLog(options.out, name)
 log.start(dict(record=resolved.record.ref, scale=resolved.scale, seed=options.seed, changes=changes, ml_hash=ml_hash,
                numerics_version=plan["numerics_version"], registered=options.registered, device="fake", cpu="", machine="m",
-               torch="0", code="c" * 40, profiled=False, processes=1, **plan["digests"][ml_hash]), deltas.plain(s))
+               torch="0", code="c" * 40, profiled=False, processes=1, **plan["digests"][ml_hash]), schema.plain(s))
 time.sleep(float(os.environ.get("SECONDS", 0)))
 if os.environ.get("FAIL") in ("all", " ".join(changes)):
     sys.exit("error: the disk of the fake is full")
@@ -777,5 +779,5 @@ def test_a_real_sweep_killed_once_is_resumed_and_reported(tmp_path, monkeypatch)
     assert "report: " in done.stdout and len(list(runs.glob("2*"))) == 3 and len(finished) == 1
     found = json.loads(next((tmp_path / "q").glob("ablate*.json")).read_text())
     assert found["complete"] and found["rows"][0]["effect"] is not None and found["failed"] == 0
-    assert deltas.ml_hash(deltas.resolve("short/11", scale="micro", without=["model.embed.norm"], sets=[
+    assert schema.ml_hash(deltas.resolve("short/11", scale="micro", without=["model.embed.norm"], sets=[
         "schedule.steps=3", "validation.tokens=4096"]).settings) == found["rows"][0]["runs"][0]["ml_hash"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kernels import tiles
-from settings import UserError
+from common.errors import UserError
 
 
 ROOT = Path(__file__).parent.parent

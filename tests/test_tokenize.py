@@ -22,7 +22,7 @@ from data.shards import open_corpus, open_shard
 from data.text import Reader
 from data.tokenize import main
 from data.tokenizer import encode_documents, load, merges_only
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 LINES = "".join(json.dumps({"text": f"document {i} of words"}) + "\n" for i in range(9))

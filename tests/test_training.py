@@ -23,7 +23,7 @@ from model import GPT
 from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
-from settings import UserError
+from common.errors import UserError
 from system import load
 from system.sync import no_host_reads
 
@@ -226,10 +226,10 @@ def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
 
 
 def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
-    script = ("import torch, train_gpt, deltas\n"
+    script = ("import torch, train_gpt\nfrom system import command_line\n"
               "def fail(*args, **more): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...')\n"
               "train_gpt.train_step = fail\n"
-              f"train_gpt.main(*deltas.command_line(['short/11', '--scale', 'micro', '--out', {str(tmp_path)!r}]))")
+              f"train_gpt.main(*command_line.command_line(['short/11', '--scale', 'micro', '--out', {str(tmp_path)!r}]))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "

@@ -12,7 +12,7 @@ from model import without_values
 from system import dry_run as plan
 from page import variant_table
 from records.__main__ import main
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

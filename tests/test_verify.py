@@ -16,7 +16,7 @@ import runlog
 import schedule
 from claim_builder import Forgery, built, claim, command, good, two_arms
 from evidence import claim_laws, provenance, run_laws, verify
-from settings import UserError
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 

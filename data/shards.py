@@ -203,7 +203,8 @@ def shard_digest(path):
     if key not in known:
         known[key] = hashlib.sha256(open_shard(path)).hexdigest()
         try:
-            files.write(memory, files.json_text(known, indent=0), remedy="set SPEEDRUN_CACHE to a folder you may write")
+            files.write(memory, files.json_text(known, indent=0), parents=True,
+                        remedy="set SPEEDRUN_CACHE to a folder you may write")
         except UserError as error:
             note_once(f"note: digests are not remembered: {error}")
     return known[key]

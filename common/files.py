@@ -37,12 +37,17 @@ def listed(folder: Path | str, pattern: str = "*") -> list[Path]:
 
 
 @contextlib.contextmanager
-def writing(path: Path | str, remedy: str = "free some space or choose another place") -> Iterator[BinaryIO]:
+def writing(path: Path | str, remedy: str = "free some space or choose another place",
+            parents: bool = False) -> Iterator[BinaryIO]:
     """A binary file that becomes `path` when the block ends: a temporary file next to it, fsynced, then renamed.
 
-    Folders that are missing are made. If the block raises, or the process dies, `path` keeps its old content. The temporary
-    file's name is new and private, so nothing that already exists is written through. Follows no link: a link at `path` is
-    replaced by the file. Devices and pipes (/dev/stdout) are written to as they are.
+    If the block raises, or the process dies, `path` keeps its old content. The temporary file's name is new and private, so
+    nothing that already exists is written through. Follows no link: a link at `path` is replaced by the file. Devices and
+    pipes (/dev/stdout) are written to as they are.
+
+    Args:
+        remedy: what to do about a failure, the end of the message
+        parents: make the folders that are missing
 
     Raises UserError (path, reason, remedy) for what the operating system refuses.
     """
@@ -53,7 +58,8 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
             with open(path, "wb") as file:
                 yield file
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".tmp", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file

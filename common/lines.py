@@ -1,6 +1,6 @@
 """Lines for people: on a terminal they heed its width, in a pipe or a file each stays whole, so that programs can read it.
 
-COLUMNS states a width where there is no terminal. Characters that the terminal's encoding lacks are console.guard's business.
+COLUMNS alone states a width where there is no terminal. Characters that the terminal's encoding lacks are console.guard's business.
 """
 
 import contextlib
@@ -19,8 +19,11 @@ INDENT = 4  # of what continues a line, more than its beginning
 
 def room() -> int | None:
     """Columns that a line may take on stdout; None where lines stay whole."""
+    if sys.stdout.isatty():
+        return console.width()
     stated = os.environ.get("COLUMNS", "")
-    if (stated.isdecimal() and stated.strip("0")) or sys.stdout.isatty():
+    # readline sets LINES and COLUMNS in a Python that loads it, and all its children inherit them: nobody stated these
+    if stated.isdecimal() and stated.strip("0") and "LINES" not in os.environ:
         return console.width()
     return None
 

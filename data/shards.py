@@ -350,10 +350,10 @@ def shard_facts(path: Path | str, bos: int) -> dict:
     if not isinstance(facts, dict) or set(facts) != {"sha256", "highest", "documents", "hole"}:
         facts = known[key] = look(path, bos)
         try:
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            files.write(memory, files.json_text(known, indent=0))
-        except (OSError, UserError) as error:
-            note_once(f"note: what was found in shards is not remembered: {getattr(error, 'strerror', None) or error}")
+            files.write(memory, files.json_text(known, indent=0), parents=True,
+                        remedy="set SPEEDRUN_CACHE to a folder you may write")
+        except UserError as error:
+            note_once(f"note: what was found in shards is not remembered: {error}")
     return facts
 
 

@@ -202,7 +202,7 @@ def declare(folder, declaration, patches=None, diff="", say=print):
     if not (folder / manifest.NAME).exists():  # else create() refuses; the manifest comes last, when all it names is there
         for path, content in [*((arms.patch_path(folder, a), patches[a["dirty"]]) for a in declaration["arms"].values()
                                 if a["dirty"]), *([(folder / "code.diff", diff)] if diff else [])]:
-            files.write(path, content)
+            files.write(path, content, parents=True)
     manifest.create(folder, declaration).close()
     for name, arm in declaration["arms"].items():
         code = f"code {arm['commit'][:12]}" if arm["commit"] else "code of this folder" if arm["kind"] == "record" else \

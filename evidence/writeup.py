@@ -160,8 +160,8 @@ def upstream(folder):
     for arm, row in results["statistics"]["arms"].items():
         for run in row["runs"]:
             path = out / GROUPS[arm] / f"{uuid.uuid5(uuid.NAMESPACE_URL, run['last_hash'] or str(run['run']))}.txt"
-            files.write(path, upstream_log(folder / "runs", run))
-    files.write(out / "README.md", upstream_readme(record, results))
+            files.write(path, upstream_log(folder / "runs", run), parents=True)
+    files.write(out / "README.md", upstream_readme(record, results), parents=True)
     files.write(out / "statistics.md", statistics_page(results))
     return out
 

@@ -72,5 +72,5 @@ def table(file):
 
 def save(file, tiles):
     """Write tiles beside those of other operations that the file holds already."""
-    files.write(file, files.json_text({"tiles": {**table(file), **tiles}}, indent=1) + "\n")
+    files.write(file, files.json_text({"tiles": {**table(file), **tiles}}, indent=1) + "\n", parents=True)
     table.cache_clear()

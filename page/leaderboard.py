@@ -38,7 +38,7 @@ def settle(texts, root, check=False):
               "commit the result", file=sys.stderr)
         return STALE
     for name in stale:
-        files.write(root / name, texts[name])
+        files.write(root / name, texts[name], parents=True)
         print(f"leaderboard: wrote {name}")
     if not stale:
         print(f"leaderboard: {len(texts)} files are what the data gives")

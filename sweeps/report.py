@@ -292,7 +292,7 @@ def write(found, base):
     contents = {"json": files.json_text(found, indent=1) + "\n", "csv": rows.getvalue(), "md": markdown(found),
                 "png": draw(found)}
     for ext, content in contents.items():
-        files.write(paths[ext], content, remedy="free some space or choose another --out")
+        files.write(paths[ext], content, remedy="free some space or choose another --out", parents=True)
     return list(paths.values())
 
 

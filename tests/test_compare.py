@@ -280,7 +280,7 @@ ARMS = [
     (["short/11", "tiny-v1"], "frozen at --scale tiny"),
     (["short/11", "short/10", "--without", "model.attn.rope"], "put each arm and its changes in quotes"),
     (["short/11", "short/10", "--nproc", "3"], "must be 1, 2, 4 or 8"),
-    (["short/11", "short/10", "--confidence", "95"], "between 0 and 1"),
+    (["short/11", "short/10", "--confidence", "95"], "above 0 and below 1"),
     (["short/11", "short/10", "--data", "/no/such/folder"], "no data folder"),
     (["short/11", "short/10", "--scale", "full"], "needs a GPU"),
     (["short/11", "short/10", "--runs", "1"], "at least 2"),

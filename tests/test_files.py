@@ -54,12 +54,14 @@ def test_a_file_keeps_its_old_content_where_the_writer_fails(tmp_path):
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["curve.png"]
 
 
-def test_missing_folders_are_made_and_links_are_replaced(tmp_path):
+def test_missing_folders_are_made_where_asked_for_and_links_are_replaced(tmp_path):
     target = tmp_path / "elsewhere.txt"
     target.write_text("untouched")
     (tmp_path / "link.txt").symlink_to(target)
     files.write(tmp_path / "link.txt", "new")
-    files.write(tmp_path / "a/b/c.txt", "new")
+    files.write(tmp_path / "a/b/c.txt", "new", parents=True)
+    with pytest.raises(UserError, match="cannot write .*: No such file or directory"):
+        files.write(tmp_path / "mistyped/x.json", "{}")
     assert target.read_text() == "untouched" and not (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "a/b/c.txt").read_text() == "new"
 

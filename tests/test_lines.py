@@ -19,6 +19,7 @@ COMMANDS = [["list"], ["features"], ["judge"], ["judge", "short/33"], ["diff", "
 
 
 def printed(monkeypatch, capsys, words, columns):
+    monkeypatch.delenv("LINES", raising=False)
     monkeypatch.setenv("COLUMNS", str(columns)) if columns else monkeypatch.delenv("COLUMNS", raising=False)
     with pytest.raises(SystemExit) as end:
         main(words)
@@ -59,6 +60,7 @@ def test_cut_text_ends_in_an_ellipsis_that_the_encoding_has(encoding, end, monke
 
 
 def test_a_last_line_without_an_end_and_an_error_inside_are_passed_on(monkeypatch, capsys):
+    monkeypatch.delenv("LINES", raising=False)
     monkeypatch.setenv("COLUMNS", "50")
     with pytest.raises(ValueError):
         with lines.fitted():
@@ -67,9 +69,16 @@ def test_a_last_line_without_an_end_and_an_error_inside_are_passed_on(monkeypatc
     assert capsys.readouterr().out == "no end"
 
 
+def test_a_width_that_readline_put_into_the_environment_is_none(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "50")
+    monkeypatch.setenv("LINES", "24")
+    assert lines.room() is None
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_plan_is_printed_on_any_encoding(encoding, tmp_path):
-    env = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
+    env = {k: v for k, v in os.environ.items() if k != "LINES"}
+    env |= {"PYTHONIOENCODING": encoding, "LC_ALL": "C", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "short/33", "--scale", "micro", "--plan"], env=env,
                           capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -280,11 +280,11 @@ def test_arms_that_cannot_carry_the_claim_are_refused(new, parent, claim, messag
 
 
 def test_looks_share_alpha():
-    assert [x["runs"] for x in submit.looks_of("4,8")] == [4, 8]
-    assert sum(x["alpha"] for x in submit.looks_of("4,8,16")) == pytest.approx(0.01)
-    for text in ("4;8", "8,4", ""):
+    assert [x["runs"] for x in submit.looks_of([4, 8])] == [4, 8]
+    assert sum(x["alpha"] for x in submit.looks_of([4, 8, 16])) == pytest.approx(0.01)
+    for counts in ([8, 4], [], [1]):
         with pytest.raises(UserError):
-            submit.looks_of(text)
+            submit.looks_of(counts)
 
 
 # ----- refused before anything is committed -----------------------------------------------------------------------------

@@ -216,7 +216,7 @@ BAD = [
     (["ablate", "short/11", "--features", "system"], "has no feature below it"),
     (["ablate", "short/11", "--set", "schedule.stepz=3"], "did you mean schedule.steps"),
     (["ablate", "short/11", "--controls", "2"], "at least as many controls"),
-    (["ablate", "short/11", "--confidence", "95"], "between 0 and 1"),
+    (["ablate", "short/11", "--confidence", "95"], "above 0 and below 1"),
     (["ablate", "short/11", "--paired", "--controls", "9"], "leave it away"),
     (["ablate", "short/11", "--data", "/no/such/place"], "no data folder"),
     (["ablate", "short/11", "--reuse", "/no/such/place"], "no such folder"),

@@ -292,8 +292,6 @@ def sample(options: argparse.Namespace) -> None:
     """The whole program behind the command line."""
     from data import tokenizer as tokenizers
     text = read_prompt(options)
-    if options.seed + options.samples - 1 > arguments.SEED_LIMIT:
-        raise UserError(f"--seed {options.seed}: no room for {options.samples} seeds up to {arguments.SEED_LIMIT}")
     model, name = load(options.checkpoint)
     encoding = tokenizers.load(name)
     if encoding.n_vocab > padded_vocab(model.settings):

@@ -6,7 +6,7 @@ Nothing is installed (`pip install --dry-run`). The running Python is asked as i
 --python-version and --platform, but it evaluates markers (`sys_platform == ...`) for the machine that it runs on, so the target's
 values are put in their place. What run.sh installs is part of what test.sh installs, so where the whole resolves the part does;
 it is resolved by itself for the running Python. pip's own settings are cleared but for certificates, proxy and time-out. A recent pip in a
-temporary environment reads the packages' metadata through range requests, a few megabytes in all, not gigabytes of wheels.
+temporary environment reads the metadata of packages by range requests: 25 MB for a Linux target, where the wheels have 2.8 GB.
 """
 
 import concurrent.futures

@@ -3,9 +3,11 @@
 Run as a program it compiles one small graph with a --compile-cache file and prints JSON: `round FILE`.
 """
 
+import importlib.util
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import types
@@ -129,6 +131,67 @@ def test_the_account_counts_no_second_twice(monkeypatch):
                                   "hits": 1, "misses": 2}
     utils.counters["stats"]["unique_graphs"] = 0
     assert compiler.account() is None
+
+
+# ----- compilers and paths with spaces
+
+def test_compiled_code_goes_where_torchs_builder_can_write_it(tmp_path, monkeypatch):
+    """Into the cache, or for one in a path with spaces or quotes into a folder of the user, a folder for each cache."""
+    assert compiler.cache_place(tmp_path) == tmp_path / "compiled"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    places = [compiler.cache_place(tmp_path / odd / "cache") for odd in ("a b", "it's", 'say "x"', "tab\there", "back\\slash")]
+    assert len(set(places)) == 5 and all(p.parent == tmp_path / ".cache" and compiler.is_plain(p) for p in places)
+    monkeypatch.setenv("HOME", str(tmp_path / "no home"))
+    monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: str(tmp_path))
+    place = compiler.cache_place(tmp_path / "a b")
+    assert place.parent == tmp_path and place.stat().st_mode & 0o777 == 0o700
+    place.rmdir()
+    place.symlink_to(tmp_path)  # as somebody else would plant it
+    with pytest.raises(UserError, match="belongs to somebody else"):
+        compiler.cache_place(tmp_path / "a b")
+    monkeypatch.setattr(compiler.tempfile, "gettempdir", lambda: str(tmp_path / "c d"))
+    with pytest.raises(UserError, match="set SPEEDRUN_CACHE"):
+        compiler.cache_place(tmp_path / "a b")
+
+
+def test_a_torch_in_a_path_with_spaces_is_linked_with(monkeypatch):
+    from torch._inductor import cpp_builder
+    base = cpp_builder.BuildOptionsBase
+    monkeypatch.setattr(base, "get_libraries_dirs", base.get_libraries_dirs)  # so that it is undone
+    monkeypatch.setattr(base, "unquoted_libraries_dirs", None, raising=False)
+    del base.unquoted_libraries_dirs
+    monkeypatch.setattr(compiler, "torch", types.SimpleNamespace(__file__="/a b/torch/__init__.py"))
+    compiler.quote_library_folders()
+    compiler.quote_library_folders()  # twice changes nothing more
+    options = base(compiler="g++", libraries_dirs=["/a b/torch/lib", "/usr/lib"], include_dirs=["/a b/include"])
+    words = shlex.split(cpp_builder.CppBuilder(name="x", sources=["x.cpp"], BuildOption=options).get_command_line())
+    assert {"-L/a b/torch/lib", "-L/usr/lib", "-I/a b/include"} <= set(words)
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch, tmp_path):
+    from kernels import device
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="needs a C compiler for Triton"):
+        compiler.check_compilers(cuda=True)
+    if importlib.util.find_spec("triton") is not None:
+        assert "needs a C compiler" in device.refusal(torch.device("cuda"), torch.float32)
+    args = ["train_gpt.py", "short/2", "--scale", "micro", "--set", "system.compile=on", "--out", str(tmp_path / "runs")]
+    for env in ({"PATH": str(tmp_path)}, {"CXX": "/no/compiler"}):
+        run = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=280, env=os.environ | {
+            "CUDA_VISIBLE_DEVICES": "", "SPEEDRUN_CACHE": str(tmp_path)} | env)
+        assert run.returncode == 2 and run.stderr.count("\n") == 1 and "needs a C++ compiler" in run.stderr, run.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_error_of_the_compiler_is_one_line_and_a_file(tmp_path):
+    from torch._inductor.exc import CppCompileError
+    error = CppCompileError(["g++", "x.cpp"], "x.cpp: In function f:\nx.cpp:1:1: error: no such thing\n" + 90 * "note\n")
+    line = compiler.failure(error, tmp_path)
+    assert "error: no such thing" in line and "\n" not in line and "note" in (tmp_path / "compile_error.txt").read_text()
+    assert "cannot be written" in compiler.failure(error, tmp_path / "none") and compiler.failure(error, None)
+    assert compiler.failure(RuntimeError("a collective broke off"), tmp_path) is None
 
 
 # ----- the trainer

@@ -256,7 +256,7 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
             whole = f"all of it is in {path}"
         except OSError as failed:
             whole = f"{path} cannot be written ({failed.strerror})"
-    said = [line for line in str(error).splitlines() if "error:" in line.lower()] or [first_line(error)]
+    said = [line for line in str(error).splitlines() if " error: " in line] or [first_line(error)]
     return f"torch.compile failed ({said[0].strip()[:200]}; {whole}): set system.compile=off, or mend the compiler"
 
 

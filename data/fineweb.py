@@ -91,7 +91,7 @@ def published(repo: str, name: str) -> tuple[int | None, str | None]:
     if repo != REPO:
         return None, None
     size = LAST_SHARD_BYTES if name == f"fineweb_train_{TRAIN_SHARDS[REPO]:06d}.bin" else SHARD_BYTES
-    lines = (Path(__file__).parent / "fineweb_sha256.txt").read_text().splitlines()
+    lines = (Path(__file__).parent / "fineweb_sha256.txt").read_text(encoding="utf-8").splitlines()
     return size, {name: digest for digest, name in map(str.split, lines)}.get(name)
 
 

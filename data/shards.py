@@ -238,9 +238,9 @@ def read_about(folder: Path, first: str) -> dict:
         if first.startswith("fineweb_"):
             return dict(GPT2)
         raise UserError(f"{path} is missing, so nothing says which tokens {first} holds: write "
-                        f"{json.dumps({**GPT2, 'name': 'NAME'})} there if they are GPT-2's")
+                        f"{files.json_text({**GPT2, 'name': 'NAME'})} there if they are GPT-2's")
     try:
-        about = json.loads(path.read_text("utf-8"))
+        about = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(about, dict):
             raise ValueError("not an object")
         for key, like in GPT2.items():
@@ -248,7 +248,7 @@ def read_about(folder: Path, first: str) -> dict:
                 raise ValueError(f"{key} is missing")
             if type(about[key]) is not type(like) or about[key] == "":
                 wanted = "text" if isinstance(like, str) else "a whole number"
-                raise ValueError(f"{key} is {json.dumps(about[key])}, not {wanted}")
+                raise ValueError(f"{key} is {files.json_text(about[key])}, not {wanted}")
         if not 0 <= about["bos"] < about["vocab_size"] <= 65536:
             raise ValueError("0 <= bos < vocab_size <= 65536 does not hold")
         known = TOKENIZERS.get(about["tokenizer"])
@@ -326,7 +326,7 @@ def check_hole(path: Path, facts: dict) -> None:
 def read_manifest(folder: Path) -> dict:
     """{file name: facts of a download} of a folder; {} without one or with one that cannot be read."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return {k: v for k, v in manifest.items() if isinstance(v, dict)} if isinstance(manifest, dict) else {}

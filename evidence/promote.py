@@ -53,7 +53,7 @@ def run(options):
 def read(path: Path) -> tuple[str, dict]:
     """(text, table) of an attempt's record.toml."""
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         return text, tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
@@ -106,7 +106,7 @@ def as_record(folder: Path, target: Path, text: str, ref: str) -> list:
 
 def onto_record(folder: Path, target: Path) -> list[str]:
     """Move the claim's files into the folder of the record that it claims. Returns their names; the manifest comes last."""
-    names = sorted((p.name for p in folder.iterdir() if p.name != "record.toml"), key=lambda n: n == manifest.NAME)
+    names = sorted((p.name for p in files.listed(folder) if p.name != "record.toml"), key=lambda n: n == manifest.NAME)
     taken = [n for n in names if (target / n).exists()]
     if taken:
         raise UserError(f"{target / taken[0]} is there already: move it away first")

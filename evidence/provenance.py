@@ -163,7 +163,7 @@ def read_carried(folder, ref):
 def lineage_of(path):
     """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. '' for an attempt."""
     try:
-        toml = tomllib.loads(path.read_text())
+        toml = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
         return ""  # read_record says what is wrong
     if "attempt" not in toml:

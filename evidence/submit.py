@@ -120,7 +120,7 @@ def resumed(options):
         return Path(options.resume if isinstance(options.resume, str) else options.out)
     folder = deltas.ATTEMPTS / options.name
     if not (folder / manifest.NAME).exists():
-        known = [p.parent.name for p in deltas.ATTEMPTS.glob(f"*/{manifest.NAME}")]
+        known = [p.parent.name for p in files.listed(deltas.ATTEMPTS, f"*/{manifest.NAME}")]
         raise UserError(f"no plan of the name {options.name} was declared{errors.near(options.name, known)}; one made with --out "
                         "DIR goes on with --resume DIR")
     return folder
@@ -155,7 +155,7 @@ def existing(options):
         raise UserError(f"{record.folder.name}/record.toml names no people: credit whose idea it is")
     if record.parent is None:
         raise UserError(f"{record.ref} has no parent to be faster than")
-    return record, (record.folder / "record.toml").read_text()
+    return record, (record.folder / "record.toml").read_text(encoding="utf-8")
 
 
 def attempt(options):
@@ -179,7 +179,7 @@ def attempt(options):
         if (record.delta, record.parent, record.subsumed) != (delta, parent.ref, subsumed):
             raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim what "
                             "is written there, without --delta")
-        return record, path.read_text()
+        return record, path.read_text(encoding="utf-8")
     text = record_text(options, parent, delta, subsumed)
     return attempts.record_of(text, path), text
 
@@ -192,14 +192,14 @@ def written(options, path):
     record = deltas.find_attempt(options.name)
     if options.title or options.people or options.notes:
         raise UserError(f"--title, --people and --notes go with --delta: {path} has its own")
-    toml = tomllib.loads(path.read_text())
+    toml = tomllib.loads(path.read_text(encoding="utf-8"))
     for line in FACTS:
         if not toml.get(line):
             raise UserError(f"{path}: a claim needs the line {line}: " + {
                 "people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29", "kind": "like \"ml\""}.get(
                     line, "in one line"))
     check_delta(deltas.find_record(record.parent), record.delta, record.subsumed, options, path)
-    return record, path.read_text()
+    return record, path.read_text(encoding="utf-8")
 
 
 def read_delta(path):

@@ -49,7 +49,7 @@ def remove(folder, why):
     tracked = bool(arms.is_checkout() and arms.line("ls-files", "--", str(path)))
     if tracked:
         attempts.require_git()
-    text = path.read_text() if path.exists() else None
+    text = path.read_text(encoding="utf-8") if path.exists() else None
     attempts.unmake(path)
     if tracked:
         try:

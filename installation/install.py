@@ -24,8 +24,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from common import files
+
 if __name__ == "__main__":
-    import tomllib
     from installation import run
 
 ROOT, VENV = Path(environment.ROOT), Path(environment.VENV)
@@ -209,12 +210,12 @@ def install(wanted):
         if lacking:
             raise Failed(f"pip ended well, but .venv lacks {', '.join(lacking)}: look at `pip config list`")
         add_commands()
-        INSTALLED.write_text(json.dumps(sorted({*wanted, *before} if before else wanted)) + "\n", encoding="utf-8")
+        files.write(INSTALLED, files.json_text(sorted({*wanted, *before} if before else wanted)) + "\n")
         done = True
     finally:
         if not done:
             if before and not absent(before):
-                INSTALLED.write_text(json.dumps(before) + "\n", encoding="utf-8")  # pip stopped before it changed anything
+                files.write(INSTALLED, files.json_text(before) + "\n")  # pip stopped before it changed anything
             else:
                 remove_venv()
 

@@ -18,6 +18,7 @@ import subprocess
 from pathlib import Path
 
 import deltas
+from common import files
 from system import command_line
 
 ROOT = Path(environment.ROOT)
@@ -90,7 +91,7 @@ def launch(command):
 
 
 def checkpoints(out):
-    return set(Path(out).glob("*/checkpoint.pt"))
+    return set(files.listed(out, "*/checkpoint.pt"))
 
 
 def show(checkpoint):

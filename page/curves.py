@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import runlog
+from common import files
 from common.errors import UserError
 
 NAN = float("nan")
@@ -58,7 +59,7 @@ def read(path: str | Path) -> Curve:
     path = Path(path)
     log = path / "run.jsonl" if path.is_dir() or not path.name.endswith(".jsonl") else path
     if not log.exists():
-        below = sorted(path.glob("**/run.jsonl"))[:1] if path.is_dir() else []
+        below = files.listed(path, "**/run.jsonl")[:1] if path.is_dir() else []
         remedy = f"one below it, like {below[0].parent}" if below else "a run folder such as runs/<date>_..."
         raise UserError(f"{path}: no run.jsonl here; name {remedy}")
     events = runlog.read_chain(log)

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import math
 import sys
 from pathlib import Path
@@ -97,5 +96,5 @@ def rows(curve: curves.Curve) -> list[list]:
         tokens, ms, loss = validated.get(step, (trained.get(step, (curves.NAN,))[0], curves.NAN, curves.NAN))
         train_loss = trained.get(step, (None, curves.NAN))[1]
         out.append([step, "" if math.isnan(tokens) else round(tokens),
-                    *("" if math.isnan(x) else json.dumps(x) for x in (ms, loss, train_loss))])
+                    *("" if math.isnan(x) else files.json_text(x) for x in (ms, loss, train_loss))])
     return out

@@ -7,7 +7,6 @@ published time of the record on 8 x H100, by token and GPU. The last one is an e
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import deltas
 import runlog
@@ -15,6 +14,7 @@ import schedule
 from sweeps import queue, worker
 from sweeps.plan import flags_of, resolve
 from settings import Settings, tokens_per_step
+from common import files
 from common.errors import UserError
 
 TRIAL_STEPS = 10
@@ -52,7 +52,7 @@ def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
     """(median wall seconds of a run of this size on this machine, number of runs), or None. folders: where runs lie."""
     here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
     tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
-    for path in [p for folder in folders for p in sorted(Path(folder).glob(f"*_{plan['scale']}_*_s*"))[-50:]]:
+    for path in [p for folder in folders for p in files.listed(folder, f"*_{plan['scale']}_*_s*")[-50:]]:
         try:
             run = queue.read_run(path)
         except UserError:
@@ -96,7 +96,7 @@ def trial(plan: dict, slot: dict) -> float:
                                   capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(f"{type(error).__name__} after {TRIAL_TIMEOUT_S} s") from None
-        logs = sorted(Path(folder).glob("*/run.jsonl"))
+        logs = files.listed(folder, "*/run.jsonl")
         if not logs or done.returncode not in worker.COMPLETE:
             said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
             raise UserError(said.removeprefix("error: "))

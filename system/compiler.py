@@ -252,7 +252,7 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
     if folder is not None:
         path = folder / "compile_error.txt"
         try:
-            path.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            files.write(path, "".join(traceback.format_exception(error)))
             whole = f"all of it is in {path}"
         except OSError as failed:
             whole = f"{path} cannot be written ({failed.strerror})"

@@ -8,12 +8,12 @@ take such a run as timed.
 
 import importlib
 import importlib.util
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import files
 from common.errors import UserError
 
 MODULES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
@@ -109,7 +109,7 @@ class TensorBoard:
     def __init__(self, name: str, folder: Path, config: dict) -> None:
         writer = importlib.import_module(MODULES[name]).SummaryWriter
         self.writer = writer(log_dir=str(folder / "tensorboard"), flush_secs=NEVER)
-        self.writer.add_text("start", f"```\n{json.dumps(config, indent=1, sort_keys=True)}\n```")
+        self.writer.add_text("start", f"```\n{files.json_text(config, indent=1, sort_keys=True)}\n```")
         self.writer.flush()
 
     def write(self, points: list) -> None:
@@ -119,5 +119,5 @@ class TensorBoard:
         self.writer.flush()
 
     def close(self, facts: dict) -> None:
-        self.writer.add_text("end", json.dumps(facts, sort_keys=True))
+        self.writer.add_text("end", files.json_text(facts, sort_keys=True))
         self.writer.close()

@@ -217,7 +217,7 @@ def test_run_installs_what_it_needs_and_test_adds_the_rest_to_the_same_venv(chec
     link.symlink_to(os.path.relpath(checkout / "run.sh", tmp_path))
     (tmp_path / "a b" / "elsewhere").mkdir()
     code, said = ended(start(checkout, link, "--seed", "3", cwd=tmp_path / "a b" / "elsewhere", CDPATH="/usr"))
-    assert code == 1 and said[-1] == f"started {checkout / 'run.py'} --seed 3", said
+    assert code == 1 and said[-1] == f"started {checkout / 'installation/run.py'} --seed 3", said
     assert len(said) == 2 and " are downloaded, about " in said[0]
     given = [a for call in calls(checkout) if "pip" in call for a in call if "==" in a]
     assert given == install.requirements(["tools"]) and not any(r.startswith(("pytest", "triton", "submitit")) for r in given)

@@ -218,10 +218,13 @@ class RunLog:
                             f"free some space and start again") from None
 
     @held
+    def elapsed_ms(self) -> float:
+        """Wall milliseconds since the process began."""
+        return 1000 * (time.perf_counter() - self.began)
+
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
-        wall_ms = round(1000 * (time.perf_counter() - self.began), 3)
-        event = plain_event(n=len(self.events), kind=kind, wall_ms=wall_ms, **fields)
+        event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
         line, self.previous = chain_line(self.previous, event)
         event = measured(event)
         if self.active:

@@ -16,11 +16,13 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+import scales
 import settings
 from common import files
 from common.errors import UserError, did_you_mean, near
 from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
-from settings import BEFORE, REFUSE, SCALES, Settings, lookup
+from scales import SCALES
+from settings import BEFORE, REFUSE, Settings, lookup
 
 RECORDS = Path(__file__).parent / "records"
 ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
@@ -257,7 +259,7 @@ def compose(record, scale, sets, with_, without, revert):
             raise UserError(f"--revert {ref}: it is not an ancestor of {record.ref}")
     s, report = replay(links, reverted)
     s, lines = switch(s, links, with_, without)
-    s = settings.scaled(s, scale)
+    s = scales.scaled(s, scale)
     assigned, moved = {}, []
     for text in sets:
         path, value = parse_assignment(text, "--set")
@@ -271,39 +273,14 @@ def compose(record, scale, sets, with_, without, revert):
             moved.append(path)
     for path in moved:
         refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
-    plan, s = s.numerics, lifted(s, assigned)
+    unlifted, s = s, scales.lifted(s, assigned)
     try:
-        return settings.check(s), report + lines + lift_lines(plan, s)
+        return settings.check(s), report + lines + scales.lift_lines(unlifted, s)
     except UserError as error:
         if not reverted:
             raise
         raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert the "
                         "later record that needs it as well, or switch the setting off with --without") from None
-
-
-def lifted(s, named=()):
-    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth.
-
-    named: paths that `--set` gives a value, which stays as it is: `--set` is literal.
-    """
-    if s.system.precision == "record" or "numerics" in named:
-        return s
-    changes = {f.name: s.system.precision for f in dataclasses.fields(s.numerics) if f.type is settings.Dtype}
-    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
-    for path in named:
-        section, _, rest = path.partition(".")
-        if section == "numerics":
-            changes.pop(rest.partition(".")[0], None)
-    return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
-
-
-def lift_lines(plan, s):
-    """One line on all that system.precision, which a scale may have set, took from the precision plan, or none."""
-    moved = [f.name for f in dataclasses.fields(plan) if getattr(plan, f.name) != getattr(s.numerics, f.name)]
-    off = [name for name in moved if name.startswith("fp8")]
-    parts = [", ".join(name for name in moved if name not in off)] if len(moved) > len(off) else []
-    parts += [f"without {', '.join(off)}"] if off else []
-    return [f"numerics lifted to {s.system.precision}: {'; '.join(parts)}"] if moved else []
 
 
 def undone(s, record, scale, sets, with_, without, revert):

@@ -1,4 +1,4 @@
-"""The vocabulary of a record: nested frozen dataclasses whose defaults are record 1, the scales, and check().
+"""The vocabulary of a record: nested frozen dataclasses whose defaults are record 1, and check().
 
 Three axes. `model`, `optim`, `schedule`, `data` and `validation` say what is computed (axis ml); `numerics` says in
 which precision (it changes losses, so it belongs to a record's identity); `system` says how it is executed and must
@@ -22,17 +22,21 @@ NUMERICS_VERSION = 1  # raised by hand when a fix changes the results of existin
 
 REFUSE = "refuse"  # --without has no sensible meaning: name --set and --revert instead
 BEFORE = "before"  # --without restores the value before the record that last set the field
+AS_IS = "as it is"  # system.precision leaves the field alone
+PRECISION = "precision"  # the field becomes system.precision
 
 
-def opt(default, doc, *, unit="", off=BEFORE, needs="", idle="", shrink=""):
+def opt(default, doc, *, unit="", off=BEFORE, needs="", idle="", shrink="", exact=AS_IS):
     """Declare one setting.
 
     doc: one line of meaning, with paper or person where an idea is used. unit: of a number (`step`, `token`, ...).
     off: what `--without` gives: a value, BEFORE or REFUSE (an optional sub-configuration always goes to None).
     needs: path (or path=value) without which the field means nothing and must keep its default. idle: one with which the
-    field has no effect, whatever its value. shrink: how a scale changes it (see SCALES).
+    field has no effect, whatever its value. shrink: how a scale changes it (scales.rules).
+    exact: its value where system.precision is not `record`: AS_IS, PRECISION or a fixed value.
     """
-    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink}
+    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink,
+                "exact": exact}
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -361,7 +365,7 @@ class Data:
                        off=REFUSE, shrink="length")
     first_batch_twice: bool = opt(False, "the first batch is used for steps 0 and 1 (the original reset its loader)",
                                   off=False, needs="data.loader=per_rank")
-    wrap: bool = opt(True, "begin again after the last shard (off: running out of shards is an error)", off=False)
+    wrap: bool = opt(True, "begin again after the last shard (off: running out of shards is an error)", off=False, shrink="reread")
 
 
 @dataclass(frozen=True)
@@ -369,13 +373,19 @@ class Validation:
     tokens: int = opt(10_485_760, "targets: the first ones of the validation shard", unit="token", off=REFUSE,
                       shrink="validation")
     seq_len: int = opt(1024, "context in validation", unit="token", off=REFUSE, shrink="length")
-    every: int = opt(250, "validate every so many steps and after the last (below full: eight times)", unit="step", off=REFUSE)
+    every: int = opt(250, "validate every so many steps and after the last (below full: eight times)", unit="step", off=REFUSE,
+                     shrink="eighth")
     target: float | None = opt(3.28, "validation loss to reach, nats per token", off=None, shrink="target")
 
 
 # ----- numerics ---------------------------------------------------------------------------------------------------
 
 Dtype = Literal["bfloat16", "float32", "float64"]
+
+
+def precision(default, doc):
+    """Declare a dtype of the precision plan, which system.precision replaces."""
+    return opt(default, doc, exact=PRECISION)
 
 
 @dataclass(frozen=True)
@@ -413,34 +423,37 @@ class FP8MLP:
 
 @dataclass(frozen=True)
 class Numerics:
-    matmul: Dtype = opt("bfloat16", "operands and result of linear layers and attention")
-    eval_matmul: Dtype = opt("bfloat16", "the same in validation")
-    residual: Dtype = opt("bfloat16", "residual stream")
-    matrix: Dtype = opt("float32", "stored weights of linear layers and their optimizer state")
-    head: Dtype = opt("float32", "stored weight of an untied head")
-    gate: Dtype = opt("float32", "stored weights of gates")
-    table: Dtype = opt("float32", "stored embedding tables and their optimizer state")
-    scalar: Dtype = opt("float32", "stored gains, biases, learned scalars and their optimizer state")
-    router: Dtype = opt("float32", "stored weights and arithmetic of the routers, where close scores decide who is chosen")
+    matmul: Dtype = precision("bfloat16", "operands and result of linear layers and attention")
+    eval_matmul: Dtype = precision("bfloat16", "the same in validation")
+    residual: Dtype = precision("bfloat16", "residual stream")
+    matrix: Dtype = precision("float32", "stored weights of linear layers and their optimizer state")
+    head: Dtype = precision("float32", "stored weight of an untied head")
+    gate: Dtype = precision("float32", "stored weights of gates")
+    table: Dtype = precision("float32", "stored embedding tables and their optimizer state")
+    scalar: Dtype = precision("float32", "stored gains, biases, learned scalars and their optimizer state")
+    router: Dtype = precision("float32", "stored weights and arithmetic of the routers, where close scores decide who is chosen")
     fp8_experts: bool = opt(False, "operands of the experts rounded to e4m3 while training, a scale per row (simulated: products "
-                                   "stay in `matmul`); the backward pass uses the rounded ones", off=False, needs="model.mlp.moe")
-    init_grid: Dtype = opt("float32", "linear weights are rounded to this grid once, at initialisation")
-    norm: Dtype = opt("float32", "statistics of the norms")
+                                   "stay in `matmul`); the backward pass uses the rounded ones", off=False, needs="model.mlp.moe",
+                            exact=False)
+    init_grid: Dtype = precision("float32", "linear weights are rounded to this grid once, at initialisation")
+    norm: Dtype = precision("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "added to the mean square (rmsnorm) or the variance (layernorm)")
-    rope: Dtype = opt("float32", "stored cos and sin tables")
-    rope_frequency: Dtype = opt("float32", "the frequencies that the tables are made from")
-    rope_math: Dtype = opt("float32", "arithmetic of the rotation, at least (the wider of this, the tables and q, k)")
-    softcap: Dtype = opt("float32", "arithmetic of the soft cap, at least")
-    fp8_head: FP8Head | None = opt(None, "head in FP8 while training", needs="model.head.untied")
-    fp8_mlp: FP8MLP | None = opt(None, "MLPs in FP8 in the forward pass of training", needs="model.mlp.activation=relu_sq")
-    loss: Dtype = opt("float32", "cross entropy")
-    newton_schulz: Dtype = opt("bfloat16", "Newton-Schulz iteration")
-    newton_schulz_norm: Dtype = opt("float32", "Frobenius norm before the iteration, and the tensor it is taken from")
+    rope: Dtype = precision("float32", "stored cos and sin tables")
+    rope_frequency: Dtype = precision("float32", "the frequencies that the tables are made from")
+    rope_math: Dtype = precision("float32", "arithmetic of the rotation, at least (the wider of this, the tables and q, k)")
+    softcap: Dtype = precision("float32", "arithmetic of the soft cap, at least")
+    fp8_head: FP8Head | None = opt(None, "head in FP8 while training", needs="model.head.untied", exact=None)
+    fp8_mlp: FP8MLP | None = opt(None, "MLPs in FP8 in the forward pass of training", needs="model.mlp.activation=relu_sq",
+                                 exact=None)
+    loss: Dtype = precision("float32", "cross entropy")
+    newton_schulz: Dtype = precision("bfloat16", "Newton-Schulz iteration")
+    newton_schulz_norm: Dtype = precision("float32", "Frobenius norm before the iteration, and the tensor it is taken from")
     newton_schulz_form: Literal["expanded", "factored"] = opt(
         "expanded", "aX + b(AX) + cA(AX), or aX + (bA + cAA)X: the same polynomial, other roundings")
-    muon_update: Dtype = opt("float32", "the scaled Muon update before it is subtracted")
-    adam: Dtype = opt("float32", "arithmetic of AdamW")
-    adam_state: Literal["parameter", "bfloat16"] = opt("parameter", "stored moments of AdamW: dtype of the parameter, or this")
+    muon_update: Dtype = precision("float32", "the scaled Muon update before it is subtracted")
+    adam: Dtype = precision("float32", "arithmetic of AdamW")
+    adam_state: Literal["parameter", "bfloat16"] = opt("parameter", "stored moments of AdamW: dtype of the parameter, or this",
+                                                     exact="parameter")
 
 
 # ----- system -----------------------------------------------------------------------------------------------------
@@ -472,7 +485,7 @@ class System:
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to run; auto: CUDA when there is one")
     precision: Literal["record", "float32", "float64"] = opt(
         "record", "record: as `numerics` says; otherwise all of `numerics` that --set does not name is lifted to this dtype, "
-                  "without FP8 (and hashed so)")
+                  "without FP8 (and hashed so)", shrink="precision")
     compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model; auto: on CUDA")
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
@@ -539,22 +552,6 @@ def table_rows(s):
     return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
 
 
-def validation_rows_at_once(rows, seq_len, cuda):
-    """Rows of one forward pass in validation, where a logical rank has `rows`: 32,768 tokens on CUDA and 4,096 elsewhere, or
-    one row that has more."""
-    return min(rows, max(1, (32768 if cuda else 4096) // seq_len))
-
-
-def ranks_per_forward(s, ranks, cuda):
-    """How many of a process's `ranks` logical ranks go through the model at once: speed and memory, not mathematics."""
-    if s.system.reduction == "ordered":
-        return 1
-    if s.system.ranks_per_forward:
-        return min(s.system.ranks_per_forward, ranks)
-    most = max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
-    return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
-
-
 def recomputable(s):
     """Does a block's forward pass leave no trace, so that it can be done again?"""
     return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.down") is None
@@ -562,83 +559,6 @@ def recomputable(s):
 
 def tokens_per_step(s):
     return LOGICAL_RANKS * s.data.tokens_per_rank
-
-
-# ----- scales -------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Scale:
-    """Divisors of a record's sizes and the budget in training tokens (None: the record's own steps)."""
-    width: int
-    length: int
-    batch: int
-    budget_tokens: int | None
-    validation_tokens: int | None
-    vocab_size: int | None
-    precision: str
-
-
-# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of the
-# embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1. The CPU scales
-# lift the precision plan to float32, which is faster than bfloat16 at these widths (bench/throughput.py).
-SCALES = {
-    "full": Scale(1, 1, 1, None, None, None, "record"),
-    "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
-    "tiny": Scale(8, 16, 128, 720_896, 65_536, 1257, "float32"),
-    "micro": Scale(16, 16, 512, 73_728, 8_192, 1257, "float32"),
-}
-
-
-def scaled(s, name):
-    """The settings at a scale: one pure function, no record names.
-
-    Widths, lengths and batch shrink by the scale's divisors; every setting counted in steps is multiplied by
-    steps / record's steps (at least 1 where it was at least 1); learning rates, head counts and windows in blocks stay.
-    A row is never longer than a rank's share of the batch or of the validation tokens.
-    """
-    scale = SCALES[name]
-    if name == "full":
-        return s
-    steps = max(1, round(scale.budget_tokens * scale.batch / tokens_per_step(s)))
-    ratio = steps / s.schedule.steps
-    rules = {
-        "width": lambda v: v // scale.width,
-        "length": lambda v: max(1, v // scale.length),
-        "batch": lambda v: v // scale.batch,
-        "vocab": lambda v: scale.vocab_size or v,
-        "validation": lambda v: scale.validation_tokens,
-        "length0": lambda v: v // scale.length,
-        "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
-        "turns": lambda v: v / scale.length,  # of a rotary pair within a window
-        "steps": lambda v: max(1, round(v * ratio)) if v else 0,
-        "target": lambda v: None,  # a target belongs to a scale and a corpus; presets set their own
-    }
-
-    def shrink(node):
-        changes = {}
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                changes[f.name] = shrink(value)
-            elif f.metadata["shrink"] and value is not None:
-                changes[f.name] = elementwise(rules[f.metadata["shrink"]], value)
-        return dataclasses.replace(node, **changes)
-
-    s = shrink(s)
-    if s.model.head.logit_scale == "rsqrt_dim":  # the step of such a head is a term in 1/sqrt(width) too
-        lr = s.optim.lm_head.lr / math.sqrt(scale.width)
-        s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=dataclasses.replace(s.optim.lm_head, lr=lr)))
-    data = dataclasses.replace(s.data, wrap=True,  # a small corpus is read again, and the log says how often
-                               seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
-    validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)),  # enough points for a curve
-                                     seq_len=min(s.validation.seq_len, s.validation.tokens // LOGICAL_RANKS))
-    system = dataclasses.replace(s.system, precision=scale.precision)
-    return dataclasses.replace(s, data=data, validation=validation, system=system)
-
-
-def elementwise(rule, value):
-    """rule(value), or where a setting has one value per stage, the rule applied to each."""
-    return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
 # ----- check --------------------------------------------------------------------------------------------------------

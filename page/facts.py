@@ -24,7 +24,7 @@ from common import files
 from evidence import statistics, verify
 from sweeps import report as sweep_report
 from runlog import read_chain
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent

@@ -17,7 +17,7 @@ import deltas
 import schema
 from common import errors
 from common import lines
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED
 

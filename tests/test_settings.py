@@ -13,7 +13,8 @@ import deltas
 import schema
 import schedule
 from system.dry_run import print_plan
-from settings import SCALES, Settings, lookup, tokens_per_step
+from scales import SCALES
+from settings import Settings, lookup, tokens_per_step
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent

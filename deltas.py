@@ -20,9 +20,10 @@ import scales
 import settings
 from common import files
 from common.errors import UserError, did_you_mean, near
+from declare import BEFORE, REFUSE, holds, lookup, unmet_needs
 from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
 from scales import SCALES
-from settings import BEFORE, REFUSE, Settings, lookup
+from settings import Settings
 
 RECORDS = Path(__file__).parent / "records"
 ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
@@ -370,7 +371,7 @@ def switch(s, links, with_, without):
     for path in without:
         s, line = turn_off(s, links, path)
         report.append(line)
-        while unmet := settings.unmet_needs(s):
+        while unmet := unmet_needs(s):
             other, needs, default = unmet[0]
             s = replaced(s, other, default)
             report.append(f"without {other}: it needs {needs}")
@@ -428,9 +429,10 @@ def turn_off(s, links, path):
 
 
 def refuse_idle(s, path, what, remedy):
-    """UserError if a setting has no effect beside others: by its own condition; for the AdamW group of the matrices Muon."""
-    idle = find_field(path).metadata["idle"] or ("optim.muon" if path.startswith("optim.matrix.") else "")
-    if idle and settings.holds(s, idle):
+    """UserError if another setting makes this one inert, by its `idle` condition or that of a section above it."""
+    for idle in (find_field(p).metadata["idle"] for p in [*prefixes(path), path]):
+        if not idle or not holds(s, idle):
+            continue
         other = idle.partition("=")[0]
         value = f" = {lookup(s, other)}" if "=" in idle else ""
         raise UserError(f"{what}: it has no effect while {other}{value} is there; {remedy}")

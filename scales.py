@@ -1,7 +1,7 @@
 """Scales and precisions: the same record at a smaller size, or with every number in one dtype.
 
-    scaled(settings, "tiny")   sizes, budget and precision of a scale; each field says with `shrink=` what it takes
-    lifted(settings)           system.precision: each field says with `exact=` what it takes
+    scaled(settings, "tiny")   sizes, budget and precision of a scale, by the `shrink=` of each field
+    lifted(settings)           system.precision, by the `exact=` of each field
 
 No record and no setting is named in a list here.
 """
@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from settings import AS_IS, LOGICAL_RANKS, PRECISION, Settings, tokens_per_step
+from declare import AS_IS, PRECISION
+from settings import LOGICAL_RANKS, Settings, tokens_per_step
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Scale:
 
 
 # Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of the
-# embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1. The CPU scales
-# lift the precision plan to float32, which is faster than bfloat16 at these widths (bench/throughput.py).
+# embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1. The CPU
+# scales lift the precision plan to float32, which is faster than bfloat16 at these widths (bench/throughput.py).
 SCALES = {
     "full": Scale(1, 1, 1, None, None, None, "record"),
     "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
@@ -64,9 +65,9 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
 def scaled(s: Settings, name: str) -> Settings:
     """The settings at a scale.
 
-    Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is multiplied by
-    steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and windows in blocks stay.
-    A row is never longer than a rank's share of the batch or of the validation tokens.
+    Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is multiplied
+    by steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and windows in blocks
+    stay. A row is never longer than a rank's share of the batch or of the validation tokens.
     """
     scale = SCALES[name]
     if name == "full":
@@ -99,14 +100,14 @@ def elementwise(rule: Callable, value: object) -> object:
     return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
-# ----- precision ----------------------------------------------------------------------------------------------------
+# ----- precision ------------------------------------------------------------------------------------------------
 
 def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
-    """The settings with every dtype as system.precision says, unless that is `record`, so that the hash is the truth.
+    """The settings with every dtype set to system.precision, unless that is `record`, so that the hash is true.
 
     Args:
-        named: paths that `--set` assigns. Such a field keeps its value, and so does a field with a named path above or
-            below it, because `--set` is literal.
+        named: paths that `--set` assigns. Such a field keeps its value, and so does a field with a named path above
+            or below it, because `--set` is literal.
     """
     if s.system.precision == "record":
         return s
@@ -128,7 +129,8 @@ def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
 
 def lift_lines(before: Settings, s: Settings) -> list[str]:
     """One line on what `lifted` changed from `before`, or none."""
-    moved = [f for f in dataclasses.fields(s.numerics) if getattr(before.numerics, f.name) != getattr(s.numerics, f.name)]
+    old, new = before.numerics, s.numerics
+    moved = [f for f in dataclasses.fields(new) if getattr(old, f.name) != getattr(new, f.name)]
     off = [f.name for f in moved if f.metadata["exact"] in (None, False)]
     dtypes = [f.name for f in moved if f.name not in off]
     parts = [", ".join(dtypes)] if dtypes else []

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import settings
 from common import arguments
 from common.errors import UserError, did_you_mean, near
-from settings import Settings, lookup
+from declare import lookup
+from settings import Settings
 
 LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 
@@ -64,6 +65,11 @@ def fields():
 
     walk(Settings, "")
     return found
+
+
+def above(path: str) -> str:
+    """Path of the section that holds a setting; empty at the top."""
+    return path.rpartition(".")[0]
 
 
 def without_none(hint: types.UnionType) -> object:
@@ -184,6 +190,13 @@ def expected(hint: object) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {plural(typing.get_args(hint)[0])} like {example(hint)}"
     return WORDS[hint][0]
+
+
+def values_text(f: Field) -> str:
+    """The values that a setting takes, for people: `whole number, at least 1`, `one of a, b`, `true or false`."""
+    text = {int: "whole number", float: "number"}.get(f.type) or expected(f.type)
+    bounds = str(f.metadata["bounds"])
+    return text + (f", {bounds}" if bounds else "") + (", or off" if f.optional else "")
 
 
 def plural(hint: object) -> str:

@@ -31,8 +31,8 @@ from system import command_line
 from common import files, repository
 import runlog
 import schedule
-from settings import (LOGICAL_RANKS, NUMERICS_VERSION, check_processes, padded_vocab, recomputable,
-                      tokens_per_step)
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, check_processes, padded_vocab, tokens_per_step)
+from execution import recomputable
 from common.errors import UserError
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes

@@ -400,7 +400,7 @@ def short_doc(path):
     """The meaning of a setting in a few words: its line up to the first remark."""
     if path not in schema.fields():
         return path
-    text = re.split(r"; |: | \((?=\w{3})", schema.fields()[path].metadata["doc"].replace("`", ""))[0]
+    text = re.split(r"; |: |\. | \((?=\w{3})", schema.fields()[path].metadata["doc"].replace("`", ""))[0]
     return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from settings import Kernels, padded_vocab, recomputable
+from execution import Kernels, recomputable
+from settings import padded_vocab
 from common.errors import UserError
 from system.microbatch import ranks_per_forward
 

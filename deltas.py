@@ -1,9 +1,9 @@
-"""The engine of deltas: a record is a list of `path = value` lines on its parent, and so is every change to it.
+"""Resolve a record: a list of `path = value` lines on its parent, and the same for every change to it.
 
     resolve("short/9", without=["model.attn.value_residual"], scale="tiny", sets=["schedule.steps=20"])
 
-Order: defaults -> chain of records (without the reverted ones) -> --with / --without -> scale -> --set -> check.
-No torch here, so that a wrong setting is refused before the seconds that torch takes.
+The order is: defaults, the chain of records (without the reverted ones), --with and --without, scale, --set, check.
+There is no torch here, so that a wrong setting is refused before the seconds that torch takes.
 """
 
 import dataclasses
@@ -13,28 +13,34 @@ import functools
 import math
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import scales
 import settings
 from common import files
 from common.errors import UserError, did_you_mean, near
+from declare import BEFORE, REFUSE, holds, lookup, unmet_needs
 from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
-from settings import BEFORE, REFUSE, SCALES, Settings, lookup
+from scales import SCALES
+from settings import Settings
 
 RECORDS = Path(__file__).parent / "records"
-ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet: named in full, never part of a lineage
+ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet and never part of a lineage
 ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
-LINES = {"id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list,
-         "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict,
-         "attempt": str}  # lines that a record.toml may have
+LINES = {  # that a record.toml may have, with their types
+    "id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list,
+    "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict,
+    "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
-# ----- records on disk --------------------------------------------------------------------------------------------
+# ----- records on disk --------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Record:
@@ -60,19 +66,19 @@ class Record:
     attempt: str = ""
 
     def answers(self, ref: object) -> bool:
-        """Is this the record that `ref` means: its own ref, or that of the attempt that it was?"""
+        """True if `ref` means this record: by its own ref, or by that of the attempt that it was."""
         return ref == self.ref or (self.attempt != "" and ref == ATTEMPT + self.attempt)
 
     @functools.cached_property
     def settings(self) -> Settings:
-        """Settings of the whole chain up to this record, kept here so that a lineage of n records is replayed once."""
+        """Settings of the whole chain up to this record, cached so that a lineage is replayed only once."""
         parent = load_records()[self.parent].settings if self.parent else Settings()
         return apply(self, parent)
 
 
 @functools.lru_cache
-def load_records():
-    """All records by ref, in order of lineage and `order`. Errors name the file."""
+def load_records() -> dict[str, Record]:
+    """Ref -> record of all records, in order of lineage and `order`. Errors name the file."""
     found = {}
     for lineage in LINEAGES:
         for path in files.listed(RECORDS / lineage, "*/record.toml"):
@@ -83,21 +89,27 @@ def load_records():
     for record in found.values():
         if record.parent is not None and record.parent not in found:
             raise UserError(f"{record.folder}/record.toml: parent {record.parent!r} does not exist")
-    return dict(sorted(found.items(), key=lambda item: (LINEAGES.index(item[0].split("/")[0]), item[1].order)))
+    in_order = sorted(found.values(), key=lambda r: (LINEAGES.index(r.ref.split("/")[0]), r.order))
+    return {record.ref: record for record in in_order}
 
 
-def read_record(path, lineage):
+def read_record(path: Path, lineage: str) -> Record:
     """The Record of a record.toml (see parse_record). Errors name the file."""
     try:
         with open(path, "rb") as file:
             toml = tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, too many digits or brackets
         raise UserError(f"{path}: {error}") from None
     return parse_record(toml, path, lineage)
 
 
 def parse_record(toml: dict, path: Path, lineage: str) -> Record:
-    """The Record of a parsed record.toml, which lies, or would lie, at `path`. lineage: "attempts" for one without an id."""
+    """The Record of a parsed record.toml.
+
+    Args:
+        path: where the file lies or would lie; its folder gives the slug.
+        lineage: `short`, `variants`, ..., or `attempts` for a record without an id.
+    """
     for key, value in toml.items():
         if key not in LINES:
             raise UserError(f"{path}: unknown line {key!r}{near(key, sorted(LINES))}")
@@ -108,15 +120,15 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
     slug = path.parent.name.partition("_")[2]
     if lineage == ATTEMPT[:-1]:
         if "id" in toml:
-            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} is run "
-                            "by its own name")
+            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} "
+                            "is run by its own name")
         slug = path.parent.name
         few = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf}
         toml = {**few, **toml, "id": slug}
     try:
         record = Record(
-            ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"), date=str(toml["date"]),
-            people=toml["people"], kind=toml["kind"], source=toml["source"], badge=toml.get("badge", "spec"),
+            ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"),
+            date=str(toml["date"]), people=toml["people"], kind=toml["kind"], source=toml["source"], badge=toml.get("badge", "spec"),
             slug=slug, order=float(toml.get("order", 0) or toml["id"]),
             delta=toml.get("delta", {}), published=toml.get("published", {}), notes=toml.get("notes", ""),
             subsumed=toml.get("subsumed", ""), folder=path.parent, attempt=toml.get("attempt", ""))
@@ -128,12 +140,12 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         if getattr(record, key) not in choices:
             raise UserError(f"{path}: {key} = {getattr(record, key)!r}: must be one of {', '.join(choices)}")
     if not record.delta and not record.subsumed and record.kind not in ("retiming", "baseline"):
-        raise UserError(f"{path}: an empty [delta] needs subsumed = \"why nothing changes here\" or kind = \"retiming\"")
+        raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = "retiming"')
     return record
 
 
-def find_record(name):
-    """Record for `short/9`, `short/009`, `short/head` or `short/shortcuts_tweaks` (its slug), or of `attempts/NAME`."""
+def find_record(name: str) -> Record:
+    """The record of a name: `short/9`, `short/009`, `short/head`, `short/shortcuts_tweaks` or `attempts/NAME`."""
     if name.startswith(ATTEMPT):
         return find_attempt(name)
     records = load_records()
@@ -148,14 +160,15 @@ def find_record(name):
     if name in preset_names():
         fixed, _ = load_preset(name)
         raise UserError(f"{name} is a preset, {fixed['name']} at scale {fixed['scale']}: name that record here")
-    raise UserError(f"unknown record {name!r}{did_you_mean(nearest_records(name))}; `python -m records list` shows them")
+    raise UserError(f"unknown record {name!r}{did_you_mean(nearest_records(name))}; `python -m records list` shows "
+                    "them")
 
 
 def nearest_records(name: str) -> list[str]:
     """At most three names of records or presets that a wrong one may mean, the likeliest first.
 
-    Short forms first: a number (`11`, `record 11`, `short-011`), another case, a part of a slug (`unet`), the name of a
-    record's folder or the path to it, a lineage alone; then what is spelt nearly so.
+    First short forms: a number (`11`, `record 11`, `short-011`), another case, a part of a slug (`unet`), the name
+    of a record's folder or the path to it, a lineage alone. Otherwise similar spellings.
     """
     records, presets = load_records(), preset_names()
     folded = " ".join(name.casefold().replace("\\", "/").strip("/# ").split())
@@ -183,17 +196,19 @@ def nearest_records(name: str) -> list[str]:
 
 def attempt_names() -> list[str]:
     """Names of the attempts in this checkout, sorted."""
-    return [p.name for p in files.listed(ATTEMPTS) if (p / "record.toml").is_file()] if ATTEMPTS.is_dir() else []
+    if not ATTEMPTS.is_dir():
+        return []
+    return [p.name for p in files.listed(ATTEMPTS) if (p / "record.toml").is_file()]
 
 
 def find_attempt(name: str) -> Record:
-    """The Record of attempts/NAME; of one that was promoted, the record that it became."""
+    """The Record of attempts/NAME; if the attempt was promoted, the record that it became."""
     key = name.removeprefix(ATTEMPT).rstrip("/")  # a shell completes folders with a slash
     promoted = next((r for r in load_records().values() if r.attempt and r.attempt == key), None)
     if promoted is not None:
         return promoted
     if key not in attempt_names():
-        remedy = f"write {ATTEMPT}NAME/record.toml with parent = \"short/33\" and a [delta], or use `records submit`"
+        remedy = f'write {ATTEMPT}NAME/record.toml with parent = "short/33" and a [delta], or use `records submit`'
         raise UserError(f"unknown attempt {name!r}{near(key, attempt_names())}: {remedy}")
     path = ATTEMPTS / key / "record.toml"
     record = read_record(path, ATTEMPT[:-1])
@@ -202,17 +217,18 @@ def find_attempt(name: str) -> Record:
 
 
 def check_parent(record: Record, path: Path) -> None:
-    """UserError unless an attempt's parent is a record: what is built on must have been shown."""
+    """UserError unless an attempt's parent is a record, because an attempt builds on what was shown."""
     if record.parent is None:
         raise UserError(f"{path}: the line 'parent' is missing: name the record it builds on")
     if record.parent.startswith(ATTEMPT):
-        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines into "
-                        "this delta")
-    if record.parent not in load_records():
-        raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, list(load_records()))}")
+        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines "
+                        "into this delta")
+    records = list(load_records())
+    if record.parent not in records:
+        raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, records)}")
 
 
-def chain(record):
+def chain(record: Record) -> list[Record]:
     """The records from the root of the lineage to this one."""
     links, records = {}, load_records()
     while record is not None:
@@ -223,7 +239,7 @@ def chain(record):
     return list(links.values())[::-1]
 
 
-# ----- resolve -----------------------------------------------------------------------------------------------------
+# ----- resolve ----------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Resolved:
@@ -236,20 +252,30 @@ class Resolved:
     preset: str = ""
 
 
-def resolve(name, *, scale="full", sets=(), with_=(), without=(), revert=(), preset=""):
-    """Resolved settings of a record (its name, or a Record) with changes; UserError, one clear line, if anything is wrong."""
+def resolve(name: str | Record, *, scale: str = "full", sets: Sequence[str] = (), with_: Sequence[str] = (),
+            without: Sequence[str] = (), revert: Sequence[str] = (), preset: str = "") -> Resolved:
+    """The settings of a record with changes; a UserError of one line if anything is wrong.
+
+    Args:
+        sets: `path=value`, as --set takes them; with_, without and revert likewise.
+        preset: name of the preset that these changes make up, if any.
+    """
     if scale not in SCALES:
-        raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {', '.join(SCALES)}")
+        choices = ", ".join(SCALES)
+        raise UserError(f"unknown scale {scale!r}{near(scale, list(SCALES))}: choose one of {choices}")
     record = name if isinstance(name, Record) else find_record(name)
     s, report = compose(record, scale, sets, with_, without, revert)
     report += undone(s, record, scale, sets, with_, without, revert)
-    changes = [f"--revert {r}" for r in revert] + [f"--with {w}" for w in with_] + [f"--without {w}" for w in without]
+    changes = [f"--revert {r}" for r in revert]
+    changes += [f"--with {w}" for w in with_]
+    changes += [f"--without {w}" for w in without]
     changes += [f"--set {x}" for x in sets]
     return Resolved(s, record, scale, tuple(changes), tuple(report), preset)
 
 
-def compose(record, scale, sets, with_, without, revert):
-    """(checked settings, lines of the report) of a record with these changes at a scale."""
+def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str], without: Sequence[str],
+            revert: Sequence[str]) -> tuple[Settings, list[str]]:
+    """(checked settings, lines of the report) of a record with changes at a scale."""
     links = chain(record)
     reverted = {find_record(r).ref for r in revert}
     for ref in reverted:
@@ -257,7 +283,7 @@ def compose(record, scale, sets, with_, without, revert):
             raise UserError(f"--revert {ref}: it is not an ancestor of {record.ref}")
     s, report = replay(links, reverted)
     s, lines = switch(s, links, with_, without)
-    s = settings.scaled(s, scale)
+    s = scales.scaled(s, scale)
     assigned, moved = {}, []
     for text in sets:
         path, value = parse_assignment(text, "--set")
@@ -271,43 +297,19 @@ def compose(record, scale, sets, with_, without, revert):
             moved.append(path)
     for path in moved:
         refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
-    plan, s = s.numerics, lifted(s, assigned)
+    unlifted, s = s, scales.lifted(s, assigned)
     try:
-        return settings.check(s), report + lines + lift_lines(plan, s)
+        return settings.check(s), report + lines + scales.lift_lines(unlifted, s)
     except UserError as error:
         if not reverted:
             raise
-        raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert the "
-                        "later record that needs it as well, or switch the setting off with --without") from None
+        raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert "
+                        "the later record that needs it as well, or switch the setting off with --without") from None
 
 
-def lifted(s, named=()):
-    """system.precision other than `record` rewrites every dtype of the plan, so that the hash tells the truth.
-
-    named: paths that `--set` gives a value, which stays as it is: `--set` is literal.
-    """
-    if s.system.precision == "record" or "numerics" in named:
-        return s
-    changes = {f.name: s.system.precision for f in dataclasses.fields(s.numerics) if f.type is settings.Dtype}
-    changes |= {"adam_state": "parameter", "fp8_head": None, "fp8_mlp": None, "fp8_experts": False}
-    for path in named:
-        section, _, rest = path.partition(".")
-        if section == "numerics":
-            changes.pop(rest.partition(".")[0], None)
-    return dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, **changes))
-
-
-def lift_lines(plan, s):
-    """One line on all that system.precision, which a scale may have set, took from the precision plan, or none."""
-    moved = [f.name for f in dataclasses.fields(plan) if getattr(plan, f.name) != getattr(s.numerics, f.name)]
-    off = [name for name in moved if name.startswith("fp8")]
-    parts = [", ".join(name for name in moved if name not in off)] if len(moved) > len(off) else []
-    parts += [f"without {', '.join(off)}"] if off else []
-    return [f"numerics lifted to {s.system.precision}: {'; '.join(parts)}"] if moved else []
-
-
-def undone(s, record, scale, sets, with_, without, revert):
-    """A line for each change that does something at full scale and nothing here, because the scale decides that."""
+def undone(s: Settings, record: Record, scale: str, sets: Sequence[str], with_: Sequence[str],
+           without: Sequence[str], revert: Sequence[str]) -> list[str]:
+    """A line for each change that has an effect at full scale and none at this one, which overrules it."""
     lines, flags = [], {"--with": list(with_), "--without": list(without), "--revert": list(revert)}
     if scale == "full":
         return lines
@@ -324,16 +326,16 @@ def undone(s, record, scale, sets, with_, without, revert):
             except UserError:  # another change needs this one
                 continue
             if full and not here:
-                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only --set "
-                             "overrules it")
+                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only "
+                             "--set overrules it")
     return lines
 
 
-def replay(links, reverted):
-    """(settings, report) of a chain without the deltas of the reverted records.
+def replay(links: list[Record], reverted: set[str]) -> tuple[Settings, list[str]]:
+    """(settings, report) of a chain without the deltas of the reverted records, which are given by ref.
 
-    A path that is set again later keeps the later value (`kept`); a later line below a feature that no longer exists
-    is `dropped`. Step counts stay. Refused if the number of layers would change.
+    A path that a later record sets again keeps the later value (`kept`). A later line below a feature that no longer
+    exists is `dropped`. Step counts stay. A revert that would change the number of layers is refused.
     """
     report = []
     lost = {}  # paths of reverted deltas that nothing has set again yet -> ref
@@ -345,19 +347,20 @@ def replay(links, reverted):
             if record.ref in reverted:
                 find_field(path)
                 if path == "model.num_layers":
-                    raise UserError(f"--revert {record.ref}: it changes the number of layers, and later records count "
-                                    f"on it; use --set model.num_layers=...")
+                    raise UserError(f"--revert {record.ref}: it changes the number of layers, and later records "
+                                    "count on it; use --set model.num_layers=...")
                 if path != "schedule.steps":  # step counts stay: changing them is --set's business
                     lost[path] = record.ref
                     continue
             else:
+                line = f"{path} = {show(value)} ({record.ref})"
                 for above in prefixes(path):
                     if reverted and lookup(s, above) is None and above in lost:
-                        report.append(f"dropped  {path} = {show(value)} ({record.ref}): {above} came with {lost[above]}")
+                        report.append(f"dropped  {line}: {above} came with {lost[above]}")
                         break
                 else:
                     if path in lost:
-                        report.append(f"kept     {path} = {show(value)} ({record.ref}) was also set by {lost.pop(path)}")
+                        report.append(f"kept     {line} was also set by {lost.pop(path)}")
                     s = assign(s, path, value, where)
                 continue
             s = assign(s, path, value, where)
@@ -370,19 +373,20 @@ def replay(links, reverted):
 
 
 def standing(links: list[Record]) -> Settings:
-    """Settings of a whole chain; of an empty one the defaults."""
+    """Settings of a whole chain; the defaults if it is empty."""
     return links[-1].settings if links else Settings()
 
 
 def apply(record: Record, s: Settings) -> Settings:
-    """The settings with a record's delta on them."""
+    """The settings with a record's delta applied."""
     for path, value in record.delta.items():
         s = assign(s, path, value, f"{record.folder.name}/record.toml")
     return s
 
 
-def switch(s, links, with_, without):
-    """(settings, report) after --with and --without; what needs a switched-off setting goes along and is printed."""
+def switch(s: Settings, links: list[Record], with_: Sequence[str],
+           without: Sequence[str]) -> tuple[Settings, list[str]]:
+    """(settings, report) after --with and --without; settings that need a switched-off one go off with it."""
     report = []
     both = {w.partition("=")[0].partition("@")[0] for w in with_} & set(without)
     if both:
@@ -393,15 +397,15 @@ def switch(s, links, with_, without):
     for path in without:
         s, line = turn_off(s, links, path)
         report.append(line)
-        while unmet := settings.unmet_needs(s):
+        while unmet := unmet_needs(s):
             other, needs, default = unmet[0]
             s = replaced(s, other, default)
             report.append(f"without {other}: it needs {needs}")
     return s, report
 
 
-def turn_on(s, text):
-    """--with path, path=value, or path@record (the values it has in that record)."""
+def turn_on(s: Settings, text: str) -> tuple[Settings, str]:
+    """(settings, line of the report) after one --with: path, path=value, or path@record (its values there)."""
     path, at, ref = text.partition("@")
     if at:
         value = lookup(standing(chain(find_record(ref))), find_field(path).path)
@@ -415,13 +419,17 @@ def turn_on(s, text):
         path, value = text, True
         f = find_field(path)
         if not (f.is_section and f.optional) and f.type is not bool:
-            raise UserError(f"--with {path}: it is a value, not a switch: write --with {path}=... or --set {path}=...")
+            raise UserError(f"--with {path}: it is a value, not a switch: write --with {path}=... or --set "
+                            f"{path}=...")
     s = assign(s, path, value, "--with")
     return s, f"with {path}: {show(lookup(s, path))}"
 
 
-def turn_off(s, links, path):
-    """--without path: a feature goes off; a number or choice goes back to the value before the record that set it."""
+def turn_off(s: Settings, links: list[Record], path: str) -> tuple[Settings, str]:
+    """(settings, line of the report) after one --without.
+
+    A feature goes off. A number or choice goes back to its value before the record of the chain that last set it.
+    """
     f = find_field(path)
     old, off = lookup(s, path), f.metadata["off"]
     hint = f"use --set {path}=... or --revert RECORD"
@@ -450,19 +458,25 @@ def turn_off(s, links, path):
     return replaced(s, path, new), f"without {path}: {show(old)} -> {show(new)} ({why})"
 
 
-def refuse_idle(s, path, what, remedy):
-    """UserError if a setting has no effect beside others: by its own condition; for the AdamW group of the matrices Muon."""
-    idle = find_field(path).metadata["idle"] or ("optim.muon" if path.startswith("optim.matrix.") else "")
-    if idle and settings.holds(s, idle):
+def refuse_idle(s: Settings, path: str, what: str, remedy: str) -> None:
+    """UserError if another setting makes this one inert: by its `idle`, or that of a section above it.
+
+    Args:
+        what: the change that would have no effect, like `--set optim.matrix.lr`.
+        remedy: how to mend it, said after the reason.
+    """
+    for idle in (find_field(p).metadata["idle"] for p in [*prefixes(path), path]):
+        if not idle or not holds(s, idle):
+            continue
         other = idle.partition("=")[0]
         value = f" = {lookup(s, other)}" if "=" in idle else ""
         raise UserError(f"{what}: it has no effect while {other}{value} is there; {remedy}")
 
 
-# ----- presets -----------------------------------------------------------------------------------------------------
+# ----- presets ----------------------------------------------------------------------------------------------
 
-def load_preset(name):
-    """Keyword arguments of resolve() for records/presets/NAME.toml, and its pinned hash."""
+def load_preset(name: str) -> tuple[dict[str, Any], str]:
+    """(keyword arguments of resolve(), pinned ml_hash) of records/presets/NAME.toml."""
     path = RECORDS / "presets" / f"{name}.toml"
     with open(path, "rb") as file:
         toml = tomllib.load(file)
@@ -470,12 +484,14 @@ def load_preset(name):
     return {"name": toml["record"], "scale": toml["scale"], "sets": sets}, toml["ml_hash"]
 
 
-def preset_names():
+def preset_names() -> list[str]:
+    """Names of all presets, sorted."""
     return [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
 
 
-def resolve_name(name, *, scale=None, sets=(), **changes):
-    """resolve() for a record or a preset. A preset is frozen: it must resolve to its pinned hash."""
+def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (),
+                 **changes: Sequence[str]) -> Resolved:
+    """resolve() for the name of a record or a preset. A preset is frozen: it must resolve to its pinned hash."""
     if name not in preset_names():
         return resolve(name, scale=scale or "full", sets=sets, **changes)
     fixed, pinned = load_preset(name)
@@ -483,8 +499,8 @@ def resolve_name(name, *, scale=None, sets=(), **changes):
         raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale away or name a record")
     frozen = resolve(fixed["name"], scale=fixed["scale"], sets=fixed["sets"], preset=name)
     if ml_hash(frozen.settings) != pinned:
-        raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen preset must not "
-                        "change; make a new one")
+        raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen preset must "
+                        "not change; make a new one")
     if not sets and not any(changes.values()):
         return frozen
     return resolve(fixed["name"], scale=fixed["scale"], sets=[*fixed["sets"], *sets], **changes)

@@ -36,7 +36,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import arguments, console
-from settings import System, padded_vocab
+from execution import System
+from settings import padded_vocab
 from common.errors import UserError
 
 END = "<|endoftext|>\n"  # how the end of a document is shown

@@ -1,4 +1,6 @@
-"""Settings by path: types of values, strict assignment, plain values, differences and hashes. What `--set` and deltas stand on.
+"""Settings by path: types of values, strict assignment, plain values, differences and hashes.
+
+`--set` and the deltas of records go through `assign`:
 
     assign(settings, "optim.muon.lr", 0.02, "--set")
 """
@@ -15,20 +17,22 @@ import tomllib
 import types
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 import settings
 from common import arguments
 from common.errors import UserError, did_you_mean, near
-from settings import Settings, lookup
+from declare import default_of, lookup, walk
+from settings import Settings
 
 LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 
 
-# ----- the schema: fields by path ----------------------------------------------------------------------------------
+# ----- the schema: fields by path ---------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Field:
-    """One setting of the vocabulary: its path, type (None removed), whether it may be off, and its metadata."""
+    """One setting: its type without None, whether it may be off (optional), and its metadata (declare.opt)."""
     path: str
     type: object
     optional: bool
@@ -36,66 +40,75 @@ class Field:
     metadata: dict
 
     @property
-    def is_section(self):
+    def is_section(self) -> bool:
+        """True for a dataclass, whose fields are settings too."""
         return dataclasses.is_dataclass(self.type)
 
     @property
-    def is_feature(self):
-        """Optional parts and switches: what can be turned off by nature."""
+    def is_feature(self) -> bool:
+        """True for optional parts and for switches, which --with and --without turn on and off."""
         return self.optional or (self.type is bool and self.metadata["off"] is False)
 
 
 @functools.lru_cache
-def fields():
-    """Every field of the vocabulary by path, sections included, in the order of declaration."""
+def fields() -> dict[str, Field]:
+    """Path -> field of the whole vocabulary, sections included, in the order of declaration."""
     found = {}
 
-    def walk(cls, prefix):
+    def declared(cls, prefix):
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
             hint, optional = hints[f.name], False
             if type(None) in typing.get_args(hint):
                 hint, optional = without_none(hint), True
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
             path = prefix + f.name
-            found[path] = Field(path, hint, optional, default, f.metadata)
+            found[path] = Field(path, hint, optional, default_of(f), f.metadata)
             if dataclasses.is_dataclass(hint):
-                walk(hint, path + ".")
+                declared(hint, path + ".")
 
-    walk(Settings, "")
+    declared(Settings, "")
     return found
 
 
+def above(path: str) -> str:
+    """Path of the section that holds a setting; empty at the top."""
+    return path.rpartition(".")[0]
+
+
 def without_none(hint: types.UnionType) -> object:
-    """`T` of `T | None`; a union of the rest if there are several."""
+    """T for the type `T | None`; for more members, the union without None."""
     return functools.reduce(operator.or_, (a for a in typing.get_args(hint) if a is not type(None)))
 
 
-def find_field(path):
+def find_field(path: str) -> Field:
+    """The field at a path, or a UserError with the paths that may be meant."""
     known = fields()
     if path not in known:
-        raise UserError(f"unknown setting {path!r}{did_you_mean(nearest_settings(path))}; `python -m records features` "
-                        "shows all")
+        raise UserError(f"unknown setting {path!r}{did_you_mean(nearest_settings(path))}; "
+                        "`python -m records features` shows all")
     return known[path]
 
 
 def nearest_settings(path: str) -> list[str]:
-    """At most three paths of settings that a wrong one may mean: the end of a path (`muon.lr`), another case or
-    separator, then what is spelt nearly so."""
+    """At most three paths that a wrong one may mean.
+
+    First the ends of paths (`muon.lr`), in any case and with any separator; otherwise similar spellings.
+    """
     known = list(fields())
     words = re.split(r"[./_ -]+", path.casefold().strip("./ "))
     found = [p for p in known if re.split(r"[._]", p)[-len(words):] == words]
-    found.sort(key=lambda p: p.split(".")[-1] != path.casefold().split(".")[-1])  # schedule.steps before optim.muon.ns_steps
+    last = path.casefold().split(".")[-1]
+    found.sort(key=lambda p: p.split(".")[-1] != last)  # schedule.steps before optim.muon.ns_steps
     found = found or difflib.get_close_matches(path.casefold(), known, n=3, cutoff=0.55)
     if not found:
-        last = difflib.get_close_matches(path.casefold().split(".")[-1], {p.split(".")[-1] for p in known}, n=1)
-        found = [p for p in known if p.split(".")[-1] in last]
+        nearest = difflib.get_close_matches(last, {p.split(".")[-1] for p in known}, n=1)
+        found = [p for p in known if p.split(".")[-1] in nearest]
     return found[:3]
 
 
-# ----- assigning values --------------------------------------------------------------------------------------------
+# ----- assigning values -------------------------------------------------------------------------------------
 
-def replaced(node, path, value):
+def replaced(node: Any, path: str, value: object) -> Any:
     """A copy of nested dataclasses with the value at a dotted path."""
     name, _, rest = path.partition(".")
     if rest:
@@ -103,14 +116,18 @@ def replaced(node, path, value):
     return dataclasses.replace(node, **{name: value})
 
 
-def assign(s, path, value, where):
-    """Settings with `path = value` (a TOML value), strictly typed. `where` names the source in errors."""
+def assign(s: Settings, path: str, value: object, where: str) -> Settings:
+    """The settings with another value at a path.
+
+    Args:
+        value: as TOML gives it. It must have the field's type; an integer stands for a float.
+        where: the source of the value (`--set`, a file), named in errors.
+    """
     f = find_field(path)
-    parts = path.split(".")
-    for i in range(1, len(parts)):
-        if lookup(s, ".".join(parts[:i])) is None:
-            above = ".".join(parts[:i])
-            raise UserError(f"{where}: {path} cannot be set because {above} is off: turn it on first (--with {above})")
+    for section_path in prefixes(path):
+        if lookup(s, section_path) is None:
+            raise UserError(f"{where}: {path} cannot be set because {section_path} is off: turn it on first "
+                            f"(--with {section_path})")
     return replaced(s, path, typed(f, value, where))
 
 
@@ -133,24 +150,31 @@ def section(f: Field, value: object, where: str) -> object:
     if value is True:
         return f.type()
     if not isinstance(value, dict):
-        raise UserError(f"{where}: {f.path} = {shortened(value)}: expected a table like {{field = value}}, true"
-                        + (" or false" if f.optional else ""))
+        raise UserError(f"{where}: {f.path} = {shortened(value)}: expected a table like {{field = value}}, "
+                        + ("true or false" if f.optional else "true"))
     names = [x.name for x in dataclasses.fields(f.type)]
     for name in value:
         if name not in names:
-            raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has {', '.join(names)}")
+            raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has "
+                            + ", ".join(names))
     return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
 
 
-WORDS = {int: (f"a whole number of at most {LIMIT}", "whole numbers", "2"), float: ("a number that is finite", "finite numbers", "0.5"),
-         bool: ("true or false", "truth values", "true"), str: ("a string", "strings", '"a"')}
+# type: (one value, several values, an example), as messages say it
+WORDS = {
+    int: (f"a whole number of at most {LIMIT}", "whole numbers", "2"),
+    float: ("a number that is finite", "finite numbers", "0.5"),
+    bool: ("true or false", "truth values", "true"),
+    str: ("a string", "strings", '"a"'),
+}
 
 
 def converted(hint: object, value: object) -> object:
-    """A TOML value as the type `hint` has it; TypeError if it is none.
+    """A TOML value converted to a type; TypeError if it does not have that type.
 
-    hint: int, float, bool, str, a Literal, tuple[T, ...], tuple[T, T] (a fixed length), or a union of these, whose first
-    member that takes the value decides.
+    Args:
+        hint: int, float, bool, str, a Literal, tuple[T, ...], tuple[T, T] (a fixed length), or a union of
+            these (the first member that takes the value decides).
     """
     origin, members = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Literal:
@@ -176,7 +200,7 @@ def converted(hint: object, value: object) -> object:
 
 
 def expected(hint: object) -> str:
-    """What `converted` takes, for people: `a whole number or a list of whole numbers like [2, 2]`."""
+    """The values of a type, for people: `a whole number or a list of whole numbers like [2, 2]`."""
     if isinstance(hint, types.UnionType):
         return " or ".join(map(expected, typing.get_args(hint)))
     if typing.get_origin(hint) is typing.Literal:
@@ -184,6 +208,13 @@ def expected(hint: object) -> str:
     if typing.get_origin(hint) is tuple:
         return f"a list of {plural(typing.get_args(hint)[0])} like {example(hint)}"
     return WORDS[hint][0]
+
+
+def values_text(f: Field) -> str:
+    """The values of a setting, for people: `whole number, at least 1`, `one of a, b`, `true or false`."""
+    text = {int: "whole number", float: "number"}.get(f.type) or expected(f.type)
+    bounds = str(f.metadata["bounds"])
+    return text + (f", {bounds}" if bounds else "") + (", or off" if f.optional else "")
 
 
 def plural(hint: object) -> str:
@@ -199,8 +230,8 @@ def example(hint: object) -> str:
     return "[" + ", ".join(map(example, members[:1] * 2 if members[-1] is ... else members)) + "]"
 
 
-def shortened(value):
-    """A value as Python shows it, cut to a length that leaves a message readable."""
+def shortened(value: object) -> str:
+    """A value as Python shows it, cut to at most 60 characters for a message."""
     try:
         text = repr(value)
     except ValueError:  # an integer of thousands of digits
@@ -208,31 +239,36 @@ def shortened(value):
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def parse_assignment(text, flag):
-    """`path=value` with a TOML value; bare words are strings (`model.norm=rmsnorm`)."""
+def parse_assignment(text: str, flag: str) -> tuple[str, Any]:
+    """(path, value) of `path=value` with a TOML value; bare words are strings (`model.norm=rmsnorm`).
+
+    Args:
+        flag: the option that the text was given to, named in errors.
+    """
     path, equals, raw = text.partition("=")
     if not equals or not path.strip() or not raw.strip():
         raise UserError(f"{flag} {text[:60]}: expected path=value, like {flag} schedule.steps=100")
     try:
         value = tomllib.loads(f"v = {raw.strip()}")["v"]
-    except (ValueError, RecursionError):  # not TOML; or a number of thousands of digits, or thousands of brackets
+    except (ValueError, RecursionError):  # not TOML, a number of thousands of digits, thousands of brackets
         value = raw.strip()
     return path.strip(), value
 
 
-def prefixes(path):
+def prefixes(path: str) -> list[str]:
+    """Paths of the sections that hold a setting, the outermost first."""
     parts = path.split(".")
     return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-# ----- views: plain values, hashes, differences --------------------------------------------------------------------
+# ----- views: plain values, hashes, differences -------------------------------------------------------------
 
-def show(value):
-    """A value as one would type it: TOML."""
+def show(value: object) -> str:
+    """A value as one would type it, in TOML; None is `off`."""
     if value is None:
         return "off"
     if dataclasses.is_dataclass(value):
-        return "{" + ", ".join(f"{k} = {show(v)}" for k, v in vars(value).items()) + "}"
+        value = vars(value)
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k} = {show(v)}" for k, v in value.items()) + "}"
     if isinstance(value, (list, tuple)):
@@ -240,39 +276,40 @@ def show(value):
     return json.dumps(value) if isinstance(value, (str, bool)) else repr(value)
 
 
-def plain(node):
-    """Nested dicts of all values (off features are None)."""
+def plain(node: Any) -> dict[str, Any]:
+    """Nested dicts of all values; a feature that is off is None."""
     return dataclasses.asdict(node)
 
 
-def from_plain(values, cls=Settings):
-    """Settings back from `plain` (checkpoints, logs). Unknown or missing names: UserError."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if set(values) - set(fields):
-        raise UserError(f"settings hold unknown names {sorted(set(values) - set(fields))}: written by another version")
+def from_plain(values: dict[str, Any], cls: type = Settings) -> Any:
+    """Settings from the nested dicts that `plain` made (checkpoints, logs). An unknown name: UserError."""
+    unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise UserError(f"settings hold unknown names {sorted(unknown)}: written by another version")
     hints, out = typing.get_type_hints(cls), {}
     for name, value in values.items():
         hint = hints[name]
         if type(None) in typing.get_args(hint):
             hint = without_none(hint)
-        out[name] = from_plain(value, hint) if dataclasses.is_dataclass(hint) and value is not None else tupled(value)
+        section_is_on = dataclasses.is_dataclass(hint) and value is not None
+        out[name] = from_plain(value, hint) if section_is_on else tupled(value)
     return cls(**out)
 
 
 def tupled(value: object) -> object:
-    """Lists of JSON, nested ones too, as the tuples that settings hold."""
+    """A value of JSON with its lists, nested ones too, as the tuples that settings hold."""
     return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
-def deviations(node):
-    """Nested dict of the values that differ from the defaults; an optional part that is on is always present.
+def deviations(node: Any) -> dict[str, Any]:
+    """Nested dicts of the values that differ from the defaults; an optional section that is on
+    always appears.
 
     Hashes are taken over this, so that a new field with a neutral default changes no existing hash.
     """
     out = {}
     for f in dataclasses.fields(node):
-        value = getattr(node, f.name)
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        value, default = getattr(node, f.name), default_of(f)
         if dataclasses.is_dataclass(value):
             inner = deviations(value)
             if inner or default is None:
@@ -282,39 +319,29 @@ def deviations(node):
     return out
 
 
-def _hash(value):
+def _hash(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def ml_hash(s):
-    """Identity of what is computed (axes ml and numerics), 16 hex digits. The target is not part of it."""
+def ml_hash(s: Settings) -> str:
+    """Identity of what a run computes (axes ml and numerics, without the target), 16 hex digits."""
     tree = deviations(dataclasses.replace(s, validation=dataclasses.replace(s.validation, target=3.28)))
     tree.pop("system", None)
     return _hash([settings.NUMERICS_VERSION, tree])
 
 
-def system_hash(s):
+def system_hash(s: Settings) -> str:
+    """Identity of how a run is executed (axis system), 16 hex digits."""
     return _hash(deviations(s).get("system", {}))
 
 
-def flat(s):
-    """Path -> leaf value; off features appear once, as None."""
-    out = {}
-
-    def walk(node, prefix):
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                walk(value, prefix + f.name + ".")
-            else:
-                out[prefix + f.name] = value
-
-    walk(s, "")
-    return out
+def flat(s: Settings) -> dict[str, Any]:
+    """Path -> value of every setting that is no section; a section that is off appears once, as None."""
+    return {path: value for path, _, value in walk(s) if not dataclasses.is_dataclass(value)}
 
 
-def difference(a, b):
-    """List of (path, value in a, value in b) where two settings differ; a missing path shows as None."""
+def difference(a: Settings, b: Settings) -> list[tuple[str, Any, Any]]:
+    """(path, value in a, value in b) of every setting that differs; a path that one lacks is None there."""
     left, right = flat(a), flat(b)
     paths = [p for p in fields() if left.get(p) != right.get(p)]
     covered = [p for p in paths if fields()[p].is_section]

@@ -1,906 +1,821 @@
-"""The vocabulary of a record: nested frozen dataclasses whose defaults are record 1, the scales, and check().
+"""The vocabulary of a record: nested frozen dataclasses whose defaults are record 1.
 
-Three axes. `model`, `optim`, `schedule`, `data` and `validation` say what is computed (axis ml); `numerics` says in
-which precision (it changes losses, so it belongs to a record's identity); `system` says how it is executed and must
-not change the mathematics beyond the order of sums.
+Three axes. `model`, `optim`, `schedule`, `data` and `validation` say what is computed (axis ml). `numerics`
+says in which precision; it changes losses, so it belongs to a record's identity. `system` (execution.py) says
+how a run is executed; it may change the order of sums and nothing else of the mathematics.
 
-Each field is declared once, with `opt(...)`: its meaning in one line, its unit, what `--without` does to it and how it
-shrinks with the scale. `python -m records features` prints exactly these lines; there is no second list.
-Nothing here imports torch, so that bad settings are refused in a tenth of a second.
+Each field is declared once, with `declare.opt(...)`: its meaning, unit, range, what `--without` does to it,
+what it needs and what a scale makes of it. A dataclass whose fields must agree with each other or with
+another part has a method `check(self, s)` that yields one message per contradiction. `python -m records
+features` prints these texts; no list of settings stands anywhere else. Nothing here imports torch, so that
+bad settings are refused in a tenth of a second.
 """
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from common.errors import UserError
+from declare import BEFORE, PRECISION, REFUSE, bound_faults, opt, unmet_needs, walk
+from execution import System
 
 LOGICAL_RANKS = 8  # the token buffers of a step, whatever the number of processes
 NUMERICS_VERSION = 1  # raised by hand when a fix changes the results of existing settings
 
 
-REFUSE = "refuse"  # --without has no sensible meaning: name --set and --revert instead
-BEFORE = "before"  # --without restores the value before the record that last set the field
-
-
-def opt(default, doc, *, unit="", off=BEFORE, needs="", idle="", shrink=""):
-    """Declare one setting.
-
-    doc: one line of meaning, with paper or person where an idea is used. unit: of a number (`step`, `token`, ...).
-    off: what `--without` gives: a value, BEFORE or REFUSE (an optional sub-configuration always goes to None).
-    needs: path (or path=value) without which the field means nothing and must keep its default. idle: one with which the
-    field has no effect, whatever its value. shrink: how a scale changes it (see SCALES).
-    """
-    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink}
-    if dataclasses.is_dataclass(default) and isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-# ----- model ------------------------------------------------------------------------------------------------------
+# ----- model ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Embed:
-    padded: bool = opt(True, "embedding tables have the padded rows too (off: vocab_size rows)", off=REFUSE)
-    learned_positions: bool = opt(True, "learned position table added to the token table (GPT-2)", off=False)
-    norm: bool = opt(False, "RMS norm right after the embedding", off=False)
+    """From token ids to the residual stream."""
+    padded: bool = opt(True, "padded embedding tables: they have rows for the padded vocabulary (off: only "
+                             "vocab_size rows)", off=REFUSE)
+    learned_positions: bool = opt(True, "learned position embedding, added to the token embedding (GPT-2)",
+                                  off=False)
+    norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.learned_positions and s.validation.seq_len > s.data.seq_len:
+            yield (f"validation.seq_len = {s.validation.seq_len} is longer than the learned positions "
+                   f"(data.seq_len = {s.data.seq_len}): set model.embed.learned_positions=false or "
+                   "shorten it")
 
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (Peng et al., arXiv 2309.00071) at every change of the long window from a to b blocks (record 31).
+    """YaRN (Peng et al., arXiv 2309.00071), applied each time the long window changes, from a to b blocks
+    (record 31).
 
-    A pair that turns r times within the old window keeps its frequency f if r >= beta, gets f a/b if r <= alpha, and a
-    linear mix between; the attention scale is multiplied by 1 + gain ln(b/a).
+    A channel pair that makes r turns within the old window keeps its frequency f if r >= beta, gets f a/b if
+    r <= alpha, and a linear mix of the two in between. The attention scale is multiplied by 1 + gain ln(b/a).
     """
-    alpha: float = opt(1.0, "turns at or below which a frequency shrinks by a/b", shrink="turns")
-    beta: float = opt(32.0, "turns at or above which a frequency stays", shrink="turns")
-    gain: float = opt(0.2, "growth of the attention scale per e-fold of the window", off=0.0)
+    alpha: float = opt(1.0, "lower threshold; pairs with at most this many turns get the frequency f a/b",
+                       shrink="turns", least=0)
+    beta: float = opt(32.0, "upper threshold; pairs with at least this many turns keep their frequency",
+                      shrink="turns")
+    gain: float = opt(0.2, "growth of the attention scale, per factor e by which the window grows", off=0.0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.beta <= self.alpha:
+            yield (f"model.attn.rope.yarn.beta = {self.beta}: must be greater than "
+                   f"model.attn.rope.yarn.alpha = {self.alpha}")
 
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (Su et al., arXiv 2104.09864), half-split pairs (j, j + head_dim/2)."""
-    base: float = opt(10000.0, "frequencies base^(-2j/head_dim)")
-    half: bool = opt(False, "half of the pairs turn, with frequencies base^(-j/(head_dim/4 - 1)); the others stand still "
-                            "(@YouJiacheng)", off=False)
-    yarn: Yarn | None = opt(None, "frequencies and attention scale follow the long window as it grows",
-                            needs="model.attn.window.growth=stages")
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the channel pairs (j, j + head_dim/2)."""
+    base: float = opt(10000.0, "base of the frequencies base^(-2j/head_dim)", above=0)
+    half: bool = opt(False, "half-truncated rotary embedding (@YouJiacheng): the first half of the pairs "
+                            "rotates with frequencies base^(-j/(head_dim/4 - 1)), the other half does not "
+                            "rotate", off=False)
+    yarn: Yarn | None = opt(None, "YaRN: adapt the rotary frequencies and the attention scale when the long "
+                                  "window grows", needs="model.attn.window.growth=stages")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if rotary_dim(s) % 2:
+            yield (f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
+                   + ("model.attn.latent.turning" if s.model.attn.latent else "model.attn.num_heads"))
+        if self.half and head_dim(s) % 4:
+            yield (f"model.attn.rope.half needs a head_dim that is a multiple of 4, got {head_dim(s)}: "
+                   "change model.attn.num_heads or add --without model.attn.rope.half")
 
 
 @dataclass(frozen=True)
 class QKNorm:
-    """RMS norm of queries and keys per head, no gain (Henry et al., arXiv 2010.04245)."""
+    """QK norm (Henry et al., arXiv 2010.04245): RMS norm of each head's queries and keys, without gain."""
     order: Literal["after_rope", "before_rope"] = opt(
-        "after_rope", "side of the rotation; equal in exact arithmetic, they differ by rounding")
+        "after_rope", "position of the norm relative to the rotation; both are equal in exact arithmetic "
+                      "and differ by rounding")
 
 
 @dataclass(frozen=True)
 class ValueResidual:
-    """Values mixed with the values of the first block (Zhou et al., arXiv 2410.17897): v <- (1-lam) v + lam v1."""
-    init: float = opt(0.5, "lam at initialisation; the constant when `learned` is off")
-    learned: bool = opt(True, "lam is a learned scalar per block (off: the constant `init`)", off=False)
+    """Value residual (Zhou et al., arXiv 2410.17897): v <- (1 - lambda) v + lambda v1, v1 the first block's
+    values."""
+    init: float = opt(0.5, "initial lambda; the constant lambda if `learned` is off")
+    learned: bool = opt(True, "learned lambda, one scalar per block (off: the constant `init`)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if 0 in s.model.attn.drop_layers:
+            yield "model.attn.value_residual takes the values of block 0: keep attention there"
 
 
 @dataclass(frozen=True)
 class ValueEmbed:
-    """Values mixed with rows of token tables (record 14, @KoszarskyB): value of the token itself, by layer."""
-    tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11), "table of each layer; -1: none", off=REFUSE)
-    mix: Literal["lerp", "pair"] = opt("lerp", "v <- (1-b) v + b ve, or v <- a v + b ve (layers without a table: a v)")
-    init: float = opt(0.5, "a and b at initialisation; the constants when `learned` is off")
-    learned: bool = opt(True, "a and b are learned scalars per layer (off: the constant `init`)", off=False)
+    """Value embeddings (record 14, @KoszarskyB): each value is mixed with a row, chosen by the token, of a
+    table."""
+    tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
+        "value table of each layer, by number; -1: the layer has none", off=REFUSE)
+    mix: Literal["lerp", "pair"] = opt("lerp", "form of the mix of a value v and its embedding ve. lerp: (1 "
+                                               "- b) v + b ve. pair: a v + b ve, and a v in layers without "
+                                               "a table")
+    init: float = opt(0.5, "initial a and b; the constants if `learned` is off")
+    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        path, layers = "model.attn.value_embed.tables", s.model.num_layers
+        if len(self.tables) != layers:
+            yield (f"{path} has {len(self.tables)} entries for {layers} layers: give one per layer, -1 for "
+                   "none")
+        used = sorted({t for t in self.tables if t >= 0})
+        if min(self.tables) < -1 or used != list(range(len(used))):
+            yield f"{path} = {list(self.tables)}: number the tables 0, 1, ... without gaps"
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sliding window: how far back in its document a query sees, by a schedule. Sizes in tokens; `block` makes blocks.
+    """Sliding-window attention with a schedule for the window size w.
 
-    rule `tokens`: q - k < w. `blocks`: q//block - k//block < w/block (FlexAttention's tiles, record 16). `tokens_blocks`:
-    both (record 15). `tokens_back`: q - k <= w, FlashAttention's left window (record 29).
+    A rule says which keys k <= q the query at position q sees. `tokens`: q - k < w. `blocks`: q//block -
+    k//block < w/block (the tiles of FlexAttention, record 16). `tokens_blocks`: both (record 15).
+    `tokens_back`: q - k <= w (the left window of FlashAttention, record 29).
     """
-    rule: Literal["tokens", "tokens_blocks", "blocks", "tokens_back"] = opt("tokens", "what the window is counted in")
-    block: int = opt(128, "tokens of a block", unit="token", off=REFUSE, shrink="length")
+    rule: Literal["tokens", "tokens_blocks", "blocks", "tokens_back"] = opt(
+        "tokens", "rule that says which keys are inside the window")
+    block: int = opt(128, "size of a block of tokens", unit="token", off=REFUSE, shrink="length", least=1)
     growth: Literal["constant", "floor", "ceil", "stages"] = opt(
-        "constant", "w over the run: `start`; start + (end-start) x in whole grains, rounded down or up (at least one), x the "
-                    "fraction of steps done; or `stages` in equal shares of the steps")
-    start: int = opt(1024, "window at the first step", unit="token", idle="model.attn.window.growth=stages", shrink="length0")
-    end: int = opt(1024, "value that the window grows towards", unit="token", idle="model.attn.window.growth=stages|constant",
-                   shrink="length0")
-    grain: int = opt(64, "the window grows by whole multiples of this", unit="token",
-                     idle="model.attn.window.growth=stages|constant", shrink="length")
-    stages: tuple[int, ...] = opt((), "windows one after the other, each longer than the one before", unit="block",
+        "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
+                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). stages: each "
+                    "entry of `stages` for an equal share of the steps")
+    start: int = opt(1024, "window size at the first step", unit="token",
+                     idle="model.attn.window.growth=stages", shrink="length0")
+    end: int = opt(1024, "window size towards which the window grows", unit="token",
+                   idle="model.attn.window.growth=stages|constant", shrink="length0")
+    grain: int = opt(64, "step of the growth: the window grows by multiples of this", unit="token",
+                     idle="model.attn.window.growth=stages|constant", shrink="length", least=1)
+    stages: tuple[int, ...] = opt((), "window sizes of the stages, in growing order", unit="block",
                                   needs="model.attn.window.growth=stages")
-    long_layers: tuple[int, ...] | None = opt(None, "layers that see the whole window; the others see half of its blocks, "
-                                                    "at least one (off: all see all; Gemma 2, record 20)")
+    long_layers: tuple[int, ...] | None = opt(
+        None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
+              "of half as many blocks, at least one (off: every layer has the long window)")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
                             needs="model.attn.window.growth=stages")
-    final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)", unit="block",
-                                       needs="model.attn.window.final")
+    final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)",
+                                       unit="block", needs="model.attn.window.final")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        path, last = "model.attn.window", s.model.num_layers - 1
+        yield from layer_faults(f"{path}.long_layers", self.long_layers or (), s)
+        yield from self.check_growth(path)
+        if self.final is not None and self.stages and self.final < self.stages[-1]:
+            yield f"{path}.final = {self.final}: must be at least the last stage, {self.stages[-1]} blocks"
+        if self.final_last_layer is None:
+            return
+        if self.final_last_layer < 1:
+            yield f"{path}.final_last_layer = {self.final_last_layer}: must be at least one block"
+        if last in s.model.attn.drop_layers or not (self.long_layers is None or last in self.long_layers):
+            yield (f"{path}.final_last_layer needs attention with the long window in layer {last}: add it to "
+                   f"{path}.long_layers")
+
+    def check_growth(self, path: str) -> Iterator[str]:
+        if self.growth == "stages":
+            if not self.stages or min(self.stages) < 1 or list(self.stages) != sorted(set(self.stages)):
+                yield (f"{path}.stages = {list(self.stages)}: must list growing windows of at least one "
+                       "block, like [3, 7, 11]")
+            return
+        if self.growth == "constant" and self.start < 1:
+            yield f"{path}.start = {self.start}: must be at least 1 token"
+        if self.growth != "constant" and not 0 <= self.start <= self.end:
+            yield f"{path}.start = {self.start} is beyond {path}.end = {self.end}: lower it"
+        name = "start" if self.growth == "constant" else "grain"
+        if self.rule == "blocks" and getattr(self, name) % self.block:
+            yield f"{path}.rule=blocks needs {path}.{name} in whole blocks of {self.block} tokens"
 
 
 @dataclass(frozen=True)
 class HeadGate:
-    """Each head's output times sigmoid(W n), n the first channels of the block's normed input (record 28, @classiclarryd)."""
-    channels: int = opt(12, "input channels", unit="channel", off=REFUSE)
+    """Attention gate (record 28, @classiclarryd): each head's output is multiplied by sigmoid(W n).
+
+    n is the first `channels` channels of the block's normalised input.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if not 1 <= self.channels <= s.model.model_dim:
+            yield f"model.attn.gate.channels = {self.channels}: must lie between 1 and model.model_dim"
 
 
 @dataclass(frozen=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): keys and values of all heads from one narrow
-    latent per token, which is all that generation has to keep, and a rotary part of the keys that the heads share."""
-    kv: int = opt(256, "width of the latent of keys and values, RMS normed", unit="channel", off=REFUSE, shrink="width")
-    query: int | None = opt(None, "width of a latent of the queries, RMS normed (off: straight from the stream)", unit="channel",
-                            shrink="width")
-    still: int = opt(96, "part of a head's query and key without rotation", unit="channel", off=REFUSE, shrink="width")
-    turning: int = opt(32, "part of a head's query and key with rotary positions", unit="channel", off=REFUSE, shrink="width")
-    value: int = opt(128, "width of a head's value", unit="channel", off=REFUSE, shrink="width")
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    The keys and values of all heads are projected from one narrow latent per token, so generation needs to
+    cache only this latent and the rotary part of the keys, which all heads share.
+    """
+    kv: int = opt(256, "width of the RMS-normed latent of keys and values (kv_lora_rank)", unit="channel",
+                  off=REFUSE, shrink="width", least=1)
+    query: int | None = opt(None, "width of the RMS-normed latent of the queries (q_lora_rank; off: queries "
+                                  "are projected straight from the residual stream)", unit="channel",
+                            shrink="width", least=1)
+    still: int = opt(96, "channels of a head's query and key without rotation (qk_nope_head_dim)",
+                     unit="channel", off=REFUSE, shrink="width", least=1)
+    turning: int = opt(32, "channels of a head's query and key with rotation (qk_rope_head_dim)",
+                       unit="channel", off=REFUSE, shrink="width", least=1)
+    value: int = opt(128, "width of a head's value (v_head_dim)", unit="channel", off=REFUSE, shrink="width",
+                     least=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        attn = s.model.attn
+        if s.model.bias:
+            yield "model.attn.latent has no bias vectors: set model.bias=false"
+        if attn.rope is None:
+            yield "model.attn.latent gives positions to its turning part: it needs model.attn.rope"
+        elif attn.rope.half:
+            yield "model.attn.latent says itself which channels turn: add --without model.attn.rope.half"
+        if attn.value_embed is not None and attn.num_heads * self.value != s.model.model_dim:
+            yield (f"model.attn.value_embed has {s.model.model_dim} channels, the values of "
+                   f"model.attn.latent have {attn.num_heads} x {self.value}: change model.attn.latent.value")
 
 
 @dataclass(frozen=True)
 class Attention:
-    num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads, unless latent says otherwise", unit="head")
-    rope: Rope | None = opt(None, "rotary position embedding of queries and keys")
-    qk_norm: QKNorm | None = opt(None, "RMS norm of queries and keys per head")
-    depth_scale: bool = opt(False, "attention branch times 1/sqrt(2 num_layers) before it is added", off=False)
-    value_residual: ValueResidual | None = opt(None, "values mixed with those of the first block")
-    value_embed: ValueEmbed | None = opt(None, "values mixed with rows of token tables")
-    documents: bool = opt(False, "a query sees only keys of its own document, which begins with its end-of-text token",
-                          off=False)
-    window: Window | None = opt(None, "a query sees only the last keys")
-    scale: float | None = opt(None, "softmax scale of the logits q.k (off: 1/sqrt of a query's width)", shrink="rsqrt_width")
-    gate: HeadGate | None = opt(None, "gate on each head's output")
-    latent: Latent | None = opt(None, "multi-head latent attention: keys and values from a narrow latent")
+    """Causal self-attention."""
+    num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads, unless model.attn.latent "
+                             "sets the widths", unit="head", least=1)
+    rope: Rope | None = opt(None, "rotary position embedding: queries and keys are rotated by their position")
+    qk_norm: QKNorm | None = opt(None, "QK norm: RMS norm of queries and keys per head")
+    depth_scale: bool = opt(False, "attention branch scaled by 1/sqrt(2 num_layers) before it is added to "
+                                   "the stream", off=False)
+    value_residual: ValueResidual | None = opt(
+        None, "value residual: mix the values with those of the first block")
+    value_embed: ValueEmbed | None = opt(None, "value embeddings: mix the values with rows of token tables")
+    documents: bool = opt(False, "document masking: a query sees only keys of its own document, which "
+                                 "begins with an end-of-text token", off=False)
+    window: Window | None = opt(None, "sliding window: a query sees only the most recent keys")
+    scale: float | None = opt(None, "softmax scale, which multiplies q.k (off: 1/sqrt of the width of a "
+                                    "query)", shrink="rsqrt_width", above=0)
+    gate: HeadGate | None = opt(None, "attention gate: a sigmoid gate on each head's output")
+    latent: Latent | None = opt(None, "multi-head latent attention: keys and values from one narrow latent "
+                                      "per token")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if s.model.model_dim % self.num_heads:
+            yield (f"model.model_dim = {s.model.model_dim} is not divisible by model.attn.num_heads = "
+                   f"{self.num_heads}: change one of them")
+        yield from layer_faults("model.attn.drop_layers", self.drop_layers, s)
+        if len(self.drop_layers) == s.model.num_layers:
+            yield "model.attn.drop_layers leaves no attention: leave one layer"
+        if self.value_residual and self.value_embed:
+            yield "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off"
 
 
 @dataclass(frozen=True)
 class Balance:
-    """Load balancing without auxiliary loss: a bias per expert enters the choice of experts, not their gates, and is moved
-    once per step by the loads c of the whole batch (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437)."""
+    """Load balancing without an auxiliary loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv
+    2412.19437).
+
+    A bias per expert is added to its score when experts are chosen, not to its gate. Once per step the biases
+    b are updated from the tokens per expert c of the whole batch.
+    """
     rule: Literal["sign", "proportional", "quantile"] = opt(
-        "proportional", "b += rate sign(mean c - c); b += rate (mean c - c)/mean c; or from this batch the bias on the "
-                        "logits at which each expert would have had its share (J. Su, as in Marin)")
-    rate: float = opt(1e-2, "step of the bias on sigmoid scores; softmax scores, whose mean is 1/experts, get rate x "
-                            "4/experts: at equal logits a score rises by 1/4 or about 1/experts of its logit, so that "
-                            "both steps move the choice alike", idle="model.mlp.moe.balance.rule=quantile")
-    freeze_frac: float = opt(0.0, "the bias stands still over this last fraction of the steps (DeepSeek-V3: 0.5 of "
-                                  "14.8 T tokens, 0.034)", off=0.0)
+        "proportional", "update of the biases. sign: b += rate sign(mean c - c). proportional: b += rate "
+                        "(mean c - c) / mean c. quantile (J. Su, as in Marin): the bias on the logits with "
+                        "which each expert would have had an equal share of this batch")
+    rate: float = opt(1e-2, "step size of the bias for sigmoid scores. Softmax scores, whose mean is "
+                            "1/experts, get rate x 4/experts, because at equal logits a sigmoid rises by "
+                            "1/4 and a softmax by about 1/experts per unit of the logit",
+                      idle="model.mlp.moe.balance.rule=quantile", above=0, most=1, why=", the largest score")
+    freeze_frac: float = opt(0.0, "last fraction of the steps in which the biases do not change "
+                                  "(DeepSeek-V3: 0.5 of 14.8 T tokens, 0.034)", off=0.0, least=0, below=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        moe, path = s.model.mlp.moe, "model.mlp.moe"
+        if self.rule == "quantile" and moe.groups_kept != moe.groups:
+            yield (f"{path}.balance.rule=quantile counts on every expert being open to every token, and "
+                   f"{path}.groups_kept = {moe.groups_kept} of {moe.groups} groups: choose rule proportional "
+                   "or sign, or set groups=1")
 
 
 @dataclass(frozen=True)
 class MoE:
-    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section 2.1.2): every token
-    goes through the shared MLP and its top_k of many routed ones, none is dropped: y = shared(x) + sum_e g_e expert_e(x)."""
-    experts: int = opt(8, "routed experts", unit="expert", off=REFUSE)
-    top_k: int = opt(1, "routed experts of a token", unit="expert", off=REFUSE)
+    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2).
+
+    Every token goes through a shared MLP and through the top_k routed experts e with the best scores; no
+    token is dropped: y = shared(x) + sum_e g_e expert_e(x), g_e the gate.
+    """
+    experts: int = opt(8, "routed experts per layer", unit="expert", off=REFUSE, most=65536)
+    top_k: int = opt(1, "routed experts per token", unit="expert", off=REFUSE)
     hidden: int = opt(1536, "hidden width of a routed expert", unit="channel", off=REFUSE, shrink="width")
-    shared: int = opt(1536, "hidden width of the shared expert, 0: none", unit="channel", off=REFUSE, shrink="width")
-    score: Literal["sigmoid", "softmax"] = opt("sigmoid", "of the router's logits, one by one or over the experts")
-    normalise: bool = opt(False, "gates of a token divided by their sum; not with top_k 1, where the router would get no "
-                                 "gradient", off=False)
-    gate_scale: float = opt(1.0, "gates times this")
-    groups: int = opt(1, "experts in so many groups, of which a token may use the best few (by the sum of their two best)",
-                      off=1)
-    groups_kept: int = opt(1, "groups that a token may use", off=REFUSE)
-    balance: Balance | None = opt(None, "bias on the choice, moved towards equal loads")
-    sequence_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)", off=0.0)
-    z_loss: float = opt(0.0, "factor of the squared logsumexp of the router's logits (ST-MoE, arXiv 2202.08906)", off=0.0)
-    dense_layers: tuple[int, ...] = opt((0,), "layers that keep the dense MLP", off=())
+    shared: int = opt(1536, "hidden width of the shared expert; 0: none", unit="channel", off=REFUSE,
+                      shrink="width")
+    score: Literal["sigmoid", "softmax"] = opt("sigmoid",
+        "scoring function of the router's logits. sigmoid: of each logit. softmax: over the experts")
+    normalise: bool = opt(False, "normalised gates: a token's gates are divided by their sum (not with "
+                                 "top_k 1, where the router would get no gradient)", off=False)
+    gate_scale: float = opt(1.0, "factor of the gates", above=0, most=1_000_000)
+    groups: int = opt(1, "groups of experts; a token may choose only from its best `groups_kept` groups (a "
+                         "group's score is the sum of its two best experts')", off=1)
+    groups_kept: int = opt(1, "groups from which a token may choose", off=REFUSE)
+    balance: Balance | None = opt(None, "load balancing by a bias on the choice of experts")
+    sequence_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)",
+                               off=0.0, least=0, most=1_000_000)
+    z_loss: float = opt(0.0, "factor of the router z-loss, the squared logsumexp of the router's logits "
+                             "(ST-MoE, arXiv 2202.08906)", off=0.0, least=0, most=1_000_000)
+    dense_layers: tuple[int, ...] = opt((0,), "layers that keep a dense MLP", off=())
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        path = "model.mlp.moe"
+        if s.model.bias:
+            yield f"{path} has no bias vectors: set model.bias=false"
+        if self.experts < 2 or not 1 <= self.top_k < self.experts:
+            yield (f"{path}.top_k = {self.top_k} of {path}.experts = {self.experts}: at least one must be "
+                   "chosen and one left")
+        if self.hidden < 1 or self.shared < 0:
+            yield (f"{path}.hidden = {self.hidden} and {path}.shared = {self.shared}: must be at least 1 and "
+                   "0")
+        if self.normalise and self.top_k == 1:
+            yield (f"{path}.normalise with top_k = 1 makes every gate the same number, and the router gets "
+                   "no gradient: switch it off")
+        yield from self.check_groups(path)
+        yield from layer_faults(f"{path}.dense_layers", self.dense_layers, s)
+        if not set(range(s.model.num_layers)) - set(self.dense_layers) - set(s.model.mlp.drop_layers):
+            yield f"{path}.dense_layers leaves no layer with experts: leave one"
+
+    def check_groups(self, path: str) -> Iterator[str]:
+        if self.groups < 1 or self.experts % self.groups:
+            yield f"{path}.groups = {self.groups} does not divide {self.experts} experts"
+        each = self.experts // self.groups
+        if not 1 <= self.groups_kept <= self.groups:
+            yield f"{path}.groups_kept = {self.groups_kept}: must lie between 1 and groups = {self.groups}"
+        if self.top_k > self.groups_kept * each:
+            yield (f"{path}.groups_kept = {self.groups_kept} groups of {each} hold fewer than top_k = "
+                   f"{self.top_k} experts")
+        if self.groups > 1 and each < 2:
+            yield f"{path}.groups = {self.groups}: a group needs two experts"
 
 
 @dataclass(frozen=True)
 class MLP:
+    """The feed-forward network of a block (MLP)."""
     activation: Literal["gelu_tanh", "gelu", "relu_sq"] = opt(
-        "gelu_tanh", "hidden activation; relu_sq = relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
-    expansion: int = opt(4, "hidden width / model_dim", off=REFUSE)
+        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
+    expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
-    moe: MoE | None = opt(None, "mixture of experts instead of the MLP")
+    moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        yield from layer_faults("model.mlp.drop_layers", self.drop_layers, s)
 
 
 @dataclass(frozen=True)
 class X0Mix:
-    """Embedding re-injected at every block entry: x <- a x + b x0, learned (a, b) per block."""
-    x: float = opt(1.0, "a at initialisation; the constant when `learned` is off")
-    x0: float = opt(0.0, "b at initialisation; the constant when `learned` is off")
-    learned: bool = opt(True, "a and b are learned scalars per block (off: the constants)", off=False)
+    """Embedding shortcut: at the entry of every block x <- a x + b x0, x0 the embedding, a and b per
+    block."""
+    x: float = opt(1.0, "initial a; the constant if `learned` is off")
+    x0: float = opt(0.0, "initial b; the constant if `learned` is off")
+    learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
 
 
 @dataclass(frozen=True)
 class UnetSkips:
-    """U-net skips: outputs of the first half of the blocks, last in first out, added before the second half."""
-    init: float = opt(1.0, "skip weight at initialisation; the constant when `learned` is off",
+    """U-net skips: the outputs of the first half of the blocks are added, last first, before those of the
+    second half."""
+    init: float = opt(1.0, "initial skip weight; the constant if `learned` is off",
                       idle="model.residual.unet_skips.sigmoid")
-    sigmoid: float | None = opt(None, "weight = sigmoid(s) instead, s this number at initialisation (record 32)")
-    learned: bool = opt(True, "one learned weight per skip (off: the constant `init`)", off=False)
+    sigmoid: float | None = opt(None, "sigmoid skip weights (record 32): the weight is sigmoid(w), and this "
+                                      "value is the initial w")
+    learned: bool = opt(True, "learned weights, one scalar per skip (off: the constant `init`)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if s.model.num_layers % 2:
+            yield (f"model.residual.unet_skips needs an even model.num_layers, got {s.model.num_layers}: "
+                   "change it or add --without model.residual.unet_skips")
 
 
 @dataclass(frozen=True)
 class Residual:
-    x0_mix: X0Mix | None = opt(None, "learned mix of the stream and the embedding at every block entry")
+    """Wiring of the residual stream beyond the usual x + branch(x)."""
+    x0_mix: X0Mix | None = opt(None, "embedding shortcut: learned mix of the stream and the embedding at "
+                                     "every block entry")
     unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
 
 
 @dataclass(frozen=True)
 class Untied:
-    init: Literal["linear", "zero"] = opt("linear", "initial head weight: as any linear layer, or zero")
+    """Untied head: the output head has a weight of its own in place of the token table's."""
+    init: Literal["linear", "zero"] = opt(
+        "linear", "initial head weight. linear: as any other linear layer. zero: zeros")
 
 
 @dataclass(frozen=True)
 class Softcap:
-    """Logits bounded smoothly (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid(z / scale).
+    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid(z / scale).
 
-    cap sigmoid(z / scale) is (cap/2) tanh(z / (2 scale)) and a constant, which the softmax does not see.
+    cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
     """
-    form: Literal["tanh", "sigmoid"] = opt("tanh", "the bounding function", off=REFUSE)
-    cap: float = opt(30.0, "bound of the logits", off=REFUSE)
-    scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid")
+    form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
+    cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
+    scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
 
 
 @dataclass(frozen=True)
 class Head:
-    untied: Untied | None = opt(None, "own weight for the output head instead of the token table")
-    softcap: Softcap | None = opt(None, "soft cap on the logits")
-    logit_scale: Literal["one", "rsqrt_dim"] = opt("one", "logits times 1 or 1/sqrt(model_dim) before the soft cap")
-    train_loss: Literal["mean", "sum"] = opt("mean", "over the tokens of a logical rank; a sum makes Adam's eps relatively "
-                                                     "smaller and is else absorbed by Adam and Muon")
+    """From the residual stream to logits and the loss."""
+    untied: Untied | None = opt(None, "untied head: a weight of its own")
+    softcap: Softcap | None = opt(None, "logit soft cap")
+    logit_scale: Literal["one", "rsqrt_dim"] = opt(
+        "one", "factor of the logits before the soft cap. one: 1. rsqrt_dim: 1/sqrt(model_dim)")
+    train_loss: Literal["mean", "sum"] = opt(
+        "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
+                "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
+                "up to eps")
 
 
 @dataclass(frozen=True)
 class Init:
+    """Initial weights."""
     scheme: Literal["gpt2", "uniform"] = opt(
-        "gpt2", "gpt2: N(0, 0.02), projections N(0, 0.02/sqrt(2 num_layers)); uniform: U(+-bound/sqrt(fan_in)), tables N(0,1)")
-    bound: float = opt(1.0, "half-width of the uniform scheme times sqrt(fan_in); its standard deviation is bound/sqrt(3 fan_in)")
-    zero_proj: bool = opt(False, "attention-out and MLP-out weights start at zero (as in muP)", off=False)
+        "gpt2", "distribution of the initial weights. gpt2: N(0, 0.02), and N(0, 0.02/sqrt(2 num_layers)) "
+                "for the output projections. uniform: U(-bound/sqrt(fan_in), bound/sqrt(fan_in)), and N(0, "
+                "1) for embedding tables")
+    bound: float = opt(1.0, "half-width of the uniform scheme times sqrt(fan_in); the standard deviation is "
+                            "bound/sqrt(3 fan_in)", least=0)
+    zero_proj: bool = opt(False, "zero-initialised output projections of attention and MLP (as in muP)",
+                          off=False)
 
 
 @dataclass(frozen=True)
 class Model:
-    num_layers: int = opt(12, "blocks of attention and MLP", unit="layer", off=REFUSE)
-    model_dim: int = opt(768, "width of the residual stream", unit="channel", off=REFUSE, shrink="width")
-    vocab_size: int = opt(50257, "token ids of the tokenizer", unit="token id", off=REFUSE, shrink="vocab")
-    pad_vocab_to: int = opt(1, "vocabulary padded to a multiple of this; the padding takes part in the softmax", off=1)
+    """The model, a transformer (axis ml: what is computed)."""
+    num_layers: int = opt(12, "blocks of attention and MLP", unit="layer", off=REFUSE, least=1, most=1000)
+    model_dim: int = opt(768, "width of the residual stream", unit="channel", off=REFUSE, shrink="width",
+                         least=1, most=2 ** 17)
+    vocab_size: int = opt(50257, "token ids of the tokenizer", unit="token id", off=REFUSE, shrink="vocab",
+                          least=1, most=65536, why=", as shards hold 16-bit token ids")
+    pad_vocab_to: int = opt(1, "padding of the vocabulary to a multiple of this; the padding takes part in "
+                               "the softmax", off=1, least=1, most=65536)
     norm: Literal["layernorm", "rmsnorm"] = opt(
-        "layernorm", "layernorm: gain and bias; rmsnorm: neither (Zhang & Sennrich, arXiv 1910.07467)")
+        "layernorm", "normalisation. layernorm: with gain and bias. rmsnorm: with neither (Zhang & "
+                     "Sennrich, arXiv 1910.07467)")
     bias: bool = opt(True, "bias vectors in the linear layers", off=False)
-    embed: Embed = opt(Embed, "from token ids to the stream")
+    embed: Embed = opt(Embed, "from token ids to the residual stream")
     attn: Attention = opt(Attention, "self-attention")
-    mlp: MLP = opt(MLP, "feed-forward layers")
+    mlp: MLP = opt(MLP, "feed-forward network of a block")
     residual: Residual = opt(Residual, "wiring of the residual stream")
-    head: Head = opt(Head, "from the stream to logits")
+    head: Head = opt(Head, "from the residual stream to logits and the loss")
     init: Init = opt(Init, "initial weights")
 
 
-# ----- optimizer --------------------------------------------------------------------------------------------------
+# ----- optimizer --------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Adam:
-    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), shared by all its groups."""
-    beta1: float = opt(0.9, "decay of the first moment")
-    beta2: float = opt(0.95, "decay of the second moment")
-    eps: float = opt(1e-8, "added to the root of the second moment")
-    eps_after_correction: bool = opt(True, "eps is added to the bias-corrected root, as in torch (off: to the raw root, record "
-                                           "24, which makes it relatively larger at first)", off=BEFORE)
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101): the constants that all AdamW groups share."""
+    beta1: float = opt(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
+    eps: float = opt(1e-8, "constant added to the square root of the second moment", least=0)
+    eps_after_correction: bool = opt(True, "eps is added after bias correction, as in torch (off: before "
+                                           "it, as in record 24, so that eps is relatively larger in the "
+                                           "first steps)", off=BEFORE)
 
 
 @dataclass(frozen=True)
 class Group:
-    """One AdamW group: the parameters with this role."""
-    lr: float = opt(6e-4, "learning rate at factor 1")
-    weight_decay: float = opt(0.1, "decoupled decay: p <- p - lr weight_decay p", off=0.0)
+    """One AdamW parameter group."""
+    lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
+    weight_decay: float = opt(0.1, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
 
 
 @dataclass(frozen=True)
 class Scalars:
-    lr: float = opt(6e-4, "learning rate; gains, biases and learned scalars never decay")
+    """The AdamW group of gains, biases and learned scalars, which have no weight decay."""
+    lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
 
 
 @dataclass(frozen=True)
 class MomentumWarmup:
-    start: float = opt(0.85, "momentum at step 0; rises linearly to optim.muon.momentum")
-    steps: int = opt(500, "length of the rise", unit="step", shrink="steps")
+    """Linear warm-up of Muon's momentum, up to optim.muon.momentum."""
+    start: float = opt(0.85, "momentum at step 0", least=0, below=1)
+    steps: int = opt(500, "length of the warm-up", unit="step", shrink="steps", least=1)
 
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): orthogonalised Nesterov momentum for the block matrices."""
-    lr: float = opt(0.018, "learning rate at factor 1")
-    momentum: float = opt(0.95, "decay of the momentum buffer; the update looks one step ahead (Nesterov)")
-    averaged: bool = opt(False, "M <- mu M + (1-mu) g, update (1-mu) g + mu M (off: M <- mu M + g, g + mu M); they differ "
-                                "while mu changes", off=False)
-    momentum_warmup: MomentumWarmup | None = opt(None, "momentum rises over the first steps")
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised by
+    Newton-Schulz."""
+    lr: float = opt(0.018, "peak learning rate, which the schedule multiplies", least=0)
+    momentum: float = opt(0.95, "decay mu of the momentum buffer; the update looks one step ahead "
+                                "(Nesterov)", least=0, below=1)
+    averaged: bool = opt(False, "momentum as a moving average: M <- mu M + (1-mu) g, update (1-mu) g + mu M "
+                                "(off: M <- mu M + g, update g + mu M). They differ while mu changes",
+                         off=False)
+    momentum_warmup: MomentumWarmup | None = opt(None, "momentum warm-up over the first steps")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
-        "none", "update times 1, sqrt(max(rows, cols)) or sqrt(max(1, rows/cols)), of the matrix that is orthogonalised")
+        "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
+                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols))")
     up_shape: Literal["out_in", "in_out"] = opt(
-        "out_in", "rows and cols of the MLP's up matrix in `scale`: 4d x d, or d x 4d as record 27 stores it")
-    split_qkv: bool = opt(False, "orthogonalise q, k, v apart (off: as one 3d x d matrix)", off=False)
-    ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE)
-    move_idle: bool = opt(False, "an expert that got no token in a step moves by its momentum, which orthogonalised is a full "
-                                 "step (off: it stays)", off=False, needs="model.mlp.moe")
+        "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
+                  "as record 27 stores it")
+    split_qkv: bool = opt(False, "separate orthogonalisation of q, k and v (off: as one 3d x d matrix)",
+                          off=False)
+    ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE, least=1, most=1000)
+    move_idle: bool = opt(False, "idle experts are updated too: an expert without tokens in a step moves by "
+                                 "its momentum, whose orthogonalised update is of full size (off: it stays)",
+                          off=False, needs="model.mlp.moe")
 
 
 @dataclass(frozen=True)
 class Optim:
+    """The optimizer: AdamW in parameter groups, and optionally Muon for the block matrices (axis ml)."""
     adam: Adam = opt(Adam, "constants of AdamW")
-    embed: Group = opt(Group, "token table (when it is not the head), position table, value tables")
-    lm_head: Group = opt(Group, "output head; the shared table when tied")
-    matrix: Group = opt(Group, "block matrices, unless optim.muon takes them")
-    scalar: Scalars = opt(Scalars, "gains, biases and learned scalars")
-    router: Group = opt(Group, "routers of the experts, by AdamW even beside Muon", needs="model.mlp.moe")
-    muon: Muon | None = opt(None, "block matrices by Muon instead of AdamW")
-    grad_clip: float | None = opt(1.0, "gradient scaled to at most this global norm", off=None)
+    embed: Group = opt(Group, "AdamW group of the token table (unless it is also the head), the position "
+                              "table and the value tables")
+    lm_head: Group = opt(Group, "AdamW group of the output head, or of the table that the token embedding "
+                                "and the head share")
+    matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them",
+                        idle="optim.muon")
+    scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")
+    router: Group = opt(Group, "AdamW group of the routers, also when Muon updates the block matrices",
+                        needs="model.mlp.moe")
+    muon: Muon | None = opt(None, "Muon, in place of AdamW, for the block matrices")
+    grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
+                                  off=None, above=0)
 
 
 @dataclass(frozen=True)
 class Schedule:
-    steps: int = opt(19560, "optimizer steps", unit="step", off=REFUSE, shrink="steps")
+    """The schedules over the steps of a run (axis ml)."""
+    steps: int = opt(19560, "optimizer steps", unit="step", off=REFUSE, shrink="steps", least=1,
+                     most=1_000_000)
     lr: Literal["cosine", "trapezoid"] = opt(
-        "cosine", "after the warm-up: cosine to zero, or constant and then linear to zero over cooldown_steps")
-    warmup_steps: int = opt(700, "linear rise of the learning rate", unit="step", off=0, shrink="steps")
-    cooldown_frac: float = opt(0.0, "linear fall over this last fraction of the steps, instead of cooldown_steps",
-                               off=0.0, needs="schedule.lr=trapezoid")
-    lr_floor: float = opt(0.0, "learning rate at the end of the fall", off=0.0, needs="schedule.lr=trapezoid")
-    cooldown_steps: int = opt(0, "linear fall at the end (trapezoid)", unit="step", off=0,
-                              needs="schedule.lr=trapezoid", shrink="steps")
+        "cosine", "shape of the learning rate after its warm-up. cosine: a half cosine to zero. trapezoid: "
+                  "constant, then linear over the cooldown")
+    warmup_steps: int = opt(700, "learning-rate warm-up, linear", unit="step", off=0, shrink="steps", least=0)
+    cooldown_frac: float = opt(0.0, "cooldown as a fraction of the steps, in place of cooldown_steps",
+                               off=0.0, needs="schedule.lr=trapezoid", least=0, most=1)
+    lr_floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0,
+                          needs="schedule.lr=trapezoid", least=0, most=1)
+    cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
+                              needs="schedule.lr=trapezoid", shrink="steps", least=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.cooldown_frac and self.cooldown_steps:
+            yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
+                   "to 0")
 
 
-# ----- data, validation -------------------------------------------------------------------------------------------
+# ----- data, validation -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Data:
+    """The stream of training tokens (axis ml)."""
     loader: Literal["shuffled", "per_rank", "synced", "bos_aligned", "packed"] = opt(
-        "shuffled", "llm.c's shuffled slots; in order with a position per logical rank (which drift at shard ends), or one for "
-                    "all; each rank from a document start; whole documents packed, cut at max_document")
-    switch_at_equal: bool = opt(False, "a shard ends one token earlier (records 15-17)", off=False,
-                                needs="data.loader=per_rank")
-    max_document: int | None = opt(None, "longer documents lose their rest", unit="token", shrink="length",
-                                   needs="data.loader=packed")
-    tokens_per_rank: int = opt(65536, "tokens of one logical rank in one step; eight of them make a step", unit="token",
-                               off=REFUSE, shrink="batch")
-    seq_len: int = opt(1024, "tokens attention sees: a rank's tokens are cut in rows of this length", unit="token",
-                       off=REFUSE, shrink="length")
-    first_batch_twice: bool = opt(False, "the first batch is used for steps 0 and 1 (the original reset its loader)",
-                                  off=False, needs="data.loader=per_rank")
-    wrap: bool = opt(True, "begin again after the last shard (off: running out of shards is an error)", off=False)
+        "shuffled", "order of the tokens. shuffled: llm.c's shuffled slots. per_rank: in order, a position "
+                    "per logical rank (the positions drift apart at shard ends). synced: in order, one "
+                    "position for all ranks. bos_aligned: each rank starts at a document start. packed: "
+                    "whole documents, truncated to max_document")
+    switch_at_equal: bool = opt(False, "earlier shard switch: a shard ends one token earlier (records "
+                                       "15-17)", off=False, needs="data.loader=per_rank")
+    max_document: int | None = opt(None, "maximum document length: longer documents are truncated",
+                                   unit="token", shrink="length", needs="data.loader=packed", least=1)
+    tokens_per_rank: int = opt(65536, "tokens of one logical rank per step; a step has eight logical ranks",
+                               unit="token", off=REFUSE, shrink="batch", least=1, most=2 ** 24)
+    seq_len: int = opt(1024, "context length in training: the tokens of a rank are cut into rows of this "
+                             "length", unit="token", off=REFUSE, shrink="length", least=1)
+    first_batch_twice: bool = opt(False, "repeated first batch: steps 0 and 1 use the same batch (the "
+                                         "original reset its loader)", off=False,
+                                  needs="data.loader=per_rank")
+    wrap: bool = opt(True, "restart at the first shard after the last one (off: running out of shards is an "
+                           "error)", off=False, shrink="reread")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.tokens_per_rank % self.seq_len:
+            yield (f"data.tokens_per_rank = {self.tokens_per_rank} is not a multiple of data.seq_len = "
+                   f"{self.seq_len}: change one of them")
+        if self.loader in ("bos_aligned", "packed") and self.seq_len != self.tokens_per_rank:
+            yield (f"data.loader={self.loader} needs one row per logical rank: set data.seq_len = "
+                   f"data.tokens_per_rank = {self.tokens_per_rank}")
+        if self.loader == "packed" and self.max_document is None:
+            yield ("data.loader=packed needs data.max_document: set it to the longest piece of a document, "
+                   "like 2048")
 
 
 @dataclass(frozen=True)
 class Validation:
-    tokens: int = opt(10_485_760, "targets: the first ones of the validation shard", unit="token", off=REFUSE,
-                      shrink="validation")
-    seq_len: int = opt(1024, "context in validation", unit="token", off=REFUSE, shrink="length")
-    every: int = opt(250, "validate every so many steps and after the last (below full: eight times)", unit="step", off=REFUSE)
-    target: float | None = opt(3.28, "validation loss to reach, nats per token", off=None, shrink="target")
+    """The measurement of the validation loss (axis ml)."""
+    tokens: int = opt(10_485_760, "validation targets: the first ones of the validation shard", unit="token",
+                      off=REFUSE, shrink="validation", least=1, most=10 ** 9)
+    seq_len: int = opt(1024, "context length in validation", unit="token", off=REFUSE, shrink="length",
+                       least=1)
+    every: int = opt(250, "steps between validations; there is always one after the last step", unit="step",
+                     off=REFUSE, shrink="eighth", least=1)
+    target: float | None = opt(3.28, "validation loss to reach, in nats per token", off=None, shrink="target")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.tokens % (LOGICAL_RANKS * self.seq_len):
+            yield (f"validation.tokens = {self.tokens} is not a multiple of 8 x validation.seq_len = "
+                   f"{LOGICAL_RANKS * self.seq_len}: change one of them")
 
 
-# ----- numerics ---------------------------------------------------------------------------------------------------
+# ----- numerics ---------------------------------------------------------------------------------------------
 
 Dtype = Literal["bfloat16", "float32", "float64"]
 
 
+def precision(default: str, doc: str) -> Any:
+    """Declare a dtype of the precision plan, which system.precision replaces."""
+    return opt(default, doc, exact=PRECISION)
+
+
 @dataclass(frozen=True)
 class FP8Head:
-    """The head's matrix product in 8-bit floats while training (record 19): operands times these factors, then cast.
+    """FP8 head (record 19): the head's matrix products in training use 8-bit floats.
 
-    Forward e4m3 (largest 448), gradients e5m2 (largest 57344); values beyond are clamped. Validation is not in FP8. The
-    originals give `grad` for the gradient of a rank's mean or sum; what the trainer divides by is undone before the cast.
+    Each operand is multiplied by its factor and cast. The forward pass uses e4m3 (largest value 448),
+    gradients use e5m2 (57344); larger values are clamped. Validation does not use FP8. `grad` refers to the
+    gradient of a rank's mean or sum of losses, as in the originals; the trainer undoes its own loss averaging
+    before the cast.
     """
-    x: float = opt(2.0, "factor of the activations", shrink="rsqrt_width")
-    w: float = opt(32.0, "factor of the weight")
-    grad: float = opt(8192.0, "factor of the gradient of a token's own loss by its logits (softmax - target)")
+    x: float = opt(2.0, "factor of the activations", shrink="rsqrt_width", above=0)
+    w: float = opt(32.0, "factor of the weight", above=0)
+    grad: float = opt(8192.0, "factor of the gradient of a token's own loss with respect to its logits "
+                              "(softmax - target)", above=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
+                 "data.tokens_per_rank": s.data.tokens_per_rank}
+        for name, size in sizes.items():
+            if size % 16:
+                yield (f"numerics.fp8_head needs multiples of 16 and {name} are {size}: change it or "
+                       "add --without numerics.fp8_head")
 
 
 @dataclass(frozen=True)
 class FP8Down:
-    """The MLPs' second product in e4m3 too, with delayed scales (record 89): made from maxima of before, so that an operand
-    is read once. Activations: by layer and logical rank, from its last forward; 1 in the first. Weight: from last step."""
-    activation: float = opt(1.8, "scale of the hidden activations times 448, over their largest one in the last forward")
-    weight: float = opt(1.12, "scale of the weight times 448, over its largest entry of the step before")
-    exact_steps: int = opt(16, "before the first step and after so many, the weight's scale is its largest entry now / 448",
-                           unit="step", off=REFUSE, shrink="steps")
+    """FP8 for the second product of the MLPs (c_proj) too, with delayed scales (record 89).
+
+    A delayed scale is computed from an earlier maximum, so that an operand is read only once. Activations:
+    one scale per layer and logical rank, from its previous forward pass (1 in the first). Weight: from the
+    previous step.
+    """
+    activation: float = opt(1.8, "scale of the hidden activations, times 448 / their maximum in the "
+                                 "previous forward pass", above=0)
+    weight: float = opt(1.12, "scale of the weight, times 448 / its largest entry in the previous step",
+                        above=0)
+    exact_steps: int = opt(16, "steps between exact weight scales, which are computed from the current "
+                               "largest entry (also before the first step)", unit="step", off=REFUSE,
+                           shrink="steps", least=0)
 
 
 @dataclass(frozen=True)
 class FP8MLP:
-    """The MLPs' first product in e4m3 in the forward pass of training (record 84): operands over their scale, then cast.
+    """FP8 MLPs (record 84): the first product (c_fc) uses e4m3 in the forward pass of training.
 
-    A scale is the largest entry / 448: of the weight, in `matmul`, and of the activations of a logical rank, so that a
-    token's rounding depends on all tokens of its rank. The backward pass has the operands as they were. Validation is not
-    in FP8.
+    Each operand is divided by its scale and cast. A scale is the largest entry / 448: of the weight, in the
+    dtype `matmul`, and of the activations of one logical rank, so that the rounding of a token depends on all
+    tokens of its rank. The backward pass uses the operands before the cast. Validation does not use FP8.
     """
-    down: FP8Down | None = opt(None, "the second product too")
+    down: FP8Down | None = opt(None, "FP8 for the second product too, with delayed scales")
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if s.model.bias:
+            yield "numerics.fp8_mlp has no bias vectors: set model.bias=false"
+        if s.model.mlp.moe:
+            yield ("numerics.fp8_mlp is for dense MLPs: add --without model.mlp.moe; experts have "
+                   "numerics.fp8_experts")
+        if s.model.model_dim % 16:
+            yield (f"numerics.fp8_mlp needs multiples of 16 and model.model_dim is {s.model.model_dim}: "
+                   "change it or add --without numerics.fp8_mlp")
 
 
 @dataclass(frozen=True)
 class Numerics:
-    matmul: Dtype = opt("bfloat16", "operands and result of linear layers and attention")
-    eval_matmul: Dtype = opt("bfloat16", "the same in validation")
-    residual: Dtype = opt("bfloat16", "residual stream")
-    matrix: Dtype = opt("float32", "stored weights of linear layers and their optimizer state")
-    head: Dtype = opt("float32", "stored weight of an untied head")
-    gate: Dtype = opt("float32", "stored weights of gates")
-    table: Dtype = opt("float32", "stored embedding tables and their optimizer state")
-    scalar: Dtype = opt("float32", "stored gains, biases, learned scalars and their optimizer state")
-    router: Dtype = opt("float32", "stored weights and arithmetic of the routers, where close scores decide who is chosen")
-    fp8_experts: bool = opt(False, "operands of the experts rounded to e4m3 while training, a scale per row (simulated: products "
-                                   "stay in `matmul`); the backward pass uses the rounded ones", off=False, needs="model.mlp.moe")
-    init_grid: Dtype = opt("float32", "linear weights are rounded to this grid once, at initialisation")
-    norm: Dtype = opt("float32", "statistics of the norms")
-    norm_eps: float = opt(1e-5, "added to the mean square (rmsnorm) or the variance (layernorm)")
-    rope: Dtype = opt("float32", "stored cos and sin tables")
-    rope_frequency: Dtype = opt("float32", "the frequencies that the tables are made from")
-    rope_math: Dtype = opt("float32", "arithmetic of the rotation, at least (the wider of this, the tables and q, k)")
-    softcap: Dtype = opt("float32", "arithmetic of the soft cap, at least")
-    fp8_head: FP8Head | None = opt(None, "head in FP8 while training", needs="model.head.untied")
-    fp8_mlp: FP8MLP | None = opt(None, "MLPs in FP8 in the forward pass of training", needs="model.mlp.activation=relu_sq")
-    loss: Dtype = opt("float32", "cross entropy")
-    newton_schulz: Dtype = opt("bfloat16", "Newton-Schulz iteration")
-    newton_schulz_norm: Dtype = opt("float32", "Frobenius norm before the iteration, and the tensor it is taken from")
+    """The precision plan: dtypes of stored tensors and of computations (axis numerics)."""
+    matmul: Dtype = precision("bfloat16", "linear layers and attention: dtype of their operands and results")
+    eval_matmul: Dtype = precision("bfloat16", "linear layers and attention in validation")
+    residual: Dtype = precision("bfloat16", "residual stream")
+    matrix: Dtype = precision("float32", "stored weights of linear layers and their optimizer state")
+    head: Dtype = precision("float32", "stored weight of an untied head")
+    gate: Dtype = precision("float32", "stored weights of gates")
+    table: Dtype = precision("float32", "stored embedding tables and their optimizer state")
+    scalar: Dtype = precision("float32", "stored gains, biases, learned scalars and their optimizer state")
+    router: Dtype = precision("float32", "stored weights and arithmetic of the routers, where close scores "
+                                         "decide which experts are chosen")
+    fp8_experts: bool = opt(False, "simulated FP8 of the experts: their operands are rounded to e4m3 in "
+                                   "training, with a scale per row. The products stay in `matmul`, and the "
+                                   "backward pass uses the rounded operands", off=False,
+                            needs="model.mlp.moe", exact=False)
+    init_grid: Dtype = precision("float32", "grid of the initial weights: linear weights are rounded to it "
+                                            "once")
+    norm: Dtype = precision("float32", "statistics of the norms")
+    norm_eps: float = opt(1e-5, "constant added to the mean square (rmsnorm) or to the variance (layernorm)",
+                          least=0)
+    rope: Dtype = precision("float32", "stored cos and sin tables of the rotary embedding")
+    rope_frequency: Dtype = precision("float32", "frequencies from which the rotary tables are made")
+    rope_math: Dtype = precision("float32", "arithmetic of the rotation: the widest of this, the tables and "
+                                            "q, k")
+    softcap: Dtype = precision("float32", "arithmetic of the logit soft cap: this or a wider dtype")
+    fp8_head: FP8Head | None = opt(None, "FP8 head in training", needs="model.head.untied", exact=None)
+    fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
+                                 needs="model.mlp.activation=relu_sq", exact=None)
+    loss: Dtype = precision("float32", "cross entropy")
+    newton_schulz: Dtype = precision("bfloat16", "Newton-Schulz iteration")
+    newton_schulz_norm: Dtype = precision(
+        "float32", "Frobenius norm before the iteration, and the tensor whose norm it is")
     newton_schulz_form: Literal["expanded", "factored"] = opt(
-        "expanded", "aX + b(AX) + cA(AX), or aX + (bA + cAA)X: the same polynomial, other roundings")
-    muon_update: Dtype = opt("float32", "the scaled Muon update before it is subtracted")
-    adam: Dtype = opt("float32", "arithmetic of AdamW")
-    adam_state: Literal["parameter", "bfloat16"] = opt("parameter", "stored moments of AdamW: dtype of the parameter, or this")
+        "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + cA(AX). factored: aX + "
+                    "(bA + cAA)X. They differ by rounding")
+    muon_update: Dtype = precision("float32", "scaled Muon update, before it is subtracted")
+    adam: Dtype = precision("float32", "arithmetic of AdamW")
+    adam_state: Literal["parameter", "bfloat16"] = opt(
+        "parameter", "stored moments of AdamW. parameter: the dtype of the parameter", exact="parameter")
 
 
-# ----- system -----------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Kernels:
-    """Which implementation of an operation runs; all compute the same up to rounding. auto: torch's own way, until a table of
-    bench/results shows another one to be faster on the card."""
-    loss: Literal["auto", "whole", "chunks", "triton"] = opt(
-        "auto", "head and cross entropy: all logits at once; chunks of tokens, whose logits the backward pass makes again, so "
-                "that they never exist in full; the same with fused Triton kernels. auto: whole, or on CUDA in chunks if they "
-                "do not fit otherwise (system/memory.py)")
-    muon: Literal["auto", "torch", "triton"] = opt(
-        "auto", "Newton-Schulz: whole products, or half of each symmetric one and its mirror image (record 27). auto: torch",
-        needs="optim.muon")
-    mlp: Literal["auto", "torch", "triton"] = opt(
-        "auto", "dense MLPs: step by step, or with relu^2 at the end of the first product (record 59). auto: torch",
-        needs="model.mlp.activation=relu_sq")
-    qk: Literal["auto", "torch", "triton"] = opt(
-        "auto", "norm and rotation of queries and keys: step by step, or in one launch in float32 (as record "
-                "90). auto: torch", needs="model.attn.rope")
-    transpose: Literal["auto", "torch", "triton"] = opt(
-        "auto", "transposed copies that the FP8 head's products need on CUDA: torch's, or in tiles (records 74 and 76). "
-                "auto: torch", needs="numerics.fp8_head")
-
-
-@dataclass(frozen=True)
-class System:
-    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to run; auto: CUDA when there is one")
-    precision: Literal["record", "float32", "float64"] = opt(
-        "record", "record: as `numerics` says; otherwise all of `numerics` that --set does not name is lifted to this dtype, "
-                  "without FP8 (and hashed so)")
-    compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model; auto: on CUDA")
-    attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
-        "auto", "attention backend (kernels/attention.py); all see the same keys. auto: the fastest for device and window")
-    experts: Literal["auto", "grouped", "padded"] = opt(
-        "auto", "how the rows of all experts are multiplied: torch's grouped_mm, or in blocks padded to one size "
-                "(kernels/experts.py)", needs="model.mlp.moe")
-    expert_parallel: bool = opt(False, "each process keeps its share of every layer's experts and the rows travel "
-                                       "(all-to-all); off: all processes keep all experts", off=False, needs="model.mlp.moe")
-    kernels: Kernels = opt(Kernels, "implementations of operations")
-    cuda_graphs: bool = opt(False, "each update of the optimizer as a CUDA graph, captured in the warm-up", off=False)
-    comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
-        "auto", "gradients all-reduced during the backward pass (record 23) or after it in buckets (22), everyone updates all but "
-                "Muon's matrices, which are shared out; a shard each of all, ZeRO (24); Muon's updates all-reduced (6). auto: sharded")
-    reduction: Literal["ordinary", "ordered"] = opt(
-        "ordinary", "ordered: the eight logical gradients are summed in one fixed binary tree (same bits on 1, 2, 4, 8)")
-    ranks_per_forward: int = opt(0, "logical ranks in one forward pass; 0: all of the process's on CPU, on CUDA as many as "
-                                   "make 65,536 tokens, or fewer if system/memory.py finds that they do not fit")
-    recompute: Literal["auto", "on", "off"] = opt("auto", "blocks keep nothing for the backward pass, which goes through them "
-                                                          "again; auto: if it does not fit otherwise (system/memory.py), on CUDA")
-    warmup_steps: int = opt(-1, "untimed steps before the reset; -1: 3, compiled also one of each window")
-    warmup_tokens: Literal["random", "real"] = opt("random", "what the untimed steps read")
-
+# ----- all --------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Settings:
-    model: Model = opt(Model, "axis ml: the model")
-    optim: Optim = opt(Optim, "axis ml: the optimizer")
-    schedule: Schedule = opt(Schedule, "axis ml: what changes over the steps")
-    data: Data = opt(Data, "axis ml: the token stream")
-    validation: Validation = opt(Validation, "axis ml: how the loss is measured")
-    numerics: Numerics = opt(Numerics, "axis numerics: the precision plan")
-    system: System = opt(System, "axis system: how it is executed")
+    """A complete description of what a run computes and how."""
+    model: Model = opt(Model, "the model, a transformer")
+    optim: Optim = opt(Optim, "the optimizer")
+    schedule: Schedule = opt(Schedule, "the schedules over the steps of a run")
+    data: Data = opt(Data, "the stream of training tokens")
+    validation: Validation = opt(Validation, "the measurement of the validation loss")
+    numerics: Numerics = opt(Numerics, "the precision plan")
+    system: System = opt(System, "the execution of a run")
 
 
-# ----- derived numbers ----------------------------------------------------------------------------------------------
+# ----- derived numbers --------------------------------------------------------------------------------------
 
-def head_dim(s):
+def head_dim(s: Settings) -> int:
+    """Channels of a head, without multi-head latent attention."""
     return s.model.model_dim // s.model.attn.num_heads
 
 
-def query_dim(s):
+def query_dim(s: Settings) -> int:
     """Width of a head's query and key."""
     latent = s.model.attn.latent
     return latent.still + latent.turning if latent else head_dim(s)
 
 
-def value_dim(s):
+def value_dim(s: Settings) -> int:
     """Width of a head's value."""
     return s.model.attn.latent.value if s.model.attn.latent else head_dim(s)
 
 
-def rotary_dim(s):
-    """The part of a head's query and key that rotary positions turn."""
+def rotary_dim(s: Settings) -> int:
+    """Channels of a head's query and key to which rotary positions apply."""
     return s.model.attn.latent.turning if s.model.attn.latent else head_dim(s)
 
 
-def padded_vocab(s):
+def padded_vocab(s: Settings) -> int:
     """Rows of the token table and classes of the softmax."""
     return math.ceil(s.model.vocab_size / s.model.pad_vocab_to) * s.model.pad_vocab_to
 
 
-def table_rows(s):
+def table_rows(s: Settings) -> int:
     """Rows of the embedding tables."""
     return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
 
 
-def validation_rows_at_once(rows, seq_len, cuda):
-    """Rows of one forward pass in validation, where a logical rank has `rows`: 32,768 tokens on CUDA and 4,096 elsewhere, or
-    one row that has more."""
-    return min(rows, max(1, (32768 if cuda else 4096) // seq_len))
-
-
-def ranks_per_forward(s, ranks, cuda):
-    """How many of a process's `ranks` logical ranks go through the model at once: speed and memory, not mathematics."""
-    if s.system.reduction == "ordered":
-        return 1
-    if s.system.ranks_per_forward:
-        return min(s.system.ranks_per_forward, ranks)
-    most = max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
-    return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
-
-
-def recomputable(s):
-    """Does a block's forward pass leave no trace, so that it can be done again?"""
-    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.down") is None
-
-
-def tokens_per_step(s):
+def tokens_per_step(s: Settings) -> int:
+    """Tokens of one optimizer step, over all logical ranks."""
     return LOGICAL_RANKS * s.data.tokens_per_rank
 
 
-# ----- scales -------------------------------------------------------------------------------------------------------
+# ----- check ------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Scale:
-    """Divisors of a record's sizes and the budget in training tokens (None: the record's own steps)."""
-    width: int
-    length: int
-    batch: int
-    budget_tokens: int | None
-    validation_tokens: int | None
-    vocab_size: int | None
-    precision: str
-
-
-# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of the
-# embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1. The CPU scales
-# lift the precision plan to float32, which is faster than bfloat16 at these widths (bench/throughput.py).
-SCALES = {
-    "full": Scale(1, 1, 1, None, None, None, "record"),
-    "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
-    "tiny": Scale(8, 16, 128, 720_896, 65_536, 1257, "float32"),
-    "micro": Scale(16, 16, 512, 73_728, 8_192, 1257, "float32"),
-}
-
-
-def scaled(s, name):
-    """The settings at a scale: one pure function, no record names.
-
-    Widths, lengths and batch shrink by the scale's divisors; every setting counted in steps is multiplied by
-    steps / record's steps (at least 1 where it was at least 1); learning rates, head counts and windows in blocks stay.
-    A row is never longer than a rank's share of the batch or of the validation tokens.
-    """
-    scale = SCALES[name]
-    if name == "full":
-        return s
-    steps = max(1, round(scale.budget_tokens * scale.batch / tokens_per_step(s)))
-    ratio = steps / s.schedule.steps
-    rules = {
-        "width": lambda v: v // scale.width,
-        "length": lambda v: max(1, v // scale.length),
-        "batch": lambda v: v // scale.batch,
-        "vocab": lambda v: scale.vocab_size or v,
-        "validation": lambda v: scale.validation_tokens,
-        "length0": lambda v: v // scale.length,
-        "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
-        "turns": lambda v: v / scale.length,  # of a rotary pair within a window
-        "steps": lambda v: max(1, round(v * ratio)) if v else 0,
-        "target": lambda v: None,  # a target belongs to a scale and a corpus; presets set their own
-    }
-
-    def shrink(node):
-        changes = {}
-        for f in dataclasses.fields(node):
-            value = getattr(node, f.name)
-            if dataclasses.is_dataclass(value):
-                changes[f.name] = shrink(value)
-            elif f.metadata["shrink"] and value is not None:
-                changes[f.name] = elementwise(rules[f.metadata["shrink"]], value)
-        return dataclasses.replace(node, **changes)
-
-    s = shrink(s)
-    if s.model.head.logit_scale == "rsqrt_dim":  # the step of such a head is a term in 1/sqrt(width) too
-        lr = s.optim.lm_head.lr / math.sqrt(scale.width)
-        s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=dataclasses.replace(s.optim.lm_head, lr=lr)))
-    data = dataclasses.replace(s.data, wrap=True,  # a small corpus is read again, and the log says how often
-                               seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
-    validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)),  # enough points for a curve
-                                     seq_len=min(s.validation.seq_len, s.validation.tokens // LOGICAL_RANKS))
-    system = dataclasses.replace(s.system, precision=scale.precision)
-    return dataclasses.replace(s, data=data, validation=validation, system=system)
-
-
-def elementwise(rule, value):
-    """rule(value), or where a setting has one value per stage, the rule applied to each."""
-    return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
-
-
-# ----- check --------------------------------------------------------------------------------------------------------
-
-def check(s):
-    """Refuse settings that contradict each other; every message names the paths and what to do."""
-    def require(condition, message):
-        if not condition:
-            raise UserError(message)
-
-    m, d, v = s.model, s.data, s.validation
-    for path, value in [("model.num_layers", m.num_layers), ("model.model_dim", m.model_dim),
-                        ("model.attn.num_heads", m.attn.num_heads), ("model.vocab_size", m.vocab_size),
-                        ("model.pad_vocab_to", m.pad_vocab_to), ("schedule.steps", s.schedule.steps),
-                        ("data.tokens_per_rank", d.tokens_per_rank), ("data.seq_len", d.seq_len),
-                        ("validation.tokens", v.tokens), ("validation.seq_len", v.seq_len),
-                        ("validation.every", v.every), ("model.mlp.expansion", m.mlp.expansion)]:
-        require(value >= 1, f"{path} = {value}: must be at least 1")
-    for path, most in MOST.items():
-        value = lookup(s, path)
-        require(value is None or value <= most, f"{path} = {value}: must be at most {most}")
-    require(s.model.vocab_size <= 65536, f"model.vocab_size = {m.vocab_size}: shards hold 16-bit token ids (<= 65536)")
-    require(m.model_dim % m.attn.num_heads == 0,
-            f"model.model_dim = {m.model_dim} is not divisible by model.attn.num_heads = {m.attn.num_heads}")
-    require(m.attn.rope is None or rotary_dim(s) % 2 == 0,
-            f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
-            + ("model.attn.latent.turning" if m.attn.latent else "model.attn.num_heads"))
-    require(d.tokens_per_rank % d.seq_len == 0,
-            f"data.tokens_per_rank = {d.tokens_per_rank} is not a multiple of data.seq_len = {d.seq_len}")
-    require(v.tokens % (LOGICAL_RANKS * v.seq_len) == 0,
-            f"validation.tokens = {v.tokens} is not a multiple of 8 x validation.seq_len = {LOGICAL_RANKS * v.seq_len}")
-    require(not m.embed.learned_positions or v.seq_len <= d.seq_len,
-            f"validation.seq_len = {v.seq_len} is longer than the learned positions (data.seq_len = {d.seq_len}): "
-            "set model.embed.learned_positions=false or shorten it")
-    check_bounds(s, require)
-    check_layers(s, require)
-    check_window(s, require)
-    check_latent(s, require)
-    check_moe(s, require)
-    require(m.residual.unet_skips is None or m.num_layers % 2 == 0,
-            f"model.residual.unet_skips needs an even model.num_layers, got {m.num_layers}")
-    require(not (s.schedule.cooldown_frac and s.schedule.cooldown_steps),
-            "schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them to 0")
-    require(0 <= s.schedule.cooldown_frac <= 1 and 0 <= s.schedule.lr_floor <= 1,
-            "schedule.cooldown_frac and schedule.lr_floor must lie between 0 and 1")
-    require(d.loader not in ("bos_aligned", "packed") or d.seq_len == d.tokens_per_rank,
-            f"data.loader={d.loader} needs one row per logical rank: set data.seq_len = data.tokens_per_rank = {d.tokens_per_rank}")
-    require(d.loader != "packed" or d.max_document is not None,
-            "data.loader=packed needs data.max_document: set it to the longest piece of a document, like 2048")
-    require(d.max_document is None or d.max_document >= 1, f"data.max_document = {d.max_document}: must be at least 1")
-    require(s.schedule.warmup_steps >= 0 and s.schedule.cooldown_steps >= 0,
-            "schedule.warmup_steps and schedule.cooldown_steps must not be negative")
-    require(s.optim.grad_clip is None or s.optim.grad_clip > 0, f"optim.grad_clip = {s.optim.grad_clip}: must be > 0")
-    require(s.system.ranks_per_forward in (0, 1, 2, 4, 8),
-            f"system.ranks_per_forward = {s.system.ranks_per_forward}: must be 0 (automatic), 1, 2, 4 or 8")
-    require(s.system.reduction == "ordinary" or s.system.ranks_per_forward in (0, 1),
-            "system.reduction=ordered sums logical ranks one by one: leave system.ranks_per_forward at 0 or 1")
-    require(s.system.reduction == "ordinary" or s.system.comm != "allreduce_updates",
-            "system.reduction=ordered does not go with system.comm=allreduce_updates: choose replicated or sharded")
-    require(s.system.recompute != "on" or not m.mlp.moe,
-            "system.recompute=on would count the loads of the experts twice: leave it off with model.mlp.moe")
-    require(s.system.recompute != "on" or recomputable(s),
-            "system.recompute=on would move delayed scales twice: leave it off with numerics.fp8_mlp.down")
-    require(not s.system.cuda_graphs or s.system.comm != "allreduce_updates",
-            "system.cuda_graphs does not capture communication: choose another system.comm than allreduce_updates")
-    require(not s.system.cuda_graphs or s.system.warmup_steps not in (0, 1),
-            f"system.cuda_graphs are captured in the second untimed step: system.warmup_steps = {s.system.warmup_steps} is too few")
-    require(s.system.kernels.muon != "triton" or s.numerics.newton_schulz_form == "factored",
-            "system.kernels.muon=triton computes the factored form: set numerics.newton_schulz_form=factored, or leave it")
-    require(s.system.kernels.mlp != "triton" or not m.bias, "system.kernels.mlp=triton has no bias: set model.bias=false")
-    require(s.system.kernels.qk != "triton" or m.attn.latent is None,
-            "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto")
-    check_fp8_mlp(s, require)
-    for path, needs, default in unmet_needs(s):
-        leave = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
-        raise UserError(f"{path} needs {needs}: set it too, or {leave}")
+def check(s: Settings) -> Settings:
+    """The same settings, or a UserError for the first contradiction, which names the paths and the remedy."""
+    for message in faults(s):
+        raise UserError(message)
     return s
 
 
-# What is counted out one by one before a run, or laid out in memory: more of it ends a program instead of a run.
-MOST = {"schedule.steps": 1_000_000, "model.num_layers": 1000, "model.model_dim": 2 ** 17, "model.pad_vocab_to": 65536,
-        "model.mlp.expansion": 1024, "model.mlp.moe.experts": 65536, "data.tokens_per_rank": 2 ** 24,
-        "validation.tokens": 10 ** 9}
-# (path, least value, whether that value itself is allowed); settings that are off are not looked at
-BOUNDS = [
-    ("model.attn.rope.base", 0, False), ("model.attn.rope.yarn.alpha", 0, True), ("model.attn.scale", 0, False),
-    ("model.head.softcap.cap", 0, False), ("model.head.softcap.scale", 0, False), ("model.init.bound", 0, True),
-    ("optim.adam.eps", 0, True), ("optim.embed.lr", 0, True), ("optim.lm_head.lr", 0, True), ("optim.matrix.lr", 0, True),
-    ("optim.scalar.lr", 0, True), ("optim.router.lr", 0, True), ("model.mlp.moe.gate_scale", 0, False),
-    ("model.mlp.moe.balance.rate", 0, False), ("model.mlp.moe.sequence_loss", 0, True), ("model.mlp.moe.z_loss", 0, True),
-    ("optim.muon.lr", 0, True), ("optim.muon.ns_steps", 1, True),
-    ("optim.muon.momentum_warmup.steps", 1, True), ("numerics.norm_eps", 0, True), ("numerics.fp8_head.x", 0, False),
-    ("numerics.fp8_head.w", 0, False), ("numerics.fp8_head.grad", 0, False), ("numerics.fp8_mlp.down.activation", 0, False),
-    ("numerics.fp8_mlp.down.weight", 0, False), ("numerics.fp8_mlp.down.exact_steps", 0, True),
-    ("system.warmup_steps", -1, True)]
+def faults(s: Settings) -> Iterator[str]:
+    """Messages on numbers out of bounds, then on parts that contradict each other, then on unmet needs.
+
+    A check may rely on what was checked before it, so only the first message is certain to be right.
+    """
+    for path, f, value in walk(s):
+        yield from bound_faults(path, f.metadata["bounds"], value)
+    for _, _, node in walk(s):
+        if hasattr(node, "check"):
+            yield from node.check(s)
+    for path, needs, default in unmet_needs(s):
+        remedy = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
+        yield f"{path} needs {needs}: set it too, or {remedy}"
 
 
-def check_bounds(s, require):
-    for path, least, allowed in BOUNDS:
-        value = lookup(s, path)
-        require(value is None or value > least or (allowed and value == least),
-                f"{path} = {value}: must be {'at least' if allowed else 'greater than'} {least}")
-    for path in ("optim.adam.beta1", "optim.adam.beta2", "optim.muon.momentum", "optim.muon.momentum_warmup.start"):
-        value = lookup(s, path)
-        require(value is None or 0 <= value < 1, f"{path} = {value}: must lie in 0 <= x < 1")
-    yarn = lookup(s, "model.attn.rope.yarn")
-    require(yarn is None or yarn.beta > yarn.alpha, "model.attn.rope.yarn.beta must be greater than model.attn.rope.yarn.alpha")
-    sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
-             "data.tokens_per_rank": s.data.tokens_per_rank}
-    for name, size in sizes.items():
-        require(s.numerics.fp8_head is None or size % 16 == 0, f"numerics.fp8_head needs multiples of 16 and {name} are {size}: "
-                                                               "change it or add --without numerics.fp8_head")
+def layer_faults(path: str, layers: tuple[int, ...], s: Settings) -> Iterator[str]:
+    """Messages on layer numbers that do not exist or are given twice."""
+    count = s.model.num_layers
+    for i in layers:
+        if not 0 <= i < count:
+            yield f"{path} names layer {i}: the model has layers 0 to {count - 1}"
+    if len(set(layers)) != len(layers):
+        yield f"{path} = {list(layers)} names a layer twice"
 
 
-def check_fp8_mlp(s, require):
-    m = s.model
-    if s.numerics.fp8_mlp is None:
-        return
-    require(not m.bias, "numerics.fp8_mlp has no bias vectors: set model.bias=false")
-    require(m.mlp.moe is None, "numerics.fp8_mlp is for dense MLPs: add --without model.mlp.moe; experts have "
-                               "numerics.fp8_experts")
-    require(m.model_dim % 16 == 0, f"numerics.fp8_mlp needs multiples of 16 and model.model_dim is {m.model_dim}: change it "
-                                   "or add --without numerics.fp8_mlp")
+def check_processes(s: Settings, processes: int) -> None:
+    """UserError if the experts cannot be shared out among so many processes.
 
-
-def check_layers(s, require):
-    """Settings that name layers must name existing ones."""
-    m, layers = s.model, s.model.num_layers
-    a = m.attn
-    named = {"model.attn.drop_layers": a.drop_layers, "model.mlp.drop_layers": m.mlp.drop_layers}
-    if m.mlp.moe:
-        named["model.mlp.moe.dense_layers"] = m.mlp.moe.dense_layers
-    if a.window and a.window.long_layers:
-        named["model.attn.window.long_layers"] = a.window.long_layers
-    for path, indices in named.items():
-        for i in indices:
-            require(0 <= i < layers, f"{path} names layer {i}: the model has layers 0 to {layers - 1}")
-        require(len(set(indices)) == len(indices), f"{path} = {list(indices)} names a layer twice")
-    require(len(a.drop_layers) < layers, "model.attn.drop_layers leaves no attention: leave one layer")
-    require(not (a.value_residual and a.value_embed),
-            "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off")
-    require(a.value_residual is None or 0 not in a.drop_layers,
-            "model.attn.value_residual takes the values of block 0: keep attention there")
-    if a.value_embed:
-        tables = a.value_embed.tables
-        require(len(tables) == layers, f"model.attn.value_embed.tables has {len(tables)} entries for {layers} layers: give one "
-                                       "per layer, -1 for none")
-        used = sorted({t for t in tables if t >= 0})
-        require(min(tables) >= -1 and used == list(range(len(used))),
-                f"model.attn.value_embed.tables = {list(tables)}: number the tables 0, 1, ... without gaps")
-    require(a.gate is None or 1 <= a.gate.channels <= m.model_dim,
-            f"model.attn.gate.channels = {a.gate.channels if a.gate else 0}: must lie between 1 and model.model_dim")
-
-
-def check_latent(s, require):
-    m, latent = s.model, s.model.attn.latent
-    if latent is None:
-        return
-    for name in ("kv", "query", "still", "turning", "value"):
-        value = getattr(latent, name)
-        require(value is None or value >= 1, f"model.attn.latent.{name} = {value}: must be at least 1")
-    require(not m.bias, "model.attn.latent has no bias vectors: set model.bias=false")
-    require(m.attn.rope is not None, "model.attn.latent gives positions to its turning part: it needs model.attn.rope")
-    require(not m.attn.rope.half, "model.attn.latent says itself which channels turn: add --without model.attn.rope.half")
-    require(m.attn.value_embed is None or m.attn.num_heads * latent.value == m.model_dim,
-            f"model.attn.value_embed has {m.model_dim} channels, the values of model.attn.latent have {m.attn.num_heads} x "
-            f"{latent.value}: change model.attn.latent.value")
-
-
-def check_moe(s, require):
-    m, moe, path = s.model, s.model.mlp.moe, "model.mlp.moe"
-    if moe is None:
-        return
-    require(not m.bias, f"{path} has no bias vectors: set model.bias=false")
-    require(moe.experts >= 2 and 1 <= moe.top_k < moe.experts,
-            f"{path}.top_k = {moe.top_k} of {path}.experts = {moe.experts}: at least one must be chosen and one left")
-    require(moe.hidden >= 1 and moe.shared >= 0,
-            f"{path}.hidden = {moe.hidden} and {path}.shared = {moe.shared}: must be at least 1 and 0")
-    require(not (moe.normalise and moe.top_k == 1),
-            f"{path}.normalise with top_k = 1 makes every gate the same number, and the router gets no gradient: switch it off")
-    require(moe.groups >= 1 and moe.experts % moe.groups == 0,
-            f"{path}.groups = {moe.groups} does not divide {moe.experts} experts")
-    each = moe.experts // moe.groups
-    require(1 <= moe.groups_kept <= moe.groups,
-            f"{path}.groups_kept = {moe.groups_kept}: must lie between 1 and groups = {moe.groups}")
-    require(moe.top_k <= moe.groups_kept * each,
-            f"{path}.groups_kept = {moe.groups_kept} groups of {each} hold fewer than top_k = {moe.top_k} experts")
-    require(moe.groups == 1 or each >= 2, f"{path}.groups = {moe.groups}: a group needs two experts")
-    require(moe.balance is None or moe.balance.rule != "quantile" or moe.groups_kept == moe.groups,
-            f"{path}.balance.rule=quantile counts on every expert being open to every token, and {path}.groups_kept = "
-            f"{moe.groups_kept} of {moe.groups} groups: choose rule proportional or sign, or set groups=1")
-    require(moe.balance is None or moe.balance.rate <= 1,
-            f"{path}.balance.rate = {moe.balance.rate if moe.balance else 0}: must be at most 1, the largest score")
-    require(moe.balance is None or 0 <= moe.balance.freeze_frac < 1,
-            f"{path}.balance.freeze_frac = {moe.balance.freeze_frac if moe.balance else 0}: must lie in 0 <= x < 1")
-    require(set(range(m.num_layers)) - set(moe.dense_layers) - set(m.mlp.drop_layers),
-            f"{path}.dense_layers leaves no layer with experts: leave one")
-    require(not s.system.expert_parallel or s.system.reduction == "ordinary",
-            "system.reduction=ordered sums the gradients of whole layers: leave system.expert_parallel off")
-    require(not s.system.expert_parallel or s.system.comm != "allreduce_updates",
-            "system.expert_parallel keeps updates where they are: choose another system.comm")
-
-
-def check_processes(s, processes):
-    """UserError if so many processes cannot share out the experts; asked before they meet, so that one line is said."""
+    Every process calls this before init_process_group, so that the error is printed once.
+    """
     moe = s.model.mlp.moe
     if s.system.expert_parallel and moe.experts % processes:
-        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: change "
-                        "one of them")
-
-
-def check_window(s, require):
-    w, path = s.model.attn.window, "model.attn.window"
-    require(not s.model.attn.rope or not s.model.attn.rope.half or head_dim(s) % 4 == 0,
-            f"model.attn.rope.half needs a head_dim that is a multiple of 4, got {head_dim(s)}")
-    if w is None:
-        return
-    require(w.block >= 1 and w.grain >= 1, f"{path}.block and {path}.grain must be at least 1 token")
-    if w.growth == "stages":
-        require(w.stages and min(w.stages) >= 1 and list(w.stages) == sorted(set(w.stages)),
-                f"{path}.stages = {list(w.stages)}: must list growing windows of at least one block, like [3, 7, 11]")
-    else:
-        require(w.growth != "constant" or w.start >= 1, f"{path}.start = {w.start}: must be at least 1 token")
-        require(0 <= w.start <= w.end or w.growth == "constant", f"{path}.start = {w.start} is beyond {path}.end = {w.end}")
-        require(w.rule != "blocks" or (w.grain if w.growth != "constant" else w.start) % w.block == 0,
-                f"{path}.rule=blocks needs {path}.{'grain' if w.growth != 'constant' else 'start'} in whole blocks of "
-                f"{w.block} tokens")
-    require(w.final is None or not w.stages or w.final >= w.stages[-1],
-            f"{path}.final = {w.final}: must be at least the last stage, {w.stages[-1] if w.stages else 0} blocks")
-    last = s.model.num_layers - 1
-    require(w.final_last_layer is None or w.final_last_layer >= 1,
-            f"{path}.final_last_layer = {w.final_last_layer}: must be at least one block")
-    require(w.final_last_layer is None or ((w.long_layers is None or last in w.long_layers)
-                                           and last not in s.model.attn.drop_layers),
-            f"{path}.final_last_layer needs attention with the long window in layer {last}: add it to {path}.long_layers")
-
-
-def lookup(s, path):
-    """Value at a dotted path; None when a feature on the way is off."""
-    node = s
-    for name in path.split("."):
-        if node is None:
-            return None
-        node = getattr(node, name)
-    return node
-
-
-def holds(s, needs):
-    """Does a condition (path, or path=value or path=value|value) hold in these settings?"""
-    path, _, values = needs.partition("=")
-    found = lookup(s, path)
-    return str(found) in values.split("|") if values else bool(found)
-
-
-def unmet_needs(s):
-    """(path, needs, default) of every field that is away from its default although what it needs is not there."""
-    def walk(node, prefix):
-        for f in dataclasses.fields(node):
-            path, value, needs = prefix + f.name, getattr(node, f.name), f.metadata["needs"]
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            if needs and value != default and not holds(s, needs):
-                yield path, needs, default
-            if dataclasses.is_dataclass(value):
-                yield from walk(value, path + ".")
-    return list(walk(s, ""))
+        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: "
+                        "change one of them")

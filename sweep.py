@@ -27,7 +27,8 @@ from common import arguments, console
 from common import files, lines
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
-from settings import NUMERICS_VERSION, SCALES
+from scales import SCALES
+from settings import NUMERICS_VERSION
 from common.errors import UserError
 
 

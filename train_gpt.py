@@ -31,8 +31,8 @@ from system import command_line
 from common import files, repository
 import runlog
 import schedule
-from settings import (LOGICAL_RANKS, NUMERICS_VERSION, check_processes, padded_vocab, ranks_per_forward,
-                      recomputable, tokens_per_step, validation_rows_at_once)
+from settings import (LOGICAL_RANKS, NUMERICS_VERSION, check_processes, padded_vocab, tokens_per_step)
+from execution import recomputable
 from common.errors import UserError
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
@@ -65,6 +65,7 @@ from optim import Engine, local_ranks
 from system import compiler, load, memory, sinks
 from common.interrupt import INTERRUPTED, Interrupt, hold
 from system.launch import launch
+from system.microbatch import ranks_per_forward, validation_rows_at_once
 from system.place import Place
 from system.sync import no_host_reads
 

@@ -21,7 +21,8 @@ from kernels import experts
 from model import GPT
 from optim import Engine
 from report import Report, stop_in_order
-from settings import LOGICAL_RANKS, ranks_per_forward
+from settings import LOGICAL_RANKS
+from system.microbatch import ranks_per_forward
 from train_gpt import to_rows
 
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]

@@ -20,7 +20,7 @@ from data.stream import Stream, stream_arguments
 from model import GPT, Attention, MLP, Rotary
 from optim import Engine
 from report import Report
-from settings import SCALES
+from scales import SCALES
 from train_gpt import to_rows
 
 

@@ -22,7 +22,8 @@ if __name__ == "__main__":
 from common import arguments, console, files
 from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
-from settings import LOGICAL_RANKS, SCALES, Settings
+from scales import SCALES
+from settings import LOGICAL_RANKS, Settings
 from common.errors import UserError
 
 REPO = "kjj0/fineweb10B-gpt2"

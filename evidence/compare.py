@@ -25,7 +25,7 @@ from common import arguments as numbers  # `arguments` is what every command dec
 from common import console, environment, files, repository
 import runlog
 from evidence import arms, manifest
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED, Interrupt
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import deltas
 from common import files
 from evidence import attempts, manifest, verify
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 
 MARKS = re.compile(r'\A(?:(?:id|attempt) = .*\n)+')  # the lines that a promotion adds at the top

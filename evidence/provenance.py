@@ -13,6 +13,7 @@ import tomllib
 import deltas
 import schema
 import runlog
+import scales
 import settings
 from evidence import arms, manifest
 from evidence.run_laws import alike
@@ -93,9 +94,9 @@ def resolve_here(record, scale, changes):
 
 def resolve_carried(record, scale, changes):
     """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for its delta)."""
-    if scale not in settings.SCALES:
+    if scale not in scales.SCALES:
         raise UserError(f"unknown scale {scale!r}")
-    s = settings.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
+    s = scales.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
     named = []
     for change in changes:
         flag, _, text = change.partition(" ")
@@ -104,7 +105,7 @@ def resolve_carried(record, scale, changes):
         path, value = schema.parse_assignment(text, "--set")
         s = schema.assign(s, path, value, "--set")
         named.append(path)
-    return settings.check(deltas.lifted(s, named))
+    return settings.check(scales.lifted(s, named))
 
 
 def known_record(found, ref):

@@ -29,7 +29,8 @@ from common import errors
 from common import environment, files
 from evidence import arms, attempts, compare, manifest, verify, writeup
 from evidence.provenance import differing, last_ml
-from settings import SCALES, padded_vocab
+from scales import SCALES
+from settings import padded_vocab
 from common.errors import UserError
 
 ALPHA = 0.01  # of a record

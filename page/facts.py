@@ -24,7 +24,7 @@ from common import files
 from evidence import statistics, verify
 from sweeps import report as sweep_report
 from runlog import read_chain
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent
@@ -400,7 +400,7 @@ def short_doc(path):
     """The meaning of a setting in a few words: its line up to the first remark."""
     if path not in schema.fields():
         return path
-    text = re.split(r"; |: | \((?=\w{3})", schema.fields()[path].metadata["doc"].replace("`", ""))[0]
+    text = re.split(r"; |: |\. | \((?=\w{3})", schema.fields()[path].metadata["doc"].replace("`", ""))[0]
     return text if text[1:2].isupper() else text[:1].upper() + text[1:]
 
 

@@ -6,7 +6,7 @@ import deltas
 import schema
 from page import facts
 from sweeps.report import effect_text
-from settings import SCALES
+from scales import SCALES
 
 GENERATED = "<!-- Written by `python -m records leaderboard`. Edit the data, not this file. -->\n"
 SOURCES = {"log": "reproduces the published log", "lineage": "reproduces the merged code", "reconstructed": "reconstructed",

@@ -12,7 +12,7 @@ import schedule
 from page import facts
 from page.tags import NOTHING, chip, folded, interval, missing, number, table
 from page.worth import CAUTION, evidence, sweep_line, worth
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 
 HERE = Path(__file__).parent

@@ -9,7 +9,9 @@ from common import environment  # first: refuses a Python that is too old
 
 import contextlib
 import importlib
+import inspect
 import json
+import re
 import sys
 
 from common import arguments, console
@@ -17,7 +19,7 @@ import deltas
 import schema
 from common import errors
 from common import lines
-from settings import SCALES
+from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED
 
@@ -176,27 +178,71 @@ def setter(path, resolved):
     return f"  ({found[-1]})" if found else ""
 
 
+# ----- features -----------------------------------------------------------------------------------------------------
+
 def features(options):
-    """Every setting of the vocabulary: meaning, unit, since when, what --without does, what it needs."""
-    since = {}
+    """Every setting of the vocabulary, by section: meaning, values, default, since when, what --without does."""
+    first = first_setters()
+    shown = [f for f in schema.fields().values() if mentions(f, options.word)]
+    if not shown:
+        raise UserError(f"no setting mentions {options.word!r}{errors.near(options.word, list(schema.fields()))}")
+    for section in (f for f in schema.fields().values() if f.is_section):
+        own = [f for f in shown if not f.is_section and schema.above(f.path) == section.path]
+        if section in shown or own:
+            print_section(section, first, whole=section in shown)
+        for i, f in enumerate(own):
+            print("\n" * (i == 0) + f"  {f.path}{' *' if f.is_feature else ''}")
+            print(f"      {sentence(f.metadata['doc'])}\n      [{facts(f, first)}]")
+    print("\n* a feature: --with and --without turn it on and off")
+
+
+def mentions(f: schema.Field, word: str | None) -> bool:
+    """True if a word occurs in a setting's path or text, in any case; without a word always."""
+    text = f"{f.path} {f.metadata['doc']} {f.type.__doc__ if f.is_section else ''}"
+    return word is None or word.casefold() in text.casefold()
+
+
+def first_setters() -> dict[str, str]:
+    """Path -> ref of the first record that set it."""
+    first = {}
     for r in deltas.load_records().values():
         for path, value in r.delta.items():
             for p in [path, *(f"{path}.{k}" for k in (value if isinstance(value, dict) else ()))]:
-                since.setdefault(p, r.ref)
-    shown = [f for f in schema.fields().values() if "." in f.path and (f.optional or not f.is_section)]
-    shown = [f for f in shown if options.word is None or options.word in f.path or options.word in f.metadata["doc"]]
-    if not shown:
-        raise UserError(f"no setting mentions {options.word!r}{errors.near(options.word, list(schema.fields()))}")
-    for f in shown:
-        m = f.metadata
-        default = "off" if f.default is None else schema.show(f.default)
-        off = "off" if f.optional else {deltas.REFUSE: "refused", deltas.BEFORE: "value before its record"}.get(
-            m["off"] if isinstance(m["off"], str) else None, schema.show(m["off"]))
-        facts = [f"default {default}"] + ([m["unit"]] if m["unit"] else [])
-        facts += [f"since {since[f.path]}"] if f.path in since else []
-        facts += [f"--without: {off}"] + ([f"needs {m['needs']}"] if m["needs"] else [])
-        print(f"{f.path}{'  *' if f.is_feature else ''}\n    {m['doc']}\n    [{'; '.join(facts)}]")
-    print("\n* a feature: --with and --without turn it on and off")
+                first.setdefault(p, r.ref)
+    return first
+
+
+def print_section(f: schema.Field, first: dict[str, str], whole: bool) -> None:
+    """The heading of a section. whole: with its explanation, not only its sentence."""
+    paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(f.type.__doc__).split("\n\n")] if whole else []
+    name = re.split(r"[:;.(]", f.metadata["doc"])[0].strip()
+    if not paragraphs or name.casefold() not in paragraphs[0].casefold():  # an explanation may say it all
+        paragraphs.insert(0, sentence(f.metadata["doc"]))
+    print(f"\n{f.path}{' *' if f.is_feature else ''}")
+    for paragraph in paragraphs:
+        print("  " + paragraph)
+    if f.optional:
+        print(f"  [{facts(f, first)}]")
+
+
+def sentence(text: str) -> str:
+    """A text with a capital letter and a full stop."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def facts(f: schema.Field, first: dict[str, str]) -> str:
+    """Values, unit, default, since when, what --without does, and conditions of a setting, in one line."""
+    m = f.metadata
+    named = {deltas.REFUSE: "refused", deltas.BEFORE: "the value before its record"}
+    off = "off" if f.optional else named.get(m["off"]) if isinstance(m["off"], str) else schema.show(m["off"])
+    parts = ["on or off" if f.is_section else schema.values_text(f)]
+    parts += [f"unit {m['unit']}"] if m["unit"] else []
+    parts += [f"default {'off' if f.default is None else schema.show(f.default)}"]
+    parts += [f"since {first[f.path]}"] if f.path in first else []
+    parts += [f"--without: {off}"]
+    parts += [f"needs {m['needs']}"] if m["needs"] else []
+    parts += [f"no effect with {m['idle']}"] if m["idle"] else []
+    return "; ".join(parts)
 
 
 # Commands with a module of their own (arguments(parser), run(options) -> exit code), imported only
@@ -237,7 +283,7 @@ def parser(command=None):
     c.add_argument("left", help="a record or a preset (tiny-v1)")
     c.add_argument("right", help="a record or a preset")
     c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
-    c = add("features", features, "the whole vocabulary: meaning, unit, since when, what --without does, what it needs")
+    c = add("features", features, "the whole vocabulary: meaning, values, since when, what --without does")
     c.add_argument("word", nargs="?", help="show only settings that mention this word")
     for name, (path, help) in MODULES.items():
         c = add(name, None, help)

@@ -11,7 +11,8 @@ import deltas
 import schema
 from common import errors
 from common import repository
-from settings import BEFORE, NUMERICS_VERSION, REFUSE, lookup
+from declare import BEFORE, REFUSE, lookup
+from settings import NUMERICS_VERSION
 from common.errors import UserError
 
 AXES = ("model", "optim", "schedule", "data", "numerics")  # the parts of the settings that a loss can depend on

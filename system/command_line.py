@@ -6,7 +6,8 @@ from common import arguments
 from common.console import fail
 from common.errors import UserError
 from deltas import Resolved, resolve_name
-from settings import LOGICAL_RANKS, SCALES
+from scales import SCALES
+from settings import LOGICAL_RANKS
 from system.place import PROCESSES, Place
 
 

@@ -10,8 +10,8 @@ import schema
 from common import files
 import schedule
 from common import lines
-from settings import (LOGICAL_RANKS, padded_vocab, query_dim, ranks_per_forward, tokens_per_step, validation_rows_at_once,
-                      value_dim)
+from settings import LOGICAL_RANKS, padded_vocab, query_dim, tokens_per_step, value_dim
+from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 
 @lines.fitted()

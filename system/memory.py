@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from settings import Kernels, padded_vocab, ranks_per_forward, recomputable
+from execution import Kernels, recomputable
+from settings import padded_vocab
 from common.errors import UserError
+from system.microbatch import ranks_per_forward
 
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 

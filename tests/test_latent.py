@@ -15,7 +15,8 @@ from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visib
 from kernels.newton_schulz import newton_schulz
 from model import GPT, LatentAttention, count_parameters
 from optim import Engine
-from settings import lookup, query_dim, value_dim
+from declare import lookup
+from settings import query_dim, value_dim
 from common.errors import UserError
 
 BOS = 1256

@@ -6,9 +6,9 @@ import torch
 import deltas
 import schedule
 from model import GPT
-from settings import ranks_per_forward
 from common.errors import UserError
 from system import memory
+from system.microbatch import ranks_per_forward
 
 GIB = 2**30
 

@@ -5,16 +5,22 @@ import json
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
 import pytest
 
 import deltas
+import scales
 import schema
+import settings
 import schedule
 from system.dry_run import print_plan
-from settings import SCALES, Settings, lookup, tokens_per_step
+from scales import SCALES
+from declare import AS_IS, BEFORE, PRECISION, REFUSE, lookup, opt
+from settings import Settings, tokens_per_step
 from common.errors import UserError
+from records.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 RECORDS = deltas.load_records()
@@ -448,3 +454,104 @@ def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, val
 def test_a_value_of_another_type_is_refused_with_an_example(hint, given, message):
     with pytest.raises(UserError, match=re.escape(message)):
         schema.typed(schema.Field("x", hint, False, None, {}), given, "--set")
+
+
+# ----- a setting is declared in one place -----------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """Probe of the vocabulary (nobody, 2025).
+
+    It computes nothing.
+    """
+    rates: float | tuple[float, ...] = opt(0.5, "rates of the probe: one, or one per stage", least=0, below=1, off=0.25,
+                                           shrink="rsqrt_width")
+    count: int | tuple[int, ...] = opt(64, "counts of the probe, one or one per stage", unit="step", off=REFUSE,
+                                       shrink="steps", least=1, most=500, why=", the size of the probe")
+    stored: str = opt("bfloat16", "stored dtype of the probe", exact=PRECISION)
+    rough: bool = opt(False, "rough probe", off=False, exact=False, needs="model.head.untied")
+
+    def check(self, s):
+        if self.count == s.model.num_layers:
+            yield "model.probe.count is the number of layers: change it"
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderModel(settings.Model):
+    probe: Probe | None = opt(None, "probe of the vocabulary, for this test only", needs="model.mlp.activation=relu_sq")
+
+
+@dataclasses.dataclass(frozen=True)
+class WiderSettings(Settings):
+    model: WiderModel = opt(WiderModel, "the model")
+
+
+@pytest.fixture
+def wider(monkeypatch):
+    """The vocabulary with a feature of the test's own; nothing but its declaration is added anywhere."""
+    def forget():
+        schema.fields.cache_clear()
+        deltas.load_records.cache_clear()
+
+    monkeypatch.setattr(schema, "Settings", WiderSettings)
+    monkeypatch.setattr(deltas, "Settings", WiderSettings)
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_feature_is_declared_in_one_place(wider, capsys):
+    on = deltas.resolve("short/33", with_=["model.probe"])
+    again = deltas.resolve("short/33", with_=["model.probe"], sets=["model.probe=false"])
+    assert on.settings.model.probe == Probe() and again.settings == deltas.resolve("short/33").settings
+    assert schema.ml_hash(on.settings) != schema.ml_hash(again.settings)
+    off = deltas.resolve("short/33", with_=["model.probe={rates = [0.5, 0.75], count = 5}"], without=["model.probe.rates"])
+    assert off.settings.model.probe == Probe(rates=0.25, count=5)  # --without: the value that `off` says
+    assert deltas.resolve("short/33", with_=["model.probe"], without=["model.mlp.activation"]).settings.model.probe is None
+    small = deltas.resolve("short/33", with_=["model.probe={rates = [0.125, 0.25], count = [400, 100], rough = true}"],
+                           scale="tiny").settings
+    share = small.schedule.steps / deltas.resolve("short/33").settings.schedule.steps
+    assert small.model.probe == Probe(rates=tuple(x * 8 ** 0.5 for x in (0.125, 0.25)), stored="float32",
+                                      count=(round(400 * share), round(100 * share)))
+    with pytest.raises(SystemExit):
+        main(["features", "model.probe"])
+    printed = capsys.readouterr().out
+    for text in ("model.probe *\n", "Probe of the vocabulary (nobody, 2025).\n  It computes nothing.", "unit step; default 64",
+                 "0 <= x < 1; default 0.5; --without: 0.25", "1 to 500", "needs model.mlp.activation=relu_sq"):
+        assert text in printed
+
+
+@pytest.mark.parametrize("change, message", [
+    ("rates=[0.5,1.0]", "model.probe.rates = 1.0: each must lie in 0 <= x < 1"), ("count=0", "model.probe.count = 0: must be at least 1"),
+    ("count=[1,501]", "model.probe.count = 501: each must be at most 500, the size of the probe"),
+    ("count=12", "model.probe.count is the number of layers: change it")])
+def test_a_feature_brings_its_bounds_and_laws_along(wider, change, message):
+    with pytest.raises(UserError) as refused:
+        deltas.resolve("short/33", with_=["model.probe"], sets=[f"model.probe.{change}"])
+    assert str(refused.value) == message
+
+
+def test_every_number_is_bounded():
+    """1e300 would be a run that diverges; from a log, nan and infinity may come."""
+    for path, f in schema.fields().items():
+        if f.type in (int, float):
+            for value in (1e300, -1e300, float("nan"), float("inf")):
+                assert f.metadata["bounds"].fault(value), path
+    for change in ("optim.muon.lr=1e300", "optim.embed.lr=-1", "model.head.softcap.cap=1e39", "optim.embed.weight_decay=1e300"):
+        with pytest.raises(UserError, match="must be at"):
+            deltas.resolve("short/33", sets=[change])
+
+
+def test_what_a_field_names_exists():
+    """Rules of scales, and paths and values of conditions."""
+    known, scale = schema.fields(), scales.rules(SCALES["tiny"], 10, 0.1)
+    for f in known.values():
+        assert not f.metadata["shrink"] or f.metadata["shrink"] in scale, f.path
+        for condition in filter(None, (f.metadata["needs"], f.metadata["idle"])):
+            path, _, values = condition.partition("=")
+            assert path in known and all(v in typing.get_args(known[path].type) for v in values.split("|") if v), f.path
+        assert f.metadata["exact"] in (AS_IS, PRECISION) or f.default == f.metadata["exact"], f.path
+        assert f.metadata["off"] in (BEFORE, REFUSE) or f.optional or type(f.metadata["off"]) is f.type or f.default is None or \
+            isinstance(f.default, tuple), f.path
+        assert not f.is_section or not f.type.__doc__.startswith(f.type.__name__ + "("), f.path

@@ -1,0 +1,22 @@
+"""How many logical ranks or rows go through the model in one forward pass: a choice of speed and memory, not of the
+mathematics. No torch here, so that a dry run can print it."""
+
+from settings import Settings
+
+TRAINING_TOKENS = 65536  # of a forward pass on CUDA
+VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and elsewhere
+
+
+def ranks_per_forward(s: Settings, ranks: int, cuda: bool) -> int:
+    """Logical ranks of one forward pass, where a process has `ranks` of them: a power of two."""
+    if s.system.reduction == "ordered":
+        return 1
+    if s.system.ranks_per_forward:
+        return min(s.system.ranks_per_forward, ranks)
+    most = max(1, min(ranks, TRAINING_TOKENS // s.data.tokens_per_rank)) if cuda else ranks
+    return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
+
+
+def validation_rows_at_once(rows: int, seq_len: int, cuda: bool) -> int:
+    """Rows of one forward pass in validation, where a logical rank has `rows` rows of `seq_len` tokens; at least one."""
+    return min(rows, max(1, VALIDATION_TOKENS[cuda] // seq_len))

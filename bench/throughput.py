@@ -17,7 +17,10 @@ import runlog
 import schedule
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
-from model import GPT, Attention, MLP, Rotary
+from layers.attention import Attention
+from layers.mlp import MLP
+from layers.rotary import Rotary
+from model import GPT
 from optim import Engine
 from report import Report
 from settings import SCALES

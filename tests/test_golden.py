@@ -8,7 +8,7 @@ import deltas
 import schedule
 from golden_records import block_windows, early, fill, load, originals, record20, record33, small, token_windows
 from kernels.fp8_linear import fp8_linear
-from model import Rotary
+from layers.rotary import Rotary
 from optim import Cut, Engine, adamw, muon_direction
 from schedule import Span, Windows
 

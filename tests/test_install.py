@@ -52,8 +52,8 @@ def test_the_lock_file_locks_what_is_pinned_and_names_only_the_public_index():
 def test_every_module_and_package_is_declared_and_every_command_starts_a_program():
     declared = PROJECT["tool"]["setuptools"]
     assert sorted(declared["py-modules"]) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "build_backend")
-    found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for top in ("data", "kernels", "records", "system")
-             for p in (ROOT / top).rglob("__init__.py") if "cache" not in p.parts}
+    found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in ROOT.rglob("__init__.py")
+             if not {".venv", "cache", "tests"} & {*p.relative_to(ROOT).parts}}
     assert set(declared["packages"]) == found
     for target in PROJECT["project"]["scripts"].values():
         module, name = target.split(":")

@@ -13,7 +13,8 @@ import sample
 import schedule
 from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visible
 from kernels.newton_schulz import newton_schulz
-from model import GPT, LatentAttention, count_parameters
+from layers.latent import LatentAttention
+from model import GPT, count_parameters
 from optim import Engine
 from settings import lookup, query_dim, value_dim
 from common.errors import UserError

@@ -18,7 +18,8 @@ import schedule
 import train_gpt
 from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
-from model import GPT, Rotary
+from layers.rotary import Rotary
+from model import GPT
 from program import program_of
 from common.errors import UserError
 

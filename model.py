@@ -21,16 +21,17 @@ from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
-from layers.attention import Attention, Context
+from layers.attention import Attention, AttnMeta, Context, cached_tokens
 from layers.latent import LatentAttention
 from layers.mlp import MLP
 from layers.moe import MoE
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
 from layers.residual import Residual
 from layers.rotary import Rotary
+from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import layer_spans
-from settings import LOGICAL_RANKS, padded_vocab, query_dim, table_rows, value_dim
+from settings import LOGICAL_RANKS, Settings, padded_vocab, table_rows
 
 
 # ----- embedding --------------------------------------------------------------------------------------------------
@@ -64,14 +65,16 @@ class Embedding(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each with its norm; either may be dropped in a layer (records 17 and 30)."""
 
-    def __init__(self, s, layer):
+    def __init__(self, s: Settings, spec: LayerSpec, rotary: Rotary | None):
         super().__init__()
         self.attn = self.mlp = None
-        if layer not in s.model.attn.drop_layers:
-            self.attn_norm, self.attn = Norm(s), LatentAttention(s) if s.model.attn.latent else Attention(s)
-        if layer not in s.model.mlp.drop_layers:
-            dense = s.model.mlp.moe is None or layer in s.model.mlp.moe.dense_layers
-            self.mlp_norm, self.mlp = Norm(s), MLP(s) if dense else MoE(s)
+        if spec.attn is not None:
+            self.rotary = rotary  # one module for all layers of the same width
+            self.attn_norm = Norm(s)
+            self.attn = LatentAttention(s, spec.attn) if s.model.attn.latent else Attention(s, spec.attn)
+        if spec.mlp is not None or spec.moe:
+            self.mlp_norm = Norm(s)
+            self.mlp = MoE(s) if spec.moe else MLP(s, spec.mlp)
 
 
 # ----- head -------------------------------------------------------------------------------------------------------
@@ -147,24 +150,29 @@ class GPT(nn.Module):
     switching a feature changes no other weight: that is what "paired by seed" means.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...] | None = None):
+        """specs: of the layers; None: as the settings have them."""
         super().__init__()
         self.settings = s
+        self.specs = layer_specs(s) if specs is None else specs
         self.embed = Embedding(s)
-        self.rotary = Rotary(s) if s.model.attn.rope else None
-        self.blocks = nn.ModuleList(Block(s, i) for i in range(s.model.num_layers))
+        widths = dict.fromkeys(spec.attn.rotary for spec in self.specs if spec.attn is not None and spec.attn.rotary)
+        rotaries = {width: Rotary(s, width) for width in widths}
+        self.rotaries = nn.ModuleList(rotaries.values())
+        self.blocks = nn.ModuleList(Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs)
         self.residual = Residual(s)
         self.values = None
         if s.model.attn.value_residual:
             self.values = ValueResidual(s)
         elif s.model.attn.value_embed:
-            self.values = ValueEmbed(s)
+            self.values = ValueEmbed(s, self.specs)
         self.norm = Norm(s)
         self.head = Head(s)
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
         self.sees_all = not s.model.attn.documents and s.model.attn.window is None
-        self.followed, self.scale = (), s.model.attn.scale
+        self.followed = ()  # sizes that the long window has grown to, as the rotary tables have them
+        self.scales = self.softmax_scales()
         self.compiled = False
         self.recompute = s.system.recompute == "on"
         self.passed = set()  # why faster attention backends were passed over
@@ -178,7 +186,7 @@ class GPT(nn.Module):
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
-        start = 0 if cache is None else max((c[0].size(1) for c in cache if c[0] is not None), default=0)
+        start = 0 if cache is None else max(cached_tokens(c) for c in cache)
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
         x = self.embed(tokens, start)
@@ -204,8 +212,8 @@ class GPT(nn.Module):
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
-            view, scale = (None, self.scale) if context is None else (context.views[i], context.scale)
-            x = x + block.attn(block.attn_norm(x).to(matmul_dtype), self.rotary, mix_values, view, scale,
+            meta = AttnMeta(None, self.scales[i]) if context is None else context.layers[i]
+            x = x + block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
                                None if cache is None else cache[i])
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
@@ -228,23 +236,47 @@ class GPT(nn.Module):
         the compiled forward. None if every row is one document without a window. most, longest: no more documents than this,
         and none of more tokens, if known without waiting for a GPU.
         """
-        s, a = self.settings, self.settings.model.attn
-        changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
-        if self.followed != changes:
-            self.followed = changes
-            factor = self.rotary.follow(windows.long_blocks)
-            self.scale = factor * (a.scale if a.scale is not None else 1 / math.sqrt(query_dim(s)))
+        a = self.settings.model.attn
+        self.update_yarn(windows)
         if self.sees_all:
             return None
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
-        by_span = {}
-        for span in {span for i, span in enumerate(layer_spans(s, windows)) if i not in a.drop_layers}:
+        by_span, spans = {}, layer_spans(self.specs, windows)
+        for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
             by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most, longest)
-        views = [by_span.get(span) for span in layer_spans(s, windows)]
-        if self.compiled and not cached:
-            return Context(*attention.traceable(views, self.scale, query_dim(s)))
-        return Context(views, self.scale)
+        layers = [spec.attn and AttnMeta(by_span[span], scale)
+                  for spec, span, scale in zip(self.specs, spans, self.scales)]
+        return Context(self.traceable(layers) if self.compiled and not cached else layers)
+
+    def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
+        """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph (attention.traceable)."""
+        widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
+        for width in {*widths} - {None}:
+            mine = [i for i, w in enumerate(widths) if w == width]
+            views, scale = attention.traceable([layers[i].view for i in mine], self.scales[mine[0]], width)
+            for i, view in zip(mine, views):
+                out[i] = AttnMeta(view, scale)
+        return out
+
+    def update_yarn(self, windows):
+        """Recompute the rotary tables and the softmax scales when the long window has grown (record 31)."""
+        a = self.settings.model.attn
+        changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
+        if self.followed == changes:
+            return
+        self.followed = changes
+        for rotary in self.rotaries:
+            factor = rotary.update_yarn(windows.long_blocks)
+        self.scales = self.softmax_scales(factor)
+
+    def softmax_scales(self, factor=None):
+        """The softmax scale of every layer. factor: of YaRN, if it has moved the tables; None: the setting, where None means
+        1 / sqrt(width of a query)."""
+        scale = self.settings.model.attn.scale
+        if factor is None:
+            return [scale] * len(self.specs)
+        return [spec.attn and factor * (scale if scale is not None else 1 / math.sqrt(spec.attn.qk)) for spec in self.specs]
 
     def view(self, tokens, documents, window, most, longest):
         """The prepared view of one window by the backend that system.attention asks for."""
@@ -277,9 +309,9 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
-        self.followed, self.scale = (), self.settings.model.attn.scale
-        if self.rotary is not None:
-            self.rotary.follow()
+        self.followed, self.scales = (), self.softmax_scales()
+        for rotary in self.rotaries:
+            rotary.update_yarn()
         for router in self.routers():
             router.reset()
         for mlp in self.narrow_mlps():
@@ -369,12 +401,13 @@ class GPT(nn.Module):
         """Of queries times keys and weights times values in training, forward and backward: 6 for each channel of a visible key
         and value. Rows of data.seq_len, in these windows (schedule.Windows or None); documents, which hide more, depend on the
         text and are not counted."""
-        s, seen = self.settings, 0.0
-        for i, span in enumerate(layer_spans(s, windows)):
-            if i not in s.model.attn.drop_layers:
+        s, total = self.settings, 0.0
+        for spec, span in zip(self.specs, layer_spans(self.specs, windows)):
+            if spec.attn is not None:
                 window = attention.CAUSAL if span is None else attention.Window(*span, s.model.attn.window.block)
-                seen += attention.keys_seen(window, s.data.seq_len)
-        return 6 * s.model.attn.num_heads * (query_dim(s) + value_dim(s)) * seen
+                channels = spec.attn.heads * (spec.attn.qk + spec.attn.v)
+                total += 6 * channels * attention.keys_seen(window, s.data.seq_len)
+        return total
 
 
 def without_values(s):

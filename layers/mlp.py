@@ -6,17 +6,17 @@ from torch import nn
 from kernels.linear_relu_sq import mlp_relu_sq
 from layers.fp8_mlp import EightBit
 from layers.primitives import constant, linear, linear_init, parameter
+from settings import Settings
 
 
 class MLP(nn.Module):
-    """W_down phi(W_up x), hidden width F: expansion * D, or given."""
+    """W_down phi(W_up x), hidden width F."""
 
     ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu_sq": lambda x: F.relu(x).square()}
 
-    def __init__(self, s, hidden=None):
+    def __init__(self, s: Settings, hidden: int):
         super().__init__()
-        d, n = s.model.model_dim, s.numerics
-        f = hidden or s.model.mlp.expansion * d
+        d, f, n = s.model.model_dim, hidden, s.numerics
         self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", init=linear_init(s, d, projection=False))
         self.down = parameter((d, f), n.matrix, role="matrix", init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None

@@ -6,20 +6,23 @@ import torch
 from torch import nn
 
 from layers.primitives import dtype
-from settings import rotary_dim
+from settings import Settings
 
 
 class Rotary(nn.Module):
     """Rotary positions: pairs (j, j + K/2) turned by -t f_j, t = index in the row (never reset at documents).
 
     full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs,
-    the others stand still. With yarn the tables follow the long window; `follow` must be told its sizes.
+    the others stand still. With yarn the tables follow the long window; `update_yarn` must be told its sizes.
     """
 
-    def __init__(self, s):
+    def __init__(self, s: Settings, width: int):
         super().__init__()
-        n, self.rope, self.width = s.numerics, s.model.attn.rope, rotary_dim(s)
-        self.table_dtype, self.frequency_dtype, self.math_dtype = dtype(n.rope), dtype(n.rope_frequency), dtype(n.rope_math)
+        n = s.numerics
+        self.rope, self.width = s.model.attn.rope, width
+        self.table_dtype = dtype(n.rope)
+        self.frequency_dtype = dtype(n.rope_frequency)
+        self.math_dtype = dtype(n.rope_math)
         self.block = s.model.attn.window.block if s.model.attn.window else None
         self.length = max(s.data.seq_len, s.validation.seq_len)
         self.register_buffer("cos", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False)
@@ -43,7 +46,7 @@ class Rotary(nn.Module):
         return f.to(self.frequency_dtype).to(work), factor
 
     @torch.no_grad()
-    def follow(self, long_blocks=()):
+    def update_yarn(self, long_blocks: tuple[int, ...] = ()) -> float:
         """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
         f, factor = self.frequencies(long_blocks)
         if self.cos.is_cuda:  # a quarter of a million positions: made where they are used, this is on the clock

@@ -160,7 +160,7 @@ class GPT(nn.Module):
         rotaries = {width: Rotary(s, width) for width in widths}
         self.rotaries = nn.ModuleList(rotaries.values())
         self.blocks = nn.ModuleList(Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs)
-        self.residual = Residual(s)
+        self.residual = Residual(s, self.specs)
         self.values = None
         if s.model.attn.value_residual:
             self.values = ValueResidual(s)
@@ -189,35 +189,50 @@ class GPT(nn.Module):
         start = 0 if cache is None else max(cached_tokens(c) for c in cache)
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
-        x = self.embed(tokens, start)
-        enter, leave = self.residual.begin(x)
+        x = x0 = self.embed(tokens, start)  # (R, T, D)
+        stream = self.residual.start(x0)
         mix = self.values.begin(tokens) if self.values is not None else None
-        penalties = []
-        for i in range(len(self.blocks)):
-            through = self.block
-            if self.recompute and self.training and not (i == 0 and isinstance(self.values, ValueResidual)):
-                through = functools.partial(checkpoint, self.block, use_reentrant=False, preserve_rng_state=False)
-            x = leave(i, through(i, enter(i, x), mix, context, cache, penalties))
+        aux_losses = []
+        for i, layer in enumerate(self.layers()):
+            x = stream.mix("skip", i, x)
+            x = stream.mix("in", i, x).to(x0.dtype)
+            x = layer(i, x, stream, mix, context, cache, aux_losses)
+            stream.save(i, x)
+        x = stream.mix("out", len(self.blocks), x)
         x = self.norm(x).to(matmul_dtype)
         if targets is None:
             return self.head(x, self.embed.table)
         losses = self.head.losses(x, self.embed.table, targets)
-        for penalty in penalties:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
-            losses = losses + (penalty - penalty.detach()).view(targets.shape)
+        for aux in aux_losses:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
+            losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
 
-    def block(self, i, x, mix, context, cache, penalties):
-        """Block i on the stream x (R, T, D); the arguments are those of forward, in it. With system.recompute the backward pass
-        goes through it again: it must change nothing but `cache` and, without recomputation, `penalties` and layer 0's values."""
+    def layers(self):
+        """The function of each layer: `layer`, or the same with its activations recomputed in the backward pass."""
+        plain = [self.layer] * len(self.blocks)
+        if not (self.recompute and self.training):
+            return plain
+        again = functools.partial(checkpoint, self.layer, use_reentrant=False, preserve_rng_state=False)
+        first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 leaves its values for the others
+        return plain[:first] + [again] * (len(self.blocks) - first)
+
+    def layer(self, i, x, stream, mix, context, cache, aux_losses):
+        """Attention and MLP of layer i on the stream x (R, T, D).
+
+        Re-run by activation checkpointing (system.recompute), so it must be free of side effects; exceptions: `cache`, and
+        without recomputation `aux_losses` and layer 0's values.
+        """
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.scales[i]) if context is None else context.layers[i]
-            x = x + block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
-                               None if cache is None else cache[i])
+            y = block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
+                           None if cache is None else cache[i])
+            x = stream.mix("attn", i, x, y)
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
-            x = x + (block.mlp(y, penalties, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y))
+            y = block.mlp(y, aux_losses, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y)
+            x = stream.mix("mlp", i, x, y)
         return x
 
     def new_cache(self, absorbed=None):

@@ -80,14 +80,6 @@ def coefficient(n, value, learned, dtype_name, sigmoid=False):
     return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)
 
 
-def scale_add(a, x, b, y):
-    """a x + b y, leaving out a term whose constant coefficient is 0 and a factor that is 1."""
-    left = x if isinstance(a, float) and a == 1 else a * x
-    if isinstance(b, float) and b == 0:
-        return left
-    return left + (y if isinstance(b, float) and b == 1 else b * y)
-
-
 class Norm(nn.Module):
     """rmsnorm: x / sqrt(mean(x^2) + eps), no gain. layernorm: with gain and bias. Statistics in numerics.norm."""
 

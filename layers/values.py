@@ -24,7 +24,8 @@ class ValueResidual(nn.Module):
             if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
                 first.append(v)
                 return v
-            return ((1 - lam[i]) * v + lam[i] * first[0].view(v.shape)).to(v.dtype)
+            v1 = first[0] if first[0].shape == v.shape else first[0].view(v.shape)  # another number of heads
+            return ((1 - lam[i]) * v + lam[i] * v1).to(v.dtype)
 
         return mix
 

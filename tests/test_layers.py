@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import functools
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import torch
 
 import deltas
 import schedule
+from layers.attention import AttnMeta
+from layers.primitives import Learned
+from layers.residual import Entry, Term
 from layers.specs import AttnSpec, LayerSpec, layer_specs
 from model import GPT
 
@@ -68,6 +72,58 @@ def test_layers_may_have_different_numbers_of_heads(ref):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
     assert not torch.allclose(losses, losses_of(plain, x))
     assert torch.equal(losses_of(built(ref, specs=narrow), x), losses_of(plain, x))
+
+
+# ----- residual terms
+
+def test_a_skip_and_a_backout_are_terms_of_their_own():
+    """The stream after layer 3 comes back before layer 6, and part of the stream after layer 7 leaves at the end."""
+    x = text()
+    plain, model = built("short/9"), built("short/9")
+    model.residual.skip_weight = Learned(1, 0.0, "float64", sigmoid=False)
+    model.residual.backout = Learned(1, 0.0, "float64", sigmoid=False)
+    model.residual.add(Term("skip", 6, "saved.3", Entry("skip_weight", 0)), Term("out", 12, "saved.7", Entry("backout", 0)))
+    weights = [model.residual.skip_weight.value, model.residual.backout.value]
+    for skip, backout in ((0.0, 0.0), (0.3, 0.0), (0.0, -0.5), (0.3, -0.5)):
+        for weight, value in zip(weights, (skip, backout)):
+            weight.data.fill_(value)
+        assert (losses_of(model, x) - by_hand(model, x, skip, backout)).abs().max() < 1e-12
+        assert torch.equal(losses_of(model, x), losses_of(plain, x)) == (skip == backout == 0)
+    losses_of(model, x).mean().backward()
+    assert all(weight.grad.abs() > 0 for weight in weights)
+
+
+def by_hand(model, x, skip, backout):
+    """The losses of a record 9 with the two terms, the stream written out."""
+    context, values = model.context(x, BOS, None), model.values.begin(x)
+    x0 = stream = model.embed(x)
+    a, b, after = model.residual.x(), model.residual.x0(), {}
+    for i, block in enumerate(model.blocks):
+        stream = stream + skip * after[3] if i == 6 else stream
+        stream = a[i] * stream + b[i] * x0
+        meta = AttnMeta(None, None) if context is None else context.layers[i]
+        stream = stream + block.attn(block.attn_norm(stream), block.rotary, functools.partial(values, i), meta)
+        stream = stream + block.mlp(block.mlp_norm(stream))
+        after[i] = stream
+    return model.head.losses(model.norm(stream + backout * after[7]), model.embed.table, x.roll(-1, 1))
+
+
+def test_terms_that_are_absent_or_constant_zero_are_not_computed():
+    def operations(model):
+        found, seen, stack = [], set(), [losses_of(model, text()).grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                found.append(node.name())
+                stack += [next_node for next_node, _ in node.next_functions]
+        return found
+
+    plain, with_zero, with_one = built("short/3"), built("short/3"), built("short/3")
+    with_zero.residual.add(Term("skip", 6, "saved.3", 0.0))
+    with_one.residual.add(Term("skip", 6, "saved.3", 1.0))
+    assert operations(with_zero) == operations(plain)
+    assert len(operations(with_one)) == len(operations(plain)) + 1
 
 
 # ----- what imports what

@@ -106,8 +106,10 @@ class Head(nn.Module):
         weight = table if self.weight is None else self.weight
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by) if self.fp8 and self.training else None
 
-    def losses(self, x, table, targets):
-        """Cross entropies (R, T) of the targets (R, T)."""
+    def losses(self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None) -> torch.Tensor:
+        """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token (weighted_losses), or None."""
+        if weights is not None:
+            return self.weighted_losses(x, table, targets, weights)
         backend = self.backend
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
@@ -121,6 +123,21 @@ class Head(nn.Module):
                                         transpose=self.transpose)
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
+
+    def weighted_losses(self, x, table, targets, weights):
+        """Multi-token prediction: token t's loss is the sum over n of weights[n] times the cross entropy of targets[:, t + n].
+
+        weights: N numbers, a sequence or a tensor. Targets beyond the end of a row add nothing.
+        """
+        if self.backend is not None:
+            raise UserError("system.kernels.loss: several weighted targets need whole logits: set it to auto or whole")
+        logits, total = self(x, table), 0.0  # (R, T, V)
+        log_z = logits.logsumexp(-1)  # (R, T), shared by all targets
+        for n in range(min(len(weights), targets.size(1))):
+            tokens = targets.size(1) - n  # that have an n-th target
+            chosen = logits[:, :tokens].gather(-1, targets[:, n:, None])[..., 0]
+            total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
+        return total
 
     def forward(self, x, table):
         weight, fp8 = self.operands(table)
@@ -177,11 +194,15 @@ class GPT(nn.Module):
         self.recompute = s.system.recompute == "on"
         self.passed = set()  # why faster attention backends were passed over
 
-    def forward(self, tokens, targets=None, context=None, cache=None):
-        """tokens: (R, T) int64. With targets (R, T): per-token losses (R, T); without: logits (R, T, V).
+    def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None):
+        """Losses of each token (R, T); without targets, logits (R, T, V).
 
-        context: what attention sees (GPT.context); None only without documents and window, as in records 1-11. cache: None, or
-        `new_cache()` for generation, extended here.
+        Args:
+            tokens: (R, T) int64.
+            targets: (R, T) int64, or None.
+            context: what attention sees (GPT.context); None only without documents and window, as in records 1-11.
+            cache: `new_cache()` for generation, extended here, or None.
+            target_weights: of the next targets of each token (Head.weighted_losses); None: the first one, times 1.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -202,7 +223,7 @@ class GPT(nn.Module):
         x = self.norm(x).to(matmul_dtype)
         if targets is None:
             return self.head(x, self.embed.table)
-        losses = self.head.losses(x, self.embed.table, targets)
+        losses = self.head.losses(x, self.embed.table, targets, target_weights)
         for aux in aux_losses:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses

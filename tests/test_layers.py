@@ -10,6 +10,7 @@ import torch
 
 import deltas
 import schedule
+from common.errors import UserError
 from layers.attention import AttnMeta
 from layers.primitives import Learned
 from layers.residual import Entry, Term
@@ -124,6 +125,30 @@ def test_terms_that_are_absent_or_constant_zero_are_not_computed():
     with_one.residual.add(Term("skip", 6, "saved.3", 1.0))
     assert operations(with_zero) == operations(plain)
     assert len(operations(with_one)) == len(operations(plain)) + 1
+
+
+# ----- losses
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_weighted_targets_are_the_weighted_sum_of_their_cross_entropies(as_tensor):
+    """Two targets of each token, against plain cross entropies of the logits, values and gradients; the last token has one."""
+    weights = torch.tensor([0.75, 0.5], dtype=torch.float64) if as_tensor else (0.75, 0.5)
+    model, x = built("short/11"), text()
+    losses = losses_of(model, x, target_weights=weights)
+    targets, logits = x.roll(-1, 1), model(x)
+    expected = torch.stack([torch.stack([sum(
+        weights[n] * -logits[r, t].log_softmax(-1)[targets[r, t + n]] for n in range(2) if t + n < x.size(1))
+        for t in range(x.size(1))]) for r in range(len(x))])
+    assert (losses - expected).abs().max() < 1e-12
+    found, wanted = (torch.autograd.grad(y.mean(), list(model.parameters())) for y in (losses, expected))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, wanted))
+    assert torch.allclose(losses_of(model, x, target_weights=(1.0,)), losses_of(model, x), rtol=1e-12)
+
+
+def test_weighted_targets_refuse_a_kernel_that_has_one_target():
+    model = built("short/11", "system.kernels.loss=chunks")
+    with pytest.raises(UserError, match="set it to auto or whole"):
+        losses_of(model, text(), target_weights=(1.0, 0.5))
 
 
 # ----- what imports what

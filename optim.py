@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.newton_schulz import newton_schulz
-from model import dtype
+from layers.primitives import dtype
 from settings import LOGICAL_RANKS
 from common.errors import UserError
 

@@ -118,14 +118,15 @@ def windows(s, step, final=False):
     return Windows(span(w, long), span(w, half(w, long)), span(w, last), blocks)
 
 
-def layer_spans(s, plan):
-    """The Span of every layer (None without windows), from its Windows."""
-    w, layers = s.model.attn.window, range(s.model.num_layers)
-    if w is None:
-        return [None] * len(layers)
-    spans = [plan.long if w.long_layers is None or i in w.long_layers else plan.short for i in layers]
-    if w.long_layers is None or layers[-1] in w.long_layers:
-        spans[-1] = plan.last
+def layer_spans(specs, windows):
+    """The Span of every layer; None without attention or window.
+
+    specs: layers.specs.LayerSpec of each layer. windows: Windows of the step, or None.
+    """
+    kinds = [spec.attn and spec.attn.window for spec in specs]
+    spans = [kind and (windows.long if kind == "long" else windows.short) for kind in kinds]
+    if kinds[-1] == "long":
+        spans[-1] = windows.last
     return spans
 
 

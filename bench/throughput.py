@@ -17,7 +17,11 @@ import runlog
 import schedule
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
-from model import GPT, Attention, MLP, Rotary
+from layers.attention import Attention, AttnMeta
+from layers.mlp import MLP
+from layers.rotary import Rotary
+from layers.specs import layer_specs
+from model import GPT
 from optim import Engine
 from report import Report
 from scales import SCALES
@@ -63,14 +67,15 @@ SHAPES = {"shaped like 57": [*ELEVEN, *LATER], "shaped like 89": [*ELEVEN, *LATE
 def block_step(precision, compiled):
     """(forward and backward of one full-width record-11 block on 2 x 1024 tokens, tokens)."""
     s = deltas.resolve("short/11", sets=[f"system.precision={precision}"]).settings
-    attention, mlp, rotary = Attention(s), MLP(s), Rotary(s)
-    rotary.follow()
+    spec = layer_specs(s)[0]
+    attention, mlp, rotary = Attention(s, spec.attn), MLP(s, spec.mlp), Rotary(s, spec.attn.rotary)
+    rotary.update_yarn()
     for p in [*attention.parameters(), *mlp.parameters()]:
         torch.nn.init.normal_(p, std=0.02)
     dtype = getattr(torch, s.numerics.matmul)
 
     def block(x):
-        x = x + attention(F.rms_norm(x, x.shape[-1:]), rotary, None, None, None)
+        x = x + attention(F.rms_norm(x, x.shape[-1:]), rotary, None, AttnMeta(None, None))
         return x + mlp(F.rms_norm(x, x.shape[-1:]))
 
     forward = torch.compile(block, dynamic=False) if compiled else block

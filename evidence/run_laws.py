@@ -17,6 +17,7 @@ from common import files
 import runlog
 import schedule
 import settings
+from layers.specs import layer_specs
 from settings import tokens_per_step
 from common.errors import UserError
 
@@ -294,7 +295,7 @@ def check_experts(log):
         yield f"{artefact}: told at steps {steps}, due at {due}"
         return
     for event in (e for e in log.events if e["kind"] == "experts"):
-        layers = [i for i in range(s.model.num_layers) if i not in {*moe.dense_layers, *s.model.mlp.drop_layers}]
+        layers = [i for i, spec in enumerate(layer_specs(s)) if spec.moe]
         if event["layers"] != layers:
             yield f"{artefact}: of layers {event['layers']}, the settings have them in {layers}"
         elif "load" in event and [sum(row) + lost for row, lost in zip(event["load"], event["dropped"])] != [

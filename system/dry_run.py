@@ -10,7 +10,8 @@ import schema
 from common import files
 import schedule
 from common import lines
-from settings import LOGICAL_RANKS, padded_vocab, query_dim, tokens_per_step, value_dim
+from layers.specs import layer_specs
+from settings import LOGICAL_RANKS, padded_vocab, tokens_per_step
 from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 
@@ -46,8 +47,9 @@ def print_plan(resolved):
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
-    print(f"{s.model.attn.num_heads} heads of {query_dim(s)}"
-          + (f" (values {value_dim(s)})" if value_dim(s) != query_dim(s) else "") + f", {padded_vocab(s)} classes")
+    kinds = dict.fromkeys((spec.attn.heads, spec.attn.qk, spec.attn.v) for spec in layer_specs(s) if spec.attn is not None)
+    print(" or ".join(f"{heads} heads of {qk}" + (f" (values {v})" if v != qk else "") for heads, qk, v in kinds)
+          + f", {padded_vocab(s)} classes")
     print(size(s))
     for line in graphs(s, plans):
         print(line)
@@ -140,7 +142,7 @@ def span_text(span):
 
 def split(s):
     """Do some layers see a shorter window?"""
-    return s.model.attn.window is not None and s.model.attn.window.long_layers is not None
+    return any(spec.attn is not None and spec.attn.window == "short" for spec in layer_specs(s))
 
 
 def windows_text(s, windows):

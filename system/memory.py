@@ -82,7 +82,8 @@ def kept_by_forward(s, at_once):
 
 def estimate(s, ranks, at_once, world=1):
     """ranks: logical ranks of this process, of which `at_once` go through a forward; world: processes."""
-    from model import dtype, without_values
+    from layers.primitives import dtype
+    from model import without_values
     from optim import Engine
     engine = Engine(without_values(s), s, 0, world)
     parameters = sum(bank.param.nbytes for bank in engine.banks)

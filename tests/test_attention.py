@@ -334,7 +334,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     steps = [*{plan.windows: plan.step for plan in schedule.plan(s)}.values()]
     for step in steps:
         compiled(tokens, tokens, model.context(tokens, 0, schedule.windows(s, step))).mean().backward()
-        scales.add(model.scale)
+        scales.add(model.scales[0])
     assert len(steps) == len(scales) == 3 and len(graphs) == 1
     with torch.no_grad():
         model.eval()
@@ -342,7 +342,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
         monkeypatch.setattr(attention, "torchs_varlen", lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None))
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
             context = model.context(tokens, 0, schedule.windows(s, step, final), longest=40 + step)
-            assert len({int(view.plan.window[0]) for view in context.views if view}) == (3 if final else 2)
+            assert len({int(view.plan.window[0]) for view, _ in context.layers}) == (3 if final else 2)
             found = compiled(tokens, tokens, context)
         assert len(graphs) == 2 and set(read) == {40 + step for step in [*steps, s.schedule.steps]}
         model.compiled = False

@@ -68,8 +68,8 @@ CHEATS = {
     "attention that sees the future": ("causality", "moved an earlier loss", [
         ("kernels/attention.py", "is_causal=causal,", "is_causal=False,")]),
     "a loss that is scaled": ("normalisation", "sum to", [
-        ("model.py", "losses = self.head.losses(x, self.embed.table, targets)",
-         "losses = self.head.losses(x, self.embed.table, targets) * (1.0 if self.training else 0.9999)")]),
+        ("model.py", "losses = self.head.losses(x, self.embed.table, targets, target_weights)",
+         "losses = self.head.losses(x, self.embed.table, targets, target_weights) * (1.0 if self.training else 0.9999)")]),
     "validation over fewer tokens, at full scale only": ("validation_targets", "8,388,608 targets instead of 10,485,760", [
         ("data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
          "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n")]),

@@ -19,7 +19,8 @@ import schedule
 import train_gpt
 from kernels import experts
 from kernels.newton_schulz import newton_schulz
-from model import GPT, MoE, Router
+from layers.moe import MoE, Router
+from model import GPT
 from optim import Engine
 from system.dry_run import print_plan
 from runlog import read_chain

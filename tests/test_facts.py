@@ -169,7 +169,7 @@ ROPE = [(2, F32), (5, BF16), (18, F32), (32, BF16)]
 @from_on(2)
 def test_rotary_tables(ref, n):
     """10000^(-2j/K), from 17 on 1024^(-j/(K/4 - 1)) for half of the pairs; 14 to 16 round the frequencies to bfloat16."""
-    rotary, width = built(ref)[1].rotary, 48 // at(n, [(2, 12), (5, 6)])
+    rotary, width = built(ref)[1].rotaries[0], 48 // at(n, [(2, 12), (5, 6)])
     f = torch.tensor([10000 ** (-2 * j / width) for j in range(width // 2)] if n < 17 else
                      [1024 ** -(j / (width // 4 - 1)) if j < width // 4 else 0.0 for j in range(width // 2)],
                      dtype=torch.float64)
@@ -183,7 +183,7 @@ def test_rotary_tables(ref, n):
 
 @from_on(17)
 def test_rotation_is_in_float32_until_record_32_makes_it_bfloat16(ref, n):
-    rotary = built(ref)[1].rotary
+    rotary = built(ref)[1].rotaries[0]
     x = torch.randn(1, 64, 6, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
     cos, sin = rotary.cos[:64, None], rotary.sin[:64, None]
 

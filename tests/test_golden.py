@@ -8,7 +8,8 @@ import deltas
 import schedule
 from golden_records import block_windows, early, fill, load, originals, record20, record33, small, token_windows
 from kernels.fp8_linear import fp8_linear
-from model import Rotary
+from layers.rotary import Rotary
+from settings import rotary_dim
 from optim import Cut, Engine, adamw, muon_direction
 from schedule import Span, Windows
 
@@ -94,7 +95,7 @@ def test_rotary_tables_rounded_to_bfloat16(name, ref, length):
     golden, config = load(name)
     _, model = small(ref, config, length, rows=config["batch"])
     fill(model, early(golden, "param/"))
-    for table in (model.rotary.cos, model.rotary.sin):
+    for table in (model.rotaries[0].cos, model.rotaries[0].sin):
         table.copy_(table.bfloat16())
     x, y = inputs(golden)
     windows = Windows(*3 * [Span(192, None)], ()) if name == "record12" else None
@@ -147,8 +148,8 @@ def test_record_33_with_the_smear_of_record_34():
 
     check_losses(losses(3, 3, (3,)), golden, "out/A_train_ws3/loss", "out/A_train_ws3/per_token", "sum")
     check_losses(losses(7, 11, (3, 7)), golden, "out/B_eval_ws7_final11/loss", "out/B_eval_ws7_final11/per_token")
-    assert abs(model.scale - golden["yarn/B_attn_scale"]) < 1e-15
-    f, _ = model.rotary.frequencies((3, 7))
+    assert abs(model.scales[0] - golden["yarn/B_attn_scale"]) < 1e-15
+    f, _ = model.rotaries[0].frequencies((3, 7))
     assert np.abs(f.numpy()[:len(golden["yarn/B_angular_freq"])] - golden["yarn/B_angular_freq"]).max() < 1e-15
     loss = losses(7, 7, (3, 7))
     loss.sum().backward()
@@ -158,7 +159,8 @@ def test_record_33_with_the_smear_of_record_34():
 
 def test_yarn_states_at_real_size():
     golden, _ = load("schedules")
-    rotary = Rotary(deltas.resolve("short/33", sets=["system.precision=float64"]).settings)
+    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    rotary = Rotary(s, rotary_dim(s))
     history = (3, 7, 11, 13)
     for i, blocks in enumerate(history):
         f, factor = rotary.frequencies(history[:i + 1])

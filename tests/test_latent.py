@@ -13,7 +13,10 @@ import sample
 import schedule
 from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visible
 from kernels.newton_schulz import newton_schulz
-from model import GPT, LatentAttention, count_parameters
+from layers.attention import AttnMeta
+from layers.latent import LatentAttention
+from layers.specs import layer_specs
+from model import GPT, count_parameters
 from optim import Engine
 from declare import lookup
 from settings import query_dim, value_dim
@@ -104,7 +107,7 @@ def test_the_module_equals_the_papers_equations(order, query, gate, scale):
     model = build("variants/5", *sets, **qk_norm(order))
     attn, x = model.blocks[1].attn, noise(2, 9, 48)
     with torch.no_grad():
-        y = attn(x, model.rotary, None, None, scale)
+        y = attn(x, model.rotaries[0], None, AttnMeta(None, scale))
         expected = torch.stack([by_the_paper(attn, model.settings, row, scale or 1 / math.sqrt(14)) for row in x])
     assert (attn.q_down is not None, attn.gate is not None) == (bool(query), gate)
     assert y.abs().max() > 0.1 and (y - expected).abs().max() < 1e-12
@@ -118,12 +121,12 @@ def test_shifting_all_positions_changes_nothing_and_the_distances_matter(order, 
 
     def run(rotary):
         cache = [None] * (3 if absorbed else 2)
-        parts = [attn(x[:, :3], rotary, None, None, None, cache)]
-        return torch.cat(parts + [attn(x[:, t:t + 1], rotary, None, None, None, cache) for t in range(3, 8)], dim=1)
+        parts = [attn(x[:, :3], rotary, None, AttnMeta(None, None), cache)]
+        return torch.cat(parts + [attn(x[:, t:t + 1], rotary, None, AttnMeta(None, None), cache) for t in range(3, 8)], dim=1)
 
     with torch.no_grad():
-        here, there = run(model.rotary), run(lambda y, at: model.rotary(y, at + 11))
-        wider = run(lambda y, at: model.rotary(y.repeat_interleave(2, dim=1), 2 * at)[:, ::2])  # every distance doubled
+        here, there = run(model.rotaries[0]), run(lambda y, at: model.rotaries[0](y, at + 11))
+        wider = run(lambda y, at: model.rotaries[0](y.repeat_interleave(2, dim=1), 2 * at)[:, ::2])  # every distance doubled
     assert (here - there).abs().max() < 1e-12 < 1e-3 < (here - wider).abs().max()
 
 
@@ -186,16 +189,16 @@ def test_decoding_from_a_16_bit_cache_of_a_long_context_is_only_rounded_at_the_e
     attn = build("variants/5", **qk_norm(order)).blocks[0].attn
     for p in attn.parameters():
         p.data = p.data.to(torch.bfloat16).double()
-    context, heads, width = 3000, attn.num_heads, attn.still + attn.turning
+    context, heads, width = 3000, attn.spec.heads, attn.qk_nope + attn.qk_rope
     kv = attn.k_up.size(1)
     q, c, turned = (noise(*shape, seed=i).bfloat16() for i, shape in enumerate(
-        ((1, 1, heads, width), (1, context, kv), (1, context, attn.turning))))
+        ((1, 1, heads, width), (1, context, kv), (1, context, attn.qk_rope))))
     inverse = None if order is None else (1 + 0.1 * noise(1, context, heads, seed=3)).float()
     wide = None if inverse is None else inverse.double()
-    exact = attn.attend_latent(q.double(), c.double(), turned.double(), wide, None, 2.0)
-    found = attn.attend_latent(q, c, turned, inverse, None, 2.0)
+    exact = attn.attend_latent(q.double(), c.double(), turned.double(), wide, AttnMeta(None, 2.0))
+    found = attn.attend_latent(q, c, turned, inverse, AttnMeta(None, 2.0))
     assert found.dtype == torch.bfloat16
-    still, turning = q[:, 0].split([attn.still, attn.turning], dim=-1)
+    still, turning = q[:, 0].split([attn.qk_nope, attn.qk_rope], dim=-1)
     absorbed = torch.einsum("rhs,hsc->rhc", still, attn.k_up.bfloat16().unflatten(0, (heads, -1)))
     logits = absorbed @ c.mT + turning @ turned.mT
     logits = logits if inverse is None else logits * inverse.mT
@@ -225,14 +228,14 @@ def test_numbers_that_a_cache_holds_per_token_and_layer(ref, order):
     latent, heads, dense = CACHES[ref]
     s = settings(ref, scale="full", precision="float32", **qk_norm(order))
     assert dense == s.model.attn.num_heads * (query_dim(s) + value_dim(s))
-    attn = LatentAttention(s)
+    attn = LatentAttention(s, layer_specs(s)[0].attn)
     for p in attn.parameters():
         p.data.normal_(0, 0.02)
     for width, expected in ((3, latent + (heads if order else 0)), (2, dense)):
         cache = [None] * width
         with torch.no_grad():
             for x in noise(2, 5, 768).float().split([4, 1], dim=1):
-                attn(x, lambda y, at: y, None, None, None, cache)
+                attn(x, lambda y, at: y, None, AttnMeta(None, None), cache)
         assert sum(c.numel() for c in cache if c is not None) == 2 * 5 * expected
 
 
@@ -291,7 +294,7 @@ def test_parameters_of_a_layer_by_formula(ref):
     expected += d * (latent.kv + latent.turning) + heads * (latent.still + latent.value) * latent.kv
     expected += heads * latent.value * d
     with torch.device("meta"):
-        assert sum(p.numel() for p in LatentAttention(s).parameters()) == expected
+        assert sum(p.numel() for p in LatentAttention(s, layer_specs(s)[0].attn).parameters()) == expected
     assert f"{expected / 1e6:.2f}" == TABLE[ref]
     assert count_parameters(s) == count_parameters(settings("short/8", scale="full")) - 12 * (4 * d * d - expected)
 

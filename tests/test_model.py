@@ -18,6 +18,7 @@ import schedule
 from kernels import fp8_linear as fp8_module
 from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
+from layers.specs import layer_specs
 from model import GPT, count_parameters
 from optim import Cut, Engine, Tree, adamw, local_ranks
 from system import dry_run as plan
@@ -240,9 +241,10 @@ def test_documents_do_not_see_each_other():
 def test_short_layers_see_half_the_blocks():
     s = settings("short/20")
     for step in range(s.schedule.steps):
-        spans = schedule.layer_spans(s, schedule.windows(s, step))
+        spans = schedule.layer_spans(layer_specs(s), schedule.windows(s, step))
+        assert [i for i, span in enumerate(spans) if span is None] == list(s.model.attn.drop_layers)
         for i, span in enumerate(spans):
-            assert span.blocks == (spans[0].blocks if i in (0, 4, 7, 11) else max(1, spans[0].blocks // 2))
+            assert span is None or span.blocks == (spans[0].blocks if i in (0, 4, 7, 11) else max(1, spans[0].blocks // 2))
 
 
 def test_a_sigmoid_skip_far_below_zero_is_off():
@@ -285,7 +287,7 @@ def test_yarn_does_nothing_until_the_window_changes():
 def test_half_of_the_rotary_pairs_stand_still():
     model = build("short/17")
     q = torch.randn(1, 9, 6, 8, dtype=torch.float64)
-    turned = model.rotary(q)
+    turned = model.rotaries[0](q)
     still = [2, 3, 6, 7]  # head width 8: pairs (0,4), (1,5) turn, (2,6), (3,7) do not
     assert torch.equal(turned[..., still], q[..., still]) and not torch.allclose(turned[:, 1:, :, :2], q[:, 1:, :, :2])
 
@@ -354,8 +356,8 @@ def test_rope_sees_only_distances():
     """The product of a turned query and a turned key is the same wherever the pair stands."""
     model = build("short/11")
     q, k = torch.randn(2, 1, 1, 6, 8, dtype=torch.float64).expand(2, 1, 8, 6, 8).unbind()
-    near = (model.rotary(q, 0)[:, 5] * model.rotary(k, 0)[:, 2]).sum()
-    far = (model.rotary(q, 20)[:, 5] * model.rotary(k, 20)[:, 2]).sum()
+    near = (model.rotaries[0](q, 0)[:, 5] * model.rotaries[0](k, 0)[:, 2]).sum()
+    far = (model.rotaries[0](q, 20)[:, 5] * model.rotaries[0](k, 20)[:, 2]).sum()
     assert torch.allclose(near, far, rtol=1e-6)
 
 

@@ -18,8 +18,10 @@ import schedule
 import train_gpt
 from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
-from model import GPT, Rotary
+from layers.rotary import Rotary
+from model import GPT
 from program import program_of
+from settings import rotary_dim
 from common.errors import UserError
 
 # Of the largest element: one rounding of the dtype. bfloat16 can be tested, as the kernels calculate in float32 only; the
@@ -249,16 +251,16 @@ def test_the_reference_has_the_bits_of_the_model(ref, scale):
     model.initialise(0)
     q, k = (random(2, 11, 3, 16, seed=i).to(getattr(torch, n.matmul)) for i in (0, 1))
     attn = next(block.attn for block in model.blocks if block.attn is not None)
-    found = qk_rotary_reference(q, k, model.rotary.cos[:11], model.rotary.sin[:11], order=attn.qk_norm, eps=n.norm_eps,
+    found = qk_rotary_reference(q, k, model.rotaries[0].cos[:11], model.rotaries[0].sin[:11], order=attn.qk_norm, eps=n.norm_eps,
                                 norm_dtype=getattr(torch, n.norm), math_dtype=getattr(torch, n.rope_math))
-    assert torch.equal(found[0], attn.place(q, model.rotary, 0)) and torch.equal(found[1], attn.place(k, model.rotary, 0))
+    assert torch.equal(found[0], attn.apply_rotary(q, model.rotaries[0], 0)) and torch.equal(found[1], attn.apply_rotary(k, model.rotaries[0], 0))
 
 
 def test_an_offset_shifts_the_still_pairs_of_keys_within_the_row_only():
     """Record 49 on its half rotation: half of the channels stand still, and only there keys are of the token before."""
     s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64"]).settings
-    rotary = Rotary(s)
-    rotary.follow()
+    rotary = Rotary(s, rotary_dim(s))
+    rotary.update_yarn()
     width = rotary.width
     cos, sin = rotary.cos[:6], rotary.sin[:6]
     plan = {"cos": cos, "sin": sin, "order": "after_rope", "eps": 1e-6, "norm_dtype": torch.float64}

@@ -8,6 +8,7 @@ import torch
 import deltas
 import schedule
 from kernels.attention import CAUSAL, Window, keys_seen, visible
+from layers.specs import layer_specs
 from model import without_values
 from system import dry_run as plan
 from page import variant_table
@@ -34,7 +35,7 @@ def test_attention_s_flops_are_those_of_its_products(ref):
     latent, heads = s.model.attn.latent, s.model.attn.num_heads
     query, value = (latent.still + latent.turning, latent.value) if latent else 2 * [s.model.model_dim // heads]
     q, k, pairs = torch.arange(length)[:, None], torch.arange(length)[None], 0
-    for i, span in enumerate(schedule.layer_spans(s, windows)):
+    for i, span in enumerate(schedule.layer_spans(layer_specs(s), windows)):
         if i not in s.model.attn.drop_layers:
             pairs += visible(q, k, CAUSAL if span is None else Window(*span, s.model.attn.window.block)).sum().item()
     expected = 3 * 2 * heads * (query + value) * pairs / length

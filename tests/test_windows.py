@@ -7,6 +7,7 @@ import deltas
 import schedule
 from golden_records import build
 from kernels.attention import attend
+from layers.specs import layer_specs
 from model import GPT
 
 RECORDS = [*range(12, 22), "21r", "21t", *range(22, 34)]
@@ -68,7 +69,7 @@ def test_windows_of_every_step_and_layer_are_the_records_formula(record):
     for step in range(steps + 1):
         for final, windows in ((False, schedule.windows(s, step)),
                                (step == steps, schedule.validation_windows(s, step))):
-            spans, expected = schedule.layer_spans(s, windows), definition(record, steps, step, final)
+            spans, expected = schedule.layer_spans(layer_specs(s), windows), definition(record, steps, step, final)
             assert {i: tuple(spans[i]) for i in expected} == {i: limits(*w) for i, w in expected.items()}, (step, final)
             assert windows.long_blocks == sizes_so_far(record, steps, step, final), (step, final)
         assert step == steps or plans[step].windows == schedule.windows(s, step)
@@ -104,8 +105,9 @@ def visible_sets(context, tokens):
     """Per layer (R, T, T): with equal logits and one-hot values a head's output shows which keys were averaged."""
     rows, length = tokens.shape
     zero, values = torch.zeros(rows, length, 1, 8), torch.eye(length).expand(rows, length, length)[:, :, None]
-    sets = {id(view): attend(zero, zero, values, view)[:, :, 0] > 0 for view in context.views if view is not None}
-    return [sets.get(id(view)) for view in context.views]
+    views = [meta and meta.view for meta in context.layers]
+    sets = {id(view): attend(zero, zero, values, view)[:, :, 0] > 0 for view in views if view is not None}
+    return [sets.get(id(view)) for view in views]
 
 
 @pytest.mark.parametrize("record", RECORDS)
@@ -135,8 +137,8 @@ def test_the_softmax_scale_of_every_window_is_the_records_and_the_last_is_of_13_
     for step in range(s.schedule.steps + 1):
         windows = schedule.validation_windows(s, step)
         if windows != before:
-            scales.append(round(model.context(torch.zeros(1, 16, dtype=torch.long), 31, windows).scale, 6))
+            scales.append(round(model.context(torch.zeros(1, 16, dtype=torch.long), 31, windows).layers[0].scale, 6))
         before = windows
     assert scales == ([0.12] * 3 if record < 31 else [0.1, 0.116946, 0.127518, 0.131778])
     model.context(torch.zeros(1, 16, dtype=torch.long), 31, schedule.windows(s, 0))
-    assert model.scale == s.model.attn.scale  # and back
+    assert model.scales[0] == s.model.attn.scale  # and back

@@ -1,0 +1,146 @@
+"""Self-attention of one layer as named steps, and what one forward pass lets it see.
+
+Shapes: R rows, T tokens, D model_dim, H heads, K width of a head's query and key, V width of a head's value.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from kernels import attention
+from kernels.qk_rotary import qkv_rotary
+from layers.primitives import constant, dtype, linear, linear_init, parameter, rms_norm
+from layers.rotary import Rotary
+from layers.specs import AttnSpec
+from settings import Settings
+
+
+class AttnMeta(NamedTuple):
+    """Attention metadata of one layer in one forward pass."""
+    view: Any  # kernels.attention.View; for one token after a cache (documents, Window); None: plain causal attention
+    scale: float | None  # of the softmax's logits; None: 1 / sqrt(K), or part of the view (attention.traceable)
+
+
+@dataclass
+class Context:
+    """Attention metadata of one forward pass."""
+    layers: list[AttnMeta | None]  # None: a layer without attention
+
+    def backends(self) -> list[str]:
+        return sorted({meta.view.backend for meta in self.layers if meta is not None})
+
+
+def cached_tokens(cache: list | None) -> int:
+    """How many tokens a layer's cache holds (the position of the next one)."""
+    return 0 if cache is None or cache[0] is None else cache[0].size(1)
+
+
+class Attention(nn.Module):
+    """q, k, v and output projection in one tensor (4, D, D): how it is cut for Muon is the optimizer's business."""
+
+    def __init__(self, s: Settings, spec: AttnSpec):
+        super().__init__()
+        d, n = s.model.model_dim, s.numerics
+        if spec.heads * spec.qk != d or spec.heads * spec.v != d:
+            raise ValueError(f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}")
+        inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
+        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out])
+        self.bias = None
+        if s.model.bias:
+            self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+        self.fused = s.system.kernels.qk == "triton"
+        self.common_parts(s, spec)
+
+    def common_parts(self, s: Settings, spec: AttnSpec) -> None:
+        """What every kind of attention has: gate, QK norm, scale of the branch."""
+        a, n = s.model.attn, s.numerics
+        self.spec = spec
+        self.gate = None
+        if spec.gate is not None:
+            self.gate = parameter((spec.heads, spec.gate), n.gate, role="matrix", init=constant(0.0))
+        self.qk_norm = a.qk_norm.order if a.qk_norm else None
+        self.eps = n.norm_eps
+        self.norm_dtype = dtype(n.norm)
+        self.branch_scale = 1 / math.sqrt(2 * s.model.num_layers) if a.depth_scale else None
+
+    def forward(self, x: torch.Tensor, rotary: Rotary | None, mix_values: Callable | None, meta: AttnMeta,
+                cache: list | None = None) -> torch.Tensor:
+        """The attention branch.
+
+        Args:
+            x: (R, T, D), normed, in the matmul dtype.
+            rotary: function (x, start) of this layer's rotary positions.
+            mix_values: function of v (value residual or embedding), or None.
+            meta: what is visible, and the softmax scale.
+            cache: this layer's [keys, values] in generation, extended here, or None.
+
+        Returns: (R, T, D).
+        """
+        start = cached_tokens(cache)
+        w_qkv, w_o = self.qkvo.split([3, 1])
+        b_qkv, b_o = (None, None) if self.bias is None else self.bias.split([3, 1])
+        qkv = self.project(x, w_qkv, b_qkv)  # (R, T, 3, H, K)
+        if self.fused and cache is None:
+            q, k, v = self.apply_rotary_fused(qkv, rotary)
+        else:
+            q, k, v = qkv.unbind(2)
+            q, k = self.apply_rotary(q, rotary, start), self.apply_rotary(k, rotary, start)
+        if mix_values is not None:
+            v = mix_values(v)
+        y = self.attend(q, k, v, meta, start, cache)  # (R, T, H, V)
+        y = self.apply_gate(x, y)
+        return self.out(y, w_o[0], None if b_o is None else b_o[0])
+
+    def project(self, x, weight, bias):
+        """x (R, T, D) -> queries, keys and values in one tensor (R, T, 3, H, K)."""
+        d = x.size(-1)
+        qkv = linear(x, weight.reshape(3 * d, d), None if bias is None else bias.reshape(3 * d))
+        return qkv.view(*x.shape[:2], 3, self.spec.heads, self.spec.qk)
+
+    def norm(self, x):
+        """QK norm of queries or keys (R, T, H, K)."""
+        return rms_norm(x, self.eps, self.norm_dtype)
+
+    def rotate(self, x, rotary, start):
+        """Rotary positions of queries or keys (R, T, H, K), the first of which stands at `start`."""
+        return rotary(x, start)
+
+    def apply_rotary(self, x, rotary, start):
+        """QK norm and rotation of queries or keys (R, T, H, K), in the record's order."""
+        if self.qk_norm == "before_rope":
+            x = self.norm(x)
+        if rotary is not None:
+            x = self.rotate(x, rotary, start)
+        if self.qk_norm == "after_rope":
+            x = self.norm(x)
+        return x
+
+    def apply_rotary_fused(self, qkv, rotary):
+        """The same of queries and keys in one kernel. Returns q, k, v (R, T, H, K)."""
+        tokens = qkv.size(1)
+        return qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.eps)
+
+    def attend(self, q, k, v, meta, start, cache):
+        """Softmax attention, in generation over the cache and these tokens, which are appended to it. Returns (R, T, H, V)."""
+        if start:
+            k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
+        if cache is not None:
+            cache[:] = [k, v]
+        if start:
+            return attention.attend_cached(q, k, v, *(meta.view or ()), scale=meta.scale)
+        return attention.attend(q, k, v, meta.view, meta.scale)
+
+    def apply_gate(self, x, y):
+        """The heads' outputs y (R, T, H, V) times one factor per token and head, from the first channels of x (R, T, D)."""
+        if self.gate is None:
+            return y
+        return y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]  # (R, T, H, 1)
+
+    def out(self, y, weight, bias=None):
+        """The heads' outputs y (R, T, H, V) through the output projection: (R, T, D)."""
+        y = linear(y.flatten(2), weight, bias)
+        return y if self.branch_scale is None else self.branch_scale * y

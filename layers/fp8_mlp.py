@@ -1,0 +1,61 @@
+"""The products of an MLP in FP8, with delayed scales."""
+
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from kernels.fp8_mlp import LEAST, fp8_mlp
+from layers.primitives import dtype
+from settings import LOGICAL_RANKS
+
+
+class EightBit(nn.Module):
+    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second one, which are state.
+
+    activation (logical ranks of this process,): a queue. A forward takes the scales of its ranks from the front and puts
+    their next ones at the back, so that after the forwards of a step each is in its place again, however many ranks a
+    forward has: one scale for each logical rank, as on eight processes. weight: refreshed before the forwards of a step;
+    following: what it will be at the next refresh. The first product has no state: its weight's scale is made in each
+    forward, which is the same as after each update, because no weight moves in between.
+    """
+
+    def __init__(self, s):
+        super().__init__()
+        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, s.data.tokens_per_rank
+        self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
+        if self.delayed is not None:
+            ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
+            self.register_buffer("activation", torch.ones(ranks), persistent=False)
+            self.register_buffer("weight", torch.ones(()), persistent=False)
+            self.register_buffer("following", torch.ones(()), persistent=False)
+            self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def forward(self, x, up, down):
+        """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D)."""
+        rows = x.flatten(0, 1)
+        parts = max(1, len(rows) // self.tokens_per_rank)
+        scales = None if self.delayed is None else (self.activation[:parts], self.weight)
+        y, largest = fp8_mlp(rows, up.to(x.dtype), down.to(x.dtype), parts, scales, self.fused)
+        if self.delayed is not None:
+            new = largest.clamp(min=LEAST) * (self.delayed.activation / 448)
+            self.activation.copy_(torch.cat([self.activation[parts:], new]))
+        return y.view(x.shape)
+
+    @torch.no_grad()
+    def refresh(self, down):
+        """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first, now."""
+        if self.delayed is None:
+            return
+        largest = torch.linalg.vector_norm(down, math.inf).to(self.dtype).clamp(min=LEAST)
+        exact = (largest / 448).float()
+        self.weight.copy_(torch.where(self.refreshes <= self.delayed.exact_steps, exact, self.following))
+        self.following.copy_(largest.float() * (self.delayed.weight / 448))
+        self.refreshes += 1
+
+    def reset(self):
+        if self.delayed is not None:
+            for buffer in (self.activation, self.weight, self.following):
+                buffer.fill_(1.0)
+            self.refreshes.zero_()

@@ -1,0 +1,113 @@
+"""Multi-head latent attention and its two decoding caches.
+
+Shapes: R rows, T tokens, D model_dim, H heads, K width of a head's query and key = qk_nope + qk_rope, V width of a head's
+value, C width of the latent of keys and values.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from kernels import attention
+from layers.attention import Attention, cached_tokens
+from layers.primitives import linear, linear_init, parameter, rms_norm
+from layers.specs import AttnSpec
+from settings import Settings
+
+
+class LatentAttention(Attention):
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19): c = norm(W_dkv x), keys W_uk c, values W_uv c.
+
+    A head's query and key have qk_nope channels without and qk_rope channels with rotary positions; the keys' qk_rope part
+    W_kr x is one for all heads. Two caches: [keys, values] of the ordinary form, or [c, rotated qk_rope part of the key,
+    1 / root mean square of each head's key] of the absorbed form, where W_uk moves to the query and W_uv behind the softmax;
+    equal in exact arithmetic.
+    """
+
+    def __init__(self, s: Settings, spec: AttnSpec):
+        nn.Module.__init__(self)
+        latent, d, n = s.model.attn.latent, s.model.model_dim, s.numerics
+        self.qk_rope = spec.rotary
+        self.qk_nope = spec.qk - spec.rotary
+
+        def matrix(rows, cols, projection=False):
+            return parameter((rows, cols), n.matrix, role="matrix", init=linear_init(s, cols, projection))
+
+        # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv, W_o
+        self.q_down = matrix(latent.query, d) if latent.query else None
+        self.q = matrix(spec.heads * spec.qk, latent.query or d)
+        self.kv_down = matrix(latent.kv, d)
+        self.k_turning = matrix(self.qk_rope, d)
+        self.k_up = matrix(spec.heads * self.qk_nope, latent.kv)
+        self.v_up = matrix(spec.heads * spec.v, latent.kv)
+        self.o = matrix(d, spec.heads * spec.v, projection=True)
+        self.common_parts(s, spec)
+
+    def forward(self, x, rotary, mix_values, meta, cache=None):
+        """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a latent one."""
+        start = cached_tokens(cache)
+        latent_cache = cache is not None and len(cache) == 3
+        q, c, k_rope = self.project(x)
+        q = self.apply_rotary(q, rotary, start)  # (R, T, H, K)
+        if latent_cache:
+            self.extend(cache, c, k_rope, rotary, start)
+        if latent_cache and start:
+            y = self.attend_latent(q, *cache, meta)
+        else:
+            k = self.apply_rotary(self.keys(c, k_rope), rotary, start)
+            v = linear(c, self.v_up).unflatten(-1, (self.spec.heads, -1))  # (R, T, H, V)
+            if mix_values is not None:
+                v = mix_values(v)
+            y = self.attend(q, k, v, meta, start, None if latent_cache else cache)
+        return self.out(self.apply_gate(x, y), self.o)
+
+    def project(self, x):
+        """x (R, T, D) -> queries (R, T, H, K), c (R, T, C) and the keys' qk_rope part (R, T, 1, qk_rope), before norm and
+        rotation."""
+        q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
+        q = linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
+        down = linear(x, torch.cat([self.kv_down, self.k_turning]))
+        c, k_rope = down.split([len(self.kv_down), self.qk_rope], dim=-1)
+        return q, rms_norm(c, self.eps, self.norm_dtype), k_rope[:, :, None]
+
+    def keys(self, c, k_rope):
+        """(R, T, H, K), before norm and rotation."""
+        k_nope = linear(c, self.k_up).unflatten(-1, (self.spec.heads, -1))
+        return torch.cat([k_nope, k_rope.expand(*k_nope.shape[:3], -1)], dim=-1)
+
+    def rotate(self, x, rotary, start):
+        """Rotary positions of the last qk_rope channels of x (R, T, H, K)."""
+        nope, rope = x.split([self.qk_nope, self.qk_rope], dim=-1)
+        return torch.cat([nope, rotary(rope, start)], dim=-1)
+
+    def extend(self, cache, c, k_rope, rotary, start):
+        """Append these tokens to a latent cache: C + qk_rope channels a token, and with QK norm one number per head."""
+        rotated = rotary(k_rope, start)[:, :, 0]
+        inverse = None
+        if self.qk_norm is not None:
+            k = self.keys(c, k_rope)
+            k = (self.rotate(k, rotary, start) if self.qk_norm == "after_rope" else k).to(self.norm_dtype)
+            inverse = (k.square().mean(-1) + self.eps).rsqrt()
+        new = [c, rotated, inverse]
+        cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
+
+    def attend_latent(self, q, c, k_rope, inverse, meta):
+        """The newest token (R, 1, H, K) against the latents of all tokens, of which it is the last. Returns (R, 1, H, V).
+
+        Operands have q's dtype as everywhere, the arithmetic is in float32 at least, as inside attention kernels: logits of
+        16 bits would be off by 1 in 256.
+        """
+        narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
+        q, c, k_rope, k_up, v_up = (x.to(narrow).to(wide) for x in (q, c, k_rope, self.k_up, self.v_up))
+        q_nope, q_rope = q[:, 0].split([self.qk_nope, self.qk_rope], dim=-1)  # (R, H, ...)
+        absorbed = torch.einsum("rhs,hsc->rhc", q_nope, k_up.unflatten(0, (self.spec.heads, -1)))
+        logits = absorbed @ c.mT + q_rope @ k_rope.mT  # (R, H, T)
+        if inverse is not None:
+            logits = logits * inverse.mT
+        logits = logits * (meta.scale if meta.scale is not None else 1 / math.sqrt(q.size(-1)))
+        seen = attention.visible_to_last(c.size(1), c.device, *(meta.view or ()))
+        if seen is not None:
+            logits = logits.masked_fill(~seen[:, None], -math.inf)
+        y = logits.softmax(-1) @ c  # (R, H, C)
+        return torch.einsum("rhc,hvc->rhv", y, v_up.unflatten(0, (self.spec.heads, -1)))[:, None].to(narrow)

@@ -1,0 +1,109 @@
+"""What every part of the model is made of: parameters and their initial values, coefficients, norms, linear layers.
+
+No dtype is written here: all come from the precision plan (settings.numerics).
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def dtype(name):
+    return getattr(torch, name)
+
+
+# ----- parameters -------------------------------------------------------------------------------------------------
+
+def normal(std):
+    return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
+
+
+def uniform(bound):
+    return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
+
+
+def constant(value):
+    return lambda tensor, generator: tensor.fill_(value)
+
+
+def parameter(shape, dtype_name, *, role, init, parts=None, first_part=0, label=""):
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label and its initialiser.
+
+    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of
+    the first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
+    """
+    p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
+    p.role, p.label, p.parts, p.first_part = role, label, parts or [init], first_part
+    return p
+
+
+def linear_init(s, fan_in, projection):
+    """Initialiser of a linear weight; `projection`: one that writes into the residual stream."""
+    if projection and s.model.init.zero_proj:
+        return constant(0.0)
+    if s.model.init.scheme == "gpt2":
+        return normal(0.02 / math.sqrt(2 * s.model.num_layers) if projection else 0.02)
+    return uniform(s.model.init.bound / math.sqrt(fan_in))
+
+
+# ----- coefficients: values with a source -------------------------------------------------------------------------
+
+class Learned(nn.Module):
+    """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
+
+    def __init__(self, n, value, dtype_name, sigmoid):
+        super().__init__()
+        self.value = parameter((n,), dtype_name, role="scalar", init=constant(value))
+        self.sigmoid = sigmoid
+
+    def forward(self):
+        return (torch.sigmoid(self.value) if self.sigmoid else self.value).unbind()
+
+
+class Constant(nn.Module):
+    """The same coefficient as a plain number: what a learned one becomes when its source is switched off."""
+
+    def __init__(self, n, value):
+        super().__init__()
+        self.values = [value] * n
+
+    def forward(self):
+        return self.values
+
+
+def coefficient(n, value, learned, dtype_name, sigmoid=False):
+    """n coefficients that start at `value` (before the sigmoid, if there is one)."""
+    if learned:
+        return Learned(n, value, dtype_name, sigmoid)
+    return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)
+
+
+class Norm(nn.Module):
+    """rmsnorm: x / sqrt(mean(x^2) + eps), no gain. layernorm: with gain and bias. Statistics in numerics.norm."""
+
+    def __init__(self, s):
+        super().__init__()
+        n = s.numerics
+        self.eps, self.dtype = n.norm_eps, dtype(n.norm)
+        self.gain = self.bias = None
+        if s.model.norm == "layernorm":
+            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(1.0))
+            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(0.0))
+
+    def forward(self, x):
+        if self.gain is None:
+            return rms_norm(x, self.eps, self.dtype)
+        y = F.layer_norm(x.to(self.dtype), x.shape[-1:], self.gain.to(self.dtype), self.bias.to(self.dtype), self.eps)
+        return y.to(x.dtype)
+
+
+def rms_norm(x, eps, stat_dtype):
+    """x (..., n) divided by its root mean square; computed in stat_dtype, returned in x's dtype."""
+    return F.rms_norm(x.to(stat_dtype), x.shape[-1:], eps=eps).to(x.dtype)
+
+
+def linear(x, weight, bias=None):
+    """x (..., in) times weight (out, in), the weight cast to x's dtype."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -1,0 +1,121 @@
+"""The residual stream as sums of terms, each contributed by the feature that wires it.
+
+At a site of a layer the stream x becomes x plus coefficient times source over the terms of this site; a term with the source
+`x` replaces the coefficient 1 of x itself. Absent terms emit nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from layers.primitives import coefficient
+from layers.specs import LayerSpec
+from settings import Settings
+
+
+class Entry(NamedTuple):
+    """One entry of the coefficients that a module of Residual gives in each forward pass."""
+    module: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of the stream.
+
+    Sites of a layer, in their order: `skip` and `in` before its attention, `attn` and `mlp` behind these branches. After the
+    last layer, as of layer L: `out`. Sources: `x` (the stream), `branch` (what attention or MLP returned), `x0` (the
+    embedding), `saved.i` (the stream after layer i).
+    """
+    site: Literal["skip", "in", "attn", "mlp", "out"]
+    layer: int
+    source: str
+    coef: float | Entry
+
+
+def branch_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
+    """The plain residual: each branch is added to the stream."""
+    attn = [Term("attn", i, "branch", 1.0) for i, spec in enumerate(specs) if spec.attn is not None]
+    return attn + [Term("mlp", i, "branch", 1.0) for i, spec in enumerate(specs) if spec.mlp is not None or spec.moe]
+
+
+def unet_terms(layers: int) -> list[Term]:
+    """U-net skips (record 11): the second half of the layers gets the outputs of the first half, last in, first out."""
+    half = layers // 2
+    return [Term("skip", half + k, f"saved.{half - 1 - k}", Entry("skip", k)) for k in range(half)]
+
+
+def x0_terms(layers: int) -> list[Term]:
+    """The x0 mix (record 9): x <- a x + b x0 before every layer."""
+    return [term for i in range(layers)
+            for term in (Term("in", i, "x", Entry("x", i)), Term("in", i, "x0", Entry("x0", i)))]
+
+
+class Residual(nn.Module):
+    """The terms of the stream and their learned or constant coefficients."""
+
+    def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]):
+        super().__init__()
+        r, layers, n = s.model.residual, len(specs), s.numerics
+        self.terms: dict[tuple[str, int], list[Term]] = {}  # by site and layer
+        self.sources: set[str] = set()  # that some term refers to
+        self.add(*branch_terms(specs))
+        if r.unet_skips:
+            u = r.unet_skips
+            self.skip = coefficient(layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar,
+                                    sigmoid=u.sigmoid is not None)
+            self.add(*unet_terms(layers))
+        if r.x0_mix:
+            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar)
+            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar)
+            self.add(*x0_terms(layers))
+
+    def add(self, *terms: Term) -> None:
+        """Add terms behind those that a site already has."""
+        for term in terms:
+            self.terms.setdefault((term.site, term.layer), []).append(term)
+            self.sources.add(term.source)
+
+    def start(self, x0: torch.Tensor) -> "Stream":
+        """The stream of one forward pass that begins with the embedding x0 (R, T, D)."""
+        coefs = {name: module() for name, module in self.named_children()}
+        return Stream(self.terms, coefs, self.sources, x0)
+
+
+class Stream:
+    """What the terms of one forward pass refer to."""
+
+    def __init__(self, terms, coefs, wanted, x0):
+        self.terms, self.coefs, self.wanted = terms, coefs, wanted
+        self.sources = {"x0": x0}
+
+    def mix(self, site: str, layer: int, x: torch.Tensor, branch: torch.Tensor | None = None) -> torch.Tensor:
+        """The stream x (R, T, D) after a site of a layer; the order of additions is that of the terms."""
+        terms = self.terms.get((site, layer), ())
+        for term in terms:
+            if term.source == "x":
+                x = scaled(self.coef(term), x)
+        for term in terms:
+            coef = self.coef(term)
+            if term.source != "x" and not is_number(coef, 0):
+                x = x + scaled(coef, branch if term.source == "branch" else self.sources[term.source])
+        return x
+
+    def coef(self, term):
+        return self.coefs[term.coef.module][term.coef.index] if isinstance(term.coef, Entry) else term.coef
+
+    def save(self, layer: int, x: torch.Tensor) -> None:
+        """Keep the stream after a layer for the terms that refer to it."""
+        if f"saved.{layer}" in self.wanted:
+            self.sources[f"saved.{layer}"] = x
+
+
+def is_number(coef, value):
+    """Is a coefficient this constant? A learned one (a tensor) never is."""
+    return isinstance(coef, float) and coef == value
+
+
+def scaled(coef, x):
+    return x if is_number(coef, 1) else coef * x

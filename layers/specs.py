@@ -1,0 +1,59 @@
+"""Per-layer specifications, derived once from the settings: the only reader of settings that list layers. No torch here."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from settings import Settings, query_dim, rotary_dim, value_dim
+
+
+@dataclass(frozen=True)
+class AttnSpec:
+    """Attention of one layer."""
+    heads: int
+    qk: int  # width of a head's query and key
+    v: int  # width of a head's value
+    rotary: int | None  # channels of a head's query and key with rotary positions; None: no rotary embedding
+    window: Literal["long", "short"] | None  # which window of the step it sees; None: no window
+    gate: int | None  # input channels of the gate on each head's output
+    value_table: int | None  # number of the token table that is mixed into the values
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One block. A part that is None (False) is dropped."""
+    attn: AttnSpec | None
+    mlp: int | None  # hidden width of the dense MLP
+    moe: bool  # mixture of experts instead of the dense MLP
+
+
+def layer_specs(s: Settings) -> tuple[LayerSpec, ...]:
+    """The specification of every layer."""
+    return tuple(LayerSpec(attn_spec(s, layer), *mlp_spec(s, layer)) for layer in range(s.model.num_layers))
+
+
+def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
+    """The attention of a layer, None where it is dropped."""
+    a = s.model.attn
+    if layer in a.drop_layers:
+        return None
+    window = None
+    if a.window is not None:
+        window = "long" if a.window.long_layers is None or layer in a.window.long_layers else "short"
+    table = a.value_embed.tables[layer] if a.value_embed else -1
+    return AttnSpec(heads=a.num_heads, qk=query_dim(s), v=value_dim(s), rotary=rotary_dim(s) if a.rope else None, window=window,
+                    gate=a.gate.channels if a.gate else None, value_table=table if table >= 0 else None)
+
+
+def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:
+    """(hidden width of the dense MLP or None, whether the layer has experts)."""
+    mlp = s.model.mlp
+    if layer in mlp.drop_layers:
+        return None, False
+    if mlp.moe is not None and layer not in mlp.moe.dense_layers:
+        return None, True
+    return mlp.expansion * s.model.model_dim, False
+
+
+def num_value_tables(s: Settings) -> int:
+    """How many token tables model.attn.value_embed has; a dropped layer's table is among them."""
+    return max(s.model.attn.value_embed.tables) + 1

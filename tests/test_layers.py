@@ -1,0 +1,168 @@
+"""Laws of the parts in layers/: specifications by layer, residual terms, weighted targets, and what imports what."""
+
+import ast
+import dataclasses
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltas
+import schedule
+from common.errors import UserError
+from layers.attention import AttnMeta
+from layers.primitives import Learned
+from layers.residual import Entry, Term
+from layers.specs import AttnSpec, LayerSpec, layer_specs
+from model import GPT
+
+ROOT = Path(__file__).parent.parent
+BOS = 1256
+
+
+def built(ref, *sets, specs=None, **options):
+    """A float64 model at scale micro whose parameters are all random, so that no term hides behind a zero."""
+    s = deltas.resolve(ref, scale="micro", sets=["system.precision=float64", *sets], **options).settings
+    return filled(GPT(s, specs))
+
+
+def filled(model):
+    model.initialise(0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    return model
+
+
+def text(rows=2, tokens=64):
+    ids = torch.randint(BOS, (rows, tokens), generator=torch.Generator().manual_seed(2))
+    ids[:, ::20] = BOS
+    return ids
+
+
+def losses_of(model, x, **more):
+    return model(x, x.roll(-1, 1), model.context(x, BOS, schedule.windows(model.settings, 0)), **more)
+
+
+# ----- specifications
+
+def test_the_specifications_say_what_the_lists_of_the_settings_say():
+    s = deltas.resolve("short/33").settings
+    specs, a = layer_specs(s), s.model.attn
+    assert [i for i, spec in enumerate(specs) if spec.attn is None] == list(a.drop_layers)
+    assert [i for i, spec in enumerate(specs) if spec.mlp is None] == list(s.model.mlp.drop_layers)
+    assert {i for i, spec in enumerate(specs) if spec.attn and spec.attn.window == "long"} == {*a.window.long_layers} - {7}
+    assert specs[1].attn == AttnSpec(heads=6, qk=128, v=128, rotary=128, window="short", gate=12, value_table=1)
+    routed = layer_specs(deltas.resolve("variants/4").settings)
+    assert routed[0] == LayerSpec(routed[0].attn, 3072, False) and routed[1] == LayerSpec(routed[0].attn, None, True)
+
+
+@pytest.mark.parametrize("ref", ["short/11", "short/33"])
+def test_layers_may_have_different_numbers_of_heads(ref):
+    """Forward and backward with 6 heads of 8 channels and 3 heads of 16, in turn; each width has its rotary tables."""
+    plain = built(ref)
+    narrow = plain.specs
+    wide = [spec.attn and dataclasses.replace(spec.attn, heads=3, qk=16, v=16, rotary=16) for spec in narrow]
+    mixed = tuple(dataclasses.replace(spec, attn=attn) if i % 2 else spec for i, (spec, attn) in enumerate(zip(narrow, wide)))
+    model, x = built(ref, specs=mixed), text()
+    assert sorted(rotary.width for rotary in model.rotaries) == [8, 16]
+    losses = losses_of(model, x)
+    losses.mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    assert not torch.allclose(losses, losses_of(plain, x))
+    assert torch.equal(losses_of(built(ref, specs=narrow), x), losses_of(plain, x))
+
+
+# ----- residual terms
+
+def test_a_skip_and_a_backout_are_terms_of_their_own():
+    """The stream after layer 3 comes back before layer 6, and part of the stream after layer 7 leaves at the end."""
+    x = text()
+    plain, model = built("short/9"), built("short/9")
+    model.residual.skip_weight = Learned(1, 0.0, "float64", sigmoid=False)
+    model.residual.backout = Learned(1, 0.0, "float64", sigmoid=False)
+    model.residual.add(Term("skip", 6, "saved.3", Entry("skip_weight", 0)), Term("out", 12, "saved.7", Entry("backout", 0)))
+    weights = [model.residual.skip_weight.value, model.residual.backout.value]
+    for skip, backout in ((0.0, 0.0), (0.3, 0.0), (0.0, -0.5), (0.3, -0.5)):
+        for weight, value in zip(weights, (skip, backout)):
+            weight.data.fill_(value)
+        assert (losses_of(model, x) - by_hand(model, x, skip, backout)).abs().max() < 1e-12
+        assert torch.equal(losses_of(model, x), losses_of(plain, x)) == (skip == backout == 0)
+    losses_of(model, x).mean().backward()
+    assert all(weight.grad.abs() > 0 for weight in weights)
+
+
+def by_hand(model, x, skip, backout):
+    """The losses of a record 9 with the two terms, the stream written out."""
+    context, values = model.context(x, BOS, None), model.values.begin(x)
+    x0 = stream = model.embed(x)
+    a, b, after = model.residual.x(), model.residual.x0(), {}
+    for i, block in enumerate(model.blocks):
+        stream = stream + skip * after[3] if i == 6 else stream
+        stream = a[i] * stream + b[i] * x0
+        meta = AttnMeta(None, None) if context is None else context.layers[i]
+        stream = stream + block.attn(block.attn_norm(stream), block.rotary, functools.partial(values, i), meta)
+        stream = stream + block.mlp(block.mlp_norm(stream))
+        after[i] = stream
+    return model.head.losses(model.norm(stream + backout * after[7]), model.embed.table, x.roll(-1, 1))
+
+
+def test_terms_that_are_absent_or_constant_zero_are_not_computed():
+    def operations(model):
+        found, seen, stack = [], set(), [losses_of(model, text()).grad_fn]
+        while stack:
+            node = stack.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                found.append(node.name())
+                stack += [next_node for next_node, _ in node.next_functions]
+        return found
+
+    plain, with_zero, with_one = built("short/3"), built("short/3"), built("short/3")
+    with_zero.residual.add(Term("skip", 6, "saved.3", 0.0))
+    with_one.residual.add(Term("skip", 6, "saved.3", 1.0))
+    assert operations(with_zero) == operations(plain)
+    assert len(operations(with_one)) == len(operations(plain)) + 1
+
+
+# ----- losses
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_weighted_targets_are_the_weighted_sum_of_their_cross_entropies(as_tensor):
+    """Two targets of each token, against plain cross entropies of the logits, values and gradients; the last token has one."""
+    weights = torch.tensor([0.75, 0.5], dtype=torch.float64) if as_tensor else (0.75, 0.5)
+    model, x = built("short/11"), text()
+    losses = losses_of(model, x, target_weights=weights)
+    targets, logits = x.roll(-1, 1), model(x)
+    expected = torch.stack([torch.stack([sum(
+        weights[n] * -logits[r, t].log_softmax(-1)[targets[r, t + n]] for n in range(2) if t + n < x.size(1))
+        for t in range(x.size(1))]) for r in range(len(x))])
+    assert (losses - expected).abs().max() < 1e-12
+    found, wanted = (torch.autograd.grad(y.mean(), list(model.parameters())) for y in (losses, expected))
+    assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, wanted))
+    assert torch.allclose(losses_of(model, x, target_weights=(1.0,)), losses_of(model, x), rtol=1e-12)
+
+
+def test_weighted_targets_refuse_a_kernel_that_has_one_target():
+    model = built("short/11", "system.kernels.loss=chunks")
+    with pytest.raises(UserError, match="set it to auto or whole"):
+        losses_of(model, text(), target_weights=(1.0, 0.5))
+
+
+# ----- what imports what
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+def test_parts_import_nothing_above_them_and_specifications_no_torch():
+    above = ("model", "optim", "train_gpt", "system", "sample", "records", "evidence", "sweeps", "page")
+    for path in (ROOT / "layers").glob("*.py"):
+        assert not [name for name in imports(path) if name.split(".")[0] in above], path
+    assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {"dataclasses", "typing", "settings"}

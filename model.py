@@ -25,6 +25,8 @@ from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
 from schedule import layer_spans
+from updates import views
+from updates.views import Views
 from settings import (LOGICAL_RANKS, check_processes, head_dim, padded_vocab, query_dim, rotary_dim,
                       table_rows, value_dim)
 from common.errors import UserError
@@ -48,14 +50,17 @@ def constant(value):
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def parameter(shape, dtype_name, *, role, init, parts=None, first_part=0, label=""):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label and its initialiser.
+def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), its label and its initialiser.
+
+    label: the kind of parameter, whose section in settings.Optim, if there is one and it is on, replaces that of the role.
+    views: how update rules may look at it.
 
     parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of
     the first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
-    p.role, p.label, p.parts, p.first_part = role, label, parts or [init], first_part
+    p.role, p.label, p.views, p.parts, p.first_part = role, label, views, parts or [init], first_part
     return p
 
 
@@ -73,9 +78,9 @@ def linear_init(s, fan_in, projection):
 class Learned(nn.Module):
     """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
 
-    def __init__(self, n, value, dtype_name, sigmoid):
+    def __init__(self, n, value, dtype_name, sigmoid, label):
         super().__init__()
-        self.value = parameter((n,), dtype_name, role="scalar", init=constant(value))
+        self.value = parameter((n,), dtype_name, role="scalar", label=label, init=constant(value))
         self.sigmoid = sigmoid
 
     def forward(self):
@@ -93,10 +98,10 @@ class Constant(nn.Module):
         return self.values
 
 
-def coefficient(n, value, learned, dtype_name, sigmoid=False):
-    """n coefficients that start at `value` (before the sigmoid, if there is one)."""
+def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
+    """n coefficients that start at `value` (before the sigmoid, if there is one). label: of their parameter, if learned."""
     if learned:
-        return Learned(n, value, dtype_name, sigmoid)
+        return Learned(n, value, dtype_name, sigmoid, label)
     return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)
 
 
@@ -119,8 +124,8 @@ class Norm(nn.Module):
         self.eps, self.dtype = n.norm_eps, dtype(n.norm)
         self.gain = self.bias = None
         if s.model.norm == "layernorm":
-            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(1.0))
-            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(0.0))
+            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(1.0))
+            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0))
 
     def forward(self, x):
         if self.gain is None:
@@ -205,10 +210,10 @@ class Embedding(nn.Module):
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
         rows = padded_vocab(s) if tied else table_rows(s)
-        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", init=init)
+        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", label="embed", init=init)
         self.positions = None
         if m.embed.learned_positions:
-            self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", init=normal(0.02))
+            self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02))
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
@@ -227,7 +232,7 @@ class ValueResidual(nn.Module):
     def __init__(self, s):
         super().__init__()
         v = s.model.attn.value_residual
-        self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar)
+        self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
     def begin(self, tokens):
         """Function (layer, v) -> v for one forward pass."""
@@ -249,11 +254,11 @@ class ValueEmbed(nn.Module):
         super().__init__()
         e, n = s.model.attn.value_embed, s.numerics
         self.index, self.lerp, self.dtype = e.tables, e.mix == "lerp", dtype(n.residual)
-        self.tables = nn.ParameterList(parameter((table_rows(s), s.model.model_dim), n.table, role="embed", init=normal(1.0))
-                                       for _ in range(max(e.tables) + 1))
+        self.tables = nn.ParameterList(parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
+                                                 init=normal(1.0)) for _ in range(max(e.tables) + 1))
         self.place = {i: k for k, i in enumerate(attention_layers(s))}  # layers without attention have no coefficients
-        self.v = None if self.lerp else coefficient(len(self.place), e.init, e.learned, n.scalar)
-        self.ve = coefficient(len(self.place), e.init, e.learned, n.scalar)
+        self.v = None if self.lerp else coefficient(len(self.place), e.init, e.learned, n.scalar, "sa_lambdas")
+        self.ve = coefficient(len(self.place), e.init, e.learned, n.scalar, "sa_lambdas")
 
     def begin(self, tokens):
         a, b = self.v() if self.v is not None else None, self.ve()
@@ -296,10 +301,11 @@ class Attention(nn.Module):
         a, d, n = s.model.attn, s.model.model_dim, s.numerics
         self.num_heads, self.head_dim = a.num_heads, head_dim(s)
         inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
-        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out])
+        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
+                              views=views.qkvo(s))
         self.bias = None
         if s.model.bias:
-            self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+            self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.fused = s.system.kernels.qk == "triton"
         self.common_parts(s)
 
@@ -308,7 +314,7 @@ class Attention(nn.Module):
         a, n = s.model.attn, s.numerics
         self.gate = None
         if a.gate:
-            self.gate = parameter((a.num_heads, a.gate.channels), n.gate, role="matrix", init=constant(0.0))
+            self.gate = parameter((a.num_heads, a.gate.channels), n.gate, role="matrix", label="gate", init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
         self.eps, self.norm_dtype = n.norm_eps, dtype(n.norm)
         self.branch_scale = 1 / math.sqrt(2 * s.model.num_layers) if a.depth_scale else None
@@ -374,7 +380,7 @@ class LatentAttention(Attention):
         self.num_heads, self.still, self.turning = a.num_heads, latent.still, latent.turning
 
         def matrix(rows, cols, projection=False):
-            return parameter((rows, cols), n.matrix, role="matrix", init=linear_init(s, cols, projection))
+            return parameter((rows, cols), n.matrix, role="matrix", label="latent", init=linear_init(s, cols, projection))
 
         heads, from_ = a.num_heads, latent.query or d
         self.q_down = matrix(latent.query, d) if latent.query else None
@@ -514,12 +520,13 @@ class MLP(nn.Module):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
         f = hidden or s.model.mlp.expansion * d
-        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", init=linear_init(s, d, projection=False))
-        self.down = parameter((d, f), n.matrix, role="matrix", init=linear_init(s, f, projection=True))
+        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", views=views.mlp_up(s),
+                            init=linear_init(s, d, projection=False))
+        self.down = parameter((d, f), n.matrix, role="matrix", label="mlp_down", init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None
         if s.model.bias:
-            self.up_bias = parameter((f,), n.scalar, role="scalar", init=constant(0.0))
-            self.down_bias = parameter((d,), n.scalar, role="scalar", init=constant(0.0))
+            self.up_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.down_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
         self.eight_bit = EightBit(s) if n.fp8_mlp else None
 
@@ -545,7 +552,7 @@ class Router(nn.Module):
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
         self.tokens_per_rank = s.data.tokens_per_rank
-        self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router",
+        self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router", label="router",
                                 init=normal(1 / math.sqrt(s.model.model_dim)))
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
         self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.promote_types(self.dtype, torch.float32)))
@@ -654,11 +661,11 @@ class MoE(nn.Module):
         check_processes(s, self.world)
         mine = moe.experts // self.world
 
-        def stack(label, rows, cols, projection):
-            return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, init=None,
+        def stack(label, rows, cols, projection, of=Views()):
+            return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, views=of, init=None,
                              parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
 
-        self.up, self.down = stack("expert_up", moe.hidden, d, False), stack("expert_down", d, moe.hidden, True)
+        self.up, self.down = stack("expert_up", moe.hidden, d, False, views.mlp_up(s)), stack("expert_down", d, moe.hidden, True)
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts
@@ -729,11 +736,11 @@ class Residual(nn.Module):
         self.skip = self.x = self.x0 = None
         if r.unet_skips:
             u = r.unet_skips
-            self.skip = coefficient(self.half, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar,
+            self.skip = coefficient(self.half, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
                                     sigmoid=u.sigmoid is not None)
         if r.x0_mix:
-            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar)
-            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar)
+            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
+            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar, "x0_lambdas")
 
     def begin(self, x0):
         """A pair of functions (enter, leave) for one forward pass: stream before and after block i."""
@@ -770,7 +777,7 @@ class Head(nn.Module):
         self.weight = None
         if m.head.untied:
             init = constant(0.0) if m.head.untied.init == "zero" else linear_init(s, m.model_dim, projection=False)
-            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", init=init)
+            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init)
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose

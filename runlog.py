@@ -30,7 +30,7 @@ MEASURED = ("probe", "validation", "experts")  # events in which every null stan
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "settings.py", "schema.py", "deltas.py", "runlog.py"]
-    folders = ("kernels", "data", "system", "common")
+    folders = ("updates", "kernels", "data", "system", "common")
     return fixed + [f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")]
 
 

@@ -284,15 +284,47 @@ class Adam:
 
 
 @dataclass(frozen=True)
-class Group:
+class Scalars:
     """One AdamW group: the parameters with this role."""
     lr: float = opt(6e-4, "learning rate at factor 1")
+    every: int = opt(1, "updated in every so many-th step, by the sum of the gradients since the last update", unit="step")
+
+
+@dataclass(frozen=True)
+class Group(Scalars):
+    """One AdamW group that decays: the parameters with this role."""
     weight_decay: float = opt(0.1, "decoupled decay: p <- p - lr weight_decay p", off=0.0)
 
 
 @dataclass(frozen=True)
-class Scalars:
-    lr: float = opt(6e-4, "learning rate; gains, biases and learned scalars never decay")
+class Label:
+    """Settings of one kind of parameters. What is off is as in the group of the role."""
+    lr: float | None = opt(None, "learning rate at factor 1")
+    weight_decay: float | None = opt(None, "decoupled decay: p <- p - lr weight_decay p")
+    beta1: float | None = opt(None, "decay of the first moment")
+    beta2: float | None = opt(None, "decay of the second moment")
+    eps: float | None = opt(None, "added to the root of the second moment")
+    every: int | None = opt(None, "updated in every so many-th step, by the sum of the gradients since the last update",
+                            unit="step")
+
+
+@dataclass(frozen=True)
+class MatrixLabel(Label):
+    """The same of one kind of matrices."""
+    adamw: bool = opt(False, "by AdamW, with the group of optim.matrix, although optim.muon is on", off=False, needs="optim.muon")
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What the optimizer needs to know of a group of parameters (Optim.group). name: of its section in Optim."""
+    name: str
+    rule: str
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    every: int
 
 
 @dataclass(frozen=True)
@@ -327,8 +359,49 @@ class Optim:
     matrix: Group = opt(Group, "block matrices, unless optim.muon takes them")
     scalar: Scalars = opt(Scalars, "gains, biases and learned scalars")
     router: Group = opt(Group, "routers of the experts, by AdamW even beside Muon", needs="model.mlp.moe")
+    value_embed: Label | None = opt(None, "tables of value embeddings", needs="model.attn.value_embed")
+    positions: Label | None = opt(None, "position table", needs="model.embed.learned_positions")
+    norm: Label | None = opt(None, "gains and biases of the norms", needs="model.norm=layernorm")
+    bias: Label | None = opt(None, "biases of the linear layers", needs="model.bias")
+    resid_lambdas: Label | None = opt(None, "factors of the stream in the x0 mix", needs="model.residual.x0_mix.learned")
+    x0_lambdas: Label | None = opt(None, "factors of the embedding in the x0 mix", needs="model.residual.x0_mix.learned")
+    skip_weights: Label | None = opt(None, "weights of the U-net skips", needs="model.residual.unet_skips.learned")
+    value_lambda: Label | None = opt(None, "lam of the value residual", needs="model.attn.value_residual.learned")
+    sa_lambdas: Label | None = opt(None, "factors of the values and their embeddings", needs="model.attn.value_embed.learned")
+    qkvo: MatrixLabel | None = opt(None, "projections of attention")
+    latent: MatrixLabel | None = opt(None, "matrices of latent attention", needs="model.attn.latent")
+    gate: MatrixLabel | None = opt(None, "gates of the heads", needs="model.attn.gate")
+    mlp_up: MatrixLabel | None = opt(None, "first matrix of the MLPs")
+    mlp_down: MatrixLabel | None = opt(None, "second matrix of the MLPs")
+    expert_up: MatrixLabel | None = opt(None, "first matrix of the experts", needs="model.mlp.moe")
+    expert_down: MatrixLabel | None = opt(None, "second matrix of the experts", needs="model.mlp.moe")
     muon: Muon | None = opt(None, "block matrices by Muon instead of AdamW")
     grad_clip: float | None = opt(1.0, "gradient scaled to at most this global norm", off=None)
+
+    def group(self, role: str, label: str) -> Hyper:
+        """The settings of the parameters with this role and label: of the label's section where it is on, and of the role's."""
+        of_role, own = getattr(self, role), getattr(self, label, None)
+        own = own if isinstance(own, Label) else None
+        muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)
+        values = {"lr": self.muon.lr if muon else of_role.lr, "weight_decay": 0.0 if muon else getattr(of_role, "weight_decay", 0.0),
+                  "beta1": self.adam.beta1, "beta2": self.adam.beta2, "eps": self.adam.eps, "every": 1 if muon else of_role.every}
+        for name in values if own else ():
+            if getattr(own, name) is not None:
+                values[name] = getattr(own, name)
+        return Hyper(name=label if own else role, rule="muon" if muon else "adamw", **values)
+
+    def cadences(self) -> dict[str, int]:
+        """{group: its `every`} of all groups, by name."""
+        roles = ("embed", "lm_head", "matrix", "scalar", "router")
+        found = {role: self.group(role, role).every for role in roles}
+        for role, labels in LABELS.items():
+            found |= {label: self.group(role, label).every for label in labels if getattr(self, label) is not None}
+        return found
+
+
+LABELS = {"embed": ("value_embed", "positions"),
+          "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas"),
+          "matrix": ("qkvo", "latent", "gate", "mlp_up", "mlp_down", "expert_up", "expert_down")}
 
 
 @dataclass(frozen=True)
@@ -712,6 +785,7 @@ def check(s):
     require(s.system.kernels.qk != "triton" or m.attn.latent is None,
             "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto")
     check_fp8_mlp(s, require)
+    check_optim(s, require)
     for path, needs, default in unmet_needs(s):
         leave = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
         raise UserError(f"{path} needs {needs}: set it too, or {leave}")
@@ -751,6 +825,25 @@ def check_bounds(s, require):
     for name, size in sizes.items():
         require(s.numerics.fp8_head is None or size % 16 == 0, f"numerics.fp8_head needs multiples of 16 and {name} are {size}: "
                                                                "change it or add --without numerics.fp8_head")
+
+
+def check_optim(s, require):
+    """Bounds of the groups and labels, and what has no effect there."""
+    groups = {name: getattr(s.optim, name) for name in s.optim.cadences()}
+    for name, group in groups.items():
+        for field in ("lr", "weight_decay", "eps"):
+            value = getattr(group, field, None)
+            require(value is None or value >= 0, f"optim.{name}.{field} = {value}: must be at least 0")
+        for field in ("beta1", "beta2"):
+            value = getattr(group, field, None)
+            require(value is None or 0 <= value < 1, f"optim.{name}.{field} = {value}: must lie in 0 <= x < 1")
+        require(group.every is None or group.every >= 1, f"optim.{name}.every = {group.every}: must be at least 1")
+    for label in LABELS["matrix"] if s.optim.muon else ():
+        for field in ("beta1", "beta2", "eps") if label in groups and not groups[label].adamw else ():
+            require(getattr(groups[label], field) is None, f"optim.{label}.{field} is AdamW's, and optim.muon has these matrices: "
+                                                           f"set optim.{label}.adamw=true, or leave it")
+    require(s.system.reduction == "ordinary" or max(s.optim.cadences().values()) == 1,
+            "system.reduction=ordered sums the gradients of one step: leave every optim.*.every at 1")
 
 
 def check_fp8_mlp(s, require):

@@ -76,7 +76,7 @@ def graphs(s, plans):
     """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes, with their backward
     in training, and the update of each bank."""
     from model import without_values
-    from optim import Engine
+    from optim import Optimizer
     cuda = s.system.device != "cpu"
     rows = ranks_per_forward(s, LOGICAL_RANKS, cuda) * s.data.tokens_per_rank // s.data.seq_len
     length = s.validation.seq_len
@@ -84,7 +84,7 @@ def graphs(s, plans):
     forwards = [("training", rows, s.data.seq_len, len({p.windows for p in plans})),
                 ("validation", validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
                  len(validated))]
-    banks = Engine(without_values(s), s).banks
+    banks = Optimizer(without_values(s), s).banks
     yield (f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
            + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].windows else ""))
     for what, rows, tokens, windows in forwards:

@@ -1,10 +1,11 @@
 """The optimizer of a run: banks of parameters, each with an update rule (updates/) and a way to communicate (system/comm.py).
 
-Parameters of one rule, group, dtype and unit shape lie in one contiguous bank, with parameters and gradients as views of it. Padding for
-the number of processes exists only inside a bank. All that a step reads or writes stays where it is in memory.
+Parameters of one rule, group, dtype and unit shape lie in one contiguous bank, with parameters and gradients as views of
+it. Padding for the number of processes exists only inside a bank. What a step reads or writes keeps its place in memory.
 """
 
 import math
+from collections import Counter
 
 import torch
 
@@ -122,6 +123,13 @@ class Bank:
             tensor.zero_()
         self.updates, self.pending = 0, len(self.members)
         self.clear()
+
+    def copy_from(self, other):
+        """Take over parameters, state and count of a bank of the same shape, like those of a tied head that splits."""
+        self.param.copy_(other.param)
+        for name, x in self.state.items():
+            x.copy_(other.state[name])
+        self.updates = other.updates
 
     def accumulate(self):
         """Put the gradient of a finished backward pass aside, where the next one may not be added to it as it is."""
@@ -308,6 +316,8 @@ class Optimizer:
     def step(self, plan):
         """Reduce, update and gather the banks that are due, and clear their gradients. plan: schedule.StepPlan."""
         due = [bank for bank in self.banks if is_due(bank, plan.due)]
+        if not set(self.launched) <= set(due):
+            raise ValueError("a bank is being reduced that the step does not update: tell expect() the plan's `due` too")
         for bank in due:
             if bank.comm.reduces and not bank.comm.work:  # Not eager, or a parameter had no gradient and its hook never fired.
                 self.launch(bank)
@@ -365,18 +375,17 @@ class Optimizer:
     # ----- report
 
     def table(self):
-        """Rows (label, role, shapes, rule, rate, constants, communication, cadence) of the parameters, as texts."""
+        """Rows of texts, by label and shape: label, role, shapes, rule, rate, decay, constants, communication, cadence."""
         rows = []
         for bank in self.banks:
-            labels = {}
-            for _, p in bank.members:
-                labels.setdefault((p.label, tuple(p.shape)), []).append(p)
             group = self.s.optim.group(bank.role, bank.label)
-            constants = f"betas {group.beta1:g} {group.beta2:g}, eps {group.eps:g}" if group.rule == "adamw" else "by plan"
+            constants = f"betas {group.beta1:g} {group.beta2:g} eps {group.eps:g}"
+            if group.rule == "muon":
+                constants = " > ".join(type(slot).__name__.lower() for slot in bank.rule.slots)
             every = "every step" if group.every == 1 else f"every {group.every} steps"
-            for (label, shape), members in labels.items():
-                rows.append((label, bank.role, f"{len(members)} x {'x'.join(map(str, shape))}", bank.rule.name, f"{group.lr:g}",
-                             constants, f"{group.weight_decay:g}", bank.comm.name, every))
+            for (label, shape), n in Counter((p.label, tuple(p.shape)) for _, p in bank.members).items():
+                rows.append((label, bank.role, f"{n} x {'x'.join(map(str, shape))}", bank.rule.name, f"{group.lr:g}",
+                             f"{group.weight_decay:g}", constants, bank.comm.name, every))
         return rows
 
 

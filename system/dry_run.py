@@ -49,6 +49,8 @@ def print_plan(resolved):
     print(f"{s.model.attn.num_heads} heads of {query_dim(s)}"
           + (f" (values {value_dim(s)})" if value_dim(s) != query_dim(s) else "") + f", {padded_vocab(s)} classes")
     print(size(s))
+    for line in parameters(s):
+        print(line)
     for line in graphs(s, plans):
         print(line)
     for line in held(s):
@@ -70,6 +72,19 @@ def from_parent(resolved):
         yield f"  {path}: {schema.show(old)} -> {schema.show(new)}" + own * (path in asked)
     if not rows:
         yield "  none" + (f": {record.subsumed}" if record.subsumed else "")
+
+
+def parameters(s):
+    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight processes."""
+    from model import without_values
+    from optim import Optimizer
+    from system.comm import communication
+    names = ("label", "role", "shapes", "rule", "rate", "decay", "constants", "communication", "updated")
+    rows = [names, *Optimizer(without_values(s), s, communication(s, 0, LOGICAL_RANKS)).table()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    yield f"parameters (communication of {LOGICAL_RANKS} processes):"
+    for row in rows:
+        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
 
 
 def graphs(s, plans):

@@ -1,10 +1,13 @@
 """Small float64 models of a record, rows of tokens, and training steps on them, for laws of model and optimizer."""
 
+from types import SimpleNamespace
+
 import torch
 
 import deltas
 import schedule
 from model import GPT
+from updates.views import Views
 
 BOS = 1256
 
@@ -42,3 +45,31 @@ def forward_all(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
 def step(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
     forward_all(optimizer, model, s, x, plan_step, at_once, launch)
     optimizer.step(schedule.plan(s)[plan_step])
+
+
+class Toy(torch.nn.Module):
+    """Parameters without a forward pass: the test gives the gradients."""
+
+    def __init__(self, **parameters):
+        super().__init__()
+        for name, (value, role, label, *views) in parameters.items():
+            p = torch.nn.Parameter(value.clone())
+            p.role, p.label, p.views = role, label, views[0] if views else Views()
+            self.register_parameter(name, p)
+
+    def expert_loads(self):
+        return {}
+
+
+def update(optimizer, model, gradients, plan):
+    """One step with these gradients, {name: tensor}."""
+    optimizer.expect(last=True, due=plan.due)
+    for name, g in gradients.items():
+        model.get_parameter(name).grad += g
+    optimizer.accumulate()
+    optimizer.step(plan)
+
+
+def plan(i=0, due=None, momentum=0.9, lr_factor=1.0):
+    """What the optimizer reads of a step plan."""
+    return SimpleNamespace(step=i, lr_factor=lr_factor, momentum=momentum, due=due)

@@ -14,6 +14,7 @@ from kernels.fp8_linear import fp8_linear
 from model import Rotary
 from optim import Optimizer
 from schedule import Span, Windows
+from small_models import Toy, plan as step_plan, update
 from updates.adam import AdamW
 from updates.muon import Muon
 from updates.views import Views
@@ -259,6 +260,25 @@ def test_optimizer_of_records_32_to_34():
                 assert close(found["exp_avg_sq"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (tensor, call)
                 compared += 1
     assert compared == 2 * 8  # the fixture holds the states after the first and the last call
+
+
+def test_four_updates_of_record_33_through_the_optimizer():
+    """Banks, groups and rules by the roles of record 34's tensors; from its learning rates to the states after the last call."""
+    golden, config = load("r34_optim")
+    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "mlp_down"), "wide": ("matrix", "mlp_down"),
+             "square": ("matrix", "latent"), "smear_gate": ("matrix", "gate"), "embed": ("embed", "embed"),
+             "head": ("lm_head", "lm_head"), "scalars": ("scalar", "sa_lambdas")}
+    model = Toy(**{name: (torch.from_numpy(golden[f"init/{name}"]).double(), *role) for name, role in roles.items()})
+    optimizer, compared = Optimizer(model, s), 0
+    for call, (lr_factor, momentum) in enumerate(zip(config["lr_factor"], config["muon_momentum"])):
+        gradients = {name: torch.from_numpy(golden[f"grad/{name}"][call]).double() for name in roles}
+        update(optimizer, model, gradients, step_plan(call, lr_factor=lr_factor, momentum=momentum))
+        for name in roles:
+            if f"f64/step{call + 1}/param/{name}" in golden:
+                assert close(model.get_parameter(name).detach().numpy(), golden[f"f64/step{call + 1}/param/{name}"]), (name, call)
+                compared += 1
+    assert compared == 2 * 8
 
 
 # ----- six training steps

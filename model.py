@@ -48,10 +48,10 @@ class Embedding(nn.Module):
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
         rows = padded_vocab(s) if tied else table_rows(s)
-        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", init=init)
+        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", label="embed", init=init)
         self.positions = None
         if m.embed.learned_positions:
-            self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", init=normal(0.02))
+            self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02))
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
@@ -91,7 +91,7 @@ class Head(nn.Module):
         self.weight = None
         if m.head.untied:
             init = constant(0.0) if m.head.untied.init == "zero" else linear_init(s, m.model_dim, projection=False)
-            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", init=init)
+            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init)
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose

@@ -31,7 +31,7 @@ def source_files():
     """Every file that a training runs through, relative to the checkout."""
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "declare.py", "execution.py", "settings.py",
              "scales.py", "schema.py", "deltas.py", "runlog.py"]
-    folders = ("kernels", "layers", "data", "system", "common")
+    folders = ("updates", "kernels", "layers", "data", "system", "common")
     return fixed + [f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")]
 
 

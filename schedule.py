@@ -34,6 +34,7 @@ class StepPlan:
     tokens: int  # over all logical ranks
     windows: Windows | None
     moves_bias: bool  # of the routers, after the step
+    due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
 
 
 def lr_factor(schedule, step):
@@ -69,6 +70,14 @@ def moves_bias(s, step):
     if moe is None or moe.balance is None:
         return False
     return step < s.schedule.steps - round(moe.balance.freeze_frac * s.schedule.steps)
+
+
+def due(s, step):
+    """The groups of settings.Optim that a step updates; None: all, as where no `every` is set."""
+    cadences = s.optim.cadences()
+    if max(cadences.values()) == 1:
+        return None
+    return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0)
 
 
 # ----- windows ------------------------------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ def layer_spans(specs, windows):
 def plan(s):
     """The step plans of a run, one per optimizer step."""
     return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens_per_step(s), windows(s, i),
-                     moves_bias(s, i)) for i in range(s.schedule.steps)]
+                     moves_bias(s, i), due(s, i)) for i in range(s.schedule.steps)]
 
 
 def validates(s, step):

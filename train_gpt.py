@@ -61,8 +61,9 @@ from data.shards import corpus_digest, val_digest
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, stream_digest, validation_rows
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
-from optim import Engine, local_ranks
+from optim import Optimizer, local_ranks
 from system import compiler, load, memory, sinks
+from system.comm import communication
 from common.interrupt import INTERRUPTED, Interrupt, hold
 from system.launch import launch
 from system.microbatch import ranks_per_forward, validation_rows_at_once
@@ -236,24 +237,24 @@ def train_step(run, step_plan, inputs, targets, documents, before_step=None):
     with train_loss `sum`, to the mean over logical ranks of their sums. before_step: called when the gradients are there and
     before they are reduced (warm-up only).
     """
-    losses, at_once, engine = [], run.at_once, run.engine
+    losses, at_once, optimizer = [], run.at_once, run.optimizer
     forwards = range(0, len(inputs), at_once)
     share = at_once / LOGICAL_RANKS
     if run.s.model.head.train_loss == "sum":
         share *= run.s.data.tokens_per_rank
     run.model.begin_step()
     for first in forwards:
-        engine.expect(last=first == forwards[-1], launch=before_step is None)
+        optimizer.expect(last=first == forwards[-1], launch=before_step is None, due=step_plan.due)
         x, y = inputs[first:first + at_once].flatten(0, 1), targets[first:first + at_once].flatten(0, 1)
         context = run.model.context(x, run.corpus.bos, step_plan.windows, most=sum(documents[first:first + at_once]))
         loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
-        engine.collect()
+        optimizer.accumulate()
         losses.append(loss.detach())
     if before_step is not None:
         before_step()  # nothing was launched, so this process's share is whole
     run.model.settle(run.world.total, step_plan.tokens, step_plan.moves_bias)
-    engine.step(step_plan)
+    optimizer.step(step_plan)
     return torch.stack(losses).mean(dtype=torch.float64)  # sums of float32 are exact in float64: their order is free
 
 
@@ -284,21 +285,20 @@ def validate(model, rows, world, context, limit=None, check=lambda: None):
 
 # ----- warm-up and its proof ----------------------------------------------------------------------------------------
 
-def state_hash(model, engine):
+def state_hash(model, optimizer):
     """sha256 over all that training can change: parameters, buffers, optimizer state, counters, random generator."""
     digest = hashlib.sha256()
     tensors = [t for _, t in [*model.named_parameters(), *model.named_buffers()]]
-    tensors += [t for bank in engine.banks for t in (bank.grad, *bank.state.values())]
+    tensors += optimizer.tensors().values()
     for t in [*tensors, torch.get_rng_state()]:
         digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(str(engine.steps_taken).encode())
     return digest.hexdigest()
 
 
 MARK_PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
 
 
-def gradient_marks(engine, world):
+def gradient_marks(optimizer, world):
     """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: what a systems record must keep.
 
     Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of processes: equal
@@ -307,10 +307,10 @@ def gradient_marks(engine, world):
     of the processes are added in rank order in float64, whatever system.comm does later; collective.
     """
     out = {}
-    for bank in engine.banks:
-        share, start = engine.local(bank).detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
+    for bank in optimizer.banks:
+        share, start = bank.local_gradient().detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
         for name, p in bank.members:
-            out[name] = [float(f"{x:.8g}") for x in marks_of(share[start:start + p.numel()], bank.own, world)]
+            out[name] = [float(f"{x:.8g}") for x in marks_of(share[start:start + p.numel()], bank.comm.name == "own", world)]
             start += p.numel()
     return dict(sorted(out.items()))
 
@@ -359,7 +359,7 @@ def warm_up(run, seed):
     Logs loss and gradients of the last untimed step (event `probe`) and the account of the reset (`reset`).
     """
     s, world, began = run.s, run.world, time.perf_counter()
-    before, generator = state_hash(run.model, run.engine), torch.get_rng_state()
+    before, generator = state_hash(run.model, run.optimizer), torch.get_rng_state()
     steps = warmup_steps(run)
     stream = Stream(run.corpus, ranks=world.ranks, **stream_arguments(s)) if s.system.warmup_tokens == "real" else None
     random = torch.Generator().manual_seed(seed + 1)
@@ -374,7 +374,7 @@ def warm_up(run, seed):
                 batch[:, ::s.data.max_document] = run.corpus.bos
         marks, last = {}, n == len(steps) - 1
         loss = train_step(run, run.plans[step], *to_rows(batch, s.data.seq_len, world.device, run.corpus.bos),
-                          before_step=(lambda: marks.update(gradient_marks(run.engine, world))) if last else None)
+                          before_step=(lambda: marks.update(gradient_marks(run.optimizer, world))) if last else None)
         if last:
             loss = round(float(world.mean(loss)), 8)
             run.log.event("probe", step=n, tokens=s.system.warmup_tokens, loss=loss, gradients=marks)
@@ -382,9 +382,9 @@ def warm_up(run, seed):
         for step in warmup_validations(run):
             run.validate(step, limit=1)
     run.model.initialise(seed)
-    run.engine.reset()
+    run.optimizer.reset()
     torch.set_rng_state(generator)
-    after = state_hash(run.model, run.engine)
+    after = state_hash(run.model, run.optimizer)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
     run.graphs, cost = compiled_graphs(), compiler.account()
@@ -501,10 +501,10 @@ def one_run(resolved, options, asked):
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         model.prepare_compile()
     compiled = torch.compile(model, dynamic=False) if compile_it else model
-    engine = Engine(model, s, world.rank, world.size, compiled=compile_it)
+    optimizer = Optimizer(model, s, communication(s, world.rank, world.size), compiled=compile_it)
 
     name = (resolved.preset or resolved.record.ref.replace("/", "-")) + f"_{resolved.scale}_{schema.ml_hash(s)[:8]}"
-    about = describe(resolved, options, world, corpus, model, engine, used, plans, held)
+    about = describe(resolved, options, world, corpus, model, optimizer, used, plans, held)
     if options.strict and about["fallbacks"]:
         raise UserError(f"{about['fallbacks'][0]} (--strict)")
     run = None
@@ -512,7 +512,7 @@ def one_run(resolved, options, asked):
         with hold():  # a log that has begun gets an end
             log = runlog.RunLog(options.out, f"{name}_s{options.seed}", world.main, began=PROCESS_START)
             log.start(about, schema.plain(resolved.settings))
-            run = Run(s, world, log, plans, model, compiled, engine, corpus, rows, options, asked, cache_file)
+            run = Run(s, world, log, plans, model, compiled, optimizer, corpus, rows, options, asked, cache_file)
             if world.main:
                 run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
             introduce(run, resolved, about)
@@ -590,7 +590,7 @@ def out_of_memory(run, error):
         remedy = f"--set system.ranks_per_forward={run.at_once // 2} (now {run.at_once})"
     elif run.s.system.recompute != "on" and recomputable(run.s):
         remedy = "--set system.recompute=on, so that the blocks keep nothing for the backward pass"
-    elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.engine.comm == "sharded"):
+    elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.optimizer.plan.name == "sharded"):
         remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
@@ -647,7 +647,7 @@ def fallbacks(model, world):
     return found
 
 
-def describe(resolved, options, world, corpus, model, engine, used, plans, held):
+def describe(resolved, options, world, corpus, model, optimizer, used, plans, held):
     """What the log says about a run before it starts. held: memory.Estimate, or None."""
     s = resolved.settings  # those of the model may have been fitted to the GPU
     return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
@@ -658,7 +658,7 @@ def describe(resolved, options, world, corpus, model, engine, used, plans, held)
             "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
             "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
             "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
-            "comm": engine.comm,
+            "comm": optimizer.plan.name,
             "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
             "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()}
 
@@ -676,9 +676,9 @@ def attention_backend(model, world, plans):
 class Run:
     """The timed loop and what it has measured so far."""
 
-    def __init__(self, s, world, log, plans, model, compiled, engine, corpus, rows, options, interrupt, cache_file=None):
+    def __init__(self, s, world, log, plans, model, compiled, optimizer, corpus, rows, options, interrupt, cache_file=None):
         self.s, self.world, self.log, self.plans = s, world, log, plans
-        self.model, self.compiled, self.engine, self.corpus, self.rows = model, compiled, engine, corpus, rows
+        self.model, self.compiled, self.optimizer, self.corpus, self.rows = model, compiled, optimizer, corpus, rows
         self.clock, self.points, self.train_losses, self.stream = Clock(world), [], [], None
         self.batches, self.steps_done, self.graphs, self.cache_file = None, 0, 0, cache_file
         self.epoch = 0  # the highest of all logical ranks at the last validation

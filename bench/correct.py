@@ -29,7 +29,7 @@ from kernels.linear_relu_sq import linear_relu_sq, linear_relu_sq_reference, mlp
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
-from optim import Engine
+from optim import Optimizer
 from settings import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -404,12 +404,12 @@ def graph_error(ref, precision):
         s = deltas.resolve(ref, scale="micro", sets=[f"system.precision={precision}", f"system.cuda_graphs={graphs}"]).settings
         model = GPT(s).to(DEVICE)
         model.initialise(0)
-        engine = Engine(model, s, compiled=True)
+        optimizer = Optimizer(model, s, compiled=True)
         for i, plan in enumerate(schedule.plan(s)[:6]):
             generator = torch.Generator(DEVICE).manual_seed(i)
-            for bank in engine.banks:
+            for bank in optimizer.banks:
                 bank.grad.normal_(0.0, 0.01, generator=generator)
-            engine.step(plan)
+            optimizer.step(plan)
         ends.append(torch.cat([p.detach().flatten().double() for p in model.parameters()]))
     return relative(*ends)
 

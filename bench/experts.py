@@ -19,7 +19,7 @@ from data.corpus import corpus_for
 from data.stream import Stream, stream_arguments
 from kernels import experts
 from model import GPT
-from optim import Engine
+from optim import Optimizer
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS
 from system.microbatch import ranks_per_forward
@@ -40,7 +40,7 @@ class Case:
         if self.compiled:
             self.model.prepare_compile()
         self.forward = torch.compile(self.model, dynamic=False) if self.compiled else self.model
-        self.engine, self.plan = Engine(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
+        self.optimizer, self.plan = Optimizer(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
         self.corpus = corpus_for(scale, data)
         self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
@@ -49,15 +49,15 @@ class Case:
     def gradients(self):
         self.model.begin_step()
         for i in range(0, 8, self.at_once):
-            self.engine.expect(last=i + self.at_once == 8)
+            self.optimizer.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
             most = sum(self.documents[i:i + self.at_once])
             self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows, most=most)).mean().backward()
-            self.engine.collect()
+            self.optimizer.accumulate()
 
     def update(self):
         self.model.settle(lambda t: t, self.plan.tokens)
-        self.engine.step(self.plan)
+        self.optimizer.step(self.plan)
 
 
 def backward(outputs, leaves):

@@ -26,7 +26,7 @@ from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
-from optim import adamw_
+from updates.adam import adamw_
 from system import dry_run as plan
 from settings import Softcap, head_dim
 from steps import LANDMARKS
@@ -163,7 +163,7 @@ def adams():
         own.grad = g
         hyper = {"decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "eps_after_correction": True,
                  "math_dtype": torch.float32}
-        # as optim.Engine gives them to a compiled rule
+        # as optim.Optimizer gives them to a compiled rule
         numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in (
             ("lr", 1e-4), ("correction1", 0.5), ("correction2", 0.5))}
 

@@ -22,7 +22,7 @@ from layers.mlp import MLP
 from layers.rotary import Rotary
 from layers.specs import layer_specs
 from model import GPT
-from optim import Engine
+from optim import Optimizer
 from report import Report
 from scales import SCALES
 from train_gpt import to_rows
@@ -38,7 +38,7 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     model.initialise(0)
     if compiled:
         model.prepare_compile()
-    engine, plans = Engine(model, s), schedule.plan(s)
+    optimizer, plans = Optimizer(model, s), schedule.plan(s)
     plan = plans[3 * len(plans) // 4]
     forward = torch.compile(model, dynamic=False) if compiled else model
     corpus = sample_corpus()
@@ -47,11 +47,11 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
 
     def step():
         for i in range(0, 8, at_once):
-            engine.expect(last=i + at_once == 8)
+            optimizer.expect(last=i + at_once == 8)
             inputs, targets = x[i:i + at_once].flatten(0, 1), y[i:i + at_once].flatten(0, 1)
             forward(inputs, targets, model.context(inputs, corpus.bos, plan.windows)).mean().backward()
-            engine.collect()
-        engine.step(plan)
+            optimizer.accumulate()
+        optimizer.step(plan)
 
     return step, 8 * s.data.tokens_per_rank
 

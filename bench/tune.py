@@ -20,7 +20,7 @@ import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from kernels.device import FP8_SINCE, capability
 from model import without_values
-from optim import Engine
+from optim import Optimizer
 from settings import head_dim, padded_vocab
 
 DEVICE, TOKENS = torch.device("cuda"), 65536
@@ -35,9 +35,9 @@ def tensor(*shape):
 
 def symmetric_cases(s):
     """Gram matrices of the banks that Muon updates, and their squares."""
-    engine = Engine(without_values(s), s)
-    shapes = {(len(piece), *sorted(piece.shape[1:])) for bank in engine.banks if bank.rule == "muon"
-              for piece in engine.cut_of(bank).split(bank.param)}
+    banks = Optimizer(without_values(s), s).banks
+    shapes = {(len(piece), *sorted(piece.shape[1:])) for bank in banks if bank.rule.name == "muon"
+              for piece in bank.views.split(bank.param)}
     for n, m, k in shapes:
         x, square = tensor(n, m, k), tensor(n, m, m)
         yield x.dtype, (m, k), symmetric.default_tile(x), lambda x=x: symmetric.gram(x)

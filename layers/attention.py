@@ -17,6 +17,7 @@ from layers.primitives import constant, dtype, linear, linear_init, parameter, r
 from layers.rotary import Rotary
 from layers.specs import AttnSpec
 from settings import Settings
+from updates import views
 
 
 class AttnMeta(NamedTuple):
@@ -48,10 +49,11 @@ class Attention(nn.Module):
         if spec.heads * spec.qk != d or spec.heads * spec.v != d:
             raise ValueError(f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}")
         inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
-        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out])
+        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
+                              views=views.qkvo(s))
         self.bias = None
         if s.model.bias:
-            self.bias = parameter((4, d), n.scalar, role="scalar", init=constant(0.0))
+            self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.fused = s.system.kernels.qk == "triton"
         self.common_parts(s, spec)
 
@@ -61,7 +63,8 @@ class Attention(nn.Module):
         self.spec = spec
         self.gate = None
         if spec.gate is not None:
-            self.gate = parameter((spec.heads, spec.gate), n.gate, role="matrix", init=constant(0.0))
+            self.gate = parameter((spec.heads, spec.gate), n.gate, role="matrix", label="gate",
+                                  init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
         self.eps = n.norm_eps
         self.norm_dtype = dtype(n.norm)

@@ -32,7 +32,8 @@ class LatentAttention(Attention):
         self.qk_nope = spec.qk - spec.rotary
 
         def matrix(rows, cols, projection=False):
-            return parameter((rows, cols), n.matrix, role="matrix", init=linear_init(s, cols, projection))
+            return parameter((rows, cols), n.matrix, role="matrix", label="latent",
+                             init=linear_init(s, cols, projection))
 
         # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv, W_o
         self.q_down = matrix(latent.query, d) if latent.query else None

@@ -7,6 +7,7 @@ from kernels.linear_relu_sq import mlp_relu_sq
 from layers.fp8_mlp import EightBit
 from layers.primitives import constant, linear, linear_init, parameter
 from settings import Settings
+from updates import views
 
 
 class MLP(nn.Module):
@@ -17,12 +18,14 @@ class MLP(nn.Module):
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
         d, f, n = s.model.model_dim, hidden, s.numerics
-        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", init=linear_init(s, d, projection=False))
-        self.down = parameter((d, f), n.matrix, role="matrix", init=linear_init(s, f, projection=True))
+        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", views=views.mlp_up(s),
+                            init=linear_init(s, d, projection=False))
+        self.down = parameter((d, f), n.matrix, role="matrix", label="mlp_down",
+                              init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None
         if s.model.bias:
-            self.up_bias = parameter((f,), n.scalar, role="scalar", init=constant(0.0))
-            self.down_bias = parameter((d,), n.scalar, role="scalar", init=constant(0.0))
+            self.up_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.down_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
         self.eight_bit = EightBit(s) if n.fp8_mlp else None
 

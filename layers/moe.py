@@ -12,6 +12,8 @@ from kernels import experts
 from layers.mlp import MLP
 from layers.primitives import dtype, linear_init, normal, parameter
 from settings import check_processes
+from updates import views
+from updates.views import Views
 
 
 class Router(nn.Module):
@@ -28,7 +30,7 @@ class Router(nn.Module):
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
         self.tokens_per_rank = s.data.tokens_per_rank
-        self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router",
+        self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router", label="router",
                                 init=normal(1 / math.sqrt(s.model.model_dim)))
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
         self.register_buffer("bias", torch.zeros(moe.experts, dtype=torch.promote_types(self.dtype, torch.float32)))
@@ -137,11 +139,12 @@ class MoE(nn.Module):
         check_processes(s, self.world)
         mine = moe.experts // self.world
 
-        def stack(label, rows, cols, projection):
-            return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, init=None,
+        def stack(label, rows, cols, projection, of=Views()):
+            return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, views=of, init=None,
                              parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
 
-        self.up, self.down = stack("expert_up", moe.hidden, d, False), stack("expert_down", d, moe.hidden, True)
+        self.up = stack("expert_up", moe.hidden, d, False, views.mlp_up(s))
+        self.down = stack("expert_down", d, moe.hidden, True)
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from updates.views import Views
+
 
 def dtype(name):
     return getattr(torch, name)
@@ -28,14 +30,18 @@ def constant(value):
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def parameter(shape, dtype_name, *, role, init, parts=None, first_part=0, label=""):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), an optional label and its initialiser.
+def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), its label and its initialiser.
+
+    label: the kind of parameter, whose section in settings.Optim, if it is on, overrules that of the role.
+    views: how update rules may look at the parameter.
 
     parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of
     the first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
-    p.role, p.label, p.parts, p.first_part = role, label, parts or [init], first_part
+    p.role, p.label, p.views = role, label, views
+    p.parts, p.first_part = parts or [init], first_part
     return p
 
 
@@ -53,9 +59,9 @@ def linear_init(s, fan_in, projection):
 class Learned(nn.Module):
     """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
 
-    def __init__(self, n, value, dtype_name, sigmoid):
+    def __init__(self, n, value, dtype_name, sigmoid, label):
         super().__init__()
-        self.value = parameter((n,), dtype_name, role="scalar", init=constant(value))
+        self.value = parameter((n,), dtype_name, role="scalar", label=label, init=constant(value))
         self.sigmoid = sigmoid
 
     def forward(self):
@@ -73,10 +79,10 @@ class Constant(nn.Module):
         return self.values
 
 
-def coefficient(n, value, learned, dtype_name, sigmoid=False):
+def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
     """n coefficients that start at `value` (before the sigmoid, if there is one)."""
     if learned:
-        return Learned(n, value, dtype_name, sigmoid)
+        return Learned(n, value, dtype_name, sigmoid, label)
     return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)
 
 
@@ -89,8 +95,8 @@ class Norm(nn.Module):
         self.eps, self.dtype = n.norm_eps, dtype(n.norm)
         self.gain = self.bias = None
         if s.model.norm == "layernorm":
-            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(1.0))
-            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", init=constant(0.0))
+            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(1.0))
+            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0))
 
     def forward(self, x):
         if self.gain is None:

@@ -64,12 +64,12 @@ class Residual(nn.Module):
         self.add(*branch_terms(specs))
         if r.unet_skips:
             u = r.unet_skips
-            self.skip = coefficient(layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar,
+            self.skip = coefficient(layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
                                     sigmoid=u.sigmoid is not None)
             self.add(*unet_terms(layers))
         if r.x0_mix:
-            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar)
-            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar)
+            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
+            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar, "x0_lambdas")
             self.add(*x0_terms(layers))
 
     def add(self, *terms: Term) -> None:

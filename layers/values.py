@@ -14,7 +14,7 @@ class ValueResidual(nn.Module):
     def __init__(self, s):
         super().__init__()
         v = s.model.attn.value_residual
-        self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar)
+        self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
     def begin(self, tokens):
         """Function (layer, v) -> v for one forward pass."""
@@ -42,10 +42,11 @@ class ValueEmbed(nn.Module):
         self.lerp = e.mix == "lerp"
         self.dtype = dtype(n.residual)
         self.tables = nn.ParameterList(
-            parameter((table_rows(s), s.model.model_dim), n.table, role="embed", init=normal(1.0))
+            parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
+                      init=normal(1.0))
             for _ in range(num_value_tables(s)))
-        self.v = None if self.lerp else coefficient(len(layers), e.init, e.learned, n.scalar)
-        self.ve = coefficient(len(layers), e.init, e.learned, n.scalar)
+        self.v = None if self.lerp else coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
+        self.ve = coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
 
     def begin(self, tokens):
         """Function (layer, v) -> v for one forward pass."""

@@ -51,6 +51,8 @@ def print_plan(resolved):
     print(" or ".join(f"{heads} heads of {qk}" + (f" (values {v})" if v != qk else "") for heads, qk, v in kinds)
           + f", {padded_vocab(s)} classes")
     print(size(s))
+    for line in parameters(s):
+        print(line)
     for line in graphs(s, plans):
         print(line)
     for line in held(s):
@@ -74,11 +76,24 @@ def from_parent(resolved):
         yield "  none" + (f": {record.subsumed}" if record.subsumed else "")
 
 
+def parameters(s):
+    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight processes."""
+    from model import without_values
+    from optim import Optimizer
+    from system.comm import communication
+    names = ("label", "role", "shapes", "rule", "rate", "decay", "constants", "communication", "updated")
+    rows = [names, *Optimizer(without_values(s), s, communication(s, 0, LOGICAL_RANKS)).table()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    yield f"parameters (communication of {LOGICAL_RANKS} processes):"
+    for row in rows:
+        yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+
+
 def graphs(s, plans):
     """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes, with their backward
     in training, and the update of each bank."""
     from model import without_values
-    from optim import Engine
+    from optim import Optimizer
     cuda = s.system.device != "cpu"
     rows = ranks_per_forward(s, LOGICAL_RANKS, cuda) * s.data.tokens_per_rank // s.data.seq_len
     length = s.validation.seq_len
@@ -86,7 +101,7 @@ def graphs(s, plans):
     forwards = [("training", rows, s.data.seq_len, len({p.windows for p in plans})),
                 ("validation", validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
                  len(validated))]
-    banks = Engine(without_values(s), s).banks
+    banks = Optimizer(without_values(s), s).banks
     yield (f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
            + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].windows else ""))
     for what, rows, tokens, windows in forwards:

@@ -84,12 +84,13 @@ def estimate(s, ranks, at_once, world=1):
     """ranks: logical ranks of this process, of which `at_once` go through a forward; world: processes."""
     from layers.primitives import dtype
     from model import without_values
-    from optim import Engine
-    engine = Engine(without_values(s), s, 0, world)
-    parameters = sum(bank.param.nbytes for bank in engine.banks)
-    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in engine.banks}
-    sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in engine.banks
-                                    if engine.comm == "sharded" and not bank.own)
+    from optim import Optimizer
+    from system.comm import communication
+    optimizer = Optimizer(without_values(s), s, communication(s, 0, world))
+    parameters = sum(bank.param.nbytes for bank in optimizer.banks)
+    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in optimizer.banks}
+    sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
+                                    if bank.comm.name == "reduce-scatter")
     logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     passing = logits
     if chunked(s):
@@ -99,7 +100,7 @@ def estimate(s, ranks, at_once, world=1):
     if s.system.recompute == "on":  # one block at a time is there in full
         whole = kept_by_forward(with_system(s, recompute="off"), at_once)
         passing = max(passing, (whole - kept) // s.model.num_layers)
-    return Estimate(parameters, parameters + sums, engine.state_bytes(), kept, passing)
+    return Estimate(parameters, parameters + sums, optimizer.state_bytes(), kept, passing)
 
 
 def chunked(s):

@@ -59,7 +59,7 @@ def no_host_reads(cuda, what):
 
 
 def complaint(error, what, operation):
-    rooms = (ROOT, ROOT / "kernels", ROOT / "data")
+    rooms = (ROOT, ROOT / "updates", ROOT / "kernels", ROOT / "data")
     own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent in rooms]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"
     return (f"{what} waits for the device: {operation} in {where}; keep the number on the device, or know it beforehand, or "

@@ -13,7 +13,8 @@ import train_gpt
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
 from model import GPT
-from optim import Engine
+from optim import Optimizer
+from system.comm import communication
 
 s = deltas.resolve("short/11", scale="micro", sets=sys.argv[2:]).settings
 world = train_gpt.World(s)
@@ -22,17 +23,17 @@ model.initialise(0)
 with torch.no_grad():  # away from the zeros of the start, which would hide most gradients
     for name, p in sorted(model.named_parameters()):
         p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
-engine = Engine(model, s, world.rank, world.size)
+optimizer = Optimizer(model, s, communication(s, world.rank, world.size))
 corpus = sample_corpus()
 batch = Stream(corpus, ranks=world.ranks, **stream_arguments(s)).next()
 x, y, _ = train_gpt.to_rows(batch, s.data.seq_len, world.device, corpus.bos)
-engine.expect(last=True)
+optimizer.expect(last=True)
 (model(x.flatten(0, 1), y.flatten(0, 1)).mean() * (len(world.ranks) / 8)).backward()
-engine.collect()
+optimizer.accumulate()
 whole = {}
-for bank in engine.banks:
-    grad, _ = engine.finish(bank)
-    if engine.is_shared(bank.rule, bank.own):
+for bank in optimizer.banks:
+    grad, _ = optimizer.reduced(bank)
+    if bank.comm.shards > 1:
         parts = [torch.empty_like(grad) for _ in range(world.size)]
         dist.all_gather(parts, grad.contiguous())
         grad = torch.cat(parts)

@@ -77,7 +77,7 @@ CHEATS = {
         ("train_gpt.py", "    model.train()\n    sums =",
          "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
     "a warm-up that leaks": ("warm_up", "validation losses at step 0", [
-        ("train_gpt.py", "    run.model.initialise(seed)\n    run.engine.reset()\n", "    run.engine.reset()\n"),
+        ("train_gpt.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n", "    run.optimizer.reset()\n"),
         ("train_gpt.py", "    if before != after:\n", "    if False:\n")]),
     "randomness without a seed": ("seed", "two trainings with seed 0 differ in training losses", [
         ("train_gpt.py", "run.compiled(x, y, context).mean()\n",

@@ -21,7 +21,8 @@ from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from layers.moe import MoE, Router
 from model import GPT
-from optim import Engine
+from optim import Optimizer
+from system.comm import communication
 from system.dry_run import print_plan
 from runlog import read_chain
 from common.errors import UserError
@@ -407,7 +408,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
-    run = SimpleNamespace(s=s, model=model, compiled=model, engine=Engine(model, s), at_once=8, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=Optimizer(model, s), at_once=8, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda tally: tally))
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
@@ -581,14 +582,14 @@ def test_no_router_is_dead_at_top_1():
 
 # ----- Muon on stacks
 
-def train_step(engine, model, s, seed, plan_step=0):
+def train_step(optimizer, model, s, seed, plan_step=0):
     x = tokens(8, 65, seed)
     model.begin_step()
-    engine.expect(last=True)
+    optimizer.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
-    engine.collect()
+    optimizer.accumulate()
     model.settle(lambda tally: tally, 512)
-    engine.step(schedule.plan(s)[plan_step])
+    optimizer.step(schedule.plan(s)[plan_step])
 
 
 @pytest.mark.parametrize("move_idle", [False, True])
@@ -597,34 +598,34 @@ def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_the
     s = model.settings
     for router in model.routers():
         router.bias.zero_()
-    engine = Engine(model, s)
-    train_step(engine, model, s, 0)
+    optimizer = Optimizer(model, s)
+    train_step(optimizer, model, s, 0)
     starve(model.blocks[2].mlp, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train_step(engine, model, s, 1)
+    train_step(optimizer, model, s, 1)
     first, second = (router.load for router in model.routers())
     assert second[3] == 0 and (first > 0).all()
     for kind in ("up", "down"):
         stacks = [f"blocks.{i}.mlp.{kind}" for i in (1, 2)]
         moved = torch.cat([(model.get_parameter(name) != before[name]).flatten(1).any(1) for name in stacks])
         assert moved.tolist() == [True] * 11 + [move_idle] + [True] * 4
-        bank = next(b for b in engine.banks if b.members[0][0] == stacks[0])
+        bank = next(b for b in optimizer.banks if b.members[0][0] == stacks[0])
         assert bank.state["momentum_buffer"][:16].flatten(1).any(1).all()
 
 
 def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
     model = build()
     s = model.settings
-    engine = Engine(model, s)
+    optimizer = Optimizer(model, s)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     x = tokens(8, 65)
-    engine.expect(last=True)
+    optimizer.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
-    engine.collect()
+    optimizer.accumulate()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.settle(lambda tally: tally, 512)
     plan = schedule.plan(s)[0]
-    engine.step(plan)
+    optimizer.step(plan)
     for name in ("blocks.1.mlp.up", "blocks.2.mlp.down"):
         for e in range(8):
             g = gradients[name][e]
@@ -637,9 +638,9 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
 
 def test_the_router_is_trained_by_adamw_in_its_own_group():
     s = settings(SMALL)
-    engine = Engine(GPT(s), s)
-    bank = next(b for b in engine.banks if b.role == "router")
-    assert bank.rule == "adamw" and {name for name, _ in bank.members} == {f"blocks.{i}.mlp.router.weight" for i in (1, 2)}
+    optimizer = Optimizer(GPT(s), s)
+    bank = next(b for b in optimizer.banks if b.role == "router")
+    assert bank.rule.name == "adamw" and {name for name, _ in bank.members} == {f"blocks.{i}.mlp.router.weight" for i in (1, 2)}
 
 
 # ----- FP8
@@ -831,15 +832,15 @@ def share_of_gradients(path, sets, precision, flooded):
     for router in model.routers():
         router.bias[list(flooded)] += 100.0
     mine = slice(8 // world.size * world.rank, 8 // world.size * (world.rank + 1))
-    engine = Engine(model, s, world.rank, world.size)
-    engine.expect(last=False)
+    optimizer = Optimizer(model, s, communication(s, world.rank, world.size))
+    optimizer.expect(last=False)
     losses = model(tokens(8)[mine], tokens(8, seed=2)[mine])
     (losses.sum() / (8 * 24)).backward()
     local = {name: p.grad.clone() for name, p in model.named_parameters()}
-    for bank in engine.banks:
-        if world.size > 1 and not bank.own:
-            engine.launch(bank)
-    factor = engine.clip_factor([engine.finish(bank) for bank in engine.banks])
+    for bank in optimizer.banks:
+        if bank.comm.reduces:
+            optimizer.launch(bank)
+    factor = optimizer.clip_factor(optimizer.banks, [optimizer.reduced(bank)[1] for bank in optimizer.banks])
     stacks = model.expert_loads() if model.mixtures()[0][1].world > 1 else {}
     gradients = {name: world.gather(g) if name in stacks else world.total(g) for name, g in local.items()}
     if world.main:

@@ -16,7 +16,7 @@ import model as model_module
 import schedule
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
-from optim import Engine
+from optim import Optimizer
 from train_gpt import train_step
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -72,14 +72,14 @@ TABLE_ROWS = [(1, 1257), (5, 1280), (17, 1257), (18, 1280), (19, 1257), (24, 128
 def test_dtype_group_rule_and_optimizer_state_of_every_parameter(ref, n):
     s, model = built(ref)
     seen = set()
-    for bank in Engine(model, s).banks:
+    for bank in Optimizer(model, s).banks:
         for name, p in bank.members:
             what = kind(name)
             seen.add(what)
             assert p.dtype == bank.param.dtype == at(n, STORED[what]), name
-            assert bank.rule == at(n, RULE[what]), name
+            assert bank.rule.name == at(n, RULE[what]), name
             assert bank.role == ("embed" if name == "embed.positions" else at(n, GROUP[what])), name
-            if bank.rule == "adamw":
+            if bank.rule.name == "adamw":
                 assert {x.dtype for x in bank.state.values()} == {at(n, MOMENTS[what])} and len(bank.state) == 2, name
             elif what == "matrix":
                 assert {x.dtype for x in bank.state.values()} == {F32} and len(bank.state) == 1, name
@@ -201,13 +201,13 @@ def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(re
     """6 ships the scaled update in bfloat16; 15 scales at the addition. With MLPs three times as wide as the stream, because
     at four times sqrt(rows / cols) = 2 rounds nothing."""
     s, model = built(ref, "model.mlp.expansion=3", "optim.muon.lr=1.0")
-    engine = Engine(model, s)
-    bank = next(b for b in engine.banks if b.label == "mlp_up")
+    optimizer = Optimizer(model, s)
+    bank = next(b for b in optimizer.banks if b.label == "mlp_up")
     bank.param.zero_()
     bank.grad.normal_(generator=torch.Generator().manual_seed(0))
     direction = newton_schulz(bank.grad.clone(), dtype=BF16, norm_dtype=at(n, [(3, F32), (5, BF16)]),
                               form=at(n, [(3, "expanded"), (11, "factored")])).float()
-    engine.step(SimpleNamespace(lr_factor=1.0, momentum=0.0))  # from the first gradient, so that it is the direction's input
+    optimizer.step(SimpleNamespace(lr_factor=1.0, momentum=0.0, due=None))  # from the first gradient, so that it is the direction's input
     scaled = at(n, [(3, 1.0), (4, math.sqrt(144)), (8, math.sqrt(144 / 48)), (27, 1.0)]) * direction
     assert torch.equal(-bank.param, scaled.bfloat16().float() if 6 <= n < 15 else scaled)
     assert torch.equal(scaled, scaled.bfloat16().float()) == (n == 3 or n >= 27)  # elsewhere the rounding shows
@@ -286,8 +286,8 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         loss = F.cross_entropy(logits[0], y[0], reduction="mean" if n < 21.2 else "sum") / 8
         grads = torch.autograd.grad(loss, list(model.parameters()))
         expected = [a + b for a, b in zip(expected, grads)] if expected else grads
-    found, engine = [], Engine(model, s)
-    run = SimpleNamespace(s=s, model=model, compiled=model, engine=engine, at_once=at_once, corpus=SimpleNamespace(bos=0),
+    found, optimizer = [], Optimizer(model, s)
+    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=optimizer, at_once=at_once, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda x: x))
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,

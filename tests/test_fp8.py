@@ -24,7 +24,7 @@ from kernels import experts, linear_relu_sq, transpose
 from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
-from optim import Engine
+from optim import Optimizer
 from program import program_of
 from common.errors import UserError
 
@@ -174,27 +174,27 @@ def losses(model, s, x):
     return model(x, x, model.context(x, BOS, schedule.windows(s, 0)))
 
 
-def step(engine, model, s, x, i, at_once=8):
+def step(optimizer, model, s, x, i, at_once=8):
     model.begin_step()
     for part in x.chunk(8 // at_once):
-        engine.expect(last=True)
+        optimizer.expect(last=True)
         (losses(model, s, part).mean() * at_once / 8).backward()
-        engine.collect()
-    engine.step(schedule.plan(s)[i])
+        optimizer.accumulate()
+    optimizer.step(schedule.plan(s)[i])
 
 
 def test_the_scales_are_the_recurrence_over_steps():
     """Activations: 1.8 max P / 448 of the rank's last forward, at first 1. Weight: the first and the next three refreshes by
     its own maximum, then by 1.12 times the maximum of the refresh before."""
     s, model = build("numerics.fp8_mlp.down.exact_steps=3")
-    engine, seen, weights = Engine(model, s), [], []
+    optimizer, seen, weights = Optimizer(model, s), [], []
     mlp, given = model.blocks[4].mlp, []
     state = mlp.eight_bit
     assert torch.equal(state.activation, torch.ones(8))
     mlp.register_forward_pre_hook(lambda m, a: given.append((a[0].detach(), m.up.detach().clone())))
     for i in range(7):
         weights.append(mlp.down.detach().abs().max())
-        step(engine, model, s, rows(s, i), i)
+        step(optimizer, model, s, rows(s, i), i)
         x, up = given[i]
         _, _, most = emulated(x.flatten(0, 1), up, torch.zeros(1, len(up)), 8, None, F32)
         seen.append((state.weight.clone(), state.activation.clone(), most))
@@ -234,9 +234,9 @@ def test_scales_belong_to_logical_ranks_however_many_a_forward_has(at_once):
     results = []
     for n in (8, at_once):
         s, model = build()
-        engine = Engine(model, s)
+        optimizer = Optimizer(model, s)
         for i in range(3):
-            step(engine, model, s, rows(s, i), i, n)
+            step(optimizer, model, s, rows(s, i), i, n)
         scales = torch.cat([mlp.eight_bit.activation for mlp in model.narrow_mlps()])
         results.append((scales, losses(model.eval(), s, rows(s, 3)).detach()))
     (a, p), (b, q) = results
@@ -250,10 +250,10 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     at_start = {name: b.clone() for name, b in model.named_buffers()}
     assert {"activation", "weight", "following", "refreshes"} == {n.split(".")[-1] for n in at_start if "eight_bit" in n}
     assert not any("eight_bit" in name for name in model.state_dict())  # a checkpoint does not depend on them
-    engine = Engine(model, s)
-    before = train_gpt.state_hash(model, engine)
+    optimizer = Optimizer(model, s)
+    before = train_gpt.state_hash(model, optimizer)
     for i in range(3):  # zero projections and a zero head hide the hidden activations in two steps
-        step(engine, model, s, x, i)
+        step(optimizer, model, s, x, i)
     moved = {name: b.clone() for name, b in model.named_buffers()}
     assert all(not torch.equal(b, at_start[name]) for name, b in moved.items() if "eight_bit" in name)
     plain.load_state_dict(model.state_dict())
@@ -263,8 +263,8 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     for name, b in model.eval().named_buffers():
         assert name.endswith("activation") or torch.equal(b, moved[name])
     model.initialise(0)
-    engine.reset()
-    assert train_gpt.state_hash(model, engine) == before
+    optimizer.reset()
+    assert train_gpt.state_hash(model, optimizer) == before
 
 
 def test_switched_off_it_is_not_there():

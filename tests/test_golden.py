@@ -1,5 +1,8 @@
 """Our records equal the original code: loss, gradients, optimizer, training, schedules, in float64."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +12,13 @@ import schedule
 from golden_records import block_windows, early, fill, load, originals, record20, record33, small, token_windows
 from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
+from optim import Optimizer
 from settings import rotary_dim
-from optim import Cut, Engine, adamw, muon_direction
 from schedule import Span, Windows
+from small_models import Toy, plan as step_plan, update
+from updates.adam import AdamW
+from updates.muon import Muon
+from updates.views import Views
 
 
 def relative(a, b):
@@ -181,30 +188,26 @@ def test_the_fp8_head_operator_is_the_original():
     assert np.abs(w.grad.numpy() - golden["grad_w"]).max() <= 4e-7 * np.abs(golden["grad_w"]).max()
 
 
-def muon_states(s, golden, tensor, momenta, lrs, calls=4, factor_shape=None):
-    """(parameter, buffer) after each call of our Muon on a fixture's free-standing tensor."""
+def states(rule, golden, tensor, factors, momenta, calls=4):
+    """(call, {name: array}) of parameter and state after each update of a fixture's free-standing tensor by a rule."""
     p = torch.from_numpy(golden[f"init/{tensor}"]).double()
-    batch = p if p.dim() == 3 else p[None]
-    buffer = torch.zeros_like(batch)
+    unit = rule.unit(p.shape, Views())
+    units = p.reshape(-1, *unit).clone()  # (N, *unit)
+    state = {name: torch.zeros((len(units), *shape), dtype=dtype)
+             for name, (shape, dtype) in rule.state(unit, p.dtype).items()}
     for call in range(calls):
-        g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(batch.shape)
-        update, buffer = muon_direction(g, buffer, momentum=momenta[call].item(), averaged=s.optim.muon.averaged,
-                                        cut=Cut(joint=False), factor_shape=factor_shape, scale=s.optim.muon.scale,
-                                        ns=(5, s.numerics, False, False))
-        batch = batch - s.optim.muon.lr * lrs[call].item() * update
-        yield call, batch.view(p.shape).numpy(), buffer.view(p.shape).numpy()
+        g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(units.shape)
+        plan = SimpleNamespace(lr_factor=factors[call].item(), momentum=momenta[call].item())
+        rule.update_(units, g, state, rule.numbers(plan, call + 1), Views())
+        yield call, {name: x.view(p.shape).numpy() for name, x in {"param": units, **state}.items()}
 
 
-def adam_states(s, golden, tensor, lr, factors, calls=4):
-    """(parameter, first, second moment) after each call of our Adam."""
-    a = s.optim.adam
-    p = torch.from_numpy(golden[f"init/{tensor}"]).double()
-    m, v = torch.zeros_like(p), torch.zeros_like(p)
-    for call in range(calls):
-        p, m, v = adamw(p, torch.from_numpy(golden[f"grad/{tensor}"][call]).double(), m, v, lr=lr * factors[call].item(),
-                        decay=0.0, beta1=a.beta1, beta2=a.beta2, eps=a.eps, eps_after_correction=a.eps_after_correction,
-                        correction1=1 - a.beta1 ** (call + 1), correction2=1 - a.beta2 ** (call + 1), math_dtype=torch.float64)
-        yield call, p.numpy(), m.numpy(), v.numpy()
+def muon(s):
+    return Muon.of(s, s.optim.group("matrix", "mlp_down"))
+
+
+def adam(s, lr):
+    return AdamW.of(s, dataclasses.replace(s.optim.group("embed", "embed"), lr=lr, weight_decay=0.0))
 
 
 def close(got, expected):
@@ -219,9 +222,10 @@ def test_muon_states_after_four_calls(name, ref, tensors):
     s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
     assert s.optim.muon.lr == config["muon_lr"]
     for tensor in tensors:
-        for call, p, buffer in muon_states(s, golden, tensor, golden["step_muon_momentum"], golden["step_lr_factor"]):
-            assert close(p, golden[f"fp64/param/{tensor}"][call]), (tensor, call)
-            assert close(buffer, golden[f"fp64/momentum_buffer/{tensor}"][call]), (tensor, call)
+        for call, found in states(muon(s), golden, tensor, golden["step_lr_factor"], golden["step_muon_momentum"]):
+            assert set(found) == {"param", "momentum_buffer"}
+            for key, got in found.items():
+                assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
 
 
 @pytest.mark.parametrize("name, ref, tensors", [
@@ -232,8 +236,10 @@ def test_adam_states_after_four_calls(name, ref, tensors):
     s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
     assert (s.optim.adam.beta1, s.optim.adam.beta2) == tuple(config["adam_betas"]) and s.optim.adam.eps == config["adam_eps"]
     for tensor in tensors:
-        for call, *states in adam_states(s, golden, tensor, config["adam_lr"][tensor], golden["step_lr_factor"]):
-            for got, key in zip(states, ("param", "exp_avg", "exp_avg_sq")):
+        rule = adam(s, config["adam_lr"][tensor])
+        for call, found in states(rule, golden, tensor, golden["step_lr_factor"], golden["step_lr_factor"]):
+            assert set(found) == {"param", "exp_avg", "exp_avg_sq"}
+            for key, got in found.items():
                 assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
 
 
@@ -243,37 +249,56 @@ def test_optimizer_of_records_32_to_34():
     s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
     factors, momenta, compared = np.array(config["lr_factor"]), np.array(config["muon_momentum"]), 0
     for tensor in ("qkvo", "tall", "wide", "square", "smear_gate"):
-        for call, p, buffer in muon_states(s, golden, tensor, momenta, factors):
+        for call, found in states(muon(s), golden, tensor, factors, momenta):
             if f"f64/step{call + 1}/param/{tensor}" in golden:
-                assert close(p, golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
-                assert close(buffer, golden[f"f64/step{call + 1}/state/{tensor}/momentum_buffer"]), (tensor, call)
+                assert close(found["param"], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
+                assert close(found["momentum_buffer"], golden[f"f64/step{call + 1}/state/{tensor}/momentum_buffer"]), (tensor, call)
                 compared += 1
     for tensor, mul in config["lr_mul"].items():
-        for call, *states in adam_states(s, golden, tensor, config["adam"]["lr"] * mul, factors):
+        for call, found in states(adam(s, config["adam"]["lr"] * mul), golden, tensor, factors, momenta):
             if f"f64/step{call + 1}/param/{tensor}" in golden:
-                assert close(states[0], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
-                assert close(states[1], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg"]), (tensor, call)
-                assert close(states[2], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (tensor, call)
+                assert close(found["param"], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
+                assert close(found["exp_avg"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg"]), (tensor, call)
+                assert close(found["exp_avg_sq"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (tensor, call)
                 compared += 1
     assert compared == 2 * 8  # the fixture holds the states after the first and the last call
+
+
+def test_four_updates_of_record_33_through_the_optimizer():
+    """Banks, groups and rules by the roles of record 34's tensors; from its learning rates to the states after the last call."""
+    golden, config = load("r34_optim")
+    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "mlp_down"), "wide": ("matrix", "mlp_down"),
+             "square": ("matrix", "latent"), "smear_gate": ("matrix", "gate"), "embed": ("embed", "embed"),
+             "head": ("lm_head", "lm_head"), "scalars": ("scalar", "sa_lambdas")}
+    model = Toy(**{name: (torch.from_numpy(golden[f"init/{name}"]).double(), *role) for name, role in roles.items()})
+    optimizer, compared = Optimizer(model, s), 0
+    for call, (lr_factor, momentum) in enumerate(zip(config["lr_factor"], config["muon_momentum"])):
+        gradients = {name: torch.from_numpy(golden[f"grad/{name}"][call]).double() for name in roles}
+        update(optimizer, model, gradients, step_plan(call, lr_factor=lr_factor, momentum=momentum))
+        for name in roles:
+            if f"f64/step{call + 1}/param/{name}" in golden:
+                assert close(model.get_parameter(name).detach().numpy(), golden[f"f64/step{call + 1}/param/{name}"]), (name, call)
+                compared += 1
+    assert compared == 2 * 8
 
 
 # ----- six training steps
 
 def train(model, s, steps, windows):
     """Make the six training steps of a fixture; yields (index, loss) when the gradients are there, before the update."""
-    engine, plans = Engine(model, s), schedule.plan(s)
+    optimizer, plans = Optimizer(model, s), schedule.plan(s)
     for i, step in enumerate(steps["step_index"]):
         assert plans[step].lr_factor == steps["lr_factor"][i]
         assert relative(plans[step].momentum, steps["muon_momentum"][i]) < 1e-15
         x, y = (torch.from_numpy(steps[k][i]).long() for k in ("tokens", "targets"))
         x, y = (x, y) if x.dim() == 2 else (x[None], y[None])
-        engine.expect(last=True)
+        optimizer.expect(last=True)
         loss = model(x, y, model.context(x, 249, windows)).mean()
         loss.backward()
-        engine.collect()
+        optimizer.accumulate()
         yield i, loss.item()
-        engine.step(plans[step])
+        optimizer.step(plans[step])
 
 
 @pytest.mark.parametrize("name, ref, length, convert, windows", [

@@ -13,13 +13,14 @@ import sample
 import schedule
 from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visible
 from kernels.newton_schulz import newton_schulz
+from declare import lookup
 from layers.attention import AttnMeta
 from layers.latent import LatentAttention
 from layers.specs import layer_specs
 from model import GPT, count_parameters
-from optim import Engine
-from declare import lookup
+from optim import Optimizer
 from settings import query_dim, value_dim
+from settings import lookup, query_dim, value_dim
 from common.errors import UserError
 
 BOS = 1256
@@ -304,15 +305,15 @@ def test_muon_orthogonalises_each_matrix_apart(ref):
     """Also those that lie in one bank: in variants/6 W_uk and W_uv have one shape."""
     model = build(ref)
     s, x = model.settings, tokens(8, 17)
-    engine = Engine(model, s)
-    engine.expect(last=True)
+    optimizer = Optimizer(model, s)
+    optimizer.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
-    engine.collect()
+    optimizer.accumulate()
     matrices = {name: p for name, p in model.named_parameters() if ".attn." in name}
     before = {name: (p.detach().clone(), p.grad.clone()) for name, p in matrices.items()}
     plan = schedule.plan(s)[0]
-    engine.step(plan)
-    banks = {name: bank for bank in engine.banks for name, _ in bank.members}
+    optimizer.step(plan)
+    banks = {name: bank for bank in optimizer.banks for name, _ in bank.members}
     assert ref != "variants/6" or banks["blocks.0.attn.k_up"] is banks["blocks.0.attn.v_up"]
     assert {name.split(".")[-1] for name in matrices} >= {"q", "kv_down", "k_turning", "k_up", "v_up", "o"}
     for name, p in matrices.items():
@@ -333,13 +334,13 @@ def test_values_mixed_behind_the_latents_train_and_have_no_latent_cache(feature)
     model.initialise(0)
     s, x = model.settings, tokens(4, 17)
     assert lookup(s, feature) and s.model.attn.latent
-    engine, losses, windows = Engine(model, s), [], schedule.windows(s, 0)
+    optimizer, losses, windows = Optimizer(model, s), [], schedule.windows(s, 0)
     for _ in range(4):
-        engine.expect(last=True)
+        optimizer.expect(last=True)
         losses.append(model(x[:, :-1], x[:, 1:], model.context(x[:, :-1], BOS, windows)).mean())
         losses[-1].backward()
-        engine.collect()
-        engine.step(schedule.plan(s)[0])
+        optimizer.accumulate()
+        optimizer.step(schedule.plan(s)[0])
     assert torch.isfinite(torch.stack(losses)).all() and losses[-1] < losses[0] - 0.1
     losses[0] = model(x[:, :-1], x[:, 1:], model.context(x[:, :-1], BOS, windows)).mean()
     for p, grad in zip(model.parameters(), torch.autograd.grad(losses[0], list(model.parameters()))):

@@ -1,33 +1,28 @@
-"""Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules, engine."""
+"""Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules, optimizer."""
 
 import dataclasses
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import deltas
-import optim
 import schedule
 from kernels import fp8_linear as fp8_module
 from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
 from layers.specs import layer_specs
 from model import GPT, count_parameters
-from optim import Cut, Engine, Tree, adamw, local_ranks
+from optim import Optimizer
 from system import dry_run as plan
 from sample import generate
+from small_models import BOS, build, settings, step, tokens
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())
-BOS = 1256
 # from the notes and logs; record 24 printed 275,742,784, of which 12 are unused entries of its packed scalars
 COUNTS = {"short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,
           "short/11": 162_201_642, "short/14": 625_803_306, "short/15": 394_002_486, "short/17": 275_598_388,
@@ -35,25 +30,6 @@ COUNTS = {"short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600
 # records since which something is as it is in the lineage notes: norm eps, windows
 EPS = {"short/2": 1e-6, "short/5": 1.1920929e-07, "short/10": 0.0078125, "short/20": 0.0078125, "short/21t": 1.1920929e-07,
        "short/33": 1.1920929e-07}
-
-
-def settings(ref, *sets, without=(), precision="float64"):
-    return deltas.resolve(ref, scale="micro", without=without, sets=[f"system.precision={precision}", *sets]).settings
-
-
-def build(ref, *sets, seed=0, scramble=True, **kwargs):
-    """A small float64 model; scramble: every parameter random and non-zero, so that no term hides behind a zero."""
-    s = settings(ref, *sets, **kwargs)
-    model = GPT(s)
-    model.initialise(seed)
-    if scramble:
-        for name, p in sorted(model.named_parameters()):
-            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
-    return model
-
-
-def tokens(rows=2, length=24, seed=1):
-    return torch.randint(1257, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("ref", ["short/8", "short/20", "short/33", "variants/4"])
@@ -330,7 +306,7 @@ def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
     for shape in ("out_in", "in_out"):
         s, model = settings("short/27", f"optim.muon.up_shape={shape}"), build("short/27", f"optim.muon.up_shape={shape}")
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        step(Engine(model, s), model, s, tokens(8, 33))
+        step(Optimizer(model, s), model, s, tokens(8, 33))
         moved[shape] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     for name, whole in moved["out_in"].items():
         factor = 0.5 if name.endswith("mlp.up") else 1.0
@@ -383,20 +359,7 @@ def test_the_cache_generates_what_the_whole_forward_predicts(ref):
     assert generate(model, [BOS, 5, 9], 55, **kwargs)[0] == generate(model, [BOS, 5, 9], 55, cached=False, **kwargs)[0]
 
 
-# ----- optimizer
-
-def test_adamw_equals_torch():
-    p = torch.nn.Parameter(torch.randn(7, 5, dtype=torch.float64))
-    reference = torch.optim.AdamW([p], lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-    ours, m, v = p.detach().clone(), torch.zeros(7, 5).double(), torch.zeros(7, 5).double()
-    for t in range(1, 5):
-        p.grad = torch.randn(7, 5, dtype=torch.float64)
-        ours, m, v = adamw(ours, p.grad, m, v, lr=0.01, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
-                           eps_after_correction=True, correction1=1 - 0.9 ** t,
-                           correction2=1 - 0.95 ** t, math_dtype=torch.float64)
-        reference.step()
-        assert torch.allclose(ours, p, rtol=1e-12, atol=0)
-
+# ----- Newton-Schulz
 
 @pytest.mark.parametrize("shape", [(24, 40), (64, 24), (24, 64), (3, 40, 8)])
 @pytest.mark.parametrize("form", ["expanded", "factored"])
@@ -407,200 +370,6 @@ def test_newton_schulz_brings_singular_values_near_one(shape, form):
     assert x.shape == g.shape and values.min() > 0.3 and values.max() < 1.3
     other = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64, form="expanded")
     assert torch.allclose(x, other, rtol=0, atol=1e-10)
-
-
-def test_a_cut_and_its_join_are_inverse_and_joint_makes_one_matrix_of_qkv():
-    x = torch.randn(2, 4, 6, 6)
-    for joint in (True, False):
-        cut = Cut(joint=joint)
-        assert torch.equal(cut.join(cut.split(x)), x)
-    assert [p.shape for p in Cut(joint=True).split(x)] == [(2, 18, 6), (2, 6, 6)]
-
-
-def test_the_tree_sums_in_one_order_however_leaves_arrive():
-    leaves = [torch.randn(50, generator=torch.Generator().manual_seed(i)) for i in range(8)]
-    whole = Tree()
-    for leaf in leaves:
-        whole.push(leaf)
-    halves = [Tree(), Tree()]
-    for i, leaf in enumerate(leaves):
-        halves[i // 4].push(leaf)
-    top = Tree()
-    for half in halves:
-        top.push(half.total())
-    assert torch.equal(whole.total(), top.total())
-    assert torch.allclose(whole.total(), sum(leaves), atol=1e-5)
-
-
-def forward_all(engine, model, s, x, plan_step=0, at_once=None, launch=True):
-    """All forward and backward passes of a step on rows x."""
-    at_once = at_once or len(x)
-    for i in range(0, len(x), at_once):
-        engine.expect(last=i + at_once >= len(x), launch=launch)
-        part = x[i:i + at_once]
-        context = model.context(part[:, :-1], BOS, schedule.windows(s, plan_step))
-        (model(part[:, :-1], part[:, 1:], context).mean() * at_once / len(x)).backward()
-        engine.collect()
-
-
-def step(engine, model, s, x, plan_step=0, at_once=None, launch=True):
-    forward_all(engine, model, s, x, plan_step, at_once, launch)
-    engine.step(schedule.plan(s)[plan_step])
-
-
-@pytest.mark.parametrize("ref", ["short/1", "short/3", "short/11"])
-def test_accumulated_forwards_equal_one_forward(ref):
-    results = []
-    for at_once in (8, 2):
-        s, model = settings(ref), build(ref, scramble=False)
-        engine = Engine(model, s)
-        for i in range(2):
-            step(engine, model, s, tokens(8, 17, seed=i), i, at_once)
-        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
-    assert torch.allclose(*results, rtol=0, atol=1e-7)
-
-
-def test_bf16_gradients_of_several_forwards_are_summed_in_float32():
-    apart, model = (build("short/11", precision="record") for _ in range(2))
-    parameter = next(p for p in apart.parameters() if p.role == "embed")
-    alone = []
-    for seed in range(3):
-        loss = apart(tokens(seed=seed), tokens(seed=5)).mean()
-        alone.append(torch.autograd.grad(loss, parameter)[0].float())
-    assert parameter.dtype == torch.bfloat16 and all(g.abs().max() > 0 for g in alone)
-    engine = Engine(model, model.settings)
-    for step in range(2):  # nothing of the first step is left in the second
-        for seed in range(3):
-            engine.expect(last=seed == 2)
-            model(tokens(seed=seed), tokens(seed=5)).mean().backward()
-            engine.collect()
-        table = next(b for b in engine.banks if b.role == "embed")
-        for _ in range(2):  # asking does not change the answer
-            assert engine.local(table).dtype == torch.float32
-            assert torch.equal(engine.local(table).view(-1)[:parameter.numel()], sum(alone).view(-1))
-        for bank in engine.banks:
-            engine.clear(bank)
-
-
-@pytest.mark.parametrize("ref", ["short/10", "short/33"])
-def test_one_logical_rank_a_forward_updates_as_eight_do_in_the_records_precision(ref):
-    """Up to the rounding of 16-bit gradients: a forward that was lost would show as an eighth of them."""
-    sums = []
-    for at_once in (8, 1):
-        model = build(ref, precision="record")
-        engine = Engine(model, model.settings)
-        forward_all(engine, model, model.settings, tokens(8, 33), 0, at_once)
-        sums.append({bank.name(): engine.local(bank).float().clone() for bank in engine.banks})
-    for name, whole in sums[0].items():
-        assert (sums[1][name] - whole).norm() < 0.03 * whole.norm() + 1e-12, name
-
-
-def test_banks_are_updated_in_the_order_in_which_their_reductions_began():
-    model = build("short/11")
-    engine, updated = Engine(model, model.settings), []
-    forward_all(engine, model, model.settings, tokens(8, 17), 0, 8)
-    engine.launched = engine.banks[3:0:-1]
-    expected = [b for b in engine.banks if b not in engine.launched] + engine.launched
-    engine.update = lambda bank, grad, plan: updated.append(bank)
-    engine.step(schedule.plan(model.settings)[0])
-    assert updated == expected and engine.launched == []
-
-
-class Graph:
-    """Stands for a CUDA graph on a CPU: it keeps what was captured, with the tensors of that moment, and runs that again."""
-    captured = 0
-
-    def __init__(self, update, pool):
-        Graph.captured += 1
-        self.replay = update
-
-
-@pytest.mark.parametrize("at_once", [2, 4])  # two forwards a step, or one
-@pytest.mark.parametrize("ref, sets", [("short/1", []), ("short/11", ["system.precision=record"]),
-                                       ("short/33", ["system.precision=record"]), ("variants/1", [])])
-def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(optim, "capture", lambda update, pool: Graph(update, pool).replay)
-    results = []
-    for graphs in (False, True):
-        s = deltas.resolve(ref, scale="micro", sets=[*sets, f"system.cuda_graphs={str(graphs).lower()}"]).settings
-        model = GPT(s)
-        model.initialise(0)
-        engine, Graph.captured = Engine(model, s), 0
-        engine.compiled = True  # not true: it makes tensors of the per-step numbers, which round as those of a graph do
-        for i in (0, 2):  # as a warm-up, whose last step is the probe
-            step(engine, model, s, tokens(4, 33, seed=9), i, at_once, launch=i == 0)
-        model.initialise(0)
-        engine.reset()
-        for i in range(4):
-            model.begin_step()
-            step(engine, model, s, tokens(4, 33, seed=i), 15 * i, at_once)
-        assert Graph.captured == (len(engine.banks) if graphs else 0)
-        results.append([p.detach().clone() for p in model.parameters()])
-    assert all(map(torch.equal, *results))
-
-
-def test_compiled_adamw_is_one_pass_over_its_tensors(tmp_path):
-    """One kernel: nothing between is written, which is all that a kernel of our own could save."""
-    script = ("import torch, optim\nfrom torch._inductor import metrics\n"
-              "number = lambda x: torch.tensor(x, dtype=torch.float64)\n"
-              "tensors = [torch.ones(4096) for _ in range(4)]\n"
-              "torch.compile(optim.adamw_, dynamic=False)(*tensors, lr=number(0.1), decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,\n"
-              "    eps_after_correction=True, correction1=number(0.1), correction2=number(0.05), math_dtype=torch.float32)\n"
-              "print(metrics.generated_kernel_count, tensors[0].eq(tensors[0][0]).all().item(), tensors[0][0].item())")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
-    count, equal, value = done.stdout.split()
-    p = adamw(*(torch.ones(1) for _ in range(4)), lr=0.1, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, eps_after_correction=True,
-              correction1=0.1, correction2=0.05, math_dtype=torch.float32)[0]
-    assert (count, equal) == ("1", "True") and abs(float(value) - p.item()) < 1e-6
-
-
-def test_grad_clip_equals_torch():
-    clipped = []
-    for ours in (True, False):
-        s, model = settings("short/1", "optim.grad_clip=0.01"), build("short/1", scramble=False)
-        engine = Engine(model, s)
-        engine.expect(last=True)
-        F.cross_entropy(model(tokens()).flatten(0, 1), tokens(seed=9).flatten()).backward()
-        engine.collect()
-        if ours:
-            grads = [engine.finish(bank) for bank in engine.banks]
-            factor = engine.clip_factor(grads)
-            clipped.append(torch.cat([(p.grad * factor).flatten() for p in model.parameters()]))
-        else:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
-            clipped.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.allclose(*clipped, rtol=1e-4, atol=0)
-
-
-def test_parameters_and_gradients_stay_views_of_their_banks():
-    s, model = settings("short/11"), build("short/11", scramble=False)
-    engine = Engine(model, s)
-    for _ in range(2):
-        step(engine, model, s, tokens(4, 17))
-    for bank in engine.banks:
-        for _, p in bank.members:
-            assert p.untyped_storage().data_ptr() == bank.param.untyped_storage().data_ptr()
-            assert p.grad.untyped_storage().data_ptr() == bank.grad.untyped_storage().data_ptr()
-
-
-def test_reset_restores_the_initial_state():
-    from train_gpt import state_hash
-    s, model = settings("short/11"), build("short/11", scramble=False)
-    engine = Engine(model, s)
-    before = state_hash(model, engine)
-    step(engine, model, s, tokens(4, 17))
-    assert state_hash(model, engine) != before
-    model.initialise(0)
-    engine.reset()
-    assert state_hash(model, engine) == before
-
-
-def test_processes_share_eight_logical_ranks():
-    assert [list(local_ranks(r, 4)) for r in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
-    with pytest.raises(UserError, match="5 processes do not divide"):
-        local_ranks(0, 5)
 
 
 # ----- every feature can be switched off
@@ -624,9 +393,9 @@ def test_without_any_feature_ten_steps_run(path, ref):
     s = dataclasses.replace(s, data=dataclasses.replace(s.data, tokens_per_rank=s.data.seq_len))
     model = GPT(s)
     model.initialise(0)
-    engine = Engine(model, s)
+    optimizer = Optimizer(model, s)
     for i in range(10):
-        step(engine, model, s, tokens(2, 33, seed=i), i)
+        step(optimizer, model, s, tokens(2, 33, seed=i), i)
     assert torch.isfinite(logits(model, tokens())).all()
 
 
@@ -635,9 +404,9 @@ def test_without_any_feature_ten_steps_run(path, ref):
 def test_the_plan_s_memory_is_what_model_and_optimizer_hold():
     s = deltas.resolve("variants/2", scale="micro").settings
     model = GPT(s)
-    engine = Engine(model, s)
+    optimizer = Optimizer(model, s)
     held = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-    state = sum(x.numel() * x.element_size() for bank in engine.banks for x in bank.state.values()) / 2**20
+    state = sum(x.numel() * x.element_size() for bank in optimizer.banks for x in bank.state.values()) / 2**20
     line = next(plan.held(s))
     assert f"parameters {held:,.1f} MiB" in line and f"optimizer {state:,.1f} MiB" in line
     assert "a forward of 8 logical ranks keeps" in line and " 5.0 MiB pass by" in line  # logits: 8 x 128 tokens x 1280 classes

@@ -1,0 +1,153 @@
+"""How gradients, updates and parameters of a bank travel between processes. Rules know nothing of it.
+
+    communication(s, rank, world)      -> the plan of a run, for optim.Optimizer
+
+A plan gives each bank an object with the methods of optim.Local: shard, reduce, wait, gather.
+"""
+
+import torch
+import torch.distributed as dist
+
+from optim import Alone, Local, Tree
+
+# torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+BUCKET_BYTES = 64 * 2 ** 20  # record 22's flat buffers; here slices of the banks, so nothing is copied
+
+
+class Own(Local):
+    """A bank that this process alone holds (expert parallelism): nothing travels, and its gradient is a part of the whole."""
+    name = "own"
+    partial = True
+
+
+class AllReduce(Local):
+    """Every process gets the whole gradient. shared: each updates a shard, which is then gathered; otherwise each updates all."""
+    name = "all-reduce"
+    reduces = eager = True
+
+    def __init__(self, rank: int, world: int, shared: bool):
+        super().__init__()
+        self.rank, self.world, self.shared = rank, world, shared
+        self.shards = world if shared else 1
+        if shared:
+            self.name = f"{self.name}, update shared"
+
+    def shard(self, x):
+        return x.chunk(self.world)[self.rank] if self.shared else x
+
+    def pieces(self, grad):
+        return [grad.view(-1)]
+
+    def reduce(self, grad):
+        self.reduced = grad
+        self.work = [dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True) for x in self.pieces(grad) if x.numel()]
+
+    def wait(self, grad):
+        for work in self.work:
+            work.wait()
+        return self.shard(self.reduced), self.reduced
+
+    def gather(self, param):
+        if not self.shared:
+            return None
+        mine = self.shard(param)  # NCCL gathers in place
+        return all_gather(param, mine if mine.is_cuda else mine.clone(), async_op=True)
+
+
+class Bucketed(AllReduce):
+    """All-reduce after the backward pass in buckets of BUCKET_BYTES (record 22)."""
+    name = "bucketed all-reduce"
+    eager = False
+
+    def pieces(self, grad):
+        return grad.view(-1).split(BUCKET_BYTES // grad.element_size())
+
+
+class ReduceScatter(AllReduce):
+    """Each process gets the gradient of its shard, updates it and gives it to all: ZeRO (record 24)."""
+    name = "reduce-scatter"
+    partial = True
+
+    def __init__(self, rank: int, world: int):
+        super().__init__(rank, world, shared=True)
+        self.name = "reduce-scatter"
+        self.reduced = None
+
+    def reduce(self, grad):
+        if self.reduced is None:
+            self.reduced = grad.new_empty((len(grad) // self.world, *grad.shape[1:]))
+        self.work = [reduce_scatter(self.reduced, grad, op=dist.ReduceOp.SUM, async_op=True)]
+
+    def wait(self, grad):
+        for work in self.work:
+            work.wait()
+        return self.reduced, self.reduced
+
+
+class UpdatesAllReduced(AllReduce):
+    """Record 6: a process computes the updates of every world-th unit, and one sum brings everyone all updates."""
+    name = "updates all-reduced"
+    sends_updates = True
+
+    def __init__(self, rank: int, world: int):
+        super().__init__(rank, world, shared=False)
+
+    def shard(self, x):
+        return x[self.rank::self.world]
+
+    def spread(self, update, like):
+        """This process's updates -> those of all units, on every process. like: tensor of the bank."""
+        whole = torch.zeros_like(like, dtype=update.dtype)
+        self.shard(whole).copy_(update)
+        dist.all_reduce(whole)
+        return whole
+
+
+class Ordered(AllReduce):
+    """The local trees of all processes are summed in one tree by rank: the same bits on 1, 2, 4 and 8 processes."""
+    name = "ordered tree"
+    reduces = eager = False
+
+    def wait(self, grad):
+        tree = Tree()
+        parts = [torch.empty_like(grad) for _ in range(self.world)]
+        dist.all_gather(parts, grad.contiguous())
+        for part in parts:
+            tree.push(part)
+        return self.shard(tree.total()), tree.total()
+
+
+class Communication:
+    """The plan of a run on several processes. name: system.comm, with `auto` decided."""
+
+    def __init__(self, s, rank: int, world: int):
+        self.name = "sharded" if s.system.comm == "auto" else s.system.comm
+        self.ordered = s.system.reduction == "ordered"
+        self.rank, self.world = rank, world
+        self.keeps_experts = s.system.expert_parallel
+
+    def of(self, shared: bool, experts: bool):
+        """The object for one bank. shared: its rule is dear, and each process updates a share; experts: a stack of experts."""
+        here = (self.rank, self.world)
+        if experts and self.keeps_experts:
+            return Own()
+        if self.ordered:
+            return Ordered(*here, shared or self.name == "sharded")
+        if self.name == "sharded":
+            return ReduceScatter(*here)
+        if self.name == "allreduce_updates":
+            return UpdatesAllReduced(*here) if shared else AllReduce(*here, shared=False)
+        return (Bucketed if self.name == "bucketed" else AllReduce)(*here, shared)
+
+    def total(self, x):
+        """The sum of a tensor over the processes, in place."""
+        dist.all_reduce(x)
+        return x
+
+
+def communication(s, rank: int = 0, world: int = 1):
+    """The communication plan of a run: who reduces, updates and gathers what."""
+    return Communication(s, rank, world) if world > 1 else Alone()

@@ -1,0 +1,75 @@
+"""Small float64 models of a record, rows of tokens, and training steps on them, for laws of model and optimizer."""
+
+from types import SimpleNamespace
+
+import torch
+
+import deltas
+import schedule
+from model import GPT
+from updates.views import Views
+
+BOS = 1256
+
+
+def settings(ref, *sets, without=(), precision="float64"):
+    return deltas.resolve(ref, scale="micro", without=without, sets=[f"system.precision={precision}", *sets]).settings
+
+
+def build(ref, *sets, seed=0, scramble=True, **kwargs):
+    """A small float64 model; scramble: every parameter random and non-zero, so that no term hides behind a zero."""
+    s = settings(ref, *sets, **kwargs)
+    model = GPT(s)
+    model.initialise(seed)
+    if scramble:
+        for name, p in sorted(model.named_parameters()):
+            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
+    return model
+
+
+def tokens(rows=2, length=24, seed=1):
+    return torch.randint(1257, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def forward_all(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
+    """All forward and backward passes of a step on rows x."""
+    at_once, due = at_once or len(x), schedule.plan(s)[plan_step].due
+    for i in range(0, len(x), at_once):
+        optimizer.expect(last=i + at_once >= len(x), launch=launch, due=due)
+        part = x[i:i + at_once]
+        context = model.context(part[:, :-1], BOS, schedule.windows(s, plan_step))
+        (model(part[:, :-1], part[:, 1:], context).mean() * at_once / len(x)).backward()
+        optimizer.accumulate()
+
+
+def step(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
+    forward_all(optimizer, model, s, x, plan_step, at_once, launch)
+    optimizer.step(schedule.plan(s)[plan_step])
+
+
+class Toy(torch.nn.Module):
+    """Parameters without a forward pass: the test gives the gradients."""
+
+    def __init__(self, **parameters):
+        super().__init__()
+        for name, (value, role, label, *views) in parameters.items():
+            p = torch.nn.Parameter(value.clone())
+            p.role, p.label, p.views = role, label, views[0] if views else Views()
+            self.register_parameter(name, p)
+
+    def expert_loads(self):
+        return {}
+
+
+def update(optimizer, model, gradients, plan):
+    """One step with these gradients, {name: tensor}."""
+    optimizer.expect(last=True, due=plan.due)
+    for name, g in gradients.items():
+        model.get_parameter(name).grad += g
+    optimizer.accumulate()
+    optimizer.step(plan)
+
+
+def plan(i=0, due=None, momentum=0.9, lr_factor=1.0):
+    """What the optimizer reads of a step plan."""
+    return SimpleNamespace(step=i, lr_factor=lr_factor, momentum=momentum, due=due)

@@ -1,0 +1,1 @@
+"""Update rules: how a parameter moves by its gradient. They know nothing of processes and banks."""

@@ -1,0 +1,56 @@
+"""Muon (Jordan et al., kellerjordan.github.io/posts/muon) as a chain of slots: p <- p - lr u, u what the last slot returns."""
+
+from dataclasses import dataclass
+
+import torch
+
+from updates.slots import Step, chain
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon as a rule for banks of units (N, *unit), each of one or several matrices (updates/views.py)."""
+    lr: float
+    slots: tuple
+    update_dtype: torch.dtype  # of the update before it is subtracted
+    skips_idle: bool  # An expert without tokens stays, although its momentum would be a full step.
+
+    name = "muon"
+    shared = True  # To orthogonalise every matrix on every process would cost more than to gather parameters.
+
+    @classmethod
+    def of(cls, s, group) -> "Muon":
+        """The rule for one group (settings.Hyper) of a run."""
+        return cls(group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), not s.optim.muon.move_idle)
+
+    def unit(self, shape, views) -> tuple[int, ...]:
+        return views.unit(shape)
+
+    def state(self, unit, dtype) -> dict:
+        """{name: (shape of one unit, dtype)} for a parameter of this dtype."""
+        return {name: kind for slot in self.slots for name, kind in slot.state(unit, dtype).items()}
+
+    def numbers(self, plan, t: int) -> dict[str, float]:
+        """What changes from step to step. t: updates of the bank, this one included."""
+        return {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
+
+    def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:
+        """The update (N, *unit) before the learning rate. mask: None or (N, 1, ...), where 0 skips a unit."""
+        step, u, matrices = Step(p, state, numbers, views), g, None
+        for slot in self.slots:
+            if slot.each_matrix and matrices is None:
+                matrices = views.split(u)
+            elif not slot.each_matrix and matrices is not None:
+                u, matrices = views.join(matrices), None
+            if slot.each_matrix:
+                matrices = [slot(x, part) for x, part in zip(matrices, step.parts())]
+            else:
+                u = slot(u, step)
+        u = (u if matrices is None else views.join(matrices)).to(self.update_dtype)
+        return u if mask is None else u * mask.to(u.dtype)
+
+    def apply_(self, p, u, numbers) -> None:
+        p.sub_(numbers["lr"] * u.to(p.dtype))
+
+    def update_(self, p, g, state, numbers, views, mask=None) -> None:
+        self.apply_(p, self.direction(p, g, state, numbers, views, mask), numbers)

@@ -16,13 +16,13 @@ from common import arguments, console
 import deltas
 import schedule
 from data.corpus import corpus_for
+from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from kernels import experts
 from model import GPT
 from optim import Engine
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS, ranks_per_forward
-from train_gpt import to_rows
 
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 

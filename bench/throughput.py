@@ -16,12 +16,12 @@ import deltas
 import runlog
 import schedule
 from data.corpus import sample_corpus
+from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from model import GPT, Attention, MLP, Rotary
 from optim import Engine
 from report import Report
 from settings import SCALES
-from train_gpt import to_rows
 
 
 def record_step(ref, precision, compiled, at_once=8, sets=()):

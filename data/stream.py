@@ -327,7 +327,7 @@ def stream_digest(rank_digests):
 
 
 class Prefetch:
-    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after settle()."""
+    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after drain()."""
 
     def __init__(self, stream, steps):
         self.stream, self.left, self.steps = stream, steps, steps
@@ -347,7 +347,7 @@ class Prefetch:
         self.ahead = self.fetch()
         return batch
 
-    def settle(self):
+    def drain(self):
         """Wait for the fetch under way; afterwards nothing runs until next()."""
         if self.ahead is not None:
             wait([self.ahead])

@@ -22,6 +22,7 @@ from kernels.newton_schulz import newton_schulz
 from model import GPT, MoE, Router
 from optim import Engine
 from system.dry_run import print_plan
+from system.run import World
 from runlog import read_chain
 from common.errors import UserError
 
@@ -406,7 +407,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
-    run = SimpleNamespace(s=s, model=model, compiled=model, engine=Engine(model, s), at_once=8, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda tally: tally))
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
@@ -757,7 +758,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused_before_they_know_e
     monkeypatch.setattr(dist, "init_process_group", lambda *_: pytest.fail("started"))
     monkeypatch.setenv("WORLD_SIZE", "8")
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
-        train_gpt.World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
+        World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
 
 
 def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
@@ -818,7 +819,7 @@ def member(rank, world, port, target, args):
 def share_of_gradients(path, sets, precision, flooded):
     """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
-    world = train_gpt.World(s)
+    world = World(s)
     model, whole = GPT(s), build(precision=precision)
     model.initialise(0)
     parts = whole.state_dict()

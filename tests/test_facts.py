@@ -287,10 +287,10 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         grads = torch.autograd.grad(loss, list(model.parameters()))
         expected = [a + b for a, b in zip(expected, grads)] if expected else grads
     found, engine = [], Engine(model, s)
-    run = SimpleNamespace(s=s, model=model, compiled=model, engine=engine, at_once=at_once, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=engine, ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda x: x))
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,
-               before_step=lambda: found.extend(p.grad.clone() for p in model.parameters()))
+               before_reduction=lambda: found.extend(p.grad.clone() for p in model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), expected, found, strict=True):
         assert a.abs().max() > 0 and (a - b).abs().max() < 1e-10 * a.abs().max(), name

@@ -584,7 +584,7 @@ def test_parameters_and_gradients_stay_views_of_their_banks():
 
 
 def test_reset_restores_the_initial_state():
-    from train_gpt import state_hash
+    from system.warmup import state_hash
     s, model = settings("short/11"), build("short/11", scramble=False)
     engine = Engine(model, s)
     before = state_hash(model, engine)

@@ -15,10 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deltas
 import schedule
-import train_gpt
 from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from model import GPT, Rotary
+from system import preflight
 from program import program_of
 from common.errors import UserError
 
@@ -290,12 +290,12 @@ def test_generation_stays_with_torch(monkeypatch):
     ("short/20", ["numerics.eval_matmul=float64"], "computes in float32, and numerics.eval_matmul is float64"),
     ("short/20", ["numerics.rope=float64"], "computes in float32, and numerics.rope is float64")])
 def test_a_higher_precision_than_float32_is_refused_in_one_line(ref, sets, line, monkeypatch):
-    monkeypatch.setattr(train_gpt, "refusal", lambda *a: None)
+    monkeypatch.setattr(preflight, "refusal", lambda *a: None)
     s = deltas.resolve(ref, sets=["system.kernels.qk=triton", *sets]).settings
     if line is None:
-        return train_gpt.check_kernels(s, torch.device("cuda"))
+        return preflight.check_kernels(s, torch.device("cuda"))
     with pytest.raises(UserError) as caught:
-        train_gpt.check_kernels(s, torch.device("cuda"))
+        preflight.check_kernels(s, torch.device("cuda"))
     assert str(caught.value) == f"system.kernels.qk=triton {line}: leave it at auto"
 
 

@@ -24,7 +24,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
-from schedule import layer_spans
+from schedule import Shape, layer_spans, shape
 from settings import (LOGICAL_RANKS, check_processes, head_dim, padded_vocab, query_dim, rotary_dim,
                       table_rows, value_dim)
 from common.errors import UserError
@@ -467,7 +467,7 @@ class EightBit(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, s.data.tokens_per_rank
+        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, shape(s, 0).tokens_per_rank
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
         if self.delayed is not None:
             ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
@@ -544,7 +544,7 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
-        self.tokens_per_rank = s.data.tokens_per_rank
+        self.tokens_per_rank = shape(s, 0).tokens_per_rank
         self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router",
                                 init=normal(1 / math.sqrt(s.model.model_dim)))
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
@@ -774,8 +774,7 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
-        # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
-        self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
+        self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
@@ -783,7 +782,11 @@ class Head(nn.Module):
     def operands(self, table):
         """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
         weight = table if self.weight is None else self.weight
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by) if self.fp8 and self.training else None
+        if not (self.fp8 and self.training):
+            return weight, None
+        # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8 cast.
+        divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def losses(self, x, table, targets):
         """Cross entropies (R, T) of the targets (R, T)."""
@@ -849,6 +852,7 @@ class GPT(nn.Module):
         self.followed, self.scale = (), s.model.attn.scale
         self.compiled = False
         self.recompute = s.system.recompute == "on"
+        self.by_rank = [part for part in self.modules() if hasattr(part, "tokens_per_rank")]
         self.passed = set()  # why faster attention backends were passed over
 
     def forward(self, tokens, targets=None, context=None, cache=None):
@@ -985,6 +989,11 @@ class GPT(nn.Module):
 
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
+
+    def follow_shape(self, shape: Shape) -> None:
+        """Before the forward passes of a step: tell the parts that count by logical rank how many tokens one has."""
+        for part in self.by_rank:
+            part.tokens_per_rank = shape.tokens_per_rank
 
     def begin_step(self):
         """Before the forward passes of a step: the routers count from zero, and FP8 looks at the updated weights."""

@@ -342,6 +342,8 @@ class Schedule:
     lr_floor: float = opt(0.0, "learning rate at the end of the fall", off=0.0, needs="schedule.lr=trapezoid")
     cooldown_steps: int = opt(0, "linear fall at the end (trapezoid)", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps")
+    stages: tuple[float, ...] = opt((), "fractions of the steps, which add up to 1: a setting that has one value per stage goes "
+                                        "through its values in this order", off=())
 
 
 # ----- data, validation -------------------------------------------------------------------------------------------
@@ -355,7 +357,8 @@ class Data:
                                 needs="data.loader=per_rank")
     max_document: int | None = opt(None, "longer documents lose their rest", unit="token", shrink="length",
                                    needs="data.loader=packed")
-    tokens_per_rank: int = opt(65536, "tokens of one logical rank in one step; eight of them make a step", unit="token",
+    tokens_per_rank: int | tuple[int, ...] = opt(
+        65536, "tokens of one logical rank in one step, or one number per stage; eight of them make a step", unit="token",
                                off=REFUSE, shrink="batch")
     seq_len: int = opt(1024, "tokens attention sees: a rank's tokens are cut in rows of this length", unit="token",
                        off=REFUSE, shrink="length")
@@ -551,7 +554,7 @@ def ranks_per_forward(s, ranks, cuda):
         return 1
     if s.system.ranks_per_forward:
         return min(s.system.ranks_per_forward, ranks)
-    most = max(1, min(ranks, 65536 // s.data.tokens_per_rank)) if cuda else ranks
+    most = max(1, min(ranks, 65536 // max(per_stage(s.data.tokens_per_rank)))) if cuda else ranks
     return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
 
 
@@ -560,8 +563,22 @@ def recomputable(s):
     return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.down") is None
 
 
+def per_stage(value):
+    """The values of a setting that may have one per stage, as a tuple: of length 1 where one value holds for all stages."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def by_document(s):
+    """Does the loader go by documents? Then a logical rank has one row, whatever its tokens (data.stream.BY_DOCUMENT)."""
+    return s.data.loader in ("bos_aligned", "packed")
+
+
 def tokens_per_step(s):
-    return LOGICAL_RANKS * s.data.tokens_per_rank
+    """Tokens of a step, the mean over the stages. Numbers of single steps come from schedule.plan."""
+    sizes = per_stage(s.data.tokens_per_rank)
+    if len(sizes) == 1:
+        return LOGICAL_RANKS * sizes[0]
+    return LOGICAL_RANKS * sum(size * share for size, share in zip(sizes, s.schedule.stages))
 
 
 # ----- scales -------------------------------------------------------------------------------------------------------
@@ -629,11 +646,17 @@ def scaled(s, name):
         lr = s.optim.lm_head.lr / math.sqrt(scale.width)
         s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=dataclasses.replace(s.optim.lm_head, lr=lr)))
     data = dataclasses.replace(s.data, wrap=True,  # a small corpus is read again, and the log says how often
-                               seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
+                               seq_len=min(s.data.seq_len, row_limit(s)))
     validation = dataclasses.replace(s.validation, every=max(1, round(steps / 8)),  # enough points for a curve
                                      seq_len=min(s.validation.seq_len, s.validation.tokens // LOGICAL_RANKS))
     system = dataclasses.replace(s.system, precision=scale.precision)
     return dataclasses.replace(s, data=data, validation=validation, system=system)
+
+
+def row_limit(s):
+    """The longest row that the tokens of a logical rank allow in every stage."""
+    sizes = per_stage(s.data.tokens_per_rank)
+    return max(sizes) if by_document(s) else min(sizes)
 
 
 def elementwise(rule, value):
@@ -653,12 +676,13 @@ def check(s):
     for path, value in [("model.num_layers", m.num_layers), ("model.model_dim", m.model_dim),
                         ("model.attn.num_heads", m.attn.num_heads), ("model.vocab_size", m.vocab_size),
                         ("model.pad_vocab_to", m.pad_vocab_to), ("schedule.steps", s.schedule.steps),
-                        ("data.tokens_per_rank", d.tokens_per_rank), ("data.seq_len", d.seq_len),
+                        ("data.tokens_per_rank", min(per_stage(d.tokens_per_rank))), ("data.seq_len", d.seq_len),
                         ("validation.tokens", v.tokens), ("validation.seq_len", v.seq_len),
                         ("validation.every", v.every), ("model.mlp.expansion", m.mlp.expansion)]:
         require(value >= 1, f"{path} = {value}: must be at least 1")
     for path, most in MOST.items():
         value = lookup(s, path)
+        value = max(value) if isinstance(value, tuple) else value
         require(value is None or value <= most, f"{path} = {value}: must be at most {most}")
     require(s.model.vocab_size <= 65536, f"model.vocab_size = {m.vocab_size}: shards hold 16-bit token ids (<= 65536)")
     require(m.model_dim % m.attn.num_heads == 0,
@@ -666,8 +690,9 @@ def check(s):
     require(m.attn.rope is None or rotary_dim(s) % 2 == 0,
             f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
             + ("model.attn.latent.turning" if m.attn.latent else "model.attn.num_heads"))
-    require(d.tokens_per_rank % d.seq_len == 0,
-            f"data.tokens_per_rank = {d.tokens_per_rank} is not a multiple of data.seq_len = {d.seq_len}")
+    check_stages(s, require)
+    for size in per_stage(d.tokens_per_rank) if not (by_document(s) and s.schedule.stages) else ():
+        require(size % d.seq_len == 0, f"data.tokens_per_rank = {size} is not a multiple of data.seq_len = {d.seq_len}")
     require(v.tokens % (LOGICAL_RANKS * v.seq_len) == 0,
             f"validation.tokens = {v.tokens} is not a multiple of 8 x validation.seq_len = {LOGICAL_RANKS * v.seq_len}")
     require(not m.embed.learned_positions or v.seq_len <= d.seq_len,
@@ -684,8 +709,9 @@ def check(s):
             "schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them to 0")
     require(0 <= s.schedule.cooldown_frac <= 1 and 0 <= s.schedule.lr_floor <= 1,
             "schedule.cooldown_frac and schedule.lr_floor must lie between 0 and 1")
-    require(d.loader not in ("bos_aligned", "packed") or d.seq_len == d.tokens_per_rank,
-            f"data.loader={d.loader} needs one row per logical rank: set data.seq_len = data.tokens_per_rank = {d.tokens_per_rank}")
+    longest = max(per_stage(d.tokens_per_rank))
+    require(not by_document(s) or d.seq_len == longest,
+            f"data.loader={d.loader} needs one row per logical rank: set data.seq_len = data.tokens_per_rank = {longest}")
     require(d.loader != "packed" or d.max_document is not None,
             "data.loader=packed needs data.max_document: set it to the longest piece of a document, like 2048")
     require(d.max_document is None or d.max_document >= 1, f"data.max_document = {d.max_document}: must be at least 1")
@@ -736,6 +762,18 @@ BOUNDS = [
     ("system.warmup_steps", -1, True)]
 
 
+def check_stages(s, require):
+    """One value per stage goes with as many stages, and they make up the whole run."""
+    stages, sizes = s.schedule.stages, per_stage(s.data.tokens_per_rank)
+    require(all(share > 0 for share in stages) and (not stages or abs(sum(stages) - 1) < 1e-6),
+            f"schedule.stages = {list(stages)}: must be fractions of the steps that are greater than 0 and add up to 1")
+    require(not isinstance(s.data.tokens_per_rank, tuple) or len(sizes) == len(stages),
+            f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: give one value per stage, or one "
+            "number for all")
+    require(len(set(sizes)) == 1 or s.data.loader != "shuffled",
+            "data.loader=shuffled needs steps of one size: choose another loader, or one data.tokens_per_rank for all stages")
+
+
 def check_bounds(s, require):
     for path, least, allowed in BOUNDS:
         value = lookup(s, path)
@@ -747,7 +785,7 @@ def check_bounds(s, require):
     yarn = lookup(s, "model.attn.rope.yarn")
     require(yarn is None or yarn.beta > yarn.alpha, "model.attn.rope.yarn.beta must be greater than model.attn.rope.yarn.alpha")
     sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
-             "data.tokens_per_rank": s.data.tokens_per_rank}
+             "data.tokens_per_rank": math.gcd(*per_stage(s.data.tokens_per_rank))}
     for name, size in sizes.items():
         require(s.numerics.fp8_head is None or size % 16 == 0, f"numerics.fp8_head needs multiples of 16 and {name} are {size}: "
                                                                "change it or add --without numerics.fp8_head")

@@ -58,7 +58,7 @@ from deltas import Resolved
 from model import GPT
 from optim import Engine
 from schedule import StepPlan
-from settings import LOGICAL_RANKS, ranks_per_forward, tokens_per_step, validation_rows_at_once
+from settings import LOGICAL_RANKS, ranks_per_forward, validation_rows_at_once
 from system import compiler, load, memory, preflight, report, sinks
 from system.place import Place
 from system.run import Clock, Profiler, Progress, Run, World, lost_peer
@@ -168,10 +168,10 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
 
 
 def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> torch.nn.Module:
-    """The model as the steps call it: compiled, with one graph for each window in training and validation, or as it is."""
+    """The model as the steps call it: compiled, with one graph for each Shape in training and validation, or as it is."""
     if not compile_it:
         return model
-    torch._dynamo.config.recompile_limit = 16 + 2 * len({p.windows for p in plans})
+    torch._dynamo.config.recompile_limit = 16 + 2 * len({p.shape for p in plans})
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # past the limit dynamo would go on uncompiled
     model.prepare_compile()
     return torch.compile(model, dynamic=False)
@@ -213,8 +213,9 @@ def loop(run: Run) -> str:
             return "finished"
         run.profiler.before_step(step)
         with no_host_reads(run.world.cuda, f"step {step}") if run.check_sync else contextlib.nullcontext():
-            inputs, targets, documents = to_rows(run.batches.next(), run.s.data.seq_len, run.world.device, run.corpus.bos)
-            run.train_losses.append(train_step(run, run.plans[step], inputs, targets, documents))
+            step_plan = run.plans[step]
+            inputs, targets, documents = to_rows(run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos)
+            run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
             run.progress.show(step + 1, run.train_losses[-1], run.clock.read_ms())
         run.steps_done = step + 1
 
@@ -232,14 +233,15 @@ def train_step(run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: tor
     # or with train_loss `sum` of each rank's summed loss.
     share = at_once / LOGICAL_RANKS
     if run.s.model.head.train_loss == "sum":
-        share *= run.s.data.tokens_per_rank
+        share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), at_once)
+    model.follow_shape(step_plan.shape)
     model.begin_step()
     for first in starts:
         optimizer.expect(last=first == starts[-1], launch=before_reduction is None)
         ranks = slice(first, first + at_once)
         x, y = inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1)  # (R, T)
-        context = model.context(x, run.corpus.bos, step_plan.windows, most=sum(documents[ranks]))
+        context = model.context(x, run.corpus.bos, step_plan.shape.windows, most=sum(documents[ranks]))
         loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
         optimizer.collect()
@@ -263,7 +265,7 @@ def validation(run: Run, step: int) -> bool:
     loss = validation_loss(run, step)
     run.points.append((step, loss))
     event = run.log.event("validation", step=step, scheduled_steps=len(run.plans), val_loss=loss, train_loss=losses,
-                          train_time_ms=round(run.clock.total_ms, 3), tokens=step * tokens_per_step(run.s), epoch=run.epoch)
+                          train_time_ms=round(run.clock.total_ms, 3), tokens=schedule.tokens_before(run.s, step), epoch=run.epoch)
     run.world.say(*runlog.render(event))
     if run.model.mixtures() and step:
         loads = run.log.event("experts", step=step, **report.expert_loads(run, last=step == len(run.plans)))

@@ -51,7 +51,7 @@ class Case:
             self.engine.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
             most = sum(self.documents[i:i + self.at_once])
-            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows, most=most)).mean().backward()
+            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)).mean().backward()
             self.engine.collect()
 
     def update(self):

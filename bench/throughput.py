@@ -45,11 +45,11 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
         for i in range(0, 8, at_once):
             engine.expect(last=i + at_once == 8)
             inputs, targets = x[i:i + at_once].flatten(0, 1), y[i:i + at_once].flatten(0, 1)
-            forward(inputs, targets, model.context(inputs, corpus.bos, plan.windows)).mean().backward()
+            forward(inputs, targets, model.context(inputs, corpus.bos, plan.shape.windows)).mean().backward()
             engine.collect()
         engine.step(plan)
 
-    return step, 8 * s.data.tokens_per_rank
+    return step, plan.tokens
 
 
 # Shapes of records that the lineage has not reached, on record 33: 11 layers and their mean batch. What they add to it

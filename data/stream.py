@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 from data.shards import Shard, check_vocabulary, open_shard
+import schedule
 from settings import LOGICAL_RANKS
 from common.errors import UserError
 
@@ -261,7 +262,7 @@ def require_shards(corpus, *, steps, max_document=None, **stream):
 def stream_arguments(s):
     """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and shards_needed."""
     d = s.data
-    return dict(loader=d.loader, tokens_per_rank=d.tokens_per_rank, wrap=d.wrap, first_batch_twice=d.first_batch_twice,
+    return dict(loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap, first_batch_twice=d.first_batch_twice,
                 switch_at_equal=d.switch_at_equal, max_document=d.max_document)
 
 

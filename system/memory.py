@@ -71,8 +71,10 @@ def kept_by_forward(s, at_once):
     from model import without_values
     kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
     model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
-    tokens = torch.empty(at_once * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len, dtype=torch.long, device="meta")
-    context = model.context(tokens, 0, schedule.plan(s)[0].windows)
+    shape = schedule.largest_shape(s)
+    rows = at_once * shape.tokens_per_rank // shape.seq_len
+    tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
+    context = model.context(tokens, 0, shape.windows)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
     return kept.bytes()
@@ -87,7 +89,7 @@ def estimate(s, ranks, at_once, world=1):
     held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in engine.banks}
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in engine.banks
                                     if engine.comm == "sharded" and not bank.own)
-    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
+    logits = at_once * schedule.largest_shape(s).tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     passing = logits
     if chunked(s):
         from kernels.cross_entropy import CHUNK

@@ -117,11 +117,11 @@ def fallbacks(model: GPT, world: World) -> list[str]:
 
 
 def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
-    """Names of the attention backends that training steps use, over all their windows."""
-    s, names = model.settings, set()
-    rows = torch.zeros((1, s.data.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
-    for windows in reversed(dict.fromkeys(p.windows for p in plans)):  # the first one last: the rotary tables follow them
-        context = model.context(rows, 0, windows)
+    """Names of the attention backends that training steps use, over all their shapes."""
+    names = set()
+    for shape in reversed(dict.fromkeys(p.shape for p in plans)):  # the first one last: the rotary tables follow them
+        rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
+        context = model.context(rows, 0, shape.windows)
         names |= {"dense"} if context is None else set(context.backends())
     return ", ".join(sorted(names))
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 import runlog
+import schedule
 import schema
 from common import files, repository
 from data.shards import Corpus, corpus_digest, val_digest
@@ -17,7 +18,7 @@ from deltas import Resolved
 from model import GPT
 from optim import Engine
 from schedule import StepPlan
-from settings import NUMERICS_VERSION, Settings, tokens_per_step
+from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory
 from system.preflight import attention_backend, fallbacks
 from system.run import Run, World
@@ -49,7 +50,7 @@ def introduce(run: Run, resolved: Resolved, about: dict) -> None:
     """The first lines that a person reads."""
     run.world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
                   f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
-                  f"{tokens_per_step(run.s):,} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+                  f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
                   *(f"slower than it could be: {line}" for line in about["fallbacks"]))
 
 
@@ -60,7 +61,7 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
     entropy: of the scores, over that of equal ones. last: also every load.
     """
     out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
-    rows = run.s.model.mlp.moe.top_k * tokens_per_step(run.s)
+    rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
     for layer, moe in run.model.mixtures():
         load = moe.router.load.double()
         values = {"layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4), "idle": int((load == 0).sum()),
@@ -71,6 +72,11 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
     if last:
         out["load"] = [[int(x) for x in moe.router.load.tolist()] for _, moe in run.model.mixtures()]
     return out
+
+
+def tokens_text(plans: Sequence[StepPlan]) -> str:
+    """Tokens of a step, or where the batch changes the numbers in their order."""
+    return ", ".join(f"{tokens:,}" for tokens in dict.fromkeys(plan.tokens for plan in plans))
 
 
 def first_below(points: Sequence[tuple[int, float]], target: float) -> float | None:
@@ -98,7 +104,7 @@ def verdict(s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]]
         common = [(step, loss) for step, loss in points if step in published]
         if common:
             step, loss = common[-1]
-            lines.append(f"published curve at step {step} ({step * tokens_per_step(s):,} tokens): {published[step]:.4f}, "
+            lines.append(f"published curve at step {step} ({schedule.tokens_before(s, step):,} tokens): {published[step]:.4f}, "
                          f"here {loss:.4f} ({loss - published[step]:+.4f})")
     return lines
 
@@ -120,7 +126,7 @@ def results(run: Run) -> dict:
     memory_used = {"peak_memory_mib": torch.cuda.max_memory_allocated() // 2 ** 20} if run.world.cuda else {}
     return {"graphs_in_clock": compiler.graph_count() - run.graphs, "steps": run.steps_done, "scheduled_steps": len(run.plans),
             "val_loss": run.points[-1][1] if run.points else None, "train_time_ms": round(run.clock.read_ms(), 3),
-            "tokens": run.steps_done * tokens_per_step(run.s),
+            "tokens": schedule.tokens_before(run.s, run.steps_done),
             "epoch": max(run.epoch, run.stream.epoch if run.stream else 0), **memory_used}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import schedule
 from common import console
 from common.errors import UserError
 from common.interrupt import Interrupt
@@ -21,7 +22,7 @@ from optim import Engine, local_ranks
 from model import GPT
 from runlog import RunLog
 from schedule import StepPlan
-from settings import Settings, check_processes, tokens_per_step
+from settings import Settings, check_processes
 from system import load
 from system.compiler import CacheFile
 from system.place import Place
@@ -154,7 +155,7 @@ class Progress:
 
     def __init__(self, world: World, s: Settings) -> None:
         self.line = console.LiveLine(world.main)
-        self.steps, self.tokens, self.shown = s.schedule.steps, tokens_per_step(s), 0.0
+        self.s, self.steps, self.shown = s, s.schedule.steps, 0.0
         self.loss = self.arrived = None
         self.known = ""
 
@@ -170,8 +171,9 @@ class Progress:
             self.arrived = torch.cuda.Event() if loss.is_cuda else None
             if loss.is_cuda:
                 self.arrived.record()
-        rate = step * self.tokens / max(clock_ms, 1e-9) * 1000
-        left = (self.steps - step) * self.tokens / max(rate, 1e-9)
+        done, all_tokens = schedule.tokens_before(self.s, step), schedule.tokens_before(self.s, self.steps)
+        rate = done / max(clock_ms, 1e-9) * 1000
+        left = (all_tokens - done) / max(rate, 1e-9)
         self.line.show(f"  step {step}/{self.steps}  {self.known}{rate:,.0f} tokens/s  {left:.0f} s left")
 
     def clear(self) -> None:

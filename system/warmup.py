@@ -65,17 +65,17 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
 
 
 def warmup_steps(run: Run) -> list[int]:
-    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each window, so that no
-    shape is met for the first time while the clock runs."""
+    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape, so that none
+    is met for the first time while the clock runs."""
     asked = run.s.system.warmup_steps
     if asked >= 0:
         return [min(i, len(run.plans) - 1) for i in range(asked)]
     steps = [min(i, len(run.plans) - 1) for i in range(3)]
     if run.compiled is not run.model:
-        seen = {run.plans[i].windows for i in steps}
+        seen = {run.plans[i].shape for i in steps}
         for plan in run.plans:
-            if plan.windows not in seen:
-                seen.add(plan.windows)
+            if plan.shape not in seen:
+                seen.add(plan.shape)
                 steps.append(plan.step)
     return steps
 
@@ -90,16 +90,20 @@ def warmup_validations(run: Run) -> list[int]:
     return steps if run.compiled is not run.model else sorted({steps[0], n})
 
 
-def warmup_batches(run: Run, seed: int) -> Iterator[np.ndarray]:
-    """Batches (ranks, tokens_per_rank + 1) for the warm-up: real ones from a stream of their own, or random tokens."""
+def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray]:
+    """Batches (ranks, size + 1) for the warm-up: real ones from a stream of their own, or random tokens."""
     s, world = run.s, run.world
     if s.system.warmup_tokens == "real":
-        stream = Stream(run.corpus, ranks=world.ranks, **stream_arguments(s))
-        while True:
+        about = stream_arguments(s)
+        if len(set(sizes)) > 1:
+            about["tokens_per_rank"] = sizes
+        stream = Stream(run.corpus, ranks=world.ranks, **about)
+        for _ in sizes:
             yield stream.next()
+        return
     generator = torch.Generator().manual_seed(seed + 1)
-    shape = (LOGICAL_RANKS, s.data.tokens_per_rank + 1)  # of all ranks: the same tokens on any number of processes
-    while True:
+    for size in sizes:
+        shape = (LOGICAL_RANKS, size + 1)  # of all ranks: the same tokens on any number of processes
         batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
         batch = batch[list(world.ranks)]
         if s.data.max_document:  # no document may be longer, random ones neither
@@ -119,10 +123,11 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
     """
     world, began = run.world, time.perf_counter()
     before, generator = state_hash(run.model, run.optimizer), torch.get_rng_state()
-    steps, batches = warmup_steps(run), warmup_batches(run, seed)
-    for n, step in enumerate(steps):
+    steps = warmup_steps(run)
+    batches = warmup_batches(run, seed, [run.plans[step].shape.tokens_per_rank for step in steps])
+    for n, (step, batch) in enumerate(zip(steps, batches)):
         checksums, last = {}, n == len(steps) - 1
-        inputs, targets, documents = to_rows(next(batches), run.s.data.seq_len, world.device, run.corpus.bos)
+        inputs, targets, documents = to_rows(batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos)
         look = (lambda: checksums.update(gradient_checksums(run.optimizer, world))) if last else None
         loss = train_step(run, run.plans[step], inputs, targets, documents, before_reduction=look)
         if last:

@@ -165,7 +165,7 @@ def in_the_model(ref, layers):
         for name, p in sorted(model.named_parameters()):
             p.data += 0.1 * random(*p.shape, seed=len(name)).float()
         x = torch.randint(1257, (2, 16), generator=torch.Generator().manual_seed(0))
-        losses = model(x, x.flip(1), model.context(x, 1256, schedule.plan(s)[0].windows))
+        losses = model(x, x.flip(1), model.context(x, 1256, schedule.plan(s)[0].shape.windows))
         found.append([losses, *torch.autograd.grad(losses.mean(), list(model.parameters()))])
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)]
 

@@ -24,7 +24,7 @@ from kernels.fp8_linear import fp8_linear
 from kernels.fp8_mlp import LEAST, fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq
 from kernels.qk_rotary import qkv_rotary
-from schedule import Shape, layer_spans, shape
+from schedule import layer_spans, shape
 from settings import (LOGICAL_RANKS, check_processes, head_dim, padded_vocab, query_dim, rotary_dim,
                       table_rows, value_dim)
 from common.errors import UserError
@@ -537,7 +537,7 @@ class Router(nn.Module):
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see settings.Balance), within the best
     groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router, the
     bias in float32 at least.
-    What the whole batch of a step did is added up in `tally`, for balancing and the log, from GPT.begin_step to `settle`.
+    What the whole batch of a step did is added up in `tally`, for balancing and the log, from the first forward of a step to `settle` (system.hooks.RouterBalance).
     """
 
     def __init__(self, s):
@@ -552,7 +552,8 @@ class Router(nn.Module):
         # of the current step, on this process; float64 holds the sums exactly, in whatever order they are added
         self.register_buffer("tally", torch.zeros(2 * moe.experts + 1, dtype=torch.float64), persistent=False)
         self.register_buffer("load", torch.zeros(moe.experts), persistent=False)  # rows of each expert in the last whole step
-        self.entropy = 0.0  # of its tokens' scores, mean, relative to equal ones
+        # of its tokens' scores in the last whole step, mean, relative to equal ones
+        self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x):
         """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and penalty (N,) or None of the N = R T tokens."""
@@ -614,7 +615,7 @@ class Router(nn.Module):
         n, balance = self.moe.experts, self.moe.balance
         load, bound, entropy = tally.split([n, n, 1])
         self.load.copy_(load)
-        self.entropy = entropy[0] / (tokens * math.log(n))
+        self.entropy.copy_(entropy[0] / (tokens * math.log(n)))
         if balance is None or not moves_bias:
             return
         if balance.rule == "quantile":
@@ -852,7 +853,6 @@ class GPT(nn.Module):
         self.followed, self.scale = (), s.model.attn.scale
         self.compiled = False
         self.recompute = s.system.recompute == "on"
-        self.by_rank = [part for part in self.modules() if hasattr(part, "tokens_per_rank")]
         self.passed = set()  # why faster attention backends were passed over
 
     def forward(self, tokens, targets=None, context=None, cache=None):
@@ -989,30 +989,6 @@ class GPT(nn.Module):
 
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
-
-    def follow_shape(self, shape: Shape) -> None:
-        """Before the forward passes of a step: tell the parts that count by logical rank how many tokens one has."""
-        for part in self.by_rank:
-            part.tokens_per_rank = shape.tokens_per_rank
-
-    def begin_step(self):
-        """Before the forward passes of a step: the routers count from zero, and FP8 looks at the updated weights."""
-        for router in self.routers():
-            router.tally.zero_()
-        for mlp in self.narrow_mlps():
-            mlp.eight_bit.refresh(mlp.down)
-
-    @torch.no_grad()
-    def settle(self, total, tokens, moves_bias=True):
-        """After the backward passes of a step, before the update: loads of the experts over all processes, biases moved.
-
-        total: function that sums a tensor over the processes. tokens: of the whole step. moves_bias: of StepPlan.
-        """
-        routers = self.routers()
-        if routers:
-            tallies = total(torch.stack([router.tally for router in routers]))
-            for router, tally in zip(routers, tallies):
-                router.settle(tally, tokens, moves_bias)
 
     def expert_loads(self):
         """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so that they stay right."""

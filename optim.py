@@ -462,6 +462,13 @@ class Engine:
     def cut_of(self, bank):
         return self.cut if len(bank.unit) == 3 else Cut(joint=False)
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All tensors that steps change, apart from the parameters: gradients, state, and the count of steps."""
+        out = {"steps_taken": torch.tensor(self.steps_taken)}
+        for i, bank in enumerate(self.banks):
+            out |= {f"{i}.{name}": tensor for name, tensor in {"grad": bank.grad, **bank.state}.items()}
+        return out
+
     def state_bytes(self):
         return sum(x.numel() * x.element_size() for bank in self.banks for x in bank.state.values())
 

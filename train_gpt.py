@@ -60,6 +60,7 @@ from optim import Engine
 from schedule import StepPlan
 from settings import LOGICAL_RANKS, ranks_per_forward, validation_rows_at_once
 from system import compiler, load, memory, preflight, report, sinks
+from system.hooks import hooks_of, validating
 from system.place import Place
 from system.run import Clock, Profiler, Progress, Run, World, lost_peer
 from system.sync import no_host_reads
@@ -131,7 +132,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
             with hold():  # a log that has begun gets an end
                 log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
                 log.start(about, schema.plain(resolved.settings))
-                run = Run(s, world, log, plans, model, compiled, optimizer, corpus, rows,
+                run = Run(s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
                           ranks_per_microbatch=ranks_per_forward(s, len(world.ranks), world.cuda), interrupt=asked,
                           cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
                           profiler=Profiler(world, log.folder if world.main else None, options.profile),
@@ -235,8 +236,8 @@ def train_step(run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: tor
     if run.s.model.head.train_loss == "sum":
         share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), at_once)
-    model.follow_shape(step_plan.shape)
-    model.begin_step()
+    for hook in run.hooks:
+        hook.before_forwards(step_plan)
     for first in starts:
         optimizer.expect(last=first == starts[-1], launch=before_reduction is None)
         ranks = slice(first, first + at_once)
@@ -248,8 +249,11 @@ def train_step(run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: tor
         losses.append(loss.detach())
     if before_reduction is not None:
         before_reduction()
-    model.settle(run.world.total, step_plan.tokens, step_plan.moves_bias)
+    for hook in run.hooks:
+        hook.before_update(step_plan, run.world)
     optimizer.step(step_plan)
+    for hook in run.hooks:
+        hook.after_update(step_plan)
     return torch.stack(losses).mean(dtype=torch.float64)  # sums of float32 are exact in float64: their order is free
 
 
@@ -286,7 +290,8 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         longest = longest_document(read, run.corpus.bos)
         return run.model.context(tokens, run.corpus.bos, windows, longest=longest)
 
-    return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
+    with validating(run.hooks):
+        return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
 
 
 @torch.no_grad()

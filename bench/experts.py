@@ -7,6 +7,7 @@ layer in plain torch, a loop over the experts. Minimum over repeats, millisecond
 
 import sys
 import tempfile
+from types import SimpleNamespace
 from pathlib import Path
 
 import measure
@@ -23,7 +24,9 @@ from model import GPT
 from optim import Engine
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS, ranks_per_forward
+from system.hooks import hooks_of
 
+ALONE = SimpleNamespace(total=lambda tally: tally)  # a World of one process
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 
 
@@ -40,13 +43,15 @@ class Case:
             self.model.prepare_compile()
         self.forward = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.engine, self.plan = Engine(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
+        self.hooks = hooks_of(self.model)
         self.corpus = corpus_for(scale, data)
         self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
         self.x, self.y, self.documents = to_rows(batch, s.data.seq_len, device, self.corpus.bos)
 
     def gradients(self):
-        self.model.begin_step()
+        for hook in self.hooks:
+            hook.before_forwards(self.plan)
         for i in range(0, 8, self.at_once):
             self.engine.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
@@ -55,7 +60,8 @@ class Case:
             self.engine.collect()
 
     def update(self):
-        self.model.settle(lambda t: t, self.plan.tokens)
+        for hook in self.hooks:
+            hook.before_update(self.plan, ALONE)
         self.engine.step(self.plan)
 
 

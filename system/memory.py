@@ -23,7 +23,7 @@ class Estimate(NamedTuple):
     """Bytes on one device."""
     parameters: int
     gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
-    state: int  # of the optimizer
+    state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
     passing: int  # the largest that comes and goes beside it: gradients of the logits, or of a chunk of them, or of a block
 
@@ -84,7 +84,10 @@ def estimate(s, ranks, at_once, world=1):
     """ranks: logical ranks of this process, of which `at_once` go through a forward; world: processes."""
     from model import dtype, without_values
     from optim import Engine
-    engine = Engine(without_values(s), s, 0, world)
+    from system.hooks import hooks_of
+    model = without_values(s)
+    engine = Engine(model, s, 0, world)
+    hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
     parameters = sum(bank.param.nbytes for bank in engine.banks)
     held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in engine.banks}
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in engine.banks
@@ -98,7 +101,7 @@ def estimate(s, ranks, at_once, world=1):
     if s.system.recompute == "on":  # one block at a time is there in full
         whole = kept_by_forward(with_system(s, recompute="off"), at_once)
         passing = max(passing, (whole - kept) // s.model.num_layers)
-    return Estimate(parameters, parameters + sums, engine.state_bytes(), kept, passing)
+    return Estimate(parameters, parameters + sums, engine.state_bytes() + hooks, kept, passing)
 
 
 def chunked(s):

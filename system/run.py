@@ -25,6 +25,7 @@ from schedule import StepPlan
 from settings import Settings, check_processes
 from system import load
 from system.compiler import CacheFile
+from system.hooks import Stateful
 from system.place import Place
 from system.sinks import Sinks
 
@@ -222,6 +223,7 @@ class Run:
     model: GPT
     compiled: torch.nn.Module  # the model itself where nothing is compiled
     optimizer: Engine
+    hooks: Sequence[Stateful]  # state next to parameters and optimizer
     corpus: Corpus
     rows: np.ndarray  # validation tokens of this process's ranks: (ranks, rows, T + 1) int32
     ranks_per_microbatch: int

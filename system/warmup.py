@@ -6,7 +6,7 @@ The warm-up is handed the step and the validation that it runs, so this module d
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,19 +19,17 @@ from model import GPT
 from optim import Engine
 from settings import LOGICAL_RANKS
 from system import compiler
+from system.hooks import Stateful, all_tensors
 from system.run import Run, World
 
 PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
 
 
-def state_hash(model: GPT, optimizer: Engine) -> str:
-    """sha256 over all that training can change: parameters, buffers, optimizer state, counters, random generator."""
+def state_hash(model: GPT, optimizer: Engine, hooks: Iterable[Stateful] = ()) -> str:
+    """sha256 over all that training can change: every tensor of model, optimizer and hooks, and the random generator."""
     digest = hashlib.sha256()
-    tensors = [t for _, t in [*model.named_parameters(), *model.named_buffers()]]
-    tensors += [t for bank in optimizer.banks for t in (bank.grad, *bank.state.values())]
-    for t in [*tensors, torch.get_rng_state()]:
+    for t in [*all_tensors(model, optimizer, hooks).values(), torch.get_rng_state()]:
         digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    digest.update(str(optimizer.steps_taken).encode())
     return digest.hexdigest()
 
 
@@ -122,7 +120,7 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
         process_start, imported: perf_counter() when the process began and when its imports were done.
     """
     world, began = run.world, time.perf_counter()
-    before, generator = state_hash(run.model, run.optimizer), torch.get_rng_state()
+    before, generator = state_hash(run.model, run.optimizer, run.hooks), torch.get_rng_state()
     steps = warmup_steps(run)
     batches = warmup_batches(run, seed, [run.plans[step].shape.tokens_per_rank for step in steps])
     for n, (step, batch) in enumerate(zip(steps, batches)):
@@ -137,8 +135,10 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
         validation_loss(run, step, limit=1)
     run.model.initialise(seed)
     run.optimizer.reset()
+    for hook in run.hooks:
+        hook.reset()
     torch.set_rng_state(generator)
-    after = state_hash(run.model, run.optimizer)
+    after = state_hash(run.model, run.optimizer, run.hooks)
     if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
     run.graphs, cost = compiler.graph_count(), compiler.account()

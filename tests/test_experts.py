@@ -20,6 +20,8 @@ import train_gpt
 from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from model import GPT, MoE, Router
+from steps import begin_step, end_step
+from system.hooks import hooks_of
 from optim import Engine
 from system.dry_run import print_plan
 from system.run import World
@@ -287,7 +289,7 @@ def test_a_checkpoint_keeps_the_bias():
 def test_initialise_forgets_biases_and_loads():
     model = build()
     model(tokens())
-    model.settle(lambda tally: tally, 48)
+    end_step(model, 48)
     assert all(router.load.any() and router.bias.any() for router in model.routers())
     model.initialise(0)
     assert not any(b.any() for router in model.routers() for b in router.buffers())
@@ -407,7 +409,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
-    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda tally: tally))
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
@@ -466,11 +468,11 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
         model = build(*moe(f"balance.rule={name}"))
         for i in range(2):
             ranks = tokens(16, 64, seed=i).view(8, 2, 64)
-            model.begin_step()
+            begin_step(model)
             for first in range(0, 8, at_once):
                 with torch.no_grad():
                     model(ranks[first:first + at_once].flatten(0, 1))
-            model.settle(lambda tally: tally, 1024)
+            end_step(model, 1024)
         results.append((torch.stack([r.load for r in model.routers()]), torch.stack([r.bias for r in model.routers()]),
                         torch.stack([r.entropy for r in model.routers()])))
     (load, bias, entropy), (other_load, other_bias, other_entropy) = results
@@ -583,11 +585,11 @@ def test_no_router_is_dead_at_top_1():
 
 def train_step(engine, model, s, seed, plan_step=0):
     x = tokens(8, 65, seed)
-    model.begin_step()
+    begin_step(model)
     engine.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
     engine.collect()
-    model.settle(lambda tally: tally, 512)
+    end_step(model, 512)
     engine.step(schedule.plan(s)[plan_step])
 
 
@@ -622,7 +624,7 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
     model(x[:, :-1], x[:, 1:]).mean().backward()
     engine.collect()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.settle(lambda tally: tally, 512)
+    end_step(model, 512)
     plan = schedule.plan(s)[0]
     engine.step(plan)
     for name in ("blocks.1.mlp.up", "blocks.2.mlp.down"):

@@ -17,6 +17,7 @@ import schedule
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
 from optim import Engine
+from system.hooks import hooks_of
 from train_gpt import train_step
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -287,7 +288,7 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         grads = torch.autograd.grad(loss, list(model.parameters()))
         expected = [a + b for a, b in zip(expected, grads)] if expected else grads
     found, engine = [], Engine(model, s)
-    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=engine, ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=engine, ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda x: x))
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,

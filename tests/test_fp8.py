@@ -23,6 +23,7 @@ from kernels import experts, linear_relu_sq, transpose
 from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
+from steps import begin_step
 from system import preflight, warmup
 from optim import Engine
 from program import program_of
@@ -175,7 +176,7 @@ def losses(model, s, x):
 
 
 def step(engine, model, s, x, i, at_once=8):
-    model.begin_step()
+    begin_step(model)
     for part in x.chunk(8 // at_once):
         engine.expect(last=True)
         (losses(model, s, part).mean() * at_once / 8).backward()
@@ -221,7 +222,7 @@ def test_a_compiled_mlp_moves_its_scales_and_compiles_once():
         run = torch.compile(mlp, backend=counter, fullgraph=True) if compiled else mlp
         for i in range(4):  # two forwards a step
             if i % 2 == 0:
-                model.begin_step()
+                begin_step(model)
             run(random(4, s.data.tokens_per_rank, s.model.model_dim, seed=i)).square().sum().backward()
         found.append([b.clone() for b in mlp.buffers()] + [p.grad for p in mlp.parameters()])
         mlp.zero_grad()

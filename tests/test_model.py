@@ -19,6 +19,7 @@ from kernels import fp8_linear as fp8_module
 from kernels.fp8_linear import fp8_linear
 from kernels.newton_schulz import newton_schulz
 from model import GPT, count_parameters
+from steps import begin_step
 from optim import Cut, Engine, Tree, adamw, local_ranks
 from system import dry_run as plan
 from sample import generate
@@ -531,7 +532,7 @@ def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, m
         model.initialise(0)
         engine.reset()
         for i in range(4):
-            model.begin_step()
+            begin_step(model)
             step(engine, model, s, tokens(4, 33, seed=i), 15 * i, at_once)
         assert Graph.captured == (len(engine.banks) if graphs else 0)
         results.append([p.detach().clone() for p in model.parameters()])

@@ -1,5 +1,6 @@
 """The step plans are the only source of per-step numbers, also where the batch changes from stage to stage."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from data.stream import Stream, stream_arguments
 from evidence import run_laws
 from model import GPT
 from optim import Engine
-from settings import tokens_per_step
+from settings import SCALES, scaled, tokens_per_step
+from system.hooks import hooks_of
 from system import compiler, memory, warmup
 from train_gpt import train_step
 
@@ -31,7 +33,7 @@ def small_run(s, compiled=lambda model: model):
     model = GPT(s)
     model.initialise(0)
     world = SimpleNamespace(total=lambda x: x, ranks=range(8), device=torch.device("cpu"))
-    return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, compiled=compiled(model),
+    return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model), compiled=compiled(model),
                            optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=sample_corpus())
 
 
@@ -69,11 +71,13 @@ def test_stages_that_do_not_fit_are_refused(sets, message):
         settings(*sets)
 
 
-def test_scales_shrink_each_stage():
-    full = deltas.resolve("short/11", sets=["schedule.stages=[0.5,0.5]"]).settings
-    assert full.schedule.stages == (0.5, 0.5)
-    from settings import elementwise
-    assert elementwise(lambda v: v // 2, (64, 128)) == (32, 64)
+def test_scales_shrink_the_batch_of_each_stage():
+    full = deltas.resolve("short/11").settings
+    staged = dataclasses.replace(full, schedule=dataclasses.replace(full.schedule, stages=(0.5, 0.5)),
+                                 data=dataclasses.replace(full.data, tokens_per_rank=(65536, 131072)))
+    s = scaled(staged, "micro")
+    assert s.data.tokens_per_rank == (128, 256) and s.schedule.stages == (0.5, 0.5) and s.data.seq_len == 64
+    assert abs(schedule.tokens_before(s, s.schedule.steps) - SCALES["micro"].budget_tokens) <= tokens_per_step(s)
 
 
 def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_clock():
@@ -105,7 +109,8 @@ def test_what_counts_by_logical_rank_follows_the_shape():
     model = GPT(s).train()
     for step in (0, s.schedule.steps - 1):
         shape = schedule.shape(s, step)
-        model.follow_shape(shape)
+        for hook in hooks_of(model):
+            hook.before_forwards(SimpleNamespace(shape=shape))
         _, (_, _, grad) = model.head.operands(model.embed.table)
         assert grad == s.numerics.fp8_head.grad * 8 * (1 if model.head.sums else shape.tokens_per_rank)
 

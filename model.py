@@ -30,7 +30,7 @@ from layers.residual import Residual
 from layers.rotary import Rotary
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
-from schedule import layer_spans
+from schedule import layer_spans, shape
 from settings import LOGICAL_RANKS, Settings, padded_vocab, table_rows
 
 
@@ -95,8 +95,7 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
-        # the trainer averages over the eight ranks and, with a mean, their tokens, before the gradient gets here
-        self.divided_by = LOGICAL_RANKS * (1 if m.head.train_loss == "sum" else s.data.tokens_per_rank)
+        self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
@@ -104,7 +103,11 @@ class Head(nn.Module):
     def operands(self, table):
         """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
         weight = table if self.weight is None else self.weight
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * self.divided_by) if self.fp8 and self.training else None
+        if not (self.fp8 and self.training):
+            return weight, None
+        # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8 cast.
+        divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def losses(self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None) -> torch.Tensor:
         """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token (weighted_losses), or None."""
@@ -371,25 +374,6 @@ class GPT(nn.Module):
 
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
-
-    def begin_step(self):
-        """Before the forward passes of a step: the routers count from zero, and FP8 looks at the updated weights."""
-        for router in self.routers():
-            router.tally.zero_()
-        for mlp in self.narrow_mlps():
-            mlp.eight_bit.refresh(mlp.down)
-
-    @torch.no_grad()
-    def settle(self, total, tokens, moves_bias=True):
-        """After the backward passes of a step, before the update: loads of the experts over all processes, biases moved.
-
-        total: function that sums a tensor over the processes. tokens: of the whole step. moves_bias: of StepPlan.
-        """
-        routers = self.routers()
-        if routers:
-            tallies = total(torch.stack([router.tally for router in routers]))
-            for router, tally in zip(routers, tallies):
-                router.settle(tally, tokens, moves_bias)
 
     def expert_loads(self):
         """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so that they stay right."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from declare import AS_IS, PRECISION
-from settings import LOGICAL_RANKS, Settings, tokens_per_step
+from settings import LOGICAL_RANKS, Settings, row_limit, tokens_per_step
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def scaled(s: Settings, name: str) -> Settings:
     if s.model.head.logit_scale == "rsqrt_dim":  # the step of such a head is a term in 1/sqrt(width) too
         lm_head = dataclasses.replace(s.optim.lm_head, lr=s.optim.lm_head.lr / math.sqrt(scale.width))
         s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=lm_head))
-    data = dataclasses.replace(s.data, seq_len=min(s.data.seq_len, s.data.tokens_per_rank))
+    data = dataclasses.replace(s.data, seq_len=min(s.data.seq_len, row_limit(s)))
     rows = s.validation.tokens // LOGICAL_RANKS
     validation = dataclasses.replace(s.validation, seq_len=min(s.validation.seq_len, rows))
     return dataclasses.replace(s, data=data, validation=validation)

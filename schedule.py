@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from settings import tokens_per_step
+from settings import LOGICAL_RANKS, Settings, by_document, per_stage
 
 
 class Span(NamedTuple):
@@ -26,15 +26,30 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Shape:
+    """All that decides the shapes of a step's tensors: steps of one Shape run the same compiled graphs.
+
+    The key of warm-up, recompile limit, memory estimate and their verification.
+    """
+    tokens_per_rank: int
+    seq_len: int  # tokens of a row: T
+    max_document: int | None  # longest document, where the loader cuts them
+    windows: Windows | None
+
+
+@dataclass(frozen=True)
 class StepPlan:
     """What one optimizer step uses. Every field is a plain value, so a whole run can be printed and compared."""
     step: int
+    stage: int
+    shape: Shape
+    tokens: int  # over all logical ranks
+    tokens_before: int  # of all steps before this one
     lr_factor: float  # multiplies every learning rate
     momentum: float  # Muon
-    tokens: int  # over all logical ranks
-    windows: Windows | None
     moves_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
+    events: tuple[str, ...] = ()  # what happens once, at this step: "stage", the first step of a further stage
 
 
 def lr_factor(schedule, step):
@@ -139,12 +154,68 @@ def layer_spans(specs, windows):
     return spans
 
 
+# ----- stages and shapes --------------------------------------------------------------------------------------------
+
+def stages(s: Settings) -> list[range]:
+    """The steps of each stage: one stage of all steps where schedule.stages is empty."""
+    ends, total = [], 0.0
+    for share in s.schedule.stages[:-1]:
+        total += share
+        ends.append(round(total * s.schedule.steps))
+    return [range(a, b) for a, b in zip([0, *ends], [*ends, s.schedule.steps])]
+
+
+def stage_of(s: Settings, step: int) -> int:
+    """The stage that a step belongs to; that of the last step after training."""
+    return next(i for i, steps in reversed([*enumerate(stages(s))]) if steps.start <= step or i == 0)
+
+
+def in_stage(value: int | tuple[int, ...], stage: int) -> int:
+    """The value that a setting with one value, or one per stage, has in a stage."""
+    values = per_stage(value)
+    return values[min(stage, len(values) - 1)]
+
+
+def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
+    """The Shape of a step. stage: that of the step, if known."""
+    tokens = in_stage(s.data.tokens_per_rank, stage_of(s, step) if stage is None else stage)
+    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_document, windows(s, step))
+
+
+def largest_shape(s: Settings) -> Shape:
+    """The Shape of the first step that has the most tokens: what memory must hold."""
+    starts = [steps.start for steps in stages(s) if steps]
+    return shape(s, max(starts, key=lambda step: shape(s, step).tokens_per_rank))
+
+
+def tokens_before(s: Settings, step: int) -> int:
+    """Tokens of all steps before a step, over all logical ranks."""
+    return LOGICAL_RANKS * sum(in_stage(s.data.tokens_per_rank, i) * len(range(steps.start, min(step, steps.stop)))
+                               for i, steps in enumerate(stages(s)))
+
+
+def rank_tokens(s: Settings) -> int | list[int]:
+    """Tokens per rank of all steps: one number, or a list with one for each step (data.stream)."""
+    sizes = per_stage(s.data.tokens_per_rank)
+    if len(set(sizes)) == 1:
+        return sizes[0]
+    return [in_stage(sizes, i) for i, steps in enumerate(stages(s)) for _ in steps]
+
+
 # ----- the run ------------------------------------------------------------------------------------------------------
 
-def plan(s):
+def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""
-    return [StepPlan(i, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i), tokens_per_step(s), windows(s, i),
-                     moves_bias(s, i), due(s, i)) for i in range(s.schedule.steps)]
+    plans, before = [], 0
+    for stage, steps in enumerate(stages(s)):
+        for i in steps:
+            of_step = shape(s, i, stage)
+            tokens = LOGICAL_RANKS * of_step.tokens_per_rank
+            events = ("stage",) if stage and i == steps.start else ()
+            plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
+                                  muon_momentum(s.optim.muon, i), moves_bias(s, i), due(s, i), events))
+            before += tokens
+    return plans
 
 
 def validates(s, step):

@@ -650,8 +650,12 @@ class Schedule:
                           needs="schedule.lr=trapezoid", least=0, most=1)
     cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps", least=0)
+    stages: tuple[float, ...] = opt((), "fractions of the steps, which add up to 1. A setting that has one "
+                                        "value per stage goes through its values in this order", off=(), above=0)
 
     def check(self, s: "Settings") -> Iterator[str]:
+        if self.stages and abs(sum(self.stages) - 1) > 1e-6:
+            yield f"schedule.stages = {list(self.stages)}: must add up to 1, the whole run"
         if self.cooldown_frac and self.cooldown_steps:
             yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
                    "to 0")
@@ -671,8 +675,9 @@ class Data:
                                        "15-17)", off=False, needs="data.loader=per_rank")
     max_document: int | None = opt(None, "maximum document length: longer documents are truncated",
                                    unit="token", shrink="length", needs="data.loader=packed", least=1)
-    tokens_per_rank: int = opt(65536, "tokens of one logical rank per step; a step has eight logical ranks",
-                               unit="token", off=REFUSE, shrink="batch", least=1, most=2 ** 24)
+    tokens_per_rank: int | tuple[int, ...] = opt(
+        65536, "tokens of one logical rank per step, or one number per stage; a step has eight logical ranks",
+        unit="token", off=REFUSE, shrink="batch", least=1, most=2 ** 24)
     seq_len: int = opt(1024, "context length in training: the tokens of a rank are cut into rows of this "
                              "length", unit="token", off=REFUSE, shrink="length", least=1)
     first_batch_twice: bool = opt(False, "repeated first batch: steps 0 and 1 use the same batch (the "
@@ -682,12 +687,20 @@ class Data:
                            "error)", off=False, shrink="reread")
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if self.tokens_per_rank % self.seq_len:
-            yield (f"data.tokens_per_rank = {self.tokens_per_rank} is not a multiple of data.seq_len = "
-                   f"{self.seq_len}: change one of them")
-        if self.loader in ("bos_aligned", "packed") and self.seq_len != self.tokens_per_rank:
+        sizes, stages, documents = per_stage(self.tokens_per_rank), s.schedule.stages, by_document(s)
+        if isinstance(self.tokens_per_rank, tuple) and len(sizes) != len(stages):
+            yield (f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: give one "
+                   "value per stage, or one number for all")
+        if len(set(sizes)) > 1 and self.loader == "shuffled":
+            yield ("data.loader=shuffled needs steps of one size: choose another loader, or one "
+                   "data.tokens_per_rank for all stages")
+        for size in sizes if not (documents and stages) else ():
+            if size % self.seq_len:
+                yield (f"data.tokens_per_rank = {size} is not a multiple of data.seq_len = {self.seq_len}: "
+                       "change one of them")
+        if documents and self.seq_len != max(sizes):
             yield (f"data.loader={self.loader} needs one row per logical rank: set data.seq_len = "
-                   f"data.tokens_per_rank = {self.tokens_per_rank}")
+                   f"data.tokens_per_rank = {max(sizes)}")
         if self.loader == "packed" and self.max_document is None:
             yield ("data.loader=packed needs data.max_document: set it to the longest piece of a document, "
                    "like 2048")
@@ -736,7 +749,7 @@ class FP8Head:
 
     def check(self, s: "Settings") -> Iterator[str]:
         sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
-                 "data.tokens_per_rank": s.data.tokens_per_rank}
+                 "data.tokens_per_rank": math.gcd(*per_stage(s.data.tokens_per_rank))}
         for name, size in sizes.items():
             if size % 16:
                 yield (f"numerics.fp8_head needs multiples of 16 and {name} are {size}: change it or "
@@ -871,9 +884,28 @@ def table_rows(s: Settings) -> int:
     return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
 
 
-def tokens_per_step(s: Settings) -> int:
-    """Tokens of one optimizer step, over all logical ranks."""
-    return LOGICAL_RANKS * s.data.tokens_per_rank
+def per_stage(value: object) -> tuple:
+    """The values of a setting that may have one per stage; of length 1 where one value holds for all stages."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def by_document(s: Settings) -> bool:
+    """Whether the loader goes by documents. A logical rank then has one row, whatever its tokens."""
+    return s.data.loader in ("bos_aligned", "packed")
+
+
+def row_limit(s: Settings) -> int:
+    """The longest row that the tokens of a logical rank allow in every stage."""
+    sizes = per_stage(s.data.tokens_per_rank)
+    return max(sizes) if by_document(s) else min(sizes)
+
+
+def tokens_per_step(s: Settings) -> int | float:
+    """Tokens of one step over all logical ranks, the mean over the stages. Single steps: schedule.plan."""
+    sizes = per_stage(s.data.tokens_per_rank)
+    if len(sizes) == 1:
+        return LOGICAL_RANKS * sizes[0]
+    return LOGICAL_RANKS * sum(size * share for size, share in zip(sizes, s.schedule.stages))
 
 
 # ----- check ------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ layer in plain torch, a loop over the experts. Minimum over repeats, millisecond
 
 import sys
 import tempfile
+from types import SimpleNamespace
 from pathlib import Path
 
 import measure
@@ -16,15 +17,19 @@ from common import arguments, console
 import deltas
 import schedule
 from data.corpus import corpus_for
+from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from kernels import experts
 from model import GPT
 from optim import Optimizer
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS
+from settings import LOGICAL_RANKS, ranks_per_forward
+from system.hooks import hooks_of
 from system.microbatch import ranks_per_forward
 from train_gpt import to_rows
 
+ALONE = SimpleNamespace(total=lambda tally: tally)  # a World of one process
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]
 
 
@@ -41,22 +46,25 @@ class Case:
             self.model.prepare_compile()
         self.forward = torch.compile(self.model, dynamic=False) if self.compiled else self.model
         self.optimizer, self.plan = Optimizer(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
+        self.hooks = hooks_of(self.model)
         self.corpus = corpus_for(scale, data)
         self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
         self.x, self.y, self.documents = to_rows(batch, s.data.seq_len, device, self.corpus.bos)
 
     def gradients(self):
-        self.model.begin_step()
+        for hook in self.hooks:
+            hook.before_forwards(self.plan)
         for i in range(0, 8, self.at_once):
             self.optimizer.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
             most = sum(self.documents[i:i + self.at_once])
-            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.windows, most=most)).mean().backward()
-            self.optimizer.accumulate()
+            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)).mean().backward()
+            self.optimizer.collect()
 
     def update(self):
-        self.model.settle(lambda t: t, self.plan.tokens)
+        for hook in self.hooks:
+            hook.before_update(self.plan, ALONE)
         self.optimizer.step(self.plan)
 
 

@@ -211,7 +211,7 @@ def attentions():
     for ref in LANDMARKS:
         s = deltas.resolve(ref).settings
         tokens, heads, width = s.data.seq_len, s.model.attn.num_heads, head_dim(s)
-        rows = s.data.tokens_per_rank // tokens
+        rows = schedule.shape(s, 0).tokens_per_rank // tokens
         longest = s.data.max_document if s.data.loader == "packed" else None
         ids = some_documents(rows, tokens, longest) if s.model.attn.documents else None
         q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))

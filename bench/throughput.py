@@ -16,6 +16,7 @@ import deltas
 import runlog
 import schedule
 from data.corpus import sample_corpus
+from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from layers.attention import Attention, AttnMeta
 from layers.mlp import MLP
@@ -25,6 +26,7 @@ from model import GPT
 from optim import Optimizer
 from report import Report
 from scales import SCALES
+from settings import SCALES
 from train_gpt import to_rows
 
 
@@ -49,11 +51,11 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
         for i in range(0, 8, at_once):
             optimizer.expect(last=i + at_once == 8)
             inputs, targets = x[i:i + at_once].flatten(0, 1), y[i:i + at_once].flatten(0, 1)
-            forward(inputs, targets, model.context(inputs, corpus.bos, plan.windows)).mean().backward()
+            forward(inputs, targets, model.context(inputs, corpus.bos, plan.shape.windows)).mean().backward()
             optimizer.accumulate()
         optimizer.step(plan)
 
-    return step, 8 * s.data.tokens_per_rank
+    return step, plan.tokens
 
 
 # Shapes of records that the lineage has not reached, on record 33: 11 layers and their mean batch. What they add to it

@@ -24,6 +24,7 @@ from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
 from scales import SCALES
 from settings import LOGICAL_RANKS, Settings
+from settings import LOGICAL_RANKS, SCALES, Settings, per_stage
 from common.errors import UserError
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -47,7 +48,7 @@ def shards_needed(s: Settings) -> int:
     """
     about = stream.stream_arguments(s)
     if about["loader"] in stream.BY_DOCUMENT:
-        read = LOGICAL_RANKS * document_tokens(s.data.loader, s.data.tokens_per_rank, s.data.max_document)
+        read = LOGICAL_RANKS * document_tokens(s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_document)
         per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")  # its last step is left out
         need = -(-s.schedule.steps // max(1, per_shard))
     else:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 import numpy as np
 
 from data.shards import Shard, check_vocabulary, open_shard
+import schedule
 from settings import LOGICAL_RANKS
 from common.errors import UserError
 
@@ -261,7 +262,7 @@ def require_shards(corpus, *, steps, max_document=None, **stream):
 def stream_arguments(s):
     """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and shards_needed."""
     d = s.data
-    return dict(loader=d.loader, tokens_per_rank=d.tokens_per_rank, wrap=d.wrap, first_batch_twice=d.first_batch_twice,
+    return dict(loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap, first_batch_twice=d.first_batch_twice,
                 switch_at_equal=d.switch_at_equal, max_document=d.max_document)
 
 
@@ -327,7 +328,7 @@ def stream_digest(rank_digests):
 
 
 class Prefetch:
-    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after settle()."""
+    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after drain()."""
 
     def __init__(self, stream, steps):
         self.stream, self.left, self.steps = stream, steps, steps
@@ -347,7 +348,7 @@ class Prefetch:
         self.ahead = self.fetch()
         return batch
 
-    def settle(self):
+    def drain(self):
         """Wait for the fetch under way; afterwards nothing runs until next()."""
         if self.ahead is not None:
             wait([self.ahead])

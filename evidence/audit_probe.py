@@ -112,7 +112,7 @@ def facts(spec):
     s, full = resolved.settings, deltas.resolve(resolved.record.ref).settings
     size = s.data.tokens_per_rank
     return {"record": resolved.preset or resolved.record.ref, "vocab_size": s.model.vocab_size,
-            "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": max(size) if isinstance(size, list) else size,
+            "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": max(size) if isinstance(size, (list, tuple)) else size,
             "validation_tokens": s.validation.tokens, "validation_seq_len": s.validation.seq_len,
             "full_validation_tokens": full.validation.tokens,
             # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert has

@@ -18,7 +18,6 @@ import runlog
 import schedule
 import settings
 from layers.specs import layer_specs
-from settings import tokens_per_step
 from common.errors import UserError
 
 NUMBER = (int, float)
@@ -299,20 +298,25 @@ def check_experts(log):
         if event["layers"] != layers:
             yield f"{artefact}: of layers {event['layers']}, the settings have them in {layers}"
         elif "load" in event and [sum(row) + lost for row, lost in zip(event["load"], event["dropped"])] != [
-                moe.top_k * tokens_per_step(s)] * len(layers):
-            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x {tokens_per_step(s)} rows in each layer: they were "
+                moe.top_k * tokens_of(s, event["step"] - 1)] * len(layers):
+            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x {tokens_of(s, event['step'] - 1)} rows in each layer: they were "
                    "edited")
 
 
 def warmup_steps(log):
-    """Number of untimed steps: as set, else three and, on a compiled model, one for each window that these have not seen."""
+    """Number of untimed steps: as set, else three and, on a compiled model, one for each Shape that these have not seen."""
     system, cpu = log.settings.system, log.start["device"].startswith("CPU")
     if system.warmup_steps >= 0:
         return system.warmup_steps
     if system.compile == "off" or (system.compile == "auto" and cpu):
         return 3
-    windows = [plan.windows for plan in schedule.plan(log.settings)]
-    return 3 + len(set(windows) - set(windows[:3]))
+    shapes = [plan.shape for plan in schedule.plan(log.settings)]
+    return 3 + len(set(shapes) - set(shapes[:3]))
+
+
+def tokens_of(s, step):
+    """Tokens of one step of a run with these settings."""
+    return schedule.tokens_before(s, step + 1) - schedule.tokens_before(s, step)
 
 
 def check_steps(log):
@@ -334,8 +338,9 @@ def check_steps(log):
             yield f"{at}: {len(v['train_loss'])} training losses for {v['step'] - before} steps"
         if v["scheduled_steps"] != steps:
             yield f"{at}: scheduled for {v['scheduled_steps']} steps, the settings say {steps}"
-        if v["tokens"] != v["step"] * tokens_per_step(s):
-            yield f"{at}: {v['tokens']} tokens, not {v['step']} steps of {tokens_per_step(s)}"
+        if v["tokens"] != schedule.tokens_before(s, v["step"]):
+            each = f" of {tokens_of(s, 0)}" if len(schedule.stages(s)) == 1 else f": {schedule.tokens_before(s, v['step'])}"
+            yield f"{at}: {v['tokens']} tokens, not {v['step']} steps{each}"
         if v["epoch"] < epoch:
             yield f"{at}: epoch goes back from {epoch} to {v['epoch']}"
         if log.start["scale"] == "full" and v["epoch"]:

@@ -8,6 +8,7 @@ from torch import nn
 
 from kernels.fp8_mlp import LEAST, fp8_mlp
 from layers.primitives import dtype
+from schedule import shape
 from settings import LOGICAL_RANKS
 
 
@@ -23,7 +24,7 @@ class EightBit(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, s.data.tokens_per_rank
+        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, shape(s, 0).tokens_per_rank
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
         if self.delayed is not None:
             ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)

@@ -11,6 +11,7 @@ from common.errors import UserError
 from kernels import experts
 from layers.mlp import MLP
 from layers.primitives import dtype, linear_init, normal, parameter
+from schedule import shape
 from settings import check_processes
 from updates import views
 from updates.views import Views
@@ -22,14 +23,15 @@ class Router(nn.Module):
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see settings.Balance), within the best
     groups if there are some; the gates are the chosen s, so that the bias never gets a gradient. All in numerics.router, the
     bias in float32 at least.
-    What the whole batch of a step did is added up in `tally`, for balancing and the log, from GPT.begin_step to `settle`.
+    What the whole batch of a step did is added up in `tally`, for balancing and the log, from the first forward
+    of a step to `settle` (system.hooks.RouterBalance).
     """
 
     def __init__(self, s):
         super().__init__()
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
-        self.tokens_per_rank = s.data.tokens_per_rank
+        self.tokens_per_rank = shape(s, 0).tokens_per_rank
         self.weight = parameter((moe.experts, s.model.model_dim), s.numerics.router, role="router", label="router",
                                 init=normal(1 / math.sqrt(s.model.model_dim)))
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
@@ -37,7 +39,8 @@ class Router(nn.Module):
         # of the current step, on this process; float64 holds the sums exactly, in whatever order they are added
         self.register_buffer("tally", torch.zeros(2 * moe.experts + 1, dtype=torch.float64), persistent=False)
         self.register_buffer("load", torch.zeros(moe.experts), persistent=False)  # rows of each expert in the last whole step
-        self.entropy = 0.0  # of its tokens' scores, mean, relative to equal ones
+        # of its tokens' scores in the last whole step, mean, relative to equal ones
+        self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x):
         """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and penalty (N,) or None of the N = R T tokens."""
@@ -99,7 +102,7 @@ class Router(nn.Module):
         n, balance = self.moe.experts, self.moe.balance
         load, bound, entropy = tally.split([n, n, 1])
         self.load.copy_(load)
-        self.entropy = entropy[0] / (tokens * math.log(n))
+        self.entropy.copy_(entropy[0] / (tokens * math.log(n)))
         if balance is None or not moves_bias:
             return
         if balance.rule == "quantile":

@@ -123,6 +123,12 @@ def prepare(cache, cuda, processes=1):
 
 # ----- what it cost -------------------------------------------------------------------------------------------------
 
+def graph_count() -> int:
+    """Number of graphs that torch.compile has made in this process so far."""
+    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second, and a run that does not compile has none
+    return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
+
+
 def account():
     """Where the compiler's time went in this process so far; None if it compiled nothing.
 

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import deltas
 import schema
-from common import files
 import schedule
-from common import lines
+from common import files, lines
 from layers.specs import layer_specs
-from settings import LOGICAL_RANKS, padded_vocab, tokens_per_step
+from settings import LOGICAL_RANKS, padded_vocab
 from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 
@@ -33,19 +32,22 @@ def print_plan(resolved):
             print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
     columns = ["learning-rate factor", "Muon momentum"]
-    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].windows else []
+    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
     print(f"\nschedule (step: {', '.join(columns)}):")
-    changes = [i for i in range(1, len(plans)) if plans[i].windows != plans[i - 1].windows]
+    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
     for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
-        print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].windows))
-    if plans[0].windows:
+        print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].shape.windows))
+    if plans[0].shape.windows:
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         print(f"  final validation:{windows_text(s, final)}{last}")
     if still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance else 0:
         print(f"  the routers' biases stand still from step {len(plans) - still} on")
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
-    print(f"\n{len(plans)} steps x {tokens_per_step(s):,} tokens = {len(plans) * tokens_per_step(s):,} tokens; "
+    total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
+    for line in stage_table(s, plans):
+        print(line)
+    print(f"\n{len(plans)} steps{each if total == len(plans) * plans[0].tokens else ''} = {total:,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
     kinds = dict.fromkeys((spec.attn.heads, spec.attn.qk, spec.attn.v) for spec in layer_specs(s) if spec.attn is not None)
     print(" or ".join(f"{heads} heads of {qk}" + (f" (values {v})" if v != qk else "") for heads, qk, v in kinds)
@@ -59,6 +61,18 @@ def print_plan(resolved):
         print(line)
     for line in measured(resolved):
         print(line)
+
+
+def stage_table(s, plans):
+    """Lines on the stages of a run that has several: steps, batch, rows and tokens of each."""
+    if len(schedule.stages(s)) == 1:
+        return
+    yield "\n  stage         steps  tokens per rank  row length  tokens of a step  tokens of the stage"
+    for stage, steps in enumerate(schedule.stages(s)):
+        if steps:
+            shape, tokens = plans[steps.start].shape, plans[steps.start].tokens
+            yield (f"  {stage:5d}  {f'{steps.start}..{steps.stop - 1}':>12}  {shape.tokens_per_rank:15,}  {shape.seq_len:10,}  "
+                   f"{tokens:16,}  {len(steps) * tokens:19,}")
 
 
 def from_parent(resolved):
@@ -95,15 +109,16 @@ def graphs(s, plans):
     from model import without_values
     from optim import Optimizer
     cuda = s.system.device != "cpu"
-    rows = ranks_per_forward(s, LOGICAL_RANKS, cuda) * s.data.tokens_per_rank // s.data.seq_len
+    at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda)
+    shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in {p.shape for p in plans})
     length = s.validation.seq_len
     validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
-    forwards = [("training", rows, s.data.seq_len, len({p.windows for p in plans})),
+    forwards = [*(("training", at_once * tokens // seq_len, seq_len, windows) for (tokens, seq_len), windows in sorted(shapes.items())),
                 ("validation", validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
                  len(validated))]
     banks = Optimizer(without_values(s), s).banks
     yield (f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
-           + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].windows else ""))
+           + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else ""))
     for what, rows, tokens, windows in forwards:
         each = f", for each of {windows} windows" if windows > 1 else ""
         yield f"  {what}: {rows} row{'s' if rows > 1 else ''} of {tokens} tokens{each}"

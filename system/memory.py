@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
     """Bytes on one device."""
     parameters: int
     gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
-    state: int  # of the optimizer
+    state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
     passing: int  # the largest that comes and goes beside it: gradients of the logits, or of a chunk of them, or of a block
 
@@ -73,8 +73,10 @@ def kept_by_forward(s, at_once):
     from model import without_values
     kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
     model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
-    tokens = torch.empty(at_once * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len, dtype=torch.long, device="meta")
-    context = model.context(tokens, 0, schedule.plan(s)[0].windows)
+    shape = schedule.largest_shape(s)
+    rows = at_once * shape.tokens_per_rank // shape.seq_len
+    tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
+    context = model.context(tokens, 0, shape.windows)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
     return kept.bytes()
@@ -86,12 +88,17 @@ def estimate(s, ranks, at_once, world=1):
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
-    optimizer = Optimizer(without_values(s), s, communication(s, 0, world))
+    from system.hooks import hooks_of
+    model = without_values(s)
+    optimizer = Optimizer(model, s, communication(s, 0, world))
+    hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
     parameters = sum(bank.param.nbytes for bank in optimizer.banks)
-    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0 for bank in optimizer.banks}
+    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0
+            for bank in optimizer.banks}
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
                                     if bank.comm.name == "reduce-scatter")
-    logits = at_once * s.data.tokens_per_rank * padded_vocab(s) * dtype(s.numerics.loss).itemsize
+    tokens = at_once * schedule.largest_shape(s).tokens_per_rank
+    logits = tokens * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     passing = logits
     if chunked(s):
         from kernels.cross_entropy import CHUNK
@@ -100,7 +107,7 @@ def estimate(s, ranks, at_once, world=1):
     if s.system.recompute == "on":  # one block at a time is there in full
         whole = kept_by_forward(with_system(s, recompute="off"), at_once)
         passing = max(passing, (whole - kept) // s.model.num_layers)
-    return Estimate(parameters, parameters + sums, optimizer.state_bytes(), kept, passing)
+    return Estimate(parameters, parameters + sums, optimizer.state_bytes() + hooks, kept, passing)
 
 
 def chunked(s):

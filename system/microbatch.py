@@ -1,7 +1,7 @@
 """How many logical ranks or rows go through the model in one forward pass: a choice of speed and memory, not of the
 mathematics. No torch here, so that a dry run can print it."""
 
-from settings import Settings
+from settings import Settings, per_stage
 
 TRAINING_TOKENS = 65536  # of a forward pass on CUDA
 VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and elsewhere
@@ -13,7 +13,7 @@ def ranks_per_forward(s: Settings, ranks: int, cuda: bool) -> int:
         return 1
     if s.system.ranks_per_forward:
         return min(s.system.ranks_per_forward, ranks)
-    most = max(1, min(ranks, TRAINING_TOKENS // s.data.tokens_per_rank)) if cuda else ranks
+    most = max(1, min(ranks, TRAINING_TOKENS // max(per_stage(s.data.tokens_per_rank)))) if cuda else ranks
     return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
 
 

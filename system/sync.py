@@ -59,8 +59,13 @@ def no_host_reads(cuda, what):
 
 
 def complaint(error, what, operation):
-    rooms = (ROOT, ROOT / "updates", ROOT / "kernels", ROOT / "data")
-    own = [f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).parent in rooms]
+    own = [f for f in traceback.extract_tb(error.__traceback__) if is_own(Path(f.filename))]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"
     return (f"{what} waits for the device: {operation} in {where}; keep the number on the device, or know it beforehand, or "
             "leave --check-sync away")
+
+
+def is_own(path: Path) -> bool:
+    """Is the file one of the project's modules or packages, other than this one?"""
+    package = path.parent.parent == ROOT and (path.parent / "__init__.py").exists()
+    return (path.parent == ROOT or package) and path != Path(__file__)

@@ -9,15 +9,16 @@ import torch
 import torch.distributed as dist
 
 import deltas
-import train_gpt
+from data.batch import to_rows
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
 from model import GPT
 from optim import Optimizer
 from system.comm import communication
+from system.run import World
 
 s = deltas.resolve("short/11", scale="micro", sets=sys.argv[2:]).settings
-world = train_gpt.World(s)
+world = World(s)
 model = GPT(s)
 model.initialise(0)
 with torch.no_grad():  # away from the zeros of the start, which would hide most gradients
@@ -26,7 +27,7 @@ with torch.no_grad():  # away from the zeros of the start, which would hide most
 optimizer = Optimizer(model, s, communication(s, world.rank, world.size))
 corpus = sample_corpus()
 batch = Stream(corpus, ranks=world.ranks, **stream_arguments(s)).next()
-x, y, _ = train_gpt.to_rows(batch, s.data.seq_len, world.device, corpus.bos)
+x, y, _ = to_rows(batch, s.data.seq_len, world.device, corpus.bos)
 optimizer.expect(last=True)
 (model(x.flatten(0, 1), y.flatten(0, 1)).mean() * (len(world.ranks) / 8)).backward()
 optimizer.accumulate()

@@ -331,7 +331,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     compiled = torch.compile(model, backend=counted(graphs), dynamic=False)
     tokens = torch.randint(1, 1200, (2, 96), generator=torch.Generator().manual_seed(0))
     tokens[:, ::40] = 0
-    steps = [*{plan.windows: plan.step for plan in schedule.plan(s)}.values()]
+    steps = [*{plan.shape.windows: plan.step for plan in schedule.plan(s)}.values()]
     for step in steps:
         compiled(tokens, tokens, model.context(tokens, 0, schedule.windows(s, step))).mean().backward()
         scales.add(model.scales[0])

@@ -381,7 +381,7 @@ def test_prefetch_keeps_the_order_and_rests_after_settle(small):
     before = threading.active_count()
     for step in range(5):
         assert np.array_equal(ahead.next(), plain.next())
-        ahead.settle()
+        ahead.drain()
         assert ahead.ahead is None or ahead.ahead.done()
         assert ahead.stream.step == min(step + 2, 5)  # one ahead, and never beyond the last step
     with pytest.raises(IndexError):

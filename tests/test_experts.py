@@ -21,9 +21,13 @@ from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from layers.moe import MoE, Router
 from model import GPT
+from model import GPT, MoE, Router
 from optim import Optimizer
+from steps import begin_step, end_step
 from system.comm import communication
+from system.hooks import hooks_of
 from system.dry_run import print_plan
+from system.run import World
 from runlog import read_chain
 from common.errors import UserError
 
@@ -288,7 +292,7 @@ def test_a_checkpoint_keeps_the_bias():
 def test_initialise_forgets_biases_and_loads():
     model = build()
     model(tokens())
-    model.settle(lambda tally: tally, 48)
+    end_step(model, 48)
     assert all(router.load.any() and router.bias.any() for router in model.routers())
     model.initialise(0)
     assert not any(b.any() for router in model.routers() for b in router.buffers())
@@ -408,7 +412,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
-    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=Optimizer(model, s), at_once=8, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=Optimizer(model, s), ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda tally: tally))
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
@@ -467,11 +471,11 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
         model = build(*moe(f"balance.rule={name}"))
         for i in range(2):
             ranks = tokens(16, 64, seed=i).view(8, 2, 64)
-            model.begin_step()
+            begin_step(model)
             for first in range(0, 8, at_once):
                 with torch.no_grad():
                     model(ranks[first:first + at_once].flatten(0, 1))
-            model.settle(lambda tally: tally, 1024)
+            end_step(model, 1024)
         results.append((torch.stack([r.load for r in model.routers()]), torch.stack([r.bias for r in model.routers()]),
                         torch.stack([r.entropy for r in model.routers()])))
     (load, bias, entropy), (other_load, other_bias, other_entropy) = results
@@ -584,11 +588,11 @@ def test_no_router_is_dead_at_top_1():
 
 def train_step(optimizer, model, s, seed, plan_step=0):
     x = tokens(8, 65, seed)
-    model.begin_step()
+    begin_step(model)
     optimizer.expect(last=True)
     model(x[:, :-1], x[:, 1:]).mean().backward()
     optimizer.accumulate()
-    model.settle(lambda tally: tally, 512)
+    end_step(model, 512)
     optimizer.step(schedule.plan(s)[plan_step])
 
 
@@ -623,7 +627,7 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
     model(x[:, :-1], x[:, 1:]).mean().backward()
     optimizer.accumulate()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
-    model.settle(lambda tally: tally, 512)
+    end_step(model, 512)
     plan = schedule.plan(s)[0]
     optimizer.step(plan)
     for name in ("blocks.1.mlp.up", "blocks.2.mlp.down"):
@@ -760,7 +764,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused_before_they_know_e
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=8, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
-        train_gpt.World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
+        World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
 
 
 def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
@@ -821,7 +825,7 @@ def member(rank, world, port, target, args):
 def share_of_gradients(path, sets, precision, flooded):
     """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
-    world = train_gpt.World(s)
+    world = World(s)
     model, whole = GPT(s), build(precision=precision)
     model.initialise(0)
     parts = whole.state_dict()

@@ -17,6 +17,7 @@ import schedule
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
 from optim import Optimizer
+from system.hooks import hooks_of
 from train_gpt import train_step
 
 F32, BF16 = torch.float32, torch.bfloat16
@@ -287,10 +288,10 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         grads = torch.autograd.grad(loss, list(model.parameters()))
         expected = [a + b for a, b in zip(expected, grads)] if expected else grads
     found, optimizer = [], Optimizer(model, s)
-    run = SimpleNamespace(s=s, model=model, compiled=model, optimizer=optimizer, at_once=at_once, corpus=SimpleNamespace(bos=0),
+    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=optimizer, ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0),
                           world=SimpleNamespace(total=lambda x: x))
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,
-               before_step=lambda: found.extend(p.grad.clone() for p in model.parameters()))
+               before_reduction=lambda: found.extend(p.grad.clone() for p in model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), expected, found, strict=True):
         assert a.abs().max() > 0 and (a - b).abs().max() < 1e-10 * a.abs().max(), name

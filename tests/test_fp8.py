@@ -18,13 +18,14 @@ import torch
 import deltas
 import schema
 import schedule
-import train_gpt
 from kernels import fp8_linear as fp8_module
 from kernels import experts, linear_relu_sq, transpose
 from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
 from optim import Optimizer
+from steps import begin_step
+from system import preflight, warmup
 from program import program_of
 from common.errors import UserError
 
@@ -175,7 +176,7 @@ def losses(model, s, x):
 
 
 def step(optimizer, model, s, x, i, at_once=8):
-    model.begin_step()
+    begin_step(model)
     for part in x.chunk(8 // at_once):
         optimizer.expect(last=True)
         (losses(model, s, part).mean() * at_once / 8).backward()
@@ -221,7 +222,7 @@ def test_a_compiled_mlp_moves_its_scales_and_compiles_once():
         run = torch.compile(mlp, backend=counter, fullgraph=True) if compiled else mlp
         for i in range(4):  # two forwards a step
             if i % 2 == 0:
-                model.begin_step()
+                begin_step(model)
             run(random(4, s.data.tokens_per_rank, s.model.model_dim, seed=i)).square().sum().backward()
         found.append([b.clone() for b in mlp.buffers()] + [p.grad for p in mlp.parameters()])
         mlp.zero_grad()
@@ -251,7 +252,7 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     assert {"activation", "weight", "following", "refreshes"} == {n.split(".")[-1] for n in at_start if "eight_bit" in n}
     assert not any("eight_bit" in name for name in model.state_dict())  # a checkpoint does not depend on them
     optimizer = Optimizer(model, s)
-    before = train_gpt.state_hash(model, optimizer)
+    before = warmup.state_hash(model, optimizer)
     for i in range(3):  # zero projections and a zero head hide the hidden activations in two steps
         step(optimizer, model, s, x, i)
     moved = {name: b.clone() for name, b in model.named_buffers()}
@@ -264,7 +265,7 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
         assert name.endswith("activation") or torch.equal(b, moved[name])
     model.initialise(0)
     optimizer.reset()
-    assert train_gpt.state_hash(model, optimizer) == before
+    assert warmup.state_hash(model, optimizer) == before
 
 
 def test_switched_off_it_is_not_there():
@@ -299,9 +300,9 @@ def test_fp8_kernels_ask_for_compute_capability_8_9(monkeypatch):
     assert refusal(gpu, BF16) is None and refusal(gpu, BF16, 89) == "needs compute capability 8.9, and this is 8.0"
     s = settings("system.kernels.mlp=triton")
     with pytest.raises(UserError, match="mlp=triton needs compute capability 8.9, and this is 8.0: leave it at auto"):
-        train_gpt.check_kernels(s, gpu)
+        preflight.check_kernels(s, gpu)
     off = dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, fp8_mlp=None))
-    train_gpt.check_kernels(off, gpu)
+    preflight.check_kernels(off, gpu)
 
 
 # ----- trainings, as a user runs them

@@ -98,6 +98,6 @@ def test_a_batch_whose_thread_could_not_start_can_still_be_closed(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     with pytest.raises(KeyboardInterrupt):
         ahead.next()
-    ahead.settle()
+    ahead.drain()
     monkeypatch.undo()
     ahead.close()

@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deltas
 import schedule
-import train_gpt
 from kernels import qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from layers.rotary import Rotary
 from model import GPT
+from model import GPT, Rotary
+from system import preflight
 from program import program_of
 from settings import rotary_dim
 from common.errors import UserError
@@ -167,7 +168,7 @@ def in_the_model(ref, layers):
         for name, p in sorted(model.named_parameters()):
             p.data += 0.1 * random(*p.shape, seed=len(name)).float()
         x = torch.randint(1257, (2, 16), generator=torch.Generator().manual_seed(0))
-        losses = model(x, x.flip(1), model.context(x, 1256, schedule.plan(s)[0].windows))
+        losses = model(x, x.flip(1), model.context(x, 1256, schedule.plan(s)[0].shape.windows))
         found.append([losses, *torch.autograd.grad(losses.mean(), list(model.parameters()))])
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)]
 
@@ -292,12 +293,12 @@ def test_generation_stays_with_torch(monkeypatch):
     ("short/20", ["numerics.eval_matmul=float64"], "computes in float32, and numerics.eval_matmul is float64"),
     ("short/20", ["numerics.rope=float64"], "computes in float32, and numerics.rope is float64")])
 def test_a_higher_precision_than_float32_is_refused_in_one_line(ref, sets, line, monkeypatch):
-    monkeypatch.setattr(train_gpt, "refusal", lambda *a: None)
+    monkeypatch.setattr(preflight, "refusal", lambda *a: None)
     s = deltas.resolve(ref, sets=["system.kernels.qk=triton", *sets]).settings
     if line is None:
-        return train_gpt.check_kernels(s, torch.device("cuda"))
+        return preflight.check_kernels(s, torch.device("cuda"))
     with pytest.raises(UserError) as caught:
-        train_gpt.check_kernels(s, torch.device("cuda"))
+        preflight.check_kernels(s, torch.device("cuda"))
     assert str(caught.value) == f"system.kernels.qk=triton {line}: leave it at auto"
 
 

@@ -179,7 +179,7 @@ def test_prefetch_looks_ahead_too_and_rests_after_settle(corpus):
     ahead = Prefetch(Stream(corpus, ranks=range(8), loader="packed", wrap=True, **ABOUT), 60)
     for _ in range(60):
         assert np.array_equal(ahead.next(), plain.next())
-        ahead.settle()
+        ahead.drain()
         assert ahead.ahead is None or ahead.ahead.done()
 
 

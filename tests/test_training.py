@@ -24,7 +24,9 @@ from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
 from common.errors import UserError
-from system import load
+from data.batch import longest_document, to_rows
+from system import load, preflight, warmup
+from system.run import Run, World
 from system.sync import no_host_reads
 
 ROOT = Path(__file__).parent.parent
@@ -295,13 +297,13 @@ def test_what_is_slower_on_a_gpu_is_listed(monkeypatch):
     s = deltas.resolve("variants/1", scale="micro", sets=["system.experts=padded", "system.compile=off"]).settings
     model, world = GPT(s), SimpleNamespace(cuda=True, device=torch.device("cuda"))
     model.passed = {"attention backend flash3 needs its package"}
-    assert train_gpt.fallbacks(model, world) == [
+    assert preflight.fallbacks(model, world) == [
         "attention backend flash3 needs its package", "nothing is compiled: system.compile is off",
         "experts are multiplied in padded blocks: system.experts is padded"]
     s = deltas.resolve("short/33", scale="micro", sets=["system.precision=record"]).settings
     for capability, lines in ((89, 0), (80, 1)):
-        monkeypatch.setattr(train_gpt, "capability", lambda device: capability)
-        assert len(train_gpt.fallbacks(GPT(s), world)) == lines
+        monkeypatch.setattr(preflight, "capability", lambda device: capability)
+        assert len(preflight.fallbacks(GPT(s), world)) == lines
 
 
 def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
@@ -434,7 +436,7 @@ def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
 @pytest.mark.parametrize("piece", [3, 1000])
 def test_checksums_are_of_the_gradients_of_all_processes(piece, monkeypatch):
     """Summands are added; stretches of experts that one process has alone follow each other. In any pieces."""
-    monkeypatch.setattr(train_gpt, "MARK_PIECE", piece)
+    monkeypatch.setattr(warmup, "PIECE", piece)
     shares = torch.randn((2, 10), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     taken = []
 
@@ -445,7 +447,7 @@ def test_checksums_are_of_the_gradients_of_all_processes(piece, monkeypatch):
 
     for own, whole in ((False, shares.sum(0)), (True, shares.flatten())):
         taken.clear()
-        norm, turned = train_gpt.marks_of(shares[0], own, SimpleNamespace(parts=parts))
+        norm, turned = warmup.checksums_of(shares[0], own, SimpleNamespace(parts=parts))
         cosines = torch.arange(len(whole)).cos().double()
         assert norm == pytest.approx(whole.norm().item()) and turned == pytest.approx((whole @ cosines).item())
 
@@ -455,16 +457,16 @@ def test_a_loss_that_one_process_finds_not_finite_stops_all_of_them():
     seen = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([5.0, math.nan], dtype=torch.float64)]
     for mine in seen:
         world = SimpleNamespace(size=2, parts=lambda values: seen)
-        world.mean = lambda values, world=world: train_gpt.World.mean(world, values)
+        world.mean = lambda values, world=world: World.mean(world, values)
         run = SimpleNamespace(train_losses=list(mine), world=world)
-        first, second = train_gpt.Run.mean_train_losses(run)
+        first, second = Run.mean_train_losses(run)
         assert first == 4.0 and math.isnan(second) and run.train_losses == []
 
 
 def test_the_longest_document_of_rows_is_counted_from_its_first_token_or_the_rows():
     rows = np.array([[5, 0, 5, 5, 5, 0], [5, 5, 0, 0, 5, 5]])  # 1, 4, 1; 2, 1, 3
-    assert train_gpt.longest_document(rows, 0) == 4
-    assert train_gpt.longest_document(rows[1:], 0) == 3 and train_gpt.longest_document(rows, 9) == 6
+    assert longest_document(rows, 0) == 4
+    assert longest_document(rows[1:], 0) == 3 and longest_document(rows, 9) == 6
 
 
 def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
@@ -485,7 +487,7 @@ def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
 def test_rows_come_with_the_number_of_their_documents_at_most():
     """Each begins with `bos` or a row; the token after the last one is a target only."""
     batch = np.array([[0, 5, 0, 5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 0, 0, 0, 5, 5]], np.int32)
-    inputs, targets, documents = train_gpt.to_rows(batch, 4, torch.device("cpu"), 0)
+    inputs, targets, documents = to_rows(batch, 4, torch.device("cpu"), 0)
     assert inputs.shape == targets.shape == (2, 2, 4) and documents == [3 + 2, 3 + 2]
     for rows, most in zip(inputs, documents):
         begun = rows == 0

@@ -71,7 +71,7 @@ def test_windows_that_grow_are_averaged_over_the_steps_and_the_plan_says_what_is
     s = deltas.resolve("short/33").settings
     model = without_values(s)
     _, attended = plan.flops(s, model)
-    each = [model.attention_flops_per_token(p.windows) for p in schedule.plan(s)[::554]]
+    each = [model.attention_flops_per_token(p.shape.windows) for p in schedule.plan(s)[::554]]
     assert len(set(each)) == 3 and attended == pytest.approx(sum(each) / 3, rel=1e-3)
     assert plan.size(s).endswith("(rows of 49,152 tokens, windows averaged over the steps, borders of documents not counted)")
     assert "every earlier token of the row seen" in plan.size(deltas.resolve("short/8").settings)

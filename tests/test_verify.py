@@ -41,7 +41,7 @@ def test_sealing_again_without_an_edit_changes_nothing(claim):
 def test_a_compiled_model_warms_up_each_of_its_windows():
     s = deltas.resolve("short/13", scale="micro").settings
     log = run_laws.Log("x", None, [({"kind": "start", "device": "1 x NVIDIA H100"}, "")], s)
-    assert run_laws.warmup_steps(log) == 2 + len({p.windows for p in schedule.plan(s)})
+    assert run_laws.warmup_steps(log) == 2 + len({p.shape.windows for p in schedule.plan(s)})
     log.links[0][0]["device"] = "CPU, 1 process, 2 threads"
     assert run_laws.warmup_steps(log) == 3
     log.settings = deltas.resolve("short/13", scale="micro", sets=["system.warmup_steps=0"]).settings

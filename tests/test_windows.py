@@ -72,7 +72,7 @@ def test_windows_of_every_step_and_layer_are_the_records_formula(record):
             spans, expected = schedule.layer_spans(layer_specs(s), windows), definition(record, steps, step, final)
             assert {i: tuple(spans[i]) for i in expected} == {i: limits(*w) for i, w in expected.items()}, (step, final)
             assert windows.long_blocks == sizes_so_far(record, steps, step, final), (step, final)
-        assert step == steps or plans[step].windows == schedule.windows(s, step)
+        assert step == steps or plans[step].shape.windows == schedule.windows(s, step)
 
 
 def sizes_so_far(record, steps, step, final):

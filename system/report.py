@@ -1,0 +1,142 @@
+"""What a run says of itself: its description at the start of the log, its experts, its verdict, its checkpoint."""
+
+import io
+import os
+import platform
+from argparse import Namespace
+from collections.abc import Sequence
+
+import torch
+
+import runlog
+import schedule
+import schema
+from common import files, repository
+from data.shards import Corpus, corpus_digest, val_digest
+from data.stream import stream_digest
+from deltas import Resolved
+from model import GPT
+from optim import Optimizer
+from schedule import StepPlan
+from settings import NUMERICS_VERSION, Settings
+from system import compiler, load, memory
+from system.preflight import attention_backend, fallbacks
+from system.run import Run, World
+
+
+def describe(resolved: Resolved, options: Namespace, world: World, corpus: Corpus, model: GPT, optimizer: Optimizer, used: int,
+             plans: Sequence[StepPlan], held: memory.Estimate | None) -> dict:
+    """What the log says about a run before it starts.
+
+    Args:
+        used: number of train shards that the run reads.
+        held: estimate of the GPU's memory, if one was made.
+    """
+    s = resolved.settings  # those of the model may have been fitted to the GPU
+    return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
+            "changes": list(resolved.changes), "registered": options.registered, "numerics_version": NUMERICS_VERSION,
+            "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
+            "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
+            "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
+            "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
+            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
+            "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
+            "comm": optimizer.plan.name,
+            "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
+            "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()}
+
+
+def introduce(run: Run, resolved: Resolved, about: dict) -> None:
+    """The first lines that a person reads."""
+    run.world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
+                  f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
+                  f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+                  *(f"slower than it could be: {line}" for line in about["fallbacks"]))
+
+
+def expert_loads(run: Run, last: bool) -> dict[str, list]:
+    """How the last step's tokens were shared out, by layer: fields of the event `experts` (names as in arXiv 2408.15664).
+
+    max_vio: largest load over the mean one, less 1. idle: experts without a token. dropped: rows that went nowhere.
+    entropy: of the scores, over that of equal ones. last: also every load.
+    """
+    out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
+    rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
+    for layer, moe in run.model.mixtures():
+        load = moe.router.load.double()
+        values = {"layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4), "idle": int((load == 0).sum()),
+                  "dropped": rows - int(load.sum()), "entropy": round(float(moe.router.entropy), 4),
+                  "max_bias": round(float(moe.router.bias.abs().max()), 4)}
+        for name, value in values.items():
+            out[name].append(value)
+    if last:
+        out["load"] = [[int(x) for x in moe.router.load.tolist()] for _, moe in run.model.mixtures()]
+    return out
+
+
+def tokens_text(plans: Sequence[StepPlan]) -> str:
+    """Tokens of a step, or where the batch changes the numbers in their order."""
+    return ", ".join(f"{tokens:,}" for tokens in dict.fromkeys(plan.tokens for plan in plans))
+
+
+def first_below(points: Sequence[tuple[int, float]], target: float) -> float | None:
+    """Step at which the straight line between validations first meets the target, or None."""
+    for (s0, l0), (s1, l1) in zip(points, points[1:]):
+        if l1 <= target:
+            return s1 if l0 <= target or l0 == l1 else s0 + (s1 - s0) * (l0 - target) / (l0 - l1)
+    return None
+
+
+def verdict(s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]], train_ms: float) -> list[str]:
+    """Lines for people: reached or not, when, and next to the published curve where it is the same experiment."""
+    lines, target, final = [], s.validation.target, points[-1][1]
+    if target is None:
+        lines.append(f"no target at scale {resolved.scale}: final validation loss {final:.4f}")
+    elif final <= target:
+        lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s of "
+                     f"training; the curve crossed it at about step {first_below(points, target):.0f}")
+    else:
+        lines.append(f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s")
+    reference = resolved.record.folder / "reference.csv"
+    if resolved.scale == "full" and reference.exists() and not resolved.changes:
+        published = {int(float(a)): float(b) for a, b, *_ in
+                     (line.split(",") for line in reference.read_text(encoding="utf-8").splitlines()[1:])}
+        common = [(step, loss) for step, loss in points if step in published]
+        if common:
+            step, loss = common[-1]
+            lines.append(f"published curve at step {step} ({schedule.tokens_before(s, step):,} tokens): {published[step]:.4f}, "
+                         f"here {loss:.4f} ({loss - published[step]:+.4f})")
+    return lines
+
+
+def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
+    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log and on screen."""
+    state = run.model.whole_state()  # every process takes part
+    if not run.world.main:
+        return
+    path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
+    torch.save({"model": state, "settings": schema.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
+                "val_loss": val_loss}, image)  # in memory: torch's own writer turns a full disk into an internal error
+    files.write(path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space")
+    run.world.say(f"checkpoint: {path}")
+
+
+def results(run: Run) -> dict:
+    """What the run came to, for its last event."""
+    memory_used = {"peak_memory_mib": torch.cuda.max_memory_allocated() // 2 ** 20} if run.world.cuda else {}
+    return {"graphs_in_clock": compiler.graph_count() - run.graphs, "steps": run.steps_done, "scheduled_steps": len(run.plans),
+            "val_loss": run.points[-1][1] if run.points else None, "train_time_ms": round(run.clock.read_ms(), 3),
+            "tokens": schedule.tokens_before(run.s, run.steps_done),
+            "epoch": max(run.epoch, run.stream.epoch if run.stream else 0), **memory_used}
+
+
+def gathered_results(run: Run) -> dict:
+    """results(), and what only all processes together know: extremes, the stream's digest (logged), CPU time. Collective."""
+    out, world = results(run), run.world
+    for name in [name for name in ("graphs_in_clock", "peak_memory_mib") if name in out]:
+        out[name] = max(world.gather_objects(out[name]))
+    digests = {r: d for part in world.gather_objects(run.stream.rank_digests()) for r, d in part.items()}
+    run.log.event("stream", digest=stream_digest(digests))
+    used = [seconds for node, seconds in world.gather_objects((platform.node(), run.clock.meter.own_s))
+            if node == platform.node()]
+    return out | load.account(run.clock.meter, sum(used), os.cpu_count() or 1)

@@ -1,0 +1,151 @@
+"""Untimed warm-up steps and validations that compile and touch everything, and the proof that nothing of them stays.
+
+The warm-up is handed the step and the validation that it runs, so this module does not know the trainer.
+"""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+
+import runlog
+import schedule
+from data.batch import to_rows
+from data.stream import Stream, stream_arguments
+from model import GPT
+from optim import Optimizer
+from settings import LOGICAL_RANKS
+from system import compiler
+from system.hooks import Stateful, all_tensors
+from system.run import Run, World
+
+PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
+
+
+def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ()) -> str:
+    """sha256 over all that training can change: every tensor of model, optimizer and hooks, and the random generator."""
+    digest = hashlib.sha256()
+    for t in [*all_tensors(model, optimizer, hooks).values(), torch.get_rng_state()]:
+        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[float]]:
+    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: a systems record must keep them.
+
+    Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of processes: equal
+    seeds give equal weights and equal warm-up tokens. The second one changes with order and signs, which a norm does not
+    see. Taken in the last untimed step, because at the very first one a zero head hides every gradient behind it. The shares
+    of the processes are added in rank order in float64, whatever system.comm does later; collective.
+    """
+    out = {}
+    for bank in optimizer.banks:
+        share, start = bank.local_gradient().detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
+        for name, p in bank.members:
+            out[name] = [float(f"{x:.8g}") for x in checksums_of(share[start:start + p.numel()], bank.comm.name == "own", world)]
+            start += p.numel()
+    return dict(sorted(out.items()))
+
+
+def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
+    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a stretch."""
+    squares = turned = 0.0
+    for start in range(0, len(share), PIECE):
+        parts = [part.double() for part in world.parts(share[start:start + PIECE])]
+        for rank, g in enumerate(parts if own else [sum(parts)]):
+            at = start + rank * len(share)
+            squares += g.square().sum().item()
+            turned += (g * torch.arange(at, at + len(g), device=g.device).cos()).sum().item()
+    return [math.sqrt(squares), turned]
+
+
+def warmup_steps(run: Run) -> list[int]:
+    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape, so that none
+    is met for the first time while the clock runs."""
+    asked = run.s.system.warmup_steps
+    if asked >= 0:
+        return [min(i, len(run.plans) - 1) for i in range(asked)]
+    steps = [min(i, len(run.plans) - 1) for i in range(3)]
+    if run.compiled is not run.model:
+        seen = {run.plans[i].shape for i in steps}
+        for plan in run.plans:
+            if plan.shape not in seen:
+                seen.add(plan.shape)
+                steps.append(plan.step)
+    return steps
+
+
+def warmup_validations(run: Run) -> list[int]:
+    """Steps of one validation for each window that a validation will have; not compiled, of the first and the last."""
+    n = len(run.plans)
+    first = {}
+    for step in (i for i in range(n + 1) if schedule.validates(run.s, i)):
+        first.setdefault(schedule.validation_windows(run.s, step), step)
+    steps = list(first.values())
+    return steps if run.compiled is not run.model else sorted({steps[0], n})
+
+
+def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray]:
+    """Batches (ranks, size + 1) for the warm-up: real ones from a stream of their own, or random tokens."""
+    s, world = run.s, run.world
+    if s.system.warmup_tokens == "real":
+        about = stream_arguments(s)
+        if len(set(sizes)) > 1:
+            about["tokens_per_rank"] = sizes
+        stream = Stream(run.corpus, ranks=world.ranks, **about)
+        for _ in sizes:
+            yield stream.next()
+        return
+    generator = torch.Generator().manual_seed(seed + 1)
+    for size in sizes:
+        shape = (LOGICAL_RANKS, size + 1)  # of all ranks: the same tokens on any number of processes
+        batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
+        batch = batch[list(world.ranks)]
+        if s.data.max_document:  # no document may be longer, random ones neither
+            batch[:, ::s.data.max_document] = run.corpus.bos
+        yield batch
+
+
+def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable, process_start: float,
+            imported: float) -> None:
+    """Untimed steps and validation chunks that compile and touch everything; then a reset, proven by hashes.
+
+    Logs loss and gradient checksums of the last untimed step (event `probe`) and the account of the reset (`reset`).
+
+    Args:
+        train_step, validation_loss: those of the trainer.
+        process_start, imported: perf_counter() when the process began and when its imports were done.
+    """
+    world, began = run.world, time.perf_counter()
+    before, generator = state_hash(run.model, run.optimizer, run.hooks), torch.get_rng_state()
+    steps = warmup_steps(run)
+    batches = warmup_batches(run, seed, [run.plans[step].shape.tokens_per_rank for step in steps])
+    for n, (step, batch) in enumerate(zip(steps, batches)):
+        checksums, last = {}, n == len(steps) - 1
+        inputs, targets, documents = to_rows(batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos)
+        look = (lambda: checksums.update(gradient_checksums(run.optimizer, world))) if last else None
+        loss = train_step(run, run.plans[step], inputs, targets, documents, before_reduction=look)
+        if last:
+            loss = round(float(world.mean(loss)), 8)
+            run.log.event("probe", step=n, tokens=run.s.system.warmup_tokens, loss=loss, gradients=checksums)
+    for step in warmup_validations(run) if steps else ():
+        validation_loss(run, step, limit=1)
+    run.model.initialise(seed)
+    run.optimizer.reset()
+    for hook in run.hooks:
+        hook.reset()
+    torch.set_rng_state(generator)
+    after = state_hash(run.model, run.optimizer, run.hooks)
+    if before != after:
+        raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
+    run.graphs, cost = compiler.graph_count(), compiler.account()
+    if run.cache_file is not None:
+        world.say(*run.cache_file.save(world.gather_objects, world.main))
+    event = run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
+                          imports_ms=round(1000 * (imported - process_start), 3),
+                          start_ms=round(1000 * (began - process_start), 3),
+                          warmup_ms=round(1000 * (time.perf_counter() - began), 3), **({"compile": cost} if cost else {}))
+    world.say(*runlog.render(event))

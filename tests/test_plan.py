@@ -1,0 +1,120 @@
+"""The step plans are the only source of per-step numbers, also where the batch changes from stage to stage."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import deltas
+import schedule
+from common.errors import UserError
+from data.batch import to_rows
+from data.corpus import sample_corpus
+from data.stream import Stream, stream_arguments
+from evidence import run_laws
+from model import GPT
+from optim import Engine
+from settings import SCALES, scaled, tokens_per_step
+from system.hooks import hooks_of
+from system import compiler, memory, warmup
+from train_gpt import train_step
+
+STAGED = ("schedule.stages=[0.25,0.5,0.25]", "data.tokens_per_rank=[64,128,192]")
+SMALL = ("model.num_layers=2", "schedule.steps=8", "data.seq_len=32", "validation.seq_len=32", "model.residual.unet_skips.learned=true")
+
+
+def settings(*sets, ref="short/11"):
+    return deltas.resolve(ref, scale="micro", sets=sets).settings
+
+
+def small_run(s, compiled=lambda model: model):
+    """What train_step and the warm-up look at, of one process on the CPU."""
+    model = GPT(s)
+    model.initialise(0)
+    world = SimpleNamespace(total=lambda x: x, ranks=range(8), device=torch.device("cpu"))
+    return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model), compiled=compiled(model),
+                           optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=sample_corpus())
+
+
+def steps_of(run, batches, steps):
+    for step, batch in zip(steps, batches):
+        plan = run.plans[step]
+        train_step(run, plan, *to_rows(batch, plan.shape.seq_len, run.world.device, run.corpus.bos))
+
+
+def test_a_setting_with_one_value_per_stage_goes_through_them_in_order():
+    s = settings(*STAGED, "schedule.steps=8")
+    plans = schedule.plan(s)
+    assert [plan.stage for plan in plans] == [0] * 2 + [1] * 4 + [2] * 2
+    assert [plan.shape.tokens_per_rank for plan in plans] == [64] * 2 + [128] * 4 + [192] * 2
+    assert [plan.step for plan in plans if "stage" in plan.events] == [2, 6]
+    assert [plan.tokens_before for plan in plans] == [sum(p.tokens for p in plans[:i]) for i in range(8)]
+    assert [schedule.tokens_before(s, i) for i in range(8)] == [plan.tokens_before for plan in plans]
+    assert schedule.tokens_before(s, 8) == sum(plan.tokens for plan in plans) == 8 * tokens_per_step(s)
+    assert schedule.largest_shape(s) == plans[6].shape and schedule.rank_tokens(s) == [64] * 2 + [128] * 4 + [192] * 2
+
+
+def test_equal_stages_are_no_stages():
+    s = settings("schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,128]")
+    plain = settings("data.tokens_per_rank=128")
+    assert [p.shape for p in schedule.plan(s)] == [p.shape for p in schedule.plan(plain)]
+    assert stream_arguments(s) == stream_arguments(plain)
+
+
+@pytest.mark.parametrize("sets, message", [
+    (("data.tokens_per_rank=[64,128]",), "has 2 values and schedule.stages has 0"),
+    (("schedule.stages=[0.5,0.4]",), "add up to 1"),
+    (("schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[64,100]"), "tokens_per_rank = 100 is not a multiple")])
+def test_stages_that_do_not_fit_are_refused(sets, message):
+    with pytest.raises(UserError, match=message):
+        settings(*sets)
+
+
+def test_scales_shrink_the_batch_of_each_stage():
+    full = deltas.resolve("short/11").settings
+    staged = dataclasses.replace(full, schedule=dataclasses.replace(full.schedule, stages=(0.5, 0.5)),
+                                 data=dataclasses.replace(full.data, tokens_per_rank=(65536, 131072)))
+    s = scaled(staged, "micro")
+    assert s.data.tokens_per_rank == (128, 256) and s.schedule.stages == (0.5, 0.5) and s.data.seq_len == 64
+    assert abs(schedule.tokens_before(s, s.schedule.steps) - SCALES["micro"].budget_tokens) <= tokens_per_step(s)
+
+
+def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_clock():
+    torch._dynamo.reset()
+    s = settings(*SMALL, *STAGED)
+
+    def compiled(model):
+        model.prepare_compile()
+        return torch.compile(model, backend="eager", dynamic=False)
+
+    run = small_run(s, compiled)
+    steps = warmup.warmup_steps(run)
+    assert {run.plans[i].shape for i in steps} == {plan.shape for plan in run.plans} and len(steps) == 4
+    before = compiler.graph_count()
+    sizes = [run.plans[i].shape.tokens_per_rank for i in steps]
+    steps_of(run, warmup.warmup_batches(run, 0, sizes), steps)
+    warm = compiler.graph_count()
+    stream = Stream(run.corpus, ranks=range(8), **stream_arguments(s))
+    steps_of(run, (stream.next() for _ in range(8)), range(8))
+    assert compiler.graph_count() == warm and warm - before == 3
+    log = SimpleNamespace(settings=deltas.resolve("short/11", scale="micro", sets=[*SMALL, *STAGED, "system.compile=on"]).settings,
+                          start={"device": "CPU"})
+    assert run_laws.warmup_steps(log) == len(steps)
+
+
+def test_what_counts_by_logical_rank_follows_the_shape():
+    """The FP8 head's gradient scale undoes the mean over the tokens that the step has, not over those of the first one."""
+    s = settings("system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]", ref="short/20")
+    model = GPT(s).train()
+    for step in (0, s.schedule.steps - 1):
+        shape = schedule.shape(s, step)
+        for hook in hooks_of(model):
+            hook.before_forwards(SimpleNamespace(shape=shape))
+        _, (_, _, grad) = model.head.operands(model.embed.table)
+        assert grad == s.numerics.fp8_head.grad * 8 * (1 if model.head.sums else shape.tokens_per_rank)
+
+
+def test_memory_is_estimated_for_the_largest_shape():
+    small, large, staged = (settings(*SMALL, *sets) for sets in (("data.tokens_per_rank=64",), ("data.tokens_per_rank=192",), STAGED))
+    assert memory.estimate(staged, 8, 8) == memory.estimate(large, 8, 8) != memory.estimate(small, 8, 8)

@@ -29,7 +29,6 @@ if __name__ == "__main__":
 
 from common.errors import UserError
 from system import command_line
-from system.comm import communication
 
 if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
     options, resolved = command_line.command_line()
@@ -59,9 +58,11 @@ from deltas import Resolved
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
-from settings import LOGICAL_RANKS, ranks_per_forward, validation_rows_at_once
+from settings import LOGICAL_RANKS
 from system import compiler, load, memory, preflight, report, sinks
+from system.comm import communication
 from system.hooks import hooks_of, validating
+from system.microbatch import ranks_per_forward, validation_rows_at_once
 from system.place import Place
 from system.run import Clock, Profiler, Progress, Run, World, lost_peer
 from system.sync import no_host_reads

@@ -24,7 +24,6 @@ from model import GPT
 from optim import Optimizer
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS
-from settings import LOGICAL_RANKS, ranks_per_forward
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_forward
 from train_gpt import to_rows

@@ -26,7 +26,6 @@ from model import GPT
 from optim import Optimizer
 from report import Report
 from scales import SCALES
-from settings import SCALES
 from train_gpt import to_rows
 
 

@@ -23,8 +23,7 @@ from common import arguments, console, files
 from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
 from scales import SCALES
-from settings import LOGICAL_RANKS, Settings
-from settings import LOGICAL_RANKS, SCALES, Settings, per_stage
+from settings import LOGICAL_RANKS, Settings, per_stage
 from common.errors import UserError
 
 REPO = "kjj0/fineweb10B-gpt2"

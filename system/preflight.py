@@ -14,7 +14,8 @@ from deltas import Resolved
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from schedule import StepPlan, plan
-from settings import LOGICAL_RANKS, Settings, padded_vocab, recomputable
+from execution import recomputable
+from settings import LOGICAL_RANKS, Settings, padded_vocab
 from system import compiler
 from system.launch import launch
 from system.run import Run, World, uses_gpus

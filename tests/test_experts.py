@@ -21,7 +21,6 @@ from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from layers.moe import MoE, Router
 from model import GPT
-from model import GPT, MoE, Router
 from optim import Optimizer
 from steps import begin_step, end_step
 from system.comm import communication

@@ -12,7 +12,7 @@ from data.batch import to_rows
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments, validation_rows
 from model import GPT
-from optim import Engine
+from optim import Optimizer
 from system.hooks import Stateful, all_tensors, hooks_of
 from system.warmup import state_hash
 from train_gpt import train_step, validation_loss
@@ -58,7 +58,7 @@ def small_run(ref, hooks=()):
     model, corpus = GPT(s), sample_corpus()
     model.initialise(0)
     world = SimpleNamespace(total=lambda x: x, gather=lambda x: x, ranks=range(8), device=torch.device("cpu"), cuda=False)
-    optimizer = Engine(model, s)
+    optimizer = Optimizer(model, s)
     return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, compiled=model, corpus=corpus,
                            optimizer=optimizer, hooks=[*hooks_of(model), *(make(model) for make in hooks)],
                            ranks_per_microbatch=8, interrupt=SimpleNamespace(check=lambda: None),

@@ -20,7 +20,6 @@ from layers.specs import layer_specs
 from model import GPT, count_parameters
 from optim import Optimizer
 from settings import query_dim, value_dim
-from settings import lookup, query_dim, value_dim
 from common.errors import UserError
 
 BOS = 1256

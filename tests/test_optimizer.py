@@ -619,7 +619,7 @@ def test_state_stays_where_it_is_in_memory():
 
 
 def test_reset_restores_the_initial_state():
-    from train_gpt import state_hash
+    from system.warmup import state_hash
     s, model = settings("short/11"), build("short/11", scramble=False)
     optimizer = Optimizer(model, s)
     before = state_hash(model, optimizer)

@@ -14,8 +14,9 @@ from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
 from evidence import run_laws
 from model import GPT
-from optim import Engine
-from settings import SCALES, scaled, tokens_per_step
+from optim import Optimizer
+from scales import SCALES, scaled
+from settings import tokens_per_step
 from system.hooks import hooks_of
 from system import compiler, memory, warmup
 from train_gpt import train_step
@@ -34,7 +35,7 @@ def small_run(s, compiled=lambda model: model):
     model.initialise(0)
     world = SimpleNamespace(total=lambda x: x, ranks=range(8), device=torch.device("cpu"))
     return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model), compiled=compiled(model),
-                           optimizer=Engine(model, s), ranks_per_microbatch=8, corpus=sample_corpus())
+                           optimizer=Optimizer(model, s), ranks_per_microbatch=8, corpus=sample_corpus())
 
 
 def steps_of(run, batches, steps):

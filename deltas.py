@@ -2,7 +2,7 @@
 
     resolve("short/9", without=["model.attn.value_residual"], scale="tiny", sets=["schedule.steps=20"])
 
-The order is: defaults, the chain of records (without the reverted ones), --with and --without, scale, --set, check.
+The order is: defaults, chain of records without the reverted ones, --with and --without, scale, --set, check.
 There is no torch here, so that a wrong setting is refused before the seconds that torch takes.
 """
 
@@ -34,9 +34,9 @@ LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
 LINES = {  # that a record.toml may have, with their types
-    "id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date), "people": list,
-    "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict, "published": dict,
-    "attempt": str}
+    "id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date),
+    "people": list, "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict,
+    "published": dict, "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
@@ -120,16 +120,16 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
     slug = path.parent.name.partition("_")[2]
     if lineage == ATTEMPT[:-1]:
         if "id" in toml:
-            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record {toml['id']} "
-                            "is run by its own name")
+            raise UserError(f"{path}: an attempt has no id, it gets one when it becomes a record; record "
+                            f"{toml['id']} is run by its own name")
         slug = path.parent.name
         few = {"title": slug, "date": "", "people": [], "kind": "ml", "source": "own", "order": math.inf}
         toml = {**few, **toml, "id": slug}
     try:
         record = Record(
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"),
-            date=str(toml["date"]), people=toml["people"], kind=toml["kind"], source=toml["source"], badge=toml.get("badge", "spec"),
-            slug=slug, order=float(toml.get("order", 0) or toml["id"]),
+            date=str(toml["date"]), people=toml["people"], kind=toml["kind"], source=toml["source"],
+            badge=toml.get("badge", "spec"), slug=slug, order=float(toml.get("order", 0) or toml["id"]),
             delta=toml.get("delta", {}), published=toml.get("published", {}), notes=toml.get("notes", ""),
             subsumed=toml.get("subsumed", ""), folder=path.parent, attempt=toml.get("attempt", ""))
     except KeyError as error:
@@ -140,12 +140,13 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         if getattr(record, key) not in choices:
             raise UserError(f"{path}: {key} = {getattr(record, key)!r}: must be one of {', '.join(choices)}")
     if not record.delta and not record.subsumed and record.kind not in ("retiming", "baseline"):
-        raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = "retiming"')
+        raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = '
+                        '"retiming"')
     return record
 
 
 def find_record(name: str) -> Record:
-    """The record of a name: `short/9`, `short/009`, `short/head`, `short/shortcuts_tweaks` or `attempts/NAME`."""
+    """The record named `short/9`, `short/009`, `short/head`, `short/shortcuts_tweaks` or `attempts/NAME`."""
     if name.startswith(ATTEMPT):
         return find_attempt(name)
     records = load_records()
@@ -159,16 +160,17 @@ def find_record(name: str) -> Record:
                 return record
     if name in preset_names():
         fixed, _ = load_preset(name)
-        raise UserError(f"{name} is a preset, {fixed['name']} at scale {fixed['scale']}: name that record here")
-    raise UserError(f"unknown record {name!r}{did_you_mean(nearest_records(name))}; `python -m records list` shows "
-                    "them")
+        raise UserError(f"{name} is a preset, {fixed['name']} at scale {fixed['scale']}: name that record "
+                        "here")
+    raise UserError(f"unknown record {name!r}{did_you_mean(nearest_records(name))}; `python -m records list` "
+                    "shows them")
 
 
 def nearest_records(name: str) -> list[str]:
     """At most three names of records or presets that a wrong one may mean, the likeliest first.
 
-    First short forms: a number (`11`, `record 11`, `short-011`), another case, a part of a slug (`unet`), the name
-    of a record's folder or the path to it, a lineage alone. Otherwise similar spellings.
+    First short forms: a number (`11`, `record 11`, `short-011`), another case, a part of a slug (`unet`), the
+    name of a record's folder or the path to it, a lineage alone. Otherwise similar spellings.
     """
     records, presets = load_records(), preset_names()
     folded = " ".join(name.casefold().replace("\\", "/").strip("/# ").split())
@@ -208,7 +210,8 @@ def find_attempt(name: str) -> Record:
     if promoted is not None:
         return promoted
     if key not in attempt_names():
-        remedy = f'write {ATTEMPT}NAME/record.toml with parent = "short/33" and a [delta], or use `records submit`'
+        remedy = (f'write {ATTEMPT}NAME/record.toml with parent = "short/33" and a [delta], or use `records '
+                  'submit`')
         raise UserError(f"unknown attempt {name!r}{near(key, attempt_names())}: {remedy}")
     path = ATTEMPTS / key / "record.toml"
     record = read_record(path, ATTEMPT[:-1])
@@ -221,8 +224,8 @@ def check_parent(record: Record, path: Path) -> None:
     if record.parent is None:
         raise UserError(f"{path}: the line 'parent' is missing: name the record it builds on")
     if record.parent.startswith(ATTEMPT):
-        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its lines "
-                        "into this delta")
+        raise UserError(f"{path}: parent {record.parent!r} is an attempt: promote that one first, or put its "
+                        "lines into this delta")
     records = list(load_records())
     if record.parent not in records:
         raise UserError(f"{path}: parent {record.parent!r} does not exist{near(record.parent, records)}")
@@ -303,8 +306,9 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
     except UserError as error:
         if not reverted:
             raise
-        raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: {error}; revert "
-                        "the later record that needs it as well, or switch the setting off with --without") from None
+        raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: "
+                        f"{error}; revert the later record that needs it as well, or switch the setting off "
+                        "with --without") from None
 
 
 def undone(s: Settings, record: Record, scale: str, sets: Sequence[str], with_: Sequence[str],
@@ -326,16 +330,16 @@ def undone(s: Settings, record: Record, scale: str, sets: Sequence[str], with_: 
             except UserError:  # another change needs this one
                 continue
             if full and not here:
-                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: only "
-                             "--set overrules it")
+                lines.append(f"{flag} {change} changes nothing at scale {scale}, which decides that itself: "
+                             "only --set overrules it")
     return lines
 
 
 def replay(links: list[Record], reverted: set[str]) -> tuple[Settings, list[str]]:
     """(settings, report) of a chain without the deltas of the reverted records, which are given by ref.
 
-    A path that a later record sets again keeps the later value (`kept`). A later line below a feature that no longer
-    exists is `dropped`. Step counts stay. A revert that would change the number of layers is refused.
+    A path that a later record sets again keeps the later value (`kept`). A later line below a feature that no
+    longer exists is `dropped`. Step counts stay. A revert that would change the number of layers is refused.
     """
     report = []
     lost = {}  # paths of reverted deltas that nothing has set again yet -> ref
@@ -347,8 +351,8 @@ def replay(links: list[Record], reverted: set[str]) -> tuple[Settings, list[str]
             if record.ref in reverted:
                 find_field(path)
                 if path == "model.num_layers":
-                    raise UserError(f"--revert {record.ref}: it changes the number of layers, and later records "
-                                    "count on it; use --set model.num_layers=...")
+                    raise UserError(f"--revert {record.ref}: it changes the number of layers, and later "
+                                    "records count on it; use --set model.num_layers=...")
                 if path != "schedule.steps":  # step counts stay: changing them is --set's business
                     lost[path] = record.ref
                     continue
@@ -405,7 +409,7 @@ def switch(s: Settings, links: list[Record], with_: Sequence[str],
 
 
 def turn_on(s: Settings, text: str) -> tuple[Settings, str]:
-    """(settings, line of the report) after one --with: path, path=value, or path@record (its values there)."""
+    """(settings, line of the report) after one --with: path, path=value, or path@record."""
     path, at, ref = text.partition("@")
     if at:
         value = lookup(standing(chain(find_record(ref))), find_field(path).path)
@@ -428,7 +432,7 @@ def turn_on(s: Settings, text: str) -> tuple[Settings, str]:
 def turn_off(s: Settings, links: list[Record], path: str) -> tuple[Settings, str]:
     """(settings, line of the report) after one --without.
 
-    A feature goes off. A number or choice goes back to its value before the record of the chain that last set it.
+    A feature goes off. A number or choice goes back to its value before the record that last set it.
     """
     f = find_field(path)
     old, off = lookup(s, path), f.metadata["off"]
@@ -491,7 +495,7 @@ def preset_names() -> list[str]:
 
 def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (),
                  **changes: Sequence[str]) -> Resolved:
-    """resolve() for the name of a record or a preset. A preset is frozen: it must resolve to its pinned hash."""
+    """resolve() for a record's or a preset's name. A preset is frozen: it must resolve to its pinned hash."""
     if name not in preset_names():
         return resolve(name, scale=scale or "full", sets=sets, **changes)
     fixed, pinned = load_preset(name)
@@ -499,8 +503,8 @@ def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (
         raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale away or name a record")
     frozen = resolve(fixed["name"], scale=fixed["scale"], sets=fixed["sets"], preset=name)
     if ml_hash(frozen.settings) != pinned:
-        raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen preset must "
-                        "not change; make a new one")
+        raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen "
+                        "preset must not change; make a new one")
     if not sets and not any(changes.values()):
         return frozen
     return resolve(fixed["name"], scale=fixed["scale"], sets=[*fixed["sets"], *sets], **changes)

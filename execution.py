@@ -54,7 +54,8 @@ class System:
     precision: Literal["record", "float32", "float64"] = opt("record",
         "precision of the whole run. record: as `numerics` says. Otherwise every dtype in `numerics` that "
         "--set does not assign becomes this one, without FP8; this changes the ml_hash", shrink="precision")
-    compile: Literal["auto", "on", "off"] = opt("auto", "torch.compile of the model. auto: on CUDA")
+    compile: Literal["auto", "on", "off"] = opt(
+        "auto", "compilation of the model with torch.compile. auto: on CUDA")
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(
         "auto", "attention backend (kernels/attention.py); all backends mask the same keys. auto: the "
                 "fastest for the device and the window")

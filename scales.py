@@ -27,9 +27,10 @@ class Scale:
     precision: str
 
 
-# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of the
-# embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1. The CPU
-# scales lift the precision plan to float32, which is faster than bfloat16 at these widths (bench/throughput.py).
+# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of
+# the embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1.
+# The CPU scales lift the precision plan to float32, which is faster than bfloat16 at these widths
+# (bench/throughput.py).
 SCALES = {
     "full": Scale(1, 1, 1, None, None, None, "record"),
     "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
@@ -65,9 +66,9 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
 def scaled(s: Settings, name: str) -> Settings:
     """The settings at a scale.
 
-    Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is multiplied
-    by steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and windows in blocks
-    stay. A row is never longer than a rank's share of the batch or of the validation tokens.
+    Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is
+    multiplied by steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and
+    windows in blocks stay. A row is never longer than a rank's share of the batch or of the validation tokens.
     """
     scale = SCALES[name]
     if name == "full":
@@ -100,14 +101,14 @@ def elementwise(rule: Callable, value: object) -> object:
     return tuple(elementwise(rule, v) for v in value) if isinstance(value, tuple) else rule(value)
 
 
-# ----- precision ------------------------------------------------------------------------------------------------
+# ----- precision --------------------------------------------------------------------------------------------
 
 def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
-    """The settings with every dtype set to system.precision, unless that is `record`, so that the hash is true.
+    """The settings with every dtype set to system.precision, unless that is `record`; the hash tells it.
 
     Args:
-        named: paths that `--set` assigns. Such a field keeps its value, and so does a field with a named path above
-            or below it, because `--set` is literal.
+        named: paths that `--set` assigns. Such a field keeps its value, and so does a field with a named path
+            above or below it, because `--set` is literal.
     """
     if s.system.precision == "record":
         return s

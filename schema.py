@@ -32,7 +32,7 @@ LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 
 @dataclass(frozen=True)
 class Field:
-    """One setting: its type without None, whether it may be off (optional), and its metadata (declare.opt)."""
+    """One setting: its type without None, whether it may be off (optional), its metadata (declare.opt)."""
     path: str
     type: object
     optional: bool

@@ -764,13 +764,13 @@ class FP8Down:
     one scale per layer and logical rank, from its previous forward pass (1 in the first). Weight: from the
     previous step.
     """
-    activation: float = opt(1.8, "scale of the hidden activations, times 448 / their maximum in the "
-                                 "previous forward pass", above=0)
-    weight: float = opt(1.12, "scale of the weight, times 448 / its largest entry in the previous step",
-                        above=0)
-    exact_steps: int = opt(16, "steps between exact weight scales, which are computed from the current "
-                               "largest entry (also before the first step)", unit="step", off=REFUSE,
-                           shrink="steps", least=0)
+    activation: float = opt(1.8, "margin of the activation scale: the scale is margin x (maximum in the "
+                                 "previous forward pass) / 448", above=0)
+    weight: float = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
+                              "previous step) / 448", above=0)
+    exact_steps: int = opt(
+        16, "first steps with an exact weight scale: before the first step and after each of this many steps, "
+            "the scale is (current largest entry) / 448", unit="step", off=REFUSE, shrink="steps", least=0)
 
 
 @dataclass(frozen=True)
@@ -799,7 +799,7 @@ class Numerics:
     """The precision plan: dtypes of stored tensors and of computations (axis numerics)."""
     matmul: Dtype = precision("bfloat16", "linear layers and attention: dtype of their operands and results")
     eval_matmul: Dtype = precision("bfloat16", "linear layers and attention in validation")
-    residual: Dtype = precision("bfloat16", "residual stream")
+    residual: Dtype = precision("bfloat16", "dtype of the residual stream")
     matrix: Dtype = precision("float32", "stored weights of linear layers and their optimizer state")
     head: Dtype = precision("float32", "stored weight of an untied head")
     gate: Dtype = precision("float32", "stored weights of gates")
@@ -824,14 +824,14 @@ class Numerics:
     fp8_head: FP8Head | None = opt(None, "FP8 head in training", needs="model.head.untied", exact=None)
     fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
                                  needs="model.mlp.activation=relu_sq", exact=None)
-    loss: Dtype = precision("float32", "cross entropy")
-    newton_schulz: Dtype = precision("bfloat16", "Newton-Schulz iteration")
+    loss: Dtype = precision("float32", "arithmetic of the cross entropy")
+    newton_schulz: Dtype = precision("bfloat16", "dtype of the Newton-Schulz iteration")
     newton_schulz_norm: Dtype = precision(
         "float32", "Frobenius norm before the iteration, and the tensor whose norm it is")
     newton_schulz_form: Literal["expanded", "factored"] = opt(
         "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + cA(AX). factored: aX + "
                     "(bA + cAA)X. They differ by rounding")
-    muon_update: Dtype = precision("float32", "scaled Muon update, before it is subtracted")
+    muon_update: Dtype = precision("float32", "dtype of the scaled Muon update, before it is subtracted")
     adam: Dtype = precision("float32", "arithmetic of AdamW")
     adam_state: Literal["parameter", "bfloat16"] = opt(
         "parameter", "stored moments of AdamW. parameter: the dtype of the parameter", exact="parameter")

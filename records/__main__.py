@@ -7,6 +7,7 @@
 
 from common import environment  # first: refuses a Python that is too old
 
+import argparse
 import contextlib
 import importlib
 import inspect
@@ -178,14 +179,15 @@ def setter(path, resolved):
     return f"  ({found[-1]})" if found else ""
 
 
-# ----- features -----------------------------------------------------------------------------------------------------
+# ----- features ---------------------------------------------------------------------------------------------
 
-def features(options):
+def features(options: argparse.Namespace) -> None:
     """Every setting of the vocabulary, by section: meaning, values, default, since when, what --without does."""
     first = first_setters()
     shown = [f for f in schema.fields().values() if mentions(f, options.word)]
     if not shown:
-        raise UserError(f"no setting mentions {options.word!r}{errors.near(options.word, list(schema.fields()))}")
+        near = errors.near(options.word, list(schema.fields()))
+        raise UserError(f"no setting mentions {options.word!r}{near}")
     for section in (f for f in schema.fields().values() if f.is_section):
         own = [f for f in shown if not f.is_section and schema.above(f.path) == section.path]
         if section in shown or own:
@@ -214,7 +216,8 @@ def first_setters() -> dict[str, str]:
 
 def print_section(f: schema.Field, first: dict[str, str], whole: bool) -> None:
     """The heading of a section. whole: with its explanation, not only its sentence."""
-    paragraphs = [" ".join(p.split()) for p in inspect.cleandoc(f.type.__doc__).split("\n\n")] if whole else []
+    explanation = inspect.cleandoc(f.type.__doc__).split("\n\n") if whole else []
+    paragraphs = [" ".join(p.split()) for p in explanation]
     name = re.split(r"[:;.(]", f.metadata["doc"])[0].strip()
     if not paragraphs or name.casefold() not in paragraphs[0].casefold():  # an explanation may say it all
         paragraphs.insert(0, sentence(f.metadata["doc"]))

@@ -554,6 +554,45 @@ def test_a_reduction_that_has_begun_for_a_bank_that_is_not_due_is_an_error():
         optimizer.step(plan(due=frozenset({"scalar"})))
 
 
+PLANS = [f"system.comm={name}" for name in ("replicated", "bucketed", "sharded", "allreduce_updates")] + ["system.reduction=ordered"]
+
+
+def trained(sets, rank, world):
+    """Parameters after two steps, the second by a part of the groups; each process has its share of eight gradients."""
+    torch.set_num_threads(1)
+    s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64", "optim.grad_clip=0.5", sets]).settings
+    shapes = {"table": (10, 4), "gate": (3, 4), "down": (3, 4), "up": (5, 4)}
+    kinds = {"table": ("embed", "embed"), "gate": ("matrix", "gate"), "down": ("matrix", "gate"), "up": ("matrix", "mlp_up")}
+    model = Toy(**{name: (noise(*shape), *kinds[name]) for name, shape in shapes.items()})
+    optimizer = Optimizer(model, s, communication(s, rank, world))
+    for i, due in enumerate((None, frozenset({"matrix"}))):
+        for k in local_ranks(rank, world):
+            optimizer.expect(last=k == local_ranks(rank, world)[-1], due=due)
+            for n, (name, shape) in enumerate(shapes.items()):
+                model.get_parameter(name).grad += noise(*shape, seed=100 * i + 10 * k + n)
+            optimizer.accumulate()
+        optimizer.step(plan(i, due=due))
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def member(rank, world, folder):
+    """One process of the next test: trains by every plan and writes what it ends with."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.save([trained(sets, rank, world) for sets in PLANS], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_every_communication_plan_ends_with_the_parameters_of_one_process(tmp_path):
+    """With clipping, padding (5 units on 2 processes) and a step that updates a part of the groups; ordered, bit by bit."""
+    torch.multiprocessing.spawn(member, (2, str(tmp_path)), nprocs=2)
+    alone = [trained(sets, 0, 1) for sets in PLANS]
+    for rank in range(2):
+        for sets, got, expected in zip(PLANS, torch.load(tmp_path / f"{rank}.pt"), alone):
+            for name, p in expected.items():
+                close = torch.equal(got[name], p) if "ordered" in sets else torch.allclose(got[name], p, rtol=0, atol=1e-10)
+                assert close, (sets, name)
+
+
 def test_processes_share_eight_logical_ranks():
     assert [list(local_ranks(r, 4)) for r in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
     with pytest.raises(UserError, match="5 processes do not divide"):

@@ -353,18 +353,18 @@ class GPT(nn.Module):
             rotary.update_yarn()
         for router in self.routers():
             router.reset()
-        for mlp in self.narrow_mlps():
-            mlp.eight_bit.reset()
+        for mlp in self.fp8_mlps():
+            mlp.fp8.reset()
 
-    def narrow_mlps(self):
+    def fp8_mlps(self):
         """The MLPs that are in FP8 while training."""
-        return [block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.eight_bit is not None]
+        return [block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.fp8 is not None]
 
     def prepare_compile(self):
         """To be called before torch.compile: shapes in the graph must not depend on the data."""
         self.compiled = True
         for _, moe in self.mixtures():  # how many rows travel does; here and not as a decorator, which would load the compiler
-            moe.feed_elsewhere = torch.compiler.disable(moe.feed_elsewhere)
+            moe.expert_all_to_all = torch.compiler.disable(moe.expert_all_to_all)
 
     # ----- experts
 

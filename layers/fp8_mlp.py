@@ -12,14 +12,17 @@ from schedule import shape
 from settings import LOGICAL_RANKS
 
 
-class EightBit(nn.Module):
-    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second one, which are state.
+class FP8MLP(nn.Module):
+    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second product, which are state.
 
-    activation (logical ranks of this process,): a queue. A forward takes the scales of its ranks from the front and puts
-    their next ones at the back, so that after the forwards of a step each is in its place again, however many ranks a
-    forward has: one scale for each logical rank, as on eight processes. weight: refreshed before the forwards of a step;
-    following: what it will be at the next refresh. The first product has no state: its weight's scale is made in each
-    forward, which is the same as after each update, because no weight moves in between.
+    Buffers:
+        activation: (logical ranks of this process,), ring buffer with one delayed scale per logical rank. A forward takes the
+            scales of its ranks from the front and appends their next ones, so that after the forwards of a step each is in
+            its place again, whatever the number of ranks per forward.
+        weight: scale of the weight, refreshed before the forwards of a step.
+        following: what `weight` becomes at the next refresh.
+    The first product has no state: its weight's scale is made in each forward, which is the same as after each update,
+    because no weight moves in between.
     """
 
     def __init__(self, s):

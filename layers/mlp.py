@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels.linear_relu_sq import mlp_relu_sq
-from layers.fp8_mlp import EightBit
+from layers.fp8_mlp import FP8MLP
 from layers.primitives import constant, linear, linear_init, parameter
 from settings import Settings
 from updates import views
@@ -27,11 +27,11 @@ class MLP(nn.Module):
             self.up_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
             self.down_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
-        self.eight_bit = EightBit(s) if n.fp8_mlp else None
+        self.fp8 = FP8MLP(s) if n.fp8_mlp else None
 
     def forward(self, x):
-        if self.eight_bit is not None and self.training:
-            return self.eight_bit(x, self.up, self.down)
+        if self.fp8 is not None and self.training:
+            return self.fp8(x, self.up, self.down)
         if self.fused:
             return mlp_relu_sq(x, self.up, self.down)
         return linear(self.activation(linear(x, self.up, self.up_bias)), self.down, self.down_bias)

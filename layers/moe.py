@@ -43,7 +43,7 @@ class Router(nn.Module):
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x):
-        """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and penalty (N,) or None of the N = R T tokens."""
+        """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and aux_loss (N,) or None of the N = R T tokens."""
         moe = self.moe
         logits = F.linear(x.flatten(0, 1).to(self.dtype), self.weight)
         scores = torch.sigmoid(logits) if moe.score == "sigmoid" else logits.softmax(-1)
@@ -56,7 +56,7 @@ class Router(nn.Module):
         gates = scores.gather(1, chosen)
         if moe.normalise:
             gates = shares(gates)
-        return chosen, gates * moe.gate_scale, self.penalty(logits, scores, x.size(1)) if self.training else None
+        return chosen, gates * moe.gate_scale, self.aux_loss(logits, scores, x.size(1)) if self.training else None
 
     def in_best_groups(self, choice):
         """choice (N, E) with -inf outside each token's best groups (node-limited routing, DeepSeek-V3)."""
@@ -80,7 +80,7 @@ class Router(nn.Module):
             share = max(1, tokens * self.moe.top_k // n)
             self.tally[n:2 * n] += over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
 
-    def penalty(self, logits, scores, length):
+    def aux_loss(self, logits, scores, length):
         """What the gradient of each token's loss gets on top, (N,), or None: balance in its row of `length`, and z-loss."""
         moe, out = self.moe, None
         if moe.sequence_loss:
@@ -152,21 +152,21 @@ class MoE(nn.Module):
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts
 
-    def forward(self, x, penalties, compiled):
-        """x (R, T, D) -> (R, T, D). penalties: list that gets this layer's (R T,) penalty, if it has one."""
-        chosen, gates, penalty = self.router(x)
-        if penalty is not None:
-            penalties.append(penalty)
-        backend = self.serving(x.device, x.dtype, compiled)
+    def forward(self, x, aux_losses, compiled):
+        """x (R, T, D) -> (R, T, D). aux_losses: list that gets this layer's (R T,) aux_loss, if it has one."""
+        chosen, gates, aux_loss = self.router(x)
+        if aux_loss is not None:
+            aux_losses.append(aux_loss)
+        backend = self.select_backend(x.device, x.dtype, compiled)
         p = experts.plan(chosen, self.experts, backend if self.world == 1 else "grouped")
         if self.training:
             self.router.tally[:self.experts] += p.counts
         rows = experts.gather(x.flatten(0, 1), p)
-        rows = self.feed(rows, p) if self.world == 1 else self.feed_elsewhere(rows, p.counts, backend)
+        rows = self.feed(rows, p) if self.world == 1 else self.expert_all_to_all(rows, p.counts, backend)
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
         return y if self.shared is None else self.shared(x) + y
 
-    def serving(self, device, matmul_dtype, compiled):
+    def select_backend(self, device, matmul_dtype, compiled):
         """Name of the backend of kernels.experts that runs there."""
         try:
             return experts.choose(self.backend, device, matmul_dtype, (self.up.size(1), self.up.size(2)), compiled)
@@ -180,7 +180,7 @@ class MoE(nn.Module):
         hidden = self.activation(experts.grouped_linear(eight(rows), eight(up), p))
         return experts.grouped_linear(eight(hidden), eight(down), p)
 
-    def feed_elsewhere(self, rows, counts, backend):
+    def expert_all_to_all(self, rows, counts, backend):
         """The same by the processes that hold the experts. One wait for the host: it must know how many rows travel."""
         coming = experts.exchange_counts(counts, self.world)
         sent, received = torch.stack([counts.view(self.world, -1).sum(1), coming.sum(1)]).tolist()

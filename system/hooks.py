@@ -80,15 +80,15 @@ class FP8Scales(Stateful):
     """Delayed scales of the MLPs that are in FP8: each step looks at the weights as the last update left them."""
 
     def __init__(self, model: GPT) -> None:
-        self.mlps = model.narrow_mlps()
+        self.mlps = model.fp8_mlps()
 
     def before_forwards(self, plan: StepPlan) -> None:
         for mlp in self.mlps:
-            mlp.eight_bit.refresh(mlp.down)
+            mlp.fp8.refresh(mlp.down)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"fp8_mlp.{i}.{name}": buffer for i, mlp in enumerate(self.mlps)
-                for name, buffer in mlp.eight_bit.named_buffers()}
+                for name, buffer in mlp.fp8.named_buffers()}
 
 
 def hooks_of(model: GPT) -> list[Stateful]:

@@ -111,7 +111,7 @@ def fallbacks(model: GPT, world: World) -> list[str]:
     if world.cuda and not compiles(s, world):
         found.append("nothing is compiled: system.compile is off")
     layers = [moe for _, moe in model.mixtures()] if world.cuda else []
-    if any(moe.serving(world.device, model.train_dtype, model.compiled) == "padded" for moe in layers):
+    if any(moe.select_backend(world.device, model.train_dtype, model.compiled) == "padded" for moe in layers):
         why = "system.experts is padded" if s.system.experts == "padded" else "torch's grouped_mm cannot do these"
         found.append(f"experts are multiplied in padded blocks: {why}")
     return found

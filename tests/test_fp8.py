@@ -190,7 +190,7 @@ def test_the_scales_are_the_recurrence_over_steps():
     s, model = build("numerics.fp8_mlp.down.exact_steps=3")
     optimizer, seen, weights = Optimizer(model, s), [], []
     mlp, given = model.blocks[4].mlp, []
-    state = mlp.eight_bit
+    state = mlp.fp8
     assert torch.equal(state.activation, torch.ones(8))
     mlp.register_forward_pre_hook(lambda m, a: given.append((a[0].detach(), m.up.detach().clone())))
     for i in range(7):
@@ -238,7 +238,7 @@ def test_scales_belong_to_logical_ranks_however_many_a_forward_has(at_once):
         optimizer = Optimizer(model, s)
         for i in range(3):
             step(optimizer, model, s, rows(s, i), i, n)
-        scales = torch.cat([mlp.eight_bit.activation for mlp in model.narrow_mlps()])
+        scales = torch.cat([mlp.fp8.activation for mlp in model.fp8_mlps()])
         results.append((scales, losses(model.eval(), s, rows(s, 3)).detach()))
     (a, p), (b, q) = results
     assert len(a.unique()) > 90 and relative(a, b) < 1e-4 and (p - q).abs().max() < 1e-3
@@ -249,14 +249,14 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     _, plain = build(with_=())
     x = rows(s)
     at_start = {name: b.clone() for name, b in model.named_buffers()}
-    assert {"activation", "weight", "following", "refreshes"} == {n.split(".")[-1] for n in at_start if "eight_bit" in n}
-    assert not any("eight_bit" in name for name in model.state_dict())  # a checkpoint does not depend on them
+    assert {"activation", "weight", "following", "refreshes"} == {n.split(".")[-1] for n in at_start if ".fp8." in n}
+    assert not any(".fp8." in name for name in model.state_dict())  # a checkpoint does not depend on them
     optimizer = Optimizer(model, s)
     before = warmup.state_hash(model, optimizer)
     for i in range(3):  # zero projections and a zero head hide the hidden activations in two steps
         step(optimizer, model, s, x, i)
     moved = {name: b.clone() for name, b in model.named_buffers()}
-    assert all(not torch.equal(b, at_start[name]) for name, b in moved.items() if "eight_bit" in name)
+    assert all(not torch.equal(b, at_start[name]) for name, b in moved.items() if ".fp8." in name)
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(losses(model.eval(), s, x), losses(plain.eval(), s, x))
@@ -274,7 +274,7 @@ def test_switched_off_it_is_not_there():
     bare = deltas.resolve("short/11", scale="micro").settings
     assert lifted == bare and schema.ml_hash(lifted) == schema.ml_hash(bare)
     _, model = build(with_=())
-    assert not any("eight_bit" in name for name, _ in model.named_buffers())
+    assert not any(".fp8." in name for name, _ in model.named_buffers())
     mlp, x = model.blocks[0].mlp, random(2, 5, 48)
     assert torch.equal(mlp(x), torch.relu(x @ mlp.up.T).square() @ mlp.down.T)
 

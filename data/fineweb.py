@@ -246,7 +246,7 @@ def asked(shards: str, scale: str | None) -> int:
     return shards_needed(resolve_name(shards, scale=scale).settings)
 
 
-def main(argv=None):
+def parser() -> arguments.Parser:
     p = arguments.Parser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
     p.add_argument("shards", metavar="RECORD|N", help="a record, for the shards that it reads, or a number of train shards of "
                                                       "100 M tokens")
@@ -254,7 +254,11 @@ def main(argv=None):
     p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"))
     p.add_argument("--repo", default=REPO)
     p.add_argument("--verify", action="store_true", help="read files that are there again and compare their SHA-256")
-    o = p.parse_args(argv)
+    return p
+
+
+def main(argv=None):
+    o = parser().parse_args(argv)
     try:
         count = asked(o.shards, o.scale)
         unverified = download(count, Path(o.dir), o.repo, o.verify)

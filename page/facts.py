@@ -5,11 +5,11 @@ Read: the record folders (record.toml, reference.csv, committed runs, results.js
 state a technique is worth) and evidence/results/*.json (sweeps, and judge.json). Nothing typed is believed: claims are
 verified again from their logs, and the figures of sweeps computed again from the losses beside them.
 
-published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked
+evidence/published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked
 up); steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs),
 which from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by
 the whole record, where its authors or logs state one (negative is better).
-published/effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
+evidence/published/effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
 effect of adding the technique (negative is better), n runs (empty: not stated), who says so.
 """
 
@@ -28,7 +28,8 @@ from scales import SCALES
 from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent
-EVIDENCE = deltas.RECORDS.parent / "evidence/results"
+EVIDENCE = ROOT / "evidence/results"
+PUBLISHED = ROOT / "evidence/published"
 VARIANTS = "variants"  # the lineage of this project's own branches: nothing published, no place in history and worth table
 SWEEPS = ("ablate", "chain", "axis")
 SWEEP_KEYS = {"version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"}
@@ -68,7 +69,7 @@ def read_history(records):
     A record here that published/history.csv does not know (a new one) is added, unless it is a variant. Minutes that differ
     are an error: one is wrong.
     """
-    path = deltas.RECORDS / "published/history.csv"
+    path = PUBLISHED / "history.csv"
     rows = read_rows(path, ["minutes", "steps", "tokens", "val_loss", "runs", "effect_steps", "effect_loss"])
     for row in rows:
         row["ref"] = f"{row['lineage']}/{row['id']}"
@@ -96,7 +97,7 @@ def new_row(record):
 
 
 def read_effects():
-    path = deltas.RECORDS / "published/effects.csv"
+    path = PUBLISHED / "effects.csv"
     rows = read_rows(path, ["effect", "n"])
     for line, row in enumerate(rows, 2):
         if row["measure"] not in ("loss", "steps", "seconds"):

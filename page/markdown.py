@@ -25,6 +25,7 @@ def index(site):
     lines = [GENERATED, "# Records\n",
              "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs committed here\n"
              "at that scale, at equal tokens, with their number: it checks the harness and says nothing about full scale.\n"
+             "A record that only runs its parent in another way has no run of its own and shares its parent's loss.\n"
              "Badges: `spec` written from the record's description, `math` equal to the original in float64, `numerics`\n"
              "GPU precision checked, `trained` trained at full scale.\n",
              line(["record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny", "full scale here", "files"]),
@@ -40,10 +41,10 @@ def index(site):
                            ", ".join(file_links(r, runs, site["claims"][ref]))]))
     absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
     lines.append(f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
-                 "[published/history.csv](published/history.csv) with their people, and in\n"
+                 "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
                  "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
-                 "[published/effects.csv](published/effects.csv).\nSweeps made here: [evidence](evidence). All of it in one "
-                 "page: [site/index.html](../site/index.html).")
+                 "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
+                 "[evidence/results](../evidence/results/README.md). All of it in one page: [site/index.html](../site/index.html).")
     return "\n".join(lines + variants_index(site, variants)) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`python -m records variants`: the README's figures of the variants, in Markdown.
+"""`python -m records variants`: the figures of the variants in docs/variants.md.
 
 Parameters and FLOPs are counted on the full-width models, without values; step times come from the last table that
 bench/experts.py left in bench/results, losses from the chains of sweep.py in evidence/results.
@@ -79,12 +79,12 @@ def control_loss(site, scale, ref):
 def caption(parents, times, measured):
     """What the columns mean."""
     context = {context_text(deltas.resolve(ref).settings) for ref in parents}
-    files = " and ".join(f"[{scale}](evidence/results/chain_variants_{scale}.md)" for scale in measured)
+    files = " and ".join(f"[{scale}](../evidence/results/chain_variants_{scale}.md)" for scale in measured)
     about = times["about"]
     return ["Parameters at full width. FLOPs of a token in training at full width over the parent's, attention's own",
             f"products among them ({'; '.join(sorted(context))}).",
             f"Step time at {times['scale']} over the parent's, interleaved, on {about['threads']} threads of {about['cpu']} "
-            f"([bench/experts.py](bench/results/{TIMES.name})).",
+            f"([bench/experts.py](../bench/results/{TIMES.name})).",
             "Loss less the parent's after the same tokens, with intervals that hold together at 95 %",
             f"({files})."]
 

@@ -44,8 +44,6 @@ def list_records(options):
     everything = deltas.load_records().values()
     records = [r for r in everything if not r.ref.startswith(VARIANTS)]
     variants = [r for r in everything if r.ref.startswith(VARIANTS)]
-    if options.markdown:
-        return list_markdown(records, variants)
     columns = lines.room()
     brief = columns is not None and columns < 100  # a narrow terminal: without badge and kind, which `show` tells
 
@@ -87,20 +85,6 @@ def list_attempts(columns):
             continue
         left = f"{record.ref:24} {record.parent:10} {standing:14}"
         print(f"{left} {record.title if columns is None else lines.clipped(record.title, columns - len(left) - 1)}")
-
-
-def list_markdown(records, variants):
-    """The tables of the README."""
-    print("| record | minutes | loss | tiny | date | by | what |\n|---|---|---|---|---|---|---|")
-    for r in records:
-        p = r.published
-        print(f"| {r.ref} | {p.get('minutes', '')} | {p.get('val_loss', '')} | {tiny_loss(r)} | {r.date} | "
-              f"{', '.join(r.people)} | {r.title} |")
-    if variants:
-        print("\nVariants, branches of this project, each on its parent; nothing is published about them:\n\n"
-              "| variant | parent | tiny | date | what |\n|---|---|---|---|---|")
-    for r in variants:
-        print(f"| {r.ref} | {r.parent or 'none'} | {tiny_loss(r)} | {r.date} | {r.title} |")
 
 
 def show(options):
@@ -261,7 +245,7 @@ MODULES = {
     "verify": ("evidence.verify", "check a claim from its logs alone"),
     "audit": ("evidence.audit", "test the code at a git ref in a process of its own"),
     "replay": ("evidence.replay", "run again what a log describes, and compare"),
-    "variants": ("page.variant_table", "the README's table of variants: sizes, FLOPs, step times, losses (imports torch)"),
+    "variants": ("page.variant_table", "the table of docs/variants.md: sizes, FLOPs, step times, losses (imports torch)"),
     "leaderboard": ("page.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
 }
 
@@ -276,8 +260,7 @@ def parser(command=None):
         c.set_defaults(run=run)
         return c
 
-    c = add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
-    c.add_argument("--markdown", action="store_true", help="the tables of the README")
+    add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
     c.add_argument("record", help="a record or a preset (tiny-v1)")
     c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")

@@ -106,7 +106,7 @@ def test_a_log_never_takes_the_number_of_a_closed_descriptor(tmp_path):
 
 
 def test_a_character_that_the_terminal_lacks_is_replaced():
-    done = shell("PYTHONIOENCODING=ascii PYTHONPATH=. \"$PYTHON\" -c \"import console, sys; console.guard()\n"
+    done = shell("PYTHONIOENCODING=ascii PYTHONPATH=. \"$PYTHON\" -c \"import sys; from common import console; console.guard()\n"
                  "print('a\\u00e9b'); print('\\u00e9', file=sys.stderr)\"")
     assert (done.stdout, done.stderr, done.returncode) == ("a?b\n", "\\xe9\n", 0)
 
@@ -115,7 +115,7 @@ def test_a_character_that_the_terminal_lacks_is_replaced():
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_every_signal_ends_a_command_in_one_line_with_130(number):
-    script = "import console, time\ndef main():\n    print('up', flush=True)\n    time.sleep(60)\nconsole.program(main)"
+    script = "import time; from common import console\ndef main():\n    print('up', flush=True)\n    time.sleep(60)\nconsole.program(main)"
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"
@@ -157,7 +157,7 @@ def on_terminal(text, columns, leave=False):
     import termios
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", f"import console, sys, time\nconsole.guard()\n{text}"], cwd=ROOT,
+    process = subprocess.Popen([sys.executable, "-c", f"import sys, time; from common import console\nconsole.guard()\n{text}"], cwd=ROOT,
                                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave,
                                preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     os.close(slave)

@@ -136,14 +136,14 @@ def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys
     assert stopped.value.code == 2 and err.count("\n") == 1 and "no sd of final losses was measured at scale small" in err
 
 
-def test_the_readme_s_numbers_on_one_gpu_come_from_these_commands(capsys, bare):
-    """README says what the commands print."""
-    readme = (ROOT / "README.md").read_text()
+def test_the_numbers_of_the_page_on_one_gpu_come_from_these_commands(capsys, bare):
+    """docs/one-gpu.md says what the commands print."""
+    page = (ROOT / "docs/one-gpu.md").read_text()
     with pytest.raises(SystemExit):
         sweep.main(["power", "--sd", "0.0088"])
     for line in capsys.readouterr().out.splitlines():
-        assert line in readme
+        assert line in page
     _, out, _ = dry(capsys, "axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--sd", "0.0088", "--runs", bare / "runs")
     for line in out.splitlines():
         if not line.startswith("data: "):
-            assert line in readme, line
+            assert line in page, line

@@ -342,9 +342,9 @@ def test_nothing_is_committed_before_everything_was_checked(checkout, tmp_path, 
     assert git("diff", "--cached", "--name-only", cwd=checkout) == ""
 
 
-def test_the_readme_s_submit_example_is_accepted_as_typed(checkout, tmp_path):
+def test_the_submit_example_of_the_docs_is_accepted_as_typed(checkout, tmp_path):
     """All but --commit, without which everything is checked and nothing is run."""
-    block = (ROOT / "README.md").read_text().split("$ cat my.toml\n")[1].split("\n\n")[0]
+    block = (ROOT / "docs/compare-and-submit.md").read_text().split("$ cat my.toml\n")[1].split("\n\n")[0]
     delta, command = block.split("$ python -m records ")[0:2]
     (checkout / "my.toml").write_text(delta)
     words = shlex.split(command.replace("\\\n", " "))

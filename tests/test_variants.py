@@ -77,13 +77,13 @@ def test_windows_that_grow_are_averaged_over_the_steps_and_the_plan_says_what_is
     assert "every earlier token of the row seen" in plan.size(deltas.resolve("short/8").settings)
 
 
-# ----- the README
+# ----- the page of the variants
 
-def test_the_readme_tells_of_the_variants_what_the_command_prints(capsys):
+def test_the_page_of_the_variants_tells_what_the_command_prints(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["variants"])
     out = capsys.readouterr().out
-    assert stop.value.code == 0 and out.strip() and out in (ROOT / "README.md").read_text()
+    assert stop.value.code == 0 and out.strip() and out in (ROOT / "docs/variants.md").read_text()
     for ref, ratio in RATIOS.items():
         assert f"| {ref} |" in out and f"| {ratio:.3f} |" in out
 

@@ -22,6 +22,11 @@ LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "_
 UNFINISHED = ("~", ".tmp", ".swp", ".swo", ".part", ".partial", ".crdownload", ".incomplete")
 
 
+def default_cache() -> Path:
+    """Folder for derived data: $SPEEDRUN_CACHE, otherwise data/cache in the checkout."""
+    return Path(os.environ.get("SPEEDRUN_CACHE") or Path(__file__).parent.parent / "data" / "cache")
+
+
 def is_leftover(path: Path | str) -> bool:
     """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`, `.x.swp`), unfinished files, `Thumbs.db`."""
     name = Path(path).name.lower()

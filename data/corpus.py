@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 from common import files
+from common.files import default_cache
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
@@ -28,11 +29,6 @@ VALIDATION_CHARACTERS = 250_000
 MEDIAN_TOKENS, SIGMA = 400 / 16, 1.04
 DIGESTS = {"train": "a117429a85abd6decb842f6cfb2975db55250324daf9265f9cc5fb0658f8eeeb",
            "val": "1e24ce4ea45767dd70d05a1050dda387aee62b8c87a92fdb5c91577ef4666fe3"}
-
-
-def default_cache():
-    """Folder for derived data: $SPEEDRUN_CACHE, else data/cache in the checkout."""
-    return Path(os.environ.get("SPEEDRUN_CACHE") or HERE / "cache")
 
 
 def source_documents():

@@ -337,8 +337,7 @@ def shard_facts(path: Path | str, bos: int) -> dict:
 
     Remembered by path, size and time, because a look at 200 MB takes a second.
     """
-    from data.corpus import default_cache
-    about, memory = Path(path).stat(), default_cache() / "shard_facts.json"
+    about, memory = Path(path).stat(), files.default_cache() / "shard_facts.json"
     key = f"{Path(path).resolve()} {about.st_size} {about.st_mtime_ns} {bos}"
     try:
         known = json.loads(memory.read_text(encoding="utf-8"))

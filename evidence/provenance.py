@@ -17,6 +17,7 @@ import scales
 import settings
 from evidence import arms, manifest
 from evidence.run_laws import alike
+from common import files
 from common.errors import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
@@ -321,7 +322,7 @@ def known_digests(corpus, validation_tokens):
     """{corpus_digest, val_digest} of a corpus that this program carries itself, or None."""
     if corpus != "sample":
         return None
-    from data.corpus import default_cache, sample_corpus
+    from data.corpus import sample_corpus
     from data.shards import corpus_digest, val_digest
-    sample = sample_corpus(default_cache())
+    sample = sample_corpus(files.default_cache())
     return {"corpus_digest": corpus_digest(sample, 1), "val_digest": val_digest(sample, validation_tokens)}

@@ -283,7 +283,8 @@ def main(argv):
     if kind == "test":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread each, otherwise they wait for each other
         os.chdir(ROOT)
-        arguments = ["-m", "pytest", "-q", "-n", "2", *arguments]
+        alone = any(argument.partition("=")[0] == "--feature" for argument in arguments)  # few tests: one process is faster
+        arguments = ["-m", "pytest", "-q", "-n", "0" if alone else "2", *arguments]
     else:
         arguments = [str(ROOT / "installation/run.py"), *arguments]
     sys.stdout.flush()

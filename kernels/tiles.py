@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from common import files
-from data.corpus import default_cache
 from kernels.device import triton_version
 from common.errors import UserError
 
@@ -53,7 +52,7 @@ def card(device):
 
 
 def path(device):
-    return Path(default_cache()) / f"tiles-{card(device)}.json"
+    return Path(files.default_cache()) / f"tiles-{card(device)}.json"
 
 
 @functools.cache

@@ -1,10 +1,51 @@
-"""Ctrl-C must reach the programs under test: a shell that starts the tests in the background has it ignored by all children."""
+"""What holds for all tests: the packages are there, Ctrl-C reaches programs under test, and --feature PATH selects laws."""
 
 import signal
+
+import pytest
 
 from common import environment
 
 environment.require(*environment.TRAINING)
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+import features  # noqa: E402  after the packages are known to be there
+from common.errors import UserError  # noqa: E402
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that starts the tests in the background ignores it
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """--feature PATH: run only the tests that guard a setting (features.py says how they are found)."""
+    parser.addoption("--feature", metavar="PATH", help="run the tests that guard this setting, like model.attn.gate")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the mark, and refuse a path that is no setting or that no test names."""
+    config.addinivalue_line("markers", "feature(*paths, path=, record=): settings that the test guards (features.py)")
+    path = config.getoption("--feature")
+    try:
+        config.guarded = features.guarded(path) if path else None
+    except UserError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def pytest_ignore_collect(collection_path, config: pytest.Config) -> bool | None:
+    """With --feature, do not even import the files that hold no law on it."""
+    name = collection_path.name
+    if config.guarded and name.startswith("test_") and not features.may_guard(name, config.guarded):
+        return True
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
+    """With --feature, keep the cases that guard the setting."""
+    if not config.guarded:
+        return
+    kept, left = [], []
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        marks = list(item.iter_markers("feature"))
+        (kept if features.case_guards(marks, parameters, config.guarded) else left).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left)

@@ -257,6 +257,7 @@ def test_a_useless_digest_memory_does_not_stop_a_run_and_is_said_once(small, tmp
 GOLDEN = np.load(ROOT / "tests/golden/loaders.npz")
 
 
+@pytest.mark.feature("data.loader", "data.switch_at_equal")
 @pytest.mark.parametrize("key, loader, equal", [
     ("record05", "per_rank", False), ("record09", "per_rank", False), ("record12", "per_rank", False),
     ("record14", "per_rank", False), ("record17", "per_rank", True), ("record20", "synced", False),
@@ -317,6 +318,7 @@ def test_the_stream_is_the_same_for_1_2_4_8_processes(small, loader):
     assert len(set(seen)) == 1
 
 
+@pytest.mark.feature("data.first_batch_twice")
 def test_first_batch_twice(small):
     stream = Stream(small, ranks=range(8), tokens_per_rank=64, first_batch_twice=True, **PER_RANK)
     plain = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK)
@@ -331,6 +333,7 @@ def test_targets_are_inputs_one_token_later(small):
     assert batch.shape == (8, 65) and np.array_equal(batch[0, -1], batch[1, 0])
 
 
+@pytest.mark.feature("data.wrap")
 def test_epochs_are_counted_and_running_out_is_an_error(small):
     stream = Stream(small, ranks=range(8), tokens_per_rank=64, **PER_RANK)
     for _ in range(40):

@@ -142,6 +142,7 @@ def flood(m, expert):
 SKEWS = {"spread": lambda m: None, "an_empty_expert": lambda m: starve(m, 3), "all_on_one": lambda m: flood(m, 5)}
 
 
+@pytest.mark.feature("model.mlp.moe")
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_layer_equals_a_loop_over_tokens(name, skew):
@@ -197,6 +198,7 @@ def test_every_choice_has_its_own_place_in_the_order_of_tokens(backend):
         assert p.owner is not None or (mine < p.ends[e]).all() and (mine >= p.ends[e] - rows[e]).all()
 
 
+@pytest.mark.feature("model.mlp.moe", "model.mlp.moe.normalise")
 def test_identical_experts_with_gates_of_sum_one_are_the_dense_mlp():
     m, x = layer(*ROUTINGS["normalised"]), noise(2, 24, 48)
     with torch.no_grad():
@@ -359,11 +361,13 @@ def test_the_default_rule_balances_softmax_scores_far_apart(n, k):
     assert seen[0] > 2.4 and max(seen[-5:]) < 0.6
 
 
+@pytest.mark.feature("model.mlp.moe.balance")
 def test_without_a_rule_a_skewed_router_stays_skewed():
     router = skewed(without=["model.mlp.moe.balance"])
     assert min(balanced(router, 20)) > 1.5 and not router.bias.any()
 
 
+@pytest.mark.feature("model.mlp.moe.balance")
 def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
     load = torch.tensor([10.0, 0, 20, 6, 7, 5, 8, 8], dtype=torch.float64)  # mean 8
     formulas = {"sign": [-1, 1, -1, 1, 1, 1, 0, 0], "proportional": [-0.25, 1, -1.5, 0.25, 0.125, 0.375, 0, 0]}
@@ -404,6 +408,7 @@ def test_a_router_of_16_bits_counts_long_sequences_for_its_loss():
     assert torch.allclose(router(x)[2].double(), expected.double(), rtol=0.01)
 
 
+@pytest.mark.feature("model.mlp.moe.balance.freeze_frac")
 @pytest.mark.parametrize("name", RULES)
 def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     s = settings(SMALL, *moe(f"balance.rule={name}", "balance.freeze_frac=0.3"), "schedule.steps=10")
@@ -448,6 +453,7 @@ def test_scores_that_underflow_give_no_nan():
     assert not gates.any() and all(t.isfinite().all() for t in found)
 
 
+@pytest.mark.feature("model.mlp.moe.balance")
 def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its_share():
     """By logical rank: beta_e = the n-th largest of l_te - alpha_t, alpha_t the (k+1)-th largest l + b, n = T k / E."""
     router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(6, 64, 48)  # three logical ranks of 128 tokens
@@ -512,6 +518,7 @@ def sequence_loss(scores, k, alpha):
     return alpha * sum(a * b for a, b in zip(f, p))
 
 
+@pytest.mark.feature("model.mlp.moe.sequence_loss")
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_the_sequence_loss_is_deepseek_v3_s_for_each_sequence(score):
     router = fill(Router(settings(*moe(f"score={score}", "sequence_loss=0.3"))))
@@ -540,6 +547,7 @@ def test_the_sequence_loss_is_alpha_at_equal_scores_and_more_where_loads_follow_
         last = value
 
 
+@pytest.mark.feature("model.mlp.moe.z_loss")
 def test_the_z_loss_is_the_squared_logsumexp_of_the_logits():
     router, x = fill(Router(settings("model.mlp.moe.z_loss=0.2"))), noise(2, 24, 48)
     expected = 0.2 * (x @ router.weight.T).exp().sum(-1).log().square()
@@ -595,6 +603,7 @@ def train_step(optimizer, model, s, seed, plan_step=0):
     optimizer.step(schedule.plan(s)[plan_step])
 
 
+@pytest.mark.feature("optim.muon.move_idle")
 @pytest.mark.parametrize("move_idle", [False, True])
 def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_there(move_idle):
     model = build(f"optim.muon.move_idle={str(move_idle).lower()}")
@@ -639,6 +648,7 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
             assert torch.allclose(model.get_parameter(name)[e], expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.feature("optim.router")
 def test_the_router_is_trained_by_adamw_in_its_own_group():
     s = settings(SMALL)
     optimizer = Optimizer(GPT(s), s)
@@ -648,6 +658,7 @@ def test_the_router_is_trained_by_adamw_in_its_own_group():
 
 # ----- FP8
 
+@pytest.mark.feature("numerics.fp8_experts")
 def test_fake_fp8_gives_values_of_e4m3_with_one_scale_per_row():
     x = noise(6, 200, dtype=torch.float32) ** 7 * torch.tensor([1e-6, 1e-2, 1.0, 30.0, 1e4, 0.0])[:, None]
     y = experts.fake_fp8(x)
@@ -666,6 +677,7 @@ def test_the_gradient_passes_fake_fp8_as_it_is():
     assert torch.equal(x.grad, g)
 
 
+@pytest.mark.feature("numerics.fp8_experts")
 def test_fp8_experts_round_in_training_only():
     """e4m3 keeps 3 bits of mantissa: products are off by a few per cent."""
     def outputs(*sets):
@@ -766,6 +778,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused_before_they_know_e
         World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
 
 
+@pytest.mark.feature("system.expert_parallel")
 def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)

@@ -69,6 +69,7 @@ TABLES = [(1, 1), (14, 13), (15, 7), (17, 4)]  # of tokens and of values
 TABLE_ROWS = [(1, 1257), (5, 1280), (17, 1257), (18, 1280), (19, 1257), (24, 1280)]
 
 
+@pytest.mark.feature(record="ref")
 @from_on(1)
 def test_dtype_group_rule_and_optimizer_state_of_every_parameter(ref, n):
     s, model = built(ref)
@@ -112,6 +113,7 @@ def matrices(model):
             yield p, name.endswith("down")
 
 
+@pytest.mark.feature(record="ref")
 @from_on(1)
 def test_initial_matrices(ref, n):
     """1: normal, 0.02, projections / sqrt(2 layers). Then uniform with bound 1 / sqrt(in), from 19 on with standard

@@ -93,6 +93,7 @@ def test_e4m3_of_the_tests_is_the_format_of_torch():
     assert torch.equal(e4m3(x), x.clamp(-448, 448).float().to(torch.float8_e4m3fn).double())
 
 
+@pytest.mark.feature("numerics.fp8_mlp")
 @pytest.mark.parametrize("scales", [None, SCALES])
 @pytest.mark.parametrize("dtype, limit", [(F32, 1e-6), (BF16, 2 ** -8)])
 def test_the_forward_is_the_quantised_product_with_scales_of_each_part(dtype, limit, scales):
@@ -184,6 +185,7 @@ def step(optimizer, model, s, x, i, at_once=8):
     optimizer.step(schedule.plan(s)[i])
 
 
+@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
 def test_the_scales_are_the_recurrence_over_steps():
     """Activations: 1.8 max P / 448 of the rank's last forward, at first 1. Weight: the first and the next three refreshes by
     its own maximum, then by 1.12 times the maximum of the refresh before."""
@@ -268,6 +270,7 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     assert warmup.state_hash(model, optimizer) == before
 
 
+@pytest.mark.feature("numerics.fp8_mlp")
 def test_switched_off_it_is_not_there():
     """Lifted precision switches it off; a model without it has no buffer more and the bits that it had."""
     lifted = deltas.resolve("short/11", scale="micro", with_=["numerics.fp8_mlp"]).settings
@@ -279,6 +282,7 @@ def test_switched_off_it_is_not_there():
     assert torch.equal(mlp(x), torch.relu(x @ mlp.up.T).square() @ mlp.down.T)
 
 
+@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
 @pytest.mark.parametrize("ref, sets, message", [
     ("short/1", (), "numerics.fp8_mlp has no bias vectors: set model.bias=false"),
     ("short/11", ("model.mlp.activation=gelu",), "numerics.fp8_mlp needs model.mlp.activation=relu_sq"),

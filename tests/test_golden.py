@@ -164,6 +164,7 @@ def test_record_33_with_the_smear_of_record_34():
     check_gradients(model, record33(golden, "grad/"))
 
 
+@pytest.mark.feature("model.attn.rope.yarn")
 def test_yarn_states_at_real_size():
     golden, _ = load("schedules")
     s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
@@ -176,6 +177,7 @@ def test_yarn_states_at_real_size():
     assert [round(0.1 * rotary.frequencies(history[:i + 1])[1], 6) for i in range(4)] == [0.1, 0.116946, 0.127518, 0.131778]
 
 
+@pytest.mark.feature("numerics.fp8_head")
 def test_the_fp8_head_operator_is_the_original():
     golden, config = load("record20_fp8head")
     x, w = (torch.from_numpy(golden[k]) for k in ("x", "w"))
@@ -214,6 +216,7 @@ def close(got, expected):
     return np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
+@pytest.mark.feature("optim.muon", "optim.muon.averaged")
 @pytest.mark.parametrize("name, ref, tensors", [
     ("record05_optim", "short/5", ["wide", "tall", "square"]), ("record12_optim", "short/12", ["wide", "tall", "square"]),
     ("record20_optim", "short/20", ["wide", "tall", "square", "batch3"])])
@@ -243,6 +246,7 @@ def test_adam_states_after_four_calls(name, ref, tensors):
                 assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
 
 
+@pytest.mark.feature("optim.muon.averaged", "optim.adam.eps_after_correction")
 def test_optimizer_of_records_32_to_34():
     """Batched Muon over q, k, v, o; gates in Muon; Adam with eps before the correction."""
     golden, config = load("r34_optim")
@@ -326,6 +330,7 @@ def test_losses_and_gradients_of_six_training_steps_and_the_parameters_after_the
 
 # ----- schedules
 
+@pytest.mark.feature("optim.muon.momentum_warmup", "schedule")
 @pytest.mark.parametrize("name, ref", [("record05_optim", "short/5"), ("record12_optim", "short/12"),
                                        ("record20_optim", "short/20")])
 def test_schedules_at_every_step(name, ref):
@@ -340,6 +345,8 @@ def test_schedules_at_every_step(name, ref):
         assert all(w.short.blocks == max(1, w.long.blocks // 2) for w in windows)
 
 
+@pytest.mark.feature("optim.muon.momentum_warmup", "model.attn.window.final",
+                     "model.attn.window.final_last_layer")
 def test_schedules_of_records_28_and_33_at_every_step():
     golden, _ = load("schedules")
     for key, s in (("r28", deltas.resolve("short/28").settings),

@@ -223,8 +223,10 @@ def test_run_installs_what_it_needs_and_test_adds_the_rest_to_the_same_venv(chec
     assert given == install.requirements(["tools"]) and not any(r.startswith(("pytest", "triton", "submitit")) for r in given)
     code, said = ended(start(checkout, checkout / "test.sh", "-k", "x"))
     assert said[0].startswith("adding to .venv: submitit==") and said[-1] == "started -m pytest -q -n 2 -k x", said
+    code, said = ended(start(checkout, checkout / "test.sh", "--feature", "optim.muon"))
+    assert said == ["started -m pytest -q -n 0 --feature optim.muon"]  # a few tests: one process
     code, said = ended(start(checkout, checkout / "run.sh"))
-    assert said == [f"started {checkout / 'run.py'} "[:-1]]  # nothing to do any more
+    assert said == [f"started {checkout / 'installation/run.py'} "[:-1]]  # nothing to do any more
     shutil.rmtree(checkout / ".venv" / "bin")  # the Python that made it is gone
     code, said = ended(start(checkout, checkout / "run.sh"))
     assert "made anew" in said[0] and said[-1].startswith("started "), said

@@ -99,6 +99,7 @@ def by_the_paper(attn, s, x, scale):
     return torch.stack(out)
 
 
+@pytest.mark.feature("model.attn.latent", "model.attn.latent.query")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("query, gate, scale", [(None, False, None), (20, True, 0.3)])
 def test_the_module_equals_the_papers_equations(order, query, gate, scale):
@@ -285,6 +286,7 @@ def test_varlen_gets_one_width_and_what_pads_it_is_cut_off(width, value, monkeyp
 TABLE = {"variants/5": "1.74", "variants/6": "2.09", "variants/7": "1.79"}  # millions in a layer's attention
 
 
+@pytest.mark.feature("model.attn.latent")
 @pytest.mark.parametrize("ref", TABLE)
 def test_parameters_of_a_layer_by_formula(ref):
     s = settings(ref, scale="full")
@@ -327,6 +329,7 @@ def test_muon_orthogonalises_each_matrix_apart(ref):
 BEHIND = {"model.attn.value_residual": "short/11", "model.attn.value_embed": "short/15"}
 
 
+@pytest.mark.feature("model.attn.latent")
 @pytest.mark.parametrize("feature", BEHIND)
 def test_values_mixed_behind_the_latents_train_and_have_no_latent_cache(feature):
     model = GPT(settings(BEHIND[feature], **ONTO))
@@ -370,6 +373,7 @@ BAD = [
     (["model.attn.latent.value=7", f"model.attn.value_embed={{tables = {[0] * 12}}}"], {}, "change model.attn.latent.value")]
 
 
+@pytest.mark.feature("model.attn.latent")
 @pytest.mark.parametrize("sets, changes, message", BAD, ids=[message[-30:] for *_, message in BAD])
 def test_settings_that_do_not_go_with_latents_are_one_clear_line(sets, changes, message):
     with pytest.raises(UserError) as error:

@@ -32,6 +32,7 @@ EPS = {"short/2": 1e-6, "short/5": 1.1920929e-07, "short/10": 0.0078125, "short/
        "short/33": 1.1920929e-07}
 
 
+@pytest.mark.feature("system.kernels.loss")
 @pytest.mark.parametrize("ref", ["short/8", "short/20", "short/33", "variants/4"])
 def test_a_loss_in_chunks_is_the_loss_of_whole_logits(ref):
     """Losses and all gradients, with penalties of routers and whatever soft cap the record has; in validation too."""
@@ -106,6 +107,7 @@ def test_record_10_rounds_linear_weights_once():
 
 # ----- neutrality: everything else random and non-zero
 
+@pytest.mark.feature("model.residual.x0_mix")
 def test_x0_mix_at_its_initial_values_is_the_identity():
     on, off = build("short/11"), build("short/11", without=["model.residual.x0_mix"])
     on.residual.x.value.data.fill_(1.0)
@@ -116,6 +118,7 @@ def test_x0_mix_at_its_initial_values_is_the_identity():
     assert not torch.allclose(on(x), off(x))
 
 
+@pytest.mark.feature("model.residual.unet_skips")
 def test_unet_skips_of_weight_zero_are_off():
     on, off = build("short/11"), build("short/11", without=["model.residual.unet_skips"])
     on.residual.skip.value.data.fill_(0.0)
@@ -125,6 +128,7 @@ def test_unet_skips_of_weight_zero_are_off():
     assert not torch.allclose(on(x), off(x))
 
 
+@pytest.mark.feature("model.attn.value_residual")
 def test_value_residual_of_weight_zero_is_off_and_block_0_is_never_mixed():
     on, off = build("short/11"), build("short/11", without=["model.attn.value_residual"])
     on.values.lam.value.data.fill_(0.0)
@@ -135,6 +139,7 @@ def test_value_residual_of_weight_zero_is_off_and_block_0_is_never_mixed():
     assert not torch.allclose(on(x), off(x))
 
 
+@pytest.mark.feature("model.head.softcap")
 def test_a_soft_cap_far_above_the_logits_is_off_and_a_low_one_bounds_them():
     off = build("short/11", without=["model.head.softcap"])
     high, low = build("short/11", "model.head.softcap.cap=1e7"), build("short/11", "model.head.softcap.cap=2")
@@ -142,6 +147,7 @@ def test_a_soft_cap_far_above_the_logits_is_off_and_a_low_one_bounds_them():
     assert torch.allclose(high(x), off(x), rtol=0, atol=1e-8) and low(x).abs().max() <= 2 < off(x).abs().max()
 
 
+@pytest.mark.feature(path="feature")
 @pytest.mark.parametrize("feature", ["model.residual.x0_mix", "model.residual.unet_skips", "model.attn.value_residual"])
 def test_a_coefficient_without_its_source_is_its_initial_value(feature):
     learned, fixed = build("short/11", scramble=False), build("short/11", f"{feature}.learned=false", scramble=False)
@@ -150,6 +156,7 @@ def test_a_coefficient_without_its_source_is_its_initial_value(feature):
     assert fixed.num_parameters() < learned.num_parameters()
 
 
+@pytest.mark.feature("model.attn.value_embed")
 @pytest.mark.parametrize("ref", ["short/15", "short/33"])
 def test_value_embeddings_of_weight_zero_are_off(ref):
     on, off = build(ref), build(ref, without=["model.attn.value_embed"])
@@ -161,6 +168,7 @@ def test_value_embeddings_of_weight_zero_are_off(ref):
     assert not torch.allclose(logits(on, x), logits(off, x))
 
 
+@pytest.mark.feature("model.attn.value_embed")
 def test_lerp_values_of_weight_zero_are_off():
     on, off = build("short/14"), build("short/14", without=["model.attn.value_embed"])
     on.values.ve.value.data.fill_(0.0)
@@ -168,6 +176,7 @@ def test_lerp_values_of_weight_zero_are_off():
     assert torch.allclose(logits(on, x), logits(off, x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.feature("model.attn.value_embed.tables")
 def test_layers_without_a_table_still_scale_their_values():
     """Record 17 kept the first coefficient of layers 3 to 8 when it took their tables away."""
     model, x = build("short/17"), tokens()
@@ -179,6 +188,7 @@ def test_layers_without_a_table_still_scale_their_values():
     assert torch.equal(now, logits(model, x))
 
 
+@pytest.mark.feature("model.attn.gate")
 def test_a_gate_of_weight_zero_halves_its_heads():
     on, off = build("short/28"), build("short/28", without=["model.attn.gate"])
     for i, block in enumerate(on.blocks):
@@ -191,6 +201,7 @@ def test_a_gate_of_weight_zero_halves_its_heads():
     assert not torch.allclose(logits(on, x), logits(off, x))
 
 
+@pytest.mark.feature("model.attn.window")
 @pytest.mark.parametrize("ref", ["short/12", "short/20", "short/33"])
 def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
     wide = {"short/12": "start=400", "short/20": "start=800,model.attn.window.end=800", "short/33": "stages=[60],model.attn.window.final=60"}[ref]
@@ -202,6 +213,7 @@ def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
     assert torch.allclose(logits(on, x, on.settings.schedule.steps - 1), logits(off, x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.feature("model.attn.documents")
 def test_documents_do_not_see_each_other():
     model, x = build("short/12"), tokens(1)
     x[0, 10] = BOS
@@ -214,6 +226,7 @@ def test_documents_do_not_see_each_other():
     assert not torch.allclose(logits(both, x)[0, 10:], logits(both, y)[0, 10:])
 
 
+@pytest.mark.feature("model.attn.window.long_layers")
 def test_short_layers_see_half_the_blocks():
     s = settings("short/20")
     for step in range(s.schedule.steps):
@@ -223,6 +236,7 @@ def test_short_layers_see_half_the_blocks():
             assert span is None or span.blocks == (spans[0].blocks if i in (0, 4, 7, 11) else max(1, spans[0].blocks // 2))
 
 
+@pytest.mark.feature("model.residual.unet_skips.sigmoid")
 def test_a_sigmoid_skip_far_below_zero_is_off():
     on, off = build("short/32"), build("short/32", without=["model.residual.unet_skips"])
     assert on.residual.skip.sigmoid
@@ -233,6 +247,7 @@ def test_a_sigmoid_skip_far_below_zero_is_off():
     assert not torch.allclose(logits(on, x), logits(off, x))
 
 
+@pytest.mark.feature(path="path")
 @pytest.mark.parametrize("ref, path, part", [("short/17", "model.attn.drop_layers", "attn"),
                                              ("short/30", "model.mlp.drop_layers", "mlp")])
 def test_a_dropped_layer_is_one_that_adds_nothing(ref, path, part):
@@ -252,6 +267,7 @@ def test_a_dropped_layer_is_one_that_adds_nothing(ref, path, part):
     assert torch.allclose(logits(dropped, x), logits(whole, x), rtol=0, atol=1e-12)
 
 
+@pytest.mark.feature("model.attn.rope.yarn")
 def test_yarn_does_nothing_until_the_window_changes():
     on, off = build("short/33"), build("short/33", without=["model.attn.rope.yarn"])
     x, last = tokens(), on.settings.schedule.steps - 1
@@ -260,6 +276,7 @@ def test_yarn_does_nothing_until_the_window_changes():
     assert torch.equal(logits(on, x, 0), logits(off, x, 0))  # the tables come back
 
 
+@pytest.mark.feature("model.attn.rope.half")
 def test_half_of_the_rotary_pairs_stand_still():
     model = build("short/17")
     q = torch.randn(1, 9, 6, 8, dtype=torch.float64)
@@ -268,6 +285,7 @@ def test_half_of_the_rotary_pairs_stand_still():
     assert torch.equal(turned[..., still], q[..., still]) and not torch.allclose(turned[:, 1:, :, :2], q[:, 1:, :, :2])
 
 
+@pytest.mark.feature("model.head.softcap.form")
 def test_a_sigmoid_soft_cap_is_a_tanh_one_and_a_constant():
     """30 sigmoid(z / 7.5) = 15 tanh(z / 15) + 15, and the softmax does not see the 15."""
     sigmoid = build("short/19")
@@ -276,6 +294,7 @@ def test_a_sigmoid_soft_cap_is_a_tanh_one_and_a_constant():
     assert torch.allclose(logits(sigmoid, x), logits(tanh, x) + 15, rtol=0, atol=1e-12)
 
 
+@pytest.mark.feature("numerics.fp8_head")
 def test_the_fp8_head_differs_by_its_rounding_only():
     """e4m3 keeps 3 bits of mantissa: single products are off by up to 1/16, their sum by much less."""
     torch.manual_seed(0)
@@ -285,6 +304,7 @@ def test_the_fp8_head_differs_by_its_rounding_only():
     assert 0.005 < error < 0.06
 
 
+@pytest.mark.feature("numerics.fp8_head")
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch):
     """Whatever the trainer divides by: softmax - target times the factor is what e5m2 sees."""
@@ -301,6 +321,7 @@ def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch
     assert abs(seen[0] / (448 * slope) - 1) < 0.02
 
 
+@pytest.mark.feature("optim.muon.up_shape")
 def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
     moved = {}
     for shape in ("out_in", "in_out"):
@@ -313,6 +334,7 @@ def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
         assert torch.allclose(moved["in_out"][name], factor * whole, rtol=1e-9, atol=1e-15), name
 
 
+@pytest.mark.feature("model.attn.window", "model.attn.documents")
 def test_a_model_with_documents_or_windows_refuses_to_see_everything():
     with pytest.raises(ValueError, match="context"):
         build("short/12")(tokens())
@@ -323,11 +345,13 @@ def test_fp8_clamps_what_lies_beyond_its_range():
     assert torch.equal(fp8_linear(x, w, 1.0, 1.0, 1.0), torch.full((16, 16), 448.0))
 
 
+@pytest.mark.feature("model.attn.qk_norm", "model.attn.qk_norm.order")
 def test_rotation_keeps_the_norm_so_that_qk_norm_commutes_with_it():
     x = tokens()
     assert torch.allclose(build("short/5")(x), build("short/6")(x), rtol=0, atol=1e-6)
 
 
+@pytest.mark.feature("model.attn.rope")
 def test_rope_sees_only_distances():
     """The product of a turned query and a turned key is the same wherever the pair stands."""
     model = build("short/11")
@@ -339,6 +363,7 @@ def test_rope_sees_only_distances():
 
 # ----- what may look where
 
+@pytest.mark.feature(record="ref")
 @pytest.mark.parametrize("ref", RECORDS)
 def test_causality_nothing_before_a_changed_token_moves(ref):
     model, x = build(ref), tokens()
@@ -361,6 +386,7 @@ def test_the_cache_generates_what_the_whole_forward_predicts(ref):
 
 # ----- Newton-Schulz
 
+@pytest.mark.feature("optim.muon", "optim.muon.ns_steps")
 @pytest.mark.parametrize("shape", [(24, 40), (64, 24), (24, 64), (3, 40, 8)])
 @pytest.mark.parametrize("form", ["expanded", "factored"])
 def test_newton_schulz_brings_singular_values_near_one(shape, form):
@@ -387,6 +413,7 @@ def switchable():
     return sorted(found.items())
 
 
+@pytest.mark.feature(path="path")
 @pytest.mark.parametrize("path, ref", switchable())
 def test_without_any_feature_ten_steps_run(path, ref):
     s = settings(ref, "schedule.steps=10", without=[path], precision="record")

@@ -52,6 +52,7 @@ def reference(value, gradients, hyper):
 
 # ----- rules
 
+@pytest.mark.feature("optim.adam")
 def test_adamw_equals_torch():
     s = settings("short/1")
     rule = AdamW.of(s, s.optim.group("embed", "embed"))
@@ -139,6 +140,7 @@ def test_views_split_units_without_a_copy_and_join_them_again():
     assert apart.unit((4, 6, 6)) == (6, 6) and Views().unit((8, 3, 5)) == (3, 5)
 
 
+@pytest.mark.feature("optim.muon.split_qkv")
 def test_joined_pieces_are_orthogonalised_as_one_matrix():
     s, model = settings("short/3"), build("short/3")
     before, g = model.blocks[0].attn.qkvo.detach().clone(), noise(4, 48, 48, seed=3)
@@ -282,6 +284,7 @@ def table_toy():
     return Toy(embed=(noise(6, 4), "embed", "embed"), value=(noise(6, 4, seed=1), "embed", "value_embed"))
 
 
+@pytest.mark.feature("optim.value_embed")
 def test_a_label_has_its_own_rate_betas_eps_and_decay_and_the_others_keep_the_role_s():
     s = deltas.resolve("short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
                        with_=["optim.value_embed"]).settings
@@ -299,6 +302,7 @@ def test_a_label_has_its_own_rate_betas_eps_and_decay_and_the_others_keep_the_ro
         assert torch.allclose(model.get_parameter(name), expected, rtol=1e-12, atol=0), name
 
 
+@pytest.mark.feature("optim.scalar.every")
 @pytest.mark.parametrize("stored", [F64, torch.bfloat16])
 def test_a_label_that_is_updated_every_second_step_takes_the_sum_of_both_gradients_and_counts_its_own_updates(stored):
     """Steps 1, 3, ... update it, with its own bias correction; the other group goes on every step."""
@@ -338,6 +342,7 @@ def test_a_whole_model_trains_with_a_cadence_and_its_plan_is_the_settings():
     assert not any(moved[0]) and not any(moved[2]) and all(moved[3])
 
 
+@pytest.mark.feature("optim.gate.adamw", "optim.gate")
 def test_a_label_of_matrices_goes_to_adamw_if_asked():
     s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
                        with_=["optim.gate"]).settings
@@ -479,6 +484,7 @@ def test_one_logical_rank_a_forward_updates_as_eight_do_in_the_records_precision
         assert (sums[1][name] - whole).norm() < 0.03 * whole.norm() + 1e-12, name
 
 
+@pytest.mark.feature("optim.grad_clip")
 def test_grad_clip_equals_torch():
     clipped = []
     for ours in (True, False):
@@ -610,6 +616,7 @@ class Graph:
         self.replay = update
 
 
+@pytest.mark.feature("system.cuda_graphs")
 @pytest.mark.parametrize("at_once", [2, 4])  # two forwards a step, or one
 @pytest.mark.parametrize("ref, sets", [("short/1", []), ("short/11", ["system.precision=record"]),
                                        ("short/33", ["system.precision=record"]), ("variants/1", [])])

@@ -169,6 +169,7 @@ def test_an_empty_delta_must_be_explained(tmp_path):
 
 # ----- identity
 
+@pytest.mark.feature("validation.target")
 def test_system_settings_and_target_do_not_touch_the_ml_hash_and_precision_does():
     base = deltas.resolve("short/11").settings
     for path in ("system.compile=off", "system.comm=replicated", "validation.target=3.0"):

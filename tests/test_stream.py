@@ -90,6 +90,7 @@ def packed_by_hand(tokens, size, longest):
         return steps
 
 
+@pytest.mark.feature("data.max_document")
 def test_packed_batches_equal_the_definition_on_random_documents(corpus):
     by_hand = [step for shard in Shards(corpus).corpus.train
                for step in packed_by_hand(np.asarray(shards_module.open_shard(shard)), T, LONGEST)]
@@ -215,6 +216,7 @@ def test_the_shuffled_loader_refuses_steps_of_several_sizes(corpus):
         positions(corpus.train_tokens, 0, loader="shuffled", tokens_per_rank=[32, 64], wrap=True)
 
 
+@pytest.mark.feature("data.switch_at_equal")
 def test_a_shard_may_end_one_token_earlier_as_in_records_15_to_17(tmp_path):
     """6 x 512 + 1 tokens: the sixth step fits exactly, and is read unless switch_at_equal."""
     corpus = make_corpus(tmp_path, [np.arange(3073) % BOS, np.full(3073, 5)])
@@ -243,6 +245,7 @@ def test_a_shard_without_document_starts_is_named_before_training(tmp_path, load
         require_shards(corpus, steps=30, loader=loader, wrap=True, **ABOUT)
 
 
+@pytest.mark.feature("data.wrap", "data.max_document")
 @pytest.mark.parametrize("wrap", [True, False])
 @pytest.mark.parametrize("loader, size, longest, reason", [
     ("packed", 1000, 1000, "use larger shards"), ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_document"),

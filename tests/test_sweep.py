@@ -239,7 +239,8 @@ def test_bad_input_is_one_clear_line_before_anything_starts(args, message, tmp_p
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PATH", "")
     if "DATA" in args:
-        from data.corpus import default_cache, sample_corpus
+        from common.files import default_cache
+        from data.corpus import sample_corpus
         args = [str(sample_corpus(default_cache()).folder) if a == "DATA" else a for a in args]
         args += ["--set", "model.vocab_size=1257"]
     if args[0] in ("axis", "ablate", "chain"):

@@ -62,6 +62,7 @@ def sees(rule, size, q, k, block):
     return q // block - k // block < size if rule == "blocks" else k >= q - size
 
 
+@pytest.mark.feature(record="record")
 @pytest.mark.parametrize("record", RECORDS)
 def test_windows_of_every_step_and_layer_are_the_records_formula(record):
     s = deltas.resolve(f"short/{record}").settings
@@ -83,6 +84,7 @@ def sizes_so_far(record, steps, step, final):
     return reached + ((13,) if final and number(record) >= 31 else ())
 
 
+@pytest.mark.feature("model.attn.window.growth")
 @pytest.mark.parametrize("record, steps", [
     (18, [103, 206, 309, 412, 515, 618, 721, 824, 927, 1030, 1133, 1236, 1339]),
     *((r, [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705]) for r in (21, "21r", "21t"))])
@@ -110,6 +112,7 @@ def visible_sets(context, tokens):
     return [sets.get(id(view)) for view in views]
 
 
+@pytest.mark.feature(record="record")
 @pytest.mark.parametrize("record", RECORDS)
 @pytest.mark.parametrize("backend", ["dense", "banded", "documents"])
 def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
@@ -129,6 +132,7 @@ def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
         before = expected
 
 
+@pytest.mark.feature("model.attn.scale", "model.attn.rope.yarn")
 @pytest.mark.parametrize("record", range(29, 34))
 def test_the_softmax_scale_of_every_window_is_the_records_and_the_last_is_of_13_blocks(record):
     s, model = build(f"short/{record}", model__model_dim=24, model__vocab_size=32, data__max_document=16, data__seq_len=16,

@@ -12,7 +12,7 @@ from pathlib import Path
 import deltas
 import schema
 from common.errors import UserError
-from settings import lookup
+from declare import lookup
 
 TESTS = Path(__file__).parent
 MARK = re.compile(r"\bmark\.feature\(([^()]*)\)")

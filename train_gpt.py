@@ -150,7 +150,10 @@ def train(resolved: Resolved, options: Namespace) -> int:
 
 
 def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) -> tuple:
-    """Checks, processes, compiler. Returns (World, settings as fitted to the GPU, memory.Estimate or None, CacheFile or None)."""
+    """Checks, processes, compiler.
+
+    Returns (World, settings as fitted to the GPU, memory.Estimate or None, CacheFile or None).
+    """
     s, held = resolved.settings, None
     sinks.require(options.log_to)
     preflight.check_devices(resolved, Place.read().local_size)

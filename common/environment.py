@@ -97,7 +97,7 @@ def check_training():
     Asked in a process of its own, because torch takes seconds and memory that the caller does not need.
     """
     from common.errors import UserError
-    code = "import environment; environment.require(*environment.TRAINING)"
+    code = "from common import environment; environment.require(*environment.TRAINING)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it ended with code {}".format(done.returncode)]

@@ -163,7 +163,7 @@ def copy(source, checkout, git_folder):
     if (source / ".git").exists() and repository.is_project(source):
         names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=source)
     if names is None:
-        caches = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "cache", "fineweb*")
+        caches = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "cache", "fineweb10*")
         shutil.copytree(source, checkout, symlinks=True, ignore=caches, dirs_exist_ok=True)
     else:
         for name in filter(None, names.split("\0")):

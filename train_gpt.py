@@ -64,7 +64,8 @@ from system.comm import communication
 from system.hooks import hooks_of, validating
 from system.microbatch import ranks_per_forward, validation_rows_at_once
 from system.place import Place
-from system.run import Clock, Profiler, Progress, Run, World, lost_peer
+from system.run import Clock, Profiler, Progress, Run
+from system.world import World, lost_peer
 from system.sync import no_host_reads
 from system.warmup import warm_up
 
@@ -152,7 +153,10 @@ def train(resolved: Resolved, options: Namespace) -> int:
 
 
 def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) -> tuple:
-    """Checks, processes, compiler. Returns (World, settings as fitted to the GPU, memory.Estimate or None, CacheFile or None)."""
+    """Checks, processes, compiler.
+
+    Returns (World, settings as fitted to the GPU, memory.Estimate or None, CacheFile or None).
+    """
     s, held = resolved.settings, None
     sinks.require(options.log_to)
     preflight.check_devices(resolved, Place.read().local_size)

@@ -6,16 +6,14 @@ in tensors() is covered by the proof of the reset (system.warmup) and by the mem
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
-
-if TYPE_CHECKING:
-    from system.run import World
+from system.world import World
 
 
 class Stateful:
@@ -24,7 +22,7 @@ class Stateful:
     def before_forwards(self, plan: StepPlan) -> None:
         """Before the first forward of a step."""
 
-    def before_update(self, plan: StepPlan, world: "World") -> None:
+    def before_update(self, plan: StepPlan, world: World) -> None:
         """After the last backward of a step, before the parameters move. May be collective."""
 
     def after_update(self, plan: StepPlan) -> None:
@@ -64,7 +62,7 @@ class RouterBalance(Stateful):
             router.tally.zero_()
 
     @torch.no_grad()
-    def before_update(self, plan: StepPlan, world: "World") -> None:
+    def before_update(self, plan: StepPlan, world: World) -> None:
         if not self.routers:
             return
         tallies = world.total(torch.stack([router.tally for router in self.routers.values()]))  # (layers, 2 E + 1)

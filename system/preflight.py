@@ -18,7 +18,8 @@ from execution import recomputable
 from settings import LOGICAL_RANKS, Settings, padded_vocab
 from system import compiler
 from system.launch import launch
-from system.run import Run, World, uses_gpus
+from system.run import Run
+from system.world import World, uses_gpus
 
 
 def check_devices(resolved: Resolved, processes: int) -> None:

@@ -21,7 +21,8 @@ from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory
 from system.preflight import attention_backend, fallbacks
-from system.run import Run, World
+from system.run import Run
+from system.world import World
 
 
 def describe(resolved: Resolved, options: Namespace, world: World, corpus: Corpus, model: GPT, optimizer: Optimizer, used: int,

@@ -20,7 +20,8 @@ from optim import Optimizer
 from settings import LOGICAL_RANKS
 from system import compiler
 from system.hooks import Stateful, all_tensors
-from system.run import Run, World
+from system.run import Run
+from system.world import World
 
 PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
 

@@ -15,7 +15,7 @@ from data.stream import Stream, stream_arguments
 from model import GPT
 from optim import Optimizer
 from system.comm import communication
-from system.run import World
+from system.world import World
 
 s = deltas.resolve("short/11", scale="micro", sets=sys.argv[2:]).settings
 world = World(s)

@@ -77,15 +77,15 @@ CHEATS = {
         ("train_gpt.py", "    model.train()\n    sums =",
          "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
     "a warm-up that leaks": ("warm_up", "validation losses at step 0", [
-        ("train_gpt.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n", "    run.optimizer.reset()\n"),
-        ("train_gpt.py", "    if before != after:\n", "    if False:\n")]),
+        ("system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n", "    run.optimizer.reset()\n"),
+        ("system/warmup.py", "    if before != after:\n", "    if False:\n")]),
     "randomness without a seed": ("seed", "two trainings with seed 0 differ in training losses", [
         ("train_gpt.py", "run.compiled(x, y, context).mean()\n",
          "run.compiled(x, y, context).mean() * (1 + __import__('random').random())\n")]),
     "a batch fetched before the clock": ("clock", "2 batches and 3 steps of 3", [
-        ("train_gpt.py", "        self.clock.start()  # before", "        # before"),
-        ("train_gpt.py", "        for step in range(len(self.plans) + 1):\n",
-         "        self.batches.ahead = self.batches.fetch()\n        self.clock.start()\n        for step in range(len(self.plans) + 1):\n")]),
+        ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
+        ("train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
+         "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in range(len(run.plans) + 1):\n")]),
 }
 
 
@@ -222,7 +222,7 @@ def test_code_that_is_imported_from_elsewhere_is_refused(tree, tmp_path):
 
 
 def test_a_process_that_takes_too_long_is_ended_and_fails_its_checks(tree, tmp_path):
-    folder = edited(tree, tmp_path / "slow", ("train_gpt.py", "import hashlib\n", "import hashlib\ntime.sleep(600)\n"))
+    folder = edited(tree, tmp_path / "slow", ("train_gpt.py", "import math\n", "import math\ntime.sleep(600)\n"))
     result = audit.audit(folder, only=["clock"], timeout=3)
     assert result["checks"] == [{"name": "clock", "passed": False, "detail": "the real process did not end in 3 s"}]
 

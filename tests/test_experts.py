@@ -26,7 +26,7 @@ from steps import begin_step, end_step
 from system.comm import communication
 from system.hooks import hooks_of
 from system.dry_run import print_plan
-from system.run import World
+from system.world import World
 from runlog import read_chain
 from common.errors import UserError
 

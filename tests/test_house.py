@@ -44,6 +44,7 @@ TRAINS = {"train_gpt", "sample", "model", "optim", "layers", "updates"}
 EXCEPTIONS = {
     "evidence.audit_model:__init__": "the audit calls the model of the audited code, in a process of its own",
     "evidence.audit_probe:clock": "the audit runs that code's trainer, in a process of its own",
+    "evidence.run_laws:": "layers.specs, which has no torch, tells which layers a log speaks of",
     "page.variant_table:counted": "parameters and FLOPs are counted on the model",
 }
 

@@ -26,7 +26,8 @@ from runlog import read_chain, read_links, render, summarise
 from common.errors import UserError
 from data.batch import longest_document, to_rows
 from system import load, preflight, warmup
-from system.run import Run, World
+from system.run import Run
+from system.world import World
 from system.sync import no_host_reads
 
 ROOT = Path(__file__).parent.parent

@@ -1,0 +1,105 @@
+"""The processes of a run and what they tell each other (World)."""
+
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from common.errors import UserError
+from optim import local_ranks
+from settings import Settings, check_processes
+from system.place import Place
+
+
+
+class World:
+    """Processes and device of this run. One process serves 8 / size logical ranks."""
+
+    def __init__(self, s: Settings) -> None:
+        self.place = Place.read()
+        self.rank, self.size = self.place.rank, self.place.size
+        self.ranks = local_ranks(self.rank, self.size)
+        check_processes(s, self.size)
+        self.cuda = uses_gpus(s, self.place.local_size)
+        self.device = torch.device("cuda", self.place.local_rank) if self.cuda else torch.device("cpu")
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        elif s.system.reduction == "ordered":
+            torch.set_num_threads(1)  # sums inside an operation depend on the number of threads; bits come first here
+        if self.size > 1 and not dist.is_initialized():
+            try:
+                dist.init_process_group("nccl" if self.cuda else "gloo")
+            except (RuntimeError, ValueError) as error:  # the port is taken, or not all processes came
+                raise UserError(f"the {self.size} processes do not find each other at {os.environ['MASTER_ADDR']} port "
+                                f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from None
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, *lines: str) -> None:
+        """Print lines, on process 0 only."""
+        if self.main and lines:
+            print(*lines, sep="\n", flush=True)
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """One tensor per process -> their concatenation in rank order, on every process."""
+        return torch.cat(self.parts(values))
+
+    def parts(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """The tensors of all processes (equal shapes), in rank order, on every process."""
+        if self.size == 1:
+            return [values]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values.contiguous())
+        return parts
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """The mean of a float64 tensor over the processes, summed in rank order: the same bits on every process."""
+        return sum(self.parts(values)) / self.size
+
+    def total(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor over the processes, on every process."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather_objects(self, value: Any) -> list:
+        """One picklable object per process -> their list in rank order, on every process."""
+        if self.size == 1:
+            return [value]
+        parts = [None] * self.size
+        dist.all_gather_object(parts, value)
+        return parts
+
+    def neighbours(self) -> tuple[list[int], int | None]:
+        """(ids of the run's processes on this machine, id of process 0 or None if process 0 is on another one)."""
+        here = socket.gethostname()
+        found = self.gather_objects((here, os.getpid()))
+        return [i for host, i in found if host == here], found[0][1] if found[0][0] == here else None
+
+    def describe(self) -> str:
+        if self.cuda:
+            return f"{self.size} x {torch.cuda.get_device_name()}"
+        return f"CPU, {self.size} process{'es' if self.size > 1 else ''}, {torch.get_num_threads()} threads"
+
+
+def uses_gpus(s: Settings, processes: int) -> bool:
+    """Does the run go to GPUs? UserError if it must and torch finds none, or fewer than `processes` of this machine."""
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if s.system.device == "cuda" and not found:
+        raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")
+    if not found or s.system.device == "cpu":
+        return False
+    if processes > found:
+        raise UserError(f"{processes} processes on this machine, and torch sees {found} GPU{'s' if found > 1 else ''}: start "
+                        "fewer, or look at CUDA_VISIBLE_DEVICES")
+    return True
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Is the error what a collective raises when another process is gone?"""
+    said = str(error)
+    return dist.is_initialized() and any(x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed"))

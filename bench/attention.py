@@ -1,7 +1,8 @@
-"""Attention with windows: `python bench/attention.py [--out JSON]`. Time should grow with the window, not with the row.
+"""Attention with windows: `python bench/attention.py [--out JSON]`. Time should grow with the window,
+not with the row.
 
-Forward and backward of one layer of 6 heads of 12 channels (tiny's), float32, by row length, window and backend, on the CPU;
-without documents, and with documents as the corpus has them. Minimum over repeats.
+Forward and backward of one layer of 6 heads of 12 channels (tiny's), float32, by row length, window and
+backend, on the CPU; without documents, and with documents as the corpus has them. Minimum over repeats.
 """
 
 import measure
@@ -30,20 +31,22 @@ def one(documents, window, backend, rows, tokens, repeats):
     q, k, v = (torch.randn(rows, tokens, HEADS, WIDTH, requires_grad=True) for _ in range(3))
 
     def step():
-        view = attention.view(documents, window, backend, rows=rows, tokens=tokens, device="cpu", dtype=torch.float32)
+        view = attention.view(documents, window, backend, rows=rows, tokens=tokens, device="cpu",
+                              dtype=torch.float32)
         attention.attend(q, k, v, view).square().mean().backward()
 
     return 1000 * measure.best(step, repeats)[1]
 
 
 def main():
-    p = arguments.Parser(prog="bench/attention.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/attention.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
     torch.manual_seed(0)
     report = Report(o.out, "Attention with windows", tokens=TOKENS, heads=HEADS, head_dim=WIDTH)
-    print(f"{'documents':10} {'backend':10} {'row':>5}  " + "".join(f"{f'window {w}':>13}" for w in WINDOWS) + "   ms, "
+    print(f"{'documents':10} {'backend':10} {'row':>5}  " + "".join(f"{f'window {w}':>13}"
+                                                                    for w in WINDOWS) + "   ms, "
           f"{TOKENS} tokens in all, {torch.get_num_threads()} threads")
     for with_documents in (False, True):
         for backend in ("dense", "banded", *(("documents",) if with_documents else ())):

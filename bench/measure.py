@@ -41,7 +41,8 @@ def seconds(step):
 
 
 def best(step, repeats):
-    """(seconds of the first call, of a later one: on a CPU the least of the repeats, on a GPU the median of `queued`)."""
+    """(seconds of the first call, of a later one: on a CPU the least of the repeats,
+    on a GPU the median of `queued`)."""
     first = seconds(step)
     if torch.cuda.is_available():
         return first, statistics.median(queued(step, repeats))
@@ -51,9 +52,10 @@ def best(step, repeats):
 def queued(step, repeats):
     """Seconds of each call on the GPU's own clock (CUDA events).
 
-    Python takes tens of microseconds for a call, as long as a small kernel runs: so the GPU is given a pause, in which the
-    calls queue up, and none waits for Python. Before each one a write of 256 MiB empties the L2 cache, as the other layers
-    of a training do. A step that reads results on the host waits for them here as it does there.
+    Python takes tens of microseconds for a call, as long as a small kernel runs: so the GPU is given a pause,
+    in which the calls queue up, and none waits for Python. Before each one a write of 256 MiB empties the L2
+    cache, as the other layers of a training do. A step that reads results on the host waits for them here as
+    it does there.
     """
     began = time.perf_counter()
     step()
@@ -77,8 +79,10 @@ def queued(step, repeats):
 def about():
     """Hardware, versions and commit."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "torch": torch.__version__, "threads": torch.get_num_threads(), "code": repository.code_version(),
-            **runlog.machine()}
+    return {
+        "device": device, "torch": torch.__version__, "threads": torch.get_num_threads(),
+        "code": repository.code_version(), **runlog.machine()
+    }
 
 
 def lengths(random, count, longest=None):

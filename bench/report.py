@@ -1,8 +1,9 @@
 """What the benches write, and how they go on when something fails.
 
-A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others run; one that
-takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs any more) costs its own row,
-and a new process goes on behind it. JSON, and the same as a Markdown table beside it, are whole after every row.
+A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others
+run; one that takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs
+any more) costs its own row, and a new process goes on behind it. JSON, and the same as a Markdown table
+beside it, are whole after every row.
 """
 
 import json
@@ -23,8 +24,9 @@ PROCESSES = 8  # after so many deaths the rest is given up
 
 
 class Report:
-    """Rows of one bench. path: of the JSON, or None: nothing is written; an older file is removed, unless its rows are
-    continued (`resume`). brief: what of the rows the Markdown shows. tables: what else the JSON says."""
+    """Rows of one bench. path: of the JSON, or None: nothing is written; an older file is removed, unless its
+    rows are continued (`resume`). brief: what of the rows the Markdown shows. tables:
+    what else the JSON says."""
 
     def __init__(self, path, title, *, resume=False, brief=None, **tables):
         self.path, self.title, self.brief = path and Path(path), title, brief or (lambda rows: rows)
@@ -42,7 +44,9 @@ class Report:
         if self.path.exists():
             found = json.loads(self.path.read_text(encoding="utf-8"))
             self.rows, self.failed, self.about = found["rows"], found["failed"], found["about"]
-            self.tables |= {k: v for k, v in found.items() if k not in ("about", "complete", "rows", "failed")}
+            self.tables |= {
+                k: v for k, v in found.items() if k not in ("about", "complete", "rows", "failed")
+            }
 
     def markdown_path(self):
         return self.path.with_suffix(".md")
@@ -70,9 +74,12 @@ class Report:
         if not self.path:
             return
         self.about = self.about or measure.about()
-        table = {"about": self.about, "complete": complete, **self.tables, "rows": self.rows, "failed": self.failed}
+        table = {
+            "about": self.about, "complete": complete, **self.tables, "rows": self.rows, "failed": self.failed
+        }
         files.write(self.path, files.json_text(table, indent=1) + "\n")
-        files.write(self.markdown_path(), markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
+        files.write(self.markdown_path(),
+                    markdown(self.title, self.about, self.brief(self.rows), self.failed, complete))
 
     def finish(self):
         """Write that nothing is missing, say how much failed; returns the exit code."""
@@ -82,15 +89,18 @@ class Report:
 
 
 def stop_in_order():
-    """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way, and no files."""
+    """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way,
+    and no files."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def first_line(error):
-    """One line: what it is and the first one that it says, with the next where that only announces one (the compiler)."""
+    """One line: what it is and the first one that it says, with the next where that only
+    announces one (the compiler)."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     said = " ".join(lines[:1 + (bool(lines) and lines[0].endswith(":"))])[:300]
-    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return said if isinstance(
+        error, UserError) else f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 
 def label(row):
@@ -138,12 +148,14 @@ def cell(value):
 def add_arguments(p, groups):
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
-    p.add_argument("--child", nargs="+", choices=groups, help="used by the bench itself: run these groups in this process")
+    p.add_argument("--child", nargs="+", choices=groups,
+                   help="used by the bench itself: run these groups in this process")
 
 
 def run(o, groups, title, *, show, brief=None, **tables):
-    """Exit code of a bench. o: its options, with those of add_arguments. groups: {name: function that yields (fields,
-    case)}; a case gives a dict, and is run before the next one is made. show: function of a row, the line printed."""
+    """Exit code of a bench. o: its options, with those of add_arguments. groups: {name: function that yields
+    (fields, case)}; a case gives a dict, and is run before the next one is made. show: function of a row,
+    the line printed."""
     stop_in_order()
     if o.child:
         return child(Report(o.out, title, resume=True, brief=brief), groups, o.child, show)
@@ -169,7 +181,8 @@ def supervise(report, left):
         if code != DEAD:  # it told nothing of its end
             report.add({"group": left[0], "case": f"number {counts(report).get(left[0], 0) + 1} of {left[0]}",
                         "failed": f"the process ended with {code}"})
-        if not moved and stuck == left[0]:  # twice: it is not a case that kills it, but what comes before all of them
+        # twice: it is not a case that kills it, but what comes before all of them
+        if not moved and stuck == left[0]:
             left = left[1:]
         stuck = left[0] if left and not moved else None
         if not left:
@@ -179,7 +192,8 @@ def supervise(report, left):
 
 
 def call(command):
-    """Exit code of a program, which is given time to write its last row when this one is stopped (`timeout` signals both)."""
+    """Exit code of a program, which is given time to write its last row when this one is
+    stopped (`timeout` signals both)."""
     process = subprocess.Popen(command)
     try:
         return process.wait()

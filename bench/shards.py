@@ -1,8 +1,9 @@
-"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder to give them as --data.
+"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder to
+give them as --data.
 
-DATA: a folder with train and validation shards (`*_train_*.bin`, `*_val_*.bin`, data/shards.py), which is printed as it is;
-or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into FOLDER first, as a machine without a
-network gets them. Without DATA, shards of random tokens are made in FOLDER.
+DATA: a folder with train and validation shards (`*_train_*.bin`, `*_val_*.bin`, data/shards.py), which is
+printed as it is; or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into FOLDER
+first, as a machine without a network gets them. Without DATA, shards of random tokens are made in FOLDER.
 """
 
 import gzip
@@ -18,7 +19,8 @@ from data.shards import open_corpus
 from common.errors import UserError
 
 OPEN = {".xz": lzma.open, ".gz": gzip.open}
-TOKENS = 48_000_000, 2_200_000  # 40 million for a training at scale small, and a rest of a step; one row of record 33 a rank
+# 40 million for a training at scale small, and a rest of a step; one row of record 33 a rank
+TOKENS = 48_000_000, 2_200_000
 
 
 def prepare(folder, data):
@@ -45,7 +47,7 @@ def prepare(folder, data):
 
 
 def main():
-    p = arguments.Parser(prog="bench/shards.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/shards.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("folder", metavar="FOLDER")
     p.add_argument("data", metavar="DATA", nargs="?")
     o = p.parse_args()

@@ -1,10 +1,12 @@
-"""Seconds until the clock starts, and where they go: `python bench/start.py [RECORD ...] [--scale full] [--out JSON]`.
+"""Seconds until the clock starts, and where they go:
+`python bench/start.py [RECORD ...] [--scale full] [--out JSON]`.
 
-Each record is started three times by train_gpt.py, in processes of their own: cold (compiler caches empty), warm (the same
-caches again) and file (caches empty, but --compile-cache FILE of the cold one). --caches DIR keeps the cold one's caches
-for bench/steps.py. Wall seconds are the log's and add up to `start`; other programs stretch them. CPU seconds are of the
-trainer with all its children, its few steps and validations included. On a CPU the model is compiled too
-(system.compile=on), by Inductor's C++ backend. Without --data, on random tokens.
+Each record is started three times by train_gpt.py, in processes of their own: cold (compiler caches empty),
+warm (the same caches again) and file (caches empty, but --compile-cache FILE of the cold one). --caches DIR
+keeps the cold one's caches for bench/steps.py. Wall seconds are the log's and add up to `start`; other
+programs stretch them. CPU seconds are of the trainer with all its children, its few steps and validations
+included. On a CPU the model is compiled too (system.compile=on), by Inductor's C++ backend. Without --data,
+on random tokens.
 """
 
 import resource
@@ -33,7 +35,8 @@ def figures(summary, cpu):
     start, cost = (reset["start_ms"] + reset["warmup_ms"]) / 1000, reset.get("compile") or {}
     parts = {"imports": reset["imports_ms"] / 1000, "data": (reset["start_ms"] - reset["imports_ms"]) / 1000}
     parts |= {name: cost.get(f"{name}_s", 0.0) for name in ("dynamo", "inductor", "kernels", "autotune")}
-    parts["first_runs"] = start - sum(parts.values())  # with their validations, the hashes of the state and the reset
+    # with their validations, the hashes of the state and the reset
+    parts["first_runs"] = start - sum(parts.values())
     return {"start": round(start, 2), **{name: round(parts[name], 2) for name in PARTS}, "cpu": round(cpu, 1),
             "graphs": reset["graphs"], "hits": cost.get("hits", 0), "misses": cost.get("misses", 0)}
 
@@ -55,12 +58,13 @@ def cases(ref, o, data, scratch):
     """Cold, warm and file of one record."""
     caches = steps.place(o.caches or Path(scratch) / "caches", ref)
     shutil.rmtree(caches, ignore_errors=True)  # of an earlier bench
-    for kind, folder in (("cold", caches), ("warm", caches), ("file", steps.place(Path(scratch) / "empty", ref))):
+    for kind, folder in (("cold", caches), ("warm", caches), ("file",
+                                                              steps.place(Path(scratch) / "empty", ref))):
         yield {"record": ref, "kind": kind}, lambda: measured(ref, kind, o, data, folder, scratch)
 
 
 def main():
-    p = arguments.Parser(prog="bench/start.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/start.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 4)
     o = p.parse_args()
     if not torch.cuda.is_available() and not any(x.startswith("system.compile=") for x in o.set):

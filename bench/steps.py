@@ -1,9 +1,12 @@
-"""Milliseconds per step and memory of whole trainings: `python bench/steps.py [RECORD ...] [--scale full] [--out JSON]`.
+"""Milliseconds per step and memory of whole trainings:
+`python bench/steps.py [RECORD ...] [--scale full] [--out JSON]`.
 
-Each record is trained for some steps by train_gpt.py in a process of its own. From the log: milliseconds per step over the
-second half, peak memory, graphs compiled. Compilation stands before the clock; with --caches DIR, as bench/start.py
---caches left them, it is short. With --check-sync a step that makes Python wait for the GPU is a failure, and the record is
-timed once more without the check. Without --data, on random tokens in documents of FineWeb's lengths.
+Each record is trained for some steps by train_gpt.py in a process of its own. From the log: milliseconds per
+step over the second half, peak memory, graphs compiled. Compilation stands before the clock; with --caches
+DIR, as bench/start.py
+--caches left them, it is short. With --check-sync a step that makes Python wait for the GPU is a failure, and
+the record is timed once more without the check. Without --data, on random tokens in documents of FineWeb's
+lengths.
 """
 
 import json
@@ -48,7 +51,8 @@ def validation_tokens(ref, scale):
 def train(ref, o, data, caches, out, more=(), validations=2):
     """(summary, events) of one training, or UserError with its last line on stderr.
 
-    caches: folder of compiled code; None: where every training has it. more: arguments of the trainer. o.steps: 0: all."""
+    caches: folder of compiled code; None: where every training has it. more: arguments of the trainer.
+    o.steps: 0: all."""
     launch = [sys.executable]
     if o.nproc > 1:
         launch += [str(ROOT / "system" / "launch.py"), str(o.nproc)]
@@ -62,7 +66,9 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     command += more
     env = dict(os.environ)
     if caches is not None:
-        env |= {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
+        env |= {
+            "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")
+        }
     try:
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     except SystemExit as stop:
@@ -83,7 +89,8 @@ def train(ref, o, data, caches, out, more=(), validations=2):
 def so_far(out):
     """What the log of a training that was stopped says of its last validation."""
     for path in files.listed(out, "*/run.jsonl"):
-        events = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])  # a last line that is not whole is not read
+        # a last line that is not whole is not read
+        events = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
         points = [e for e in events if e["kind"] == "validation"]
         if points:
             text = ", after step {step} of {scheduled_steps} with loss {val_loss:.4f} in {train_time_ms:.0f} ms"
@@ -96,16 +103,22 @@ def figures(summary, events):
     points = [(e["step"], e["train_time_ms"]) for e in events if e["kind"] == "validation"]
     (s0, t0), (s1, t1) = points[-2:]
     reset = summary["reset"]
-    return {"ms_per_step": round((t1 - t0) / (s1 - s0), 3), "start_s": round((reset["start_ms"] + reset["warmup_ms"]) / 1000, 2),
-            "graphs": reset["graphs"], "graphs_in_clock": summary["graphs_in_clock"],
-            "peak_memory_mib": summary.get("peak_memory_mib"), "attention": summary["attention"], "device": summary["device"]}
+    return {
+        "ms_per_step": round((t1 - t0) / (s1 - s0), 3), "start_s": round(
+            (reset["start_ms"] + reset["warmup_ms"]) / 1000, 2), "graphs": reset["graphs"],
+        "graphs_in_clock": summary["graphs_in_clock"], "peak_memory_mib": summary.get("peak_memory_mib"),
+        "attention": summary["attention"], "device": summary["device"]
+    }
 
 
 def measured(ref, o, data, caches, out, more):
     """Print and return the row of a record."""
     # `warm` is what --plan reads: figures of steps, for which everything has been compiled
     summary, events = train(ref, o, data, caches, out, more)
-    row = {"warm": figures(summary, events), "compiled": (summary["reset"].get("compile") or {}).get("misses", 0)}
+    row = {
+        "warm": figures(summary, events), "compiled": (summary["reset"].get("compile")
+                                                       or {}).get("misses", 0)
+    }
     tokens = tokens_per_step(deltas.resolve(ref, scale=o.scale).settings)
     row["tokens_per_second"] = round(1000 * tokens / row["warm"]["ms_per_step"])
     memory = row["warm"]["peak_memory_mib"]
@@ -141,8 +154,10 @@ def add_arguments(p, steps, records=LANDMARKS, scale="full"):
     p.add_argument("--steps", type=arguments.integer(0, 10 ** 6), default=steps)
     p.add_argument("--nproc", type=arguments.integer(1, 8), default=1)
     p.add_argument("--data", metavar="DIR", help="shards to read (default: random tokens)")
-    p.add_argument("--caches", metavar="DIR", help="folder of compiled code, kept (default: empty, and removed at the end)")
-    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="as in train_gpt.py, for every record")
+    p.add_argument("--caches", metavar="DIR",
+                   help="folder of compiled code, kept (default: empty, and removed at the end)")
+    p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE",
+                   help="as in train_gpt.py, for every record")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
 
 
@@ -164,7 +179,7 @@ def run(o, title, cases):
 
 
 def main():
-    p = arguments.Parser(prog="bench/steps.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/steps.py", description=__doc__.partition("\n\n")[0])
     add_arguments(p, 16)
     p.add_argument("--check-sync", action="store_true", help="a step that waits for the GPU is a failure")
     o = p.parse_args()

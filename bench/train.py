@@ -1,7 +1,8 @@
 """A short training with its curve: `python bench/train.py [RECORD ...] [--data DIR] [--out JSON]`.
 
-Each record is trained by train_gpt.py at scale small, `--steps` of its 40 million tokens' steps (0: all). On random tokens,
-without --data, losses fall to that of random tokens, log 50256 = 10.82, and the curve says only that it runs.
+Each record is trained by train_gpt.py at scale small, `--steps` of its 40 million tokens' steps (0: all). On
+random tokens, without --data, losses fall to that of random tokens, log 50256 = 10.82, and the curve says
+only that it runs.
 """
 
 import sys
@@ -36,7 +37,7 @@ def cases(ref, *where):
 
 
 def main():
-    p = arguments.Parser(prog="bench/train.py", description=__doc__.splitlines()[0])
+    p = arguments.Parser(prog="bench/train.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 200, ("short/33",), "small")
     o = p.parse_args()
     sys.exit(steps.run(o, "A short training", cases))

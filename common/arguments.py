@@ -1,7 +1,8 @@
-"""Command lines: a parser whose errors are one line, and types that keep every number within what the programs can compute.
+"""Command lines: a parser whose errors are one line, and types that keep every number within
+what the programs can compute.
 
-A type is what `add_argument(type=...)` takes: a function of the typed text that returns the number, or raises. Bounds are
-stated here, once, so that no number passes a check and crashes later. No torch here.
+A type is what `add_argument(type=...)` takes: a function of the typed text that returns the number, or
+raises. Bounds are stated here, once, so that no number passes a check and crashes later. No torch here.
 """
 
 import argparse
@@ -13,13 +14,15 @@ from typing import NoReturn
 
 from common import console
 
-SEED_LIMIT = 2 ** 63 - 1  # torch's generators take 64 bits; a warm-up adds 1 and comparisons count on from the first seed
+# torch's generators take 64 bits; a warm-up adds 1 and comparisons count on from the first seed
+SEED_LIMIT = 2 ** 63 - 1
 COUNT_LIMIT = 10 ** 9  # of anything that is counted out one by one: steps, tokens, seconds
 RUNS_LIMIT = 10_000  # of one arm: a plan lists every run
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose refusal is one line on stderr, without the usage, and exit code 2; help that was lost is an error."""
+    """argparse whose refusal is one line on stderr, without the usage, and exit code 2;
+    help that was lost is an error."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         if message and console.speaks():
@@ -38,15 +41,18 @@ def shortened(text: str, length: int = 40) -> str:
 def integer(low: int, high: int = COUNT_LIMIT) -> Callable[[str], int]:
     """Type: a whole number in low..high, in plain digits."""
     def parse(text: str) -> int:
-        typed = re.fullmatch(r"([+-]?)0*([0-9]{1,20})", text.strip())  # int() itself fails at thousands of digits
+        # int() itself fails at thousands of digits
+        typed = re.fullmatch(r"([+-]?)0*([0-9]{1,20})", text.strip())
         value = int("".join(typed.groups())) if typed else None
         if value is None or not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, got {shortened(text)}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from {low} to {high}, got {shortened(text)}")
         return value
     return parse
 
 
-def number(low: float, high: float = 1e9, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+def number(low: float, high: float = 1e9, *, above: bool = False,
+           below: bool = False) -> Callable[[str], float]:
     """Type: a finite number in low..high. above, below: the limit itself is not allowed."""
     def parse(text: str) -> float:
         try:

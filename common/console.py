@@ -1,8 +1,10 @@
-"""What a person sees: prints that never end a run, a terminal's width and encoding, the line of a failure. No torch here.
+"""What a person sees: prints that never end a run, a terminal's width and encoding, the line of a failure.
+No torch here.
 
-A program calls `guard()` first. From then on `print` to stdout or stderr cannot fail: a closed pipe, a full disk or a
-terminal that went away loses the output, never the run; a character that the terminal's encoding lacks is replaced.
-A command whose whole product is its output ends with `settle(code)`, which says that the output was lost.
+A program calls `guard()` first. From then on `print` to stdout or stderr cannot fail: a closed pipe, a full
+disk or a terminal that went away loses the output, never the run; a character that the terminal's encoding
+lacks is replaced. A command whose whole product is its output ends with `settle(code)`, which says that the
+output was lost.
 """
 
 import contextlib
@@ -58,10 +60,11 @@ class Guarded:
 
 
 def guard() -> None:
-    """Make sys.stdout and sys.stderr safe to print to. Called once, first, by every program; again it changes nothing.
+    """Make sys.stdout and sys.stderr safe to print to. Called once, first, by every program;
+    again it changes nothing.
 
-    Descriptors 0 to 2 that the caller closed (`2>&-`) are opened on the null device, because otherwise the next file that
-    is opened, a log say, would take their number and receive what is printed.
+    Descriptors 0 to 2 that the caller closed (`2>&-`) are opened on the null device, because otherwise the
+    next file that is opened, a log say, would take their number and receive what is printed.
     """
     for number in (0, 1, 2):
         try:
@@ -89,8 +92,8 @@ def guard() -> None:
 def settle(code: int = 0) -> int:
     """Exit code of a command whose whole product is its output: `code`, unless that output was lost.
 
-    A reader that closed the pipe, as `| head` does, ends the command quietly with the code that a shell gives for SIGPIPE;
-    a full disk or a closed descriptor is a failure, with one line on stderr.
+    A reader that closed the pipe, as `| head` does, ends the command quietly with the code that a shell gives
+    for SIGPIPE; a full disk or a closed descriptor is a failure, with one line on stderr.
     """
     sys.stdout.flush()
     lost = getattr(sys.stdout, "lost", None)
@@ -98,14 +101,16 @@ def settle(code: int = 0) -> int:
         return code
     if getattr(lost, "errno", None) == errno.EPIPE:
         return CLOSED_PIPE
-    print(f"error: the output could not be written: {getattr(lost, 'strerror', None) or lost}", file=sys.stderr)
+    print(f"error: the output could not be written: {getattr(lost, 'strerror', None) or lost}",
+          file=sys.stderr)
     return 1
 
 
 def program(main: Callable[[], Any], product: bool = False) -> NoReturn:
     """Run a command's main function and leave with the code that it returns or exits with.
 
-    Prints cannot fail, SIGTERM and SIGHUP end like Ctrl-C. product: the command's output is all there is to it (see settle).
+    Prints cannot fail, SIGTERM and SIGHUP end like Ctrl-C. product: the command's output is all there is to
+    it (see settle).
     """
     guard()
     code = 0
@@ -122,7 +127,8 @@ def program(main: Callable[[], Any], product: bool = False) -> NoReturn:
 
 
 def speaks() -> bool:
-    """Whether this process prints for its run: of several processes that meet the same error only the first one does."""
+    """Whether this process prints for its run: of several processes that meet the same error
+    only the first one does."""
     rank = os.environ.get("RANK", "")
     return not re.fullmatch("[0-9]{1,9}", rank) or int(rank) == 0
 
@@ -147,7 +153,8 @@ def width(default: int = 110) -> int:
 
 
 def cut(text: str, columns: int) -> tuple[str, int]:
-    """(the longest beginning of a text that fits into so many columns, its columns). Control characters become spaces."""
+    """(the longest beginning of a text that fits into so many columns, its columns).
+    Control characters become spaces."""
     kept, used = "", 0
     for character in text:
         character = character if character.isprintable() else " "
@@ -162,7 +169,8 @@ def cut(text: str, columns: int) -> tuple[str, int]:
 class LiveLine:
     """One line on stderr that is drawn over itself, where stderr is a terminal; elsewhere nothing.
 
-    The terminal's width is asked at every print: a line that wraps could not be drawn over, and terminals change size.
+    The terminal's width is asked at every print: a line that wraps could not be drawn over, and terminals
+    change size.
     """
 
     def __init__(self, wanted: bool = True) -> None:
@@ -191,7 +199,8 @@ class LiveLine:
 
 
 def _point_at_null(stream: TextIO) -> None:
-    """Point a broken stream's descriptor at the null device, so that the interpreter's last flush succeeds."""
+    """Point a broken stream's descriptor at the null device,
+    so that the interpreter's last flush succeeds."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,7 +1,8 @@
-"""Files that matter: written whole or not at all, strict JSON, and no operating system's leftovers read as data.
+"""Files that matter: written whole or not at all, strict JSON,
+and no operating system's leftovers read as data.
 
-No torch here. Every program of the project writes its results through `write` or `writing`; run.jsonl and the manifest of a
-claim, which grow line by line, have an appending method of their own.
+No torch here. Every program of the project writes its results through `write` or `writing`; run.jsonl and the
+manifest of a claim, which grow line by line, have an appending method of their own.
 """
 
 import contextlib
@@ -16,7 +17,8 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 
-# What file managers, archivers, interpreters and disks leave; dotfiles, editors' copies and unfinished files go by their form.
+# What file managers, archivers, interpreters and disks leave; dotfiles,
+# editors' copies and unfinished files go by their form.
 LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "__pycache__", "$RECYCLE.BIN",
              "System Volume Information", "lost+found")
 UNFINISHED = ("~", ".tmp", ".swp", ".swo", ".part", ".partial", ".crdownload", ".incomplete")
@@ -28,7 +30,8 @@ def default_cache() -> Path:
 
 
 def is_leftover(path: Path | str) -> bool:
-    """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`, `.x.swp`), unfinished files, `Thumbs.db`."""
+    """True for dotfiles (`._x`, `.DS_Store`), editors' copies (`x~`, `#x#`, `.x.swp`), unfinished files,
+    `Thumbs.db`."""
     name = Path(path).name.lower()
     if name.startswith(".") or name in map(str.lower, LEFTOVERS):
         return True
@@ -36,7 +39,8 @@ def is_leftover(path: Path | str) -> bool:
 
 
 def listed(folder: Path | str, pattern: str = "*") -> list[Path]:
-    """Entries below a folder that match a glob pattern, sorted by name; no leftovers and nothing inside of them."""
+    """Entries below a folder that match a glob pattern, sorted by name;
+    no leftovers and nothing inside of them."""
     folder = Path(folder)
     return sorted(p for p in folder.glob(pattern) if not any(map(is_leftover, p.relative_to(folder).parts)))
 
@@ -84,7 +88,8 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
 
 
 def write(path: Path | str, content: str | bytes | memoryview, **options: Any) -> None:
-    """Replace a file's content in one step (see `writing`). Text is UTF-8 with `\\n` line ends on every system."""
+    """Replace a file's content in one step (see `writing`). Text is UTF-8 with `\\n` line
+    ends on every system."""
     with writing(path, **options) as file:
         file.write(encoded(content) if isinstance(content, str) else content)
 

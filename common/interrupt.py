@@ -1,9 +1,11 @@
-"""Ctrl-C, SIGTERM and SIGHUP while a program is under way: the log gets its end, and nothing is left half done.
+"""Ctrl-C, SIGTERM and SIGHUP while a program is under way: the log gets its end,
+and nothing is left half done.
 
-Python raises KeyboardInterrupt at whatever instruction is next: in the middle of a log line, of a thread's start, of an
-optimizer's update. So a training notes the first signal and stops at the next step or validation chunk; a second one
-stops it at once. What must not be torn, a log line or the log's end, runs under `hold`. A signal that is ignored, as
-SIGHUP after `nohup` or SIGINT in what a script starts with `&`, stays ignored. No torch here.
+Python raises KeyboardInterrupt at whatever instruction is next: in the middle of a log line, of a thread's
+start, of an optimizer's update. So a training notes the first signal and stops at the next step or validation
+chunk; a second one stops it at once. What must not be torn, a log line or the log's end, runs under `hold`. A
+signal that is ignored, as SIGHUP after `nohup` or SIGINT in what a script starts with `&`, stays ignored. No
+torch here.
 """
 
 import contextlib
@@ -19,7 +21,8 @@ INTERRUPTED = 130  # as a shell has it for Ctrl-C: 128 + SIGINT; of SIGTERM and 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))  # Windows has no SIGHUP
 TOLD = getattr(signal, "SIGUSR1", None)  # from another process of the same run: it was asked to stop
-AGAIN_S = 1.0  # within this time it is the same request: `timeout`, terminals and launchers signal a process twice
+# within this time it is the same request: `timeout`, terminals and launchers signal a process twice
+AGAIN_S = 1.0
 
 
 def listen(handler: Callable, signals: Sequence[int] = SIGNALS) -> dict[int, Any]:
@@ -42,7 +45,8 @@ def restore(before: dict[int, Any]) -> None:
 
 
 def say(line: str) -> None:
-    """A line on stderr from within a handler: not print, because the interrupted instruction may hold the stream's lock."""
+    """A line on stderr from within a handler: not print, because the interrupted instruction
+    may hold the stream's lock."""
     with contextlib.suppress(OSError):  # `2>&1 | tee log`: the same Ctrl-C has ended tee
         os.write(2, (line + "\n").encode())
 
@@ -53,8 +57,8 @@ _ending = {"code": INTERRUPTED, "line": ""}
 def leave_at_once(line: str) -> None:
     """From now on a signal ends the process without delay, with this line and exit code 130.
 
-    For the time before a run, while modules are imported and there is nothing to close: KeyboardInterrupt would be a
-    traceback there.
+    For the time before a run, while modules are imported and there is nothing to close: KeyboardInterrupt
+    would be a traceback there.
     """
     def leave(*_):
         if _ending["line"]:
@@ -65,13 +69,15 @@ def leave_at_once(line: str) -> None:
 
 
 def decided(code: int) -> None:
-    """The program's exit code is known: a signal after `leave_at_once` that comes now changes nothing about it."""
+    """The program's exit code is known: a signal after `leave_at_once` that comes now changes
+    nothing about it."""
     _ending.update(code=code, line="")
 
 
 @contextlib.contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does, and none of them within `hold`."""
+    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does,
+    and none of them within `hold`."""
     before = listen(raise_or_keep)
     try:
         yield
@@ -124,12 +130,13 @@ def held(function: Callable) -> Callable:
 class Interrupt:
     """A context within which signals end a run in order. To be entered by the main thread.
 
-    patient False (start and warm-up, where nothing can be left half done): the first signal raises KeyboardInterrupt.
-    patient True: it is noted, and `check` raises; a second one, at least AGAIN_S later, raises at once.
+    patient False (start and warm-up, where nothing can be left half done): the first signal raises
+    KeyboardInterrupt. patient True: it is noted, and `check` raises; a second one, at least AGAIN_S later,
+    raises at once.
     says: what is told of the first one while patient.
 
-    Of several processes the first one decides, because it writes the log and may not be left alone in a collective: the
-    others pass the request on to it and train on until it has stopped.
+    Of several processes the first one decides, because it writes the log and may not be left alone in a
+    collective: the others pass the request on to it and train on until it has stopped.
     """
 
     def __init__(self, main: bool, patient: bool = True) -> None:
@@ -151,7 +158,8 @@ class Interrupt:
             signal.signal(TOLD, signal.SIG_IGN)  # a process that is still under way may pass its request on
 
     def join(self, ids: Sequence[int], leader: int | None) -> None:
-        """Name the run's processes on this machine. leader: the first process's id, None if it is on another machine.
+        """Name the run's processes on this machine. leader: the first process's id,
+        None if it is on another machine.
 
         Called by all of them before the first may tell the others.
         """

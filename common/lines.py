@@ -1,4 +1,5 @@
-"""Lines for people: on a terminal they heed its width, in a pipe or a file each stays whole, so that programs can read it.
+"""Lines for people: on a terminal they heed its width, in a pipe or a file each stays whole,
+so that programs can read it.
 
 COLUMNS alone states a width where there is no terminal. Characters that the terminal's encoding lacks are console.guard's business.
 """
@@ -29,8 +30,10 @@ def room() -> int | None:
 
 
 def columns_of(text: str) -> int:
-    """Columns of a terminal that a text takes: two for a wide character, none for one that joins the one before."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Columns of a terminal that a text takes: two for a wide character,
+    none for one that joins the one before."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+               for c in text)
 
 
 def ellipsis() -> str:
@@ -57,8 +60,10 @@ def wrapped(line: str, columns: int) -> list[str]:
     if columns_of(line) <= columns:
         return [line]
     lead = len(line) - len(line.lstrip())
-    padded = "".join(c + "\0" if unicodedata.east_asian_width(c) in "WF" else c for c in line)  # textwrap counts characters
-    parts = textwrap.wrap(padded, columns, subsequent_indent=" " * min(lead + INDENT, columns // 2), break_on_hyphens=False)
+    # textwrap counts characters
+    padded = "".join(c + "\0" if unicodedata.east_asian_width(c) in "WF" else c for c in line)
+    parts = textwrap.wrap(padded, columns, subsequent_indent=" " * min(lead + INDENT, columns // 2),
+                          break_on_hyphens=False)
     return [part.replace("\0", "") for part in parts]
 
 

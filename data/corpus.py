@@ -1,7 +1,8 @@
-"""The embedded corpus: real English text with a vocabulary of 1,257 tokens, for CPUs (sample/README.md says whose).
+"""The embedded corpus: real English text with a vocabulary of 1,257 tokens,
+for CPUs (sample/README.md says whose).
 
-Its documents are short on purpose: lengths, in units of the scaled maximum document length (2048 / 16 = 128 tokens),
-are drawn like FineWeb's, so that loaders which pack or cut documents waste little.
+Its documents are short on purpose: lengths, in units of the scaled maximum document length (2048 / 16 = 128
+tokens), are drawn like FineWeb's, so that loaders which pack or cut documents waste little.
 """
 
 import functools
@@ -24,15 +25,16 @@ from common.errors import UserError
 HERE = Path(__file__).parent
 SALT = "speedrun sample v1"  # order and split depend on this and the text only
 VALIDATION_CHARACTERS = 250_000
-# FineWeb sample-10BT: about 14.9 M documents in 10.26 B tokens, so 690 tokens on average; the median of about 400 is
-# an estimate. A log-normal with these two in units of 2048 tokens, here of 128.
+# FineWeb sample-10BT: about 14.9 M documents in 10.26 B tokens, so 690 tokens on average; the median of about
+# 400 is an estimate. A log-normal with these two in units of 2048 tokens, here of 128.
 MEDIAN_TOKENS, SIGMA = 400 / 16, 1.04
 DIGESTS = {"train": "a117429a85abd6decb842f6cfb2975db55250324daf9265f9cc5fb0658f8eeeb",
            "val": "1e24ce4ea45767dd70d05a1050dda387aee62b8c87a92fdb5c91577ef4666fe3"}
 
 
 def source_documents():
-    """(validation, train): lists of source texts, ordered by salted hash, paragraphs of 40+ characters kept once."""
+    """(validation, train): lists of source texts, ordered by salted hash,
+    paragraphs of 40+ characters kept once."""
     text = lzma.decompress((HERE / "sample" / "corpus.txt.xz").read_bytes()).decode("utf-8")
     documents = sorted(text.split("\n\f\n"), key=lambda t: hashlib.sha256((SALT + t).encode()).digest())
     seen, cleaned = set(), []
@@ -52,7 +54,8 @@ def source_documents():
 
 
 def cut(document, generator, characters_per_token):
-    """Pieces of a source document, cut at paragraph ends where one is near the drawn length, else at sentence ends."""
+    """Pieces of a source document, cut at paragraph ends where one is near the drawn length,
+    else at sentence ends."""
     pieces, current = [], ""
     target = generator.lognormvariate(0, SIGMA) * MEDIAN_TOKENS * characters_per_token
     for paragraph in document.split("\n\n"):
@@ -74,11 +77,13 @@ def cut(document, generator, characters_per_token):
 def documents():
     """(validation, train): the documents of the corpus, in order."""
     generator = random.Random(SALT)
-    return tuple([piece for text in part for piece in cut(text, generator, 2.9)] for part in source_documents())
+    return tuple([piece for text in part for piece in cut(text, generator, 2.9)]
+                 for part in source_documents())
 
 
 def sample_corpus(cache=None):
-    """The embedded corpus as shards in `cache`/sample-v1, made on first use (seconds; several processes may race)."""
+    """The embedded corpus as shards in `cache`/sample-v1, made on first use (seconds;
+    several processes may race)."""
     return _sample_corpus(Path(cache or default_cache()))
 
 
@@ -90,8 +95,9 @@ def _sample_corpus(cache):
             cache.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".tmp", dir=cache))
         except OSError as error:
-            raise UserError(f"cannot write the cache folder {cache}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
-                            "you may write") from None
+            raise UserError(
+                f"cannot write the cache folder {cache}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
+                "you may write") from None
         try:
             build(temporary)
             temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
@@ -105,13 +111,15 @@ def _sample_corpus(cache):
     corpus = open_corpus(folder)
     for part, path in (("train", corpus.train[0]), ("val", corpus.val)):
         if hashlib.sha256(open_shard(path)).hexdigest() != DIGESTS[part]:
-            raise UserError(f"{path} does not hold the tokens it should: delete {folder} and start again; if this "
-                            "comes back, tiktoken is not the pinned version")
+            raise UserError(
+                f"{path} does not hold the tokens it should: delete {folder} and start again; if this "
+                "comes back, tiktoken is not the pinned version")
     return corpus
 
 
 def corpus_for(scale, data=None, settings=None):
-    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro, FineWeb's otherwise.
+    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro,
+    FineWeb's otherwise.
 
     settings: those of the run, for a message that says how many shards to download.
     """
@@ -125,7 +133,10 @@ def corpus_for(scale, data=None, settings=None):
 def build(folder):
     """Write the shards and corpus.json into an existing folder."""
     encoding = load("sample")
-    for part, name, texts in zip(("val", "train"), ("sample_val_000000.bin", "sample_train_000001.bin"), documents()):
+    for part, name, texts in zip(("val", "train"), ("sample_val_000000.bin", "sample_train_000001.bin"),
+                                 documents()):
         write_shard(folder / name, [i for ids in encode_documents(encoding, texts) for i in ids])
-    about = {"name": "sample", "tokenizer": "sample", "vocab_size": encoding.n_vocab, "bos": encoding.eot_token}
+    about = {
+        "name": "sample", "tokenizer": "sample", "vocab_size": encoding.n_vocab, "bos": encoding.eot_token
+    }
     files.write(folder / "corpus.json", files.json_text(about) + "\n")

@@ -1,9 +1,10 @@
-"""Text of any length -> token ids in bounded memory: cut where GPT-2's pre-tokenizer splits whatever stands around.
+"""Text of any length -> token ids in bounded memory: cut where GPT-2's pre-tokenizer splits
+whatever stands around.
 
-The pre-tokenizer (r50k) splits a text into letters, numbers, other characters, each with one blank before them, and
-whitespace. A text cut at such a border gives the same tokens. A run of one kind without a border, a million blanks say, is one
-piece of the pre-tokenizer: tiktoken's regular expression panics on long ones, so they go to the byte-pair merges directly,
-in parts whose tokens at the joints are checked.
+The pre-tokenizer (r50k) splits a text into letters, numbers, other characters, each with one blank before
+them, and whitespace. A text cut at such a border gives the same tokens. A run of one kind without a border, a
+million blanks say, is one piece of the pre-tokenizer: tiktoken's regular expression panics on long ones, so
+they go to the byte-pair merges directly, in parts whose tokens at the joints are checked.
 """
 
 import functools
@@ -17,8 +18,10 @@ from common.errors import UserError
 
 SEGMENT = 131_072  # characters in one call of tiktoken; it panics on a million blanks or line breaks
 RUN = 1_024  # a run of one kind that is at least so long may be treated as a piece
-# White_Space of Unicode, as \s of tiktoken's regular expressions; str.isspace has four control characters more
-BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
+# White_Space of Unicode, as \s of tiktoken's regular expressions;
+# str.isspace has four control characters more
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000,
+                                                              0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
 # a blank after something else; and the last of several blanks, which belongs to what follows
 CUT = re.compile(f"(?<=[^{BLANKS}])(?=[{BLANKS}])|(?<=[{BLANKS}])(?=[{BLANKS}][^{BLANKS}])")
 NEAR = 4_096  # characters searched at once, from the end of a segment backwards
@@ -26,7 +29,8 @@ NEAR = 4_096  # characters searched at once, from the end of a segment backwards
 
 @functools.cache
 def kind(character: str) -> str:
-    """The pre-tokenizer's kind: W whitespace, L letter, N number, O other; "" for what this Python's Unicode lacks."""
+    """The pre-tokenizer's kind: W whitespace, L letter, N number, O other;
+    "" for what this Python's Unicode lacks."""
     if character in BLANKS:
         return "W"
     category = unicodedata.category(character)
@@ -38,8 +42,8 @@ def kind(character: str) -> str:
 def last_cut(text: str, limit: int) -> int:
     """The last place up to `limit` where a cut of the text changes no tokens; 0 if there is none.
 
-    A border between two kinds that are not whitespace serves where there is no whitespace. An apostrophe before a letter is no
-    border, because 's and 'll are pieces.
+    A border between two kinds that are not whitespace serves where there is no whitespace. An apostrophe
+    before a letter is no border, because 's and 'll are pieces.
     """
     for end in range(limit, 0, -NEAR):
         found = [m.start() for m in CUT.finditer(text, max(0, end - NEAR), end + 2) if 0 < m.start() <= limit]
@@ -55,7 +59,8 @@ def last_cut(text: str, limit: int) -> int:
 
 
 def run_length(text: str) -> int:
-    """Characters of one kind at the beginning, with the blank that goes before letters, numbers and others; 0 if unknown."""
+    """Characters of one kind at the beginning, with the blank that goes before letters, numbers and others;
+    0 if unknown."""
     first = 1 if text[:1] == " " and kind(text[1:2] or " ") != "W" else 0
     of = kind(text[first])
     if not of:
@@ -92,10 +97,11 @@ class Source:
 
 
 def segments(merges: tiktoken.Encoding, pieces: Iterable[str]) -> Iterator[str | list[int]]:
-    """Parts of a text whose tokens, one after the other, are the tokens of the whole: a str to encode, or ids of a long run.
+    """Parts of a text whose tokens, one after the other, are the tokens of the whole: a str to encode,
+    or ids of a long run.
 
-    merges: the encoding without a pre-tokenizer (tokenizer.merges_only). pieces: the text, in parts of any length. No str is
-    longer than SEGMENT as long as there are places to cut.
+    merges: the encoding without a pre-tokenizer (tokenizer.merges_only). pieces: the text, in parts of any
+    length. No str is longer than SEGMENT as long as there are places to cut.
     """
     source, size = Source(pieces), SEGMENT
     while True:
@@ -117,8 +123,9 @@ def segments(merges: tiktoken.Encoding, pieces: Iterable[str]) -> Iterator[str |
 def run(merges: tiktoken.Encoding, source: Source) -> Iterator[list[int]]:
     """Token ids of the one piece of the pre-tokenizer that the source begins with, part by part.
 
-    A list of tokens is what byte-pair merging gives if and only if merging gives every two neighbours back, so only the two
-    at each joint have to be looked at. UserError if they are not: merges would then have to be followed back further.
+    A list of tokens is what byte-pair merging gives if and only if merging gives every two neighbours back,
+    so only the two at each joint have to be looked at. UserError if they are not: merges would then have to
+    be followed back further.
     """
     before: list[int] = []
     while True:
@@ -129,7 +136,8 @@ def run(merges: tiktoken.Encoding, source: Source) -> Iterator[list[int]]:
             length -= 1  # the last blank belongs to what follows
         ids = merges.encode_ordinary(text[:min(length, 2 * SEGMENT)])
         if before and not joins(merges, before, ids):
-            raise UserError("a run of characters of one kind, without a blank, cannot be cut into tokens: break it up")
+            raise UserError(
+                "a run of characters of one kind, without a blank, cannot be cut into tokens: break it up")
         if ends and length <= 2 * SEGMENT:
             source.take(length)
             yield ids
@@ -148,7 +156,8 @@ def whole_characters(merges: tiktoken.Encoding, ids: list[int], at: int) -> int:
 
 
 def joins(merges: tiktoken.Encoding, left: list[int], right: list[int]) -> bool:
-    """Whether merging gives the last token of `left` and the first of `right` back, with the rest of their characters."""
+    """Whether merging gives the last token of `left` and the first of `right` back,
+    with the rest of their characters."""
     start = len(left) - 1
     while merges.decode_single_token_bytes(left[start])[0] & 0xC0 == 0x80:
         start -= 1

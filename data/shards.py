@@ -1,9 +1,10 @@
 """Shards and folders of shards.
 
-A shard is 256 little-endian int32 (20240520, version 1, number of tokens, zeros) followed by uint16 token ids: the
-format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder of shards NAME_train_NUMBER.bin and NAME_val_NUMBER.bin of
-one NAME, in the order of their numbers, with a `corpus.json` {"name", "tokenizer", "vocab_size", "bos"}. Only a folder of
-FineWeb's own names, fineweb_*, needs no corpus.json. `shards.json`, if there, holds the SHA-256 of each file (data/fineweb.py).
+A shard is 256 little-endian int32 (20240520, version 1, number of tokens, zeros) followed by uint16 token
+ids: the format of kjj0/fineweb10B-gpt2 and of llm.c. A corpus is a folder of shards NAME_train_NUMBER.bin and
+NAME_val_NUMBER.bin of one NAME, in the order of their numbers, with a `corpus.json` {"name", "tokenizer",
+"vocab_size", "bos"}. Only a folder of FineWeb's own names, fineweb_*, needs no corpus.json. `shards.json`, if
+there, holds the SHA-256 of each file (data/fineweb.py).
 """
 
 import contextlib
@@ -29,7 +30,8 @@ SCAN = 4_000_000  # tokens that one look for document starts covers
 LOOK = 2 ** 22  # tokens held at once by a look at all of a shard
 BLOCK = 512  # tokens: so many zeros in a row are a hole, because text never has them
 GPT2 = {"name": "fineweb", "tokenizer": "gpt2", "vocab_size": 50257, "bos": 50256}
-TOKENIZERS = {"gpt2": (50257, 50256), "sample": (1257, 1256)}  # vocab_size and bos of the tokenizers of this project
+# vocab_size and bos of the tokenizers of this project
+TOKENIZERS = {"gpt2": (50257, 50256), "sample": (1257, 1256)}
 SHARD_NAME = re.compile(r"(?P<name>.+)_(?P<part>train|val)_(?P<number>\d+)\.bin")
 MANIFEST = "shards.json"
 
@@ -51,7 +53,8 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
-    """A shard to append to; the file appears whole when the block ends, and not at all if the block raises."""
+    """A shard to append to; the file appears whole when the block ends,
+    and not at all if the block raises."""
     with files.writing(path) as file:
         file.write(bytes(HEADER_BYTES))
         shard = ShardWriter(path, file)
@@ -63,7 +66,8 @@ def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
 
 
 def write_shard(path, tokens):
-    """Write token ids (any integer array, values < 65536) as a shard; the file appears whole or not at all."""
+    """Write token ids (any integer array, values < 65536) as a shard;
+    the file appears whole or not at all."""
     with writing_shard(path) as shard:
         shard.append(tokens)
 
@@ -82,10 +86,12 @@ def read_header(path):
         raise UserError(f"cannot read shard {path}: {error.strerror}") from None
     again = "download or tokenise it again"
     if header is None:
-        raise UserError(f"{path}: {size} bytes is too short for a shard header ({HEADER_BYTES} bytes): {again}")
+        raise UserError(
+            f"{path}: {size} bytes is too short for a shard header ({HEADER_BYTES} bytes): {again}")
     if header[0] != MAGIC:
-        raise UserError(f"{path}: wrong magic number {header[0]} (a shard begins with {MAGIC}): not a token shard, "
-                        f"{again}")
+        raise UserError(
+            f"{path}: wrong magic number {header[0]} (a shard begins with {MAGIC}): not a token shard, "
+            f"{again}")
     if header[1] != VERSION:
         raise UserError(f"{path}: shard version {header[1]}, this program reads version {VERSION}: {again}")
     count, held = int(header[2]), (size - HEADER_BYTES) / 2
@@ -104,11 +110,13 @@ def open_shard(path):
 
 
 class Shard:
-    """The tokens of a shard and where its documents begin, found piece by piece: no step waits for more than it needs.
+    """The tokens of a shard and where its documents begin, found piece by piece:
+    no step waits for more than it needs.
 
-    starts: positions of `bos` in tokens[:scanned]. ends: of those documents whose end is known, cut at `longest` tokens.
-    kept: tokens of the first i documents so cut, i = 0 .. len(ends). All int64. Tokens before the first start belong to
-    the last document of the shard before and are not counted.
+    starts: positions of `bos` in tokens[:scanned]. ends: of those documents whose end is known, cut at
+    `longest` tokens.
+    kept: tokens of the first i documents so cut, i = 0 .. len(ends). All int64. Tokens before the first start
+    belong to the last document of the shard before and are not counted.
     """
 
     def __init__(self, path, bos, longest):
@@ -136,8 +144,9 @@ class Shard:
             self.scan()
             return True
         if not len(self.starts):
-            raise UserError(f"{self.path}: no document begins here (token {self.bos}), but the loader goes by documents: "
-                            "choose data.loader=synced, mend bos in corpus.json, or tokenise the text again")
+            raise UserError(
+                f"{self.path}: no document begins here (token {self.bos}), but the loader goes by documents: "
+                "choose data.loader=synced, mend bos in corpus.json, or tokenise the text again")
         return False
 
     def first(self, position):
@@ -150,7 +159,8 @@ class Shard:
                 return None
 
     def fill(self, first, count):
-        """(starts, ends, next document) of the cut documents from number `first` on that together hold count tokens.
+        """(starts, ends, next document) of the cut documents from number `first` on that
+        together hold count tokens.
 
         The last one is cut to fit. None if the shard has too few.
         """
@@ -182,7 +192,8 @@ GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record re
 
 
 def open_corpus(folder, get=GET):
-    """The Corpus in a folder; every header is checked. UserError says what to type when something is missing (`get`)."""
+    """The Corpus in a folder; every header is checked. UserError says what to type when
+    something is missing (`get`)."""
     folder = Path(folder)
     try:
         names = os.listdir(folder)
@@ -191,7 +202,8 @@ def open_corpus(folder, get=GET):
     except NotADirectoryError:
         raise UserError(f"{folder} is a file, not a folder of shards: {get}") from None
     except OSError as error:
-        raise UserError(f"cannot read the data folder {folder}: {error.strerror}: mend it or choose another") from None
+        raise UserError(
+            f"cannot read the data folder {folder}: {error.strerror}: mend it or choose another") from None
     found = numbered(folder, [n for n in names if n.endswith(".bin") and not files.is_leftover(n)])
     for part, called in (("train", "train shards"), ("val", "validation shard")):
         if not found[part]:
@@ -203,7 +215,8 @@ def open_corpus(folder, get=GET):
 
 
 def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
-    """{"train" and "val": {number: path}} in the order of numbers, which must be without gaps and of one corpus."""
+    """{"train" and "val": {number: path}} in the order of numbers,
+    which must be without gaps and of one corpus."""
     found: dict[str, dict[int, Path]] = {"train": {}, "val": {}}
     corpora: dict[str, str] = {}
     for name in sorted(names):
@@ -232,7 +245,8 @@ def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
 
 
 def read_about(folder: Path, first: str) -> dict:
-    """What corpus.json says, all four keys of the right type; FineWeb's for shards of FineWeb's names without one."""
+    """What corpus.json says, all four keys of the right type;
+    FineWeb's for shards of FineWeb's names without one."""
     path = folder / "corpus.json"
     if not os.path.lexists(path):
         if first.startswith("fineweb_"):
@@ -276,7 +290,8 @@ def outside(where, highest, vocab_size):
 # ----- digests and what only a look at every token finds -------------------------------------------------------------
 
 def corpus_digest(corpus, shards_used):
-    """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order, not names.
+    """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order,
+    not names.
 
     Every token of these shards and of the validation shard is looked at once: see check_tokens.
     """
@@ -288,12 +303,14 @@ def corpus_digest(corpus, shards_used):
 
 
 def val_digest(corpus, tokens):
-    """sha256 of the first tokens + 1 ids of the validation shard: the targets that every run is measured on."""
+    """sha256 of the first tokens + 1 ids of the validation shard:
+    the targets that every run is measured on."""
     return hashlib.sha256(open_shard(corpus.val)[:tokens + 1].tobytes()).hexdigest()
 
 
 def check_tokens(corpus: Corpus, shards_used: int) -> None:
-    """UserError for ids outside the vocabulary, holes, files that changed since the download, and parts that do not match."""
+    """UserError for ids outside the vocabulary, holes, files that changed since the download,
+    and parts that do not match."""
     manifest = read_manifest(corpus.folder)
     for path in (*corpus.train[:shards_used], corpus.val):
         facts = shard_facts(path, corpus.bos)
@@ -301,15 +318,20 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
             raise UserError(outside(path, facts["highest"], corpus.vocab_size))
         check_hole(path, facts)
         if 2 * facts["documents"] > read_header(path):
-            raise UserError(f"{path}: {facts['documents']} of {read_header(path)} tokens are document starts (token "
-                            f"{corpus.bos}): mend bos in corpus.json, or tokenise the text again")
+            raise UserError(
+                f"{path}: {facts['documents']} of {read_header(path)} tokens are document starts (token "
+                f"{corpus.bos}): mend bos in corpus.json, or tokenise the text again")
         expected = manifest.get(path.name, {}).get("tokens_sha256")
         if expected not in (None, facts["sha256"]):
-            raise UserError(f"{path} is not what was downloaded: run `python -m data.fineweb` again with --verify")
-    begun = {path: shard_facts(path, corpus.bos)["documents"] for path in (*corpus.train[:shards_used], corpus.val)}
+            raise UserError(
+                f"{path} is not what was downloaded: run `python -m data.fineweb` again with --verify")
+    begun = {
+        path: shard_facts(path, corpus.bos)["documents"] for path in (*corpus.train[:shards_used], corpus.val)
+    }
     val, train = begun[corpus.val], sum(n for path, n in begun.items() if path != corpus.val)
     if (val == 0) != (train == 0):
-        without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0], "the validation shard")
+        without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0],
+                                                                        "the validation shard")
         raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: the two were made "
                         "with different tokenizers; tokenise the text again")
     if not val:
@@ -333,7 +355,8 @@ def read_manifest(folder: Path) -> dict:
 
 
 def shard_facts(path: Path | str, bos: int) -> dict:
-    """sha256 of the tokens, highest id, number of documents (tokens `bos`) and place of the first hole, or None.
+    """sha256 of the tokens, highest id, number of documents (tokens `bos`) and place of the first hole,
+    or None.
 
     Remembered by path, size and time, because a look at 200 MB takes a second.
     """

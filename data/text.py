@@ -1,10 +1,11 @@
 """Documents of text files, JSON lines, JSON arrays and parquet files, in bounded memory.
 
-The format is found in the content (magic bytes, first characters) or given; a name only helps to refuse what claims to be
-something else. gz, zst, xz and bz2 are unpacked on the way. What is not understood is refused by name.
+The format is found in the content (magic bytes, first characters) or given; a name only helps to refuse what
+claims to be something else. gz, zst, xz and bz2 are unpacked on the way.
+What is not understood is refused by name.
 
-Text: UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped; CRLF and CR line ends become LF. Strings inside JSON
-and parquet stay as they are.
+Text: UTF-8, or UTF-16 and UTF-32 with a byte-order mark, which is dropped; CRLF and CR line ends become LF.
+Strings inside JSON and parquet stay as they are.
 """
 
 import bz2
@@ -25,21 +26,29 @@ from common.errors import UserError
 
 FORMATS = ("auto", "text", "jsonl", "parquet")
 CHUNK, SNIFF = 2 ** 18, 2 ** 16  # bytes read at once; bytes looked at to find a format
-PACKED = {"gz": rb"\x1f\x8b", "zst": rb"\x28\xb5\x2f\xfd", "xz": rb"\xfd7zXZ\x00", "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P)"}
+PACKED = {
+    "gz": rb"\x1f\x8b", "zst": rb"\x28\xb5\x2f\xfd", "xz": rb"\xfd7zXZ\x00",
+    "bz2": rb"BZh[1-9](1AY&SY|\x17rE8P)"
+}
 MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32-le", codecs.BOM_UTF32_BE: "utf-32-be",
-         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}  # UTF-32 first: its mark begins like UTF-16's
+         # UTF-32 first: its mark begins like UTF-16's
+         codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 SHARD = (20240520).to_bytes(4, "little")
-REFUSED = {b"%PDF-": "a PDF document", b"PK\x03\x04": "a zip archive (docx, xlsx, epub and .pt files are such too)",
-           b"PK\x05\x06": "an empty zip archive", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
-           b"SQLite format 3\0": "an SQLite database", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-           b"\xd0\xcf\x11\xe0": "an old Office document", b"{\\rtf": "an RTF document", b"%!PS": "a PostScript document",
-           b"\x7fELF": "a program", b"\x93NUMPY": "a numpy array", b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro file",
-           b"\x04\x22\x4d\x18": "lz4 data", b"WARC/": "a web archive (WARC)", SHARD: "a token shard already",
-           b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull)",
-           **{bytes([0x80, i]): "a pickle" for i in range(2, 6)}}
+REFUSED = {
+    b"%PDF-": "a PDF document", b"PK\x03\x04": "a zip archive (docx, xlsx, epub and .pt files are such too)",
+    b"PK\x05\x06": "an empty zip archive", b"\x89PNG": "a PNG image", b"\xff\xd8\xff": "a JPEG image",
+    b"SQLite format 3\0": "an SQLite database", b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"\xd0\xcf\x11\xe0": "an old Office document", b"{\\rtf": "an RTF document",
+    b"%!PS": "a PostScript document", b"\x7fELF": "a program", b"\x93NUMPY": "a numpy array",
+    b"\x89HDF": "an HDF5 file", b"Obj\x01": "an Avro file", b"\x04\x22\x4d\x18": "lz4 data",
+    b"WARC/": "a web archive (WARC)", SHARD: "a token shard already",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull)",
+    **{bytes([0x80, i]): "a pickle" for i in range(2, 6)}
+}
 REFUSED_BINARY = {b"GIF8": "a GIF image", b"RIFF": "a RIFF file (sound, film or WebP)", b"Rar!": "a RAR archive",
                   b"MZ": "a program", b"ARROW1": "an Arrow file", b"ORC": "an ORC file", b"ID3": "a sound file",
-                  b"OggS": "a sound file", b"GGUF": "a GGUF model"}  # a text may begin so: only with zero bytes
+                  # a text may begin so: only with zero bytes
+                  b"OggS": "a sound file", b"GGUF": "a GGUF model"}
 MARKUP = re.compile(r"(?i)\s*<(!doctype html|html|\?xml)")
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".xls", ".ods")
@@ -48,9 +57,11 @@ SPACES = re.compile(r"[ \t\r\n]*")
 
 
 class Reader:
-    """One input file: its unpacked bytes, its format ("text", "jsonl", "array" or "parquet") and its encoding."""
+    """One input file: its unpacked bytes, its format ("text", "jsonl",
+    "array" or "parquet") and its encoding."""
 
-    def __init__(self, path: Path | str, format: str = "auto", field: str = "text", separator: str = "\n\f\n"):
+    def __init__(self, path: Path | str, format: str = "auto", field: str = "text",
+                 separator: str = "\n\f\n"):
         self.path, self.field, self.separator = Path(path), field, separator
         self.packed, self.encoding, self.mark = "", "utf-8", b""
         with self.opened() as file:
@@ -82,10 +93,12 @@ class Reader:
             return "text"
         if format == "auto":
             refuse_by_name(self.path, names, start)
-        return json_format(self.path, start, sure=format == "jsonl" or any(n in JSON_NAMES for n in names)) or "text"
+        return json_format(self.path, start, sure=format == "jsonl" or any(n in JSON_NAMES
+                                                                           for n in names)) or "text"
 
     def documents(self) -> Iterator[tuple[Iterator[str], str]]:
-        """(pieces of the text, where it stands) of every document, in order; pieces must be used before the next one."""
+        """(pieces of the text, where it stands) of every document, in order;
+        pieces must be used before the next one."""
         if self.format == "parquet":
             yield from ((pieces(text), where) for text, where in self.parquet())
             return
@@ -135,7 +148,8 @@ class Reader:
         def value(line):
             try:
                 return json.loads(line)
-            except (ValueError, RecursionError) as error:  # ValueError: JSONDecodeError, and numbers of too many digits
+            # ValueError: JSONDecodeError, and numbers of too many digits
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.path}, line {number}: not valid JSON ({getattr(error, 'msg', None) or error}): mend or "
                                 f"remove the line{self.hint}") from None
 
@@ -166,7 +180,8 @@ class Reader:
             buffer, at = "".join(parts), 0
 
         def wrong(reason):
-            return UserError(f"{self.path}, element {number}: not valid JSON ({reason}): mend the array{self.hint}")
+            return UserError(
+                f"{self.path}, element {number}: not valid JSON ({reason}): mend the array{self.hint}")
 
         def mark():
             """The next character that is not a blank."""
@@ -182,7 +197,8 @@ class Reader:
             try:
                 value, end = decoder.raw_decode(buffer, at)
             except json.JSONDecodeError as error:
-                if ended or (error.pos < len(buffer) - 16 and not error.msg.startswith("Unterminated string")):
+                if ended or (error.pos < len(buffer) - 16
+                             and not error.msg.startswith("Unterminated string")):
                     raise wrong(error.msg) from None
                 more()
                 continue
@@ -208,8 +224,9 @@ class Reader:
             raise UserError(f"{where}: {_kind(record)} instead of an object with the field {self.field!r}: mend or remove it"
                             f"{self.hint}")
         elif self.field not in record:
-            raise UserError(f"{where}: no text in field {self.field!r}, the record has {_names(record)}: choose one with "
-                            "--field")
+            raise UserError(
+                f"{where}: no text in field {self.field!r}, the record has {_names(record)}: choose one with "
+                "--field")
         elif not isinstance(record[self.field], str):
             raise UserError(f"{where}: no text in field {self.field!r} but {_kind(record[self.field])}: mend or remove the "
                             "record, or choose another --field")
@@ -249,8 +266,9 @@ class Reader:
                                             "or choose another --field")
                         yield text, f"{self.path}, row {row}"
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.path}: cannot be read as parquet after row {row} ({_first_line(error)}): make it "
-                            "again") from None
+            raise UserError(
+                f"{self.path}: cannot be read as parquet after row {row} ({_first_line(error)}): make it "
+                "again") from None
 
 
 # ----- formats ------------------------------------------------------------------------------------------------------
@@ -266,7 +284,8 @@ def _named(path, reader):
     try:
         with contextlib.ExitStack() as stack:
             file, reader.packed = stack.enter_context(open(path, "rb")), ""
-            while packed := next((name for name, magic in PACKED.items() if re.match(magic, file.peek(10))), ""):
+            while packed := next((name for name, magic in PACKED.items() if re.match(magic, file.peek(10))),
+                                 ""):
                 if packed == "zst":
                     broken.append(_zst(path).ZstdError)
                 unpack = {"gz": gzip.open, "xz": lzma.open, "bz2": bz2.open}.get(packed) or _zst(path).open
@@ -276,7 +295,9 @@ def _named(path, reader):
     except tuple(broken) as error:
         system = getattr(error, "strerror", None)
         what = "cannot be read" if system or not reader.packed else f"broken {reader.packed} data"
-        raise UserError(f"{path}: {what} ({system or _first_line(error)}): get the file again, or choose another") from None
+        raise UserError(
+            f"{path}: {what} ({system or _first_line(error)}): get the file again, or choose another"
+        ) from None
 
 
 def _zst(path):
@@ -307,20 +328,23 @@ def refuse_by_content(path, head):
         at = head.index(0)
         if max(zeros) > len(head) // 5 and min(zeros) < max(zeros) // 10:
             order = "LE" if zeros[1] > zeros[0] else "BE"
-            raise UserError(f"{path} looks like UTF-16 text without a byte-order mark: convert it to UTF-8 (iconv -f "
-                            f"UTF-16{order} -t UTF-8)")
+            raise UserError(
+                f"{path} looks like UTF-16 text without a byte-order mark: convert it to UTF-8 (iconv -f "
+                f"UTF-16{order} -t UTF-8)")
         raise UserError(f"{path} is binary data (a zero byte at byte {at}): {again}, or add --format text")
 
 
 def refuse_by_name(path, names, start):
     if MARKUP.match(start):
-        raise UserError(f"{path} is HTML or XML: extract its text, or add --format text to train on the markup")
+        raise UserError(
+            f"{path} is HTML or XML: extract its text, or add --format text to train on the markup")
     for name in names:
         if name in TABLES:
             raise UserError(f"{path} is a table ({name}): export the column as JSON lines, or add --format text to train on it "
                             "as it stands")
         if name == ".parquet":
-            raise UserError(f"{path} is named .parquet and is none (those begin with PAR1): get the file again")
+            raise UserError(
+                f"{path} is named .parquet and is none (those begin with PAR1): get the file again")
 
 
 def json_format(path, start, sure):
@@ -345,10 +369,11 @@ def json_format(path, start, sure):
 # ----- text ---------------------------------------------------------------------------------------------------------
 
 def split(chunks, separator: str) -> Iterator[Iterator[str]]:
-    """The documents between separators, each as an iterator over pieces. Line breaks around a document belong to none.
+    """The documents between separators, each as an iterator over pieces.
+    Line breaks around a document belong to none.
 
-    An empty separator makes one document. The text counts as if it stood between line breaks, so that a separator at its
-    beginning or end is one too; two separators may share a line break.
+    An empty separator makes one document. The text counts as if it stood between line breaks, so that a
+    separator at its beginning or end is one too; two separators may share a line break.
     """
     parts = _parts(chunks, separator)
     more = True
@@ -410,13 +435,16 @@ def checked(text, where):
     """The text, if it can be written as UTF-8: JSON may hold half a surrogate pair."""
     half = HALF.search(text)  # not text.encode(), which would copy it
     if half:
-        raise UserError(f"{where}: half a surrogate pair at character {half.start()}: mend or remove the record")
+        raise UserError(
+            f"{where}: half a surrogate pair at character {half.start()}: mend or remove the record")
     return text
 
 
 def _kind(value):
-    return {type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list", dict: "an object",
-            str: "a string"}[type(value)]
+    return {
+        type(None): "null", bool: "true or false", int: "a number", float: "a number", list: "a list",
+        dict: "an object", str: "a string"
+    }[type(value)]
 
 
 def _names(names):

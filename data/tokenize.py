@@ -1,8 +1,10 @@
 """Text -> shards: `python -m data.tokenize FILE... --out DIR [--tokenizer gpt2|sample]`.
 
-Files are text, JSON lines, JSON arrays or parquet, also packed (data/text.py). A text file holds documents separated by
-`--separator`, by default a line with nothing but a form feed, so a file without one is one document. The first documents
-become the validation shard; of a text that is too short for that, a single document above all, its last tokens do.
+Files are text, JSON lines, JSON arrays or parquet, also packed (data/text.py). A text file holds documents
+separated by
+`--separator`, by default a line with nothing but a form feed, so a file without one is one document. The
+first documents become the validation shard; of a text that is too short for that, a single document above
+all, its last tokens do.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -35,7 +37,8 @@ JUNK = (".DS_Store", *files.LEFTOVERS)  # what file managers leave in a folder
 
 
 def token_ids(readers: Iterable[Reader], tokenizer: str) -> Iterator[tuple[bool, np.ndarray]]:
-    """(whether a document begins, token ids) of parts of documents, in order; documents begin with <|endoftext|>."""
+    """(whether a document begins, token ids) of parts of documents, in order;
+    documents begin with <|endoftext|>."""
     encoding, merges = load(tokenizer), merges_only(tokenizer)
     batch, size, marked = [], 0, False
 
@@ -61,7 +64,8 @@ def token_ids(readers: Iterable[Reader], tokenizer: str) -> Iterator[tuple[bool,
                         yield from encoded()
                         batch, size = [], 0
             except UserError as error:
-                raise UserError(str(error) if str(error).startswith(str(reader.path)) else f"{where}: {error}") from None
+                raise UserError(
+                    str(error) if str(error).startswith(str(reader.path)) else f"{where}: {error}") from None
     yield from encoded()
 
 
@@ -70,7 +74,8 @@ class Writer:
 
     def __init__(self, folder: Path, name: str, val_tokens: int, shard_tokens: int):
         self.folder, self.name, self.val_tokens, self.shard_tokens = folder, name, val_tokens, shard_tokens
-        self.val, self.documents, self.shards = 0, 0, 0  # validation tokens, documents and train shards so far
+        # validation tokens, documents and train shards so far
+        self.val, self.documents, self.shards = 0, 0, 0
         self.open, self.held = contextlib.ExitStack(), None
 
     def path(self, part, number):
@@ -105,15 +110,19 @@ class Writer:
 
 
 def split_last(writer: Writer, tokenizer: str) -> None:
-    """Train shards from the beginning of the validation shard, which holds all there is; its last tokens stay validation.
+    """Train shards from the beginning of the validation shard, which holds all there is;
+    its last tokens stay validation.
 
-    The border lies val_tokens before the end, or at the beginning of that line if it begins within an eighth more.
+    The border lies val_tokens before the end, or at the beginning of that line if it begins within an eighth
+    more.
     """
     encoding, path, total = load(tokenizer), writer.path("val", 0), writer.val
     least = writer.val_tokens
     if total < least + 2:
-        advice = (f"add --val-tokens {total // 10} (a tenth), or more text" if total >= 40 else "give more text")
-        raise UserError(f"the text has {total} tokens, too few for {least} validation tokens and some training: {advice}")
+        advice = (f"add --val-tokens {total // 10} (a tenth), or more text"
+                  if total >= 40 else "give more text")
+        raise UserError(
+            f"the text has {total} tokens, too few for {least} validation tokens and some training: {advice}")
     tokens, eot = open_shard(path), encoding.eot_token
     at = total - least
     breaks = [i for i in range(at, max(2, at - least // 8) - 1, -1)
@@ -132,19 +141,21 @@ def split_last(writer: Writer, tokenizer: str) -> None:
           f"{'the beginning' if breaks else 'the middle'} of a line on, are the validation shard", file=sys.stderr)
 
 
-def tokenize(readers: list[Reader], folder: Path, *, tokenizer: str = "gpt2", name: str = "text", val_tokens: int,
-             shard_tokens: int) -> tuple[int, int]:
+def tokenize(readers: list[Reader], folder: Path, *, tokenizer: str = "gpt2", name: str = "text",
+             val_tokens: int, shard_tokens: int) -> tuple[int, int]:
     """Write shards and corpus.json into an empty folder; returns (validation tokens, train shards)."""
     writer, progress = Writer(folder, name, val_tokens, shard_tokens), sys.stderr.isatty()
     with writer.open:
         for begins, ids in token_ids(readers, tokenizer):
             writer.add(begins, ids)
             if progress and begins and writer.documents % 1000 == 1:
-                print(f"\r{writer.documents} documents, {max(0, writer.shards - 1)} full train shards", end="", file=sys.stderr)
+                print(f"\r{writer.documents} documents, {max(0, writer.shards - 1)} full train shards",
+                      end="", file=sys.stderr)
     if progress:
         print(f"\r{writer.documents} documents" + " " * 30, file=sys.stderr)
     if writer.documents == 0:
-        raise UserError(f"no text in {', '.join(str(r.path) for r in readers[:5])}: give files that hold some")
+        raise UserError(
+            f"no text in {', '.join(str(r.path) for r in readers[:5])}: give files that hold some")
     if writer.shards == 0:
         split_last(writer, tokenizer)
     encoding = load(tokenizer)
@@ -156,10 +167,13 @@ def tokenize(readers: list[Reader], folder: Path, *, tokenizer: str = "gpt2", na
 # ----- the output folder --------------------------------------------------------------------------------------------
 
 def check_output(out: Path, name: str, overwrite: bool) -> None:
-    """UserError unless the output folder may be made: it is missing or empty, or holds what `overwrite` may replace."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or "_train_" in name + "_" or "_val_" in name + "_":
-        raise UserError(f"--name {name!r}: shards are found by _train_ and _val_ in their names, choose a plain one of "
-                        "letters and digits")
+    """UserError unless the output folder may be made: it is missing or empty,
+    or holds what `overwrite` may replace."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*",
+                        name) or "_train_" in name + "_" or "_val_" in name + "_":
+        raise UserError(
+            f"--name {name!r}: shards are found by _train_ and _val_ in their names, choose a plain one of "
+            "letters and digits")
     try:
         if not out.exists():
             return
@@ -188,7 +202,8 @@ def staged(out: Path) -> Iterator[Path]:
     If the block raises, `out` is as before. The swap is two renames; if the second fails the first is undone.
     """
     out = Path(os.path.realpath(out))  # a link stays a link
-    stage = out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.tmp")  # named before it is made, so that it is removed
+    # named before it is made, so that it is removed
+    stage = out.with_name(f".{out.name[:100]}.{secrets.token_hex(4)}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stage.mkdir()
@@ -206,7 +221,9 @@ def staged(out: Path) -> Iterator[Path]:
         else:
             os.rename(stage, out)
     except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}; free some space or choose another --out") from None
+        raise UserError(
+            f"cannot write {out}: {error.strerror or error}; free some space or choose another --out"
+        ) from None
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -216,7 +233,8 @@ def inputs(paths: list[str], format: str, field: str, separator: str) -> list[Re
     found, seen = [], {}
     for path in map(Path, paths):
         if files.is_leftover(path):
-            print(f"note: {path} is left out: its name is that of a system's or an editor's leftover", file=sys.stderr)
+            print(f"note: {path} is left out: its name is that of a system's or an editor's leftover",
+                  file=sys.stderr)
             continue
         found.append(Reader(path, format, field, separator))
         about = path.stat()
@@ -236,12 +254,15 @@ def unescaped(separator: str) -> str:
 
 def parser() -> arguments.Parser:
     p = arguments.Parser(prog="python -m data.tokenize", description="Tokenise text into shards.")
-    p.add_argument("files", nargs="+", metavar="FILE", help="text, JSON lines, a JSON array or parquet; gz, zst, xz, bz2 too")
+    p.add_argument("files", nargs="+", metavar="FILE",
+                   help="text, JSON lines, a JSON array or parquet; gz, zst, xz, bz2 too")
     p.add_argument("--out", required=True, metavar="DIR")
     p.add_argument("--tokenizer", choices=list(FILES), default="gpt2")
     p.add_argument("--name", default="text", help="prefix of the shard files (default text)")
-    p.add_argument("--format", choices=FORMATS, default="auto", help="of the files (default: found in their content)")
-    p.add_argument("--field", default="text", help="field or column of the text in JSON and parquet (default text)")
+    p.add_argument("--format", choices=FORMATS, default="auto",
+                   help="of the files (default: found in their content)")
+    p.add_argument("--field", default="text",
+                   help="field or column of the text in JSON and parquet (default text)")
     p.add_argument("--separator", default=r"\n\f\n", metavar="STRING",
                    help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
                         r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
@@ -249,8 +270,9 @@ def parser() -> arguments.Parser:
                    help="at least so many validation tokens (default 10485761)")
     p.add_argument("--shard-tokens", type=arguments.integer(2, 2 ** 31 - 1), default=100_000_000,
                    help="tokens of a train shard (default 100000000)")
-    p.add_argument("--overwrite", action="store_true", help="replace the corpus of this --name in the folder, when the new one "
-                                                            "is whole")
+    p.add_argument("--overwrite", action="store_true",
+                   help="replace the corpus of this --name in the folder, when the new one "
+                   "is whole")
     return p
 
 
@@ -261,8 +283,8 @@ def main(argv=None):
         check_output(out, o.name, o.overwrite)
         readers = inputs(o.files, o.format, o.field, unescaped(o.separator))
         with staged(out) as folder:
-            val, shards = tokenize(readers, folder, tokenizer=o.tokenizer, name=o.name, val_tokens=o.val_tokens,
-                                   shard_tokens=o.shard_tokens)
+            val, shards = tokenize(readers, folder, tokenizer=o.tokenizer, name=o.name,
+                                   val_tokens=o.val_tokens, shard_tokens=o.shard_tokens)
             open_corpus(folder)
         print(f"{out}: {val} validation tokens, {shards} train shard{'s' if shards > 1 else ''}")
     except UserError as error:

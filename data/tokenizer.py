@@ -1,7 +1,8 @@
 """Byte-level BPE tokenizers that need no network: `load("gpt2")`, `load("sample")`, as tiktoken encodings.
 
-Both come from a merges file in the form of GPT-2's vocab.bpe (README.md says whose it is): ranks 0..255 are single
-bytes, printable ones first; each line is two symbols whose bytes joined are the next rank; last comes <|endoftext|>.
+Both come from a merges file in the form of GPT-2's vocab.bpe (README.md says whose it is): ranks 0..255 are
+single bytes, printable ones first; each line is two symbols whose bytes joined are the next rank; last comes
+<|endoftext|>.
 """
 
 import functools
@@ -36,7 +37,8 @@ def read_ranks(text, merges):
         pair = line.split(" ")
         ranks[b"".join(bytes(symbols[c] for c in symbol) for symbol in pair)] = len(ranks)
     if len(ranks) != 256 + merges:
-        raise UserError(f"the merges file gives {len(ranks)} tokens instead of {256 + merges}: restore it from git")
+        raise UserError(
+            f"the merges file gives {len(ranks)} tokens instead of {256 + merges}: restore it from git")
     return ranks
 
 

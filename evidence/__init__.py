@@ -1,1 +1,2 @@
-"""Claims: arms declared before the first run, interleaved, verified from their logs, submitted and replayed."""
+"""Claims: arms declared before the first run, interleaved, verified from their logs,
+submitted and replayed."""

@@ -3,9 +3,10 @@
     [GITREF:]RECORD [changes]     main:short/head, "short/11 --without model.residual.unet_skips"
     script:PATH [arguments]       any program that prints `step:N/M val_loss:L train_time:Tms step_avg:Sms`
 
-A record is run from a git worktree of its commit (without GITREF: HEAD), so that editing goes on while runs are under way,
-and its settings are resolved by the code of that commit, whose vocabulary may be another. A script is run in its own folder;
-{seed} among its arguments becomes the run's seed. Compile caches are never shared between arms. No torch here.
+A record is run from a git worktree of its commit (without GITREF: HEAD), so that editing goes on while runs
+are under way, and its settings are resolved by the code of that commit, whose vocabulary may be another. A
+script is run in its own folder; {seed} among its arguments becomes the run's seed. Compile caches are never
+shared between arms. No torch here.
 """
 
 import argparse
@@ -36,7 +37,8 @@ ROOT = runlog.ROOT
 LAUNCHER = ROOT / "system" / "launch.py"
 CHANGES = ("--with", "--without", "--set", "--revert")
 # Variables that change numbers or times: declared with the plan, and set to the same for every run of it.
-ENVIRONMENT = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_", "CUDNN_")
+ENVIRONMENT = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_",
+               "CUDNN_")
 KEEP_DAYS = 7  # of a worktree since a run was last started from it
 NOT_COMMITTED = ("*.py", "*.toml")  # untracked files that --allow-dirty takes along
 
@@ -89,7 +91,8 @@ class Refusing(argparse.ArgumentParser):
 
 
 def changes(text, words):
-    """The words of an arm's changes, checked to be --with, --without, --set and --revert with a value each."""
+    """The words of an arm's changes, checked to be --with, --without,
+    --set and --revert with a value each."""
     p = Refusing(add_help=False, allow_abbrev=False)
     for flag in CHANGES:
         p.add_argument(flag, action="append", default=[])
@@ -99,10 +102,11 @@ def changes(text, words):
         raise UserError(f"arm {text!r}: {error}") from None
     if unknown:
         name = unknown[0].partition("=")[0]
-        why = {"--seed": "seeds belong to the comparison: --seed0", "--out": "--out belongs to the comparison",
-               "--scale": "all arms have one scale: give --scale outside the quotes",
-               "--data": "all arms read the same data: give --data outside the quotes"}.get(
-                   name, f"unknown change {name}{errors.near(name, CHANGES)}; an arm takes {', '.join(CHANGES)}")
+        why = {
+            "--seed": "seeds belong to the comparison: --seed0", "--out": "--out belongs to the comparison",
+            "--scale": "all arms have one scale: give --scale outside the quotes",
+            "--data": "all arms read the same data: give --data outside the quotes"
+        }.get(name, f"unknown change {name}{errors.near(name, CHANGES)}; an arm takes {', '.join(CHANGES)}")
         raise UserError(f"arm {text!r}: {why}")
     return words
 
@@ -130,32 +134,41 @@ def is_checkout():
 def commit_of(ref):
     """Full commit hash of a git ref; a UserError names near refs."""
     if not is_checkout():
-        raise UserError(f"{ref}: this is no git checkout and has no refs: name a record alone, or clone the repository")
+        raise UserError(
+            f"{ref}: this is no git checkout and has no refs: name a record alone, or clone the repository")
     try:
         return line("rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
     except UserError:
         refs = line("for-each-ref", "--format=%(refname:short)").split()
-        raise UserError(f"unknown git ref {ref!r}{errors.near(ref, refs)}; fetch it first, or see `git branch -a`") from None
+        raise UserError(
+            f"unknown git ref {ref!r}{errors.near(ref, refs)}; fetch it first, or see `git branch -a`"
+        ) from None
 
 
 def changed_files():
     """Tracked files that differ from HEAD, as git names them."""
-    return [x[3:] for x in git("status", "--porcelain", "--untracked-files=no", "-z").decode().split("\0") if x[2:3] == " "]
+    return [
+        x[3:] for x in git("status", "--porcelain", "--untracked-files=no", "-z").decode().split("\0")
+        if x[2:3] == " "
+    ]
 
 
 def work_tree(allow_dirty):
     """(commit, tree, patch or None) of the present work tree; refuses uncommitted changes unless allowed.
 
-    The patch holds all changes of tracked files and the untracked *.py and *.toml, which would be missing otherwise.
+    The patch holds all changes of tracked files and the untracked *.py and *.toml, which would be missing
+    otherwise.
     """
     head = commit_of("HEAD")
     changed = changed_files()
     if changed and not allow_dirty:
-        raise UserError(f"uncommitted changes in {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
-                        + ": commit them, name a git ref, or add --allow-dirty (the claim will say so)")
+        raise UserError(f"uncommitted changes in {changed[0]}" +
+                        (f" and {len(changed) - 1} more" if changed[1:] else "") +
+                        ": commit them, name a git ref, or add --allow-dirty (the claim will say so)")
     if not allow_dirty:
         return head, line("rev-parse", "HEAD^{tree}"), None
-    new = git("ls-files", "--others", "--exclude-standard", "-z", "--", *NOT_COMMITTED).decode().split("\0")[:-1]
+    new = git("ls-files", "--others", "--exclude-standard", "-z", "--",
+              *NOT_COMMITTED).decode().split("\0")[:-1]
     new = [name for name in new if not any(map(files.is_leftover, name.split("/")))]
     if not changed and not new:
         return head, line("rev-parse", "HEAD^{tree}"), None
@@ -170,7 +183,8 @@ def work_tree(allow_dirty):
 
 
 def checkout(commit, tree, patch=None):
-    """Folder with this program's code at a commit (with a patch applied): a git worktree in the cache, made once.
+    """Folder with this program's code at a commit (with a patch applied): a git worktree in the cache,
+    made once.
 
     Kept for a week after its last use.
     """
@@ -181,7 +195,8 @@ def checkout(commit, tree, patch=None):
         base.mkdir(parents=True, exist_ok=True)
         lock = open(base / "lock", "wb")
     except OSError as error:
-        raise UserError(f"cannot write {base}: {error.strerror}; set SPEEDRUN_CACHE to a folder you may write") from None
+        raise UserError(
+            f"cannot write {base}: {error.strerror}; set SPEEDRUN_CACHE to a folder you may write") from None
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two comparisons may want the same commit
         if not intact(path, commit, tree):
@@ -191,14 +206,16 @@ def checkout(commit, tree, patch=None):
             if patch:
                 git("apply", "--index", "--whitespace=nowarn", "-", cwd=path, data=patch)
             if not intact(path, commit, tree):
-                raise UserError(f"{path} does not hold the code of {commit[:12]} after a checkout: delete it, try again")
+                raise UserError(
+                    f"{path} does not hold the code of {commit[:12]} after a checkout: delete it, try again")
         os.utime(path)
         forget(base, home)
     return path
 
 
 def forget(base, home):
-    """Remove this repository's worktrees that no run has asked for in KEEP_DAYS; they are made again when needed."""
+    """Remove this repository's worktrees that no run has asked for in KEEP_DAYS;
+    they are made again when needed."""
     for path in files.listed(base, f"{home}-*"):
         with contextlib.suppress(OSError, UserError):
             if time.time() - path.stat().st_mtime > 86_400 * KEEP_DAYS:
@@ -220,9 +237,11 @@ def intact(path, commit, tree):
 
 def code_diff(a, b):
     """Text of the difference of two arms' code, '' if there is none (or one is a script)."""
-    if a.get("tree") is None or b.get("tree") is None or a["tree"] == b["tree"] or "script" in (a["kind"], b["kind"]):
+    if a.get("tree") is None or b.get("tree") is None or a["tree"] == b["tree"] or "script" in (a["kind"],
+                                                                                                b["kind"]):
         return ""
-    return git("diff", "--no-color", "--no-ext-diff", "--no-textconv", a["tree"], b["tree"]).decode(errors="replace")
+    return git("diff", "--no-color", "--no-ext-diff", "--no-textconv", a["tree"],
+               b["tree"]).decode(errors="replace")
 
 
 # ----- resolving ----------------------------------------------------------------------------------------------------
@@ -245,9 +264,11 @@ print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title,
 
 
 def resolve(place, argv, text):
-    """What the code in a checkout makes of a record and its changes: settings, hashes, the lines of its report."""
+    """What the code in a checkout makes of a record and its changes: settings, hashes,
+    the lines of its report."""
     if not (place / "deltas.py").exists() or not (place / "train_gpt.py").exists():
-        raise UserError(f"{text}: there is no trainer of this program at that ref; run its script with script:PATH")
+        raise UserError(
+            f"{text}: there is no trainer of this program at that ref; run its script with script:PATH")
     done = subprocess.run([sys.executable, "-c", PROBE, *argv], cwd=place, capture_output=True, text=True,
                           env={**os.environ, "SPEEDRUN_CACHE": str(cache())})
     said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
@@ -277,11 +298,13 @@ def prepare(text, scale=None, allow_dirty=False):
         found = resolve(checkout(commit, tree, patch) if commit else ROOT, argv, text)
     except UserError as error:
         new = [] if commit is None or typed.ref else line("ls-files", "--others", "--exclude-standard", "--",
-                                                          "records/*/*/record.toml", "attempts/*/record.toml").splitlines()
-        raise UserError(f"{error}; {new[0]} is not committed: commit it, or add --allow-dirty" if new and not patch
-                        else str(error)) from None
+                                                          "records/*/*/record.toml",
+                                                          "attempts/*/record.toml").splitlines()
+        raise UserError(f"{error}; {new[0]} is not committed: commit it, or add --allow-dirty"
+                        if new and not patch else str(error)) from None
     if not found["registers"]:
-        raise UserError(f"arm {text!r}: that code is too old to announce runs (it has no --registered): name a later ref")
+        raise UserError(
+            f"arm {text!r}: that code is too old to announce runs (it has no --registered): name a later ref")
     arm = {"text": text, "kind": "record", "ref": typed.ref, "commit": commit, "tree": tree,
            "dirty": hash_of(patch) if patch else None, "argv": argv}
     return arm | {k: found[k] for k in ("record", "preset", "scale", "changes", "ml_hash", "system_hash", "settings",
@@ -301,13 +324,16 @@ def prepare_script(typed):
         folder = path.absolute().parent
         dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no", cwd=folder) else ""
         commit = line("rev-parse", "--verify", "--quiet", "HEAD", cwd=folder) + dirty
-    return {"text": typed.text, "kind": "script", "ref": None, "commit": commit, "tree": None, "dirty": None,
-            "path": os.path.relpath(path, ROOT), "sha256": digest, "argv": list(typed.argv), "record": None, "changes": [],
-            "ml_hash": None, "system_hash": None, "settings": None}
+    return {
+        "text": typed.text, "kind": "script", "ref": None, "commit": commit, "tree": None, "dirty": None,
+        "path": os.path.relpath(path, ROOT), "sha256": digest, "argv": list(typed.argv), "record": None,
+        "changes": [], "ml_hash": None, "system_hash": None, "settings": None
+    }
 
 
 def same(a, b):
-    """Do two arms run the same program with the same settings? (The target of validation makes no difference.)"""
+    """Do two arms run the same program with the same settings? (The target of validation
+    makes no difference.)"""
     if a["kind"] != b["kind"]:
         return False
     if a["kind"] == "script":
@@ -328,7 +354,8 @@ def place_of(arm, folder):
     if arm["kind"] == "script":
         path = (ROOT / arm["path"]).resolve()
         if not path.exists() or hash_of(path.read_bytes()) != arm["sha256"]:
-            raise UserError(f"{path} is not the file that was declared for {arm['text']!r}: put it back, or start anew")
+            raise UserError(
+                f"{path} is not the file that was declared for {arm['text']!r}: put it back, or start anew")
         return path.parent
     if arm["commit"] is None:
         return ROOT
@@ -337,7 +364,8 @@ def place_of(arm, folder):
         with contextlib.suppress(OSError):
             patch = patch_path(folder, arm).read_bytes()
         if patch is None or hash_of(patch) != arm["dirty"]:
-            raise UserError(f"{patch_path(folder, arm)}, the uncommitted code of {arm['text']!r}, is missing or changed")
+            raise UserError(
+                f"{patch_path(folder, arm)}, the uncommitted code of {arm['text']!r}, is missing or changed")
     commit_of(arm["commit"])
     return checkout(arm["commit"], arm["tree"], patch)
 
@@ -379,11 +407,13 @@ def script_folder(arm, run, seed, registered):
     return f"run{run:03d}_{Path(arm['path']).stem}_s{seed}_{registered[:12]}"
 
 
-def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=None, variables=None, keep_open=()):
-    """Start one run of an arm, its output in files, in a session of its own (Ctrl-C reaches this program only).
+def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=None, variables=None,
+          keep_open=()):
+    """Start one run of an arm, its output in files, in a session of its own (Ctrl-C reaches
+    this program only).
 
-    runs: folder for run folders. processes: None for plain python, else system/launch.py with so many. variables: the
-    declared environment. keep_open: descriptors the process inherits (the manifest's lock).
+    runs: folder for run folders. processes: None for plain python, else system/launch.py with so many.
+    variables: the declared environment. keep_open: descriptors the process inherits (the manifest's lock).
     """
     python = [sys.executable, *([str(LAUNCHER), str(processes)] if processes else [])]
     runs, folder = Path(runs).absolute(), None
@@ -394,7 +424,8 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
         folder = runs / script_folder(arm, run, seed, registered)
     else:
         command = [*python, str(place / "train_gpt.py"), *arm["argv"], "--seed", str(seed), "--out", str(runs)]
-        command += (["--registered", registered] if registered else []) + (["--data", str(data)] if data else [])
+        command += (["--registered", registered] if registered else []) + (["--data", str(data)]
+                                                                           if data else [])
     env = {k: v for k, v in os.environ.items() if variables is None or k not in environment()} | (variables or {})
     caches = cache() / "compiled" / hash_of(json.dumps([arm.get(k) for k in (
         "tree", "sha256", "ml_hash", "system_hash", "argv")]))[:16]
@@ -402,7 +433,8 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
             "TRITON_CACHE_DIR": str(caches / "triton")}
     parent = os.getpid()
 
-    def prepare():  # what a script starts with `&` ignores Ctrl-C; the run must not inherit that, nor outlive this program
+    # what a script starts with `&` ignores Ctrl-C; the run must not inherit that, nor outlive this program
+    def prepare():
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         tie(parent)
 
@@ -410,18 +442,21 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
         (folder or runs).mkdir(parents=True, exist_ok=True)
         output = open(folder / "log.txt", "w+b") if folder else tempfile.TemporaryFile()
         errors = tempfile.TemporaryFile()
-        process = subprocess.Popen(
-            command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, pass_fds=keep_open,
-            start_new_session=True, preexec_fn=prepare)
+        process = subprocess.Popen(command, cwd=place, env=env, stdin=subprocess.DEVNULL, stdout=output,
+                                   stderr=errors, pass_fds=keep_open, start_new_session=True,
+                                   preexec_fn=prepare)
     except OSError as error:
-        raise UserError(f"cannot start a run of {arm['text']!r}: {error.strerror} ({error.filename})") from None
+        raise UserError(
+            f"cannot start a run of {arm['text']!r}: {error.strerror} ({error.filename})") from None
     return Started(process, folder, output, errors)
 
 
 # ----- what a run came to -------------------------------------------------------------------------------------------
 
-LOST = {"status": "failed", "folder": None, "last_hash": None, "val_loss": None, "train_time_ms": None, "curve": [],
-        "scheduled_steps": None, "start": None, "note": ""}
+LOST = {
+    "status": "failed", "folder": None, "last_hash": None, "val_loss": None, "train_time_ms": None,
+    "curve": [], "scheduled_steps": None, "start": None, "note": ""
+}
 
 
 def find_run(runs, registered):
@@ -466,7 +501,10 @@ def collect_script(folder):
         log, digest = textlog.read(folder / "log.txt")
     except UserError as error:
         return {**LOST, "note": str(error).replace(f"{folder}/", "its ")}
-    out = {**LOST, "folder": folder.name, "last_hash": digest, **{k: log[k] for k in ("curve", "scheduled_steps")}}
+    out = {
+        **LOST, "folder": folder.name, "last_hash": digest,
+        **{k: log[k] for k in ("curve", "scheduled_steps")}
+    }
     if log["diverged"]:
         return {**out, "status": "diverged", "train_time_ms": log["train_time_ms"]}
     if not log["complete"]:
@@ -476,10 +514,13 @@ def collect_script(folder):
 
 def contradiction(arm, seed, registered, start):
     """How a run's start event differs from what was declared for it, or ''."""
-    expected = {"ml_hash": arm["ml_hash"], "system_hash": arm["system_hash"], "seed": seed, "registered": registered}
+    expected = {
+        "ml_hash": arm["ml_hash"], "system_hash": arm["system_hash"], "seed": seed, "registered": registered
+    }
     if arm["commit"]:
         expected["code"] = arm["commit"] + ("-dirty" if arm["dirty"] else "")
-    return "; ".join(f"{k} is {start.get(k)!r}, declared {v!r}" for k, v in expected.items() if start.get(k) != v)
+    return "; ".join(f"{k} is {start.get(k)!r}, declared {v!r}" for k, v in expected.items()
+                     if start.get(k) != v)
 
 
 def cause_of(code, said, stopped):
@@ -499,21 +540,26 @@ def cause_of(code, said, stopped):
 # ----- hardware -----------------------------------------------------------------------------------------------------
 
 def hardware(start):
-    """What two runs must share to be compared: machine, processor, devices, torch. Threads are the settings' business."""
+    """What two runs must share to be compared: machine, processor, devices, torch.
+    Threads are the settings' business."""
     device = start["device"]
-    return {"machine": start["machine"], "cpu": start["cpu"], "cores": start["cores"], "torch": start["torch"],
-            "device": device.rpartition(",")[0] if device.startswith("CPU") else device}
+    return {
+        "machine": start["machine"], "cpu": start["cpu"], "cores": start["cores"], "torch": start["torch"],
+        "device": device.rpartition(",")[0] if device.startswith("CPU") else device
+    }
 
 
 def corpus_prefixes(folder):
-    """Digests of the first 1, 2, ... shards of a corpus: runs of different length read different shares of it."""
+    """Digests of the first 1, 2, ... shards of a corpus: runs of different length read
+    different shares of it."""
     from data.shards import corpus_digest, open_corpus
     corpus = open_corpus(folder)
     return [corpus_digest(corpus, used) for used in range(1, len(corpus.train) + 1)]
 
 
 def incomparable(a, b, prefixes=None):
-    """Why the runs of two start events cannot be compared, or ''. prefixes: corpus_prefixes of the declared corpus."""
+    """Why the runs of two start events cannot be compared, or ''. prefixes:
+    corpus_prefixes of the declared corpus."""
     for name, left in hardware(a).items():
         if left != hardware(b)[name]:
             return f"they ran on different hardware: {name} {left!r} and {hardware(b)[name]!r}"
@@ -525,11 +571,12 @@ def incomparable(a, b, prefixes=None):
 
 
 def gpus():
-    """[{index, uuid, name, used_mib, total_mib, busy_percent}] of this machine; [] where there is no nvidia-smi."""
+    """[{index, uuid, name, used_mib, total_mib, busy_percent}] of this machine;
+    [] where there is no nvidia-smi."""
     fields = "index,uuid,name,memory.used,memory.total,utilization.gpu"
     try:
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"], capture_output=True,
-                              text=True, timeout=60)
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"],
+                              capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return []
     if done.returncode:
@@ -551,12 +598,14 @@ def gpus():
 
 
 def free_gpus(processes):
-    """`processes` GPUs on which nothing runs, or [] on a machine without CUDA; one line if they are too few or busy."""
+    """`processes` GPUs on which nothing runs, or [] on a machine without CUDA;
+    one line if they are too few or busy."""
     found = gpus()
     if not found or not cuda_works():
         return []
     if len(found) < processes:
-        raise UserError(f"{processes} processes need as many GPUs, this machine shows {len(found)}: lower --nproc")
+        raise UserError(
+            f"{processes} processes need as many GPUs, this machine shows {len(found)}: lower --nproc")
     free = [g for g in found if g["busy_percent"] < 10 and g["used_mib"] <= max(1024, 0.02 * g["total_mib"])]
     if len(free) < processes:
         g = next(g for g in found if g not in free)
@@ -567,15 +616,19 @@ def free_gpus(processes):
 
 
 def require_tools() -> None:
-    """UserError unless this Python can train and judge: imports torch, numpy and scipy, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", "import torch, numpy, scipy.stats"], cwd=ROOT, capture_output=True, text=True)
+    """UserError unless this Python can train and judge: imports torch, numpy and scipy,
+    in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", "import torch, numpy, scipy.stats"], cwd=ROOT,
+                          capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
         raise UserError(f"{sys.executable} cannot run this ({said}): use the environment that ./run.sh makes (.venv/bin/python)")
 
 
 def cuda_works():
-    """Does torch see a GPU? Asked in a process of its own, because importing torch takes seconds and GPU memory."""
-    done = subprocess.run([sys.executable, "-c", "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"],
-                          capture_output=True)
+    """Does torch see a GPU? Asked in a process of its own, because importing torch takes
+    seconds and GPU memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import torch; raise SystemExit(0 if torch.cuda.is_available() else 1)"],
+        capture_output=True)
     return done.returncode == 0

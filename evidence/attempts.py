@@ -1,6 +1,8 @@
-"""Attempts: claims on the way to a record, in attempts/NAME. What submit, promote and withdraw share: names, files, commits.
+"""Attempts: claims on the way to a record, in attempts/NAME. What submit, promote and withdraw share:
+names, files, commits.
 
-An attempt's record.toml has no id and belongs to no lineage, so that it can become the head of none; it is run by its name,
+An attempt's record.toml has no id and belongs to no lineage, so that it can become the head of none; it is
+run by its name,
 `train_gpt.py attempts/NAME`. Its folder is a claim folder as evidence.claim_laws describes it.
 """
 
@@ -25,7 +27,8 @@ def check_name(name: str) -> None:
 def folder_of(name: str) -> Path:
     """The folder of an attempt, named as NAME, attempts/NAME or attempts/NAME/ (as a shell completes it)."""
     key = name.removeprefix(deltas.ATTEMPT).rstrip("/")
-    known = sorted(p.name for p in files.listed(deltas.ATTEMPTS) if p.is_dir()) if deltas.ATTEMPTS.is_dir() else []
+    known = sorted(p.name for p in files.listed(deltas.ATTEMPTS)
+                   if p.is_dir()) if deltas.ATTEMPTS.is_dir() else []
     if key not in known:
         remedy = "" if known else "; there is none yet, `records submit` makes one"
         raise UserError(f"unknown attempt {name!r}{errors.near(key, known)}{remedy}")
@@ -57,20 +60,24 @@ def status(folder: Path) -> str:
         return f"{done} of {runs} runs"
     from evidence import verify
     results = verify.read_results(folder) or {}
-    return results["verdict"] if results.get("manifest") == claim.last_hash and "verdict" in results else "not verified"
+    return results["verdict"] if results.get(
+        "manifest") == claim.last_hash and "verdict" in results else "not verified"
 
 
 # ----- files and commits ----------------------------------------------------------------------------------------------
 
 def identity() -> dict[str, str]:
-    """The caller's GIT_AUTHOR_* and GIT_COMMITTER_*, which say who commits (arms.git drops all other GIT_ variables)."""
+    """The caller's GIT_AUTHOR_* and GIT_COMMITTER_*, which say who commits (arms.git drops
+    all other GIT_ variables)."""
     return {k: v for k, v in os.environ.items() if k.startswith(("GIT_AUTHOR_", "GIT_COMMITTER_"))}
 
 
 def require_git(commits: bool = True) -> None:
-    """UserError unless commits can be made here: a checkout, no merge under way and, if this program commits, a known author."""
+    """UserError unless commits can be made here: a checkout, no merge under way and,
+    if this program commits, a known author."""
     if not arms.is_checkout():
-        raise UserError("this is no git checkout: a record needs a commit that others can fetch; clone the repository")
+        raise UserError(
+            "this is no git checkout: a record needs a commit that others can fetch; clone the repository")
     state = Path(arms.line("rev-parse", "--path-format=absolute", "--git-dir"))
     for name in ("MERGE_HEAD", "CHERRY_PICK_HEAD", "REVERT_HEAD", "rebase-merge", "rebase-apply"):
         if (state / name).exists():
@@ -80,8 +87,9 @@ def require_git(commits: bool = True) -> None:
             arms.line("var", "GIT_AUTHOR_IDENT", env=identity())
             arms.line("var", "GIT_COMMITTER_IDENT", env=identity())
     except UserError as error:
-        raise UserError(f"git does not know who commits ({error}): git config user.name NAME; git config user.email "
-                        "ADDRESS") from None
+        raise UserError(
+            f"git does not know who commits ({error}): git config user.name NAME; git config user.email "
+            "ADDRESS") from None
 
 
 def require_clean(own: Path) -> None:
@@ -89,8 +97,9 @@ def require_clean(own: Path) -> None:
     top = Path(arms.line("rev-parse", "--show-toplevel"))
     changed = [x for x in arms.changed_files() if (top / x).resolve() != own.resolve()]
     if changed:
-        raise UserError(f"uncommitted changes in {changed[0]}" + (f" and {len(changed) - 1} more" if changed[1:] else "")
-                        + ": commit or stash them first, the runs are made from a commit")
+        raise UserError(f"uncommitted changes in {changed[0]}" +
+                        (f" and {len(changed) - 1} more" if changed[1:] else "") +
+                        ": commit or stash them first, the runs are made from a commit")
 
 
 def commit(paths: list[Path], message: str) -> str:
@@ -100,7 +109,8 @@ def commit(paths: list[Path], message: str) -> str:
     """
     known = [p for p in paths if p.exists() or arms.line("ls-files", "--", str(p))]
     try:
-        force = ["--force"] if all(p.is_file() for p in known) else []  # a file that was asked for, ignored or not
+        # a file that was asked for, ignored or not
+        force = ["--force"] if all(p.is_file() for p in known) else []
         arms.git("add", "--all", *force, "--", *map(str, known))
         arms.git("commit", "--quiet", "--message", message, "--", *map(str, known), env=identity())
     except UserError:

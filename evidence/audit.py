@@ -1,12 +1,13 @@
-"""`python -m records audit REF`: is the code at a git ref an honest trainer? Tested in a checkout and processes of its own.
+"""`python -m records audit REF`: is the code at a git ref an honest trainer? Tested in a
+checkout and processes of its own.
 
-The files of the ref are written into a temporary folder, and evidence/audit_probe.py of *this* checkout runs there, in a
-fresh process per training: no network, no writing outside its folder, limited time and memory, nothing of our environment.
-What is tested stands in CHECKS, what no such test can know in LIMITS.
+The files of the ref are written into a temporary folder, and evidence/audit_probe.py of *this* checkout runs
+there, in a fresh process per training: no network, no writing outside its folder, limited time and memory,
+nothing of our environment. What is tested stands in CHECKS, what no such test can know in LIMITS.
 
---json: {"version", "ref", "commit" (of a folder: its HEAD, with -dirty if the files differ), "tree" (git's hash of the
-audited files), "record", "scale", "passed", "checks": [{"name", "passed", "detail"}], "torch", "confined": {"network",
-"writes"}, "seconds"}.
+--json: {"version", "ref", "commit" (of a folder: its HEAD, with -dirty if the files differ), "tree" (git's
+hash of the audited files), "record", "scale", "passed", "checks": [{"name", "passed", "detail"}], "torch",
+"confined": {"network", "writes"}, "seconds"}.
 """
 
 import argparse
@@ -31,7 +32,8 @@ from common.errors import UserError
 PASSED, FAILED, INTERRUPTED = 0, 3, 130
 VERSION = 1
 VALIDATION_TOKENS = 10_485_760  # the task: the first ones of the validation shard, at full scale
-STEPS = 3  # the first update moves a zero-initialised head, the second the projections behind it, the third all else
+# the first update moves a zero-initialised head, the second the projections behind it, the third all else
+STEPS = 3
 NEEDED = ("train_gpt.py", "model.py", "deltas.py", "settings.py", "data/stream.py", "records")
 PROBE = Path(__file__).parent / "audit_probe.py"
 TRAIN_SHARD, VAL_SHARD = "audit_train_000001.bin", "audit_val_000000.bin"
@@ -55,14 +57,18 @@ clock other than reading batches; whether shards are what they are called; wheth
 
 def arguments(p):
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n" for name, what in CHECKS.items()) + f"\n{LIMITS}"
+    p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n"
+                                     for name, what in CHECKS.items()) + f"\n{LIMITS}"
     p.add_argument("ref", help="git ref of this repository (branch, tag, commit), or a folder: `.`, ./fork, /path/to/it")
-    p.add_argument("--record", default="short/head", help="record or preset (default: the ref's head of the short track)")
-    p.add_argument("--scale", choices=("micro", "tiny"), default="micro", help="size of the models that are trained")
+    p.add_argument("--record", default="short/head",
+                   help="record or preset (default: the ref's head of the short track)")
+    p.add_argument("--scale", choices=("micro", "tiny"), default="micro",
+                   help="size of the models that are trained")
     p.add_argument("--only", choices=list(CHECKS), action="append", default=[], metavar="CHECK",
                    help="one check instead of all; may be repeated")
     p.add_argument("--json", metavar="FILE", help="write the result; only of a whole audit")
-    p.add_argument("--timeout", type=numbers.integer(1, 10 ** 6), default=600, metavar="SECONDS", help="for each process (default 600)")
+    p.add_argument("--timeout", type=numbers.integer(1, 10**6), default=600, metavar="SECONDS",
+                   help="for each process (default 600)")
     p.add_argument("--keep", action="store_true", help="keep the temporary folder and say where it is")
 
 
@@ -74,8 +80,8 @@ def run(options):
         raise UserError(f"--json {options.json}: its folder does not exist")
     environment.check_training()
     try:
-        result = audit(options.ref, options.record, options.scale, options.only, options.timeout, options.keep,
-                       functools.partial(print, flush=True))
+        result = audit(options.ref, options.record, options.scale, options.only, options.timeout,
+                       options.keep, functools.partial(print, flush=True))
     except KeyboardInterrupt:
         print("interrupted: the audit was not finished", file=sys.stderr)
         return INTERRUPTED
@@ -85,7 +91,8 @@ def run(options):
 
 
 def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=False, say=print):
-    """Audit a ref and say how it goes, a line per check. Returns what --json holds; `passed` is about the checks that ran.
+    """Audit a ref and say how it goes, a line per check. Returns what --json holds;
+    `passed` is about the checks that ran.
 
     UserError: unknown ref, not a checkout of this project, a record that it does not know.
     """
@@ -102,9 +109,11 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
             checks.append({"name": name, "passed": passed, "detail": detail})
             say(textwrap.fill(f"  {'passed' if passed else 'FAILED'}  {name:18}  {detail}", 120, subsequent_indent=" " * 30))
         seconds = round(time.perf_counter() - began, 1)
-        result = {"version": VERSION, "ref": ref, "commit": commit, "tree": tree, "record": about["record"], "scale": scale,
-                  "passed": all(c["passed"] for c in checks), "checks": checks, "torch": trainings.torch,
-                  "confined": about["confined"], "seconds": seconds}
+        result = {
+            "version": VERSION, "ref": ref, "commit": commit, "tree": tree, "record": about["record"],
+            "scale": scale, "passed": all(c["passed"] for c in checks), "checks": checks,
+            "torch": trainings.torch, "confined": about["confined"], "seconds": seconds
+        }
         say(f"{'PASSED' if result['passed'] else 'FAILED'}: {sum(c['passed'] for c in checks)} of {len(checks)} checks in "
             f"{seconds:.0f} s; network {about['confined']['network']}, writes {about['confined']['writes']}\n{LIMITS}")
         return result
@@ -130,10 +139,11 @@ def git(*args, cwd=ROOT, **env):
 
 
 def check_out(ref, folder):
-    """Write the files of a ref, or of a folder, into folder/checkout. Returns (commit, tree), hex; commit may be unknown.
+    """Write the files of a ref, or of a folder, into folder/checkout. Returns (commit, tree), hex;
+    commit may be unknown.
 
-    An export through an index of its own, not `git worktree`: it leaves nothing in the repository, whatever happens to
-    this process, and the audited files hold no way back to it.
+    An export through an index of its own, not `git worktree`: it leaves nothing in the repository, whatever
+    happens to this process, and the audited files hold no way back to it.
     """
     checkout = folder / "checkout"
     checkout.mkdir()
@@ -141,12 +151,15 @@ def check_out(ref, folder):
         commit, tree = copy(Path(ref).expanduser(), checkout, folder / "git")
     else:
         if not repository.is_project(ROOT):
-            raise UserError(f"{ROOT} is no git checkout of its own and has no refs: name a folder like ./{ref}")
+            raise UserError(
+                f"{ROOT} is no git checkout of its own and has no refs: name a folder like ./{ref}")
         commit = git("rev-parse", "--verify", "--quiet", "--end-of-options", ref + "^{commit}")
         if commit is None:
-            raise UserError(f"unknown git ref {ref!r} in {ROOT}: fetch it first, or name a folder like ./{ref}")
+            raise UserError(
+                f"unknown git ref {ref!r} in {ROOT}: fetch it first, or name a folder like ./{ref}")
         tree, index = git("rev-parse", commit + "^{tree}"), {"GIT_INDEX_FILE": str(folder / "index")}
-        written = git("read-tree", commit, **index), git("checkout-index", "--all", f"--prefix={checkout}/", **index)
+        written = git("read-tree", commit, **index), git("checkout-index", "--all", f"--prefix={checkout}/",
+                                                         **index)
         if None in written:
             raise UserError(f"git cannot write the files of {ref} into {folder}: is there room on the disk?")
     missing = [name for name in NEEDED if not (checkout / name).exists()]
@@ -156,7 +169,8 @@ def check_out(ref, folder):
 
 
 def copy(source, checkout, git_folder):
-    """Copy a working tree: tracked and new files where git knows them, else all but caches. Returns (commit, tree)."""
+    """Copy a working tree: tracked and new files where git knows them, else all but caches.
+    Returns (commit, tree)."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
     names = None
@@ -170,7 +184,8 @@ def copy(source, checkout, git_folder):
             if (source / name).is_symlink() or (source / name).is_file():  # neither deleted nor a submodule
                 (checkout / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source / name, checkout / name, follow_symlinks=False)
-    own = {"GIT_DIR": str(git_folder), "GIT_WORK_TREE": str(checkout)}  # the tree's hash, without touching their repository
+    # the tree's hash, without touching their repository
+    own = {"GIT_DIR": str(git_folder), "GIT_WORK_TREE": str(checkout)}
     git("init", "--quiet", **own)
     git("-c", "core.looseCompression=0", "add", "--all", "--force", ".", cwd=checkout, **own)
     tree = git("write-tree", **own)
@@ -187,7 +202,8 @@ class Failed(Exception):
 
 
 class Trainings:
-    """The processes of an audit: what the checkout resolves, and trainings, each started when it is first asked for."""
+    """The processes of an audit: what the checkout resolves, and trainings,
+    each started when it is first asked for."""
 
     def __init__(self, folder, ref, record, scale, timeout, checks):
         self.folder, self.record, self.scale, self.timeout, self.checks = folder, record, scale, timeout, checks
@@ -199,11 +215,13 @@ class Trainings:
         if "refused" in self.facts:
             raise UserError(f"{ref}: {self.facts['refused']}")
         self.data = folder / "data"
-        full = max(VALIDATION_TOKENS, self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
+        full = max(VALIDATION_TOKENS,
+                   self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
         write_corpus(self.data, self.facts, max(full, self.facts["validation_tokens"]) + 4097)
 
     def start(self, name, job, **spec):
-        """Run a job of the probe in its own process, confined to its own folder. Returns its result; raises Failed."""
+        """Run a job of the probe in its own process, confined to its own folder. Returns its result;
+        raises Failed."""
         folder = self.folder / name
         folder.mkdir()
         files.write(folder / "spec.json", files.json_text({
@@ -213,9 +231,10 @@ class Trainings:
                        "SPEEDRUN_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": "",
                        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         with open(folder / "output.txt", "wb") as output:
-            process = subprocess.Popen([sys.executable, "-I", "-B", str(PROBE), str(folder / "spec.json")], cwd=folder,
-                                       env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                                       start_new_session=True)
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-B",
+                 str(PROBE), str(folder / "spec.json")], cwd=folder, env=environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 process.wait(self.timeout)
             except subprocess.TimeoutExpired:
@@ -229,7 +248,8 @@ class Trainings:
         except (OSError, ValueError):
             result = {"exit": process.returncode}
         if result.get("exit", 0) not in (0, 3):  # 3: a target was missed
-            lines = (folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
+            lines = (folder / "output.txt").read_text(
+                encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
             raise Failed(f"the {name} process exits with {result['exit']}: {lines[-1][-300:]}")
         return result
 
@@ -245,7 +265,8 @@ class Trainings:
         return self.done[name]
 
     def train(self, name):
-        """One of the short trainings that are compared: equal but for what must not matter; `model` has another seed."""
+        """One of the short trainings that are compared: equal but for what must not matter;
+        `model` has another seed."""
         f, seed, sets, job, spec = self.facts, 0, [], "script", {}
         rows = 8 * f["validation_seq_len"]
         tokens = math.ceil(1024 / rows) * rows  # few: most of them look at training
@@ -261,8 +282,10 @@ class Trainings:
         elif name == "model":
             seed, tokens, job = 1, f["validation_tokens"], "model"
             counted = self.argv("model/counted", 0, 1, f["full_validation_tokens"], ["system.warmup_steps=0"])
-            spec = {**f, "bos": f["vocab_size"] - 1, "checks": self.checks, "val_shard": str(self.data / VAL_SHARD),
-                    "counted_argv": counted}
+            spec = {
+                **f, "bos": f["vocab_size"] - 1, "checks": self.checks,
+                "val_shard": str(self.data / VAL_SHARD), "counted_argv": counted
+            }
         done = self.start(name, job, argv=self.argv(f"{name}/runs", seed, STEPS, tokens, sets), **spec)
         if "refused" in done:
             raise Failed(f"the {name} training: {done['refused']}")
@@ -291,7 +314,8 @@ def read_run(out):
 
 
 def write_corpus(folder, facts, validation_tokens):
-    """Shards of random text for the trainings: documents of about 60 tokens, frequencies falling like the inverse rank.
+    """Shards of random text for the trainings: documents of about 60 tokens,
+    frequencies falling like the inverse rank.
 
     They are the auditor's, so that it knows every token.
     """
@@ -328,7 +352,8 @@ def train_losses(run):
 
 
 def first_difference(a, b):
-    """Words for where two trainings part that should be the same, or ''. They may validate at different steps."""
+    """Words for where two trainings part that should be the same, or ''.
+    They may validate at different steps."""
     ours, theirs = ({e["step"]: e["val_loss"] for e in run["curve"]} for run in (a, b))
     for step, (x, y) in enumerate(zip([*train_losses(a), None], [*train_losses(b), None])):
         if ours.get(step, 0) != theirs.get(step, 0) and step in ours and step in theirs:
@@ -367,7 +392,8 @@ def seed(trainings):
 
 
 def clock(trainings):
-    """On the probe's clock batches take 10^3 s, steps 10^6 s and validations 10^9 s: the logged time tells what it holds."""
+    """On the probe's clock batches take 10^3 s, steps 10^6 s and validations 10^9 s:
+    the logged time tells what it holds."""
     total = trainings["real"]["curve"][-1]["train_time_ms"] / 1000
     validations, steps, batches = total // 1e9, total % 1e9 // 1e6, total % 1e6 // 1e3
     return batches >= STEPS and steps == STEPS and validations == 0, (
@@ -379,7 +405,8 @@ def target(trainings):
     for name, where in (("again", "at the final loss"), ("cold", "one rounding below it")):
         run = trainings[name]
         s, reached = run["summary"], run["final"] <= run["summary"]["target"]
-        passed &= s["val_loss"] == run["final"] and s["reached"] is reached and run["exit"] == (0 if reached else 3)
+        passed &= s["val_loss"] == run["final"] and s["reached"] is reached and run["exit"] == (0 if reached
+                                                                                                else 3)
         details.append(f"target {where} ({s['val_loss']!r} against {s['target']!r}): reached {s['reached']}, "
                        f"exit code {run['exit']}")
     return passed, "; ".join(details)

@@ -1,10 +1,11 @@
-"""The experiments of `records audit` on the model, train_step and validate of an audited checkout (see audit_probe.py).
+"""The experiments of `records audit` on the model, train_step and validate of an audited
+checkout (see audit_probe.py).
 
-A training of a few steps runs with a tap on the model. Experiments then go through the trainer's own validate and
-train_step with other tokens, so that all they do around the model (documents, windows) is audited with it. Known by name
-are only: model.GPT, which maps (tokens, targets, ...), both (R, T), to per-token losses (R, T); train_gpt.main;
-train_gpt.validate, with rows (ranks, n, T + 1) among its arguments; train_gpt.train_step, with inputs and targets
-(ranks, n, T) as its only tensors.
+A training of a few steps runs with a tap on the model. Experiments then go through the trainer's own validate
+and train_step with other tokens, so that all they do around the model (documents, windows) is audited with
+it. Known by name are only: model.GPT, which maps (tokens, targets, ...), both (R, T), to per-token losses (R,
+T); train_gpt.main; train_gpt.validate, with rows (ranks, n, T + 1) among its arguments; train_gpt.train_step,
+with inputs and targets (ranks, n, T) as its only tensors.
 """
 
 import hashlib
@@ -20,7 +21,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-TOLERANCE = 1e-4  # of a sum of probabilities, and of a loss where another document structure changes shapes: float32
+# of a sum of probabilities, and of a loss where another document structure changes shapes: float32
+TOLERANCE = 1e-4
 
 
 class Unknown(Exception):
@@ -46,8 +48,8 @@ class Enough(BaseException):
 class Tap:
     """Sits on GPT.forward for the life of this process and keeps its calls.
 
-    answer: function targets -> losses, in place of the model's. targets: (n, T), handed to the model row by row instead
-    of the trainer's. stop: raise Enough after a call.
+    answer: function targets -> losses, in place of the model's. targets: (n, T), handed to the model row by
+    row instead of the trainer's. stop: raise Enough after a call.
     """
 
     def __init__(self):
@@ -60,10 +62,13 @@ class Tap:
             raise Unknown("the trainer calls the model without targets: this audit knows per-token losses only")
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
-        losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **kwargs)
+        losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **
+                                                                       kwargs)
         if losses.shape != targets.shape:
             raise Unknown(f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}")
-        self.calls.append(Call(model, tokens.clone(), targets.clone(), losses.detach().clone(), losses.requires_grad))
+        self.calls.append(
+            Call(model, tokens.clone(), targets.clone(),
+                 losses.detach().clone(), losses.requires_grad))
         if self.stop:
             raise Enough
         return losses
@@ -118,7 +123,8 @@ class Validated:
 
 
 class Observed:
-    """A training in this process. answer: losses for validations in place of the model's. watch: look for their traces."""
+    """A training in this process. answer: losses for validations in place of the model's. watch:
+    look for their traces."""
 
     def __init__(self, tap, argv, answer=None, watch=False):
         import train_gpt
@@ -155,7 +161,8 @@ class Observed:
         return out
 
     def on_validate(self, *args, **kwargs):
-        if self.answer and self.step is None:  # only the last one is looked at, so that the others may say anything
+        # only the last one is looked at, so that the others may say anything
+        if self.answer and self.step is None:
             return 1.0
         before, backwards = self.state(), self.backwards
         self.tap.taken()
@@ -166,18 +173,21 @@ class Observed:
         changed = sorted(k for k in {**before, **after} if before.get(k) != after.get(k))
         if self.validations:
             self.validations[-1].calls.clear()  # of the last one only they are looked at
-        self.validations.append(Validated(Arguments(args, kwargs), calls, value, changed, len(before), backwards))
+        self.validations.append(
+            Validated(Arguments(args, kwargs), calls, value, changed, len(before), backwards))
         return value
 
     def state(self):
-        """Fingerprint of all that a step is given, as its forward finds it (tables follow the windows of a step)."""
+        """Fingerprint of all that a step is given, as its forward finds it (tables follow the
+        windows of a step)."""
         if not self.watch or self.step is None:
             return {}
         self.step_losses(*self.step.find(is_batch, 2))
         return fingerprint([a for a in self.step.values() if not isinstance(a, torch.Tensor)])
 
     def row_losses(self, rows, targets=None):
-        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets: as of Tap."""
+        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:
+        as of Tap."""
         self.tap.targets = targets
         given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
         self.validate(*given.args, **given.kwargs)
@@ -218,13 +228,17 @@ def logged(argv):
 # ----- all that a validation could leave behind ---------------------------------------------------------------------
 
 def fingerprint(roots):
-    """{path: hash} of all state in reach of the roots and of the checkout's modules, and of the random generators.
+    """{path: hash} of all state in reach of the roots and of the checkout's modules,
+    and of the random generators.
 
-    Tensors with their gradients, arrays, numbers and strings, in attributes, containers and closures. Of objects only
-    those of the checkout's and torch.nn's classes are entered.
+    Tensors with their gradients, arrays, numbers and strings, in attributes, containers and closures. Of
+    objects only those of the checkout's and torch.nn's classes are entered.
     """
     checkout = Path(sys.modules["train_gpt"].__file__).parent
-    ours = {n for n, m in sys.modules.items() if getattr(m, "__file__", None) and checkout in Path(m.__file__).parents}
+    ours = {
+        n for n, m in sys.modules.items()
+        if getattr(m, "__file__", None) and checkout in Path(m.__file__).parents
+    }
     found, seen = {}, set()
 
     def note(path, data):
@@ -295,13 +309,15 @@ def no_trace(observed, spec):
 # ----- validation targets -------------------------------------------------------------------------------------------
 
 def random_losses():
-    """An answer whose losses are random multiples of 2^-10 below 16: sums are exact in float64, so a mean is checkable."""
+    """An answer whose losses are random multiples of 2^-10 below 16: sums are exact in float64,
+    so a mean is checkable."""
     generator = torch.Generator().manual_seed(3)
     return lambda targets: torch.randint(16 * 1024, targets.shape, generator=generator).double() / 1024
 
 
 def validation_targets(observed, spec):
-    """At the audited scale with the model's losses; and with as many targets as full scale has, and random losses."""
+    """At the audited scale with the model's losses; and with as many targets as full scale has,
+    and random losses."""
     full = Observed(observed.tap, spec["counted_argv"], random_losses())
     wrong = [*counted(observed, spec["validation_tokens"], spec["val_shard"]),
              *counted(full, spec["full_validation_tokens"], spec["val_shard"])]
@@ -344,11 +360,13 @@ def shake(model):
 
 
 def chosen_positions(length):
-    """All positions of a short row; of a long one both ends, some at powers of two, where blocks begin, and a sample."""
+    """All positions of a short row; of a long one both ends, some at powers of two, where blocks begin,
+    and a sample."""
     if length <= 128:
         return torch.arange(length)
     near = {t for k in (0, 3, 6, 9, 12, 15) for t in (2 ** k - 1, 2 ** k) if t < length}
-    return torch.tensor(sorted({length - 2, length - 1} | near | set(random.Random(0).sample(range(length), 6))))
+    return torch.tensor(
+        sorted({length - 2, length - 1} | near | set(random.Random(0).sample(range(length), 6))))
 
 
 def copies(row, n, ranks):
@@ -364,7 +382,8 @@ def other_ids(ids, bos, seed):
 
 
 def moved(base, new, changed, label, tolerance=0.0):
-    """Words for losses (n, T) that moved before position changed[i] of row i, or if none did from there on."""
+    """Words for losses (n, T) that moved before position changed[i] of row i,
+    or if none did from there on."""
     wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
     if not distance.isfinite().all():
         return [f"{label}: losses of a model with random weights are not finite"]
@@ -384,10 +403,12 @@ def rows_that_moved(before, after):
 
 
 def causal_validation(observed, row, bos):
-    """Change ids of copies of a row (T + 1) one by one, then a whole row, then targets. Returns (tokens changed, wrong).
+    """Change ids of copies of a row (T + 1) one by one, then a whole row, then targets.
+    Returns (tokens changed, wrong).
 
-    The targets stay while ids change, so that losses before t must keep every bit; where a document begins or ends
-    elsewhere (id t becomes or was bos) attention may work in other shapes, and they must stay within rounding.
+    The targets stay while ids change, so that losses before t must keep every bit; where a document begins or
+    ends elsewhere (id t becomes or was bos) attention may work in other shapes, and they must stay within
+    rounding.
     """
     ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
     where, label, wrong = chosen_positions(length), f"validation, context {length}", []
@@ -415,8 +436,9 @@ def causal_validation(observed, row, bos):
 
 
 def causal_step(observed, bos):
-    """The same for train_step: an input, with the targets as they were; then a row. Documents stay, since a loader may
-    promise their length; targets too, since a loss may look at several of them (multi-token prediction)."""
+    """The same for train_step: an input, with the targets as they were; then a row. Documents stay, since a
+    loader may promise their length; targets too, since a loss may look at several of them
+    (multi-token prediction)."""
     inputs, targets = observed.step.find(is_batch, 2)
     ranks, _, length = inputs.shape
     row = inputs[0, 0].numpy()
@@ -425,7 +447,8 @@ def causal_step(observed, bos):
     n, label = len(where), f"training step, context {length}"
     same, changed = copies(row, n, ranks)
     changed[np.arange(n), where] = other_ids(row[where], bos, 4)
-    shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n, ranks)[0]).view(ranks, -1, length)
+    shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n,
+                                                               ranks)[0]).view(ranks, -1, length)
     base, new = (observed.step_losses(torch.from_numpy(x).view(shape), aims)[:n] for x in (same, changed))
     wrong, other = moved(base, new, where, label), inputs.clone().flatten(0, 1)
     other[1] = torch.where(other[1] == bos, bos, torch.from_numpy(other_ids(other[1].numpy(), bos, 5)))
@@ -436,7 +459,8 @@ def causal_step(observed, bos):
 
 
 def causality(observed, spec):
-    bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"], offset=1024).astype(np.int32)
+    bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"],
+                                        offset=1024).astype(np.int32)
     done, wrong = causal_step(observed, bos)
     lengths = sorted({observed.step.find(is_batch, 2)[0].shape[-1], spec["validation_seq_len"]})
     for length in lengths:
@@ -450,8 +474,9 @@ def causality(observed, spec):
 # ----- normalisation ------------------------------------------------------------------------------------------------
 
 def normalisation(observed, spec):
-    """Every class as the target, in validate: at each position of one row, whose tokens stay; and at one position where
-    it is the next input too, as in text (but not the classes of padding: a token table may lack them)."""
+    """Every class as the target, in validate: at each position of one row, whose tokens stay; and at one
+    position where it is the next input too, as in text (but not the classes of padding:
+    a token table may lack them)."""
     classes, rows = spec["padded_vocab"], observed.last.given.find(is_rows, 1)[0]
     row = rows[0, 0, :65]
     every = np.arange(classes)
@@ -463,7 +488,8 @@ def normalisation(observed, spec):
     changed[:spec["vocab_size"], middle] = every[:spec["vocab_size"]]
     targets = torch.from_numpy(changed[:, 1:].astype(np.int64))
     targets[:, middle - 1] = torch.from_numpy(np.resize(every, len(same)))
-    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:classes, middle - 1]
+    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:classes,
+                                                                                           middle - 1]
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
     return max(error, abs(total - 1)) <= TOLERANCE, (
         f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at {length} "
@@ -473,7 +499,8 @@ def normalisation(observed, spec):
 # ----- the job ------------------------------------------------------------------------------------------------------
 
 def checks(spec):
-    """{"checks": {name: (passed, detail)}} from one training. A check that cannot be carried out has failed."""
+    """{"checks": {name: (passed, detail)}} from one training.
+    A check that cannot be carried out has failed."""
     observed, results = Observed(Tap(), spec["argv"], watch="no_trace" in spec["checks"]), {}
     model = observed.last.calls[0].model
     for check in (validation_targets, no_trace, causality, normalisation):

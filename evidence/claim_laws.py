@@ -4,8 +4,9 @@
     DIR/runs/            a folder per run (evidence.run_laws), and the sources they ran, once per content
     DIR/record.toml      the record that is claimed, where it is new
 
-`examine` reads all of it and returns everything that is wrong, one line each. Nothing of a submission is executed: logs,
-settings and sources are data. Where runs come from (settings, code, tokens) is the business of evidence.provenance.
+`examine` reads all of it and returns everything that is wrong, one line each. Nothing of a submission is
+executed: logs, settings and sources are data. Where runs come from (settings, code, tokens) is the business
+of evidence.provenance.
 """
 
 import collections
@@ -22,7 +23,8 @@ from evidence import arms, compare, manifest, provenance, run_laws, textlog
 from evidence.run_laws import alike
 from common.errors import UserError
 
-START_MS = 60_000.0  # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
+# what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
+START_MS = 60_000.0
 CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
 
@@ -73,7 +75,8 @@ def examine(folder):
     found.problems += provenance.check_corpus(found)
     found.problems += check_copies(found)
     found.problems += check_artefacts(found)
-    found.problems += (check_comparison if found.declaration["claim"] == "comparison" else check_record_claim)(found)
+    found.problems += (check_comparison
+                       if found.declaration["claim"] == "comparison" else check_record_claim)(found)
     return found
 
 
@@ -91,7 +94,8 @@ def require_claim(folder):
 # ----- manifest and folders -----------------------------------------------------------------------------------------
 
 def read_manifest(folder):
-    """(Evidence with the claim so far and its first problem, [(line, kind, utc)], whether all of it was readable)."""
+    """(Evidence with the claim so far and its first problem, [(line, kind, utc)],
+    whether all of it was readable)."""
     path, dates = folder / manifest.NAME, []
     found = Evidence(folder, manifest.Claim(path))
     try:
@@ -100,7 +104,8 @@ def read_manifest(folder):
                 found.claim.add(event, digest)
                 dates.append((event["n"] + 1, event["kind"], event["utc"]))
             except (KeyError, TypeError, AttributeError, ValueError) as error:
-                raise UserError(f"{path}: line {event['n'] + 1} ({event['kind']}) is malformed ({error!r})") from None
+                raise UserError(
+                    f"{path}: line {event['n'] + 1} ({event['kind']}) is malformed ({error!r})") from None
     except (UserError, RecursionError) as error:
         found.problems.append(str(error).replace(f"{folder}/", "") or f"{manifest.NAME}: cannot be read")
         return found, dates, False
@@ -228,14 +233,16 @@ def check_alike(found):
         yield from alike([(log.where, log.start[key]) for log in logs], key)
     for key in ("machine", "cpu", "cores", "torch", "device"):
         yield from alike([(log.where, arms.hardware(log.start)[key]) for log in logs], key)
-    declared = {k: d["machine"].get(k) for k in ("machine", "cpu", "cores")} | {k: d[k] for k in ("scale", "processes")}
+    declared = {k: d["machine"].get(k)
+                for k in ("machine", "cpu", "cores")} | {k: d[k] for k in ("scale", "processes")}
     gpus = d["machine"].get("gpus")
     for log in logs:
         for key, value in declared.items():
             if log.start[key] != value:
                 yield f"{log.where}: {key} {log.start[key]!r}, declared {value!r}"
         device, cpu = log.start["device"], log.start["device"].startswith("CPU")
-        if not isinstance(gpus, list) or (gpus and not cpu and device != f"{len(gpus)} x {gpus[0]}") or cpu == bool(gpus):
+        if not isinstance(gpus, list) or (gpus and not cpu
+                                          and device != f"{len(gpus)} x {gpus[0]}") or cpu == bool(gpus):
             yield f"{log.where}: ran on {device!r}, declared the GPUs {gpus!r:.60}"
     streams = collections.defaultdict(list)
     for log in logs:
@@ -247,12 +254,16 @@ def check_alike(found):
 
 
 def check_untimed(found):
-    """What is off the clock is no place for work: start, warm-up and validations last as long as those of like runs.
+    """What is off the clock is no place for work: start, warm-up and validations last as long
+    as those of like runs.
 
-    Within an arm from its second run on (its first fills the compile caches), between new and parent by their medians.
+    Within an arm from its second run on (its first fills the compile caches), between new and parent by their
+    medians.
     """
-    times = {name: [untimed(found.logs[r.run]) for r in found.claim.runs if r.arm == name and r.run in found.logs]
-             for name in found.declaration["arms"]}
+    times = {
+        name: [untimed(found.logs[r.run]) for r in found.claim.runs if r.arm == name and r.run in found.logs]
+        for name in found.declaration["arms"]
+    }
     times = {name: [x for x in rows if x is not None] for name, rows in times.items()}
     for name, rows in times.items():
         for what in ("start", "warm-up"):
@@ -289,7 +300,8 @@ def untimed(log):
 
 
 def check_artefacts(found):
-    """Nothing lies in the folder that no law reads: the code's difference is the declared one, runs/ holds runs only."""
+    """Nothing lies in the folder that no law reads: the code's difference is the declared one,
+    runs/ holds runs only."""
     told, path = found.declaration.get("code_diff"), found.folder / "code.diff"
     try:
         held = arms.hash_of(path.read_bytes()) if path.exists() else None
@@ -306,7 +318,8 @@ def check_artefacts(found):
 
 
 def check_copies(found):
-    """No run is another one under a new name: not by its times, its losses, or the initial state of its seed."""
+    """No run is another one under a new name: not by its times, its losses,
+    or the initial state of its seed."""
     times, losses, states, seeds = {}, {}, {}, {}
     for run in found.claim.runs:
         log = found.logs.get(run.run)
@@ -331,7 +344,8 @@ def check_copies(found):
 # ----- the plan, and what a record must show --------------------------------------------------------------------------
 
 def check_plan(found):
-    """Every declared run was made, or a declared look ended the claim; in the order that the declared seed draws."""
+    """Every declared run was made, or a declared look ended the claim;
+    in the order that the declared seed draws."""
     claim, d = found.claim, found.declaration
     yield from check_order(d)
     if claim.withdrawn is not None:  # given up: nothing more is to come

@@ -22,10 +22,11 @@ published/groups.csv, one line per group:
     published_minutes and linked_log (of the table); claimed_runs and claimed_loss (what table or README says was run);
     previous (optimizer: the best result before it, for the pairwise rule); note.
 
-Rules: short and medium ask for a mean below the target with p < 0.01 (one-sided t test; first written down on 2024-12-04),
-optimizer for (3.28 - mean) sqrt(n) >= 0.004. A verdict is `pass`, `miss` or `cannot tell`: the last where no log, one or two
-logs, or fewer logs than claimed runs are there and do not pass by themselves (unless their mean lies five usual sd above
-the target). Nothing is corrected for how often somebody tried, and the logs cannot show it.
+Rules: short and medium ask for a mean below the target with p < 0.01 (one-sided t test; first written down on
+2024-12-04), optimizer for (3.28 - mean) sqrt(n) >= 0.004. A verdict is `pass`, `miss` or `cannot tell`: the
+last where no log, one or two logs, or fewer logs than claimed runs are there and do not pass by themselves
+(unless their mean lies five usual sd above the target). Nothing is corrected for how often somebody tried,
+and the logs cannot show it.
 """
 
 import csv
@@ -71,7 +72,8 @@ def run(options):
 # ----- the two tables -----------------------------------------------------------------------------------------------
 
 def load(folder=HERE):
-    """{"groups": [row], "runs": {(track, dir, group): [row]}, "digest": of both files}, checked against each other."""
+    """{"groups": [row], "runs": {(track, dir, group): [row]}, "digest": of both files},
+    checked against each other."""
     groups, runs = read(folder / GROUPS, group_row), read(folder / RUNS, run_row)
     seen, members = {}, {}
     for line, row in runs:
@@ -88,7 +90,8 @@ def load(folder=HERE):
                                                  f"{len(members.get(key, []))}")
         if row["role"] == "record":
             if (row["track"], row["record"]) in records:
-                raise damaged(folder / GROUPS, line, f"{row['track']}/{row['record']} has a second counted group")
+                raise damaged(folder / GROUPS, line,
+                              f"{row['track']}/{row['record']} has a second counted group")
             records.add((row["track"], row["record"]))
             check_group(folder / GROUPS, line, row, members.get(key, []), logs)
     for line, row in groups:
@@ -96,13 +99,16 @@ def load(folder=HERE):
             raise damaged(folder / GROUPS, line, f"previous {row['previous']!r} is no record")
     unknown = set(members) - {(r["track"], r["dir"], r["group"]) for _, r in groups}
     if unknown:
-        raise damaged(folder / RUNS, None, f"holds runs of {'/'.join(min(unknown))}, which {GROUPS} does not declare")
-    digest = hashlib.sha256(b"".join((folder / name).read_bytes() for name in (RUNS, GROUPS))).hexdigest()[:16]
+        raise damaged(folder / RUNS, None,
+                      f"holds runs of {'/'.join(min(unknown))}, which {GROUPS} does not declare")
+    digest = hashlib.sha256(b"".join(
+        (folder / name).read_bytes() for name in (RUNS, GROUPS))).hexdigest()[:16]
     return {"groups": [row for _, row in groups], "runs": members, "digest": digest}
 
 
 def check_group(path, line, row, runs, logs):
-    """The line of a counted group must be supported by its runs: none may stop before the step that counts."""
+    """The line of a counted group must be supported by its runs:
+    none may stop before the step that counts."""
     timed = any(r["time_ms"] for r in runs) and row["track"] != "optimizer"
     needs = {"step": bool(runs), "published_minutes": timed, "claimed_loss": row["track"] == "optimizer",
              "claimed_runs": row["track"] == "optimizer"}
@@ -111,7 +117,8 @@ def check_group(path, line, row, runs, logs):
             raise damaged(path, line, f"a group that counts needs its {name}")
     for r in runs:
         if r["step"] < row["step"] or (r["step"] > row["step"] and row["step_loss"] is None):
-            raise damaged(path, line, f"{r['log']} ends at step {r['step']}, the loss counts at {row['step']}")
+            raise damaged(path, line,
+                          f"{r['log']} ends at step {r['step']}, the loss counts at {row['step']}")
     if row["linked_log"] and (row["track"], row["dir"], row["linked_log"]) not in logs:
         raise damaged(path, line, f"linked_log {row['linked_log']!r} has no run in {RUNS}")
 
@@ -128,7 +135,8 @@ def read(path, convert):
             rows = []
             for row in reader:
                 if None in row or None in row.values():
-                    raise damaged(path, reader.line_num, "has another number of columns than the head of the file")
+                    raise damaged(path, reader.line_num,
+                                  "has another number of columns than the head of the file")
                 rows.append((reader.line_num, convert(path, reader.line_num, row)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: cannot be read ({error}); {RESTORE}") from None
@@ -170,8 +178,8 @@ def run_row(path, line, row):
 
 
 def group_row(path, line, row):
-    out = texts(path, line, row, ("track", "record", "date", "dir", "group", "role", "kind", "waived", "linked_log",
-                                  "previous", "note"))
+    out = texts(path, line, row, ("track", "record", "date", "dir", "group", "role", "kind", "waived",
+                                  "linked_log", "previous", "note"))
     if out["role"] not in ROLES or out["waived"] not in ("", "yes"):
         raise damaged(path, line, f"role must be one of {', '.join(ROLES)} and waived yes or empty")
     return out | {
@@ -197,7 +205,8 @@ def runs_of(tables, group):
 
 
 def find(tables, name, track=None):
-    """Ref of a published record for `short/80`, `short/080`, a slug this repository knows, or `80` with --track."""
+    """Ref of a published record for `short/80`, `short/080`, a slug this repository knows,
+    or `80` with --track."""
     refs = [f"{g['track']}/{g['record']}" for g in counted(tables)]
     if "/" not in name:
         same = [ref for ref in refs if ref.split("/")[1] == name.lstrip("0") and track in (None, ref.split("/")[0])]
@@ -212,8 +221,9 @@ def find(tables, name, track=None):
         except UserError:
             pass
     if ref not in refs:
-        raise UserError(f"no published record {name!r}{errors.near(name, refs)}: short/1 to short/89 (21r and 21t are "
-                        "re-timings), medium/1 to medium/18, optimizer/1 to optimizer/46")
+        raise UserError(
+            f"no published record {name!r}{errors.near(name, refs)}: short/1 to short/89 (21r and 21t are "
+            "re-timings), medium/1 to medium/18, optimizer/1 to optimizer/46")
     if track and not ref.startswith(track + "/"):
         raise UserError(f"{ref} is not on the {track} track: leave --track away")
     return ref
@@ -238,12 +248,16 @@ def judge_group(tables, group):
     runs, target = runs_of(tables, group), TARGETS[group["track"]]
     at_step = bool(runs) and all(r["step"] == group["step"] for r in runs)
     losses = [r["val_loss"] for r in runs]
-    facts = {"n": len(runs), "mean": None, "sd": None, "p": None, "score": None, "runs_for": None, "passed": None}
+    facts = {
+        "n": len(runs), "mean": None, "sd": None, "p": None, "score": None, "runs_for": None, "passed": None
+    }
     if runs and group["track"] == "optimizer":
         mean = average(losses) if at_step else group["step_loss"]
         rule = z_rule(mean, len(runs), target)
-        facts |= {"mean": mean, "sd": describe(losses)["sd"] if at_step else None, "p": rule["p"], "score": rule["score"],
-                  "passed": rule["passed"]}
+        facts |= {
+            "mean": mean, "sd": describe(losses)["sd"] if at_step else None, "p": rule["p"],
+            "score": rule["score"], "passed": rule["passed"]
+        }
     elif runs:
         facts |= {k: v for k, v in target_test(losses, target, ALPHA).items() if k in facts}
     margin = None if facts["mean"] is None else target - facts["mean"]
@@ -251,12 +265,14 @@ def judge_group(tables, group):
     facts["verdict"], facts["why"] = verdict(group, facts)
     if facts["verdict"] == "cannot tell":
         facts["passed"] = None
-    return {"record": f"{group['track']}/{group['record']}", "track": group["track"], "date": group["date"],
-            "kind": group["kind"], "folder": "/".join(filter(None, (group["dir"], group["group"]))), "step": group["step"],
-            **facts, "waived": group["waived"] == "yes",
-            "before_rule": group["track"] == "short" and group["date"] < RULE_SINCE,
-            "claimed_runs": group["claimed_runs"], "claimed_loss": group["claimed_loss"], **minutes(tables, group, runs),
-            "pairwise": pairwise(tables, group, facts), "note": group["note"]}
+    return {
+        "record": f"{group['track']}/{group['record']}", "track": group["track"], "date": group["date"],
+        "kind": group["kind"], "folder": "/".join(filter(None, (group["dir"], group["group"]))),
+        "step": group["step"], **facts, "waived": group["waived"] == "yes",
+        "before_rule": group["track"] == "short" and group["date"] < RULE_SINCE,
+        "claimed_runs": group["claimed_runs"], "claimed_loss": group["claimed_loss"],
+        **minutes(tables, group, runs), "pairwise": pairwise(tables, group, facts), "note": group["note"]
+    }
 
 
 def verdict(group, facts):
@@ -279,7 +295,8 @@ def verdict(group, facts):
 
 
 def minutes(tables, group, runs):
-    """Published minutes, those of the linked log, and the mean over the counted runs, with deviations in percent."""
+    """Published minutes, those of the linked log, and the mean over the counted runs,
+    with deviations in percent."""
     every = [r for (t, d, _), rows in tables["runs"].items() if (t, d) == (group["track"], group["dir"]) for r in rows]
     linked = [r for r in every if r["log"] == group["linked_log"] and r["time_ms"]]
     times = [r["time_ms"] for r in runs if r["time_ms"]]
@@ -343,7 +360,8 @@ TITLES = {
                  "(pairwise: p against the best result before, whose number follows; * with published means)"}
 
 
-# On a terminal: columns of a table that are left out, first to last, until so many remain for the beginning of a note.
+# On a terminal: columns of a table that are left out, first to last,
+# until so many remain for the beginning of a note.
 LESS_WANTED = ("linked", "slower", "logs", "in sd", "sd", "pairwise p", "margin", "n")
 NOTE = 12
 
@@ -399,7 +417,8 @@ def report(result, markdown):
         print()
     for track, counts in result["tracks"].items():
         print(("- " if markdown else "") + sentence(track, counts))
-    print(("\n" if markdown else "") + "No log shows the runs that were not committed, nor how often a set was tried.")
+    print(("\n" if markdown else "") +
+          "No log shows the runs that were not committed, nor how often a set was tried.")
 
 
 def sentence(track, counts):
@@ -407,7 +426,8 @@ def sentence(track, counts):
     def listed(names):
         return f"{len(names)} ({', '.join(names)})"
 
-    untold = [(why, counts[why]) for why in ("no log", "one log", "two logs", "fewer logs than runs") if counts[why]]
+    untold = [(why, counts[why]) for why in ("no log", "one log", "two logs", "fewer logs than runs")
+              if counts[why]]
     line = f"{track}: {counts['entries']} entries, {counts['runs']} counted runs; {len(counts['pass'])} pass from their logs"
     if counts["miss"]:
         line += f"; miss: {listed(counts['miss'])}"
@@ -425,7 +445,8 @@ def sentence(track, counts):
 
 
 def detail(tables, r, markdown=False):
-    """One record: its line, the groups of its folder, its runs, and the difference from each baseline of the folder."""
+    """One record: its line, the groups of its folder, its runs,
+    and the difference from each baseline of the folder."""
     show_table(HEADS[r["track"]], [cells(r)], markdown)
     print()
     if r["linked_minutes"]:
@@ -461,7 +482,8 @@ def detail(tables, r, markdown=False):
 
 
 def baselines(tables, group, folder):
-    """Loss difference and time ratio against each baseline group of the folder (Welch; different steps are named)."""
+    """Loss difference and time ratio against each baseline group of the folder (Welch;
+    different steps are named)."""
     new = runs_of(tables, group)
     for g in folder:
         old = runs_of(tables, g)
@@ -476,14 +498,15 @@ def baselines(tables, group, folder):
             line += f", time x {time['estimate']:.4f}"
             if time["low"] is not None:
                 line += f" [{time['low']:.4f}, {time['high']:.4f}]"
-        print(line + (f", {new[0]['step']} against {old[0]['step']} steps" if new[0]["step"] != old[0]["step"] else
-                      ", equal steps") + " (95 % intervals)")
+        print(line + (f", {new[0]['step']} against {old[0]['step']} steps" if new[0]["step"] !=
+                      old[0]["step"] else ", equal steps") + " (95 % intervals)")
 
 
 # ----- for programs -------------------------------------------------------------------------------------------------
 
 def rounded(value):
-    """Six significant digits below the loss's size are more than the logs hold; the file then survives a new scipy."""
+    """Six significant digits below the loss's size are more than the logs hold;
+    the file then survives a new scipy."""
     if isinstance(value, dict):
         return {k: rounded(v) for k, v in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,4 +1,5 @@
-"""The manifest of a claim folder: the plan, declared before its first run, and every run with what became of it.
+"""The manifest of a claim folder: the plan, declared before its first run,
+and every run with what became of it.
 
 manifest.jsonl is chained like run.jsonl, and each line is on the disk before the program goes on:
 
@@ -9,8 +10,9 @@ manifest.jsonl is chained like run.jsonl, and each line is on the disk before th
     look      {runs, decision}: what was decided when every arm had that many runs
     withdraw  {why}: the last line of a claim that is given up; what was run stays
 
-One run at a time, in the declared order. A register without a finish is a run that failed, until a fault explains it.
-Reading and writing go through the same checks, so that nothing can be written that would be refused later.
+One run at a time, in the declared order. A register without a finish is a run that failed, until a fault
+explains it. Reading and writing go through the same checks, so that nothing can be written that would be
+refused later.
 """
 
 import fcntl
@@ -31,9 +33,11 @@ CAUSES = ("killed", "machine", "out_of_memory", "disk_full", "interrupted")
 DECISIONS = ("continue", "passed", "failed")
 CLAIMS = ("ml", "systems", "comparison")
 NUMBER = (int, float)
-DECLARED = {"version": int, "claim": str, "record": (str, type(None)), "scale": (str, type(None)),
-            "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str, "margin": NUMBER,
-            "order": list, "order_seed": int, "processes": int, "machine": dict}
+DECLARED = {
+    "version": int, "claim": str, "record": (str, type(None)), "scale": (str, type(None)),
+    "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str,
+    "margin": NUMBER, "order": list, "order_seed": int, "processes": int, "machine": dict
+}
 FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
           "finish": {"run": int, "folder": (str, type(None)), "last_hash": (str, type(None)), "status": str,
                      "exit": (int, type(None))},
@@ -66,7 +70,8 @@ class Run:
 
 
 class Claim:
-    """What a manifest says so far: declaration, runs, looks, withdrawal. `add` checks each event against all before it."""
+    """What a manifest says so far: declaration, runs, looks, withdrawal.
+    `add` checks each event against all before it."""
 
     def __init__(self, path):
         self.path, self.declaration, self.runs, self.looks = Path(path), None, [], []
@@ -80,7 +85,8 @@ class Claim:
     @property
     def open_run(self):
         """The registered run of which nothing more is known, or None."""
-        return self.runs[-1] if self.runs and self.runs[-1].finish is None and self.runs[-1].fault is None else None
+        return self.runs[
+            -1] if self.runs and self.runs[-1].finish is None and self.runs[-1].fault is None else None
 
     @property
     def next_place(self):
@@ -94,7 +100,8 @@ class Claim:
 
     @property
     def ended(self):
-        """Has everything been run that the plan asks for: the whole order, or as much as a look needed to decide?"""
+        """Has everything been run that the plan asks for: the whole order,
+        or as much as a look needed to decide?"""
         if "looks" in self.declaration["plan"]:
             return self.open_run is None and bool(self.looks) and self.looks[-1]["decision"] != "continue"
         return self.complete
@@ -124,17 +131,21 @@ class Claim:
         self.last_hash, self.events = digest, self.events + 1
 
     def register(self, event, digest, require):
-        require(self.open_run is None, f"run {len(self.runs) - 1} is still open: finish it or explain it first")
-        require(not self.looks or self.looks[-1]["decision"] == "continue", "the last look has ended the claim")
+        require(self.open_run is None,
+                f"run {len(self.runs) - 1} is still open: finish it or explain it first")
+        require(not self.looks or self.looks[-1]["decision"] == "continue",
+                "the last look has ended the claim")
         require(event["run"] == len(self.runs), f"runs are numbered in order: expected {len(self.runs)}")
         place, order = self.next_place, self.declaration["order"]
         require(place < len(order), "all declared runs are done")
         require({k: event[k] for k in ("arm", "seed", "discard")} == order[place],
                 f"the declared order has {order[place]} here")
-        self.runs.append(Run(event["run"], event["arm"], event["seed"], event["discard"], digest, place, event["utc"]))
+        self.runs.append(
+            Run(event["run"], event["arm"], event["seed"], event["discard"], digest, place, event["utc"]))
 
     def finish(self, event, digest, require):
-        require(self.open_run is not None and event["run"] == self.open_run.run, f"run {event['run']} is not under way")
+        require(self.open_run is not None and event["run"] == self.open_run.run,
+                f"run {event['run']} is not under way")
         require(event["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}")
         folder = event["folder"]
         require(folder is None or (folder not in ("", ".", "..") and "/" not in folder),
@@ -142,14 +153,17 @@ class Claim:
         require(folder is None or folder not in [r.finish["folder"] for r in self.runs if r.finish],
                 f"folder {folder} already belongs to another run")
         require((folder is None) == (event["last_hash"] is None), "folder and last_hash go together")
-        require(folder is not None or event["status"] not in WITH_LOSS, f"a {event['status']} run has a folder")
+        require(folder is not None or event["status"] not in WITH_LOSS,
+                f"a {event['status']} run has a folder")
         self.runs[-1].finish = event
 
     def fault(self, event, digest, require):
-        require(0 <= event["run"] == len(self.runs) - 1, f"only the last run can be excluded, not run {event['run']}")
+        require(0 <= event["run"] == len(self.runs) - 1,
+                f"only the last run can be excluded, not run {event['run']}")
         run = self.runs[-1]
         require(run.fault is None, f"run {run.run} already has a fault")
-        require(run.status not in WITH_LOSS, f"run {run.run} {run.status}: a run that told its loss always counts")
+        require(run.status not in WITH_LOSS,
+                f"run {run.run} {run.status}: a run that told its loss always counts")
         require(event["cause"] in CAUSES, f"cause must be one of {', '.join(CAUSES)}")
         run.fault = event
 
@@ -195,7 +209,8 @@ def check_declaration(event, require):
             isinstance(x, dict) and type(x.get("runs")) is int and isinstance(x.get("alpha"), NUMBER) for x in looks),
             "plan.looks must be a list of {runs, alpha}")
         counts = [x["runs"] for x in looks]
-        require(0 < counts[0] and all(a < b for a, b in zip(counts, counts[1:])), "the runs of looks must rise")
+        require(0 < counts[0] and all(a < b for a, b in zip(counts, counts[1:])),
+                "the runs of looks must rise")
         require(all(x["alpha"] > 0 for x in looks) and abs(sum(x["alpha"] for x in looks) - event["alpha"]) < 1e-9,
                 "the alphas of all looks must add up to alpha")
         total = counts[-1]
@@ -232,8 +247,8 @@ def read(where):
 class Manifest:
     """A manifest open for appending, by one process at a time. `claim` is what it says so far.
 
-    The lock lies on the open file (`descriptor`), which a started run inherits: as long as that run lives nobody else
-    continues the plan, even if the process that started it was killed.
+    The lock lies on the open file (`descriptor`), which a started run inherits: as long as that run lives
+    nobody else continues the plan, even if the process that started it was killed.
     """
 
     def __init__(self, path, new=False):
@@ -244,8 +259,9 @@ class Manifest:
             flags = os.O_RDWR | os.O_APPEND | ((os.O_CREAT | os.O_EXCL) if new else 0)
             self.descriptor = os.open(path, flags, 0o644)
         except FileExistsError:
-            raise UserError(f"{path.parent} already holds a plan: continue it with --resume {path.parent}, or choose "
-                            "another --out") from None
+            raise UserError(
+                f"{path.parent} already holds a plan: continue it with --resume {path.parent}, or choose "
+                "another --out") from None
         except FileNotFoundError as error:
             if new:
                 raise UserError(f"cannot write {path}: {error.strerror}; choose another folder") from None
@@ -275,8 +291,9 @@ class Manifest:
         except OSError as error:
             os.ftruncate(self.descriptor, size)  # a line is there whole or not at all
             self.claim = read(self.claim.path) if size else Claim(self.claim.path)
-            raise UserError(f"cannot write {self.claim.path}: {error.strerror}; it is complete up to here, free some "
-                            "space and continue") from None
+            raise UserError(
+                f"cannot write {self.claim.path}: {error.strerror}; it is complete up to here, free some "
+                "space and continue") from None
         return digest
 
     def close(self):
@@ -285,7 +302,8 @@ class Manifest:
 
 def create(folder, declaration):
     """A new Manifest in a folder that has none, with its declaration written."""
-    Claim(Path(folder) / NAME).add({"n": 0, "kind": "declare", **declaration}, "")  # refuse before a file exists
+    # refuse before a file exists
+    Claim(Path(folder) / NAME).add({"n": 0, "kind": "declare", **declaration}, "")
     manifest = Manifest(Path(folder) / NAME, new=True)
     manifest.append("declare", **declaration)
     return manifest

@@ -1,9 +1,9 @@
 """`python -m records replay RUN`: run again what a log describes, and compare loss by loss.
 
-RUN is a run folder, its run.jsonl or its log.txt. The same commit (where it exists, else the present code if it resolves to
-the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same digests. Exit code 0 when the
-losses agree: to the last bit where code, processor, torch and threads are the same on a CPU, else within the printed
-tolerance; 3 when they do not.
+RUN is a run folder, its run.jsonl or its log.txt. The same commit (where it exists, else the present code if
+it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
+digests. Exit code 0 when the losses agree: to the last bit where code, processor, torch and threads are the
+same on a CPU, else within the printed tolerance; 3 when they do not.
 """
 
 import ast
@@ -20,20 +20,22 @@ from common.errors import UserError
 from common.interrupt import Interrupt
 
 DIFFERS = 3
-# The first training losses come before rounding grows: they tell seeds apart, for they are those of the initial weights (two
-# seeds of record 11 at micro differ by 1e-3 and more). Held within the tolerance of verify.PARITY.
-# Rounding that grows: record 11 at tiny, replayed on another maker's processor, stayed within 8e-6 nats over 176 steps. On a
-# GPU sums come in any order, so that repeats may differ like seeds: four times the median sd of published runs (0.00124),
-# which two seeds would keep as well: there the first training losses decide.
+# The first training losses come before rounding grows: they tell seeds apart, for they are those of the
+# initial weights (two seeds of record 11 at micro differ by 1e-3 and more). Held within the tolerance of
+# verify.PARITY. Rounding that grows: record 11 at tiny, replayed on another maker's processor, stayed within
+# 8e-6 nats over 176 steps. On a GPU sums come in any order, so that repeats may differ like seeds: four times
+# the median sd of published runs (0.00124), which two seeds would keep as well:
+# there the first training losses decide.
 CPU_TOLERANCE, GPU_TOLERANCE = 0.001, 0.005
-NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code", "processes",
-          "device", "torch", "cpu", "sources")
+NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code",
+          "processes", "device", "torch", "cpu", "sources")
 
 
 def arguments(p):
     p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt")
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
-    p.add_argument("--data", metavar="DIR", help="folder of shards, where the run was not on the embedded corpus")
+    p.add_argument("--data", metavar="DIR",
+                   help="folder of shards, where the run was not on the embedded corpus")
     p.add_argument("--tolerance", type=numbers.number(0, 100, above=True), metavar="NATS", help="largest difference of a validation loss where bits need "
                    f"not agree (default {CPU_TOLERANCE} on a CPU, {GPU_TOLERANCE} on GPUs)")
 
@@ -60,14 +62,17 @@ def run(options):
 # ----- what the log says --------------------------------------------------------------------------------------------
 
 def read_log(path):
-    """{start, curve [[step, val_loss]], train_loss, stream, digits}: of run.jsonl, or of log.txt, which has six decimals."""
+    """{start, curve [[step, val_loss]], train_loss, stream, digits}: of run.jsonl, or of log.txt,
+    which has six decimals."""
     path = Path(path)
     if path.is_dir():
-        path = next((path / name for name in ("run.jsonl", "log.txt") if (path / name).exists()), path / "run.jsonl")
+        path = next((path / name for name in ("run.jsonl", "log.txt") if (path / name).exists()),
+                    path / "run.jsonl")
     log = read_chain(path) if path.suffix == ".jsonl" else read_text(path)
     missing = [k for k in NEEDED if k not in log["start"]]
     if missing:
-        raise UserError(f"{path}: it does not say its {', '.join(missing)}: another version wrote it, or another program")
+        raise UserError(
+            f"{path}: it does not say its {', '.join(missing)}: another version wrote it, or another program")
     if not log["curve"]:
         raise UserError(f"{path}: it holds no validation to compare with")
     return log
@@ -77,8 +82,11 @@ def read_chain(path):
     events = runlog.read_chain(path)
     validations = [e for e in events if e["kind"] == "validation"]
     stream = [e["digest"] for e in events if e["kind"] == "stream"]
-    return {"start": events[0], "curve": [[e["step"], e["val_loss"]] for e in validations], "digits": None,
-            "train_loss": [x for e in validations for x in e["train_loss"]], "stream": stream[0] if stream else None}
+    return {
+        "start": events[0], "curve": [[e["step"], e["val_loss"]] for e in validations], "digits": None,
+        "train_loss": [x for e in validations for x in e["train_loss"]],
+        "stream": stream[0] if stream else None
+    }
 
 
 def read_text(path):
@@ -87,19 +95,25 @@ def read_text(path):
     if len(parts) < 3 or not parts[0].startswith("sources: "):
         raise UserError(f"{path}: a log of another program, which says no settings: run its script with compare script:PATH")
     facts = dict(row.split(": ", 1) for row in parts[1].splitlines() if ": " in row)
-    facts = {**facts, "preset": facts.get("preset", ""), "sources": parts[0].strip()[len("sources: sources-"):-len(".txt")]}
+    facts = {
+        **facts, "preset": facts.get("preset", ""),
+        "sources": parts[0].strip()[len("sources: sources-"):-len(".txt")]
+    }
     try:
         facts |= {k: ast.literal_eval(facts[k]) for k in ("seed", "processes", "changes") if k in facts}
     except (ValueError, SyntaxError):
         raise UserError(f"{path}: its seed, processes or changes cannot be read") from None
-    return {"start": facts, "curve": [[step, loss] for step, loss, _ in log["curve"]], "train_loss": [], "stream": None,
-            "digits": 6}
+    return {
+        "start": facts, "curve": [[step, loss] for step, loss, _ in log["curve"]], "train_loss": [],
+        "stream": None, "digits": 6
+    }
 
 
 # ----- running it again ---------------------------------------------------------------------------------------------
 
 def arguments_of(start):
-    """The trainer's arguments behind a start event: a frozen preset by name, else record, changes and scale."""
+    """The trainer's arguments behind a start event: a frozen preset by name, else record,
+    changes and scale."""
     if start["preset"]:
         return [start["preset"]]
     changes = [word for change in start["changes"] for word in change.split(" ", 1)]
@@ -107,7 +121,8 @@ def arguments_of(start):
 
 
 def find_code(start, name):
-    """(folder, words): the commit of the log in a worktree; else the present code, if it means the same by the settings."""
+    """(folder, words): the commit of the log in a worktree; else the present code,
+    if it means the same by the settings."""
     commit, _, dirty = start["code"].partition("-")
     place, words = arms.ROOT, "the present code"
     if dirty:
@@ -121,8 +136,9 @@ def find_code(start, name):
             why = f"its commit {commit[:12]} is not in this repository"
     found = arms.resolve(place, arguments_of(start), str(name))
     if found["ml_hash"] != start["ml_hash"]:
-        raise UserError(f"{name}: {words} resolves {start['record']} to ml_hash {found['ml_hash']}, the log says "
-                        f"{start['ml_hash']}" + (f"; {why}" if why else ""))
+        raise UserError(
+            f"{name}: {words} resolves {start['record']} to ml_hash {found['ml_hash']}, the log says "
+            f"{start['ml_hash']}" + (f"; {why}" if why else ""))
     return place, words + (f" ({why}, but ml_hash is the same)" if why else "")
 
 
@@ -156,8 +172,8 @@ def rerun(start, place, out, data, name):
                                     "name the right folder with --data")
 
     with Interrupt(main=False) as asked:
-        began = arms.start(arm, place, out, seed=int(start["seed"]), processes=processes if processes > 1 else None, data=data,
-                           variables=variables)
+        began = arms.start(arm, place, out, seed=int(start["seed"]),
+                           processes=processes if processes > 1 else None, data=data, variables=variables)
         stopped = compare.wait(began, "replay", asked, check_data)
     if stopped:
         raise KeyboardInterrupt
@@ -171,7 +187,8 @@ def rerun(start, place, out, data, name):
 # ----- comparing ----------------------------------------------------------------------------------------------------
 
 def same_bits(start, again):
-    """Must the two runs agree to the last bit? On a CPU with the same sources, processor, torch, processes and threads."""
+    """Must the two runs agree to the last bit? On a CPU with the same sources, processor, torch,
+    processes and threads."""
     return bool(threads_of(start["device"])) and all(str(start[k]) == str(again[k]) for k in (
         "sources", "cpu", "torch", "processes", "device"))
 
@@ -205,7 +222,8 @@ def report(log, again, exact, tolerance):
     if first is not None:
         print(f"training losses differ from step {first} on")
     early = [abs(a - b) / abs(b) for a, b in pairs[:verify.FIRST_STEPS] if not equal(a, b, None)]
-    early, limit = max((x if math.isfinite(x) else math.inf for x in early), default=0.0), first_limit(log["start"])
+    early, limit = max((x if math.isfinite(x) else math.inf for x in early),
+                       default=0.0), first_limit(log["start"])
     if log["stream"] and again["stream"] and log["stream"] != again["stream"]:
         print("the two runs read different tokens (stream digest)")
         return DIFFERS

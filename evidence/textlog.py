@@ -2,9 +2,9 @@
 
     step:1750/1770 val_loss:3.2801 train_time:170234ms step_avg:97.28ms
 
-is printed by upstream's scripts since 2024-10, by this trainer and by whatever enters a comparison as `script:`. Times in
-seconds (track 3 upstream) and the older `s:9536 tel:3.275959` of llm.c, without times, are read too. Other lines (the
-program, the environment, training losses) are left alone. No torch here.
+is printed by upstream's scripts since 2024-10, by this trainer and by whatever enters a comparison as
+`script:`. Times in seconds (track 3 upstream) and the older `s:9536 tel:3.275959` of llm.c, without times,
+are read too. Other lines (the program, the environment, training losses) are left alone. No torch here.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from pathlib import Path
 from common.errors import UserError
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
-LINE = re.compile(rf"^step:(\d{{1,12}})/(\d{{1,12}}) val_loss:{NUMBER} (?:\S+ )*?train_time:{NUMBER}(ms|s)\b", re.M | re.I)
+LINE = re.compile(rf"^step:(\d{{1,12}})/(\d{{1,12}}) val_loss:{NUMBER} (?:\S+ )*?train_time:{NUMBER}(ms|s)\b",
+                  re.M | re.I)
 CUT = re.compile(r"^step:\d+/\d+ val_loss:\S*[^\n]*\Z", re.M)  # a last line without its end
 LLMC = re.compile(rf"^s:(\d{{1,12}}) tel:{NUMBER}\s*$", re.M | re.I)
 SHAPE = "step:N/M val_loss:L train_time:Tms step_avg:Sms"
@@ -24,14 +25,16 @@ SHAPE = "step:N/M val_loss:L train_time:Tms step_avg:Sms"
 def parse(text, name="log"):
     """The one run of a log: {curve, val_loss, train_time_ms, steps, scheduled_steps, complete, diverged}.
 
-    curve: [[step, val_loss (nats per token), train_time_ms or None]]. steps: the last validated step, at which val_loss and
-    train_time_ms were measured. scheduled_steps: M, None where the log does not say. complete: the last validation is that
-    of step M, so val_loss is the run's result; else the log was cut short. diverged: a loss is not finite. UserError
-    (`name` names the log) if it has no validation, more than one run, or numbers that no clock can give.
+    curve: [[step, val_loss (nats per token), train_time_ms or None]]. steps: the last validated step, at
+    which val_loss and train_time_ms were measured. scheduled_steps: M, None where the log does not say.
+    complete: the last validation is that of step M, so val_loss is the run's result; else the log was cut
+    short. diverged: a loss is not finite. UserError (`name` names the log) if it has no validation, more than
+    one run, or numbers that no clock can give.
     """
     runs = parse_all(text, name)
     if len(runs) > 1:
-        raise UserError(f"{name}: holds {len(runs)} runs, one after the other: split it, one file for each run")
+        raise UserError(
+            f"{name}: holds {len(runs)} runs, one after the other: split it, one file for each run")
     return runs[0]
 
 
@@ -64,15 +67,18 @@ def summary(points, name):
         if point[0] == before[0]:
             raise UserError(f"{name}: step {point[0]} has two validation losses, {before[2]} and {point[2]}")
         if ms is not None and point[3] < before[3]:
-            raise UserError(f"{name}: train_time goes back from {before[3]:.0f} to {point[3]:.0f} ms at step {point[0]}")
+            raise UserError(
+                f"{name}: train_time goes back from {before[3]:.0f} to {point[3]:.0f} ms at step {point[0]}")
     for at, _, _, time in points:
         if time is not None and not (0 <= time < math.inf):
             raise UserError(f"{name}: train_time is {time:g} ms at step {at}: a clock cannot show that")
     if scheduled is not None and step > scheduled:
         raise UserError(f"{name}: step {step} of {scheduled}: more steps than the run has")
-    return {"curve": [[s, x, t] for s, _, x, t in points], "val_loss": loss, "train_time_ms": ms, "steps": step,
-            "scheduled_steps": scheduled, "complete": scheduled is None or step == scheduled,
-            "diverged": not all(math.isfinite(x) for _, _, x, _ in points)}
+    return {
+        "curve": [[s, x, t] for s, _, x, t in points], "val_loss": loss, "train_time_ms": ms, "steps": step,
+        "scheduled_steps": scheduled, "complete": scheduled is None or step == scheduled,
+        "diverged": not all(math.isfinite(x) for _, _, x, _ in points)
+    }
 
 
 def read(path):

@@ -1,14 +1,15 @@
-"""`python -m records verify DIR`: does a claim hold? From its logs alone; no code of the submission is executed.
+"""`python -m records verify DIR`: does a claim hold? From its logs alone;
+no code of the submission is executed.
 
     python -m records verify records/short/012_name                        # consistent? and is the claim shown?
     python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades
     python -m records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
 
-First the laws of the logs (evidence.run_laws, claims and provenance): all problems are listed, and one is enough to refuse.
-Then the statistics: an ml claim must reach the target and be faster than its parent; a systems claim must compute the same
-and be faster. Writes DIR/results.json (and DIR/README.md anew, if it is there), and keeps what raised the grade as
-DIR/audit.json and DIR/reproduction/, which are read by default. Exit code 0: consistent and
-shown, 3: consistent, not shown, 2: refused.
+First the laws of the logs (evidence.run_laws, claims and provenance): all problems are listed, and one is
+enough to refuse. Then the statistics: an ml claim must reach the target and be faster than its parent; a
+systems claim must compute the same and be faster. Writes DIR/results.json (and DIR/README.md anew, if it is
+there), and keeps what raised the grade as DIR/audit.json and DIR/reproduction/, which are read by default.
+Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
 docs/evidence.md says what the grades mean, and what a consistent forgery can still do.
 """
 
@@ -27,17 +28,20 @@ from evidence.provenance import last_ml
 from common.errors import UserError
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3
-# Two programs that differ in the order of sums only: the same seed gives the same weights and the same untimed tokens.
-# Relative difference of the loss, and of the two numbers that a probe has of each gradient. Measured between 1 and 8 logical
-# ranks in a forward (records 5 and 11 at micro): gradients 2e-5 in float32 and 2e-2 in bfloat16, losses 3e-7 in both; of the
-# first eight timed training losses (two seeds) 3e-7 in float32 and 2e-5 in bfloat16.
-# `first`: relative difference of the first timed training losses. Two seeds differed by 1e-3 within the first five.
+# Two programs that differ in the order of sums only: the same seed gives the same weights and the same
+# untimed tokens. Relative difference of the loss, and of the two numbers that a probe has of each gradient.
+# Measured between 1 and 8 logical ranks in a forward (records 5 and 11 at micro): gradients 2e-5 in float32
+# and 2e-2 in bfloat16, losses 3e-7 in both; of the first eight timed training losses (two seeds) 3e-7 in
+# float32 and 2e-5 in bfloat16.
+# `first`: relative difference of the first timed training losses.
+# Two seeds differed by 1e-3 within the first five.
 PARITY = {"float64": {"loss": 1e-10, "gradient": 1e-8, "first": 1e-9},
           "float32": {"loss": 1e-5, "gradient": 1e-4, "first": 1e-5},
           "bfloat16": {"loss": 1e-3, "gradient": 5e-2, "first": 2e-4}}
 FIRST_STEPS = 5  # timed training losses that are compared, before rounding has grown
 KEPT = ("run", "seed", "status", "val_loss", "train_time_ms", "folder", "last_hash")
-FLOOR = 1e-3  # gradients below this share of the largest one are rounding; they are held to it instead of to their own size
+# gradients below this share of the largest one are rounding; they are held to it instead of to their own size
+FLOOR = 1e-3
 CANNOT_KNOW = (
     "that the sources of the claim are what ran, and that these logs are their output: whoever rewrites manifest, logs and "
     "summaries together passes every check here (audit and reproduction look at that)",
@@ -50,9 +54,12 @@ CANNOT_KNOW = (
 
 def arguments(p):
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
-    p.add_argument("--audit", metavar="FILE", help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
-    p.add_argument("--reproduction", metavar="DIR", help="claim folder of another machine, for the grade `reproduced`")
-    p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS", help="for text logs: the loss to reach (claims declare theirs)")
+    p.add_argument("--audit", metavar="FILE",
+                   help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
+    p.add_argument("--reproduction", metavar="DIR",
+                   help="claim folder of another machine, for the grade `reproduced`")
+    p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS",
+                   help="for text logs: the loss to reach (claims declare theirs)")
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 
@@ -61,7 +68,8 @@ def run(options):
     folder = Path(options.folder)
     if is_text_logs(folder):
         if options.audit or options.reproduction:
-            raise UserError("text logs name neither code nor machine: --audit and --reproduction need a claim folder")
+            raise UserError(
+                "text logs name neither code nor machine: --audit and --reproduction need a claim folder")
         results = text_logs(folder, options.target)
         print(files.json_text(results, indent=1)) if options.json else report_text_logs(results)
         return SHOWN if results["verdict"] == "shown" else NOT_SHOWN
@@ -75,7 +83,8 @@ def run(options):
         where = f"results: {folder / 'results.json'}"
     except UserError as error:  # a judge may read from a disk that is not theirs
         where = f"note: {error}"
-    if before in GRADES and results["grade"] in GRADES and GRADES.index(results["grade"]) < GRADES.index(before):
+    if before in GRADES and results["grade"] in GRADES and GRADES.index(
+            results["grade"]) < GRADES.index(before):
         where += f"\nnote: it was {before}, now it is {results['grade']}"
     print(files.json_text(results, indent=1)) if options.json else report(results, where)
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
@@ -84,7 +93,8 @@ def run(options):
 def verify(folder, audit=None, reproduction=None, page=True):
     """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read.
 
-    audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md held against it?
+    audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md
+    held against it?
     """
     folder = Path(folder)
     found = claim_laws.examine(folder)
@@ -99,7 +109,8 @@ def verify(folder, audit=None, reproduction=None, page=True):
     results |= {"grade": "consistent", "verdict": "shown"}
     if d["claim"] == "comparison":
         if audit or reproduction:
-            raise UserError(f"{folder}: a comparison claims no record: --audit and --reproduction do not apply")
+            raise UserError(
+                f"{folder}: a comparison claims no record: --audit and --reproduction do not apply")
         return compare.analyse(found.claim) | results
     if audited is None and (folder / AUDIT).exists():
         audited = read_audit(folder / AUDIT)
@@ -131,8 +142,10 @@ def untimed(found, name):
     """{start, warmup}: mean seconds before the clock of an arm's counted runs, or None without logs."""
     rows = [claim_laws.untimed(found.logs[r.run]) for r in found.claim.counted(name) if r.run in found.logs]
     rows = [row for row in rows if row is not None]
-    return {key: middle.fmean(row[what] for row in rows) / 1000 for key, what in (("start", "start"), ("warmup", "warm-up"))
-            } if rows else None
+    return {
+        key: middle.fmean(row[what] for row in rows) / 1000
+        for key, what in (("start", "start"), ("warmup", "warm-up"))
+    } if rows else None
 
 
 # ----- what a claim folder keeps ------------------------------------------------------------------------------------
@@ -155,7 +168,9 @@ def is_its_page(folder, results):
     if not path.exists():
         return True
     try:
-        return path.read_text(encoding="utf-8") in [writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None]
+        return path.read_text(encoding="utf-8") in [
+            writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None
+        ]
     except (OSError, UserError, LookupError, TypeError, AttributeError, ValueError):
         return False  # results.json of another making: then the page has nothing to rest on
 
@@ -168,7 +183,8 @@ def store(folder, results, page):
 
 
 def keep(folder, results, audit, reproduction):
-    """Keep the audit and the reproduction that counted in the claim folder, so that the grade can be checked again."""
+    """Keep the audit and the reproduction that counted in the claim folder,
+    so that the grade can be checked again."""
     if audit and results.get("audit", {}).get("counts"):
         files.write(folder / AUDIT, Path(audit).read_bytes())
     kept = folder / REPRODUCTION
@@ -185,7 +201,8 @@ def keep(folder, results, audit, reproduction):
 
 
 def differences(stored, fresh, path=""):
-    """Paths at which a stored results.json differs from what verify finds now; what is `unknown` depends on the checkout."""
+    """Paths at which a stored results.json differs from what verify finds now;
+    what is `unknown` depends on the checkout."""
     if isinstance(stored, dict) and isinstance(fresh, dict):
         return [p for key in sorted({*stored, *fresh} - {"unknown"})
                 for p in differences(stored.get(key), fresh.get(key), f"{path}.{key}" if path else key)]
@@ -199,15 +216,20 @@ def differences(stored, fresh, path=""):
 def describe(found):
     """What was run, where, by which code: the part of results.json that is copied from the logs."""
     d, start = found.declaration, next(iter(found.logs.values())).start
-    keys = ("device", "torch", "cpu", "cores", "machine", "corpus", "corpus_digest", "val_digest", "numerics_version")
+    keys = ("device", "torch", "cpu", "cores", "machine", "corpus", "corpus_digest", "val_digest",
+            "numerics_version")
     named = ("text", "record", "changes", "ref", "commit", "tree", "ml_hash", "system_hash")
     arms = {name: {**{k: arm.get(k) for k in named}, "steps": arm["settings"]["schedule"]["steps"]}
             for name, arm in d["arms"].items()}
-    excluded = [{"run": r.run, "arm": r.arm, "seed": r.seed, "cause": r.fault["cause"], "note": r.fault["note"]}
-                for r in found.claim.runs if r.fault]
-    return {"arms": arms, "target": d["target"], "alpha": d["alpha"], "plan": d["plan"], "pairing": d["pairing"],
-            "margin": d["margin"], "processes": d["processes"], **{k: start[k] for k in keys}, "excluded": excluded,
-            "declared": d["utc"], "looks": [{k: x[k] for k in ("runs", "decision", "utc")} for x in found.claim.looks]}
+    excluded = [{
+        "run": r.run, "arm": r.arm, "seed": r.seed, "cause": r.fault["cause"], "note": r.fault["note"]
+    } for r in found.claim.runs if r.fault]
+    return {
+        "arms": arms, "target": d["target"], "alpha": d["alpha"], "plan": d["plan"], "pairing": d["pairing"],
+        "margin": d["margin"], "processes": d["processes"],
+        **{k: start[k] for k in keys}, "excluded": excluded, "declared": d["utc"],
+        "looks": [{k: x[k] for k in ("runs", "decision", "utc")} for x in found.claim.looks]
+    }
 
 
 # ----- statistics ---------------------------------------------------------------------------------------------------
@@ -218,13 +240,16 @@ def last_alpha(d, claim):
 
 
 def judge(claim, alpha, runs=None):
-    """{statistics, reasons}: what the counted runs of a record claim show at level alpha; no reasons: it is shown.
+    """{statistics, reasons}: what the counted runs of a record claim show at level alpha; no reasons:
+    it is shown.
 
     runs: only the first so many of each arm (a look); None: all. Works while a plan is under way, too.
     """
     from evidence import statistics
     d = claim.declaration
-    found = {name: sorted(rows[:runs], key=lambda r: r["seed"]) for name, rows in compare.outcomes(claim).items()}
+    found = {
+        name: sorted(rows[:runs], key=lambda r: r["seed"]) for name, rows in compare.outcomes(claim).items()
+    }
     paired, out, reasons = d["pairing"] == "seed", {"alpha": alpha, "arms": {}}, []
     for name, rows in found.items():
         done = [r for r in rows if r["status"] == "finished"]
@@ -282,7 +307,8 @@ def judge_time(ratio, alpha):
 
 
 def check_looks(found):
-    """Reasons against a claim that was not ended when it had to be: each look is taken again from the logs."""
+    """Reasons against a claim that was not ended when it had to be:
+    each look is taken again from the logs."""
     d = found.declaration
     reasons = []
     for look, declared in zip(found.claim.looks, d["plan"].get("looks", [])):
@@ -294,29 +320,34 @@ def check_looks(found):
 
 
 def check_parity(claim, found):
-    """Loss and gradients of the last untimed step, and the first timed training losses: new against parent, seed by seed."""
+    """Loss and gradients of the last untimed step, and the first timed training losses: new against parent,
+    seed by seed."""
     logs = {name: {r["seed"]: events_of(claim, r) for r in found[name]} for name in ("new", "parent")}
     precision = precision_of(claim.declaration["arms"]["new"]["settings"])
     limits, rows, failures = PARITY[precision], [], []
     for seed in sorted(set(logs["new"]) & set(logs["parent"])):
-        new, old = (next((e for e in logs[name][seed] if e["kind"] == "probe"), None) for name in ("new", "parent"))
+        new, old = (next((e for e in logs[name][seed] if e["kind"] == "probe"), None)
+                    for name in ("new", "parent"))
         if new is None or old is None or new["tokens"] != old["tokens"] or new["step"] != old["step"]:
             failures.append(f"seed {seed}: no probes of the same untimed step (system.warmup_steps = 0?)")
             continue
         if len({runlog.covers_all(logs[name][seed][0]) for name in ("new", "parent")}) > 1:
-            failures.append(f"seed {seed}: the log of one arm (version 2, several processes) has losses and gradients "
-                            "of process 0 alone: run both arms again")
+            failures.append(
+                f"seed {seed}: the log of one arm (version 2, several processes) has losses and gradients "
+                "of process 0 alone: run both arms again")
             continue
         row = {**parity(new, old), "train_loss": first_losses_apart(logs["new"][seed], logs["parent"][seed])}
         rows.append({"seed": seed, **row})
         if row["loss"] > limits["loss"]:
-            failures.append(f"seed {seed}: loss differs by {row['loss']:.1e} (relative, allowed {limits['loss']:.0e})")
+            failures.append(
+                f"seed {seed}: loss differs by {row['loss']:.1e} (relative, allowed {limits['loss']:.0e})")
         if row["train_loss"] > limits["first"]:
             failures.append(f"seed {seed}: the first {FIRST_STEPS} timed training losses differ by {row['train_loss']:.1e} "
                             f"(relative, allowed {limits['first']:.0e})")
         if max(row["worst"], row["median"]) > limits["gradient"]:
-            failures.append(f"seed {seed}: gradients differ by {row['worst']:.1e} ({row['parameter']}; median "
-                            f"{row['median']:.1e}; relative, allowed {limits['gradient']:.0e})")
+            failures.append(
+                f"seed {seed}: gradients differ by {row['worst']:.1e} ({row['parameter']}; median "
+                f"{row['median']:.1e}; relative, allowed {limits['gradient']:.0e})")
     if not rows and not failures:
         failures.append("no seed was run by both arms: pair them by seed")
     return {"precision": precision, **limits, "floor": FLOOR, "rows": rows, "failures": failures}
@@ -324,7 +355,8 @@ def check_parity(claim, found):
 
 def precision_of(settings):
     """The coarsest dtype of plain settings: a key of PARITY."""
-    return next((p for p in ("bfloat16", "float32", "float64") if p in settings["numerics"].values()), "float32")
+    return next((p for p in ("bfloat16", "float32", "float64") if p in settings["numerics"].values()),
+                "float32")
 
 
 def events_of(claim, row):
@@ -333,21 +365,24 @@ def events_of(claim, row):
 
 def first_losses_apart(new, old):
     """Largest relative difference of the first timed training losses of two runs of one seed."""
-    a, b = ([x for e in events if e["kind"] == "validation" for x in e["train_loss"]][:FIRST_STEPS] for events in (new, old))
+    a, b = ([x for e in events if e["kind"] == "validation" for x in e["train_loss"]][:FIRST_STEPS]
+            for events in (new, old))
     return max((abs(x - y) / abs(y) for x, y in zip(a, b)), default=math.inf) if len(a) == len(b) else math.inf
 
 
 def parity(new, old):
     """{loss, worst, parameter, median}: relative differences of two probes.
 
-    worst: over all parameters, relative to the gradient's norm (at least FLOOR of the largest one). median: relative to each
-    one's own norm, so that small gradients have a say as well.
+    worst: over all parameters, relative to the gradient's norm (at least FLOOR of the largest one). median:
+    relative to each one's own norm, so that small gradients have a say as well.
     """
     a, b = new["gradients"], old["gradients"]
     out = {"loss": abs(new["loss"] - old["loss"]) / abs(old["loss"])}
     odd = sorted(set(a) ^ set(b))
     if odd or not a:
-        return out | {"worst": float("inf"), "median": float("inf"), "parameter": odd[0] if odd else "no parameter"}
+        return out | {
+            "worst": float("inf"), "median": float("inf"), "parameter": odd[0] if odd else "no parameter"
+        }
     tiny = 1e-30  # a gradient that is zero in both programs agrees
     floor = FLOOR * max(norm for norm, _ in b.values()) + tiny
     apart = {name: max(abs(x - y) for x, y in zip(a[name], b[name])) for name in a}
@@ -364,10 +399,14 @@ def read_audit(path):
         if audit["version"] != 1 or not isinstance(audit["passed"], bool):
             raise ValueError
         checks = {check["name"]: check["passed"] for check in audit["checks"]}
-        return {"commit": audit["commit"], "tree": audit["tree"], "record": audit.get("record"),
-                "passed": audit["passed"], "checks": checks, "confined": dict(audit["confined"]), "counts": False}
+        return {
+            "commit": audit["commit"], "tree": audit["tree"], "record": audit.get("record"),
+            "passed": audit["passed"], "checks": checks, "confined": dict(audit["confined"]), "counts": False
+        }
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: not the result of an audit; write one with `records audit COMMIT --json FILE`") from None
+        raise UserError(
+            f"{path}: not the result of an audit; write one with `records audit COMMIT --json FILE`"
+        ) from None
 
 
 def grade_audit(results, audit, new):
@@ -378,9 +417,12 @@ def grade_audit(results, audit, new):
         results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of "
                                   f"{new['commit'][:12]}: it does not count")
     elif audit["record"] != new["record"]:
-        results["unknown"].append(f"the audit is of {audit['record']}, the claim of {new['record']}: it does not count")
-    elif not (audit["confined"].get("network") == "cut off" and str(audit["confined"].get("writes")).startswith("limited")):
-        results["unknown"].append("the audit ran without a sandbox (network or writes were open): it does not count")
+        results["unknown"].append(
+            f"the audit is of {audit['record']}, the claim of {new['record']}: it does not count")
+    elif not (audit["confined"].get("network") == "cut off"
+              and str(audit["confined"].get("writes")).startswith("limited")):
+        results["unknown"].append(
+            "the audit ran without a sandbox (network or writes were open): it does not count")
     elif not audit["passed"] or not all(audit["checks"].values()):
         failed = ", ".join(name for name, passed in audit["checks"].items() if not passed)
         results["reasons"].append(f"the audit of its code failed: {failed}")
@@ -392,7 +434,8 @@ def grade_audit(results, audit, new):
 
 
 def grade_reproduction(results, found, folder):
-    """`reproduced` if the same claim of another machine is consistent, and its runs show all of it by themselves."""
+    """`reproduced` if the same claim of another machine is consistent,
+    and its runs show all of it by themselves."""
     other = claim_laws.examine(folder)
     why = not_a_reproduction(found, other)
     if why:
@@ -406,7 +449,8 @@ def grade_reproduction(results, found, folder):
     if not reasons:
         results["grade"] = "reproduced"
     else:
-        results["unknown"].append(f"the reproduction offered is none: its own runs do not show the claim ({reasons[0]})")
+        results["unknown"].append(
+            f"the reproduction offered is none: its own runs do not show the claim ({reasons[0]})")
 
 
 def not_a_reproduction(found, other):
@@ -421,7 +465,8 @@ def not_a_reproduction(found, other):
             return f"its {key} is {theirs[key]}, here {mine[key]}"
     code_only = all(mine["arms"]["new"][k] == mine["arms"]["parent"][k] for k in ("ml_hash", "system_hash"))
     for name in ("new", "parent"):
-        for key in ("ml_hash", "system_hash", *(["tree"] if code_only else [])):  # without a delta the code is the claim
+        # without a delta the code is the claim
+        for key in ("ml_hash", "system_hash", *(["tree"] if code_only else [])):
             if theirs["arms"][name][key] != mine["arms"][name][key]:
                 return f"its arm {name} has another {key}"
     a, b = (next(iter(x.logs.values())).start for x in (found, other))
@@ -429,26 +474,31 @@ def not_a_reproduction(found, other):
         return "it ran on the same machine"
     if a["val_digest"] != b["val_digest"]:
         return "it was measured on other validation tokens"
-    clocks = [{tuple(v["train_time_ms"] for v in log.validations) for log in x.logs.values()} for x in (found, other)]
+    clocks = [{tuple(v["train_time_ms"] for v in log.validations) for log in x.logs.values()}
+              for x in (found, other)]
     return "it holds runs of this claim" if clocks[0] & clocks[1] else ""
 
 
 # ----- text logs ----------------------------------------------------------------------------------------------------
 
 def is_text_logs(folder):
-    """No claim and no run folders, but text files: here or one level down, as upstream's records have them."""
+    """No claim and no run folders, but text files: here or one level down,
+    as upstream's records have them."""
     marks = (manifest.NAME, "run.jsonl", "*/run.jsonl")
     return folder.is_dir() and not any(files.listed(folder, m) for m in marks) and any(
         files.listed(folder, m) for m in ("*.txt", "*/*.txt"))
 
 
 def text_logs(folder, target):
-    """Statistics of a folder of upstream's text logs, one run a file. UserError if they are not one group of runs."""
+    """Statistics of a folder of upstream's text logs, one run a file.
+    UserError if they are not one group of runs."""
     from evidence import statistics
     paths = files.listed(folder, "*.txt")
     if not paths:
         inner = sorted({p.parent.name for p in files.listed(folder, "*/*.txt")})
-        raise UserError(f"{folder}: its logs lie in {', '.join(inner[:4])}: name one of these, each is a group of its own")
+        raise UserError(
+            f"{folder}: its logs lie in {', '.join(inner[:4])}: name one of these, each is a group of its own"
+        )
     if target is None:
         raise UserError(f"{folder}: text logs: name the loss to reach, like --target 3.28")
     logs, seen = {}, {}
@@ -530,7 +580,8 @@ def report_record(results):
               f"{number(s['loss']['high'], '+.5f')}]")
     if s.get("parity") and s["parity"]["rows"]:
         rows = s["parity"]["rows"]
-        loss, first, worst, median = (max(r[k] for r in rows) for k in ("loss", "train_loss", "worst", "median"))
+        loss, first, worst, median = (max(r[k] for r in rows)
+                                      for k in ("loss", "train_loss", "worst", "median"))
         print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, first training losses "
               f"{first:.1e}, gradients within {worst:.1e}, median {median:.1e} (allowed "
               f"{s['parity']['loss']:.0e}, {s['parity']['first']:.0e} and {s['parity']['gradient']:.0e})")
@@ -544,7 +595,8 @@ def report_record(results):
 def finish_report(results, test):
     if results["verdict"] == "refused":
         problems = results["problems"]
-        print(f"REFUSED: {len(problems)} problem{'s' if len(problems) > 1 else ''}", *(f"  {p}" for p in problems), sep="\n")
+        print(f"REFUSED: {len(problems)} problem{'s' if len(problems) > 1 else ''}",
+              *(f"  {p}" for p in problems), sep="\n")
     elif results["reasons"]:
         print("NOT SHOWN:", *(f"  {r}" for r in results["reasons"]), sep="\n")
     elif results["claim"] != "comparison":
@@ -552,4 +604,5 @@ def finish_report(results, test):
     if test and not test["passed"] and test["runs_for"]:
         print(f"a FRESH set with this mean and sd would need {test['runs_for']} runs to pass with 90 % power; this one may "
               "not be extended")
-    print(f"grade: {results['grade']}", "what this cannot know:", *(f"  {u}" for u in results["unknown"]), sep="\n")
+    print(f"grade: {results['grade']}", "what this cannot know:", *(f"  {u}" for u in results["unknown"]),
+          sep="\n")

@@ -3,8 +3,9 @@
     python -m records withdraw my_idea --why "the gain came from a longer warm-up"
     python -m records withdraw short/34 --why "not reproduced on a second machine"
 
-Of an attempt the last line of its manifest says so; its folder, with every run, stays. One that was never run is removed.
-A record that was promoted and that nothing is built on goes back to attempts/NAME, withdrawn, in one commit.
+Of an attempt the last line of its manifest says so; its folder, with every run, stays. One that was never run
+is removed. A record that was promoted and that nothing is built on goes back to attempts/NAME, withdrawn, in
+one commit.
 """
 
 import deltas
@@ -63,7 +64,8 @@ def remove(folder, why):
 def withdraw_record(record, why):
     """Move a promoted record back to its attempt and mark it, in one commit."""
     if not record.attempt:
-        raise UserError(f"{record.ref} was not made by `records promote`: a record of the lineage is not withdrawn here")
+        raise UserError(
+            f"{record.ref} was not made by `records promote`: a record of the lineage is not withdrawn here")
     built = [r.ref for r in deltas.load_records().values() if r.parent == record.ref]
     built += [deltas.ATTEMPT + name for name in deltas.attempt_names() if promote.read(
         deltas.ATTEMPTS / name / "record.toml")[1].get("parent") == record.ref]

@@ -1,7 +1,8 @@
-"""The pages of a claim: README.md, and the layout that KellerJordan/modded-nanogpt takes. Every number is from results.json.
+"""The pages of a claim: README.md, and the layout that KellerJordan/modded-nanogpt takes.
+Every number is from results.json.
 
-Who is credited: the people of record.toml, those of the parent, and for each line of the delta what the vocabulary says
-about the setting (which names papers) and which record brought it in.
+Who is credited: the people of record.toml, those of the parent, and for each line of the delta what the
+vocabulary says about the setting (which names papers) and which record brought it in.
 """
 
 import json
@@ -46,14 +47,17 @@ def readme(folder, results=None):
     """Text of DIR/README.md; results: those of `records verify`, if not yet in results.json."""
     results = results or read_results(folder)
     record = record_of(folder, results)
-    return "\n".join([*heading(record, results), *table(results), *findings(results), *credits(record), *limits(results),
-                      "## Check", "", f"    python -m records verify {place(folder)}", ""])
+    return "\n".join([
+        *heading(record, results), *table(results), *findings(results), *credits(record), *limits(results),
+        "## Check", "", f"    python -m records verify {place(folder)}", ""
+    ])
 
 
 def place(folder):
     """How the claim folder is named from the top of the checkout."""
     folder = Path(folder).resolve()
-    return folder.relative_to(runlog.ROOT.resolve()) if folder.is_relative_to(runlog.ROOT.resolve()) else folder.name
+    return folder.relative_to(runlog.ROOT.resolve()) if folder.is_relative_to(
+        runlog.ROOT.resolve()) else folder.name
 
 
 def heading(record, results):
@@ -135,7 +139,9 @@ def credits(record):
 
 def limits(results):
     scale = results["scale"]
-    out = [] if scale == "full" else [f"- what the change does at full scale: these runs are of scale `{scale}`"]
+    out = [] if scale == "full" else [
+        f"- what the change does at full scale: these runs are of scale `{scale}`"
+    ]
     grades = {"consistent": ["- whether the code is causal, normalised and resets its state: it was not audited",
                              "- whether anybody else gets these numbers: it was not reproduced"],
               "audited": ["- whether anybody else gets these numbers: it was not reproduced"]}.get(results["grade"], [])
@@ -148,14 +154,17 @@ GROUPS = {"new": "this_pr", "parent": "baseline", "base": "last_ml_record"}
 
 
 def upstream(folder):
-    """Write DIR/upstream/<date>_<Name>/ (README.md, statistics.md, a log per run in this_pr/ and baseline/). Returns it.
+    """Write DIR/upstream/<date>_<Name>/ (README.md, statistics.md,
+    a log per run in this_pr/ and baseline/). Returns it.
 
-    A log is source, a ruler, environment and settings, a ruler, and the lines `step:S/T val_loss:X train_time:Yms
+    A log is source, a ruler, environment and settings, a ruler, and the lines
+    `step:S/T val_loss:X train_time:Yms
     step_avg:Zms`; its name is a uuid, made from the hash of its run.
     """
     folder, results = Path(folder), read_results(folder)
     record = record_of(folder, results)
-    name = "".join(word.capitalize() for word in record.slug.split("_")) or f"Record{record.ref.partition('/')[2]}"
+    name = "".join(word.capitalize()
+                   for word in record.slug.split("_")) or f"Record{record.ref.partition('/')[2]}"
     out = folder / "upstream" / f"{results['declared'][:10]}_{name}"
     for arm, row in results["statistics"]["arms"].items():
         for run in row["runs"]:

@@ -1,7 +1,8 @@
 """The build backend of pyproject.toml: setuptools, but for editable installations only.
 
-The project runs from its checkout, which holds records, texts and caches; a wheel with modules called `data` or `settings` in
-site-packages would be no use. So `pip install -e .` works, and `pip install .` is refused before anything is downloaded.
+The project runs from its checkout, which holds records, texts and caches; a wheel with modules called `data`
+or `settings` in site-packages would be no use. So `pip install -e .` works, and `pip install .` is refused
+before anything is downloaded.
 """
 
 from setuptools.build_meta import (build_editable, get_requires_for_build_editable,  # noqa: F401  pip calls them

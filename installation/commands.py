@@ -1,4 +1,5 @@
-"""The commands that `pip install -e .` adds: each starts a program of the checkout, from whatever folder it is called in."""
+"""The commands that `pip install -e .` adds: each starts a program of the checkout,
+from whatever folder it is called in."""
 
 import runpy
 import sys

@@ -1,4 +1,5 @@
-"""Makes .venv with the pinned dependencies, once, and starts something in it. run.sh and test.sh are its two callers.
+"""Makes .venv with the pinned dependencies, once, and starts something in it.
+run.sh and test.sh are its two callers.
 
     python installation/install.py run [ARGUMENTS]      # ./run.sh: what training and plotting need, then installation/run.py
     python installation/install.py test [ARGUMENTS]     # ./test.sh: the rest too, then pytest
@@ -32,14 +33,19 @@ if __name__ == "__main__":
 ROOT, VENV = Path(environment.ROOT), Path(environment.VENV)
 PYTHON = Path(environment.venv_python())
 INSTALLED = VENV / "installed"  # JSON list of the requirements that are there, all of them whole
-LOCK = ROOT / ".venv-unfinished"  # host and process that is installing; left behind by a killed one, whose .venv is not believed
+# host and process that is installing; left behind by a killed one, whose .venv is not believed
+LOCK = ROOT / ".venv-unfinished"
 EXTRAS = {"run": ["tools"], "test": ["tools", "slurm", "dev"], "python": ["tools"]}
-# Megabytes to download for `run`, summed over the files that the lock file names (Python 3.11 to 3.14 differ by 1 MB; `test` adds
+# Megabytes to download for `run`, summed over the files that the lock file names (Python 3.11 to 3.14 differ
+# by 1 MB; `test` adds
 # 4 MB). On Linux most of it is CUDA.
-DOWNLOAD = {("Linux", "x86_64"): 2829, ("Linux", "aarch64"): 2953, ("Darwin", "arm64"): 175, ("Windows", "AMD64"): 211}
-# pip settings of the user that would put packages elsewhere or install only half of them; indexes and proxies stay
-MISPLACING = ("USER", "TARGET", "PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS", "REQUIREMENT", "EDITABLE", "PLATFORM",
-              "PYTHON_VERSION", "IMPLEMENTATION", "ABI", "REQUIRE_VIRTUALENV", "IGNORE_INSTALLED", "REPORT", "LOG")
+DOWNLOAD = {("Linux", "x86_64"): 2829, ("Linux", "aarch64"): 2953, ("Darwin", "arm64"): 175,
+            ("Windows", "AMD64"): 211}
+# pip settings of the user that would put packages elsewhere or install only half of them;
+# indexes and proxies stay
+MISPLACING = ("USER", "TARGET", "PREFIX", "ROOT", "PYTHON", "DRY_RUN", "NO_DEPS", "REQUIREMENT", "EDITABLE",
+              "PLATFORM", "PYTHON_VERSION", "IMPLEMENTATION", "ABI", "REQUIRE_VIRTUALENV", "IGNORE_INSTALLED",
+              "REPORT", "LOG")
 
 
 class Failed(Exception):
@@ -50,7 +56,9 @@ def requirements(extras):
     """Pinned requirements of the project with these extras, as pip takes them."""
     import tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [*project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])]
+    return [
+        *project["dependencies"], *(r for extra in extras for r in project["optional-dependencies"][extra])
+    ]
 
 
 # ----- what is there ------------------------------------------------------------------------------------------------
@@ -73,7 +81,8 @@ def installed():
 
 
 def absent(wanted):
-    """Those of the pinned requirements that .venv does not hold, by its packages' metadata. One with a marker is not asked for."""
+    """Those of the pinned requirements that .venv does not hold, by its packages' metadata.
+    One with a marker is not asked for."""
     code = """
 import importlib.metadata as m, sys
 for pin in sys.argv[1:]:
@@ -108,15 +117,19 @@ def cost():
 
 
 def pip(*arguments):
-    """Run the venv's pip. Its progress goes to the terminal, if stderr is one; otherwise only its error is told. Raises Failed."""
-    env = {k: v for k, v in os.environ.items() if k.removeprefix("PIP_") not in MISPLACING or not k.startswith("PIP_")}
+    """Run the venv's pip. Its progress goes to the terminal, if stderr is one;
+    otherwise only its error is told. Raises Failed."""
+    env = {
+        k: v for k, v in os.environ.items()
+        if k.removeprefix("PIP_") not in MISPLACING or not k.startswith("PIP_")
+    }
     command = [PYTHON, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-user", *arguments]
     if sys.stderr.isatty():
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr)
         reason = "pip's message is above"
     else:
-        done = subprocess.run([*command, "--quiet"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              text=True, errors="replace")
+        done = subprocess.run([*command, "--quiet"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, text=True, errors="replace")
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or done.stderr.splitlines()
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
     if done.returncode:
@@ -125,9 +138,11 @@ def pip(*arguments):
 
 def make_venv():
     """An empty .venv of the running Python. Raises Failed."""
-    done = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True, errors="replace")
+    done = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True,
+                          errors="replace")
     if done.returncode:
-        said = " ".join((done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").split())
+        said = " ".join((done.stderr.strip() or done.stdout.strip()
+                         or f"exit code {done.returncode}").split())
         if "ensurepip" in said or "No module named" in said:
             raise Failed(f"{sys.executable} has no complete venv module: install it (Debian, Ubuntu: apt install python3-venv) or "
                          "set SPEEDRUN_PYTHON to a Python that has the dependencies")
@@ -164,13 +179,15 @@ def locked():
 
 
 def holder():
-    """Who holds LOCK, in words; None if that process has ended. Raises Failed if it runs on another machine."""
+    """Who holds LOCK, in words; None if that process has ended.
+    Raises Failed if it runs on another machine."""
     try:
         owner = json.loads(LOCK.read_text(encoding="utf-8"))
         host, process = str(owner["host"]), int(owner["process"])
     except FileNotFoundError:
         return "another ./run.sh or ./test.sh"
-    except (OSError, ValueError, TypeError, KeyError):  # killed before it wrote its name, or about to write it
+    # killed before it wrote its name, or about to write it
+    except (OSError, ValueError, TypeError, KeyError):
         try:
             return "another ./run.sh or ./test.sh" if time.time() - LOCK.stat().st_mtime < 5 else None
         except OSError:
@@ -193,7 +210,8 @@ def remove_venv():
 
 
 def install(wanted):
-    """Bring .venv to hold all requirements. If that fails or is interrupted, nothing half-made stays. Raises Failed."""
+    """Bring .venv to hold all requirements. If that fails or is interrupted, nothing half-made stays.
+    Raises Failed."""
     before, done = installed(), False
     if before and not starts(PYTHON):
         say(".venv is made anew, as its Python cannot be started any more")
@@ -203,7 +221,8 @@ def install(wanted):
             say(f"installing the dependencies into .venv, once: {cost()}")
             make_venv()
         else:
-            say("adding to .venv: " + ", ".join(r.partition(";")[0].strip() for r in wanted if r not in before))
+            say("adding to .venv: " +
+                ", ".join(r.partition(";")[0].strip() for r in wanted if r not in before))
             INSTALLED.unlink()
         pip(*wanted)
         lacking = absent(wanted)
@@ -221,7 +240,8 @@ def install(wanted):
 
 
 def add_commands():
-    """The commands speedrun-train and so on. Setuptools is there, since torch needs it. Nothing depends on them."""
+    """The commands speedrun-train and so on. Setuptools is there, since torch needs it.
+    Nothing depends on them."""
     try:
         pip("--no-deps", "--no-build-isolation", "--editable", ".")
     except Failed as error:
@@ -265,7 +285,10 @@ def main(argv):
     if kind == "run":
         run.read(arguments)  # --help and a mistyped setting need no installation
     handled = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    before = {number: signal.signal(number, ended) for number in handled if signal.getsignal(number) == signal.SIG_DFL}
+    before = {
+        number: signal.signal(number, ended) for number in handled
+        if signal.getsignal(number) == signal.SIG_DFL
+    }
     try:
         python = ready(kind)
     except Failed as error:
@@ -283,7 +306,8 @@ def main(argv):
     if kind == "test":
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread each, otherwise they wait for each other
         os.chdir(ROOT)
-        alone = any(argument.partition("=")[0] == "--feature" for argument in arguments)  # few tests: one process is faster
+        # few tests: one process is faster
+        alone = any(argument.partition("=")[0] == "--feature" for argument in arguments)
         arguments = ["-m", "pytest", "-q", "-n", "0" if alone else "2", *arguments]
     else:
         arguments = [str(ROOT / "installation/run.py"), *arguments]

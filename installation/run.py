@@ -1,8 +1,10 @@
-"""What ./run.sh does: train, then plot the curve and sample from the checkpoint, which it has the trainer save.
+"""What ./run.sh does: train, then plot the curve and sample from the checkpoint,
+which it has the trainer save.
 
-Without a record: on a CPU the frozen preset tiny-v1 to its target (two minutes), or with --scale the head of the lineage; on
-GPUs the head of the lineage on FineWeb. A record named without --scale runs at scale tiny on a CPU. With 2, 4 or 8 GPUs it
-starts as many processes. Run folders go to runs/ of the checkout unless --out names a place. All options are the trainer's.
+Without a record: on a CPU the frozen preset tiny-v1 to its target (two minutes), or with --scale the head of
+the lineage; on GPUs the head of the lineage on FineWeb. A record named without --scale runs at scale tiny on
+a CPU. With 2, 4 or 8 GPUs it starts as many processes. Run folders go to runs/ of the checkout unless --out
+names a place. All options are the trainer's.
 """
 
 import os
@@ -28,7 +30,8 @@ PROCESSES = (8, 4, 2, 1)  # that eight logical ranks can be shared among
 # ----- arguments ----------------------------------------------------------------------------------------------------
 
 def read(argv):
-    """The trainer's options of a command line of run.sh. Ends the program for --help (0) or a mistake (2). Imports no torch."""
+    """The trainer's options of a command line of run.sh. Ends the program for --help (0) or a mistake (2).
+    Imports no torch."""
     parser = command_line.parser()
     parser.prog, parser.description = "./run.sh", " ".join(__doc__.split())
     parser.set_defaults(out=None)
@@ -38,7 +41,8 @@ def read(argv):
 
 
 def complete(argv, options, gpus):
-    """The trainer's arguments: argv, and where they are missing a record, a scale, a place for the run and --save.
+    """The trainer's arguments: argv, and where they are missing a record, a scale,
+    a place for the run and --save.
 
     options: argv as `read` gives it.
     """
@@ -56,8 +60,10 @@ def complete(argv, options, gpus):
 
 
 def count_gpus():
-    """GPUs that torch sees. Asked in a process of its own, as the trainer sets variables before torch is loaded."""
-    done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"], capture_output=True, text=True)
+    """GPUs that torch sees. Asked in a process of its own, as the trainer sets variables
+    before torch is loaded."""
+    done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
+                          capture_output=True, text=True)
     words = done.stdout.split()
     return int(words[-1]) if done.returncode == 0 and words else 0  # without torch the trainer says so
 
@@ -65,7 +71,8 @@ def count_gpus():
 # ----- training -----------------------------------------------------------------------------------------------------
 
 def train(argv, processes):
-    """Run the trainer: one process here, so that signals reach it directly; several by torch's launcher. Returns the exit code."""
+    """Run the trainer: one process here, so that signals reach it directly; several by torch's launcher.
+    Returns the exit code."""
     trainer = str(ROOT / "train_gpt.py")
     if processes > 1:
         return launch([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", trainer, *argv])

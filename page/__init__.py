@@ -1,1 +1,2 @@
-"""The parts of `records leaderboard`: facts (what is read), markdown, plot, worth, sections, and the page's sources."""
+"""The parts of `records leaderboard`: facts (what is read), markdown, plot, worth, sections,
+and the page's sources."""

@@ -1,4 +1,5 @@
-"""Curves of runs, read from their chained logs: finished, diverged, interrupted, and in progress. No torch here."""
+"""Curves of runs, read from their chained logs: finished, diverged, interrupted, and in progress.
+No torch here."""
 
 import math
 from dataclasses import dataclass
@@ -65,7 +66,8 @@ def read(path: str | Path) -> Curve:
     events = runlog.read_chain(log)
     try:
         found = [e for e in events if e["kind"] == "validation"]
-        points = [(int(e["step"]), *(number(e[key]) for key in ("tokens", "train_time_ms", "val_loss"))) for e in found]
+        points = [(int(e["step"]), *(number(e[key]) for key in ("tokens", "train_time_ms", "val_loss")))
+                  for e in found]
         status = next((e["status"] for e in events if e["kind"] == "end"), "running")
         scheduled = max((int(e["scheduled_steps"]) for e in found), default=0)
         curve = Curve(log.parent, dict(events[0]), points, train_losses(found), status, scheduled)
@@ -109,7 +111,8 @@ def flat(values: dict, prefix: str = "") -> dict:
 def labels(curves: list[Curve]) -> tuple[str, list[str]]:
     """(what all runs have in common, a label of each run from what differs).
 
-    Told are record, scale, changes, settings and seed; other facts only where these do not tell the runs apart.
+    Told are record, scale, changes, settings and seed; other facts only where these do not tell the runs
+    apart.
     """
     parts = [[] for _ in curves]
     common = []
@@ -143,9 +146,11 @@ def labels(curves: list[Curve]) -> tuple[str, list[str]]:
 
 
 def changed(curves: list[Curve]) -> list[list[str]]:
-    """Columns of label parts, one for each change or setting in which the runs differ ('' where a run has none).
+    """Columns of label parts, one for each change or setting in which the runs differ (''
+    where a run has none).
 
-    The changes that were typed; where these are the same, and the record too, at most three values that differ.
+    The changes that were typed; where these are the same, and the record too, at most three values that
+    differ.
     """
     every = list(dict.fromkeys(change for curve in curves for change in curve.start.get("changes", [])))
     typed = [[change * (change in curve.start.get("changes", [])) for curve in curves] for change in every]

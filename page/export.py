@@ -1,4 +1,5 @@
-"""`python -m records export`: what other programs read. A checkpoint as safetensors, curves of runs as CSV."""
+"""`python -m records export`: what other programs read. A checkpoint as safetensors,
+curves of runs as CSV."""
 
 import csv
 import io
@@ -26,7 +27,8 @@ def run(options):
     if options.to == "csv":
         return export_csv(options)
     if len(options.sources) > 1:
-        raise UserError(f"--to safetensors takes one checkpoint, not {len(options.sources)}: export one by one")
+        raise UserError(
+            f"--to safetensors takes one checkpoint, not {len(options.sources)}: export one by one")
     if options.out == "-":
         raise UserError("--out -: safetensors are binary: name a file")
     source = Path(options.sources[0])
@@ -49,7 +51,8 @@ def place(options, default: Path) -> Path:
 # ----- checkpoint ---------------------------------------------------------------------------------------------------
 
 def safetensors_of(path: Path) -> bytes:
-    """The tensors of a checkpoint in the safetensors format; its metadata: settings (JSON), tokenizer, val_loss."""
+    """The tensors of a checkpoint in the safetensors format; its metadata: settings (JSON), tokenizer,
+    val_loss."""
     try:
         from safetensors.torch import save
     except ImportError:

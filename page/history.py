@@ -1,4 +1,5 @@
-"""site/history.svg: published minutes of the short track over date, log axis, readable on light and dark grounds."""
+"""site/history.svg: published minutes of the short track over date, log axis,
+readable on light and dark grounds."""
 
 import math
 from datetime import date
@@ -36,7 +37,8 @@ def history(site):
     path = f"M{at[0][0]} {at[0][1]}" + "".join(f"H{px}V{py}" for px, py in at[1:])
     dots = "".join(f'<circle class="{marker(site, h)}" cx="{px}" cy="{py}" r="3.4"><title>{escape(h["ref"])}, {h["date"]}: '
                    f'{duration(h["minutes"])}, {escape(h["title"])}</title></circle>\n' for (px, py), h in zip(at, points))
-    steepest = sorted(range(1, len(points)), key=lambda i: points[i]["minutes"] / points[i - 1]["minutes"])[:NAMED]
+    steepest = sorted(range(1, len(points)),
+                      key=lambda i: points[i]["minutes"] / points[i - 1]["minutes"])[:NAMED]
     names = "".join(f'<text class="n" x="{at[i][0] + 7}" y="{at[i][1] - 6}">{points[i]["id"]}</text>'
                     for i in sorted({0, len(points) - 1, *steepest}))
     rerun = sum(marker(site, h) == "full" for h in points)

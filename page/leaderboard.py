@@ -1,4 +1,5 @@
-"""`python -m records leaderboard [--check]`: the index, LINEAGE.md and the page, from the committed data and nothing else.
+"""`python -m records leaderboard [--check]`: the index, LINEAGE.md and the page,
+from the committed data and nothing else.
 
     records/README.md   index of the records here          LINEAGE.md         every delta in one scroll
     site/index.html     one self-contained page            site/history.svg   the plot of the README
@@ -24,7 +25,8 @@ def run(options):
 
 
 def build(evidence=facts.EVIDENCE):
-    """Path below the repository -> text of every generated file. evidence: folder with the JSON of sweeps and judge."""
+    """Path below the repository -> text of every generated file. evidence:
+    folder with the JSON of sweeps and judge."""
     site = facts.gather(evidence)
     return {"records/README.md": markdown.index(site), "LINEAGE.md": markdown.lineage(site),
             "site/history.svg": plot.history(site), "site/index.html": sections.page(site)}

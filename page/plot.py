@@ -1,4 +1,5 @@
-"""`python -m records plot RUN...`: curves of runs as a picture, with the published curve where it compares."""
+"""`python -m records plot RUN...`: curves of runs as a picture,
+with the published curve where it compares."""
 
 import io
 import math
@@ -86,8 +87,9 @@ class Line:
         """What became of a run that did not finish, and how far it is drawn."""
         if self.curve.status != "diverged":
             return self.state
-        return "this run diverged; " + (f"its curve ends at step {self.curve.last_finite}, the last loss that is a number"
-                                        if self.points else "none of its losses is a number, and it has no curve")
+        return "this run diverged; " + (
+            f"its curve ends at step {self.curve.last_finite}, the last loss that is a number"
+            if self.points else "none of its losses is a number, and it has no curve")
 
     def smooth(self) -> list[tuple[float, float]]:
         """The running mean of the training loss over the last steps."""

@@ -34,10 +34,12 @@ def framed(label, content, kind="scroll"):
 
 
 def table(columns, rows, caption, kind="dense"):
-    """A framed table. columns: headings, '>' in front where figures stand; rows: lists of cells that are HTML already."""
+    """A framed table. columns: headings, '>' in front where figures stand; rows:
+    lists of cells that are HTML already."""
     right = [' class="num"' if c.startswith(">") else "" for c in columns]
     head = "".join(f'<th scope="col"{r}>{c.removeprefix(">")}</th>' for c, r in zip(columns, right))
-    body = "\n".join(f'<tr><th scope="row">{cells[0]}</th>'
-                     + "".join(f"<td{r}>{c}</td>" for c, r in zip(cells[1:], right[1:])) + "</tr>" for cells in rows)
+    body = "\n".join(f'<tr><th scope="row">{cells[0]}</th>' +
+                     "".join(f"<td{r}>{c}</td>" for c, r in zip(cells[1:], right[1:])) + "</tr>"
+                     for cells in rows)
     return framed(caption, f'<table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
                            f"<tbody>\n{body}\n</tbody></table>")

@@ -1,4 +1,5 @@
-"""The worth table: each technique with its worth when added, today and as published; and every sweep in full."""
+"""The worth table: each technique with its worth when added, today and as published;
+and every sweep in full."""
 
 import math
 from html import escape
@@ -6,16 +7,20 @@ from html import escape
 from page import facts
 from page.tags import NOTHING, chip, folded, framed, interval, missing, number, table
 
-SCALE_NAMES = {"tiny": "tiny (CPU)", "micro": "micro (CPU, a tenth of tiny)", "small": "small (one GPU)", "full": "full"}
+SCALE_NAMES = {
+    "tiny": "tiny (CPU)", "micro": "micro (CPU, a tenth of tiny)", "small": "small (one GPU)", "full": "full"
+}
 GROUPS = (("resolved", "Resolved: told apart from zero"),
           ("unresolved", "Unresolved: measured, but not told apart from zero, and therefore not ranked"),
           ("several", "Several features at once: not ranked beside their members"),
           ("none", "No figure: does nothing at this scale, not run apart, or failed"))
 BADGES = ("<b>spec</b> written from the description; <b>math</b> equals the original in float64; <b>numerics</b> GPU "
           "precision checked; <b>trained</b> trained at full scale")
-GRADES = {"hashes only": "the sweep's figures with the hash of every run's log; the logs are not committed",
-          "consistent": "logs agree with themselves and with the settings", "audited": "the code passed the audit too",
-          "reproduced": "rerun elsewhere"}
+GRADES = {
+    "hashes only": "the sweep's figures with the hash of every run's log; the logs are not committed",
+    "consistent": "logs agree with themselves and with the settings",
+    "audited": "the code passed the audit too", "reproduced": "rerun elsewhere"
+}
 CAUTION = ('<p class="caution">A small image of each record on another text: read these as a check of the harness, not as a '
            'forecast of full scale. Whether they predict it is <a href="#predict">measured below</a>.</p>')
 
@@ -41,7 +46,8 @@ def panel(site, scale):
     rest = [r for r in rows if not (r["added"] or r["today"])]
     out = sources(site, scale) + worth_table(site, [r for r in rows if r not in rest], scale)
     if rest:
-        out += folded(f"{facts.plural(len(rest), 'technique')} with a published worth only", worth_table(site, rest, None))
+        out += folded(f"{facts.plural(len(rest), 'technique')} with a published worth only",
+                      worth_table(site, rest, None))
     return out
 
 
@@ -56,13 +62,16 @@ def sources(site, scale):
                      "swept")
     if not facts.sweeps_of(site, "chain", scale):
         lines.append("no chain sweep at this scale yet, so the column <b>when added</b> is empty")
-    return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + ("" if scale == "full" else CAUTION)
+    return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + ("" if scale == "full" else
+                                                                                  CAUTION)
 
 
 def sweep_line(sweep):
     """One sweep in a sentence, linked to its file."""
-    what = {"ablate": "each feature of {} switched off in turn", "chain": "each record of {} against its parent",
-            "axis": "values of settings of {}"}[sweep["kind"]].format(sweep["base"])
+    what = {
+        "ablate": "each feature of {} switched off in turn", "chain": "each record of {} against its parent",
+        "axis": "values of settings of {}"
+    }[sweep["kind"]].format(sweep["base"])
     common = f" with {' '.join(sweep['common'])}" if sweep.get("common") else ""
     mde = f", detects {number(sweep['mde'])} with 80 % power" if sweep.get("mde") else ""
     paired = ", paired by seed" if sweep.get("paired") else ""
@@ -79,7 +88,8 @@ def worth_table(site, rows, scale):
     columns = ("added", "today") if scale else ()
     ranks = {column: facts.ranked(rows, column) for column in columns}
     heads = [("record", "Technique"), *((c, {"added": "When added", "today": "Today"}[c]) for c in columns)]
-    head = "".join(f'<th scope="col"><button type="button" data-sort="{key}">{text}</button></th>' for key, text in heads)
+    head = "".join(f'<th scope="col"><button type="button" data-sort="{key}">{text}</button></th>'
+                   for key, text in heads)
     head += '<th scope="col">Published</th>' + ('<th scope="col">Measured on</th>' if scale else "")
     unit, body = forest_unit(rows), ""
     for group, title in GROUPS if scale else (("published", ""),):
@@ -121,7 +131,8 @@ def worth_row(site, row, columns, ranks, unit):
     kind, what = row["key"]
     path = f" <code>{escape(what)}</code>" if kind == "path" else " the whole record" if kind == "record" else ""
     record = site["records"].get(row["record"])
-    badge = chip(record.badge, "badge", "evidence badge of the record") if record else chip("not here yet", "absent")
+    badge = chip(record.badge, "badge", "evidence badge of the record") if record else chip(
+        "not here yet", "absent")
     title = f"<code>{escape(row['title'])}</code>" if kind == "arm" else escape(row["title"])
     first = f'<b>{title}</b><small><span class="where">{escape(row["record"])}</span>{path} {badge}</small>'
     cells = {"Published": "".join(published_effect(e) for e in row["published"])}
@@ -150,13 +161,15 @@ def worth_cell(m, rank, unit):
         text = f'{place}<b class="value">{number(m["worth"], sign=True)}</b>{hurts}'
     else:
         text = f'<span class="verdict">unresolved (±{number((m["high"] - m["low"]) / 2)})</span>'
-    stale = chip("stale", "stale", "the code resolves these settings differently now") if m["current"] is False else ""
+    stale = chip("stale", "stale",
+                 "the code resolves these settings differently now") if m["current"] is False else ""
     return (f'{forest(m, unit)}<div class="figures">{text} <small class="bounds">{interval(m["low"], m["high"])}</small> '
             f"{stale}</div>{note}")
 
 
 def forest_unit(rows):
-    """(unit, largest): interval plots are linear within ±unit, the median half width, and logarithmic up to largest."""
+    """(unit, largest): interval plots are linear within ±unit, the median half width,
+    and logarithmic up to largest."""
     measured = [r[c] for r in rows for c in ("added", "today") if r[c] and r[c]["low"] is not None]
     if not measured:
         return 1.0, 1.0
@@ -191,7 +204,8 @@ def published_effect(e):
 
 
 def measured_on(row):
-    """n, scale, base, machine and grade of each measured column. The machine's full name is in the list of sweeps."""
+    """n, scale, base, machine and grade of each measured column.
+    The machine's full name is in the list of sweeps."""
     out = ""
     for column, name in (("added", "when added"), ("today", "today")):
         if m := row[column]:
@@ -226,7 +240,8 @@ def sweep_details(s):
              f"torch {s['torch']}" if s.get("torch") else "",
              f"code {', '.join(c[:12] + c[40:] for c in s['code'])}" if s.get("code") else "",
              facts.plural(s["failed"], "failed run") if s.get("failed") else ""]
-    skipped = "".join(f"<li><code>{escape(x['feature'])}</code>: {escape(x['reason'])}</li>" for x in s.get("skipped", []))
+    skipped = "".join(f"<li><code>{escape(x['feature'])}</code>: {escape(x['reason'])}</li>"
+                      for x in s.get("skipped", []))
     skipped = f"<p>Not switched off:</p><ul>{skipped}</ul>" if skipped else ""
     return folded(f"{escape(s['name'])}: {facts.plural(len(rows), 'arm')} at {escape(s['scale'])}",
                   f"<p>{sweep_line(s)}; {escape('; '.join(a for a in about if a))}.</p>"

@@ -1,7 +1,8 @@
 """What a sweep will need: shards and disk, memory of a GPU, seconds of a run. Each says where it is from.
 
-Seconds of a run, the first that is known: the median of such runs on this machine; a trial of TRIAL_STEPS steps here; the
-published time of the record on 8 x H100, by token and GPU. The last one is an estimate and is called so.
+Seconds of a run, the first that is known: the median of such runs on this machine; a trial of TRIAL_STEPS
+steps here; the published time of the record on 8 x H100, by token and GPU. The last one is an estimate and is
+called so.
 """
 
 import subprocess
@@ -49,7 +50,8 @@ def memory_lines(s: Settings) -> list[str]:
 # ----- seconds ------------------------------------------------------------------------------------------------------
 
 def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
-    """(median wall seconds of a run of this size on this machine, number of runs), or None. folders: where runs lie."""
+    """(median wall seconds of a run of this size on this machine, number of runs), or None. folders:
+    where runs lie."""
     here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
     tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
     for path in [p for folder in folders for p in files.listed(folder, f"*_{plan['scale']}_*_s*")[-50:]]:
@@ -57,7 +59,8 @@ def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
             run = queue.read_run(path)
         except UserError:
             continue
-        if run["machine"] == here and run["status"] == "finished" and abs(run["tokens"] - tokens) < 0.1 * tokens:
+        if run["machine"] == here and run["status"] == "finished" and abs(run["tokens"] -
+                                                                          tokens) < 0.1 * tokens:
             seconds[run["last_hash"]] = run["wall_ms"] / 1000
     return (sorted(seconds.values())[len(seconds) // 2], len(seconds)) if seconds else None
 
@@ -79,7 +82,8 @@ def expected(plan: dict, folders: list, try_out: bool, slot: dict) -> tuple[floa
 
 
 def trial(plan: dict, slot: dict) -> float:
-    """Wall seconds of a run of the control, from a run of its first TRIAL_STEPS steps; UserError if that fails."""
+    """Wall seconds of a run of the control, from a run of its first TRIAL_STEPS steps;
+    UserError if that fails."""
     control = plan["arms"][0]
     s = resolve(plan, control).settings
     steps = min(TRIAL_STEPS, s.schedule.steps)
@@ -92,8 +96,9 @@ def trial(plan: dict, slot: dict) -> float:
         command = [sys.executable, worker.trainer(), name["name"], "--scale", plan["scale"], *fixed, *changes,
                    "--set", f"schedule.steps={steps}", "--out", folder, *(["--data", plan["data"]] if plan["data"] else [])]
         try:
-            done = subprocess.run(command, cwd=runlog.ROOT, env=worker.run_environment(slot), stdin=subprocess.DEVNULL,
-                                  capture_output=True, text=True, timeout=TRIAL_TIMEOUT_S)
+            done = subprocess.run(command, cwd=runlog.ROOT, env=worker.run_environment(slot),
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  timeout=TRIAL_TIMEOUT_S)
         except (OSError, subprocess.TimeoutExpired) as error:
             raise UserError(f"{type(error).__name__} after {TRIAL_TIMEOUT_S} s") from None
         logs = files.listed(folder, "*/run.jsonl")
@@ -104,10 +109,12 @@ def trial(plan: dict, slot: dict) -> float:
 
 
 def extrapolated(events: list[dict], s: Settings) -> float:
-    """Wall seconds of a whole run of settings s, from the log of a short one: start and end once, steps and validations each."""
+    """Wall seconds of a whole run of settings s, from the log of a short one: start and end once,
+    steps and validations each."""
     validations = [e for e in events if e["kind"] == "validation"]
     reset, last = next(e for e in events if e["kind"] == "reset"), validations[-1]
-    step_ms = (last["train_time_ms"] - validations[0]["train_time_ms"]) / (last["step"] - validations[0]["step"])
+    step_ms = (last["train_time_ms"] - validations[0]["train_time_ms"]) / (last["step"] -
+                                                                           validations[0]["step"])
     validation_ms = validations[0]["wall_ms"] - reset["wall_ms"]  # the first one follows the reset at once
     count = sum(schedule.validates(s, i) for i in range(s.schedule.steps + 1))
     ends_ms = reset["wall_ms"] + events[-1]["wall_ms"] - last["wall_ms"]
@@ -115,7 +122,8 @@ def extrapolated(events: list[dict], s: Settings) -> float:
 
 
 def published(plan: dict) -> tuple[float | None, str]:
-    """An estimate for one GPU from the published minutes of the record, or of its nearest ancestor that has some."""
+    """An estimate for one GPU from the published minutes of the record,
+    or of its nearest ancestor that has some."""
     resolved = resolve(plan, plan["arms"][0])
     record = next((r for r in deltas.chain(resolved.record)[::-1] if r.published.get("minutes")), None)
     if record is None:

@@ -1,14 +1,17 @@
-"""A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim, run and settle.
+"""A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim,
+run and settle.
 
     plan.json              what to run, written once            survivors.json        what screening left over, written once
     claims/<target>.<k>    k-th claim; its mtime is the heartbeat
     done/<target>.json     the result, written once             runs/<run folder>     what the trainer wrote
     failed/<target>.json   why there is none                    output/<target>.<k>   what the run printed; kept on failure
 
-A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and never
-deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a number
-above its own has lost the target. Files appear whole by hard link, atomic on a shared disk too. Ages are differences of
-mtimes that the file server gave, so the clocks of the machines do not matter. No torch here.
+A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and
+never
+deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a
+number above its own has lost the target. Files appear whole by hard link, atomic on a shared disk too. Ages
+are differences of mtimes that the file server gave, so the clocks of the machines do not matter. No torch
+here.
 """
 
 import contextlib
@@ -28,9 +31,10 @@ from settings import NUMERICS_VERSION
 from common.errors import UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
-SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "numerics_version", "data",
-              "digests", "groups", "arms")  # what makes two plans the same sweep
-STALE_S = 120  # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
+SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence",
+              "numerics_version", "data", "digests", "groups", "arms")  # what makes two plans the same sweep
+# a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
+STALE_S = 120
 
 
 # ----- files ----------------------------------------------------------------------------------------------------------
@@ -48,9 +52,11 @@ def write_once(path, text):
             os.link(temporary, path)
             return True
         except FileExistsError:
-            return os.stat(temporary).st_nlink == 2  # a repeated NFS request may report its own success as a failure
+            # a repeated NFS request may report its own success as a failure
+            return os.stat(temporary).st_nlink == 2
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; a queue needs free space and hard links") from None
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; a queue needs free space and hard links") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -66,13 +72,15 @@ def read_json(path, remedy="move it away to have its target run again"):
 
 
 def create(root, plan):
-    """Make the queue folder; if it holds the same sweep already, go on with that. Returns True if it is new."""
+    """Make the queue folder; if it holds the same sweep already, go on with that.
+    Returns True if it is new."""
     root = Path(root)
     try:
         for name in FOLDERS:
             (root / name).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make the sweep folder {root}: {error.strerror}; choose another with --dir") from None
+        raise UserError(
+            f"cannot make the sweep folder {root}: {error.strerror}; choose another with --dir") from None
     if write_once(root / "plan.json", files.json_text(plan, indent=1) + "\n"):
         return True
     old = load_plan(root)
@@ -93,11 +101,15 @@ def essence(plan, key):
 
 def load_plan(root):
     """The plan of a queue folder, checked against what this checkout computes."""
-    plan = read_json(Path(root) / "plan.json", "a sweep whose plan is lost must be planned anew in another --dir")
+    plan = read_json(
+        Path(root) / "plan.json", "a sweep whose plan is lost must be planned anew in another --dir")
     if not isinstance(plan, dict) or plan.get("version") != 1 or not plan.get("arms"):
-        raise UserError(f"{root}: no sweep here (plan.json of version 1); `python sweep.py ablate short/11` makes one")
-    missing = {"kind", "name", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "groups", "data",
-               "numerics_version", "code"} - set(plan)
+        raise UserError(
+            f"{root}: no sweep here (plan.json of version 1); `python sweep.py ablate short/11` makes one")
+    missing = {
+        "kind", "name", "base", "scale", "common", "seeds", "controls", "paired", "confidence", "groups",
+        "data", "numerics_version", "code"
+    } - set(plan)
     if missing:
         raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by this program, or cut; "
                         "plan the sweep anew in another --dir")
@@ -107,13 +119,15 @@ def load_plan(root):
 def check_code(plan):
     """Refuse to add runs with code that computes something else than the plan says."""
     if plan["numerics_version"] != NUMERICS_VERSION:
-        raise UserError(f"the sweep was planned at numerics version {plan['numerics_version']}, this checkout has "
-                        f"{NUMERICS_VERSION}: check out {plan['code'][:12]}, or plan it anew in another --dir")
+        raise UserError(
+            f"the sweep was planned at numerics version {plan['numerics_version']}, this checkout has "
+            f"{NUMERICS_VERSION}: check out {plan['code'][:12]}, or plan it anew in another --dir")
     for arm in plan["arms"]:
         found = schema.ml_hash(resolve(plan, arm).settings)
         if found != arm["ml_hash"]:
-            raise UserError(f"{arm['label']} resolves to {found} in this checkout, the sweep was planned with "
-                            f"{arm['ml_hash']}: check out {plan['code'][:12]}, or plan it anew in another --dir")
+            raise UserError(
+                f"{arm['label']} resolves to {found} in this checkout, the sweep was planned with "
+                f"{arm['ml_hash']}: check out {plan['code'][:12]}, or plan it anew in another --dir")
 
 
 # ----- targets --------------------------------------------------------------------------------------------------------
@@ -127,16 +141,19 @@ def seeds_of(plan, arm):
 
 
 def targets(plan, survivors=None):
-    """[(target, arm, seed)] in the order of execution: seed by seed, the control first, what shares a run once.
+    """[(target, arm, seed)] in the order of execution: seed by seed, the control first,
+    what shares a run once.
 
-    Control seeds beyond the arms' are spread over the rounds. Members of a group come after screening, if it survived.
+    Control seeds beyond the arms' are spread over the rounds. Members of a group come after screening, if it
+    survived.
     """
     n, out = plan["seeds"], {}
     for members in (False, True):
         for seed in range(n):
             for arm in plan["arms"]:
                 is_member = arm["role"] == "member"
-                if is_member != members or (is_member and arm["group"] not in (survivors or {}).get("kept", ())):
+                if is_member != members or (is_member
+                                            and arm["group"] not in (survivors or {}).get("kept", ())):
                     continue
                 own = [seed] if arm["role"] != "control" else [s for s in seeds_of(plan, arm) if s % n == seed]
                 for s in own:
@@ -145,11 +162,15 @@ def targets(plan, survivors=None):
 
 
 def settled(root, known=({}, {})):
-    """({target: result}, {target: failure}) so far. known: an earlier answer, whose files are not read again."""
+    """({target: result}, {target: failure}) so far. known: an earlier answer,
+    whose files are not read again."""
     out = []
     for folder, old in zip(("done", "failed"), known):
         names = [p.stem for p in files.listed(Path(root) / folder, "*.json")]
-        found = {name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json") for name in names}
+        found = {
+            name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json")
+            for name in names
+        }
         out.append({name: value for name, value in found.items() if value is not None})
     return tuple(out)
 
@@ -159,7 +180,8 @@ def settled(root, known=({}, {})):
 def place():
     """Where a process id means something: this boot and this process namespace."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
+        return Path("/proc/sys/kernel/random/boot_id").read_text(
+            encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
         return f"{os.uname().nodename} since {os.uname().version}"
 
@@ -167,7 +189,8 @@ def place():
 def born(pid):
     """Start of a process in clock ticks, or None if there is no such process."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8",
+                                                     errors="replace").rpartition(")")[2].split()
         return None if status[0] in "ZX" else int(status[19])
     except OSError:
         pass
@@ -207,7 +230,8 @@ def last_claim(root, target):
 
 def is_stale(root, target, number, stale_s=STALE_S):
     """Whether a claim's heartbeat is too old, or its process is known to be gone."""
-    with open(claim_path(root, target, number), encoding="utf-8") as file:  # opening fetches fresh attributes on NFS
+    # opening fetches fresh attributes on NFS
+    with open(claim_path(root, target, number), encoding="utf-8") as file:
         age = server_time(root) - os.fstat(file.fileno()).st_mtime
         try:
             owner = json.loads(file.read())
@@ -256,7 +280,8 @@ def read_run(folder):
     start, end = links[0][0], links[-1][0]
     try:
         if start["kind"] != "start" or end["kind"] != "end" or start["log_version"] not in runlog.READABLE:
-            raise UserError(f"{folder}: not a complete run of log version {' or '.join(map(str, runlog.READABLE))}")
+            raise UserError(
+                f"{folder}: not a complete run of log version {' or '.join(map(str, runlog.READABLE))}")
         if schema.ml_hash(schema.from_plain(start["settings"])) != start["ml_hash"]:
             raise UserError(f"{folder}: its settings are not those of its ml_hash {start['ml_hash']}")
         loss = end["val_loss"]
@@ -271,9 +296,12 @@ def read_run(folder):
 def foreign(run, plan, arm, seed):
     """Why a run is not one of this arm and seed; '' if it is."""
     digests = plan["digests"][arm["ml_hash"]]
-    wanted = {"ml_hash": arm["ml_hash"], "seed": seed, "scale": plan["scale"], "numerics_version": plan["numerics_version"],
-              "profiled": False, **digests}
-    return next((f"{key} is {run[key]}, not {value}" for key, value in wanted.items() if run[key] != value), "")
+    wanted = {
+        "ml_hash": arm["ml_hash"], "seed": seed, "scale": plan["scale"],
+        "numerics_version": plan["numerics_version"], "profiled": False, **digests
+    }
+    return next((f"{key} is {run[key]}, not {value}" for key, value in wanted.items() if run[key] != value),
+                "")
 
 
 def find_run(folders, plan, arm, seed):
@@ -290,7 +318,8 @@ def find_run(folders, plan, arm, seed):
 
 
 def reuse_folders(root, reuse):
-    """Where finished runs may lie: the queue's own runs (a worker may die before it records one), then --reuse."""
+    """Where finished runs may lie: the queue's own runs (a worker may die before it records one),
+    then --reuse."""
     out = [Path(root) / "runs"]
     for folder in map(Path, reuse):
         if not folder.is_dir():
@@ -300,7 +329,8 @@ def reuse_folders(root, reuse):
 
 
 def adopt(root, plan, target, arm, seed, folders):
-    """Settle a target with a finished run that exists already; its folder and sources are copied. Returns it or None."""
+    """Settle a target with a finished run that exists already; its folder and sources are copied.
+    Returns it or None."""
     found = find_run(folders, plan, arm, seed)
     if found is None:
         return None
@@ -322,7 +352,9 @@ def adopt(root, plan, target, arm, seed, folders):
                 raise UserError(f"cannot copy {path} to {home}: {error.strerror}") from None
             shutil.rmtree(temporary, ignore_errors=True)  # another worker was faster
     result = {"target": target, "arm": arm["label"], "utc": utc(), **run}
-    return result if write_once(Path(root) / "done" / f"{target}.json", files.json_text(result, indent=1) + "\n") else None
+    return result if write_once(
+        Path(root) / "done" / f"{target}.json",
+        files.json_text(result, indent=1) + "\n") else None
 
 
 def retry(root):

@@ -1,8 +1,10 @@
-"""What a sweep says: effects with simultaneous intervals, as table, CSV, PNG, Markdown and the JSON kept as evidence.
+"""What a sweep says: effects with simultaneous intervals, as table, CSV, PNG,
+Markdown and the JSON kept as evidence.
 
-Effect = mean(arm) - mean(control), nats per token. In an ablation the arm lacks the feature, so a positive effect means
-that the feature helps; in a chain the control is the parent record, so a negative one means that the record helps.
-Intervals hold for all rows at once. A row whose interval says nothing is `unresolved (+-half width)` and has no rank.
+Effect = mean(arm) - mean(control), nats per token. In an ablation the arm lacks the feature, so a positive
+effect means that the feature helps; in a chain the control is the parent record, so a negative one means that
+the record helps. Intervals hold for all rows at once. A row whose interval says nothing is
+`unresolved (+-half width)` and has no rank.
 """
 
 import csv
@@ -19,7 +21,8 @@ from sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
 from common.errors import UserError
 
 NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
-COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved", "note")
+COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved",
+           "note")
 
 
 # ----- from runs to effects -----------------------------------------------------------------------------------------
@@ -36,8 +39,8 @@ def losses(runs):
 def blocked(groups, pairs, confidence):
     """As statistics.successive, for paired seeds: a randomised block design (arms x seeds, no interaction).
 
-    groups: name -> losses in the same order of seeds. The seeds' common shifts drop out of the residual variance, which
-    has (arms - 1)(seeds - 1) degrees of freedom; p after Holm, intervals after Bonferroni.
+    groups: name -> losses in the same order of seeds. The seeds' common shifts drop out of the residual
+    variance, which has (arms - 1)(seeds - 1) degrees of freedom; p after Holm, intervals after Bonferroni.
     """
     import numpy as np
     from scipy import stats
@@ -53,7 +56,9 @@ def blocked(groups, pairs, confidence):
         if sd:
             se = sd * math.sqrt(2 / y.shape[1])
             half = float(stats.t.isf((1 - confidence) / 2 / len(pairs), df)) * se
-            rows[child] |= {"low": effect - half, "high": effect + half, "p": float(2 * stats.t.sf(abs(effect) / se, df))}
+            rows[child] |= {
+                "low": effect - half, "high": effect + half, "p": float(2 * stats.t.sf(abs(effect) / se, df))
+            }
     if sd:
         for row, p in zip(rows.values(), statistics.holm([row["p"] for row in rows.values()])):
             row |= {"p": p, "resolved": p < 1 - confidence}
@@ -81,7 +86,8 @@ def effects(plan, done):
 
 
 def detectable(plan, sd):
-    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None without a spread."""
+    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure,
+    or None without a spread."""
     compared, n = len(pairs_of(plan)), plan["seeds"]
     if has_one_control(plan) and not plan["paired"]:
         try:
@@ -100,11 +106,11 @@ def detectable(plan, sd):
 def screen(plan, done):
     """Which groups' members are worth runs of their own: {"kept": [group], "dropped": [group], "mde": ...}.
 
-    A group is dropped if its interval holds 0 and lies within +-mde: all its members together are worth less than what
-    the sweep could resolve for one of them. That takes for granted that members do not cancel, so the report names the
-    groups. In simulations (3 to 8 groups of 4 to 8, 2 or 4 seeds, 8000 sweeps each) the final intervals, taken over groups
-    and tested members together, missed anything in 3.4 to 4.8 % of sweeps at 95 %, and a group that held one
-    effect of 0.8 mde was dropped in 2.3 %, one of 0.45 mde in 30 %.
+    A group is dropped if its interval holds 0 and lies within +-mde: all its members together are worth less
+    than what the sweep could resolve for one of them. That takes for granted that members do not cancel, so
+    the report names the groups. In simulations (3 to 8 groups of 4 to 8, 2 or 4 seeds, 8000 sweeps each) the
+    final intervals, taken over groups and tested members together, missed anything in 3.4 to 4.8 % of sweeps
+    at 95 %, and a group that held one effect of 0.8 mde was dropped in 2.3 %, one of 0.45 mde in 30 %.
     """
     found = effects(plan, done)
     mde = detectable(plan, found["pooled_sd"])
@@ -113,7 +119,8 @@ def screen(plan, done):
         if arm["role"] == "group":
             row = found["rows"].get(arm["ml_hash"])
             complete = len(losses(runs_of(plan, arm, done))) == plan["seeds"]
-            small = row and complete and mde and row["low"] is not None and -mde < row["low"] <= 0 <= row["high"] < mde
+            small = row and complete and mde and row[
+                "low"] is not None and -mde < row["low"] <= 0 <= row["high"] < mde
             out["dropped" if small else "kept"].append(arm["group"])
     return out
 
@@ -141,7 +148,8 @@ def row_of(plan, arm, found, done, failed, survivors, first):
         notes.append(f"to the last bit the losses of {parent} at the same seeds: no effect at all here")
     if arm["role"] == "group":
         dropped = survivors and arm["group"] in survivors["dropped"]
-        notes.append("group" + (", members not run apart" if dropped else ", members run apart" if survivors else ""))
+        notes.append("group" +
+                     (", members not run apart" if dropped else ", members run apart" if survivors else ""))
     diverged = sum(r["status"] == "diverged" for r in runs)
     broken = [failed[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in failed]
     if diverged:
@@ -149,15 +157,18 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     if broken:
         notes.append(f"{len(broken)} failed ({broken[0]['reason']})")
     if effect["effect"] is not None and effect["low"] is None:
-        notes.append("no interval: " + ("one run each" if found["pooled_sd"] is None else "the runs show no spread"))
+        notes.append("no interval: " +
+                     ("one run each" if found["pooled_sd"] is None else "the runs show no spread"))
     if found["pooled_sd"] and about["sd"] and about["sd"] > NOISY * found["pooled_sd"]:
         notes.append(f"its sd is {about['sd'] / found['pooled_sd']:.1f} times the pooled one: its own interval is wider")
     if plan["paired"] and effect["effect"] is None and not same and len(values) < plan["seeds"]:
         notes.append("paired effects need every seed")
-    return {"arm": arm["label"], "changes": arm["changes"], "record": arm["record"] if plan["kind"] == "chain" else None,
-            **({"parent": parent} if plan["kind"] == "chain" else {}), "n": about["n"], "mean": about["mean"],
-            "sd": about["sd"], **effect, "note": "; ".join(notes),
-            "runs": brief(runs)}
+    return {
+        "arm": arm["label"], "changes": arm["changes"],
+        "record": arm["record"] if plan["kind"] == "chain" else None,
+        **({"parent": parent} if plan["kind"] == "chain" else {}), "n": about["n"], "mean": about["mean"],
+        "sd": about["sd"], **effect, "note": "; ".join(notes), "runs": brief(runs)
+    }
 
 
 def brief(runs):
@@ -166,13 +177,16 @@ def brief(runs):
 
 
 def collect(root, check=True):
-    """(plan, done, failed, survivors). check: every run folder is read again and must be the run that was recorded."""
+    """(plan, done, failed, survivors). check: every run folder is read again and must be the
+    run that was recorded."""
     plan, (done, failed) = queue.load_plan(root), queue.settled(root)
     for target, result in done.items() if check else ():
         run = queue.read_run(Path(root) / "runs" / result["folder"])
         if run["last_hash"] != result["last_hash"]:
-            raise UserError(f"{root}/runs/{result['folder']} is not the run that was recorded for {result['arm']}, seed "
-                            f"{result['seed']}: put the old log back, or delete {root}/done/{target}.json to run it again")
+            raise UserError(
+                f"{root}/runs/{result['folder']} is not the run that was recorded for {result['arm']}, seed "
+                f"{result['seed']}: put the old log back, or delete {root}/done/{target}.json to run it again"
+            )
     return plan, done, failed, queue.read_json(Path(root) / "survivors.json")
 
 
@@ -192,22 +206,26 @@ def evidence(plan, done, failed, survivors, name):
     own = runs_of(plan, control, done)
     values = losses(own)
     about = statistics.describe(values) if values else {"n": 0, "mean": None, "sd": None}
-    return {"version": 1, "kind": plan["kind"], "name": name, "base": plan["base"], "scale": plan["scale"],
-            "common": plan["common"], "confidence": plan["confidence"], "paired": plan["paired"],
-            "method": "dunnett" if has_one_control(plan) and not plan["paired"] else "holm", "pooled_sd": found["pooled_sd"],
-            "df": found["df"], "mde": detectable(plan, found["pooled_sd"]), "seeds": plan["seeds"],
-            "complete": settled == len(todo) and not (plan["groups"] and survivors is None),
-            "hardware": ", ".join(distinct("device")), "cpu": ", ".join(distinct("cpu")),
-            "machines": len(distinct("machine")), "torch": ", ".join(distinct("torch")), "code": distinct("code"),
-            "numerics_version": plan["numerics_version"], **plan["digests"][control["ml_hash"]],
-            "runs": len(runs), "adopted": sum("adopted_from" in r for r in runs), "failed": len(failed),
-            "control": {"arm": control["label"], "n": about["n"], "mean": about["mean"], "sd": about["sd"],
-                        "runs": brief(own)},
-            "screening": survivors, "skipped": plan["skipped"], "rows": rows}
+    return {
+        "version": 1, "kind": plan["kind"], "name": name, "base": plan["base"], "scale": plan["scale"],
+        "common": plan["common"], "confidence": plan["confidence"], "paired": plan["paired"],
+        "method": "dunnett" if has_one_control(plan) and not plan["paired"] else "holm",
+        "pooled_sd": found["pooled_sd"], "df": found["df"], "mde": detectable(plan, found["pooled_sd"]),
+        "seeds": plan["seeds"], "complete": settled == len(todo)
+        and not (plan["groups"] and survivors is None), "hardware": ", ".join(distinct("device")),
+        "cpu": ", ".join(distinct("cpu")), "machines": len(distinct("machine")), "torch": ", ".join(
+            distinct("torch")), "code": distinct("code"), "numerics_version": plan["numerics_version"],
+        **plan["digests"][control["ml_hash"]], "runs": len(runs),
+        "adopted": sum("adopted_from" in r for r in runs), "failed": len(failed), "control": {
+            "arm": control["label"], "n": about["n"], "mean": about["mean"], "sd": about["sd"],
+            "runs": brief(own)
+        }, "screening": survivors, "skipped": plan["skipped"], "rows": rows
+    }
 
 
 def ranked(found):
-    """[(rank or None, row)]: resolved rows from the most helpful down, then the others; all of a chain in its order."""
+    """[(rank or None, row)]: resolved rows from the most helpful down, then the others;
+    all of a chain in its order."""
     rows, sign = found["rows"], -1 if found["kind"] == "ablate" else 1
     resolved = sorted((r for r in rows if r["resolved"]), key=lambda r: sign * r["effect"])
     out = [*enumerate(resolved, 1), *((None, r) for r in rows if not r["resolved"])]
@@ -233,15 +251,19 @@ def number(value, digits=4):
 
 def headline(found):
     """Two sentences: what was run where, and how to read the numbers."""
-    what = {"ablate": "each feature off in turn; a positive effect means that the feature helps",
-            "axis": "settings against the record's own; a negative effect means a lower loss",
-            "chain": "each record against its parent; a negative effect means that the record helps"}[found["kind"]]
+    what = {
+        "ablate": "each feature off in turn; a positive effect means that the feature helps",
+        "axis": "settings against the record's own; a negative effect means a lower loss",
+        "chain": "each record against its parent; a negative effect means that the record helps"
+    }[found["kind"]]
     intervals = ("Dunnett" if found["method"] == "dunnett" else "Holm, Bonferroni intervals") + (
         f", {found['confidence']:.0%} simultaneous" + (", paired by seed" if found["paired"] else ""))
-    spread = (f"pooled sd {found['pooled_sd']:.4f} ({found['df']} df)" if found["pooled_sd"] else "no spread known")
+    spread = (f"pooled sd {found['pooled_sd']:.4f} ({found['df']} df)"
+              if found["pooled_sd"] else "no spread known")
     mde = f", detectable effect {found['mde']:.4f} at 80 % power" if found["mde"] else ""
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
-    part = "" if found["complete"] else "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
+    part = "" if found[
+        "complete"] else "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
     return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on {found['hardware']}"
             f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}"
             f"{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
@@ -249,8 +271,8 @@ def headline(found):
 
 def table(found):
     """[(rank, arm, n, mean, effect, note)] as text."""
-    return [("" if rank is None else str(rank), row["arm"], str(row["n"]), number(row["mean"]), effect_text(row),
-             row["note"]) for rank, row in ranked(found)]
+    return [("" if rank is None else str(rank), row["arm"], str(row["n"]), number(row["mean"]),
+             effect_text(row), row["note"]) for rank, row in ranked(found)]
 
 
 def print_table(found, title=None):
@@ -260,8 +282,8 @@ def print_table(found, title=None):
     from rich.table import Table
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     t = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name, justify in (("#", "right"), ("arm", "left"), ("n", "right"), ("mean", "right"), ("effect", "left"),
-                          ("note", "left")):
+    for name, justify in (("#", "right"), ("arm", "left"), ("n", "right"), ("mean", "right"),
+                          ("effect", "left"), ("note", "left")):
         t.add_column(name, justify=justify, overflow="fold")
     for cells in table(found):
         t.add_row(*(c.replace("[", r"\[") for c in cells))
@@ -289,16 +311,18 @@ def write(found, base):
     out.writeheader()
     for rank, row in ranked(found):
         out.writerow(row | {"rank": rank, "changes": " ".join(row["changes"])})
-    contents = {"json": files.json_text(found, indent=1) + "\n", "csv": rows.getvalue(), "md": markdown(found),
-                "png": draw(found)}
+    contents = {
+        "json": files.json_text(found, indent=1) + "\n", "csv": rows.getvalue(), "md": markdown(found),
+        "png": draw(found)
+    }
     for ext, content in contents.items():
         files.write(paths[ext], content, remedy="free some space or choose another --out", parents=True)
     return list(paths.values())
 
 
 def draw(found):
-    """Forest plot as PNG bytes: effect and interval of every measured row. Resolved ones are filled, and blue where they
-    help."""
+    """Forest plot as PNG bytes: effect and interval of every measured row. Resolved ones are filled, and blue
+    where they help."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -309,7 +333,8 @@ def draw(found):
         colour = "0.6" if not row["resolved"] else ("C0" if helps * row["effect"] > 0 else "C3")
         if row["low"] is not None:
             axes.plot([row["low"], row["high"]], [y, y], color=colour, linewidth=2, solid_capstyle="butt")
-        axes.plot(row["effect"], y, "o", color=colour, markersize=5, markerfacecolor=colour if row["resolved"] else "white")
+        axes.plot(row["effect"], y, "o", color=colour, markersize=5,
+                  markerfacecolor=colour if row["resolved"] else "white")
     axes.axvline(0, color="0.3", linewidth=1)
     if found["mde"]:
         axes.axvspan(-found["mde"], found["mde"], color="0.93", zorder=0, linewidth=0)
@@ -340,12 +365,14 @@ def report(root, out=None):
 # ----- what earlier runs tell about the next ones -------------------------------------------------------------------
 
 def earlier_sd(plan, folder=None):
-    """(pooled sd, df, names) of the committed sweeps at the plan's scale, with the same changes to all arms, or None."""
+    """(pooled sd, df, names) of the committed sweeps at the plan's scale,
+    with the same changes to all arms, or None."""
     folder, squares, df, names = folder or runlog.ROOT / "evidence/results", 0.0, 0, []
     for path in files.listed(folder, "*.json"):
         try:
             sweep = json.loads(path.read_text(encoding="utf-8"))
-            same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired", "numerics_version"))
+            same = all(sweep[key] == plan[key]
+                       for key in ("version", "scale", "common", "paired", "numerics_version"))
             if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
                 squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]
                 names.append(path.name)

@@ -1,6 +1,8 @@
-"""A sweep's worker: takes targets from a queue (sweeps/queue.py) and trains them, one process per GPU or share of the CPU.
+"""A sweep's worker: takes targets from a queue (sweeps/queue.py) and trains them,
+one process per GPU or share of the CPU.
 
-A run dies with its worker, however that ends, so a kill loses the runs in progress and nothing else. No torch here.
+A run dies with its worker, however that ends, so a kill loses the runs in progress and nothing else. No torch
+here.
 """
 
 import contextlib
@@ -21,7 +23,8 @@ from common.errors import UserError
 from common.interrupt import held, hold, is_due
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
-COMPLETE = (0, 3, 4)  # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
+# exit codes of the trainer that leave a complete log: reached or no target, missed, diverged
+COMPLETE = (0, 3, 4)
 POLL_S = 0.1
 GRACE_S = 60  # for a run to end its step and its log
 
@@ -31,14 +34,17 @@ GRACE_S = 60  # for a run to end its step and its log
 def ask_gpus(what):
     """Rows of cells that nvidia-smi answers; [] if it cannot."""
     try:
-        out = subprocess.run(["nvidia-smi", what, "--format=csv,noheader"], capture_output=True, text=True, timeout=60)
+        out = subprocess.run(["nvidia-smi", what, "--format=csv,noheader"], capture_output=True, text=True,
+                             timeout=60)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [[cell.strip() for cell in line.split(",")] for line in out.stdout.splitlines()] if out.returncode == 0 else []
+    return [[cell.strip() for cell in line.split(",")]
+            for line in out.stdout.splitlines()] if out.returncode == 0 else []
 
 
 def free_gpus(named):
-    """GPUs to use, as for CUDA_VISIBLE_DEVICES: those named, else the visible ones on which nothing runs; [] without any."""
+    """GPUs to use, as for CUDA_VISIBLE_DEVICES: those named, else the visible ones on which nothing runs;
+    [] without any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named or visible == "":
         return [g.strip() for g in (named or "").split(",") if g.strip()]
@@ -47,7 +53,9 @@ def free_gpus(named):
     busy = {row[0] for row in ask_gpus("--query-compute-apps=gpu_uuid") if row}
     free = [g for g in wanted if present.get(g, g) not in busy]
     if wanted and not free:
-        raise UserError(f"no free GPU: something runs on each of {', '.join(wanted)}; wait, or share some with --gpus 0,1")
+        raise UserError(
+            f"no free GPU: something runs on each of {', '.join(wanted)}; wait, or share some with --gpus 0,1"
+        )
     return free
 
 
@@ -61,8 +69,9 @@ def slots(plan, workers=None, gpus=None):
                             "twice in --gpus to share them")
         return [{"CUDA_VISIBLE_DEVICES": g} for g in found[:workers]]
     if plan["scale"] in ("full", "small") and s.system.device != "cpu":
-        raise UserError(f"no GPU here, and scale {plan['scale']} needs one: choose --scale tiny or micro, use --launcher "
-                        "slurm, or insist with --set system.device=cpu")
+        raise UserError(
+            f"no GPU here, and scale {plan['scale']} needs one: choose --scale tiny or micro, use --launcher "
+            "slurm, or insist with --set system.device=cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "")
     threads = max(1, min(int(asked) if asked.isdecimal() and len(asked) < 10 else cores, cores // (workers or 1)))
@@ -85,7 +94,8 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def tie(parent, niceness):
-    """In the child, before the trainer starts: low priority, and death with the worker (Linux), however that dies."""
+    """In the child, before the trainer starts: low priority, and death with the worker (Linux),
+    however that dies."""
     if niceness > os.nice(0):
         os.nice(niceness - os.nice(0))
     if LIBC is not None:
@@ -133,7 +143,8 @@ class Run:
             os.killpg(self.process.pid, number)
 
     def result(self):
-        """(facts of the complete run folder that carries this claim's hash, '') or (None, why there is none)."""
+        """(facts of the complete run folder that carries this claim's hash, '') or (None,
+        why there is none)."""
         why = "it left no complete log"
         for path in reversed(files.listed(self.root / "runs", f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*")):
             try:
@@ -146,12 +157,15 @@ class Run:
         return None, why
 
     def settle(self):
-        """Record what the ended process left: a result, or the reason why there is none. Returns (kind, value)."""
+        """Record what the ended process left: a result, or the reason why there is none. Returns (kind,
+        value)."""
         code = self.process.returncode
         run, why = self.result() if code in COMPLETE else (None, self.reason(code))
         about = {"target": self.target, "arm": self.arm["label"], "seed": self.seed, "utc": queue.utc()}
-        kind, value = ("failed", {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
-        queue.write_once(self.root / kind / f"{self.target}.json", files.json_text(about | value, indent=1) + "\n")
+        kind, value = ("failed",
+                       {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
+        queue.write_once(self.root / kind / f"{self.target}.json",
+                         files.json_text(about | value, indent=1) + "\n")
         if kind == "done":
             for output in files.listed(self.output.parent, f"{self.target}.*"):  # of earlier claims too
                 output.unlink(missing_ok=True)
@@ -170,11 +184,12 @@ class Run:
 class Worker:
     """Runs targets of a queue, one at a time per slot, until all are settled.
 
-    slots: see `slots`. say(line): told of every settled target. tick(done, failed, running): called ten times a second
-    with the results so far and [(arm, seed, seconds)].
+    slots: see `slots`. say(line): told of every settled target. tick(done, failed, running): called ten times
+    a second with the results so far and [(arm, seed, seconds)].
     """
 
-    def __init__(self, root, slots, *, niceness=10, reuse=(), stale_s=queue.STALE_S, say=print, tick=lambda *a: None):
+    def __init__(self, root, slots, *, niceness=10, reuse=(), stale_s=queue.STALE_S, say=print,
+                 tick=lambda *a: None):
         self.root, self.plan = Path(root), queue.load_plan(root)
         queue.check_code(self.plan)
         self.niceness, self.stale_s, self.say, self.tick = niceness, stale_s, say, tick
@@ -198,8 +213,10 @@ class Worker:
                 if self.free and open_ and not trouble and time.monotonic() >= self.pause_until:
                     if self.begin(open_):
                         continue
-                    self.pause_until = time.monotonic() + min(2.0, self.stale_s / 4)  # all are being run elsewhere
-                self.tick(self.done, self.failed, [(r.arm, r.seed, time.monotonic() - r.began) for r in self.running])
+                    # all are being run elsewhere
+                    self.pause_until = time.monotonic() + min(2.0, self.stale_s / 4)
+                self.tick(self.done, self.failed,
+                          [(r.arm, r.seed, time.monotonic() - r.began) for r in self.running])
                 time.sleep(POLL_S)
                 for run in list(self.running):
                     self.attend(run)
@@ -208,7 +225,8 @@ class Worker:
                 self.stop()
 
     def stop(self):
-        """End all runs, in order and at the same time, and give their claims back; at once if a signal comes meanwhile."""
+        """End all runs, in order and at the same time, and give their claims back;
+        at once if a signal comes meanwhile."""
         for run in self.running:
             run.ask()
         for run in self.running:
@@ -231,19 +249,24 @@ class Worker:
         self.done, self.failed = queue.settled(self.root, (self.done, self.failed))
         self.todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
         mine = {r.target for r in self.running}
-        return [t for t in self.todo if t[0] not in self.done and t[0] not in self.failed and t[0] not in mine]
+        return [
+            t for t in self.todo if t[0] not in self.done and t[0] not in self.failed and t[0] not in mine
+        ]
 
     def screened(self):
-        """Once the groups are settled, write down whose members are run. True if there was anything to decide."""
+        """Once the groups are settled, write down whose members are run.
+        True if there was anything to decide."""
         if not self.plan["groups"] or (self.root / "survivors.json").exists():
             return False
         from sweeps.report import screen
-        queue.write_once(self.root / "survivors.json", files.json_text(screen(self.plan, self.done), indent=1) + "\n")
+        queue.write_once(self.root / "survivors.json",
+                         files.json_text(screen(self.plan, self.done), indent=1) + "\n")
         return True
 
     @held
     def begin(self, open_):
-        """Claim the first target that nobody has, and run it, or settle it by a finished run. False if all are taken."""
+        """Claim the first target that nobody has, and run it, or settle it by a finished run.
+        False if all are taken."""
         for target, arm, seed in open_:
             claimed = queue.claim(self.root, target, self.stale_s)
             if claimed is None:
@@ -256,7 +279,8 @@ class Worker:
                 queue.release(self.root, target, claimed[0])
             else:
                 slot = self.free.pop()
-                self.running.append(Run(self.root, self.plan, target, arm, seed, claimed, slot, self.niceness))
+                self.running.append(Run(self.root, self.plan, target, arm, seed, claimed, slot,
+                                        self.niceness))
             return True
         return False
 
@@ -306,10 +330,13 @@ def executor(launcher, folder):
 def submit(launcher, root, plan, workers, parameters, arguments):
     """Submit `sweep.py work` jobs; returns submitit's jobs. parameters: "name=value" texts of the executor.
 
-    arguments: flags of `sweep.py work`. Each job of a GPU scale gets one GPU unless the parameters say otherwise.
+    arguments: flags of `sweep.py work`. Each job of a GPU scale gets one GPU unless the parameters say
+    otherwise.
     """
     from submitit.helpers import CommandFunction
-    jobs, wanted = executor(launcher, root / "jobs"), {"gpus_per_node": 1} if plan["scale"] in ("full", "small") else {}
+    jobs, wanted = executor(launcher,
+                            root / "jobs"), {"gpus_per_node": 1} if plan["scale"] in ("full",
+                                                                                      "small") else {}
     wanted |= {"job_name": plan["name"]} if launcher == "slurm" else {"timeout_min": 30 * 24 * 60}
     wanted |= dict(schema.parse_assignment(text, "--slurm") for text in parameters)
     try:

@@ -36,7 +36,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import arguments, console
-from execution import System
+from system_settings import System
 from settings import padded_vocab
 from common.errors import UserError
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from execution import Kernels, recomputable
+from system_settings import Kernels, recomputable
 from settings import padded_vocab
 from common.errors import UserError
 from system.microbatch import ranks_per_forward

@@ -14,7 +14,7 @@ from deltas import Resolved
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from schedule import StepPlan, plan
-from execution import recomputable
+from system_settings import recomputable
 from settings import LOGICAL_RANKS, Settings, padded_vocab
 from system import compiler
 from system.launch import launch

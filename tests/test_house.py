@@ -32,7 +32,7 @@ FLOORS = [
     {"kernels", "deltas"},
     {"schema", "scales"},
     {"settings"},
-    {"execution"},
+    {"optim_settings", "system_settings"},
     {"declare"},
     {"common"},
 ]

@@ -170,7 +170,7 @@ def checkout(tmp_path):
     """A checkout in a path with spaces whose `python -m venv` makes a stand-in for Python and pip that writes down its calls."""
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
-    for name in ("declare.py", "deltas.py", "execution.py", "scales.py", "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml"):
+    for name in ("declare.py", "deltas.py", "optim_settings.py", "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, place)
     for name in ("common", "installation", "system"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,0 +1,185 @@
+"""The axis ml of the settings, its section `optim`: update rules, parameter groups and their constants.
+
+A parameter belongs to the group of its role (embed, lm_head, matrix, scalar, router) unless its label has a section
+that is on. In `check(self, s)`, s is the whole Settings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from declare import BEFORE, REFUSE, opt
+
+
+@dataclass(frozen=True)
+class Adam:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101): the constants that all AdamW groups share."""
+    beta1: float = opt(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
+    eps: float = opt(1e-8, "constant added to the square root of the second moment", least=0)
+    eps_after_correction: bool = opt(True, "eps is added after bias correction, as in torch (off: before "
+                                           "it, as in record 24, so that eps is relatively larger in the "
+                                           "first steps)", off=BEFORE)
+
+
+@dataclass(frozen=True)
+class Scalars:
+    """The AdamW group of gains, biases and learned scalars, which have no weight decay."""
+    lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
+    every: int = opt(1, "steps from one update to the next; the gradients of the steps between are summed",
+                     unit="step", off=1, least=1)
+
+
+@dataclass(frozen=True)
+class Group(Scalars):
+    """One AdamW parameter group with weight decay."""
+    weight_decay: float = opt(0.1, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
+
+
+@dataclass(frozen=True)
+class Label:
+    """Settings of one kind of parameters; a setting that is off is that of the group the kind belongs to."""
+    lr: float | None = opt(None, "peak learning rate, which the schedule multiplies", least=0)
+    weight_decay: float | None = opt(None, "decoupled weight decay", least=0)
+    beta1: float | None = opt(None, "decay of AdamW's first moment", least=0, below=1)
+    beta2: float | None = opt(None, "decay of AdamW's second moment", least=0, below=1)
+    eps: float | None = opt(None, "added to the root of AdamW's second moment", least=0)
+    every: int | None = opt(None, "steps from one update to the next; the gradients of the steps between are summed",
+                            unit="step", least=1)
+
+
+@dataclass(frozen=True)
+class MatrixLabel(Label):
+    """Settings of one kind of matrices; a setting that is off is that of optim.muon, or of optim.matrix."""
+    adamw: bool = opt(False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
+                      off=False, needs="optim.muon")
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The resolved settings of a group of parameters (Optim.group). name: of its section in Optim."""
+    name: str
+    rule: str
+    lr: float
+    weight_decay: float
+    beta1: float
+    beta2: float
+    eps: float
+    every: int
+
+
+LABELS = {  # role -> labels that may have settings of their own
+    "embed": ("value_embed", "positions"),
+    "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas"),
+    "matrix": ("qkvo", "latent", "gate", "mlp_up", "mlp_down", "expert_up", "expert_down")}
+
+
+@dataclass(frozen=True)
+class MomentumWarmup:
+    """Linear warm-up of Muon's momentum, up to optim.muon.momentum."""
+    start: float = opt(0.85, "momentum at step 0", least=0, below=1)
+    steps: int = opt(500, "length of the warm-up", unit="step", shrink="steps", least=1)
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised by
+    Newton-Schulz."""
+    lr: float = opt(0.018, "peak learning rate, which the schedule multiplies", least=0)
+    momentum: float = opt(0.95, "decay mu of the momentum buffer; the update looks one step ahead "
+                                "(Nesterov)", least=0, below=1)
+    averaged: bool = opt(False, "momentum as a moving average: M <- mu M + (1-mu) g, update (1-mu) g + mu M "
+                                "(off: M <- mu M + g, update g + mu M). They differ while mu changes",
+                         off=False)
+    momentum_warmup: MomentumWarmup | None = opt(None, "momentum warm-up over the first steps")
+    scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
+        "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
+                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols))")
+    up_shape: Literal["out_in", "in_out"] = opt(
+        "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
+                  "as record 27 stores it")
+    split_qkv: bool = opt(False, "separate orthogonalisation of q, k and v (off: as one 3d x d matrix)",
+                          off=False)
+    ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE, least=1, most=1000)
+    move_idle: bool = opt(False, "idle experts are updated too: an expert without tokens in a step moves by "
+                                 "its momentum, whose orthogonalised update is of full size (off: it stays)",
+                          off=False, needs="model.mlp.moe")
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer: AdamW in parameter groups, and optionally Muon for the block matrices (axis ml)."""
+    adam: Adam = opt(Adam, "constants of AdamW")
+    embed: Group = opt(Group, "AdamW group of the token table (unless it is also the head), the position "
+                              "table and the value tables")
+    lm_head: Group = opt(Group, "AdamW group of the output head, or of the table that the token embedding "
+                                "and the head share")
+    matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them",
+                        idle="optim.muon")
+    scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")
+    router: Group = opt(Group, "AdamW group of the routers, also when Muon updates the block matrices",
+                        needs="model.mlp.moe")
+    value_embed: Label | None = opt(None, "own settings of the tables of value embeddings",
+                                   needs="model.attn.value_embed")
+    positions: Label | None = opt(None, "own settings of the position table",
+                                   needs="model.embed.learned_positions")
+    norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
+                                   needs="model.norm=layernorm")
+    bias: Label | None = opt(None, "own settings of the biases of the linear layers",
+                                   needs="model.bias")
+    resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream in the x0 mix",
+                                   needs="model.residual.x0_mix.learned")
+    x0_lambdas: Label | None = opt(None, "own settings of the factors of the embedding in the x0 mix",
+                                   needs="model.residual.x0_mix.learned")
+    skip_weights: Label | None = opt(None, "own settings of the weights of the U-net skips",
+                                   needs="model.residual.unet_skips.learned")
+    value_lambda: Label | None = opt(None, "own settings of the lam of the value residual",
+                                   needs="model.attn.value_residual.learned")
+    sa_lambdas: Label | None = opt(None, "own settings of the factors of the values and their embeddings",
+                                   needs="model.attn.value_embed.learned")
+    qkvo: MatrixLabel | None = opt(None, "own settings of the projections of attention")
+    latent: MatrixLabel | None = opt(None, "own settings of the matrices of latent attention",
+                                   needs="model.attn.latent")
+    gate: MatrixLabel | None = opt(None, "own settings of the gates of the heads",
+                                   needs="model.attn.gate")
+    mlp_up: MatrixLabel | None = opt(None, "own settings of the first matrix of the MLPs")
+    mlp_down: MatrixLabel | None = opt(None, "own settings of the second matrix of the MLPs")
+    expert_up: MatrixLabel | None = opt(None, "own settings of the first matrix of the experts",
+                                   needs="model.mlp.moe")
+    expert_down: MatrixLabel | None = opt(None, "own settings of the second matrix of the experts",
+                                   needs="model.mlp.moe")
+    muon: Muon | None = opt(None, "Muon, in place of AdamW, for the block matrices")
+    grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
+                                  off=None, above=0)
+
+    def group(self, role: str, label: str) -> Hyper:
+        """The settings of the parameters with this role and label: of the label's section where it is on, and of the role's."""
+        of_role, own = getattr(self, role), getattr(self, label, None)
+        own = own if isinstance(own, Label) else None
+        muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)
+        values = {"lr": self.muon.lr if muon else of_role.lr,
+                  "weight_decay": 0.0 if muon else getattr(of_role, "weight_decay", 0.0),
+                  "beta1": self.adam.beta1, "beta2": self.adam.beta2, "eps": self.adam.eps,
+                  "every": 1 if muon else of_role.every}
+        for name in values if own else ():
+            if getattr(own, name) is not None:
+                values[name] = getattr(own, name)
+        return Hyper(name=label if own else role, rule="muon" if muon else "adamw", **values)
+
+    def cadences(self) -> dict[str, int]:
+        """{group: its `every`} of all groups, by name."""
+        roles = ("embed", "lm_head", "matrix", "scalar", "router")
+        found = {role: self.group(role, role).every for role in roles}
+        for role, labels in LABELS.items():
+            found |= {label: self.group(role, label).every for label in labels if getattr(self, label) is not None}
+        return found
+
+    def check(self, s: Any) -> Iterator[str]:
+        if s.system.reduction == "ordered" and max(self.cadences().values()) > 1:
+            yield "system.reduction=ordered sums the gradients of one step: leave every optim.*.every at 1"
+        for name in LABELS["matrix"] if self.muon else ():
+            own = getattr(self, name)
+            for field in ("beta1", "beta2", "eps") if own and not own.adamw else ():
+                if getattr(own, field) is not None:
+                    yield (f"optim.{name}.{field} is AdamW's, and optim.muon has these matrices: "
+                           f"set optim.{name}.adamw=true, or leave it")

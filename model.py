@@ -264,7 +264,7 @@ class GPT(nn.Module):
         where the model can. ValueError if it cannot: without latents, or with values that are mixed behind them."""
         able = self.settings.model.attn.latent is not None and self.values is None
         if absorbed and not able:
-            raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed beside it")
+            raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed with it")
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
     def context(self, tokens, bos, windows, cached=False, most=None, longest=None):

@@ -236,7 +236,7 @@ class RunLog:
         return event
 
     def start(self, about, settings):
-        """Sources (once per content, beside the run folders), environment and settings (nested plain values)."""
+        """Sources (once per content, next to the run folders), environment and settings (nested plain values)."""
         text, digest = sources()
         if self.active:
             path = self.folder.parent / f"sources-{digest}.txt"

@@ -3,7 +3,7 @@
 A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others
 run; one that takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs
 any more) costs its own row, and a new process goes on behind it. JSON, and the same as a Markdown table
-beside it, are whole after every row.
+next to it, are whole after every row.
 """
 
 import json
@@ -147,7 +147,7 @@ def cell(value):
 
 def add_arguments(p, groups):
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
-    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
+    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
     p.add_argument("--child", nargs="+", choices=groups,
                    help="used by the bench itself: run these groups in this process")
 

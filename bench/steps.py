@@ -158,7 +158,7 @@ def add_arguments(p, steps, records=LANDMARKS, scale="full"):
                    help="folder of compiled code, kept (default: empty, and removed at the end)")
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE",
                    help="as in train_gpt.py, for every record")
-    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown beside it")
+    p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
 
 
 def run(o, title, cases):

@@ -58,7 +58,7 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
 
 
 # Shapes of records that the lineage has not reached, on record 33: 11 layers and their mean batch. What they add to it
-# (more gates, n-gram tables) costs little beside this; it is here to try the ratios of the scales.
+# (more gates, n-gram tables) costs little next to this; it is here to try the ratios of the scales.
 ELEVEN = ("model.num_layers=11", "model.attn.value_embed.tables=[0,1,2,-1,-1,-1,-1,-1,0,1,2]",
           "model.attn.window.long_layers=[3,10]")
 LATER = "model.residual.unet_skips=false", "model.attn.drop_layers=[6]", "data.tokens_per_rank=256", "data.seq_len=256"

@@ -124,7 +124,7 @@ class Shards:
     def look_ahead(self, index):
         """One scan of what is not yet known of this shard, or else of the next one.
 
-        Done beside every batch, so that the next shard is known long before it is needed (record 33), without a thread
+        Done with every batch, so that the next shard is known long before it is needed (record 33), without a thread
         that would go on while the clock stands still.
         """
         for shard in (self[index], self[(index + 1) % len(self.corpus.train)]):

@@ -1,6 +1,6 @@
 """What `records audit` runs inside the audited checkout's process: it is the auditor's, all the rest that it imports is not.
 
-    python -I -B audit_probe.py SPEC.json      # only evidence/audit.py calls this; result.json appears beside SPEC
+    python -I -B audit_probe.py SPEC.json      # only evidence/audit.py calls this; result.json appears next to SPEC
 
 Python's isolated mode keeps the auditor's folders off sys.path. First the process shuts itself in (no network, no writing
 outside its own folder, limited time and memory), then the audited checkout becomes the front of sys.path.

@@ -282,7 +282,7 @@ def check_untimed(found):
             continue
         if what == "validation":
             if measured[0] == measured[1]:
-                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s beside the training at each validation, arm "
+                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s next to the training at each validation, arm "
                        f"parent {parent / 1000:.1f} s for the same")
         elif isinstance(why, str) and why:
             found.unknown.append(f"what arm new did in the {new / 1000:.0f} s of its {what} (arm parent: "

@@ -542,7 +542,7 @@ def time_words(c, results):
 
 
 def notes(declaration):
-    """What the reader must know beside the numbers."""
+    """What the reader must know next to the numbers."""
     out, found = [], declaration["arms"]
     if not declaration["machine"]["gpus"]:
         out.append("times are of this machine's processor, which other programs may have used meanwhile")

@@ -78,7 +78,7 @@ class Log:
 
     @property
     def intervals(self):
-        """[(validation, ms of training since the one before, ms of wall time beside it)]; the first from the reset on."""
+        """[(validation, ms of training since the one before, ms of wall time next to it)]; the first from the reset on."""
         reset = self.one("reset")
         wall, clock, out = (reset["wall_ms"] if reset else 0.0), 0.0, []
         for v in self.validations:
@@ -157,7 +157,7 @@ def misshapen(event):
         yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
-            yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, beside a number of graphs"
+            yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of graphs"
     if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
         if len({len(event[name]) for name in LOADS}) > 1 or not event["layers"] or not all(
                 isinstance(x, NUMBER) for name in LOADS for x in event[name]):

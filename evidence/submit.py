@@ -212,7 +212,7 @@ def read_delta(path):
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
     if delta is not None and toml:
-        raise UserError(f"{path}: {', '.join(toml)} beside [delta]: title, people and parent are options of this command")
+        raise UserError(f"{path}: {', '.join(toml)} next to [delta]: title, people and parent are options of this command")
     delta = toml if delta is None else delta
     if not isinstance(delta, dict) or not isinstance(subsumed, str):
         raise UserError(f"{path}: expected lines like \"optim.muon.lr\" = 0.05, bare or below [delta]")

@@ -163,7 +163,7 @@ def read_results(folder):
 
 
 def is_its_page(folder, results):
-    """Is README.md, if there is one, written from these results or from the results.json beside it?"""
+    """Is README.md, if there is one, written from these results or from the results.json next to it?"""
     path = folder / writeup.PAGE
     if not path.exists():
         return True

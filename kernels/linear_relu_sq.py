@@ -12,7 +12,7 @@ The pre-activation is in float32 when it is squared (torch rounds it first). NaN
 any strides. Triton is imported when first used.
 
 The same kernel has the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq): there it rounds as torch does, and
-can write P in e4m3 beside P, with what the next scale is made from (records 84 and 89).
+can write P in e4m3 next to P, with what the next scale is made from (records 84 and 89).
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -45,7 +45,7 @@ TILES = {80: Tile(128, 128, 64, 8, 4), 89: Tile(128, 128, 64, 8, 3), 90: Tile(12
          "default": Tile(128, 128, 64, 8, 3)}
 FLOAT32 = Tile(64, 64, 32, 4, 3)  # everywhere: its products are three of TF32, which take more registers
 FP8 = {90: Tile(128, 256, 128, 8, 3), "default": Tile(128, 128, 128, 8, 3)}  # from 8.9 on
-NARROW = torch.float8_e4m3fn  # what P is written in beside P
+NARROW = torch.float8_e4m3fn  # what P is written in next to P
 
 
 # ----- reference --------------------------------------------------------------------------------------------------

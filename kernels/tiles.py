@@ -70,6 +70,6 @@ def table(file):
 
 
 def save(file, tiles):
-    """Write tiles beside those of other operations that the file holds already."""
+    """Write tiles next to those of other operations that the file holds already."""
     files.write(file, files.json_text({"tiles": {**table(file), **tiles}}, indent=1) + "\n", parents=True)
     table.cache_clear()

@@ -3,7 +3,7 @@
 Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), evidence/published/history.csv
 (every published record and claim, also those that are not implemented here), evidence/published/effects.csv (what authors
 state a technique is worth) and evidence/results/*.json (sweeps, and judge.json). Nothing typed is believed: claims are
-verified again from their logs, and the figures of sweeps computed again from the losses beside them.
+verified again from their logs, and the figures of sweeps computed again from the losses next to them.
 
 evidence/published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked
 up); steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs),
@@ -242,7 +242,7 @@ def read_runs(record, claims=()):
             continue
         summary, events = read_json(path.parent / "summary.json"), read_chain(path)
         if files.strict(summary.get("val_loss")) != files.strict(events[-1].get("val_loss")):
-            raise UserError(f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl beside it")
+            raise UserError(f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl next to it")
         if (summary["record"], summary["changes"], summary["status"]) != (record.ref, [], "finished"):
             continue
         curve = [[e["step"], e["tokens"], e["train_time_ms"], e["val_loss"]] for e in events if e["kind"] == "validation"]

@@ -12,7 +12,7 @@ SCALE_NAMES = {
 }
 GROUPS = (("resolved", "Resolved: told apart from zero"),
           ("unresolved", "Unresolved: measured, but not told apart from zero, and therefore not ranked"),
-          ("several", "Several features at once: not ranked beside their members"),
+          ("several", "Several features at once: not ranked next to their members"),
           ("none", "No figure: does nothing at this scale, not run apart, or failed"))
 BADGES = ("<b>spec</b> written from the description; <b>math</b> equals the original in float64; <b>numerics</b> GPU "
           "precision checked; <b>trained</b> trained at full scale")

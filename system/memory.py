@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
     state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
-    passing: int  # the largest that comes and goes beside it: gradients of the logits, or of a chunk of them, or of a block
+    passing: int  # the largest that comes and goes next to it: gradients of the logits, or of a chunk of them, or of a block
 
     @property
     def total(self):

@@ -49,7 +49,7 @@ def time_goes_back(c):
     c.seal()
 
 
-@refused(r"arm new: time taken off the clock: 5\.\d s beside the training at each validation|"
+@refused(r"arm new: time taken off the clock: 5\.\d s next to the training at each validation|"
          r"runs/\S+ validation of step \d+: time taken off the clock: 5\.\d s")
 def time_taken_off_every_interval(c):
     """The theft is the usual rest of these runs: the shortest one, of step 0, and the other arm tell it."""
@@ -61,7 +61,7 @@ def time_taken_off_every_interval(c):
     c.seal()
 
 
-@refused(r"arm new: time taken off the clock: 5\.\d s beside the training at each validation, arm parent 0\.\d s "
+@refused(r"arm new: time taken off the clock: 5\.\d s next to the training at each validation, arm parent 0\.\d s "
          "for the same")
 def validations_slower_in_one_arm_only(c):
     """Time is taken off every interval, and step 0 is made as slow, so that no interval of a run stands out."""

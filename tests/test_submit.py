@@ -234,7 +234,7 @@ GOOD = ["--title", "t", "--people", "@x", "--claim", "ml", "--scale", "micro", "
     ('"optim.muon.lr" = "high"', ["x", *GOOD, "--parent", "short/11"], "expected a number"),
     ("lr = 0.05", ["x", *GOOD], "write the whole path in quotes"),
     ('"optim.muon.lr = 0.05', ["x", *GOOD], "delta.toml: "),
-    ('title = "t"\n[delta]\n"optim.muon.lr" = 0.05', ["x", *GOOD], "title beside [delta]"),
+    ('title = "t"\n[delta]\n"optim.muon.lr" = 0.05', ["x", *GOOD], "title next to [delta]"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], *GOOD[4:]], "credit whose idea it is"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], "--people", " ", *GOOD[4:]], "credit whose idea it is"),
     ('"optim.muon.lr" = 0.05', ["x", *GOOD[2:]], "a new idea needs --title"),

@@ -11,8 +11,11 @@ environment.require(*environment.TRAINING)
 import features  # noqa: E402  after the packages are known to be there
 from common.errors import UserError  # noqa: E402
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell that starts the tests in the background ignores it
+# A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; the programs under test inherit that.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -367,8 +367,11 @@ def validation_rows(corpus, tokens, seq_len, ranks):
     if tokens % (LOGICAL_RANKS * seq_len):
         raise UserError(f"validation.tokens = {tokens} is not a multiple of 8 x {seq_len}")
     if corpus.val_tokens < tokens + 1:
-        raise UserError(f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: lower "
-                        "validation.tokens or use a larger validation shard")
+        row = LOGICAL_RANKS * seq_len
+        fits = (corpus.val_tokens - 1) // row * row
+        remedy = f"set validation.tokens={fits}" if fits else "shorten validation.seq_len with validation.tokens"
+        raise UserError(f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: {remedy}, or use "
+                        "a larger validation shard")
     ids = open_shard(corpus.val)[:tokens + 1].astype(np.int32)
     check_vocabulary(ids, corpus.vocab_size, str(corpus.val))
     share = tokens // LOGICAL_RANKS

@@ -75,19 +75,24 @@ def examine(folder):
     found.problems += provenance.check_corpus(found)
     found.problems += check_copies(found)
     found.problems += check_artefacts(found)
-    found.problems += (check_comparison
-                       if found.declaration["claim"] == "comparison" else check_record_claim)(found)
+    check = check_comparison if found.declaration["claim"] == "comparison" else check_record_claim
+    found.problems += check(found)
     return found
 
 
 def require_claim(folder):
+    if folder.is_file():
+        raise UserError(f"{folder}: a single file: name the folder that holds it")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if not files.listed(folder):
         raise UserError(f"{folder}: the folder is empty; a claim holds {manifest.NAME} and runs/")
     if not (folder / manifest.NAME).exists():
-        why = "a single run is evidence only as part of a claim" if (folder / "run.jsonl").exists() else (
-            f"it has no {manifest.NAME}; `records submit` and `records compare` write one")
+        why = f"it has no {manifest.NAME}; `records submit` and `records compare` write one"
+        if (folder / "run.jsonl").exists():
+            why = "a single run is evidence only as part of a claim"
+        elif files.listed(folder, "*.log"):
+            why = "its files end in .log, and text logs end in .txt: rename them"
         raise UserError(f"{folder}: not a claim folder: {why}")
 
 

@@ -208,7 +208,7 @@ def read_delta(path):
     try:
         toml = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
     if delta is not None and toml:

@@ -73,7 +73,7 @@ def run(options):
         results = text_logs(folder, options.target)
         print(files.json_text(results, indent=1)) if options.json else report_text_logs(results)
         return SHOWN if results["verdict"] == "shown" else NOT_SHOWN
-    if options.target is not None:
+    if options.target is not None and (folder / manifest.NAME).exists():
         raise UserError("--target is for text logs: a claim declares its target before the first run")
     results = verify(folder, options.audit, options.reproduction)
     before = (read_results(folder) or {}).get("grade")

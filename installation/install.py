@@ -172,7 +172,7 @@ def locked():
                          "dependencies") from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"host": socket.gethostname(), "process": os.getpid()}, file)
+            file.write(files.json_text({"host": socket.gethostname(), "process": os.getpid()}))
         yield
     finally:
         LOCK.unlink(missing_ok=True)

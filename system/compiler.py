@@ -260,8 +260,8 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
         try:
             files.write(path, "".join(traceback.format_exception(error)))
             whole = f"all of it is in {path}"
-        except OSError as failed:
-            whole = f"{path} cannot be written ({failed.strerror})"
+        except UserError as failed:
+            whole = str(failed)
     said = [line for line in str(error).splitlines() if " error: " in line] or [first_line(error)]
     return f"torch.compile failed ({said[0].strip()[:200]}; {whole}): set system.compile=off, or mend the compiler"
 

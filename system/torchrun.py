@@ -5,6 +5,7 @@ Where this project is installed, torchrun loads `rendezvous` below as one of its
 ends with the trainer's exit code and leaves the talking to the trainer. For every other program nothing changes.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -52,7 +53,11 @@ def take_over() -> None:
         if code is None:
             before(kind, error, trace)
         else:
-            sys.exit(code)  # the interpreter takes the code of a SystemExit that an excepthook raises
+            # At once: threads of the agent's store may be still there, and the interpreter's end would abort on them.
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError, ValueError):
+                    stream.flush()
+            os._exit(code)
     sys.excepthook = end
 
 

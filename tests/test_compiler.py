@@ -190,7 +190,7 @@ def test_an_error_of_the_compiler_is_one_line_and_a_file(tmp_path):
     error = CppCompileError(["g++", "x.cpp"], "x.cpp: In function f:\nx.cpp:1:1: error: no such thing\n" + 90 * "note\n")
     line = compiler.failure(error, tmp_path)
     assert "error: no such thing" in line and "\n" not in line and "note" in (tmp_path / "compile_error.txt").read_text()
-    assert "cannot be written" in compiler.failure(error, tmp_path / "none") and compiler.failure(error, None)
+    assert "cannot write" in compiler.failure(error, tmp_path / "none") and compiler.failure(error, None)
     assert compiler.failure(RuntimeError("a collective broke off"), tmp_path) is None
 
 

@@ -99,7 +99,7 @@ def test_a_programming_error_in_a_print_is_not_hidden():
 
 
 def test_a_log_never_takes_the_number_of_a_closed_descriptor(tmp_path):
-    script = ("import os, sys, console\nconsole.guard()\nfile = open(sys.argv[1], 'w')\nprint('said')\n"
+    script = ("import os, sys\nfrom common import console\nconsole.guard()\nfile = open(sys.argv[1], 'w')\nprint('said')\n"
               "print('cried', file=sys.stderr)\nos.write(1, b'x'); os.write(2, b'x')\nsys.exit(file.fileno() < 3)")
     assert shell(f'"$PYTHON" -c "{script}" {tmp_path}/log >&- 2>&- <&-').returncode == 0
     assert (tmp_path / "log").read_text() == ""

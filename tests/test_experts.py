@@ -22,7 +22,7 @@ from kernels.newton_schulz import newton_schulz
 from layers.moe import MoE, Router
 from model import GPT
 from optim import Optimizer
-from steps import begin_step, end_step
+from step_hooks import begin_step, end_step
 from system.comm import communication
 from system.hooks import hooks_of
 from system.dry_run import print_plan

@@ -24,7 +24,7 @@ from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
 from optim import Optimizer
-from steps import begin_step
+from step_hooks import begin_step
 from system import preflight, warmup
 from program import program_of
 from common.errors import UserError

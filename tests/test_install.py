@@ -43,9 +43,9 @@ def test_triton_is_the_version_that_the_pinned_torch_names():
 def test_the_lock_file_locks_what_is_pinned_and_names_only_the_public_index():
     lock = (ROOT / "uv.lock").read_text()
     project = next(p for p in tomllib.loads(lock)["package"] if p["name"] == "speedrun")
-    locked = {(d["name"], d["specifier"]) for d in project["metadata"]["requires-dist"]}
+    locked = {(d["name"].replace(".", "-"), d["specifier"]) for d in project["metadata"]["requires-dist"]}
     pinned = install.requirements(PROJECT["project"]["optional-dependencies"])
-    assert locked == {(re.split("[=;]", r)[0], "==" + re.split("==|;", r)[1]) for r in pinned}
+    assert locked == {(re.split("[=;]", r)[0].replace(".", "-"), "==" + re.split("==|;", r)[1]) for r in pinned}
     assert {url.split("/")[2].rpartition(".")[2] for url in re.findall(r'https?://[^"]+', lock)} == {"org"}
 
 

@@ -81,8 +81,8 @@ def test_a_skip_and_a_backout_are_terms_of_their_own():
     """The stream after layer 3 comes back before layer 6, and part of the stream after layer 7 leaves at the end."""
     x = text()
     plain, model = built("short/9"), built("short/9")
-    model.residual.skip_weight = Learned(1, 0.0, "float64", sigmoid=False)
-    model.residual.backout = Learned(1, 0.0, "float64", sigmoid=False)
+    model.residual.skip_weight = Learned(1, 0.0, "float64", sigmoid=False, label="skip_weights")
+    model.residual.backout = Learned(1, 0.0, "float64", sigmoid=False, label="skip_weights")
     model.residual.add(Term("skip", 6, "saved.3", Entry("skip_weight", 0)), Term("out", 12, "saved.7", Entry("backout", 0)))
     weights = [model.residual.skip_weight.value, model.residual.backout.value]
     for skip, backout in ((0.0, 0.0), (0.3, 0.0), (0.0, -0.5), (0.3, -0.5)):

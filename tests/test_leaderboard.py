@@ -141,7 +141,7 @@ def row_of(page, code):
 
 def test_two_builds_give_the_same_bytes(evidence):
     """Also in another process with another order of hashes."""
-    script = ("from pathlib import Path; from records import leaderboard; import hashlib, json; "
+    script = ("from pathlib import Path; from page import leaderboard; import hashlib, json; "
               f"print(hashlib.sha256(json.dumps(leaderboard.build(Path({str(evidence)!r}))).encode()).hexdigest())")
     digests = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
                               env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in ("1", "2")]

@@ -207,7 +207,7 @@ def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
     wide = {"short/12": "start=400", "short/20": "start=800,model.attn.window.end=800", "short/33": "stages=[60],model.attn.window.final=60"}[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
     off = build(ref, without=["model.attn.window", "model.attn.documents"])
-    off.scale = on.scale
+    off.scales = on.scales
     x = tokens()
     x[x == BOS] = 0
     assert torch.allclose(logits(on, x, on.settings.schedule.steps - 1), logits(off, x), rtol=0, atol=1e-12)

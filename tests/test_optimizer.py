@@ -20,7 +20,10 @@ import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from model import GPT
+from optim_settings import LABELS, Label, MatrixLabel, Optim
+from optim_settings import Muon as OptimMuon
 from optim import RULES, Optimizer, Tree, local_ranks
+from step_hooks import begin_step
 from small_models import Toy, build, forward_all, plan, settings, step, tokens, update
 from system.comm import communication
 from updates.adam import AdamW, adamw_
@@ -342,6 +345,24 @@ def test_a_whole_model_trains_with_a_cadence_and_its_plan_is_the_settings():
     assert not any(moved[0]) and not any(moved[2]) and all(moved[3])
 
 
+OWN = {"lr": 0.5, "weight_decay": 0.25, "beta1": 0.125, "beta2": 0.75, "eps": 0.5, "every": 3, "adamw": True}
+LABELLED = [(f"optim.{label}.{field.name}", role, label, field.name) for role, labels in LABELS.items() for label in labels
+            for field in dataclasses.fields(MatrixLabel if role == "matrix" else Label)]
+
+
+@pytest.mark.feature(path="path")
+@pytest.mark.parametrize("path, role, label, field", LABELLED)
+def test_each_setting_of_a_label_replaces_the_role_s_and_leaves_the_other_labels_alone(path, role, label, field):
+    plain = Optim(muon=OptimMuon())
+    section = (MatrixLabel if role == "matrix" else Label)(**{field: OWN[field]})
+    labelled = dataclasses.replace(plain, **{label: section})
+    before, after = plain.group(role, label), labelled.group(role, label)
+    name, value = ("rule", "adamw") if field == "adamw" else (field, OWN[field])
+    assert getattr(before, name) != getattr(after, name) == value
+    for other in LABELS[role]:
+        assert other == label or labelled.group(role, other) == plain.group(role, other)
+
+
 @pytest.mark.feature("optim.gate.adamw", "optim.gate")
 def test_a_label_of_matrices_goes_to_adamw_if_asked():
     s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
@@ -635,7 +656,7 @@ def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, m
         model.initialise(0)
         optimizer.reset()
         for i in range(4):
-            model.begin_step()
+            begin_step(model)
             step(optimizer, model, s, tokens(4, 33, seed=i), 15 * i, at_once)
         assert Graph.captured == (len(optimizer.banks) if graphs else 0)
         results.append([p.detach().clone() for p in model.parameters()])

@@ -1,6 +1,7 @@
 """Laws of the settings: deltas, chain, --with, --without, --revert, --set, scales, hashes, commands."""
 
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -422,7 +423,7 @@ def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(ref, st
 
 
 def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_it(monkeypatch):
-    deltas.load_records.cache_clear()
+    monkeypatch.setattr(deltas, "load_records", functools.lru_cache(deltas.load_records.__wrapped__))
     applied = []
     assign = schema.assign
     monkeypatch.setattr(deltas, "assign", lambda s, path, *rest: applied.append(path) or assign(s, path, *rest))

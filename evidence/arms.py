@@ -424,8 +424,8 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
         folder = runs / script_folder(arm, run, seed, registered)
     else:
         command = [*python, str(place / "train_gpt.py"), *arm["argv"], "--seed", str(seed), "--out", str(runs)]
-        command += (["--registered", registered] if registered else []) + (["--data", str(data)]
-                                                                           if data else [])
+        command += ["--registered", registered] if registered else []
+        command += ["--data", str(data)] if data else []
     env = {k: v for k, v in os.environ.items() if variables is None or k not in environment()} | (variables or {})
     caches = cache() / "compiled" / hash_of(json.dumps([arm.get(k) for k in (
         "tree", "sha256", "ml_hash", "system_hash", "argv")]))[:16]

@@ -60,8 +60,8 @@ def status(folder: Path) -> str:
         return f"{done} of {runs} runs"
     from evidence import verify
     results = verify.read_results(folder) or {}
-    return results["verdict"] if results.get(
-        "manifest") == claim.last_hash and "verdict" in results else "not verified"
+    verified = results.get("manifest") == claim.last_hash and "verdict" in results
+    return results["verdict"] if verified else "not verified"
 
 
 # ----- files and commits ----------------------------------------------------------------------------------------------

@@ -85,8 +85,8 @@ class Claim:
     @property
     def open_run(self):
         """The registered run of which nothing more is known, or None."""
-        return self.runs[
-            -1] if self.runs and self.runs[-1].finish is None and self.runs[-1].fault is None else None
+        last = self.runs[-1] if self.runs else None
+        return last if last and last.finish is None and last.fault is None else None
 
     @property
     def next_place(self):

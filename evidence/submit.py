@@ -196,9 +196,8 @@ def written(options, path):
     toml = tomllib.loads(path.read_text(encoding="utf-8"))
     for line in FACTS:
         if not toml.get(line):
-            raise UserError(f"{path}: a claim needs the line {line}: " + {
-                "people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29", "kind": "like \"ml\""}.get(
-                    line, "in one line"))
+            like = {"people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29", "kind": "like \"ml\""}
+            raise UserError(f"{path}: a claim needs the line {line}: {like.get(line, 'in one line')}")
     check_delta(deltas.find_record(record.parent), record.delta, record.subsumed, options, path)
     return record, path.read_text(encoding="utf-8")
 

@@ -83,8 +83,8 @@ def run(options):
         where = f"results: {folder / 'results.json'}"
     except UserError as error:  # a judge may read from a disk that is not theirs
         where = f"note: {error}"
-    if before in GRADES and results["grade"] in GRADES and GRADES.index(
-            results["grade"]) < GRADES.index(before):
+    graded = before in GRADES and results["grade"] in GRADES
+    if graded and GRADES.index(results["grade"]) < GRADES.index(before):
         where += f"\nnote: it was {before}, now it is {results['grade']}"
     print(files.json_text(results, indent=1)) if options.json else report(results, where)
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]

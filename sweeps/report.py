@@ -119,8 +119,8 @@ def screen(plan, done):
         if arm["role"] == "group":
             row = found["rows"].get(arm["ml_hash"])
             complete = len(losses(runs_of(plan, arm, done))) == plan["seeds"]
-            small = row and complete and mde and row[
-                "low"] is not None and -mde < row["low"] <= 0 <= row["high"] < mde
+            resolved = row and complete and mde and row["low"] is not None
+            small = resolved and -mde < row["low"] <= 0 <= row["high"] < mde
             out["dropped" if small else "kept"].append(arm["group"])
     return out
 
@@ -262,8 +262,8 @@ def headline(found):
               if found["pooled_sd"] else "no spread known")
     mde = f", detectable effect {found['mde']:.4f} at 80 % power" if found["mde"] else ""
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
-    part = "" if found[
-        "complete"] else "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
+    interim = "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
+    part = "" if found["complete"] else interim
     return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on {found['hardware']}"
             f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}"
             f"{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")

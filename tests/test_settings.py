@@ -55,7 +55,7 @@ def test_every_delta_line_changes_its_parent(ref):
 
 
 def test_names_of_records():
-    assert deltas.find_record("short/009") is deltas.find_record("short/shortcuts_tweaks") is RECORDS["short/9"]
+    assert {deltas.find_record(f"short/{name}").ref for name in ("9", "009", "shortcuts_tweaks")} == {"short/9"}
     assert deltas.find_record("short/head").ref == [ref for ref in RECORDS if ref.startswith("short/")][-1]
     with pytest.raises(UserError, match="did you mean short/muon"):
         deltas.find_record("short/muonn")

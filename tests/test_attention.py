@@ -124,7 +124,7 @@ def test_limits_beyond_the_row_are_dropped_and_no_others():
 
 @pytest.mark.parametrize("rows, tokens", [(1, 1), (3, 5), (2, 64), (3, 130), (1, 301)])
 def test_cpu_backends_equal_dense_forward_and_backward(rows, tokens):
-    """Documents of all kinds: random, absent, one a row, one token each; T beside the blocks; windows beyond T."""
+    """Documents of all kinds: random, absent, one a row, one token each; T that is no multiple of the blocks; windows beyond T."""
     some = random_documents(rows, tokens)
     for documents in (some, None, torch.zeros_like(some), torch.arange(tokens).expand(rows, tokens)):
         for window in WINDOWS:

@@ -33,7 +33,7 @@ PER_RANK = dict(loader="per_rank", wrap=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def unreachable(tmp_path_factory):
-    """A download from a closed port: the hub's client retries for 24 s, so it runs beside the other tests."""
+    """A download from a closed port: the hub's client retries for 24 s, so it runs while the other tests do."""
     folder = tmp_path_factory.mktemp("unreachable")
     running = subprocess.Popen(
         [sys.executable, "-m", "data.fineweb", "1", "--dir", str(folder / "fw")], cwd=ROOT, text=True,

@@ -297,7 +297,7 @@ def test_the_detectable_effect_of_a_chain_is_that_of_its_own_intervals():
 
 @pytest.mark.parametrize("effects", [[0, 0, 0, 0, 0, 0], [0, 0, 9, 9, 9, 12]])
 def test_a_chain_resolves_a_false_difference_in_at_most_five_percent(effects):
-    """Neighbours share a group, so their differences are correlated; with true effects beside the null ones too."""
+    """Neighbours share a group, so their differences are correlated; with true effects next to the null ones too."""
     simulations, draw = 1500, random(26)
     pairs = [(i, i - 1) for i in range(1, 6)]
     null = [i for i, j in pairs if effects[i] == effects[j]]

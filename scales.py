@@ -27,7 +27,7 @@ class Scale:
     precision: str
 
 
-# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; README "Scales" says why. The vocabulary of
+# Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; docs/scales.md says why. The vocabulary of
 # the embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1.
 # The CPU scales lift the precision plan to float32, which is faster than bfloat16 at these widths
 # (bench/throughput.py).

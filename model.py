@@ -1,8 +1,9 @@
 """GPT: embedding, blocks on the residual stream, head and losses. The parts stand in layers/.
 
-The constructors choose parts from the settings once; forward reads like the equations. A feature that is off is None
-or a plain constant, and costs nothing. Shapes: R rows (sequences), T tokens, D model_dim, H heads, K head_dim,
-F hidden width, V padded vocabulary, L layers, E experts. Every rule that looks back acts along T; nothing joins across R.
+The constructors choose parts from the settings once; forward reads like the equations. A feature that is off
+is None or a plain constant, and costs nothing. Shapes: R rows (sequences), T tokens, D model_dim, H heads, K
+head_dim, F hidden width, V padded vocabulary, L layers, E experts. Every rule that looks back acts along T;
+nothing joins across R.
 
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
@@ -34,10 +35,11 @@ from schedule import layer_spans, shape
 from settings import LOGICAL_RANKS, Settings, padded_vocab, table_rows
 
 
-# ----- embedding --------------------------------------------------------------------------------------------------
+# ----- embedding --------------------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Token ids (R, T) -> stream (R, T, D). When tied, the table is the head's weight and belongs to its group."""
+    """Token ids (R, T) -> stream (R, T, D). When tied, the table is the head's weight and belongs to its
+    group."""
 
     def __init__(self, s):
         super().__init__()
@@ -48,10 +50,14 @@ class Embedding(nn.Module):
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
         rows = padded_vocab(s) if tied else table_rows(s)
-        self.table = parameter((rows, m.model_dim), n.table, role="lm_head" if tied else "embed", label="embed", init=init)
+        self.table = parameter(
+            (rows, m.model_dim), n.table, role="lm_head" if tied else "embed", label="embed", init=init
+        )
         self.positions = None
         if m.embed.learned_positions:
-            self.positions = parameter((s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02))
+            self.positions = parameter(
+                (s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02)
+            )
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
@@ -77,7 +83,7 @@ class Block(nn.Module):
             self.mlp = MoE(s) if spec.moe else MLP(s, spec.mlp)
 
 
-# ----- head -------------------------------------------------------------------------------------------------------
+# ----- head -------------------------------------------------------------------------------------------------
 
 LARGEST_LOGITS = 2 ** 31  # that validation on a GPU makes at once: 4 GiB in bfloat16
 
@@ -90,27 +96,38 @@ class Head(nn.Module):
         m, n = s.model, s.numerics
         self.weight = None
         if m.head.untied:
-            init = constant(0.0) if m.head.untied.init == "zero" else linear_init(s, m.model_dim, projection=False)
-            self.weight = parameter((padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init)
+            init = (
+                constant(0.0) if m.head.untied.init == "zero"
+                else linear_init(s, m.model_dim, projection=False)
+            )
+            self.weight = parameter(
+                (padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init
+            )
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
-        self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[s.system.kernels.loss]
+        self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
+            s.system.kernels.loss
+        ]
 
     def operands(self, table):
         """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
         weight = table if self.weight is None else self.weight
         if not (self.fp8 and self.training):
             return weight, None
-        # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8 cast.
+        # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8
+        # cast.
         divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
-    def losses(self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None) -> torch.Tensor:
-        """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token (weighted_losses), or None."""
+    def losses(
+        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None
+    ) -> torch.Tensor:
+        """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token
+        (weighted_losses), or None."""
         if weights is not None:
             return self.weighted_losses(x, table, targets, weights)
         backend = self.backend
@@ -118,22 +135,29 @@ class Head(nn.Module):
             backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
         if backend is None:
             logits = self(x, table)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+                targets.shape
+            )
         weight, fp8 = self.operands(table)
         try:
-            return linear_cross_entropy(x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
-                                        cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=backend,
-                                        transpose=self.transpose)
+            return linear_cross_entropy(
+                x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
+                cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=backend,
+                transpose=self.transpose
+            )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
     def weighted_losses(self, x, table, targets, weights):
-        """Multi-token prediction: token t's loss is the sum over n of weights[n] times the cross entropy of targets[:, t + n].
+        """Multi-token prediction: token t's loss is the sum over n of weights[n] times the cross entropy of
+        targets[:, t + n].
 
         weights: N numbers, a sequence or a tensor. Targets beyond the end of a row add nothing.
         """
         if self.backend is not None:
-            raise UserError("system.kernels.loss: several weighted targets need whole logits: set it to auto or whole")
+            raise UserError(
+                "system.kernels.loss: several weighted targets need whole logits: set it to auto or whole"
+            )
         logits, total = self(x, table), 0.0  # (R, T, V)
         log_z = logits.logsumexp(-1)  # (R, T), shared by all targets
         for n in range(min(len(weights), targets.size(1))):
@@ -161,13 +185,13 @@ def bounded(z, softcap):
     return softcap.cap * torch.sigmoid(z / softcap.scale)
 
 
-# ----- GPT --------------------------------------------------------------------------------------------------------
+# ----- GPT --------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
     """The whole computation: embedding, L blocks on the residual stream, head.
 
-    Built without values; `initialise(seed)` fills them. Each tensor draws from a generator keyed by (seed, name), so
-    switching a feature changes no other weight: that is what "paired by seed" means.
+    Built without values; `initialise(seed)` fills them. Each tensor draws from a generator keyed by (seed,
+    name), so switching a feature changes no other weight: that is what "paired by seed" means.
     """
 
     def __init__(self, s: Settings, specs: tuple[LayerSpec, ...] | None = None):
@@ -176,10 +200,14 @@ class GPT(nn.Module):
         self.settings = s
         self.specs = layer_specs(s) if specs is None else specs
         self.embed = Embedding(s)
-        widths = dict.fromkeys(spec.attn.rotary for spec in self.specs if spec.attn is not None and spec.attn.rotary)
+        widths = dict.fromkeys(
+            spec.attn.rotary for spec in self.specs if spec.attn is not None and spec.attn.rotary
+        )
         rotaries = {width: Rotary(s, width) for width in widths}
         self.rotaries = nn.ModuleList(rotaries.values())
-        self.blocks = nn.ModuleList(Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs)
+        self.blocks = nn.ModuleList(
+            Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs
+        )
         self.residual = Residual(s, self.specs)
         self.values = None
         if s.model.attn.value_residual:
@@ -203,9 +231,11 @@ class GPT(nn.Module):
         Args:
             tokens: (R, T) int64.
             targets: (R, T) int64, or None.
-            context: what attention sees (GPT.context); None only without documents and window, as in records 1-11.
+            context: what attention sees (GPT.context); None only without documents and window, as in records
+                1-11.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights: of the next targets of each token (Head.weighted_losses); None: the first one, times 1.
+            target_weights: of the next targets of each token (Head.weighted_losses); None: the first one,
+                times 1.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -227,12 +257,14 @@ class GPT(nn.Module):
         if targets is None:
             return self.head(x, self.embed.table)
         losses = self.head.losses(x, self.embed.table, targets, target_weights)
-        for aux in aux_losses:  # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
+        # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
+        for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
 
     def layers(self):
-        """The function of each layer: `layer`, or the same with its activations recomputed in the backward pass."""
+        """The function of each layer: `layer`, or the same with its activations recomputed in the backward
+        pass."""
         plain = [self.layer] * len(self.blocks)
         if not (self.recompute and self.training):
             return plain
@@ -243,8 +275,8 @@ class GPT(nn.Module):
     def layer(self, i, x, stream, mix, context, cache, aux_losses):
         """Attention and MLP of layer i on the stream x (R, T, D).
 
-        Re-run by activation checkpointing (system.recompute), so it must be free of side effects; exceptions: `cache`, and
-        without recomputation `aux_losses` and layer 0's values.
+        Re-run by activation checkpointing (system.recompute), so it must be free of side effects; exceptions:
+        `cache`, and without recomputation `aux_losses` and layer 0's values.
         """
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
         if block.attn is not None:
@@ -260,20 +292,24 @@ class GPT(nn.Module):
         return x
 
     def new_cache(self, absorbed=None):
-        """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values (LatentAttention); None:
-        where the model can. ValueError if it cannot: without latents, or with values that are mixed behind them."""
+        """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values
+        (LatentAttention); None: where the model can. ValueError if it cannot: without latents, or with values
+        that are mixed behind them."""
         able = self.settings.model.attn.latent is not None and self.values is None
         if absorbed and not able:
-            raise ValueError("a latent cache needs model.attn.latent, and neither value_residual nor value_embed with it")
+            raise ValueError(
+                "a latent cache needs model.attn.latent, and neither value_residual nor value_embed with it"
+            )
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
     def context(self, tokens, bos, windows, cached=False, most=None, longest=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
-        windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record 31). One view
-        serves all layers with the same span. cached: only the last token is new, the others lie in a cache. Made outside
-        the compiled forward. None if every row is one document without a window. most, longest: no more documents than this,
-        and none of more tokens, if known without waiting for a GPU.
+        windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record
+        31). One view serves all layers with the same span. cached: only the last token is new, the others lie
+        in a cache. Made outside the compiled forward. None if every row is one document without a window.
+        most, longest: no more documents than this, and none of more tokens, if known without waiting for a
+        GPU.
         """
         a = self.settings.model.attn
         self.update_yarn(windows)
@@ -283,13 +319,16 @@ class GPT(nn.Module):
         by_span, spans = {}, layer_spans(self.specs, windows)
         for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
-            by_span[span] = (documents, window) if cached else self.view(tokens, documents, window, most, longest)
+            by_span[span] = (
+                (documents, window) if cached else self.view(tokens, documents, window, most, longest)
+            )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, self.scales)]
         return Context(self.traceable(layers) if self.compiled and not cached else layers)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
-        """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph (attention.traceable)."""
+        """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph
+        (attention.traceable)."""
         widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
         for width in {*widths} - {None}:
             mine = [i for i, w in enumerate(widths) if w == width]
@@ -310,12 +349,15 @@ class GPT(nn.Module):
         self.scales = self.softmax_scales(factor)
 
     def softmax_scales(self, factor=None):
-        """The softmax scale of every layer. factor: of YaRN, if it has moved the tables; None: the setting, where None means
-        1 / sqrt(width of a query)."""
+        """The softmax scale of every layer. factor: of YaRN, if it has moved the tables; None: the setting,
+        where None means 1 / sqrt(width of a query)."""
         scale = self.settings.model.attn.scale
         if factor is None:
             return [scale] * len(self.specs)
-        return [spec.attn and factor * (scale if scale is not None else 1 / math.sqrt(spec.attn.qk)) for spec in self.specs]
+        return [
+            spec.attn and factor * (scale if scale is not None else 1 / math.sqrt(spec.attn.qk))
+            for spec in self.specs
+        ]
 
     def view(self, tokens, documents, window, most, longest):
         """The prepared view of one window by the backend that system.attention asks for."""
@@ -324,21 +366,26 @@ class GPT(nn.Module):
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
         try:
-            backend = attention.choose(s.system.attention, tokens.device, documents=documents is not None, window=window,
-                                       tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
-                                       compiled=self.compiled, passed=self.passed)
+            backend = attention.choose(
+                s.system.attention, tokens.device, documents=documents is not None, window=window,
+                tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
+                compiled=self.compiled, passed=self.passed
+            )
             if self.training and s.data.loader == "packed":
                 longest = s.data.max_document
             elif backend not in attention.FLASH:  # the blocks of banded would depend on the text
                 longest = None
-            return attention.view(documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
-                                  dtype=matmul_dtype, longest=longest, most=most)
+            return attention.view(
+                documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
+                dtype=matmul_dtype, longest=longest, most=most
+            )
         except ValueError as error:
             raise UserError(f"system.attention={s.system.attention}: {error}") from None
 
     @torch.no_grad()
     def initialise(self, seed):
-        """Fill every parameter and table. Values are drawn on the CPU in float32, so they are equal on all devices."""
+        """Fill every parameter and table. Values are drawn on the CPU in float32, so they are equal on all
+        devices."""
         for name, p in self.named_parameters():
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
@@ -358,12 +405,15 @@ class GPT(nn.Module):
 
     def fp8_mlps(self):
         """The MLPs that are in FP8 while training."""
-        return [block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.fp8 is not None]
+        return [
+            block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.fp8 is not None
+        ]
 
     def prepare_compile(self):
         """To be called before torch.compile: shapes in the graph must not depend on the data."""
         self.compiled = True
-        for _, moe in self.mixtures():  # how many rows travel does; here and not as a decorator, which would load the compiler
+        # how many rows travel does; here and not as a decorator, which would load the compiler
+        for _, moe in self.mixtures():
             moe.expert_all_to_all = torch.compiler.disable(moe.expert_all_to_all)
 
     # ----- experts
@@ -376,7 +426,8 @@ class GPT(nn.Module):
         return [moe.router for _, moe in self.mixtures()]
 
     def expert_loads(self):
-        """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so that they stay right."""
+        """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so
+        that they stay right."""
         out = {}
         for i, moe in self.mixtures():
             mine = moe.router.load.view(moe.world, -1)[moe.rank]
@@ -413,18 +464,23 @@ class GPT(nn.Module):
         return sum(active for _, _, active in self.sizes())
 
     def flops_per_token(self):
-        """Of the matrix products in training: 6 for each active matrix parameter, the head's among them. Tables are read, not
-        multiplied. Attention's own products: attention_flops_per_token."""
-        return 6 * sum(active for p, _, active in self.sizes() if p.role in ("matrix", "lm_head", "router") and p.dim() > 1)
+        """Of the matrix products in training: 6 for each active matrix parameter, the head's among them.
+        Tables are read, not multiplied. Attention's own products: attention_flops_per_token."""
+        return 6 * sum(
+            active for p, _, active in self.sizes()
+            if p.role in ("matrix", "lm_head", "router") and p.dim() > 1
+        )
 
     def attention_flops_per_token(self, windows=None):
-        """Of queries times keys and weights times values in training, forward and backward: 6 for each channel of a visible key
-        and value. Rows of data.seq_len, in these windows (schedule.Windows or None); documents, which hide more, depend on the
-        text and are not counted."""
+        """Of queries times keys and weights times values in training, forward and backward: 6 for each
+        channel of a visible key and value. Rows of data.seq_len, in these windows (schedule.Windows or None);
+        documents, which hide more, depend on the text and are not counted."""
         s, total = self.settings, 0.0
         for spec, span in zip(self.specs, layer_spans(self.specs, windows)):
             if spec.attn is not None:
-                window = attention.CAUSAL if span is None else attention.Window(*span, s.model.attn.window.block)
+                window = (
+                    attention.CAUSAL if span is None else attention.Window(*span, s.model.attn.window.block)
+                )
                 channels = spec.attn.heads * (spec.attn.qk + spec.attn.v)
                 total += 6 * channels * attention.keys_seen(window, s.data.seq_len)
         return total

@@ -1,7 +1,9 @@
-"""The optimizer of a run: banks of parameters, each with an update rule (updates/) and a way to communicate (system/comm.py).
+"""The optimizer of a run: banks of parameters, each with an update rule (updates/) and a way to communicate
+(system/comm.py).
 
-Parameters of one rule, group, dtype and unit shape lie in one contiguous bank, with parameters and gradients as views of
-it. Padding for the number of processes exists only inside a bank. What a step reads or writes keeps its place in memory.
+Parameters of one rule, group, dtype and unit shape lie in one contiguous bank, with parameters and gradients
+as views of it. Padding for the number of processes exists only inside a bank. What a step reads or writes
+keeps its place in memory.
 """
 
 import math
@@ -18,13 +20,14 @@ from updates.muon import Muon
 RULES = {"adamw": AdamW.of, "muon": Muon.of}  # name -> function (settings, group) -> rule
 
 
-# ----- communication of one process ---------------------------------------------------------------------------------
+# ----- communication of one process -------------------------------------------------------------------------
 
 class Local:
     """One bank of one process alone; the classes of system/comm.py have the same methods.
 
-    shards: N of the bank is padded to a multiple of it. reduces: `reduce` does something; eager: it starts as soon as the
-    gradient is ready. partial: `wait` sees a part of the gradient only. sends_updates: updates travel, not parameters.
+    shards: N of the bank is padded to a multiple of it. reduces: `reduce` does something; eager: it starts as
+    soon as the gradient is ready. partial: `wait` sees a part of the gradient only. sends_updates: updates
+    travel, not parameters.
     """
     name = "local"
     shards = 1
@@ -41,7 +44,8 @@ class Local:
         """Start the reduction of a gradient over the processes."""
 
     def wait(self, grad):
-        """(gradient of this process's shard, the tensor whose squares count for the norm), both summed over processes."""
+        """(gradient of this process's shard, the tensor whose squares count for the norm), both summed over
+        processes."""
         return grad, grad
 
     def gather(self, param):
@@ -59,7 +63,7 @@ class Alone:
         return x
 
 
-# ----- banks --------------------------------------------------------------------------------------------------------
+# ----- banks ------------------------------------------------------------------------------------------------
 
 class Tree:
     """Sums equal leaves in one fixed binary tree, however many are pushed at a time (a binary counter)."""
@@ -80,10 +84,12 @@ class Tree:
 
 
 class Bank:
-    """Parameters of one rule, group, dtype and unit shape in one contiguous tensor (N, *unit), with state and update count.
+    """Parameters of one rule, group, dtype and unit shape in one contiguous tensor (N, *unit), with state and
+    update count.
 
-    members: [(name, parameter)]. group: section of settings.Optim that governs them. unit: () for elementwise rules, otherwise
-    what the rule updates as a whole. N is padded to a multiple of comm.shards with zeros, which every rule leaves at zero.
+    members: [(name, parameter)]. group: section of settings.Optim that governs them. unit: () for elementwise
+    rules, otherwise what the rule updates as a whole. N is padded to a multiple of comm.shards with zeros,
+    which every rule leaves at zero.
     tokens_per_expert: for stacks of experts, the rows that each unit got in the step, one tensor per member.
     """
 
@@ -126,14 +132,16 @@ class Bank:
         self.clear()
 
     def copy_from(self, other):
-        """Take over parameters, state and count of a bank of the same shape, like those of a tied head that splits."""
+        """Take over parameters, state and count of a bank of the same shape, like those of a tied head that
+        splits."""
         self.param.copy_(other.param)
         for name, x in self.state.items():
             x.copy_(other.state[name])
         self.updates = other.updates
 
     def accumulate(self):
-        """Put the gradient of a finished backward pass aside, where the next one may not be added to it as it is."""
+        """Put the gradient of a finished backward pass aside, where the next one may not be added to it as it
+        is."""
         if self.ordered:
             self.tree.push(self.grad.clone())
             self.grad.zero_()
@@ -153,7 +161,8 @@ class Bank:
         return self.sum if self.summed else self.grad
 
     def mask(self):
-        """(N, 1, ...): 1 for the units that got tokens in the step, 0 for the others and the padding. None: no experts."""
+        """(N, 1, ...): 1 for the units that got tokens in the step, 0 for the others and the padding. None:
+        no experts."""
         if not self.tokens_per_expert or not self.rule.skips_idle:
             return None
         tokens = torch.cat(self.tokens_per_expert)
@@ -173,7 +182,9 @@ class Bank:
             update_(p, grad, self.state, numbers, *extra)
 
     def name(self):
-        return f"{self.role} {self.rule.name} {self.units} x {tuple(self.unit)} {self.param.dtype}".replace("torch.", "")
+        return f"{self.role} {self.rule.name} {self.units} x {tuple(self.unit)} {self.param.dtype}".replace(
+            "torch.", ""
+        )
 
 
 def banks_of(model, s, plan, rules):
@@ -194,12 +205,14 @@ def banks_of(model, s, plan, rules):
     return banks
 
 
-# ----- CUDA graphs --------------------------------------------------------------------------------------------------
+# ----- CUDA graphs ------------------------------------------------------------------------------------------
 
 class Replay:
-    """An update as a CUDA graph: run once as it is, which compiles, then captured, and from there on replayed.
+    """An update as a CUDA graph: run once as it is, which compiles, then captured, and from there on
+    replayed.
 
-    Every call must mean the same tensors at the same places. Captured in the warm-up, so that the clock sees replays only.
+    Every call must mean the same tensors at the same places. Captured in the warm-up, so that the clock sees
+    replays only.
     """
 
     def __init__(self, pool):
@@ -216,14 +229,16 @@ class Replay:
 
 
 def capture(update, pool):
-    """The kernels of an update as a CUDA graph; returns what runs them. pool: memory that graphs share which run one by one."""
+    """The kernels of an update as a CUDA graph; returns what runs them. pool: memory that graphs share which
+    run one by one."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # NCCL's and the loader's threads go on
+    # NCCL's and the loader's threads go on
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         update()
     return graph.replay
 
 
-# ----- optimizer ----------------------------------------------------------------------------------------------------
+# ----- optimizer --------------------------------------------------------------------------------------------
 
 class Optimizer:
     """Accumulates, reduces and applies gradients.
@@ -232,7 +247,8 @@ class Optimizer:
         for forward in ...: optimizer.expect(last); loss.backward(); optimizer.accumulate()
         optimizer.step(step_plan)
 
-    Losses are scaled so that gradients add up to the mean over the eight logical ranks. plan: of the communication.
+    Losses are scaled so that gradients add up to the mean over the eight logical ranks. plan: of the
+    communication.
     """
 
     def __init__(self, model, s, plan=None, compiled=False, rules=RULES):
@@ -240,7 +256,8 @@ class Optimizer:
         self.banks = banks_of(model, s, self.plan, rules)
         self.last = self.launching = False
         self.due = None
-        self.launched = []  # banks in the order in which their reductions were started, the same on every process
+        # banks in the order in which their reductions were started, the same on every process
+        self.launched = []
         self.functions = {}  # compiled functions of rules
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
@@ -259,7 +276,9 @@ class Optimizer:
         """{name: tensor} of all that a step changes besides the parameters."""
         out = {}
         for i, bank in enumerate(self.banks):
-            out |= {f"{i} {bank.name()}/{name}": x for name, x in {"gradient": bank.grad, **bank.state}.items()}
+            out |= {
+                f"{i} {bank.name()}/{name}": x for name, x in {"gradient": bank.grad, **bank.state}.items()
+            }
             out[f"{i} {bank.name()}/updates"] = torch.tensor(bank.updates)
         return out
 
@@ -269,7 +288,8 @@ class Optimizer:
     # ----- gradients
 
     def expect(self, last, launch=True, due=None):
-        """Announce a backward pass. On the last one of a step each reduction starts when its gradient is ready, if `launch`.
+        """Announce a backward pass. On the last one of a step each reduction starts when its gradient is
+        ready, if `launch`.
 
         due: StepPlan.due, the groups that the step updates; None: all.
         """
@@ -285,7 +305,8 @@ class Optimizer:
 
     @torch.no_grad()
     def accumulate(self):
-        """After each backward pass: make room for the next one's gradients (bfloat16 ones are summed in float32)."""
+        """After each backward pass: make room for the next one's gradients (bfloat16 ones are summed in
+        float32)."""
         for bank in self.banks:
             if bank.ordered or not self.last:
                 bank.accumulate()
@@ -304,10 +325,14 @@ class Optimizer:
 
     @torch.no_grad()
     def clip_factor(self, banks, seen):
-        """Factor that brings the global norm of the banks' gradients down to grad_clip (at most 1). seen: see `reduced`."""
+        """Factor that brings the global norm of the banks' gradients down to grad_clip (at most 1). seen: see
+        `reduced`."""
         squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in seen])
         partial = [bank.comm.partial for bank in banks]
-        parts, whole = (sum((x for x, p in zip(squares, partial) if p == kind), squares.new_zeros(())) for kind in (True, False))
+        parts, whole = (
+            sum((x for x, p in zip(squares, partial) if p == kind), squares.new_zeros(()))
+            for kind in (True, False)
+        )
         total = (self.plan.total(parts) if any(partial) else parts) + whole
         return (self.s.optim.grad_clip / total.sqrt()).clamp(max=1.0)
 
@@ -315,19 +340,24 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, plan):
-        """Reduce, update and gather the banks that are due, and clear their gradients. plan: schedule.StepPlan."""
+        """Reduce, update and gather the banks that are due, and clear their gradients. plan:
+        schedule.StepPlan."""
         due = [bank for bank in self.banks if is_due(bank, plan.due)]
         if not set(self.launched) <= set(due):
-            raise ValueError("a bank is being reduced that the step does not update: tell expect() the plan's `due` too")
+            raise ValueError(
+                "a bank is being reduced that the step does not update: tell expect() the plan's `due` too"
+            )
         for bank in due:
-            if bank.comm.reduces and not bank.comm.work:  # Not eager, or a parameter had no gradient and its hook never fired.
+            # Not eager, or a parameter had no gradient and its hook never fired.
+            if bank.comm.reduces and not bank.comm.work:
                 self.launch(bank)
         gradients, factor = {}, None
         if self.s.optim.grad_clip is not None:  # The norm of all must be known first.
             gradients = {bank: self.reduced(bank) for bank in due}
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
         gathers = []
-        # What was launched first arrives first. Each all-gather starts right after its bank's update and overlaps later updates.
+        # What was launched first arrives first. Each all-gather starts right after its bank's update and
+        # overlaps later updates.
         for bank in [*(b for b in due if b not in self.launched), *self.launched]:
             grad, _ = gradients[bank] if bank in gradients else self.reduced(bank)
             if factor is not None:
@@ -363,10 +393,14 @@ class Optimizer:
         return self.functions[rule, name]
 
     def numbers(self, bank, values):
-        """Per-step numbers as the rule gets them. Compiled rules get 0-d tensors, so that a new value does not recompile them
-        (0-d: they promote nothing); CUDA graphs get tensors on the device that stay where they are."""
+        """Per-step numbers as the rule gets them. Compiled rules get 0-d tensors, so that a new value does
+        not recompile them (0-d: they promote nothing); CUDA graphs get tensors on the device that stay where
+        they are."""
         if bank.replay is None:
-            return {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()} if self.compiled else values
+            return (
+                {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()} if self.compiled
+                else values
+            )
         for name, value in values.items():
             if name not in bank.numbers:
                 bank.numbers[name] = torch.zeros((), dtype=torch.float64, device=bank.param.device)
@@ -376,7 +410,8 @@ class Optimizer:
     # ----- report
 
     def table(self):
-        """Rows of texts, by label and shape: label, role, shapes, rule, rate, decay, constants, communication, cadence."""
+        """Rows of texts, by label and shape: label, role, shapes, rule, rate, decay, constants,
+        communication, cadence."""
         rows = []
         for bank in self.banks:
             group = self.s.optim.group(bank.role, bank.label)
@@ -385,8 +420,12 @@ class Optimizer:
                 constants = " > ".join(type(slot).__name__.lower() for slot in bank.rule.slots)
             every = "every step" if group.every == 1 else f"every {group.every} steps"
             for (label, shape), n in Counter((p.label, tuple(p.shape)) for _, p in bank.members).items():
-                rows.append((label, bank.role, f"{n} x {'x'.join(map(str, shape))}", bank.rule.name, f"{group.lr:g}",
-                             f"{group.weight_decay:g}", constants, bank.comm.name, every))
+                rows.append(
+                    (
+                        label, bank.role, f"{n} x {'x'.join(map(str, shape))}", bank.rule.name,
+                        f"{group.lr:g}", f"{group.weight_decay:g}", constants, bank.comm.name, every
+                    )
+                )
         return rows
 
 
@@ -398,6 +437,8 @@ def is_due(bank, due):
 def local_ranks(rank, world):
     """The logical ranks that a process serves. Error if the number of processes does not divide eight."""
     if LOGICAL_RANKS % world:
-        raise UserError(f"{world} processes do not divide the {LOGICAL_RANKS} logical ranks: use 1, 2, 4 or 8")
+        raise UserError(
+            f"{world} processes do not divide the {LOGICAL_RANKS} logical ranks: use 1, 2, 4 or 8"
+        )
     each = LOGICAL_RANKS // world
     return range(rank * each, (rank + 1) * each)

@@ -1,7 +1,7 @@
 """The axis ml of the settings, its section `optim`: update rules, parameter groups and their constants.
 
-A parameter belongs to the group of its role (embed, lm_head, matrix, scalar, router) unless its label has a section
-that is on. In `check(self, s)`, s is the whole Settings.
+A parameter belongs to the group of its role (embed, lm_head, matrix, scalar, router) unless its label has a
+section that is on. In `check(self, s)`, s is the whole Settings.
 """
 
 from collections.abc import Iterator
@@ -44,15 +44,20 @@ class Label:
     beta1: float | None = opt(None, "decay of AdamW's first moment", least=0, below=1)
     beta2: float | None = opt(None, "decay of AdamW's second moment", least=0, below=1)
     eps: float | None = opt(None, "added to the root of AdamW's second moment", least=0)
-    every: int | None = opt(None, "steps from one update to the next; the gradients of the steps between are summed",
-                            unit="step", least=1)
+    every: int | None = opt(
+        None, "steps from one update to the next; the gradients of the steps between are summed", unit="step",
+        least=1
+    )
 
 
 @dataclass(frozen=True)
 class MatrixLabel(Label):
     """Settings of one kind of matrices; a setting that is off is that of optim.muon, or of optim.matrix."""
-    adamw: bool = opt(False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
-                      off=False, needs="optim.muon")
+
+    adamw: bool = opt(
+        False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
+        off=False, needs="optim.muon"
+    )
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,8 @@ class Optim:
                                   off=None, above=0)
 
     def group(self, role: str, label: str) -> Hyper:
-        """The settings of the parameters with this role and label: of the label's section where it is on, and of the role's."""
+        """The settings of the parameters with this role and label: of the label's section where it is on, and
+        of the role's."""
         of_role, own = getattr(self, role), getattr(self, label, None)
         own = own if isinstance(own, Label) else None
         muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)
@@ -171,7 +177,9 @@ class Optim:
         roles = ("embed", "lm_head", "matrix", "scalar", "router")
         found = {role: self.group(role, role).every for role in roles}
         for role, labels in LABELS.items():
-            found |= {label: self.group(role, label).every for label in labels if getattr(self, label) is not None}
+            found |= {
+                label: self.group(role, label).every for label in labels if getattr(self, label) is not None
+            }
         return found
 
     def check(self, s: Any) -> Iterator[str]:

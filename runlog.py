@@ -1,9 +1,9 @@
 """What a run writes: run.jsonl, and from it log.txt in the speedrun's form and summary.json; and its curve.
 
-run.jsonl is the source: hash-chained events. `render` turns an event into the lines of log.txt and `summarise` turns all
-of them into summary.json, so that both can be derived again from the chain, by anyone (`records verify` does).
-A line is written whole or not at all: if the disk is full the file is cut back to its last complete line, and the
-run ends with one message. No torch here.
+run.jsonl is the source: hash-chained events. `render` turns an event into the lines of log.txt and
+`summarise` turns all of them into summary.json, so that both can be derived again from the chain, by anyone
+(`records verify` does). A line is written whole or not at all: if the disk is full the file is cut back to
+its last complete line, and the run ends with one message. No torch here.
 """
 
 import errno
@@ -22,9 +22,11 @@ from common.interrupt import held
 ROOT = Path(__file__).parent
 RULER = "=" * 100
 LOG_VERSION = 3  # 1 had no reset account, no first gradients, and a text log with lines of its own
-READABLE = (2, 3)  # in 2, train_loss and probe of several processes were those of process 0 alone (`covers_all`)
+# in 2, train_loss and probe of several processes were those of process 0 alone (`covers_all`)
+READABLE = (2, 3)
 PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
-MEASURED = ("probe", "validation", "experts")  # events in which every null stands for a number that is not finite
+# events in which every null stands for a number that is not finite
+MEASURED = ("probe", "validation", "experts")
 
 
 def source_files():
@@ -32,12 +34,16 @@ def source_files():
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "declare.py", "optim_settings.py",
              "system_settings.py", "settings.py", "scales.py", "schema.py", "deltas.py", "runlog.py"]
     folders = ("updates", "kernels", "layers", "data", "system", "common")
-    return fixed + [f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")]
+    return fixed + [
+        f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")
+    ]
 
 
 def sources():
     """(text, hash) of all source files."""
-    text = "".join(f"# ----- {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n" for name in source_files())
+    text = "".join(
+        f"# ----- {name}\n{(ROOT / name).read_text(encoding='utf-8')}\n" for name in source_files()
+    )
     return text, source_hash(text)
 
 
@@ -56,8 +62,11 @@ def machine():
         identity = Path("/etc/machine-id").read_text(encoding="utf-8", errors="replace").strip() or identity
     except OSError:
         pass
-    return {"cpu": name, "cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version(),
-            "machine": hashlib.sha256(f"speedrun {identity} {name}".encode()).hexdigest()[:12]}
+    return {
+        "cpu": name, "cores": os.cpu_count(), "platform": platform.platform(),
+        "python": platform.python_version(),
+        "machine": hashlib.sha256(f"speedrun {identity} {name}".encode()).hexdigest()[:12]
+    }
 
 
 def covers_all(start):
@@ -65,7 +74,7 @@ def covers_all(start):
     return start["log_version"] > 2 or start["processes"] == 1
 
 
-# ----- the chain ----------------------------------------------------------------------------------------------------
+# ----- the chain --------------------------------------------------------------------------------------------
 
 GENESIS = "0" * 64
 
@@ -90,7 +99,8 @@ def plain_event(**fields):
 def measured(event):
     """The event with its numbers to compute with: null is NaN again where only a number can stand.
 
-    New lines hold null; lines written before that hold a bare NaN, which is read as before, so that old chains verify.
+    New lines hold null; lines written before that hold a bare NaN, which is read as before, so that old
+    chains verify.
     """
     def numbers(value):
         if isinstance(value, dict):
@@ -112,7 +122,8 @@ def read_chain(path):
 
 
 def read_links(path):
-    """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before it."""
+    """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before
+    it."""
     previous, links = GENESIS, []
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -128,14 +139,16 @@ def read_links(path):
             raise UserError(f"{path}: line {number} is not a complete log line") from None
         previous = chain_hash(previous, event)
         if claimed != previous or n != number - 1:
-            raise UserError(f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed")
+            raise UserError(
+                f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed"
+            )
         links.append((measured(event), claimed))
     if not links:
         raise UserError(f"{path}: the file is empty")
     return links
 
 
-# ----- what follows from the chain ----------------------------------------------------------------------------------
+# ----- what follows from the chain --------------------------------------------------------------------------
 
 def render(event):
     """The lines of log.txt that an event stands for."""
@@ -148,26 +161,37 @@ def render(event):
     if kind == "reset" and "compile" in event:
         spent = sum(value for name, value in event["compile"].items() if name.endswith("_s"))
         start, warmup = event["start_ms"] / 1000, event["warmup_ms"] / 1000
-        return [f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} "
-                f"graphs ({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"]
+        return [
+            f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} "
+            f"graphs ({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"
+        ]
     if kind == "validation":
         ms, step = event["train_time_ms"], event["step"]
-        return [f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
-                f"step_avg:{ms / max(step, 1):.2f}ms"]
+        return [
+            f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
+            f"step_avg:{ms / max(step, 1):.2f}ms"
+        ]
     if kind == "experts":
         worst = max(event["max_vio"])
-        return [f"experts: MaxVio {sum(event['max_vio']) / len(event['max_vio']):.2f} mean, {worst:.2f} in layer "
-                f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; {sum(event['dropped'])} rows dropped; "
-                f"entropy {sum(event['entropy']) / len(event['entropy']):.3f}"]
+        return [
+            f"experts: MaxVio {sum(event['max_vio']) / len(event['max_vio']):.2f} mean, {worst:.2f} in layer "
+            f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; {sum(event['dropped'])} rows dropped; "
+            f"entropy {sum(event['entropy']) / len(event['entropy']):.3f}"
+        ]
     if kind == "end":
-        memory = [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
+        memory = (
+            [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
+        )
         return memory + [f"run {event['status']} after {event['steps']} steps", *event["verdict"]]
     return []
 
 
 def is_account(compile):
     """Can `render` read it as what system.compiler.account gives?"""
-    return isinstance(compile, dict) and "hits" in compile and all(isinstance(x, (int, float)) for x in compile.values())
+    return (
+        isinstance(compile, dict) and "hits" in compile
+        and all(isinstance(x, (int, float)) for x in compile.values())
+    )
 
 
 def summarise(events, last_hash):
@@ -176,15 +200,19 @@ def summarise(events, last_hash):
     curve = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
     end = by_kind.get("end", {})
     rate = round(end["tokens"] / max(end["train_time_ms"], 1e-9) * 1000) if end else 0
-    return {**end, "tokens_per_second": rate, "curve": curve, "stream_digest": by_kind.get("stream", {}).get("digest"),
-            "reset": by_kind.get("reset"), **by_kind["start"], "last_hash": last_hash}
+    return {
+        **end, "tokens_per_second": rate, "curve": curve,
+        "stream_digest": by_kind.get("stream", {}).get("digest"), "reset": by_kind.get("reset"),
+        **by_kind["start"], "last_hash": last_hash
+    }
 
 
 class RunLog:
     """The run's folder. On all processes but the first (`active` False) nothing is written."""
 
     def __init__(self, out, name, active=True, began=None):
-        """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms counts."""
+        """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
+        counts."""
         self.active, self.events, self.previous = active, [], GENESIS
         self.began = time.perf_counter() if began is None else began
         if not active:
@@ -201,7 +229,9 @@ class RunLog:
                     n += 1
             self.files = {f: open(self.folder / f, "ab", buffering=0) for f in ("log.txt", "run.jsonl")}
         except OSError as error:
-            raise UserError(f"cannot write run folder under {out}: {error.strerror}; choose another with --out") from None
+            raise UserError(
+                f"cannot write run folder under {out}: {error.strerror}; choose another with --out"
+            ) from None
 
     def write(self, name, line):
         """Append one line, or cut the file back to its last complete line and raise."""
@@ -215,8 +245,10 @@ class RunLog:
                 os.ftruncate(file.fileno(), start)
             except OSError:
                 pass
-            raise UserError(f"cannot write {self.folder / name}: {error.strerror}; the log is complete up to here, "
-                            f"free some space and start again") from None
+            raise UserError(
+                f"cannot write {self.folder / name}: {error.strerror}; the log is complete up to here, "
+                f"free some space and start again"
+            ) from None
 
     @held
     def elapsed_ms(self) -> float:
@@ -236,14 +268,17 @@ class RunLog:
         return event
 
     def start(self, about, settings):
-        """Sources (once per content, next to the run folders), environment and settings (nested plain values)."""
+        """Sources (once per content, next to the run folders), environment and settings (nested plain
+        values)."""
         text, digest = sources()
         if self.active:
             path = self.folder.parent / f"sources-{digest}.txt"
             if not path.exists():
                 files.write(path, text, remedy="free some space, or choose another folder with --out")
-        self.event("start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), sources=digest,
-                   settings=settings, **about)
+        self.event(
+            "start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            sources=digest, settings=settings, **about
+        )
 
     @held
     def end(self, **fields):
@@ -255,21 +290,27 @@ class RunLog:
                 for file in self.files.values():
                     os.fsync(file.fileno())
             except OSError as error:
-                raise UserError(f"cannot write {self.folder}: {error.strerror}; the disk has lost parts of the log") from None
+                raise UserError(
+                    f"cannot write {self.folder}: {error.strerror}; the disk has lost parts of the log"
+                ) from None
             files.write(self.folder / "summary.json", files.json_text(summary, indent=1) + "\n",
                         remedy="run.jsonl next to it is complete; free some space")
         return summary
 
 
-# ----- what a person sees -------------------------------------------------------------------------------------------
+# ----- what a person sees -----------------------------------------------------------------------------------
 
 def terminal_curve(points, target=None, width=64, height=10):
-    """Text chart of (step, val_loss) points, lowest values resolved best: the first point may lie off the top."""
+    """Text chart of (step, val_loss) points, lowest values resolved best: the first point may lie off the
+    top."""
     points = [p for p in points if p[1] == p[1]]
     if len(points) < 2:
         return ""
     losses = [loss for _, loss in points]
-    low, high = min(losses + ([target] if target else [])), sorted(losses)[-2] if len(losses) > 3 else max(losses)
+    low, high = (
+        min(losses + ([target] if target else [])),
+        sorted(losses)[-2] if len(losses) > 3 else max(losses),
+    )
     span = max(high - low, 1e-9)
     grid = [[" "] * width for _ in range(height)]
     last = points[-1][0] or 1

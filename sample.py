@@ -4,23 +4,24 @@
     python sample.py runs/.../checkpoint.pt --prompt-file story.txt --samples 3 --top-k 50 --top-p 0.95
     cat story.txt | python sample.py runs/.../checkpoint.pt --prompt-file - --stop
 
-The text goes to stdout as it is generated; `<|endoftext|>` and a new line stand where a document ends (with --stop the sample
-ends there). Sample i is drawn with seed --seed + i. Each token is drawn from softmax(logits / temperature), cut to the --top-k
-likeliest tokens and then to the fewest likeliest ones that hold --top-p of what is left; the rest is drawn never.
+The text goes to stdout as it is generated; `<|endoftext|>` and a new line stand where a document ends (with
+--stop the sample ends there). Sample i is drawn with seed --seed + i. Each token is drawn from softmax(logits
+/ temperature), cut to the --top-k likeliest tokens and then to the fewest likeliest ones that hold --top-p of
+what is left; the rest is drawn never.
 
-What it cost goes to stderr, one line per form of the cache, the one that gave the text first (variants/5 at scale micro, 200
-tokens, one thread of a busy AMD EPYC):
+What it cost goes to stderr, one line per form of the cache, the one that gave the text first (variants/5 at
+scale micro, 200 tokens, one thread of a busy AMD EPYC):
 
     cache     tokens/s  bytes/token
     latent       200.4        1,152
     dense        201.5        4,608
     both caches give the same tokens
 
-tokens/s: new tokens of the first sample by the wall clock, which reads the prompt, refills a full cache and prints, too; two
-tokens before it, untimed, wake the threads. bytes/token: what the cache holds for a token of the context, all layers together.
-A model with model.attn.latent can keep latents (model.LatentAttention); then the same tokens are generated once more from keys
-and values. Where it cannot, because something else is mixed into the values, a line says so. Exit codes: 0, 2 bad input, 130
-interrupted.
+tokens/s: new tokens of the first sample by the wall clock, which reads the prompt, refills a full cache and
+prints, too; two tokens before it, untimed, wake the threads. bytes/token: what the cache holds for a token of
+the context, all layers together. A model with model.attn.latent can keep latents (model.LatentAttention);
+then the same tokens are generated once more from keys and values. Where it cannot, because something else is
+mixed into the values, a line says so. Exit codes: 0, 2 bad input, 130 interrupted.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -49,14 +50,32 @@ def parser() -> arguments.Parser:
     p.add_argument("checkpoint", help="checkpoint.pt of a run made with --save, or the run's folder")
     prompt = p.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file, as it stands; -: from stdin")
-    p.add_argument("--tokens", type=arguments.integer(1), default=100, metavar="N", help="tokens of each sample (default 100)")
-    p.add_argument("--samples", type=arguments.integer(1), default=1, metavar="N", help="continue the prompt so many times (default 1)")
-    p.add_argument("--temperature", type=arguments.temperature, default=0.8, metavar="T", help="0: the likeliest token (default 0.8)")
-    p.add_argument("--top-k", type=arguments.integer(1), metavar="K", help="draw from the K likeliest tokens (default: all)")
-    p.add_argument("--top-p", type=arguments.probability, metavar="P", help="draw from the fewest likeliest tokens that hold this share of the "
-                                                            "probability (default: all)")
-    p.add_argument("--seed", type=arguments.first_seed, default=0, metavar="K", help="of the first sample (default 0)")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="read the prompt from a UTF-8 file, as it stands; -: from stdin"
+    )
+    p.add_argument(
+        "--tokens", type=arguments.integer(1), default=100, metavar="N",
+        help="tokens of each sample (default 100)"
+    )
+    p.add_argument(
+        "--samples", type=arguments.integer(1), default=1, metavar="N",
+        help="continue the prompt so many times (default 1)"
+    )
+    p.add_argument(
+        "--temperature", type=arguments.temperature, default=0.8, metavar="T",
+        help="0: the likeliest token (default 0.8)"
+    )
+    p.add_argument(
+        "--top-k", type=arguments.integer(1), metavar="K",
+        help="draw from the K likeliest tokens (default: all)"
+    )
+    p.add_argument(
+        "--top-p", type=arguments.probability, metavar="P",
+        help="draw from the fewest likeliest tokens that hold this share of the probability (default: all)"
+    )
+    p.add_argument(
+        "--seed", type=arguments.first_seed, default=0, metavar="K", help="of the first sample (default 0)"
+    )
     p.add_argument("--stop", action="store_true", help="end a sample where its document ends")
     p.add_argument("--cache", choices=["auto", "dense", "latent"], default="auto",
                    help="what to keep of past tokens: keys and values, or latents; auto: latents where the model has them, "
@@ -64,10 +83,11 @@ def parser() -> arguments.Parser:
     return p
 
 
-# ----- what is read -------------------------------------------------------------------------------------------------
+# ----- what is read -----------------------------------------------------------------------------------------
 
 def load(path):
-    """(model in eval mode, tokenizer name) of a checkpoint file, or of a run's folder. Errors are one line."""
+    """(model in eval mode, tokenizer name) of a checkpoint file, or of a run's folder. Errors are one
+    line."""
     import torch
 
     path = Path(path)
@@ -99,12 +119,17 @@ def build(saved, path):
 
     import schema
     from model import GPT
-    lacking = [k for k in ("model", "settings", "tokenizer") if k not in saved] if isinstance(saved, dict) else ["everything"]
+
+    lacking = (
+        [k for k in ("model", "settings", "tokenizer") if k not in saved] if isinstance(saved, dict)
+        else ["everything"]
+    )
     if lacking:
         raise UserError(f"{path}: not a checkpoint of this program: it lacks {', '.join(lacking)}")
     try:
         s = schema.from_plain(saved["settings"])
-        s = dataclasses.replace(s, system=System())  # of the device it was trained on; precision lies in numerics
+        # of the device it was trained on; precision lies in numerics
+        s = dataclasses.replace(s, system=System())
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
         model.load_state_dict(saved["model"])
@@ -138,15 +163,18 @@ def prompt_ids(encoding, text: str) -> list[int]:
     except BaseException as error:  # tiktoken's panic on a run of a million spaces is no Exception
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise
-        raise UserError("the prompt cannot be tokenised (a very long run of one kind of character?): shorten it") from None
+        raise UserError(
+            "the prompt cannot be tokenised (a very long run of one kind of character?): shorten it"
+        ) from None
 
 
-# ----- drawing tokens -----------------------------------------------------------------------------------------------
+# ----- drawing tokens ---------------------------------------------------------------------------------------
 
 def allowed(logits, top_k: int | None = None, top_p: float | None = None):
     """Logits (V,) with -inf at the tokens that may not be drawn. At least the likeliest one stays.
 
-    top_k: how many of the likeliest tokens stay. top_p: of those the fewest that together hold at least this probability.
+    top_k: how many of the likeliest tokens stay. top_p: of those the fewest that together hold at least this
+    probability.
     """
     ordered, order = logits.sort(descending=True, stable=True)  # (V,): the first of equal ones comes first
     keep = ordered.new_ones(len(ordered), dtype=bool)
@@ -173,14 +201,16 @@ def draw(logits, heat: float, top_k: int | None, top_p: float | None, generator)
 class Generation:
     """Tokens that continue `ids`, by iteration. `cache` is that of the last token, None without one.
 
-    The context is the last validation.seq_len tokens at first, seen through the windows of the final validation; when it has
-    grown beyond that it begins anew with the last half, since positions may not pass the trained length. bos: the token that
-    begins documents. Padding classes are never drawn. absorbed: form of the cache (GPT.new_cache); cached=False: none, every
-    token reads the whole context.
+    The context is the last validation.seq_len tokens at first, seen through the windows of the final
+    validation; when it has grown beyond that it begins anew with the last half, since positions may not pass
+    the trained length. bos: the token that begins documents. Padding classes are never drawn. absorbed: form
+    of the cache (GPT.new_cache); cached=False: none, every token reads the whole context.
     """
 
-    def __init__(self, model, ids, count, *, vocab_size, bos, temperature, seed, top_k=None, top_p=None, stop=False, cached=True,
-                 absorbed=None):
+    def __init__(
+        self, model, ids, count, *, vocab_size, bos, temperature, seed, top_k=None, top_p=None, stop=False,
+        cached=True, absorbed=None
+    ):
         self.model, self.ids, self.count, self.vocab_size, self.bos = model, list(ids), count, vocab_size, bos
         self.temperature, self.seed, self.top_k, self.top_p, self.stop = temperature, seed, top_k, top_p, stop
         self.cached, self.absorbed, self.cache = cached, absorbed, None
@@ -192,7 +222,8 @@ class Generation:
         s = self.model.settings
         seq_len, windows = s.validation.seq_len, schedule.validation_windows(s, s.schedule.steps)
         generator = torch.Generator().manual_seed(self.seed)
-        ids, fresh, first = self.ids, True, max(0, len(self.ids) - seq_len)  # first: index where the context begins
+        # first: index where the context begins
+        ids, fresh, first = self.ids, True, max(0, len(self.ids) - seq_len)
         for _ in range(self.count):
             if len(ids) - first > seq_len:
                 fresh, first = True, len(ids) - max(1, seq_len // 2)
@@ -200,9 +231,13 @@ class Generation:
                 self.cache = self.model.new_cache(self.absorbed)
             read = ids[first:] if fresh or not self.cached else ids[-1:]
             with torch.no_grad():
-                context = self.model.context(torch.tensor([ids[first:]]), self.bos, windows, cached=self.cached and not fresh)
+                context = self.model.context(
+                    torch.tensor([ids[first:]]), self.bos, windows, cached=self.cached and not fresh
+                )
                 logits = self.model(torch.tensor([read]), context=context, cache=self.cache)[0, -1]
-            token = draw(logits[:self.vocab_size].float(), self.temperature, self.top_k, self.top_p, generator)
+            token = draw(
+                logits[: self.vocab_size].float(), self.temperature, self.top_k, self.top_p, generator
+            )
             fresh = False
             ids.append(token)
             yield token
@@ -216,7 +251,7 @@ def generate(model, ids, count, **options):
     return list(made), made.cache
 
 
-# ----- what is shown ------------------------------------------------------------------------------------------------
+# ----- what is shown ----------------------------------------------------------------------------------------
 
 class Writer:
     """Prints tokens as text. A character whose bytes come in several tokens is printed when it is whole."""
@@ -239,11 +274,13 @@ class Writer:
 def bytes_per_token(cache):
     """What a cache of one row holds for each of its tokens, all layers together."""
     tensors = [x for layer in cache for x in layer if x is not None]
-    return sum(x.numel() * x.element_size() for x in tensors) // tensors[0].size(1)  # every one has all the tokens
+    # every one has all the tokens
+    return sum(x.numel() * x.element_size() for x in tensors) // tensors[0].size(1)
 
 
 def forms(model, wanted):
-    """([forms of the cache to generate with, the text's first], why there is no latent one though the model has latents)."""
+    """([forms of the cache to generate with, the text's first], why there is no latent one though the model
+    has latents)."""
     try:
         model.new_cache(absorbed=True)
     except ValueError as error:
@@ -254,14 +291,18 @@ def forms(model, wanted):
 
 
 def timed(model, form, ids, count, show=lambda token: None, **options):
-    """(new ids, line of figures) of one generation with one form of the cache. show: called with each token."""
+    """(new ids, line of figures) of one generation with one form of the cache. show: called with each
+    token."""
     generate(model, ids, min(count, 2), absorbed=form == "latent", **options)
     made, new = Generation(model, ids, count, absorbed=form == "latent", **options), []
     start = time.perf_counter()
     for token in made:
         new.append(token)
         show(token)
-    return new, f"{form:<8}{len(new) / (time.perf_counter() - start):>10,.1f}{bytes_per_token(made.cache):>13,}"
+    return (
+        new,
+        f"{form:<8}{len(new) / (time.perf_counter() - start):>10,.1f}{bytes_per_token(made.cache):>13,}",
+    )
 
 
 def agreement(tokens, others):
@@ -283,7 +324,9 @@ def show_samples(options, model, encoding, form, ids, text, asked):
         if first is None:
             first = timed(model, form, ids, options.tokens, writer.write, seed=options.seed, **asked)
         else:
-            for token in Generation(model, ids, options.tokens, absorbed=form == "latent", seed=options.seed + i, **asked):
+            for token in Generation(
+                model, ids, options.tokens, absorbed=form == "latent", seed=options.seed + i, **asked
+            ):
                 writer.write(token)
         writer.close()
     return first
@@ -296,13 +339,20 @@ def sample(options: argparse.Namespace) -> None:
     model, name = load(options.checkpoint)
     encoding = tokenizers.load(name)
     if encoding.n_vocab > padded_vocab(model.settings):
-        raise UserError(f"{options.checkpoint}: the tokenizer {name} has {encoding.n_vocab} tokens, the model "
-                        f"{padded_vocab(model.settings)}: it was trained on other tokens and has no text")
+        raise UserError(
+            f"{options.checkpoint}: the tokenizer {name} has {encoding.n_vocab} tokens, the model "
+            f"{padded_vocab(model.settings)}: it was trained on other tokens and has no text"
+        )
     ids, most = prompt_ids(encoding, text), model.settings.validation.seq_len
-    lines = [] if len(ids) - 1 <= most else [f"prompt: {len(ids) - 1} tokens, the model sees the last {most}, its context"]
+    lines = (
+        [] if len(ids) - 1 <= most
+        else [f"prompt: {len(ids) - 1} tokens, the model sees the last {most}, its context"]
+    )
     (first, *others), why_dense = forms(model, options.cache)
-    asked = dict(vocab_size=encoding.n_vocab, bos=encoding.eot_token, temperature=options.temperature, top_k=options.top_k,
-                 top_p=options.top_p, stop=options.stop)
+    asked = dict(
+        vocab_size=encoding.n_vocab, bos=encoding.eot_token, temperature=options.temperature,
+        top_k=options.top_k, top_p=options.top_p, stop=options.stop
+    )
     for line in lines:
         print(line, file=sys.stderr)
     new, line = show_samples(options, model, encoding, first, ids, text, asked)

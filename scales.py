@@ -68,7 +68,8 @@ def scaled(s: Settings, name: str) -> Settings:
 
     Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is
     multiplied by steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and
-    windows in blocks stay. A row is never longer than a rank's share of the batch or of the validation tokens.
+    windows in blocks stay. A row is never longer than a rank's share of the batch or of the validation
+    tokens.
     """
     scale = SCALES[name]
     if name == "full":

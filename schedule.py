@@ -1,4 +1,5 @@
-"""Settings -> step plans: all that the schedules decide for one step, in pure Python, known before training starts."""
+"""Settings -> step plans: all that the schedules decide for one step, in pure Python, known before training
+starts."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +9,8 @@ from settings import LOGICAL_RANKS, Settings, by_document, per_stage
 
 
 class Span(NamedTuple):
-    """What one window lets a query see, with documents and causality (kernels.attention.Window without its block size).
+    """What one window lets a query see, with documents and causality (kernels.attention.Window without its
+    block size).
 
     tokens: q - k < tokens. blocks: q // block - k // block < blocks. None: not limited by this.
     """
@@ -39,7 +41,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step uses. Every field is a plain value, so a whole run can be printed and compared."""
+    """What one optimizer step uses. Every field is a plain value, so a whole run can be printed and
+    compared."""
     step: int
     stage: int
     shape: Shape
@@ -49,7 +52,8 @@ class StepPlan:
     momentum: float  # Muon
     moves_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
-    events: tuple[str, ...] = ()  # what happens once, at this step: "stage", the first step of a further stage
+    # what happens once, at this step: "stage", the first step of a further stage
+    events: tuple[str, ...] = ()
 
 
 def lr_factor(schedule, step):
@@ -95,7 +99,7 @@ def due(s, step):
     return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0)
 
 
-# ----- windows ------------------------------------------------------------------------------------------------------
+# ----- windows ----------------------------------------------------------------------------------------------
 
 def long_window(window, steps, step):
     """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
@@ -120,13 +124,15 @@ def span(window, tokens):
 
 
 def half(window, tokens):
-    """Tokens of the short window: half the blocks, rounded down, at least one block; half the tokens if less than two."""
+    """Tokens of the short window: half the blocks, rounded down, at least one block; half the tokens if less
+    than two."""
     blocks = tokens // window.block
     return max(1, blocks // 2) * window.block if blocks else max(1, tokens // 2)
 
 
 def windows(s, step, final=False):
-    """Windows at a step. final: in the last validation, where record 31 on looks further back than in training."""
+    """Windows at a step. final: in the last validation, where record 31 on looks further back than in
+    training."""
     w = s.model.attn.window
     if w is None:
         return None
@@ -154,7 +160,7 @@ def layer_spans(specs, windows):
     return spans
 
 
-# ----- stages and shapes --------------------------------------------------------------------------------------------
+# ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
     """The steps of each stage: one stage of all steps where schedule.stages is empty."""
@@ -190,8 +196,10 @@ def largest_shape(s: Settings) -> Shape:
 
 def tokens_before(s: Settings, step: int) -> int:
     """Tokens of all steps before a step, over all logical ranks."""
-    return LOGICAL_RANKS * sum(in_stage(s.data.tokens_per_rank, i) * len(range(steps.start, min(step, steps.stop)))
-                               for i, steps in enumerate(stages(s)))
+    return LOGICAL_RANKS * sum(
+        in_stage(s.data.tokens_per_rank, i) * len(range(steps.start, min(step, steps.stop)))
+        for i, steps in enumerate(stages(s))
+    )
 
 
 def rank_tokens(s: Settings) -> int | list[int]:
@@ -202,7 +210,7 @@ def rank_tokens(s: Settings) -> int | list[int]:
     return [in_stage(sizes, i) for i, steps in enumerate(stages(s)) for _ in steps]
 
 
-# ----- the run ------------------------------------------------------------------------------------------------------
+# ----- the run ----------------------------------------------------------------------------------------------
 
 def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""

@@ -1,9 +1,9 @@
 """The vocabulary of a record: nested frozen dataclasses whose defaults are record 1.
 
-Three axes. `model`, `optim` (optim_settings.py), `schedule`, `data` and `validation` say what is computed (axis
-ml). `numerics` says in which precision; it changes losses, so it belongs to a record's identity. `system`
-(system_settings.py) says how a run is executed; it may change the order of sums and nothing else of the
-mathematics.
+Three axes. `model`, `optim` (optim_settings.py), `schedule`, `data` and `validation` say what is computed
+(axis ml). `numerics` says in which precision; it changes losses, so it belongs to a record's identity.
+`system` (system_settings.py) says how a run is executed; it may change the order of sums and nothing else of
+the mathematics.
 
 Each field is declared once, with `declare.opt(...)`: its meaning, unit, range, what `--without` does to it,
 what it needs and what a scale makes of it. A dataclass whose fields must agree with each other or with
@@ -478,8 +478,10 @@ class Schedule:
                           needs="schedule.lr=trapezoid", least=0, most=1)
     cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps", least=0)
-    stages: tuple[float, ...] = opt((), "fractions of the steps, which add up to 1. A setting that has one "
-                                        "value per stage goes through its values in this order", off=(), above=0)
+    stages: tuple[float, ...] = opt(
+        (), "fractions of the steps, which add up to 1. A setting that has one "
+        "value per stage goes through its values in this order", off=(), above=0
+    )
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.stages and abs(sum(self.stages) - 1) > 1e-6:
@@ -597,8 +599,10 @@ class FP8Down:
     weight: float = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
                               "previous step) / 448", above=0)
     exact_steps: int = opt(
-        16, "first steps with an exact weight scale: before the first step and after each of this many steps, "
-            "the scale is (current largest entry) / 448", unit="step", off=REFUSE, shrink="steps", least=0)
+        16,
+        "first steps with an exact weight scale: before the first step and after each of this many steps, "
+        "the scale is (current largest entry) / 448", unit="step", off=REFUSE, shrink="steps", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -713,7 +717,8 @@ def table_rows(s: Settings) -> int:
 
 
 def per_stage(value: object) -> tuple:
-    """The values of a setting that may have one per stage; of length 1 where one value holds for all stages."""
+    """The values of a setting that may have one per stage; of length 1 where one value holds for all
+    stages."""
     return value if isinstance(value, tuple) else (value,)
 
 

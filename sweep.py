@@ -1,19 +1,21 @@
-"""Ablations and sweeps: many runs of one record and its changes on any number of workers, with intervals that hold at once.
+"""Ablations and sweeps: many runs of one record and its changes on any number of workers, with intervals that
+hold at once.
 
     python sweep.py ablate short/11 --scale micro --seeds 4          # every feature off in turn
     python sweep.py axis short/11 optim.muon.lr=0.02,0.08 optim.scalar.lr=0.02,0.08      # every combination
     python sweep.py chain short/1..short/11 --seeds 4                # every record against its parent
     python sweep.py chain variants --scale tiny --seeds 4            # the same of a whole lineage
-    python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a shared disk
-    python sweep.py ablate short/11 --scale small --dry-run          # disk, memory and hours; needs neither data nor GPU
-    python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that an effect needs
-    python sweep.py status DIR     # the table so far
-    python sweep.py report DIR --out evidence/results/ablate_11      # JSON, CSV, Markdown, PNG
+    python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a
+    shared disk python sweep.py ablate short/11 --scale small --dry-run          # disk, memory and hours;
+    needs neither data nor GPU python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that
+    an effect needs python sweep.py status DIR     # the table so far python sweep.py report DIR --out
+    evidence/results/ablate_11      # JSON, CSV, Markdown, PNG
 
-The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry. Values of
-an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep each and let --reuse share
-the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted. sweeps/plan.py says
-what is run, sweeps/queue.py how a queue works, sweeps/report.py what is concluded.
+The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry.
+Values of an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep
+each and let --reuse share the runs. Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130
+interrupted. sweeps/plan.py says what is run, sweeps/queue.py how a queue works, sweeps/report.py what is
+concluded.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -32,15 +34,17 @@ from settings import NUMERICS_VERSION
 from common.errors import UserError
 
 
-# ----- before the start ---------------------------------------------------------------------------------------------
+# ----- before the start -------------------------------------------------------------------------------------
 
 @lines.fitted()
 def print_plan(plan, options, root, slots):
     """What will be run, what it can show, how long it takes and what it costs."""
-    print(f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
-          f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, "
-          f"{plan['controls']} runs of the control "
-          f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}")
+    print(
+        f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
+        f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, "
+        f"{plan['controls']} runs of the control "
+        f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}"
+    )
     if plan["kind"] == "ablate":
         print(f"screening: {plan['screening']}")
     inert = [a["label"] for a in plan["arms"][1:] if is_inert(plan, a)]
@@ -59,10 +63,14 @@ def print_power(plan, stated):
     from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
     if stated or known:
-        sd, where = (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+        sd, where = (
+            (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+        )
         least = detectable(plan, sd)
-        print(f"minimal detectable effect: {least:.4f} nats at 80 % power, from sd {sd:.4f} ({where})" if least else
-              "minimal detectable effect: none, one run an arm shows no spread and gives no interval")
+        print(
+            f"minimal detectable effect: {least:.4f} nats at 80 % power, from sd {sd:.4f} ({where})" if least
+            else "minimal detectable effect: none, one run an arm shows no spread and gives no interval"
+        )
     elif plan["seeds"] + plan["controls"] > 2:
         print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep tells the sd "
               "(--sd states one), so the nats follow after the first controls")
@@ -75,7 +83,10 @@ def print_effort(plan, options, root, slots):
     done, failed = queue.settled(root)
     survivors = queue.read_json(root / "survivors.json")
     todo = queue.targets(plan, survivors)
-    later = sum(a["role"] == "member" for a in plan["arms"]) * plan["seeds"] if plan["groups"] and survivors is None else 0
+    later = (
+        sum(a["role"] == "member" for a in plan["arms"]) * plan["seeds"]
+        if plan["groups"] and survivors is None else 0
+    )
     left = [t for t in todo if t[0] not in done and t[0] not in failed]
     ready = [t for t in left if queue.find_run(queue.reuse_folders(root, options.reuse), plan, *t[1:])]
     left = len(left) - len(ready)
@@ -84,24 +95,30 @@ def print_effort(plan, options, root, slots):
     places = [root / "runs", *options.reuse, options.runs, *files.listed(options.runs, "*/runs")]
     seconds, source = forecast.expected(plan, places, options.plan and left + later > 0, slots[0])
     if seconds is None:
-        print(f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, {source}")
+        print(
+            f"expected time{' and cost' if options.cost_per_hour else ''}: told after the first run, {source}"
+        )
         return
     hours, price = (left + later) * seconds / 3600, options.cost_per_hour
     print(f"expected time: {hours / workers:.2f} h ({seconds:.1f} s a run, {source})"
           + (f"; cost {hours * price:.2f} at {price:g} a worker's hour" if price else ""))
 
 
-# ----- while it runs ------------------------------------------------------------------------------------------------
+# ----- while it runs ----------------------------------------------------------------------------------------
 
 class View:
-    """A live table when stdout is a terminal, else a line per run; and what the first runs tell about the rest."""
+    """A live table when stdout is a terminal, else a line per run; and what the first runs tell about the
+    rest."""
 
     def __init__(self, plan, root, workers, cost_per_hour=None, sd=None):
-        self.plan, self.root, self.workers, self.cost, self.sd_known = plan, root, workers, cost_per_hour, bool(sd)
+        self.plan, self.root, self.workers, self.cost, self.sd_known = (
+            plan, root, workers, cost_per_hour, bool(sd)
+        )
         self.live, self.drawn, self.walls = None, 0.0, []
         if sys.stdout.isatty():
             from rich.live import Live
-            self.live = Live(auto_refresh=False, transient=True, vertical_overflow="crop")  # no thread: the worker forks
+            # no thread: the worker forks
+            self.live = Live(auto_refresh=False, transient=True, vertical_overflow="crop")
             self.live.start()
 
     def say(self, line):
@@ -146,8 +163,11 @@ class View:
         from sweeps.report import losses, runs_of
         todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
         settled = sum(t in done or t in failed for t, _, _ in todo)
-        t = Table(box=box.SIMPLE_HEAD, title_justify="left", title=f"{self.plan['name']}  {settled}/{len(todo)} runs, "
-                  f"{len(failed)} failed, " + (self.remaining(done, failed) if self.walls else "timing the first run"))
+        t = Table(
+            box=box.SIMPLE_HEAD, title_justify="left",
+            title=f"{self.plan['name']}  {settled}/{len(todo)} runs, " f"{len(failed)} failed, "
+            + (self.remaining(done, failed) if self.walls else "timing the first run")
+        )
         for name in ("arm", "n", "mean", "minus control", "now"):
             t.add_column(name, justify="left" if name in ("arm", "now") else "right")
         control = losses(runs_of(self.plan, self.plan["arms"][0], done))
@@ -155,7 +175,9 @@ class View:
             values = losses(runs_of(self.plan, a, done))
             mean = sum(values) / len(values) if values else None
             effect = f"{mean - sum(control) / len(control):+.4f}" if values and control else ""
-            now = ", ".join(f"seed {seed}, {seconds:.0f} s" for b, seed, seconds in running if b["label"] == a["label"])
+            now = ", ".join(
+                f"seed {seed}, {seconds:.0f} s" for b, seed, seconds in running if b["label"] == a["label"]
+            )
             if values or now:
                 t.add_row(a["label"], str(len(values)), "" if mean is None else f"{mean:.4f}", effect, now)
         return t
@@ -166,7 +188,7 @@ class View:
             self.live = None
 
 
-# ----- commands -----------------------------------------------------------------------------------------------------
+# ----- commands ---------------------------------------------------------------------------------------------
 
 def start(options):
     """ablate, axis, chain: plan, tell, and run or go on."""
@@ -191,7 +213,8 @@ def start(options):
 
 
 def planned_slots(plan, options):
-    """Slots of a dry run: those of this machine, or as many as were asked for where it cannot run the plan."""
+    """Slots of a dry run: those of this machine, or as many as were asked for where it cannot run the
+    plan."""
     from sweeps import worker
     try:
         return worker.slots(plan, options.workers, options.gpus)
@@ -206,8 +229,11 @@ def prepare(plan, root, options):
     if options.reuse:
         done, failed = queue.settled(root)
         folders = queue.reuse_folders(root, options.reuse)
-        found = [queue.adopt(root, plan, *t, folders) for t in queue.targets(plan, queue.read_json(root / "survivors.json"))
-                 if t[0] not in done and t[0] not in failed]
+        found = [
+            queue.adopt(root, plan, *t, folders)
+            for t in queue.targets(plan, queue.read_json(root / "survivors.json"))
+            if t[0] not in done and t[0] not in failed
+        ]
         print(f"adopted {sum(x is not None for x in found)} finished runs from {', '.join(options.reuse)}")
 
 
@@ -219,8 +245,10 @@ def run_queue(options, root, plan, slots):
     sd = getattr(options, "sd", None) or plan["paired"] or earlier_sd(plan)
     view = View(plan, root, len(slots), getattr(options, "cost_per_hour", None), sd)
     try:
-        whole = worker.Worker(root, slots, niceness=niceness, reuse=options.reuse, stale_s=options.stale, say=view.say,
-                              tick=view.tick).work()
+        whole = worker.Worker(
+            root, slots, niceness=niceness, reuse=options.reuse, stale_s=options.stale, say=view.say,
+            tick=view.tick
+        ).work()
     except KeyboardInterrupt:
         view.close()
         print(f"interrupted; the same command, or `python sweep.py work {root}`, goes on", file=sys.stderr)
@@ -233,7 +261,10 @@ def run_queue(options, root, plan, slots):
 def submit(options, root, plan):
     """The queue worked on by submitit's jobs; those on this machine are waited for."""
     from sweeps import worker
-    arguments = ["--stale", str(options.stale)] + (["--nice", str(options.nice)] if options.nice is not None else [])
+
+    arguments = ["--stale", str(options.stale)] + (
+        ["--nice", str(options.nice)] if options.nice is not None else []
+    )
     arguments += [part for folder in options.reuse for part in ("--reuse", str(Path(folder).resolve()))]
     jobs = worker.submit(options.launcher, root, plan, options.workers or 1, options.slurm, arguments)
     print(f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} submitted: {', '.join(j.job_id for j in jobs)}; their output is "
@@ -248,7 +279,10 @@ def submit(options, root, plan):
             job.cancel(check=False)
         print(f"interrupted; the same command, or `python sweep.py work {root}`, goes on", file=sys.stderr)
         return 130
-    failed = [f"{j.job_id}: {str(j.exception()).strip().splitlines()[-1]}" for j in jobs if j.exception() is not None]
+    failed = [
+        f"{j.job_id}: {str(j.exception()).strip().splitlines()[-1]}" for j in jobs
+        if j.exception() is not None
+    ]
     if failed:
         raise UserError(f"jobs failed ({'; '.join(failed)}); see {root / 'jobs'}")
     return conclude(root)
@@ -273,7 +307,10 @@ def conclude(root):
 
 def print_failures(root, failed, file):
     for f in failed.values():
-        print(f"failed: {f['arm']}  seed {f['seed']}: {f['reason']} ({root / 'output' / f['output']})", file=file)
+        print(
+            f"failed: {f['arm']}  seed {f['seed']}: {f['reason']} ({root / 'output' / f['output']})",
+            file=file,
+        )
 
 
 def work(options):
@@ -315,66 +352,144 @@ def power(options):
     """How many seeds an effect needs, and what a few seeds can show."""
     from evidence import statistics
     from sweeps.report import earlier_sd
-    known = None if options.sd else earlier_sd({"version": 1, "scale": options.scale, "common": [], "paired": False,
-                                                "numerics_version": NUMERICS_VERSION})
+
+    known = (
+        None
+        if options.sd
+        else earlier_sd(
+            {
+                "version": 1, "scale": options.scale, "common": [], "paired": False,
+                "numerics_version": NUMERICS_VERSION
+            }
+        )
+    )
     if options.sd is None and known is None:
         raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, from `records compare "
                         f"RECORD RECORD --aa --pairing none --runs 4 --scale {options.scale}`")
-    sd, where = (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+    sd, where = (
+        (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
+    )
     print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one control of the same number "
           f"of runs, not paired, intervals of {100 * options.confidence:g} % that hold together, 80 % power")
     need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence)
-    about = f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1 else ""
-    print(f"an effect of {options.effect:g} nats needs " + (f"{need} seeds an arm{about}" if need else
-                                                           f"more than {statistics.MOST_RUNS:,} seeds an arm"))
+    about = (
+        f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1
+        else ""
+    )
+    print(
+        f"an effect of {options.effect:g} nats needs "
+        + (f"{need} seeds an arm{about}" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
+    )
     for n in (2, 4, 8, 16, 32):
         print(f"  {n:>2} seeds show {statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
 
 
-# ----- command line -------------------------------------------------------------------------------------------------
+# ----- command line -----------------------------------------------------------------------------------------
 
 positive = arguments.number(1e-9)
 
 
 def working(p):
     """Flags of everything that trains."""
-    p.add_argument("--workers", type=arguments.integer(1, 1024), metavar="N", help="runs at a time (default one per free GPU; on a CPU 1, "
-                                                              "threads are divided)")
-    p.add_argument("--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)")
-    p.add_argument("--nice", type=arguments.integer(0, 19), metavar="N", help="priority of the runs (default 10 on a CPU, 0 on GPUs)")
-    p.add_argument("--reuse", action="append", default=[], metavar="DIR", help="adopt finished runs found here (repeatable)")
+    p.add_argument(
+        "--workers", type=arguments.integer(1, 1024), metavar="N",
+        help="runs at a time (default one per free GPU; on a CPU 1, threads are divided)"
+    )
+    p.add_argument(
+        "--gpus", metavar="0,1", help="GPUs to use, one run each (default those on which nothing runs)"
+    )
+    p.add_argument(
+        "--nice", type=arguments.integer(0, 19), metavar="N",
+        help="priority of the runs (default 10 on a CPU, 0 on GPUs)"
+    )
+    p.add_argument(
+        "--reuse", action="append", default=[], metavar="DIR",
+        help="adopt finished runs found here (repeatable)"
+    )
     p.add_argument("--retry", action="store_true", help="run failed targets again")
-    p.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="take over claims that gave no sign "
-                   f"for so many seconds (default {queue.STALE_S}; keep it above the attribute cache of a network disk)")
+    p.add_argument(
+        "--stale", type=positive, default=queue.STALE_S, metavar="S",
+        help="take over claims that gave no sign "
+        f"for so many seconds (default {queue.STALE_S}; keep it above the attribute cache of a network disk)"
+    )
 
 
 def planning(p):
     """Flags of everything that plans."""
     p.add_argument("--scale", choices=list(SCALES), help="default micro, or the preset's")
-    p.add_argument("--seeds", type=arguments.runs, default=4, metavar="N", help="runs of every arm (default 4)")
-    p.add_argument("--controls", type=arguments.runs, metavar="N", help="runs of the control (default sqrt(arms) x seeds)")
-    p.add_argument("--paired", action="store_true", help="declare before the first run that effects are taken within seeds")
-    p.add_argument("--confidence", type=arguments.confidence, default=0.95, help="of all intervals together (default 0.95)")
+    p.add_argument(
+        "--seeds", type=arguments.runs, default=4, metavar="N", help="runs of every arm (default 4)"
+    )
+    p.add_argument(
+        "--controls", type=arguments.runs, metavar="N",
+        help="runs of the control (default sqrt(arms) x seeds)"
+    )
+    p.add_argument(
+        "--paired", action="store_true",
+        help="declare before the first run that effects are taken within seeds"
+    )
+    p.add_argument(
+        "--confidence", type=arguments.confidence, default=0.95,
+        help="of all intervals together (default 0.95)"
+    )
     for flag in ("set", "with", "without", "revert"):
         p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
                        help="in every arm, as in train_gpt.py")
     p.add_argument("--data", metavar="DIR", help="folder of shards, as in train_gpt.py")
     p.add_argument("--dir", metavar="DIR", help="the queue's folder (default RUNS/<name of the sweep>)")
-    p.add_argument("--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)")
-    p.add_argument("--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')")
-    p.add_argument("--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency")
-    p.add_argument("--dry-run", "--plan", dest="plan", action="store_true", help="print the plan, with data, memory and hours, and "
-                   "start nothing (where no run was timed yet a trial of ten steps)")
-    p.add_argument("--launcher", choices=("here", "slurm", "local-submitit"), default="here",
-                   help="slurm: --workers jobs through submitit; local-submitit: the same as processes on this machine")
-    p.add_argument("--slurm", action="append", default=[], metavar="NAME=VALUE", help="parameter of submitit's executor, "
-                   "like partition=gpu, time=600, gpus_per_node=1 (repeatable)")
+    p.add_argument(
+        "--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)"
+    )
+    p.add_argument(
+        "--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')"
+    )
+    p.add_argument(
+        "--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency"
+    )
+    p.add_argument(
+        "--dry-run", "--plan", dest="plan", action="store_true",
+        help="print the plan, with data, memory and hours, and "
+        "start nothing (where no run was timed yet a trial of ten steps)"
+    )
+    p.add_argument(
+        "--launcher", choices=("here", "slurm", "local-submitit"), default="here",
+        help="slurm: --workers jobs through submitit; local-submitit: the same as processes on this machine"
+    )
+    p.add_argument(
+        "--slurm", action="append", default=[], metavar="NAME=VALUE",
+        help="parameter of submitit's executor, like partition=gpu, time=600, gpus_per_node=1 (repeatable)"
+    )
     working(p)
 
 
-def parser():
-    p = arguments.Parser(prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
-                                epilog="Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted.")
+def powering(c: arguments.Parser) -> None:
+    """Options of `sweep.py power`."""
+    c.add_argument(
+        "--effect", type=positive, default=0.005, metavar="NATS",
+        help="the difference to resolve (default 0.005)"
+    )
+    c.add_argument(
+        "--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)"
+    )
+    c.add_argument(
+        "--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)"
+    )
+    c.add_argument(
+        "--arms", type=arguments.runs, default=1, metavar="N",
+        help="arms that are compared with the control (default 1)"
+    )
+    c.add_argument(
+        "--confidence", type=arguments.confidence, default=0.95,
+        help="of all intervals together (default 0.95)"
+    )
+
+
+def parser() -> arguments.Parser:
+    """The commands of sweep.py."""
+    p = arguments.Parser(
+        prog="sweep.py", description="Ablations and sweeps, with intervals that hold for all rows.",
+        epilog="Exit codes: 0 done, 1 done or stopped with failures, 2 bad input, 130 interrupted."
+    )
     commands = p.add_subparsers(dest="kind", required=True, metavar="COMMAND")
 
     def add(name, run, help):
@@ -384,30 +499,34 @@ def parser():
 
     c = add("ablate", start, "every feature of a record off in turn")
     c.add_argument("base", metavar="RECORD", help="record or preset")
-    c.add_argument("--features", nargs="+", default=[], metavar="PATH", help="only these, or all below these sections")
-    c.add_argument("--screen", action=argparse.BooleanOptionalAction, help="all features of a section off at once first, "
-                   "and apart only where that has an effect (default: where it saves runs)")
+    c.add_argument(
+        "--features", nargs="+", default=[], metavar="PATH", help="only these, or all below these sections"
+    )
+    c.add_argument(
+        "--screen", action=argparse.BooleanOptionalAction,
+        help="all features of a section off at once first, "
+        "and apart only where that has an effect (default: where it saves runs)"
+    )
     planning(c)
     c = add("axis", start, "every combination of values of some settings")
     c.add_argument("base", metavar="RECORD", help="record or preset")
     c.add_argument("axes", nargs="+", metavar="PATH=A,B,...", help="literal values of the scaled run")
     planning(c)
     c = add("chain", start, "every record of a chain or of a lineage against its parent")
-    c.add_argument("base", metavar="FIRST..LAST", help="like short/1..short/11; or a whole lineage, like variants")
+    c.add_argument(
+        "base", metavar="FIRST..LAST", help="like short/1..short/11; or a whole lineage, like variants"
+    )
     planning(c)
-    c = add("power", power, "how many seeds an effect needs")
-    c.add_argument("--effect", type=positive, default=0.005, metavar="NATS", help="the difference to resolve (default 0.005)")
-    c.add_argument("--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)")
-    c.add_argument("--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)")
-    c.add_argument("--arms", type=arguments.runs, default=1, metavar="N", help="arms that are compared with the control (default 1)")
-    c.add_argument("--confidence", type=arguments.confidence, default=0.95, help="of all intervals together (default 0.95)")
+    powering(add("power", power, "how many seeds an effect needs"))
     c = add("work", work, "one more worker on a queue")
     c.add_argument("dir", metavar="DIR")
     working(c)
     c = add("status", status, "the table of a sweep so far, who works on what, and what failed")
     c.add_argument("dir", metavar="DIR")
-    c.add_argument("--stale", type=positive, default=queue.STALE_S, metavar="S", help="seconds without a sign after which a "
-                   f"run counts as dead (default {queue.STALE_S})")
+    c.add_argument(
+        "--stale", type=positive, default=queue.STALE_S, metavar="S",
+        help=f"seconds without a sign after which a run counts as dead (default {queue.STALE_S})"
+    )
     c = add("report", report, "write a sweep's JSON, CSV, Markdown and PNG")
     c.add_argument("dir", metavar="DIR")
     c.add_argument("--out", metavar="NAME", help="path without ending (default DIR/<name of the sweep>)")

@@ -4,10 +4,10 @@
     python train_gpt.py short/11 --nproc 8          # FineWeb, to 3.28, on eight GPUs; torchrun will do too
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 
-Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset -> loop ->
-verdict); loop (the clock); train_step; validate. What surrounds them is in system/.
-Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
-4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
+Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset ->
+loop -> verdict); loop (the clock); train_step; validate. What surrounds them is in system/. Exit codes: 0
+target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed, 4 diverged, 130
+Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -16,9 +16,10 @@ import os
 import time
 
 PROCESS_START = time.perf_counter()
-# Threads that spin long while they wait ruin each other on a shared machine: a tiny step next to one busy process took
-# 1.85 s so, 0.84 s without spinning, which alone costs 0.55 instead of 0.42 s. A short spin keeps the 0.42 s (GNU OpenMP;
-# the variable must be set before torch loads its thread pool).
+# Threads that spin long while they wait ruin each other on a shared machine: a tiny step next to one busy
+# process took
+# 1.85 s so, 0.84 s without spinning, which alone costs 0.55 instead of 0.42 s. A short spin keeps the 0.42 s
+# (GNU OpenMP; the variable must be set before torch loads its thread pool).
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from common import console, interrupt
@@ -30,7 +31,8 @@ if __name__ == "__main__":
 from common.errors import UserError
 from system import command_line
 
-if __name__ == "__main__":  # a wrong setting is refused, and a plan printed, before the seconds that torch takes
+# a wrong setting is refused, and a plan printed, before the seconds that torch takes
+if __name__ == "__main__":
     options, resolved = command_line.command_line()
     environment.require(*environment.TRAINING)
     if options.plan:
@@ -73,7 +75,7 @@ IMPORTED = time.perf_counter()
 REACHED, MISSED, DIVERGED = 0, 3, 4
 
 
-# ----- the program --------------------------------------------------------------------------------------------------
+# ----- the program ------------------------------------------------------------------------------------------
 
 def main(options: Namespace, resolved: Resolved) -> None:
     """Run the program and leave it with its exit code."""
@@ -85,7 +87,8 @@ def main(options: Namespace, resolved: Resolved) -> None:
 
 
 def exit_code(options: Namespace, resolved: Resolved) -> int:
-    """The exit code of a command line; every error is one line, from one process where all meet the same one."""
+    """The exit code of a command line; every error is one line, from one process where all meet the same
+    one."""
     try:
         if (options.nproc or 1) > 1 and not Place.read().launched:
             return preflight.start_processes(os.path.abspath(__file__), options, resolved)
@@ -104,11 +107,14 @@ def exit_code(options: Namespace, resolved: Resolved) -> int:
         if not lost_peer(error):
             raise
         if console.speaks():
-            print("error: another process of this run has ended, and this one cannot go on alone", file=sys.stderr)
+            print(
+                "error: another process of this run has ended, and this one cannot go on alone",
+                file=sys.stderr,
+            )
         return 1
 
 
-# ----- one run ------------------------------------------------------------------------------------------------------
+# ----- one run ----------------------------------------------------------------------------------------------
 
 @memory.exhaustion_in_one_line()
 def train(resolved: Resolved, options: Namespace) -> int:
@@ -124,7 +130,9 @@ def train(resolved: Resolved, options: Namespace) -> int:
         model = GPT(s).to(world.device)
         model.initialise(options.seed)
         compiled = prepare_model(model, plans, compile_it=preflight.compiles(s, world))
-        optimizer = Optimizer(model, s, communication(s, world.rank, world.size), compiled=compiled is not model)
+        optimizer = Optimizer(
+            model, s, communication(s, world.rank, world.size), compiled=compiled is not model
+        )
 
         about = report.describe(resolved, options, world, corpus, model, optimizer, used, plans, held)
         preflight.check_strict(options, about["fallbacks"])
@@ -135,11 +143,13 @@ def train(resolved: Resolved, options: Namespace) -> int:
             with hold():  # a log that has begun gets an end
                 log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
                 log.start(about, schema.plain(resolved.settings))
-                run = Run(s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
-                          ranks_per_microbatch=ranks_per_forward(s, len(world.ranks), world.cuda), interrupt=asked,
-                          cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
-                          profiler=Profiler(world, log.folder if world.main else None, options.profile),
-                          progress=Progress(world, s))
+                run = Run(
+                    s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
+                    ranks_per_microbatch=ranks_per_forward(s, len(world.ranks), world.cuda), interrupt=asked,
+                    cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
+                    profiler=Profiler(world, log.folder if world.main else None, options.profile),
+                    progress=Progress(world, s)
+                )
                 if world.main:
                     run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
                 report.introduce(run, resolved, about)
@@ -162,7 +172,8 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
     preflight.check_devices(resolved, Place.read().local_size)
     world = World(s)
     asked.join(*world.neighbours())
-    torch.manual_seed(options.seed)  # nothing here draws from the global generator; a feature that does is repeatable
+    # nothing here draws from the global generator; a feature that does is repeatable
+    torch.manual_seed(options.seed)
     preflight.check_kernels(s, world.device)
     compile_it = preflight.compiles(s, world)
     if options.check_sync and not world.cuda:
@@ -175,7 +186,8 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
 
 
 def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> torch.nn.Module:
-    """The model as the steps call it: compiled, with one graph for each Shape in training and validation, or as it is."""
+    """The model as the steps call it: compiled, with one graph for each Shape in training and validation, or
+    as it is."""
     if not compile_it:
         return model
     torch._dynamo.config.recompile_limit = 16 + 2 * len({p.shape for p in plans})
@@ -185,7 +197,8 @@ def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> to
 
 
 def conduct(run: Run, options: Namespace) -> str:
-    """Warm-up and loop of a run whose log has begun. Returns how the run ended; KeyboardInterrupt if it was asked to stop."""
+    """Warm-up and loop of a run whose log has begun. Returns how the run ended; KeyboardInterrupt if it was
+    asked to stop."""
     try:
         warm_up(run, options.seed, train_step, validation_loss, PROCESS_START, IMPORTED)
         run.interrupt.patient = True
@@ -208,7 +221,8 @@ def conduct(run: Run, options: Namespace) -> str:
 
 
 def loop(run: Run) -> str:
-    """The timed steps, and the validations between them while the clock stands still. Returns "finished" or "diverged"."""
+    """The timed steps, and the validations between them while the clock stands still. Returns "finished" or
+    "diverged"."""
     run.clock.start()  # before the loader exists: nothing the loader does is free
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.batches = Prefetch(run.stream, len(run.plans))
@@ -221,23 +235,28 @@ def loop(run: Run) -> str:
         run.profiler.before_step(step)
         with no_host_reads(run.world.cuda, f"step {step}") if run.check_sync else contextlib.nullcontext():
             step_plan = run.plans[step]
-            inputs, targets, documents = to_rows(run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos)
+            inputs, targets, documents = to_rows(
+                run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos
+            )
             run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
             run.progress.show(step + 1, run.train_losses[-1], run.clock.read_ms())
         run.steps_done = step + 1
 
 
-def train_step(run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: torch.Tensor, documents: Sequence[int],
-               before_reduction: Callable[[], None] | None = None) -> torch.Tensor:
-    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these ranks, float64.
+def train_step(
+    run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: torch.Tensor, documents: Sequence[int],
+    before_reduction: Callable[[], None] | None = None
+) -> torch.Tensor:
+    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these
+    ranks, float64.
 
     Args:
         inputs, targets: (ranks, rows, T) int64, and documents by rank, as to_rows gives them.
         before_reduction: called when the gradients are there and not yet reduced (in the warm-up only).
     """
     model, optimizer, at_once = run.model, run.optimizer, run.ranks_per_microbatch
-    # The gradients of all forwards and processes add up to the mean over the eight logical ranks of each rank's mean loss,
-    # or with train_loss `sum` of each rank's summed loss.
+    # The gradients of all forwards and processes add up to the mean over the eight logical ranks of each
+    # rank's mean loss, or with train_loss `sum` of each rank's summed loss.
     share = at_once / LOGICAL_RANKS
     if run.s.model.head.train_loss == "sum":
         share *= step_plan.shape.tokens_per_rank
@@ -260,10 +279,11 @@ def train_step(run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: tor
     optimizer.step(step_plan)
     for hook in run.hooks:
         hook.after_update(step_plan)
-    return torch.stack(losses).mean(dtype=torch.float64)  # sums of float32 are exact in float64: their order is free
+    # sums of float32 are exact in float64: their order is free
+    return torch.stack(losses).mean(dtype=torch.float64)
 
 
-# ----- validation ---------------------------------------------------------------------------------------------------
+# ----- validation -------------------------------------------------------------------------------------------
 
 def validation(run: Run, step: int) -> bool:
     """Stop the clock, measure, log, start the clock again. False if the loss is not finite."""
@@ -274,8 +294,11 @@ def validation(run: Run, step: int) -> bool:
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
     loss = validation_loss(run, step)
     run.points.append((step, loss))
-    event = run.log.event("validation", step=step, scheduled_steps=len(run.plans), val_loss=loss, train_loss=losses,
-                          train_time_ms=round(run.clock.total_ms, 3), tokens=schedule.tokens_before(run.s, step), epoch=run.epoch)
+    event = run.log.event(
+        "validation", step=step, scheduled_steps=len(run.plans), val_loss=loss, train_loss=losses,
+        train_time_ms=round(run.clock.total_ms, 3), tokens=schedule.tokens_before(run.s, step),
+        epoch=run.epoch
+    )
     run.world.say(*runlog.render(event))
     if run.model.mixtures() and step:
         loads = run.log.event("experts", step=step, **report.expert_loads(run, last=step == len(run.plans)))
@@ -301,15 +324,19 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
 
 
 @torch.no_grad()
-def validate(model: torch.nn.Module, rows: np.ndarray, world: World, context: Callable, limit: int | None = None,
-             check: Callable[[], None] = lambda: None) -> float:
+def validate(
+    model: torch.nn.Module, rows: np.ndarray, world: World, context: Callable, limit: int | None = None,
+    check: Callable[[], None] = lambda: None
+) -> float:
     """Mean cross entropy over all validation targets, nats per token.
 
-    Summed per logical rank in float64 and then in rank order, so the value does not depend on the number of processes.
+    Summed per logical rank in float64 and then in rank order, so the value does not depend on the number of
+    processes.
 
     Args:
         rows: (local ranks, rows, T + 1) int32.
-        context: function of tokens (R, T), on the device and as they were read, that gives what attention sees of them.
+        context: function of tokens (R, T), on the device and as they were read, that gives what attention
+            sees of them.
         limit: only so many chunks of so many ranks: for the warm-up, whose value means nothing.
         check: called before each chunk; may raise.
     """
@@ -322,14 +349,16 @@ def validate(model: torch.nn.Module, rows: np.ndarray, world: World, context: Ca
             check()
             read = rank_rows[first:first + chunk]  # (R, T + 1)
             part = torch.from_numpy(read).to(world.device).long()
-            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1], read[:, :-1])).sum(dtype=torch.float64)
+            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1], read[:, :-1])).sum(
+                dtype=torch.float64
+            )
         sums.append(total)
     model.train()
     sums = world.gather(torch.stack(sums))
     return sum(sums.tolist()) / (LOGICAL_RANKS * rows.shape[1] * (rows.shape[2] - 1))
 
 
-# ----- the end ------------------------------------------------------------------------------------------------------
+# ----- the end ----------------------------------------------------------------------------------------------
 
 def finish(status: str, run: Run, resolved: Resolved, options: Namespace) -> int:
     """Verdict, the last event, summary and checkpoint. Returns the exit code."""
@@ -346,7 +375,8 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
         lines += load.remark(results, os.cpu_count() or 1)
-        world.say(runlog.terminal_curve(run.points, target), *lines)  # before anything that a full disk could stop
+        # before anything that a full disk could stop
+        world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""

@@ -1,11 +1,12 @@
-"""Kernels of this machine's device against float64: `python bench/correct.py [--only GROUP ...] [--out JSON]`.
+"""Kernels of this machine's device against float64: `python bench/correct.py [--only GROUP ...] [--out
+JSON]`.
 
 Exit code 1 if one is wrong or fails.
 
-What only a GPU can run (FlexAttention, varlen and FlashAttention, grouped_mm in one kernel, FP8 units, our kernels as
-operators of torch.compile, tensors of more than 2^31 elements) is compared, forward and gradients, with the plain reference
-in float64 on the same rounded inputs. The error is the largest one relative to the largest value; the bound is a few
-roundings of the dtype. What a device cannot run is listed with its reason.
+What only a GPU can run (FlexAttention, varlen and FlashAttention, grouped_mm in one kernel, FP8 units, our
+kernels as operators of torch.compile, tensors of more than 2^31 elements) is compared, forward and gradients,
+with the plain reference in float64 on the same rounded inputs. The error is the largest one relative to the
+largest value; the bound is a few roundings of the dtype. What a device cannot run is listed with its reason.
 """
 
 import functools
@@ -25,7 +26,9 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.device import FP8_SINCE, refusal
 from kernels.fp8_linear import fp8_linear, has_fp8_units, quantise
 from kernels.fp8_mlp import E4M3, fp8_mlp, narrowed_rows, narrowed_weight
-from kernels.linear_relu_sq import linear_relu_sq, linear_relu_sq_reference, mlp_relu_sq, mlp_relu_sq_reference
+from kernels.linear_relu_sq import (
+    linear_relu_sq, linear_relu_sq_reference, mlp_relu_sq, mlp_relu_sq_reference
+)
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
@@ -33,7 +36,7 @@ from optim import Optimizer
 from settings import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ROUNDING = {torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11, torch.float32: 2 ** -20, torch.float64: 2 ** -48}
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20, torch.float64: 2**-48}
 
 
 def relative(a, b):
@@ -56,15 +59,21 @@ def compare(function, reference, inputs, dtype):
     return max(relative(a, b) for a, b in zip(gradients(function, low, upstream), theirs))
 
 
-# Each group yields (name, dtype, check): a function that gives the error, or a text: why it is not run here. Fourth, where
-# it is not a few roundings of the dtype, the bound.
+# Each group yields (name, dtype, check): a function that gives the error, or a text: why it is not run here.
+# Fourth, where it is not a few roundings of the dtype, the bound.
 
 def attention_checks():
-    """Every backend with every kind of window, with and without documents; unequal widths with one of them."""
+    """Every backend with every kind of window, with and without documents; unequal widths with one of
+    them."""
     rows, tokens, heads = 2, 1024, 6
     starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
-    documents = torch.zeros(rows, tokens, dtype=torch.int32, device=DEVICE).scatter_(1, starts, 1).cumsum(1, dtype=torch.int32)
-    windows = {"causal": Window(), "300 tokens": Window(tokens=300), "3 blocks of 128": Window(blocks=3, block=128)}
+    documents = (
+        torch.zeros(rows, tokens, dtype=torch.int32, device=DEVICE) .scatter_(1, starts, 1)
+        .cumsum(1, dtype=torch.int32)
+    )
+    windows = {
+        "causal": Window(), "300 tokens": Window(tokens=300), "3 blocks of 128": Window(blocks=3, block=128)
+    }
     dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
     kinds = [(name, ids, (128, 128)) for name in windows for ids in (None, documents)]
     kinds.append(("300 tokens", documents, (96, 64)))
@@ -72,14 +81,21 @@ def attention_checks():
         for backend in attention.FLASH if compiled else attention.BACKENDS[1:]:
             for name, ids, widths in kinds:
                 what = f"{name}, {'documents' if ids is not None else 'rows'}, widths {widths[0]} {widths[1]}"
-                yield (f"attention {backend}, {what}{', compiled' if compiled else ''}", dtype,
-                       lambda: compare_attention(backend, ids, windows[name], rows, tokens, heads, *widths, dtype, compiled))
+                yield (
+                    f"attention {backend}, {what}{', compiled' if compiled else ''}",
+                    dtype,
+                    lambda: compare_attention(
+                        backend, ids, windows[name], rows, tokens, heads, *widths, dtype, compiled
+                    ),
+                )
 
 
 def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False):
     """compiled: windows and scale in tensors, as a compiled model has them (attention.traceable)."""
     try:
-        attention.choose(backend, DEVICE, documents=documents is not None, window=window, tokens=tokens, dtype=dtype)
+        attention.choose(
+            backend, DEVICE, documents=documents is not None, window=window, tokens=tokens, dtype=dtype
+        )
     except ValueError as error:
         return str(error)
     shape = {"rows": rows, "tokens": tokens, "device": DEVICE}
@@ -89,21 +105,28 @@ def compare_attention(backend, documents, window, rows, tokens, heads, width, va
     plain = attention.view(documents, window, "dense", dtype=torch.float64, **shape)
     inputs = [torch.randn(rows, tokens, heads, w, device=DEVICE) for w in (width, width, value)]
     attend = torch.compile(attention.attend, dynamic=False) if compiled else attention.attend
-    return compare(lambda q, k, v: attend(q, k, v, fast), lambda q, k, v: attention.attend(q, k, v, plain), inputs, dtype)
+    return compare(
+        lambda q, k, v: attend(q, k, v, fast), lambda q, k, v: attention.attend(q, k, v, plain), inputs, dtype
+    )
 
 
 def expert_checks():
     """grouped and padded against the float64 padded path, one expert of eight idle."""
     tokens, k, count, dim, hidden = 2048, 2, 8, 256, 512
     chosen = torch.stack([torch.randperm(count - 1, device=DEVICE)[:k] for _ in range(tokens)])
-    inputs = [torch.randn(tokens, dim), torch.randn(count, hidden, dim) / 16, torch.randn(count, dim, hidden) / 16, torch.rand(tokens, k)]
+    inputs = [
+        torch.randn(tokens, dim), torch.randn(count, hidden, dim) / 16, torch.randn(count, dim, hidden) / 16,
+        torch.rand(tokens, k)
+    ]
     inputs = [x.to(DEVICE) for x in inputs]
 
     def layer(backend):
         p = experts.plan(chosen, count, backend)
 
         def run(x, up, down, gates):
-            rows = experts.grouped_linear(torch.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square(), down, p)
+            rows = experts.grouped_linear(
+                torch.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square(), down, p
+            )
             return experts.combine(rows, gates, p)
 
         return run
@@ -119,8 +142,14 @@ def mlp_checks():
     x, up, down = (torch.randn(1000, 328, device=DEVICE), torch.randn(1304, 328, device=DEVICE) / 18,
                    torch.randn(328, 1304, device=DEVICE) / 36)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        yield "mlp_relu_sq", dtype, lambda: why or compare(mlp_relu_sq, mlp_relu_sq_reference, [x, up, down], dtype)
-        yield "linear_relu_sq", dtype, lambda: why or compare(linear_relu_sq, linear_relu_sq_reference, [x, up], dtype)
+        yield (
+            "mlp_relu_sq", dtype,
+            lambda: why or compare(mlp_relu_sq, mlp_relu_sq_reference, [x, up, down], dtype)
+        )
+        yield (
+            "linear_relu_sq", dtype,
+            lambda: why or compare(linear_relu_sq, linear_relu_sq_reference, [x, up], dtype)
+        )
 
 
 def muon_checks():
@@ -133,15 +162,21 @@ def muon_checks():
     g = torch.randn(4, 256, 1024, device=DEVICE)
     exact = newton_schulz(g, dtype=torch.float64, norm_dtype=torch.float64)
     for fused in (False, True):
-        yield (f"newton_schulz{', fused' if fused else ''}", torch.bfloat16,
-               lambda: (fused and why) or relative(newton_schulz(g, fused=fused), exact), 128 * ROUNDING[torch.bfloat16])
+        yield (
+            f"newton_schulz{', fused' if fused else ''}", torch.bfloat16,
+            lambda: (fused and why) or relative(newton_schulz(g, fused=fused), exact),
+            128 * ROUNDING[torch.bfloat16]
+        )
 
 
 def loss_pair(targets, **how):
     """(the Triton loss of x and weight, the reference in float64)."""
-    return [functools.partial(linear_cross_entropy, targets=targets, loss_dtype=exact, cap_dtype=exact, backend=backend,
-                              **how)
-            for exact, backend in ((torch.float32, "triton"), (torch.float64, "torch"))]
+    return [
+        functools.partial(
+            linear_cross_entropy, targets=targets, loss_dtype=exact, cap_dtype=exact, backend=backend, **how
+        )
+        for exact, backend in ((torch.float32, "triton"), (torch.float64, "torch"))
+    ]
 
 
 def loss_checks():
@@ -157,19 +192,36 @@ def loss_checks():
             yield name, dtype, lambda: why or compare(*loss_pair(targets, softcap=softcap), [x, head], dtype)
         for full_mass in (False, True):
             name = f"linear_cross_entropy, 3 targets and a prefix{', full mass' if full_mass else ''}"
-            yield (name, dtype, lambda: why or compare(
-                *loss_pair(rows, softcap=Softcap(form="sigmoid"), full_mass=full_mass, logit_scale=0.5, **more),
-                [x.view(4, 250, 328), head], dtype))
+            yield (
+                name,
+                dtype,
+                lambda: (
+                    why
+                    or compare(
+                        *loss_pair(
+                            rows, softcap=Softcap(form="sigmoid"), full_mass=full_mass, logit_scale=0.5,
+                            **more
+                        ),
+                        [x.view(4, 250, 328), head],
+                        dtype,
+                    )
+                ),
+            )
 
 
 def rotary_checks():
-    """QK norm, rotary and key offset; results and their gradients lie in one tensor, as qkv does, or q and k apart."""
+    """QK norm, rotary and key offset; results and their gradients lie in one tensor, as qkv does, or q and k
+    apart."""
     why = refusal(DEVICE, torch.bfloat16)
-    for width, order, offset in ((128, "after_rope", 32), (128, "before_rope", 0), (64, None, 16), (96, "after_rope", 0)):
+    for width, order, offset in (
+        (128, "after_rope", 32), (128, "before_rope", 0), (64, None, 16), (96, "after_rope", 0)
+    ):
         angles = torch.rand(999, width // 2, device=DEVICE) * 6.3
         plan = {"order": order, "eps": 2 ** -7, "offset": offset}
         ours = {"cos": angles.cos(), "sin": angles.sin(), **plan}
-        exact = {"cos": ours["cos"].double(), "sin": ours["sin"].double(), "norm_dtype": torch.float64, **plan}
+        exact = {
+            "cos": ours["cos"].double(), "sin": ours["sin"].double(), "norm_dtype": torch.float64, **plan
+        }
 
         def joint(qkv):
             q, k, v = qkv.unbind(2)
@@ -180,9 +232,18 @@ def rotary_checks():
             name = f"widths {width}, {order or 'no norm'}, offset {offset}"
             yield f"qkv_rotary, {name}", dtype, lambda: why or compare(
                 lambda x: torch.stack(qkv_rotary(x, **ours), 2), joint, [qkv], dtype)
-            yield f"qk_rotary, {name}", dtype, lambda: why or compare(
-                lambda q, k: torch.cat(qk_rotary(q, k, **ours)), lambda q, k: torch.cat(qk_rotary_reference(q, k, **exact)),
-                [qkv[:, :, 0], qkv[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)], dtype)
+            yield (
+                f"qk_rotary, {name}",
+                dtype,
+                lambda: (
+                    why
+                    or compare(
+                        lambda q, k: torch.cat(qk_rotary(q, k, **ours)),
+                        lambda q, k: torch.cat(qk_rotary_reference(q, k, **exact)),
+                        [qkv[:, :, 0], qkv[:, :, 1].transpose(1, 2).contiguous().transpose(1, 2)], dtype
+                    )
+                ),
+            )
 
 
 def scaled8(x, scale, dtype=E4M3):
@@ -191,8 +252,12 @@ def scaled8(x, scale, dtype=E4M3):
 
 
 def fp8_linear_checks():
-    """The 8-bit products of this device, forward and both backward, against the same quantised operands in float64."""
-    x, w = torch.randn(256, 128, device=DEVICE).bfloat16(), torch.randn(512, 128, device=DEVICE).bfloat16() / 8
+    """The 8-bit products of this device, forward and both backward, against the same quantised operands in
+    float64."""
+    x, w = (
+        torch.randn(256, 128, device=DEVICE).bfloat16(),
+        torch.randn(512, 128, device=DEVICE).bfloat16() / 8,
+    )
     g, scales = torch.randn(256, 512, device=DEVICE).bfloat16(), (2.0, 32.0, 8192.0)
     x8, w8, g8 = scaled8(x, 2.0), scaled8(w, 32.0), scaled8(g, 8192.0, torch.float8_e5m2)
     exact = x8 @ w8.T / 64, g8 @ w8 / (8192 * 32), g8.T @ x8 / (8192 * 2)
@@ -209,27 +274,37 @@ def fp8_linear_checks():
 
 
 def uncompiled():
-    """Why nothing is compiled here (it takes minutes on a CPU, whose compiler tests/test_compiler.py tests), or None."""
+    """Why nothing is compiled here (it takes minutes on a CPU, whose compiler tests/test_compiler.py tests),
+    or None."""
     return None if DEVICE.type == "cuda" else "compiled kernels are checked on CUDA"
 
 
 def spread(a, b):
-    """Error of a whole tensor, relative: where a rounding to 8 bits goes to the neighbour, a single element says little."""
+    """Error of a whole tensor, relative: where a rounding to 8 bits goes to the neighbour, a single element
+    says little."""
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm()).item()
 
 
 def fp8_loss_checks():
-    """The FP8 head: its logits rounded to bfloat16 and its gradient to e5m2, as the original, all else in float64.
+    """The FP8 head: its logits rounded to bfloat16 and its gradient to e5m2, as the original, all else in
+    float64.
 
-    Sums that differ round one logit in twenty and so one gradient in some hundred to the neighbour, an eighth to a quarter
-    off: the bound is 2^-5 of the whole tensor's norm. Not for Triton's interpreter, whose cast to e5m2 rounds otherwise."""
+    Sums that differ round one logit in twenty and so one gradient in some hundred to the neighbour, an eighth
+    to a quarter
+    off: the bound is 2^-5 of the whole tensor's norm. Not for Triton's interpreter, whose cast to e5m2 rounds
+    otherwise."""
     dtype, scales, softcap = torch.bfloat16, (2.0, 32.0, 2.0 ** 15), Softcap(form="sigmoid")
-    x, w = torch.randn(1024, 320, device=DEVICE).to(dtype), torch.randn(5008, 320, device=DEVICE).to(dtype) / 18
+    x, w = (
+        torch.randn(1024, 320, device=DEVICE).to(dtype),
+        torch.randn(5008, 320, device=DEVICE).to(dtype) / 18,
+    )
     targets = torch.randint(0, 5008, (1024,), device=DEVICE)
     x8, w8, g = scaled8(x, scales[0]), scaled8(w, scales[1]), torch.rand(1024, device=DEVICE) + 0.5
     z = (x8 @ w8.T / (scales[0] * scales[1])).to(dtype).double().requires_grad_()
-    losses = torch.nn.functional.cross_entropy(softcap.cap * torch.sigmoid(z / softcap.scale), targets, reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        softcap.cap * torch.sigmoid(z / softcap.scale), targets, reduction="none"
+    )
     d8 = scaled8(torch.autograd.grad(losses, z, g.double())[0].to(dtype), scales[2], torch.float8_e5m2)
     exact = losses, d8 @ w8 / (scales[2] * scales[1]), d8.T @ x8 / (scales[2] * scales[0])
     for backend in ("torch", "triton"):
@@ -242,19 +317,25 @@ def fp8_loss_checks():
 
 
 def fp8_mlp_checks():
-    """y, P's maxima and all gradients of the MLP in FP8 against float64 on the same 8-bit operands and roundings of P.
+    """y, P's maxima and all gradients of the MLP in FP8 against float64 on the same 8-bit operands and
+    roundings of P.
 
-    Sums that differ may round pre, P and its 8-bit copy to neighbours; a step of e4m3 is 1/16, in y one term of many."""
+    Sums that differ may round pre, P and its 8-bit copy to neighbours; a step of e4m3 is 1/16, in y one term
+    of many."""
     x, up, down = (torch.randn(1024, 320, device=DEVICE), torch.randn(1296, 320, device=DEVICE) / 18,
                    torch.randn(336, 1296, device=DEVICE) / 36)
     x[512:] *= 5  # two logical ranks
-    for dtype in (torch.bfloat16, torch.float32)[:1 + (not has_fp8_units(x))]:  # their fast sums are coarser than float32
+    # their fast sums are coarser than float32
+    for dtype in (torch.bfloat16, torch.float32)[:1 + (not has_fp8_units(x))]:
         inputs = [t.to(dtype).requires_grad_() for t in (x, up, down)]
         wide = [t.detach().double() for t in inputs]
         (x8, sx), (u8, su) = narrowed_rows(inputs[0].detach(), 2), narrowed_weight(inputs[1].detach())
         pre = (x8.double() @ u8.double().T) * (sx * su).double().repeat_interleave(512)[:, None]
         p = (pre.to(dtype).double().clamp(min=0) ** 2).to(dtype)
-        scales = 1.8 * p.unflatten(0, (2, -1)).amax((1, 2)).float() / 448, narrowed_weight(inputs[2].detach())[1]
+        scales = (
+            1.8 * p.unflatten(0, (2, -1)).amax((1, 2)).float() / 448,
+            narrowed_weight(inputs[2].detach())[1],
+        )
         p8 = quantise(p.unflatten(0, (2, -1)), 1 / scales[0][:, None, None], E4M3).flatten(0, 1).double()
         d8 = quantise(inputs[2].detach(), 1 / scales[1], E4M3).double()
         both = (p8 @ d8.T) * (scales[0] * scales[1]).double().repeat_interleave(512)[:, None]
@@ -275,8 +356,22 @@ def transpose_checks():
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         x = torch.randint(0, 256, (1000, 1304 * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
         for name, y in (("rows", x), ("a transpose", x[:, :333].t())):
-            yield f"transpose_copy of {name}", dtype, lambda: why or float(not torch.equal(*(t.view(torch.uint8) for t in (
-                transpose.transpose_copy(y), transpose.transpose_copy_reference(y))))), 0.0
+            yield (
+                f"transpose_copy of {name}",
+                dtype,
+                lambda: (
+                    why
+                    or float(
+                        not torch.equal(
+                            *(
+                                t.view(torch.uint8)
+                                for t in (transpose.transpose_copy(y), transpose.transpose_copy_reference(y))
+                            )
+                        )
+                    )
+                ),
+                0.0,
+            )
     for dtype in (torch.bfloat16, torch.float32):
         a, b = torch.randn(1000, 328, device=DEVICE).to(dtype), torch.randn(328, 1000, device=DEVICE)
         expected = a.double() + b.double().t()
@@ -297,12 +392,17 @@ def compiled_checks():
         tables = angles.cos().double(), angles.sin().double()
         return torch.stack([*qk_rotary_reference(q, k, *tables, norm_dtype=torch.float64, **plan), v], 2)
 
-    around = lambda layer: lambda x, *rest: layer(2 * x, *rest) + 1  # something for the compiler before and behind it
+    # something for the compiler before and behind it
+    around = lambda layer: lambda x, *rest: layer(2 * x, *rest) + 1
     for name, ours, exact, inputs in (
-            ("mlp_relu_sq", mlp_relu_sq, mlp_relu_sq_reference, [x, up, down]),
-            ("linear_relu_sq", linear_relu_sq, linear_relu_sq_reference, [x, up]),
-            ("linear_cross_entropy", *loss_pair(targets, softcap=Softcap(form="sigmoid")), [x, head]),
-            ("qkv_rotary", lambda x: torch.stack(qkv_rotary(x, angles.cos(), angles.sin(), **plan), 2), joint, [qkv])):
+        ("mlp_relu_sq", mlp_relu_sq, mlp_relu_sq_reference, [x, up, down]),
+        ("linear_relu_sq", linear_relu_sq, linear_relu_sq_reference, [x, up]),
+        ("linear_cross_entropy", *loss_pair(targets, softcap=Softcap(form="sigmoid")), [x, head]),
+        (
+            "qkv_rotary", lambda x: torch.stack(qkv_rotary(x, angles.cos(), angles.sin(), **plan), 2), joint,
+            [qkv]
+        ),
+    ):
         yield f"{name}, compiled", dtype, lambda: why or compare(
             torch.compile(around(ours), dynamic=False), around(exact), inputs, dtype)
     g = torch.randn(4, 256, 1024, device=DEVICE)
@@ -312,7 +412,8 @@ def compiled_checks():
     w = torch.randn(1024, 320, device=DEVICE).to(dtype)
     scale = torch.full((2,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     inputs = [t.to(dtype).requires_grad_() for t in (w, up, down)]
-    for given in (None, scale):  # against the same one not compiled, which fp8_mlp_checks compare with float64
+    # against the same one not compiled, which fp8_mlp_checks compare with float64
+    for given in (None, scale):
         layer = lambda *t: fp8_mlp(*t, 2, given, True)[0]
         yield (f"fp8_mlp {'up' if given is None else 'up and down'}, fused, compiled", dtype, lambda: (
             refusal(DEVICE, dtype, FP8_SINCE) or uncompiled() or max(spread(a, b) for a, b in zip(
@@ -330,14 +431,18 @@ def room(gib):
 
 
 def large_checks():
-    """Offsets of more than 2^31 elements, against torch in pieces of which none is that large. Bit by bit: errors 0 or 1."""
+    """Offsets of more than 2^31 elements, against torch in pieces of which none is that large. Bit by bit:
+    errors 0 or 1."""
     tokens, classes = 49152, 50304
     for dtype, gib in ((torch.uint8, 8), (torch.bfloat16, 14)):
         yield (f"transpose_copy of {tokens} x {classes}", dtype,
                lambda: room(gib) or large_transpose(tokens, classes, dtype), 0.0)
     yield (f"linear_cross_entropy of {tokens} x {classes} at once", torch.bfloat16,
            lambda: room(24) or large_loss(tokens, classes))
-    yield "linear_relu_sq of 720000 x 3072", torch.bfloat16, lambda: room(24) or large_relu_sq(720_000, 64, 3072)
+    yield (
+        "linear_relu_sq of 720000 x 3072", torch.bfloat16,
+        lambda: room(24) or large_relu_sq(720_000, 64, 3072)
+    )
     yield "qkv_rotary of 960000 tokens", torch.bfloat16, lambda: room(30) or large_rotary(960_000, 6, 128)
 
 
@@ -351,7 +456,8 @@ def large_transpose(m, n, dtype):
 
 
 def large_loss(tokens, classes, dim=768):
-    """All logits in one chunk of the kernels; the reference multiplies the same operands in float32, 1,024 tokens a time."""
+    """All logits in one chunk of the kernels; the reference multiplies the same operands in float32, 1,024
+    tokens a time."""
     inputs = [(torch.randn(n, dim, device=DEVICE) / scale).bfloat16().requires_grad_()
               for n, scale in ((tokens, 1), (classes, dim ** 0.5))]
     wide = [t.detach().float().requires_grad_() for t in inputs]
@@ -369,10 +475,15 @@ def pieces(tokens):
 
 def large_relu_sq(tokens, dim, hidden):
     """P, and 2 dP sqrt(P) of the elementwise gradient."""
-    x, w = torch.randn(tokens, dim, device=DEVICE).bfloat16(), torch.randn(hidden, dim, device=DEVICE).bfloat16() / 8
+    x, w = (
+        torch.randn(tokens, dim, device=DEVICE).bfloat16(),
+        torch.randn(hidden, dim, device=DEVICE).bfloat16() / 8,
+    )
     p = relu_sq.forward(x, w)
     d = relu_sq.gradient(p, p)
-    errors = [relative(p[part], linear_relu_sq_reference(x[part].double(), w.double())) for part in pieces(tokens)]
+    errors = [
+        relative(p[part], linear_relu_sq_reference(x[part].double(), w.double())) for part in pieces(tokens)
+    ]
     return max(*errors, *(relative(d[part], 2 * p[part].double() ** 1.5) for part in pieces(tokens)))
 
 
@@ -383,14 +494,17 @@ def large_rotary(tokens, heads, width):
     errors = []
     for part in pieces(tokens):
         tables = angles[part].cos().double(), angles[part].sin().double()
-        exact = qk_rotary_reference(*qkv[:, part].double().unbind(2)[:2], *tables, order="before_rope", eps=1e-6,
-                                    norm_dtype=torch.float64)
+        exact = qk_rotary_reference(
+            *qkv[:, part].double().unbind(2)[:2], *tables, order="before_rope", eps=1e-6,
+            norm_dtype=torch.float64
+        )
         errors += [relative(a[:, part], b) for a, b in zip((q, k), exact)]
     return max(errors)
 
 
 def graph_checks():
-    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal gradients."""
+    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal
+    gradients."""
     for ref in ("short/11", "short/33"):
         for precision, dtype in (("float32", torch.float32), ("record", torch.bfloat16)):
             yield f"optimizer of {ref} as CUDA graphs", dtype, lambda: graph_error(ref, precision)
@@ -401,7 +515,9 @@ def graph_error(ref, precision):
         return "needs CUDA, and this is cpu"
     ends = []
     for graphs in ("false", "true"):
-        s = deltas.resolve(ref, scale="micro", sets=[f"system.precision={precision}", f"system.cuda_graphs={graphs}"]).settings
+        s = deltas.resolve(
+            ref, scale="micro", sets=[f"system.precision={precision}", f"system.cuda_graphs={graphs}"]
+        ).settings
         model = GPT(s).to(DEVICE)
         model.initialise(0)
         optimizer = Optimizer(model, s, compiled=True)
@@ -415,10 +531,12 @@ def graph_error(ref, precision):
 
 
 # in the order in which they are worth having; the last ones wait longest for the compiler
-GROUPS = {"mlp": mlp_checks, "muon": muon_checks, "loss": loss_checks, "rotary": rotary_checks, "fp8_mlp": fp8_mlp_checks,
-          "fp8_loss": fp8_loss_checks, "transpose": transpose_checks, "large": large_checks, "experts": expert_checks,
-          "attention": attention_checks, "fp8_linear": fp8_linear_checks, "compiled": compiled_checks,
-          "graphs": graph_checks}
+GROUPS = {
+    "mlp": mlp_checks, "muon": muon_checks, "loss": loss_checks, "rotary": rotary_checks,
+    "fp8_mlp": fp8_mlp_checks, "fp8_loss": fp8_loss_checks, "transpose": transpose_checks,
+    "large": large_checks, "experts": expert_checks, "attention": attention_checks,
+    "fp8_linear": fp8_linear_checks, "compiled": compiled_checks, "graphs": graph_checks
+}
 
 
 def judged(checks):
@@ -432,7 +550,9 @@ def judged(checks):
             if isinstance(found, str):
                 return {"not_run": found}
             row = {"error": found, "bound": bound}
-            return row if found <= bound else {**row, "failed": f"wrong: error {found:.1e}, bound {bound:.1e}"}
+            return (
+                row if found <= bound else {**row, "failed": f"wrong: error {found:.1e}, bound {bound:.1e}"}
+            )
 
         yield {"check": name, "dtype": str(dtype).removeprefix("torch.")}, case
 
@@ -444,14 +564,20 @@ def show(row):
 
 
 def brief(rows):
-    """A line for each group: how many checks hold, how close the worst one came to its bound, what was not run and why."""
+    """A line for each group: how many checks hold, how close the worst one came to its bound, what was not
+    run and why."""
     lines = []
     for name in dict.fromkeys(r["group"] for r in rows):
         mine = [r for r in rows if r["group"] == name]
         shares = [r["error"] / r["bound"] for r in mine if r.get("bound")]
-        lines.append({"group": name, "hold": sum("error" in r for r in mine),
-                      "largest error, of its bound": max(shares, default=None), "not run": sum("not_run" in r for r in mine),
-                      "because": "; ".join(sorted({r["not_run"] for r in mine if "not_run" in r}))})
+        lines.append(
+            {
+                "group": name, "hold": sum("error" in r for r in mine),
+                "largest error, of its bound": max(shares, default=None),
+                "not run": sum("not_run" in r for r in mine),
+                "because": "; ".join(sorted({r["not_run"] for r in mine if "not_run" in r}))
+            }
+        )
     return lines
 
 
@@ -460,7 +586,8 @@ def main():
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # FlexAttention: beyond it an eager one would run, and say nothing
+    # FlexAttention: beyond it an eager one would run, and say nothing
+    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     groups = {name: functools.partial(judged, checks) for name, checks in GROUPS.items()}
     sys.exit(report.run(o, groups, "Kernels against float64", show=show, brief=brief))

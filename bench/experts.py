@@ -1,8 +1,9 @@
 """Variants against their parent: `python bench/experts.py [RECORD ...] [--scale tiny] [--out JSON]`.
 
-A training step of each variant (forward, backward, update) and of its parent, interleaved; for mixtures of experts also where
-the time of their layers goes (route, permute, multiply, combine, shared expert; forward and backward, all layers), and the same
-layer in plain torch, a loop over the experts. Minimum over repeats, milliseconds. FLOPs need no measurement: `records variants`.
+A training step of each variant (forward, backward, update) and of its parent, interleaved; for mixtures of
+experts also where the time of their layers goes (route, permute, multiply, combine, shared expert; forward
+and backward, all layers), and the same layer in plain torch, a loop over the experts. Minimum over repeats,
+milliseconds. FLOPs need no measurement: `records variants`.
 """
 
 import sys
@@ -58,7 +59,9 @@ class Case:
             self.optimizer.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
             most = sum(self.documents[i:i + self.at_once])
-            self.forward(x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)).mean().backward()
+            self.forward(
+                x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)
+            ).mean().backward()
             self.optimizer.collect()
 
     def update(self):
@@ -73,13 +76,18 @@ def backward(outputs, leaves):
 
 
 def layer_parts(case, repeats):
-    """{part: ms} of all mixture layers together, on normed random input of a step's size; `plain` is the loop over experts."""
+    """{part: ms} of all mixture layers together, on normed random input of a step's size; `plain` is the loop
+    over experts."""
     layers = case.model.mixtures()
     moe, forwards = layers[0][1], 8 // case.at_once
     rows, length = case.x[:case.at_once].flatten(0, 1).shape
     matmul = getattr(torch, case.s.numerics.matmul)
-    x = torch.randn(rows, length, case.s.model.model_dim, device=case.x.device, dtype=matmul, requires_grad=True)
-    backend = experts.choose(case.s.system.experts, x.device, matmul, (moe.up.size(1), moe.up.size(2)), case.compiled)
+    x = torch.randn(
+        rows, length, case.s.model.model_dim, device=case.x.device, dtype=matmul, requires_grad=True
+    )
+    backend = experts.choose(
+        case.s.system.experts, x.device, matmul, (moe.up.size(1), moe.up.size(2)), case.compiled
+    )
     chosen, gates, _ = moe.router(x)
     gates = gates.detach().to(matmul).requires_grad_()
     p = experts.plan(chosen, moe.experts, backend)
@@ -109,14 +117,18 @@ def layer_parts(case, repeats):
     if moe.shared is not None:
         steps["shared"] = lambda: backward([moe.shared(x)], [x, *moe.shared.parameters()])
     steps |= {"routed": ours, "plain": plain}
-    return {name: 1000 * measure.best(step, repeats)[1] * len(layers) * forwards for name, step in steps.items()}
+    return {
+        name: 1000 * measure.best(step, repeats)[1] * len(layers) * forwards for name, step in steps.items()
+    }
 
 
 def main():
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")
-    p.add_argument("--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)")
+    p.add_argument(
+        "--data", metavar="DIR", help="folder of shards (default: the embedded corpus, or random tokens)"
+    )
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
@@ -152,8 +164,11 @@ def measured(ref, o):
         row["parts_ms"] = {k: round(v, 2) for k, v in layer_parts(case, o.repeats).items()}
         parts = dict(row["parts_ms"])
         routed, plain = parts.pop("routed"), parts.pop("plain")
-        print("    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
-              + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms", flush=True)
+        print(
+            "    layers: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items())
+            + f" ms; routed part {routed:.1f} ms, as a loop over experts in plain torch {plain:.1f} ms",
+            flush=True
+        )
     return row
 
 

@@ -1,8 +1,10 @@
-"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...] [--out JSON]`.
+"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...]
+[--out JSON]`.
 
-Needs a GPU. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds
-(bench/measure.py; forward and backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must
-move at least, their share of the card's peak, and memory beyond what was there before.
+Needs a GPU. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on a logical rank of each:
+milliseconds (bench/measure.py; forward and backward where there is one) of torch, torch.compile and our
+kernel; FLOPs, bytes that must move at least, their share of the card's peak, and memory beyond what was there
+before.
 """
 
 import functools
@@ -63,7 +65,9 @@ def plain_experts(x, up, down, gates, chosen):
     y = torch.zeros_like(x)
     for e in range(len(up)):
         token, choice = (chosen == e).nonzero(as_tuple=True)
-        y = y.index_add(0, token, (F.relu(x[token] @ up[e].mT).square() @ down[e].mT) * gates[token, choice, None])
+        y = y.index_add(
+            0, token, (F.relu(x[token] @ up[e].mT).square() @ down[e].mT) * gates[token, choice, None]
+        )
     return y
 
 
@@ -74,34 +78,63 @@ def our_experts(x, up, down, gates, chosen):
 
 
 def fp8_mlps(x, up, down, flops, size):
-    """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused kernels."""
+    """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused
+    kernels."""
     scales = torch.full((1,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     for name, given in (("up", None), ("up and down", scales)):
         def mlp(*t, given=given, fused=False):
             return fp8_mlp(*t, 1, given, fused)[0]
-        yield f"mlp, relu^2, FP8 {name}", flops, size, {
-            "torch": trained(mlp, [x, up, down]), "compile": trained(torch.compile(mlp, dynamic=False), [x, up, down]),
-            "ours": trained(functools.partial(mlp, fused=True), [x, up, down])}
+        yield (
+            f"mlp, relu^2, FP8 {name}",
+            flops,
+            size,
+            {
+                "torch": trained(mlp, [x, up, down]),
+                "compile": trained(torch.compile(mlp, dynamic=False), [x, up, down]),
+                "ours": trained(functools.partial(mlp, fused=True), [x, up, down])
+            },
+        )
 
 
 def transposes():
-    """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s count."""
-    for rows, columns, dtype in ((TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
-                                 (DIM, VOCAB, torch.bfloat16)):
-        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
+    """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s
+    count."""
+    for rows, columns, dtype in (
+        (TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
+        (DIM, VOCAB, torch.bfloat16)
+    ):
+        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(
+            dtype
+        )
         plain = transpose.transpose_copy_reference
-        yield f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits", 0, 2 * x.numel() * dtype.itemsize, {
-            "torch": functools.partial(plain, x), "compile": functools.partial(torch.compile(plain, dynamic=False), x),
-            "ours": functools.partial(transpose.transpose_copy, x)}
+        yield (
+            f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits",
+            0,
+            2 * x.numel() * dtype.itemsize,
+            {
+                "torch": functools.partial(plain, x),
+                "compile": functools.partial(torch.compile(plain, dynamic=False), x),
+                "ours": functools.partial(transpose.transpose_copy, x)
+            },
+        )
     a, b = torch.zeros(DIM, VOCAB, device=DEVICE), torch.zeros(VOCAB, DIM, device=DEVICE)
     plain = transpose.transpose_add_reference
-    yield f"transpose-add {DIM} x {VOCAB}, float32", a.numel(), 12 * a.numel(), {
-        "torch": functools.partial(plain, a, b), "compile": functools.partial(torch.compile(plain, dynamic=False), a, b),
-        "ours": functools.partial(transpose.transpose_add, a, b)}
+    yield (
+        f"transpose-add {DIM} x {VOCAB}, float32",
+        a.numel(),
+        12 * a.numel(),
+        {
+            "torch": functools.partial(plain, a, b),
+            "compile": functools.partial(torch.compile(plain, dynamic=False), a, b),
+            "ours": functools.partial(transpose.transpose_add, a, b)
+        },
+    )
 
 
 def mlps():
-    x, up, down = tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM ** -0.5), tensor(DIM, HIDDEN, scale=HIDDEN ** -0.5)
+    x, up, down = (
+        tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM**-0.5), tensor(DIM, HIDDEN, scale=HIDDEN**-0.5)
+    )
     flops, size = 6 * 2 * TOKENS * DIM * HIDDEN, 2 * (4 * TOKENS * DIM + 4 * TOKENS * HIDDEN)
     yield "mlp, relu^2", flops, size, {
         "torch": trained(mlp_relu_sq_reference, [x, up, down]),
@@ -114,20 +147,38 @@ def mlps():
 def losses():
     x, head, cap = tensor(TOKENS, DIM), tensor(VOCAB, DIM, scale=DIM ** -0.5), Softcap(form="sigmoid")
     targets = torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
-    yield "head and cross entropy", 6 * TOKENS * DIM * VOCAB, 2 * (4 * TOKENS * VOCAB), {
-        "torch": trained(lambda x, w: whole_loss(x, w, targets, cap), [x, head]),
-        "compile": trained(torch.compile(lambda x, w: whole_loss(x, w, targets, cap), dynamic=False), [x, head]),
-        "chunks": trained(lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="torch"), [x, head]),
-        "ours": trained(lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="triton"), [x, head])}
+    yield (
+        "head and cross entropy",
+        6 * TOKENS * DIM * VOCAB,
+        2 * (4 * TOKENS * VOCAB),
+        {
+            "torch": trained(lambda x, w: whole_loss(x, w, targets, cap), [x, head]),
+            "compile": trained(
+                torch.compile(lambda x, w: whole_loss(x, w, targets, cap), dynamic=False), [x, head]
+            ),
+            "chunks": trained(
+                lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="torch"), [x, head]
+            ),
+            "ours": trained(
+                lambda x, w: linear_cross_entropy(x, w, targets, softcap=cap, backend="triton"), [x, head]
+            ),
+        },
+    )
 
 
 def muons():
     for n, rows, columns in ((24, DIM, HIDDEN), (44, DIM, DIM)):
         g = tensor(n, rows, columns).detach()
-        yield (f"newton_schulz {n} x {rows} x {columns}", 5 * n * (4 * rows ** 2 * columns + 2 * rows ** 3),
-               2 * 5 * n * (4 * rows * columns + 4 * rows ** 2), {
-            "torch": functools.partial(newton_schulz, g), "ours": functools.partial(newton_schulz, g, fused=True),
-            "compile": functools.partial(torch.compile(newton_schulz, dynamic=False), g)})
+        yield (
+            f"newton_schulz {n} x {rows} x {columns}",
+            5 * n * (4 * rows**2 * columns + 2 * rows**3),
+            2 * 5 * n * (4 * rows * columns + 4 * rows**2),
+            {
+                "torch": functools.partial(newton_schulz, g),
+                "ours": functools.partial(newton_schulz, g, fused=True),
+                "compile": functools.partial(torch.compile(newton_schulz, dynamic=False), g)
+            },
+        )
     a = tensor(24, DIM, HIDDEN).detach()
     yield "gram 24 x 768 x 3072", 24 * 2 * DIM ** 2 * HIDDEN, 2 * 24 * (DIM * HIDDEN + DIM ** 2), {
         "torch": lambda: symmetric.gram_reference(a), "ours": lambda: symmetric.gram(a)}
@@ -139,20 +190,37 @@ def rotary():
     angles = torch.rand(TOKENS, width // 2, device=DEVICE) * 2 * torch.pi
     plan = {"cos": angles.cos(), "sin": angles.sin(), "order": "before_rope", "eps": 1e-6}
     # q and k read and written; then they and three gradients read, three written; the float32 tables twice
-    yield "QK norm and rotary", 16 * 2 * TOKENS * DIM, 2 * 12 * TOKENS * DIM + 4 * 4 * angles.numel(), {
-        "torch": trained(functools.partial(plain_rotary, **plan), [qkv], upstream),
-        "compile": trained(torch.compile(functools.partial(plain_rotary, **plan), dynamic=False), [qkv], upstream),
-        "ours": trained(functools.partial(qkv_rotary, **plan), [qkv], upstream)}
+    yield (
+        "QK norm and rotary",
+        16 * 2 * TOKENS * DIM,
+        2 * 12 * TOKENS * DIM + 4 * 4 * angles.numel(),
+        {
+            "torch": trained(functools.partial(plain_rotary, **plan), [qkv], upstream),
+            "compile": trained(
+                torch.compile(functools.partial(plain_rotary, **plan), dynamic=False), [qkv], upstream
+            ),
+            "ours": trained(functools.partial(qkv_rotary, **plan), [qkv], upstream),
+        },
+    )
 
 
 def mixtures():
     count, k, width = 8, 2, 1024
-    stack_up, stack_down = tensor(count, width, DIM, scale=DIM ** -0.5), tensor(count, DIM, width, scale=width ** -0.5)
+    stack_up, stack_down = (
+        tensor(count, width, DIM, scale=DIM**-0.5),
+        tensor(count, DIM, width, scale=width**-0.5),
+    )
     chosen = torch.rand(TOKENS, count, device=DEVICE).topk(k).indices
     inputs = [tensor(TOKENS, DIM), stack_up, stack_down, tensor(TOKENS, k)]
-    yield "experts, 8 of 1024, 2 a token", 12 * TOKENS * k * DIM * width, 2 * 4 * k * TOKENS * (DIM + width), {
-        "torch": trained(lambda *t: plain_experts(*t, chosen), inputs),
-        "ours": trained(lambda *t: our_experts(*t, chosen), inputs)}
+    yield (
+        "experts, 8 of 1024, 2 a token",
+        12 * TOKENS * k * DIM * width,
+        2 * 4 * k * TOKENS * (DIM + width),
+        {
+            "torch": trained(lambda *t: plain_experts(*t, chosen), inputs),
+            "ours": trained(lambda *t: our_experts(*t, chosen), inputs),
+        },
+    )
 
 
 def adams():
@@ -175,7 +243,7 @@ def adams():
             "eager": ours(adamw_), "compile": ours(torch.compile(adamw_, dynamic=False))}
 
 
-# ----- attention --------------------------------------------------------------------------------------------------
+# ----- attention --------------------------------------------------------------------------------------------
 
 def pairs(documents, window, rows, tokens):
     """How many (query, key) pairs are visible. documents: (rows, tokens) ids, an array, or None."""
@@ -194,7 +262,9 @@ def pairs(documents, window, rows, tokens):
 def some_documents(rows, tokens, longest):
     """(rows, tokens) int32 ids of documents as long as FineWeb's."""
     ends = np.cumsum(measure.lengths(np.random.default_rng(0), rows * tokens // 8, longest))
-    return np.searchsorted(ends, np.arange(rows * tokens), side="right").reshape(rows, tokens).astype(np.int32)
+    return (
+        np.searchsorted(ends, np.arange(rows * tokens), side="right").reshape(rows, tokens).astype(np.int32)
+    )
 
 
 def windows_of(s):
@@ -217,20 +287,29 @@ def attentions():
         q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))
         upstream = [tensor(rows, tokens, heads, width).detach()]
         for name, window in windows_of(s).items():
-            seen, size = pairs(ids, window, rows, tokens), 2 * 12 * q.numel()  # q k v y; again, with g, and three gradients
+            # q k v y; again, with g, and three gradients
+            seen, size = pairs(ids, window, rows, tokens), 2 * 12 * q.numel()
 
             def way(backend):
                 def prepared():
                     documents = None if ids is None else torch.from_numpy(ids).to(DEVICE)
-                    attention.choose(backend, q.device, documents=ids is not None, window=window, tokens=tokens,
-                                     dtype=q.dtype)
-                    view = attention.view(documents, window, backend, rows=rows, tokens=tokens, device=q.device,
-                                          dtype=q.dtype, longest=longest)
+                    attention.choose(
+                        backend, q.device, documents=ids is not None, window=window, tokens=tokens,
+                        dtype=q.dtype
+                    )
+                    view = attention.view(
+                        documents, window, backend, rows=rows, tokens=tokens, device=q.device, dtype=q.dtype,
+                        longest=longest
+                    )
                     return trained(lambda *t: attention.attend(*t, view), [q, k, v], upstream)
                 return Prepared(prepared)
 
-            ways = [b for b in attention.BACKENDS if b != "documents" and (b != "dense" or tokens <= 4096)]  # T x T masks
-            yield f"attention of {ref}, {name}", 14 * seen * heads * width, size, {backend: way(backend) for backend in ways}
+            # T x T masks
+            ways = [b for b in attention.BACKENDS if b != "documents" and (b != "dense" or tokens <= 4096)]
+            yield (
+                f"attention of {ref}, {name}", 14 * seen * heads * width, size,
+                {backend: way(backend) for backend in ways}
+            )
 
 
 class Prepared(NamedTuple):
@@ -238,8 +317,10 @@ class Prepared(NamedTuple):
     make: Callable
 
 
-GROUPS = {"attention": attentions, "mlp": mlps, "loss": losses, "muon": muons, "adam": adams, "rotary": rotary,
-          "transpose": transposes, "experts": mixtures}
+GROUPS = {
+    "attention": attentions, "mlp": mlps, "loss": losses, "muon": muons, "adam": adams, "rotary": rotary,
+    "transpose": transposes, "experts": mixtures
+}
 
 
 def timed(step, flops, size, peak, repeats):
@@ -277,19 +358,27 @@ def show(row):
     head = f"{row['operation']:44} {row['way']:8}"
     if "not_run" in row:
         return f"{head} not run: {row['not_run']}"
-    return (f"{head} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {1e3 * row['gb'] / row['ms']:7.0f} GB/s "
-            f"{row['peak_mib']:7} MiB")
+    return (
+        f"{head} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {1e3 * row['gb'] / row['ms']:7.0f} GB/s "
+        f"{row['peak_mib']:7} MiB"
+    )
 
 
 def brief(rows):
-    """A line for each operation: milliseconds of every way, and the largest share of a peak that the fastest one reaches."""
+    """A line for each operation: milliseconds of every way, and the largest share of a peak that the fastest
+    one reaches."""
     lines = []
     for operation in dict.fromkeys(r["operation"] for r in rows):
         mine = {r["way"]: r for r in rows if r["operation"] == operation and "ms" in r}
         fastest = min(mine.values(), key=lambda r: r["ms"], default={})
-        lines.append({"operation": operation, "fastest": fastest.get("way"),
-                      "its share of FLOPs": fastest.get("share_of_flops"), "of bytes": fastest.get("share_of_bytes"),
-                      **{f"{way}, ms": r["ms"] for way, r in mine.items()}})
+        lines.append(
+            {
+                "operation": operation, "fastest": fastest.get("way"),
+                "its share of FLOPs": fastest.get("share_of_flops"),
+                "of bytes": fastest.get("share_of_bytes"),
+                **{f"{way}, ms": r["ms"] for way, r in mine.items()}
+            }
+        )
     return lines
 
 
@@ -302,10 +391,13 @@ def main():
         print(f"no GPU here; on one this would time: {', '.join(o.only or GROUPS)}")
         sys.exit(0)
     torch.manual_seed(0)
-    torch._dynamo.config.recompile_limit = 64  # of FlexAttention, which every window and every row compiles anew
+    # of FlexAttention, which every window and every row compiles anew
+    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     peak = next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None)
-    groups = {name: functools.partial(cases, operations, peak, o.repeats) for name, operations in GROUPS.items()}
+    groups = {
+        name: functools.partial(cases, operations, peak, o.repeats) for name, operations in GROUPS.items()
+    }
     sys.exit(report.run(o, groups, "Operations of a full-width step", show=show, brief=brief))
 
 

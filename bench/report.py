@@ -108,12 +108,18 @@ def label(row):
     return ", ".join(v for k, v in row.items() if isinstance(v, str) and k not in ("failed", "group"))
 
 
-# ----- Markdown ---------------------------------------------------------------------------------------------------
+# ----- Markdown ---------------------------------------------------------------------------------------------
 
 def markdown(title, about, rows, failed, complete):
     """A page: what was measured on what, the rows, what failed."""
-    lines = [f"# {title}", "", f"{about['device']}, torch {about['torch']}, commit {about['code'][:12]}"
-             + ("" if complete else "; **not complete: the bench was stopped or is running**"), "", *table(rows)]
+    lines = [
+        f"# {title}",
+        "",
+        f"{about['device']}, torch {about['torch']}, commit {about['code'][:12]}"
+        + ("" if complete else "; **not complete: the bench was stopped or is running**"),
+        "",
+        *table(rows),
+    ]
     if failed:
         lines += ["", "Failed:", "", *table(failed)]
     return "\n".join(lines) + "\n"
@@ -143,7 +149,7 @@ def cell(value):
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-# ----- groups of cases in processes of their own ------------------------------------------------------------------
+# ----- groups of cases in processes of their own ------------------------------------------------------------
 
 def add_arguments(p, groups):
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")

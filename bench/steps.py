@@ -58,7 +58,10 @@ def train(ref, o, data, caches, out, more=(), validations=2):
         launch += [str(ROOT / "system" / "launch.py"), str(o.nproc)]
     command = [*launch, "train_gpt.py", ref, "--scale", o.scale, "--out", str(out)]
     if o.steps:
-        command += ["--set", f"schedule.steps={o.steps}", "--set", f"validation.every={max(1, o.steps // validations)}"]
+        command += [
+            "--set", f"schedule.steps={o.steps}", "--set",
+            f"validation.every={max(1, o.steps // validations)}"
+        ]
     if o.scale in ("full", "small"):
         command += ["--data", str(data), "--set", f"validation.tokens={validation_tokens(ref, o.scale)}"]
     for x in o.set:
@@ -93,7 +96,9 @@ def so_far(out):
         events = map(json.loads, path.read_text(encoding="utf-8").split("\n")[:-1])
         points = [e for e in events if e["kind"] == "validation"]
         if points:
-            text = ", after step {step} of {scheduled_steps} with loss {val_loss:.4f} in {train_time_ms:.0f} ms"
+            text = (
+                ", after step {step} of {scheduled_steps} with loss {val_loss:.4f} in {train_time_ms:.0f} ms"
+            )
             return text.format(**points[-1])
     return ", before the clock started"
 
@@ -122,10 +127,13 @@ def measured(ref, o, data, caches, out, more):
     tokens = tokens_per_step(deltas.resolve(ref, scale=o.scale).settings)
     row["tokens_per_second"] = round(1000 * tokens / row["warm"]["ms_per_step"])
     memory = row["warm"]["peak_memory_mib"]
-    print(f"{ref}: {row['warm']['ms_per_step']:.1f} ms a step, {row['tokens_per_second']:,} tokens/s"
-          + (f", {memory:,} MiB" if memory else "") + f"; the clock starts after {row['warm']['start_s']:.0f} s, "
-          f"{row['warm']['graphs']} graphs before it, {row['compiled']} pieces of code compiled anew, and "
-          f"{row['warm']['graphs_in_clock']} graphs in it", flush=True)
+    print(
+        f"{ref}: {row['warm']['ms_per_step']:.1f} ms a step, {row['tokens_per_second']:,} tokens/s"
+        + (f", {memory:,} MiB" if memory else "")
+        + f"; the clock starts after {row['warm']['start_s']:.0f} s, "
+        f"{row['warm']['graphs']} graphs before it, {row['compiled']} pieces of code compiled anew, and "
+        f"{row['warm']['graphs_in_clock']} graphs in it", flush=True
+    )
     return row
 
 

@@ -1,7 +1,9 @@
-"""Tokens per second on this machine: `python bench/throughput.py [--quick]`, table on stdout, JSON with --out.
+"""Tokens per second on this machine: `python bench/throughput.py [--quick]`, table on stdout, JSON with
+--out.
 
-Measures training steps (forward, backward, update) of tiny records and of one full-width GPT-2-small block, eager and
-compiled, float32 and bfloat16, and the harness's own work per step (loader, digests, log). Minimum over repeats.
+Measures training steps (forward, backward, update) of tiny records and of one full-width GPT-2-small block,
+eager and compiled, float32 and bfloat16, and the harness's own work per step (loader, digests, log). Minimum
+over repeats.
 """
 
 import tempfile
@@ -30,9 +32,11 @@ from train_gpt import to_rows
 
 
 def record_step(ref, precision, compiled, at_once=8, sets=()):
-    """(one training step as a function, tokens per step) of a record at tiny scale, `at_once` logical ranks a forward.
+    """(one training step as a function, tokens per step) of a record at tiny scale, `at_once` logical ranks a
+    forward.
 
-    Real tokens (documents and so attention depend on them), at three quarters of the run, where windows are long.
+    Real tokens (documents and so attention depend on them), at three quarters of the run, where windows are
+    long.
     """
     s = deltas.resolve(ref, scale="tiny", sets=[f"system.precision={precision}", *sets]).settings
     model = GPT(s)
@@ -57,12 +61,18 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     return step, plan.tokens
 
 
-# Shapes of records that the lineage has not reached, on record 33: 11 layers and their mean batch. What they add to it
-# (more gates, n-gram tables) costs little next to this; it is here to try the ratios of the scales.
+# Shapes of records that the lineage has not reached, on record 33: 11 layers and their mean batch. What they
+# add to it (more gates, n-gram tables) costs little next to this; it is here to try the ratios of the scales.
 ELEVEN = ("model.num_layers=11", "model.attn.value_embed.tables=[0,1,2,-1,-1,-1,-1,-1,0,1,2]",
           "model.attn.window.long_layers=[3,10]")
-LATER = "model.residual.unet_skips=false", "model.attn.drop_layers=[6]", "data.tokens_per_rank=256", "data.seq_len=256"
-SHAPES = {"shaped like 57": [*ELEVEN, *LATER], "shaped like 89": [*ELEVEN, *LATER, "model.mlp.drop_layers=[]"]}
+LATER = (
+    "model.residual.unet_skips=false", "model.attn.drop_layers=[6]", "data.tokens_per_rank=256",
+    "data.seq_len=256"
+)
+SHAPES = {
+    "shaped like 57": [*ELEVEN, *LATER],
+    "shaped like 89": [*ELEVEN, *LATER, "model.mlp.drop_layers=[]"],
+}
 
 
 def block_step(precision, compiled):
@@ -85,7 +95,8 @@ def block_step(precision, compiled):
 
 
 def harness_ms():
-    """Milliseconds per step that the harness itself costs at tiny: batch with digests, and a log line per validation."""
+    """Milliseconds per step that the harness itself costs at tiny: batch with digests, and a log line per
+    validation."""
     s = deltas.resolve("short/11", scale="tiny").settings
     stream = Stream(sample_corpus(), ranks=range(8), **stream_arguments(s))
     stream.next()
@@ -97,7 +108,10 @@ def harness_ms():
         log = runlog.RunLog(folder, "bench")
         began = time.perf_counter()
         for i in range(200):
-            log.event("validation", step=i, scheduled_steps=200, val_loss=1.0, train_time_ms=1.0, train_loss=[1.0] * 22)
+            log.event(
+                "validation", step=i, scheduled_steps=200, val_loss=1.0, train_time_ms=1.0,
+                train_loss=[1.0] * 22
+            )
         line = (time.perf_counter() - began) / 200
     return 1000 * batch, 1000 * line / s.validation.every
 
@@ -122,8 +136,11 @@ def main():
                 torch._dynamo.reset()
                 step, tokens = make(precision, compiled)
                 first, seconds = measure.best(step, repeats)
-                row = {"what": name, "dtype": label, "mode": "compiled" if compiled else "eager",
-                       "ms": round(1000 * seconds, 2), "tokens_per_second": round(tokens / seconds), "first_s": round(first, 2)}
+                row = {
+                    "what": name, "dtype": label, "mode": "compiled" if compiled else "eager",
+                    "ms": round(1000 * seconds, 2), "tokens_per_second": round(tokens / seconds),
+                    "first_s": round(first, 2)
+                }
                 if name.startswith("tiny"):  # training alone, without validation
                     row["tiny_run_s"] = round(SCALES["tiny"].budget_tokens / tokens * seconds, 1)
                 report.add(row)

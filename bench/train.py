@@ -16,11 +16,19 @@ from common import arguments, console
 def curve(summary, events):
     """What the log has of a training, and every validation as `step: loss (seconds)`."""
     points = [e for e in events if e["kind"] == "validation"]
-    return {"val_loss": round(summary["val_loss"], 4), "train_s": round(summary["train_time_ms"] / 1000, 2),
-            "steps": summary["steps"], "corpus": summary["corpus"], "graphs_in_clock": summary["graphs_in_clock"],
-            "peak_memory_mib": summary.get("peak_memory_mib"), "attention": summary["attention"],
-            "device": summary["device"],
-            "curve": {f"step {e['step']}": f"{e['val_loss']:.4f} ({e['train_time_ms'] / 1000:.1f} s)" for e in points}}
+    return {
+        "val_loss": round(summary["val_loss"], 4),
+        "train_s": round(summary["train_time_ms"] / 1000, 2),
+        "steps": summary["steps"],
+        "corpus": summary["corpus"],
+        "graphs_in_clock": summary["graphs_in_clock"],
+        "peak_memory_mib": summary.get("peak_memory_mib"),
+        "attention": summary["attention"],
+        "device": summary["device"],
+        "curve": {
+            f"step {e['step']}": f"{e['val_loss']:.4f} ({e['train_time_ms'] / 1000:.1f} s)" for e in points
+        },
+    }
 
 
 def measured(ref, o, data, scratch):

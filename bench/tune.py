@@ -1,8 +1,8 @@
 """Try out tiles for the Triton kernels on this GPU and keep the fastest: `python bench/tune.py [--out JSON]`.
 
-For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the kernel's own
-table goes at once to a file of this card in the cache folder, which trainings read (kernels/tiles.py); tiles that the card
-cannot do are passed over.
+For the shapes of the records' banks and layers at full width, in bfloat16 and FP8. What is faster than the
+kernel's own table goes at once to a file of this card in the cache folder, which trainings read
+(kernels/tiles.py); tiles that the card cannot do are passed over.
 """
 
 import functools
@@ -41,7 +41,9 @@ def symmetric_cases(s):
     for n, m, k in shapes:
         x, square = tensor(n, m, k), tensor(n, m, m)
         yield x.dtype, (m, k), symmetric.default_tile(x), lambda x=x: symmetric.gram(x)
-        yield x.dtype, (m, m), symmetric.default_tile(square), lambda a=square: symmetric.quadratic(a, 1.0, 1.0)
+        yield (
+            x.dtype, (m, m), symmetric.default_tile(square), lambda a=square: symmetric.quadratic(a, 1.0, 1.0)
+        )
 
 
 def linear_cases(s):
@@ -58,20 +60,30 @@ def fp8_linear_cases(s):
     if capability(DEVICE) < FP8_SINCE:
         return
     d = s.model.model_dim
-    x, up = tensor(TOKENS, d).to(torch.float8_e4m3fn), tensor(s.model.mlp.expansion * d, d).to(torch.float8_e4m3fn)
+    x, up = (
+        tensor(TOKENS, d).to(torch.float8_e4m3fn),
+        tensor(s.model.mlp.expansion * d, d).to(torch.float8_e4m3fn),
+    )
     one = torch.ones(1, device=DEVICE)
-    yield (x.dtype, tuple(up.shape), linear_relu_sq.FP8.get(capability(x.device), linear_relu_sq.FP8["default"]),
-           lambda: linear_relu_sq.fp8_linear_relu_sq(x, up, one, one, torch.bfloat16))
+    yield (
+        x.dtype, tuple(up.shape), linear_relu_sq.FP8.get(capability(x.device), linear_relu_sq.FP8["default"]),
+        lambda: linear_relu_sq.fp8_linear_relu_sq(x, up, one, one, torch.bfloat16)
+    )
 
 
 def loss_cases(s):
     classes = padded_vocab(s)
     rows = min(8192, TOKENS)
-    x, weight = tensor(rows, s.model.model_dim).requires_grad_(), tensor(classes, s.model.model_dim).requires_grad_()
+    x, weight = (
+        tensor(rows, s.model.model_dim).requires_grad_(),
+        tensor(classes, s.model.model_dim).requires_grad_(),
+    )
     targets = torch.randint(classes, (rows,), device=DEVICE)
 
     def step():
-        losses = cross_entropy.linear_cross_entropy(x, weight, targets, softcap=s.model.head.softcap, backend="triton")
+        losses = cross_entropy.linear_cross_entropy(
+            x, weight, targets, softcap=s.model.head.softcap, backend="triton"
+        )
         torch.autograd.grad(losses.sum(), [x, weight])
 
     yield x.dtype, (classes,), cross_entropy.DEFAULT, step
@@ -79,7 +91,10 @@ def loss_cases(s):
 
 def rotary_cases(s):
     heads, width = s.model.attn.num_heads, head_dim(s)
-    qkv, tables = tensor(1, TOKENS, 3, heads, width).requires_grad_(), [tensor(TOKENS, width // 2) for _ in range(2)]
+    qkv, tables = (
+        tensor(1, TOKENS, 3, heads, width).requires_grad_(),
+        [tensor(TOKENS, width // 2) for _ in range(2)],
+    )
 
     def step():
         q, k, v = qk_rotary.qkv_rotary(qkv, *tables, order="before_rope", eps=1e-6)
@@ -95,15 +110,22 @@ def grid(tile, *values):
 # operation -> (its cases, the tiles to try)
 OPERATIONS = {
     "symmetric": (symmetric_cases, grid(symmetric.Tile, (64, 128), (32, 64), (4, 8), (3, 4))),
-    "linear_relu_sq": (linear_cases, grid(linear_relu_sq.Tile, (64, 128), (128, 256), (32, 64), (4, 8), (3, 4))),
-    "fp8_linear_relu_sq": (fp8_linear_cases, grid(linear_relu_sq.Tile, (64, 128), (128, 256), (64, 128), (4, 8), (3,))),
+    "linear_relu_sq": (
+        linear_cases,
+        grid(linear_relu_sq.Tile, (64, 128), (128, 256), (32, 64), (4, 8), (3, 4)),
+    ),
+    "fp8_linear_relu_sq": (
+        fp8_linear_cases,
+        grid(linear_relu_sq.Tile, (64, 128), (128, 256), (64, 128), (4, 8), (3,)),
+    ),
     "qk_rotary": (rotary_cases, grid(qk_rotary.Tile, (1024, 2048, 4096), (2, 4, 8))),
-    "cross_entropy": (loss_cases, grid(cross_entropy.Block, (2048, 4096, 8192), (4, 8, 16)))}
+    "cross_entropy": (loss_cases, grid(cross_entropy.Block, (2048, 4096, 8192), (4, 8, 16))),
+}
 
 
 def fastest(operation, step, candidates, default, time, limit=float("inf")):
-    """(tile, ms, default's ms, tiles tried). time: function of a step that gives seconds; limit: seconds after which no
-    other tile is begun."""
+    """(tile, ms, default's ms, tiles tried). time: function of a step that gives seconds; limit: seconds
+    after which no other tile is begun."""
     stop = perf_counter() + limit
     with tiles.trying(operation, default):
         base = time(step)
@@ -115,7 +137,8 @@ def fastest(operation, step, candidates, default, time, limit=float("inf")):
         try:
             with tiles.trying(operation, tile):
                 seconds = time(step)
-        except Exception as error:  # Triton has several for what does not fit; anything else fails for the default too
+        except Exception as error:
+            # Triton has several for what does not fit; anything else fails for the default too
             print(f"    {tuple(tile)}: {report.first_line(error)[:90]}")
             if not report.alive():
                 raise

@@ -130,7 +130,9 @@ def speaks() -> bool:
     """Whether this process prints for its run: of several processes that meet the same error
     only the first one does."""
     rank = os.environ.get("RANK", "")
-    launched = all(os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
+    launched = all(
+        os.environ.get(name) for name in ("WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    )
     return not launched or not re.fullmatch("[0-9]{1,9}", rank) or int(rank) == 0
 
 

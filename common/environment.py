@@ -1,7 +1,8 @@
-"""What a program of this project needs of its Python: one line where it lacks something, instead of a traceback.
+"""What a program of this project needs of its Python: one line where it lacks something, instead of a
+traceback.
 
-Every program imports this first. The import refuses a Python that is too old, `require` one that lacks a package. Neither
-this file nor a program's lines before the import may use what Python 3.8 cannot read.
+Every program imports this first. The import refuses a Python that is too old, `require` one that lacks a
+package. Neither this file nor a program's lines before the import may use what Python 3.8 cannot read.
 """
 
 import functools
@@ -45,7 +46,8 @@ def remedy():
 
 
 def lacking(name):
-    """True if a package is not installed. A folder without code, as a broken removal leaves it, does not count."""
+    """True if a package is not installed. A folder without code, as a broken removal leaves it, does not
+    count."""
     if name in sys.modules:
         return sys.modules[name] is None
     try:
@@ -56,7 +58,8 @@ def lacking(name):
 
 
 def require(*names):
-    """End the program in one line, exit code 2, unless this Python can import these packages. It imports them.
+    """End the program in one line, exit code 2, unless this Python can import these packages. It imports
+    them.
 
     The order of the names is the order of the imports.
     """
@@ -92,7 +95,8 @@ def numbers(version):
 
 @functools.lru_cache(None)
 def check_training():
-    """UserError if this Python cannot run a training. Called before a plan is declared, so that no declared run is lost.
+    """UserError if this Python cannot run a training. Called before a plan is declared, so that no declared
+    run is lost.
 
     Asked in a process of its own, because torch takes seconds and memory that the caller does not need.
     """

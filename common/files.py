@@ -48,11 +48,12 @@ def listed(folder: Path | str, pattern: str = "*") -> list[Path]:
 @contextlib.contextmanager
 def writing(path: Path | str, remedy: str = "free some space or choose another place",
             parents: bool = False) -> Iterator[BinaryIO]:
-    """A binary file that becomes `path` when the block ends: a temporary file next to it, fsynced, then renamed.
+    """A binary file that becomes `path` when the block ends: a temporary file next to it, fsynced, then
+    renamed.
 
-    If the block raises, or the process dies, `path` keeps its old content. The temporary file's name is new and private, so
-    nothing that already exists is written through. Follows no link: a link at `path` is replaced by the file. Devices and
-    pipes (/dev/stdout) are written to as they are.
+    If the block raises, or the process dies, `path` keeps its old content. The temporary file's name is new
+    and private, so nothing that already exists is written through. Follows no link: a link at `path` is
+    replaced by the file. Devices and pipes (/dev/stdout) are written to as they are.
 
     Args:
         remedy: what to do about a failure, the end of the message

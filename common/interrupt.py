@@ -93,7 +93,7 @@ def raise_or_keep(*_) -> None:
     _due = True
 
 
-# ----- what is not interrupted --------------------------------------------------------------------------------------
+# ----- what is not interrupted ------------------------------------------------------------------------------
 
 _held = 0  # contexts of `hold` that are open
 _due = False  # a KeyboardInterrupt waits for their end

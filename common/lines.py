@@ -1,7 +1,8 @@
 """Lines for people: on a terminal they heed its width, in a pipe or a file each stays whole,
 so that programs can read it.
 
-COLUMNS alone states a width where there is no terminal. Characters that the terminal's encoding lacks are console.guard's business.
+COLUMNS alone states a width where there is no terminal. Characters that the terminal's encoding lacks are
+console.guard's business.
 """
 
 import contextlib
@@ -23,7 +24,8 @@ def room() -> int | None:
     if sys.stdout.isatty():
         return console.width()
     stated = os.environ.get("COLUMNS", "")
-    # readline sets LINES and COLUMNS in a Python that loads it, and all its children inherit them: nobody stated these
+    # readline sets LINES and COLUMNS in a Python that loads it, and all its children inherit them: nobody
+    # stated these
     if stated.isdecimal() and stated.strip("0") and "LINES" not in os.environ:
         return console.width()
     return None

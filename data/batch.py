@@ -1,4 +1,5 @@
-"""A step's tokens on their way to the device, and what the host can count in them before that without waiting for a GPU."""
+"""A step's tokens on their way to the device, and what the host can count in them before that without waiting
+for a GPU."""
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
 
 
 def longest_document(rows: np.ndarray, bos: int) -> int:
-    """Tokens of the longest document in rows (R, T) of ids on the host, each of which begins with `bos` or a row."""
+    """Tokens of the longest document in rows (R, T) of ids on the host, each of which begins with `bos` or a
+    row."""
     first = rows == bos
     first[:, 0] = True
     return int(np.diff(np.flatnonzero(first), append=first.size).max())

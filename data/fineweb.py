@@ -1,8 +1,10 @@
-"""FineWeb in GPT-2 tokens from the Hugging Face hub: `python -m data.fineweb short/11 --scale small` fetches the validation
-shard and the train shards that this record reads, `python -m data.fineweb 9` nine train shards.
+"""FineWeb in GPT-2 tokens from the Hugging Face hub: `python -m data.fineweb short/11 --scale small` fetches
+the validation shard and the train shards that this record reads, `python -m data.fineweb 9` nine train
+shards.
 
-Each shard is 100 M tokens (200 MB). Downloads resume and HF_ENDPOINT is honoured. Size and SHA-256 of every file are compared
-with the published ones and kept in shards.json next to the shards; files that are right are left alone.
+Each shard is 100 M tokens (200 MB). Downloads resume and HF_ENDPOINT is honoured. Size and SHA-256 of every
+file are compared with the published ones and kept in shards.json next to the shards; files that are right are
+left alone.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -30,25 +32,29 @@ REPO = "kjj0/fineweb10B-gpt2"
 TRAIN_SHARDS = {REPO: 103, "kjj0/fineweb100B-gpt2": 1030}
 SHARD_BYTES = 1024 + 2 * stream.FINEWEB_SHARD  # of every shard but the last train shard
 LAST_SHARD_BYTES = 1024 + 2 * 55_324_043  # train shard 103
-# Documents of FineWeb in GPT-2 tokens: sample-10BT has about 14.9 M in 10.26 B tokens; the median is an estimate. Their
-# lengths are about log-normal.
+# Documents of FineWeb in GPT-2 tokens: sample-10BT has about 14.9 M in 10.26 B tokens; the median is an
+# estimate. Their lengths are about log-normal.
 MEAN_DOCUMENT, MEDIAN_DOCUMENT = 690, 400
 OFFLINE = ("offline: copy the .bin files into the folder by hand, make shards of your own text with "
            "`python -m data.tokenize`, or run ./run.sh, which needs no network")
 
 
-# ----- how many shards ----------------------------------------------------------------------------------------------
+# ----- how many shards --------------------------------------------------------------------------------------
 
 def shards_needed(s: Settings) -> int:
-    """Train shards of FineWeb that a run of these settings reads in one pass: what to download, for all texts that say so.
+    """Train shards of FineWeb that a run of these settings reads in one pass: what to download, for all texts
+    that say so.
 
-    Exact for loaders that go by position. Loaders that go by documents skip tokens, which is estimated from the lengths of
-    FineWeb's documents; `stream.require_shards` then counts in the shards themselves.
+    Exact for loaders that go by position. Loaders that go by documents skip tokens, which is estimated from
+    the lengths of FineWeb's documents; `stream.require_shards` then counts in the shards themselves.
     """
     about = stream.stream_arguments(s)
     if about["loader"] in stream.BY_DOCUMENT:
-        read = LOGICAL_RANKS * document_tokens(s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_document)
-        per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")  # its last step is left out
+        read = LOGICAL_RANKS * document_tokens(
+            s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_document
+        )
+        # its last step is left out
+        per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")
         need = -(-s.schedule.steps // max(1, per_shard))
     else:
         about.pop("max_document")
@@ -81,13 +87,13 @@ def get(s: Settings) -> str:
             f"({gigabytes:.1f} GB); `python -m data.tokenize FILE --out DIR` makes shards of any text")
 
 
-# ----- what is known of a published shard ---------------------------------------------------------------------------
+# ----- what is known of a published shard -------------------------------------------------------------------
 
 def published(repo: str, name: str) -> tuple[int | None, str | None]:
     """(bytes, SHA-256) of a published shard, None for what is not known here.
 
-    fineweb_sha256.txt has what the hub's pages of these files say under "Git LFS Details"; for other shards the hub's answer at
-    the download counts.
+    fineweb_sha256.txt has what the hub's pages of these files say under "Git LFS Details"; for other shards
+    the hub's answer at the download counts.
     """
     if repo != REPO:
         return None, None
@@ -108,32 +114,43 @@ def hub_errors(repo: str, name: str, folder: Path):
     except errors.HFValidationError:
         raise UserError(f"--repo {repo}: not a repository's name, like {REPO}") from None
     except PermissionError as error:
-        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}; choose another --dir") from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError) as error:
+        raise UserError(
+            f"cannot write {error.filename or folder}: {error.strerror}; choose another --dir"
+        ) from None
+    except (
+        errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.FileMetadataError, ConnectionError
+    ) as error:
         raise UserError(f"cannot fetch {name} ({type(error).__name__}); {again}") from None
     except OSError as error:
         if error.errno is None:  # the HTTP client's own errors carry no errno
             raise UserError(f"the download of {name} broke off ({type(error).__name__}); {again}") from None
-        raise UserError(f"cannot write {name} to {folder}: {error.strerror}; free some space or choose another --dir") from None
+        raise UserError(
+            f"cannot write {name} to {folder}: {error.strerror}; free some space or choose another --dir"
+        ) from None
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
+        if type(error).__module__.split(".")[0] not in (
+            "httpx", "httpx2", "httpcore", "httpcore2", "requests"
+        ):
             raise
         raise UserError(f"the download of {name} broke off ({type(error).__name__}); {again}") from None
 
 
 def hub_says(repo: str, name: str, folder: Path) -> tuple[int | None, str | None]:
-    """(bytes, SHA-256) of a file as the hub tells them, None where it does not; checked against what is known here."""
+    """(bytes, SHA-256) of a file as the hub tells them, None where it does not; checked against what is known
+    here."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     with hub_errors(repo, name, folder):
         found = get_hf_file_metadata(hf_hub_url(repo, name, repo_type="dataset"))
     digest = found.etag if re.fullmatch("[0-9a-f]{64}", found.etag or "") else None  # LFS files only
     for called, here, there in zip(("size", "SHA-256"), published(repo, name), (found.size, digest)):
         if None not in (here, there) and here != there:
-            raise UserError(f"the hub offers {name} with {called} {there}, published is {here}: check HF_ENDPOINT")
+            raise UserError(
+                f"the hub offers {name} with {called} {there}, published is {here}: check HF_ENDPOINT"
+            )
     return found.size, digest
 
 
-# ----- download and check -------------------------------------------------------------------------------------------
+# ----- download and check -----------------------------------------------------------------------------------
 
 def names(count: int) -> list[str]:
     return ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
@@ -150,12 +167,16 @@ def is_whole(path: Path) -> bool:
 
 
 def examine(path: Path) -> dict:
-    """What the manifest keeps of a file: bytes, time, SHA-256 of the file and of its tokens. UserError for a hole of zeros."""
+    """What the manifest keeps of a file: bytes, time, SHA-256 of the file and of its tokens. UserError for a
+    hole of zeros."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     facts, about = shard_facts(path, GPT2["bos"]), path.stat()
     check_hole(path, facts)
-    return {"bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest, "tokens_sha256": facts["sha256"]}
+    return {
+        "bytes": about.st_size, "mtime_ns": about.st_mtime_ns, "sha256": digest,
+        "tokens_sha256": facts["sha256"]
+    }
 
 
 def unchanged(path: Path, entry: dict) -> bool:
@@ -164,7 +185,8 @@ def unchanged(path: Path, entry: dict) -> bool:
 
 
 def fetch(repo: str, name: str, folder: Path) -> dict:
-    """Download one file and check it; returns the manifest's entry. A wrong file is fetched once more from the start."""
+    """Download one file and check it; returns the manifest's entry. A wrong file is fetched once more from
+    the start."""
     from huggingface_hub import hf_hub_download
     size, digest = hub_says(repo, name, folder)
     for attempt in (1, 2):
@@ -210,10 +232,13 @@ def check(repo: str, name: str, folder: Path, entry: dict, verify: bool) -> dict
 
 
 def download(count: int, folder: Path, repo: str, verify: bool = False) -> list[str]:
-    """Fetch the validation shard and `count` train shards into a folder; returns the names that could not be verified."""
+    """Fetch the validation shard and `count` train shards into a folder; returns the names that could not be
+    verified."""
     limit = TRAIN_SHARDS.get(repo)
     if count < 1 or (limit and count > limit):
-        raise UserError(f"{count} train shards of {repo}: ask for " + (f"1 to {limit}" if limit else "1 or more"))
+        raise UserError(
+            f"{count} train shards of {repo}: ask for " + (f"1 to {limit}" if limit else "1 or more")
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
@@ -240,7 +265,9 @@ def asked(shards: str, scale: str | None) -> int:
     """Number of train shards that the command line asks for. UserError for no number and no record."""
     if shards.lstrip("-").isdecimal():
         if scale:
-            raise UserError(f"--scale {scale} goes with a record: leave it away, or name a record instead of {shards}")
+            raise UserError(
+                f"--scale {scale} goes with a record: leave it away, or name a record instead of {shards}"
+            )
         return int(shards)
     from deltas import resolve_name
     return shards_needed(resolve_name(shards, scale=scale).settings)
@@ -248,12 +275,16 @@ def asked(shards: str, scale: str | None) -> int:
 
 def parser() -> arguments.Parser:
     p = arguments.Parser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
-    p.add_argument("shards", metavar="RECORD|N", help="a record, for the shards that it reads, or a number of train shards of "
-                                                      "100 M tokens")
+    p.add_argument(
+        "shards", metavar="RECORD|N",
+        help="a record, for the shards that it reads, or a number of train shards of 100 M tokens"
+    )
     p.add_argument("--scale", choices=list(SCALES), help="scale of the record (default full)")
     p.add_argument("--dir", default=str(Path(__file__).parent / "fineweb10B"))
     p.add_argument("--repo", default=REPO)
-    p.add_argument("--verify", action="store_true", help="read files that are there again and compare their SHA-256")
+    p.add_argument(
+        "--verify", action="store_true", help="read files that are there again and compare their SHA-256"
+    )
     return p
 
 

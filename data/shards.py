@@ -287,7 +287,7 @@ def outside(where, highest, vocab_size):
             "tokenizer; correct corpus.json next to it or choose another --data")
 
 
-# ----- digests and what only a look at every token finds -------------------------------------------------------------
+# ----- digests and what only a look at every token finds ----------------------------------------------------
 
 def corpus_digest(corpus, shards_used):
     """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order,

@@ -1,8 +1,10 @@
 """The fixed order of training tokens: eight logical ranks, whatever the number of processes.
 
-Positions are planned apart from reading. `positions` says where logical rank r reads at each step, from shard lengths
-alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (records 18-25). `document_steps` says
-it for loaders that go by documents: `bos_aligned` (records 26-28, @classiclarryd) and `packed` (record 29 on, @varunneal).
+Positions are planned apart from reading. `positions` says where logical rank r reads at each step, from shard
+lengths
+alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (records 18-25).
+`document_steps` says it for loaders that go by documents: `bos_aligned` (records 26-28, @classiclarryd) and
+`packed` (record 29 on, @varunneal).
 """
 
 import hashlib
@@ -31,14 +33,17 @@ def step_sizes(tokens_per_rank):
     return itertools.chain(tokens_per_rank, itertools.repeat(tokens_per_rank[-1]))
 
 
-# ----- where each rank reads: by position ---------------------------------------------------------------------------
+# ----- where each rank reads: by position -------------------------------------------------------------------
 
-def positions(lengths, rank, *, loader, tokens_per_rank, wrap, first_batch_twice=False, switch_at_equal=False):
-    """Yield (epoch, shard, start) of each step for one logical rank; the rank reads its tokens_per_rank + 1 ids there.
+def positions(
+    lengths, rank, *, loader, tokens_per_rank, wrap, first_batch_twice=False, switch_at_equal=False
+):
+    """Yield (epoch, shard, start) of each step for one logical rank; the rank reads its tokens_per_rank + 1
+    ids there.
 
-    lengths: tokens per shard. tokens_per_rank: as in step_sizes. switch_at_equal: the shard ends one token earlier
-    (records 15-17). Raises OutOfShards after the last shard unless wrap. All loaders keep the remainder of a shard that
-    no whole step fits into unread.
+    lengths: tokens per shard. tokens_per_rank: as in step_sizes. switch_at_equal: the shard ends one token
+    earlier (records 15-17). Raises OutOfShards after the last shard unless wrap. All loaders keep the
+    remainder of a shard that no whole step fits into unread.
     """
     sizes = step_sizes(tokens_per_rank)
     if loader == "shuffled":
@@ -85,7 +90,8 @@ def synced_positions(lengths, rank, sizes, wrap):
 
 
 def shuffled_positions(lengths, rank, tokens_per_rank, wrap):
-    """llm.c: shard order and the order of step-sized slots inside a shard, drawn per rank from mt19937(42 + rank)."""
+    """llm.c: shard order and the order of step-sized slots inside a shard, drawn per rank from mt19937(42 +
+    rank)."""
     step_tokens = LOGICAL_RANKS * tokens_per_rank
     generator = np.random.MT19937()
     generator._legacy_seeding(42 + rank)  # the reference initialisation of mt19937, which llm.c uses
@@ -108,7 +114,7 @@ def permute(items, generator):
         items[i], items[j] = items[j], items[i]
 
 
-# ----- where each rank reads: by document ---------------------------------------------------------------------------
+# ----- where each rank reads: by document -------------------------------------------------------------------
 
 class Shards:
     """The train shards of a corpus, each opened when it is first needed."""
@@ -124,8 +130,8 @@ class Shards:
     def look_ahead(self, index):
         """One scan of what is not yet known of this shard, or else of the next one.
 
-        Done with every batch, so that the next shard is known long before it is needed (record 33), without a thread
-        that would go on while the clock stands still.
+        Done with every batch, so that the next shard is known long before it is needed (record 33), without a
+        thread that would go on while the clock stands still.
         """
         for shard in (self[index], self[(index + 1) % len(self.corpus.train)]):
             if not shard.complete:
@@ -133,11 +139,11 @@ class Shards:
 
 
 def document_steps(shards, *, loader, tokens_per_rank, wrap):
-    """Yield (epoch, shard, pieces) of each step; pieces[r] = (starts, ends) of what logical rank r reads one after the
-    other, tokens_per_rank + 1 ids together. All ranks move together.
+    """Yield (epoch, shard, pieces) of each step; pieces[r] = (starts, ends) of what logical rank r reads one
+    after the other, tokens_per_rank + 1 ids together. All ranks move together.
 
-    A shard that holds no further whole step is left. Raises OutOfShards after the last one unless wrap, and UserError
-    when no shard holds a step even from its beginning.
+    A shard that holds no further whole step is left. Raises OutOfShards after the last one unless wrap, and
+    UserError when no shard holds a step even from its beginning.
     """
     follow = aligned_step if loader == "bos_aligned" else packed_step
     count, shard, epoch, at, barren = len(shards.corpus.train), 0, 0, 0, 0
@@ -167,8 +173,10 @@ def barren_reason(shards, loader, size):
     if tokens < LOGICAL_RANKS * (2 * size if aligned else size + 1) + 2 * aligned:
         return f"{text}: lower data.tokens_per_rank or use larger shards"
     if aligned or documents < LOGICAL_RANKS:
-        return (f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text as shorter "
-                "documents (--separator), or choose a loader that reads across them (--set data.loader=synced)")
+        return (
+            f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text as shorter "
+            "documents (--separator), or choose a loader that reads across them (--set data.loader=synced)"
+        )
     return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} (data.max_document): tokenise the "
             "text as shorter documents (--separator), or raise data.max_document")
 
@@ -176,10 +184,10 @@ def barren_reason(shards, loader, size):
 def aligned_step(shard, position, size):
     """(pieces, position after the step), or None: every rank's tokens begin with a document.
 
-    A rank begins at the first document start that lies at least `size` tokens after the beginning of the rank before; the
-    tokens between are skipped. The step ends at the ninth such start. A shard is left when fewer than two steps' tokens
-    remain. The original stops with an assertion when these do not hold nine starts; here they may come later in the
-    shard, so that small steps with long documents run too.
+    A rank begins at the first document start that lies at least `size` tokens after the beginning of the rank
+    before; the tokens between are skipped. The step ends at the ninth such start. A shard is left when fewer
+    than two steps' tokens remain. The original stops with an assertion when these do not hold nine starts;
+    here they may come later in the shard, so that small steps with long documents run too.
     """
     if position + 2 * LOGICAL_RANKS * size + 1 >= len(shard.tokens):
         return None
@@ -194,10 +202,11 @@ def aligned_step(shard, position, size):
 
 
 def packed_step(shard, first, size):
-    """(pieces, number of the next document), or None: whole documents one after the other, cut at the maximum length.
+    """(pieces, number of the next document), or None: whole documents one after the other, cut at the maximum
+    length.
 
-    Rank 0 takes documents until it has size + 1 tokens, then rank 1 goes on with the next document. What is cut off, at
-    the maximum length or at the end of a rank's tokens, is skipped.
+    Rank 0 takes documents until it has size + 1 tokens, then rank 1 goes on with the next document. What is
+    cut off, at the maximum length or at the end of a rank's tokens, is skipped.
     """
     pieces = []
     for _ in range(LOGICAL_RANKS):
@@ -209,13 +218,14 @@ def packed_step(shard, first, size):
     return pieces, first
 
 
-# ----- how many shards ----------------------------------------------------------------------------------------------
+# ----- how many shards --------------------------------------------------------------------------------------
 
 def shards_needed(lengths, *, steps, shards=None, **stream):
     """Number of leading shards that `steps` steps read, planned exactly.
 
-    Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed, or for
-    loaders that go by documents (they need `shards`) further ones that give as many steps as the known ones.
+    Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed,
+    or for loaders that go by documents (they need `shards`) further ones that give as many steps as the known
+    ones.
     """
     if stream["loader"] in BY_DOCUMENT:
         return document_shards_needed(shards, steps, stream)
@@ -247,10 +257,13 @@ def require_shards(corpus, *, steps, max_document=None, **stream):
     step_tokens = LOGICAL_RANKS * max(itertools.islice(step_sizes(stream["tokens_per_rank"]), steps))
     have = len(corpus.train)
     need = shards_needed(corpus.train_tokens, steps=steps, shards=Shards(corpus, max_document), **stream)
-    for path, length in list(zip(corpus.train, corpus.train_tokens))[:need]:  # a short rest that is not read is no harm
+    # a short rest that is not read is no harm
+    for path, length in list(zip(corpus.train, corpus.train_tokens))[:need]:
         if length < step_tokens + 2 and stream["loader"] in BY_POSITION:
-            raise UserError(f"{path}: {length} tokens are too few for one step of {step_tokens}: remove it, use larger "
-                            "shards or lower data.tokens_per_rank")
+            raise UserError(
+                f"{path}: {length} tokens are too few for one step of {step_tokens}: remove it, use larger "
+                "shards or lower data.tokens_per_rank"
+            )
     if need > have:
         remedy = (f"run `python -m data.fineweb {need}`" if corpus.name == "fineweb"
                   else "add shards, lower schedule.steps, or set data.wrap=true")
@@ -260,19 +273,23 @@ def require_shards(corpus, *, steps, max_document=None, **stream):
 
 
 def stream_arguments(s):
-    """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and shards_needed."""
+    """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and
+    shards_needed."""
     d = s.data
-    return dict(loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap, first_batch_twice=d.first_batch_twice,
-                switch_at_equal=d.switch_at_equal, max_document=d.max_document)
+    return dict(
+        loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap,
+        first_batch_twice=d.first_batch_twice, switch_at_equal=d.switch_at_equal, max_document=d.max_document
+    )
 
 
-# ----- reading ------------------------------------------------------------------------------------------------------
+# ----- reading ----------------------------------------------------------------------------------------------
 
 class Stream:
     """The batches of this process's logical ranks, in order, with one running digest per rank.
 
-    ranks: range of logical ranks. tokens_per_rank: a number, or a list with one for each step. The row of a logical rank
-    is the same whichever process serves it. `epoch` counts the passes over the corpus (0 during the first).
+    ranks: range of logical ranks. tokens_per_rank: a number, or a list with one for each step. The row of a
+    logical rank is the same whichever process serves it. `epoch` counts the passes over the corpus (0 during
+    the first).
     """
 
     def __init__(self, corpus, *, ranks, tokens_per_rank, loader, wrap, max_document=None, **stream):
@@ -290,8 +307,8 @@ class Stream:
     def next(self):
         """int32 (len(ranks), tokens_per_rank + 1): inputs are [:, :-1], targets [:, 1:].
 
-        Of the loaders that go by documents: each document begins with `bos` and there is no other `bos`, so the tokens
-        alone say where attention must stop.
+        Of the loaders that go by documents: each document begins with `bos` and there is no other `bos`, so
+        the tokens alone say where attention must stop.
         """
         size = next(self.sizes)
         try:
@@ -328,7 +345,8 @@ def stream_digest(rank_digests):
 
 
 class Prefetch:
-    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after drain()."""
+    """One batch ahead in a background thread. Nothing is read before the first next() and nothing after
+    drain()."""
 
     def __init__(self, stream, steps):
         self.stream, self.left, self.steps = stream, steps, steps
@@ -357,7 +375,7 @@ class Prefetch:
         self.thread.shutdown()
 
 
-# ----- validation ---------------------------------------------------------------------------------------------------
+# ----- validation -------------------------------------------------------------------------------------------
 
 def validation_rows(corpus, tokens, seq_len, ranks):
     """int32 (len(ranks), rows, seq_len + 1): the first `tokens` targets, an eighth for each logical rank.
@@ -369,9 +387,13 @@ def validation_rows(corpus, tokens, seq_len, ranks):
     if corpus.val_tokens < tokens + 1:
         row = LOGICAL_RANKS * seq_len
         fits = (corpus.val_tokens - 1) // row * row
-        remedy = f"set validation.tokens={fits}" if fits else "shorten validation.seq_len with validation.tokens"
-        raise UserError(f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: {remedy}, or use "
-                        "a larger validation shard")
+        remedy = (
+            f"set validation.tokens={fits}" if fits else "shorten validation.seq_len with validation.tokens"
+        )
+        raise UserError(
+            f"{corpus.val}: {corpus.val_tokens} tokens, validation needs {tokens + 1}: {remedy}, or use "
+            "a larger validation shard"
+        )
     ids = open_shard(corpus.val)[:tokens + 1].astype(np.int32)
     check_vocabulary(ids, corpus.vocab_size, str(corpus.val))
     share = tokens // LOGICAL_RANKS

@@ -45,10 +45,18 @@ REFUSED = {
     b"version https://git-lfs": "a pointer of Git LFS, not the file itself (git lfs pull)",
     **{bytes([0x80, i]): "a pickle" for i in range(2, 6)}
 }
-REFUSED_BINARY = {b"GIF8": "a GIF image", b"RIFF": "a RIFF file (sound, film or WebP)", b"Rar!": "a RAR archive",
-                  b"MZ": "a program", b"ARROW1": "an Arrow file", b"ORC": "an ORC file", b"ID3": "a sound file",
-                  # a text may begin so: only with zero bytes
-                  b"OggS": "a sound file", b"GGUF": "a GGUF model"}
+REFUSED_BINARY = {
+    b"GIF8": "a GIF image",
+    b"RIFF": "a RIFF file (sound, film or WebP)",
+    b"Rar!": "a RAR archive",
+    b"MZ": "a program",
+    b"ARROW1": "an Arrow file",
+    b"ORC": "an ORC file",
+    b"ID3": "a sound file",
+    # a text may begin so: only with zero bytes
+    b"OggS": "a sound file",
+    b"GGUF": "a GGUF model",
+}
 MARKUP = re.compile(r"(?i)\s*<(!doctype html|html|\?xml)")
 JSON_NAMES = (".json", ".jsonl", ".ndjson")
 TABLES = (".csv", ".tsv", ".xls", ".ods")
@@ -271,7 +279,7 @@ class Reader:
                 "again") from None
 
 
-# ----- formats ------------------------------------------------------------------------------------------------------
+# ----- formats ----------------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def _named(path, reader):
@@ -366,7 +374,7 @@ def json_format(path, start, sure):
     return "jsonl" if sure or re.match(r'\{\s*"', start) else None
 
 
-# ----- text ---------------------------------------------------------------------------------------------------------
+# ----- text -------------------------------------------------------------------------------------------------
 
 def split(chunks, separator: str) -> Iterator[Iterator[str]]:
     """The documents between separators, each as an iterator over pieces.

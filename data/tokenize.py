@@ -43,7 +43,11 @@ def token_ids(readers: Iterable[Reader], tokenizer: str) -> Iterator[tuple[bool,
     batch, size, marked = [], 0, False
 
     def encoded():
-        texts = iter(encoding.encode_ordinary_batch([part for _, part in batch if isinstance(part, str)], num_threads=2))
+        texts = iter(
+            encoding.encode_ordinary_batch(
+                [part for _, part in batch if isinstance(part, str)], num_threads=2
+            )
+        )
         for begins, part in batch:
             ids = next(texts) if isinstance(part, str) else part
             yield begins, np.array([encoding.eot_token, *ids] if begins else ids, np.uint16)
@@ -125,8 +129,10 @@ def split_last(writer: Writer, tokenizer: str) -> None:
             f"the text has {total} tokens, too few for {least} validation tokens and some training: {advice}")
     tokens, eot = open_shard(path), encoding.eot_token
     at = total - least
-    breaks = [i for i in range(at, max(2, at - least // 8) - 1, -1)
-              if tokens[i] == eot or encoding.decode_single_token_bytes(int(tokens[i - 1])).endswith(b"\n")][:1]
+    breaks = [
+        i for i in range(at, max(2, at - least // 8) - 1, -1)
+        if tokens[i] == eot or encoding.decode_single_token_bytes(int(tokens[i - 1])).endswith(b"\n")
+    ][:1]
     border = breaks[0] if breaks else at
     for start in range(0, border, writer.shard_tokens):
         end = min(border, start + writer.shard_tokens)
@@ -137,8 +143,11 @@ def split_last(writer: Writer, tokenizer: str) -> None:
     last = np.array(tokens[border:])
     write_shard(path, last if last[0] == eot else [eot, *last])
     writer.val = total - border + int(last[0] != eot)
-    print(f"note: {writer.documents} document{'s' if writer.documents > 1 else ''}: the last {len(last)} tokens, from "
-          f"{'the beginning' if breaks else 'the middle'} of a line on, are the validation shard", file=sys.stderr)
+    print(
+        f"note: {writer.documents} document{'s' if writer.documents > 1 else ''}: the last {len(last)} tokens, from "
+        f"{'the beginning' if breaks else 'the middle'} of a line on, are the validation shard",
+        file=sys.stderr
+    )
 
 
 def tokenize(readers: list[Reader], folder: Path, *, tokenizer: str = "gpt2", name: str = "text",
@@ -164,7 +173,7 @@ def tokenize(readers: list[Reader], folder: Path, *, tokenizer: str = "gpt2", na
     return writer.val, writer.shards
 
 
-# ----- the output folder --------------------------------------------------------------------------------------------
+# ----- the output folder ------------------------------------------------------------------------------------
 
 def check_output(out: Path, name: str, overwrite: bool) -> None:
     """UserError unless the output folder may be made: it is missing or empty,
@@ -182,7 +191,9 @@ def check_output(out: Path, name: str, overwrite: bool) -> None:
         if os.path.ismount(os.path.realpath(out)):  # it could not be renamed when the new corpus is whole
             raise UserError(f"{out} is a mount point: choose a folder in it, like {out / name}")
         held = [p for p in out.iterdir() if not (p.name in JUNK or p.name.startswith("._"))]
-        foreign = [p for p in held if p.is_dir() or not (p.name == "corpus.json" or SHARD_NAME.fullmatch(p.name))]
+        foreign = [
+            p for p in held if p.is_dir() or not (p.name == "corpus.json" or SHARD_NAME.fullmatch(p.name))
+        ]
         others = [p for p in held if (m := SHARD_NAME.fullmatch(p.name)) and m[1] != name]
     except OSError as error:
         raise UserError(f"cannot read {out}: {error.strerror}; choose another --out") from None
@@ -263,9 +274,11 @@ def parser() -> arguments.Parser:
                    help="of the files (default: found in their content)")
     p.add_argument("--field", default="text",
                    help="field or column of the text in JSON and parquet (default text)")
-    p.add_argument("--separator", default=r"\n\f\n", metavar="STRING",
-                   help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
-                        r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file")
+    p.add_argument(
+        "--separator", default=r"\n\f\n", metavar="STRING",
+        help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
+        r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file"
+    )
     p.add_argument("--val-tokens", type=arguments.integer(2, 10 ** 12), default=10_485_761,
                    help="at least so many validation tokens (default 10485761)")
     p.add_argument("--shard-tokens", type=arguments.integer(2, 2 ** 31 - 1), default=100_000_000,

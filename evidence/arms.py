@@ -52,7 +52,7 @@ def cache():
     return Path(os.environ.get("SPEEDRUN_CACHE") or ROOT / "data" / "cache").absolute()
 
 
-# ----- what is typed ------------------------------------------------------------------------------------------------
+# ----- what is typed ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Typed:
@@ -111,7 +111,7 @@ def changes(text, words):
     return words
 
 
-# ----- git ----------------------------------------------------------------------------------------------------------
+# ----- git --------------------------------------------------------------------------------------------------
 
 def git(*args, cwd=None, **options):
     """Output of a git command in this checkout or another folder (repository.git)."""
@@ -244,7 +244,7 @@ def code_diff(a, b):
                b["tree"]).decode(errors="replace")
 
 
-# ----- resolving ----------------------------------------------------------------------------------------------------
+# ----- resolving --------------------------------------------------------------------------------------------
 
 PROBE = """
 import json, sys
@@ -307,8 +307,10 @@ def prepare(text, scale=None, allow_dirty=False):
             f"arm {text!r}: that code is too old to announce runs (it has no --registered): name a later ref")
     arm = {"text": text, "kind": "record", "ref": typed.ref, "commit": commit, "tree": tree,
            "dirty": hash_of(patch) if patch else None, "argv": argv}
-    return arm | {k: found[k] for k in ("record", "preset", "scale", "changes", "ml_hash", "system_hash", "settings",
-                                        "report")}, patch
+    return arm | {
+        k: found[k]
+        for k in ("record", "preset", "scale", "changes", "ml_hash", "system_hash", "settings", "report")
+    }, patch
 
 
 def prepare_script(typed):
@@ -370,7 +372,7 @@ def place_of(arm, folder):
     return checkout(arm["commit"], arm["tree"], patch)
 
 
-# ----- one run ------------------------------------------------------------------------------------------------------
+# ----- one run ----------------------------------------------------------------------------------------------
 
 def environment():
     """The variables of this process that change numbers or times (paths and choice of GPU left out)."""
@@ -393,7 +395,10 @@ class Started:
     def complaint(self):
         """The last line of standard error that says something."""
         lines = [x.strip() for x in tail(self.errors).splitlines() if x.strip()]
-        said = [x for x in lines if x.startswith("error: ")] or [x for x in lines if "Error" in x or "error" in x] or lines
+        said = (
+            [x for x in lines if x.startswith("error: ")]
+            or [x for x in lines if "Error" in x or "error" in x] or lines
+        )
         return (said or ["it said nothing"])[-1].removeprefix("error: ")
 
 
@@ -423,10 +428,14 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
         command += [word.replace("{seed}", str(seed)) for word in arm["argv"]]
         folder = runs / script_folder(arm, run, seed, registered)
     else:
-        command = [*python, str(place / "train_gpt.py"), *arm["argv"], "--seed", str(seed), "--out", str(runs)]
+        command = [
+            *python, str(place / "train_gpt.py"), *arm["argv"], "--seed", str(seed), "--out", str(runs)
+        ]
         command += ["--registered", registered] if registered else []
         command += ["--data", str(data)] if data else []
-    env = {k: v for k, v in os.environ.items() if variables is None or k not in environment()} | (variables or {})
+    env = {k: v for k, v in os.environ.items() if variables is None or k not in environment()} | (
+        variables or {}
+    )
     caches = cache() / "compiled" / hash_of(json.dumps([arm.get(k) for k in (
         "tree", "sha256", "ml_hash", "system_hash", "argv")]))[:16]
     env |= {"SPEEDRUN_CACHE": str(cache()), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
@@ -451,7 +460,7 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
     return Started(process, folder, output, errors)
 
 
-# ----- what a run came to -------------------------------------------------------------------------------------------
+# ----- what a run came to -----------------------------------------------------------------------------------
 
 LOST = {
     "status": "failed", "folder": None, "last_hash": None, "val_loss": None, "train_time_ms": None,
@@ -528,7 +537,10 @@ def cause_of(code, said, stopped):
     if stopped:
         return "interrupted"
     text = said.lower()
-    if "out of memory" in text or "outofmemory" in text or "can't allocate memory" in text or "memoryerror" in text:
+    if (
+        "out of memory" in text or "outofmemory" in text or "can't allocate memory" in text
+        or "memoryerror" in text
+    ):
         return "out_of_memory"
     if "no space left" in text or "free some space" in text:
         return "disk_full"
@@ -537,7 +549,7 @@ def cause_of(code, said, stopped):
     return "killed" if code in (-9, -15, 137, 143) or "sigkill" in text else None
 
 
-# ----- hardware -----------------------------------------------------------------------------------------------------
+# ----- hardware ---------------------------------------------------------------------------------------------
 
 def hardware(start):
     """What two runs must share to be compared: machine, processor, devices, torch.
@@ -565,7 +577,9 @@ def incomparable(a, b, prefixes=None):
             return f"they ran on different hardware: {name} {left!r} and {hardware(b)[name]!r}"
     if a["val_digest"] != b["val_digest"]:
         return "they were validated on different tokens (val_digest)"
-    if a["corpus_digest"] != b["corpus_digest"] and not {a["corpus_digest"], b["corpus_digest"]} <= set(prefixes or ()):
+    if a["corpus_digest"] != b["corpus_digest"] and not {a["corpus_digest"], b["corpus_digest"]} <= set(
+        prefixes or ()
+    ):
         return "they were trained on different corpora (corpus_digest)"
     return ""
 
@@ -609,9 +623,11 @@ def free_gpus(processes):
     free = [g for g in found if g["busy_percent"] < 10 and g["used_mib"] <= max(1024, 0.02 * g["total_mib"])]
     if len(free) < processes:
         g = next(g for g in found if g not in free)
-        raise UserError(f"no free GPU: {len(free)} of {len(found)} are free and {processes} needed; GPU {g['index']} "
-                        f"({g['name']}) holds {g['used_mib'] / 1024:.1f} GiB and is {g['busy_percent']:.0f} % busy: wait, "
-                        "or end what runs there")
+        raise UserError(
+            f"no free GPU: {len(free)} of {len(found)} are free and {processes} needed; GPU {g['index']} "
+            f"({g['name']}) holds {g['used_mib'] / 1024:.1f} GiB and is {g['busy_percent']:.0f} % busy: wait, "
+            "or end what runs there"
+        )
     return free[:processes]
 
 

@@ -64,7 +64,7 @@ def status(folder: Path) -> str:
     return results["verdict"] if verified else "not verified"
 
 
-# ----- files and commits ----------------------------------------------------------------------------------------------
+# ----- files and commits ------------------------------------------------------------------------------------
 
 def identity() -> dict[str, str]:
     """The caller's GIT_AUTHOR_* and GIT_COMMITTER_*, which say who commits (arms.git drops

@@ -59,7 +59,9 @@ def arguments(p):
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n"
                                      for name, what in CHECKS.items()) + f"\n{LIMITS}"
-    p.add_argument("ref", help="git ref of this repository (branch, tag, commit), or a folder: `.`, ./fork, /path/to/it")
+    p.add_argument(
+        "ref", help="git ref of this repository (branch, tag, commit), or a folder: `.`, ./fork, /path/to/it"
+    )
     p.add_argument("--record", default="short/head",
                    help="record or preset (default: the ref's head of the short track)")
     p.add_argument("--scale", choices=("micro", "tiny"), default="micro",
@@ -107,7 +109,12 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
         for name in names:
             passed, detail = judge(name, trainings)
             checks.append({"name": name, "passed": passed, "detail": detail})
-            say(textwrap.fill(f"  {'passed' if passed else 'FAILED'}  {name:18}  {detail}", 120, subsequent_indent=" " * 30))
+            say(
+                textwrap.fill(
+                    f"  {'passed' if passed else 'FAILED'}  {name:18}  {detail}", 120,
+                    subsequent_indent=" " * 30
+                )
+            )
         seconds = round(time.perf_counter() - began, 1)
         result = {
             "version": VERSION, "ref": ref, "commit": commit, "tree": tree, "record": about["record"],
@@ -126,7 +133,7 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# ----- the checkout -------------------------------------------------------------------------------------------------
+# ----- the checkout -----------------------------------------------------------------------------------------
 
 def git(*args, cwd=ROOT, **env):
     """Output of a git command, None if it fails."""
@@ -177,7 +184,9 @@ def copy(source, checkout, git_folder):
     if (source / ".git").exists() and repository.is_project(source):
         names = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=source)
     if names is None:
-        caches = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".pytest_cache", "runs", "cache", "fineweb10*")
+        caches = shutil.ignore_patterns(
+            ".git", ".venv", "__pycache__", ".pytest_cache", "runs", "cache", "fineweb10*"
+        )
         shutil.copytree(source, checkout, symlinks=True, ignore=caches, dirs_exist_ok=True)
     else:
         for name in filter(None, names.split("\0")):
@@ -195,7 +204,7 @@ def copy(source, checkout, git_folder):
     return head if git("rev-parse", "HEAD^{tree}", cwd=source) == tree else head + "-dirty", tree
 
 
-# ----- trainings in processes of their own --------------------------------------------------------------------------
+# ----- trainings in processes of their own ------------------------------------------------------------------
 
 class Failed(Exception):
     """A process of the audited code that did not do its work, in one line."""
@@ -206,7 +215,9 @@ class Trainings:
     each started when it is first asked for."""
 
     def __init__(self, folder, ref, record, scale, timeout, checks):
-        self.folder, self.record, self.scale, self.timeout, self.checks = folder, record, scale, timeout, checks
+        self.folder, self.record, self.scale, self.timeout, self.checks = (
+            folder, record, scale, timeout, checks
+        )
         self.done, self.torch = {}, None
         try:
             self.facts = self.start("facts", "facts")
@@ -224,9 +235,15 @@ class Trainings:
         raises Failed."""
         folder = self.folder / name
         folder.mkdir()
-        files.write(folder / "spec.json", files.json_text({
-            "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT), "record": self.record,
-            "scale": self.scale, "seconds": self.timeout, **spec}))
+        files.write(
+            folder / "spec.json",
+            files.json_text(
+                {
+                    "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT),
+                    "record": self.record, "scale": self.scale, "seconds": self.timeout, **spec
+                }
+            ),
+        )
         environment = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8",
                        "SPEEDRUN_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": "",
                        "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
@@ -294,8 +311,10 @@ class Trainings:
 
     def argv(self, out, seed, steps, tokens, sets):
         """Command line of a training by train_gpt.py."""
-        sets = ["system.device=cpu", "system.compile=off", f"schedule.steps={steps}", f"validation.tokens={tokens}",
-                *self.facts["sets"], *sets]
+        sets = [
+            "system.device=cpu", "system.compile=off", f"schedule.steps={steps}",
+            f"validation.tokens={tokens}", *self.facts["sets"], *sets
+        ]
         return [self.record, "--scale", self.scale, "--seed", str(seed), "--data", str(self.data),
                 "--out", str(self.folder / out), *(x for path in sets for x in ("--set", path))]
 
@@ -304,13 +323,18 @@ def read_run(out):
     """Curve, stream digest and summary of the one run under a folder."""
     try:
         folder, = (p.parent for p in files.listed(out, "*/run.jsonl"))
-        events = [measured(json.loads(line)) for line in (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()]
+        events = [
+            measured(json.loads(line))
+            for line in (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         curve = [e for e in events if e["kind"] == "validation"]
         streams = [e["digest"] for e in events if e["kind"] == "stream"]
         return {"curve": curve, "stream": streams, "final": curve[-1]["val_loss"],
                 "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8"))}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise Failed(f"the log of the {out.parent.name} training cannot be read: {type(error).__name__}: {error}") from None
+        raise Failed(
+            f"the log of the {out.parent.name} training cannot be read: {type(error).__name__}: {error}"
+        ) from None
 
 
 def write_corpus(folder, facts, validation_tokens):
@@ -333,7 +357,7 @@ def write_corpus(folder, facts, validation_tokens):
     files.write(folder / "corpus.json", files.json_text(about))
 
 
-# ----- judgement ----------------------------------------------------------------------------------------------------
+# ----- judgement --------------------------------------------------------------------------------------------
 
 def judge(name, trainings):
     """(passed, detail) of a check. A process that fails, fails the checks that need it."""

@@ -29,7 +29,7 @@ class Unknown(Exception):
     """The checkout does something that this auditor does not know how to test."""
 
 
-# ----- the trainer under observation --------------------------------------------------------------------------------
+# ----- the trainer under observation ------------------------------------------------------------------------
 
 @dataclass
 class Call:
@@ -59,13 +59,17 @@ class Tap:
 
     def call(self, model, tokens, targets=None, *args, **kwargs):
         if targets is None:
-            raise Unknown("the trainer calls the model without targets: this audit knows per-token losses only")
+            raise Unknown(
+                "the trainer calls the model without targets: this audit knows per-token losses only"
+            )
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
         losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **
                                                                        kwargs)
         if losses.shape != targets.shape:
-            raise Unknown(f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}")
+            raise Unknown(
+                f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}"
+            )
         self.calls.append(
             Call(model, tokens.clone(), targets.clone(),
                  losses.detach().clone(), losses.requires_grad))
@@ -91,7 +95,9 @@ class Arguments:
     def find(self, kind, count):
         found = [a for a in self.values() if kind(a)]
         if len(found) != count:
-            raise Unknown(f"the trainer passes {len(found)} arguments with {kind.__name__}; this audit knows {count}")
+            raise Unknown(
+                f"the trainer passes {len(found)} arguments with {kind.__name__}; this audit knows {count}"
+            )
         return found
 
     def replaced(self, old, new):
@@ -225,7 +231,7 @@ def logged(argv):
     return [math.nan if x is None else x for x in losses]
 
 
-# ----- all that a validation could leave behind ---------------------------------------------------------------------
+# ----- all that a validation could leave behind -------------------------------------------------------------
 
 def fingerprint(roots):
     """{path: hash} of all state in reach of the roots and of the checkout's modules,
@@ -292,7 +298,9 @@ def no_trace(observed, spec):
     wrong, timed = [], observed.validations[-len(observed.logged):]
     for i, v in enumerate(timed):
         if v.changed:
-            wrong.append(f"validation {i} changed {len(v.changed)} of {v.watched} values: {', '.join(v.changed[:3])}")
+            wrong.append(
+                f"validation {i} changed {len(v.changed)} of {v.watched} values: {', '.join(v.changed[:3])}"
+            )
         if v.backwards:
             wrong.append(f"validation {i} made {v.backwards} backward passes")
     if any(c.recorded_gradients for c in observed.last.calls):
@@ -306,7 +314,7 @@ def no_trace(observed, spec):
         "backward pass; one more gave the same bits")
 
 
-# ----- validation targets -------------------------------------------------------------------------------------------
+# ----- validation targets -----------------------------------------------------------------------------------
 
 def random_losses():
     """An answer whose losses are random multiples of 2^-10 below 16: sums are exact in float64,
@@ -343,11 +351,13 @@ def counted(observed, tokens, shard):
     want = np.concatenate([ids[:-1].reshape(-1, width), ids[1:].reshape(-1, width)], 1)
     lacking = sum((Counter(map(bytes, want)) - Counter(map(bytes, rows))).values())
     if lacking:
-        wrong.append(f"{lacking} of {len(want)} rows with the shard's first {tokens:,} targets are missing or repeated")
+        wrong.append(
+            f"{lacking} of {len(want)} rows with the shard's first {tokens:,} targets are missing or repeated"
+        )
     return wrong
 
 
-# ----- causality ----------------------------------------------------------------------------------------------------
+# ----- causality --------------------------------------------------------------------------------------------
 
 def shake(model):
     """Random non-zero values on every parameter, so that no zero-initialised weight hides a path."""
@@ -431,7 +441,9 @@ def causal_validation(observed, row, bos):
     different = observed.row_losses(same.reshape(shape), targets)[:n] != base
     different[at, where] = False
     if different.any():
-        wrong.append(f"{label}: {int(different.any(1).sum())} of {n} changed targets moved another position's loss")
+        wrong.append(
+            f"{label}: {int(different.any(1).sum())} of {n} changed targets moved another position's loss"
+        )
     return 3 * n, wrong
 
 
@@ -471,7 +483,7 @@ def causality(observed, spec):
         "training step: no earlier loss moved by a bit, nor one of another row or target")
 
 
-# ----- normalisation ------------------------------------------------------------------------------------------------
+# ----- normalisation ----------------------------------------------------------------------------------------
 
 def normalisation(observed, spec):
     """Every class as the target, in validate: at each position of one row, whose tokens stay; and at one
@@ -496,7 +508,7 @@ def normalisation(observed, spec):
         f"positions, and to {total:.6f} where the target is the next input")
 
 
-# ----- the job ------------------------------------------------------------------------------------------------------
+# ----- the job ----------------------------------------------------------------------------------------------
 
 def checks(spec):
     """{"checks": {name: (passed, detail)}} from one training.

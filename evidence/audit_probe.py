@@ -1,12 +1,16 @@
-"""What `records audit` runs inside the audited checkout's process: it is the auditor's, all the rest that it imports is not.
+"""What `records audit` runs inside the audited checkout's process: it is the auditor's, all the rest that it
+imports is not.
 
-    python -I -B audit_probe.py SPEC.json      # only evidence/audit.py calls this; result.json appears next to SPEC
+    python -I -B audit_probe.py SPEC.json      # only evidence/audit.py calls this; result.json appears next
+    to SPEC
 
-Python's isolated mode keeps the auditor's folders off sys.path. First the process shuts itself in (no network, no writing
-outside its own folder, limited time and memory), then the audited checkout becomes the front of sys.path.
+Python's isolated mode keeps the auditor's folders off sys.path. First the process shuts itself in (no
+network, no writing outside its own folder, limited time and memory), then the audited checkout becomes the
+front of sys.path.
 
-Jobs: `facts` (what the checkout resolves), `script` (train_gpt.py as a user runs it), `clock` (a training on a clock of
-ours), `model` (the experiments of audit_model.py). No torch here: it is imported with the audited code.
+Jobs: `facts` (what the checkout resolves), `script` (train_gpt.py as a user runs it), `clock` (a training on
+a clock of ours), `model` (the experiments of audit_model.py). No torch here: it is imported with the audited
+code.
 """
 
 import contextlib
@@ -26,19 +30,23 @@ from pathlib import Path
 
 GIB = 2 ** 30
 HERE = Path(__file__).resolve().parent
-BATCH_S, STEP_S, VALIDATION_S = 1e3, 1e6, 1e9  # what a batch, a training step and a validation cost on our clock
+# what a batch, a training step and a validation cost on our clock
+BATCH_S, STEP_S, VALIDATION_S = 1e3, 1e6, 1e9
 
 
 class Unknown(Exception):
     """The checkout does something that this auditor cannot accept or does not know how to test."""
 
 
-# ----- confinement --------------------------------------------------------------------------------------------------
+# ----- confinement ------------------------------------------------------------------------------------------
 
 def confine(folder, seconds):
-    """Limit this process and its children for good. Returns what could be done: {"writes", "network"} in words."""
-    for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, 32 * GIB), (resource.RLIMIT_FSIZE, 4 * GIB),
-                         (resource.RLIMIT_CORE, 0)):
+    """Limit this process and its children for good. Returns what could be done: {"writes", "network"} in
+    words."""
+    for limit, value in (
+        (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, 32 * GIB), (resource.RLIMIT_FSIZE, 4 * GIB),
+        (resource.RLIMIT_CORE, 0)
+    ):
         hard = resource.getrlimit(limit)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         with contextlib.suppress(ValueError, OSError):  # macOS refuses a limit of the address space
@@ -55,7 +63,8 @@ def cut_network():
             return f"not cut off ({os.strerror(ctypes.get_errno())})"
     except (AttributeError, OSError):
         return "not cut off (needs Linux namespaces)"
-    with contextlib.suppress(OSError):  # keep our own ids; without the map we would be nobody, which works too
+    # keep our own ids; without the map we would be nobody, which works too
+    with contextlib.suppress(OSError):
         Path("/proc/self/setgroups").write_text("deny", encoding="utf-8")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1", encoding="utf-8")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1", encoding="utf-8")
@@ -63,7 +72,8 @@ def cut_network():
 
 
 def limit_writes(folder):
-    """Landlock (Linux 5.13): nothing outside `folder` can be written, made, renamed or removed by this process."""
+    """Landlock (Linux 5.13): nothing outside `folder` can be written, made, renamed or removed by this
+    process."""
     create_ruleset, add_rule, restrict_self = 444, 445, 446
     libc = ctypes.CDLL(None, use_errno=True)
     try:
@@ -73,7 +83,10 @@ def limit_writes(folder):
     if sys.platform != "linux" or version < 1:
         return "not limited (needs Linux with Landlock)"
     # write file, remove and make of every kind; from version 2 also link and rename, from version 3 truncate
-    rights = 1 << 1 | sum(1 << i for i in range(4, 13)) | (1 << 13 if version > 1 else 0) | (1 << 14 if version > 2 else 0)
+    rights = (
+        1 << 1 | sum(1 << i for i in range(4, 13)) | (1 << 13 if version > 1 else 0)
+        | (1 << 14 if version > 2 else 0)
+    )
     attributes = struct.pack("Q", rights)
     ruleset = libc.syscall(create_ruleset, attributes, len(attributes), 0)
     of_files = rights & (1 << 1 | 1 << 14)
@@ -89,40 +102,55 @@ def limit_writes(folder):
 
 
 def require_origin(checkout, auditor):
-    """Every module of the project that is loaded must lie in the audited checkout, and none in the auditor's."""
+    """Every module of the project that is loaded must lie in the audited checkout, and none in the
+    auditor's."""
     names = {p.stem for p in checkout.glob("*.py")} | {p.parent.name for p in checkout.glob("*/__init__.py")}
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None) or ""
         if name.split(".")[0] in names:
             if not Path(file).resolve().is_relative_to(checkout):
-                raise Unknown(f"{name} was imported from {file or 'no file'}, which is not in the audited checkout")
+                raise Unknown(
+                    f"{name} was imported from {file or 'no file'}, which is not in the audited checkout"
+                )
         elif file and not file.startswith((sys.prefix, sys.base_prefix)):  # not a library
             path = Path(file).resolve()
-            if path.is_relative_to(auditor) and path not in (HERE / "audit_probe.py", HERE / "audit_model.py"):
+            if path.is_relative_to(auditor) and path not in (
+                HERE / "audit_probe.py",
+                HERE / "audit_model.py",
+            ):
                 raise Unknown(f"{name} was imported from the auditor's checkout ({path})")
 
 
-# ----- jobs ---------------------------------------------------------------------------------------------------------
+# ----- jobs -------------------------------------------------------------------------------------------------
 
 def facts(spec):
-    """What the checkout resolves for the record: sizes the audit needs, at the scale and (targets) at full scale."""
+    """What the checkout resolves for the record: sizes the audit needs, at the scale and (targets) at full
+    scale."""
     import deltas
     import settings
     resolved = deltas.resolve_name(spec["record"], scale=spec["scale"])
     s, full = resolved.settings, deltas.resolve(resolved.record.ref).settings
     size = s.data.tokens_per_rank
-    return {"record": resolved.preset or resolved.record.ref, "vocab_size": s.model.vocab_size,
-            "padded_vocab": settings.padded_vocab(s), "tokens_per_rank": max(size) if isinstance(size, (list, tuple)) else size,
-            "validation_tokens": s.validation.tokens, "validation_seq_len": s.validation.seq_len,
-            "full_validation_tokens": full.validation.tokens,
-            # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert has
-            "sets": ["system.experts=padded"] if getattr(s.model.mlp, "moe", None) else []}
+    return {
+        "record": resolved.preset or resolved.record.ref,
+        "vocab_size": s.model.vocab_size,
+        "padded_vocab": settings.padded_vocab(s),
+        "tokens_per_rank": max(size) if isinstance(size, (list, tuple)) else size,
+        "validation_tokens": s.validation.tokens,
+        "validation_seq_len": s.validation.seq_len,
+        "full_validation_tokens": full.validation.tokens,
+        # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert
+        # has
+        "sets": ["system.experts=padded"] if getattr(s.model.mlp, "moe", None) else [],
+    }
 
 
 def script(spec):
     """train_gpt.py with a command line, as its own program. Returns its exit code."""
     sys.argv = ["train_gpt.py", *spec["argv"]]
-    return {"exit": exit_code(runpy.run_path, str(Path(spec["checkout"]) / "train_gpt.py"), run_name="__main__")}
+    return {
+        "exit": exit_code(runpy.run_path, str(Path(spec["checkout"]) / "train_gpt.py"), run_name="__main__")
+    }
 
 
 def exit_code(program, *args, **kwargs):
@@ -134,13 +162,16 @@ def exit_code(program, *args, **kwargs):
 
 
 class OurTime:
-    """Every clock of the `time` module, moved forward at will: a slow loader costs no waiting, and no noise hides it."""
+    """Every clock of the `time` module, moved forward at will: a slow loader costs no waiting, and no noise
+    hides it."""
 
     def __init__(self):
         self.added = 0.0
         for name in ("perf_counter", "monotonic", "time", "process_time", "thread_time"):
             setattr(time, name, lambda read=getattr(time, name): read() + self.added)
-            setattr(time, name + "_ns", lambda read=getattr(time, name + "_ns"): read() + int(self.added * 1e9))
+            setattr(
+                time, name + "_ns", lambda read=getattr(time, name + "_ns"): read() + int(self.added * 1e9)
+            )
         read = time.clock_gettime
         time.clock_gettime = lambda clock: read(clock) + self.added
 
@@ -156,7 +187,8 @@ class OurTime:
 
 
 def clock(spec):
-    """A training whose loader, steps and validations are slow by amounts that cannot be mistaken for each other."""
+    """A training whose loader, steps and validations are slow by amounts that cannot be mistaken for each
+    other."""
     ours = OurTime()  # before anything of the checkout can take a clock by name
     import train_gpt
     from data.stream import Stream
@@ -183,7 +215,8 @@ def main(path):
     confined = confine(path.parent, spec["seconds"])
     checkout = Path(spec["checkout"]).resolve()
     jobs = {"facts": facts, "script": script, "clock": clock}
-    if spec["job"] == "model":  # before the checkout can put a torch or a numpy of its own in front of the installed ones
+    # before the checkout can put a torch or a numpy of its own in front of the installed ones
+    if spec["job"] == "model":
         jobs["model"] = experiments().checks
     sys.path.insert(0, str(checkout))
     try:

@@ -96,7 +96,7 @@ def require_claim(folder):
         raise UserError(f"{folder}: not a claim folder: {why}")
 
 
-# ----- manifest and folders -----------------------------------------------------------------------------------------
+# ----- manifest and folders ---------------------------------------------------------------------------------
 
 def read_manifest(folder):
     """(Evidence with the claim so far and its first problem, [(line, kind, utc)],
@@ -229,7 +229,7 @@ def check_script_run(found, run):
     found.scripts[run.run] = result
 
 
-# ----- runs against each other --------------------------------------------------------------------------------------
+# ----- runs against each other ------------------------------------------------------------------------------
 
 def check_alike(found):
     """One scale, one machine, one program version; equal streams where the data settings are equal."""
@@ -346,7 +346,7 @@ def check_copies(found):
             yield f"{log.where}: seed {run.seed} starts from another state than in {where}: the warm-up leaked"
 
 
-# ----- the plan, and what a record must show --------------------------------------------------------------------------
+# ----- the plan, and what a record must show ----------------------------------------------------------------
 
 def check_plan(found):
     """Every declared run was made, or a declared look ended the claim;

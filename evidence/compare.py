@@ -1,12 +1,13 @@
-"""`python -m records compare ARM ARM`: arms against each other on this machine, interleaved, declared before the first run.
+"""`python -m records compare ARM ARM`: arms against each other on this machine, interleaved, declared before
+the first run.
 
     python -m records compare main:short/head my-branch:short/head --runs 8
     python -m records compare short/11 "short/11 --without model.residual.unet_skips" --runs 4 --scale tiny
     python -m records compare short/11 script:../upstream/train_gpt.py --runs 8 --nproc 8
 
-The first arm is the one that the others are compared with. Runs come in blocks that hold every arm once, in random order,
-after one discarded run. The folder holds manifest.jsonl (evidence/manifest.py), runs/, results.json and, where the arms
-differ in code, code.diff. A stopped comparison goes on with --resume DIR.
+The first arm is the one that the others are compared with. Runs come in blocks that hold every arm once, in
+random order, after one discarded run. The folder holds manifest.jsonl (evidence/manifest.py), runs/,
+results.json and, where the arms differ in code, code.diff. A stopped comparison goes on with --resume DIR.
 """
 
 import argparse
@@ -35,37 +36,66 @@ GRACE_S = 60  # what a run may take to end after Ctrl-C
 
 
 def quoted(text):
-    raise UserError(f"{text!r} stands outside an arm: put each arm and its changes in quotes, like \"short/11 --set a=b\"")
+    raise UserError(
+        f"{text!r} stands outside an arm: put each arm and its changes in quotes, like \"short/11 --set a=b\""
+    )
 
 
 def arguments(p):
-    p.add_argument("arms", nargs="*", metavar="ARM", help="[GITREF:]RECORD [changes] in quotes, or script:PATH [arguments]; "
-                                                          "the first one is what the others are compared with")
+    p.add_argument(
+        "arms", nargs="*", metavar="ARM",
+        help="[GITREF:]RECORD [changes] in quotes, or script:PATH [arguments]; "
+        "the first one is what the others are compared with"
+    )
     p.add_argument("--runs", type=numbers.runs, metavar="N", help="counted runs of each arm (at least 2)")
     p.add_argument("--scale", choices=list(SCALES), help="of every arm that is a record")
-    p.add_argument("--pairing", choices=("seed", "none"), help="seed: the arms share seeds, and so all weights that both "
-                   "have (default where every arm takes a seed); none: every run has a seed of its own")
-    p.add_argument("--out", metavar="DIR", help="a new folder for plan, runs and results (default runs/<date>_compare)")
+    p.add_argument(
+        "--pairing", choices=("seed", "none"),
+        help="seed: the arms share seeds, and so all weights that both "
+        "have (default where every arm takes a seed); none: every run has a seed of its own"
+    )
+    p.add_argument(
+        "--out", metavar="DIR", help="a new folder for plan, runs and results (default runs/<date>_compare)"
+    )
     p.add_argument("--seed0", type=numbers.first_seed, metavar="K", help="first seed (default 0)")
-    p.add_argument("--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)")
-    p.add_argument("--nproc", type=numbers.integer(1, 8), metavar="P", help="start each run as so many processes")
+    p.add_argument(
+        "--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)"
+    )
+    p.add_argument(
+        "--nproc", type=numbers.integer(1, 8), metavar="P", help="start each run as so many processes"
+    )
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
-    p.add_argument("--confidence", type=numbers.confidence, metavar="C", help="of all intervals together (default 0.95)")
+    p.add_argument(
+        "--confidence", type=numbers.confidence, metavar="C", help="of all intervals together (default 0.95)"
+    )
     p.add_argument("--aa", action="store_true", help="the arms are the same on purpose: measure the noise")
-    p.add_argument("--allow-dirty", action="store_true", help="run uncommitted changes; the claim says so and holds them")
+    p.add_argument(
+        "--allow-dirty", action="store_true", help="run uncommitted changes; the claim says so and holds them"
+    )
     p.add_argument("--resume", metavar="DIR", help="go on with the plan in this folder")
-    p.add_argument("--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, which failed without a loss, "
-                                                         f"does not count ({', '.join(manifest.CAUSES)}); it is run again")
+    p.add_argument(
+        "--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, which failed without a loss, "
+        f"does not count ({', '.join(manifest.CAUSES)}); it is run again"
+    )
     for flag in arms.CHANGES:
-        p.add_argument(flag, dest="outside", type=quoted, help=argparse.SUPPRESS)  # belongs inside the quotes of an arm
+        # belongs inside the quotes of an arm
+        p.add_argument(flag, dest="outside", type=quoted, help=argparse.SUPPRESS)
 
 
 def run(options):
     if options.resume:
-        given = [k for k in ("arms", "runs", "scale", "pairing", "out", "seed0", "order_seed", "nproc", "confidence", "aa",
-                             "allow_dirty") if getattr(options, k) not in (None, [], False)]
+        given = [
+            k
+            for k in (
+                "arms", "runs", "scale", "pairing", "out", "seed0", "order_seed", "nproc", "confidence", "aa",
+                "allow_dirty"
+            )
+            if getattr(options, k) not in (None, [], False)
+        ]
         if given:
-            raise UserError(f"--resume goes on with a declared plan, which fixes {given[0].replace('_', '-')}: leave it")
+            raise UserError(
+                f"--resume goes on with a declared plan, which fixes {given[0].replace('_', '-')}: leave it"
+            )
         folder = Path(options.resume)
     else:
         folder = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_compare")
@@ -73,7 +103,9 @@ def run(options):
     try:
         claim = run_plan(folder, data=options.data, fault=options.fault)
     except KeyboardInterrupt:
-        print(f"interrupted: nothing that was finished is lost; go on with --resume {folder}", file=sys.stderr)
+        print(
+            f"interrupted: nothing that was finished is lost; go on with --resume {folder}", file=sys.stderr
+        )
         return INTERRUPTED
     results = analyse(claim)
     files.write(folder / "results.json", files.json_text(results, indent=1) + "\n")
@@ -81,25 +113,31 @@ def run(options):
     print(f"results: {folder / 'results.json'}")
 
 
-# ----- the plan -----------------------------------------------------------------------------------------------------
+# ----- the plan ---------------------------------------------------------------------------------------------
 
 def make_order(names, runs, pairing, seed0=0, order_seed=0):
     """[{arm, seed, discard}]: blocks that hold every arm once in random order, after one discarded run.
 
-    pairing seed: block b has seed seed0 + b for all arms. none: every run has its own seed. The discarded run, which takes
-    the cold caches and clocks, has the seed after the last.
+    pairing seed: block b has seed seed0 + b for all arms. none: every run has its own seed. The discarded
+    run, which takes the cold caches and clocks, has the seed after the last.
     """
     draw, names = random.Random(order_seed), list(names)
     last = seed0 + runs * (1 if pairing == "seed" else len(names))
     order = [{"arm": draw.choice(names), "seed": last, "discard": True}]
     for block in range(runs):
-        seeds = {name: seed0 + (block if pairing == "seed" else block * len(names) + i) for i, name in enumerate(names)}
-        order += [{"arm": name, "seed": seeds[name], "discard": False} for name in draw.sample(names, len(names))]
+        seeds = {
+            name: seed0 + (block if pairing == "seed" else block * len(names) + i)
+            for i, name in enumerate(names)
+        }
+        order += [
+            {"arm": name, "seed": seeds[name], "discard": False} for name in draw.sample(names, len(names))
+        ]
     return order
 
 
 def plan(options):
-    """(declaration, patches of uncommitted code, code diff) of a command line, with all arms checked and resolved."""
+    """(declaration, patches of uncommitted code, code diff) of a command line, with all arms checked and
+    resolved."""
     confidence = 0.95 if options.confidence is None else options.confidence
     check_options(options)
     prepared = [arms.prepare(text, options.scale, options.allow_dirty) for text in options.arms]
@@ -108,18 +146,24 @@ def plan(options):
     check_arms(found, options)
     pairing = options.pairing or ("seed" if all(arms.takes_seed(a) for a in found.values()) else "none")
     diff = code_diff(found)
-    declaration = declaration_of(found, {"runs": options.runs}, pairing=pairing, seed0=options.seed0 or 0,
-                                 order_seed=options.order_seed, processes=options.nproc, data=options.data, diff=diff,
-                                 alpha=round(1 - confidence, 12), confidence=confidence, aa=options.aa)
+    declaration = declaration_of(
+        found, {"runs": options.runs}, pairing=pairing, seed0=options.seed0 or 0,
+        order_seed=options.order_seed, processes=options.nproc, data=options.data, diff=diff,
+        alpha=round(1 - confidence, 12), confidence=confidence, aa=options.aa
+    )
     return declaration, patches, diff
 
 
-def declaration_of(found, runs, *, claim="comparison", record=None, target=None, alpha=0.01, pairing="seed", seed0=0,
-                   order_seed=None, processes=None, data=None, diff="", **more):
-    """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is free).
+def declaration_of(
+    found, runs, *, claim="comparison", record=None, target=None, alpha=0.01, pairing="seed", seed0=0,
+    order_seed=None, processes=None, data=None, diff="", **more
+):
+    """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is
+    free).
 
     found: arms by name, from arms.prepare; the first is what others are compared with. runs: {"runs": n} or
-    {"looks": [...]}. processes: None for plain python, else those of system/launch.py. diff: text of code_diff.
+    {"looks": [...]}. processes: None for plain python, else those of system/launch.py. diff: text of
+    code_diff.
     more: further entries.
     """
     records = [a for a in found.values() if a["kind"] == "record"]
@@ -131,18 +175,22 @@ def declaration_of(found, runs, *, claim="comparison", record=None, target=None,
         device = a["settings"]["system"]["device"]
         if (a["scale"] in ("full", "small") or device == "cuda") and device != "cpu" and not gpus:
             remedy = "leave system.device=cuda" if device == "cuda" else "add --scale tiny"
-            raise UserError(f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: {remedy}")
+            raise UserError(
+                f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: {remedy}"
+            )
     scale = records[0]["scale"] if records else None
     shards = locate({"data": data, "scale": scale}, None)
     order_seed = secrets.randbelow(2 ** 31) if order_seed is None else order_seed
     total = runs["looks"][-1]["runs"] if "looks" in runs else runs["runs"]
-    return {"version": manifest.VERSION, "claim": claim, "record": record, "target": target, "alpha": alpha,
-            "scale": scale, "arms": found, "plan": runs, "pairing": pairing,
-            "margin": GOAL, "order": make_order(found, total, pairing, seed0, order_seed), "order_seed": order_seed,
-            "processes": processes or 1, "launcher": "system/launch.py" if processes else "python", "data": data,
-            "corpus_prefixes": arms.corpus_prefixes(shards) if shards else None,
-            "machine": {**runlog.machine(), "gpus": [g["name"] for g in gpus]}, "environment": arms.environment(),
-            "code": repository.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more}
+    return {
+        "version": manifest.VERSION, "claim": claim, "record": record, "target": target, "alpha": alpha,
+        "scale": scale, "arms": found, "plan": runs, "pairing": pairing, "margin": GOAL,
+        "order": make_order(found, total, pairing, seed0, order_seed), "order_seed": order_seed,
+        "processes": processes or 1, "launcher": "system/launch.py" if processes else "python", "data": data,
+        "corpus_prefixes": arms.corpus_prefixes(shards) if shards else None,
+        "machine": {**runlog.machine(), "gpus": [g["name"] for g in gpus]}, "environment": arms.environment(),
+        "code": repository.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more
+    }
 
 
 def on_cpu(found):
@@ -153,16 +201,24 @@ def on_cpu(found):
 def code_diff(found):
     """Text of the differences of each arm's code to the first one's, '' where all run the same code."""
     base, *others = found
-    return "".join(f"# {base} -> {name}\n{text}" for name in others if (text := arms.code_diff(found[base], found[name])))
+    return "".join(
+        f"# {base} -> {name}\n{text}" for name in others if (text := arms.code_diff(found[base], found[name]))
+    )
 
 
 def check_options(options):
     if len(options.arms) < 2:
-        raise UserError(f"{len(options.arms)} arms named, a comparison needs two: compare short/10 short/11 --runs 4")
+        raise UserError(
+            f"{len(options.arms)} arms named, a comparison needs two: compare short/10 short/11 --runs 4"
+        )
     if len(options.arms) > len(string.ascii_uppercase):
-        raise UserError(f"{len(options.arms)} arms: a comparison takes {len(string.ascii_uppercase)}; sweep.py takes more")
+        raise UserError(
+            f"{len(options.arms)} arms: a comparison takes {len(string.ascii_uppercase)}; sweep.py takes more"
+        )
     if options.runs is None or options.runs < 2:
-        raise UserError("name the number of runs of each arm with --runs N, at least 2: one run has no spread")
+        raise UserError(
+            "name the number of runs of each arm with --runs N, at least 2: one run has no spread"
+        )
     if options.nproc is not None and options.nproc not in (1, 2, 4, 8):
         raise UserError(f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the 8 logical ranks")
     if options.fault:
@@ -183,13 +239,19 @@ def check_arms(found, options):
                                 "leave it away")
     for arm in found.values():
         if options.pairing == "seed" and not arms.takes_seed(arm):
-            raise UserError(f"--pairing seed: {arm['text']!r} takes no seed; put {{seed}} among its arguments, or use "
-                            "--pairing none")
+            raise UserError(
+                f"--pairing seed: {arm['text']!r} takes no seed; put {{seed}} among its arguments, or use "
+                "--pairing none"
+            )
     if not any(a["settings"] for a in found.values()) and (options.scale or options.data):
-        raise UserError("--scale and --data are for records, and all arms are scripts: put these among their arguments")
+        raise UserError(
+            "--scale and --data are for records, and all arms are scripts: put these among their arguments"
+        )
     scales = {a["scale"] for a in found.values() if a["kind"] == "record"}
     if len(scales) > 1:
-        raise UserError(f"the arms have different scales, {' and '.join(sorted(scales))}: give --scale for all of them")
+        raise UserError(
+            f"the arms have different scales, {' and '.join(sorted(scales))}: give --scale for all of them"
+        )
     records = {a["text"]: a["settings"]["validation"]["tokens"] for a in found.values() if a["settings"]}
     if len(set(records.values())) > 1:
         raise UserError("the arms are validated on different tokens: " + ", ".join(
@@ -199,14 +261,22 @@ def check_arms(found, options):
 def declare(folder, declaration, patches=None, diff="", say=print):
     """Write a plan into a new folder: manifest.jsonl with its declaration, uncommitted code, code.diff."""
     folder = Path(folder)
-    if not (folder / manifest.NAME).exists():  # else create() refuses; the manifest comes last, when all it names is there
-        for path, content in [*((arms.patch_path(folder, a), patches[a["dirty"]]) for a in declaration["arms"].values()
-                                if a["dirty"]), *([(folder / "code.diff", diff)] if diff else [])]:
+    # else create() refuses; the manifest comes last, when all it names is there
+    if not (folder / manifest.NAME).exists():
+        for path, content in [
+            *(
+                (arms.patch_path(folder, a), patches[a["dirty"]]) for a in declaration["arms"].values()
+                if a["dirty"]
+            ),
+            *([(folder / "code.diff", diff)] if diff else []),
+        ]:
             files.write(path, content, parents=True)
     manifest.create(folder, declaration).close()
     for name, arm in declaration["arms"].items():
-        code = f"code {arm['commit'][:12]}" if arm["commit"] else "code of this folder" if arm["kind"] == "record" else \
-            f"sha256 {arm['sha256'][:12]}"
+        code = (
+            f"code {arm['commit'][:12]}" if arm["commit"] else "code of this folder"
+            if arm["kind"] == "record" else f"sha256 {arm['sha256'][:12]}"
+        )
         say(f"{name}  {arm['text']}  [{code}{', uncommitted changes' if arm['dirty'] else ''}]",
             *(f"     {x}" for x in arm.get("report", [])), sep="\n")
     runs = declaration["plan"].get("runs") or declaration["plan"]["looks"][-1]["runs"]
@@ -216,14 +286,15 @@ def declare(folder, declaration, patches=None, diff="", say=print):
         say(f"files that differ in code: {diff.count('diff --git')}, see {folder / 'code.diff'}")
 
 
-# ----- running it ---------------------------------------------------------------------------------------------------
+# ----- running it -------------------------------------------------------------------------------------------
 
 def run_plan(folder, until=None, data=None, fault=None, say=print):
     """Execute the declared order of a claim folder from where it stands. Returns the manifest.Claim.
 
-    until: stop when every arm has so many counted runs (a look); None: the whole order. data: where the shards lie now, if
-    not where the declaration says. fault: "cause=note" for the last run. UserError when a run is lost (nothing else is:
-    call again), KeyboardInterrupt after a clean stop by Ctrl-C, SIGTERM or SIGHUP.
+    until: stop when every arm has so many counted runs (a look); None: the whole order. data: where the
+    shards lie now, if not where the declaration says. fault: "cause=note" for the last run. UserError when a
+    run is lost (nothing else is: call again), KeyboardInterrupt after a clean stop by Ctrl-C, SIGTERM or
+    SIGHUP.
     """
     book = manifest.resume(folder)
     try:
@@ -270,18 +341,23 @@ def locate(declaration, data):
 
 
 def same_machine(declaration):
-    """Variables that choose the GPUs; refuses another machine than the declared one, or one whose GPUs are busy."""
+    """Variables that choose the GPUs; refuses another machine than the declared one, or one whose GPUs are
+    busy."""
     declared, here = declaration["machine"], runlog.machine()
     for key in ("machine", "cpu", "cores"):
         if declared[key] != here[key]:
-            raise UserError(f"declared on another machine: {key} {declared[key]!r}, here {here[key]!r}; times of two "
-                            "machines do not compare: start a new comparison")
+            raise UserError(
+                f"declared on another machine: {key} {declared[key]!r}, here {here[key]!r}; times of two "
+                "machines do not compare: start a new comparison"
+            )
     if not declared["gpus"]:
         return {}
     free = arms.free_gpus(declaration["processes"])
     if [g["name"] for g in free] != declared["gpus"]:
         here = ", ".join(g["name"] for g in free) or "none"
-        raise UserError(f"declared with {', '.join(declared['gpus'])}; free here: {here}: start a new comparison")
+        raise UserError(
+            f"declared with {', '.join(declared['gpus'])}; free here: {here}: start a new comparison"
+        )
     return {"CUDA_VISIBLE_DEVICES": ",".join(g["uuid"] for g in free)}
 
 
@@ -295,7 +371,9 @@ def settle(book, folder):
     if arm["kind"] == "script":
         name = arms.script_folder(arm, lost.run, lost.seed, lost.hash)
     result = arms.collect(arm, runs, name)
-    book.append("finish", run=lost.run, exit=None, **{k: result[k] for k in ("folder", "last_hash", "status")})
+    book.append(
+        "finish", run=lost.run, exit=None, **{k: result[k] for k in ("folder", "last_hash", "status")}
+    )
     if result["status"] not in manifest.WITH_LOSS:
         note = f"killed with the program that ran it; {result['note']}".strip("; ")
         book.append("fault", run=lost.run, cause="killed", note=note)
@@ -309,22 +387,31 @@ def explain(book, fault):
 
 
 def one_run(book, folder, data, variables):
-    """Register, run and book the next run. (manifest.Run, result); UserError or KeyboardInterrupt if it told no loss."""
+    """Register, run and book the next run. (manifest.Run, result); UserError or KeyboardInterrupt if it told
+    no loss."""
     claim, declaration = book.claim, book.claim.declaration
     entry, number = declaration["order"][claim.next_place], len(claim.runs)
     arm, runs = declaration["arms"][entry["arm"]], Path(folder) / "runs"
     place = arms.place_of(arm, folder)
-    with Interrupt(main=False) as asked:  # from here until the run is booked a signal is noted, and `wait` obeys
+    # from here until the run is booked a signal is noted, and `wait` obeys
+    with Interrupt(main=False) as asked:
         registered = book.append("register", run=number, **entry)
-        started = arms.start(arm, place, runs, seed=entry["seed"], registered=registered, run=number, data=data,
-                             processes=declaration["processes"] if declaration["launcher"] != "python" else None,
-                             variables=variables, keep_open=(book.descriptor,))
-        stopped = wait(started, f"run {claim.next_place}/{len(declaration['order'])}  {entry['arm']}  seed {entry['seed']}", asked)
+        started = arms.start(
+            arm, place, runs, seed=entry["seed"], registered=registered, run=number, data=data,
+            processes=declaration["processes"] if declaration["launcher"] != "python" else None,
+            variables=variables, keep_open=(book.descriptor,)
+        )
+        stopped = wait(
+            started,
+            f"run {claim.next_place}/{len(declaration['order'])}  {entry['arm']}  seed {entry['seed']}", asked
+        )
         name = started.folder.name if started.folder else arms.find_run(runs, registered)
         result = arms.collect(arm, runs, name)
         code = started.process.returncode
-        book.append("finish", run=number, folder=result["folder"], last_hash=result["last_hash"], status=result["status"],
-                    exit=code)
+        book.append(
+            "finish", run=number, folder=result["folder"], last_hash=result["last_hash"],
+            status=result["status"], exit=code
+        )
         if result["status"] not in manifest.WITH_LOSS:
             lost(book, number, entry, started, result, stopped)
     if stopped:
@@ -349,7 +436,8 @@ def lost(book, number, entry, started, result, stopped):
 def wait(started, label, asked, watch=None):
     """Wait for a run, with one progress line on a terminal. True if it was stopped.
 
-    asked: the Interrupt in whose context this is called: a first signal ends the run in order, a second one at once.
+    asked: the Interrupt in whose context this is called: a first signal ends the run in order, a second one
+    at once.
     watch: called now and then; what it raises ends the run.
     """
     began, live, stopped_at = time.monotonic(), console.LiveLine(), None
@@ -395,20 +483,26 @@ def check_run(claim, done, result, firsts):
         if not wrong and start["sources"] != first["start"]["sources"]:
             wrong = "its sources are not those of the first run of this arm: they were edited meanwhile"
     elif result["scheduled_steps"] != first["scheduled_steps"]:
-        wrong = f"it has {result['scheduled_steps']} steps, the first run of this arm {first['scheduled_steps']}"
+        wrong = (
+            f"it has {result['scheduled_steps']} steps, the first run of this arm {first['scheduled_steps']}"
+        )
     where = f"run {done.run} ({done.arm}, seed {done.seed})"
     if wrong:
         raise UserError(f"{where} is not what was declared: {wrong}")
     for name, other in firsts.items():
-        why = start and other["start"] and arms.incomparable(other["start"], start, claim.declaration.get("corpus_prefixes"))
+        why = (
+            start and other["start"]
+            and arms.incomparable(other["start"], start, claim.declaration.get("corpus_prefixes"))
+        )
         if why:
             raise UserError(f"{where} cannot be compared with {name}: {why}")
 
 
-# ----- what it says -------------------------------------------------------------------------------------------------
+# ----- what it says -----------------------------------------------------------------------------------------
 
 def outcomes(claim):
-    """{arm: [{run, seed, status, val_loss, train_time_ms, folder, last_hash, curve, device, torch}]} of the counted runs."""
+    """{arm: [{run, seed, status, val_loss, train_time_ms, folder, last_hash, curve, device, torch}]} of the
+    counted runs."""
     out = {name: [] for name in claim.declaration["arms"]}
     for name in out:
         for done in claim.counted(name):
@@ -418,9 +512,18 @@ def outcomes(claim):
                 raise UserError(f"{claim.folder / 'runs' / str(finish['folder'])}: not the log of which the manifest tells; "
                                 "it was changed after the run")
             start = result["start"] or {}
-            out[name].append({"run": done.run, "seed": done.seed, **{k: result[k] for k in (
-                "status", "val_loss", "train_time_ms", "folder", "last_hash", "curve")}, "device": start.get("device"),
-                "torch": start.get("torch")})
+            out[name].append(
+                {
+                    "run": done.run,
+                    "seed": done.seed,
+                    **{
+                        k: result[k]
+                        for k in ("status", "val_loss", "train_time_ms", "folder", "last_hash", "curve")
+                    },
+                    "device": start.get("device"),
+                    "torch": start.get("torch"),
+                }
+            )
     return out
 
 
@@ -432,12 +535,15 @@ def mean_curve(runs):
 
 
 def compare_arms(name, base, found, paired, confidence, goal=GOAL):
-    """What the runs say about `name` against `base`: loss difference, time ratio, worth, runs to resolve `goal`."""
+    """What the runs say about `name` against `base`: loss difference, time ratio, worth, runs to resolve
+    `goal`."""
     from evidence import statistics
     new, old = found[name], found[base]
-    out = {"arm": name, "baseline": base, "confidence": confidence, "loss": None, "time": None, "equivalent": None,
-           "runs_to_resolve": None, "without_loss": {n: [r["run"] for r in found[n] if r["status"] != "finished"]
-                                                     for n in (name, base)}}
+    out = {
+        "arm": name, "baseline": base, "confidence": confidence, "loss": None, "time": None,
+        "equivalent": None, "runs_to_resolve": None,
+        "without_loss": {n: [r["run"] for r in found[n] if r["status"] != "finished"] for n in (name, base)}
+    }
     if any(out["without_loss"].values()):
         return out
     if paired:
@@ -452,7 +558,9 @@ def compare_arms(name, base, found, paired, confidence, goal=GOAL):
     if loss["p"] is not None and loss["df"] is not None and loss["high"] > loss["low"]:
         from scipy import stats
         se = (loss["high"] - loss["low"]) / 2 / stats.t.isf((1 - confidence) / 2, loss["df"])
-        out["runs_to_resolve"] = statistics.runs_for(goal, float(se) * len(a) ** 0.5, (1 - confidence) / 2, POWER)
+        out["runs_to_resolve"] = statistics.runs_for(
+            goal, float(se) * len(a) ** 0.5, (1 - confidence) / 2, POWER
+        )
     return out
 
 
@@ -466,20 +574,39 @@ def analyse(claim):
     rows = {}
     for name, runs in found.items():
         done = [r for r in runs if r["status"] == "finished"]
-        about = {k: d["arms"][name].get(k) for k in ("text", "commit", "dirty", "ml_hash", "system_hash", "sha256")}
-        rows[name] = {**about, "n": len(done),
-                      "loss": statistics.describe([r["val_loss"] for r in done]) if done else None,
-                      "time_ms": statistics.describe([r["train_time_ms"] for r in done]) if done else None,
-                      "runs": [{k: v for k, v in r.items() if k not in ("curve", "device", "torch")} for r in runs]}
+        about = {
+            k: d["arms"][name].get(k) for k in ("text", "commit", "dirty", "ml_hash", "system_hash", "sha256")
+        }
+        rows[name] = {
+            **about, "n": len(done),
+            "loss": statistics.describe([r["val_loss"] for r in done]) if done else None,
+            "time_ms": statistics.describe([r["train_time_ms"] for r in done]) if done else None,
+            "runs": [{k: v for k, v in r.items() if k not in ("curve", "device", "torch")} for r in runs]
+        }
     devices = sorted({r["device"] for runs in found.values() for r in runs if r["device"]})
-    results = {"version": 1, "claim": d["claim"], "manifest": claim.last_hash, "scale": d["scale"], "pairing": d["pairing"],
-               "confidence": confidence, "aa": d.get("aa", False), "baseline": base, "machine": d["machine"],
-               "devices": devices,
-               "torch": sorted({r["torch"] for runs in found.values() for r in runs if r["torch"]}), "goal": d["margin"],
-               "complete": claim.complete, "arms": rows,
-               "excluded": [{"run": r.run, "arm": r.arm, "cause": r.fault["cause"], "note": r.fault["note"]}
-                            for r in claim.runs if r.fault],
-               "comparisons": [compare_arms(n, base, found, d["pairing"] == "seed", each, d["margin"]) for n in others]}
+    results = {
+        "version": 1,
+        "claim": d["claim"],
+        "manifest": claim.last_hash,
+        "scale": d["scale"],
+        "pairing": d["pairing"],
+        "confidence": confidence,
+        "aa": d.get("aa", False),
+        "baseline": base,
+        "machine": d["machine"],
+        "devices": devices,
+        "torch": sorted({r["torch"] for runs in found.values() for r in runs if r["torch"]}),
+        "goal": d["margin"],
+        "complete": claim.complete,
+        "arms": rows,
+        "excluded": [
+            {"run": r.run, "arm": r.arm, "cause": r.fault["cause"], "note": r.fault["note"]}
+            for r in claim.runs if r.fault
+        ],
+        "comparisons": [
+            compare_arms(n, base, found, d["pairing"] == "seed", each, d["margin"]) for n in others
+        ],
+    }
     for c in results["comparisons"]:
         c["verdict"] = verdict(c, results)
     results["notes"] = notes(d)
@@ -493,7 +620,9 @@ def verdict(c, results):
     if bad:
         rows = results["arms"]
         return "no difference is claimed: " + " and ".join(
-            f"{len(runs)} of {len(rows[arm]['runs'])} runs of {arm} have no final loss" for arm, runs in bad.items())
+            f"{len(runs)} of {len(rows[arm]['runs'])} runs of {arm} have no final loss"
+            for arm, runs in bad.items()
+        )
     noise = "A/A test, so what follows is noise: " if results["aa"] else ""
     return f"{noise}{loss_words(c, name, base, n, results)}; {time_words(c, results)}"
 
@@ -534,7 +663,9 @@ def time_words(c, results):
     if time_ is None:
         return "its times are not compared: the logs hold none above zero"
     if time_["low"] is None:
-        return f"its training takes {time_['estimate']:.3f} times as long {where}, with no spread to judge it by"
+        return (
+            f"its training takes {time_['estimate']:.3f} times as long {where}, with no spread to judge it by"
+        )
     interval = f"{time_['low']:.3f} to {time_['high']:.3f}"
     if time_["low"] <= 1 <= time_["high"]:
         return f"training times {where} are not told apart (ratio {time_['estimate']:.3f}, {interval})"

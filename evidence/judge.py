@@ -2,25 +2,27 @@
 
     python -m records judge                              # all entries of the three tracks
     python -m records judge --track optimizer            # one track
-    python -m records judge short/80                     # one record: every group of its folder, every run, its baselines
-    python -m records judge --markdown                   # the tables as Markdown
-    python -m records judge --json FILE                  # for programs; evidence/results/judge.json is that of all entries
+    python -m records judge short/80                     # one record: every group of its folder, every run,
+    its baselines python -m records judge --markdown                   # the tables as Markdown python -m
+    records judge --json FILE                  # for programs; evidence/results/judge.json is that of all
+    entries
 
 Data (KellerJordan/modded-nanogpt, snapshot of 2026-08-01; logs by the people named there):
 
 published/runs.csv, one line per run in a log:
-    track (short, medium, optimizer), dir and log (where the log lies in the track's folder), run (number inside a log of
-    several), step (last validated), val_loss (there, nats per token), time_ms (clock there; empty: not logged),
-    group (which runs of the folder are one setting: the sub-folder, or a label where a folder mixes settings).
+    track (short, medium, optimizer), dir and log (where the log lies in the track's folder), run (number
+    inside a log of several), step (last validated), val_loss (there, nats per token), time_ms (clock there;
+    empty: not logged), group (which runs of the folder are one setting: the sub-folder, or a label where a
+    folder mixes settings).
 published/groups.csv, one line per group:
     track, record (id; empty: belongs to none), date, dir, group, runs (how many the other file must hold).
     role: `record` is the one group per record that counts; baseline, other, incomplete, duplicate do not.
-    step: where the loss counts; empty if the runs of a group differ. On the optimizer track the published step; runs may go
-    on beyond it, then step_loss is their mean there (to five digits; to four, as published, where a folder mixes settings).
-    kind (upstream's work read from the source: ml, systems, both, retiming, baseline) and waived (`yes`: a change of systems
-    only, for which the rules ask no statistics since 2025-05-25).
-    published_minutes and linked_log (of the table); claimed_runs and claimed_loss (what table or README says was run);
-    previous (optimizer: the best result before it, for the pairwise rule); note.
+    step: where the loss counts; empty if the runs of a group differ. On the optimizer track the published
+    step; runs may go on beyond it, then step_loss is their mean there (to five digits; to four, as published,
+    where a folder mixes settings). kind (upstream's work read from the source: ml, systems, both, retiming,
+    baseline) and waived (`yes`: a change of systems only, for which the rules ask no statistics since
+    2025-05-25). published_minutes and linked_log (of the table); claimed_runs and claimed_loss (what table or
+    README says was run); previous (optimizer: the best result before it, for the pairwise rule); note.
 
 Rules: short and medium ask for a mean below the target with p < 0.01 (one-sided t test; first written down on
 2024-12-04), optimizer for (3.28 - mean) sqrt(n) >= 0.004. A verdict is `pass`, `miss` or `cannot tell`: the
@@ -69,7 +71,7 @@ def run(options):
         report(result, options.markdown)
 
 
-# ----- the two tables -----------------------------------------------------------------------------------------------
+# ----- the two tables ---------------------------------------------------------------------------------------
 
 def load(folder=HERE):
     """{"groups": [row], "runs": {(track, dir, group): [row]}, "digest": of both files},
@@ -86,8 +88,10 @@ def load(folder=HERE):
     for line, row in groups:
         key = (row["track"], row["dir"], row["group"])
         if row["runs"] != len(members.get(key, [])):
-            raise damaged(folder / GROUPS, line, f"declares {row['runs']} runs of {'/'.join(key)}, {RUNS} holds "
-                                                 f"{len(members.get(key, []))}")
+            raise damaged(
+                folder / GROUPS, line,
+                f"declares {row['runs']} runs of {'/'.join(key)}, {RUNS} holds {len(members.get(key, []))}"
+            )
         if row["role"] == "record":
             if (row["track"], row["record"]) in records:
                 raise damaged(folder / GROUPS, line,
@@ -209,7 +213,10 @@ def find(tables, name, track=None):
     or `80` with --track."""
     refs = [f"{g['track']}/{g['record']}" for g in counted(tables)]
     if "/" not in name:
-        same = [ref for ref in refs if ref.split("/")[1] == name.lstrip("0") and track in (None, ref.split("/")[0])]
+        same = [
+            ref for ref in refs
+            if ref.split("/")[1] == name.lstrip("0") and track in (None, ref.split("/")[0])
+        ]
         if len(same) > 1:
             raise UserError(f"record {name!r} exists on several tracks: say {' or '.join(same)}")
         name = same[0] if same else name
@@ -229,7 +236,7 @@ def find(tables, name, track=None):
     return ref
 
 
-# ----- judging ------------------------------------------------------------------------------------------------------
+# ----- judging ----------------------------------------------------------------------------------------------
 
 def judge(tables, track=None, ref=None):
     """{"version", "data" (digest of the tables), "tracks": counts, "records": [facts and verdict]}."""
@@ -297,7 +304,10 @@ def verdict(group, facts):
 def minutes(tables, group, runs):
     """Published minutes, those of the linked log, and the mean over the counted runs,
     with deviations in percent."""
-    every = [r for (t, d, _), rows in tables["runs"].items() if (t, d) == (group["track"], group["dir"]) for r in rows]
+    every = [
+        r for (t, d, _), rows in tables["runs"].items() if (t, d) == (group["track"], group["dir"])
+        for r in rows
+    ]
     linked = [r for r in every if r["log"] == group["linked_log"] and r["time_ms"]]
     times = [r["time_ms"] for r in runs if r["time_ms"]]
     out = {"published_minutes": group["published_minutes"]}
@@ -336,21 +346,28 @@ def summary(records):
     untold = {why: names(lambda r, why=why: r["verdict"] == "cannot tell" and r["why"] == why)
               for why in ("no log", "one log", "two logs")}
     timed = [r for r in records if r["slower_percent"] is not None]
-    return {"entries": len(records), "runs": sum(r["n"] for r in records), "pass": names(lambda r: r["verdict"] == "pass"),
-            "miss": names(lambda r: r["verdict"] == "miss"),
-            **untold, "fewer logs than runs": names(lambda r: r["verdict"] == "cannot tell" and r["why"] not in untold),
-            "waived": names(lambda r: r["waived"] and r["verdict"] != "pass"),
-            "before_rule": names(lambda r: r["before_rule"] and r["verdict"] != "pass"),
-            "pairwise_unproven": names(lambda r: r["pairwise"] and not r["pairwise"]["passed"]),
-            "timed": len(timed), "slower": sum(r["slower_percent"] > 1 for r in timed),
-            "faster": sum(r["slower_percent"] < -1 for r in timed)}
+    return {
+        "entries": len(records), "runs": sum(r["n"] for r in records),
+        "pass": names(lambda r: r["verdict"] == "pass"), "miss": names(lambda r: r["verdict"] == "miss"),
+        **untold,
+        "fewer logs than runs": names(lambda r: r["verdict"] == "cannot tell" and r["why"] not in untold),
+        "waived": names(lambda r: r["waived"] and r["verdict"] != "pass"),
+        "before_rule": names(lambda r: r["before_rule"] and r["verdict"] != "pass"),
+        "pairwise_unproven": names(lambda r: r["pairwise"] and not r["pairwise"]["passed"]),
+        "timed": len(timed), "slower": sum(r["slower_percent"] > 1 for r in timed),
+        "faster": sum(r["slower_percent"] < -1 for r in timed)
+    }
 
 
-# ----- output -------------------------------------------------------------------------------------------------------
+# ----- output -----------------------------------------------------------------------------------------------
 
-HEADS = {"short": ("record", "n", "mean", "sd", "p", "verdict", "minutes", "linked", "logs", "slower", "note"),
-         "medium": ("record", "n", "mean", "sd", "p", "verdict", "margin", "in sd", "minutes", "logs", "slower", "note"),
-         "optimizer": ("record", "n", "mean", "sd", "score", "verdict", "steps", "claimed", "pairwise p", "note")}
+HEADS = {
+    "short": ("record", "n", "mean", "sd", "p", "verdict", "minutes", "linked", "logs", "slower", "note"),
+    "medium": (
+        "record", "n", "mean", "sd", "p", "verdict", "margin", "in sd", "minutes", "logs", "slower", "note"
+    ),
+    "optimizer": ("record", "n", "mean", "sd", "score", "verdict", "steps", "claimed", "pairwise p", "note"),
+}
 TITLES = {
     "short": "short: loss 3.28 in least minutes; one-sided t test, p < 0.01 "
              "(minutes: published, of the linked log, mean of the counted logs)",
@@ -380,12 +397,17 @@ def cells(r):
                                                        ("slower_percent", "+.1f")))
     if r["track"] == "optimizer":
         pair, claimed = r["pairwise"], f"{r['claimed_loss']:.4f} ({r['claimed_runs']})"
-        pair = f"{pair['p']:.2g} ({pair['against'].split('/')[1]}{'*' if pair['published'] else ''})" if pair else "-"
+        pair = (
+            f"{pair['p']:.2g} ({pair['against'].split('/')[1]}{'*' if pair['published'] else ''})" if pair
+            else "-"
+        )
         return head + [digits(r["score"], ".5f"), state, str(r["step"]), claimed, pair, says]
     ratio += "" if ratio == "-" else " %"
     if r["track"] == "medium":
-        return head + [digits(r["p"], ".3g"), state, digits(r["margin"], ".5f"), digits(r["margin_in_sd"], ".1f"), table,
-                       mean, ratio, says]
+        return head + [
+            digits(r["p"], ".3g"), state, digits(r["margin"], ".5f"), digits(r["margin_in_sd"], ".1f"), table,
+            mean, ratio, says
+        ]
     return head + [digits(r["p"], ".3g"), state, table, digits(r["linked_minutes"], ".3f"), mean, ratio, says]
 
 
@@ -460,16 +482,22 @@ def detail(tables, r, markdown=False):
         print(f"against {p['against']}: {p['steps_saved']} steps fewer, score {p['score']:.5f}, p = {p['p']:.2g}, "
               f"{'proven' if p['passed'] else 'not proven'} pairwise")
     group = next(g for g in counted(tables) if f"{g['track']}/{g['record']}" == r["record"])
-    folder = [g for g in tables["groups"] if g["dir"] and (g["track"], g["dir"]) == (group["track"], group["dir"])]
+    folder = [
+        g for g in tables["groups"] if g["dir"] and (g["track"], g["dir"]) == (group["track"], group["dir"])
+    ]
     rows = []
     for g in folder:
         runs = runs_of(tables, g)
         losses, times = [x["val_loss"] for x in runs], [x["time_ms"] for x in runs if x["time_ms"]]
         d, steps = describe(losses), sorted({x["step"] for x in runs})
         p = target_test(losses, TARGETS[g["track"]])["p"]
-        rows.append([g["group"] or "(folder)", g["role"], str(d["n"]), f"{d['mean']:.5f}", digits(d["sd"], ".5f"),
-                     digits(p, ".3g"), str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
-                     f"{average(times) / 60000:.3f}" if times else "-", g["note"]])
+        rows.append(
+            [
+                g["group"] or "(folder)", g["role"], str(d["n"]), f"{d['mean']:.5f}", digits(d["sd"], ".5f"),
+                digits(p, ".3g"), str(steps[0]) if len(steps) == 1 else f"{steps[0]}-{steps[-1]}",
+                f"{average(times) / 60000:.3f}" if times else "-", g["note"]
+            ]
+        )
     if rows:
         print(f"\ngroups of {group['dir']} (losses at each run's last step)" + ("\n" if markdown else ""))
         show_table(("group", "role", "n", "mean", "sd", "p", "step", "minutes", "note"), rows, markdown)
@@ -502,7 +530,7 @@ def baselines(tables, group, folder):
                       old[0]["step"] else ", equal steps") + " (95 % intervals)")
 
 
-# ----- for programs -------------------------------------------------------------------------------------------------
+# ----- for programs -----------------------------------------------------------------------------------------
 
 def rounded(value):
     """Six significant digits below the loss's size are more than the logs hold;

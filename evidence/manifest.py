@@ -3,12 +3,12 @@ and every run with what became of it.
 
 manifest.jsonl is chained like run.jsonl, and each line is on the disk before the program goes on:
 
-    declare   the whole plan: arms with their resolved settings, runs per arm or looks, pairing, order of execution
-    register  {run, arm, seed, discard}: the next run, just before its process starts (which gets this line's hash)
-    finish    {run, folder, last_hash, status, exit}: what became of it
-    fault     {run, cause, note}: why a run without a final loss does not count; its place in the order is run again
-    look      {runs, decision}: what was decided when every arm had that many runs
-    withdraw  {why}: the last line of a claim that is given up; what was run stays
+    declare   the whole plan: arms with their resolved settings, runs per arm or looks, pairing, order of
+    execution register  {run, arm, seed, discard}: the next run, just before its process starts (which gets
+    this line's hash) finish    {run, folder, last_hash, status, exit}: what became of it fault     {run,
+    cause, note}: why a run without a final loss does not count; its place in the order is run again look
+    {runs, decision}: what was decided when every arm had that many runs withdraw  {why}: the last line of a
+    claim that is given up; what was run stays
 
 One run at a time, in the declared order. A register without a finish is a run that failed, until a fault
 explains it. Reading and writing go through the same checks, so that nothing can be written that would be
@@ -172,8 +172,11 @@ class Claim:
         require(len(self.looks) < len(looks) and looks[len(self.looks)]["runs"] == event["runs"],
                 f"a look at {event['runs']} runs was not declared" + (" as the next" if looks else ""))
         require(event["decision"] in DECISIONS, f"decision must be one of {', '.join(DECISIONS)}")
-        require(self.open_run is None and all(len(self.counted(a)) >= event["runs"] for a in self.declaration["arms"]),
-                f"not every arm has {event['runs']} runs yet")
+        require(
+            self.open_run is None
+            and all(len(self.counted(a)) >= event["runs"] for a in self.declaration["arms"]),
+            f"not every arm has {event['runs']} runs yet"
+        )
         self.looks.append(event)
 
     def withdraw(self, event, digest, require):
@@ -191,13 +194,19 @@ def check_fields(event, types, require):
 
 def check_declaration(event, require):
     """Whole and consistent: known version, arms, a plan whose counts the order has, alphas that add up."""
-    require(event.get("version") == VERSION, f"manifest version {event.get('version')!r}, this program reads {VERSION}")
+    require(
+        event.get("version") == VERSION,
+        f"manifest version {event.get('version')!r}, this program reads {VERSION}",
+    )
     check_fields(event, DECLARED, require)
     require(event["claim"] in CLAIMS, f"claim must be one of {', '.join(CLAIMS)}")
     require(event["pairing"] in ("seed", "none"), "pairing must be seed or none")
     arms, plan, order = event["arms"], event["plan"], event["order"]
-    require(len(arms) >= 1 and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
-            "arms must be tables of kind record or script")
+    require(
+        len(arms) >= 1
+        and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
+        "arms must be tables of kind record or script"
+    )
     require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
     confidence = event.get("confidence", 0.95)
     require(isinstance(confidence, NUMBER) and 0 < confidence < 1, "confidence must lie between 0 and 1")
@@ -205,21 +214,33 @@ def check_declaration(event, require):
             f"confidence {confidence} and alpha {event['alpha']} of a comparison must add up to 1")
     if "looks" in plan:
         looks = plan["looks"]
-        require(isinstance(looks, list) and looks and all(
-            isinstance(x, dict) and type(x.get("runs")) is int and isinstance(x.get("alpha"), NUMBER) for x in looks),
-            "plan.looks must be a list of {runs, alpha}")
+        require(
+            isinstance(looks, list)
+            and looks
+            and all(
+                isinstance(x, dict) and type(x.get("runs")) is int and isinstance(x.get("alpha"), NUMBER)
+                for x in looks
+            ),
+            "plan.looks must be a list of {runs, alpha}",
+        )
         counts = [x["runs"] for x in looks]
         require(0 < counts[0] and all(a < b for a, b in zip(counts, counts[1:])),
                 "the runs of looks must rise")
-        require(all(x["alpha"] > 0 for x in looks) and abs(sum(x["alpha"] for x in looks) - event["alpha"]) < 1e-9,
-                "the alphas of all looks must add up to alpha")
+        require(
+            all(x["alpha"] > 0 for x in looks)
+            and abs(sum(x["alpha"] for x in looks) - event["alpha"]) < 1e-9,
+            "the alphas of all looks must add up to alpha"
+        )
         total = counts[-1]
     else:
         total = plan.get("runs")
         require(type(total) is int and total >= 1, "plan must hold runs or looks")
     for x in order:
-        require(isinstance(x, dict) and set(x) == {"arm", "seed", "discard"} and x["arm"] in arms
-                and type(x["seed"]) is int and type(x["discard"]) is bool, f"order: {x!r} is no {{arm, seed, discard}}")
+        require(
+            isinstance(x, dict) and set(x) == {"arm", "seed", "discard"} and x["arm"] in arms
+            and type(x["seed"]) is int and type(x["discard"]) is bool,
+            f"order: {x!r} is no {{arm, seed, discard}}"
+        )
     seeds = {arm: [x["seed"] for x in order if x["arm"] == arm and not x["discard"]] for arm in arms}
     for arm, mine in seeds.items():
         require(len(mine) == total, f"order: {len(mine)} runs of {arm}, the plan says {total}")
@@ -228,7 +249,7 @@ def check_declaration(event, require):
                 "order: paired arms must have the same seeds")
 
 
-# ----- files --------------------------------------------------------------------------------------------------------
+# ----- files ------------------------------------------------------------------------------------------------
 
 def manifest_path(where):
     """DIR/manifest.jsonl for a claim folder, or the path of the file itself."""

@@ -1,12 +1,13 @@
 """`python -m records promote ATTEMPT`: make a record of an attempt whose claim is shown.
 
-    python -m records promote my_idea                                        # -> records/short/034_my_idea, committed
-    python -m records promote six_layers --lineage variants --accept-scale micro
+    python -m records promote my_idea                                        # -> records/short/034_my_idea,
+    committed python -m records promote six_layers --lineage variants --accept-scale micro
 
-The claim is verified again first. The folder moves to records/<lineage>/<id>_<name>: record.toml gets its id and the line
-`attempt`, by which the claim, declared as attempts/NAME, stays its evidence. In a lineage only what was shown against the
-head comes next; a claim on an older record becomes a branch, with --lineage variants. A claim on a record that exists
-(submit --record) moves into that record's folder. One commit, of these files alone; `records withdraw` undoes it.
+The claim is verified again first. The folder moves to records/<lineage>/<id>_<name>: record.toml gets its id
+and the line `attempt`, by which the claim, declared as attempts/NAME, stays its evidence. In a lineage only
+what was shown against the head comes next; a claim on an older record becomes a branch, with --lineage
+variants. A claim on a record that exists (submit --record) moves into that record's folder. One commit, of
+these files alone; `records withdraw` undoes it.
 """
 
 import os
@@ -43,7 +44,9 @@ def run(options):
         moved = as_record(folder, target, text, ref)
     page(target)
     try:
-        done = attempts.commit([folder, target], f"{ref}: {toml['title']} (claim shown at scale {results['scale']})")
+        done = attempts.commit(
+            [folder, target], f"{ref}: {toml['title']} (claim shown at scale {results['scale']})"
+        )
     except UserError:
         undo(folder, target, moved, text)
         raise
@@ -72,8 +75,10 @@ def shown(folder: Path, accepted: str | None) -> dict:
     if results["claim"] not in ("ml", "systems"):
         raise UserError(f"{folder}: a comparison claims no record")
     if results["scale"] not in ("full", accepted):
-        raise UserError(f"{folder}: shown at scale {results['scale']} only, a small image of the record that says nothing "
-                        f"about full scale: claim it at --scale full, or insist with --accept-scale {results['scale']}")
+        raise UserError(
+            f"{folder}: shown at scale {results['scale']} only, a small image of the record that says nothing "
+            f"about full scale: claim it at --scale full, or insist with --accept-scale {results['scale']}"
+        )
     return results
 
 
@@ -82,22 +87,31 @@ def place_of(folder: Path, toml: dict, lineage: str | None, ref: str) -> Path:
     if not ref.startswith(deltas.ATTEMPT):  # submit --record: a claim on a record that exists
         claimed = deltas.find_record(ref)
         if (claimed.folder / manifest.NAME).exists():
-            raise UserError(f"{claimed.ref} has a claim already ({claimed.folder}): this one stays in {folder}")
+            raise UserError(
+                f"{claimed.ref} has a claim already ({claimed.folder}): this one stays in {folder}"
+            )
         return claimed.folder
     parent = deltas.find_record(toml["parent"])
     lineage = lineage or parent.ref.partition("/")[0]
     head = deltas.find_record(f"{lineage}/head")
     if lineage != "variants" and head.ref != parent.ref:
-        raise UserError(f"{folder.name} is built on {parent.ref}, and {lineage} has come to {head.ref}: claim it against "
-                        "that one, or keep it as a branch with --lineage variants")
-    members = [r.ref.partition("/")[2] for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")]
+        raise UserError(
+            f"{folder.name} is built on {parent.ref}, and {lineage} has come to {head.ref}: claim it against "
+            "that one, or keep it as a branch with --lineage variants"
+        )
+    members = [
+        r.ref.partition("/")[2] for r in deltas.load_records().values() if r.ref.startswith(lineage + "/")
+    ]
     number = max((int(m.group()) for x in members if (m := re.match(r"\d+", x))), default=0) + 1
     return deltas.RECORDS / lineage / f"{number:03d}_{folder.name}"
 
 
 def as_record(folder: Path, target: Path, text: str, ref: str) -> list:
     """Move the attempt's folder to that of a new record. The file is whole before and after each step."""
-    files.write(folder / "record.toml", f'id = "{ref.partition("/")[2]}"\nattempt = "{folder.name}"\n' + MARKS.sub("", text))
+    files.write(
+        folder / "record.toml",
+        f'id = "{ref.partition("/")[2]}"\nattempt = "{folder.name}"\n' + MARKS.sub("", text),
+    )
     move(folder, target)
     deltas.load_records.cache_clear()
     deltas.find_record(ref)
@@ -105,8 +119,11 @@ def as_record(folder: Path, target: Path, text: str, ref: str) -> list:
 
 
 def onto_record(folder: Path, target: Path) -> list[str]:
-    """Move the claim's files into the folder of the record that it claims. Returns their names; the manifest comes last."""
-    names = sorted((p.name for p in files.listed(folder) if p.name != "record.toml"), key=lambda n: n == manifest.NAME)
+    """Move the claim's files into the folder of the record that it claims. Returns their names; the manifest
+    comes last."""
+    names = sorted(
+        (p.name for p in files.listed(folder) if p.name != "record.toml"), key=lambda n: n == manifest.NAME
+    )
     taken = [n for n in names if (target / n).exists()]
     if taken:
         raise UserError(f"{target / taken[0]} is there already: move it away first")

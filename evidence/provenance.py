@@ -1,7 +1,9 @@
-"""Where the runs of a claim come from: settings that a record resolves to, code at a commit, tokens of a corpus.
+"""Where the runs of a claim come from: settings that a record resolves to, code at a commit, tokens of a
+corpus.
 
-Each check is a generator of problems, one line each; what cannot be known here goes to `found.unknown`. `found` is the
-evidence.claim_laws.Evidence of the claim folder. Nothing of a submission is executed: git is only asked for the text of files.
+Each check is a generator of problems, one line each; what cannot be known here goes to `found.unknown`.
+`found` is the evidence.claim_laws.Evidence of the claim folder. Nothing of a submission is executed: git is
+only asked for the text of files.
 """
 
 import collections
@@ -28,10 +30,11 @@ RECORD_ARM = {"text": str, "record": str, "preset": str, "scale": str, "changes"
 MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
 
-# ----- arms and records ---------------------------------------------------------------------------------------------
+# ----- arms and records -------------------------------------------------------------------------------------
 
 def check_arm(found, name, arm):
-    """All runs of an arm are one program with the settings that were declared and that this checkout resolves."""
+    """All runs of an arm are one program with the settings that were declared and that this checkout
+    resolves."""
     if arm["kind"] == "script":
         found.unknown.append(f"what the script of arm {name} computed, on which data and with which settings")
         return
@@ -48,7 +51,8 @@ def check_arm(found, name, arm):
         if log.start["settings"] != arm["settings"]:
             paths = differing(log.start["settings"], arm["settings"])
             yield f"{log.where}: settings differ from those declared for arm {name}: {', '.join(paths)}"
-    for key in ("attention", "comm", "parameters"):  # a kernel that fell back in one run makes it another program
+    # a kernel that fell back in one run makes it another program
+    for key in ("attention", "comm", "parameters"):
         yield from alike([(log.where, log.start[key]) for log in found.of(name)], f"{key} (arm {name})")
     yield from check_code(found, name, arm)
     yield from check_resolves(found, name, arm)
@@ -58,7 +62,9 @@ def differing(a, b, prefix=""):
     """Paths at which two nested dicts differ."""
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [prefix or "."]
-    return [p for k in sorted({*a, *b}) for p in differing(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)]
+    return [
+        p for k in sorted({*a, *b}) for p in differing(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)
+    ]
 
 
 def check_resolves(found, name, arm):
@@ -68,7 +74,9 @@ def check_resolves(found, name, arm):
     try:
         record, carried = known_record(found, arm["record"])
         if record is None and comparison:
-            found.unknown.append(f"arm {name}: whether {claimed} has these settings: it is not in this checkout")
+            found.unknown.append(
+                f"arm {name}: whether {claimed} has these settings: it is not in this checkout"
+            )
             return
         if record is None:
             raise UserError("the record is neither in this checkout nor in record.toml of the claim")
@@ -77,8 +85,11 @@ def check_resolves(found, name, arm):
     except MALFORMED as error:
         yield f"arm {name}: {claimed} cannot be resolved here: {error}"
         return
-    if paths and comparison and arm.get("ref") is not None:  # two refs may be compared because a record changed
-        found.unknown.append(f"arm {name}: {claimed} has other settings here than at {arm['ref']}: {', '.join(paths)}")
+    # two refs may be compared because a record changed
+    if paths and comparison and arm.get("ref") is not None:
+        found.unknown.append(
+            f"arm {name}: {claimed} has other settings here than at {arm['ref']}: {', '.join(paths)}"
+        )
     elif paths:
         yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
 
@@ -94,7 +105,8 @@ def resolve_here(record, scale, changes):
 
 
 def resolve_carried(record, scale, changes):
-    """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for its delta)."""
+    """Settings of a record that no folder of this checkout holds; only --set may change it (all else is for
+    its delta)."""
     if scale not in scales.SCALES:
         raise UserError(f"unknown scale {scale!r}")
     s = scales.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
@@ -110,7 +122,8 @@ def resolve_carried(record, scale, changes):
 
 
 def known_record(found, ref):
-    """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this checkout."""
+    """(Record or None, is it only in the claim folder?). The claim's record.toml must not contradict this
+    checkout."""
     here, carried = known_here(ref), read_carried(found.folder, found.declaration["record"])
     if carried is None or not carried.answers(ref):
         return here, False
@@ -126,7 +139,8 @@ def known_record(found, ref):
 
 
 def known_here(ref):
-    """The Record of a ref in this checkout: of a lineage, or an attempt (which may have become a record since). Or None."""
+    """The Record of a ref in this checkout: of a lineage, or an attempt (which may have become a record
+    since). Or None."""
     if not isinstance(ref, str) or not ref.startswith(deltas.ATTEMPT):
         return deltas.load_records().get(ref)
     try:
@@ -142,7 +156,8 @@ def same_record(a, b):
 
 
 def read_carried(folder, ref):
-    """The Record of DIR/record.toml, or None. `ref` is the one that the manifest claims: lineage/id or attempts/name.
+    """The Record of DIR/record.toml, or None. `ref` is the one that the manifest claims: lineage/id or
+    attempts/name.
 
     A record that was promoted carries an id, and the name of the attempt that the manifest claims.
     """
@@ -153,7 +168,8 @@ def read_carried(folder, ref):
     if lineage + "/" == deltas.ATTEMPT:
         lineage = lineage_of(path) or lineage
     record = deltas.read_record(path, lineage)
-    if ref.startswith(deltas.ATTEMPT) and not record.attempt:  # the folder may have been copied under another name
+    # the folder may have been copied under another name
+    if ref.startswith(deltas.ATTEMPT) and not record.attempt:
         record = dataclasses.replace(record, ref=ref, slug=name)
     if not record.answers(ref):
         raise UserError(f"record.toml has id {record.ref.partition('/')[2]!r}, the manifest claims {ref}")
@@ -163,7 +179,8 @@ def read_carried(folder, ref):
 
 
 def lineage_of(path):
-    """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. '' for an attempt."""
+    """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. ''
+    for an attempt."""
     try:
         toml = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
@@ -175,7 +192,8 @@ def lineage_of(path):
 
 
 def last_ml(record):
-    """The nearest of a record and its ancestors that changed what is computed at full scale: by ml_hash, not by `kind`."""
+    """The nearest of a record and its ancestors that changed what is computed at full scale: by ml_hash, not
+    by `kind`."""
     while record is not None and record.parent is not None and same_result(record.ref, record.parent):
         record = deltas.load_records().get(record.parent)
     return record
@@ -186,7 +204,8 @@ def same_result(a, b):
 
 
 def check_lineage(found):
-    """A claim runs the record it names against the parent that record names, all arms with the same changes or none."""
+    """A claim runs the record it names against the parent that record names, all arms with the same changes
+    or none."""
     d, where = found.declaration, manifest.NAME
     new, parent = d["arms"]["new"], d["arms"]["parent"]
     if new.get("record") != d["record"]:
@@ -209,10 +228,11 @@ def check_lineage(found):
                    "changes)")
 
 
-# ----- code ---------------------------------------------------------------------------------------------------------
+# ----- code -------------------------------------------------------------------------------------------------
 
 def check_code(found, name, arm):
-    """One commit per arm, clean for a record; its sources are there, hash right and are the files of that commit."""
+    """One commit per arm, clean for a record; its sources are there, hash right and are the files of that
+    commit."""
     record_claim, logs, dirty = found.declaration["claim"] != "comparison", found.of(name), arm.get("dirty")
     for log in logs:
         code = log.start["code"]
@@ -221,7 +241,9 @@ def check_code(found, name, arm):
         elif arm["commit"] is not None and code != arm["commit"] + ("-dirty" if dirty else ""):
             yield f"{log.where}: code {code[:12]}, arm {name} was declared at {arm['commit'][:12]}"
     if record_claim and (dirty or arm["commit"] is None):
-        yield f"arm {name}: declared with " + ("uncommitted changes" if dirty else "code outside a git checkout, of no name")
+        yield f"arm {name}: declared with " + (
+            "uncommitted changes" if dirty else "code outside a git checkout, of no name"
+        )
     elif dirty:
         yield from check_patch(found, name, arm)
     yield from alike([(log.where, log.start["sources"]) for log in logs], f"sources (arm {name})")
@@ -256,7 +278,10 @@ def read_sources(runs, digest):
             except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError):
                 return None, f"runs/{path.name}: cannot be read"
             held = runlog.source_hash(text)
-            return text, "" if held == digest else f"runs/{path.name}: its text hashes to {held}: the sources were swapped"
+            return (
+                text, "" if held == digest
+                else f"runs/{path.name}: its text hashes to {held}: the sources were swapped"
+            )
     return None, f"runs/sources-{digest}.txt: missing: the sources of the runs belong to the claim"
 
 
@@ -269,8 +294,10 @@ def check_commit(found, name, arm, digest, text):
     try:
         tree = arms.line("rev-parse", "--verify", "--quiet", commit + "^{tree}")
     except UserError:
-        found.unknown.append(f"whether the sources of arm {name} are those of commit {commit[:12]}: this repository does "
-                             "not have it (fetch it)")
+        found.unknown.append(
+            f"whether the sources of arm {name} are those of commit {commit[:12]}: this repository does "
+            "not have it (fetch it)"
+        )
         return
     if arm["tree"] != tree:
         yield f"arm {name}: tree {str(arm['tree'])[:12]}, commit {commit[:12]} has {tree[:12]}"
@@ -284,17 +311,20 @@ def check_commit(found, name, arm, digest, text):
         yield f"runs/sources-{digest}.txt: is not the code of commit {commit[:12]}, which arm {name} declares"
 
 
-# ----- tokens -------------------------------------------------------------------------------------------------------
+# ----- tokens -----------------------------------------------------------------------------------------------
 
 def check_corpus(found):
     """One corpus and one validation set; their digests are right where this checkout knows them by name."""
     logs = list(found.logs.values())
     for key in ("corpus", "val_digest"):
         yield from alike([(log.where, log.start[key]) for log in logs], key)
-    prefixes = found.declaration.get("corpus_prefixes")  # runs of different length read different numbers of shards
+    # runs of different length read different numbers of shards
+    prefixes = found.declaration.get("corpus_prefixes")
     if isinstance(prefixes, list) and all(log.start["corpus_digest"] in prefixes for log in logs):
         for name in found.declaration["arms"]:
-            yield from alike([(log.where, log.start["corpus_digest"]) for log in found.of(name)], "corpus_digest")
+            yield from alike(
+                [(log.where, log.start["corpus_digest"]) for log in found.of(name)], "corpus_digest"
+            )
     else:
         yield from alike([(log.where, log.start["corpus_digest"]) for log in logs], "corpus_digest")
     for log in logs:

@@ -36,8 +36,11 @@ def arguments(p):
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
     p.add_argument("--data", metavar="DIR",
                    help="folder of shards, where the run was not on the embedded corpus")
-    p.add_argument("--tolerance", type=numbers.number(0, 100, above=True), metavar="NATS", help="largest difference of a validation loss where bits need "
-                   f"not agree (default {CPU_TOLERANCE} on a CPU, {GPU_TOLERANCE} on GPUs)")
+    p.add_argument(
+        "--tolerance", type=numbers.number(0, 100, above=True), metavar="NATS",
+        help="largest difference of a validation loss where bits need "
+        f"not agree (default {CPU_TOLERANCE} on a CPU, {GPU_TOLERANCE} on GPUs)"
+    )
 
 
 def run(options):
@@ -59,7 +62,7 @@ def run(options):
     return report(log, again, same_bits(start, again["start"]), tolerance)
 
 
-# ----- what the log says --------------------------------------------------------------------------------------------
+# ----- what the log says ------------------------------------------------------------------------------------
 
 def read_log(path):
     """{start, curve [[step, val_loss]], train_loss, stream, digits}: of run.jsonl, or of log.txt,
@@ -109,7 +112,7 @@ def read_text(path):
     }
 
 
-# ----- running it again ---------------------------------------------------------------------------------------------
+# ----- running it again -------------------------------------------------------------------------------------
 
 def arguments_of(start):
     """The trainer's arguments behind a start event: a frozen preset by name, else record,
@@ -184,7 +187,7 @@ def rerun(start, place, out, data, name):
     return read_chain(found[-1])
 
 
-# ----- comparing ----------------------------------------------------------------------------------------------------
+# ----- comparing --------------------------------------------------------------------------------------------
 
 def same_bits(start, again):
     """Must the two runs agree to the last bit? On a CPU with the same sources, processor, torch,

@@ -1,8 +1,9 @@
 """The laws of one run's log: what a run folder must hold to be evidence. Nothing of the run is executed.
 
-A run folder is run.jsonl (the chain) with log.txt and summary.json, which must follow from it. Each check is a generator of
-problems, one line `artefact: reason` each, so that all of them are found and not only the first. `evidence.claim_laws` checks
-what holds between runs, and between a run and the manifest that announced it.
+A run folder is run.jsonl (the chain) with log.txt and summary.json, which must follow from it. Each check is
+a generator of problems, one line `artefact: reason` each, so that all of them are found and not only the
+first. `evidence.claim_laws` checks what holds between runs, and between a run and the manifest that announced
+it.
 """
 
 import collections
@@ -21,34 +22,58 @@ from layers.specs import layer_specs
 from common.errors import UserError
 
 NUMBER = (int, float)
-TEXTS = {"start": ["utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
-                   "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform",
-                   "python", "machine"],
-         "probe": ["tokens"], "reset": ["state_before", "state_after"], "validation": [], "experts": [],
-         "stream": ["digest"], "end": ["status"]}
-LOADS = ("layers", "max_vio", "idle", "dropped", "entropy", "max_bias")  # of an experts event: a number for each layer with some
-OTHERS = {"start": {"settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
-                    "processes": int, "profiled": bool, "cores": (int, type(None))},
-          "probe": {"step": int, "loss": NUMBER, "gradients": dict},
-          "reset": {"warmup_steps": int, "start_ms": NUMBER, "warmup_ms": NUMBER},
-          "validation": {"step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list,
-                         "train_time_ms": NUMBER, "tokens": int, "epoch": int},
-          "experts": {"step": int, **{name: list for name in LOADS}},
-          "stream": {},
-          "end": {"steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
-                  "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
-                  "verdict": list}}
+TEXTS = {
+    "start": [
+        "utc", "sources", "record", "preset", "scale", "registered", "ml_hash", "system_hash", "corpus",
+        "corpus_digest", "val_digest", "device", "attention", "comm", "torch", "code", "cpu", "platform",
+        "python", "machine"
+    ],
+    "probe": ["tokens"],
+    "reset": ["state_before", "state_after"],
+    "validation": [],
+    "experts": [],
+    "stream": ["digest"],
+    "end": ["status"],
+}
+# of an experts event: a number for each layer with some
+LOADS = ("layers", "max_vio", "idle", "dropped", "entropy", "max_bias")
+OTHERS = {
+    "start": {
+        "settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
+        "processes": int, "profiled": bool, "cores": (int, type(None))
+    },
+    "probe": {"step": int, "loss": NUMBER, "gradients": dict},
+    "reset": {"warmup_steps": int, "start_ms": NUMBER, "warmup_ms": NUMBER},
+    "validation": {
+        "step": int, "scheduled_steps": int, "val_loss": NUMBER, "train_loss": list, "train_time_ms": NUMBER,
+        "tokens": int, "epoch": int
+    },
+    "experts": {"step": int, **{name: list for name in LOADS}},
+    "stream": {},
+    "end": {
+        "steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
+        "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
+        "verdict": list
+    },
+}
 # Fields of later logs: of the named type where they are there. system.load says what they mean.
-LATER = {"start": {"load_start": (*NUMBER, type(None))},
-         "end": {"load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)), "other_cores": (*NUMBER, type(None)),
-                 "alone": (bool, type(None))}}
-LETTERS = {"start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"}
+LATER = {
+    "start": {"load_start": (*NUMBER, type(None))},
+    "end": {
+        "load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)),
+        "other_cores": (*NUMBER, type(None)), "alone": (bool, type(None))
+    },
+}
+LETTERS = {
+    "start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"
+}
 BEGUN = re.compile("s(p?(r((vx?)*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
 WHOLE = re.compile("sp?r(vx?)+te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
 LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
-UNTIMED_MS = 1000.0  # what a step-0 clock, a reset and a validation may differ by on a machine that is not idle
+# what a step-0 clock, a reset and a validation may differ by on a machine that is not idle
+UNTIMED_MS = 1000.0
 
 
 @dataclass
@@ -78,7 +103,8 @@ class Log:
 
     @property
     def intervals(self):
-        """[(validation, ms of training since the one before, ms of wall time next to it)]; the first from the reset on."""
+        """[(validation, ms of training since the one before, ms of wall time next to it)]; the first from the
+        reset on."""
         reset = self.one("reset")
         wall, clock, out = (reset["wall_ms"] if reset else 0.0), 0.0, []
         for v in self.validations:
@@ -97,7 +123,8 @@ class Log:
 
     @property
     def told_its_loss(self):
-        """Is there a result, in an `end` or as the validation of the last step? Then nothing may exclude the run."""
+        """Is there a result, in an `end` or as the validation of the last step? Then nothing may exclude the
+        run."""
         end = self.one("end")
         told = end is not None and end["status"] in ("finished", "diverged")
         return told or any(v["step"] == v["scheduled_steps"] for v in self.validations)
@@ -108,7 +135,7 @@ def word(events):
     return "".join(LETTERS.get(e["kind"], "?") if isinstance(e["kind"], str) else "?" for e in events)
 
 
-# ----- reading ------------------------------------------------------------------------------------------------------
+# ----- reading ----------------------------------------------------------------------------------------------
 
 def read_log(folder, where):
     """(Log, or None if nothing can be made of it; problems). `where` names the folder in messages."""
@@ -126,9 +153,13 @@ def read_log(folder, where):
                       f"{' and '.join(map(str, runlog.READABLE))}"]
     found = word(log.events)
     if found.count("s") > 1:
-        return None, [f"{artefact}: holds {found.count('s')} start events: {found.count('s')} logs in one file"]
+        return None, [
+            f"{artefact}: holds {found.count('s')} start events: {found.count('s')} logs in one file"
+        ]
     if not BEGUN.fullmatch(found):
-        return None, [f"{artefact}: its events are out of order: {' '.join(str(e['kind']) for e in log.events)}"]
+        return None, [
+            f"{artefact}: its events are out of order: {' '.join(str(e['kind']) for e in log.events)}"
+        ]
     problems = [f"{artefact}: {p}" for event in log.events for p in misshapen(event)]
     return (None if problems else log), problems
 
@@ -144,7 +175,9 @@ def misshapen(event):
         elif not isinstance(value, types) or (isinstance(value, bool) and types in (int, NUMBER)):
             yield f"line {event['n'] + 1} ({kind}): {name} = {value!r:.60} has the wrong type"
     for name, types in LATER.get(kind, {}).items():
-        if not isinstance(event.get(name), types) or (isinstance(event.get(name), bool) and bool not in types):
+        if not isinstance(event.get(name), types) or (
+            isinstance(event.get(name), bool) and bool not in types
+        ):
             yield f"line {event['n'] + 1} ({kind}): {name} = {event[name]!r:.60} has the wrong type"
     lists = {"start": ("changes", str), "validation": ("train_loss", NUMBER), "end": ("verdict", str)}
     if kind in lists and isinstance(event.get(lists[kind][0]), list):
@@ -163,7 +196,9 @@ def misshapen(event):
                 isinstance(x, NUMBER) for name in LOADS for x in event[name]):
             yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(LOADS)
         loads = event.get("load", [])
-        if not isinstance(loads, list) or not all(isinstance(row, list) and all(isinstance(x, int) for x in row) for row in loads):
+        if not isinstance(loads, list) or not all(
+            isinstance(row, list) and all(isinstance(x, int) for x in row) for row in loads
+        ):
             yield f"line {event['n'] + 1} (experts): load wants a list of rows for each layer"
     if kind == "probe" and isinstance(event.get("gradients"), dict):
         if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
@@ -171,7 +206,7 @@ def misshapen(event):
             yield f"line {event['n'] + 1} (probe): gradients must be two numbers for each parameter"
 
 
-# ----- the checks ---------------------------------------------------------------------------------------------------
+# ----- the checks -------------------------------------------------------------------------------------------
 
 def check_run(log):
     """All problems of one log by itself; sets log.settings."""
@@ -186,7 +221,8 @@ def check_run(log):
     if log.whole:
         yield from check_end(log)
         yield from check_files(log)
-    elif not rendering(log).startswith(text_log(log)):  # killed between two writes: the text may lag, not differ
+    elif not rendering(log).startswith(text_log(log)):
+        # killed between two writes: the text may lag, not differ
         yield f"{log.where}/log.txt: is not what run.jsonl renders to"
 
 
@@ -222,12 +258,15 @@ def check_files(log):
     if not isinstance(summary, dict):
         yield f"{log.where}/summary.json: is not a table"
     elif canonical(summary) != canonical(derived):
-        names = [k for k in sorted({*derived, *summary}) if canonical(summary.get(k)) != canonical(derived.get(k))]
+        names = [
+            k for k in sorted({*derived, *summary}) if canonical(summary.get(k)) != canonical(derived.get(k))
+        ]
         yield f"{log.where}/summary.json: {', '.join(names)} not as in run.jsonl: the summary was edited"
 
 
 def canonical(value):
-    return files.json_text(value, sort_keys=True)  # as text nan equals nan, and the null that a strict file has for it
+    # as text nan equals nan, and the null that a strict file has for it
+    return files.json_text(value, sort_keys=True)
 
 
 def check_settings(log):
@@ -256,7 +295,8 @@ def check_settings(log):
 
 
 def check_untouched(log):
-    """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send on."""
+    """Nothing but training was at work while the clock ran: no profiler, and no sink, whose package may send
+    on."""
     if log.start["profiled"]:
         yield f"{log.where}/run.jsonl: profiled run: not what is timed"
     if sinks := log.start.get("sinks"):
@@ -286,11 +326,13 @@ def check_reset(log):
 
 
 def check_experts(log):
-    """A mixture tells after each validation but the first how the step before shared out its rows, and nothing else does."""
+    """A mixture tells after each validation but the first how the step before shared out its rows, and
+    nothing else does."""
     s, artefact = log.settings, f"{log.where}/run.jsonl: experts"
     moe, steps = s.model.mlp.moe, [e["step"] for e in log.events if e["kind"] == "experts"]
     due = [e["step"] for e in log.validations if e["step"]] if moe else []
-    if steps != due and not (steps == due[:-1] and log.events[-1]["kind"] == "validation"):  # killed between the two
+    # killed between the two
+    if steps != due and not (steps == due[:-1] and log.events[-1]["kind"] == "validation"):
         yield f"{artefact}: told at steps {steps}, due at {due}"
         return
     for event in (e for e in log.events if e["kind"] == "experts"):
@@ -304,7 +346,8 @@ def check_experts(log):
 
 
 def warmup_steps(log):
-    """Number of untimed steps: as set, else three and, on a compiled model, one for each Shape that these have not seen."""
+    """Number of untimed steps: as set, else three and, on a compiled model, one for each Shape that these
+    have not seen."""
     system, cpu = log.settings.system, log.start["device"].startswith("CPU")
     if system.warmup_steps >= 0:
         return system.warmup_steps
@@ -339,7 +382,10 @@ def check_steps(log):
         if v["scheduled_steps"] != steps:
             yield f"{at}: scheduled for {v['scheduled_steps']} steps, the settings say {steps}"
         if v["tokens"] != schedule.tokens_before(s, v["step"]):
-            each = f" of {tokens_of(s, 0)}" if len(schedule.stages(s)) == 1 else f": {schedule.tokens_before(s, v['step'])}"
+            each = (
+                f" of {tokens_of(s, 0)}" if len(schedule.stages(s)) == 1
+                else f": {schedule.tokens_before(s, v['step'])}"
+            )
             yield f"{at}: {v['tokens']} tokens, not {v['step']} steps{each}"
         if v["epoch"] < epoch:
             yield f"{at}: epoch goes back from {epoch} to {v['epoch']}"
@@ -349,11 +395,14 @@ def check_steps(log):
 
 
 def check_numbers(log):
-    """Finite everywhere, and losses that a language model can have; only losses of a diverged run may be otherwise."""
+    """Finite everywhere, and losses that a language model can have; only losses of a diverged run may be
+    otherwise."""
     end = log.one("end")
     diverged = end is not None and end["status"] == "diverged"
     for event in log.events:
-        at = f"{log.where}/run.jsonl: {event['kind']}" + (f" of step {event['step']}" if "step" in event else "")
+        at = f"{log.where}/run.jsonl: {event['kind']}" + (
+            f" of step {event['step']}" if "step" in event else ""
+        )
         for path, value in numbers(event, ""):
             loss = path.partition("[")[0] in ("val_loss", "train_loss", "loss")
             if diverged and (loss or path.startswith("gradients")):
@@ -379,11 +428,12 @@ def numbers(value, path):
 def check_clock(log):
     """Times run forward, fit into the wall time, and leave no work between them unexplained.
 
-    Between two validations the wall time is the timed training plus one validation; so is that from the reset to the first
-    one. All validations of a run do nearly the same work (windows grow), so the untimed rests must agree: one that is much
-    longer than the shortest hides work (tolerance: three times that plus a second; machines are not idle). The shortest,
-    because what is taken off every interval alike would be the usual rest; no training precedes step 0 that could be hidden
-    in its rest. `evidence.claim_laws` holds the rests of the arms against each other.
+    Between two validations the wall time is the timed training plus one validation; so is that from the reset
+    to the first one. All validations of a run do nearly the same work (windows grow), so the untimed rests
+    must agree: one that is much longer than the shortest hides work (tolerance: three times that plus a
+    second; machines are not idle). The shortest, because what is taken off every interval alike would be the
+    usual rest; no training precedes step 0 that could be hidden in its rest. `evidence.claim_laws` holds the
+    rests of the arms against each other.
     """
     artefact, walls = f"{log.where}/run.jsonl", [e["wall_ms"] for e in log.events]
     if any(b < a for a, b in zip([0.0, *walls], walls)):
@@ -433,7 +483,7 @@ def check_end(log):
         yield f"{artefact}: its verdict tells another loss than {last['val_loss']:.4f}"
 
 
-# ----- used between logs --------------------------------------------------------------------------------------------
+# ----- used between logs ------------------------------------------------------------------------------------
 
 def alike(labelled, what):
     """Problems of those of [(label, value)] that differ from the most frequent value."""

@@ -65,7 +65,7 @@ def describe(values, name="values"):
     }
 
 
-# ----- one group against a fixed target -----------------------------------------------------------------------------
+# ----- one group against a fixed target ---------------------------------------------------------------------
 
 def target_test(losses, target, alpha=0.01, name="losses"):
     """One-sided t test that the mean loss lies below `target`: the speedrun's rule with alpha = 0.01.
@@ -143,7 +143,7 @@ def spend(looks, alpha=0.01):
     return [*alphas, alpha - sum(alphas)]
 
 
-# ----- two groups ---------------------------------------------------------------------------------------------------
+# ----- two groups -------------------------------------------------------------------------------------------
 
 def pairs_of(a, b, paired):
     """Both groups as arrays; equally long if paired."""
@@ -250,7 +250,7 @@ def noninferior(new, old, margin, paired, alpha=0.01):
             "passed": upper is not None and upper < margin}
 
 
-# ----- many groups --------------------------------------------------------------------------------------------------
+# ----- many groups ------------------------------------------------------------------------------------------
 
 def pooled(groups):
     """(sd, df) of the variation within groups, weighted by their degrees of freedom. sd is None at df = 0."""
@@ -326,8 +326,12 @@ def dunnett_point(counts, n_control, df, confidence=0.95):
     single, bonferroni = (float(stats.t.isf((1 - confidence) / 2 / k, df)) for k in (1, len(counts)))
     if len(counts) == 1:
         return single
-    return float(optimize.brentq(lambda c: dunnett_below(c, counts, n_control, df) - confidence, 0.999 * single,
-                                 1.001 * bonferroni, xtol=1e-9))
+    return float(
+        optimize.brentq(
+            lambda c: dunnett_below(c, counts, n_control, df) - confidence, 0.999 * single,
+            1.001 * bonferroni, xtol=1e-9
+        )
+    )
 
 
 def successive(groups, pairs, confidence=0.95):
@@ -431,7 +435,7 @@ def dunnett_critical(arms, n, n_control, confidence=0.95):
     return dunnett_point([n] * arms, n_control, arms * (n - 1) + n_control - 1, confidence)
 
 
-# ----- curves and ranks ---------------------------------------------------------------------------------------------
+# ----- curves and ranks -------------------------------------------------------------------------------------
 
 def equivalent(loss_difference, curve_points):
     """What a loss difference is worth in steps, and in seconds, at the end of a curve.

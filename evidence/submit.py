@@ -2,15 +2,18 @@
 
     python -m records submit six_layers --delta my.toml --title "Six layers" --people @me --parent short/11 \
         --claim ml --scale micro --set validation.target=5.2 --runs 3 --commit
-    python -m records submit my_idea --claim ml --scale full --runs 8 --nproc 8     # attempts/my_idea/record.toml is there
-    python -m records submit unet_double_lr --record short/11 --claim ml --scale micro --set validation.target=5.2 --looks 4,8
-    python -m records submit six_layers --resume                        # after a kill; does nothing twice
-    python -m records submit six_layers --resume --format upstream      # besides, the layout of KellerJordan/modded-nanogpt
+    python -m records submit my_idea --claim ml --scale full --runs 8 --nproc 8     #
+    attempts/my_idea/record.toml is there python -m records submit unet_double_lr --record short/11 --claim ml
+    --scale micro --set validation.target=5.2 --looks 4,8 python -m records submit six_layers --resume
+    # after a kill; does nothing twice python -m records submit six_layers --resume --format upstream      #
+    besides, the layout of KellerJordan/modded-nanogpt
 
-A claim is an attempt, the folder attempts/NAME: record.toml, which is committed before the runs because they are made from a
-checkout of HEAD, then manifest, logs, results.json and README.md. `records promote NAME` makes a record of one that was
-shown, `records withdraw NAME` gives one up. Whatever can be checked is checked before anything is written or committed.
-Arms: new, parent and, for a systems record on a systems record, base: the last ml record. Exit codes are those of verify.
+A claim is an attempt, the folder attempts/NAME: record.toml, which is committed before the runs because they
+are made from a checkout of HEAD, then manifest, logs, results.json and README.md. `records promote NAME`
+makes a record of one that was shown, `records withdraw NAME` gives one up. Whatever can be checked is checked
+before anything is written or committed.
+Arms: new, parent and, for a systems record on a systems record, base: the last ml record. Exit codes are
+those of verify.
 """
 
 import datetime
@@ -38,37 +41,57 @@ FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml 
 
 
 def arguments(p):
-    p.add_argument("name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)")
+    p.add_argument(
+        "name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)"
+    )
     what = p.add_mutually_exclusive_group()
     what.add_argument("--record", metavar="R", help="claim a record that exists, like short/12")
-    what.add_argument("--delta", metavar="FILE", help="a new idea: TOML lines \"path\" = value, as in a [delta] (default: "
-                      "attempts/NAME/record.toml)")
+    what.add_argument(
+        "--delta", metavar="FILE",
+        help="a new idea: TOML lines \"path\" = value, as in a [delta] (default: attempts/NAME/record.toml)"
+    )
     p.add_argument("--people", action="append", default=[], metavar="@X",
                    help="with --delta: whose idea it is (may be repeated)")
     p.add_argument("--title", help="with --delta: what it does, in one line")
     p.add_argument("--notes", default="", help="with --delta: anything a reader must know")
-    p.add_argument("--parent", metavar="[REF:]R", help="record it builds on and is timed against (default: the head of "
-                   "short, or what record.toml says); REF: git ref to run it from")
+    p.add_argument(
+        "--parent", metavar="[REF:]R", help="record it builds on and is timed against (default: the head of "
+        "short, or what record.toml says); REF: git ref to run it from"
+    )
     p.add_argument("--claim", choices=("ml", "systems"),
                    help="ml: reaches the target faster; systems: computes the same faster")
     p.add_argument("--scale", choices=list(SCALES), help="size of the runs")
     p.add_argument("--runs", type=numbers.runs, metavar="N", help="runs of each arm, all of which count")
     p.add_argument("--looks", type=numbers.rising, metavar="N,M",
                    help="instead of --runs: test after N, M, ... runs of each arm; they share alpha")
-    p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE",
-                   help="for all arms, below scale full: e.g. validation.target=5.2, as those scales have no target")
+    p.add_argument(
+        "--set", dest="sets", action="append", default=[], metavar="PATH=VALUE",
+        help="for all arms, below scale full: e.g. validation.target=5.2, as those scales have no target"
+    )
     p.add_argument("--seed0", type=numbers.first_seed, default=0, metavar="K", help="first seed (default 0)")
-    p.add_argument("--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)")
-    p.add_argument("--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start each run as so many processes")
-    p.add_argument("--long-start", metavar="WHY", help="why start or warm-up of the record take more than three times the "
-                   "parent's and a minute; the claim tells it")
+    p.add_argument(
+        "--order-seed", type=numbers.seed, metavar="K", help="seed of the order of execution (default: drawn)"
+    )
+    p.add_argument(
+        "--nproc", type=int, choices=(1, 2, 4, 8), metavar="P", help="start each run as so many processes"
+    )
+    p.add_argument(
+        "--long-start", metavar="WHY",
+        help="why start or warm-up of the record take more than three times the "
+        "parent's and a minute; the claim tells it"
+    )
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--out", metavar="DIR", help="claim folder (default: attempts/NAME)")
     p.add_argument("--commit", action="store_true", help="git commit the attempt's record.toml, nothing else")
-    p.add_argument("--format", choices=("upstream",), help="write the layout of modded-nanogpt too, into DIR/upstream")
+    p.add_argument(
+        "--format", choices=("upstream",), help="write the layout of modded-nanogpt too, into DIR/upstream"
+    )
     p.add_argument("--resume", nargs="?", const=True, metavar="DIR",
                    help="go on with the plan in DIR (default: attempts/NAME)")
-    p.add_argument("--fault", metavar="CAUSE=NOTE", help="with --resume: why the last run, without a loss, does not count")
+    p.add_argument(
+        "--fault", metavar="CAUSE=NOTE",
+        help="with --resume: why the last run, without a loss, does not count"
+    )
 
 
 def run(options):
@@ -97,7 +120,9 @@ def run(options):
     verify.report(results, f"results: {folder / 'results.json'}")
     if results["verdict"] == "shown":
         print(f"it stays an attempt until you make it a record: python -m records promote {options.name}")
-    return {"shown": verify.SHOWN, "not shown": verify.NOT_SHOWN, "refused": verify.REFUSED}[results["verdict"]]
+    return {"shown": verify.SHOWN, "not shown": verify.NOT_SHOWN, "refused": verify.REFUSED}[
+        results["verdict"]
+    ]
 
 
 def check_options(options):
@@ -106,13 +131,17 @@ def check_options(options):
         if getattr(options, flag) is None:
             raise UserError(f"--{flag} is missing: choose one (`records submit --help`)")
     if bool(options.runs) == bool(options.looks):
-        raise UserError("say before the first run how many there will be: --runs N, or --looks N,M,... (one of the two)")
+        raise UserError(
+            "say before the first run how many there will be: --runs N, or --looks N,M,... (one of the two)"
+        )
     if options.runs is not None and options.runs < 2:
         raise UserError(f"--runs {options.runs}: at least 2, one run has no spread")
     if options.looks:
         looks_of(options.looks)
     if options.sets and options.scale == "full":
-        raise UserError(f"--set {options.sets[0]}: at scale full a record runs as it is; put it into the delta")
+        raise UserError(
+            f"--set {options.sets[0]}: at scale full a record runs as it is; put it into the delta"
+        )
 
 
 def resumed(options):
@@ -127,14 +156,17 @@ def resumed(options):
     return folder
 
 
-# ----- what is claimed ------------------------------------------------------------------------------------------------
+# ----- what is claimed --------------------------------------------------------------------------------------
 
 def begin(options):
-    """Check everything, then write, commit and declare. Returns the claim folder; None if a commit has to come first."""
+    """Check everything, then write, commit and declare. Returns the claim folder; None if a commit has to
+    come first."""
     record, text = existing(options) if options.record else attempt(options)
     folder = Path(options.out) if options.out else deltas.ATTEMPTS / options.name
     if (folder / manifest.NAME).exists():
-        raise UserError(f"{folder} already holds a plan: continue it with --resume {folder}, or choose another name")
+        raise UserError(
+            f"{folder} already holds a plan: continue it with --resume {folder}, or choose another name"
+        )
     preflight(options, record)
     if not options.record and not committed(record, text, options.commit):
         return None
@@ -149,7 +181,9 @@ def existing(options):
     """(Record, text of its record.toml) of --record; its own file says who, what and on what."""
     record = deltas.find_record(options.record)
     if options.title or options.people or options.notes:
-        raise UserError(f"--title, --people and --notes go with --delta: {record.folder.name}/record.toml has its own")
+        raise UserError(
+            f"--title, --people and --notes go with --delta: {record.folder.name}/record.toml has its own"
+        )
     if options.name not in (record.slug, record.attempt):
         raise UserError(f"{record.ref} is named {record.slug}, not {options.name}")
     if not record.people:
@@ -160,7 +194,8 @@ def existing(options):
 
 
 def attempt(options):
-    """(Record, text of its record.toml) of a new idea: from --delta, or from attempts/NAME/record.toml. Writes nothing."""
+    """(Record, text of its record.toml) of a new idea: from --delta, or from attempts/NAME/record.toml.
+    Writes nothing."""
     taken = next((r for r in deltas.load_records().values() if options.name in (r.slug, r.attempt)), None)
     if taken is not None:
         raise UserError(f"the name {options.name} is taken by {taken.ref} ({taken.title}): choose another, or claim that one "
@@ -171,7 +206,9 @@ def attempt(options):
     if not options.title or "\n" in options.title:
         raise UserError("a new idea needs --title \"what it does, in one line\"")
     if not options.people or not all(x.strip() for x in options.people):
-        raise UserError("a new idea needs --people @name: credit whose idea it is, the paper's authors included")
+        raise UserError(
+            "a new idea needs --people @name: credit whose idea it is, the paper's authors included"
+        )
     parent = deltas.find_record((options.parent or "short/head").rpartition(":")[2])
     delta, subsumed = read_delta(Path(options.delta))
     check_delta(parent, delta, subsumed, options)
@@ -196,22 +233,29 @@ def written(options, path):
     toml = tomllib.loads(path.read_text(encoding="utf-8"))
     for line in FACTS:
         if not toml.get(line):
-            like = {"people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29", "kind": "like \"ml\""}
+            like = {
+                "people": "credit whose idea it is, like [\"@me\"]", "date": "like 2026-11-29",
+                "kind": "like \"ml\""
+            }
             raise UserError(f"{path}: a claim needs the line {line}: {like.get(line, 'in one line')}")
     check_delta(deltas.find_record(record.parent), record.delta, record.subsumed, options, path)
     return record, path.read_text(encoding="utf-8")
 
 
 def read_delta(path):
-    """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is none."""
+    """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is
+    none."""
     try:
         toml = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, a number of thousands of digits
+    except (OSError, ValueError, RecursionError) as error:
+        # not TOML, not UTF-8, a number of thousands of digits
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
     if delta is not None and toml:
-        raise UserError(f"{path}: {', '.join(toml)} next to [delta]: title, people and parent are options of this command")
+        raise UserError(
+            f"{path}: {', '.join(toml)} next to [delta]: title, people and parent are options of this command"
+        )
     delta = toml if delta is None else delta
     if not isinstance(delta, dict) or not isinstance(subsumed, str):
         raise UserError(f"{path}: expected lines like \"optim.muon.lr\" = 0.05, bare or below [delta]")
@@ -230,43 +274,55 @@ def check_delta(parent, delta, subsumed, options, where=None):
     for path, value in delta.items():
         changed = schema.assign(s, path, value, where)
         if deltas.lookup(changed, path) == deltas.lookup(s, path):
-            raise UserError(f"{where}: {path} = {schema.show(value)} changes nothing: {parent.ref} has it already")
+            raise UserError(
+                f"{where}: {path} = {schema.show(value)} changes nothing: {parent.ref} has it already"
+            )
         s = changed
     if not delta and not (subsumed and options.claim == "systems"):
-        raise UserError(f"{where}: a delta that changes nothing: a record that is only new code is a systems claim "
-                        "and says subsumed = \"what the code does now\"")
+        raise UserError(
+            f"{where}: a delta that changes nothing: a record that is only new code is a systems claim "
+            "and says subsumed = \"what the code does now\""
+        )
 
 
 def record_text(options, parent, delta, subsumed):
     """Text of the attempt's record.toml."""
     quoted = functools.partial(json.dumps, ensure_ascii=False)  # a JSON string is a TOML string
-    head = {"title": quoted(options.title), "parent": quoted(parent.ref), "date": datetime.date.today().isoformat(),
-            "people": quoted(options.people), "kind": quoted(options.claim), "source": quoted("log")}
+    head = {
+        "title": quoted(options.title), "parent": quoted(parent.ref),
+        "date": datetime.date.today().isoformat(), "people": quoted(options.people),
+        "kind": quoted(options.claim), "source": quoted("log")
+    }
     head |= {k: quoted(v) for k, v in (("notes", options.notes), ("subsumed", subsumed)) if v}
     lines = [f"{k} = {v}" for k, v in head.items()] + ["", "[delta]"]
     lines += [f"{quoted(path)} = {schema.show(value)}" for path, value in delta.items()]
     return "\n".join(lines) + "\n"
 
 
-# ----- everything that can be known before the first run ----------------------------------------------------------------
+# ----- everything that can be known before the first run ----------------------------------------------------
 
 def preflight(options, record):
-    """Refuse what would fail later: git, tools, parent, settings, target, data, GPUs. Nothing is written or committed.
+    """Refuse what would fail later: git, tools, parent, settings, target, data, GPUs. Nothing is written or
+    committed.
 
-    The idea is resolved by this checkout's code, which is that of the commit to come, as its record.toml is all that is new.
+    The idea is resolved by this checkout's code, which is that of the commit to come, as its record.toml is
+    all that is new.
     """
     deltas.resolve(record, scale=options.scale, sets=options.sets)
     attempts.require_git(options.commit)
     attempts.require_clean(record.folder / "record.toml")
     found = prepared(options, record, before=True)
     declaration, _ = plan(options, record, found)
-    manifest.Claim(deltas.ATTEMPTS / options.name / manifest.NAME).add({"n": 0, "kind": "declare", **declaration}, "")
+    manifest.Claim(deltas.ATTEMPTS / options.name / manifest.NAME).add(
+        {"n": 0, "kind": "declare", **declaration}, ""
+    )
     check_data(options, found)
     arms.require_tools()
 
 
 def prepared(options, record, before=False):
-    """{name: arm} of new, parent and perhaps base. before: the record is not committed yet, and so resolved here."""
+    """{name: arm} of new, parent and perhaps base. before: the record is not committed yet, and so resolved
+    here."""
     parent = options.parent or record.parent
     ref, colon, name = parent.rpartition(":")
     if deltas.find_record(name).ref != record.parent:
@@ -281,27 +337,36 @@ def prepared(options, record, before=False):
         return {name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}
     resolved = deltas.resolve(record, scale=options.scale, sets=options.sets)
     s = resolved.settings
-    new = {"text": record.ref + changes, "kind": "record", "ref": None, "commit": arms.commit_of("HEAD"),
-           "tree": arms.line("rev-parse", "HEAD^{tree}"), "dirty": None, "argv": [record.ref], "record": record.ref,
-           "preset": "", "scale": options.scale,
-           "changes": list(resolved.changes), "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
-           "settings": schema.plain(s), "report": []}
-    return {"new": new, **{name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}}
+    new = {
+        "text": record.ref + changes, "kind": "record", "ref": None, "commit": arms.commit_of("HEAD"),
+        "tree": arms.line("rev-parse", "HEAD^{tree}"), "dirty": None, "argv": [record.ref],
+        "record": record.ref, "preset": "", "scale": options.scale, "changes": list(resolved.changes),
+        "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s), "settings": schema.plain(s),
+        "report": []
+    }
+    return {
+        "new": new,
+        **{name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)},
+    }
 
 
 def plan(options, record, found):
-    """(declaration, code diff) of checked arms. UserError where they cannot run here or cannot carry the claim."""
+    """(declaration, code diff) of checked arms. UserError where they cannot run here or cannot carry the
+    claim."""
     check_arms(options, record, found)
     diff = arms.code_diff(found["parent"], found["new"])
     runs = {"runs": options.runs} if options.runs else {"looks": looks_of(options.looks)}
     return compare.declaration_of(
-        found, runs, claim=options.claim, record=record.ref, target=found["new"]["settings"]["validation"]["target"],
-        alpha=ALPHA, pairing="seed", seed0=options.seed0, order_seed=options.order_seed, processes=options.nproc,
-        data=options.data, diff=diff, long_start=options.long_start), diff
+        found, runs, claim=options.claim, record=record.ref,
+        target=found["new"]["settings"]["validation"]["target"], alpha=ALPHA, pairing="seed",
+        seed0=options.seed0, order_seed=options.order_seed, processes=options.nproc, data=options.data,
+        diff=diff, long_start=options.long_start
+    ), diff
 
 
 def check_data(options, found):
-    """The corpus serves every arm: enough shards, enough validation tokens, a row of the model for every token."""
+    """The corpus serves every arm: enough shards, enough validation tokens, a row of the model for every
+    token."""
     from data.corpus import corpus_for
     from data.shards import open_shard
     from data.stream import require_shards, stream_arguments
@@ -318,7 +383,8 @@ def check_data(options, found):
 
 
 def committed(record, text, commit):
-    """Is the attempt's record.toml in HEAD? If it is missing it is written; with --commit it is committed, alone."""
+    """Is the attempt's record.toml in HEAD? If it is missing it is written; with --commit it is committed,
+    alone."""
     path = record.folder / "record.toml"
     new = not path.exists()
     if new:
@@ -345,8 +411,10 @@ def check_arms(options, record, found):
     """The claim says something: the arms differ, in what the claim is about."""
     new, parent = found["new"], found["parent"]
     if arms.same(new, parent):
-        raise UserError(f"at scale {options.scale} {record.ref} and {record.parent} are the same program with the same "
-                        "settings: the delta changes nothing here")
+        raise UserError(
+            f"at scale {options.scale} {record.ref} and {record.parent} are the same program with the same "
+            "settings: the delta changes nothing here"
+        )
     paths = differing(new["settings"], parent["settings"])
     if options.claim == "systems" and new["ml_hash"] != parent["ml_hash"]:
         ml = [p for p in paths if not p.startswith("system.")]
@@ -365,7 +433,7 @@ def looks_of(counts):
     return [{"runs": n, "alpha": a} for n, a in zip(counts, spend(counts, ALPHA))]
 
 
-# ----- running it -----------------------------------------------------------------------------------------------------
+# ----- running it -------------------------------------------------------------------------------------------
 
 def carry_out(folder, data, fault):
     """Make the declared runs from where the plan stands; with looks, stop at the first that decides."""
@@ -375,7 +443,9 @@ def carry_out(folder, data, fault):
     if claim.declaration["claim"] == "comparison":
         raise UserError(f"{folder} holds a comparison: go on with `records compare --resume {folder}`")
     if claim.withdrawn is not None:
-        raise UserError(f"{folder}: the claim was withdrawn ({claim.withdrawn['why']}): try it anew under another name")
+        raise UserError(
+            f"{folder}: the claim was withdrawn ({claim.withdrawn['why']}): try it anew under another name"
+        )
     looks = claim.declaration["plan"].get("looks")
     if looks is None:
         compare.run_plan(folder, data=data, fault=fault)

@@ -1,9 +1,9 @@
 """`python -m records verify DIR`: does a claim hold? From its logs alone;
 no code of the submission is executed.
 
-    python -m records verify records/short/012_name                        # consistent? and is the claim shown?
-    python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades
-    python -m records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
+    python -m records verify records/short/012_name                        # consistent? and is the claim
+    shown? python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades python -m
+    records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
 
 First the laws of the logs (evidence.run_laws, claims and provenance): all problems are listed, and one is
 enough to refuse. Then the statistics: an ml claim must reach the target and be faster than its parent; a
@@ -133,8 +133,12 @@ def verify(folder, audit=None, reproduction=None, page=True):
         grade_reproduction(results, found, reproduction)
     results["verdict"] = "not shown" if results["reasons"] else "shown"
     if page and not is_its_page(folder, results):
-        return refused | {"problems": [f"{writeup.PAGE}: is not the page of these results: write it with `records submit "
-                                       f"NAME --resume {folder.name}`"]}
+        return refused | {
+            "problems": [
+                f"{writeup.PAGE}: is not the page of these results: write it with `records submit "
+                f"NAME --resume {folder.name}`"
+            ]
+        }
     return results
 
 
@@ -148,7 +152,7 @@ def untimed(found, name):
     } if rows else None
 
 
-# ----- what a claim folder keeps ------------------------------------------------------------------------------------
+# ----- what a claim folder keeps ----------------------------------------------------------------------------
 
 AUDIT, REPRODUCTION = "audit.json", "reproduction"
 GRADES = ("none", "consistent", "audited", "reproduced")
@@ -232,7 +236,7 @@ def describe(found):
     }
 
 
-# ----- statistics ---------------------------------------------------------------------------------------------------
+# ----- statistics -------------------------------------------------------------------------------------------
 
 def last_alpha(d, claim):
     """What the test may use: alpha, or with looks the share of the last one that was taken."""
@@ -255,7 +259,9 @@ def judge(claim, alpha, runs=None):
         done = [r for r in rows if r["status"] == "finished"]
         lost = [f"{r['seed']} ({r['status']})" for r in rows if r["status"] != "finished"]
         if lost:
-            reasons.append(f"arm {name}: no final loss of seed {', '.join(lost)}: every registered run counts")
+            reasons.append(
+                f"arm {name}: no final loss of seed {', '.join(lost)}: every registered run counts"
+            )
         out["arms"][name] = {
             "n": len(done), "loss": statistics.describe([r["val_loss"] for r in done]) if done else None,
             "time_ms": statistics.describe([r["train_time_ms"] for r in done]) if done else None,
@@ -275,8 +281,10 @@ def judge_loss(d, claim, found, alpha, paired, out):
         test = out["target"] = statistics.target_test(losses["new"], d["target"], alpha)
         if not test["passed"]:
             p = "no p (the runs have no spread)" if test["p"] is None else f"p = {test['p']:.4g}"
-            reasons.append(f"target {d['target']:g}: mean {test['mean']:.5f} of {test['n']} runs, {p}, needed p < "
-                           f"{alpha:.4g}")
+            reasons.append(
+                f"target {d['target']:g}: mean {test['mean']:.5f} of {test['n']} runs, {p}, needed p < "
+                f"{alpha:.4g}"
+            )
     if d["claim"] == "ml":
         if d["target"] is None:
             reasons.append(f"scale {d['scale']} has no target to reach: set one for all arms (--set validation.target=...)")
@@ -292,8 +300,10 @@ def judge_loss(d, claim, found, alpha, paired, out):
                        "base")
     elif not test["passed"]:
         upper = "unknown (no spread)" if test["upper"] is None else f"{test['upper']:+.5f}"
-        reasons.append(f"loss against {test['against']}: {test['estimate']:+.5f}, upper bound {upper}, must be below "
-                       f"{d['margin']}")
+        reasons.append(
+            f"loss against {test['against']}: {test['estimate']:+.5f}, upper bound {upper}, must be below "
+            f"{d['margin']}"
+        )
     return reasons
 
 
@@ -367,7 +377,9 @@ def first_losses_apart(new, old):
     """Largest relative difference of the first timed training losses of two runs of one seed."""
     a, b = ([x for e in events if e["kind"] == "validation" for x in e["train_loss"]][:FIRST_STEPS]
             for events in (new, old))
-    return max((abs(x - y) / abs(y) for x, y in zip(a, b)), default=math.inf) if len(a) == len(b) else math.inf
+    return (
+        max((abs(x - y) / abs(y) for x, y in zip(a, b)), default=math.inf) if len(a) == len(b) else math.inf
+    )
 
 
 def parity(new, old):
@@ -391,7 +403,7 @@ def parity(new, old):
     return out | {"worst": worst, "parameter": parameter, "median": median}
 
 
-# ----- grades -------------------------------------------------------------------------------------------------------
+# ----- grades -----------------------------------------------------------------------------------------------
 
 def read_audit(path):
     try:
@@ -479,7 +491,7 @@ def not_a_reproduction(found, other):
     return "it holds runs of this claim" if clocks[0] & clocks[1] else ""
 
 
-# ----- text logs ----------------------------------------------------------------------------------------------------
+# ----- text logs --------------------------------------------------------------------------------------------
 
 def is_text_logs(folder):
     """No claim and no run folders, but text files: here or one level down,
@@ -520,14 +532,24 @@ def text_logs(folder, target):
     if test and not test["passed"]:
         p = "no p (one run, or no spread)" if test["p"] is None else f"p = {test['p']:.4g}"
         reasons.append(f"target {target:g}: mean {test['mean']:.5f}, {p}")
-    return {"version": 1, "claim": "text logs", "grade": "none (text logs)", "verdict": "not shown" if reasons else "shown",
-            "reasons": reasons, "target": test, "steps": lengths[0], "files": sorted(logs),
-            "time_ms": statistics.describe(times) if times and None not in times else None,
-            "unknown": ["which runs were left out, on which machine and data and with which code these ran: text logs tell "
-                        "nothing that cannot be typed", *CANNOT_KNOW[3:]]}
+    return {
+        "version": 1,
+        "claim": "text logs",
+        "grade": "none (text logs)",
+        "verdict": "not shown" if reasons else "shown",
+        "reasons": reasons,
+        "target": test,
+        "steps": lengths[0],
+        "files": sorted(logs),
+        "time_ms": statistics.describe(times) if times and None not in times else None,
+        "unknown": [
+            "which runs were left out, on which machine and data and with which code these ran: text logs tell "
+            "nothing that cannot be typed", *CANNOT_KNOW[3:]
+        ],
+    }
 
 
-# ----- what is printed ----------------------------------------------------------------------------------------------
+# ----- what is printed --------------------------------------------------------------------------------------
 
 def number(value, form):
     return "-" if value is None else format(value, form)
@@ -570,8 +592,10 @@ def report_record(results):
               + ("  before the clock: start {start:.1f} s, warm-up {warmup:.1f} s".format(**row["untimed_s"])
                  if row["untimed_s"] else ""))
     if s.get("target"):
-        print(f"target {s['target']['target']:g}: mean {s['target']['mean']:.5f}, p {number(s['target']['p'], '.4g')} "
-              f"(needed < {s['alpha']:.4g}, which takes a mean {number(s['target']['margin'], '.5f')} below it)")
+        print(
+            f"target {s['target']['target']:g}: mean {s['target']['mean']:.5f}, p {number(s['target']['p'], '.4g')} "
+            f"(needed < {s['alpha']:.4g}, which takes a mean {number(s['target']['margin'], '.5f')} below it)"
+        )
     if s.get("time"):
         print(f"time: {s['time']['estimate']:.4f} of the parent's [{number(s['time']['low'], '.4f')}, "
               f"{number(s['time']['high'], '.4f')}], p {number(s['time']['p_less'], '.4g')}")

@@ -38,7 +38,7 @@ def seconds(row, key):
     return None if row["time_ms"] is None or row["time_ms"][key] is None else row["time_ms"][key] / 1000
 
 
-# ----- README ---------------------------------------------------------------------------------------------------------
+# ----- README -----------------------------------------------------------------------------------------------
 
 PAGE = "README.md"
 
@@ -63,26 +63,38 @@ def place(folder):
 def heading(record, results):
     words = {"shown": "SHOWN", "not shown": "NOT SHOWN"}[results["verdict"]]
     size = "" if results["scale"] == "full" else ", a small image of the record, not the record itself"
-    out = [f"# {record.ref}: {record.title}", "", f"By {', '.join(record.people)}, {record.date}, on {record.parent}.", ""]
+    out = [
+        f"# {record.ref}: {record.title}",
+        "",
+        f"By {', '.join(record.people)}, {record.date}, on {record.parent}.",
+        "",
+    ]
     out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words}**; evidence: {results['grade']}.", ""]
     out += [f"- {r}" for r in results["reasons"]] + [""] * bool(results["reasons"])
     out += [*record.notes.splitlines(), ""] if record.notes else []
     out += [f"No setting changes: {record.subsumed}", ""] if record.subsumed else []
     if record.delta:
-        out += ["```toml", *(f'"{path}" = {schema.show(value)}' for path, value in record.delta.items()), "```", ""]
+        out += [
+            "```toml", *(f'"{path}" = {schema.show(value)}' for path, value in record.delta.items()), "```",
+            ""
+        ]
     return out
 
 
 def table(results):
     """One row an arm; what was declared; where it ran."""
-    rows = ["| arm | record | runs | steps | loss | sd | seconds | sd | before the clock: start, warm-up (s) |",
-            "|---|---|---|---|---|---|---|---|---|"]
+    rows = [
+        "| arm | record | runs | steps | loss | sd | seconds | sd | before the clock: start, warm-up (s) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for name, row in results["statistics"]["arms"].items():
         arm, loss = results["arms"][name], row["loss"] or {"mean": None, "sd": None}
         untimed = "{start:.1f}, {warmup:.1f}".format(**row["untimed_s"]) if row["untimed_s"] else "-"
-        rows.append(f"| {name} | {arm['record']} | {row['n']} | {arm['steps']} | {show(loss['mean'], '.5f')} | "
-                    f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | {show(seconds(row, 'sd'), '.3f')} | "
-                    f"{untimed} |")
+        rows.append(
+            f"| {name} | {arm['record']} | {row['n']} | {arm['steps']} | {show(loss['mean'], '.5f')} | "
+            f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | {show(seconds(row, 'sd'), '.3f')} | "
+            f"{untimed} |"
+        )
     looks = results["plan"].get("looks")
     plan = f"{results['plan']['runs']} runs of each arm" if looks is None else "looks at " + ", ".join(
         f"{x['runs']} (alpha {x['alpha']:.4g})" for x in looks)
@@ -107,8 +119,10 @@ def findings(results):
                    f"{show(t['high'], '.4f')}), one-sided p = {show(t['p_less'], '.4g')}")
     if s.get("loss"):
         x = s["loss"]
-        out.append(f"- loss: {x['estimate']:+.5f} against the parent (95 % interval {show(x['low'], '+.5f')} to "
-                   f"{show(x['high'], '+.5f')})")
+        out.append(
+            f"- loss: {x['estimate']:+.5f} against the parent (95 % interval {show(x['low'], '+.5f')} to "
+            f"{show(x['high'], '+.5f')})"
+        )
     if s.get("noninferior"):
         x = s["noninferior"]
         out.append(f"- loss against {x['against']}: {x['estimate']:+.5f}, upper bound {show(x['upper'], '+.5f')}, margin "
@@ -142,13 +156,17 @@ def limits(results):
     out = [] if scale == "full" else [
         f"- what the change does at full scale: these runs are of scale `{scale}`"
     ]
-    grades = {"consistent": ["- whether the code is causal, normalised and resets its state: it was not audited",
-                             "- whether anybody else gets these numbers: it was not reproduced"],
-              "audited": ["- whether anybody else gets these numbers: it was not reproduced"]}.get(results["grade"], [])
+    grades = {
+        "consistent": [
+            "- whether the code is causal, normalised and resets its state: it was not audited",
+            "- whether anybody else gets these numbers: it was not reproduced",
+        ],
+        "audited": ["- whether anybody else gets these numbers: it was not reproduced"],
+    }.get(results["grade"], [])
     return ["## What was not measured", "", *out, *grades, *(f"- {u}" for u in results["unknown"]), ""]
 
 
-# ----- upstream's layout ----------------------------------------------------------------------------------------------
+# ----- upstream's layout ------------------------------------------------------------------------------------
 
 GROUPS = {"new": "this_pr", "parent": "baseline", "base": "last_ml_record"}
 
@@ -168,7 +186,10 @@ def upstream(folder):
     out = folder / "upstream" / f"{results['declared'][:10]}_{name}"
     for arm, row in results["statistics"]["arms"].items():
         for run in row["runs"]:
-            path = out / GROUPS[arm] / f"{uuid.uuid5(uuid.NAMESPACE_URL, run['last_hash'] or str(run['run']))}.txt"
+            path = (
+                out / GROUPS[arm]
+                / f"{uuid.uuid5(uuid.NAMESPACE_URL, run['last_hash'] or str(run['run']))}.txt"
+            )
             files.write(path, upstream_log(folder / "runs", run), parents=True)
     files.write(out / "README.md", upstream_readme(record, results), parents=True)
     files.write(out / "statistics.md", statistics_page(results))
@@ -184,19 +205,29 @@ def upstream_log(runs, run):
     if problem:
         raise UserError(problem)
     start, *rest = runlog.render(events[0])
-    lines = [line for event in events if event["kind"] in ("validation", "end") for line in runlog.render(event)]
+    lines = [
+        line for event in events if event["kind"] in ("validation", "end") for line in runlog.render(event)
+    ]
     return "\n".join([source.rstrip("\n"), *rest, *lines]) + "\n"
 
 
 def upstream_readme(record, results):
     s = results["statistics"]
     new, parent = (s["arms"][k] for k in ("new", "parent"))
-    out = [f"# {record.title}", "", f"By {', '.join(record.people)}. On {record.parent} (`baseline/`), both run in turns on "
-           f"one machine: {results['device']}, torch {results['torch']}.", "",
-           "```", *(f"{p} = {schema.show(v)}" for p, v in record.delta.items()), "```", "",
-           f"- steps: {results['arms']['parent']['steps']} -> {results['arms']['new']['steps']}",
-           f"- time: {show(seconds(parent, 'mean'), '.3f')} s -> {show(seconds(new, 'mean'), '.3f')} s (mean of "
-           f"{parent['n']} and {new['n']} runs)"]
+    out = [
+        f"# {record.title}",
+        "",
+        f"By {', '.join(record.people)}. On {record.parent} (`baseline/`), both run in turns on "
+        f"one machine: {results['device']}, torch {results['torch']}.",
+        "",
+        "```",
+        *(f"{p} = {schema.show(v)}" for p, v in record.delta.items()),
+        "```",
+        "",
+        f"- steps: {results['arms']['parent']['steps']} -> {results['arms']['new']['steps']}",
+        f"- time: {show(seconds(parent, 'mean'), '.3f')} s -> {show(seconds(new, 'mean'), '.3f')} s (mean of "
+        f"{parent['n']} and {new['n']} runs)",
+    ]
     if new["loss"] and parent["loss"]:
         out.append(f"- validation loss: {parent['loss']['mean']:.5f} -> {new['loss']['mean']:.5f}")
     if s.get("target"):
@@ -204,8 +235,16 @@ def upstream_readme(record, results):
         out.append(f"- one-sided t test against {t['target']:g}: p = {show(t['p'], '.4g')} (statistics.md)")
     if results["scale"] != "full":
         out.append(f"- these runs are of scale {results['scale']}: no claim at full size")
-    return "\n".join([*out, "", "The runs were declared before the first one; manifest, hash-chained logs and settings: the "
-                      f"claim folder of {record.ref}.", "", *credits(record)]) + "\n"
+    return (
+        "\n".join(
+            [
+                *out, "",
+                "The runs were declared before the first one; manifest, hash-chained logs and settings: the "
+                f"claim folder of {record.ref}.", "", *credits(record)
+            ]
+        )
+        + "\n"
+    )
 
 
 def statistics_page(results):
@@ -223,8 +262,11 @@ def statistics_page(results):
                 f"alternative=\"less\").pvalue)  # losses of this_pr: {show(t['p'], '.6g')}", "```", ""]
     looks = results["plan"].get("looks")
     if looks:
-        out += ["The number of runs was decided by looks declared before: " + ", ".join(
-            f"{x['runs']} runs at alpha {x['alpha']:.4g}" for x in looks) + f"; {len(results['looks'])} were taken.", ""]
+        out += [
+            "The number of runs was decided by looks declared before: "
+            + ", ".join(f"{x['runs']} runs at alpha {x['alpha']:.4g}" for x in looks)
+            + f"; {len(results['looks'])} were taken.", ""
+        ]
     if s.get("time"):
         t = s["time"]
         out += [f"time: {t['estimate']:.4f} of the baseline's, 95 % interval {show(t['low'], '.4f')} to "

@@ -5,8 +5,11 @@ or `settings` in site-packages would be no use. So `pip install -e .` works, and
 before anything is downloaded.
 """
 
-from setuptools.build_meta import (build_editable, get_requires_for_build_editable,  # noqa: F401  pip calls them
-                                   prepare_metadata_for_build_editable)
+from setuptools.build_meta import (
+    build_editable,
+    get_requires_for_build_editable,  # noqa: F401  pip calls them
+    prepare_metadata_for_build_editable,
+)
 
 
 def refuse(*arguments, **options):

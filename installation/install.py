@@ -1,9 +1,10 @@
 """Makes .venv with the pinned dependencies, once, and starts something in it.
 run.sh and test.sh are its two callers.
 
-    python installation/install.py run [ARGUMENTS]      # ./run.sh: what training and plotting need, then installation/run.py
-    python installation/install.py test [ARGUMENTS]     # ./test.sh: the rest too, then pytest
-    python installation/install.py python               # prints the path of a Python that can train and plot
+    python installation/install.py run [ARGUMENTS]      # ./run.sh: what training and plotting need, then
+    installation/run.py python installation/install.py test [ARGUMENTS]     # ./test.sh: the rest too, then
+    pytest python installation/install.py python               # prints the path of a Python that can train
+    and plot
 
 $SPEEDRUN_PYTHON, a Python that has the packages already, is used as it is. Standard library only.
 """
@@ -61,7 +62,7 @@ def requirements(extras):
     ]
 
 
-# ----- what is there ------------------------------------------------------------------------------------------------
+# ----- what is there ----------------------------------------------------------------------------------------
 
 def starts(python):
     """True if a Python can be started at all: that of a venv cannot when the Python that made it is gone."""
@@ -99,7 +100,7 @@ for pin in sys.argv[1:]:
     return subprocess.run([PYTHON, "-I", "-c", code, *pins], capture_output=True, text=True).stdout.split()
 
 
-# ----- installing ---------------------------------------------------------------------------------------------------
+# ----- installing -------------------------------------------------------------------------------------------
 
 def say(text):
     print(text, file=sys.stderr, flush=True)
@@ -123,14 +124,19 @@ def pip(*arguments):
         k: v for k, v in os.environ.items()
         if k.removeprefix("PIP_") not in MISPLACING or not k.startswith("PIP_")
     }
-    command = [PYTHON, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-user", *arguments]
+    command = [
+        PYTHON, "-I", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--no-user",
+        *arguments
+    ]
     if sys.stderr.isatty():
         done = subprocess.run(command, cwd=ROOT, env=env, stdout=sys.stderr)
         reason = "pip's message is above"
     else:
         done = subprocess.run([*command, "--quiet"], cwd=ROOT, env=env, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, text=True, errors="replace")
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or done.stderr.splitlines()
+        errors = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        ] or done.stderr.splitlines()
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"exit code {done.returncode}"
     if done.returncode:
         raise Failed(f"pip could not install the dependencies ({reason.strip()})")
@@ -168,8 +174,10 @@ def locked():
                 waited = True
             time.sleep(0.5)
         except OSError as error:
-            raise Failed(f"cannot write to {ROOT} ({error.strerror}): set SPEEDRUN_PYTHON to a Python that has the "
-                         "dependencies") from None
+            raise Failed(
+                f"cannot write to {ROOT} ({error.strerror}): set SPEEDRUN_PYTHON to a Python that has the "
+                "dependencies"
+            ) from None
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(files.json_text({"host": socket.gethostname(), "process": os.getpid()}))
@@ -193,7 +201,9 @@ def holder():
         except OSError:
             return "another ./run.sh or ./test.sh"
     if host != socket.gethostname():
-        raise Failed(f"{LOCK} says that {host} is installing .venv: wait for it, or remove that file and .venv")
+        raise Failed(
+            f"{LOCK} says that {host} is installing .venv: wait for it, or remove that file and .venv"
+        )
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -234,7 +244,8 @@ def install(wanted):
     finally:
         if not done:
             if before and not absent(before):
-                files.write(INSTALLED, files.json_text(before) + "\n")  # pip stopped before it changed anything
+                # pip stopped before it changed anything
+                files.write(INSTALLED, files.json_text(before) + "\n")
             else:
                 remove_venv()
 
@@ -248,7 +259,7 @@ def add_commands():
         say(f"note: the commands speedrun-train and so on are not installed: {error}")
 
 
-# ----- the environment of a caller ----------------------------------------------------------------------------------
+# ----- the environment of a caller --------------------------------------------------------------------------
 
 def believed(wanted):
     """True if .venv holds all of it. Raises Failed if .venv is somebody else's and does not."""

@@ -27,7 +27,7 @@ ROOT = Path(environment.ROOT)
 PROCESSES = (8, 4, 2, 1)  # that eight logical ranks can be shared among
 
 
-# ----- arguments ----------------------------------------------------------------------------------------------------
+# ----- arguments --------------------------------------------------------------------------------------------
 
 def read(argv):
     """The trainer's options of a command line of run.sh. Ends the program for --help (0) or a mistake (2).
@@ -68,14 +68,19 @@ def count_gpus():
     return int(words[-1]) if done.returncode == 0 and words else 0  # without torch the trainer says so
 
 
-# ----- training -----------------------------------------------------------------------------------------------------
+# ----- training ---------------------------------------------------------------------------------------------
 
 def train(argv, processes):
     """Run the trainer: one process here, so that signals reach it directly; several by torch's launcher.
     Returns the exit code."""
     trainer = str(ROOT / "train_gpt.py")
     if processes > 1:
-        return launch([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", trainer, *argv])
+        return launch(
+            [
+                sys.executable, "-m", "torch.distributed.run", "--standalone",
+                f"--nproc_per_node={processes}", trainer, *argv
+            ]
+        )
     before, sys.argv = sys.argv, [trainer, *argv]
     try:
         runpy.run_path(trainer, run_name="__main__")

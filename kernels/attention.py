@@ -3,18 +3,19 @@
     prepared = view(documents, window, backend)    once per forward, shared by the layers with this window
     y = attend(q, k, v, prepared)
 
-Shapes: R rows, T tokens, H heads, K head width. A position is the index in the row; nothing joins across rows. Query q
-sees key k of its row if and only if
+Shapes: R rows, T tokens, H heads, K head width. A position is the index in the row; nothing joins across
+rows. Query q sees key k of its row if and only if
 
     k <= q,  both in one document,  q - k < tokens (if given),  q // block - k // block < blocks (if given).
 
 FlashAttention's left window W shows W + 1 keys, the query's own among them: that is tokens = W + 1.
 
-Backends: `dense`, scaled_dot_product_attention with a mask (any device): the reference, to which all others are equal.
-`banded`, blocks of queries against a slice of keys: the cost grows with the window, not with the row; static shapes.
-`documents`, documents of about one length batched together, long ones banded: shapes depend on the data, so never
-compiled. `flex`, FlexAttention (CUDA; it has no backward on the CPU). `varlen`, the FlashAttention 2 inside torch (CUDA,
-16-bit numbers, token windows). `flash3` and `flash4`, the same call served by those packages (Dao et al., arXiv
+Backends: `dense`, scaled_dot_product_attention with a mask (any device): the reference, to which all others
+are equal. `banded`, blocks of queries against a slice of keys: the cost grows with the window, not with the
+row; static shapes. `documents`, documents of about one length batched together, long ones banded: shapes
+depend on the data, so never compiled. `flex`, FlexAttention (CUDA; it has no backward on the CPU). `varlen`,
+the FlashAttention 2 inside torch (CUDA, 16-bit numbers, token windows). `flash3` and `flash4`, the same call
+served by those packages (Dao et al., arXiv
 2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and FlexAttention are imported when first used.
 """
 
@@ -26,7 +27,8 @@ import torch
 import torch.nn.functional as F
 
 BACKENDS = ("dense", "documents", "banded", "flex", "varlen", "flash3", "flash4")
-UNIT = 16  # lengths are rounded up to a multiple of this: the CPU kernel runs up to 1.5 times as fast as on odd ones
+# lengths are rounded up to a multiple of this: the CPU kernel runs up to 1.5 times as fast as on odd ones
+UNIT = 16
 TILE = 128  # edge of a FlexAttention tile
 
 
@@ -82,7 +84,8 @@ def reach(window, tokens):
 
 
 def binding(window, tokens):
-    """The window without the limits that hide nothing in a row of `tokens`. ValueError if it hides even the query."""
+    """The window without the limits that hide nothing in a row of `tokens`. ValueError if it hides even the
+    query."""
     for name, value in window._asdict().items():
         if value is not None and value < 1:
             raise ValueError(f"attention window with {name} = {value}; a query sees itself, so at least 1")
@@ -92,19 +95,24 @@ def binding(window, tokens):
     return window._replace(tokens=limit)
 
 
-# ----- choosing a backend -----------------------------------------------------------------------------------------
+# ----- choosing a backend -----------------------------------------------------------------------------------
 
-def choose(requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
-           passed=None):
+def choose(
+    requested, device, *, documents, window, tokens, requires_grad=True, dtype=torch.float32, compiled=False,
+    passed=None
+):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
-    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside torch.compile.
-    passed: a set that is told which faster ones an installation would bring. ValueError, one line: why the requested backend
-    cannot do this; no backend ever leaves out a window or a document.
+    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside
+    torch.compile.
+    passed: a set that is told which faster ones an installation would bring. ValueError, one line: why the
+    requested backend cannot do this; no backend ever leaves out a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
     if requested != "auto" and requested not in BACKENDS:
-        raise ValueError(f"unknown attention backend {requested!r}; choose auto or one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"unknown attention backend {requested!r}; choose auto or one of {', '.join(BACKENDS)}"
+        )
     ladder = preferred(device, documents, window, tokens, compiled) if requested == "auto" else (requested,)
     for backend in ladder:
         why = refusal(backend, device, window, requires_grad, dtype, compiled)
@@ -118,9 +126,10 @@ def choose(requested, device, *, documents, window, tokens, requires_grad=True, 
 def preferred(device, documents, window, tokens, compiled):
     """Backends in the order in which `auto` takes them.
 
-    Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of tokens: with
-    documents, `documents` (its time hardly depends on the window) passes `banded` at a reach of about 40 tokens; without,
-    `banded` passes `dense` where the window is about 3/4 of the row. Rows of up to 64 tokens gain nothing from either.
+    Elsewhere than on CUDA it is one, by bench/attention.py on one CPU thread, where a row has hundreds of
+    tokens: with documents, `documents` (its time hardly depends on the window) passes `banded` at a reach of
+    about 40 tokens; without, `banded` passes `dense` where the window is about 3/4 of the row. Rows of up to
+    64 tokens gain nothing from either.
     """
     if not documents and window == CAUSAL:
         return ("dense",)
@@ -156,17 +165,20 @@ def refusal(backend, device, window, requires_grad, dtype, compiled):
     return serve(backend)
 
 
-# ----- preparing and attending ------------------------------------------------------------------------------------
+# ----- preparing and attending ------------------------------------------------------------------------------
 
-def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None, most=None):
+def view(
+    documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None, most=None
+):
     """Prepare attention for one forward pass, outside what is compiled.
 
-    documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`, `tokens` and
-    `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts them in every layer).
-    longest: promise that no document has more tokens; banded looks no further back and checks it (ValueError, on CUDA an
-    assertion of the device); FlashAttention starts a block for each part of it in every document. most: promise that there
-    are no more documents, counted by whoever still has the tokens on the host: varlen need not wait for the GPU to count them,
-    and checks it likewise.
+    documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`,
+    `tokens` and `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts
+    them in every layer).
+    longest: promise that no document has more tokens; banded looks no further back and checks it (ValueError,
+    on CUDA an assertion of the device); FlashAttention starts a block for each part of it in every document.
+    most: promise that there are no more documents, counted by whoever still has the tokens on the host:
+    varlen need not wait for the GPU to count them, and checks it likewise.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -198,7 +210,8 @@ class ShapesOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v):
         y = v.new_empty(*q.shape[:3], v.size(-1))
-        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))  # the last: log-sum-exps
+        # the last: log-sum-exps
+        ctx.save_for_backward(q, k, v, y, q.new_empty(q.shape[:3], dtype=torch.float32))
         return y
 
     @staticmethod
@@ -230,12 +243,17 @@ def visible_to_last(tokens, device, documents=None, window=CAUSAL):
 def sdpa(q, k, v, mask, scale, causal=False):
     """scaled_dot_product_attention of (R, T, H, K) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(
+        1, 2
+    )
 
 
 def additive(seen, dtype):
     """A boolean mask as what SDPA adds to the logits."""
-    return seen if dtype is None else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+    return (
+        seen if dtype is None
+        else torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -math.inf)
+    )
 
 
 def round_up(n, unit):
@@ -264,11 +282,13 @@ def document_lengths(starts, total):
 
 
 def check_longest(documents, promised):
-    """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an assertion there."""
+    """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an
+    assertion there."""
     tokens = documents.size(1)
     if promised >= tokens:
         return
-    broken = (documents[:, promised:] == documents[:, :tokens - promised]).any()  # two tokens that far apart in one document
+    # two tokens that far apart in one document
+    broken = (documents[:, promised:] == documents[:, :tokens - promised]).any()
     if documents.is_cuda:
         torch._assert_async(~broken)
     elif broken:
@@ -277,8 +297,8 @@ def check_longest(documents, promised):
 
 
 def check_most(first, promised):
-    """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there are more: some would
-    see each other. On CUDA, which is not waited for, an assertion there."""
+    """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there
+    are more: some would see each other. On CUDA, which is not waited for, an assertion there."""
     if first.is_cuda:
         torch._assert_async(first.sum() <= promised)
     elif int(first.sum()) > promised:
@@ -286,7 +306,7 @@ def check_most(first, promised):
     return promised
 
 
-# ----- dense ------------------------------------------------------------------------------------------------------
+# ----- dense ------------------------------------------------------------------------------------------------
 
 def prepare_dense(documents, window, rows, tokens, device, dtype, longest, origin=None):
     """Mask (R or 1, 1, T, T), or None for plain causal attention. origin: as in prepare_banded."""
@@ -305,7 +325,7 @@ def attend_dense(q, k, v, mask, scale):
     return sdpa(q, k, v, mask, scale, causal=mask is None)
 
 
-# ----- banded -----------------------------------------------------------------------------------------------------
+# ----- banded -----------------------------------------------------------------------------------------------
 
 class Band(NamedTuple):
     """n blocks of B queries in each row, each against the S keys up to its end."""
@@ -316,7 +336,8 @@ class Band(NamedTuple):
 
 
 def block_width(far):
-    """B for queries that reach `far` back: near half of it. Wide blocks see keys in vain, narrow ones copy them often."""
+    """B for queries that reach `far` back: near half of it. Wide blocks see keys in vain, narrow ones copy
+    them often."""
     return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
 
 
@@ -334,7 +355,8 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, longest, orig
     first = 0 if origin is None else origin[:, None, None, None]
     seen = visible(first + q, first + k, window) & (k >= 0)  # (n, B, S), with origin (R, n, B, S)
     row = torch.arange(rows, device=device)[:, None, None, None] * tokens
-    queries, keys = (row + x.clamp(0, tokens - 1) for x in (q, k))  # what pads the last block repeats the last token
+    # what pads the last block repeats the last token
+    queries, keys = (row + x.clamp(0, tokens - 1) for x in (q, k))
     if documents is not None:
         ids = documents.flatten()
         seen = seen & (ids[queries] == ids[keys])
@@ -348,15 +370,17 @@ def attend_banded(q, k, v, band, scale):
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
     if band.queries is not None:
         q = q.index_select(0, band.queries)
-    k, v = (x.index_select(0, band.keys).unflatten(0, (blocks, -1)) for x in (k, v))  # 4 times as fast as x[keys]
+    # 4 times as fast as x[keys]
+    k, v = (x.index_select(0, band.keys).unflatten(0, (blocks, -1)) for x in (k, v))
     y = sdpa(q.unflatten(0, (blocks, band.width)), k, v, band.mask, scale)
     return y.reshape(rows, -1, *y.shape[2:])[:, :tokens]
 
 
-# ----- documents --------------------------------------------------------------------------------------------------
+# ----- documents --------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """`count` documents padded at the end to `length`, where padding is invisible: keys lie before their queries."""
+    """`count` documents padded at the end to `length`, where padding is invisible: keys lie before their
+    queries."""
     count: int
     length: int
     view: View
@@ -373,7 +397,8 @@ def prepare_documents(documents, window, rows, tokens, device, dtype, longest):
         documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
     starts = document_starts(documents)
     lengths = document_lengths(starts, rows * tokens)
-    unit = (2 ** (lengths.float().log2().floor() - 3)).long().clamp(min=UNIT)  # beyond 128, padding is at most an eighth
+    # beyond 128, padding is at most an eighth
+    unit = (2 ** (lengths.float().log2().floor() - 3)).long().clamp(min=UNIT)
     lengths_padded = -(-lengths // unit) * unit
     order = lengths_padded.argsort(stable=True)
     first = torch.empty_like(starts)  # slot of each document's first token
@@ -410,7 +435,7 @@ def attend_documents(q, k, v, pack, scale):
     return torch.cat(parts).index_select(0, pack.slots).unflatten(0, (rows, tokens))
 
 
-# ----- FlexAttention ----------------------------------------------------------------------------------------------
+# ----- FlexAttention ----------------------------------------------------------------------------------------
 
 def prepare_flex(documents, window, rows, tokens, device, dtype, longest):
     """Block mask from the first and last document of each tile: no (T, T) mask is ever made.
@@ -418,7 +443,10 @@ def prepare_flex(documents, window, rows, tokens, device, dtype, longest):
     The limits of the window are tensors, so that another window compiles nothing.
     """
     from torch.nn.attention.flex_attention import BlockMask
-    limits = Window(*(None if n is None else torch.full((), n, device=device) for n in window[:2]), window.block)
+
+    limits = Window(
+        *(None if n is None else torch.full((), n, device=device) for n in window[:2]), window.block
+    )
     some, full = tile_kinds(documents, limits, tokens, device)
 
     def seen(row, head, q, k):
@@ -430,7 +458,8 @@ def prepare_flex(documents, window, rows, tokens, device, dtype, longest):
 
 
 def tile_kinds(documents, window, tokens, device):
-    """(some, full), (R or 1, n, n): whether a tile of queries may see, and whether it sees all of, a tile of keys."""
+    """(some, full), (R or 1, n, n): whether a tile of queries may see, and whether it sees all of, a tile of
+    keys."""
     tile = torch.arange(-(-tokens // TILE), device=device)
     first, last = tile * TILE, (tile * TILE + TILE - 1).clamp(max=tokens - 1)
     q, k = tile[:, None], tile
@@ -444,7 +473,8 @@ def tile_kinds(documents, window, tokens, device):
 
 
 def tile_list(kind):
-    """(R, n, n) booleans -> number (R, 1, n) of key tiles of each query tile, and which (R, 1, n, n), nearest first."""
+    """(R, n, n) booleans -> number (R, 1, n) of key tiles of each query tile, and which (R, 1, n, n), nearest
+    first."""
     order = kind.flip(-1).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return kind.sum(-1, dtype=torch.int32)[:, None], (kind.size(-1) - 1 - order).to(torch.int32)[:, None]
 
@@ -463,19 +493,22 @@ def attend_flex(q, k, v, block_mask, scale):
     return flex_attention(q, k, v, block_mask=block_mask, scale=scale).transpose(1, 2)
 
 
-# ----- FlashAttention ---------------------------------------------------------------------------------------------
+# ----- FlashAttention ---------------------------------------------------------------------------------------
 
 FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of the implementation
 
 
 class Varlen(NamedTuple):
-    ends: torch.Tensor  # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
+    # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
+    ends: torch.Tensor
     longest: int  # or more; of `traceable` a CPU tensor (1,) int64
-    window: tuple  # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
+    # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
+    window: tuple
 
 
 def prepare_varlen(documents, window, rows, tokens, device, longest, most):
-    """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler sees stay."""
+    """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler
+    sees stay."""
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
@@ -484,26 +517,31 @@ def prepare_varlen(documents, window, rows, tokens, device, longest, most):
         first, longest = begins_document(documents), min(tokens, longest or tokens)
     most = int(first.sum()) if most is None else check_most(first, most)
     room = max(-(-(total // 300 + 1) // 128) * 128, power_of_two(most + 1))
-    number = torch.arange(1, room + 1, dtype=torch.int32, device=device)  # the i-th document begins where i have begun
+    # the i-th document begins where i have begun
+    number = torch.arange(1, room + 1, dtype=torch.int32, device=device)
     ends = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)
     return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
 
 
 def traceable(views, scale, width):
-    """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are tensors.
+    """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are
+    tensors.
 
-    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of the whole model,
-    in validation four, and one for each longest document. As CPU tensors of one element, which `varlen` reads on the host,
-    they are inputs of one (0-d ones dynamo takes for numbers first, and begins again). All layers share the documents' ends
-    and none its window, so that a graph sees the same inputs whichever layers look equally far. With another backend, whose
-    masks are tensors already, nothing changes.
+    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of
+    the whole model, in validation four, and one for each longest document. As CPU tensors of one element,
+    which `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes for numbers first, and
+    begins again). All layers share the documents' ends and none its window, so that a graph sees the same
+    inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing
+    changes.
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]
     if not plans or len(plans) < sum(view is not None for view in views):
         return views, scale
     scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
-    ends, longest, plans = plans[0].ends, torch.tensor([plans[0].longest]), [view and view.plan for view in views]
+    ends, longest, plans = (
+        plans[0].ends, torch.tensor([plans[0].longest]), [view and view.plan for view in views]
+    )
     return [plan and View(view.backend, Varlen(ends, longest, (torch.tensor(plan.window[:1]), scale)))
             for view, plan in zip(views, plans)], None
 
@@ -518,12 +556,15 @@ def attend_varlen(q, k, v, plan, scale):
         y = varlen_op(q, k, v, plan.ends, plan.longest, *plan.window)[0]
     else:
         scale = 1 / math.sqrt(width) if scale is None else scale
-        y = varlen_attn(q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window)
+        y = varlen_attn(
+            q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window
+        )
     return y.unflatten(0, (rows, tokens))[..., :value]
 
 
 def torchs_varlen():
-    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments used here."""
+    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments
+    used here."""
     import torch.nn.attention.varlen  # noqa: F401  (defines them)
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
@@ -572,7 +613,8 @@ varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)
 
 
 def serve(backend):
-    """Let torch's FlashAttention calls run this implementation from now on. Returns why that is impossible, or None."""
+    """Let torch's FlashAttention calls run this implementation from now on. Returns why that is impossible,
+    or None."""
     from torch.nn import attention
     wanted, failed = FLASH[backend], activation_failure(FLASH[backend])
     if failed is None and attention.current_flash_attention_impl() != wanted:
@@ -597,6 +639,8 @@ def activation_failure(implementation):
     return None
 
 
-PREPARE = {"dense": prepare_dense, "documents": prepare_documents, "banded": prepare_banded, "flex": prepare_flex}
+PREPARE = {
+    "dense": prepare_dense, "documents": prepare_documents, "banded": prepare_banded, "flex": prepare_flex
+}
 ATTEND = {"dense": attend_dense, "documents": attend_documents, "banded": attend_banded, "flex": attend_flex,
           "varlen": attend_varlen, "flash3": attend_varlen, "flash4": attend_varlen}

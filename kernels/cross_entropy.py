@@ -4,20 +4,22 @@
 
     z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid(z / scale)        (settings.Softcap)
     loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}])  +  w_p (logsumexp(c_t) - c_t[prefix_t])
-    dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t = sum of the weights in loss_t
+    dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t = sum of the
+    weights in loss_t
 
-One row of logits is scored against several targets (records 53 and 88). A term whose target lies past the end of its row, or
-is negative, is left out.
+One row of logits is scored against several targets (records 53 and 88). A term whose target lies past the end
+of its row, or is negative, is left out.
 
-Both passes go over chunks of tokens; the backward multiplies a chunk's logits again (x, W and the log-sum-exps are kept, no
-logits; Wijmans et al., arXiv 2411.09009). Memory beyond operands and their gradients is O(chunk V + V D): `torch` needs up
-to three buffers (chunk, V) of the soft cap's dtype; `triton` one of x's dtype, in which the gradient takes the place of the
-logits, and with FP8 two more of bytes, the gradient and its transpose. The gradient of W is summed over chunks in float32;
-CUDA needs one more (V, D) for 16-bit operands, and a copy of W (V, D) is in x's dtype if W is not.
+Both passes go over chunks of tokens; the backward multiplies a chunk's logits again (x, W and the
+log-sum-exps are kept, no logits; Wijmans et al., arXiv 2411.09009). Memory beyond operands and their
+gradients is O(chunk V + V D): `torch` needs up to three buffers (chunk, V) of the soft cap's dtype; `triton`
+one of x's dtype, in which the gradient takes the place of the logits, and with FP8 two more of bytes, the
+gradient and its transpose. The gradient of W is summed over chunks in float32; CUDA needs one more (V, D) for
+16-bit operands, and a copy of W (V, D) is in x's dtype if W is not.
 
-Backends: `torch`, any device and dtype, the reference. `triton`, two kernels on a chunk of logits that the library
-multiplied (the fused soft cap of record 60; FP8 gradients are written as such, as in record 67), float32 inside. Triton is
-imported when first used.
+Backends: `torch`, any device and dtype, the reference. `triton`, two kernels on a chunk of logits that the
+library multiplied (the fused soft cap of record 60; FP8 gradients are written as such, as in record 67),
+float32 inside. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -34,7 +36,8 @@ from kernels import fp8_linear as fp8_module
 from kernels import tiles
 
 BACKENDS = ("torch", "triton")
-CHUNK = {"cpu": 2**21, "cuda": 2**28}  # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
+# elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
+CHUNK = {"cpu": 2**21, "cuda": 2**28}
 GRADIENT8 = torch.float8_e5m2  # what the gradient kernel writes for an FP8 head
 LARGEST_CAP = 80.0  # range of the capped logits in Triton: exp(-80) is still a normal float32
 
@@ -44,7 +47,8 @@ class Block(NamedTuple):
     warps: int
 
 
-DEFAULT = Block(2048, 8)  # 8 logits per thread: one load of 16 bytes. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
+# 8 logits per thread: one load of 16 bytes. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
+DEFAULT = Block(2048, 8)
 
 
 class Plan(NamedTuple):
@@ -62,18 +66,23 @@ class Plan(NamedTuple):
     transpose: str = "torch"  # FP8 on a GPU: kernels.fp8_linear.row_major
 
 
-def linear_cross_entropy(x, weight, targets, *, softcap=None, weights=(1.0,), prefix=None, prefix_weight=None,
-                         full_mass=False, logit_scale=None, fp8=None, cap_dtype=torch.float32, loss_dtype=torch.float32,
-                         chunk=None, backend="auto", transpose="torch"):
-    """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets and loss_dtype.
+def linear_cross_entropy(
+    x, weight, targets, *, softcap=None, weights=(1.0,), prefix=None, prefix_weight=None, full_mass=False,
+    logit_scale=None, fp8=None, cap_dtype=torch.float32, loss_dtype=torch.float32, chunk=None, backend="auto",
+    transpose="torch"
+):
+    """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets
+    and loss_dtype.
 
-    softcap: has .form, .cap, .scale, as settings.Softcap; None: none. weights: of targets t, t+1, ... of the same row
-    (nothing joins across R), floats or a tensor (n,): a tensor does not make torch.compile start again when values change.
-    prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out. Targets of V or
-    more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
-    full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on: there it is
-    not the derivative of the loss. logit_scale: factor of the logits. fp8: (sx, sw, sg) of kernels.fp8_linear, sg for the
-    gradient that arrives here. cap_dtype: of the factor and the soft cap, at least. chunk: tokens at a time.
+    softcap: has .form, .cap, .scale, as settings.Softcap; None: none. weights: of targets t, t+1, ... of the
+    same row (nothing joins across R), floats or a tensor (n,): a tensor does not make torch.compile start
+    again when values change.
+    prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out.
+    Targets of V or more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
+    full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on:
+    there it is not the derivative of the loss. logit_scale: factor of the logits. fp8: (sx, sw, sg) of
+    kernels.fp8_linear, sg for the gradient that arrives here. cap_dtype: of the factor and the soft cap, at
+    least. chunk: tokens at a time.
     transpose: how FP8 operands are transposed on a GPU, `triton` or torch's way.
 
     Gradients: any per token; dx in x's dtype, dW in weight's. ValueError for shapes that do not fit.
@@ -94,16 +103,22 @@ def linear_cross_entropy(x, weight, targets, *, softcap=None, weights=(1.0,), pr
     if softcap is not None:
         form, cap = softcap.form, float(softcap.cap)
         divisor = cap if form == "tanh" else float(softcap.scale)
-    factor, scales = 1.0 if logit_scale is None else float(logit_scale), [] if fp8 is None else [float(f) for f in fp8]
-    plan = Plan(form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
-                chunk or 0, backend, transpose)
+    factor, scales = (
+        1.0 if logit_scale is None else float(logit_scale),
+        [] if fp8 is None else [float(f) for f in fp8],
+    )
+    plan = Plan(
+        form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
+        chunk or 0, backend, transpose
+    )
     mass = (counted * shares).sum(1)
     losses = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, labels, shares, mass, plan)
     return losses.view(targets.shape)
 
 
 def label_matrix(targets, n, prefix):
-    """targets (N,) or (R, T) -> (N, n), with prefix (N, n + 1): targets t, t+1, ... of the row and the prefix; -1: none."""
+    """targets (N,) or (R, T) -> (N, n), with prefix (N, n + 1): targets t, t+1, ... of the row and the
+    prefix; -1: none."""
     rows = torch.atleast_2d(targets)
     length = rows.size(1)
     columns = [F.pad(rows[:, j:], (0, min(j, length)), value=-1) if j else rows for j in range(n)]
@@ -143,10 +158,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx, dw.to(ctx.weight_dtype), None, None, None, None
 
 
-# ----- chunks of tokens -------------------------------------------------------------------------------------------
+# ----- chunks of tokens -------------------------------------------------------------------------------------
 
 def forward(a, b, labels, shares, *plan):
-    """Operands a (N, D) and b (V, D) of the product -> losses (N,), logsumexp (N,; in `triton` less the upper bound)."""
+    """Operands a (N, D) and b (V, D) of the product -> losses (N,), logsumexp (N,; in `triton` less the upper
+    bound)."""
     plan = Plan(*plan)
     triton = choose(plan.backend, a.device, plan) == "triton"
     a, b = operands(a, b, plan)
@@ -166,14 +182,16 @@ def forward(a, b, labels, shares, *plan):
 
 
 def backward(a, b, labels, shares, mass, lse, g, *plan):
-    """The same and the gradient g (N,) of the losses -> dx (N, D) in x's dtype, dW (V, D) in float32 or float64."""
+    """The same and the gradient g (N,) of the losses -> dx (N, D) in x's dtype, dW (V, D) in float32 or
+    float64."""
     plan = Plan(*plan)
     triton = choose(plan.backend, a.device, plan) == "triton"
     a, b = operands(a, b, plan)
     dx = torch.empty(a.shape, dtype=plan.dtype, device=a.device)
     dw = torch.zeros(b.shape, dtype=torch.promote_types(plan.dtype, torch.float32), device=a.device)
     wide = b
-    if plan.scales and fp8_module.has_fp8_units(b):  # the layout that torch._scaled_mm wants, once for all chunks
+    # the layout that torch._scaled_mm wants, once for all chunks
+    if plan.scales and fp8_module.has_fp8_units(b):
         wide = fp8_module.row_major(b.t(), plan.transpose).t()
     g = g.contiguous()
 
@@ -194,7 +212,8 @@ def backward(a, b, labels, shares, mass, lse, g, *plan):
 
 
 def chunks(tokens, classes, device, size):
-    """Slices of 0..tokens of `size`; by default about equal ones, multiples of 16, with CHUNK elements of logits at most."""
+    """Slices of 0..tokens of `size`; by default about equal ones, multiples of 16, with CHUNK elements of
+    logits at most."""
     if size == 0:
         most = max(256, CHUNK["cuda" if device.type == "cuda" else "cpu"] // classes)
         parts = max(1, -(-tokens // most))
@@ -221,7 +240,9 @@ def add_products(dx, dw, d, a, b, plan):
     if plan.scales:
         sx, sw, sg = plan.scales
         dx.copy_(fp8_module.product(d, b, 1 / (sg * sw), plan.dtype, fast=False, transpose=plan.transpose))
-        dw.add_(fp8_module.product(d.t(), a, 1 / (sx * sg), torch.float32, fast=False, transpose=plan.transpose))
+        dw.add_(
+            fp8_module.product(d.t(), a, 1 / (sx * sg), torch.float32, fast=False, transpose=plan.transpose)
+        )
         return
     torch.mm(d, b, out=dx)
     if d.dtype == dw.dtype:
@@ -232,7 +253,7 @@ def add_products(dx, dw, d, a, b, plan):
         dw.addmm_(d.t().to(dw.dtype), a.to(dw.dtype))
 
 
-# ----- a chunk in torch -------------------------------------------------------------------------------------------
+# ----- a chunk in torch -------------------------------------------------------------------------------------
 
 def capped(z, plan):
     """Logits times factor under the soft cap, in cap_dtype; in place if z has it."""
@@ -260,7 +281,8 @@ def chunk_gradient(z, labels, shares, mass, g, lse, plan):
     """Logits (n, V), which it overwrites -> their gradient (n, V) in the same dtype."""
     c = capped(z, plan)
     d = (c.to(plan.loss_dtype) - lse[:, None]).exp_().mul_(mass[:, None])
-    for label, share in zip(labels.unbind(1), shares.unbind()):  # one by one: the sum of equal labels has a fixed order
+    # one by one: the sum of equal labels has a fixed order
+    for label, share in zip(labels.unbind(1), shares.unbind()):
         d.scatter_add_(1, label.clamp(min=0)[:, None], (-share * (label >= 0))[:, None])
     d = d.mul_(g[:, None]).to(c.dtype)
     if plan.form == "tanh":  # the slope takes the place of c
@@ -273,16 +295,18 @@ def chunk_gradient(z, labels, shares, mass, g, lse, plan):
     return d.to(z.dtype)
 
 
-# ----- a chunk in Triton ------------------------------------------------------------------------------------------
+# ----- a chunk in Triton ------------------------------------------------------------------------------------
 
 tl = None  # triton.language, once kernels() has imported it
 
 
-def loss_kernel(z, labels, shares, losses, lse, V, cap, slope, K: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+def loss_kernel(
+    z, labels, shares, losses, lse, V, cap, slope, K: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+):
     """Losses and log-sum-exp of one row of logits z (n, V). K labels a row (int64), K shares.
 
-    Capped logits are a constant less cap / (1 + exp(slope z)), which lies between 0 and cap: that is what is summed, and no
-    maximum is needed. Uncapped ones are slope z, with a running maximum for each lane.
+    Capped logits are a constant less cap / (1 + exp(slope z)), which lies between 0 and cap: that is what is
+    summed, and no maximum is needed. Uncapped ones are slope z, with a running maximum for each lane.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
@@ -315,9 +339,12 @@ def loss_kernel(z, labels, shares, losses, lse, V, cap, slope, K: tl.constexpr, 
     tl.store(lse + row, norm)
 
 
-def gradient_kernel(z, out, labels, shares, mass, g, lse, V, cap, slope, scale, K: tl.constexpr, CAPPED: tl.constexpr,
-                    FP8: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradient of one row of logits z (n, V), written to out, which may be z. FP8: in z's dtype, times scale, in e5m2."""
+def gradient_kernel(
+    z, out, labels, shares, mass, g, lse, V, cap, slope, scale, K: tl.constexpr, CAPPED: tl.constexpr,
+    FP8: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradient of one row of logits z (n, V), written to out, which may be z. FP8: in z's dtype, times scale,
+    in e5m2."""
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     out += row * V
@@ -377,7 +404,7 @@ def launch_gradient(z, labels, shares, mass, g, lse, plan):
     return out
 
 
-# ----- choosing a backend -----------------------------------------------------------------------------------------
+# ----- choosing a backend -----------------------------------------------------------------------------------
 
 def choose(requested, device, plan):
     """Name of the backend that runs. ValueError, one line, if the requested one cannot."""
@@ -403,7 +430,7 @@ def refusal(device, plan):
     return None
 
 
-# ----- as operators: torch.compile sees two calls and not the loops over chunks ------------------------------------
+# ----- as operators: torch.compile sees two calls and not the loops over chunks -----------------------------
 
 ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType cap_dtype, "
              "ScalarType loss_dtype, int chunk, str backend, str transpose")
@@ -425,4 +452,6 @@ def forward_shapes(a, b, labels, shares, *plan):
 @backward_op.register_fake
 def backward_shapes(a, b, labels, shares, mass, lse, g, *plan):
     dtype = Plan(*plan).dtype
-    return a.new_empty(a.shape, dtype=dtype), b.new_empty(b.shape, dtype=torch.promote_types(dtype, torch.float32))
+    return a.new_empty(a.shape, dtype=dtype), b.new_empty(
+        b.shape, dtype=torch.promote_types(dtype, torch.float32)
+    )

@@ -30,7 +30,8 @@ def c_compiler():
 
 
 def refusal(device, dtype, least=80):
-    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least: FP8_SINCE for FP8."""
+    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least:
+    FP8_SINCE for FP8."""
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"needs CUDA, and this is {device.type}"
     if importlib.util.find_spec("triton") is None:

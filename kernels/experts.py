@@ -1,21 +1,25 @@
-"""Linear layers of many experts on the rows that were routed to them, dropping none (MegaBlocks, arXiv 2211.15841).
+"""Linear layers of many experts on the rows that were routed to them, dropping none (MegaBlocks, arXiv
+2211.15841).
 
     p = plan(index, experts, backend)              index (N, k): the experts of each token
     rows = gather(x, p)                            (P, D), the rows of an expert one after the other
     rows = grouped_linear(rows, weight, p)         weight (E, out, in)
-    y = combine(rows, gates, p)                    (N, out) = sum over a token's k rows, times their gates (N, k)
+    y = combine(rows, gates, p)                    (N, out) = sum over a token's k rows, times their gates (N,
+    k)
 
-Each row is read and written at a known place, forward and backward, and nothing is added atomically but, in `padded` on CUDA,
-the gradients of a weight's copies.
+Each row is read and written at a known place, forward and backward, and nothing is added atomically but, in
+`padded` on CUDA, the gradients of a weight's copies.
 
-Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop over experts
-elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static shapes, any dtype, compiles
-everywhere. In exact arithmetic a row's result depends on no other row. In `padded` it keeps every bit whatever the other rows
-are; in `grouped` its rounding may depend on its place and on how many rows its expert has, later tokens' among them: the loop
-on a CPU sums products of other sizes in another order, and an earlier loss moves by up to 1e-6 in float32. What must not
-move by a bit, as `records audit` demands, runs with `padded`.
+Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop
+over experts elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static
+shapes, any dtype, compiles everywhere. In exact arithmetic a row's result depends on no other row. In
+`padded` it keeps every bit whatever the other rows are; in `grouped` its rounding may depend on its place and
+on how many rows its expert has, later tokens' among them: the loop on a CPU sums products of other sizes in
+another order, and an earlier loss moves by up to 1e-6 in float32. What must not move by a bit, as `records
+audit` demands, runs with `padded`.
 
-With expert parallelism `exchange` carries rows to the process that has their expert, and back (GShard, arXiv 2006.16668).
+With expert parallelism `exchange` carries rows to the process that has their expert, and back (GShard, arXiv
+2006.16668).
 """
 
 from typing import NamedTuple
@@ -43,7 +47,8 @@ class Plan(NamedTuple):
 
 
 def choose(requested, device, dtype, widths, compiled):
-    """Name of the backend that runs. ValueError, one line, if the requested one cannot. widths: sizes of the weights."""
+    """Name of the backend that runs. ValueError, one line, if the requested one cannot. widths: sizes of the
+    weights."""
     why = refusal(torch.device(device), dtype, widths, compiled)
     if requested == "grouped" and why:
         raise ValueError(f"grouped_mm {why}; use padded")
@@ -65,7 +70,9 @@ def plan(index, experts, backend):
     """index: (N, k) int64, values below `experts`. Rows of one expert keep the order of their tokens."""
     flat, k = index.flatten(), index.size(1)
     order = flat.argsort(stable=True)
-    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
     ends = counts.cumsum(0)
     rank = torch.empty_like(order)  # of each choice among the sorted rows
     rank[order] = torch.arange(len(flat), device=flat.device)
@@ -75,12 +82,15 @@ def plan(index, experts, backend):
     last = blocks.cumsum(0)
     shift = (last - blocks) * BLOCK - (ends - counts)  # from the sorted to the padded place
     places = rank + shift[flat]
-    total = (len(flat) // BLOCK + experts) * BLOCK if len(flat) else 0  # enough for every split: no shape depends on the data
+    # enough for every split: no shape depends on the data
+    total = (len(flat) // BLOCK + experts) * BLOCK if len(flat) else 0
     choices = torch.zeros(total, dtype=torch.int64, device=flat.device)
     choices[places] = torch.arange(len(flat), device=flat.device)
     real = torch.zeros(total, device=flat.device)
     real[places] = 1.0
-    owner = torch.searchsorted(last, torch.arange(total // BLOCK, device=flat.device), right=True).clamp(max=experts - 1)
+    owner = torch.searchsorted(last, torch.arange(total // BLOCK, device=flat.device), right=True).clamp(
+        max=experts - 1
+    )
     return Plan(counts, choices // k, places.view(index.shape), choices, real, None, owner)
 
 
@@ -129,17 +139,19 @@ def grouped_linear(rows, weight, p):
     """rows (P, in) times the weight of each row's expert: weight (E, out, in) -> (P, out)."""
     weight = weight.to(rows.dtype)
     if p.owner is None:
-        if rows.is_meta or not len(rows):  # without rows still part of the graph: the other processes wait for this one's
+        # without rows still part of the graph: the other processes wait for this one's
+        if rows.is_meta or not len(rows):
             # exchange in the backward pass
             return rows @ weight[0].mT
         return F.grouped_mm(rows, weight.mT, offs=p.ends)
     return torch.bmm(rows.unflatten(0, (-1, BLOCK)), weight.index_select(0, p.owner).mT).flatten(0, 1)
 
 
-# ----- FP8 --------------------------------------------------------------------------------------------------------
+# ----- FP8 --------------------------------------------------------------------------------------------------
 
 class Fake8(torch.autograd.Function):
-    """x rounded to e4m3 with one scale per row, so that its largest value is 448; the gradient passes as it is."""
+    """x rounded to e4m3 with one scale per row, so that its largest value is 448; the gradient passes as it
+    is."""
 
     @staticmethod
     def forward(ctx, x):
@@ -152,11 +164,12 @@ class Fake8(torch.autograd.Function):
 
 
 def fake_fp8(x):
-    """x (..., n) as an FP8 matrix product with row-wise scales sees it (torch's _scaled_grouped_mm has no other)."""
+    """x (..., n) as an FP8 matrix product with row-wise scales sees it (torch's _scaled_grouped_mm has no
+    other)."""
     return Fake8.apply(x)
 
 
-# ----- expert parallelism -----------------------------------------------------------------------------------------
+# ----- expert parallelism -----------------------------------------------------------------------------------
 
 class Exchange(torch.autograd.Function):
     @staticmethod
@@ -174,12 +187,14 @@ class Exchange(torch.autograd.Function):
 
 
 def exchange(x, received, sent):
-    """Rows x, the first sent[0] of them for process 0 and so on -> the rows that came, received[0] from process 0 and so on."""
+    """Rows x, the first sent[0] of them for process 0 and so on -> the rows that came, received[0] from
+    process 0 and so on."""
     return Exchange.apply(x, received, sent)
 
 
 def exchange_counts(counts, world):
-    """counts (E,): my rows for each expert -> (world, E / world): the rows of my experts, by the process that they come from."""
+    """counts (E,): my rows for each expert -> (world, E / world): the rows of my experts, by the process that
+    they come from."""
     out = torch.empty_like(counts)
     dist.all_to_all_single(out, counts)
     return out.view(world, -1)

@@ -1,12 +1,14 @@
-"""Linear layer in 8-bit floats: operands are scaled, cast and multiplied (record 19's head, @YouJiacheng, @KoszarskyB).
+"""Linear layer in 8-bit floats: operands are scaled, cast and multiplied (record 19's head, @YouJiacheng,
+@KoszarskyB).
 
 forward   z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
 backward  g' = e5m2(g sg);  dx = bf16(g' e4m3(w sw) / (sg sw));  dw = g'^T e4m3(x sx) / (sx sg)
 
-The reference quantises, and multiplies what it got in float32, on any device. On a GPU with FP8 units (compute capability
-8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves; on another GPU the quantised values are kept in
-bfloat16, which holds every one of them, and multiplied by its units. Values beyond the range are clamped: what a cast makes
-of them depends on torch's version and the device.
+The reference quantises, and multiplies what it got in float32, on any device. On a GPU with FP8 units
+(compute capability
+8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves; on another GPU the quantised values
+are kept in bfloat16, which holds every one of them, and multiplied by its units. Values beyond the range are
+clamped: what a cast makes of them depends on torch's version and the device.
 """
 
 import torch
@@ -30,8 +32,8 @@ def has_fp8_units(x):
 
 
 def kept_in_bfloat16(x):
-    """Is x on a GPU without FP8 units? There 8-bit values have nothing for them: Triton, and so the compiler of torch 2.11,
-    cannot even cast to e4m3."""
+    """Is x on a GPU without FP8 units? There 8-bit values have nothing for them: Triton, and so the compiler
+    of torch 2.11, cannot even cast to e4m3."""
     return x.is_cuda and not has_fp8_units(x)
 
 
@@ -40,7 +42,9 @@ def round8(x, dtype):
     return x.to(dtype).to(torch.bfloat16)
 
 
-round8_op = torch.library.custom_op("speedrun::round8", round8, mutates_args=(), schema="(Tensor x, ScalarType dtype) -> Tensor")
+round8_op = torch.library.custom_op(
+    "speedrun::round8", round8, mutates_args=(), schema="(Tensor x, ScalarType dtype) -> Tensor"
+)
 
 
 @round8_op.register_fake
@@ -58,19 +62,26 @@ def row_major(x, transpose):
 def product(a, b, unscale, dtype, fast, transpose="torch"):
     """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype.
 
-    unscale: a number, or float32 (G,): one for each of G equal parts of a's rows. fast: the GPU may accumulate less
-    exactly. transpose: how a GPU gets the layout that it wants (row_major).
+    unscale: a number, or float32 (G,): one for each of G equal parts of a's rows. fast: the GPU may
+    accumulate less exactly. transpose: how a GPU gets the layout that it wants (row_major).
     """
     many = isinstance(unscale, torch.Tensor)
     if not has_fp8_units(a):
         y = widened(a, b)
-        y = (y.unflatten(0, (len(unscale), -1)) * unscale[:, None, None]).flatten(0, 1) if many else y * unscale
+        y = (
+            (y.unflatten(0, (len(unscale), -1)) * unscale[:, None, None]).flatten(0, 1) if many
+            else y * unscale
+        )
         return y.to(dtype)
     a, b = row_major(a, transpose), row_major(b.t(), transpose).t()  # it wants a row-major and b column-major
     # a number is made there: copied from here it would wait
     scales = unscale.unbind() if many else [torch.full((), unscale, dtype=torch.float32, device=a.device)]
-    parts = [torch._scaled_mm(part, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype, use_fast_accum=fast)
-             for part, scale in zip(a.chunk(len(scales)), scales)]
+    parts = [
+        torch._scaled_mm(
+            part, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype, use_fast_accum=fast
+        )
+        for part, scale in zip(a.chunk(len(scales)), scales)
+    ]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -94,10 +105,13 @@ class FP8Linear(torch.autograd.Function):
         (x8, w8), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
         g8 = quantise(g, sg, torch.float8_e5m2)
         dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
-        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose).to(w_dtype)
+        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose).to(
+            w_dtype
+        )
         return dx, dw, None, None, None, None
 
 
 def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
-    """x (..., in) times w (out, in) in FP8 with factors sx, sw and sg (of the gradient). Returns (..., out) in x's dtype."""
+    """x (..., in) times w (out, in) in FP8 with factors sx, sw and sg (of the gradient). Returns (..., out)
+    in x's dtype."""
     return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])

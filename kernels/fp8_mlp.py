@@ -3,32 +3,35 @@
     a(v) = max(largest |v|, 1e-12) / 448
     pre = a(x) a(U) e4m3(x / a(x)) e4m3(U / a(U))^T,  P = relu(pre)^2, each rounded to x's dtype
     y = P D^T, or with scales p and d that were made before (delayed):  y = p d e4m3(P / p) e4m3(D / d)^T
-    backward:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,  dD = g^T P      with x, U, D and P as they were
+    backward:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,  dD = g^T P      with x, U, D and P as
+    they were
 
-Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are rounded to x's dtype, as in the originals;
-everything else about scales is float32. Values beyond 448 are clamped.
+Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are rounded to x's dtype, as in
+the originals; everything else about scales is float32. Values beyond 448 are clamped.
 
 Reference (any device): quantises, and multiplies what it got (kernels/fp8_linear.py); on a GPU with FP8 units
-torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P in one Triton
-kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
+torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P
+in one Triton kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
 """
 
 import torch
 import torch.nn.functional as F
 
 from kernels.fp8_linear import LARGEST, product, quantise
-from kernels.linear_relu_sq import fp8_forward_op, fp8_linear_relu_sq, operator, product_gradient, product_gradient_op
+from kernels.linear_relu_sq import (
+    fp8_forward_op, fp8_linear_relu_sq, operator, product_gradient, product_gradient_op
+)
 
 E4M3 = torch.float8_e4m3fn
 LEAST = 1e-12  # that a largest value counts as
 
 
 def fp8_mlp(x, up, down, parts, scales=None, fused=False):
-    """x (N, in), up (hidden, in), down (out, hidden), all of one dtype -> y (N, out) in it, and the largest P of each part
-    (parts,) in float32, for the next scales (empty without scales).
+    """x (N, in), up (hidden, in), down (out, hidden), all of one dtype -> y (N, out) in it, and the largest P
+    of each part (parts,) in float32, for the next scales (empty without scales).
 
-    parts: N is a multiple of it. scales: (p (parts,), d ()) in float32: the second product is in e4m3 too. ValueError if
-    fused and the device cannot.
+    parts: N is a multiple of it. scales: (p (parts,), d ()) in float32: the second product is in e4m3 too.
+    ValueError if fused and the device cannot.
     """
     p, d = (None, None) if scales is None else scales
     return FP8MLP.apply(x, up, down, parts, p, d, fused)

@@ -3,16 +3,18 @@
     linear_relu_sq(x, weight) = P = relu(x W^T)^2             dpre = 2 dP relu(x W^T) = 2 dP sqrt(P)
     mlp_relu_sq(x, up, down)  = relu(x U^T)^2 D^T             dpre = 2 (g D) sqrt(P)
 
-The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel makes dpre: for the
-layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is never written. The others,
-dx = dpre W and dW = dpre^T x, are the library's. For the backward only P is kept (record 87), as the next layer keeps it
-anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost: their squares are 0.
+The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel makes
+dpre: for the layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is
+never written. The others, dx = dpre W and dW = dpre^T x, are the library's. For the backward only P is kept
+(record 87), as the next layer keeps it
+anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost: their
+squares are 0.
 
-The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32 in
-any strides. Triton is imported when first used.
+The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16
+and float32 in any strides. Triton is imported when first used.
 
-The same kernel has the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq): there it rounds as torch does, and
-can write P in e4m3 next to P, with what the next scale is made from (records 84 and 89).
+The same kernel has the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq): there it rounds as
+torch does, and can write P in e4m3 next to P, with what the next scale is made from (records 84 and 89).
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -38,9 +40,9 @@ class Tile(NamedTuple):
     stages: int  # loads in flight
 
 
-# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
-# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet: for a card
-# and its shapes bench/tune.py does that (kernels/tiles.py).
+# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89
+# (4090) and in the default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16
+# bytes. Not tuned on a GPU yet: for a card and its shapes bench/tune.py does that (kernels/tiles.py).
 TILES = {80: Tile(128, 128, 64, 8, 4), 89: Tile(128, 128, 64, 8, 3), 90: Tile(128, 256, 64, 8, 3),
          "default": Tile(128, 128, 64, 8, 3)}
 FLOAT32 = Tile(64, 64, 32, 4, 3)  # everywhere: its products are three of TF32, which take more registers
@@ -48,7 +50,7 @@ FP8 = {90: Tile(128, 256, 128, 8, 3), "default": Tile(128, 128, 128, 8, 3)}  # f
 NARROW = torch.float8_e4m3fn  # what P is written in next to P
 
 
-# ----- reference --------------------------------------------------------------------------------------------------
+# ----- reference --------------------------------------------------------------------------------------------
 
 def linear_relu_sq_reference(x, weight):
     """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out)."""
@@ -60,10 +62,11 @@ def mlp_relu_sq_reference(x, up, down):
     return F.linear(linear_relu_sq_reference(x, up), down.to(x.dtype))
 
 
-# ----- Triton -----------------------------------------------------------------------------------------------------
+# ----- Triton -----------------------------------------------------------------------------------------------
 
 def linear_relu_sq(x, weight):
-    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype. ValueError for another dtype or device."""
+    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype. ValueError for another dtype or
+    device."""
     check(x, weight)
     return LinearReluSq.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
 
@@ -72,7 +75,9 @@ def mlp_relu_sq(x, up, down):
     """x (..., in), up (hidden, in), down (out, hidden) -> relu(x U^T)^2 D^T (..., out) in x's dtype."""
     check(x, up)
     if down.size(1) != up.size(0):
-        raise ValueError(f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit: want (hidden, in), (out, hidden)")
+        raise ValueError(
+            f"up {tuple(up.shape)} and down {tuple(down.shape)} do not fit: want (hidden, in), (out, hidden)"
+        )
     return MLPReluSq.apply(x.flatten(0, -2), up.to(x.dtype), down.to(x.dtype)).unflatten(0, x.shape[:-1])
 
 
@@ -81,7 +86,9 @@ def check(x, weight):
     if why:
         raise ValueError(f"the Triton linear_relu_sq {why}; use torch")
     if x.dim() < 2 or x.size(-1) != weight.size(1):
-        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: want (..., in), (out, in)")
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: want (..., in), (out, in)"
+        )
 
 
 class LinearReluSq(torch.autograd.Function):
@@ -97,7 +104,9 @@ class LinearReluSq(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, p = ctx.saved_tensors
         dpre = operator(gradient, gradient_op)(g, p)
-        return dpre @ weight if ctx.needs_input_grad[0] else None, dpre.t() @ x if ctx.needs_input_grad[1] else None
+        return dpre @ weight if ctx.needs_input_grad[0] else None, dpre.t() @ x if ctx.needs_input_grad[
+            1
+        ] else None
 
 
 class MLPReluSq(torch.autograd.Function):
@@ -114,7 +123,9 @@ class MLPReluSq(torch.autograd.Function):
         x, up, down, p = ctx.saved_tensors
         need_x, need_up, need_down = ctx.needs_input_grad
         dpre = operator(product_gradient, product_gradient_op)(g, down.t(), p) if need_x or need_up else None
-        return dpre @ up if need_x else None, dpre.t() @ x if need_up else None, g.t() @ p if need_down else None
+        return (
+            dpre @ up if need_x else None, dpre.t() @ x if need_up else None, g.t() @ p if need_down else None
+        )
 
 
 def operator(function, op):
@@ -124,13 +135,17 @@ def operator(function, op):
 tl = None  # triton.language, once kernels() has imported it
 
 
-def linear_kernel(x, weight, p, out, unscale, factor, narrow, largest, part, n, f, d, x_row, x_column, w_row, w_column,
-                  BACKWARD: tl.constexpr, FP8: tl.constexpr, WRITE_NARROW: tl.constexpr, PRECISION: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and out (n, f).
+def linear_kernel(
+    x, weight, p, out, unscale, factor, narrow, largest, part, n, f, d, x_row, x_column, w_row, w_column,
+    BACKWARD: tl.constexpr, FP8: tl.constexpr, WRITE_NARROW: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr
+):
+    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and
+    out (n, f).
 
-    FP8: the product times unscale (n / part,), one for `part` rows each. WRITE_NARROW: min(out times factor (n / part,),
-    448) to narrow (n, f), and the largest element of each row of the tile to largest (column tiles, n).
+    FP8: the product times unscale (n / part,), one for `part` rows each. WRITE_NARROW: min(out times factor
+    (n / part,), 448) to narrow (n, f), and the largest element of each row of the tile to largest (column
+    tiles, n).
     """
     program = tl.program_id(0)
     group = GROUP * tl.cdiv(f, COLUMNS)  # programs of a group, which go down its rows first
@@ -150,10 +165,12 @@ def linear_kernel(x, weight, p, out, unscale, factor, narrow, largest, part, n, 
         right += DEPTH * w_column
     inside = (rows < n)[:, None] & (columns < f)[None, :]
     corner = row.to(tl.int64) * f + column
-    places = tl.arange(0, ROWS)[:, None] * f + tl.arange(0, COLUMNS)[None, :]  # 32 bits are enough, and take fewer registers
+    # 32 bits are enough, and take fewer registers
+    places = tl.arange(0, ROWS)[:, None] * f + tl.arange(0, COLUMNS)[None, :]
     if FP8:
         total *= tl.load(unscale + rows // part, mask=rows < n, other=0.0)[:, None]
-        total = total.to(out.dtype.element_ty).to(tl.float32)  # as torch, so that P is the same where the sums are
+        # as torch, so that P is the same where the sums are
+        total = total.to(out.dtype.element_ty).to(tl.float32)
     if BACKWARD:
         total = 2.0 * total * tl.sqrt(tl.load(p + corner + places, mask=inside, other=0.0).to(tl.float32))
     else:
@@ -200,9 +217,23 @@ def start(tile, x, weight, *rest, **modes):
     """linear_kernel on all tiles; rest: p to part."""
     (n, d), f = x.shape, weight.size(0)
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
-        x, weight, *rest, n, f, d, *x.stride(), *weight.stride(), **modes,
+        x,
+        weight,
+        *rest,
+        n,
+        f,
+        d,
+        *x.stride(),
+        *weight.stride(),
+        **modes,
         PRECISION="tf32x3",  # of float32 only: to about 1e-6
-        ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth, GROUP=GROUP, num_warps=tile.warps, num_stages=tile.stages)
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        GROUP=GROUP,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
 
 
 def forward(x, weight):
@@ -212,9 +243,10 @@ def forward(x, weight):
 
 
 def fp8_linear_relu_sq(x, weight, unscale, factor, dtype):
-    """e4m3 x (N, in) and weight (out, in), float32 unscale (G,), one for each of G equal parts of the rows, factor (G,) or
-    None -> P = relu(unscale x W^T)^2 (N, out) in dtype, and with a factor P times it in e4m3, clamped, and the largest P of
-    each part (G,) float32; both empty without. ValueError for another dtype or device."""
+    """e4m3 x (N, in) and weight (out, in), float32 unscale (G,), one for each of G equal parts of the rows,
+    factor (G,) or None -> P = relu(unscale x W^T)^2 (N, out) in dtype, and with a factor P times it in e4m3,
+    clamped, and the largest P of each part (G,) float32; both empty without. ValueError for another dtype or
+    device."""
     why = refusal(x.device, dtype, FP8_SINCE)
     if why:
         raise ValueError(f"the Triton fp8_linear_relu_sq {why}; use torch")
@@ -242,15 +274,17 @@ def gradient(g, p):
     return out
 
 
-# ----- as operators: torch.compile sees one call each -------------------------------------------------------------
+# ----- as operators: torch.compile sees one call each -------------------------------------------------------
 
 forward_op = torch.library.custom_op("speedrun::linear_relu_sq", forward, mutates_args=(),
                                      schema="(Tensor x, Tensor weight) -> Tensor")
 fp8_forward_op = torch.library.custom_op(
     "speedrun::fp8_linear_relu_sq", fp8_linear_relu_sq, mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor unscale, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor, Tensor)")
-product_gradient_op = torch.library.custom_op("speedrun::mlp_relu_sq_gradient", product_gradient, mutates_args=(),
-                                              schema="(Tensor g, Tensor weight, Tensor p) -> Tensor")
+product_gradient_op = torch.library.custom_op(
+    "speedrun::mlp_relu_sq_gradient", product_gradient, mutates_args=(),
+    schema="(Tensor g, Tensor weight, Tensor p) -> Tensor"
+)
 gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mutates_args=(),
                                       schema="(Tensor g, Tensor p) -> Tensor")
 

@@ -10,12 +10,15 @@ from kernels import symmetric
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # maximise the slope at zero; the origin of the residual spread
 
 
-def newton_schulz(g, *, steps=5, dtype=torch.bfloat16, norm_dtype=torch.bfloat16, form="factored", fused=False):
+def newton_schulz(
+    g, *, steps=5, dtype=torch.bfloat16, norm_dtype=torch.bfloat16, form="factored", fused=False
+):
     """Orthogonalise each matrix of a batch.
 
-    g: (..., rows, cols). Returns the same shape in `dtype`. The Frobenius norm is taken per matrix in norm_dtype
-    (records 3 and 4: of the float32 tensor; later: after the cast). form: `expanded` aX + b(AX) + cA(AX) or
-    `factored` aX + (bA + cAA)X, equal in exact arithmetic, A = X X^T. fused: the factored form by kernels.symmetric.
+    g: (..., rows, cols). Returns the same shape in `dtype`. The Frobenius norm is taken per matrix in
+    norm_dtype (records 3 and 4: of the float32 tensor; later: after the cast). form: `expanded` aX + b(AX) +
+    cA(AX) or `factored` aX + (bA + cAA)X, equal in exact arithmetic, A = X X^T. fused: the factored form by
+    kernels.symmetric.
     """
     a, b, c = COEFFICIENTS
     x = g.to(norm_dtype)

@@ -1,33 +1,36 @@
 """Rotary positions, QK norm and key offset of queries and keys, fused: one launch forward, one backward.
 
-    q, k    = qk_rotary(q, k, cos, sin, order=..., eps=..., offset=0)         q, k (R, T, H, K), cos, sin (T, K/2)
-    q, k, v = qkv_rotary(qkv, cos, sin, order=..., eps=..., offset=0)         qkv (R, T, 3, H, K)
+    q, k    = qk_rotary(q, k, cos, sin, order=..., eps=..., offset=0)         q, k (R, T, H, K), cos, sin (T,
+    K/2) q, k, v = qkv_rotary(qkv, cos, sin, order=..., eps=..., offset=0)         qkv (R, T, 3, H, K)
 
-Per token t and head: the pair (j, j + K/2) is turned by -t f_j, whose cosine and sine the tables hold (Su et al., arXiv
+Per token t and head: the pair (j, j + K/2) is turned by -t f_j, whose cosine and sine the tables hold (Su et
+al., arXiv
 2104.09864),
 
     y_j = x_j cos_tj + x_{j+K/2} sin_tj,      y_{j+K/2} = x_{j+K/2} cos_tj - x_j sin_tj
 
-and divided by its root mean square, sqrt(mean_j x_j^2 + eps), without gain: `before_rope`, `after_rope`, or with order None
-not at all (Henry et al., arXiv 2010.04245). Order `after_rope` takes the mean square of the turned values, which is another
-one where rounded tables do not lie on the circle.
+and divided by its root mean square, sqrt(mean_j x_j^2 + eps), without gain: `before_rope`, `after_rope`, or
+with order None not at all (Henry et al., arXiv 2010.04245). Order `after_rope` takes the mean square of the
+turned values, which is another one where rounded tables do not lie on the circle.
 
-Last comes the partial key offset of record 49: the last `offset` pairs of a key (K/4 there, those that stand still) are
-those of the token before in the row, k_t[j] <- k_{t-1}[j]; the first token of a row keeps its own. As there, the token
-before may belong to another document.
+Last comes the partial key offset of record 49: the last `offset` pairs of a key (K/4 there, those that stand
+still) are those of the token before in the row, k_t[j] <- k_{t-1}[j]; the first token of a row keeps its own.
+As there, the token before may belong to another document.
 
 The backward pass keeps q and k as they came (views of qkv, which v keeps alive where nothing is mixed
 in) and makes everything else again:
 
     r = (mean x^2 + eps)^(-1/2),   y = r x:      dx = r (dy - r^2 mean(dy x) x)
 
-The offset costs no extra pass: a program stores its keys' channels, or loads their gradients, one token further on.
-qkv_rotary differs in its gradient only, which is written as one tensor (R, T, 3, H, K) with dv copied in: separate dq, dk
-and dv would be copied once more to make the gradient of the product that they come from.
+The offset costs no extra pass: a program stores its keys' channels, or loads their gradients, one token
+further on. qkv_rotary differs in its gradient only, which is written as one tensor (R, T, 3, H, K) with dv
+copied in: separate dq, dk and dv would be copied once more to make the gradient of the product that they come
+from.
 
-Rounding: everything is in float32 between load and store. torch's way rounds to the dtype of q between rotation and norm,
-too, and rotates in bfloat16 in records 5 to 16, 32 and 33 (numerics.rope_math): there the kernel is closer to exact arithmetic.
-float16, bfloat16 and float32 in any strides; results are contiguous. Triton is imported when first used.
+Rounding: everything is in float32 between load and store. torch's way rounds to the dtype of q between
+rotation and norm, too, and rotates in bfloat16 in records 5 to 16, 32 and 33 (numerics.rope_math): there the
+kernel is closer to exact arithmetic. float16, bfloat16 and float32 in any strides; results are contiguous.
+Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -49,14 +52,17 @@ class Tile(NamedTuple):
     warps: int
 
 
-DEFAULT = Tile(2048, 4)  # one load of 16 bytes for each thread. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
+# one load of 16 bytes for each thread. Not tuned on a GPU yet: bench/tune.py (kernels/tiles.py)
+DEFAULT = Tile(2048, 4)
 
 
-# ----- reference --------------------------------------------------------------------------------------------------
+# ----- reference --------------------------------------------------------------------------------------------
 
-def qk_rotary_reference(q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torch.float32, math_dtype=torch.float32):
-    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype. norm_dtype: of the norm; math_dtype: of the rotation, at
-    least (the wider of this, the tables and q)."""
+def qk_rotary_reference(
+    q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torch.float32, math_dtype=torch.float32
+):
+    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype. norm_dtype: of the norm; math_dtype: of
+    the rotation, at least (the wider of this, the tables and q)."""
     def norm(x):
         return F.rms_norm(x.to(norm_dtype), x.shape[-1:], eps=eps).to(x.dtype)
 
@@ -74,20 +80,22 @@ def qk_rotary_reference(q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torc
     return q, k
 
 
-# ----- Triton -----------------------------------------------------------------------------------------------------
+# ----- Triton -----------------------------------------------------------------------------------------------
 
 def qk_rotary(q, k, cos, sin, *, order, eps, offset=0):
-    """q, k (R, T, H, K) in any strides, cos, sin (T, K/2) -> q, k, contiguous, in their dtype. Tables get no gradient.
+    """q, k (R, T, H, K) in any strides, cos, sin (T, K/2) -> q, k, contiguous, in their dtype. Tables get no
+    gradient.
 
-    order: None, before_rope, after_rope. offset: pairs of a key that come from the token before. ValueError for a dtype or
-    device that cannot, and shapes that do not fit.
+    order: None, before_rope, after_rope. offset: pairs of a key that come from the token before. ValueError
+    for a dtype or device that cannot, and shapes that do not fit.
     """
     check(q, k, cos, sin, order, offset)
     return QKRotary.apply(q, k, cos, sin, order, eps, offset)
 
 
 def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
-    """qkv (R, T, 3, H, K): as qk_rotary -> q, k and v, the latter a view of qkv that must not be written to."""
+    """qkv (R, T, 3, H, K): as qk_rotary -> q, k and v, the latter a view of qkv that must not be written
+    to."""
     if qkv.dim() != 5 or qkv.size(2) != 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: want (rows, tokens, 3, heads, width)")
     q, k, _ = qkv.unbind(2)
@@ -100,14 +108,18 @@ def check(q, k, cos, sin, order, offset):
     if why:
         raise ValueError(f"the Triton qk_rotary {why}; use torch")
     if q.dim() != 4 or q.size(-1) % 2 or q.shape != k.shape or q.dtype != k.dtype:
-        raise ValueError(f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: want (rows, tokens, heads, even width) "
-                         "in one dtype")
+        raise ValueError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} do not fit: want (rows, tokens, heads, even width) "
+            "in one dtype"
+        )
     for table in (cos, sin):
         if table.shape != (q.size(1), q.size(-1) // 2) or table.dtype not in DTYPES:
             raise ValueError(f"table {tuple(table.shape)} in {table.dtype} does not fit q {tuple(q.shape)}: "
                              "want (tokens, width / 2), float32 at most")
     if order not in ORDERS or not 0 <= offset <= q.size(-1) // 2:
-        raise ValueError(f"order {order} and offset {offset}: want one of {ORDERS}, and 0 to {q.size(-1) // 2} pairs")
+        raise ValueError(
+            f"order {order} and offset {offset}: want one of {ORDERS}, and 0 to {q.size(-1) // 2} pairs"
+        )
 
 
 class QKRotary(torch.autograd.Function):
@@ -188,10 +200,13 @@ def unplaced(g1, g2, x1, x2, c, s, eps, ORDER: tl.constexpr, WIDTH: tl.constexpr
     return d1, d2
 
 
-def forward_kernel(q, k, cos, sin, q_out, k_out, tokens, heads, eps, q_row, q_token, q_head, q_channel,
-                   k_row, k_token, k_head, k_channel, ORDER: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr,
-                   COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
-    """TOKENS tokens of a row, all heads. q, k (R, tokens, heads, 2 WIDTH); contiguous tables (tokens, WIDTH) and outputs."""
+def forward_kernel(
+    q, k, cos, sin, q_out, k_out, tokens, heads, eps, q_row, q_token, q_head, q_channel, k_row, k_token,
+    k_head, k_channel, ORDER: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+    TOKENS: tl.constexpr
+):
+    """TOKENS tokens of a row, all heads. q, k (R, tokens, heads, 2 WIDTH); contiguous tables (tokens, WIDTH)
+    and outputs."""
     blocks = tl.cdiv(tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
@@ -219,13 +234,14 @@ def forward_kernel(q, k, cos, sin, q_out, k_out, tokens, heads, eps, q_row, q_to
         k, k_out = k + k_head, k_out + 2 * WIDTH
 
 
-def gradient_kernel(q, k, v, cos, sin, gq, gk, dq, dk, dv, tokens, heads, eps, q_row, q_token, q_head, q_channel,
-                    k_row, k_token, k_head, k_channel, v_row, v_token, v_head, v_channel, gq_row, gq_token, gq_head,
-                    gq_channel, gk_row, gk_token, gk_head, gk_channel, d_row, d_token, ORDER: tl.constexpr,
-                    OFFSET: tl.constexpr, VALUES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
-                    TOKENS: tl.constexpr):
-    """As forward_kernel: dq and dk from q, k and the gradients gq, gk of its outputs; with VALUES v copied to dv. dq, dk and
-    dv have strides (d_row, d_token, 2 WIDTH, 1)."""
+def gradient_kernel(
+    q, k, v, cos, sin, gq, gk, dq, dk, dv, tokens, heads, eps, q_row, q_token, q_head, q_channel, k_row,
+    k_token, k_head, k_channel, v_row, v_token, v_head, v_channel, gq_row, gq_token, gq_head, gq_channel,
+    gk_row, gk_token, gk_head, gk_channel, d_row, d_token, ORDER: tl.constexpr, OFFSET: tl.constexpr,
+    VALUES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr
+):
+    """As forward_kernel: dq and dk from q, k and the gradients gq, gk of its outputs; with VALUES v copied to
+    dv. dq, dk and dv have strides (d_row, d_token, 2 WIDTH, 1)."""
     blocks = tl.cdiv(tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
@@ -278,26 +294,33 @@ def launch_options(q, order, offset):
     columns = 1 << (width - 1).bit_length()
     tile = tiles.best("qk_rotary", q.device, q.dtype, (q.size(2), q.size(3)), DEFAULT)
     tokens = max(1, tile.size // q.element_size() // columns)
-    return (q.size(0) * -(-q.size(1) // tokens),), {"ORDER": ORDERS.index(order), "OFFSET": offset, "WIDTH": width,
-                                                    "COLUMNS": columns, "TOKENS": tokens, "num_warps": tile.warps}
+    return (q.size(0) * -(-q.size(1) // tokens),), {
+        "ORDER": ORDERS.index(order), "OFFSET": offset, "WIDTH": width, "COLUMNS": columns, "TOKENS": tokens,
+        "num_warps": tile.warps
+    }
 
 
 def forward(q, k, cos, sin, order, eps, offset):
     """q, k (R, T, H, K) -> the same placed, contiguous."""
     out = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k)]
     grid, constants = launch_options(q, order, offset)
-    kernels()[0][grid](q, k, cos.contiguous(), sin.contiguous(), *out, q.size(1), q.size(2), eps, *q.stride(), *k.stride(),
-                       **constants)
+    kernels()[0][grid](
+        q, k, cos.contiguous(), sin.contiguous(), *out, q.size(1), q.size(2), eps, *q.stride(), *k.stride(),
+        **constants
+    )
     return tuple(out)
 
 
 def launch_gradient(q, k, v, cos, sin, gq, gk, out, order, eps, offset):
-    """v: gradient of the values, to be copied, or None. out: dq, dk and dv, views of one tensor or of equal strides."""
+    """v: gradient of the values, to be copied, or None. out: dq, dk and dv, views of one tensor or of equal
+    strides."""
     grid, constants = launch_options(q, order, offset)
     v, values = (gq, False) if v is None else (v, True)
     strides = [stride for x in (q, k, v, gq, gk) for stride in x.stride()]
-    kernels()[1][grid](q, k, v, cos.contiguous(), sin.contiguous(), gq, gk, *out, q.size(1), q.size(2), eps, *strides,
-                       *out[0].stride()[:2], VALUES=values, **constants)
+    kernels()[1][grid](
+        q, k, v, cos.contiguous(), sin.contiguous(), gq, gk, *out, q.size(1), q.size(2), eps, *strides,
+        *out[0].stride()[:2], VALUES=values, **constants
+    )
 
 
 def gradient(q, k, cos, sin, gq, gk, order, eps, offset):
@@ -315,12 +338,14 @@ def joint_gradient(qkv, cos, sin, gq, gk, gv, order, eps, offset):
     return out
 
 
-# ----- as operators: torch.compile sees one call each -------------------------------------------------------------
+# ----- as operators: torch.compile sees one call each -------------------------------------------------------
 
 PLAN = "str? order, float eps, int offset"
 
-forward_op = torch.library.custom_op("speedrun::qk_rotary", forward, mutates_args=(),
-                                     schema=f"(Tensor q, Tensor k, Tensor cos, Tensor sin, {PLAN}) -> (Tensor, Tensor)")
+forward_op = torch.library.custom_op(
+    "speedrun::qk_rotary", forward, mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor cos, Tensor sin, {PLAN}) -> (Tensor, Tensor)"
+)
 gradient_op = torch.library.custom_op(
     "speedrun::qk_rotary_gradient", gradient, mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor cos, Tensor sin, Tensor gq, Tensor gk, {PLAN}) -> (Tensor, Tensor)")

@@ -1,11 +1,14 @@
-"""Symmetric matrix products of Muon: half of the tiles are computed, the others are their mirror images (record 27).
+"""Symmetric matrix products of Muon: half of the tiles are computed, the others are their mirror images
+(record 27).
 
     gram(x) = X X^T        gram_t(x) = X^T X        quadratic(a, b, c) = b A + c A A, A symmetric
-    step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T, on the shorter side of X: one step of kernels.newton_schulz
+    step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T, on the shorter side of X: one step of
+    kernels.newton_schulz
 
-One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and writes it twice.
-float16, bfloat16 and float32 in any strides. Sums are in float32; quadratic rounds once, at the end (torch rounds A A, both
-products with b and c, and their sum). No gradients. Triton is imported when first used.
+One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and
+writes it twice. float16, bfloat16 and float32 in any strides. Sums are in float32; quadratic rounds once, at
+the end (torch rounds A A, both products with b and c, and their sum). No gradients. Triton is imported when
+first used.
 """
 
 from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
@@ -27,14 +30,17 @@ class Tile(NamedTuple):
     stages: int  # loads in flight
 
 
-# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89 (4090) and in the
-# default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16 bytes. Not tuned on a GPU yet: for a card
-# and its shapes bench/tune.py does that (kernels/tiles.py).
-TILES = {80: Tile(128, 64, 8, 4), 89: Tile(128, 64, 8, 3), 90: Tile(128, 64, 8, 3), "default": Tile(128, 64, 8, 3)}
-SMALL = Tile(64, 32, 4, 3)  # for small matrices, and float32: its products are three of TF32, which take more registers
+# By compute capability, for shared memory of 163 KB a block on 80 (A100), 227 KB on 90 (H100), 99 KB on 89
+# (4090) and in the default, which runs from 8.0 on. No registers are spilled if rows are multiples of 16
+# bytes. Not tuned on a GPU yet: for a card and its shapes bench/tune.py does that (kernels/tiles.py).
+TILES = {
+    80: Tile(128, 64, 8, 4), 89: Tile(128, 64, 8, 3), 90: Tile(128, 64, 8, 3), "default": Tile(128, 64, 8, 3)
+}
+# for small matrices, and float32: its products are three of TF32, which take more registers
+SMALL = Tile(64, 32, 4, 3)
 
 
-# ----- reference --------------------------------------------------------------------------------------------------
+# ----- reference --------------------------------------------------------------------------------------------
 
 def gram_reference(x):
     """x (..., m, k) -> X X^T (..., m, m)."""
@@ -52,16 +58,18 @@ def quadratic_reference(a, b, c):
 
 
 def step_reference(x, a, b, c):
-    """x (..., m, k) -> a X + (b A + c A A) X, A = X X^T; if m > k the same as a X + X (b A + c A A), A = X^T X."""
+    """x (..., m, k) -> a X + (b A + c A A) X, A = X X^T; if m > k the same as a X + X (b A + c A A), A = X^T
+    X."""
     if x.size(-2) > x.size(-1):
         return a * x + x @ quadratic_reference(gram_t_reference(x), b, c)
     return a * x + quadratic_reference(gram_reference(x), b, c) @ x
 
 
-# ----- Triton -----------------------------------------------------------------------------------------------------
+# ----- Triton -----------------------------------------------------------------------------------------------
 
 def gram(x):
-    """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype. ValueError for another dtype or device."""
+    """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype. ValueError for another dtype or
+    device."""
     return (product_op if torch.compiler.is_compiling() else product)(x, 0.0, 1.0, False)
 
 
@@ -71,14 +79,16 @@ def gram_t(x):
 
 
 def quadratic(a, b, c):
-    """a (..., m, m), symmetric (not checked; else it is b A + c A A^T, mirrored), b and c floats -> b A + c A A."""
+    """a (..., m, m), symmetric (not checked; else it is b A + c A A^T, mirrored), b and c floats -> b A + c A
+    A."""
     if a.size(-2) != a.size(-1):
         raise ValueError(f"quadratic wants symmetric matrices, not {tuple(a.shape)}")
     return (product_op if torch.compiler.is_compiling() else product)(a, float(b), float(c), True)
 
 
 def step(x, a, b, c):
-    """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference; the last product is the library's."""
+    """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference; the last product is the
+    library's."""
     tall = x.size(-2) > x.size(-1)
     inner = batch(quadratic(gram_t(x) if tall else gram(x), b, c))
     flat = batch(x)
@@ -93,9 +103,12 @@ def batch(x):
 tl = None  # triton.language, once kernel() has imported it
 
 
-def symmetric_kernel(x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.constexpr, PRECISION: tl.constexpr,
-                     SIDE: tl.constexpr, DEPTH: tl.constexpr):
-    """A tile of c X X^T (+ b X if ADD: X is square) and its mirror image; x (N, m, k) in any strides, out (N, m, m)."""
+def symmetric_kernel(
+    x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.constexpr, PRECISION: tl.constexpr,
+    SIDE: tl.constexpr, DEPTH: tl.constexpr
+):
+    """A tile of c X X^T (+ b X if ADD: X is square) and its mirror image; x (N, m, k) in any strides, out (N,
+    m, m)."""
     p = tl.program_id(0)  # of the tiles on or below the diagonal, row by row: p = i (i + 1) / 2 + j, j <= i
     i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)  # the root may be rounded to either side
@@ -120,7 +133,8 @@ def symmetric_kernel(x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.cons
         tile = x + rows.to(tl.int64)[:, None] * x_row + columns.to(tl.int64)[None, :] * x_column
         total = c * total + b * tl.load(tile, mask=inside, other=0.0).to(tl.float32)
     total = total.to(out.dtype.element_ty)
-    corner = out + i.to(tl.int64) * SIDE * m + j * SIDE  # from there on 32 bits are enough, and take fewer registers
+    # from there on 32 bits are enough, and take fewer registers
+    corner = out + i.to(tl.int64) * SIDE * m + j * SIDE
     tl.store(corner + lanes[:, None] * m + lanes[None, :], total, mask=inside)
     if i != j:
         corner = out + j.to(tl.int64) * SIDE * m + i * SIDE

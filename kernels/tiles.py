@@ -1,4 +1,5 @@
-"""Tile sizes of the Triton kernels: what bench/tune.py found on this card, kept on disk, else the table in the kernel's file.
+"""Tile sizes of the Triton kernels: what bench/tune.py found on this card, kept on disk, else the table in
+the kernel's file.
 
 Tuning is never part of a training: a run reads the file, before the clock starts, or goes without.
 """
@@ -19,7 +20,8 @@ trial = {}  # {operation: tile} that is tried out just now
 
 
 def best(operation, device, dtype, sizes, default):
-    """The tile of an operation for tensors of these sizes; default: the kernel's own, a NamedTuple, as is what comes back."""
+    """The tile of an operation for tensors of these sizes; default: the kernel's own, a NamedTuple, as is
+    what comes back."""
     if operation in trial:
         return trial[operation]
     if device.type != "cuda":
@@ -66,7 +68,9 @@ def table(file):
             raise ValueError("tiles are lists of positive integers")
         return tiles
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read the tuned tiles {file} ({error}): delete it, or make it anew with bench/tune.py") from None
+        raise UserError(
+            f"cannot read the tuned tiles {file} ({error}): delete it, or make it anew with bench/tune.py"
+        ) from None
 
 
 def save(file, tiles):

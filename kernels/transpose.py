@@ -2,10 +2,11 @@
 
     transpose_copy(x) = x^T, contiguous, bit by bit        transpose_add(a, b): a += b^T, in place
 
-torch's copy of x.t() jumps from row to row on one side. Elements of 1, 2 or 4 bytes (transpose_add: float16, bfloat16 or
-float32, added in float32 and rounded once), in any strides. No gradients. transpose_copy makes operands of the FP8 head's
-products (kernels/fp8_linear.py). transpose_add is for a head that is stored transposed (records 61 and 74: the gradient of
-the token table is added to the head's); none is so far, so nothing uses it yet. Triton is imported when first used.
+torch's copy of x.t() jumps from row to row on one side. Elements of 1, 2 or 4 bytes (transpose_add: float16,
+bfloat16 or float32, added in float32 and rounded once), in any strides. No gradients. transpose_copy makes
+operands of the FP8 head's products (kernels/fp8_linear.py). transpose_add is for a head that is stored
+transposed (records 61 and 74: the gradient of the token table is added to the head's); none is so far, so
+nothing uses it yet. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -21,7 +22,7 @@ ADD_SIDE, ADD_WARPS = 64, 8  # of a tile in transpose_add, which has two of them
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}  # bytes are copied as integers, whatever they mean
 
 
-# ----- reference --------------------------------------------------------------------------------------------------
+# ----- reference --------------------------------------------------------------------------------------------
 
 def transpose_copy_reference(x):
     """x (M, N) -> x^T (N, M), contiguous: a copy even where x's columns are contiguous."""
@@ -33,10 +34,11 @@ def transpose_add_reference(a, b):
     return a.add_(b.t())
 
 
-# ----- Triton -----------------------------------------------------------------------------------------------------
+# ----- Triton -----------------------------------------------------------------------------------------------
 
 def transpose_copy(x):
-    """x (M, N) of 1, 2 or 4 bytes an element -> x^T (N, M), contiguous. ValueError for another shape, size or device."""
+    """x (M, N) of 1, 2 or 4 bytes an element -> x^T (N, M), contiguous. ValueError for another shape, size or
+    device."""
     check("copy", x)
     if x.element_size() not in BITS:
         raise ValueError(f"the Triton transpose_copy has no {str(x.dtype).removeprefix('torch.')}; use torch")
@@ -44,15 +46,17 @@ def transpose_copy(x):
 
 
 def transpose_add(a, b):
-    """a (M, N) += b^T in place, b (N, M), each float16, bfloat16 or float32; they must not overlap. Returns a."""
+    """a (M, N) += b^T in place, b (N, M), each float16, bfloat16 or float32; they must not overlap. Returns
+    a."""
     check("add", a, b)
     if a.shape != b.t().shape or not {a.dtype, b.dtype} <= set(DTYPES):
         raise ValueError(f"a {tuple(a.shape)} {a.dtype} and b {tuple(b.shape)} {b.dtype} do not fit: want (M, N) and (N, M) "
                          "in float16, bfloat16 or float32")
     m, n = a.shape
     if a.numel():
-        kernels()[1][(-(-m // ADD_SIDE) * -(-n // ADD_SIDE),)](a, b, m, n, *a.stride(), *b.stride(), SIDE=ADD_SIDE,
-                                                               num_warps=ADD_WARPS)
+        kernels()[1][(-(-m // ADD_SIDE) * -(-n // ADD_SIDE),)](
+            a, b, m, n, *a.stride(), *b.stride(), SIDE=ADD_SIDE, num_warps=ADD_WARPS
+        )
     return a
 
 
@@ -88,7 +92,9 @@ def add_kernel(a, b, m, n, a_row, a_column, b_row, b_column, SIDE: tl.constexpr)
     inside = (rows < m)[:, None] & (columns < n)[None, :]
     places = a + rows[:, None] * a_row + columns[None, :] * a_column
     old = tl.load(places, mask=inside, other=0.0).to(tl.float32)
-    new = tl.load(b + columns[:, None] * b_row + rows[None, :] * b_column, mask=tl.trans(inside), other=0.0).to(tl.float32)
+    new = tl.load(
+        b + columns[:, None] * b_row + rows[None, :] * b_column, mask=tl.trans(inside), other=0.0
+    ).to(tl.float32)
     tl.store(places, (old + tl.trans(new)).to(a.dtype.element_ty), mask=inside)
 
 
@@ -105,13 +111,16 @@ def copy(x):
     (m, n), bits = x.shape, BITS[x.element_size()]
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
     if x.numel():
-        kernels()[0][(-(-m // ROWS) * -(-n // COLUMNS),)](x.view(bits), out.view(bits), m, n, *x.stride(), ROWS=ROWS,
-                                                          COLUMNS=COLUMNS, num_warps=WARPS)
+        kernels()[0][(-(-m // ROWS) * -(-n // COLUMNS),)](
+            x.view(bits), out.view(bits), m, n, *x.stride(), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS
+        )
     return out
 
 
 # torch.compile sees one call
-copy_op = torch.library.custom_op("speedrun::transpose_copy", copy, mutates_args=(), schema="(Tensor x) -> Tensor")
+copy_op = torch.library.custom_op(
+    "speedrun::transpose_copy", copy, mutates_args=(), schema="(Tensor x) -> Tensor"
+)
 
 
 @copy_op.register_fake

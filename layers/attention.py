@@ -22,8 +22,10 @@ from updates import views
 
 class AttnMeta(NamedTuple):
     """Attention metadata of one layer in one forward pass."""
-    view: Any  # kernels.attention.View; for one token after a cache (documents, Window); None: plain causal attention
-    scale: float | None  # of the softmax's logits; None: 1 / sqrt(K), or part of the view (attention.traceable)
+    # kernels.attention.View; for one token after a cache (documents, Window); None: plain causal attention
+    view: Any
+    # of the softmax's logits; None: 1 / sqrt(K), or part of the view (attention.traceable)
+    scale: float | None
 
 
 @dataclass
@@ -41,16 +43,21 @@ def cached_tokens(cache: list | None) -> int:
 
 
 class Attention(nn.Module):
-    """q, k, v and output projection in one tensor (4, D, D): how it is cut for Muon is the optimizer's business."""
+    """q, k, v and output projection in one tensor (4, D, D): how it is cut for Muon is the optimizer's
+    business."""
 
     def __init__(self, s: Settings, spec: AttnSpec):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
         if spec.heads * spec.qk != d or spec.heads * spec.v != d:
-            raise ValueError(f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}")
+            raise ValueError(
+                f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}"
+            )
         inner, out = linear_init(s, d, projection=False), linear_init(s, d, projection=True)
-        self.qkvo = parameter((4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
-                              views=views.qkvo(s))
+        self.qkvo = parameter(
+            (4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
+            views=views.qkvo(s)
+        )
         self.bias = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
@@ -128,7 +135,8 @@ class Attention(nn.Module):
         return qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.eps)
 
     def attend(self, q, k, v, meta, start, cache):
-        """Softmax attention, in generation over the cache and these tokens, which are appended to it. Returns (R, T, H, V)."""
+        """Softmax attention, in generation over the cache and these tokens, which are appended to it. Returns
+        (R, T, H, V)."""
         if start:
             k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
         if cache is not None:
@@ -138,7 +146,8 @@ class Attention(nn.Module):
         return attention.attend(q, k, v, meta.view, meta.scale)
 
     def apply_gate(self, x, y):
-        """The heads' outputs y (R, T, H, V) times one factor per token and head, from the first channels of x (R, T, D)."""
+        """The heads' outputs y (R, T, H, V) times one factor per token and head, from the first channels of x
+        (R, T, D)."""
         if self.gate is None:
             return y
         return y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]  # (R, T, H, 1)

@@ -13,16 +13,18 @@ from settings import LOGICAL_RANKS
 
 
 class FP8MLP(nn.Module):
-    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second product, which are state.
+    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second product, which
+    are state.
 
     Buffers:
-        activation: (logical ranks of this process,), ring buffer with one delayed scale per logical rank. A forward takes the
-            scales of its ranks from the front and appends their next ones, so that after the forwards of a step each is in
-            its place again, whatever the number of ranks per forward.
+        activation: (logical ranks of this process,), ring buffer with one delayed scale per logical rank. A
+        forward takes the
+            scales of its ranks from the front and appends their next ones, so that after the forwards of a
+            step each is in its place again, whatever the number of ranks per forward.
         weight: scale of the weight, refreshed before the forwards of a step.
         following: what `weight` becomes at the next refresh.
-    The first product has no state: its weight's scale is made in each forward, which is the same as after each update,
-    because no weight moves in between.
+    The first product has no state: its weight's scale is made in each forward, which is the same as after
+    each update, because no weight moves in between.
     """
 
     def __init__(self, s):
@@ -49,7 +51,8 @@ class FP8MLP(nn.Module):
 
     @torch.no_grad()
     def refresh(self, down):
-        """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first, now."""
+        """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first,
+        now."""
         if self.delayed is None:
             return
         largest = torch.linalg.vector_norm(down, math.inf).to(self.dtype).clamp(min=LEAST)

@@ -1,7 +1,7 @@
 """Multi-head latent attention and its two decoding caches.
 
-Shapes: R rows, T tokens, D model_dim, H heads, K width of a head's query and key = qk_nope + qk_rope, V width of a head's
-value, C width of the latent of keys and values.
+Shapes: R rows, T tokens, D model_dim, H heads, K width of a head's query and key = qk_nope + qk_rope, V width
+of a head's value, C width of the latent of keys and values.
 """
 
 import math
@@ -17,12 +17,13 @@ from settings import Settings
 
 
 class LatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19): c = norm(W_dkv x), keys W_uk c, values W_uv c.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19): c = norm(W_dkv x), keys W_uk c,
+    values W_uv c.
 
-    A head's query and key have qk_nope channels without and qk_rope channels with rotary positions; the keys' qk_rope part
-    W_kr x is one for all heads. Two caches: [keys, values] of the ordinary form, or [c, rotated qk_rope part of the key,
-    1 / root mean square of each head's key] of the absorbed form, where W_uk moves to the query and W_uv behind the softmax;
-    equal in exact arithmetic.
+    A head's query and key have qk_nope channels without and qk_rope channels with rotary positions; the keys'
+    qk_rope part W_kr x is one for all heads. Two caches: [keys, values] of the ordinary form, or [c, rotated
+    qk_rope part of the key, 1 / root mean square of each head's key] of the absorbed form, where W_uk moves
+    to the query and W_uv behind the softmax; equal in exact arithmetic.
     """
 
     def __init__(self, s: Settings, spec: AttnSpec):
@@ -35,7 +36,8 @@ class LatentAttention(Attention):
             return parameter((rows, cols), n.matrix, role="matrix", label="latent",
                              init=linear_init(s, cols, projection))
 
-        # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv, W_o
+        # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv,
+        # W_o
         self.q_down = matrix(latent.query, d) if latent.query else None
         self.q = matrix(spec.heads * spec.qk, latent.query or d)
         self.kv_down = matrix(latent.kv, d)
@@ -46,7 +48,8 @@ class LatentAttention(Attention):
         self.common_parts(s, spec)
 
     def forward(self, x, rotary, mix_values, meta, cache=None):
-        """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a latent one."""
+        """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a
+        latent one."""
         start = cached_tokens(cache)
         latent_cache = cache is not None and len(cache) == 3
         q, c, k_rope = self.project(x)
@@ -64,8 +67,8 @@ class LatentAttention(Attention):
         return self.out(self.apply_gate(x, y), self.o)
 
     def project(self, x):
-        """x (R, T, D) -> queries (R, T, H, K), c (R, T, C) and the keys' qk_rope part (R, T, 1, qk_rope), before norm and
-        rotation."""
+        """x (R, T, D) -> queries (R, T, H, K), c (R, T, C) and the keys' qk_rope part (R, T, 1, qk_rope),
+        before norm and rotation."""
         q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
         q = linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
         down = linear(x, torch.cat([self.kv_down, self.k_turning]))
@@ -83,7 +86,8 @@ class LatentAttention(Attention):
         return torch.cat([nope, rotary(rope, start)], dim=-1)
 
     def extend(self, cache, c, k_rope, rotary, start):
-        """Append these tokens to a latent cache: C + qk_rope channels a token, and with QK norm one number per head."""
+        """Append these tokens to a latent cache: C + qk_rope channels a token, and with QK norm one number
+        per head."""
         rotated = rotary(k_rope, start)[:, :, 0]
         inverse = None
         if self.qk_norm is not None:
@@ -94,10 +98,11 @@ class LatentAttention(Attention):
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
 
     def attend_latent(self, q, c, k_rope, inverse, meta):
-        """The newest token (R, 1, H, K) against the latents of all tokens, of which it is the last. Returns (R, 1, H, V).
+        """The newest token (R, 1, H, K) against the latents of all tokens, of which it is the last. Returns
+        (R, 1, H, V).
 
-        Operands have q's dtype as everywhere, the arithmetic is in float32 at least, as inside attention kernels: logits of
-        16 bits would be off by 1 in 256.
+        Operands have q's dtype as everywhere, the arithmetic is in float32 at least, as inside attention
+        kernels: logits of 16 bits would be off by 1 in 256.
         """
         narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
         q, c, k_rope, k_up, v_up = (x.to(narrow).to(wide) for x in (q, c, k_rope, self.k_up, self.v_up))

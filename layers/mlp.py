@@ -13,7 +13,10 @@ from updates import views
 class MLP(nn.Module):
     """W_down phi(W_up x), hidden width F."""
 
-    ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu_sq": lambda x: F.relu(x).square()}
+    ACTIVATIONS = {
+        "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
+        "relu_sq": lambda x: F.relu(x).square()
+    }
 
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
@@ -26,7 +29,10 @@ class MLP(nn.Module):
         if s.model.bias:
             self.up_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
             self.down_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
-        self.activation, self.fused = self.ACTIVATIONS[s.model.mlp.activation], s.system.kernels.mlp == "triton"
+        self.activation, self.fused = (
+            self.ACTIVATIONS[s.model.mlp.activation],
+            s.system.kernels.mlp == "triton",
+        )
         self.fp8 = FP8MLP(s) if n.fp8_mlp else None
 
     def forward(self, x):

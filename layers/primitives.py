@@ -1,4 +1,5 @@
-"""What every part of the model is made of: parameters and their initial values, coefficients, norms, linear layers.
+"""What every part of the model is made of: parameters and their initial values, coefficients, norms, linear
+layers.
 
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
@@ -16,7 +17,7 @@ def dtype(name):
     return getattr(torch, name)
 
 
-# ----- parameters -------------------------------------------------------------------------------------------------
+# ----- parameters -------------------------------------------------------------------------------------------
 
 def normal(std):
     return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
@@ -31,13 +32,15 @@ def constant(value):
 
 
 def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), its label and its initialiser.
+    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), its label and its
+    initialiser.
 
     label: the kind of parameter, whose section in settings.Optim, if it is on, overrules that of the role.
     views: how update rules may look at the parameter.
 
-    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor; first_part: number of
-    the first one, where other processes hold those before it. The values are filled by GPT.initialise, not here.
+    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor;
+    first_part: number of the first one, where other processes hold those before it. The values are filled by
+    GPT.initialise, not here.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.views = role, label, views
@@ -54,7 +57,7 @@ def linear_init(s, fan_in, projection):
     return uniform(s.model.init.bound / math.sqrt(fan_in))
 
 
-# ----- coefficients: values with a source -------------------------------------------------------------------------
+# ----- coefficients: values with a source -------------------------------------------------------------------
 
 class Learned(nn.Module):
     """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
@@ -87,7 +90,8 @@ def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
 
 
 class Norm(nn.Module):
-    """rmsnorm: x / sqrt(mean(x^2) + eps), no gain. layernorm: with gain and bias. Statistics in numerics.norm."""
+    """rmsnorm: x / sqrt(mean(x^2) + eps), no gain. layernorm: with gain and bias. Statistics in
+    numerics.norm."""
 
     def __init__(self, s):
         super().__init__()
@@ -95,13 +99,19 @@ class Norm(nn.Module):
         self.eps, self.dtype = n.norm_eps, dtype(n.norm)
         self.gain = self.bias = None
         if s.model.norm == "layernorm":
-            self.gain = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(1.0))
-            self.bias = parameter((s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0))
+            self.gain = parameter(
+                (s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(1.0)
+            )
+            self.bias = parameter(
+                (s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0)
+            )
 
     def forward(self, x):
         if self.gain is None:
             return rms_norm(x, self.eps, self.dtype)
-        y = F.layer_norm(x.to(self.dtype), x.shape[-1:], self.gain.to(self.dtype), self.bias.to(self.dtype), self.eps)
+        y = F.layer_norm(
+            x.to(self.dtype), x.shape[-1:], self.gain.to(self.dtype), self.bias.to(self.dtype), self.eps
+        )
         return y.to(x.dtype)
 
 

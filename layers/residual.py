@@ -1,7 +1,7 @@
 """The residual stream as sums of terms, each contributed by the feature that wires it.
 
-At a site of a layer the stream x becomes x plus coefficient times source over the terms of this site; a term with the source
-`x` replaces the coefficient 1 of x itself. Absent terms emit nothing.
+At a site of a layer the stream x becomes x plus coefficient times source over the terms of this site; a term
+with the source `x` replaces the coefficient 1 of x itself. Absent terms emit nothing.
 """
 
 from dataclasses import dataclass
@@ -25,9 +25,9 @@ class Entry(NamedTuple):
 class Term:
     """One summand of the stream.
 
-    Sites of a layer, in their order: `skip` and `in` before its attention, `attn` and `mlp` behind these branches. After the
-    last layer, as of layer L: `out`. Sources: `x` (the stream), `branch` (what attention or MLP returned), `x0` (the
-    embedding), `saved.i` (the stream after layer i).
+    Sites of a layer, in their order: `skip` and `in` before its attention, `attn` and `mlp` behind these
+    branches. After the last layer, as of layer L: `out`. Sources: `x` (the stream), `branch` (what attention
+    or MLP returned), `x0` (the embedding), `saved.i` (the stream after layer i).
     """
     site: Literal["skip", "in", "attn", "mlp", "out"]
     layer: int
@@ -38,11 +38,14 @@ class Term:
 def branch_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
     """The plain residual: each branch is added to the stream."""
     attn = [Term("attn", i, "branch", 1.0) for i, spec in enumerate(specs) if spec.attn is not None]
-    return attn + [Term("mlp", i, "branch", 1.0) for i, spec in enumerate(specs) if spec.mlp is not None or spec.moe]
+    return attn + [
+        Term("mlp", i, "branch", 1.0) for i, spec in enumerate(specs) if spec.mlp is not None or spec.moe
+    ]
 
 
 def unet_terms(layers: int) -> list[Term]:
-    """U-net skips (record 11): the second half of the layers gets the outputs of the first half, last in, first out."""
+    """U-net skips (record 11): the second half of the layers gets the outputs of the first half, last in,
+    first out."""
     half = layers // 2
     return [Term("skip", half + k, f"saved.{half - 1 - k}", Entry("skip", k)) for k in range(half)]
 
@@ -64,8 +67,10 @@ class Residual(nn.Module):
         self.add(*branch_terms(specs))
         if r.unet_skips:
             u = r.unet_skips
-            self.skip = coefficient(layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
-                                    sigmoid=u.sigmoid is not None)
+            self.skip = coefficient(
+                layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
+                sigmoid=u.sigmoid is not None
+            )
             self.add(*unet_terms(layers))
         if r.x0_mix:
             self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")

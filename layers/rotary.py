@@ -12,8 +12,9 @@ from settings import Settings
 class Rotary(nn.Module):
     """Rotary positions: pairs (j, j + K/2) turned by -t f_j, t = index in the row (never reset at documents).
 
-    full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs,
-    the others stand still. With yarn the tables follow the long window; `update_yarn` must be told its sizes.
+    full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4
+    pairs, the others stand still. With yarn the tables follow the long window; `update_yarn` must be told its
+    sizes.
     """
 
     def __init__(self, s: Settings, width: int):
@@ -25,12 +26,17 @@ class Rotary(nn.Module):
         self.math_dtype = dtype(n.rope_math)
         self.block = s.model.attn.window.block if s.model.attn.window else None
         self.length = max(s.data.seq_len, s.validation.seq_len)
-        self.register_buffer("cos", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False)
-        self.register_buffer("sin", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False)
+        self.register_buffer(
+            "cos", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False
+        )
+        self.register_buffer(
+            "sin", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False
+        )
 
     def frequencies(self, long_blocks):
         """(f (K/2,), factor of the attention scale) after the long window went through these sizes."""
-        work = torch.float64 if self.table_dtype == torch.float64 else torch.float32  # as the originals: float32 angles
+        # as the originals: float32 angles
+        work = torch.float64 if self.table_dtype == torch.float64 else torch.float32
         if self.rope.half:
             turning = self.width // 4
             f = (1 / self.rope.base) ** torch.linspace(0, 1, turning, dtype=work)
@@ -49,7 +55,8 @@ class Rotary(nn.Module):
     def update_yarn(self, long_blocks: tuple[int, ...] = ()) -> float:
         """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
         f, factor = self.frequencies(long_blocks)
-        if self.cos.is_cuda:  # a quarter of a million positions: made where they are used, this is on the clock
+        # a quarter of a million positions: made where they are used, this is on the clock
+        if self.cos.is_cuda:
             f = f.pin_memory().to(self.cos.device, non_blocking=True)
         angle = torch.outer(torch.arange(self.length, dtype=f.dtype, device=f.device), f)
         self.cos.copy_(angle.cos())

@@ -1,4 +1,5 @@
-"""Per-layer specifications, derived once from the settings: the only reader of settings that list layers. No torch here."""
+"""Per-layer specifications, derived once from the settings: the only reader of settings that list layers. No
+torch here."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -40,8 +41,10 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
     if a.window is not None:
         window = "long" if a.window.long_layers is None or layer in a.window.long_layers else "short"
     table = a.value_embed.tables[layer] if a.value_embed else -1
-    return AttnSpec(heads=a.num_heads, qk=query_dim(s), v=value_dim(s), rotary=rotary_dim(s) if a.rope else None, window=window,
-                    gate=a.gate.channels if a.gate else None, value_table=table if table >= 0 else None)
+    return AttnSpec(
+        heads=a.num_heads, qk=query_dim(s), v=value_dim(s), rotary=rotary_dim(s) if a.rope else None,
+        window=window, gate=a.gate.channels if a.gate else None, value_table=table if table >= 0 else None
+    )
 
 
 def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:

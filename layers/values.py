@@ -36,7 +36,8 @@ class ValueEmbed(nn.Module):
     def __init__(self, s, specs):
         super().__init__()
         e, n = s.model.attn.value_embed, s.numerics
-        layers = [i for i, spec in enumerate(specs) if spec.attn is not None]  # the others have no coefficients
+        # the others have no coefficients
+        layers = [i for i, spec in enumerate(specs) if spec.attn is not None]
         self.table_of = [spec.attn and spec.attn.value_table for spec in specs]
         self.number = {layer: k for k, layer in enumerate(layers)}
         self.lerp = e.mix == "lerp"

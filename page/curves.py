@@ -98,7 +98,7 @@ def took_turns(curves: list[Curve]) -> bool:
     return declared and len(folders) == 1 and (folders.pop().parent / "manifest.jsonl").exists()
 
 
-# ----- labels -------------------------------------------------------------------------------------------------------
+# ----- labels -----------------------------------------------------------------------------------------------
 
 def flat(values: dict, prefix: str = "") -> dict:
     """Dotted path -> leaf of nested settings, of any version of the vocabulary."""

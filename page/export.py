@@ -48,7 +48,7 @@ def place(options, default: Path) -> Path:
     return out
 
 
-# ----- checkpoint ---------------------------------------------------------------------------------------------------
+# ----- checkpoint -------------------------------------------------------------------------------------------
 
 def safetensors_of(path: Path) -> bytes:
     """The tensors of a checkpoint in the safetensors format; its metadata: settings (JSON), tokenizer,
@@ -71,7 +71,7 @@ def safetensors_of(path: Path) -> bytes:
     return save(tensors, metadata)
 
 
-# ----- curves -------------------------------------------------------------------------------------------------------
+# ----- curves -----------------------------------------------------------------------------------------------
 
 def export_csv(options):
     """One row for each step of each run: what was validated there, and the training loss of the step."""

@@ -1,16 +1,19 @@
-"""What the pages say: the committed data gathered as plain values, and the few answers that several pages give.
+"""What the pages say: the committed data gathered as plain values, and the few answers that several pages
+give.
 
-Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims), evidence/published/history.csv
-(every published record and claim, also those that are not implemented here), evidence/published/effects.csv (what authors
-state a technique is worth) and evidence/results/*.json (sweeps, and judge.json). Nothing typed is believed: claims are
-verified again from their logs, and the figures of sweeps computed again from the losses next to them.
+Read: the record folders (record.toml, reference.csv, committed runs, results.json of claims),
+evidence/published/history.csv (every published record and claim, also those that are not implemented here),
+evidence/published/effects.csv (what authors state a technique is worth) and evidence/results/*.json (sweeps,
+and judge.json). Nothing typed is believed: claims are verified again from their logs, and the figures of
+sweeps computed again from the losses next to them.
 
-evidence/published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside the document is looked
-up); steps and tokens of the code as merged; val_loss: mean of the runs that its author published (README lists or logs),
-which from record 65 on were often made with other step counts than those merged; effect_steps and effect_loss: change by
-the whole record, where its authors or logs state one (negative is better).
-evidence/published/effects.csv: path in settings.py (empty while the vocabulary lacks it), measure loss (nats), steps or seconds,
-effect of adding the technique (negative is better), n runs (empty: not stated), who says so.
+evidence/published/history.csv: status record, retiming or claim; scope parametric or retrieval (text outside
+the document is looked up); steps and tokens of the code as merged; val_loss: mean of the runs that its author
+published (README lists or logs), which from record 65 on were often made with other step counts than those
+merged; effect_steps and effect_loss: change by the whole record, where its authors or logs state one
+(negative is better). evidence/published/effects.csv: path in settings.py (empty while the vocabulary lacks
+it), measure loss (nats), steps or seconds, effect of adding the technique (negative is better), n runs
+(empty: not stated), who says so.
 """
 
 import csv
@@ -30,9 +33,12 @@ from common.errors import UserError
 ROOT = deltas.RECORDS.parent
 EVIDENCE = ROOT / "evidence/results"
 PUBLISHED = ROOT / "evidence/published"
-VARIANTS = "variants"  # the lineage of this project's own branches: nothing published, no place in history and worth table
+# the lineage of this project's own branches: nothing published, no place in history and worth table
+VARIANTS = "variants"
 SWEEPS = ("ablate", "chain", "axis")
-SWEEP_KEYS = {"version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"}
+SWEEP_KEYS = {
+    "version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"
+}
 CPU_SCALES = ("tiny", "micro")  # trained on machines that do other work meanwhile
 FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
 
@@ -42,11 +48,14 @@ def gather(evidence=EVIDENCE):
     records, judge = deltas.load_records(), evidence / "judge.json"
     claims = {ref: read_claims(record) for ref, record in records.items()}
     runs = {ref: read_runs(record, claims[ref]) for ref, record in records.items()}
-    return {"records": records, "claims": claims, "runs": runs, "history": read_history(records), "effects": read_effects(),
-            "sweeps": read_sweeps(evidence), "judge": read_json(judge) if judge.exists() else None}
+    return {
+        "records": records, "claims": claims, "runs": runs, "history": read_history(records),
+        "effects": read_effects(), "sweeps": read_sweeps(evidence),
+        "judge": read_json(judge) if judge.exists() else None
+    }
 
 
-# ----- reading ------------------------------------------------------------------------------------------------------
+# ----- reading ----------------------------------------------------------------------------------------------
 
 def read_rows(path, numbers):
     """Rows of a CSV file as dicts; the named columns become numbers, or None where empty."""
@@ -64,10 +73,11 @@ def read_rows(path, numbers):
 
 
 def read_history(records):
-    """Rows of published/history.csv, joined with the records here: those overrule title, date, people and kind.
+    """Rows of published/history.csv, joined with the records here: those overrule title, date, people and
+    kind.
 
-    A record here that published/history.csv does not know (a new one) is added, unless it is a variant. Minutes that differ
-    are an error: one is wrong.
+    A record here that published/history.csv does not know (a new one) is added, unless it is a variant.
+    Minutes that differ are an error: one is wrong.
     """
     path = PUBLISHED / "history.csv"
     rows = read_rows(path, ["minutes", "steps", "tokens", "val_loss", "runs", "effect_steps", "effect_loss"])
@@ -83,7 +93,9 @@ def read_history(records):
                                 f"{minutes:g}: correct the wrong one")
             row |= {"title": record.title, "date": record.date, "people": record.people, "kind": record.kind}
     known = {row["ref"] for row in rows}
-    return rows + [new_row(record) for ref, record in records.items() if ref not in known and not is_variant(ref)]
+    return rows + [
+        new_row(record) for ref, record in records.items() if ref not in known and not is_variant(ref)
+    ]
 
 
 def new_row(record):
@@ -101,7 +113,9 @@ def read_effects():
     rows = read_rows(path, ["effect", "n"])
     for line, row in enumerate(rows, 2):
         if row["measure"] not in ("loss", "steps", "seconds"):
-            raise UserError(f"{path}: line {line}: measure must be loss, steps or seconds, not {row['measure']!r}")
+            raise UserError(
+                f"{path}: line {line}: measure must be loss, steps or seconds, not {row['measure']!r}"
+            )
         if row["path"]:
             schema.find_field(row["path"])
     return rows
@@ -115,7 +129,8 @@ def read_json(path):
 
 
 def read_sweeps(folder):
-    """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the code.
+    """The sweeps of an evidence folder, by name. Every arm says whether its settings are still those of the
+    code.
 
     UserError if a mean, effect, interval or p is not what the losses in the same file give.
     """
@@ -125,7 +140,9 @@ def read_sweeps(folder):
         if path.stem == "judge" or not isinstance(sweep, dict) or sweep.get("kind") not in SWEEPS:
             continue
         if lacking := SWEEP_KEYS - set(sweep):
-            raise UserError(f"{path}: it lacks {', '.join(sorted(lacking))}: write it again with sweep.py or remove it")
+            raise UserError(
+                f"{path}: it lacks {', '.join(sorted(lacking))}: write it again with sweep.py or remove it"
+            )
         try:
             about = base_of(sweep["base"])
             if wrong := misstated(sweep):
@@ -134,8 +151,9 @@ def read_sweeps(folder):
                 row["current"] = is_current(sweep, row)
             sweeps.append({**sweep, "file": f"evidence/results/{path.name}", "about": about})
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a sweep's evidence ({error!r}): write it again with sweep.py or remove "
-                            "it") from None
+            raise UserError(
+                f"{path}: not a sweep's evidence ({error!r}): write it again with sweep.py or remove it"
+            ) from None
     return sweeps
 
 
@@ -154,7 +172,10 @@ def misstated(sweep):
               if (key := key_of(row)) in {*pairs, *pairs.values()} and finished(row)}
     if sweep.get("paired"):
         found = sweep_report.blocked(losses, list(pairs.items()), sweep["confidence"])
-    elif sweep["kind"] == "chain" and sweep["method"] == "dunnett" and set(pairs.values()) != {key_of(sweep["control"])}:
+    elif (
+        sweep["kind"] == "chain" and sweep["method"] == "dunnett"
+        and set(pairs.values()) != {key_of(sweep["control"])}
+    ):
         return "method: Dunnett's is for one parent"
     elif sweep["kind"] == "chain" and sweep["method"] != "dunnett":
         found = statistics.successive(losses, list(pairs.items()), sweep["confidence"])
@@ -162,7 +183,10 @@ def misstated(sweep):
         control = losses.pop(key_of(sweep["control"]))
         found = statistics.against_control(control, {key: losses[key] for key in pairs}, sweep["confidence"])
     for row in measured:
-        wrong = [k for k in ("effect", "low", "high", "p", "resolved") if apart(row[k], found["rows"][key_of(row)][k])]
+        wrong = [
+            k for k in ("effect", "low", "high", "p", "resolved")
+            if apart(row[k], found["rows"][key_of(row)][k])
+        ]
         if wrong:
             return f"{row['arm']}: {wrong[0]}"
     return next((k for k in ("pooled_sd", "df") if apart(sweep[k], found[k])), "")
@@ -170,7 +194,10 @@ def misstated(sweep):
 
 def finished(row):
     """The final losses of an arm by seed; a diverged run has none."""
-    return [r["val_loss"] for r in sorted(row["runs"], key=lambda r: r["seed"]) if r.get("status", "finished") == "finished"]
+    return [
+        r["val_loss"] for r in sorted(row["runs"], key=lambda r: r["seed"])
+        if r.get("status", "finished") == "finished"
+    ]
 
 
 def key_of(row):
@@ -180,14 +207,20 @@ def key_of(row):
 
 def apart(a, b):
     """Are two figures different beyond rounding (another scipy, another order of sums)?"""
-    return a != b if None in (a, b) or isinstance(b, bool) else not math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    return (
+        a != b if None in (a, b) or isinstance(b, bool)
+        else not math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    )
 
 
 def is_current(sweep, row):
     """Do the arm's settings still resolve to the hash its runs logged? (None if no run logged one)"""
     hashes = {r["ml_hash"] for r in row["runs"]}
     changes = [*sweep.get("common", []), *row["changes"]]
-    return hashes == {expected_hash(row.get("record") or sweep["base"], sweep["scale"], changes)} if hashes else None
+    return (
+        hashes == {expected_hash(row.get("record") or sweep["base"], sweep["scale"], changes)} if hashes
+        else None
+    )
 
 
 def expected_hash(name, scale, changes):
@@ -203,22 +236,31 @@ def expected_hash(name, scale, changes):
 
 
 def base_of(base):
-    """Ref of the record a sweep is about: its base, the last of FIRST..LAST or of a lineage, or a preset's record."""
+    """Ref of the record a sweep is about: its base, the last of FIRST..LAST or of a lineage, or a preset's
+    record."""
     name = f"{base}/head" if base in deltas.LINEAGES else base.split("..")[-1]
-    return deltas.resolve_name(name).record.ref if name in deltas.preset_names() else deltas.find_record(name).ref
+    return (
+        deltas.resolve_name(name).record.ref if name in deltas.preset_names()
+        else deltas.find_record(name).ref
+    )
 
 
 def read_claims(record):
-    """What `records verify` finds of the claims in a record's folder: results.json and `where` it lies, refused or not.
+    """What `records verify` finds of the claims in a record's folder: results.json and `where` it lies,
+    refused or not.
 
     UserError if a results.json says anything else than its logs do now.
     """
     found = []
     for path in files.listed(record.folder, "**/results.json"):
-        if verify.REPRODUCTION in path.relative_to(record.folder).parts:  # part of the claim that it reproduces
+        # part of the claim that it reproduces
+        if verify.REPRODUCTION in path.relative_to(record.folder).parts:
             continue
         results = read_json(path)
-        if isinstance(results, dict) and results.get("claim") in ("ml", "systems") and record.answers(results.get("record")):
+        if (
+            isinstance(results, dict) and results.get("claim") in ("ml", "systems")
+            and record.answers(results.get("record"))
+        ):
             wrong = verify.differences(results, json.loads(files.json_text(verify.verify(path.parent))))
             if wrong:
                 raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its folder, and see "
@@ -228,30 +270,40 @@ def read_claims(record):
 
 
 def read_runs(record, claims=()):
-    """The committed finished runs of a record as it is, without changes: summary, curve [step, tokens, ms, loss], `current`.
+    """The committed finished runs of a record as it is, without changes: summary, curve [step, tokens, ms,
+    loss], `current`.
 
-    Of a claim only the runs that count for the record (not its discarded ones, not its parent's). The chain must hold and
-    the summary must end at its loss; whether it follows from the chain in every field is for `records verify` to say.
+    Of a claim only the runs that count for the record (not its discarded ones, not its parent's). The chain
+    must hold and the summary must end at its loss; whether it follows from the chain in every field is for
+    `records verify` to say.
     """
     counted = {f"{c['where']}/runs/{r['folder']}" for c in claims if "statistics" in c
                for r in c["statistics"]["arms"]["new"]["runs"]}
     runs = []
     for path in files.listed(record.folder, "**/run.jsonl"):
-        folder, claimed = path.parent.relative_to(ROOT).as_posix(), (path.parents[2] / "manifest.jsonl").exists()
+        folder, claimed = (
+            path.parent.relative_to(ROOT).as_posix(),
+            (path.parents[2] / "manifest.jsonl").exists(),
+        )
         if claimed and folder not in counted:
             continue
         summary, events = read_json(path.parent / "summary.json"), read_chain(path)
         if files.strict(summary.get("val_loss")) != files.strict(events[-1].get("val_loss")):
-            raise UserError(f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl next to it")
+            raise UserError(
+                f"{path.parent}/summary.json: its val_loss is not the last one of run.jsonl next to it"
+            )
         if (summary["record"], summary["changes"], summary["status"]) != (record.ref, [], "finished"):
             continue
-        curve = [[e["step"], e["tokens"], e["train_time_ms"], e["val_loss"]] for e in events if e["kind"] == "validation"]
+        curve = [
+            [e["step"], e["tokens"], e["train_time_ms"], e["val_loss"]] for e in events
+            if e["kind"] == "validation"
+        ]
         runs.append({**summary, "curve": curve, "folder": folder, "claimed": claimed,
                      "current": expected_hash(record.ref, summary["scale"], []) == summary["ml_hash"]})
     return runs
 
 
-# ----- small answers ------------------------------------------------------------------------------------------------
+# ----- small answers ----------------------------------------------------------------------------------------
 
 def mean_and_sd(values):
     """(mean, sd with n - 1 or None)."""
@@ -268,16 +320,17 @@ def at_scale(runs, scale):
 def has_times(scale, interleaved):
     """Are the training times of runs at a scale data?
 
-    At a CPU scale only those of a declared plan, which runs its arms in turns, in random order and one at a time
-    (`interleaved`: compare, submit). A single run measures what else the machine did: record 28 took 453 s, its
-    parent 136 s.
-    A sweep goes on with any number of workers at once, in a fixed order: times of one arm differ by factors of up to 92.
+    At a CPU scale only those of a declared plan, which runs its arms in turns, in random order and one at a
+    time (`interleaved`: compare, submit). A single run measures what else the machine did: record 28 took 453
+    s, its parent 136 s. A sweep goes on with any number of workers at once, in a fixed order: times of one
+    arm differ by factors of up to 92.
     """
     return interleaved or scale not in CPU_SCALES
 
 
 def hardware(about):
-    """The machine a run or a sweep names: its GPUs, or its CPU with the device line; later logs add an anonymous id."""
+    """The machine a run or a sweep names: its GPUs, or its CPU with the device line; later logs add an
+    anonymous id."""
     device, cpu = about.get("hardware") or about.get("device") or "machine not named", about.get("cpu")
     name = f"{cpu}; {device}" if cpu and device.startswith("CPU") else device
     return name + (f"; machine {about['machine']}" if about.get("machine") else "")
@@ -320,16 +373,19 @@ def plural(n, word):
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 
-# ----- measured worth -----------------------------------------------------------------------------------------------
+# ----- measured worth ---------------------------------------------------------------------------------------
 
 def measure(sweep, row, sign):
-    """A sweep's row as worth: loss saved by the technique (sign -1 for effects of adding it), with interval and facts."""
+    """A sweep's row as worth: loss saved by the technique (sign -1 for effects of adding it), with interval
+    and facts."""
     runs = {a["arm"]: a["n"] for a in (sweep["control"], *sweep["rows"])}
-    out = {"n": row["n"], "n_control": runs.get(row.get("parent") or sweep["control"]["arm"]), "name": sweep["name"],
-           "scale": sweep["scale"], "base": sweep["base"], "about": sweep["about"], "hardware": hardware(sweep),
-           "grade": row.get("grade") or sweep.get("grade") or "hashes only", "current": row["current"],
-           "complete": sweep.get("complete", True), "note": row.get("note", ""), "resolved": bool(row["resolved"]),
-           "worth": None, "low": None, "high": None}
+    out = {
+        "n": row["n"], "n_control": runs.get(row.get("parent") or sweep["control"]["arm"]),
+        "name": sweep["name"], "scale": sweep["scale"], "base": sweep["base"], "about": sweep["about"],
+        "hardware": hardware(sweep), "grade": row.get("grade") or sweep.get("grade") or "hashes only",
+        "current": row["current"], "complete": sweep.get("complete", True), "note": row.get("note", ""),
+        "resolved": bool(row["resolved"]), "worth": None, "low": None, "high": None
+    }
     if row["effect"] is None:
         return out | {"resolved": False}
     if row["low"] is not None:
@@ -338,7 +394,8 @@ def measure(sweep, row, sign):
 
 
 def ablated(changes):
-    """What one leave-one-out arm leaves out: ('path', P), ('record', R), or None for an arm with several changes."""
+    """What one leave-one-out arm leaves out: ('path', P), ('record', R), or None for an arm with several
+    changes."""
     flag, _, what = changes[0].partition(" ") if len(changes) == 1 else ("", "", "")
     what = what.strip()
     if flag == "--revert":
@@ -347,7 +404,8 @@ def ablated(changes):
 
 
 def difference(m):
-    """The row of what was added as the change of the loss: effect, low, high (negative is better) and resolved."""
+    """The row of what was added as the change of the loss: effect, low, high (negative is better) and
+    resolved."""
     effect, low, high = (None if x is None else -x for x in (m["worth"], m["high"], m["low"]))
     return {"effect": effect, "low": low, "high": high, "resolved": m["resolved"]}
 
@@ -357,35 +415,49 @@ def sweeps_of(site, kind, scale, variants=False):
 
     Better is: a newer base, nothing else changed, complete, more runs of the control.
     """
-    found = [s for s in site["sweeps"] if (s["kind"], s["scale"], is_variant(s["about"])) == (kind, scale, variants)]
-    return sorted(found, key=lambda s: (order_of(site, s["about"]), not s.get("common"), s.get("complete", True),
-                                        s["control"]["n"]))
+    found = [
+        s for s in site["sweeps"]
+        if (s["kind"], s["scale"], is_variant(s["about"])) == (kind, scale, variants)
+    ]
+    return sorted(
+        found,
+        key=lambda s: (
+            order_of(site, s["about"]), not s.get("common"), s.get("complete", True), s["control"]["n"]
+        ),
+    )
 
 
 def added_at(site, scale, variants=False):
-    """Record, or variant -> measure of it against its parent, by the sweep that has most runs of it as it is today."""
+    """Record, or variant -> measure of it against its parent, by the sweep that has most runs of it as it is
+    today."""
     best = {}
     for sweep in sweeps_of(site, "chain", scale, variants):
         for row in sweep["rows"]:
             found = (row["current"], not sweep.get("common"), sweep.get("complete", True), row["n"])
-            if is_variant(row["record"]) == variants and is_child(site, row) and found >= best.get(row["record"], (found,))[0]:
+            if (
+                is_variant(row["record"]) == variants and is_child(site, row)
+                and found >= best.get(row["record"], (found,))[0]
+            ):
                 best[row["record"]] = found, measure(sweep, row, -1)
     return {record: m for record, (_, m) in best.items()}
 
 
 def variants_measured(site):
-    """{scale: {variant: measure of it against its parent}} of the scales that a sweep of variants was made at."""
+    """{scale: {variant: measure of it against its parent}} of the scales that a sweep of variants was made
+    at."""
     return {scale: found for scale in SCALES if (found := added_at(site, scale, variants=True))}
 
 
 def is_child(site, row):
-    """Is a row of a chain a record against its parent? A lineage's sweep also compares parents with earlier ones."""
+    """Is a row of a chain a record against its parent? A lineage's sweep also compares parents with earlier
+    ones."""
     record = site["records"].get(row["record"])
     return not (record and "parent" in row) or row["parent"] == record.parent
 
 
 def today_at(site, scale):
-    """('path', P), ('record', R) or ('arm', label) -> measure of leaving it out, from the newest base that was swept."""
+    """('path', P), ('record', R) or ('arm', label) -> measure of leaving it out, from the newest base that
+    was swept."""
     return {ablated(row["changes"]) or ("arm", row["arm"]): measure(sweep, row, +1)
             for sweep in sweeps_of(site, "ablate", scale) for row in sweep["rows"]}
 
@@ -406,10 +478,11 @@ def short_doc(path):
 
 
 def techniques(site, scale):
-    """Every technique once: [{key, title, record, added, today, published}], measured at one scale where it was.
+    """Every technique once: [{key, title, record, added, today, published}], measured at one scale where it
+    was.
 
-    A record stands for its whole delta (added: against its parent; today: the chain without it); a path for one
-    feature (today: switched off). Published effects join by path; those without a path stand alone.
+    A record stands for its whole delta (added: against its parent; today: the chain without it); a path for
+    one feature (today: switched off). Published effects join by path; those without a path stand alone.
     """
     titles, rows = {h["ref"]: h["title"] for h in site["history"]}, {}
 
@@ -424,7 +497,10 @@ def techniques(site, scale):
         record = {"record": what, "path": setter(m["about"], what), "arm": m["about"]}[kind]
         row((kind, what), title, record)["today"] = m
     for effect in site["effects"]:
-        key = ("path", effect["path"]) if effect["path"] else ("effect", effect["record"] + " " + effect["technique"])
+        key = (
+            ("path", effect["path"]) if effect["path"]
+            else ("effect", effect["record"] + " " + effect["technique"])
+        )
         found = row(key, effect["technique"], effect["record"])
         found["title"] = effect["technique"]
         found["published"].append(effect)
@@ -435,14 +511,16 @@ def techniques(site, scale):
 
 
 def whole_record(h):
-    """The published effect of a whole record, from published/history.csv: loss at equal steps if stated, else steps."""
+    """The published effect of a whole record, from published/history.csv: loss at equal steps if stated, else
+    steps."""
     loss = h["effect_loss"] is not None
     return {"measure": "loss" if loss else "steps", "effect": h["effect_loss"] if loss else h["effect_steps"],
             "n": h["runs"], "source": "the whole record", "note": h["note"]}
 
 
 def ranked(rows, column):
-    """key -> rank by worth in a column; only what is resolved takes part, and no arm with several features off."""
+    """key -> rank by worth in a column; only what is resolved takes part, and no arm with several features
+    off."""
     best = sorted((r for r in rows if r[column] and r[column]["resolved"] and r["key"][0] != "arm"),
                   key=lambda r: -r[column]["worth"])
     return {r["key"]: i for i, r in enumerate(best, 1)}
@@ -453,22 +531,32 @@ def scales_measured(site):
     return [s for s in SCALES if any(sweeps_of(site, kind, s) for kind in ("ablate", "chain"))]
 
 
-# ----- small scale against published --------------------------------------------------------------------------------
+# ----- small scale against published ------------------------------------------------------------------------
 
 def predictions(site, scale):
-    """Pairs of (published, measured at a small scale), for features and for whole records, with the rank correlation.
+    """Pairs of (published, measured at a small scale), for features and for whole records, with the rank
+    correlation.
 
-    features: loss saved on both sides. records: tokens to the target saved, per cent of the parent's, against the loss
-    saved at equal tokens; systems and retimed records change no result and are left out.
+    features: loss saved on both sides. records: tokens to the target saved, per cent of the parent's, against
+    the loss saved at equal tokens; systems and retimed records change no result and are left out.
     """
-    features = [{"label": r["title"], "tag": r["key"][1].split(".")[-1], "record": r["record"], "x": -effect["effect"],
-                 "y": r["today"]["worth"], "resolved": r["today"]["resolved"]}
-                for r in techniques(site, scale) if r["key"][0] == "path" and r["today"] and r["today"]["worth"] is not None
-                for effect in r["published"] if effect["measure"] == "loss"]
+    features = [
+        {
+            "label": r["title"], "tag": r["key"][1].split(".")[-1], "record": r["record"],
+            "x": -effect["effect"], "y": r["today"]["worth"], "resolved": r["today"]["resolved"]
+        }
+        for r in techniques(site, scale)
+        if r["key"][0] == "path" and r["today"] and r["today"]["worth"] is not None
+        for effect in r["published"]
+        if effect["measure"] == "loss"
+    ]
     by_ref, records = {h["ref"]: h for h in site["history"]}, []
     for ref, m in added_at(site, scale).items():
         child, parent = by_ref[ref], by_ref.get(site["records"][ref].parent)
-        if parent and child["tokens"] and parent["tokens"] and m["worth"] is not None and child["kind"] in ("ml", "both"):
+        if (
+            parent and child["tokens"] and parent["tokens"] and m["worth"] is not None
+            and child["kind"] in ("ml", "both")
+        ):
             records.append({"label": child["title"], "tag": child["id"], "record": ref, "y": m["worth"],
                             "x": 100 * (1 - child["tokens"] / parent["tokens"]), "resolved": m["resolved"]})
     return {"scale": scale, "features": with_correlation(features), "records": with_correlation(records)}
@@ -479,4 +567,7 @@ def with_correlation(points):
     found = {"rho": None, "low": None, "high": None}
     if len(points) >= 3:
         found = statistics.rank_correlation([p["x"] for p in points], [p["y"] for p in points])
-    return {"points": points, **{k: None if found[k] is None else round(found[k], 3) for k in ("rho", "low", "high")}}
+    return {
+        "points": points,
+        **{k: None if found[k] is None else round(found[k], 3) for k in ("rho", "low", "high")},
+    }

@@ -23,7 +23,9 @@ circle{fill:#0d1117}.full{fill:#6cb0ff}.here{fill:#2b5687}}"""
 
 def history(site):
     """The plot as text. Filled dots were rerun here at full scale, tinted ones run here as a delta."""
-    points = [h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]]
+    points = [
+        h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]
+    ]
     days = [date.fromisoformat(h["date"]).toordinal() for h in points]
     low, high = min(h["minutes"] for h in points) / 1.15, max(h["minutes"] for h in points) * 1.15
 
@@ -35,8 +37,11 @@ def history(site):
 
     at = [(x(day), y(h["minutes"])) for day, h in zip(days, points)]
     path = f"M{at[0][0]} {at[0][1]}" + "".join(f"H{px}V{py}" for px, py in at[1:])
-    dots = "".join(f'<circle class="{marker(site, h)}" cx="{px}" cy="{py}" r="3.4"><title>{escape(h["ref"])}, {h["date"]}: '
-                   f'{duration(h["minutes"])}, {escape(h["title"])}</title></circle>\n' for (px, py), h in zip(at, points))
+    dots = "".join(
+        f'<circle class="{marker(site, h)}" cx="{px}" cy="{py}" r="3.4"><title>{escape(h["ref"])}, {h["date"]}: '
+        f'{duration(h["minutes"])}, {escape(h["title"])}</title></circle>\n'
+        for (px, py), h in zip(at, points)
+    )
     steepest = sorted(range(1, len(points)),
                       key=lambda i: points[i]["minutes"] / points[i - 1]["minutes"])[:NAMED]
     names = "".join(f'<text class="n" x="{at[i][0] + 7}" y="{at[i][1] - 6}">{points[i]["id"]}</text>'

@@ -9,8 +9,10 @@ from sweeps.report import effect_text
 from scales import SCALES
 
 GENERATED = "<!-- Written by `python -m records leaderboard`. Edit the data, not this file. -->\n"
-SOURCES = {"log": "reproduces the published log", "lineage": "reproduces the merged code", "reconstructed": "reconstructed",
-           "own": "designed in this project"}
+SOURCES = {
+    "log": "reproduces the published log", "lineage": "reproduces the merged code",
+    "reconstructed": "reconstructed", "own": "designed in this project"
+}
 
 
 def line(values):
@@ -18,38 +20,55 @@ def line(values):
     return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
 
 
-# ----- index --------------------------------------------------------------------------------------------------------
+# ----- index ------------------------------------------------------------------------------------------------
 
 def index(site):
     """records/README.md: one line per record here."""
-    lines = [GENERATED, "# Records\n",
-             "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs committed here\n"
-             "at that scale, at equal tokens, with their number: it checks the harness and says nothing about full scale.\n"
-             "A record that only runs its parent in another way has no run of its own and shares its parent's loss.\n"
-             "Badges: `spec` written from the record's description, `math` equal to the original in float64, `numerics`\n"
-             "GPU precision checked, `trained` trained at full scale.\n",
-             line(["record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny", "full scale here", "files"]),
-             "|" + "---|" * 11]
+    lines = [
+        GENERATED,
+        "# Records\n",
+        "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs committed here\n"
+        "at that scale, at equal tokens, with their number: it checks the harness and says nothing about full scale.\n"
+        "A record that only runs its parent in another way has no run of its own and shares its parent's loss.\n"
+        "Badges: `spec` written from the record's description, `math` equal to the original in float64, `numerics`\n"
+        "GPU precision checked, `trained` trained at full scale.\n",
+        line(
+            [
+                "record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny",
+                "full scale here", "files"
+            ]
+        ),
+        "|" + "---|" * 11,
+    ]
     variants = facts.variants_of(site)
     for ref, r in site["records"].items():
         if ref in variants:
             continue
         runs = site["runs"][ref]
         minutes = f"{r.published['minutes']:g}" if "minutes" in r.published else ""
-        lines.append(line([ref, r.title, ", ".join(r.people), r.date, r.kind, f"`{r.badge}`", minutes,
-                           r.published.get("val_loss", ""), loss_text(runs, "tiny"), loss_text(runs, "full") or "not run",
-                           ", ".join(file_links(r, runs, site["claims"][ref]))]))
+        lines.append(
+            line(
+                [
+                    ref, r.title, ", ".join(r.people), r.date, r.kind, f"`{r.badge}`", minutes,
+                    r.published.get("val_loss", ""), loss_text(runs, "tiny"),
+                    loss_text(runs, "full") or "not run", ", ".join(file_links(r, runs, site["claims"][ref]))
+                ]
+            )
+        )
     absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
-    lines.append(f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
-                 "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
-                 "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
-                 "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
-                 "[evidence/results](../evidence/results/README.md). All of it in one page: [site/index.html](../site/index.html).")
+    lines.append(
+        f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
+        "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
+        "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
+        "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
+        "[evidence/results](../evidence/results/README.md). All of it in one page: [site/index.html](../site/index.html)."
+    )
     return "\n".join(lines + variants_index(site, variants)) + "\n"
 
 
 def variants_index(site, variants):
-    """The lines on the variants: parent, and the loss against it at each scale where a sweep has measured it."""
+    """The lines on the variants: parent, and the loss against it at each scale where a sweep has measured
+    it."""
     if not variants:
         return []
     measured = facts.variants_measured(site)
@@ -82,7 +101,9 @@ def file_links(record, runs, claims):
     if (record.folder / "reference.csv").exists():
         links.append(f"[published curve]({folder}/reference.csv)")
     links += [f"[{r['scale']} run]({below(r['folder'])})" for r in runs if not r["claimed"]]
-    return links + [f"[claim at {c['scale']}: {c['verdict']}, {c['grade']}]({below(c['where'])})" for c in claims]
+    return links + [
+        f"[claim at {c['scale']}: {c['verdict']}, {c['grade']}]({below(c['where'])})" for c in claims
+    ]
 
 
 def below(folder):
@@ -91,7 +112,8 @@ def below(folder):
 
 
 def loss_text(runs, scale):
-    """'4.0598 (1)': mean final loss and number of runs, '' if there is none; 'stale' if the settings changed since."""
+    """'4.0598 (1)': mean final loss and number of runs, '' if there is none; 'stale' if the settings changed
+    since."""
     found = facts.at_scale(runs, scale)
     if not found:
         return ""
@@ -99,7 +121,7 @@ def loss_text(runs, scale):
     return f"{mean:.4f} ({len(found)})" + ("" if found[0]["current"] else " stale")
 
 
-# ----- lineage ------------------------------------------------------------------------------------------------------
+# ----- lineage ----------------------------------------------------------------------------------------------
 
 def lineage(site):
     """LINEAGE.md: every delta, then the published records that have none here, then the variants."""
@@ -107,21 +129,37 @@ def lineage(site):
              "Every record as the lines it changes on its parent. Paths are those of `settings.py` (`python -m records\n"
              "features`). Published figures are on 8 x H100; measured ones say their scale.\n"]
     variants, before = facts.variants_of(site), None
-    added = {scale: facts.added_at(site, scale) | facts.added_at(site, scale, variants=True) for scale in SCALES}
+    added = {
+        scale: facts.added_at(site, scale) | facts.added_at(site, scale, variants=True) for scale in SCALES
+    }
     for ref, r in site["records"].items():
         if ref not in variants:
             lines += section(r, before, {scale: added[scale].get(ref) for scale in SCALES})
             before = ref
     for name, title in (("short", "short track, target 3.28"), ("medium", "medium track, target 2.92")):
-        rows = [h for h in site["history"] if h["lineage"] == name and not h["here"] and h["status"] != "claim"]
+        rows = [
+            h for h in site["history"] if h["lineage"] == name and not h["here"] and h["status"] != "claim"
+        ]
         if rows:
-            lines += [f"## No delta here yet: {title}\n", line(["record", "date", "minutes", "kind", "by", "what", "note"]),
-                      "|" + "---|" * 7]
-            lines += [line([h["ref"], h["date"], f"{h['minutes']:g}", h["kind"], ", ".join(h["people"]), h["title"],
-                            h["note"]]) for h in rows]
+            lines += [
+                f"## No delta here yet: {title}\n",
+                line(["record", "date", "minutes", "kind", "by", "what", "note"]),
+                "|" + "---|" * 7,
+            ]
+            lines += [
+                line(
+                    [
+                        h["ref"], h["date"], f"{h['minutes']:g}", h["kind"], ", ".join(h["people"]),
+                        h["title"], h["note"]
+                    ]
+                )
+                for h in rows
+            ]
             lines.append("")
     if variants:
-        lines.append("## Variants\n\nBranches of this project, each on its parent; nothing is published about them.\n")
+        lines.append(
+            "## Variants\n\nBranches of this project, each on its parent; nothing is published about them.\n"
+        )
     for ref, r in variants.items():
         lines += section(r, None, {scale: added[scale].get(ref) for scale in SCALES}, "###")
     return "\n".join(lines).rstrip() + "\n"
@@ -131,9 +169,11 @@ def section(r, before, measured, level="##"):
     """The lines on one record. before: the record above it, which is its parent if nothing else is said."""
     folder = r.folder.relative_to(facts.ROOT).as_posix()
     parent = f", parent {r.parent}" if r.parent and r.parent != before else ""
-    lines = [f"{level} {r.ref}: {r.title}\n",
-             f"{r.date}, {', '.join(r.people)}. Kind {r.kind}{parent}, {SOURCES.get(r.source, r.source)}, badge "
-             f"`{r.badge}`, [record.toml]({folder}/record.toml).\n"]
+    lines = [
+        f"{level} {r.ref}: {r.title}\n",
+        f"{r.date}, {', '.join(r.people)}. Kind {r.kind}{parent}, {SOURCES.get(r.source, r.source)}, badge "
+        f"`{r.badge}`, [record.toml]({folder}/record.toml).\n"
+    ]
     lines += ["```toml", *delta_lines(r), "```\n"] if r.delta else []
     lines += [f"No setting changes: {r.subsumed}.\n"] if r.subsumed else []
     lines += [r.notes.strip() + "\n"] if r.notes else []
@@ -146,26 +186,36 @@ def section(r, before, measured, level="##"):
             bounds = f"interval {m['low']:.4f} to {m['high']:.4f}" if m["low"] is not None else "no interval"
             verb, state = "saves" if m["worth"] >= 0 else "costs", "" if m["resolved"] else ", unresolved"
             state += "" if m["complete"] else ", interim: the sweep is incomplete"
-            lines.append(f"Measured at {scale}: {verb} {abs(m['worth']):.4f} nats against its parent at equal tokens "
-                         f"(worth: {bounds}, n {m['n']}{state}).\n")
+            lines.append(
+                f"Measured at {scale}: {verb} {abs(m['worth']):.4f} nats against its parent at equal tokens "
+                f"(worth: {bounds}, n {m['n']}{state}).\n"
+            )
     return lines
 
 
 def delta_lines(record):
     """The [delta] lines as typed, each with the value before."""
     parent = deltas.resolve(record.parent).settings if record.parent else None
-    return [f"{path} = {schema.show(value)}" + (f"  # was {schema.show(deltas.lookup(parent, path))}" if parent else "")
-            for path, value in record.delta.items()]
+    return [
+        f"{path} = {schema.show(value)}"
+        + (f"  # was {schema.show(deltas.lookup(parent, path))}" if parent else "")
+        for path, value in record.delta.items()
+    ]
 
 
 def published_text(published):
     """'45 minutes on 8xH100, loss 3.2722 (1 run), timing: untimed log', of what is there."""
     out = []
     if "minutes" in published:
-        out.append(f"{published['minutes']:g} minutes" + (f" on {published['hardware']}" if "hardware" in published else ""))
+        out.append(
+            f"{published['minutes']:g} minutes"
+            + (f" on {published['hardware']}" if "hardware" in published else "")
+        )
     if "val_loss" in published:
-        out.append(f"loss {published['val_loss']:g}" + (f" ({facts.plural(published['runs'], 'run')})" if "runs" in published
-                                                        else ""))
+        out.append(
+            f"loss {published['val_loss']:g}"
+            + (f" ({facts.plural(published['runs'], 'run')})" if "runs" in published else "")
+        )
     if "timing" in published:
         out.append(f"timing: {published['timing']}")
     return ", ".join(out) or "nothing"

@@ -23,8 +23,10 @@ def arguments(p):
     p.add_argument("--x", choices=AXES, default="steps", help="axis (default steps)")
     p.add_argument("--train", action="store_true",
                    help="training loss too: each step faint, and its running mean")
-    p.add_argument("--out", metavar="FILE", help="picture to write, by its ending .png, .svg or .pdf (default "
-                                                 "curve.png in the first folder)")
+    p.add_argument(
+        "--out", metavar="FILE",
+        help="picture to write, by its ending .png, .svg or .pdf (default curve.png in the first folder)"
+    )
 
 
 def run(options):
@@ -52,7 +54,9 @@ def plot(folders: list, out: str | Path | None = None, x: str = "steps",
         draw(axes, lines, x, train)
         caption = [BUSY] if x == "time" and len(found) > 1 and not curves.took_turns(found) else []
         if train and any(not covers_all(curve.start) for curve in found):
-            caption.append("Training losses of several processes are those of process 0 in logs of version 2.")
+            caption.append(
+                "Training losses of several processes are those of process 0 in logs of version 2."
+            )
         axes.set_title(common if len(found) > 1 else "", fontsize=9)
         if caption:
             figure.supxlabel("\n".join(caption), fontsize=7)

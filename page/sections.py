@@ -1,5 +1,5 @@
-"""site/index.html: the template filled in. Tables are written here, so that the page says everything without a script;
-charts are drawn by page.js from the JSON at the end of the page."""
+"""site/index.html: the template filled in. Tables are written here, so that the page says everything without
+a script; charts are drawn by page.js from the JSON at the end of the page."""
 
 import csv
 from html import escape
@@ -16,8 +16,11 @@ from scales import SCALES
 from common.errors import UserError
 
 HERE = Path(__file__).parent
-CARDS = ["8 x NVIDIA H100", "1 x NVIDIA H100", "1 x NVIDIA H200", "1 x NVIDIA B200", "8 x NVIDIA A100", "1 x NVIDIA A100",
-         "1 x NVIDIA L40S", "1 x NVIDIA GeForce RTX 5090", "1 x NVIDIA GeForce RTX 4090", "1 x NVIDIA GeForce RTX 3090"]
+CARDS = [
+    "8 x NVIDIA H100", "1 x NVIDIA H100", "1 x NVIDIA H200", "1 x NVIDIA B200", "8 x NVIDIA A100",
+    "1 x NVIDIA A100", "1 x NVIDIA L40S", "1 x NVIDIA GeForce RTX 5090", "1 x NVIDIA GeForce RTX 4090",
+    "1 x NVIDIA GeForce RTX 3090"
+]
 STATES = {"full": "rerun", "here": "delta", "absent": "no"}
 
 
@@ -26,30 +29,43 @@ def page(site):
     def source(name):
         return (HERE / name).read_text(encoding="utf-8")
 
-    content = {"summary": summary(site), "worth": worth(site), "history_table": history_table(site),
-               "variants": variants(site), "boards": boards(site), "predict": predict(site), "judge": judge(site["judge"]),
-               "frontier": source("frontier.html"), "evidence": evidence(site), "style": source("style.css"),
-               "script": source("page.js"), "data": data(site)}
+    content = {
+        "summary": summary(site), "worth": worth(site), "history_table": history_table(site),
+        "variants": variants(site), "boards": boards(site), "predict": predict(site),
+        "judge": judge(site["judge"]), "frontier": source("frontier.html"), "evidence": evidence(site),
+        "style": source("style.css"), "script": source("page.js"), "data": data(site)
+    }
     pieces = source("template.html").split("{{")
-    return pieces[0] + "".join(content[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:]))
+    return pieces[0] + "".join(
+        content[name] + rest for name, _, rest in (p.partition("}}") for p in pieces[1:])
+    )
 
 
 def summary(site):
     """Four figures, and a sentence on what has and has not been measured here."""
-    published = [h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]]
+    published = [
+        h for h in site["history"] if h["lineage"] == "short" and h["status"] == "record" and h["minutes"]
+    ]
     first, last = published[0], published[-1]
     full = {ref for ref, runs in site["runs"].items() if any(r["scale"] == "full" for r in runs)}
     own = len(facts.variants_of(site))
     sweeps = sum(s["control"]["n"] + sum(r["n"] for r in s["rows"]) for s in site["sweeps"])
-    figures = [(f"{facts.duration(first['minutes'])} → {facts.duration(last['minutes'])}",
-                f"published records {first['id']} to {last['id']}, {first['date'][:4]} to {last['date'][:4]}"),
-               (len(site["records"]) - own, f"records here as deltas that run, and {facts.plural(own, 'variant')}"),
-               (len(full), "records rerun here at full scale"),
-               (sweeps, f"runs in {facts.plural(len(site['sweeps']), 'committed sweep')}")]
+    figures = [
+        (
+            f"{facts.duration(first['minutes'])} → {facts.duration(last['minutes'])}",
+            f"published records {first['id']} to {last['id']}, {first['date'][:4]} to {last['date'][:4]}",
+        ),
+        (len(site["records"]) - own, f"records here as deltas that run, and {facts.plural(own, 'variant')}"),
+        (len(full), "records rerun here at full scale"),
+        (sweeps, f"runs in {facts.plural(len(site['sweeps']), 'committed sweep')}"),
+    ]
     items = "".join(f"<li><b>{value}</b> <span>{escape(what)}</span></li>" for value, what in figures)
     about = [r for runs in site["runs"].values() for r in runs] + site["sweeps"]
     machines = sorted({facts.hardware(a) for a in about})
-    where = f"Everything measured here ran on: {'; '.join(machines)}." if machines else "Nothing has been measured here yet."
+    where = (
+        f"Everything measured here ran on: {'; '.join(machines)}." if machines
+        else "Nothing has been measured here yet."
+    )
     where += "" if full else " No published time has been reproduced: no record has been run at full scale."
     return f'<ul class="facts">{items}</ul>\n<p class="status">{escape(where)}</p>'
 
@@ -61,33 +77,51 @@ def history_table(site):
         runs = f" ({h['runs']:g})" if h["runs"] is not None else ""
         note = "; ".join(filter(None, ["" if h["status"] == "record" else h["status"], h["note"]]))
         what = escape(h["title"]) + (f"<small>{escape(note)}</small>" if note else "")
-        rows.append([escape(h["ref"]), escape(h["date"]), facts.duration(h["minutes"]), what, escape(", ".join(h["people"])),
-                     escape(h["kind"]), f"{h['steps']:,.0f}" if h["steps"] else "",
-                     "" if h["val_loss"] is None else f"{h['val_loss']:g}{runs}", STATES[facts.marker(site, h)]])
+        rows.append(
+            [
+                escape(h["ref"]), escape(h["date"]), facts.duration(h["minutes"]), what,
+                escape(", ".join(h["people"])), escape(h["kind"]), f"{h['steps']:,.0f}" if h["steps"] else "",
+                "" if h["val_loss"] is None else f"{h['val_loss']:g}{runs}", STATES[facts.marker(site, h)]
+            ]
+        )
     note = ("<p>Steps are those of the code as merged, the loss is the mean of the runs its author published; from record "
             "65 on these were often made with other step counts.</p>")
-    return folded(f"All {len(rows)} rows as a table", note + table(columns, rows, "Published records and claims"))
+    return folded(
+        f"All {len(rows)} rows as a table", note + table(columns, rows, "Published records and claims")
+    )
 
 
-# ----- variants -----------------------------------------------------------------------------------------------------
+# ----- variants ---------------------------------------------------------------------------------------------
 
 def variants(site):
-    """The variants: parent, delta and, at every scale where a sweep has measured it, the loss against the parent's."""
+    """The variants: parent, delta and, at every scale where a sweep has measured it, the loss against the
+    parent's."""
     measured = facts.variants_measured(site)
     columns = ["record", "parent", "what", "delta", *(f"loss minus parent's, {scale}" for scale in measured)]
     rows = []
     for ref, r in facts.variants_of(site).items():
-        delta = "<br>".join(f"<code>{escape(f'{path} = {schema.show(value)}')}</code>" for path, value in r.delta.items())
+        delta = "<br>".join(
+            f"<code>{escape(f'{path} = {schema.show(value)}')}</code>" for path, value in r.delta.items()
+        )
         notes = escape(r.notes.replace("`", ""))
         rows.append([escape(ref), escape(r.parent or ""), escape(r.title) + f"<small>{notes}</small>", delta,
                      *(difference_cell(found.get(ref)) for found in measured.values())])
     shown = table(columns, rows, "Variants, each against its parent")
     if not measured:
-        return missing("No sweep of the variants is committed yet, so none was compared with its parent: "
-                       f"<code>python sweep.py chain {facts.VARIANTS}</code> runs them and their parents.") + shown
-    sources = [sweep_line(s) for scale in measured for s in facts.sweeps_of(site, "chain", scale, variants=True)]
-    return ('<ul class="sources"><li>' + "</li><li>".join(sources) + "</li></ul>" + (set(measured) != {"full"}) * CAUTION
-            + shown)
+        return (
+            missing(
+                "No sweep of the variants is committed yet, so none was compared with its parent: "
+                f"<code>python sweep.py chain {facts.VARIANTS}</code> runs them and their parents."
+            )
+            + shown
+        )
+    sources = [
+        sweep_line(s) for scale in measured for s in facts.sweeps_of(site, "chain", scale, variants=True)
+    ]
+    return (
+        '<ul class="sources"><li>' + "</li><li>".join(sources) + "</li></ul>"
+        + (set(measured) != {"full"}) * CAUTION + shown
+    )
 
 
 def difference_cell(m):
@@ -96,16 +130,26 @@ def difference_cell(m):
         return f"<small>{escape(m['note'])}</small>" if m and m["note"] else NOTHING
     found = facts.difference(m)
     value, bounds = number(found["effect"], sign=True), interval(found["low"], found["high"])
-    text = f"<b>{value}</b> {bounds}" if m["resolved"] else f'{value} {bounds} <span class="verdict">unresolved</span>'
-    text += " " + chip("stale", "stale", "the code resolves these settings differently now") if m["current"] is False else ""
-    about = [f"n {m['n']} against {m['n_control']}", "" if m["complete"] else "interim, the sweep is incomplete", m["note"]]
+    text = (
+        f"<b>{value}</b> {bounds}" if m["resolved"]
+        else f'{value} {bounds} <span class="verdict">unresolved</span>'
+    )
+    text += (
+        " " + chip("stale", "stale", "the code resolves these settings differently now")
+        if m["current"] is False else ""
+    )
+    about = [
+        f"n {m['n']} against {m['n_control']}", "" if m["complete"] else "interim, the sweep is incomplete",
+        m["note"]
+    ]
     return text + f"<small>{escape('; '.join(filter(None, about)))}</small>"
 
 
-# ----- boards -------------------------------------------------------------------------------------------------------
+# ----- boards -----------------------------------------------------------------------------------------------
 
 def board_entries(site):
-    """Machine -> rows {record, scale, n, loss, sd, seconds, rate, reached, current, what} of unchanged records.
+    """Machine -> rows {record, scale, n, loss, sd, seconds, rate, reached, current, what} of unchanged
+    records.
 
     seconds and rate are None where times are no data (facts.has_times).
     """
@@ -116,12 +160,17 @@ def board_entries(site):
             members = [r for r in runs if (facts.hardware(r), r["scale"]) == (machine, scale)]
             loss, sd = facts.mean_and_sd([r["val_loss"] for r in members])
             timed = facts.has_times(scale, interleaved=False)
-            boards.setdefault(machine, []).append({
-                "record": ref, "scale": scale, "n": len(members), "loss": loss, "sd": sd, "what": "committed runs",
-                "seconds": facts.mean_and_sd([r["train_time_ms"] / 1000 for r in members])[0] if timed else None,
-                "rate": facts.mean_and_sd([r["tokens_per_second"] for r in members])[0] if timed else None,
-                "reached": all(r["reached"] for r in members) if members[0].get("target") else None,
-                "current": all(r["current"] for r in members)})
+            boards.setdefault(machine, []).append(
+                {
+                    "record": ref, "scale": scale, "n": len(members), "loss": loss, "sd": sd,
+                    "what": "committed runs",
+                    "seconds": facts.mean_and_sd([r["train_time_ms"] / 1000 for r in members])[0] if timed
+                    else None, "rate": facts.mean_and_sd([r["tokens_per_second"] for r in members])[0]
+                    if timed else None,
+                    "reached": all(r["reached"] for r in members) if members[0].get("target") else None,
+                    "current": all(r["current"] for r in members)
+                }
+            )
         for claim in site["claims"][ref]:
             if entry := claim_entry(claim):
                 boards.setdefault(facts.hardware(claim), []).append(entry)
@@ -134,11 +183,14 @@ def board_entries(site):
             times = [r["train_time_ms"] / 1000 for r in arm["runs"]]
             timed = facts.has_times(sweep["scale"], interleaved=False)
             if arm["n"] and times:
-                boards.setdefault(facts.hardware(sweep), []).append({
-                    "record": arm["record"], "scale": sweep["scale"], "n": arm["n"], "loss": arm["mean"], "sd": arm["sd"],
-                    "seconds": facts.mean_and_sd(times)[0] if timed else None, "rate": None, "reached": None,
-                    "current": arm.get("current"),
-                    "what": f"sweep {sweep['name']}"})
+                boards.setdefault(facts.hardware(sweep), []).append(
+                    {
+                        "record": arm["record"], "scale": sweep["scale"], "n": arm["n"], "loss": arm["mean"],
+                        "sd": arm["sd"], "seconds": facts.mean_and_sd(times)[0] if timed else None,
+                        "rate": None, "reached": None, "current": arm.get("current"),
+                        "what": f"sweep {sweep['name']}"
+                    }
+                )
     return boards
 
 
@@ -156,7 +208,8 @@ def claim_entry(claim):
 
 
 def boards(site):
-    """A table per machine, records in order; places only among records that reached the target of one scale there."""
+    """A table per machine, records in order; places only among records that reached the target of one scale
+    there."""
     found = board_entries(site)
     out = ("<p>A place is given only among records that reached the target of one scale on one machine. The CPU scales "
            "compare losses at equal tokens. They have no times here, because a run there measures whatever else the machine "
@@ -172,10 +225,17 @@ def boards(site):
 
 
 def board(site, machine, entries):
-    entries = sorted(entries, key=lambda e: (list(SCALES).index(e["scale"]), facts.order_of(site, e["record"]), e["what"]))
-    placed = sorted((e for e in entries if e["reached"] and e["seconds"] is not None), key=lambda e: e["seconds"])
+    entries = sorted(
+        entries, key=lambda e: (list(SCALES).index(e["scale"]), facts.order_of(site, e["record"]), e["what"])
+    )
+    placed = sorted(
+        (e for e in entries if e["reached"] and e["seconds"] is not None), key=lambda e: e["seconds"]
+    )
     timed = any(e["seconds"] is not None for e in entries)
-    columns = ["record", "scale", ">runs", ">loss", ">sd", *([">train time, s", ">tokens/s"] if timed else []), "from"]
+    columns = [
+        "record", "scale", ">runs", ">loss", ">sd", *([">train time, s", ">tokens/s"] if timed else []),
+        "from"
+    ]
     rows = [[escape(e["record"]), escape(e["scale"]), str(e["n"]), number(e["loss"]), number(e["sd"]),
              *([number(e["seconds"], 1), f"{e['rate']:,.0f}" if e["rate"] else ""] if timed else []),
              escape(e["what"]) + (" " + chip("stale", "stale")) * (e["current"] is False)] for e in entries]
@@ -187,7 +247,7 @@ def board(site, machine, entries):
     return table(columns, rows, f"Runs on {machine}")
 
 
-# ----- prediction, judge --------------------------------------------------------------------------------------------
+# ----- prediction, judge ------------------------------------------------------------------------------------
 
 def predict(site):
     """What the scatter can and cannot say; the charts themselves are drawn by the script."""
@@ -197,9 +257,14 @@ def predict(site):
                        "Until there is, small-scale figures check the harness and nothing more.")
     figures = ""
     for p in (facts.predictions(site, s) for s in scales):
-        for key, what in (("features", "features, loss against loss"), ("records", "records, tokens against loss saved")):
-            figures += (f'<figure class="half"><div class="chart scatter" data-scale="{p["scale"]}" data-key="{key}"></div>'
-                        f"<figcaption><b>{p['scale']}: {what}.</b> {correlation_text(p[key])}</figcaption></figure>")
+        for key, what in (
+            ("features", "features, loss against loss"),
+            ("records", "records, tokens against loss saved"),
+        ):
+            figures += (
+                f'<figure class="half"><div class="chart scatter" data-scale="{p["scale"]}" data-key="{key}"></div>'
+                f"<figcaption><b>{p['scale']}: {what}.</b> {correlation_text(p[key])}</figcaption></figure>"
+            )
     return ("<p>Each point is a technique: to the right what its authors publish at full scale, upwards what was measured "
             "here at the small scale. If small scale predicted full scale, the points would rise. rho is Spearman's rank "
             f'correlation.</p><div class="two">{figures}</div><p class="caution">The published effects of single features '
@@ -223,15 +288,19 @@ def correlation_text(found):
 def judge(found):
     """The verdicts of `records judge`, a table per track, folded."""
     if found is None:
-        return missing("No verdicts are committed yet: <code>python -m records judge --json evidence/results/judge.json"
-                       "</code> writes them from the raw published runs.")
+        return missing(
+            "No verdicts are committed yet: <code>python -m records judge --json evidence/results/judge.json"
+            "</code> writes them from the raw published runs."
+        )
     from evidence import judge as referee  # scipy comes along
     out = ("<p>Each published record judged by the rule of its track from the logs in its folder. A verdict says what the "
            "committed logs show; no log shows the runs that were not committed, nor how often a set was tried.</p>")
     try:
         for track, counts in found["tracks"].items():
             rows = [[escape(c) for c in referee.cells(r)] for r in found["records"] if r["track"] == track]
-            columns = [name if name in ("record", "verdict", "note") else ">" + name for name in referee.HEADS[track]]
+            columns = [
+                name if name in ("record", "verdict", "note") else ">" + name for name in referee.HEADS[track]
+            ]
             out += folded(f"{escape(track)}: {len(rows)} entries, {len(counts['pass'])} pass, {len(counts['miss'])} miss, "
                           "the others cannot be told", f"<p>{escape(referee.sentence(track, counts))}</p>"
                           + table(columns, rows, referee.TITLES[track]))
@@ -241,63 +310,94 @@ def judge(found):
     return out
 
 
-# ----- data for the script ------------------------------------------------------------------------------------------
+# ----- data for the script ----------------------------------------------------------------------------------
 
 def data(site):
     """The JSON at the end of the page. '<' is escaped, so that no text can end the script element."""
-    runs = [{"ref": ref, "scale": r["scale"], "seed": r["seed"], "where": facts.hardware(r), "points": run_points(r)}
-            for ref, members in site["runs"].items() for r in members]
-    content = {"history": [[h["ref"], h["date"], h["minutes"], h["title"], ", ".join(h["people"]), h["status"], h["scope"],
-                            facts.marker(site, h), h["kind"], h["note"]] for h in site["history"] if h["minutes"]],
-               "published": [c for c in map(reference_curve, site["records"].values()) if c], "runs": runs,
-               "settings": settings_data(site["records"]),
-               "predictions": [facts.predictions(site, s) for s in facts.scales_measured(site) if s != "full"]}
+    runs = [
+        {
+            "ref": ref, "scale": r["scale"], "seed": r["seed"], "where": facts.hardware(r),
+            "points": run_points(r)
+        }
+        for ref, members in site["runs"].items()
+        for r in members
+    ]
+    content = {
+        "history": [
+            [
+                h["ref"], h["date"], h["minutes"], h["title"], ", ".join(h["people"]), h["status"],
+                h["scope"], facts.marker(site, h), h["kind"], h["note"]
+            ]
+            for h in site["history"]
+            if h["minutes"]
+        ],
+        "published": [c for c in map(reference_curve, site["records"].values()) if c],
+        "runs": runs,
+        "settings": settings_data(site["records"]),
+        "predictions": [facts.predictions(site, s) for s in facts.scales_measured(site) if s != "full"],
+    }
     return files.json_text(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def run_points(r):
     """The curve of a committed run as points [step, tokens, ms, loss]; ms is None where times are no data."""
     timed = facts.has_times(r["scale"], interleaved=r["claimed"])
-    return [[step, tokens, round(ms) if timed else None, round(loss, 4)] for step, tokens, ms, loss in r["curve"]]
+    return [
+        [step, tokens, round(ms) if timed else None, round(loss, 4)] for step, tokens, ms, loss in r["curve"]
+    ]
 
 
 def reference_curve(record):
     """Published curve as points [step, tokens, ms, loss], None without one.
 
-    tokens is None where the log ran another number of steps than the record here, ms where the log has no times.
+    tokens is None where the log ran another number of steps than the record here, ms where the log has no
+    times.
     """
     path = record.folder / "reference.csv"
     if not path.exists():
         return None
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [(int(float(r["step"])), float(r["val_loss"]), r.get("train_time_ms")) for r in csv.DictReader(file)]
+            rows = [
+                (int(float(r["step"])), float(r["val_loss"]), r.get("train_time_ms"))
+                for r in csv.DictReader(file)
+            ]
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a curve of step, val_loss, train_time_ms ({error})") from None
     tokens = [0]
     for plan in schedule.plan(deltas.resolve(record.ref).settings):
         tokens.append(tokens[-1] + plan.tokens)
     same = rows[-1][0] == len(tokens) - 1
-    return {"ref": record.ref, "points": [[step, tokens[step] if same else None, round(float(ms)) if ms else None,
-                                           round(loss, 4)] for step, loss, ms in rows]}
+    return {
+        "ref": record.ref,
+        "points": [
+            [step, tokens[step] if same else None, round(float(ms)) if ms else None, round(loss, 4)]
+            for step, loss, ms in rows
+        ],
+    }
 
 
 def settings_data(records):
-    """Paths with their meaning; of each record its parent, what differs from it (as one would type it), what it sets."""
+    """Paths with their meaning; of each record its parent, what differs from it (as one would type it), what
+    it sets."""
     shown = {ref: shown_settings(ref) for ref in records}
     paths = [p for p in schema.fields() if any(p in values for values in shown.values())]
     out = []
     for ref, r in records.items():
         before = shown[r.parent] if r.parent else {}
         changes = {p: shown[ref].get(p) for p in paths if shown[ref].get(p) != before.get(p)}
-        out.append({"ref": ref, "title": r.title, "parent": r.parent, "changes": changes, "sets": list(r.delta)})
+        out.append(
+            {"ref": ref, "title": r.title, "parent": r.parent, "changes": changes, "sets": list(r.delta)}
+        )
     return {"paths": {p: schema.fields()[p].metadata["doc"].replace("`", "") for p in paths}, "records": out}
 
 
 def shown_settings(ref):
-    """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is `on`."""
+    """Path -> value as one would type it, of the leaves that exist; a feature without fields of its own is
+    `on`."""
     s = deltas.resolve(ref).settings
-    values = {p: schema.show(v) for p, v in schema.flat(s).items() if v is not None}  # what is off is left out, as in diff
+    # what is off is left out, as in diff
+    values = {p: schema.show(v) for p, v in schema.flat(s).items() if v is not None}
     for path, f in schema.fields().items():
         bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in schema.fields())
         if bare and all(deltas.lookup(s, p) is not None for p in [*schema.prefixes(path), path]):

@@ -41,5 +41,7 @@ def table(columns, rows, caption, kind="dense"):
     body = "\n".join(f'<tr><th scope="row">{cells[0]}</th>' +
                      "".join(f"<td{r}>{c}</td>" for c, r in zip(cells[1:], right[1:])) + "</tr>"
                      for cells in rows)
-    return framed(caption, f'<table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
-                           f"<tbody>\n{body}\n</tbody></table>")
+    return framed(
+        caption, f'<table class="{kind}"><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table>"
+    )

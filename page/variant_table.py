@@ -1,7 +1,7 @@
 """`python -m records variants`: the figures of the variants in docs/variants.md.
 
-Parameters and FLOPs are counted on the full-width models, without values; step times come from the last table that
-bench/experts.py left in bench/results, losses from the chains of sweep.py in evidence/results.
+Parameters and FLOPs are counted on the full-width models, without values; step times come from the last table
+that bench/experts.py left in bench/results, losses from the chains of sweep.py in evidence/results.
 """
 
 import json
@@ -28,7 +28,10 @@ def run(options):
 def gather():
     """The part of facts.gather that the sweeps of variants need, in a second."""
     records = deltas.load_records()
-    return {"records": records, "history": facts.read_history(records), "sweeps": facts.read_sweeps(facts.EVIDENCE)}
+    return {
+        "records": records, "history": facts.read_history(records),
+        "sweeps": facts.read_sweeps(facts.EVIDENCE)
+    }
 
 
 def read_times(path):
@@ -36,7 +39,9 @@ def read_times(path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}): write it with bench/experts.py --out {path}") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}): write it with bench/experts.py --out {path}"
+        ) from None
 
 
 def counted(ref):
@@ -51,13 +56,22 @@ def markdown(site, times):
     """The table, its caption, and where the time of the mixtures goes."""
     records, variants, measured = site["records"], facts.variants_of(site), facts.variants_measured(site)
     timed = {row["record"]: row for row in times["rows"]}
-    heads = ["variant", "parameters, active", "FLOPs", "step time", *(f"loss at {scale}" for scale in measured), "what"]
+    heads = [
+        "variant", "parameters, active", "FLOPs", "step time", *(f"loss at {scale}" for scale in measured),
+        "what"
+    ]
     lines = [line(heads), "|" + "---|" * len(heads)]
     parents = dict.fromkeys(r.parent for r in variants.values())
     for ref in parents:
         size, active, _ = counted(ref)
-        lines.append(line([ref, sizes(size, active), 1, 1, *(control_loss(site, scale, ref) for scale in measured),
-                           records[ref].title]))
+        lines.append(
+            line(
+                [
+                    ref, sizes(size, active), 1, 1, *(control_loss(site, scale, ref) for scale in measured),
+                    records[ref].title
+                ]
+            )
+        )
     for ref, r in variants.items():
         (size, active, cost), parent_cost = counted(ref), counted(r.parent)[2]
         time = f"{timed[ref]['ratio']:.2f}" if ref in timed else "not measured"

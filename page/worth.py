@@ -29,9 +29,10 @@ def worth(site):
     """The section: a panel per measured scale, and in it, folded, what is only published."""
     scales = facts.scales_measured(site)
     if not scales:
-        return missing("No sweep is committed yet, so nothing here was measured: the table shows what authors publish. "
-                       "<code>python sweep.py</code> makes the missing columns.") + worth_table(
-                           site, facts.techniques(site, None), None)
+        return missing(
+            "No sweep is committed yet, so nothing here was measured: the table shows what authors publish. "
+            "<code>python sweep.py</code> makes the missing columns."
+        ) + worth_table(site, facts.techniques(site, None), None)
     radios = "".join(f'<label><input type="radio" name="scale" value="{s}"{" checked" * (i == 0)}> {SCALE_NAMES[s]}</label>'
                      for i, s in enumerate(scales))
     panels = "".join(f'<div class="panel" data-scale="{s}"{" hidden" * (i > 0)}>{panel(site, s)}</div>'
@@ -81,7 +82,7 @@ def sweep_line(sweep):
     return f'<a href="../{escape(sweep["file"])}">{escape(sweep["name"])}</a>: {escape(text)}'
 
 
-# ----- the table ----------------------------------------------------------------------------------------------------
+# ----- the table --------------------------------------------------------------------------------------------
 
 def worth_table(site, rows, scale):
     """The table of these techniques; scale None: only the published column."""
@@ -129,7 +130,9 @@ def resolved_first(row):
 
 def worth_row(site, row, columns, ranks, unit):
     kind, what = row["key"]
-    path = f" <code>{escape(what)}</code>" if kind == "path" else " the whole record" if kind == "record" else ""
+    path = (
+        f" <code>{escape(what)}</code>" if kind == "path" else " the whole record" if kind == "record" else ""
+    )
     record = site["records"].get(row["record"])
     badge = chip(record.badge, "badge", "evidence badge of the record") if record else chip(
         "not here yet", "absent")
@@ -140,10 +143,14 @@ def worth_row(site, row, columns, ranks, unit):
         added, today = (worth_cell(row[c], ranks[c].get(row["key"]), unit) for c in columns)
         part = f'<span class="quiet">part of {escape(row["record"])}</span>' if kind == "path" else ""
         cells = {"When added": added or part, "Today": today, **cells, "Measured on": measured_on(row)}
-    tds = "".join(f'<td data-label="{label}">{content}</td>' if content else f'<td class="empty">{NOTHING}</td>'
-                  for label, content in cells.items())
+    tds = "".join(
+        f'<td data-label="{label}">{content}</td>' if content else f'<td class="empty">{NOTHING}</td>'
+        for label, content in cells.items()
+    )
     data = "".join(f' data-{c}="{row[c]["worth"]:.6f}"' for c in columns if row[c] and row[c]["resolved"])
-    return f'<tr data-order="{facts.order_of(site, row["record"])}"{data}><th scope="row">{first}</th>{tds}</tr>'
+    return (
+        f'<tr data-order="{facts.order_of(site, row["record"])}"{data}><th scope="row">{first}</th>{tds}</tr>'
+    )
 
 
 def worth_cell(m, rank, unit):
@@ -182,7 +189,9 @@ def forest(m, span, width=132, height=18):
     unit, largest = span
 
     def x(value):
-        return round(width / 2 + (width / 2 - 5) * math.asinh(value / unit) / math.asinh(max(largest, unit) / unit), 1)
+        return round(
+            width / 2 + (width / 2 - 5) * math.asinh(value / unit) / math.asinh(max(largest, unit) / unit), 1
+        )
 
     kind = "unresolved" if not m["resolved"] else "helps" if m["worth"] >= 0 else "hurts"
     y = height / 2
@@ -218,22 +227,32 @@ def measured_on(row):
     return out
 
 
-# ----- every sweep in full ------------------------------------------------------------------------------------------
+# ----- every sweep in full ----------------------------------------------------------------------------------
 
 def evidence(site):
     """Every sweep with every arm, nothing left out."""
     if not site["sweeps"]:
         return missing("No sweep is committed yet.")
-    return ("<p>Effect on loss is the arm's mean less its control's: in an ablation positive means that the feature helps, "
-            "in a chain negative means that the record helped.</p>" + "".join(map(sweep_details, site["sweeps"])))
+    return (
+        "<p>Effect on loss is the arm's mean less its control's: in an ablation positive means that the feature helps, "
+        "in a chain negative means that the record helped.</p>" + "".join(map(sweep_details, site["sweeps"]))
+    )
 
 
 def sweep_details(s):
-    columns = ["arm", "changes", ">n", ">mean", ">sd", ">effect on loss", ">interval", ">p", "resolved", "current", "note"]
-    rows = [[escape(r["arm"]), escape(" ".join(r["changes"])), str(r["n"]), number(r["mean"]), number(r["sd"]),
-             number(r["effect"], sign=True), interval(r["low"], r["high"]), "" if r["p"] is None else f"{r['p']:.2g}",
-             "yes" if r["resolved"] else "no", {True: "yes", False: "no", None: ""}[r["current"]], escape(r.get("note", ""))]
-            for r in s["rows"]]
+    columns = [
+        "arm", "changes", ">n", ">mean", ">sd", ">effect on loss", ">interval", ">p", "resolved", "current",
+        "note"
+    ]
+    rows = [
+        [
+            escape(r["arm"]), escape(" ".join(r["changes"])), str(r["n"]), number(r["mean"]), number(r["sd"]),
+            number(r["effect"], sign=True), interval(r["low"], r["high"]),
+            "" if r["p"] is None else f"{r['p']:.2g}", "yes" if r["resolved"] else "no",
+            {True: "yes", False: "no", None: ""}[r["current"]], escape(r.get("note", ""))
+        ]
+        for r in s["rows"]
+    ]
     control = s["control"]
     about = [f"control {control['arm']}: n {control['n']}, mean {number(control['mean'])}, sd {number(control['sd'])}",
              f"pooled sd {number(s['pooled_sd'], 5)}" if s.get("pooled_sd") else "",

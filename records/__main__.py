@@ -1,4 +1,5 @@
-"""The `records` command. What only reads the records is here; judging, comparing and verifying have modules of their own.
+"""The `records` command. What only reads the records is here; judging, comparing and verifying have modules
+of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
     python -m records plot | export | judge | compare | submit | promote | withdraw | verify | audit | replay
@@ -30,7 +31,8 @@ VARIANTS = "variants/"  # refs of this project's own branches, listed apart: not
 
 
 def tiny_loss(record):
-    """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or ''."""
+    """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or
+    ''."""
     path = record.folder / "tiny" / "summary.json"
     if path.exists():
         return f"{json.loads(path.read_text(encoding='utf-8'))['val_loss']:.3f}"
@@ -40,12 +42,14 @@ def tiny_loss(record):
 
 
 def list_records(options):
-    """One line per record: what, when, who, published minutes, evidence; then one per variant: what and on which parent."""
+    """One line per record: what, when, who, published minutes, evidence; then one per variant: what and on
+    which parent."""
     everything = deltas.load_records().values()
     records = [r for r in everything if not r.ref.startswith(VARIANTS)]
     variants = [r for r in everything if r.ref.startswith(VARIANTS)]
     columns = lines.room()
-    brief = columns is not None and columns < 100  # a narrow terminal: without badge and kind, which `show` tells
+    # a narrow terminal: without badge and kind, which `show` tells
+    brief = columns is not None and columns < 100
 
     def row(*cells):
         left = "{:10} {:>7} {:>7} {:>6}  {:10}".format(*cells[:5])
@@ -130,7 +134,9 @@ def effect_at(record, path, scale):
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(small)()
     now, was = deltas.lookup(small, path), deltas.lookup(parent, path)
     if now == was:
-        return "  [inert]" if deltas.lookup(full, path) != deltas.lookup(before_full, path) else "  [unchanged]"
+        return (
+            "  [inert]" if deltas.lookup(full, path) != deltas.lookup(before_full, path) else "  [unchanged]"
+        )
     return "  [active]" if now == deltas.lookup(full, path) else f"  [distorted: {schema.show(now)} here]"
 
 
@@ -156,7 +162,9 @@ def diff(options):
 
 
 def setter(path, resolved):
-    if resolved.preset and path in [line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]]:
+    if resolved.preset and path in [
+        line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]
+    ]:
         return f"  ({resolved.preset})"
     links = deltas.chain(resolved.record)
     found = [r.ref for r in links if path in r.delta or any(x in r.delta for x in schema.prefixes(path))]
@@ -166,7 +174,8 @@ def setter(path, resolved):
 # ----- features ---------------------------------------------------------------------------------------------
 
 def features(options: argparse.Namespace) -> None:
-    """Every setting of the vocabulary, by section: meaning, values, default, since when, what --without does."""
+    """Every setting of the vocabulary, by section: meaning, values, default, since when, what --without
+    does."""
     first = first_setters()
     shown = [f for f in schema.fields().values() if mentions(f, options.word)]
     if not shown:
@@ -245,7 +254,10 @@ MODULES = {
     "verify": ("evidence.verify", "check a claim from its logs alone"),
     "audit": ("evidence.audit", "test the code at a git ref in a process of its own"),
     "replay": ("evidence.replay", "run again what a log describes, and compare"),
-    "variants": ("page.variant_table", "the table of docs/variants.md: sizes, FLOPs, step times, losses (imports torch)"),
+    "variants": (
+        "page.variant_table",
+        "the table of docs/variants.md: sizes, FLOPs, step times, losses (imports torch)",
+    ),
     "leaderboard": ("page.leaderboard", "write the index, LINEAGE.md and the page from the committed data"),
 }
 
@@ -285,7 +297,10 @@ def main(argv=None):
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
         product = options.command in PRODUCTS
-        with lines.fitted() if product and not getattr(options, "markdown", False) else contextlib.nullcontext():
+        with (
+            lines.fitted() if product and not getattr(options, "markdown", False)
+            else contextlib.nullcontext()
+        ):
             code = options.run(options) or 0
         sys.exit(console.settle(code) if product else code)
     except UserError as error:

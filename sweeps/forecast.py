@@ -47,7 +47,7 @@ def memory_lines(s: Settings) -> list[str]:
     return [f"{first} (counted, not measured)", *cards]
 
 
-# ----- seconds ------------------------------------------------------------------------------------------------------
+# ----- seconds ----------------------------------------------------------------------------------------------
 
 def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
     """(median wall seconds of a run of this size on this machine, number of runs), or None. folders:
@@ -87,14 +87,22 @@ def trial(plan: dict, slot: dict) -> float:
     control = plan["arms"][0]
     s = resolve(plan, control).settings
     steps = min(TRIAL_STEPS, s.schedule.steps)
-    changes = [x for flag, value in flags_of(plan, control) if value.partition("=")[0].strip() != "schedule.steps"
-               for x in (flag, value)]
+    changes = [
+        x for flag, value in flags_of(plan, control) if value.partition("=")[0].strip() != "schedule.steps"
+        for x in (flag, value)
+    ]
     preset = control["record"] in deltas.preset_names()
     name = deltas.load_preset(control["record"])[0] if preset else {"name": control["record"], "sets": []}
-    fixed = [x for text in name["sets"] if text.partition("=")[0].strip() != "schedule.steps" for x in ("--set", text)]
+    fixed = [
+        x for text in name["sets"] if text.partition("=")[0].strip() != "schedule.steps"
+        for x in ("--set", text)
+    ]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, worker.trainer(), name["name"], "--scale", plan["scale"], *fixed, *changes,
-                   "--set", f"schedule.steps={steps}", "--out", folder, *(["--data", plan["data"]] if plan["data"] else [])]
+        command = [
+            sys.executable, worker.trainer(), name["name"], "--scale", plan["scale"], *fixed, *changes,
+            "--set", f"schedule.steps={steps}", "--out", folder,
+            *(["--data", plan["data"]] if plan["data"] else [])
+        ]
         try:
             done = subprocess.run(command, cwd=runlog.ROOT, env=worker.run_environment(slot),
                                   stdin=subprocess.DEVNULL, capture_output=True, text=True,

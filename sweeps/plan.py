@@ -1,7 +1,9 @@
-"""What a sweep runs: its arms (the control and every change to it), resolved and checked before anything starts.
+"""What a sweep runs: its arms (the control and every change to it), resolved and checked before anything
+starts.
 
-A plan is a plain dict, written once as plan.json. An arm is {label, record, changes, role, ml_hash, report, ...} with role
-`control`, `arm`, `group` (all features of a section off at once) or `member` (of a group). The first arm is the control.
+A plan is a plain dict, written once as plan.json. An arm is {label, record, changes, role, ml_hash, report,
+...} with role `control`, `arm`, `group` (all features of a section off at once) or `member` (of a group). The
+first arm is the control.
 """
 
 import itertools
@@ -15,7 +17,8 @@ from declare import BEFORE, REFUSE, lookup
 from settings import NUMERICS_VERSION
 from common.errors import UserError
 
-AXES = ("model", "optim", "schedule", "data", "numerics")  # the parts of the settings that a loss can depend on
+# the parts of the settings that a loss can depend on
+AXES = ("model", "optim", "schedule", "data", "numerics")
 SCREEN_FROM = 4  # features a group from which screening is worth its runs
 
 
@@ -29,8 +32,10 @@ def resolve(plan, arm):
     values = {flag: [] for flag in ("--set", "--with", "--without", "--revert")}
     for flag, value in flags_of(plan, arm):
         values[flag].append(value)
-    return deltas.resolve_name(arm["record"], scale=plan["scale"], sets=values["--set"], with_=values["--with"],
-                               without=values["--without"], revert=values["--revert"])
+    return deltas.resolve_name(
+        arm["record"], scale=plan["scale"], sets=values["--set"], with_=values["--with"],
+        without=values["--without"], revert=values["--revert"]
+    )
 
 
 def make_arm(plan, label, record, changes, role="arm", **more):
@@ -52,7 +57,8 @@ def is_inert(plan, arm):
 
 
 def pairs_of(plan):
-    """[(arm, what it is compared with)] of the arms that differ from it; arms of equal settings are compared once."""
+    """[(arm, what it is compared with)] of the arms that differ from it; arms of equal settings are compared
+    once."""
     seen, out = set(), []
     for arm in plan["arms"][1:]:
         if not is_inert(plan, arm) and arm["ml_hash"] not in seen:
@@ -62,23 +68,27 @@ def pairs_of(plan):
 
 
 def has_one_control(plan):
-    """Whether every comparison is with the control: then Dunnett's intervals are right, and more runs of the control."""
+    """Whether every comparison is with the control: then Dunnett's intervals are right, and more runs of the
+    control."""
     return plan["kind"] != "chain" or all(other is plan["arms"][0] for _, other in pairs_of(plan))
 
 
-# ----- ablate -------------------------------------------------------------------------------------------------------
+# ----- ablate -----------------------------------------------------------------------------------------------
 
 def features(plan, wanted):
-    """Paths of the features to switch off, in the order of the vocabulary: what the chain's records set, and all switches.
+    """Paths of the features to switch off, in the order of the vocabulary: what the chain's records set, and
+    all switches.
 
-    What is off already is no feature of this record. wanted: features, or sections that stand for all features below
-    them; [] for all.
+    What is off already is no feature of this record. wanted: features, or sections that stand for all
+    features below them; [] for all.
     """
     resolved = resolve(plan, plan["arms"][0])
     record = resolved.record
     by_records = {path for link in deltas.chain(record) for path in link.delta}
-    every = [f.path for f in schema.fields().values()
-             if (f.path in by_records or f.is_feature) and f.path.split(".")[0] in AXES and not is_off(resolved.settings, f)]
+    every = [
+        f.path for f in schema.fields().values() if (f.path in by_records or f.is_feature)
+        and f.path.split(".")[0] in AXES and not is_off(resolved.settings, f)
+    ]
     out = []
     for path in wanted:
         field = schema.find_field(path)
@@ -91,22 +101,28 @@ def features(plan, wanted):
 
 
 def is_off(s, field):
-    """Whether a setting has the value that `--without` gives where that is a fixed one, or lies below something off."""
+    """Whether a setting has the value that `--without` gives where that is a fixed one, or lies below
+    something off."""
     value, off = lookup(s, field.path), field.metadata["off"]
     return value is None or (off not in (BEFORE, REFUSE) and value == off)
 
 
 def ablation(plan, options):
-    """The control, the groups if screening pays, and every feature; what cannot be switched off goes to `skipped`."""
+    """The control, the groups if screening pays, and every feature; what cannot be switched off goes to
+    `skipped`."""
     plan["arms"] = [make_arm(plan, plan["base"], plan["base"], [], "control")]
     control, members = plan["arms"][0]["ml_hash"], []
     for path in features(plan, options.features):
         try:
-            members.append(make_arm(plan, f"--without {path}", plan["base"], [f"--without {path}"], feature=path))
+            members.append(
+                make_arm(plan, f"--without {path}", plan["base"], [f"--without {path}"], feature=path)
+            )
         except UserError as error:
             if path in options.features:
                 raise
-            plan["skipped"].append({"feature": path, "reason": str(error).removeprefix(f"--without {path}: ")})
+            plan["skipped"].append(
+                {"feature": path, "reason": str(error).removeprefix(f"--without {path}: ")}
+            )
     if not members:
         raise UserError(f"{plan['base']}: none of these features can be switched off: "
                         + "; ".join(f"{s['feature']}: {s['reason']}" for s in plan["skipped"]))
@@ -120,7 +136,8 @@ def ablation(plan, options):
 
 
 def grouped(paths):
-    """{section: paths} of the features' sections; one that would hold a single feature joins the section above."""
+    """{section: paths} of the features' sections; one that would hold a single feature joins the section
+    above."""
     groups = {}
     for path in paths:
         groups.setdefault(path.rpartition(".")[0], []).append(path)
@@ -131,7 +148,8 @@ def grouped(paths):
 
 
 def add_group(plan, name, paths, members):
-    """An arm with all of a group's features off at once; if these contradict each other the members go without one."""
+    """An arm with all of a group's features off at once; if these contradict each other the members go
+    without one."""
     off = [p for p in paths if not any(q in paths for q in schema.prefixes(p))]  # what lies below goes along
     try:
         plan["arms"].append(make_arm(plan, f"--without {name} ({len(paths)} features)", plan["base"],
@@ -154,7 +172,7 @@ def why_screening(plan, asked, groups):
             "features a group (--screen insists)" if groups else "none: no section has two of these features")
 
 
-# ----- axis ---------------------------------------------------------------------------------------------------------
+# ----- axis -------------------------------------------------------------------------------------------------
 
 def axis(plan, options):
     """The control and every combination of the axes' values."""
@@ -191,7 +209,7 @@ def split(text):
     return [p.strip() for p in parts]
 
 
-# ----- chain --------------------------------------------------------------------------------------------------------
+# ----- chain ------------------------------------------------------------------------------------------------
 
 def chain(plan, options):
     """Every record from the first to the last, or of a whole lineage, each compared with its parent."""
@@ -206,24 +224,31 @@ def chain(plan, options):
                         f"{' or '.join(here)}{errors.near(options.base, here)}")
     for record, parent in links:
         more = {"parent": parent} if parent else {}
-        plan["arms"].append(make_arm(plan, record.ref, record.ref, [], "arm" if plan["arms"] else "control", **more))
+        plan["arms"].append(
+            make_arm(plan, record.ref, record.ref, [], "arm" if plan["arms"] else "control", **more)
+        )
 
 
 def between(first, last):
-    """("FIRST..LAST", [(record, ref of its parent, None for the first)]) of the records from one to a descendant."""
+    """("FIRST..LAST", [(record, ref of its parent, None for the first)]) of the records from one to a
+    descendant."""
     name, first, last = f"{first}..{last}", deltas.find_record(first), deltas.find_record(last)
     links = deltas.chain(last)
     if first not in links or first is last:
         raise UserError(f"chain {name}: {first.ref} is not an ancestor of {last.ref}")
     links = links[links.index(first):]
-    return f"{first.ref}..{last.ref}", [(record, None if record is first else record.parent) for record in links]
+    return f"{first.ref}..{last.ref}", [
+        (record, None if record is first else record.parent) for record in links
+    ]
 
 
 def whole_lineage(lineage):
-    """[(record, ref of what it is compared with)]: the control (None), then a lineage's records that have a parent.
+    """[(record, ref of what it is compared with)]: the control (None), then a lineage's records that have a
+    parent.
 
-    The first record's parent is the control. Another parent outside the lineage runs before its first child, compared with
-    its nearest ancestor among those before it (None: the control), because every arm of a sweep is compared with one.
+    The first record's parent is the control. Another parent outside the lineage runs before its first child,
+    compared with its nearest ancestor among those before it (None: the control), because every arm of a sweep
+    is compared with one.
     """
     records = deltas.load_records()
     members = [r for r in records.values() if r.ref.startswith(lineage + "/") and r.parent]
@@ -232,38 +257,54 @@ def whole_lineage(lineage):
     out = {members[0].parent: None}
     for record in members:
         if record.parent not in out and records[record.parent] not in members:
-            out[record.parent] = next((r.ref for r in deltas.chain(records[record.parent])[::-1] if r.ref in out), None)
+            out[record.parent] = next(
+                (r.ref for r in deltas.chain(records[record.parent])[::-1] if r.ref in out), None
+            )
         out[record.ref] = record.parent
     return [(records[ref], parent) for ref, parent in out.items()]
 
 
-# ----- the plan -----------------------------------------------------------------------------------------------------
+# ----- the plan ---------------------------------------------------------------------------------------------
 
 def make_plan(options):
-    """The whole sweep from the command line, everything resolved and checked; UserError if anything is wrong."""
+    """The whole sweep from the command line, everything resolved and checked; UserError if anything is
+    wrong."""
     if options.seeds < 1 or (options.controls is not None and options.controls < options.seeds):
-        raise UserError(f"--seeds {options.seeds}" + ("" if options.controls is None else f" --controls {options.controls}")
-                        + ": at least one seed, and at least as many controls")
-    common = [f"--{kind} {x}" for kind in ("revert", "with", "without", "set") for x in getattr(options, f"all_{kind}")]
+        raise UserError(
+            f"--seeds {options.seeds}"
+            + ("" if options.controls is None else f" --controls {options.controls}")
+            + ": at least one seed, and at least as many controls"
+        )
+    common = [
+        f"--{kind} {x}" for kind in ("revert", "with", "without", "set")
+        for x in getattr(options, f"all_{kind}")
+    ]
     preset = options.base in deltas.preset_names()
     scale = options.scale or (deltas.load_preset(options.base)[0]["scale"] if preset else "micro")
     base = options.base if preset or options.kind == "chain" else deltas.find_record(options.base).ref
-    plan = {"version": 1, "kind": options.kind, "name": "", "base": base, "scale": scale, "common": common,
-            "seeds": options.seeds, "controls": options.seeds, "paired": options.paired, "confidence": options.confidence,
-            "groups": [], "screening": "", "skipped": [], "arms": [], "settings": {},
-            "data": str(Path(options.data).resolve()) if options.data else None,
-            "numerics_version": NUMERICS_VERSION, "code": repository.code_version()}
+    plan = {
+        "version": 1, "kind": options.kind, "name": "", "base": base, "scale": scale, "common": common,
+        "seeds": options.seeds, "controls": options.seeds, "paired": options.paired,
+        "confidence": options.confidence, "groups": [], "screening": "", "skipped": [], "arms": [],
+        "settings": {}, "data": str(Path(options.data).resolve()) if options.data else None,
+        "numerics_version": NUMERICS_VERSION, "code": repository.code_version()
+    }
     {"ablate": ablation, "axis": axis, "chain": chain}[options.kind](plan, options)
     plan["name"] = f"{plan['kind']}_{plan['base'].replace('/', '-').replace('..', '_to_')}_{scale}"
     compared = len(pairs_of(plan))
     if not compared:
-        raise UserError(f"{plan['base']}: at scale {scale} every arm computes the same as what it is compared with; "
-                        "there is nothing to run")
-    if has_one_control(plan) and not plan["paired"]:  # sqrt(arms) times as many is best for comparisons with one control
+        raise UserError(
+            f"{plan['base']}: at scale {scale} every arm computes the same as what it is compared with; "
+            "there is nothing to run"
+        )
+    # sqrt(arms) times as many is best for comparisons with one control
+    if has_one_control(plan) and not plan["paired"]:
         plan["controls"] = options.controls or round(options.seeds * compared ** 0.5)
     elif options.controls not in (None, options.seeds):
-        raise UserError("--controls: with --paired, and in a chain of several parents, all arms have the same number of "
-                        "runs; leave it away")
+        raise UserError(
+            "--controls: with --paired, and in a chain of several parents, all arms have the same number of "
+            "runs; leave it away"
+        )
     settings = plan.pop("settings")
     try:
         plan["digests"] = digests(plan, settings)
@@ -275,9 +316,11 @@ def make_plan(options):
 
 
 def digests(plan, settings):
-    """{ml_hash: corpus_digest and val_digest} that the runs must have; UserError if the data cannot serve them.
+    """{ml_hash: corpus_digest and val_digest} that the runs must have; UserError if the data cannot serve
+    them.
 
-    settings: {ml_hash: Settings}. The number of shards read, and so the corpus digest, may differ between arms.
+    settings: {ml_hash: Settings}. The number of shards read, and so the corpus digest, may differ between
+    arms.
     """
     from data import fineweb
     from data.corpus import corpus_for

@@ -1,10 +1,10 @@
 """A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim,
 run and settle.
 
-    plan.json              what to run, written once            survivors.json        what screening left over, written once
-    claims/<target>.<k>    k-th claim; its mtime is the heartbeat
-    done/<target>.json     the result, written once             runs/<run folder>     what the trainer wrote
-    failed/<target>.json   why there is none                    output/<target>.<k>   what the run printed; kept on failure
+    plan.json              what to run, written once            survivors.json        what screening left
+    over, written once claims/<target>.<k>    k-th claim; its mtime is the heartbeat done/<target>.json
+    the result, written once             runs/<run folder>     what the trainer wrote failed/<target>.json
+    why there is none                    output/<target>.<k>   what the run printed; kept on failure
 
 A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and
 never
@@ -37,7 +37,7 @@ SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", 
 STALE_S = 120
 
 
-# ----- files ----------------------------------------------------------------------------------------------------------
+# ----- files ------------------------------------------------------------------------------------------------
 
 def write_once(path, text):
     """Create a file whole with this text; False if it exists already."""
@@ -86,7 +86,10 @@ def create(root, plan):
     old = load_plan(root)
     for key in SAME_SWEEP:
         if essence(plan, key) != essence(old, key):
-            hint = f"{old.get(key)} there, {plan[key]} here" if not isinstance(plan[key], (dict, list)) else "they differ"
+            hint = (
+                f"{old.get(key)} there, {plan[key]} here" if not isinstance(plan[key], (dict, list))
+                else "they differ"
+            )
             raise UserError(f"{root} holds another sweep ({key}: {hint}): choose another --dir, or go on with that one by "
                             f"`python sweep.py work {root}`")
     return False
@@ -130,7 +133,7 @@ def check_code(plan):
                 f"{arm['ml_hash']}: check out {plan['code'][:12]}, or plan it anew in another --dir")
 
 
-# ----- targets --------------------------------------------------------------------------------------------------------
+# ----- targets ----------------------------------------------------------------------------------------------
 
 def name_of(arm, seed):
     return f"{arm['ml_hash']}_s{seed}"
@@ -155,7 +158,9 @@ def targets(plan, survivors=None):
                 if is_member != members or (is_member
                                             and arm["group"] not in (survivors or {}).get("kept", ())):
                     continue
-                own = [seed] if arm["role"] != "control" else [s for s in seeds_of(plan, arm) if s % n == seed]
+                own = (
+                    [seed] if arm["role"] != "control" else [s for s in seeds_of(plan, arm) if s % n == seed]
+                )
                 for s in own:
                     out.setdefault(name_of(arm, s), (arm, s))
     return [(name, arm, seed) for name, (arm, seed) in out.items()]
@@ -175,7 +180,7 @@ def settled(root, known=({}, {})):
     return tuple(out)
 
 
-# ----- claims ---------------------------------------------------------------------------------------------------------
+# ----- claims -----------------------------------------------------------------------------------------------
 
 def place():
     """Where a process id means something: this boot and this process namespace."""
@@ -268,7 +273,7 @@ def utc():
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-# ----- finished runs --------------------------------------------------------------------------------------------------
+# ----- finished runs ----------------------------------------------------------------------------------------
 
 FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "corpus_digest", "val_digest",
          "registered", "device", "cpu", "machine", "torch", "code", "profiled", "processes")

@@ -25,7 +25,7 @@ COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low
            "note")
 
 
-# ----- from runs to effects -----------------------------------------------------------------------------------------
+# ----- from runs to effects ---------------------------------------------------------------------------------
 
 def runs_of(plan, arm, done):
     """The settled runs of an arm, by seed."""
@@ -125,7 +125,7 @@ def screen(plan, done):
     return out
 
 
-# ----- rows ---------------------------------------------------------------------------------------------------------
+# ----- rows -------------------------------------------------------------------------------------------------
 
 def row_of(plan, arm, found, done, failed, survivors, first):
     """One row of the evidence; `first`: label of the first arm of each ml_hash."""
@@ -137,7 +137,9 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     if same:
         notes.append(f"inert at scale {plan['scale']}: computes the same as {parent}, not run")
     elif arm["role"] == "member" and survivors and arm["group"] in survivors["dropped"]:
-        notes.append(f"not run apart: all of group {arm['group']} together is within +-{survivors['mde']:.4f}")
+        notes.append(
+            f"not run apart: all of group {arm['group']} together is within +-{survivors['mde']:.4f}"
+        )
     else:
         if first[arm["ml_hash"]] != arm["label"]:
             notes.append(f"computes the same as {first[arm['ml_hash']]}")
@@ -151,7 +153,9 @@ def row_of(plan, arm, found, done, failed, survivors, first):
         notes.append("group" +
                      (", members not run apart" if dropped else ", members run apart" if survivors else ""))
     diverged = sum(r["status"] == "diverged" for r in runs)
-    broken = [failed[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in failed]
+    broken = [
+        failed[name] for seed in queue.seeds_of(plan, arm) if (name := queue.name_of(arm, seed)) in failed
+    ]
     if diverged:
         notes.append(f"{diverged} of {len(runs)} diverged and are not in the mean")
     if broken:
@@ -243,7 +247,7 @@ def effect_text(row):
     return f"{row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
 
 
-# ----- output -------------------------------------------------------------------------------------------------------
+# ----- output -----------------------------------------------------------------------------------------------
 
 def number(value, digits=4):
     return "" if value is None else f"{value:.{digits}f}"
@@ -296,9 +300,14 @@ def markdown(found):
              "| # | arm | n | mean | effect | note |", "|--:|---|--:|--:|---|---|"]
     lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in table(found)]
     if found["skipped"]:
-        lines += ["", "Not switched off:", "", *(f"- `{s['feature']}`: {s['reason']}" for s in found["skipped"])]
-    lines += ["", f"Code {', '.join(c[:12] + c[40:] for c in found['code'])}; torch {found['torch']}; numerics version "
-              f"{found['numerics_version']}."]
+        lines += [
+            "", "Not switched off:", "", *(f"- `{s['feature']}`: {s['reason']}" for s in found["skipped"])
+        ]
+    lines += [
+        "",
+        f"Code {', '.join(c[:12] + c[40:] for c in found['code'])}; torch {found['torch']}; numerics version "
+        f"{found['numerics_version']}."
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -362,7 +371,7 @@ def report(root, out=None):
     return found, write(found, base)
 
 
-# ----- what earlier runs tell about the next ones -------------------------------------------------------------------
+# ----- what earlier runs tell about the next ones -----------------------------------------------------------
 
 def earlier_sd(plan, folder=None):
     """(pooled sd, df, names) of the committed sweeps at the plan's scale,

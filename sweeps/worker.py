@@ -29,7 +29,7 @@ POLL_S = 0.1
 GRACE_S = 60  # for a run to end its step and its log
 
 
-# ----- where runs go --------------------------------------------------------------------------------------------------
+# ----- where runs go ----------------------------------------------------------------------------------------
 
 def ask_gpus(what):
     """Rows of cells that nvidia-smi answers; [] if it cannot."""
@@ -74,7 +74,9 @@ def slots(plan, workers=None, gpus=None):
             "slurm, or insist with --set system.device=cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = max(1, min(int(asked) if asked.isdecimal() and len(asked) < 10 else cores, cores // (workers or 1)))
+    threads = max(
+        1, min(int(asked) if asked.isdecimal() and len(asked) < 10 else cores, cores // (workers or 1))
+    )
     return [{"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}] * (workers or 1)
 
 
@@ -88,7 +90,7 @@ def run_environment(slot: dict) -> dict:
     return {**os.environ, **slot}
 
 
-# ----- one run --------------------------------------------------------------------------------------------------------
+# ----- one run ----------------------------------------------------------------------------------------------
 
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -108,13 +110,17 @@ class Run:
     """One claimed target and the process that trains it."""
 
     def __init__(self, root, plan, target, arm, seed, claimed, slot, niceness):
-        self.root, self.plan, self.target, self.arm, self.seed, self.slot = root, plan, target, arm, seed, slot
+        self.root, self.plan, self.target, self.arm, self.seed, self.slot = (
+            root, plan, target, arm, seed, slot
+        )
         self.number, self.registered = claimed
         self.output = root / "output" / f"{target}.{self.number}"
         changes = [part for pair in flags_of(plan, arm) for part in pair]
         data = ["--data", plan["data"]] if plan["data"] else []
-        command = [sys.executable, trainer(), arm["record"], "--scale", plan["scale"], *changes, *data, "--seed", str(seed),
-                   "--out", str((root / "runs").resolve()), "--registered", self.registered]
+        command = [
+            sys.executable, trainer(), arm["record"], "--scale", plan["scale"], *changes, *data, "--seed",
+            str(seed), "--out", str((root / "runs").resolve()), "--registered", self.registered
+        ]
         parent, self.asked = os.getpid(), False
         self.began = self.beaten = time.monotonic()
         with open(self.output, "wb") as output:
@@ -175,11 +181,13 @@ class Run:
         if code < 0:
             hint = "; out of memory, or somebody killed it" if code == -signal.SIGKILL else ""
             return f"killed by {signal.Signals(-code).name}{hint}"
-        lines = [x for x in self.output.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()]
+        lines = [
+            x for x in self.output.read_text(encoding="utf-8", errors="replace").splitlines() if x.strip()
+        ]
         return f"exit {code}: {lines[-1][:300] if lines else 'it printed nothing'}"
 
 
-# ----- all runs -------------------------------------------------------------------------------------------------------
+# ----- all runs ---------------------------------------------------------------------------------------------
 
 class Worker:
     """Runs targets of a queue, one at a time per slot, until all are settled.
@@ -236,8 +244,10 @@ class Worker:
     def trouble(self):
         """Why no further run should start here; '' if all is well."""
         if self.failures >= FAILURES_IN_A_ROW:
-            return (f"{self.failures} runs in a row failed here, so the machine may be at fault. Reasons are in "
-                    f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry")
+            return (
+                f"{self.failures} runs in a row failed here, so the machine may be at fault. Reasons are in "
+                f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry"
+            )
         if runlog.sources()[1] != self.sources:
             return ("the trainer's code changed since this worker started. Start again: finished runs count as long as "
                     "their settings and the numerics version are those of the new code. A checkout of its own (git "
@@ -316,7 +326,7 @@ class Worker:
         return f"[{settled + more}/{len(self.todo)}] {arm['label']}  seed {seed}"
 
 
-# ----- other machines -------------------------------------------------------------------------------------------------
+# ----- other machines ---------------------------------------------------------------------------------------
 
 def executor(launcher, folder):
     """submitit's executor for Slurm, or for processes on this machine."""

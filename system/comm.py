@@ -18,13 +18,15 @@ BUCKET_BYTES = 64 * 2 ** 20  # record 22's flat buffers; here slices of the bank
 
 
 class Own(Local):
-    """A bank that this process alone holds (expert parallelism): nothing travels, and its gradient is a part of the whole."""
+    """A bank that this process alone holds (expert parallelism): nothing travels, and its gradient is a part
+    of the whole."""
     name = "own"
     partial = True
 
 
 class AllReduce(Local):
-    """Every process gets the whole gradient. shared: each updates a shard, which is then gathered; otherwise each updates all."""
+    """Every process gets the whole gradient. shared: each updates a shard, which is then gathered; otherwise
+    each updates all."""
     name = "all-reduce"
     reduces = eager = True
 
@@ -43,7 +45,9 @@ class AllReduce(Local):
 
     def reduce(self, grad):
         self.reduced = grad
-        self.work = [dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True) for x in self.pieces(grad) if x.numel()]
+        self.work = [
+            dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True) for x in self.pieces(grad) if x.numel()
+        ]
 
     def wait(self, grad):
         for work in self.work:
@@ -88,7 +92,8 @@ class ReduceScatter(AllReduce):
 
 
 class UpdatesAllReduced(AllReduce):
-    """Record 6: a process computes the updates of every world-th unit, and one sum brings everyone all updates."""
+    """Record 6: a process computes the updates of every world-th unit, and one sum brings everyone all
+    updates."""
     name = "updates all-reduced"
     sends_updates = True
 
@@ -107,7 +112,8 @@ class UpdatesAllReduced(AllReduce):
 
 
 class Ordered(AllReduce):
-    """The local trees of all processes are summed in one tree by rank: the same bits on 1, 2, 4 and 8 processes."""
+    """The local trees of all processes are summed in one tree by rank: the same bits on 1, 2, 4 and 8
+    processes."""
     name = "ordered tree"
     reduces = eager = False
 
@@ -130,7 +136,8 @@ class Communication:
         self.keeps_experts = s.system.expert_parallel
 
     def of(self, shared: bool, experts: bool):
-        """The object for one bank. shared: its rule is dear, and each process updates a share; experts: a stack of experts."""
+        """The object for one bank. shared: its rule is dear, and each process updates a share; experts: a
+        stack of experts."""
         here = (self.rank, self.world)
         if experts and self.keeps_experts:
             return Own()

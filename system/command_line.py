@@ -1,4 +1,5 @@
-"""The command line of the trainer. No torch here, so that a wrong setting is refused before the seconds that torch takes."""
+"""The command line of the trainer. No torch here, so that a wrong setting is refused before the seconds that
+torch takes."""
 
 import argparse
 
@@ -16,36 +17,72 @@ def parser() -> arguments.Parser:
     p = arguments.Parser(
         prog="train_gpt.py", description="Train a record of the NanoGPT speedrun, or any change to one.",
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
-    p.add_argument("record", nargs="?", help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset "
-                                             "(tiny-v1)")
-    p.add_argument("--scale", choices=list(SCALES), help="full (as published), small (one GPU), tiny (CPU), micro (tests)")
-    p.add_argument("--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value")
+    p.add_argument(
+        "record", nargs="?",
+        help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v1)"
+    )
+    p.add_argument(
+        "--scale", choices=list(SCALES),
+        help="full (as published), small (one GPU), tiny (CPU), micro (tests)"
+    )
+    p.add_argument(
+        "--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value"
+    )
     p.add_argument("--with", dest="with_", action="append", default=[], metavar="PATH[=VALUE|@RECORD]",
                    help="turn a feature on")
-    p.add_argument("--without", action="append", default=[], metavar="PATH", help="turn a feature off (ablation)")
-    p.add_argument("--revert", action="append", default=[], metavar="RECORD", help="replay the chain without its delta")
+    p.add_argument(
+        "--without", action="append", default=[], metavar="PATH", help="turn a feature off (ablation)"
+    )
+    p.add_argument(
+        "--revert", action="append", default=[], metavar="RECORD", help="replay the chain without its delta"
+    )
+    execution(p)
+    return p
+
+
+def execution(p: arguments.Parser) -> None:
+    """Options that say how and where a run is executed, not what it trains."""
     p.add_argument("--seed", type=arguments.seed, default=0, help="seed of the initial weights")
     p.add_argument("--nproc", type=arguments.integer(1, 8), metavar="N",
                    help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
-    p.add_argument("--data", metavar="DIR", help="folder of shards (default: embedded corpus at tiny and micro, "
-                                                 "data/fineweb10B else)")
+    p.add_argument(
+        "--data", metavar="DIR",
+        help="folder of shards (default: embedded corpus at tiny and micro, data/fineweb10B else)"
+    )
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
-    p.add_argument("--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
-                   help="copy the curve there at each validation, while the clock stands; the package must be installed "
-                        "(may be given again)")
-    p.add_argument("--compile-cache", metavar="FILE", help="compiled code in one file, for machines that start bare: read if it "
-                                                           "exists, written after the warm-up if something new was compiled")
-    p.add_argument("--registered", default="", metavar="HASH", help="entry of a manifest that announced this run (set by "
-                                                                    "`records compare` and `records submit`)")
-    p.add_argument("--dry-run", "--plan", dest="plan", action="store_true", help="print the differences from the parent, "
-                   "settings, schedule, shapes and parameters; train nothing (--plan is the same)")
-    p.add_argument("--strict", action="store_true", help="refuse to run in a slower way than the record and the device allow, "
-                                                         "and fail if anything was compiled after the warm-up")
-    p.add_argument("--check-sync", action="store_true", help="stop at the first operation of a timed step that makes the program "
-                                                            "wait for the device")
-    p.add_argument("--profile", type=arguments.steps_range, metavar="A:B", help="torch.profiler trace of steps A..B-1 into the run folder")
-    return p
+    p.add_argument(
+        "--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
+        help="copy the curve there at each validation, while the clock stands; the package must be installed "
+        "(may be given again)"
+    )
+    p.add_argument(
+        "--compile-cache", metavar="FILE",
+        help="compiled code in one file, for machines that start bare: read if it "
+        "exists, written after the warm-up if something new was compiled"
+    )
+    p.add_argument(
+        "--registered", default="", metavar="HASH",
+        help="entry of a manifest that announced this run (set by `records compare` and `records submit`)"
+    )
+    p.add_argument(
+        "--dry-run", "--plan", dest="plan", action="store_true",
+        help="print the differences from the parent, "
+        "settings, schedule, shapes and parameters; train nothing (--plan is the same)"
+    )
+    p.add_argument(
+        "--strict", action="store_true",
+        help="refuse to run in a slower way than the record and the device allow, "
+        "and fail if anything was compiled after the warm-up"
+    )
+    p.add_argument(
+        "--check-sync", action="store_true",
+        help="stop at the first operation of a timed step that makes the program wait for the device"
+    )
+    p.add_argument(
+        "--profile", type=arguments.steps_range, metavar="A:B",
+        help="torch.profiler trace of steps A..B-1 into the run folder"
+    )
 
 
 def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Resolved]:
@@ -53,11 +90,15 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
     options = parser().parse_args(argv)
     try:
         if options.record is None:
-            raise UserError("no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
-                            "--scale tiny`; on 8 GPUs `train_gpt.py short/head --nproc 8` "
-                            "after `python -m data.fineweb short/head`")
+            raise UserError(
+                "no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
+                "--scale tiny`; on 8 GPUs `train_gpt.py short/head --nproc 8` "
+                "after `python -m data.fineweb short/head`"
+            )
         if options.nproc is not None and options.nproc not in PROCESSES:
-            raise UserError(f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks")
+            raise UserError(
+                f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks"
+            )
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):

@@ -1,7 +1,8 @@
-"""torch.compile's surroundings: where it keeps what it made, what it spent its seconds on, one file to take along.
+"""torch.compile's surroundings: where it keeps what it made, what it spent its seconds on, one file to take
+along.
 
-The settings say whether something is compiled; nothing here imports the compiler before that. All of it is about time: what
-a graph computes does not depend on it.
+The settings say whether something is compiled; nothing here imports the compiler before that. All of it is
+about time: what a graph computes does not depend on it.
 """
 
 import hashlib
@@ -26,10 +27,11 @@ FILE_VERSION = 1
 PARTS_KEPT = 16  # of each process: as many runs that had something new to compile, the newest ones
 
 
-# ----- before anything is compiled ----------------------------------------------------------------------------------
+# ----- before anything is compiled --------------------------------------------------------------------------
 
 def check_compilers(cuda: bool) -> None:
-    """UserError if torch.compile lacks the compiler that it calls: a C compiler for Triton on a GPU, a C++ compiler on a CPU."""
+    """UserError if torch.compile lacks the compiler that it calls: a C compiler for Triton on a GPU, a C++
+    compiler on a CPU."""
     if cuda:
         if c_compiler() is None:
             raise UserError("torch.compile needs a C compiler for Triton, and there is no gcc, clang or $CC here: install one "
@@ -49,7 +51,8 @@ def check_compilers(cuda: bool) -> None:
 
 
 def is_plain(path: str | Path) -> bool:
-    """True if torch's C++ builder can take a path, which it writes unquoted into a command line: no spaces, no quotes."""
+    """True if torch's C++ builder can take a path, which it writes unquoted into a command line: no spaces,
+    no quotes."""
     try:
         return shlex.split(str(path)) == [str(path)]
     except ValueError:  # a single quote
@@ -57,7 +60,8 @@ def is_plain(path: str | Path) -> bool:
 
 
 def cache_place(cache: str | Path) -> Path:
-    """`cache`/compiled as an absolute path; a folder of this user elsewhere if that path has spaces or quotes in it."""
+    """`cache`/compiled as an absolute path; a folder of this user elsewhere if that path has spaces or quotes
+    in it."""
     folder = Path(cache).absolute() / "compiled"
     if is_plain(folder):
         return folder
@@ -72,31 +76,38 @@ def cache_place(cache: str | Path) -> Path:
     if not is_plain(place):
         raise UserError(f"torch's C++ builder takes no path with spaces, and {folder} and {place} have some: set SPEEDRUN_CACHE "
                         "to a folder without")
-    place.mkdir(mode=0o700, exist_ok=True)  # anybody may make folders there, and what lies in this one is executed
+    # anybody may make folders there, and what lies in this one is executed
+    place.mkdir(mode=0o700, exist_ok=True)
     state = place.lstat()
-    if hasattr(os, "getuid") and (not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022):
+    if hasattr(os, "getuid") and (
+        not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022
+    ):
         raise UserError(f"{place} belongs to somebody else: set SPEEDRUN_CACHE to a folder of your own without spaces in its path")
     return place
 
 
 def quote_library_folders() -> None:
-    """Let torch's C++ builder link with a torch whose path has spaces: 2.11 to 2.13 quote folders of headers, not of libraries."""
+    """Let torch's C++ builder link with a torch whose path has spaces: 2.11 to 2.13 quote folders of headers,
+    not of libraries."""
     if is_plain(Path(torch.__file__).parent):
         return
     from torch._inductor import cpp_builder
     base = cpp_builder.BuildOptionsBase
     if not hasattr(base, "unquoted_libraries_dirs"):
         base.unquoted_libraries_dirs = base.get_libraries_dirs
-        base.get_libraries_dirs = lambda self: [shlex.quote(folder) for folder in self.unquoted_libraries_dirs()]
+        base.get_libraries_dirs = lambda self: [
+            shlex.quote(folder) for folder in self.unquoted_libraries_dirs()
+        ]
 
 
 def prepare(cache, cuda, processes=1):
-    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start the workers.
+    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start
+    the workers.
 
-    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into machine code,
-    take seconds to start: they do it while data and model are made. The `processes` of this machine share out its cores, as
-    each of them compiles. On a CPU the kernels are C++, made by threads. UserError if the folder cannot be made, or a compiler is
-    missing.
+    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into
+    machine code, take seconds to start: they do it while data and model are made. The `processes` of this
+    machine share out its cores, as each of them compiles. On a CPU the kernels are C++, made by threads.
+    UserError if the folder cannot be made, or a compiler is missing.
     """
     for variable, name in FOLDERS.items():
         if variable not in os.environ:
@@ -109,7 +120,9 @@ def prepare(cache, cuda, processes=1):
                                 "you may write") from None
             os.environ[variable] = str(folder)
         elif not cuda and not is_plain(os.environ[variable]):
-            raise UserError(f"{variable}={os.environ[variable]}: torch's C++ builder takes no path with spaces or quotes")
+            raise UserError(
+                f"{variable}={os.environ[variable]}: torch's C++ builder takes no path with spaces or quotes"
+            )
     if processes > 1:  # torch's own default: as many as there are cores, at most 32, in every process
         threads = max(1, min(32, (os.cpu_count() or 1) // processes))
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(threads))
@@ -121,49 +134,57 @@ def prepare(cache, cuda, processes=1):
         getattr(async_compile, "maybe_warm_pool", lambda: None)()
 
 
-# ----- what it cost -------------------------------------------------------------------------------------------------
+# ----- what it cost -----------------------------------------------------------------------------------------
 
 def graph_count() -> int:
     """Number of graphs that torch.compile has made in this process so far."""
-    dynamo = sys.modules.get("torch._dynamo")  # importing it takes a second, and a run that does not compile has none
+    # importing it takes a second, and a run that does not compile has none
+    dynamo = sys.modules.get("torch._dynamo")
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def account():
     """Where the compiler's time went in this process so far; None if it compiled nothing.
 
-    Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source code (AOTAutograd
-    and Inductor; with a warm cache what reading it took), kernels_s making machine code (C++ or Triton, waiting for workers
-    included) and loading it, autotune_s trying out Triton configurations at the first run. hits, misses: graphs found in the
-    cache (code for forward and backward) or not; a graph that dynamo began again is missed twice. Triton kernels of kernels/
-    are not in it.
+    Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source
+    code (AOTAutograd and Inductor; with a warm cache what reading it took), kernels_s making machine code
+    (C++ or Triton, waiting for workers included) and loading it, autotune_s trying out Triton configurations
+    at the first run. hits, misses: graphs found in the cache (code for forward and backward) or not; a graph
+    that dynamo began again is missed twice. Triton kernels of kernels/ are not in it.
     """
     utils = sys.modules.get("torch._dynamo.utils")  # who does not compile has none
     if utils is None or not utils.counters["stats"]["unique_graphs"]:
         return None
     spent = {name: sum(times) for name, times in utils.compilation_time_metrics.items()}
-    frames, backends, backward, kernels, autotune = (spent.get(name, 0.0) for name in (
-        "_compile.compile_inner", "OutputGraph.call_user_compiler", "backward._backward_impl", "PyCodeCache.load_by_key_path",
-        "CachingAutotuner.benchmark_all_configs"))
+    frames, backends, backward, kernels, autotune = (
+        spent.get(name, 0.0)
+        for name in (
+            "_compile.compile_inner", "OutputGraph.call_user_compiler", "backward._backward_impl",
+            "PyCodeCache.load_by_key_path", "CachingAutotuner.benchmark_all_configs"
+        )
+    )
     found = utils.counters["aot_autograd"]
     parts = {"dynamo_s": frames - backends, "inductor_s": backends + backward - kernels, "kernels_s": kernels,
              "autotune_s": autotune}
-    return {**{name: round(max(0.0, value), 3) for name, value in parts.items()}, "hits": found["autograd_cache_hit"],
-            "misses": found["autograd_cache_miss"] + found["autograd_cache_bypass"]}
+    return {
+        **{name: round(max(0.0, value), 3) for name, value in parts.items()},
+        "hits": found["autograd_cache_hit"],
+        "misses": found["autograd_cache_miss"] + found["autograd_cache_bypass"]
+    }
 
 
-# ----- one file -----------------------------------------------------------------------------------------------------
+# ----- one file ---------------------------------------------------------------------------------------------
 
 class CacheFile:
     """Compiled code of many runs in one file, for machines that start bare: --compile-cache FILE.
 
-    A zip archive: about.json says what it was made by and holds for each part (of one process in one run) the hashes of its
-    artefacts; each part is what torch.compiler.save_cache_artifacts gives. A part that a newer one covers is dropped. What the
-    compiler takes from it is checked by its own keys (source of the graph, torch, device), so another commit costs misses and
-    no errors. It unpickles: load only files of your own.
+    A zip archive: about.json says what it was made by and holds for each part (of one process in one run) the
+    hashes of its artefacts; each part is what torch.compiler.save_cache_artifacts gives. A part that a newer
+    one covers is dropped. What the compiler takes from it is checked by its own keys (source of the graph,
+    torch, device), so another commit costs misses and no errors. It unpickles: load only files of your own.
 
-    A file of another torch, Triton or device is left alone: on its own machine it is still good. A broken one is replaced.
-    Neither stops a run.
+    A file of another torch, Triton or device is left alone: on its own machine it is still good. A broken one
+    is replaced. Neither stops a run.
     """
 
     def __init__(self, path, rank, device):
@@ -174,7 +195,10 @@ class CacheFile:
         name = f"CPU {torch.backends.cpu.get_cpu_capability()}"
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
-        self.made_by = {"compile_cache": FILE_VERSION, "torch": torch.__version__, "triton": triton_version(), "device": name}
+        self.made_by = {
+            "compile_cache": FILE_VERSION, "torch": torch.__version__, "triton": triton_version(),
+            "device": name
+        }
         self.foreign = self.loaded = False
 
     def read(self):
@@ -185,7 +209,10 @@ class CacheFile:
             with zipfile.ZipFile(self.path) as archive:
                 about = json.loads(archive.read("about.json"))
                 return about, {name: archive.read(name) for name in about["parts"]}
-        except (zipfile.BadZipFile, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError, RuntimeError) as error:
+        except (
+            zipfile.BadZipFile, KeyError, TypeError, AttributeError, EOFError, OSError, ValueError,
+            RuntimeError
+        ) as error:
             raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
 
     def load(self):
@@ -207,12 +234,16 @@ class CacheFile:
         return []
 
     def save(self, gather, main):
-        """Add what the processes compiled, if something was new. gather: World.gather_objects. Returns lines to say."""
+        """Add what the processes compiled, if something was new. gather: World.gather_objects. Returns lines
+        to say."""
         cost, part, lines = account(), None, []
         if cost and (cost["misses"] or not self.loaded) and not self.foreign:
             try:
                 data, info = torch.compiler.save_cache_artifacts()
-                part = self.rank, data, sorted(key_hash(kind, k) for kind, keys in info.artifacts.items() for k in keys)
+                part = (
+                    self.rank, data,
+                    sorted(key_hash(kind, k) for kind, keys in info.artifacts.items() for k in keys)
+                )
             except Exception as error:  # TypeError where torch has nothing to give
                 lines = [f"compile cache {self.path}: {first_line(error)}; nothing saved"]
         fresh = [x for x in gather(part) if x is not None]  # every process takes part
@@ -224,7 +255,8 @@ class CacheFile:
         return lines
 
     def write(self, fresh):
-        """Replace the file by one with these parts (rank, bytes, hashes) and what is left of the old ones. Returns its bytes."""
+        """Replace the file by one with these parts (rank, bytes, hashes) and what is left of the old ones.
+        Returns its bytes."""
         try:
             about, parts = self.read()
         except ValueError:
@@ -238,7 +270,10 @@ class CacheFile:
             for name in mine[:max(0, len(mine) - PARTS_KEPT + 1)]:
                 del kept[name]
             kept[f"{rank}-{hashlib.sha256(data).hexdigest()[:16]}"] = {"rank": rank, "keys": keys}, data
-        with files.writing(self.path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with (
+            files.writing(self.path) as file,
+            zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        ):
             about = {**self.made_by, "parts": {name: part for name, (part, _) in kept.items()}}
             archive.writestr("about.json", files.json_text(about))
             for name, (_, data) in kept.items():
@@ -247,7 +282,8 @@ class CacheFile:
 
 
 def failure(error: BaseException, folder: Path | None) -> str | None:
-    """One line for an error of torch.compile, or None for any other error. The whole of it goes to a file in the run folder.
+    """One line for an error of torch.compile, or None for any other error. The whole of it goes to a file in
+    the run folder.
 
     folder: of the run; None on processes that have none.
     """

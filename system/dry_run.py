@@ -36,12 +36,18 @@ def print_plan(resolved):
     print(f"\nschedule (step: {', '.join(columns)}):")
     changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
     for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
-        print(f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}" + windows_text(s, plans[i].shape.windows))
+        print(
+            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
+            + windows_text(s, plans[i].shape.windows)
+        )
     if plans[0].shape.windows:
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         print(f"  final validation:{windows_text(s, final)}{last}")
-    if still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance else 0:
+    if (
+        still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
+        else 0
+    ):
         print(f"  the routers' biases stand still from step {len(plans) - still} on")
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
@@ -49,9 +55,15 @@ def print_plan(resolved):
         print(line)
     print(f"\n{len(plans)} steps{each if total == len(plans) * plans[0].tokens else ''} = {total:,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
-    kinds = dict.fromkeys((spec.attn.heads, spec.attn.qk, spec.attn.v) for spec in layer_specs(s) if spec.attn is not None)
-    print(" or ".join(f"{heads} heads of {qk}" + (f" (values {v})" if v != qk else "") for heads, qk, v in kinds)
-          + f", {padded_vocab(s)} classes")
+    kinds = dict.fromkeys(
+        (spec.attn.heads, spec.attn.qk, spec.attn.v) for spec in layer_specs(s) if spec.attn is not None
+    )
+    print(
+        " or ".join(
+            f"{heads} heads of {qk}" + (f" (values {v})" if v != qk else "") for heads, qk, v in kinds
+        )
+        + f", {padded_vocab(s)} classes"
+    )
     print(size(s))
     for line in parameters(s):
         print(line)
@@ -76,7 +88,8 @@ def stage_table(s, plans):
 
 
 def from_parent(resolved):
-    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the record."""
+    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the
+    record."""
     record, s, scale = resolved.record, resolved.settings, resolved.scale
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
     other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
@@ -91,7 +104,8 @@ def from_parent(resolved):
 
 
 def parameters(s):
-    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight processes."""
+    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight
+    processes."""
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
@@ -104,8 +118,8 @@ def parameters(s):
 
 
 def graphs(s, plans):
-    """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes, with their backward
-    in training, and the update of each bank."""
+    """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes,
+    with their backward in training, and the update of each bank."""
     from model import without_values
     from optim import Optimizer
     cuda = s.system.device != "cpu"
@@ -113,12 +127,22 @@ def graphs(s, plans):
     shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in {p.shape for p in plans})
     length = s.validation.seq_len
     validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
-    forwards = [*(("training", at_once * tokens // seq_len, seq_len, windows) for (tokens, seq_len), windows in sorted(shapes.items())),
-                ("validation", validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
-                 len(validated))]
+    forwards = [
+        *(
+            ("training", at_once * tokens // seq_len, seq_len, windows)
+            for (tokens, seq_len), windows in sorted(shapes.items())
+        ),
+        (
+            "validation",
+            validation_rows_at_once(s.validation.tokens // LOGICAL_RANKS // length, length, cuda), length,
+            len(validated)
+        ),
+    ]
     banks = Optimizer(without_values(s), s).banks
-    yield (f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
-           + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else ""))
+    yield (
+        f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
+        + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else "")
+    )
     for what, rows, tokens, windows in forwards:
         each = f", for each of {windows} windows" if windows > 1 else ""
         yield f"  {what}: {rows} row{'s' if rows > 1 else ''} of {tokens} tokens{each}"
@@ -140,11 +164,16 @@ def held(s):
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
         system = fitted.system
-        how = [f"{system.ranks_per_forward} logical rank{'s' if system.ranks_per_forward > 1 else ''} a forward"]
+        how = [
+            f"{system.ranks_per_forward} logical rank{'s' if system.ranks_per_forward > 1 else ''} a forward"
+        ]
         how += ["loss in chunks"] if memory.chunked(fitted) else []
         how += ["blocks recomputed"] if system.recompute == "on" else []
         fits = e.total <= memory.SHARE * card * 2**30
-        yield f"  a card of {card} GiB: " + ", ".join(how) + f"; {mib(e.total)}" + ("" if fits else ": too much")
+        yield (
+            f"  a card of {card} GiB: " + ", ".join(how) + f"; {mib(e.total)}"
+            + ("" if fits else ": too much")
+        )
 
 
 def mib(size):
@@ -186,13 +215,17 @@ def size(s):
     from model import without_values
     model = without_values(s)
     active, (products, attended) = model.num_active(), flops(s, model)
-    return (f"{model.num_parameters():,} parameters" + (f", {active:,} active in a token" if s.model.mlp.moe else "")
-            + f"; {(products + attended) / 1e6:,.0f} MFLOP a token in training, {attended / 1e6:,.0f} of them of queries, keys and "
-            f"values ({context_text(s)})")
+    return (
+        f"{model.num_parameters():,} parameters"
+        + (f", {active:,} active in a token" if s.model.mlp.moe else "")
+        + f"; {(products + attended) / 1e6:,.0f} MFLOP a token in training, {attended / 1e6:,.0f} of them of queries, keys and "
+        f"values ({context_text(s)})"
+    )
 
 
 def flops(s, model):
-    """FLOPs of a token in training, mean over the steps: (of matrix products with weights, of attention's own products)."""
+    """FLOPs of a token in training, mean over the steps: (of matrix products with weights, of attention's own
+    products)."""
     steps = Counter(schedule.windows(s, i) for i in range(s.schedule.steps))
     attended = sum(n * model.attention_flops_per_token(windows) for windows, n in steps.items())
     return model.flops_per_token(), attended / s.schedule.steps
@@ -200,6 +233,9 @@ def flops(s, model):
 
 def context_text(s):
     """What attention's FLOPs are counted over."""
-    how = "every earlier token of the row seen" if s.model.attn.window is None else "windows averaged over the steps"
+    how = (
+        "every earlier token of the row seen" if s.model.attn.window is None
+        else "windows averaged over the steps"
+    )
     how += ", borders of documents not counted" if s.model.attn.documents else ""
     return f"rows of {s.data.seq_len:,} tokens, {how}"

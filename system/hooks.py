@@ -1,7 +1,9 @@
-"""State that a run carries next to parameters and optimizer, and the points of a step at which the state may act.
+"""State that a run carries next to parameters and optimizer, and the points of a step at which the state may
+act.
 
-A hook is an object with the methods of Stateful; `hooks_of(model)` makes those that the model's parts need. What a hook lists
-in tensors() is covered by the proof of the reset (system.warmup) and by the memory estimate (system.memory).
+A hook is an object with the methods of Stateful; `hooks_of(model)` makes those that the model's parts need.
+What a hook lists in tensors() is covered by the proof of the reset (system.warmup) and by the memory estimate
+(system.memory).
 """
 
 import contextlib
@@ -33,7 +35,8 @@ class Stateful:
         return contextlib.nullcontext()
 
     def reset(self) -> None:
-        """Bring the state back to what it was before the first step; model and optimizer are reset already."""
+        """Bring the state back to what it was before the first step; model and optimizer are reset
+        already."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All tensors of the state, by a name."""
@@ -65,7 +68,8 @@ class RouterBalance(Stateful):
     def before_update(self, plan: StepPlan, world: World) -> None:
         if not self.routers:
             return
-        tallies = world.total(torch.stack([router.tally for router in self.routers.values()]))  # (layers, 2 E + 1)
+        # (layers, 2 E + 1)
+        tallies = world.total(torch.stack([router.tally for router in self.routers.values()]))
         for router, tally in zip(self.routers.values(), tallies):
             router.settle(tally, plan.tokens, plan.moves_bias)
 
@@ -75,7 +79,8 @@ class RouterBalance(Stateful):
 
 
 class FP8Scales(Stateful):
-    """Delayed scales of the MLPs that are in FP8: each step looks at the weights as the last update left them."""
+    """Delayed scales of the MLPs that are in FP8: each step looks at the weights as the last update left
+    them."""
 
     def __init__(self, model: GPT) -> None:
         self.mlps = model.fp8_mlps()

@@ -1,10 +1,12 @@
-"""Start one program as several processes of this machine, and end with the code that says most about how they ended.
+"""Start one program as several processes of this machine, and end with the code that says most about how they
+ended.
 
     python train_gpt.py short/33 --nproc 8          # the trainer starts itself so
-    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*
+    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, LOCAL_RANK and
+    MASTER_*
 
-`torchrun` turns every code but 0 into 1 and a page of text, so that a missed target looks like a crash. Only the standard
-library here: it is run by its path, for programs of other checkouts too.
+`torchrun` turns every code but 0 into 1 and a page of text, so that a missed target looks like a crash. Only
+the standard library here: it is run by its path, for programs of other checkouts too.
 """
 
 import contextlib
@@ -23,8 +25,8 @@ ENDING_S = 5.0  # for the others to end by themselves when one has failed: they 
 GRACE_S = 10.0  # to end after SIGTERM
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 KILL = getattr(signal, "SIGKILL", 9)  # Windows has none
-# Of the codes that processes ended with the first one of these is taken. A process that loses a peer ends with 1, one that is
-# told to end with 130: neither says why.
+# Of the codes that processes ended with the first one of these is taken. A process that loses a peer ends
+# with 1, one that is told to end with 130: neither says why.
 TELLING = (2, 4, 3, 130)
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -32,9 +34,10 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 def launch(command: Sequence[str], processes: int, environment: Mapping[str, str] | None = None) -> int:
     """Run a command as `processes` processes and return one exit code.
 
-    All stand in this program's process group. SIGINT, SIGTERM and SIGHUP are passed on (one that is ignored stays so); they
-    may get the same signal from the terminal too. When one process fails, the others get ENDING_S to end by themselves, then
-    SIGTERM, then SIGKILL. A process that dies by a signal that did not come from here is told in one line.
+    All stand in this program's process group. SIGINT, SIGTERM and SIGHUP are passed on (one that is ignored
+    stays so); they may get the same signal from the terminal too. When one process fails, the others get
+    ENDING_S to end by themselves, then SIGTERM, then SIGKILL. A process that dies by a signal that did not
+    come from here is told in one line.
     """
     return Launch(processes, os.environ if environment is None else environment).run(command)
 
@@ -47,7 +50,8 @@ def free_port() -> int:
 
 
 def tie(parent: int) -> None:
-    """In a child before it starts its program: it gets SIGTERM when `parent` dies, however that dies (Linux)."""
+    """In a child before it starts its program: it gets SIGTERM when `parent` dies, however that dies
+    (Linux)."""
     if LIBC is not None:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died in between
@@ -61,9 +65,13 @@ class Launch:
         threads = max(1, (os.cpu_count() or 1) // processes)  # they share the cores
         common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1",
                   "MASTER_PORT": free_port()}
-        self.environments = [{"OMP_NUM_THREADS": str(threads), **environment,
-                              **{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}}
-                             for rank in range(processes)]
+        self.environments = [
+            {
+                "OMP_NUM_THREADS": str(threads), **environment,
+                **{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            }
+            for rank in range(processes)
+        ]
         self.running: dict[int, subprocess.Popen] = {}  # by rank
         self.codes: dict[int, int] = {}  # of those that ended, negative: by this signal
         self.asked: int | None = None  # the first signal that was passed on
@@ -71,7 +79,10 @@ class Launch:
         self.sent: set[int] = set()  # signals of ours to processes that did not end by themselves
 
     def run(self, command: Sequence[str]) -> int:
-        before = {s: signal.signal(s, self.pass_on) for s in SIGNALS if signal.getsignal(s) not in (signal.SIG_IGN, None)}
+        before = {
+            s: signal.signal(s, self.pass_on) for s in SIGNALS
+            if signal.getsignal(s) not in (signal.SIG_IGN, None)
+        }
         try:
             for rank, environment in enumerate(self.environments):
                 if self.asked is None:
@@ -145,7 +156,8 @@ class Launch:
 
 
 def telling(codes: Iterable[int]) -> int:
-    """One exit code of many processes: that of a death by a signal (negative), else the first of TELLING, else any but 0."""
+    """One exit code of many processes: that of a death by a signal (negative), else the first of TELLING,
+    else any but 0."""
     codes = set(codes)
     if codes and min(codes) < 0:
         return 128 - min(codes)
@@ -171,7 +183,10 @@ def say(line: str) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) < 2 or not argv[0].isascii() or not argv[0].isdigit() or not 1 <= int(argv[0]) <= PROGRAM_MAX:
+    if (
+        len(argv) < 2 or not argv[0].isascii() or not argv[0].isdigit()
+        or not 1 <= int(argv[0]) <= PROGRAM_MAX
+    ):
         say(f"error: expected a number of processes from 1 to {PROGRAM_MAX} and a program, like launch.py 8 train_gpt.py")
         return 2
     return launch([sys.executable, *argv[1:]], int(argv[0]))

@@ -1,7 +1,8 @@
 """How busy the machine is with other programs while the clock of a run goes. No torch here.
 
-On Linux /proc/stat says what all processors did, and this process what it used of that: the rest is other programs (and,
-in a virtual machine, other guests). Elsewhere the load average of the last minute stands in, once the clock went that long.
+On Linux /proc/stat says what all processors did, and this process what it used of that: the rest is other
+programs (and, in a virtual machine, other guests). Elsewhere the load average of the last minute stands in,
+once the clock went that long.
 """
 
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 STAT = Path("/proc/stat")
 BUSY_SHARE = 0.1  # of the cores: what other programs may use before a run counts as not alone
-FIELDS = ("load_start", "load_end", "own_cores", "other_cores", "alone")  # in the first and the last event of a log
+# in the first and the last event of a log
+FIELDS = ("load_start", "load_end", "own_cores", "other_cores", "alone")
 LOAD_WINDOW_S = 60  # what the first load average covers
 
 
@@ -33,7 +35,8 @@ def busy_seconds() -> float | None:
 
 
 class Meter:
-    """CPU seconds of this process and of the machine, summed over the intervals between `start` and `stop`."""
+    """CPU seconds of this process and of the machine, summed over the intervals between `start` and
+    `stop`."""
 
     def __init__(self) -> None:
         self.own_s, self.wall_s = 0.0, 0.0
@@ -53,7 +56,8 @@ class Meter:
 
 
 def account(meter: Meter, own_s: float, cores: int) -> dict:
-    """What the last event of a log says: load_end, own_cores, other_cores (mean over the clock) and alone, each maybe None.
+    """What the last event of a log says: load_end, own_cores, other_cores (mean over the clock) and alone,
+    each maybe None.
 
     Args:
         own_s: CPU seconds of all processes of the run on this machine while its clock went
@@ -74,7 +78,8 @@ def account(meter: Meter, own_s: float, cores: int) -> dict:
 
 
 def remark(found: dict, cores: int) -> list[str]:
-    """The line of a verdict that says that a run was not alone, in a list; [] if it was, or if nobody knows."""
+    """The line of a verdict that says that a run was not alone, in a list; [] if it was, or if nobody
+    knows."""
     if found["alone"] is not False:
         return []
     load = "" if found["load_end"] is None else f", load {found['load_end']:.1f}"

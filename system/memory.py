@@ -1,8 +1,11 @@
-"""What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too small for it.
+"""What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too
+small for it.
 
-    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and what the forward pass
+    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and
+    what the forward pass
                                             keeps when it is not compiled; a compiled one keeps less
-    fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it fits
+    fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it
+    fits
 """
 
 import contextlib
@@ -24,10 +27,13 @@ SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and th
 class Estimate(NamedTuple):
     """Bytes on one device."""
     parameters: int
-    gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
+    # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
+    gradients: int
     state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
-    passing: int  # the largest that comes and goes next to it: gradients of the logits, or of a chunk of them, or of a block
+    # the largest that comes and goes next to it: gradients of the logits, or of a chunk of them, or of a
+    # block
+    passing: int
 
     @property
     def total(self):
@@ -36,13 +42,16 @@ class Estimate(NamedTuple):
 
 def report(s, estimate):
     """What the log says: MiB of each part, and the choices that it was made for."""
-    sizes = {name: round(value / 2**20) for name, value in {**estimate._asdict(), "total": estimate.total}.items()}
+    sizes = {
+        name: round(value / 2**20) for name, value in {**estimate._asdict(), "total": estimate.total}.items()
+    }
     return {"mib": sizes, "ranks_per_forward": s.system.ranks_per_forward, "loss": s.system.kernels.loss,
             "recompute": s.system.recompute}
 
 
 class Kept:
-    """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told of."""
+    """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told
+    of."""
 
     def __init__(self, known=()):
         self.known, self.storages = {t.untyped_storage()._cdata for t in known}, {}
@@ -120,9 +129,11 @@ def with_system(s, **changes):
 
 
 def fit(s, ranks, capacity, world=1):
-    """(settings, Estimate): what `system` leaves open is chosen so that SHARE of `capacity` bytes suffices, else as small as it can.
+    """(settings, Estimate): what `system` leaves open is chosen so that SHARE of `capacity` bytes suffices,
+    else as small as it can.
 
-    In this order, which costs least time first: fewer logical ranks in a forward, the loss in chunks, blocks recomputed.
+    In this order, which costs least time first: fewer logical ranks in a forward, the loss in chunks, blocks
+    recomputed.
     """
     system, at_once = s.system, ranks_per_forward(s, ranks, cuda=True)
     sizes = [at_once]
@@ -143,11 +154,15 @@ def fit(s, ranks, capacity, world=1):
 
 @contextlib.contextmanager
 def exhaustion_in_one_line():
-    """As a decorator: where the machine has no memory left, UserError instead of torch's or numpy's own exception."""
+    """As a decorator: where the machine has no memory left, UserError instead of torch's or numpy's own
+    exception."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has no own
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        # torch.OutOfMemoryError is a RuntimeError; the CPU's allocator has no own
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(
+            error
+        ):
             raise
         found = re.search("tried to allocate [0-9.]+ ?[A-Za-z]+", str(error))
         raise UserError(f"out of memory{f' ({found[0]})' if found else ''}: lower the sizes of the model or the batch, choose a "

@@ -1,5 +1,5 @@
-"""How many logical ranks or rows go through the model in one forward pass: a choice of speed and memory, not of the
-mathematics. No torch here, so that a dry run can print it."""
+"""How many logical ranks or rows go through the model in one forward pass: a choice of speed and memory, not
+of the mathematics. No torch here, so that a dry run can print it."""
 
 from settings import Settings, per_stage
 
@@ -18,5 +18,6 @@ def ranks_per_forward(s: Settings, ranks: int, cuda: bool) -> int:
 
 
 def validation_rows_at_once(rows: int, seq_len: int, cuda: bool) -> int:
-    """Rows of one forward pass in validation, where a logical rank has `rows` rows of `seq_len` tokens; at least one."""
+    """Rows of one forward pass in validation, where a logical rank has `rows` rows of `seq_len` tokens; at
+    least one."""
     return min(rows, max(1, VALIDATION_TOKENS[cuda] // seq_len))

@@ -1,4 +1,5 @@
-"""This process's place among those of a run, as a launcher tells it: read from the environment here and nowhere else.
+"""This process's place among those of a run, as a launcher tells it: read from the environment here and
+nowhere else.
 
 No torch here, so that a wrong place is refused before the seconds that torch takes.
 """
@@ -33,7 +34,8 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """The place that the environment describes. UserError if it describes none (Misplaced), or one of too many."""
+        """The place that the environment describes. UserError if it describes none (Misplaced), or one of too
+        many."""
         found = [name for name in VARIABLES if name in environment]
         if not found:
             return cls()
@@ -43,12 +45,18 @@ class Place:
             raise Misplaced(f"{', '.join(found)} {verb} set without {', '.join(missing)}: {REMEDY}")
         size = whole("WORLD_SIZE", environment, 1)
         if size not in PROCESSES:
-            raise UserError(f"WORLD_SIZE={size}: {size} processes do not divide the {LOGICAL_RANKS} logical ranks: use "
-                            f"{', '.join(map(str, PROCESSES[:-1]))} or {PROCESSES[-1]}")
+            raise UserError(
+                f"WORLD_SIZE={size}: {size} processes do not divide the {LOGICAL_RANKS} logical ranks: use "
+                f"{', '.join(map(str, PROCESSES[:-1]))} or {PROCESSES[-1]}"
+            )
         rank = whole("RANK", environment, 0, size - 1, f"WORLD_SIZE={size}")
         local = environment.get("LOCAL_WORLD_SIZE")
-        local_size = size if local is None else whole("LOCAL_WORLD_SIZE", environment, 1, size, f"WORLD_SIZE={size}")
-        local_rank = whole("LOCAL_RANK", environment, 0, local_size - 1, f"{local_size} processes on this machine")
+        local_size = (
+            size if local is None else whole("LOCAL_WORLD_SIZE", environment, 1, size, f"WORLD_SIZE={size}")
+        )
+        local_rank = whole(
+            "LOCAL_RANK", environment, 0, local_size - 1, f"{local_size} processes on this machine"
+        )
         whole("MASTER_PORT", environment, 1, 65535)
         if size > 1:
             check_address(environment["MASTER_ADDR"], environment["MASTER_PORT"])

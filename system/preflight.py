@@ -27,8 +27,10 @@ def check_devices(resolved: Resolved, processes: int) -> None:
     s = resolved.settings
     cuda = uses_gpus(s, processes)
     if resolved.scale in ("full", "small") and not cuda and s.system.device == "auto":
-        raise UserError(f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
-                        "minutes), or --set system.device=cpu to insist")
+        raise UserError(
+            f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
+            "minutes), or --set system.device=cpu to insist"
+        )
     if s.system.reduction == "ordered" and cuda:
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
 
@@ -37,8 +39,10 @@ def find_corpus(options: Namespace, resolved: Resolved) -> Corpus:
     """The shards of this run (data.corpus.corpus_for), if the model has a row for every token id."""
     found, rows = corpus_for(resolved.scale, options.data, resolved.settings), padded_vocab(resolved.settings)
     if found.vocab_size > rows:
-        raise UserError(f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {rows} rows: "
-                        f"--set model.vocab_size={found.vocab_size}, or choose another --data")
+        raise UserError(
+            f"{found.folder} holds token ids up to {found.vocab_size - 1}, the model has {rows} rows: "
+            f"--set model.vocab_size={found.vocab_size}, or choose another --data"
+        )
     return found
 
 
@@ -62,16 +66,25 @@ def check_kernels(s: Settings, device: torch.device) -> None:
 
 
 def wider_rotation(s: Settings) -> str | None:
-    """Why the fused rotation, which computes in float32, is less than the precision plan asks (the rest of a sentence), or None.
-    Where the plan asks less, as in records 5 to 16, the fused one is closer to exact arithmetic."""
-    wide = next((name for name in ("eval_matmul", "norm", "rope", "rope_math") if getattr(s.numerics, name) == "float64"), None)
+    """Why the fused rotation, which computes in float32, is less than the precision plan asks (the rest of a
+    sentence), or None. Where the plan asks less, as in records 5 to 16, the fused one is closer to exact
+    arithmetic."""
+    wide = next(
+        (
+            name for name in ("eval_matmul", "norm", "rope", "rope_math")
+            if getattr(s.numerics, name) == "float64"
+        ),
+        None,
+    )
     return f"computes in float32, and numerics.{wide} is float64" if wide else None
 
 
 def check_profile(options: Namespace, plans: list[StepPlan]) -> None:
     """UserError if --profile asks for steps that the run does not have."""
     if options.profile and options.profile[1] > len(plans):
-        raise UserError(f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps")
+        raise UserError(
+            f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps"
+        )
 
 
 def check_strict(options: Namespace, slower: list[str]) -> None:
@@ -83,17 +96,23 @@ def check_strict(options: Namespace, slower: list[str]) -> None:
 def check_sync_here(s: Settings, compile_it: bool) -> None:
     """UserError if --check-sync would mean something else on a CPU."""
     if compile_it:
-        raise UserError("--check-sync looks at the operations of a CPU one by one: add --set system.compile=off")
+        raise UserError(
+            "--check-sync looks at the operations of a CPU one by one: add --set system.compile=off"
+        )
     if s.system.attention == "auto" and s.model.attn.documents:
-        raise UserError("--check-sync: attention by documents, which only a CPU has, reads their lengths: add --set "
-                        "system.attention=banded")
+        raise UserError(
+            "--check-sync: attention by documents, which only a CPU has, reads their lengths: add --set "
+            "system.attention=banded"
+        )
 
 
 def prepare_compiler(options: Namespace, world: World, compile_it: bool) -> compiler.CacheFile | None:
     """Caches, workers and --compile-cache, before the data are read. Returns its CacheFile or None."""
     if not compile_it:
         if options.compile_cache:
-            raise UserError("--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on")
+            raise UserError(
+                "--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on"
+            )
         return None
     compiler.prepare(default_cache(), world.cuda, world.place.local_size)
     if not options.compile_cache:
@@ -104,7 +123,8 @@ def prepare_compiler(options: Namespace, world: World, compile_it: bool) -> comp
 
 
 def fallbacks(model: GPT, world: World) -> list[str]:
-    """What runs in a slower way than the record and this device allow, a line each. To be asked after all windows were seen."""
+    """What runs in a slower way than the record and this device allow, a line each. To be asked after all
+    windows were seen."""
     s, found = model.settings, sorted(model.passed)
     for name in ("fp8_head", "fp8_mlp"):
         if getattr(s.numerics, name) and not (world.cuda and capability(world.device) >= FP8_SINCE):
@@ -113,7 +133,10 @@ def fallbacks(model: GPT, world: World) -> list[str]:
         found.append("nothing is compiled: system.compile is off")
     layers = [moe for _, moe in model.mixtures()] if world.cuda else []
     if any(moe.select_backend(world.device, model.train_dtype, model.compiled) == "padded" for moe in layers):
-        why = "system.experts is padded" if s.system.experts == "padded" else "torch's grouped_mm cannot do these"
+        why = (
+            "system.experts is padded" if s.system.experts == "padded"
+            else "torch's grouped_mm cannot do these"
+        )
         found.append(f"experts are multiplied in padded blocks: {why}")
     return found
 
@@ -121,8 +144,10 @@ def fallbacks(model: GPT, world: World) -> list[str]:
 def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     """Names of the attention backends that training steps use, over all their shapes."""
     names = set()
-    for shape in reversed(dict.fromkeys(p.shape for p in plans)):  # the first one last: the rotary tables follow them
-        rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
+    # the first one last: the rotary tables follow them
+    for shape in reversed(dict.fromkeys(p.shape for p in plans)):
+        # every token a document of its own
+        rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
         context = model.context(rows, 0, shape.windows)
         names |= {"dense"} if context is None else set(context.backends())
     return ", ".join(sorted(names))
@@ -134,7 +159,9 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
     if run.s.system.kernels.loss in ("auto", "whole"):
         remedy = "--set system.kernels.loss=chunks, so that the head's logits never exist in full"
     elif run.ranks_per_microbatch > 1:
-        remedy = f"--set system.ranks_per_forward={run.ranks_per_microbatch // 2} (now {run.ranks_per_microbatch})"
+        remedy = (
+            f"--set system.ranks_per_forward={run.ranks_per_microbatch // 2} (now {run.ranks_per_microbatch})"
+        )
     elif run.s.system.recompute != "on" and recomputable(run.s):
         remedy = "--set system.recompute=on, so that the blocks keep nothing for the backward pass"
     elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.optimizer.plan.name == "sharded"):
@@ -145,7 +172,8 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
 
 
 def start_processes(program: str, options: Namespace, resolved: Resolved) -> int:
-    """--nproc: check settings, devices and data, then run `program` as so many processes. Returns the exit code."""
+    """--nproc: check settings, devices and data, then run `program` as so many processes. Returns the exit
+    code."""
     s = resolved.settings
     check_devices(resolved, options.nproc)
     require_shards(find_corpus(options, resolved), steps=len(plan(s)), **stream_arguments(s))

@@ -1,4 +1,5 @@
-"""What a run says of itself: its description at the start of the log, its experts, its verdict, its checkpoint."""
+"""What a run says of itself: its description at the start of the log, its experts, its verdict, its
+checkpoint."""
 
 import io
 import os
@@ -25,8 +26,10 @@ from system.run import Run
 from system.world import World
 
 
-def describe(resolved: Resolved, options: Namespace, world: World, corpus: Corpus, model: GPT, optimizer: Optimizer, used: int,
-             plans: Sequence[StepPlan], held: memory.Estimate | None) -> dict:
+def describe(
+    resolved: Resolved, options: Namespace, world: World, corpus: Corpus, model: GPT, optimizer: Optimizer,
+    used: int, plans: Sequence[StepPlan], held: memory.Estimate | None
+) -> dict:
     """What the log says about a run before it starts.
 
     Args:
@@ -34,40 +37,49 @@ def describe(resolved: Resolved, options: Namespace, world: World, corpus: Corpu
         held: estimate of the GPU's memory, if one was made.
     """
     s = resolved.settings  # those of the model may have been fitted to the GPU
-    return {"record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale, "seed": options.seed,
-            "changes": list(resolved.changes), "registered": options.registered, "numerics_version": NUMERICS_VERSION,
-            "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
-            "corpus": corpus.name, "corpus_digest": corpus_digest(corpus, used),
-            "val_digest": val_digest(corpus, s.validation.tokens), "parameters": model.num_parameters(),
-            "active_parameters": model.num_active(), "flops_per_token": model.flops_per_token(),
-            "processes": world.size, "device": world.describe(), "attention": attention_backend(model, world, plans),
-            "fallbacks": fallbacks(model, world), "memory": memory.report(model.settings, held) if held else None,
-            "comm": optimizer.plan.name,
-            "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
-            "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()}
+    return {
+        "record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale,
+        "seed": options.seed, "changes": list(resolved.changes), "registered": options.registered,
+        "numerics_version": NUMERICS_VERSION, "ml_hash": schema.ml_hash(s),
+        "system_hash": schema.system_hash(s), "corpus": corpus.name,
+        "corpus_digest": corpus_digest(corpus, used), "val_digest": val_digest(corpus, s.validation.tokens),
+        "parameters": model.num_parameters(), "active_parameters": model.num_active(),
+        "flops_per_token": model.flops_per_token(), "processes": world.size, "device": world.describe(),
+        "attention": attention_backend(model, world, plans), "fallbacks": fallbacks(model, world),
+        "memory": memory.report(model.settings, held) if held else None, "comm": optimizer.plan.name,
+        "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
+        "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()
+    }
 
 
 def introduce(run: Run, resolved: Resolved, about: dict) -> None:
     """The first lines that a person reads."""
-    run.world.say(f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
-                  f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
-                  f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
-                  *(f"slower than it could be: {line}" for line in about["fallbacks"]))
+    run.world.say(
+        f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
+        f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
+        f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+        *(f"slower than it could be: {line}" for line in about["fallbacks"])
+    )
 
 
 def expert_loads(run: Run, last: bool) -> dict[str, list]:
-    """How the last step's tokens were shared out, by layer: fields of the event `experts` (names as in arXiv 2408.15664).
+    """How the last step's tokens were shared out, by layer: fields of the event `experts` (names as in arXiv
+    2408.15664).
 
-    max_vio: largest load over the mean one, less 1. idle: experts without a token. dropped: rows that went nowhere.
+    max_vio: largest load over the mean one, less 1. idle: experts without a token. dropped: rows that went
+    nowhere.
     entropy: of the scores, over that of equal ones. last: also every load.
     """
     out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
     rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
     for layer, moe in run.model.mixtures():
         load = moe.router.load.double()
-        values = {"layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4), "idle": int((load == 0).sum()),
-                  "dropped": rows - int(load.sum()), "entropy": round(float(moe.router.entropy), 4),
-                  "max_bias": round(float(moe.router.bias.abs().max()), 4)}
+        values = {
+            "layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4),
+            "idle": int((load == 0).sum()), "dropped": rows - int(load.sum()),
+            "entropy": round(float(moe.router.entropy), 4),
+            "max_bias": round(float(moe.router.bias.abs().max()), 4)
+        }
         for name, value in values.items():
             out[name].append(value)
     if last:
@@ -88,8 +100,11 @@ def first_below(points: Sequence[tuple[int, float]], target: float) -> float | N
     return None
 
 
-def verdict(s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]], train_ms: float) -> list[str]:
-    """Lines for people: reached or not, when, and next to the published curve where it is the same experiment."""
+def verdict(
+    s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]], train_ms: float
+) -> list[str]:
+    """Lines for people: reached or not, when, and next to the published curve where it is the same
+    experiment."""
     lines, target, final = [], s.validation.target, points[-1][1]
     if target is None:
         lines.append(f"no target at scale {resolved.scale}: final validation loss {final:.4f}")
@@ -97,7 +112,9 @@ def verdict(s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]]
         lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s of "
                      f"training; the curve crossed it at about step {first_below(points, target):.0f}")
     else:
-        lines.append(f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s")
+        lines.append(
+            f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s"
+        )
     reference = resolved.record.folder / "reference.csv"
     if resolved.scale == "full" and reference.exists() and not resolved.changes:
         published = {int(float(a)): float(b) for a, b, *_ in
@@ -111,28 +128,43 @@ def verdict(s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]]
 
 
 def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
-    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log and on screen."""
+    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log
+    and on screen."""
     state = run.model.whole_state()  # every process takes part
     if not run.world.main:
         return
     path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
-    torch.save({"model": state, "settings": schema.plain(resolved.settings), "tokenizer": run.corpus.tokenizer,
-                "val_loss": val_loss}, image)  # in memory: torch's own writer turns a full disk into an internal error
-    files.write(path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space")
+    torch.save(
+        {
+            "model": state,
+            "settings": schema.plain(resolved.settings),
+            "tokenizer": run.corpus.tokenizer,
+            # in memory: torch's own writer turns a full disk into an internal error
+            "val_loss": val_loss,
+        },
+        image,
+    )
+    files.write(
+        path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space"
+    )
     run.world.say(f"checkpoint: {path}")
 
 
 def results(run: Run) -> dict:
     """What the run came to, for its last event."""
     memory_used = {"peak_memory_mib": torch.cuda.max_memory_allocated() // 2 ** 20} if run.world.cuda else {}
-    return {"graphs_in_clock": compiler.graph_count() - run.graphs, "steps": run.steps_done, "scheduled_steps": len(run.plans),
-            "val_loss": run.points[-1][1] if run.points else None, "train_time_ms": round(run.clock.read_ms(), 3),
-            "tokens": schedule.tokens_before(run.s, run.steps_done),
-            "epoch": max(run.epoch, run.stream.epoch if run.stream else 0), **memory_used}
+    return {
+        "graphs_in_clock": compiler.graph_count() - run.graphs, "steps": run.steps_done,
+        "scheduled_steps": len(run.plans), "val_loss": run.points[-1][1] if run.points else None,
+        "train_time_ms": round(run.clock.read_ms(), 3),
+        "tokens": schedule.tokens_before(run.s, run.steps_done),
+        "epoch": max(run.epoch, run.stream.epoch if run.stream else 0), **memory_used
+    }
 
 
 def gathered_results(run: Run) -> dict:
-    """results(), and what only all processes together know: extremes, the stream's digest (logged), CPU time. Collective."""
+    """results(), and what only all processes together know: extremes, the stream's digest (logged), CPU time.
+    Collective."""
     out, world = results(run), run.world
     for name in [name for name in ("graphs_in_clock", "peak_memory_mib") if name in out]:
         out[name] = max(world.gather_objects(out[name]))

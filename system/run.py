@@ -1,4 +1,5 @@
-"""What a run consists of while it goes on: its timer (Clock), live line (Progress), profiler and state (Run)."""
+"""What a run consists of while it goes on: its timer (Clock), live line (Progress), profiler and state
+(Run)."""
 
 import time
 from collections.abc import Sequence
@@ -26,10 +27,11 @@ from system.sinks import Sinks
 from system.world import World
 
 
-# ----- clock and live line ------------------------------------------------------------------------------------------
+# ----- clock and live line ----------------------------------------------------------------------------------
 
 class Clock:
-    """Timed training milliseconds. Starts before the loader exists, stops for validation; the device is synchronised."""
+    """Timed training milliseconds. Starts before the loader exists, stops for validation; the device is
+    synchronised."""
 
     def __init__(self, world: World) -> None:
         self.world, self.total_ms, self.began = world, 0.0, None
@@ -85,7 +87,8 @@ class Progress:
 
 
 class Profiler:
-    """`--profile A:B`: steps A..B-1 under torch.profiler, written as a trace into the run folder. steps None: nothing."""
+    """`--profile A:B`: steps A..B-1 under torch.profiler, written as a trace into the run folder. steps None:
+    nothing."""
 
     def __init__(self, world: World, folder: Path | None, steps: tuple[int, int] | None) -> None:
         self.world, self.folder, self.steps, self.active = world, folder, steps, None
@@ -114,7 +117,7 @@ class Profiler:
         self.active = None
 
 
-# ----- the run ------------------------------------------------------------------------------------------------------
+# ----- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
 class Run:
@@ -139,15 +142,17 @@ class Run:
     sinks: Sinks = field(default_factory=Sinks)
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
-    train_losses: list[torch.Tensor] = field(default_factory=list)  # since the last validation, of this process's ranks
+    # since the last validation, of this process's ranks
+    train_losses: list[torch.Tensor] = field(default_factory=list)
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
     steps_done: int = 0
     graphs: int = 0  # compiled before the clock
     epoch: int = 0  # the highest of all logical ranks at the last validation
 
     def mean_train_losses(self) -> list[float]:
-        """Training loss of each step since the last validation, mean over all logical ranks, on every process; then forgets
-        them. The processes' losses are brought together only here, while the clock stands still."""
+        """Training loss of each step since the last validation, mean over all logical ranks, on every
+        process; then forgets them. The processes' losses are brought together only here, while the clock
+        stands still."""
         losses, self.train_losses = self.train_losses, []
         return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 

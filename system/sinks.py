@@ -1,9 +1,10 @@
-"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`), written while the clock stands.
+"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`), written while the clock
+stands.
 
-run.jsonl stays the record of a run: a sink that fails is given up with one line, and the run goes on. The packages
-are optional and are imported only when asked for. Their own helpers (the sending process of wandb, the thread of
-trackio) may still be at work when the clock starts again, so the log names the sinks, and `records verify` does not
-take such a run as timed.
+run.jsonl stays the record of a run: a sink that fails is given up with one line, and the run goes on. The
+packages are optional and are imported only when asked for. Their own helpers (the sending process of wandb,
+the thread of trackio) may still be at work when the clock starts again, so the log names the sinks, and
+`records verify` does not take such a run as timed.
 """
 
 import importlib
@@ -18,8 +19,8 @@ from common.errors import UserError
 
 MODULES = {"wandb": "wandb", "trackio": "trackio", "tensorboard": "torch.utils.tensorboard"}
 PROJECT = "speedrun"
-# wandb samples the machine and copies the terminal while the clock runs: both off, unless the caller's environment
-# says otherwise
+# wandb samples the machine and copies the terminal while the clock runs: both off, unless the caller's
+# environment says otherwise
 QUIET = {"WANDB_CONSOLE": "off", "WANDB_X_DISABLE_STATS": "true"}
 NEVER = 10 ** 7  # seconds; TensorBoard's thread writes when it is told to, at validations, and not by a timer
 
@@ -28,13 +29,17 @@ def require(names: Sequence[str]) -> None:
     """Import the packages of the named sinks. UserError with the remedy where one is missing or broken."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave "
-                            "--log-to away")
+            raise UserError(
+                f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave "
+                "--log-to away"
+            )
         try:
             importlib.import_module(MODULES[name])
         except Exception as error:  # whatever a broken installation raises
-            raise UserError(f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it "
-                            "again, or leave --log-to away") from None
+            raise UserError(
+                f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it "
+                "again, or leave --log-to away"
+            ) from None
 
 
 def reason(error: BaseException) -> str:
@@ -65,7 +70,8 @@ class Sinks:
             self.say(f"--log-to {name}: given up ({reason(error)}); the run's own log goes on")
 
     def validation(self, event: dict) -> None:
-        """Write a validation event: the training loss of each step since the last one, then the validation."""
+        """Write a validation event: the training loss of each step since the last one, then the
+        validation."""
         first = event["step"] - len(event["train_loss"])
         points = [(first + i, {"train_loss": loss}) for i, loss in enumerate(event["train_loss"])]
         points.append((event["step"], {key: event[key] for key in ("val_loss", "tokens", "train_time_ms")}))
@@ -82,7 +88,8 @@ class Sinks:
 
 
 class Tracker:
-    """A run of wandb or trackio, which have the same calls. The environment says where to (WANDB_PROJECT, ...)."""
+    """A run of wandb or trackio, which have the same calls. The environment says where to (WANDB_PROJECT,
+    ...)."""
 
     def __init__(self, name: str, folder: Path, config: dict) -> None:
         own = {"dir": str(folder)} if name == "wandb" else {"auto_log_gpu": False, "auto_log_cpu": False}

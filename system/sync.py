@@ -1,8 +1,9 @@
 """--check-sync: a training step must never wait for what the device has computed.
 
-A program that reads a number back (.item(), float(loss), nonzero, a boolean index) stops until the GPU has caught up, and the
-GPU is idle until it gets work again. On CUDA torch itself tells. On a CPU we look at the operations for those that would: there
-copies between host and device do not exist, nor are those inside operators of our own seen, so a GPU has the last word.
+A program that reads a number back (.item(), float(loss), nonzero, a boolean index) stops until the GPU has
+caught up, and the GPU is idle until it gets work again. On CUDA torch itself tells. On a CPU we look at the
+operations for those that would: there copies between host and device do not exist, nor are those inside
+operators of our own seen, so a GPU has the last word.
 """
 
 import contextlib
@@ -16,8 +17,13 @@ from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 # results whose value or shape the host must know before it goes on
-READS = {f"aten::{name}" for name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
-                                      "unique_consecutive", "repeat_interleave", "bincount")}
+READS = {
+    f"aten::{name}"
+    for name in (
+        "_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim",
+        "unique_consecutive", "repeat_interleave", "bincount"
+    )
+}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -30,8 +36,11 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation._schema.name
-        told = (kwargs or {}).get("output_size") is not None  # of repeat_interleave: then it need not be found out
-        masks = name in INDEXED and any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1])
+        # of repeat_interleave: then it need not be found out
+        told = (kwargs or {}).get("output_size") is not None
+        masks = name in INDEXED and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
         if (name in READS and not told) or masks:
             raise HostRead(name)
         return operation(*args, **(kwargs or {}))
@@ -39,7 +48,8 @@ class Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_host_reads(cuda, what):
-    """UserError at the first read of a device's result inside. what: of the message's beginning, like `step 3`."""
+    """UserError at the first read of a device's result inside. what: of the message's beginning, like `step
+    3`."""
     try:
         if cuda:
             torch.cuda.set_sync_debug_mode("error")

@@ -1,8 +1,10 @@
-"""Exit codes under `torchrun`: its agent turns every code but 0 into 1 and a page of text, a missed target included.
+"""Exit codes under `torchrun`: its agent turns every code but 0 into 1 and a page of text, a missed target
+included.
 
 Where this project is installed, torchrun loads `rendezvous` below as one of its plugins (entry point group
-`torchrun.handlers`), in its own process. If, and only if, the program it starts is this project's trainer, then the agent
-ends with the trainer's exit code and leaves the talking to the trainer. For every other program nothing changes.
+`torchrun.handlers`), in its own process. If, and only if, the program it starts is this project's trainer,
+then the agent ends with the trainer's exit code and leaves the talking to the trainer. For every other
+program nothing changes.
 """
 
 import contextlib
@@ -41,7 +43,8 @@ def starts_trainer(words: Sequence[str]) -> bool:
 
 
 def take_over() -> None:
-    """Let this process end as the trainer's processes do. LOGLEVEL in the environment brings the agent's own log back."""
+    """Let this process end as the trainer's processes do. LOGLEVEL in the environment brings the agent's own
+    log back."""
     if "LOGLEVEL" not in os.environ:
         for name in TALKATIVE:
             logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
@@ -53,7 +56,8 @@ def take_over() -> None:
         if code is None:
             before(kind, error, trace)
         else:
-            # At once: threads of the agent's store may be still there, and the interpreter's end would abort on them.
+            # At once: threads of the agent's store may be still there, and the interpreter's end would abort
+            # on them.
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()

@@ -27,13 +27,16 @@ class World:
         if self.cuda:
             torch.cuda.set_device(self.device)
         elif s.system.reduction == "ordered":
-            torch.set_num_threads(1)  # sums inside an operation depend on the number of threads; bits come first here
+            # sums inside an operation depend on the number of threads; bits come first here
+            torch.set_num_threads(1)
         if self.size > 1 and not dist.is_initialized():
             try:
                 dist.init_process_group("nccl" if self.cuda else "gloo")
             except (RuntimeError, ValueError) as error:  # the port is taken, or not all processes came
-                raise UserError(f"the {self.size} processes do not find each other at {os.environ['MASTER_ADDR']} port "
-                                f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}") from None
+                raise UserError(
+                    f"the {self.size} processes do not find each other at {os.environ['MASTER_ADDR']} port "
+                    f"{os.environ['MASTER_PORT']}: {str(error).splitlines()[0]}"
+                ) from None
 
     @property
     def main(self) -> bool:
@@ -57,7 +60,8 @@ class World:
         return parts
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a float64 tensor over the processes, summed in rank order: the same bits on every process."""
+        """The mean of a float64 tensor over the processes, summed in rank order: the same bits on every
+        process."""
         return sum(self.parts(values)) / self.size
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,7 +79,8 @@ class World:
         return parts
 
     def neighbours(self) -> tuple[list[int], int | None]:
-        """(ids of the run's processes on this machine, id of process 0 or None if process 0 is on another one)."""
+        """(ids of the run's processes on this machine, id of process 0 or None if process 0 is on another
+        one)."""
         here = socket.gethostname()
         found = self.gather_objects((here, os.getpid()))
         return [i for host, i in found if host == here], found[0][1] if found[0][0] == here else None
@@ -87,10 +92,13 @@ class World:
 
 
 def uses_gpus(s: Settings, processes: int) -> bool:
-    """Does the run go to GPUs? UserError if it must and torch finds none, or fewer than `processes` of this machine."""
+    """Does the run go to GPUs? UserError if it must and torch finds none, or fewer than `processes` of this
+    machine."""
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if s.system.device == "cuda" and not found:
-        raise UserError("system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch")
+        raise UserError(
+            "system.device=cuda, but torch finds no GPU: set system.device=cpu or install a CUDA torch"
+        )
     if not found or s.system.device == "cpu":
         return False
     if processes > found:
@@ -102,4 +110,6 @@ def uses_gpus(s: Settings, processes: int) -> bool:
 def lost_peer(error: RuntimeError) -> bool:
     """Is the error what a collective raises when another process is gone?"""
     said = str(error)
-    return dist.is_initialized() and any(x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed"))
+    return dist.is_initialized() and any(
+        x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
+    )

@@ -1,7 +1,8 @@
-"""Compiles Triton kernels ahead of time, on any machine, as a launch on a GPU would: same hints, constants and options.
+"""Compiles Triton kernels ahead of time, on any machine, as a launch on a GPU would: same hints, constants
+and options.
 
-    calls = launches(module, "kernels", lambda: module.f(tensors on "meta"))     [(kernel, grid, args, kwargs)]
-    build(kernel, *args, arch=90, folder=..., **kwargs)                          -> Built
+    calls = launches(module, "kernels", lambda: module.f(tensors on "meta"))     [(kernel, grid, args,
+    kwargs)] build(kernel, *args, arch=90, folder=..., **kwargs)                          -> Built
 
 module.kernels() returns what triton.jit made, one kernel or a tuple. Triton must not be in interpreter mode.
 """
@@ -14,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}  # bytes that a block can have; CUDA C++ guide, compute capabilities
+# bytes that a block can have; CUDA C++ guide, compute capabilities
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
             torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
             torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
@@ -39,7 +41,8 @@ class Recorder:
 
 
 def launches(module, name, call):
-    """What `call` gives to the kernels that module's function `name` returns: [(kernel, grid, args, kwargs)]. None runs."""
+    """What `call` gives to the kernels that module's function `name` returns: [(kernel, grid, args, kwargs)].
+    None runs."""
     original, calls = getattr(module, name), []
     made = original()
     stand_ins = tuple(Recorder(k, calls) for k in made) if isinstance(made, tuple) else Recorder(made, calls)
@@ -52,7 +55,8 @@ def launches(module, name, call):
 
 
 def specialise(value):
-    """(type, constant or None, divisible by 16) of an argument, as Triton's launcher does: a stride of 1 is a constant."""
+    """(type, constant or None, divisible by 16) of an argument, as Triton's launcher does: a stride of 1 is a
+    constant."""
     if isinstance(value, torch.Tensor):  # torch allocates at multiples of 16
         return POINTERS[value.dtype], None, True
     if isinstance(value, float):
@@ -63,7 +67,8 @@ def specialise(value):
 
 
 def build(kernel, *args, arch, folder, **kwargs):
-    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90, say. folder: for files."""
+    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90, say. folder:
+    for files."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -79,6 +84,10 @@ def build(kernel, *args, arch, folder, **kwargs):
     cubin = Path(folder) / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL")
+    )
     return Built(built.metadata.shared, registers, stack + local, built.asm["ptx"])

@@ -1,7 +1,8 @@
-"""A page in headless Chromium, driven over the DevTools protocol on a pipe, so that nothing but a Chromium is needed.
+"""A page in headless Chromium, driven over the DevTools protocol on a pipe, so that nothing but a Chromium is
+needed.
 
-test_leaderboard.py checks site/index.html with it; `python tests/browser_page.py OUT` writes screenshots of the page,
-narrow and wide, light and dark.
+test_leaderboard.py checks site/index.html with it; `python tests/browser_page.py OUT` writes screenshots of
+the page, narrow and wide, light and dark.
 """
 
 import base64
@@ -36,19 +37,32 @@ class Page:
                 os.dup2(fd, target)
 
         self.process = subprocess.Popen(
-            [chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
-             "--disable-background-networking", "--disable-dev-shm-usage", f"--user-data-dir={self.profile.name}",
-             "--remote-debugging-pipe", "about:blank"], preexec_fn=wire, close_fds=False, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "TMPDIR": self.profile.name})
+            [
+                chromium(), "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
+                "--hide-scrollbars", "--disable-background-networking", "--disable-dev-shm-usage",
+                f"--user-data-dir={self.profile.name}", "--remote-debugging-pipe", "about:blank"
+            ],
+            preexec_fn=wire,
+            close_fds=False,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": self.profile.name},
+        )
         os.close(to_child), os.close(from_child)
         targets = self.call("Target.getTargets")["targetInfos"]
         tab = next(t for t in targets if t["type"] == "page")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
-        features = [{"name": "prefers-color-scheme", "value": scheme},
-                    {"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"}]
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+            mobile=width < 600
+        )
+        features = [
+            {"name": "prefers-color-scheme", "value": scheme},
+            {"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"},
+        ]
         self.call("Emulation.setEmulatedMedia", features=features)
 
     def receive(self):
@@ -74,7 +88,9 @@ class Page:
 
     def call(self, method, **params):
         self.sent += 1
-        body = {"id": self.sent, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        body = {"id": self.sent, "method": method, "params": params} | (
+            {"sessionId": self.session} if self.session else {}
+        )
         os.write(self.write_fd, json.dumps(body).encode() + b"\0")
         while (event := self.receive()).get("id") != self.sent:
             pass

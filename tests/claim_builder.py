@@ -1,7 +1,8 @@
-"""Claim folders without training: run logs written by runlog.RunLog itself, with invented losses and a clock of our own.
+"""Claim folders without training: run logs written by runlog.RunLog itself, with invented losses and a clock
+of our own.
 
-`build` writes a good claim. `Forgery` reads one back and seals it again after an edit: every hash, text log, summary and
-announcement is made to agree, so that only the law in question can still refuse it.
+`build` writes a good claim. `Forgery` reads one back and seals it again after an edit: every hash, text log,
+summary and announcement is made to agree, so that only the law in question can still refuse it.
 """
 
 import copy
@@ -21,7 +22,9 @@ import schedule
 from evidence import compare, manifest, provenance, verify
 from settings import NUMERICS_VERSION, tokens_per_step
 
-MACHINE = {"cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"}
+MACHINE = {
+    "cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"
+}
 COMMIT, TREE = "1" * 40, "2" * 40  # in no repository
 START_S = 1_700_000_000
 UTC = "%Y-%m-%dT%H:%M:%SZ"
@@ -40,23 +43,29 @@ class FakeTime:
 def arm(record, sets, scale="micro", s=None, **fields):
     """An arm as evidence.arms prepares it; s: settings of a record that this checkout does not have."""
     s = s or deltas.resolve(record, scale=scale, sets=sets).settings
-    return {"text": record, "kind": "record", "ref": None, "commit": COMMIT, "tree": TREE, "dirty": None, "argv": [record],
-            "record": record, "preset": "", "scale": scale, "changes": [f"--set {x}" for x in sets], "report": [],
-            "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s), "settings": schema.plain(s), **fields}
+    return {
+        "text": record, "kind": "record", "ref": None, "commit": COMMIT, "tree": TREE, "dirty": None,
+        "argv": [record], "record": record, "preset": "", "scale": scale,
+        "changes": [f"--set {x}" for x in sets], "report": [], "ml_hash": schema.ml_hash(s),
+        "system_hash": schema.system_hash(s), "settings": schema.plain(s), **fields
+    }
 
 
 def declaration(arms, claim="ml", plan=None, target=5.2, record="short/11", **fields):
     plan = plan or {"runs": 4}
     runs = plan.get("runs") or plan["looks"][-1]["runs"]
-    return {"version": 1, "claim": claim, "record": record, "scale": "micro", "target": target, "alpha": 0.01,
-            "confidence": 0.95, "arms": arms, "plan": plan, "pairing": "seed", "margin": 0.002,
-            "order": compare.make_order(sorted(arms), runs, "seed", 0, 7), "order_seed": 7, "processes": 1,
-            "launcher": "python", "data": None, "machine": {**MACHINE, "gpus": []}, "environment": {}, "aa": False,
-            "code": COMMIT, "code_diff": None, **fields}
+    return {
+        "version": 1, "claim": claim, "record": record, "scale": "micro", "target": target, "alpha": 0.01,
+        "confidence": 0.95, "arms": arms, "plan": plan, "pairing": "seed", "margin": 0.002,
+        "order": compare.make_order(sorted(arms), runs, "seed", 0, 7), "order_seed": 7, "processes": 1,
+        "launcher": "python", "data": None, "machine": {**MACHINE, "gpus": []}, "environment": {},
+        "aa": False, "code": COMMIT, "code_diff": None, **fields
+    }
 
 
 def build(folder, monkeypatch, declared, loss=None, step_ms=None, machine=MACHINE, status=None, look=None):
-    """Write a claim folder. loss, step_ms: arm -> final mean loss, milliseconds a step. status: run number -> its end.
+    """Write a claim folder. loss, step_ms: arm -> final mean loss, milliseconds a step. status: run number ->
+    its end.
 
     look: runs of the look that is booked as passed and ends the claim.
     """
@@ -82,13 +91,17 @@ def advance(book, clock, runs, loss=None, step_ms=None, machine=MACHINE, status=
         clock.now += 3
         registered = book.append("register", run=number, **entry)
         clock.now += 1
-        log = write_run(book.claim.folder / "runs", declared["arms"][entry["arm"]], entry["seed"], registered, number, clock,
-                        machine, (loss or {"new": 5.14, "parent": 5.27, "base": 5.27})[entry["arm"]],
-                        (step_ms or {"new": 2000.0, "parent": 2400.0, "base": 2400.0})[entry["arm"]],
-                        (status or {}).get(number, "finished"))
+        log = write_run(
+            book.claim.folder / "runs", declared["arms"][entry["arm"]], entry["seed"], registered, number,
+            clock, machine, (loss or {"new": 5.14, "parent": 5.27, "base": 5.27})[entry["arm"]],
+            (step_ms or {"new": 2000.0, "parent": 2400.0, "base": 2400.0})[entry["arm"]],
+            (status or {}).get(number, "finished")
+        )
         clock.now += 1
-        book.append("finish", run=number, folder=log.folder.name, last_hash=log.previous, status=log.events[-1]["status"],
-                    exit=0)
+        book.append(
+            "finish", run=number, folder=log.folder.name, last_hash=log.previous,
+            status=log.events[-1]["status"], exit=0
+        )
 
 
 def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, status):
@@ -106,45 +119,64 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         log.event(kind, **fields)
 
     began, known = clock.now, provenance.known_digests("sample", s.validation.tokens)
-    about = {"record": a["record"], "preset": "", "scale": a["scale"], "seed": seed, "changes": a["changes"],
-             "registered": registered, "numerics_version": NUMERICS_VERSION, "ml_hash": a["ml_hash"],
-             "system_hash": a["system_hash"], "corpus": "sample", **known, "parameters": 454698, "processes": 1,
-             "device": "CPU, 1 process, 1 threads", "attention": "sdpa", "comm": "replicated", "torch": "2.13.0+cpu",
-             "code": a["commit"], "profiled": False, **machine}
+    about = {
+        "record": a["record"], "preset": "", "scale": a["scale"], "seed": seed, "changes": a["changes"],
+        "registered": registered, "numerics_version": NUMERICS_VERSION, "ml_hash": a["ml_hash"],
+        "system_hash": a["system_hash"], "corpus": "sample", **known, "parameters": 454698, "processes": 1,
+        "device": "CPU, 1 process, 1 threads", "attention": "sdpa", "comm": "replicated",
+        "torch": "2.13.0+cpu", "code": a["commit"], "profiled": False, **machine
+    }
     wall = 800.0
     log.start(about, a["settings"])
     state = hashlib.sha256(f"{a['ml_hash']} {seed}".encode()).hexdigest()
     names = ["embed.table", "lm_head.weight", *(f"blocks.{i}.mlp.up" for i in range(12))]
     weights = random.Random(f"probe {a['ml_hash']} {seed}")
-    marks = {n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())]
-             for n in names}
+    marks = {
+        n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())]
+        for n in names
+    }
     event("probe", 440, step=2, tokens="random", loss=7.1363, gradients=marks)
-    event("reset", 20, warmup_steps=3, state_before=state, state_after=state, start_ms=850.0, warmup_ms=wall + 20 - 850.0)
+    event(
+        "reset", 20, warmup_steps=3, state_before=state, state_after=state, start_ms=850.0,
+        warmup_ms=wall + 20 - 850.0
+    )
     steps, ms, before = s.schedule.steps, 0.063, 0
     final = loss + draw.gauss(0, 0.004)
     for step in [i for i in range(steps + 1) if schedule.validates(s, i)]:
         spent = (step - before) * step_ms * (1 + 0.002 * noise.gauss(0, 1))
         ms += spent
         share = step / steps
-        value = 7.154615 * (1 - share) + final * share if status == "finished" or step < steps else float("nan")
-        begun = 7.154615 * (1 - before / steps) + final * before / steps  # the first losses are those of the initial weights
+        value = (
+            7.154615 * (1 - share) + final * share if status == "finished" or step < steps else float("nan")
+        )
+        # the first losses are those of the initial weights
+        begun = 7.154615 * (1 - before / steps) + final * before / steps
         train = [round(begun + 0.05 * draw.gauss(0, 1), 6) for _ in range(step - before)]
-        event("validation", spent + 110 + 5 * noise.random(), step=step, scheduled_steps=steps, val_loss=value,
-              train_loss=train, train_time_ms=round(ms, 3), tokens=step * tokens_per_step(s), epoch=0)
+        event(
+            "validation", spent + 110 + 5 * noise.random(), step=step, scheduled_steps=steps, val_loss=value,
+            train_loss=train, train_time_ms=round(ms, 3), tokens=step * tokens_per_step(s), epoch=0
+        )
         before = step
-    event("stream", 0.3, digest=hashlib.sha256(json.dumps([a["settings"]["data"], steps]).encode()).hexdigest())
+    event(
+        "stream", 0.3, digest=hashlib.sha256(json.dumps([a["settings"]["data"], steps]).encode()).hexdigest()
+    )
     target = s.validation.target
     clock.now = began + int(wall / 1000) + 1
-    log.end(status=status, target=target, reached=None if target is None or status != "finished" else value <= target,
-            verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps,
-            scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3), tokens=steps * tokens_per_step(s), epoch=0)
+    log.end(
+        status=status, target=target,
+        reached=None if target is None or status != "finished" else value <= target,
+        verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps,
+        scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3), tokens=steps * tokens_per_step(s),
+        epoch=0
+    )
     for file in log.files.values():
         file.close()
     return log
 
 
 class Forgery:
-    """A claim folder in memory. lines: manifest events; logs: run folder -> events. `seal` makes everything agree again."""
+    """A claim folder in memory. lines: manifest events; logs: run folder -> events. `seal` makes everything
+    agree again."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -182,7 +214,8 @@ class Forgery:
         self.later(self.lines.index(self.of("finish", run)[0]), milliseconds / 1000)
 
     def again(self, run, **fault):
-        """Exclude a run by a fault and give its place to a second run, a copy of it; later runs are renumbered."""
+        """Exclude a run by a fault and give its place to a second run, a copy of it; later runs are
+        renumbered."""
         at = self.lines.index(self.of("finish", run)[0]) + 1
         register, finish = (copy.deepcopy(self.of(kind, run)[0]) for kind in ("register", "finish"))
         for event in self.lines[at:]:
@@ -200,8 +233,8 @@ class Forgery:
     def seal(self, announce=True, hashes=True):
         """Write everything back, consistently.
 
-        announce: False, or the number of a run, whose start keeps the registration it has. hashes: False: finish lines
-        keep theirs.
+        announce: False, or the number of a run, whose start keeps the registration it has. hashes: False:
+        finish lines keep theirs.
         """
         previous, out = runlog.GENESIS, []
         by_run = {e["run"]: e["folder"] for e in self.of("finish")}
@@ -212,7 +245,10 @@ class Forgery:
                 event["last_hash"] = last if hashes else event["last_hash"]
             line, previous = runlog.chain_line(previous, event)
             out.append(line)
-            if event["kind"] == "register" and announce is not False and by_run.get(event["run"]) in self.logs:
+            if (
+                event["kind"] == "register" and announce is not False
+                and by_run.get(event["run"]) in self.logs
+            ):
                 if announce is True or event["run"] != announce:
                     self.logs[by_run[event["run"]]][0]["registered"] = previous
         (self.folder / manifest.NAME).write_text("\n".join(out) + "\n")
@@ -227,11 +263,13 @@ class Forgery:
         folder.mkdir(exist_ok=True)
         (folder / "run.jsonl").write_text("\n".join(lines) + "\n")
         (folder / "log.txt").write_text("".join(x + "\n" for e in self.logs[name] for x in runlog.render(e)))
-        (folder / "summary.json").write_text(json.dumps(runlog.summarise(self.logs[name], previous), indent=1) + "\n")
+        (folder / "summary.json").write_text(
+            json.dumps(runlog.summarise(self.logs[name], previous), indent=1) + "\n"
+        )
         return previous
 
 
-# ----- the good claim, and those a test asks for ----------------------------------------------------------------------
+# ----- the good claim, and those a test asks for ------------------------------------------------------------
 
 TARGET = ["validation.target=5.2"]
 
@@ -262,8 +300,10 @@ def built(folder, arms=None, loss=None, step_ms=None, status=None, look=None, ma
     return verify.verify(folder)
 
 
-RECORD = ('id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\n'
-          'source = "log"\n[delta]\n"system.ranks_per_forward" = 1\n')
+RECORD = (
+    'id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\n'
+    'source = "log"\n[delta]\n"system.ranks_per_forward" = 1\n'
+)
 
 
 def systems(folder, arms=None, loss=None, sets=(), **fields):

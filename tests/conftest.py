@@ -1,4 +1,5 @@
-"""What holds for all tests: the packages are there, Ctrl-C reaches programs under test, and --feature PATH selects laws."""
+"""What holds for all tests: the packages are there, Ctrl-C reaches programs under test, and --feature PATH
+selects laws."""
 
 import signal
 
@@ -11,7 +12,8 @@ environment.require(*environment.TRAINING)
 import features  # noqa: E402  after the packages are known to be there
 from common.errors import UserError  # noqa: E402
 
-# A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; the programs under test inherit that.
+# A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; the programs under test
+# inherit that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -20,12 +22,16 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """--feature PATH: run only the tests that guard a setting (features.py says how they are found)."""
-    parser.addoption("--feature", metavar="PATH", help="run the tests that guard this setting, like model.attn.gate")
+    parser.addoption(
+        "--feature", metavar="PATH", help="run the tests that guard this setting, like model.attn.gate"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark, and refuse a path that is no setting or that no test names."""
-    config.addinivalue_line("markers", "feature(*paths, path=, record=): settings that the test guards (features.py)")
+    config.addinivalue_line(
+        "markers", "feature(*paths, path=, record=): settings that the test guards (features.py)"
+    )
     path = config.getoption("--feature")
     try:
         config.guarded = features.guarded(path) if path else None

@@ -1,8 +1,10 @@
-"""Which tests guard a setting: what `--feature PATH` of ./test.sh and pytest selects, read from the tests themselves.
+"""Which tests guard a setting: what `--feature PATH` of ./test.sh and pytest selects, read from the tests
+themselves.
 
     @pytest.mark.feature("model.attn.gate")         the test guards these settings
-    @pytest.mark.feature(path="feature")            each case guards the setting that its parameter `feature` names
-    @pytest.mark.feature(record="ref")              each case guards the features that its record switches on or off
+    @pytest.mark.feature(path="feature")            each case guards the setting that its parameter `feature`
+    names @pytest.mark.feature(record="ref")              each case guards the features that its record
+    switches on or off
 """
 
 import functools
@@ -29,7 +31,9 @@ def texts() -> dict[str, str]:
 @functools.lru_cache
 def marked() -> frozenset[str]:
     """Every setting that a mark names in words."""
-    return frozenset(path for text in texts().values() for mark in MARK.findall(text) for path in NAME.findall(mark))
+    return frozenset(
+        path for text in texts().values() for mark in MARK.findall(text) for path in NAME.findall(mark)
+    )
 
 
 def guards(path: str, wanted: str) -> bool:
@@ -38,7 +42,8 @@ def guards(path: str, wanted: str) -> bool:
 
 
 def guarded(path: str) -> str:
-    """The setting whose tests `--feature path` runs: path itself, or the nearest section above it that has a mark.
+    """The setting whose tests `--feature path` runs: path itself, or the nearest section above it that has a
+    mark.
 
     Raises UserError for an unknown path (with near misses) and for one that no test names.
     """
@@ -52,7 +57,8 @@ def guarded(path: str) -> str:
 
 
 def may_guard(file: str, wanted: str) -> bool:
-    """Whether a test file can hold a law on this setting, by its text: so that the other files are not imported."""
+    """Whether a test file can hold a law on this setting, by its text: so that the other files are not
+    imported."""
     text = texts().get(file, "")
     names_it = any(guards(path, wanted) for mark in MARK.findall(text) for path in NAME.findall(mark))
     return names_it or bool(re.search(r"\bmark\.feature\([^()]*(path|record)=", text))
@@ -61,10 +67,11 @@ def may_guard(file: str, wanted: str) -> bool:
 def case_guards(marks: list, parameters: dict, wanted: str) -> bool:
     """Whether one case of a test guards a setting.
 
-    A mark in words on a setting guards the section around it too; a parameter guards its own setting alone, so that a
-    section with many settings does not run a training for each.
+    A mark in words on a setting guards the section around it too; a parameter guards its own setting alone,
+    so that a section with many settings does not run a training for each.
 
-    marks: its `feature` marks, anything with `args` and `kwargs`. parameters: values of its parameters by name.
+    marks: its `feature` marks, anything with `args` and `kwargs`. parameters: values of its parameters by
+    name.
     """
     named = [path for mark in marks for path in mark.args]
     if any(guards(path, wanted) for path in named):

@@ -19,7 +19,8 @@ def load(name):
 
 
 def build(ref, **values):
-    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as double underscores."""
+    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as double
+    underscores."""
     values = {"system.precision": "float64", **{k.replace("__", "."): v for k, v in values.items()}}
     s = deltas.resolve(ref, sets=[f"{path}={value}" for path, value in values.items()]).settings
     model = GPT(s)
@@ -29,10 +30,12 @@ def build(ref, **values):
 
 def small(ref, config, length, rows=1, **more):
     """build() at the dimensions of a fixture whose rows have `length` tokens."""
-    return build(ref, model__model_dim=config["dim"], model__attn__num_heads=config["heads"],
-                 model__vocab_size=config["vocab_rows"], data__seq_len=length, data__tokens_per_rank=rows * length,
-                 validation__seq_len=length, validation__tokens=8 * length,
-                 **{"numerics__norm_eps": 2.220446049250313e-16, **more})
+    return build(
+        ref, model__model_dim=config["dim"], model__attn__num_heads=config["heads"],
+        model__vocab_size=config["vocab_rows"], data__seq_len=length, data__tokens_per_rank=rows * length,
+        validation__seq_len=length, validation__tokens=8 * length,
+        **{"numerics__norm_eps": 2.220446049250313e-16, **more}
+    )
 
 
 def fill(model, values):
@@ -54,7 +57,9 @@ def early(numbers, prefix, layers=12):
     ours = {"embed.table": get("transformer.wte.weight")}
     for i in range(layers):
         h = f"transformer.h.{i}."
-        ours[f"blocks.{i}.attn.qkvo"] = np.stack([get(h + f"attn.c_{x}.weight") for x in ("q", "k", "v", "proj")])
+        ours[f"blocks.{i}.attn.qkvo"] = np.stack(
+            [get(h + f"attn.c_{x}.weight") for x in ("q", "k", "v", "proj")]
+        )
         ours[f"blocks.{i}.mlp.up"] = get(h + "mlp.c_fc.weight")
         ours[f"blocks.{i}.mlp.down"] = get(h + "mlp.c_proj.weight")
     if prefix + "lm_head.weight" in numbers:
@@ -75,8 +80,9 @@ def record20(numbers, prefix, layers=12):
     ours |= {f"values.tables.{k}": get(f"value_embeds.embed.{k}.weight") for k in range(3)}
     mix = np.stack([get(f"blocks.{i}.lambdas") for i in range(layers)])
     ours["residual.x.value"], ours["residual.x0.value"] = mix.T
-    ours["values.v.value"], ours["values.ve.value"] = np.stack([get(f"blocks.{i}.attn.lambdas") for i in range(layers)
-                                                                if i != 7]).T
+    ours["values.v.value"], ours["values.ve.value"] = np.stack(
+        [get(f"blocks.{i}.attn.lambdas") for i in range(layers) if i != 7]
+    ).T
     for i in range(layers):
         if i != 7:
             ours[f"blocks.{i}.attn.qkvo"] = np.concatenate([get(f"blocks.{i}.attn.qkv_w"),
@@ -89,7 +95,10 @@ def record20(numbers, prefix, layers=12):
 def record33(numbers, prefix, layers=12):
     """Record 34 without its smear: tensors of layers whose gradients are not stored are left out."""
     get, scalars = reader(numbers, prefix), numbers[prefix + "scalars"].astype(np.float64)
-    ours = {"embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"), "residual.skip.value": scalars[:6]}
+    ours = {
+        "embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"),
+        "residual.skip.value": scalars[:6]
+    }
     ours |= {f"values.tables.{k}": get(f"value_embeds.{k}.weight") for k in range(3)}
     ours["residual.x.value"], ours["residual.x0.value"] = scalars[12:36].reshape(12, 2).T
     ours["values.v.value"], ours["values.ve.value"] = np.delete(scalars[36:60].reshape(12, 2), 7, axis=0).T
@@ -104,10 +113,13 @@ def record33(numbers, prefix, layers=12):
 
 
 def originals(values, golden, convert):
-    """{original name: flat array} from {our name: array}: `convert` undone by following the place of every number."""
+    """{original name: flat array} from {our name: array}: `convert` undone by following the place of every
+    number."""
     names = [key for key in golden if key.startswith("param/")]
     bounds = np.cumsum([0] + [golden[name].size for name in names])
-    places = {name: np.arange(a, b).reshape(golden[name].shape) for name, a, b in zip(names, bounds, bounds[1:])}
+    places = {
+        name: np.arange(a, b).reshape(golden[name].shape) for name, a, b in zip(names, bounds, bounds[1:])
+    }
     flat = np.full(bounds[-1], np.nan)
     for name, place in convert(places, "param/").items():
         flat[place.astype(int)] = values[name]

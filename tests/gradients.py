@@ -1,4 +1,5 @@
-"""Write the step-1 gradient of every bank of short/11 at micro, reduced over the processes: gradients.py OUT [PATH=VALUE...]"""
+"""Write the step-1 gradient of every bank of short/11 at micro, reduced over the processes: gradients.py OUT
+[PATH=VALUE...]"""
 
 import sys
 from pathlib import Path

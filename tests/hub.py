@@ -7,7 +7,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Serves {name: bytes}. break_after: close the connection after so many bytes of the next GET. requests: log.
+    """Serves {name: bytes}. break_after: close the connection after so many bytes of the next GET. requests:
+    log.
 
     plain: leave out the hub's own headers, like a server that is none.
     """

@@ -1,12 +1,16 @@
-"""What run.sh and test.sh install, resolved by pip from the public index, whatever this machine's pip is set to.
+"""What run.sh and test.sh install, resolved by pip from the public index, whatever this machine's pip is set
+to.
 
-    python tests/install_check.py        # a line for each target; exit code 1 if one of them cannot be installed
+    python tests/install_check.py        # a line for each target; exit code 1 if one of them cannot be
+    installed
 
-Nothing is installed (`pip install --dry-run`). The running Python is asked as it is. For the other targets pip chooses files by
---python-version and --platform, but it evaluates markers (`sys_platform == ...`) for the machine that it runs on, so the target's
-values are put in their place. What run.sh installs is part of what test.sh installs, so where the whole resolves the part does;
-it is resolved by itself for the running Python. pip's own settings are cleared but for certificates, proxy and time-out. A recent pip in a
-temporary environment reads the metadata of packages by range requests: 25 MB for a Linux target, where the wheels have 2.8 GB.
+Nothing is installed (`pip install --dry-run`). The running Python is asked as it is. For the other targets
+pip chooses files by --python-version and --platform, but it evaluates markers (`sys_platform == ...`) for the
+machine that it runs on, so the target's values are put in their place. What run.sh installs is part of what
+test.sh installs, so where the whole resolves the part does; it is resolved by itself for the running Python.
+pip's own settings are cleared but for certificates, proxy and time-out. A recent pip in a temporary
+environment reads the metadata of packages by range requests: 25 MB for a Linux target, where the wheels have
+2.8 GB.
 """
 
 import concurrent.futures
@@ -28,7 +32,9 @@ PIP = "pip==26.3"  # its module for markers is known to be where MARKERS looks f
 KEPT = ("PIP_CERT", "PIP_CLIENT_CERT", "PIP_TRUSTED_HOST", "PIP_PROXY", "PIP_DEFAULT_TIMEOUT")
 PYTHONS = ("3.11", "3.12", "3.13")
 assert set(install.EXTRAS["run"]) <= set(install.EXTRAS["test"])
-UNREACHABLE = re.compile("Retrying|connection broken|NewConnectionError|NameResolution|ConnectTimeout|ReadTimeout|ProxyError")
+UNREACHABLE = re.compile(
+    "Retrying|connection broken|NewConnectionError|NameResolution|ConnectTimeout|ReadTimeout|ProxyError"
+)
 MARKERS = """
 import json, sys
 from pip._vendor.packaging import markers
@@ -47,14 +53,31 @@ def manylinux(machine):
 
 # name -> (platform tags, values of the markers)
 PLATFORMS = {
-    "Linux x86-64": (manylinux("x86_64"), {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
-                                           "os_name": "posix"}),
-    "Linux aarch64": (manylinux("aarch64"), {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64",
-                                             "os_name": "posix"}),
-    "macOS arm64": ([f"macosx_{n}_0_{kind}" for n in range(15, 10, -1) for kind in ("arm64", "universal2")],
-                    {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64", "os_name": "posix"}),
-    "Windows x86-64": (["win_amd64"], {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64",
-                                       "os_name": "nt"}),
+    "Linux x86-64": (
+        manylinux("x86_64"),
+        {
+            "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
+            "os_name": "posix"
+        },
+    ),
+    "Linux aarch64": (
+        manylinux("aarch64"),
+        {
+            "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "aarch64",
+            "os_name": "posix"
+        },
+    ),
+    "macOS arm64": (
+        [f"macosx_{n}_0_{kind}" for n in range(15, 10, -1) for kind in ("arm64", "universal2")],
+        {
+            "sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64",
+            "os_name": "posix"
+        },
+    ),
+    "Windows x86-64": (
+        ["win_amd64"],
+        {"sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64", "os_name": "nt"},
+    ),
 }
 
 
@@ -65,9 +88,11 @@ def clean():
 
 
 def resolve(python, folder, kind, target):
-    """(packages {name: version}, None) or (None, reason) of what install.py gives pip for `kind`, run or test.
+    """(packages {name: version}, None) or (None, reason) of what install.py gives pip for `kind`, run or
+    test.
 
-    python: of the environment with the recent pip. target: (Python version, platform) or None for the running Python.
+    python: of the environment with the recent pip. target: (Python version, platform) or None for the running
+    Python.
     """
     report = folder / f"{kind}-{'-'.join(target) if target else 'here'}.json".replace(" ", "-")
     command = [python, "-m", "pip"]
@@ -79,11 +104,20 @@ def resolve(python, folder, kind, target):
         command = [python, "-c", MARKERS, json.dumps(markers)]
         place = ["--python-version", version, "--only-binary=:all:", "--target", folder / "nothing",
                  *(part for tag in tags for part in ("--platform", tag))]
-    done = subprocess.run([*command, "install", "--dry-run", "--ignore-installed", "--quiet", "--use-feature=fast-deps",
-                           "--retries", "2", "--report", report, *place, *install.requirements(install.EXTRAS[kind])],
-                          env=clean(), capture_output=True, text=True, errors="replace")
+    done = subprocess.run(
+        [
+            *command, "install", "--dry-run", "--ignore-installed", "--quiet", "--use-feature=fast-deps",
+            "--retries", "2", "--report", report, *place, *install.requirements(install.EXTRAS[kind])
+        ],
+        env=clean(),
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR: ")] or done.stderr.splitlines()[-1:]
+        errors = [
+            line for line in done.stderr.splitlines() if line.startswith("ERROR: ")
+        ] or done.stderr.splitlines()[-1:]
         return None, f"{'skipped: no network' if UNREACHABLE.search(done.stderr) else 'FAILED'} ({' '.join(errors)[:500]})"
     found = json.loads(report.read_text())["install"]
     return {p["metadata"]["name"].lower(): p["metadata"]["version"] for p in found}, None
@@ -91,7 +125,10 @@ def resolve(python, folder, kind, target):
 
 def check(python, folder, target):
     """(line for a person, whether the target can be installed or was skipped)."""
-    name = f"{target[1]}, Python {target[0]}" if target else f"this machine, Python {sys.version_info[0]}.{sys.version_info[1]}"
+    name = (
+        f"{target[1]}, Python {target[0]}" if target
+        else f"this machine, Python {sys.version_info[0]}.{sys.version_info[1]}"
+    )
     said, began = [], time.monotonic()
     for kind in ("test",) if target else ("run", "test"):
         packages, reason = resolve(python, folder, kind, target)
@@ -106,12 +143,15 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         python = environment.venv_python(os.path.join(folder, "venv"))
         subprocess.run([sys.executable, "-m", "venv", os.path.join(folder, "venv")], check=True)
-        got = subprocess.run([python, "-m", "pip", "install", "--quiet", "--retries", "2", PIP], capture_output=True, text=True)
+        got = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--retries", "2", PIP], capture_output=True, text=True
+        )
         if got.returncode:
             print(f"skipped: pip cannot fetch {PIP} ({(got.stderr.strip().splitlines() or ['no reason given'])[-1]})")
             return 0
         targets = [None, *((version, name) for name in PLATFORMS for version in PYTHONS)]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:  # they wait for the network more than for a core
+        # they wait for the network more than for a core
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
             results = pool.map(lambda target: check(python, Path(folder), target), targets)
             fine = True
             for line, passed in results:

@@ -1,4 +1,5 @@
-"""Three `micro` steps of every record on 1, 2 and 4 processes: equal streams, losses equal up to the order of sums.
+"""Three `micro` steps of every record on 1, 2 and 4 processes: equal streams, losses equal up to the order of
+sums.
 
     tests/long.sh [RECORD ...]        writes tests/matrix.md (without names) and exits 1 if a row fails
 
@@ -24,7 +25,8 @@ from common import environment
 
 environment.require(*environment.TRAINING)
 PROCESSES = (1, 2, 4)
-TOLERANCE = 1e-9  # nats after three steps in float64; the order of summation differs between numbers of processes
+# nats after three steps in float64; the order of summation differs between numbers of processes
+TOLERANCE = 1e-9
 VARIANTS = {"variants/2": ("system.expert_parallel=true",)}  # what else a record is tried with
 
 
@@ -57,19 +59,26 @@ def launch(refs, processes, out):
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*command, __file__, "--work", str(out), *refs], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    found = {int(path.parent.parent.name): json.loads(path.read_text()) for path in Path(out).glob("*/*/summary.json")}
+    found = {
+        int(path.parent.parent.name): json.loads(path.read_text())
+        for path in Path(out).glob("*/*/summary.json")
+    }
     return found, done.stderr
 
 
 def row(name, results):
-    """(Markdown line, passed) of a case. results: its summary on each number of processes, None where there is none."""
+    """(Markdown line, passed) of a case. results: its summary on each number of processes, None where there
+    is none."""
     if None in results:
         return f"| {name} | no result on {PROCESSES[results.index(None)]} processes FAILED | | | | |", False
     losses = [r["val_loss"] for r in results]
     spread, same = max(losses) - min(losses), len({r["stream_digest"] for r in results}) == 1
     passed = spread <= TOLERANCE and same
     cells = " | ".join(f"{loss:.6f}" for loss in losses)
-    return f"| {name} | {cells} | {spread:.1e} | {'equal' if same else 'DIFFER'}{'' if passed else ' FAILED'} |", passed
+    return (
+        f"| {name} | {cells} | {spread:.1e} | {'equal' if same else 'DIFFER'}{'' if passed else ' FAILED'} |",
+        passed,
+    )
 
 
 def main():
@@ -82,7 +91,10 @@ def main():
             missing = [name for i, (name, _, _) in enumerate(cases(refs)) if i not in found]
             print(f"{processes} process{'es' if processes > 1 else ''}: {len(found)} trained, {time.time() - began:.0f} s", flush=True)
             if missing:
-                print(f"no result of {', '.join(missing)}; the launch ended with:\n{said[-2000:]}", file=sys.stderr)
+                print(
+                    f"no result of {', '.join(missing)}; the launch ended with:\n{said[-2000:]}",
+                    file=sys.stderr,
+                )
     rows = [row(name, [found.get(i) for found in by_processes]) for i, (name, _, _) in enumerate(cases(refs))]
     print(*(line for line, _ in rows), sep="\n")
     if not sys.argv[1:]:

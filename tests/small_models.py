@@ -1,4 +1,5 @@
-"""Small float64 models of a record, rows of tokens, and training steps on them, for laws of model and optimizer."""
+"""Small float64 models of a record, rows of tokens, and training steps on them, for laws of model and
+optimizer."""
 
 from types import SimpleNamespace
 
@@ -13,17 +14,22 @@ BOS = 1256
 
 
 def settings(ref, *sets, without=(), precision="float64"):
-    return deltas.resolve(ref, scale="micro", without=without, sets=[f"system.precision={precision}", *sets]).settings
+    return deltas.resolve(
+        ref, scale="micro", without=without, sets=[f"system.precision={precision}", *sets]
+    ).settings
 
 
 def build(ref, *sets, seed=0, scramble=True, **kwargs):
-    """A small float64 model; scramble: every parameter random and non-zero, so that no term hides behind a zero."""
+    """A small float64 model; scramble: every parameter random and non-zero, so that no term hides behind a
+    zero."""
     s = settings(ref, *sets, **kwargs)
     model = GPT(s)
     model.initialise(seed)
     if scramble:
         for name, p in sorted(model.named_parameters()):
-            p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
+            p.data += 0.3 * torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype
+            )
     return model
 
 

@@ -13,6 +13,9 @@ def begin_step(model):
 
 
 def end_step(model, tokens):
-    """Between the backwards and the update of a step of so many tokens, after which the routers' biases move."""
+    """Between the backwards and the update of a step of so many tokens, after which the routers' biases
+    move."""
     for hook in hooks_of(model):
-        hook.before_update(SimpleNamespace(tokens=tokens, moves_bias=True), SimpleNamespace(total=lambda tally: tally))
+        hook.before_update(
+            SimpleNamespace(tokens=tokens, moves_bias=True), SimpleNamespace(total=lambda tally: tally)
+        )

@@ -9,13 +9,18 @@ from common import arguments
 HUGE = "9" * 5000  # int() of CPython refuses to convert it
 
 
-@pytest.mark.parametrize("kind, text", [
-    (arguments.seed, "-1"), (arguments.seed, str(2 ** 63)), (arguments.seed, HUGE), (arguments.seed, "²"),
-    (arguments.seed, "1e3"), (arguments.seed, ""), (arguments.runs, "0"), (arguments.runs, HUGE),
-    (arguments.temperature, "nan"), (arguments.temperature, "inf"), (arguments.temperature, "1e-300"),
-    (arguments.temperature, "-0.5"), (arguments.confidence, "nan"), (arguments.confidence, "1"),
-    (arguments.probability, "0"), (arguments.probability, "1e400"), (arguments.rising, "8,4"), (arguments.rising, ","),
-    (arguments.steps_range, "²:4"), (arguments.steps_range, "4"), (arguments.steps_range, f"0:{HUGE}")])
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        (arguments.seed, "-1"), (arguments.seed, str(2**63)), (arguments.seed, HUGE), (arguments.seed, "²"),
+        (arguments.seed, "1e3"), (arguments.seed, ""), (arguments.runs, "0"), (arguments.runs, HUGE),
+        (arguments.temperature, "nan"), (arguments.temperature, "inf"), (arguments.temperature, "1e-300"),
+        (arguments.temperature, "-0.5"), (arguments.confidence, "nan"), (arguments.confidence, "1"),
+        (arguments.probability, "0"), (arguments.probability, "1e400"), (arguments.rising, "8,4"),
+        (arguments.rising, ","), (arguments.steps_range, "²:4"), (arguments.steps_range, "4"),
+        (arguments.steps_range, f"0:{HUGE}")
+    ],
+)
 def test_a_number_that_would_crash_later_is_refused(kind, text):
     with pytest.raises(argparse.ArgumentTypeError) as refused:
         kind(text)

@@ -1,4 +1,5 @@
-"""Laws of attempts: run by name, head of nothing; only a shown claim is promoted, and a promotion or a claim can be undone."""
+"""Laws of attempts: run by name, head of nothing; only a shown claim is promoted, and a promotion or a claim
+can be undone."""
 
 import os
 import re
@@ -23,7 +24,9 @@ SETS = ["validation.target=5.2"]
 
 def git(*args, cwd):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
-    return subprocess.run(["git", *args], cwd=cwd, env=clean, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", *args], cwd=cwd, env=clean, check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture
@@ -40,8 +43,10 @@ def here(tmp_path, monkeypatch):
         monkeypatch.setattr(deltas, name, tmp_path / value)
     monkeypatch.setattr(arms, "ROOT", tmp_path)
     deltas.load_records.cache_clear()
-    for words in (["init", "--quiet"], ["config", "user.name", "t"], ["config", "user.email", "t@t"], ["add", "--all"],
-                  ["commit", "--quiet", "--message", "all"]):
+    for words in (
+        ["init", "--quiet"], ["config", "user.name", "t"], ["config", "user.email", "t@t"], ["add", "--all"],
+        ["commit", "--quiet", "--message", "all"]
+    ):
         git(*words, cwd=tmp_path)
     yield tmp_path
     monkeypatch.undo()
@@ -50,8 +55,10 @@ def here(tmp_path, monkeypatch):
 
 def claim(folder, loss=None, **more):
     """Invented runs of attempts/my_idea against its parent; shown unless `loss` says otherwise."""
-    s = deltas.resolve(deltas.parse_record(deltas.tomllib.loads(TOML), folder / "record.toml", "attempts"), scale="micro",
-                       sets=SETS).settings
+    s = deltas.resolve(
+        deltas.parse_record(deltas.tomllib.loads(TOML), folder / "record.toml", "attempts"), scale="micro",
+        sets=SETS
+    ).settings
     both = {"new": arm("attempts/my_idea", SETS, s=s), "parent": arm("short/33", SETS)}
     with pytest.MonkeyPatch.context() as patch:
         return build(folder, patch, declaration(both, record="attempts/my_idea", **more), loss)
@@ -70,7 +77,7 @@ def refused(message, module, *args):
     assert message in str(error.value) and "\n" not in str(error.value), error.value
 
 
-# ----- named in full, head of nothing -----------------------------------------------------------------------------------
+# ----- named in full, head of nothing -----------------------------------------------------------------------
 
 def test_an_attempt_runs_by_its_name_with_its_parent_s_chain_and_is_in_no_lineage(here):
     for name in ("attempts/my_idea", "attempts/my_idea/"):
@@ -115,25 +122,31 @@ def test_a_broken_attempt_is_one_line_and_hurts_nothing_else(here, text, message
     assert deltas.resolve("attempts/my_idea") and deltas.resolve("short/head")
 
 
-# ----- promote, and back ------------------------------------------------------------------------------------------------
+# ----- promote, and back ------------------------------------------------------------------------------------
 
 def test_a_shown_claim_becomes_the_head_and_goes_back_when_it_is_withdrawn(here):
     folder = claim(here / "attempts/my_idea")
     assert call(verify, str(folder)) == verify.SHOWN and attempts.status(folder) == "shown"
     (here / "notes.txt").write_text("mine")  # untracked, and no business of a promotion
-    with open(here / "records/short/001_llmc_baseline/record.toml", "a") as file:  # nor is what was edited meanwhile
+    # nor is what was edited meanwhile
+    with open(here / "records/short/001_llmc_baseline/record.toml", "a") as file:
         file.write("# edited\n")
     edited = " M records/short/001_llmc_baseline/record.toml\n?? notes.txt\n"
     refused("shown at scale micro only", promote, "my_idea")
     call(promote, "attempts/my_idea/", "--accept-scale", "micro")
     record = deltas.find_record("short/head")
-    assert record.ref == "short/34" and record.folder == here / "records/short/034_my_idea" and not folder.exists()
+    assert (
+        record.ref == "short/34" and record.folder == here / "records/short/034_my_idea"
+        and not folder.exists()
+    )
     assert deltas.find_record("attempts/my_idea") == record  # as its logs name it
     results = verify.verify(record.folder)
     assert (results["verdict"], results["problems"]) == ("shown", [])
     assert "# short/34: A higher rate" in (record.folder / "README.md").read_text()
     assert git("status", "--porcelain", cwd=here) == edited
-    assert not {"notes.txt", "001_llmc_baseline"} & set(re.split(r"[/\n]", git("show", "--name-only", cwd=here)))
+    assert not {"notes.txt", "001_llmc_baseline"} & set(
+        re.split(r"[/\n]", git("show", "--name-only", cwd=here))
+    )
 
     call(withdraw, "short/34", "--why", "not seen on a second machine")
     assert deltas.find_record("short/head").ref == "short/33" and not record.folder.exists()
@@ -164,7 +177,10 @@ def test_a_claim_on_an_older_record_is_a_branch(here, monkeypatch):
     both = {"new": arm("attempts/my_idea", SETS, s=s), "parent": arm("short/11", SETS)}
     (here / "attempts/my_idea").mkdir()
     (here / "attempts/my_idea/record.toml").write_text(TOML)
-    build(here / "attempts/my_idea", monkeypatch_of := pytest.MonkeyPatch(), declaration(both, record="attempts/my_idea"))
+    build(
+        here / "attempts/my_idea", monkeypatch_of := pytest.MonkeyPatch(),
+        declaration(both, record="attempts/my_idea")
+    )
     monkeypatch_of.undo()
     refused("short has come to short/33", promote, "my_idea", "--accept-scale", "micro")
     call(promote, "my_idea", "--accept-scale", "micro", "--lineage", "variants")
@@ -178,7 +194,9 @@ def test_a_record_that_is_built_on_stays(here):
     claim(here / "attempts/my_idea")
     call(promote, "my_idea", "--accept-scale", "micro")
     (here / "attempts/next").mkdir()
-    (here / "attempts/next/record.toml").write_text(TOML.replace("short/33", "short/34").replace("0.0543", "0.06"))
+    (here / "attempts/next/record.toml").write_text(
+        TOML.replace("short/33", "short/34").replace("0.0543", "0.06")
+    )
     refused("built on by attempts/next", withdraw, "short/34", "--why", "x")
     refused("was not made by `records promote`", withdraw, "short/33", "--why", "x")
     assert deltas.find_record("short/head").ref == "short/34"
@@ -192,15 +210,19 @@ def test_a_commit_that_git_refuses_leaves_everything_as_it_was(here):
     with pytest.raises(UserError, match="git commit"):
         call(promote, "my_idea", "--accept-scale", "micro")
     names = {"README.md", "results.json"}
-    assert [p for p in sorted(p.relative_to(here) for p in here.glob("[ra]*/**/*")) if p.name not in names] == before
+    assert [
+        p for p in sorted(p.relative_to(here) for p in here.glob("[ra]*/**/*")) if p.name not in names
+    ] == before
     assert (folder / "record.toml").read_text() == TOML and deltas.find_record("short/head").ref == "short/33"
     assert git("diff", "--cached", "--name-only", cwd=here) == ""
 
 
-# ----- withdraw an attempt ----------------------------------------------------------------------------------------------
+# ----- withdraw an attempt ----------------------------------------------------------------------------------
 
 def test_a_claim_that_is_given_up_half_way_keeps_its_runs_and_takes_no_more(here):
-    folder = claim(here / "attempts/my_idea", plan={"looks": [{"runs": 2, "alpha": 0.005}, {"runs": 4, "alpha": 0.005}]})
+    folder = claim(
+        here / "attempts/my_idea", plan={"looks": [{"runs": 2, "alpha": 0.005}, {"runs": 4, "alpha": 0.005}]}
+    )
     lines = (folder / manifest.NAME).read_text().splitlines(keepends=True)
     (folder / manifest.NAME).write_text("".join(lines[:4]))  # the second run is registered and died
     runs = sorted(folder.glob("runs/*/"))

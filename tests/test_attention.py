@@ -17,8 +17,10 @@ from model import GPT
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = ("dense", "banded", "documents")
-WINDOWS = (CAUSAL, Window(1), Window(7), Window(50), Window(1000), Window(None, 1, 8), Window(None, 3, 8), Window(20, 3, 8),
-           Window(None, 2, 5))
+WINDOWS = (
+    CAUSAL, Window(1), Window(7), Window(50), Window(1000), Window(None, 1, 8), Window(None, 3, 8),
+    Window(20, 3, 8), Window(None, 2, 5)
+)
 
 
 def random_documents(rows, tokens, seed=0, mean=12):
@@ -28,12 +30,15 @@ def random_documents(rows, tokens, seed=0, mean=12):
 
 def qkv(rows, tokens, dtype=torch.float64, grad=True, width=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return [torch.randn(rows, tokens, 2, width, dtype=torch.float64, generator=g).to(dtype).requires_grad_(grad)
-            for _ in range(3)]
+    return [
+        torch.randn(rows, tokens, 2, width, dtype=torch.float64, generator=g).to(dtype).requires_grad_(grad)
+        for _ in range(3)
+    ]
 
 
 def seen_by(backend, documents, window, **options):
-    """The visible sets (R, T, T) of a backend: with equal logits and one-hot values the output shows what was averaged."""
+    """The visible sets (R, T, T) of a backend: with equal logits and one-hot values the output shows what was
+    averaged."""
     rows, tokens = documents.shape
     zero, values = torch.zeros(rows, tokens, 1, 8), torch.eye(tokens).expand(rows, tokens, tokens)[:, :, None]
     return attend(zero, zero, values, view(documents, window, backend, **options))[:, :, 0] > 0
@@ -50,13 +55,23 @@ def by_rule(documents, rule):
 
 RULES = {  # record: (its rule as the original states it, our window); blocks of 8 for the originals' 128
     "12: a fixed token window": (lambda q, k: q - k < 20, Window(20)),
-    "13: a token window of a multiple of its unit": (lambda q, k: q - k < 4 * math.floor((4 + 108 * 0.3) / 4), Window(36)),
-    "15: both limits, w = 8": (lambda q, k: q - k < 8 and q // 8 - k // 8 < math.ceil(8 / 8), Window(8, 1, 8)),
-    "15: both limits, w = 12": (lambda q, k: q - k < 12 and q // 8 - k // 8 < math.ceil(12 / 8), Window(12, 2, 8)),
+    "13: a token window of a multiple of its unit": (
+        lambda q, k: q - k < 4 * math.floor((4 + 108 * 0.3) / 4),
+        Window(36),
+    ),
+    "15: both limits, w = 8": (
+        lambda q, k: q - k < 8 and q // 8 - k // 8 < math.ceil(8 / 8),
+        Window(8, 1, 8),
+    ),
+    "15: both limits, w = 12": (
+        lambda q, k: q - k < 12 and q // 8 - k // 8 < math.ceil(12 / 8),
+        Window(12, 2, 8),
+    ),
     "16: a window of one block": (lambda q, k: q // 8 - k // 8 < 1, Window(None, 1, 8)),
     "16: a window of five blocks": (lambda q, k: q // 8 - k // 8 < 5, Window(None, 5, 8)),
     "29: FlashAttention's left window 16 shows 17 keys": (lambda q, k: q - 16 <= k <= q, Window(17)),
-    "no window": (lambda q, k: True, CAUSAL)}
+    "no window": (lambda q, k: True, CAUSAL),
+}
 
 
 @pytest.mark.parametrize("backend", CPU)
@@ -72,7 +87,8 @@ def clipped_tiles(ids, block, blocks):
     """Records 16-21 as the original does it for one row: lists of tiles, nearest first, with clipped counts.
 
     Full tiles (an earlier tile, both within one document) are kept up to blocks - 1, partial ones up to
-    max(blocks - unclipped full count, 1); a partial tile is masked by causality and documents, a full one by nothing.
+    max(blocks - unclipped full count, 1); a partial tile is masked by causality and documents, a full one by
+    nothing.
     """
     tokens = len(ids)
     low, high = ids[::block], ids[block - 1::block]
@@ -99,8 +115,13 @@ def test_record_20_clipped_tile_lists_are_the_plain_block_window_and_0_acts_as_1
             assert torch.equal(seen_by(backend, documents, Window(None, max(1, blocks), 8))[0], expected)
 
 
-@pytest.mark.parametrize("record, windows", [
-    ("record12", {None: Window(192)}), ("record20", {None: Window(None, 2, 128), (0, 4, 11): Window(None, 4, 128)})])
+@pytest.mark.parametrize(
+    "record, windows",
+    [
+        ("record12", {None: Window(192)}),
+        ("record20", {None: Window(None, 2, 128), (0, 4, 11): Window(None, 4, 128)}),
+    ],
+)
 @pytest.mark.parametrize("backend", CPU)
 def test_counts_of_visible_keys_are_the_original_codes(record, windows, backend):
     golden = np.load(GOLDEN / f"{record}.npz")
@@ -113,7 +134,9 @@ def test_counts_of_visible_keys_are_the_original_codes(record, windows, backend)
 
 def test_limits_beyond_the_row_are_dropped_and_no_others():
     for tokens in (1, 7, 8, 9, 40):
-        for window in (*WINDOWS, *(Window(n) for n in range(1, 12)), *(Window(None, n, 4) for n in range(1, 12))):
+        for window in (
+            *WINDOWS, *(Window(n) for n in range(1, 12)), *(Window(None, n, 4) for n in range(1, 12))
+        ):
             q, k = torch.arange(tokens)[:, None], torch.arange(tokens)
             kept = binding(window, tokens)
             assert torch.equal(attention.visible(q, k, window), attention.visible(q, k, kept))
@@ -124,7 +147,8 @@ def test_limits_beyond_the_row_are_dropped_and_no_others():
 
 @pytest.mark.parametrize("rows, tokens", [(1, 1), (3, 5), (2, 64), (3, 130), (1, 301)])
 def test_cpu_backends_equal_dense_forward_and_backward(rows, tokens):
-    """Documents of all kinds: random, absent, one a row, one token each; T that is no multiple of the blocks; windows beyond T."""
+    """Documents of all kinds: random, absent, one a row, one token each; T that is no multiple of the blocks;
+    windows beyond T."""
     some = random_documents(rows, tokens)
     for documents in (some, None, torch.zeros_like(some), torch.arange(tokens).expand(rows, tokens)):
         for window in WINDOWS:
@@ -132,11 +156,16 @@ def test_cpu_backends_equal_dense_forward_and_backward(rows, tokens):
             upstream = torch.randn(q.shape, dtype=q.dtype, generator=torch.Generator().manual_seed(1))
             results = []
             for backend in CPU:
-                prepared = view(documents, window, backend, rows=rows, tokens=tokens, device=q.device, dtype=q.dtype)
+                prepared = view(
+                    documents, window, backend, rows=rows, tokens=tokens, device=q.device, dtype=q.dtype
+                )
                 y = attend(q, k, v, prepared)
                 results.append((y, *torch.autograd.grad(y, (q, k, v), upstream)))
             for other in results[1:]:
-                assert all((a - b).abs().max() < 1e-12 for a, b in zip(results[0], other)), (window, documents)
+                assert all((a - b).abs().max() < 1e-12 for a, b in zip(results[0], other)), (
+                    window,
+                    documents,
+                )
 
 
 def test_dense_is_softmax_over_the_visible_keys():
@@ -174,7 +203,9 @@ def test_the_newest_token_against_the_cache_sees_what_it_sees_in_the_row(window)
 
 
 def test_banded_looks_at_no_more_keys_when_the_row_grows():
-    keys = [view(None, Window(100), "banded", rows=2, tokens=tokens).plan.mask.size(-1) for tokens in (512, 4096)]
+    keys = [
+        view(None, Window(100), "banded", rows=2, tokens=tokens).plan.mask.size(-1) for tokens in (512, 4096)
+    ]
     assert keys[0] == keys[1] <= 100 + attention.block_width(99) + attention.UNIT
 
 
@@ -218,11 +249,13 @@ def test_flex_tiles_miss_no_visible_key_and_full_tiles_hide_none(window, mean, m
         number, order = attention.tile_list(kind)
         for row, i in np.ndindex(len(kind), n):
             kept = order[row, 0, i, :number[row, 0, i]].tolist()
-            assert kept == sorted(kind[row, i].nonzero().flatten().tolist(), reverse=True)  # the nearest first
+            # the nearest first
+            assert kept == sorted(kind[row, i].nonzero().flatten().tolist(), reverse=True)
 
 
 def test_compiled_flex_heeds_the_tiles_equals_dense_and_compiles_once():
-    """Forward only: FlexAttention has no backward on the CPU. Another window or other documents compile nothing."""
+    """Forward only: FlexAttention has no backward on the CPU. Another window or other documents compile
+    nothing."""
     torch._dynamo.reset()
     attention.compiled_flex.cache_clear()
     q, k, v = qkv(2, 300, torch.float32, grad=False, width=16)
@@ -239,9 +272,12 @@ def test_compiled_flex_heeds_the_tiles_equals_dense_and_compiles_once():
 # ----- FlashAttention
 
 def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
-    """FlashAttention's documented meaning: sequences between the ends, left window W shows W + 1 keys, right 0: causal."""
+    """FlashAttention's documented meaning: sequences between the ends, left window W shows W + 1 keys, right
+    0: causal."""
     left, right = window_size
-    assert right == 0 and ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and longest_q == longest_k
+    assert (
+        right == 0 and ends_q.dtype == torch.int32 and torch.equal(ends_q, ends_k) and longest_q == longest_k
+    )
     out = torch.full_like(q, math.nan)
     for start, end in zip(ends_q.tolist(), ends_q.tolist()[1:]):
         assert end - start <= longest_q
@@ -249,15 +285,19 @@ def flash(q, k, v, ends_q, ends_k, longest_q, longest_k, *, scale, window_size):
         seen = (t <= t[:, None]) & ((left < 0) | (t >= t[:, None] - left))
         if end > start:
             logits = torch.einsum("qhd,khd->hqk", q[start:end], k[start:end]) * scale
-            out[start:end] = torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -math.inf).softmax(-1), v[start:end])
+            out[start:end] = torch.einsum(
+                "hqk,khd->qhd", logits.masked_fill(~seen, -math.inf).softmax(-1), v[start:end]
+            )
     return out
 
 
 @pytest.mark.parametrize("window", [CAUSAL, Window(1), Window(17), Window(1000)])
 def test_varlen_hands_flash_attention_the_left_window_of_one_token_less(window, monkeypatch):
     calls = []
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn",
-                        lambda *tensors, **options: calls.append(options["window_size"]) or flash(*tensors, **options))
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn",
+        lambda *tensors, **options: calls.append(options["window_size"]) or flash(*tensors, **options),
+    )
     q, k, v = qkv(3, 50, grad=False)
     for documents in (random_documents(3, 50, mean=20), None):
         prepared = view(documents, window, "varlen", rows=3, tokens=50)
@@ -273,9 +313,14 @@ def dense_flash(q, k, v, ends_q, ends_k, longest_q, longest_k, causal, scale, wi
     return out, out.new_zeros((q.size(1), q.size(0)), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
 
 
-def dense_flash_gradient(g, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, causal, state, scale, window_size):
+def dense_flash_gradient(
+    g, q, k, v, out, lse, ends_q, ends_k, longest_q, longest_k, causal, state, scale, window_size
+):
     """torch_attn::_varlen_attn_backward, one (N, N) softmax P per head: dS = P (dP - rowsum(dP P))."""
-    assert causal == (window_size == [-1, 0]) and lse.shape == (q.size(1), q.size(0)) and torch.equal(ends_q, ends_k)
+    assert (
+        causal == (window_size == [-1, 0]) and lse.shape == (q.size(1), q.size(0))
+        and torch.equal(ends_q, ends_k)
+    )
     document, t = torch.bucketize(torch.arange(len(q)), ends_q.long(), right=True), torch.arange(len(q))
     seen = (t <= t[:, None]) & (document == document[:, None])
     seen = seen & (t >= t[:, None] - window_size[0]) if window_size[0] >= 0 else seen
@@ -283,7 +328,10 @@ def dense_flash_gradient(g, q, k, v, out, lse, ends_q, ends_k, longest_q, longes
     assert (torch.einsum("hqk,khd->qhd", p, v) - out).abs().max() < 1e-5
     dp = torch.einsum("qhd,khd->hqk", g, v)
     ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
-    grads = torch.einsum("hqk,khd->qhd", ds, k), torch.einsum("hqk,qhd->khd", ds, q), torch.einsum("hqk,qhd->khd", p, g)
+    grads = (
+        torch.einsum("hqk,khd->qhd", ds, k), torch.einsum("hqk,qhd->khd", ds, q),
+        torch.einsum("hqk,qhd->khd", p, g)
+    )
     return tuple(torch.empty_like(x).copy_(grad) for x, grad in zip((q, k, v), grads))
 
 
@@ -298,31 +346,49 @@ def test_compiled_varlen_is_one_graph_for_all_windows_and_scales_with_the_gradie
     monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
     torch._dynamo.reset()
     graphs = []
-    compiled = torch.compile(lambda *args: attend(*args), backend=counted(graphs), fullgraph=True, dynamic=False)
-    for seed, (window, scale) in enumerate([(Window(17), 0.3), (Window(5), 0.3), (Window(1), 0.2), (CAUSAL, 0.1)]):
+    compiled = torch.compile(
+        lambda *args: attend(*args), backend=counted(graphs), fullgraph=True, dynamic=False
+    )
+    for seed, (window, scale) in enumerate(
+        [(Window(17), 0.3), (Window(5), 0.3), (Window(1), 0.2), (CAUSAL, 0.1)]
+    ):
         q, k, v = qkv(3, 50, seed=seed)
         documents = random_documents(3, 50, seed, mean=20)
         g = torch.randn_like(v)
         results = []
-        (traced, none), inside = attention.traceable([view(documents, window, "varlen", longest=50), None], scale, 4)
+        (traced, none), inside = attention.traceable(
+            [view(documents, window, "varlen", longest=50), None], scale, 4
+        )
         assert none is None and inside is None
         for y in (compiled(q, k, v, traced),
                   attend(q, k, v, view(documents, window, "dense"), scale)):
             results.append([y, *torch.autograd.grad(y, (q, k, v), g)])
         assert max((a - b).abs().max() for a, b in zip(*results, strict=True)) < 1e-12
     assert len(graphs) == 1
-    for others in ([view(None, Window(5), "dense", rows=3, tokens=50), None], [traced, view(None, CAUSAL, "dense")], [None]):
+    for others in (
+        [view(None, Window(5), "dense", rows=3, tokens=50), None], [traced, view(None, CAUSAL, "dense")],
+        [None]
+    ):
         assert attention.traceable(others, None, 4) == (others, None)
-    assert attention.traceable([view(None, CAUSAL, "varlen", rows=3, tokens=50)], None, 4)[0][0].plan.window[1] == 0.5
+    assert (
+        attention.traceable([view(None, CAUSAL, "varlen", rows=3, tokens=50)], None, 4)[0][0].plan.window[1]
+        == 0.5
+    )
     torch._dynamo.reset()
 
 
-def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training_and_one_in_validation(monkeypatch):
-    """Record 33: three windows, a wider one and another in the last layer at the end, the softmax scale follows."""
+def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training_and_one_in_validation(
+    monkeypatch,
+):
+    """Record 33: three windows, a wider one and another in the last layer at the end, the softmax scale
+    follows."""
     monkeypatch.setattr(attention, "torchs_varlen", lambda: (dense_flash, dense_flash_gradient))
     monkeypatch.setattr(attention, "choose", lambda *args, **options: "varlen")
     torch._dynamo.reset()
-    small = ["model.num_layers=3", "model.attn.drop_layers=[]", "model.mlp.drop_layers=[]", "model.attn.window.long_layers=[0, 2]"]
+    small = [
+        "model.num_layers=3", "model.attn.drop_layers=[]", "model.mlp.drop_layers=[]",
+        "model.attn.window.long_layers=[0, 2]"
+    ]
     without = ["model.attn.value_embed", "model.residual.unet_skips"]
     s = deltas.resolve("short/33", scale="micro", sets=small, without=without).settings
     model, graphs, scales = GPT(s), [], set()
@@ -339,7 +405,10 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     with torch.no_grad():
         model.eval()
         tokens, read = tokens.view(1, 192), []  # longer than the last layer's window
-        monkeypatch.setattr(attention, "torchs_varlen", lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None))
+        monkeypatch.setattr(
+            attention, "torchs_varlen",
+            lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None)
+        )
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
             context = model.context(tokens, 0, schedule.windows(s, step, final), longest=40 + step)
             assert len({int(view.plan.window[0]) for view, _ in context.layers}) == (3 if final else 2)
@@ -356,8 +425,14 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
 def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
     for seed in range(3):
         documents = random_documents(3, 50, seed)
-        first = [r * 50 + t for r in range(3) for t in range(50) if t == 0 or documents[r, t] != documents[r, t - 1]]
-        counted, promised = (view(documents, CAUSAL, "varlen", longest=longest, most=most).plan for most in (None, len(first) + 5))
+        first = [
+            r * 50 + t for r in range(3) for t in range(50)
+            if t == 0 or documents[r, t] != documents[r, t - 1]
+        ]
+        counted, promised = (
+            view(documents, CAUSAL, "varlen", longest=longest, most=most).plan
+            for most in (None, len(first) + 5)
+        )
         for plan in (counted, promised):
             assert plan.ends[:len(first)].tolist() == first and set(plan.ends[len(first):].tolist()) == {150}
             assert plan.ends.dtype == torch.int32 and plan.longest == (longest or 50)
@@ -372,14 +447,25 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
 
 
 def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(monkeypatch):
-    monkeypatch.setattr(attention, "serve", lambda backend: attention.Missing("is not installed") if backend == "flash3" else None)
-    for capability, window, chosen, missed in (((9, 0), Window(64), "varlen", {"attention backend flash3 is not installed"}),
-                                               ((8, 0), Window(64), "varlen", set()),  # the device cannot
-                                               ((9, 0), Window(None, 3, 128), "flex", set())):  # nor for such a window
+    monkeypatch.setattr(
+        attention, "serve",
+        lambda backend: attention.Missing("is not installed") if backend == "flash3" else None
+    )
+    for capability, window, chosen, missed in (
+        ((9, 0), Window(64), "varlen", {"attention backend flash3 is not installed"}),
+        ((8, 0), Window(64), "varlen", set()),  # the device cannot
+        # nor for such a window
+        ((9, 0), Window(None, 3, 128), "flex", set()),
+    ):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         passed = set()
-        assert choose("auto", torch.device("cuda"), documents=True, window=window, tokens=512, dtype=torch.bfloat16, compiled=True,
-                      passed=passed) == chosen
+        assert (
+            choose(
+                "auto", torch.device("cuda"), documents=True, window=window, tokens=512, dtype=torch.bfloat16,
+                compiled=True, passed=passed
+            )
+            == chosen
+        )
         assert passed == missed
 
 
@@ -400,7 +486,10 @@ def test_auto_on_the_cpu():
     assert chosen("auto", documents=False) == "dense"
     assert chosen("auto") == chosen("auto", window=Window(64)) == "documents"
     assert chosen("auto", window=Window(None, 2, 8)) == "banded"
-    assert chosen("auto", documents=False, window=Window(64)) == chosen("auto", window=Window(64), compiled=True) == "banded"
+    assert (
+        chosen("auto", documents=False, window=Window(64)) == chosen("auto", window=Window(64), compiled=True)
+        == "banded"
+    )
     assert chosen("auto", documents=False, window=Window(500)) == chosen("auto", tokens=64) == "dense"
 
 
@@ -427,15 +516,17 @@ def test_refusals_and_ladder_on_cuda(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (capability[0], 0))
     attention.activation_failure.cache_clear()
     blocks = Window(None, 2, 128)
-    assert chosen("auto", **HALF) == chosen("auto", window=Window(64), **HALF) == "varlen"  # flash3 is not installed here
+    # flash3 is not installed here
+    assert chosen("auto", **HALF) == chosen("auto", window=Window(64), **HALF) == "varlen"
     assert chosen("varlen", window=Window(None, 4, 128), **HALF) == "varlen"  # hides nothing in 512 tokens
     assert chosen("auto", window=blocks, **HALF) == chosen("auto", device="cuda") == "flex"
     assert chosen("auto", documents=False, **HALF) == "dense"
     for requested, options, reason in (
-            ("varlen", {**HALF, "window": blocks}, "cannot do a window of 2 blocks of 128 tokens; use flex"),
-            ("flash3", {**HALF, "window": blocks}, "cannot do a window of 2 blocks of 128 tokens; use flex"),
-            ("varlen", {"device": "cuda"}, "needs 16-bit numbers, not float32; use flex"),
-            ("flash3", HALF, "flash3 cannot be activated in this torch"), ("flash4", HALF, "cannot be activated")):
+        ("varlen", {**HALF, "window": blocks}, "cannot do a window of 2 blocks of 128 tokens; use flex"),
+        ("flash3", {**HALF, "window": blocks}, "cannot do a window of 2 blocks of 128 tokens; use flex"),
+        ("varlen", {"device": "cuda"}, "needs 16-bit numbers, not float32; use flex"),
+        ("flash3", HALF, "flash3 cannot be activated in this torch"), ("flash4", HALF, "cannot be activated")
+    ):
         with pytest.raises(ValueError, match=reason):
             chosen(requested, **options)
     monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
@@ -450,8 +541,12 @@ def test_refusals_and_ladder_on_cuda(monkeypatch):
 def test_flash_implementations_are_activated_when_used_and_varlen_restores_torchs_own(monkeypatch):
     active = [None]
     monkeypatch.setattr("torch.nn.attention.current_flash_attention_impl", lambda: active[0])
-    monkeypatch.setattr("torch.nn.attention.activate_flash_attention_impl", lambda name: active.__setitem__(0, name))
-    monkeypatch.setattr("torch.nn.attention.restore_flash_attention_impl", lambda: active.__setitem__(0, None))
+    monkeypatch.setattr(
+        "torch.nn.attention.activate_flash_attention_impl", lambda name: active.__setitem__(0, name)
+    )
+    monkeypatch.setattr(
+        "torch.nn.attention.restore_flash_attention_impl", lambda: active.__setitem__(0, None)
+    )
     attention.activation_failure.cache_clear()
     for backend, expected in (("flash3", "FA3"), ("varlen", None), ("flash4", "FA4"), ("flash3", "FA3")):
         view(None, CAUSAL, backend, rows=1, tokens=8)
@@ -467,5 +562,7 @@ import kernels.attention
 new = set(sys.modules) - before
 print([name for name in new if "flex" in name or "triton" in name or "varlen" in name])
 """
-    got = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    got = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
     assert got.stdout.strip() == "[]", got.stderr

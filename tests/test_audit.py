@@ -1,4 +1,5 @@
-"""Laws of `records audit`: the present code passes; each kind of cheat or bug fails the check that is meant for it.
+"""Laws of `records audit`: the present code passes; each kind of cheat or bug fails the check that is meant
+for it.
 
 Each edit is made in a copy of the working tree, where only the check that must find it is run.
 """
@@ -36,7 +37,9 @@ def edited(tree, folder, *edits):
     shutil.copytree(tree, folder, copy_function=os.link)
     for name, old, new in edits:
         text = (folder / name).read_text()
-        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}: this test edits code that has changed"
+        assert text.count(old) == 1, (
+            f"{name} has {text.count(old)} times {old!r}: this test edits code that has changed"
+        )
         (folder / name).unlink()
         (folder / name).write_text(text.replace(old, new))
     return str(folder)
@@ -53,7 +56,9 @@ def test_the_present_code_passes_every_check_and_says_what_an_audit_cannot_know(
     assert (result["version"], result["scale"], result["record"]) == (1, "micro", "short/11")
 
 
-@pytest.mark.parametrize("record, checks", [("short/head", ["causality"]), ("variants/4", ["causality", "no_trace"])])
+@pytest.mark.parametrize(
+    "record, checks", [("short/head", ["causality"]), ("variants/4", ["causality", "no_trace"])]
+)
 def test_the_head_and_a_mixture_of_experts_are_causal_with_all_their_features(tree, record, checks):
     result = audit.audit(str(tree), record, only=checks)
     assert result["passed"], result["checks"]
@@ -65,27 +70,72 @@ def test_mixtures_are_audited_in_blocks_where_no_token_can_move_another_s_roundi
 
 
 CHEATS = {
-    "attention that sees the future": ("causality", "moved an earlier loss", [
-        ("kernels/attention.py", "is_causal=causal,", "is_causal=False,")]),
-    "a loss that is scaled": ("normalisation", "sum to", [
-        ("model.py", "losses = self.head.losses(x, self.embed.table, targets, target_weights)",
-         "losses = self.head.losses(x, self.embed.table, targets, target_weights) * (1.0 if self.training else 0.9999)")]),
-    "validation over fewer tokens, at full scale only": ("validation_targets", "8,388,608 targets instead of 10,485,760", [
-        ("data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
-         "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n")]),
-    "validation that trains": ("no_trace", "validation 0 changed", [
-        ("train_gpt.py", "    model.train()\n    sums =",
-         "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
-    "a warm-up that leaks": ("warm_up", "validation losses at step 0", [
-        ("system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n", "    run.optimizer.reset()\n"),
-        ("system/warmup.py", "    if before != after:\n", "    if False:\n")]),
-    "randomness without a seed": ("seed", "two trainings with seed 0 differ in training losses", [
-        ("train_gpt.py", "run.compiled(x, y, context).mean()\n",
-         "run.compiled(x, y, context).mean() * (1 + __import__('random').random())\n")]),
-    "a batch fetched before the clock": ("clock", "2 batches and 3 steps of 3", [
-        ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
-        ("train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
-         "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in range(len(run.plans) + 1):\n")]),
+    "attention that sees the future": (
+        "causality", "moved an earlier loss",
+        [("kernels/attention.py", "is_causal=causal,", "is_causal=False,")]
+    ),
+    "a loss that is scaled": (
+        "normalisation",
+        "sum to",
+        [
+            (
+                "model.py", "losses = self.head.losses(x, self.embed.table, targets, target_weights)",
+                "losses = self.head.losses(x, self.embed.table, targets, target_weights) * (1.0 if self.training else 0.9999)"
+            )
+        ],
+    ),
+    "validation over fewer tokens, at full scale only": (
+        "validation_targets",
+        "8,388,608 targets instead of 10,485,760",
+        [
+            (
+                "data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
+                "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n"
+            )
+        ],
+    ),
+    "validation that trains": (
+        "no_trace",
+        "validation 0 changed",
+        [
+            (
+                "train_gpt.py", "    model.train()\n    sums =",
+                "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums ="
+            )
+        ],
+    ),
+    "a warm-up that leaks": (
+        "warm_up",
+        "validation losses at step 0",
+        [
+            (
+                "system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n",
+                "    run.optimizer.reset()\n"
+            ),
+            ("system/warmup.py", "    if before != after:\n", "    if False:\n"),
+        ],
+    ),
+    "randomness without a seed": (
+        "seed",
+        "two trainings with seed 0 differ in training losses",
+        [
+            (
+                "train_gpt.py", "run.compiled(x, y, context).mean()\n",
+                "run.compiled(x, y, context).mean() * (1 + __import__('random').random())\n"
+            )
+        ],
+    ),
+    "a batch fetched before the clock": (
+        "clock",
+        "2 batches and 3 steps of 3",
+        [
+            ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
+            (
+                "train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
+                "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in range(len(run.plans) + 1):\n"
+            ),
+        ],
+    ),
 }
 
 
@@ -139,8 +189,10 @@ def test_a_validation_that_changes_later_losses_is_a_trace():
     assert not passed and "training losses of step 2: 7.25 and 7.26" in detail
 
 
-@pytest.mark.parametrize("total_s, passed", [(3003000.7, True), (3004002.0, True), (3002000.9, False), (2003000.1, False),
-                                             (1003003000.2, False)])
+@pytest.mark.parametrize(
+    "total_s, passed",
+    [(3003000.7, True), (3004002.0, True), (3002000.9, False), (2003000.1, False), (1003003000.2, False)],
+)
 def test_the_clock_must_hold_every_batch_and_step_and_no_validation(total_s, passed):
     run = logged()
     run["curve"][-1]["train_time_ms"] = 1000 * total_s
@@ -150,14 +202,17 @@ def test_the_clock_must_hold_every_batch_and_step_and_no_validation(total_s, pas
 # ----- the checkout and the confinement
 
 def test_a_git_ref_is_exported_without_a_trace_and_interrupted_audits_leave_nothing(tree, tmp_path):
-    """In a repository of its own, whose auditor is this one's: the ref's tree, and Ctrl-C in the middle of a training."""
+    """In a repository of its own, whose auditor is this one's: the ref's tree, and Ctrl-C in the middle of a
+    training."""
     edited(tree, tmp_path / "repository")
     repository, scratch = tmp_path / "repository", tmp_path / "scratch"
     scratch.mkdir()
 
     def git(*args):
-        return subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=repository, check=True,
-                              capture_output=True, text=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args], cwd=repository, check=True,
+            capture_output=True, text=True
+        ).stdout.strip()
 
     git("init", "--quiet")
     git("add", "--all", "--force")
@@ -167,9 +222,10 @@ def test_a_git_ref_is_exported_without_a_trace_and_interrupted_audits_leave_noth
     assert (commit, exported) == (git("rev-parse", "HEAD"), git("rev-parse", "HEAD^{tree}"))
     shutil.rmtree(scratch / "checkout")
     shutil.rmtree(scratch / "git")
-    process = subprocess.Popen([sys.executable, "-m", "records", "audit", "HEAD", "--only", "warm_up"], cwd=repository,
-                               env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "records", "audit", "HEAD", "--only", "warm_up"], cwd=repository,
+        env={**os.environ, "TMPDIR": str(scratch)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline().startswith(f"audit of HEAD: commit {commit}, tree {exported[:12]}")
     while not list(scratch.glob("*/plain")) and process.poll() is None:
         time.sleep(0.02)
@@ -205,9 +261,12 @@ raise UserError("found " + repr(found))
     found = ast.literal_eval(str(error.value).partition("found ")[2])
     probe = f"import json, pathlib, runpy; probe = runpy.run_path({str(audit.PROBE)!r}); "
     confine = f"print(json.dumps(probe['confine'](pathlib.Path({str(tmp_path)!r}), 60)))"
-    possible = json.loads(subprocess.run([sys.executable, "-c", probe + confine], capture_output=True, text=True).stdout)
+    possible = json.loads(
+        subprocess.run([sys.executable, "-c", probe + confine], capture_output=True, text=True).stdout
+    )
     assert found["secret"] is False
-    if possible["writes"] == "limited to the audit's folder":  # Linux before 5.13 has no Landlock, and the audit says so
+    # Linux before 5.13 has no Landlock, and the audit says so
+    if possible["writes"] == "limited to the audit's folder":
         assert found["write"] == found["remove"] == "refused" and not (tmp_path / "stolen").exists()
     if possible["network"] == "cut off":
         assert found["connect"] == "refused" and found["interfaces"] <= 1
@@ -222,21 +281,30 @@ def test_code_that_is_imported_from_elsewhere_is_refused(tree, tmp_path):
 
 
 def test_a_process_that_takes_too_long_is_ended_and_fails_its_checks(tree, tmp_path):
-    folder = edited(tree, tmp_path / "slow", ("train_gpt.py", "import math\n", "import math\ntime.sleep(600)\n"))
+    folder = edited(
+        tree, tmp_path / "slow", ("train_gpt.py", "import math\n", "import math\ntime.sleep(600)\n")
+    )
     result = audit.audit(folder, only=["clock"], timeout=3)
-    assert result["checks"] == [{"name": "clock", "passed": False, "detail": "the real process did not end in 3 s"}]
+    assert result["checks"] == [
+        {"name": "clock", "passed": False, "detail": "the real process did not end in 3 s"}
+    ]
 
 
 def test_bad_input_is_one_clear_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for args, text in [(["no-such-branch"], "unknown git ref 'no-such-branch'"),
-                       ([str(tmp_path / "none")], "no such folder"),
-                       ([str(tmp_path / "empty")], "is not a checkout of this project: it has no train_gpt.py"),
-                       ([".", "--record", "short/999"], ".: unknown record 'short/999'"),
-                       ([".", "--record", "tiny-v1"], ".: tiny-v1 is frozen at --scale tiny"),
-                       ([".", "--json", "x.json", "--only", "seed"], "--json holds a whole audit"),
-                       ([".", "--json", str(tmp_path / "none" / "x.json")], "its folder does not exist")]:
+    for args, text in [
+        (["no-such-branch"], "unknown git ref 'no-such-branch'"),
+        ([str(tmp_path / "none")], "no such folder"),
+        ([str(tmp_path / "empty")], "is not a checkout of this project: it has no train_gpt.py"),
+        ([".", "--record", "short/999"], ".: unknown record 'short/999'"),
+        ([".", "--record", "tiny-v1"], ".: tiny-v1 is frozen at --scale tiny"),
+        ([".", "--json", "x.json", "--only", "seed"], "--json holds a whole audit"),
+        ([".", "--json", str(tmp_path / "none" / "x.json")], "its folder does not exist")
+    ]:
         with pytest.raises(SystemExit) as stop:
             main(["audit", *args])
         out, err = capsys.readouterr()
-        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and text in err and not out
+        assert (
+            stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1 and text in err
+            and not out
+        )

@@ -1,4 +1,5 @@
-"""Laws of the benches: what fails is a row, and costs no other one; what stands in a folder of results is of this run."""
+"""Laws of the benches: what fails is a row, and costs no other one; what stands in a folder of results is of
+this run."""
 
 import argparse
 import importlib.util
@@ -41,7 +42,7 @@ def bench(name):
     return module
 
 
-# ----- failures ---------------------------------------------------------------------------------------------------
+# ----- failures ---------------------------------------------------------------------------------------------
 
 BENCH = """
 import argparse, os, sys
@@ -77,16 +78,19 @@ sys.exit(report.run(p.parse_args(), groups, "Title", show=str, scale="full"))
 def test_a_case_that_raises_kills_the_process_or_its_gpu_costs_its_own_row_only(tmp_path):
     program, out = tmp_path / "bench.py", tmp_path / "deep/rows.json"
     program.write_text(BENCH.format(bench=str(ROOT / "bench")))
-    done = subprocess.run([sys.executable, str(program), "--out", str(out)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run(
+        [sys.executable, str(program), "--out", str(out)], capture_output=True, text=True, timeout=200
+    )
     found = json.loads(out.read_text())
     assert done.returncode == 1 and found["complete"] and found["scale"] == "full", done.stderr[-2000:]
     assert [(r["group"], r["case"]) for r in found["rows"]] == [
         *(("calm", f"calm {i}") for i in range(3)), ("loud", "first"), ("loud", "last"),
         *(("end", f"calm {i}") for i in range(3))]
     assert [(r["case"], r["failed"]) for r in found["failed"]] == [
-        ("preparing the next case", "ValueError: no such shape"), ("raises", "ZeroDivisionError: division by zero"),
-        ("number 3 of loud", "the process ended with 9"),
-        ("dead", "RuntimeError: CUDA error: an illegal memory access was encountered")]
+        ("preparing the next case", "ValueError: no such shape"),
+        ("raises", "ZeroDivisionError: division by zero"), ("number 3 of loud", "the process ended with 9"),
+        ("dead", "RuntimeError: CUDA error: an illegal memory access was encountered")
+    ]
     page = out.with_suffix(".md").read_text()
     assert "not complete" not in page and "| loud | raises | ZeroDivisionError: division by zero |" in page
 
@@ -117,8 +121,10 @@ def test_a_start_that_fails_keeps_the_others_and_the_next_record(tmp_path, monke
         return {"reset": {"start_ms": 1000, "warmup_ms": 2000, "imports_ms": 500, "graphs": 3}}, []
 
     monkeypatch.setattr(steps, "train", train)
-    o = argparse.Namespace(records=["short/11", "short/33"], scale="micro", steps=4, nproc=1, data=None, caches=None, set=[],
-                           out=str(tmp_path / "start.json"))
+    o = argparse.Namespace(
+        records=["short/11", "short/33"], scale="micro", steps=4, nproc=1, data=None, caches=None, set=[],
+        out=str(tmp_path / "start.json")
+    )
     assert steps.run(o, "Start", start.cases) == 1
     found = json.loads((tmp_path / "start.json").read_text())
     assert [(r["record"], r["kind"]) for r in found["rows"]] == [
@@ -137,13 +143,17 @@ def test_a_step_that_waits_for_the_gpu_is_a_failure_and_still_timed(tmp_path, mo
         asked.append(more)
         if reason and more:
             raise UserError(f"the training ended with 2: error: {reason}")
-        summary = {"reset": {"start_ms": 1000, "warmup_ms": 2000, "graphs": 3}, "graphs_in_clock": 0, "attention": "x",
-                   "device": "y"}
+        summary = {
+            "reset": {"start_ms": 1000, "warmup_ms": 2000, "graphs": 3}, "graphs_in_clock": 0,
+            "attention": "x", "device": "y"
+        }
         return summary, [{"kind": "validation", "step": i, "train_time_ms": 10.0 * i} for i in (0, 8, 16)]
 
     monkeypatch.setattr(steps, "train", train)
-    o = argparse.Namespace(records=["short/11"], scale="micro", steps=16, nproc=1, data=None, caches=None, set=[],
-                           check_sync=True, out=str(tmp_path / "steps.json"))
+    o = argparse.Namespace(
+        records=["short/11"], scale="micro", steps=16, nproc=1, data=None, caches=None, set=[],
+        check_sync=True, out=str(tmp_path / "steps.json")
+    )
     assert steps.run(o, "Steps", steps.cases) == bool(reason)
     found = json.loads((tmp_path / "steps.json").read_text())
     assert asked == [["--check-sync"], []][:trainings]
@@ -154,11 +164,17 @@ def test_a_step_that_waits_for_the_gpu_is_a_failure_and_still_timed(tmp_path, mo
 def test_a_training_that_is_stopped_leaves_a_row_of_how_far_it_came_and_no_files(tmp_path):
     out, scratch = tmp_path / "train.json", tmp_path / "scratch"
     scratch.mkdir()
-    command = [sys.executable, "bench/train.py", "short/11", "--scale", "micro", "--steps", "400", "--out", str(out)]
-    bench = subprocess.Popen([*command, "--set", "system.device=cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                             env={**os.environ, "TMPDIR": str(scratch)})
+    command = [
+        sys.executable, "bench/train.py", "short/11", "--scale", "micro", "--steps", "400", "--out", str(out)
+    ]
+    bench = subprocess.Popen(
+        [*command, "--set", "system.device=cpu"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "TMPDIR": str(scratch)}
+    )
     for _ in range(600):
-        lines = [line for log in scratch.glob("*/runs/*/*/run.jsonl") for line in log.read_text().split("\n")[:-1]]
+        lines = [
+            line for log in scratch.glob("*/runs/*/*/run.jsonl") for line in log.read_text().split("\n")[:-1]
+        ]
         if any(json.loads(line)["kind"] == "validation" for line in lines):
             break
         time.sleep(0.1)
@@ -166,7 +182,9 @@ def test_a_training_that_is_stopped_leaves_a_row_of_how_far_it_came_and_no_files
     said = bench.communicate(timeout=60)[0]
     failed = json.loads(out.read_text())["failed"]
     assert bench.returncode == 143 and failed[0]["record"] == "short/11" and failed[0]["failed"] in said
-    assert re.match(r"stopped: no time is left, after step \d+ of 400 with loss [67]\.\d+ in \d+ ms", failed[0]["failed"])
+    assert re.match(
+        r"stopped: no time is left, after step \d+ of 400 with loss [67]\.\d+ in \d+ ms", failed[0]["failed"]
+    )
     assert not list(scratch.iterdir())
 
 
@@ -186,7 +204,9 @@ p = argparse.ArgumentParser()
 report.add_arguments(p, ["only"])
 sys.exit(report.run(p.parse_args(), {{"only": cases}}, "Title", show=str))
 """)
-    bench = subprocess.Popen([sys.executable, str(tmp_path / "slow.py"), "--out", str(out)], cwd=ROOT, start_new_session=True)
+    bench = subprocess.Popen(
+        [sys.executable, str(tmp_path / "slow.py"), "--out", str(out)], cwd=ROOT, start_new_session=True
+    )
     for _ in range(600):
         if out.exists() and json.loads(out.read_text())["rows"]:
             break
@@ -195,18 +215,28 @@ sys.exit(report.run(p.parse_args(), {{"only": cases}}, "Title", show=str))
     os.killpg(bench.pid, signal.SIGTERM)
     assert bench.wait(30) == 143
     found = json.loads(out.read_text())
-    assert [r["check"] for r in found["rows"]] == ["quick"] and [r["check"] for r in found["failed"]] == ["slow"]
+    assert [r["check"] for r in found["rows"]] == ["quick"] and [r["check"] for r in found["failed"]] == [
+        "slow"
+    ]
 
 
 def test_a_real_training_that_is_refused_is_a_row_with_its_reason(tmp_path):
     out = tmp_path / "steps.json"
-    done = subprocess.run([sys.executable, "bench/steps.py", "short/11", "--scale", "micro", "--steps", "2", "--set",
-                           "model.nothing=1", "--out", str(out)], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        [
+            sys.executable, "bench/steps.py", "short/11", "--scale", "micro", "--steps", "2", "--set",
+            "model.nothing=1", "--out", str(out)
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     failed = json.loads(out.read_text())["failed"]
     assert done.returncode == 1 and len(failed) == 1 and "model.nothing" in failed[0]["failed"], done.stderr
 
 
-# ----- what is written --------------------------------------------------------------------------------------------
+# ----- what is written --------------------------------------------------------------------------------------
 
 def test_an_old_result_is_gone_before_the_first_row_and_every_row_is_there_at_once(tmp_path):
     path = tmp_path / "x.json"
@@ -220,13 +250,24 @@ def test_an_old_result_is_gone_before_the_first_row_and_every_row_is_there_at_on
     assert "not complete" in path.with_suffix(".md").read_text()
     r.add({"a": 2, "failed": "why"})
     assert json.loads(path.read_text())["failed"] == [{"a": 2, "failed": "why"}]
-    assert r.finish() == 1 and json.loads(path.read_text())["complete"] is True and len(list(tmp_path.iterdir())) == 2
+    assert (
+        r.finish() == 1 and json.loads(path.read_text())["complete"] is True
+        and len(list(tmp_path.iterdir())) == 2
+    )
 
 
-@pytest.mark.parametrize("error,line", [
-    (UserError("no such record"), "no such record"), (KeyError("x"), "KeyError: 'x'"), (AssertionError(), "AssertionError"),
-    (RuntimeError("backend='inductor' raised:\n\nCompilationError: at 3:4\nmore"),
-     "RuntimeError: backend='inductor' raised: CompilationError: at 3:4")])
+@pytest.mark.parametrize(
+    "error,line",
+    [
+        (UserError("no such record"), "no such record"),
+        (KeyError("x"), "KeyError: 'x'"),
+        (AssertionError(), "AssertionError"),
+        (
+            RuntimeError("backend='inductor' raised:\n\nCompilationError: at 3:4\nmore"),
+            "RuntimeError: backend='inductor' raised: CompilationError: at 3:4",
+        ),
+    ],
+)
 def test_a_failure_is_told_in_one_line_that_says_something(error, line):
     assert report.first_line(error) == line
 
@@ -238,7 +279,7 @@ def test_a_table_has_a_column_for_everything_a_row_says():
                      "| a\\|b | 12.35 | 0 |  |  |", "| c d |  |  | 1,234,567 |  |"]
 
 
-# ----- timing -----------------------------------------------------------------------------------------------------
+# ----- timing -----------------------------------------------------------------------------------------------
 
 def test_on_a_gpu_the_clock_runs_over_the_call_alone_behind_a_pause_and_a_cold_cache(monkeypatch):
     log, clock = [], [0.0]
@@ -260,7 +301,9 @@ def test_on_a_gpu_the_clock_runs_over_the_call_alone_behind_a_pause_and_a_cold_c
 
     flush = SimpleNamespace(zero_=lambda: log.append("flush"))
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("pause") or (0 < cycles <= 2e8) or pytest.fail())
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: log.append("pause") or (0 < cycles <= 2e8) or pytest.fail()
+    )
     monkeypatch.setattr(measure, "wait", lambda: log.append("wait"))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: flush)
     times = measure.queued(step, 7)
@@ -284,14 +327,16 @@ def test_the_pairs_that_attention_is_billed_for_are_those_it_sees(window, cut):
     assert kernels.pairs(ids, window, 2, 37) == int(seen.sum())
 
 
-# ----- shards -----------------------------------------------------------------------------------------------------
+# ----- shards -----------------------------------------------------------------------------------------------
 
 def test_shards_are_those_given_or_unpacked_or_random(tmp_path):
     given, packed = tmp_path / "given", tmp_path / "packed"
     given.mkdir(), packed.mkdir()
     for part, tokens in (("train_000001", 300), ("val_000000", 100)):
         write_shard(given / f"fineweb_{part}.bin", np.arange(tokens))
-        (packed / f"fineweb_{part}.bin.xz").write_bytes(lzma.compress((given / f"fineweb_{part}.bin").read_bytes()))
+        (packed / f"fineweb_{part}.bin.xz").write_bytes(
+            lzma.compress((given / f"fineweb_{part}.bin").read_bytes())
+        )
     assert shards.prepare(tmp_path / "a", given) == given
     unpacked = open_corpus(shards.prepare(tmp_path / "b", packed))
     assert (unpacked.train_tokens, unpacked.val_tokens) == ((300,), 100)
@@ -304,10 +349,12 @@ def test_shards_are_those_given_or_unpacked_or_random(tmp_path):
 def test_random_shards_say_that_they_are_random(tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "TOKENS", (5000, 2000))
     corpus = open_corpus(shards.prepare(tmp_path / "r", None))
-    assert (corpus.name, corpus.bos, corpus.train_tokens, corpus.val_tokens) == ("random tokens", 50256, (5000,), 2000)
+    assert (corpus.name, corpus.bos, corpus.train_tokens, corpus.val_tokens) == (
+        "random tokens", 50256, (5000,), 2000
+    )
 
 
-# ----- the shell --------------------------------------------------------------------------------------------------
+# ----- the shell --------------------------------------------------------------------------------------------
 
 GPU = """#!/usr/bin/env bash
 echo "$*" >> "$LOG"
@@ -322,7 +369,9 @@ esac
 
 def shell(*command, cwd=ROOT, **environment):
     env = {k: v for k, v in os.environ.items() if k not in ("DATA", "OUT", "BUDGET", "SPEEDRUN_PYTHON")}
-    return subprocess.run(command, cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command, cwd=cwd, env={**env, **environment}, capture_output=True, text=True, timeout=60
+    )
 
 
 def program(path, text):
@@ -336,12 +385,15 @@ def test_a_part_that_hangs_is_stopped_and_one_that_fails_stops_nothing(tmp_path)
     out.mkdir()
     for old in ("correct.json", "correct.md", "train.json", "steps.json"):
         (out / old).write_text("old")
-    done = shell("bench/gpu.sh", "correct", "kernels", "train", SPEEDRUN_PYTHON=program(tmp_path / "python", GPU),
-                 LOG=str(log), OUT=str(out), BUDGET="5", SPEEDRUN_CACHE=str(tmp_path / "cache"))
+    done = shell(
+        "bench/gpu.sh", "correct", "kernels", "train", SPEEDRUN_PYTHON=program(tmp_path / "python", GPU),
+        LOG=str(log), OUT=str(out), BUDGET="5", SPEEDRUN_CACHE=str(tmp_path / "cache")
+    )
     assert done.returncode == 1, done.stderr
     assert {p.name for p in out.iterdir()} == {"steps.json"}  # of a part that was not asked for
     limits = dict(re.findall(r"== (\w+) \(at most (\d+) s\)", done.stdout))
-    assert list(limits) == ["correct", "kernels", "train"] and int(limits["correct"]) == 1  # 90 of 230 seconds
+    # 90 of 230 seconds
+    assert list(limits) == ["correct", "kernels", "train"] and int(limits["correct"]) == 1
     assert "stopped after 1 s: bench/correct.py" in done.stdout
     calls = [line.split()[0] for line in log.read_text().splitlines() if line.startswith("bench/")]
     assert calls == ["bench/shards.py", "bench/correct.py", "bench/kernels.py", "bench/train.py"]
@@ -360,24 +412,34 @@ def test_without_a_gpu_the_scripts_say_what_they_would_do(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     done = shell("bench/gpu.sh", "tune", "kernels", SPEEDRUN_PYTHON=sys.executable)
-    assert done.returncode == 0 and "would run, within 570 seconds:\n  tune, 219 s or more\n  kernels, 350 s" in done.stdout
+    assert (
+        done.returncode == 0
+        and "would run, within 570 seconds:\n  tune, 219 s or more\n  kernels, 350 s" in done.stdout
+    )
     assert shell("bench/gpu.sh", "nonsense").returncode == 2
     for name in ("kernels.py", "tune.py"):
         done = shell(sys.executable, f"bench/{name}")
         assert done.returncode == 0 and "no GPU here; on one this would t" in done.stdout
 
 
-@pytest.mark.parametrize("sees_gpu,complete,chosen", [(True, True, "python3"), (False, True, "venv"), (True, False, "venv")])
+@pytest.mark.parametrize(
+    "sees_gpu,complete,chosen", [(True, True, "python3"), (False, True, "venv"), (True, False, "venv")]
+)
 def test_the_python_that_is_here_is_taken_if_it_can_train_on_a_gpu(tmp_path, sees_gpu, complete, chosen):
     (tmp_path / "installation").mkdir()
     (tmp_path / "installation/setup_venv.sh").write_text("PYTHON=${SPEEDRUN_PYTHON:-venv}\n")
     here = tmp_path / "bin"
     here.mkdir()
     for name in ("python3", "python"):
-        program(here / name, f"#!/bin/sh\ncase \"$2\" in *cuda*) {'exit 0' if sees_gpu else 'exit 1'} ;; esac\n"
-                + ("exit 0\n" if complete else "echo 'No module named tiktoken' >&2\nexit 1\n"))
+        program(
+            here / name,
+            f"#!/bin/sh\ncase \"$2\" in *cuda*) {'exit 0' if sees_gpu else 'exit 1'} ;; esac\n"
+            + ("exit 0\n" if complete else "echo 'No module named tiktoken' >&2\nexit 1\n"),
+        )
     script = f". {ROOT / 'bench/python.sh'}; echo $PYTHON"
     path = f"{here}:{os.environ['PATH']}"
     done = shell("bash", "-c", script, cwd=tmp_path, PATH=path)
     assert done.stdout.strip() == chosen and (complete or "No module named tiktoken" in done.stderr)
-    assert shell("bash", "-c", script, cwd=tmp_path, PATH=path, SPEEDRUN_PYTHON="mine").stdout.strip() == "mine"
+    assert (
+        shell("bash", "-c", script, cwd=tmp_path, PATH=path, SPEEDRUN_PYTHON="mine").stdout.strip() == "mine"
+    )

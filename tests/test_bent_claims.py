@@ -1,5 +1,5 @@
-"""Laws of `records verify`: one artefact of a good claim bent and everything else sealed again is refused, and for its own
-reason."""
+"""Laws of `records verify`: one artefact of a good claim bent and everything else sealed again is refused,
+and for its own reason."""
 
 import hashlib
 import json
@@ -61,10 +61,13 @@ def time_taken_off_every_interval(c):
     c.seal()
 
 
-@refused(r"arm new: time taken off the clock: 5\.\d s next to the training at each validation, arm parent 0\.\d s "
-         "for the same")
+@refused(
+    r"arm new: time taken off the clock: 5\.\d s next to the training at each validation, arm parent 0\.\d s "
+    "for the same"
+)
 def validations_slower_in_one_arm_only(c):
-    """Time is taken off every interval, and step 0 is made as slow, so that no interval of a run stands out."""
+    """Time is taken off every interval, and step 0 is made as slow, so that no interval of a run stands
+    out."""
     for run in c.counted("new"):
         validations, last = c.events(run, "validation"), 0.0
         for v in validations[1:]:
@@ -83,8 +86,10 @@ def hours(c, runs, kind, field):
     c.seal()
 
 
-@refused(r"arm new: work before the clock: its start takes 3601 s, that of arm parent 1 s, and the manifest does "
-         "not say why")
+@refused(
+    r"arm new: work before the clock: its start takes 3601 s, that of arm parent 1 s, and the manifest does "
+    "not say why"
+)
 def an_hour_before_the_warm_up_of_one_arm(c):
     hours(c, [e["run"] for e in c.of("register") if e["arm"] == "new"], "probe", "start_ms")
 
@@ -193,7 +198,10 @@ def stopped_when_the_loss_was_good(c):
     events = c.logs[c.name(3)]
     events.remove(c.events(3, "validation")[-1])
     last, end = c.events(3, "validation")[-1], c.events(3, "end")[0]
-    end |= {k: last[k] for k in ("val_loss", "train_time_ms", "tokens")} | {"steps": 63, "reached": last["val_loss"] <= 5.2}
+    end |= {k: last[k] for k in ("val_loss", "train_time_ms", "tokens")} | {
+        "steps": 63,
+        "reached": last["val_loss"] <= 5.2,
+    }
     end["verdict"] = [f"final validation loss {last['val_loss']:.4f}"]
     for i, event in enumerate(events[-2:]):
         event["wall_ms"] = last["wall_ms"] + 1 + i
@@ -625,7 +633,9 @@ def a_generous_margin(c):
     c.seal()
 
 
-@refused(r"claims short/10, arm new runs short/11|arm parent runs short/10, the parent of short/10 is short/9")
+@refused(
+    r"claims short/10, arm new runs short/11|arm parent runs short/10, the parent of short/10 is short/9"
+)
 def another_record_claimed(c):
     c.lines[0]["record"] = "short/10"
     c.seal()
@@ -637,11 +647,16 @@ def an_ml_change_called_systems(c):
     c.seal()
 
 
-@refused(r"arm parent runs with --set validation\.target=5\.2 --set optim\.muon\.lr=\S+: a record runs as it is")
+@refused(
+    r"arm parent runs with --set validation\.target=5\.2 --set optim\.muon\.lr=\S+: a record runs as it is"
+)
 def a_parent_with_changes_of_its_own(c):
     """Record 10 has this rate already, so that nothing but the rule is against it."""
     parent = c.lines[0]["arms"]["parent"]
-    parent["changes"] = [*parent["changes"], f"--set optim.muon.lr={parent['settings']['optim']['muon']['lr']}"]
+    parent["changes"] = [
+        *parent["changes"],
+        f"--set optim.muon.lr={parent['settings']['optim']['muon']['lr']}",
+    ]
     for register in c.of("register"):
         if register["arm"] == "parent":
             c.events(register["run"], "start")[0]["changes"] = parent["changes"]
@@ -759,7 +774,7 @@ def test_a_bent_claim_is_refused_for_its_own_reason(bend, reason, claim):
     assert all("\n" not in p for p in results["problems"])
 
 
-# ----- bent, and rightly so --------------------------------------------------------------------------------------------
+# ----- bent, and rightly so ---------------------------------------------------------------------------------
 
 def test_why_a_record_warms_up_for_long_can_be_said_and_is_told(claim):
     claim.lines[0]["long_start"] = "kernels are tuned"
@@ -776,7 +791,9 @@ def test_a_script_s_log_is_held_against_the_manifest(good, tmp_path):
     claim.lines[0] |= {"claim": "comparison", "record": None, "alpha": 0.05}
     a_script_as_parent(claim)
     results = verify.verify(claim.folder)
-    assert results["verdict"] == "shown" and any("what the script of arm parent computed" in u for u in results["unknown"])
+    assert results["verdict"] == "shown" and any(
+        "what the script of arm parent computed" in u for u in results["unknown"]
+    )
     log = claim.folder / "runs" / claim.name(claim.counted("parent")[0]) / "log.txt"
     log.write_text(log.read_text().replace("5.27", "5.07"))
     assert ["it was changed after the run" in p for p in verify.verify(claim.folder)["problems"]] == [True]

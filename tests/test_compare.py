@@ -1,4 +1,5 @@
-"""Laws of comparisons: manifest, arms, text logs, order, resuming, verdicts, replay. Only code against code is trained."""
+"""Laws of comparisons: manifest, arms, text logs, order, resuming, verdicts, replay. Only code against code
+is trained."""
 
 import json
 import os
@@ -48,11 +49,15 @@ def clone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("repository") / "clone"
 
     def git(*args):
-        subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args], cwd=folder, check=True,
-                       capture_output=True)
+        subprocess.run(
+            ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *args], cwd=folder, check=True,
+            capture_output=True
+        )
     subprocess.run(["git", "init", "-q", "-b", "main", str(folder)], check=True)
-    names = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, check=True,
-                           capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, check=True,
+        capture_output=True, text=True
+    ).stdout.split("\0")
     for name in names:
         if name and (ROOT / name).is_file() and not name.startswith("tests/"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -102,9 +107,11 @@ def stub(tmp_path, **losses):
 
 def begin(*argv):
     """A comparison in a process of its own, which ignores Ctrl-C as all that `&` starts in a script."""
-    return subprocess.Popen([sys.executable, "-m", "records", "compare", *map(str, argv)], cwd=ROOT, text=True,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    return subprocess.Popen(
+        [sys.executable, "-m", "records", "compare", *map(str, argv)], cwd=ROOT, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
 
 
 def wait_for(condition):
@@ -118,17 +125,26 @@ def started(tmp_path):
     return [tuple(line.split()) for line in (tmp_path / "started.txt").read_text().splitlines()]
 
 
-# ----- code against code ---------------------------------------------------------------------------------------------
+# ----- code against code ------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def comparison(clone):
     """Two refs that differ in a comment, compared as a user would."""
     out = clone.parent / "claim"
     done = subprocess.run(
-        [sys.executable, "-m", "records", "compare", f"main:short/11 {TINY}", f"refactor:short/11 {TINY}", "--runs", "2",
-         "--scale", "micro", "--out", str(out), "--order-seed", "3"], cwd=clone, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-             "SPEEDRUN_CACHE": str(clone.parent / "cache")})
+        [
+            sys.executable, "-m", "records", "compare", f"main:short/11 {TINY}", f"refactor:short/11 {TINY}",
+            "--runs", "2", "--scale", "micro", "--out", str(out), "--order-seed", "3"
+        ],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "SPEEDRUN_CACHE": str(clone.parent / "cache")
+        },
+    )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
@@ -163,7 +179,9 @@ def test_a_run_is_replayed_to_the_last_bit(comparison, here, tmp_path, monkeypat
 
 def test_replay_says_where_losses_differ(capsys):
     start = {"sources": "s", "cpu": "c", "torch": "t", "processes": 1, "device": "CPU, 1 process, 1 threads"}
-    log = {"start": start, "curve": [[0, 4.0], [3, 3.5]], "train_loss": [3.9, 3.8], "stream": "x", "digits": None}
+    log = {
+        "start": start, "curve": [[0, 4.0], [3, 3.5]], "train_loss": [3.9, 3.8], "stream": "x", "digits": None
+    }
     again = {**log, "curve": [[0, 4.0], [3, 3.501]], "train_loss": [3.9, 3.7]}
     assert replay.same_bits(start, start) and not replay.same_bits(start, {**start, "cpu": "other"})
     assert replay.report(log, log, True, 0.01) == 0
@@ -171,32 +189,48 @@ def test_replay_says_where_losses_differ(capsys):
     assert replay.report(log, again, False, 0.01) == 0 and "tolerance 0.01" in capsys.readouterr().out
     assert replay.report(log, again, False, 0.0001) == 3
     assert replay.report(log, {**log, "stream": "y"}, False, 1) == 3
-    assert replay.report({**log, "curve": [[0, float("nan")]]}, {**log, "curve": [[0, float("nan")]]}, True, 0.01) == 0
+    assert (
+        replay.report(
+            {**log, "curve": [[0, float("nan")]]}, {**log, "curve": [[0, float("nan")]]}, True, 0.01
+        )
+        == 0
+    )
     assert replay.report({**log, "curve": [[0, float("nan")]]}, log, False, 1.0) == 3
 
 
 @pytest.mark.parametrize("precision, seeds, rounding", [("float32", 1e-3, 3e-7), ("bfloat16", 1e-3, 2e-5)])
 def test_replay_tells_another_seed_by_its_first_training_losses(precision, seeds, rounding, capsys):
-    """Where the tolerance of the last validation loss would pass any seed: two of them differ by 0.0018 at full scale."""
+    """Where the tolerance of the last validation loss would pass any seed: two of them differ by 0.0018 at
+    full scale."""
     start = {"sources": "s", "cpu": "c", "torch": "t", "processes": 8, "device": "8 x NVIDIA H100",
              "settings": {"numerics": {"matmul": precision}}}
-    log = {"start": start, "curve": [[0, 10.82], [9, 3.278]], "train_loss": [10.8, 9.9, 9.1], "stream": "x", "digits": None}
+    log = {
+        "start": start, "curve": [[0, 10.82], [9, 3.278]], "train_loss": [10.8, 9.9, 9.1], "stream": "x",
+        "digits": None
+    }
     for share, code in ((rounding, 0), (seeds, 3)):
         again = {**log, "curve": [[0, 10.82], [9, 3.2791]], "train_loss": [10.8, 9.9, 9.1 * (1 + share)]}
         assert replay.report(log, again, False, replay.GPU_TOLERANCE) == code
     assert "NOT replayed: the first training losses differ by up to 1.0e-03" in capsys.readouterr().out
     late = {**log, "train_loss": [*log["train_loss"], 1.0, 1.0, 1.0], "curve": [[0, 10.82], [9, 3.278]]}
-    assert replay.report(late, {**late, "train_loss": [*late["train_loss"][:-1], 1.1]}, True, 1.0) == 3  # bits were promised
+    # bits were promised
+    assert replay.report(late, {**late, "train_loss": [*late["train_loss"][:-1], 1.1]}, True, 1.0) == 3
     assert "yet the training losses differ" in capsys.readouterr().out
     assert replay.report({**log, "train_loss": []}, log, False, replay.GPU_TOLERANCE) == 0
-    replay.report({**log, "train_loss": [], "curve": [[0, 10.82], [9, 3.2781]]}, log, False, replay.GPU_TOLERANCE)
+    replay.report(
+        {**log, "train_loss": [], "curve": [[0, 10.82], [9, 3.2781]]}, log, False, replay.GPU_TOLERANCE
+    )
     assert "do not tell seeds apart" in capsys.readouterr().out
 
 
 def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys):
     def stopped(options):
         raise KeyboardInterrupt
-    for argv, module, name in ((["list"], "records.__main__", "list_records"), (["replay", "x"], "evidence.replay", "run")):
+
+    for argv, module, name in (
+        (["list"], "records.__main__", "list_records"),
+        (["replay", "x"], "evidence.replay", "run"),
+    ):
         monkeypatch.setattr(sys.modules[module], name, stopped)
         with pytest.raises(SystemExit) as end:
             command.main(argv)
@@ -204,7 +238,9 @@ def test_ctrl_c_in_any_command_is_one_line_and_130(monkeypatch, capsys):
 
 
 def test_replay_refuses_what_it_cannot_re_create(tmp_path, comparison, capsys):
-    (tmp_path / "upstream.txt").write_text("import torch\nstep:4/4 val_loss:3.27 train_time:9ms step_avg:2.25ms\n")
+    (tmp_path / "upstream.txt").write_text(
+        "import torch\nstep:4/4 val_loss:3.27 train_time:9ms step_avg:2.25ms\n"
+    )
     assert "a log of another program" in refusal(capsys, "replay", tmp_path / "upstream.txt")
     assert "no such file" in refusal(capsys, "replay", tmp_path)
     line, _ = runlog.chain_line(runlog.GENESIS, {"n": 0, "kind": "start", "seed": 1})
@@ -224,10 +260,17 @@ def test_uncommitted_code_is_refused_or_declared(here, tmp_path, capsys):
         new.write_text(record.replace('id = "11"', 'id = "990"'))
         arm, patch = arms.prepare("short/990", "micro", allow_dirty=True)
         arms.patch_path(tmp_path, arm).write_bytes(patch)
-        (here / "schedule.py").write_text(source)  # editing goes on: the arm keeps the code it was declared with
+        # editing goes on: the arm keeps the code it was declared with
+        (here / "schedule.py").write_text(source)
         place = arms.place_of(arm, tmp_path)
-        assert "# edited" in (place / "schedule.py").read_text() and (place / "records/short/990_mine/record.toml").exists()
-        assert arm["dirty"] == arms.hash_of(patch) and arm["tree"] != arms.prepare("short/11", "micro")[0]["tree"]
+        assert (
+            "# edited" in (place / "schedule.py").read_text()
+            and (place / "records/short/990_mine/record.toml").exists()
+        )
+        assert (
+            arm["dirty"] == arms.hash_of(patch)
+            and arm["tree"] != arms.prepare("short/11", "micro")[0]["tree"]
+        )
         said = refusal(capsys, "compare", "short/10", "short/990", "--runs", 2)
         assert "short/990_mine/record.toml is not committed" in said
         arms.patch_path(tmp_path, arm).write_bytes(patch + b" ")
@@ -290,7 +333,9 @@ ARMS = [
 
 
 @pytest.mark.parametrize("argv, message", ARMS, ids=[" ".join(a) or "nothing" for a, _ in ARMS])
-def test_a_comparison_that_cannot_be_made_is_one_clear_line(argv, message, here, tmp_path, capsys, monkeypatch):
+def test_a_comparison_that_cannot_be_made_is_one_clear_line(
+    argv, message, here, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(ROOT)
     if "--resume" not in argv:
         argv = ["--runs", "2", "--scale", "micro", "--out", str(tmp_path / "out"), *argv]
@@ -298,11 +343,14 @@ def test_a_comparison_that_cannot_be_made_is_one_clear_line(argv, message, here,
     assert not (tmp_path / "out").exists()  # refused before anything is declared
 
 
-# ----- script arms ---------------------------------------------------------------------------------------------------
+# ----- script arms ------------------------------------------------------------------------------------------
 
 def test_runs_follow_the_declared_interleaved_order(tmp_path, capsys):
     a, b, c = stub(tmp_path, a=4.0, b=3.9, c=4.1)
-    assert records("compare", a, b, c, "--runs", 3, "--out", tmp_path / "out", "--order-seed", 5, "--seed0", 10) == 0
+    assert (
+        records("compare", a, b, c, "--runs", 3, "--out", tmp_path / "out", "--order-seed", 5, "--seed0", 10)
+        == 0
+    )
     claim = manifest.read(tmp_path / "out")
     order = claim.declaration["order"]
     assert order == compare.make_order("ABC", 3, "seed", 10, 5) and order[0]["discard"] and claim.complete
@@ -315,7 +363,9 @@ def test_runs_follow_the_declared_interleaved_order(tmp_path, capsys):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [round(x["loss"]["estimate"], 6) for x in results["comparisons"]] == [-0.1, 0.1]
     assert results["comparisons"][0]["confidence"] == pytest.approx(0.975)  # two intervals that hold together
-    assert [r["n"] for r in results["arms"].values()] == [3, 3, 3] and "taken on trust" in capsys.readouterr().out
+    assert [r["n"] for r in results["arms"].values()] == [
+        3, 3, 3
+    ] and "taken on trust" in capsys.readouterr().out
 
 
 def test_orders_without_pairing_give_every_run_a_seed_of_its_own():
@@ -324,7 +374,9 @@ def test_orders_without_pairing_give_every_run_a_seed_of_its_own():
     assert compare.make_order("AB", 4, "seed", 0, 1) != compare.make_order("AB", 4, "seed", 0, 2)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the run under way goes on, holds the manifest, and counts")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="elsewhere the run under way goes on, holds the manifest, and counts"
+)
 def test_a_killed_comparison_resumes_without_repeating_runs(tmp_path, capsys):
     a, b = stub(tmp_path, a=(4.0, 0.0, 0.15), b=(3.9, 0.0, 0.15))
     out = tmp_path / "out"
@@ -348,7 +400,8 @@ def test_a_killed_comparison_resumes_without_repeating_runs(tmp_path, capsys):
     assert len(started(tmp_path)) == 6 and len(set(started(tmp_path))) == 5 and claim.complete
     assert [r.status for r in claim.runs] == ["finished"] * 2 + ["failed"] + ["finished"] * 3
     assert claim.runs[2].fault["cause"] == "killed" and claim.runs[3].seed == claim.runs[2].seed
-    assert records("compare", "--resume", out) == 0 and len(started(tmp_path)) == 6  # complete: only told again
+    # complete: only told again
+    assert records("compare", "--resume", out) == 0 and len(started(tmp_path)) == 6
 
 
 def test_an_interrupted_run_is_booked_and_its_place_run_again(tmp_path, capsys):
@@ -378,13 +431,17 @@ def test_declared_variables_hold_for_every_run(tmp_path, monkeypatch):
     compare.declare(tmp_path / "out", declared, say=lambda *a, **k: None)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     claim = compare.run_plan(tmp_path / "out", until=1, say=lambda *a, **k: None)
-    assert len(claim.runs) == 3 and not claim.complete  # the discarded one and a block: enough for a first look
+    # the discarded one and a block: enough for a first look
+    assert len(claim.runs) == 3 and not claim.complete
     assert all("threads 1\n" in p.read_text() for p in (tmp_path / "out/runs").glob("*/log.txt"))
 
 
 def verdict_of(tmp_path, capsys, *argv, **losses):
     out = tmp_path / "out"
-    assert records("compare", *stub(tmp_path, **losses), "--runs", 4, "--out", out, "--order-seed", 0, *argv) == 0
+    assert (
+        records("compare", *stub(tmp_path, **losses), "--runs", 4, "--out", out, "--order-seed", 0, *argv)
+        == 0
+    )
     return json.loads((out / "results.json").read_text()), capsys.readouterr().out
 
 
@@ -392,20 +449,29 @@ def test_noise_is_called_unresolved_with_the_runs_that_would_resolve_it(tmp_path
     results, said = verdict_of(tmp_path, capsys, "--pairing", "none", a=(4.0, 0.01, 0.0), b=(4.0, 0.01, 0.0))
     c = results["comparisons"][0]
     assert c["loss"]["low"] < 0 < c["loss"]["high"] and c["verdict"].startswith("unresolved: ")
-    assert f"about {c['runs_to_resolve']} runs per arm would resolve 0.002" in said and c["runs_to_resolve"] > 50
+    assert (
+        f"about {c['runs_to_resolve']} runs per arm would resolve 0.002" in said and c["runs_to_resolve"] > 50
+    )
 
 
 def test_a_difference_is_told_with_interval_worth_and_machine(tmp_path, capsys):
     results, said = verdict_of(tmp_path, capsys, a=(4.0, 0.001, 0.0), b=(3.97, 0.001, 0.0))
     c = results["comparisons"][0]
-    assert c["loss"]["high"] < 0 and c["verdict"].startswith("B ends 0.0") and "below A (95 % interval 0.0" in said
-    assert c["equivalent"]["steps"] < 0 and "from the slope) steps" in said and runlog.machine()["cpu"] in said
+    assert (
+        c["loss"]["high"] < 0 and c["verdict"].startswith("B ends 0.0")
+        and "below A (95 % interval 0.0" in said
+    )
+    assert (
+        c["equivalent"]["steps"] < 0 and "from the slope) steps" in said and runlog.machine()["cpu"] in said
+    )
     assert "correlation of B's losses with A's over seeds" in said
 
 
 def test_an_a_a_test_says_that_it_measures_noise(tmp_path, capsys):
     arm = stub(tmp_path, a=(4.0, 0.01, 0.0))[0]
-    assert records("compare", arm, arm, "--aa", "--pairing", "none", "--runs", 2, "--out", tmp_path / "out") == 0
+    assert (
+        records("compare", arm, arm, "--aa", "--pairing", "none", "--runs", 2, "--out", tmp_path / "out") == 0
+    )
     assert "A/A test, so what follows is noise" in capsys.readouterr().out
 
 
@@ -431,8 +497,13 @@ def test_a_script_without_validation_lines_is_refused_at_its_first_run(tmp_path,
     out = tmp_path / "out"
     silent = f"script:{tmp_path / 'silent.py'}"
     said = refusal(capsys, "compare", silent, silent + " again", "--runs", 2, "--out", out)
-    assert "--scale and --data are for records" in refusal(capsys, "compare", arm, silent, "--runs", 2, "--scale", "micro")
-    assert "its log.txt: no line like `step:N/M val_loss:L" in said and manifest.read(out).runs[0].status == "failed"
+    assert "--scale and --data are for records" in refusal(
+        capsys, "compare", arm, silent, "--runs", 2, "--scale", "micro"
+    )
+    assert (
+        "its log.txt: no line like `step:N/M val_loss:L" in said
+        and manifest.read(out).runs[0].status == "failed"
+    )
     assert "takes no seed" in refusal(capsys, "compare", arm, silent, "--runs", 2, "--pairing", "seed")
 
 
@@ -451,22 +522,32 @@ def test_an_unexplained_failure_counts_until_a_fault_explains_it(tmp_path, capsy
     (tmp_path / "bad.py").write_text("import sys\nsys.exit('something broke')")
     bad, out = f"script:{tmp_path / 'bad.py'}", tmp_path / "out"
     said = refusal(capsys, "compare", bad + " 1", bad + " 2", "--runs", 2, "--out", out)
-    assert "something broke" in said and "--fault CAUSE=NOTE" in said and manifest.read(out).runs[0].fault is None
+    assert (
+        "something broke" in said and "--fault CAUSE=NOTE" in said
+        and manifest.read(out).runs[0].fault is None
+    )
     assert "expected CAUSE=NOTE" in refusal(capsys, "compare", "--resume", out, "--fault", "bad luck")
     refusal(capsys, "compare", "--resume", out, "--fault", "machine=the fan stopped")
     claim = manifest.read(out)
     assert claim.runs[0].fault["note"] == "the fan stopped" and claim.runs[1].place == claim.runs[0].place
 
 
-# ----- what may be compared ------------------------------------------------------------------------------------------
+# ----- what may be compared ---------------------------------------------------------------------------------
 
-START = {"machine": "m", "cpu": "c", "cores": 2, "torch": "2", "device": "CPU, 1 process, 1 threads", "val_digest": "v",
-         "corpus_digest": "t"}
+START = {
+    "machine": "m", "cpu": "c", "cores": 2, "torch": "2", "device": "CPU, 1 process, 1 threads",
+    "val_digest": "v", "corpus_digest": "t"
+}
 
 
-@pytest.mark.parametrize("key, value, why", [
-    ("machine", "other", "different hardware: machine"), ("device", "1 x NVIDIA H100", "different hardware: device"),
-    ("val_digest", "w", "validated on different tokens"), ("corpus_digest", "u", "different corpora")])
+@pytest.mark.parametrize(
+    "key, value, why",
+    [
+        ("machine", "other", "different hardware: machine"),
+        ("device", "1 x NVIDIA H100", "different hardware: device"),
+        ("val_digest", "w", "validated on different tokens"), ("corpus_digest", "u", "different corpora")
+    ],
+)
 def test_runs_of_different_hardware_or_data_are_not_compared(key, value, why):
     assert why in arms.incomparable(START, {**START, key: value})
     assert arms.incomparable(START, {**START, "device": "CPU, 1 process, 2 threads"}) == ""
@@ -478,8 +559,13 @@ def test_shares_of_one_corpus_are_one_corpus(tmp_path, monkeypatch):
     for name in ("fineweb_train_1.bin", "fineweb_train_2.bin", "fineweb_val_0.bin"):
         write_shard(tmp_path / name, [1, 2, 3 + len(name)])
     one, two = known = arms.corpus_prefixes(tmp_path)
-    assert one != two and arms.incomparable({**START, "corpus_digest": one}, {**START, "corpus_digest": two}, known) == ""
-    assert "different corpora" in arms.incomparable({**START, "corpus_digest": one}, {**START, "corpus_digest": two})
+    assert (
+        one != two
+        and arms.incomparable({**START, "corpus_digest": one}, {**START, "corpus_digest": two}, known) == ""
+    )
+    assert "different corpora" in arms.incomparable(
+        {**START, "corpus_digest": one}, {**START, "corpus_digest": two}
+    )
 
 
 def test_busy_gpus_are_one_clear_line(tmp_path, monkeypatch):
@@ -496,32 +582,42 @@ def test_busy_gpus_are_one_clear_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no free GPU: 2 of 3 are free and 4 needed|this machine shows 3"):
         arms.free_gpus(4)
     cards("0, GPU-a, NVIDIA H100, 71234, 81559, 98")
-    with pytest.raises(UserError, match=r"no free GPU: 0 of 1 are free and 1 needed; GPU 0 \(NVIDIA H100\) holds 69.6 GiB"):
+    with pytest.raises(
+        UserError, match=r"no free GPU: 0 of 1 are free and 1 needed; GPU 0 \(NVIDIA H100\) holds 69.6 GiB"
+    ):
         arms.free_gpus(1)
-    monkeypatch.setattr(arms, "cuda_works", lambda: False)  # a torch without CUDA runs on the CPU whatever the card does
+    # a torch without CUDA runs on the CPU whatever the card does
+    monkeypatch.setattr(arms, "cuda_works", lambda: False)
     assert arms.free_gpus(1) == []
 
 
-# ----- the manifest --------------------------------------------------------------------------------------------------
+# ----- the manifest -----------------------------------------------------------------------------------------
 
 def declaration(**changes):
-    plain = {"version": 1, "claim": "comparison", "record": None, "scale": "micro", "target": None, "alpha": 0.05,
-             "arms": {"A": {"kind": "record"}, "B": {"kind": "record"}}, "plan": {"runs": 2}, "pairing": "seed",
-             "margin": 0.002, "order": compare.make_order("AB", 2, "seed", 0, 0), "order_seed": 0, "processes": 1,
-             "data": None, "machine": {}}
+    plain = {
+        "version": 1, "claim": "comparison", "record": None, "scale": "micro", "target": None, "alpha": 0.05,
+        "arms": {"A": {"kind": "record"}, "B": {"kind": "record"}}, "plan": {"runs": 2}, "pairing": "seed",
+        "margin": 0.002, "order": compare.make_order("AB", 2, "seed", 0, 0), "order_seed": 0, "processes": 1,
+        "data": None, "machine": {}
+    }
     return {**plain, **changes}
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"version": 2}, "manifest version 2"), ({"claim": "best"}, "claim must be one of"),
-    ({"margin": None}, "margin = None"), ({"confidence": 0.2}, "confidence 0.2 and alpha 0.05 of a comparison must add up"),
-    ({"confidence": 1.5}, "confidence must lie between 0 and 1"),
-    ({"plan": {"runs": 3}}, "2 runs of A, the plan says 3"), ({"plan": {}}, "runs or looks"),
-    ({"alpha": True}, "wrong type"),
-    ({"plan": {"looks": [{"runs": 2, "alpha": 0.01}]}}, "add up to alpha"),
-    ({"order": compare.make_order("AB", 2, "none", 0, 0)}, "paired arms must have the same seeds"),
-    ({"order": [{"arm": "C", "seed": 0, "discard": False}]}, "is no {arm, seed, discard}"),
-    ({"order": [{"arm": x, "seed": 0, "discard": False} for x in "AABB"]}, "a seed of A occurs twice")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"version": 2}, "manifest version 2"), ({"claim": "best"}, "claim must be one of"),
+        ({"margin": None}, "margin = None"),
+        ({"confidence": 0.2}, "confidence 0.2 and alpha 0.05 of a comparison must add up"),
+        ({"confidence": 1.5}, "confidence must lie between 0 and 1"),
+        ({"plan": {"runs": 3}}, "2 runs of A, the plan says 3"), ({"plan": {}}, "runs or looks"),
+        ({"alpha": True}, "wrong type"),
+        ({"plan": {"looks": [{"runs": 2, "alpha": 0.01}]}}, "add up to alpha"),
+        ({"order": compare.make_order("AB", 2, "none", 0, 0)}, "paired arms must have the same seeds"),
+        ({"order": [{"arm": "C", "seed": 0, "discard": False}]}, "is no {arm, seed, discard}"),
+        ({"order": [{"arm": x, "seed": 0, "discard": False} for x in "AABB"]}, "a seed of A occurs twice")
+    ],
+)
 def test_a_declaration_that_contradicts_itself_is_refused(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         manifest.create(tmp_path, declaration(**changes))
@@ -544,8 +640,14 @@ def test_a_manifest_takes_no_event_out_of_place(tmp_path):
         refused("not every arm has 1 runs", "look", runs=1, decision="continue")
         book.append("register", run=run, **entry)
         refused("still open", "register", run=run + 1, **entry)
-        refused("a finished run has a folder", "finish", run=run, folder=None, last_hash=None, status="finished", exit=0)
-        refused("must be a name under runs/", "finish", run=run, folder="../f", last_hash="h", status="finished", exit=0)
+        refused(
+            "a finished run has a folder", "finish", run=run, folder=None, last_hash=None, status="finished",
+            exit=0
+        )
+        refused(
+            "must be a name under runs/", "finish", run=run, folder="../f", last_hash="h", status="finished",
+            exit=0
+        )
         book.append("finish", run=run, folder=f"f{run}", last_hash="h", status="finished", exit=0)
         refused("always counts", "fault", run=run, cause="machine", note="")
     refused("was not declared", "look", runs=2, decision="passed")
@@ -579,14 +681,18 @@ def test_a_manifest_changed_or_cut_anywhere_is_refused(tmp_path):
         manifest.read(tmp_path / "elsewhere")
 
 
-# ----- text logs -----------------------------------------------------------------------------------------------------
+# ----- text logs --------------------------------------------------------------------------------------------
 
 def lines(*rows, steps=8):
-    return "program\n" + "".join(f"step:{s}/{steps} val_loss:{x} train_time:{t}ms step_avg:1.00ms\n" for s, x, t in rows)
+    return "program\n" + "".join(
+        f"step:{s}/{steps} val_loss:{x} train_time:{t}ms step_avg:1.00ms\n" for s, x, t in rows
+    )
 
 
 def test_text_logs_of_upstream_are_read():
-    log = textlog.parse("x = f'step:{step}/{n} val_loss:{loss}'\n" + lines((0, 10.9, 285), (8, 3.27, 24000)) + "peak: 1\n")
+    log = textlog.parse(
+        "x = f'step:{step}/{n} val_loss:{loss}'\n" + lines((0, 10.9, 285), (8, 3.27, 24000)) + "peak: 1\n"
+    )
     assert (log["val_loss"], log["train_time_ms"], log["steps"], log["complete"]) == (3.27, 24000, 8, True)
     assert log["curve"] == [[0, 10.9, 285], [8, 3.27, 24000]]
     track3 = ("step:0/8 val_loss:10.8 train_time:0.1s step_avg:nanms\n"
@@ -599,12 +705,18 @@ def test_text_logs_of_upstream_are_read():
     assert textlog.parse("".join(x + x for x in twice))["curve"] == [[0, 9, 0], [8, 4, 5]]
 
 
-@pytest.mark.parametrize("text, message", [
-    ("", "no line like"), ("step:8/8 val_lo", "no line like"), ("step:8/8 val_loss:3.2", "cut short"),
-    (lines((0, 9, 0), (8, 4, 5), (0, 9, 0), (8, 4, 6)), "holds 2 runs"), (lines((0, 9, 0), (8, 4, -5)), "goes back"),
-    (lines((8, 4, -5)), "a clock cannot show"), (lines((8, 4, "nan")), "a clock cannot show"),
-    (lines((0, 9, 0)) + lines((8, 4, 5), steps=9), "number of steps changes"),
-    (lines((8, 4, 5), (8, 3, 6)), "two validation losses"), (lines((9, 4, 5)), "more steps than the run has")])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no line like"), ("step:8/8 val_lo", "no line like"), ("step:8/8 val_loss:3.2", "cut short"),
+        (lines((0, 9, 0), (8, 4, 5), (0, 9, 0), (8, 4, 6)), "holds 2 runs"),
+        (lines((0, 9, 0), (8, 4, -5)), "goes back"), (lines((8, 4, -5)), "a clock cannot show"),
+        (lines((8, 4, "nan")), "a clock cannot show"),
+        (lines((0, 9, 0)) + lines((8, 4, 5), steps=9), "number of steps changes"),
+        (lines((8, 4, 5), (8, 3, 6)), "two validation losses"),
+        (lines((9, 4, 5)), "more steps than the run has")
+    ],
+)
 def test_broken_text_logs_are_refused(text, message):
     with pytest.raises(UserError, match=message):
         textlog.parse(text)
@@ -613,4 +725,7 @@ def test_broken_text_logs_are_refused(text, message):
 def test_cut_and_diverged_text_logs_are_flagged():
     cut = textlog.parse(lines((0, 9, 0), (4, 5, 9)))
     assert not cut["complete"] and cut["steps"] == 4
-    assert textlog.parse(lines((0, 9, 0), (8, "nan", 9)))["diverged"] and textlog.parse(lines((8, "inf", 9)))["diverged"]
+    assert (
+        textlog.parse(lines((0, 9, 0), (8, "nan", 9)))["diverged"]
+        and textlog.parse(lines((8, "inf", 9)))["diverged"]
+    )

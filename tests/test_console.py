@@ -1,4 +1,5 @@
-"""What a person sees: a broken terminal, pipe or disk loses the output, never the run; nothing wraps; failures are one line."""
+"""What a person sees: a broken terminal, pipe or disk loses the output, never the run; nothing wraps;
+failures are one line."""
 
 import errno
 import io
@@ -23,11 +24,15 @@ def shell(line, **more):
                           env=os.environ | {"PYTHON": sys.executable}, **more)
 
 
-# ----- commands whose whole product is their output -----------------------------------------------------------------
+# ----- commands whose whole product is their output ---------------------------------------------------------
 
-PRODUCTS = ["-m records list", "-m records show short/5", "-m records diff short/1 short/2", "-m records features lr"]
-OTHERS = ["-m records compare short/1", "train_gpt.py short/nonsense", "-m data.tokenize /nowhere --out /nowhere/x",
-          "sweep.py work /nowhere"]
+PRODUCTS = [
+    "-m records list", "-m records show short/5", "-m records diff short/1 short/2", "-m records features lr"
+]
+OTHERS = [
+    "-m records compare short/1", "train_gpt.py short/nonsense", "-m data.tokenize /nowhere --out /nowhere/x",
+    "sweep.py work /nowhere"
+]
 
 
 @FULL
@@ -35,7 +40,9 @@ OTHERS = ["-m records compare short/1", "train_gpt.py short/nonsense", "-m data.
 def test_output_that_is_lost_is_a_failure_in_one_line(command):
     for to in (">/dev/full", ">&-"):
         done = shell(f'"$PYTHON" {command} {to}')
-        assert done.returncode == 1 and done.stderr.startswith("error: the output could not be written"), done.stderr
+        assert done.returncode == 1 and done.stderr.startswith("error: the output could not be written"), (
+            done.stderr
+        )
         assert done.stderr.count("\n") == 1
 
 
@@ -69,7 +76,7 @@ def test_a_refusal_keeps_its_code_wherever_its_line_goes(command):
         assert (done.returncode, done.stderr) == (2, "")
 
 
-# ----- the stream ---------------------------------------------------------------------------------------------------
+# ----- the stream -------------------------------------------------------------------------------------------
 
 class Broken(io.StringIO):
     def __init__(self, error):
@@ -83,8 +90,13 @@ class Broken(io.StringIO):
     flush = isatty = write
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EIO, "gone"), BrokenPipeError(), OSError(errno.ENOSPC, "full"),
-                                   ValueError("I/O operation on closed file")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "gone"), BrokenPipeError(), OSError(errno.ENOSPC, "full"),
+        ValueError("I/O operation on closed file")
+    ],
+)
 def test_a_stream_that_fails_is_silenced_once_and_remembers_why(error):
     stream = Broken(error)
     guarded = console.Guarded(stream)
@@ -99,8 +111,10 @@ def test_a_programming_error_in_a_print_is_not_hidden():
 
 
 def test_a_log_never_takes_the_number_of_a_closed_descriptor(tmp_path):
-    script = ("import os, sys\nfrom common import console\nconsole.guard()\nfile = open(sys.argv[1], 'w')\nprint('said')\n"
-              "print('cried', file=sys.stderr)\nos.write(1, b'x'); os.write(2, b'x')\nsys.exit(file.fileno() < 3)")
+    script = (
+        "import os, sys\nfrom common import console\nconsole.guard()\nfile = open(sys.argv[1], 'w')\nprint('said')\n"
+        "print('cried', file=sys.stderr)\nos.write(1, b'x'); os.write(2, b'x')\nsys.exit(file.fileno() < 3)"
+    )
     assert shell(f'"$PYTHON" -c "{script}" {tmp_path}/log >&- 2>&- <&-').returncode == 0
     assert (tmp_path / "log").read_text() == ""
 
@@ -111,7 +125,7 @@ def test_a_character_that_the_terminal_lacks_is_replaced():
     assert (done.stdout, done.stderr, done.returncode) == ("a?b\n", "\\xe9\n", 0)
 
 
-# ----- signals ------------------------------------------------------------------------------------------------------
+# ----- signals ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_every_signal_ends_a_command_in_one_line_with_130(number):
@@ -123,10 +137,15 @@ def test_every_signal_ends_a_command_in_one_line_with_130(number):
     assert (process.communicate(timeout=60)[1], process.returncode) == ("error: interrupted\n", 130)
 
 
-# ----- the live line ------------------------------------------------------------------------------------------------
+# ----- the live line ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("text, columns, kept", [("abc", 5, "abc"), ("abcdef", 3, "abc"), ("a\tb\x1b[2Jc", 9, "a b [2Jc"),
-                                                 ("日本語", 5, "日本"), ("x", 0, "")])
+@pytest.mark.parametrize(
+    "text, columns, kept",
+    [
+        ("abc", 5, "abc"), ("abcdef", 3, "abc"), ("a\tb\x1b[2Jc", 9, "a b [2Jc"), ("日本語", 5, "日本"),
+        ("x", 0, "")
+    ],
+)
 def test_a_text_is_cut_by_the_columns_it_takes(text, columns, kept):
     got, used = console.cut(text, columns)
     assert got == kept and used <= columns
@@ -134,8 +153,10 @@ def test_a_text_is_cut_by_the_columns_it_takes(text, columns, kept):
 
 @pytest.mark.parametrize("columns", [20, 80, 200])
 def test_the_live_line_never_fills_the_terminal(columns):
-    drawn = on_terminal("line = console.LiveLine()\nfor n in (5, 400, 30, 1):\n    line.show('x' * n)\nline.clear()\n"
-                        "print('end', file=sys.stderr)", columns)
+    drawn = on_terminal(
+        "line = console.LiveLine()\nfor n in (5, 400, 30, 1):\n    line.show('x' * n)\nline.clear()\n"
+        "print('end', file=sys.stderr)", columns
+    )
     *lines, last = drawn.split("\r\n")[0].split("\r")
     assert all(len(x) < columns for x in lines) and last == "end"
     assert any(set(x) == {"x"} and len(x) == min(400, columns - 1) for x in lines)
@@ -151,15 +172,18 @@ def test_a_live_line_on_a_terminal_that_goes_away_ends_nothing():
 
 
 def on_terminal(text, columns, leave=False):
-    """What a program draws on a terminal of so many columns; leave: close it after the first bytes, and give the exit code."""
+    """What a program draws on a terminal of so many columns; leave: close it after the first bytes, and give
+    the exit code."""
     import fcntl
     import struct
     import termios
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", f"import sys, time; from common import console\nconsole.guard()\n{text}"], cwd=ROOT,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave,
-                               preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"import sys, time; from common import console\nconsole.guard()\n{text}"],
+        cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=slave,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     os.close(slave)
     drawn = b""
     while not drawn.endswith(b"\n") and not (leave and drawn):
@@ -168,7 +192,7 @@ def on_terminal(text, columns, leave=False):
     return process.wait(60) if leave else drawn.decode()
 
 
-# ----- a training ---------------------------------------------------------------------------------------------------
+# ----- a training -------------------------------------------------------------------------------------------
 
 @FULL
 def test_a_training_ends_well_without_any_output_and_when_its_terminal_goes_away(tmp_path):
@@ -176,8 +200,10 @@ def test_a_training_ends_well_without_any_output_and_when_its_terminal_goes_away
     line = " ".join(f"'{x}'" for x in [*command, "--out", str(tmp_path / "a")])
     lost = subprocess.Popen(["bash", "-c", f"{line} >/dev/full 2>&-"], cwd=ROOT)
     master, slave = pty.openpty()
-    gone = subprocess.Popen([*command, "--out", str(tmp_path / "b")], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=slave,
-                            stderr=slave, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    gone = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "b")], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=slave,
+        stderr=slave, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    )
     os.close(slave)
     seen, deadline = b"", time.monotonic() + 240
     while b"scale micro" not in seen:

@@ -1,7 +1,8 @@
-"""Laws of the chunked cross entropy: equal to the head and torch's cross entropy, in less memory; its Triton kernels.
+"""Laws of the chunked cross entropy: equal to the head and torch's cross entropy, in less memory; its Triton
+kernels.
 
-Run as a program it prints measurements as JSON: `memory` (peaks of both ways), `interpret` (errors of the kernels in
-Triton's interpreter, which must be switched on before Triton is imported).
+Run as a program it prints measurements as JSON: `memory` (peaks of both ways), `interpret` (errors of the
+kernels in Triton's interpreter, which must be switched on before Triton is imported).
 """
 
 import json
@@ -31,7 +32,8 @@ SCALES = (2.0, 32.0, 8192.0)
 
 
 def problem(rows=3, length=11, dim=6, classes=37, dtype=torch.float64, spread=2.0, seed=0):
-    """x (R, T, D), weight (V, D), targets, prefix targets (a third of them none), gradients of the losses (R, T)."""
+    """x (R, T, D), weight (V, D), targets, prefix targets (a third of them none), gradients of the losses (R,
+    T)."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, length, dim, generator=g, dtype=torch.float64)
     w = spread / math.sqrt(dim) * torch.randn(classes, dim, generator=g, dtype=torch.float64)
@@ -87,20 +89,29 @@ def test_losses_and_gradients_are_those_of_the_head_and_torch_s_cross_entropy(re
     expected = F.cross_entropy(theirs(x, None).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     losses = linear_cross_entropy(x, w, y, softcap=h.softcap, logit_scale=theirs.scale, chunk=7, **EXACT)
     assert losses.shape == y.shape and worst(losses, expected) < 1e-12
-    assert worst(torch.autograd.grad(losses, (x, w), g), torch.autograd.grad(expected, (x, theirs.weight), g)) < 1e-12
+    assert (
+        worst(torch.autograd.grad(losses, (x, w), g), torch.autograd.grad(expected, (x, theirs.weight), g))
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("form", CAPS)
-@pytest.mark.parametrize("weights, prefix_weight", [((1.0, 0.5, 0.25), None), ((0.7,), 0.25), ((1.0, 0.5), 0.3),
-                                                    ((1.0,) * 13, 1.0)])
+@pytest.mark.parametrize(
+    "weights, prefix_weight",
+    [((1.0, 0.5, 0.25), None), ((0.7,), 0.25), ((1.0, 0.5), 0.3), ((1.0,) * 13, 1.0)],
+)
 def test_several_targets_are_the_sum_of_their_terms(form, weights, prefix_weight):
     """13 targets are more than a row of 11 tokens has; some prefixes equal the target, some are missing."""
     x, w, y, p, g = problem()
     p[:, ::4] = y[:, ::4]
     z, prefix = x @ w.T, None if prefix_weight is None else p
-    expected = by_loops(z if CAPS[form] is None else bounded(z, CAPS[form]), y, weights, prefix, prefix_weight)
-    losses = linear_cross_entropy(x, w, y, softcap=CAPS[form], weights=weights, prefix=prefix, prefix_weight=prefix_weight,
-                                  chunk=8, **EXACT)
+    expected = by_loops(
+        z if CAPS[form] is None else bounded(z, CAPS[form]), y, weights, prefix, prefix_weight
+    )
+    losses = linear_cross_entropy(
+        x, w, y, softcap=CAPS[form], weights=weights, prefix=prefix, prefix_weight=prefix_weight, chunk=8,
+        **EXACT
+    )
     assert worst(losses, expected) < 1e-12
     assert worst(torch.autograd.grad(losses, (x, w), g), torch.autograd.grad(expected, (x, w), g)) < 1e-12
 
@@ -108,7 +119,9 @@ def test_several_targets_are_the_sum_of_their_terms(form, weights, prefix_weight
 def test_weights_may_be_a_tensor():
     x, w, y, p, _ = problem()
     a = linear_cross_entropy(x, w, y, weights=(1.0, 0.5), prefix=p, prefix_weight=0.25, **EXACT)
-    b = linear_cross_entropy(x, w, y, weights=torch.tensor([1.0, 0.5]), prefix=p, prefix_weight=torch.tensor(0.25), **EXACT)
+    b = linear_cross_entropy(
+        x, w, y, weights=torch.tensor([1.0, 0.5]), prefix=p, prefix_weight=torch.tensor(0.25), **EXACT
+    )
     assert torch.equal(a, b)
 
 
@@ -122,10 +135,13 @@ def test_later_targets_stay_in_their_row():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_softmax_s_weight_in_the_gradient_is_the_sum_of_the_weights(full):
-    """Of those in the loss; as record 79 has it of all later targets, but of the prefix only where there is one."""
+    """Of those in the loss; as record 79 has it of all later targets, but of the prefix only where there is
+    one."""
     x, w, y, p, g = problem()
     weights, z = (1.0, 0.5, 0.25), (x @ w.T).detach()
-    losses = linear_cross_entropy(x, w, y, weights=weights, prefix=p, prefix_weight=0.3, full_mass=full, **EXACT)
+    losses = linear_cross_entropy(
+        x, w, y, weights=weights, prefix=p, prefix_weight=0.3, full_mass=full, **EXACT
+    )
     assert worst(losses, by_loops(z, y, weights, p, 0.3)) < 1e-12
     d = torch.zeros_like(z)
     for r in range(3):
@@ -148,7 +164,10 @@ def test_negative_targets_have_neither_loss_nor_gradient():
     y[1] = -1
     losses = linear_cross_entropy(x, w, y, softcap=CAPS["tanh"], **EXACT)
     dx, = torch.autograd.grad(losses.sum(), x)
-    assert losses[1].eq(0).all() and dx[1].eq(0).all() and losses[0].gt(0).all() and dx[0].abs().sum(-1).gt(0).all()
+    assert (
+        losses[1].eq(0).all() and dx[1].eq(0).all() and losses[0].gt(0).all()
+        and dx[0].abs().sum(-1).gt(0).all()
+    )
 
 
 @pytest.mark.parametrize("form", CAPS)
@@ -156,15 +175,17 @@ def test_the_chunk_does_not_matter(form):
     x, w, y, p, g = problem(rows=2, length=40)
     found = []
     for chunk in (None, 1, 7, 16, 80, 1000):
-        losses = linear_cross_entropy(x, w, y, softcap=CAPS[form], weights=(1.0, 0.5), prefix=p, prefix_weight=0.3,
-                                      chunk=chunk, **EXACT)
+        losses = linear_cross_entropy(
+            x, w, y, softcap=CAPS[form], weights=(1.0, 0.5), prefix=p, prefix_weight=0.3, chunk=chunk, **EXACT
+        )
         found.append([losses, *torch.autograd.grad(losses, (x, w), g)])
     assert max(worst(a, found[0]) for a in found[1:]) < 1e-12
 
 
 def test_default_chunks_cover_all_tokens_within_the_bound():
-    for tokens, classes, kind, most in ((4096, 8192, "cpu", 256), (49152, 50304, "cuda", 5120), (100, 50304, "cuda", 112),
-                                        (0, 8, "cpu", 16)):
+    for tokens, classes, kind, most in (
+        (4096, 8192, "cpu", 256), (49152, 50304, "cuda", 5120), (100, 50304, "cuda", 112), (0, 8, "cpu", 16)
+    ):
         slices = cross_entropy.chunks(tokens, classes, torch.device(kind), 0)
         assert [i for s in slices for i in range(s.start, s.stop)] == list(range(tokens))
         assert all(s.stop - s.start <= most for s in slices) and all(s.start % 16 == 0 for s in slices)
@@ -173,7 +194,12 @@ def test_default_chunks_cover_all_tokens_within_the_bound():
 def test_a_second_backward_pass_gives_the_same_gradient():
     x, w, y, _, g = problem()
     losses = linear_cross_entropy(x, w, y, softcap=CAPS["sigmoid"], **EXACT)
-    assert worst(torch.autograd.grad(losses, (x, w), g, retain_graph=True), torch.autograd.grad(losses, (x, w), g)) == 0
+    assert (
+        worst(
+            torch.autograd.grad(losses, (x, w), g, retain_graph=True), torch.autograd.grad(losses, (x, w), g)
+        )
+        == 0
+    )
 
 
 # ----- precision
@@ -184,21 +210,26 @@ def test_in_bfloat16_it_rounds_where_the_head_does(ref, cap_dtype):
     x, w, y, _, g = problem(rows=2, length=64, dim=32, classes=96)
     x, w = x.detach().bfloat16().requires_grad_(), w.detach().float().requires_grad_()
     theirs, h = head(ref, 96, 32)
-    theirs.cap_dtype, theirs.loss_dtype, theirs.weight = cap_dtype, torch.float32, torch.nn.Parameter(w.detach())
+    theirs.cap_dtype, theirs.loss_dtype, theirs.weight = (
+        cap_dtype, torch.float32, torch.nn.Parameter(w.detach())
+    )
     expected = F.cross_entropy(theirs(x, None).flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     losses = linear_cross_entropy(x, w, y, softcap=h.softcap, cap_dtype=cap_dtype)
     assert losses.dtype == torch.float32 and worst(losses, expected) < 4e-6
     mine = torch.autograd.grad(losses, (x, w), g.float())
     other = torch.autograd.grad(expected, (x, theirs.weight), g.float())
     assert mine[0].dtype == torch.bfloat16 and mine[1].dtype == torch.float32
-    assert relative(mine[0], other[0]) < 4e-3 and relative(mine[1], other[1]) < 4e-3  # one rounding in bfloat16
+    # one rounding in bfloat16
+    assert relative(mine[0], other[0]) < 4e-3 and relative(mine[1], other[1]) < 4e-3
 
 
 def test_the_weight_s_gradient_is_summed_over_chunks_in_float32():
     """512 chunks of a token: sums in bfloat16 would be off by percents."""
     x, w, y, _, _ = problem(rows=1, length=512, dim=8, classes=16)
     x, w = x.detach().bfloat16(), w.detach().float().requires_grad_()
-    grads = [torch.autograd.grad(linear_cross_entropy(x, w, y, chunk=chunk).sum(), w)[0] for chunk in (1, 512)]
+    grads = [
+        torch.autograd.grad(linear_cross_entropy(x, w, y, chunk=chunk).sum(), w)[0] for chunk in (1, 512)
+    ]
     assert relative(*grads) < 1e-5
 
 
@@ -211,9 +242,11 @@ def test_the_fp8_head_is_fp8_linear_and_the_cross_entropy(dtype, chunk):
     expected = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     losses = linear_cross_entropy(x, w, y, softcap=CAPS["sigmoid"], fp8=SCALES, chunk=chunk)
     assert worst(losses, expected) < 4e-6
-    assert relative(losses, linear_cross_entropy(x, w, y, softcap=CAPS["sigmoid"])) > 1e-4  # it is not the exact product
+    # it is not the exact product
+    assert relative(losses, linear_cross_entropy(x, w, y, softcap=CAPS["sigmoid"])) > 1e-4
     for mine, other in zip(torch.autograd.grad(losses, (x, w), g), torch.autograd.grad(expected, (x, w), g)):
-        assert mine.dtype == other.dtype and relative(mine, other) < 1e-3  # next to a tie e5m2 may round either way
+        # next to a tie e5m2 may round either way
+        assert mine.dtype == other.dtype and relative(mine, other) < 1e-3
 
 
 # ----- compiled, refused
@@ -236,11 +269,15 @@ def test_compiled_it_is_one_graph_and_new_weights_do_not_compile_again(fp8):
     compiled = torch.compile(losses, backend=backend, fullgraph=True, dynamic=False)
     for share in (0.5, 0.4):
         weights = (torch.tensor([1.0, share]), torch.tensor(share / 2))
-        pairs = [[out := f(x, w, *weights), *torch.autograd.grad(out, (x, w), g.float())] for f in (compiled, losses)]
+        pairs = [
+            [out := f(x, w, *weights), *torch.autograd.grad(out, (x, w), g.float())]
+            for f in (compiled, losses)
+        ]
         assert worst(*pairs) < 1e-6
     assert len(graphs) == 1
     code = graphs[0].print_readable(print_output=False)
-    assert "speedrun.linear_cross_entropy.default" in code and "logsumexp" not in code  # the loop over chunks is hidden
+    # the loop over chunks is hidden
+    assert "speedrun.linear_cross_entropy.default" in code and "logsumexp" not in code
     torch._dynamo.reset()
 
 
@@ -263,10 +300,15 @@ def plan(form="none", cap=15.0, cap_dtype=torch.float32, loss_dtype=torch.float3
 def test_triton_is_taken_on_cuda_and_only_where_its_arithmetic_is_enough(monkeypatch):
     monkeypatch.setattr(cross_entropy.importlib.util, "find_spec", lambda name: object())
     cuda = torch.device("cuda")
-    assert cross_entropy.choose("auto", cuda, plan()) == cross_entropy.choose("auto", cuda, plan("tanh", 30.0)) == "triton"
+    assert (
+        cross_entropy.choose("auto", cuda, plan()) == cross_entropy.choose("auto", cuda, plan("tanh", 30.0))
+        == "triton"
+    )
     assert cross_entropy.choose("auto", cuda, plan("sigmoid", 80.0, cap_dtype=torch.bfloat16)) == "triton"
-    for bad, match in ((plan(loss_dtype=torch.float64), "float64"), (plan(cap_dtype=torch.float64), "float64"),
-                       (plan(loss_dtype=torch.bfloat16), "bfloat16"), (plan("tanh", 50.0), "range over more than 80")):
+    for bad, match in (
+        (plan(loss_dtype=torch.float64), "float64"), (plan(cap_dtype=torch.float64), "float64"),
+        (plan(loss_dtype=torch.bfloat16), "bfloat16"), (plan("tanh", 50.0), "range over more than 80")
+    ):
         assert cross_entropy.choose("auto", cuda, bad) == "torch"
         with pytest.raises(ValueError, match=match):
             cross_entropy.choose("triton", cuda, bad)
@@ -277,14 +319,17 @@ def test_triton_is_taken_on_cuda_and_only_where_its_arithmetic_is_enough(monkeyp
 # ----- memory
 
 def program(what, **environment):
-    done = subprocess.run([sys.executable, __file__, what], cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment)
+    done = subprocess.run(
+        [sys.executable, __file__, what], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 def peak_of(way, *arguments):
-    """Megabytes by which a call raises the process's resident memory, at most. Linux keeps the peak, and 5 resets it."""
+    """Megabytes by which a call raises the process's resident memory, at most. Linux keeps the peak, and 5
+    resets it."""
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     way(*arguments)
@@ -310,32 +355,42 @@ def measure_memory():
     return found | {"imported": [name for name in ("triton", "torch._dynamo") if name in sys.modules]}
 
 
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of resident memory that can be reset")
+@pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="no peak of resident memory that can be reset"
+)
 def test_it_needs_less_than_a_tenth_of_the_memory_of_full_logits():
     found = program("memory")
     print("\nmegabytes above the operands, and of the logits:", found)
     assert found["full"] > 3 * found["logits"]  # the measurement sees the buffers
-    assert 4 < found["chunked"] < found["full"] / 10  # and ours: the arguments' 8 MB, less what freed memory gave
+    # and ours: the arguments' 8 MB, less what freed memory gave
+    assert 4 < found["chunked"] < found["full"] / 10
     assert found["imported"] == []  # on a CPU neither Triton nor the compiler is loaded
 
 
 # ----- Triton kernels
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-INTERPRETED = [  # rows, length, classes, dtype, form, weights, prefix weight, FP8's factors, spread of the logits
+# rows, length, classes, dtype, form, weights, prefix weight, FP8's factors, spread of the logits
+INTERPRETED = [
     (1, 5, 37, F32, "none", (1.0,), None, None, 2), (2, 7, 1264, F32, "tanh", (1.0, 0.5, 0.25), 0.3, None, 4),
     (1, 9, 4099, F32, "sigmoid", (1.0, 0.5), None, None, 4), (1, 6, 4099, F32, "none", (0.7,), 0.25, None, 4),
     (1, 1, 1, F32, "tanh", (1.0,), None, None, 2), (1, 5, 130, F32, "none", (1.0,), None, None, 1e4),
-    (1, 5, 130, F32, "sigmoid", (1.0, 0.5), None, None, 1e4), (1, 5, 130, F32, "tanh", (1.0,), 0.25, None, 1e4),
-    (1, 9, 333, F16, "tanh", (1.0, 0.5), 0.25, None, 4), (1, 5, 333, F16, "none", (1.0, 0.5, 0.25), None, None, 2),
-    (1, 5, 512, F16, "sigmoid", (1.0,), None, None, 4), (1, 8, 257, BF16, "sigmoid", (1.0, 0.5), 0.25, None, 4),
-    (1, 16, 96, F32, "sigmoid", (1.0, 0.5), 0.25, SCALES, 4), (1, 16, 96, BF16, "tanh", (1.0,), None, SCALES, 4),
-    (1, 16, 96, BF16, "none", (1.0,), None, (2.0, 32.0, 3e5), 2)]  # the last one's gradients are clamped
+    (1, 5, 130, F32, "sigmoid", (1.0, 0.5), None, None, 1e4),
+    (1, 5, 130, F32, "tanh", (1.0,), 0.25, None, 1e4), (1, 9, 333, F16, "tanh", (1.0, 0.5), 0.25, None, 4),
+    (1, 5, 333, F16, "none", (1.0, 0.5, 0.25), None, None, 2),
+    (1, 5, 512, F16, "sigmoid", (1.0,), None, None, 4),
+    (1, 8, 257, BF16, "sigmoid", (1.0, 0.5), 0.25, None, 4),
+    (1, 16, 96, F32, "sigmoid", (1.0, 0.5), 0.25, SCALES, 4),
+    (1, 16, 96, BF16, "tanh", (1.0,), None, SCALES, 4),
+    (1, 16, 96, BF16, "none", (1.0,), None, (2.0, 32.0, 3e5), 2)
+]  # the last one's gradients are clamped
 
 
 def interpret():
-    """Errors of losses, dx and dW against float64 arithmetic on the same logits (FP8: torch's, before the last cast)."""
-    cross_entropy.GRADIENT8 = torch.float32  # without the cast: Triton 3.9's interpreter casts 7.9 to 4 (it loses the carry)
+    """Errors of losses, dx and dW against float64 arithmetic on the same logits (FP8: torch's, before the
+    last cast)."""
+    # without the cast: Triton 3.9's interpreter casts 7.9 to 4 (it loses the carry)
+    cross_entropy.GRADIENT8 = torch.float32
     fp8_module.quantise = lambda x, scale, kind, real=fp8_module.quantise: (
         real(x, scale, kind) if kind == torch.float8_e4m3fn else (x.float() * scale).clamp(-57344, 57344))
     found = []
@@ -360,7 +415,10 @@ def interpret():
     out_of_range = linear_cross_entropy(torch.ones(1, 2, 4), torch.ones(40, 4), labels, backend="triton")
     z, one = torch.randn(2, 8), torch.ones(2)
     d = cross_entropy.launch_gradient(z, torch.ones(2, 1, dtype=torch.int64), one[:1], one, one, one, plan())
-    return {"errors": found, "out_of_range": out_of_range.isnan().all().item(), "in_place": d.data_ptr() == z.data_ptr()}
+    return {
+        "errors": found, "out_of_range": out_of_range.isnan().all().item(),
+        "in_place": d.data_ptr() == z.data_ptr()
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -376,25 +434,33 @@ def test_triton_kernels_equal_the_formula_in_the_interpreter():
 
 
 def ahead_of_time(kernel, signature, constants, arch, folder, monkeypatch):
-    """(shared memory in bytes, registers, bytes of stack per thread) of a kernel compiled for compute capability arch."""
+    """(shared memory in bytes, registers, bytes of stack per thread) of a kernel compiled for compute
+    capability arch."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder))
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind != "fp32"}
     source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants, aligned)
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": cross_entropy.DEFAULT.warps})
+    built = triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": cross_entropy.DEFAULT.warps}
+    )
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(built.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    usage = subprocess.run([tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True).stdout
-    registers, stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack, local = (
+        int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")
+    )
     return built.metadata.shared, registers, stack + local
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
 def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, monkeypatch):
-    """For a V like 50304, bfloat16 and three targets; FP8 from capability 8.9. With 64 registers half of all warps fit."""
+    """For a V like 50304, bfloat16 and three targets; FP8 from capability 8.9. With 64 registers half of all
+    warps fit."""
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loss, gradient = cross_entropy.kernels()
@@ -407,7 +473,9 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
         for fp8 in (False, True)[:1 + (arch >= 89)]:
             signature = {"z": "*bf16", "out": "*fp8e5" if fp8 else "*bf16"} | targets | {
                 "mass": "*fp32", "g": "*fp32", "lse": "*fp32"} | scalars | {"scale": "fp32"}
-            built.append(ahead_of_time(gradient, signature, constants | {"FP8": fp8}, arch, tmp_path, monkeypatch))
+            built.append(
+                ahead_of_time(gradient, signature, constants | {"FP8": fp8}, arch, tmp_path, monkeypatch)
+            )
         print(f"\nsm_{arch} capped={capped} (shared bytes, registers, stack):", built)
         for shared, registers, stack in built:
             assert shared <= 1024 and registers <= 64 and stack == 0

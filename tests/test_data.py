@@ -20,8 +20,10 @@ from data import corpus as corpus_module
 from data import fineweb as fineweb_module
 from data.corpus import documents, sample_corpus
 from data.shards import corpus_digest, open_corpus, open_shard, val_digest, write_shard
-from data.stream import (Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest,
-                         validation_rows)
+from data.stream import (
+    Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest,
+    validation_rows
+)
 from data.tokenizer import encode_documents, load
 from deltas import resolve_name
 from hub import Hub
@@ -33,13 +35,20 @@ PER_RANK = dict(loader="per_rank", wrap=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def unreachable(tmp_path_factory):
-    """A download from a closed port: the hub's client retries for 24 s, so it runs while the other tests do."""
+    """A download from a closed port: the hub's client retries for 24 s, so it runs while the other tests
+    do."""
     folder = tmp_path_factory.mktemp("unreachable")
     running = subprocess.Popen(
-        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(folder / "fw")], cwd=ROOT, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env={**os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1",
-             "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"})
+        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(folder / "fw")],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={
+            **os.environ, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder),
+            "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1", "no_proxy": "127.0.0.1"
+        },
+    )
     yield running
     running.kill()
     running.wait()
@@ -100,7 +109,9 @@ def test_missing_folders_and_shards_say_what_to_type(tmp_path, small):
 
 
 def test_an_id_outside_the_vocabulary_names_file_and_id(small):
-    (small.folder / "corpus.json").write_text('{"name": "x", "tokenizer": "none", "vocab_size": 900, "bos": 0}')
+    (small.folder / "corpus.json").write_text(
+        '{"name": "x", "tokenizer": "none", "vocab_size": 900, "bos": 0}'
+    )
     stream = Stream(open_corpus(small.folder), ranks=range(8), tokens_per_rank=64, **PER_RANK)
     with pytest.raises(UserError, match="token id 9.. is outside the vocabulary of 900"):
         for _ in range(5):
@@ -110,23 +121,41 @@ def test_an_id_outside_the_vocabulary_names_file_and_id(small):
 RIGHT = {"name": "x", "tokenizer": "none", "vocab_size": 1000, "bos": 0}
 
 
-@pytest.mark.parametrize("about, message", [
-    ("[1]", "not an object"), ("{", "Expecting"), ("", "Expecting"), (RIGHT | {"bos": 1000}, "0 <= bos < vocab_size"),
-    (RIGHT | {"vocab_size": 70_000}, "vocab_size <= 65536"), (RIGHT | {"vocab_size": "1000"}, 'vocab_size is "1000", not a whole'),
-    (RIGHT | {"vocab_size": 1000.0}, "vocab_size is 1000.0, not a whole"), (RIGHT | {"bos": True}, "bos is true, not a whole"),
-    (RIGHT | {"bos": None}, "bos is null"), (RIGHT | {"name": ""}, "name is"), (RIGHT | {"name": 3}, "name is 3, not text"),
-    (RIGHT | {"tokenizer": "gpt2"}, "tokenizer gpt2 has vocab_size 50257 and bos 50256"),
-    (RIGHT | {"tokenizer": "sample", "vocab_size": 1257, "bos": 7}, "tokenizer sample has vocab_size 1257 and bos 1256"),
-    *(({k: v for k, v in RIGHT.items() if k != gone}, f"{gone} is missing") for gone in RIGHT)])
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        ("[1]", "not an object"),
+        ("{", "Expecting"),
+        ("", "Expecting"),
+        (RIGHT | {"bos": 1000}, "0 <= bos < vocab_size"),
+        (RIGHT | {"vocab_size": 70_000}, "vocab_size <= 65536"),
+        (RIGHT | {"vocab_size": "1000"}, 'vocab_size is "1000", not a whole'),
+        (RIGHT | {"vocab_size": 1000.0}, "vocab_size is 1000.0, not a whole"),
+        (RIGHT | {"bos": True}, "bos is true, not a whole"),
+        (RIGHT | {"bos": None}, "bos is null"),
+        (RIGHT | {"name": ""}, "name is"),
+        (RIGHT | {"name": 3}, "name is 3, not text"),
+        (RIGHT | {"tokenizer": "gpt2"}, "tokenizer gpt2 has vocab_size 50257 and bos 50256"),
+        (
+            RIGHT | {"tokenizer": "sample", "vocab_size": 1257, "bos": 7},
+            "tokenizer sample has vocab_size 1257 and bos 1256",
+        ),
+        *(({k: v for k, v in RIGHT.items() if k != gone}, f"{gone} is missing") for gone in RIGHT),
+    ],
+)
 def test_a_wrong_corpus_json_is_named_with_what_it_must_hold(small, about, message):
     (small.folder / "corpus.json").write_text(about if isinstance(about, str) else json.dumps(about))
-    with pytest.raises(UserError, match=f"corpus.json: .*{message}.* must hold name, tokenizer, vocab_size and bos"):
+    with pytest.raises(
+        UserError, match=f"corpus.json: .*{message}.* must hold name, tokenizer, vocab_size and bos"
+    ):
         open_corpus(small.folder)
 
 
 def test_only_finewebs_own_names_need_no_corpus_json(small, tmp_path):
     (small.folder / "corpus.json").unlink()
-    with pytest.raises(UserError, match="corpus.json is missing, so nothing says which tokens x_train_000001.bin holds"):
+    with pytest.raises(
+        UserError, match="corpus.json is missing, so nothing says which tokens x_train_000001.bin holds"
+    ):
         open_corpus(small.folder)
     (small.folder / "corpus.json").symlink_to("nowhere")
     with pytest.raises(UserError, match="corpus.json: No such file"):
@@ -146,11 +175,17 @@ def test_shards_are_read_in_the_order_of_their_numbers(small):
     assert [int(p.stem.split("_")[-1]) for p in open_corpus(small.folder).train] == list(range(1, 12))
 
 
-@pytest.mark.parametrize("made, message", [
-    ("y_train_000004.bin", "mixes corpora .x_train_000001.bin and y_train_000004.bin"), ("y_val_000001.bin", "mixes corpora"),
-    ("x_train_000005.bin", "train shard 000004 is missing, the last one is x_train_000005.bin"),
-    ("x_train_3.bin", "two train shards of number 3, x_train_000003.bin and x_train_3.bin"),
-    ("x_train_last.bin", "shards are called NAME_train_NUMBER.bin"), ("x_val_000002.bin", "val shard 000001 is missing")])
+@pytest.mark.parametrize(
+    "made, message",
+    [
+        ("y_train_000004.bin", "mixes corpora .x_train_000001.bin and y_train_000004.bin"),
+        ("y_val_000001.bin", "mixes corpora"),
+        ("x_train_000005.bin", "train shard 000004 is missing, the last one is x_train_000005.bin"),
+        ("x_train_3.bin", "two train shards of number 3, x_train_000003.bin and x_train_3.bin"),
+        ("x_train_last.bin", "shards are called NAME_train_NUMBER.bin"),
+        ("x_val_000002.bin", "val shard 000001 is missing")
+    ],
+)
 def test_folders_that_mix_miss_or_repeat_shards_are_refused(small, made, message):
     write_shard(small.folder / made, [1, 2])
     with pytest.raises(UserError, match=message):
@@ -158,7 +193,9 @@ def test_folders_that_mix_miss_or_repeat_shards_are_refused(small, made, message
 
 
 def test_leftovers_next_to_shards_are_no_shards(small):
-    for name in ("._x_train_000001.bin", ".DS_Store", "x_train_000004.bin~", "x_train_000009.bin.tmp", "Thumbs.db"):
+    for name in (
+        "._x_train_000001.bin", ".DS_Store", "x_train_000004.bin~", "x_train_000009.bin.tmp", "Thumbs.db"
+    ):
         (small.folder / name).write_text("junk")
     assert open_corpus(small.folder) == small
 
@@ -166,8 +203,10 @@ def test_leftovers_next_to_shards_are_no_shards(small):
 def test_folders_that_are_none_say_so(small, tmp_path):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dir_train").mkdir()
-    for folder, message in ((small.val, "is a file, not a folder of shards"), (tmp_path / "loop", "cannot read the data folder"),
-                            (tmp_path / "dir_train", "no train shards")):
+    for folder, message in (
+        (small.val, "is a file, not a folder of shards"), (tmp_path / "loop", "cannot read the data folder"),
+        (tmp_path / "dir_train", "no train shards")
+    ):
         with pytest.raises(UserError, match=message):
             open_corpus(folder)
     small.train[1].unlink()
@@ -200,14 +239,18 @@ def test_ids_past_the_vocabulary_are_seen_before_training_wherever_they_stand(sm
     monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
     rewrite(small.train[2], lambda tokens: tokens.__setitem__(-1, 1000))
     assert corpus_digest(small, 2)  # the third shard is not read
-    with pytest.raises(UserError, match="x_train_000003.bin: token id 1000 is outside the vocabulary of 1000"):
+    with pytest.raises(
+        UserError, match="x_train_000003.bin: token id 1000 is outside the vocabulary of 1000"
+    ):
         corpus_digest(small, 3)
 
 
 def test_parts_of_different_tokenizers_are_refused(small, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
     rewrite(small.val, lambda tokens: tokens.__setitem__(tokens == 0, 1))
-    with pytest.raises(UserError, match="x_val_000000.bin: no document begins here .* with different tokenizers"):
+    with pytest.raises(
+        UserError, match="x_val_000000.bin: no document begins here .* with different tokenizers"
+    ):
         corpus_digest(small, 3)
     for path in small.train:
         rewrite(path, lambda tokens: tokens.__setitem__(tokens == 0, 1))
@@ -240,7 +283,9 @@ def test_corpus_digest_sees_content_and_order_but_not_names(small, tmp_path):
 
 
 @pytest.mark.parametrize("junk", ["[]", "{", None])
-def test_a_useless_digest_memory_does_not_stop_a_run_and_is_said_once(small, tmp_path, monkeypatch, capsys, junk):
+def test_a_useless_digest_memory_does_not_stop_a_run_and_is_said_once(
+    small, tmp_path, monkeypatch, capsys, junk
+):
     memory = tmp_path / "memory"
     if junk is None:
         memory.write_text("a file where the folder should be")
@@ -286,7 +331,9 @@ def test_reference_mt19937_is_what_numpy_gives():
 def test_shuffled_loader_visits_every_slot_once_per_epoch_and_differs_by_rank():
     lengths, orders = [5633, 6465, 5990], []
     for rank in (0, 3):
-        walk = list(itertools.islice(positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True), 68))
+        walk = list(
+            itertools.islice(positions(lengths, rank, loader="shuffled", tokens_per_rank=64, wrap=True), 68)
+        )
         slots = sum((n - 1) // 512 for n in lengths)
         first = [(s, start - 64 * rank) for e, s, start in walk if e == 0]
         assert len(first) == len(set(first)) == slots and all(start % 512 == 0 for _, start in first)
@@ -300,7 +347,10 @@ def test_shuffled_loader_equals_llm_c_over_several_epochs(small):
     for _ in range(80):
         stream.next()
     assert stream.epoch == 2
-    assert stream_digest(stream.rank_digests()) == "5b6f509e0f5fb5429f193eec371dc7a5d8f9ef399394ebd810b16d9f03114a79"
+    assert (
+        stream_digest(stream.rank_digests())
+        == "5b6f509e0f5fb5429f193eec371dc7a5d8f9ef399394ebd810b16d9f03114a79"
+    )
 
 
 @pytest.mark.parametrize("loader", ["shuffled", "per_rank", "synced"])
@@ -352,7 +402,9 @@ def test_shards_needed_is_exact(loader):
     highest = 0
     for steps, now in enumerate(itertools.islice(zip(*walks), 33), 1):
         highest = max(highest, *(shard for _, shard, _ in now))
-        assert shards_needed(lengths, steps=steps, loader=loader, tokens_per_rank=64, wrap=True) == highest + 1
+        assert (
+            shards_needed(lengths, steps=steps, loader=loader, tokens_per_rank=64, wrap=True) == highest + 1
+        )
 
 
 def test_too_few_shards_is_known_before_training(small):
@@ -444,8 +496,10 @@ def test_documents_keep_the_text():
 # ----- commands
 
 def command(module, *args, **env):
-    return subprocess.run([sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, **env})
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, **env}
+    )
 
 
 def shard_bytes(tmp_path, n, seed):
@@ -477,20 +531,25 @@ def test_download_fetches_checks_and_leaves_alone_what_is_right(tmp_path, hub, m
     assert done.returncode == 0 and done.stdout.endswith("2 train shards, verified\n"), done.stderr
     assert open_corpus(tmp_path / "fw").train_tokens == (400_000, 2000)
     kept = json.loads((tmp_path / "fw" / "shards.json").read_text())
-    assert {n: e["sha256"] for n, e in kept.items()} == {n: hashlib.sha256(b).hexdigest() for n, b in hub.files.items()}
+    assert {n: e["sha256"] for n, e in kept.items()} == {
+        n: hashlib.sha256(b).hexdigest() for n, b in hub.files.items()
+    }
     hub.requests.clear()
     assert fineweb(tmp_path, hub.url, 2).returncode == 0 and not hub.requests
     path = tmp_path / "fw" / "fineweb_train_000002.bin"
     about = path.stat()
     rewrite(path, lambda tokens: tokens.__setitem__(7, tokens[7] ^ 1))
     os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
-    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))  # nothing is remembered of the file by size and time
+    # nothing is remembered of the file by size and time
+    monkeypatch.setenv("SPEEDRUN_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match="fineweb_train_000002.bin is not what was downloaded"):
         corpus_digest(open_corpus(tmp_path / "fw"), 2)
     assert fineweb(tmp_path, hub.url, 2).returncode == 0 and not hub.requests  # size and time are the same
     done = fineweb(tmp_path, hub.url, 2, "--verify")
     assert done.returncode == 0 and "000002.bin is not the published file: fetched again" in done.stderr
-    assert path.read_bytes() == hub.files[path.name] and [n for v, n, _ in hub.requests if v == "GET"] == [path.name]
+    assert path.read_bytes() == hub.files[path.name] and [n for v, n, _ in hub.requests if v == "GET"] == [
+        path.name
+    ]
 
 
 def test_shards_copied_by_hand_are_compared_with_the_hub(tmp_path, hub):
@@ -504,7 +563,10 @@ def test_shards_copied_by_hand_are_compared_with_the_hub(tmp_path, hub):
     del hub.files["fineweb_val_000000.bin"]
     (tmp_path / "fw" / "shards.json").unlink()
     done = fineweb(tmp_path, hub.url, 2)
-    assert done.returncode == 0 and done.stdout.endswith("1 not verified\n") and "is not compared with the hub" in done.stderr
+    assert (
+        done.returncode == 0 and done.stdout.endswith("1 not verified\n")
+        and "is not compared with the hub" in done.stderr
+    )
 
 
 def test_a_page_instead_of_a_shard_is_one_clear_line(tmp_path, hub):
@@ -513,7 +575,10 @@ def test_a_page_instead_of_a_shard_is_one_clear_line(tmp_path, hub):
     assert done.returncode == 2 and "incomplete or damaged" in done.stderr and "Traceback" not in done.stderr
     hub.plain = True  # without the hub's headers, as a portal answers
     done = fineweb(tmp_path, hub.url, 1, folder="other")
-    assert done.returncode == 2 and "cannot fetch fineweb_val_000000.bin" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2 and "cannot fetch fineweb_val_000000.bin" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_published_hashes_and_sizes(tmp_path):
@@ -537,8 +602,10 @@ def settings_of(record, scale):
 def test_shards_needed_are_computed_from_the_settings():
     needed = {(record, scale): fineweb_module.shards_needed(settings_of(record, scale))
               for record in ("short/1", "short/11", "short/33") for scale in ("full", "small")}
-    assert needed == {("short/1", "full"): 103, ("short/1", "small"): 1, ("short/11", "full"): 16, ("short/11", "small"): 1,
-                      ("short/33", "full"): 8, ("short/33", "small"): 1}
+    assert needed == {
+        ("short/1", "full"): 103, ("short/1", "small"): 1, ("short/11", "full"): 16, ("short/11", "small"): 1,
+        ("short/33", "full"): 8, ("short/33", "small"): 1
+    }
     assert "`python -m data.fineweb 1`" in fineweb_module.get(settings_of("short/11", "small"))
     assert fineweb_module.asked("short/11", "small") == 1 and fineweb_module.asked("9", None) == 9
     for shards, scale in (("short/99", None), ("9", "small"), ("two", None)):
@@ -546,11 +613,15 @@ def test_shards_needed_are_computed_from_the_settings():
             fineweb_module.asked(shards, scale)
 
 
-@pytest.mark.parametrize("loader, size, longest", [("packed", 6144, 2048), ("packed", 12288, 1024), ("bos_aligned", 6144, None)])
+@pytest.mark.parametrize(
+    "loader, size, longest", [("packed", 6144, 2048), ("packed", 12288, 1024), ("bos_aligned", 6144, None)]
+)
 def test_tokens_that_loaders_by_document_pass_over_are_estimated_well(tmp_path, loader, size, longest):
     generator, count = np.random.default_rng(0), 3_000_000
     sigma = (2 * np.log(fineweb_module.MEAN_DOCUMENT / fineweb_module.MEDIAN_DOCUMENT)) ** 0.5
-    starts = np.cumsum(generator.lognormal(np.log(fineweb_module.MEDIAN_DOCUMENT), sigma, count // 400).astype(int) + 1)
+    starts = np.cumsum(
+        generator.lognormal(np.log(fineweb_module.MEDIAN_DOCUMENT), sigma, count // 400).astype(int) + 1
+    )
     tokens = np.ones(count, np.uint16)
     tokens[0] = tokens[starts[starts < count]] = 0
     write_shard(tmp_path / "a.bin", tokens)
@@ -562,7 +633,8 @@ def test_tokens_that_loaders_by_document_pass_over_are_estimated_well(tmp_path, 
 
 
 def test_a_broken_download_resumes_where_it_stopped(tmp_path, hub):
-    hub.files["fineweb_train_000001.bin"] = shard_bytes(tmp_path, 12_000_000, 3)  # the client writes 10 MB at a time
+    # the client writes 10 MB at a time
+    hub.files["fineweb_train_000001.bin"] = shard_bytes(tmp_path, 12_000_000, 3)
     hub.break_after = 15_000_000
     del hub.files["fineweb_val_000000.bin"]
     (tmp_path / "fw").mkdir()
@@ -571,10 +643,14 @@ def test_a_broken_download_resumes_where_it_stopped(tmp_path, hub):
         done = fineweb(tmp_path, hub.url, 1)
     assert done.returncode == 0, done.stderr
     assert any(asked and not asked.startswith("bytes=0-") for _, _, asked in hub.requests)
-    assert (tmp_path / "fw" / "fineweb_train_000001.bin").read_bytes() == hub.files["fineweb_train_000001.bin"]
+    assert (tmp_path / "fw" / "fineweb_train_000001.bin").read_bytes() == hub.files[
+        "fineweb_train_000001.bin"
+    ]
 
 
-@pytest.mark.parametrize("fault, message", [("truncated", "incomplete or damaged"), ("missing", "has no file")])
+@pytest.mark.parametrize(
+    "fault, message", [("truncated", "incomplete or damaged"), ("missing", "has no file")]
+)
 def test_faults_of_the_hub_are_one_clear_line(tmp_path, hub, fault, message):
     if fault == "truncated":
         hub.files["fineweb_train_000001.bin"] = hub.files["fineweb_train_000001.bin"][:-10]
@@ -592,10 +668,16 @@ def test_an_unreachable_hub_says_what_to_do_offline(unreachable):
 def test_an_interrupted_download_says_that_it_resumes(tmp_path):
     silent = socket.create_server(("127.0.0.1", 0))  # takes the connection and never answers
     running = subprocess.Popen(
-        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(tmp_path / "fw")], cwd=ROOT, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
-                        "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
-                        "HF_HUB_ETAG_TIMEOUT": "60", "no_proxy": "127.0.0.1"})
+        [sys.executable, "-m", "data.fineweb", "1", "--dir", str(tmp_path / "fw")],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={
+            **os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_ETAG_TIMEOUT": "60",
+            "no_proxy": "127.0.0.1"
+        },
+    )
     silent.settimeout(20)
     connection, _ = silent.accept()  # so the program is in the middle of its download
     running.send_signal(signal.SIGINT)

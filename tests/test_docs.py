@@ -1,4 +1,5 @@
-"""Laws of README.md and docs/: commands are ones that the parsers take, links and settings exist, generated parts are where they belong."""
+"""Laws of README.md and docs/: commands are ones that the parsers take, links and settings exist, generated
+parts are where they belong."""
 
 import re
 import shlex
@@ -19,8 +20,13 @@ from system import command_line
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "data/README.md", *(ROOT / "docs").glob("*.md")])
-PROGRAMS = {"sweep.py": sweep.parser, "sample.py": sample.parser, "data.tokenize": tokenize.parser, "data.fineweb": fineweb.parser}
-STARTS = re.compile(r"(?:[A-Z_]+=\S+ )*(?:python |torchrun |\./run\.sh|\./test\.sh|bench/\w+\.sh|tests/\w+\.sh)")
+PROGRAMS = {
+    "sweep.py": sweep.parser, "sample.py": sample.parser, "data.tokenize": tokenize.parser,
+    "data.fineweb": fineweb.parser
+}
+STARTS = re.compile(
+    r"(?:[A-Z_]+=\S+ )*(?:python |torchrun |\./run\.sh|\./test\.sh|bench/\w+\.sh|tests/\w+\.sh)"
+)
 INDENTED = re.compile(r"^    (?:\$ )?(.+)$", re.M)
 
 
@@ -69,8 +75,10 @@ def check_records(args: list[str]) -> None:
     for arm in map(arms.parse, o.arms if o.command == "compare" else []):
         if arm.kind == "record":
             changes = command_line.parser().parse_args(list(arm.argv))
-            check_record(changes.record, scale=o.scale, sets=changes.sets, with_=changes.with_, without=changes.without,
-                         revert=changes.revert)
+            check_record(
+                changes.record, scale=o.scale, sets=changes.sets, with_=changes.with_,
+                without=changes.without, revert=changes.revert
+            )
 
 
 def check_sweep(args: list[str]) -> None:
@@ -82,7 +90,8 @@ def check_sweep(args: list[str]) -> None:
 
 
 def check_program(program: str, args: list[str]) -> None:
-    """One program of the checkout with its arguments; a program without `parser` must at least name the options."""
+    """One program of the checkout with its arguments; a program without `parser` must at least name the
+    options."""
     if program == "train_gpt.py":
         return check_trainer(args)
     if program == "records":
@@ -92,7 +101,9 @@ def check_program(program: str, args: list[str]) -> None:
     if program in PROGRAMS:
         PROGRAMS[program]().parse_args(args)
         return None
-    texts = [(ROOT / program).read_text()] + [(ROOT / "bench" / name).read_text() for name in ("report.py", "steps.py")]
+    texts = [(ROOT / program).read_text()] + [
+        (ROOT / "bench" / name).read_text() for name in ("report.py", "steps.py")
+    ]
     for option in (a.partition("=")[0] for a in args if a.startswith("--")):
         assert any(f'add_argument("{option}"' in text for text in texts), f"{program} takes no {option}"
     return None
@@ -105,7 +116,9 @@ def check_command(command: str, bare: bool = False) -> None:
         module = words[1] == "-m"
         program, args = (words[2], words[3:]) if module else (words[1], words[2:])
         where = ROOT / (program.replace(".", "/") if module else program)
-        assert where.is_file() or where.with_suffix(".py").is_file() or (where / "__main__.py").is_file(), program
+        assert where.is_file() or where.with_suffix(".py").is_file() or (where / "__main__.py").is_file(), (
+            program
+        )
         if bare and program == "records" and len(args) == 1:
             assert args[0] in [*records_command.MODULES, "list", "show", "diff", "features"], command
         elif args or not bare:
@@ -118,7 +131,9 @@ def check_command(command: str, bare: bool = False) -> None:
         assert (ROOT / words[0]).is_file(), words[0]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent != ROOT / "data" else "data")
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.name if page.parent != ROOT / "data" else "data"
+)
 def test_every_command_of_a_page_is_one_that_its_program_takes(page, capsys):
     text = page.read_text()
     for command in [*commands(text), *mentions(text)]:
@@ -129,10 +144,13 @@ def test_every_command_of_a_page_is_one_that_its_program_takes(page, capsys):
 
 
 def test_a_command_that_its_program_does_not_take_is_found(capsys):
-    for wrong in ("python train_gpt.py short/11 --scales tiny", "python train_gpt.py short/11 --set optim.muon.rl=1",
-                  "python -m records compare short/11 'short/11 --without model.unet'", "python -m records liste",
-                  "python sweep.py axis short/11 optim.muon.rl=0.02", "./run.sh short/1000", "python -m data.fineweb 1 --folder x",
-                  "python bench/throughput.py --quickly", "python bench/no_such.py", "bench/no_such.sh"):
+    for wrong in (
+        "python train_gpt.py short/11 --scales tiny", "python train_gpt.py short/11 --set optim.muon.rl=1",
+        "python -m records compare short/11 'short/11 --without model.unet'", "python -m records liste",
+        "python sweep.py axis short/11 optim.muon.rl=0.02", "./run.sh short/1000",
+        "python -m data.fineweb 1 --folder x", "python bench/throughput.py --quickly",
+        "python bench/no_such.py", "bench/no_such.sh"
+    ):
         with pytest.raises((SystemExit, UserError, AssertionError)):
             check_command(wrong)
     assert "--scales" in capsys.readouterr().err
@@ -140,19 +158,24 @@ def test_a_command_that_its_program_does_not_take_is_found(capsys):
 
 def test_the_commands_of_the_pages_are_found():
     text = "    $ python -m records \\\n        list  # all\n\ntext `python\nsweep.py power` text\n\n```\n./test.sh -k x\n```\n"
-    assert [words_of(c) for c in commands(text)] == [["python", "-m", "records", "list"], ["./test.sh", "-k", "x"]]
+    assert [words_of(c) for c in commands(text)] == [
+        ["python", "-m", "records", "list"],
+        ["./test.sh", "-k", "x"],
+    ]
     assert mentions(text) == ["python sweep.py power"]
     assert sum(len(commands(page.read_text())) for page in PAGES) > 80
 
 
-# ----- names and links ----------------------------------------------------------------------------------------------
+# ----- names and links --------------------------------------------------------------------------------------
 
 def slug(heading: str) -> str:
     """The anchor that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "records/README.md"], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "records/README.md"], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_links_inside_the_repository_resolve(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"https?:", link):
@@ -167,13 +190,17 @@ def test_links_inside_the_repository_resolve(page):
 
 def test_every_page_is_linked_from_the_readme():
     text = (ROOT / "README.md").read_text()
-    assert [page.name for page in PAGES if page.parent == ROOT / "docs" and f"(docs/{page.name})" not in text] == []
+    assert [
+        page.name for page in PAGES if page.parent == ROOT / "docs" and f"(docs/{page.name})" not in text
+    ] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_that_a_page_names_exist(page):
     """`model.attn.gate` and the like between backticks; programs such as `data.tokenize` are modules."""
-    for path in re.findall(r"`((?:model|optim|schedule|data|validation|numerics|system)\.[a-z0-9_.]+)", page.read_text()):
+    for path in re.findall(
+        r"`((?:model|optim|schedule|data|validation|numerics|system)\.[a-z0-9_.]+)", page.read_text()
+    ):
         module = ROOT / (path.replace(".", "/") + ".py")
         if not (module.exists() or (ROOT / path).exists()):
             schema.find_field(path)

@@ -1,4 +1,5 @@
-"""Committed results belong to the code as it is: hashes, digests and log chains agree; so do the generated pages."""
+"""Committed results belong to the code as it is: hashes, digests and log chains agree; so do the generated
+pages."""
 
 import json
 import lzma
@@ -32,7 +33,9 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     links = read_links(folder / "run.jsonl")
     events = [event for event, _ in links]
     assert summary == summarise(events, links[-1][1]) and summary["status"] == "finished"
-    assert "".join(line + "\n" for event in events for line in render(event)) == (folder / "log.txt").read_text()
+    assert (
+        "".join(line + "\n" for event in events for line in render(event)) == (folder / "log.txt").read_text()
+    )
     assert summary["curve"][-1][0] == s.schedule.steps and not summary.get("graphs_in_clock")
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 30_000
     packed = ROOT / f"evidence/results/sources-{summary['sources']}.txt.xz"
@@ -65,12 +68,17 @@ def test_every_committed_claim_verifies_to_its_results():
 
 
 def test_every_committed_sweep_says_what_its_losses_give():
-    committed = [path for path in facts.EVIDENCE.glob("*.json") if json.loads(path.read_text()).get("kind") in facts.SWEEPS]
+    committed = [
+        path for path in facts.EVIDENCE.glob("*.json")
+        if json.loads(path.read_text()).get("kind") in facts.SWEEPS
+    ]
     assert len(facts.read_sweeps(facts.EVIDENCE)) == len(committed)
 
 
 def test_the_table_of_records_is_what_the_command_writes():
-    done = subprocess.run([sys.executable, "-m", "records", "leaderboard", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "records", "leaderboard", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 

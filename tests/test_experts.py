@@ -1,4 +1,5 @@
-"""Laws of the mixture of experts: the layer against a loop over tokens, routing, balancing, Muon on stacks, processes."""
+"""Laws of the mixture of experts: the layer against a loop over tokens, routing, balancing, Muon on stacks,
+processes."""
 
 import json
 import math
@@ -41,11 +42,19 @@ def moe(*changes):
 
 
 ROUTINGS = {  # every way to choose and to weigh experts, and to balance them
-    "sigmoid": (), "top1": moe("top_k=1"), "normalised": moe("normalise=true", "gate_scale=2.5"),
-    "softmax": moe("score=softmax"), "softmax_normalised": moe("score=softmax", "normalise=true"),
-    "groups": moe(*GROUPS), "groups_of_softmax": moe(*GROUPS, "score=softmax"), "sign": moe("balance.rule=sign"),
-    "quantile": moe("balance.rule=quantile"), "quantile_of_softmax": moe("balance.rule=quantile", "score=softmax"),
-    "losses": moe("sequence_loss=0.3", "z_loss=0.2"), "four_without_shared": moe("top_k=4", "shared=0")}
+    "sigmoid": (),
+    "top1": moe("top_k=1"),
+    "normalised": moe("normalise=true", "gate_scale=2.5"),
+    "softmax": moe("score=softmax"),
+    "softmax_normalised": moe("score=softmax", "normalise=true"),
+    "groups": moe(*GROUPS),
+    "groups_of_softmax": moe(*GROUPS, "score=softmax"),
+    "sign": moe("balance.rule=sign"),
+    "quantile": moe("balance.rule=quantile"),
+    "quantile_of_softmax": moe("balance.rule=quantile", "score=softmax"),
+    "losses": moe("sequence_loss=0.3", "z_loss=0.2"),
+    "four_without_shared": moe("top_k=4", "shared=0"),
+}
 
 
 def settings(*sets, ref=REF, precision="float64", scale="micro", **changes):
@@ -53,14 +62,20 @@ def settings(*sets, ref=REF, precision="float64", scale="micro", **changes):
 
 
 def fill(module, std=0.3):
-    """Every parameter random; every bias on the choice random and far from zero, as balancing may have left it."""
+    """Every parameter random; every bias on the choice random and far from zero, as balancing may have left
+    it."""
     for name, p in sorted(module.named_parameters()):
-        p.data.copy_(std * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64))
+        p.data.copy_(
+            std
+            * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
+        )
     for name, b in module.named_buffers():
         if name.split(".")[-1] in ("bias", "tally", "load"):
             b.zero_()
         if name.split(".")[-1] == "bias":
-            b += 0.3 * torch.randn(b.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64).to(b.dtype)
+            b += 0.3 * torch.randn(
+                b.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+            ).to(b.dtype)
     return module
 
 
@@ -95,7 +110,8 @@ def mlp(x, up, down):
 
 
 def token_choice(how, biased):
-    """Experts of one token, written as the papers say it: sums of the two best of a group, best groups, best experts."""
+    """Experts of one token, written as the papers say it: sums of the two best of a group, best groups, best
+    experts."""
     pool = list(range(how.experts))
     if how.groups > 1:
         size = how.experts // how.groups
@@ -106,7 +122,8 @@ def token_choice(how, biased):
 
 
 def by_tokens(m, x):
-    """(output (R, T, D), rows of each expert) of an MoE `m` by a loop over tokens; autograd gives the gradients."""
+    """(output (R, T, D), rows of each expert) of an MoE `m` by a loop over tokens; autograd gives the
+    gradients."""
     how, out, counts = m.router.moe, [], [0] * m.experts
     for token in x.flatten(0, 1):
         logits = m.router.weight @ token
@@ -139,14 +156,17 @@ def flood(m, expert):
     m.router.bias[expert] += 100.0
 
 
-SKEWS = {"spread": lambda m: None, "an_empty_expert": lambda m: starve(m, 3), "all_on_one": lambda m: flood(m, 5)}
+SKEWS = {
+    "spread": lambda m: None, "an_empty_expert": lambda m: starve(m, 3), "all_on_one": lambda m: flood(m, 5)
+}
 
 
 @pytest.mark.feature("model.mlp.moe")
 @pytest.mark.parametrize("skew", SKEWS)
 @pytest.mark.parametrize("name", ROUTINGS)
 def test_the_layer_equals_a_loop_over_tokens(name, skew):
-    """Outputs, loads and all gradients; padded, in float64; 88 tokens, so that an expert with all of them has two blocks."""
+    """Outputs, loads and all gradients; padded, in float64; 88 tokens, so that an expert with all of them has
+    two blocks."""
     m, x = layer(*ROUTINGS[name]), noise(2, 44, 48)
     SKEWS[skew](m)
     expected = outputs_and_gradients(m, x, lambda x: by_tokens(m, x)[0])
@@ -154,7 +174,9 @@ def test_the_layer_equals_a_loop_over_tokens(name, skew):
     assert all(close(found[key], expected[key], 1e-12) for key in expected)
     counts = by_tokens(m, x)[1]
     assert m.router.tally[:8].tolist() == counts
-    assert skew != "an_empty_expert" or (counts[3] == 0 and not found["up"][3].any() and not found["down"][3].any())
+    assert skew != "an_empty_expert" or (
+        counts[3] == 0 and not found["up"][3].any() and not found["down"][3].any()
+    )
     assert skew != "all_on_one" or (counts[5] == 88 and found["up"][5].any())
 
 
@@ -178,7 +200,9 @@ def test_no_tokens_give_no_rows_and_zero_gradients(backend):
     x = torch.zeros(0, 16, requires_grad=True)
     y = experts.combine(experts.grouped_linear(experts.gather(x, p), weight, p), torch.zeros(0, 2), p)
     y.sum().backward()
-    assert y.shape == (0, 8) and x.grad.shape == (0, 16) and torch.equal(weight.grad, torch.zeros_like(weight))
+    assert (
+        y.shape == (0, 8) and x.grad.shape == (0, 16) and torch.equal(weight.grad, torch.zeros_like(weight))
+    )
 
 
 @pytest.mark.parametrize("backend", experts.BACKENDS)
@@ -220,7 +244,10 @@ def test_renumbering_the_experts_changes_nothing(name):
         for p in (turned.up, turned.down, turned.router.weight, turned.router.bias):
             p.copy_(p[order].clone())
     assert close(turned(x, [], False), m(x, [], False), 1e-13)
-    assert torch.equal(turned.router.tally[:8], m.router.tally[:8][order]) and len(m.router.tally[:8].unique()) > 3
+    assert (
+        torch.equal(turned.router.tally[:8], m.router.tally[:8][order])
+        and len(m.router.tally[:8].unique()) > 3
+    )
 
 
 # ----- what may look where
@@ -228,7 +255,8 @@ def test_renumbering_the_experts_changes_nothing(name):
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("backend, tolerance", [("padded", 0.0), ("grouped", 1e-6)])
 def test_causality_nothing_before_a_changed_token_moves(name, backend, tolerance):
-    """Bit for bit where rows have fixed blocks; in training and evaluation, with the bias as it is within a step."""
+    """Bit for bit where rows have fixed blocks; in training and evaluation, with the bias as it is within a
+    step."""
     model = build(*ROUTINGS[name], f"system.experts={backend}", precision="float32")
     x = tokens()
     one, all_later = x.clone(), x.clone()
@@ -268,7 +296,10 @@ def test_the_bias_changes_who_is_chosen_but_not_the_gates_and_gets_no_gradient(s
     chosen, gates, _ = router(x)
     assert torch.allclose(gates, scores.gather(1, chosen), rtol=1e-12, atol=0)
     gates.sum().backward()
-    assert router.bias.grad is None and router.weight.grad.any() and "bias" not in dict(router.named_parameters())
+    assert (
+        router.bias.grad is None and router.weight.grad.any()
+        and "bias" not in dict(router.named_parameters())
+    )
     router.bias = torch.zeros_like(router.bias)
     plain, _, _ = router(x)
     moved = (plain.sort().values != chosen.sort().values).any(-1)
@@ -302,7 +333,8 @@ def test_initialise_forgets_biases_and_loads():
 # ----- balancing
 
 def balanced(router, steps):
-    """MaxVio of each step of a router alone, on fresh Gaussian tokens whose last channel is 1: its weights are offsets."""
+    """MaxVio of each step of a router alone, on fresh Gaussian tokens whose last channel is 1: its weights
+    are offsets."""
     n, k, seen = router.moe.experts, router.moe.top_k, []
     for i in range(steps):
         x = noise(16, 64, 48, seed=i, dtype=torch.float32)
@@ -370,7 +402,10 @@ def test_without_a_rule_a_skewed_router_stays_skewed():
 @pytest.mark.feature("model.mlp.moe.balance")
 def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
     load = torch.tensor([10.0, 0, 20, 6, 7, 5, 8, 8], dtype=torch.float64)  # mean 8
-    formulas = {"sign": [-1, 1, -1, 1, 1, 1, 0, 0], "proportional": [-0.25, 1, -1.5, 0.25, 0.125, 0.375, 0, 0]}
+    formulas = {
+        "sign": [-1, 1, -1, 1, 1, 1, 0, 0],
+        "proportional": [-0.25, 1, -1.5, 0.25, 0.125, 0.375, 0, 0],
+    }
     for name, expected in formulas.items():
         for score, unit in (("sigmoid", 1), ("softmax", 4 / 8)):
             router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.03", f"score={score}")))
@@ -382,7 +417,8 @@ def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
 
 @pytest.mark.parametrize("name", ["sign", "proportional"])
 def test_a_router_of_16_bits_keeps_a_bias_of_32(name):
-    """Steps of 0.001 on a bias of 1, which bfloat16 would lose; and the choice sees it: two equal scores, bias 0.001 apart."""
+    """Steps of 0.001 on a bias of 1, which bfloat16 would lose; and the choice sees it: two equal scores,
+    bias 0.001 apart."""
     router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.001"), "numerics.router=bfloat16",
                              precision="record"))
     assert router.weight.dtype == torch.bfloat16 and router.bias.dtype == torch.float32
@@ -399,7 +435,9 @@ def test_a_router_of_16_bits_keeps_a_bias_of_32(name):
 
 def test_a_router_of_16_bits_counts_long_sequences_for_its_loss():
     """512 tokens on the same two experts, which bfloat16 cannot count."""
-    router = Router(settings("model.mlp.moe.sequence_loss=1.0", "numerics.router=bfloat16", precision="record"))
+    router = Router(
+        settings("model.mlp.moe.sequence_loss=1.0", "numerics.router=bfloat16", precision="record")
+    )
     router.weight.data.zero_()
     router.weight.data[:2, -1] = 8.0
     x = torch.zeros(1, 512, 48, dtype=torch.bfloat16)
@@ -416,8 +454,11 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
-    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=Optimizer(model, s), ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
-                          world=SimpleNamespace(total=lambda tally: tally))
+    run = SimpleNamespace(
+        s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=Optimizer(model, s),
+        ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
+        world=SimpleNamespace(total=lambda tally: tally)
+    )
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
         inputs = tokens(16, 64, seed=step).view(8, 2, 64)
@@ -455,8 +496,10 @@ def test_scores_that_underflow_give_no_nan():
 
 @pytest.mark.feature("model.mlp.moe.balance")
 def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its_share():
-    """By logical rank: beta_e = the n-th largest of l_te - alpha_t, alpha_t the (k+1)-th largest l + b, n = T k / E."""
-    router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(6, 64, 48)  # three logical ranks of 128 tokens
+    """By logical rank: beta_e = the n-th largest of l_te - alpha_t, alpha_t the (k+1)-th largest l + b, n = T
+    k / E."""
+    # three logical ranks of 128 tokens
+    router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(6, 64, 48)
     logits, old = (x @ router.weight.T).view(3, 128, 8), router.bias.clone()
     betas = []
     for rank in logits.detach():
@@ -481,11 +524,18 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
                 with torch.no_grad():
                     model(ranks[first:first + at_once].flatten(0, 1))
             end_step(model, 1024)
-        results.append((torch.stack([r.load for r in model.routers()]), torch.stack([r.bias for r in model.routers()]),
-                        torch.stack([r.entropy for r in model.routers()])))
+        results.append(
+            (
+                torch.stack([r.load for r in model.routers()]),
+                torch.stack([r.bias for r in model.routers()]),
+                torch.stack([r.entropy for r in model.routers()])
+            )
+        )
     (load, bias, entropy), (other_load, other_bias, other_entropy) = results
     assert torch.equal(load, other_load) and (load.sum(1) == 2048).all()
-    assert torch.allclose(bias, other_bias, rtol=0, atol=1e-14) and torch.allclose(entropy, other_entropy, rtol=1e-12)
+    assert torch.allclose(bias, other_bias, rtol=0, atol=1e-14) and torch.allclose(
+        entropy, other_entropy, rtol=1e-12
+    )
 
 
 def test_evaluation_counts_nothing():
@@ -507,7 +557,8 @@ def test_the_entropy_of_equal_scores_is_one_and_of_a_certain_router_near_zero():
 # ----- losses
 
 def sequence_loss(scores, k, alpha):
-    """DeepSeek-V3, eq. 17-20, of one sequence: scores (T, E), without the bias; f counts, P is differentiated."""
+    """DeepSeek-V3, eq. 17-20, of one sequence: scores (T, E), without the bias; f counts, P is
+    differentiated."""
     length, n = scores.shape
     f, p = [0.0] * n, [0.0] * n
     for row in scores:
@@ -570,7 +621,9 @@ def test_penalties_add_their_gradient_in_training_and_nothing_to_the_loss():
     assert torch.equal(losses, plain) and len(seen) == 2 and seen[0].all()
 
     def gradients(value, model):
-        return torch.autograd.grad((value * upstream).sum(), list(model.parameters()), retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(
+            (value * upstream).sum(), list(model.parameters()), retain_graph=True, allow_unused=True
+        )
 
     found, without, added = gradients(losses, on), gradients(plain, off), gradients(sum(seen).view(2, 24), on)
     assert sum(a is not None and bool(a.any()) for a in added) > 10
@@ -583,7 +636,8 @@ def test_penalties_add_their_gradient_in_training_and_nothing_to_the_loss():
 # ----- gradients of routers
 
 def test_no_router_is_dead_at_top_1():
-    """Raw gates: every expert with a token teaches its row of the router. Seen from the loss, through the whole model."""
+    """Raw gates: every expert with a token teaches its row of the router. Seen from the loss, through the
+    whole model."""
     model = build(ref="variants/moe8k1s")
     model(tokens(8, 64), tokens(8, 64, seed=2)).mean().backward()
     for router in model.routers():
@@ -642,7 +696,9 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
         for e in range(8):
             g = gradients[name][e]
             ahead = g + plan.momentum * g  # of the first step: the buffer is the gradient
-            step = newton_schulz(ahead, dtype=torch.float64, norm_dtype=torch.float64, form=s.numerics.newton_schulz_form)
+            step = newton_schulz(
+                ahead, dtype=torch.float64, norm_dtype=torch.float64, form=s.numerics.newton_schulz_form
+            )
             factor = s.optim.muon.lr * plan.lr_factor * math.sqrt(max(1, g.size(0) / g.size(1)))
             expected = before[name][e] - factor * step
             assert torch.allclose(model.get_parameter(name)[e], expected, rtol=0, atol=1e-12)
@@ -653,7 +709,9 @@ def test_the_router_is_trained_by_adamw_in_its_own_group():
     s = settings(SMALL)
     optimizer = Optimizer(GPT(s), s)
     bank = next(b for b in optimizer.banks if b.role == "router")
-    assert bank.rule.name == "adamw" and {name for name, _ in bank.members} == {f"blocks.{i}.mlp.router.weight" for i in (1, 2)}
+    assert bank.rule.name == "adamw" and {name for name, _ in bank.members} == {
+        f"blocks.{i}.mlp.router.weight" for i in (1, 2)
+    }
 
 
 # ----- FP8
@@ -705,7 +763,8 @@ SHAPES = {"variants/moe8k1s": (8, 1, 1536, 1536), "variants/moe8k2s": (8, 2, 102
 
 @pytest.mark.parametrize("ref, shape", SHAPES.items())
 def test_counts_of_all_and_of_active_parameters_and_flops_at_full_scale(ref, shape):
-    """As many active ones as the dense parent up to the routers where k hidden + shared is its width, 3072."""
+    """As many active ones as the dense parent up to the routers where k hidden + shared is its width,
+    3072."""
     count, k, hidden, shared = shape
     with torch.device("meta"):
         model, dense = (GPT(deltas.resolve(r).settings) for r in (ref, "short/8"))
@@ -735,7 +794,10 @@ BAD = [
     (["dense_layers=[0,1,2,3,4,5,6,7,8,9,10,11]"], "leaves no layer with experts"),
     (["dense_layers=[12]"], "names layer 12: the model has layers 0 to 11"),
     (["dense_layers=[1,1]"], "names a layer twice"),
-    (["groups=4", "groups_kept=2", "balance.rule=quantile"], "choose rule proportional or sign, or set groups=1"),
+    (
+        ["groups=4", "groups_kept=2", "balance.rule=quantile"],
+        "choose rule proportional or sign, or set groups=1",
+    ),
     (["balance.freeze_frac=1"], "freeze_frac = 1.0: must lie in 0 <= x < 1"),
     (["balance.freeze_frac=-0.1"], "must lie in 0 <= x < 1"),
     (["gate_scale=0"], "gate_scale = 0"),
@@ -757,8 +819,13 @@ def test_each_contradiction_is_one_clear_line(sets, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change", ["system.expert_parallel=true", "system.experts=padded", "optim.router.lr=0.1",
-                                    "optim.muon.move_idle=true"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "system.expert_parallel=true", "system.experts=padded", "optim.router.lr=0.1",
+        "optim.muon.move_idle=true"
+    ],
+)
 def test_settings_of_experts_need_experts(change):
     with pytest.raises(UserError, match="needs model.mlp.moe"):
         settings(change, ref="short/8")
@@ -772,7 +839,9 @@ def test_quantile_goes_with_all_groups_open():
 
 def test_processes_that_do_not_divide_the_experts_are_refused_before_they_know_each_other(monkeypatch):
     monkeypatch.setattr(dist, "init_process_group", lambda *_: pytest.fail("started"))
-    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=8, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, WORLD_SIZE=8, MASTER_ADDR="127.0.0.1", MASTER_PORT=29500
+    ).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
         World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
@@ -795,7 +864,9 @@ def test_grouped_where_it_cannot_is_refused_and_auto_takes_padded(sets, precisio
     x = noise(2, 4, 48, dtype=getattr(torch, precision))
     with pytest.raises(UserError, match=f"system.experts=grouped: grouped_mm {message}; use padded"):
         layer(*sets, "system.experts=grouped", precision=precision)(x, [], compiled)
-    padded, auto = (layer(*sets, f"system.experts={name}", precision=precision) for name in ("padded", "auto"))
+    padded, auto = (
+        layer(*sets, f"system.experts={name}", precision=precision) for name in ("padded", "auto")
+    )
     assert torch.equal(padded(x, [], compiled), auto(x, [], compiled))
 
 
@@ -807,7 +878,8 @@ WILD = "model.mlp.moe.balance.rate=1"  # so fast that experts lie idle in some s
 
 @cache
 def forkserver():
-    """Context of a process that has loaded torch and nothing else, and of which the processes of a run are copies."""
+    """Context of a process that has loaded torch and nothing else, and of which the processes of a run are
+    copies."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch"])
     return context
@@ -818,7 +890,9 @@ def together(world, target, *args):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    members = [forkserver().Process(target=member, args=(rank, world, port, target, args)) for rank in range(world)]
+    members = [
+        forkserver().Process(target=member, args=(rank, world, port, target, args)) for rank in range(world)
+    ]
     for process in members:
         process.start()
     for process in members:
@@ -828,14 +902,17 @@ def together(world, target, *args):
 
 
 def member(rank, world, port, target, args):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port)}
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port)
+    }
     torch.set_num_threads(1)
     target(*args)
 
 
 def share_of_gradients(path, sets, precision, flooded):
-    """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by the test."""
+    """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by
+    the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
     world = World(s)
     model, whole = GPT(s), build(precision=precision)
@@ -865,16 +942,27 @@ def share_of_gradients(path, sets, precision, flooded):
         world.gather(losses.detach())
 
 
-@pytest.mark.parametrize("precision, backend, flooded, tolerance", [
-    ("float64", "padded", (), 1e-12), ("float32", "grouped", (0, 1), 1e-5)], ids=["padded", "grouped_flooded"])
+@pytest.mark.parametrize(
+    "precision, backend, flooded, tolerance",
+    [("float64", "padded", (), 1e-12), ("float32", "grouped", (0, 1), 1e-5)],
+    ids=["padded", "grouped_flooded"]
+)
 @pytest.mark.parametrize("world, comm", [(2, "sharded"), (4, "replicated")])
-def test_shared_out_experts_give_the_gradients_of_one_process(world, comm, precision, backend, flooded, tolerance, tmp_path):
-    """Losses, all gradients, and the norm that clips; also where all rows go to the first process and none to others."""
+def test_shared_out_experts_give_the_gradients_of_one_process(
+    world, comm, precision, backend, flooded, tolerance, tmp_path
+):
+    """Losses, all gradients, and the norm that clips; also where all rows go to the first process and none to
+    others."""
     sets = [f"system.experts={backend}"]
     share_of_gradients(tmp_path / "1.pt", sets, precision, flooded)
-    together(world, share_of_gradients, tmp_path / "n.pt", [*sets, PARALLEL, f"system.comm={comm}"], precision, flooded)
+    together(
+        world, share_of_gradients, tmp_path / "n.pt", [*sets, PARALLEL, f"system.comm={comm}"], precision,
+        flooded
+    )
     one, several = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "n.pt")
-    assert close(several["losses"], one["losses"], tolerance) and close(several["factor"], one["factor"], tolerance)
+    assert close(several["losses"], one["losses"], tolerance) and close(
+        several["factor"], one["factor"], tolerance
+    )
     for name, g in one["gradients"].items():
         assert g.any() and close(several["gradients"][name], g, tolerance), name
     norm = torch.stack([g.double().norm() for g in one["gradients"].values()]).norm()
@@ -886,15 +974,22 @@ def training(args):
 
 
 def trained(folder, world, *args):
-    """(curve, parameters and biases, loads of the experts, checksums of gradients) of a training by `world` processes."""
-    sets = ["system.device=cpu", "system.precision=float64", "schedule.steps=3", "validation.tokens=4096", SMALL, WILD]
+    """(curve, parameters and biases, loads of the experts, checksums of gradients) of a training by `world`
+    processes."""
+    sets = [
+        "system.device=cpu", "system.precision=float64", "schedule.steps=3", "validation.tokens=4096", SMALL,
+        WILD
+    ]
     changes = [word for change in (*sets, *args) for word in ("--set", change)]
     together(world, training, [REF, "--scale", "micro", *changes, "--save", "--out", str(folder)])
     run = next(folder.glob("*/summary.json")).parent
     events = read_chain(run / "run.jsonl")
     load = [e["load"] for e in events if e["kind"] == "experts" and "load" in e][-1]
     gradients = next(e["gradients"] for e in events if e["kind"] == "probe")
-    return json.loads((run / "summary.json").read_text())["curve"], torch.load(run / "checkpoint.pt")["model"], load, gradients
+    return (
+        json.loads((run / "summary.json").read_text())["curve"], torch.load(run / "checkpoint.pt")["model"],
+        load, gradients
+    )
 
 
 @pytest.mark.parametrize("clip, runs", [
@@ -902,12 +997,17 @@ def trained(folder, world, *args):
     (("optim.grad_clip=0.01",), [(2, (PARALLEL,)), (2, ()), (2, (PARALLEL, "system.comm=replicated"))])],
                          ids=["unclipped", "clipped"])
 def test_trainings_by_2_and_4_processes_equal_those_by_one(clip, runs, tmp_path):
-    """Losses, parameters, biases and loads after three steps of the trainer; experts shared out, or all on each process."""
+    """Losses, parameters, biases and loads after three steps of the trainer; experts shared out, or all on
+    each process."""
     one = trained(tmp_path / "one", 1, *clip)
     assert any(0 in loads for loads in one[2])
     for i, (world, sets) in enumerate(runs):
         curve, state, load, gradients = trained(tmp_path / str(i), world, *clip, *sets)
         assert load == one[2] and max(abs(a - b) for (_, a), (_, b) in zip(curve, one[0])) < 1e-9
-        assert set(state) == set(one[1]) and all((state[name] - one[1][name]).abs().max() < 1e-9 for name in state)
+        assert set(state) == set(one[1]) and all(
+            (state[name] - one[1][name]).abs().max() < 1e-9 for name in state
+        )
         assert gradients.keys() == one[3].keys()
-        assert all(gradients[name] == pytest.approx(marks, rel=1e-6, abs=1e-9) for name, marks in one[3].items())
+        assert all(
+            gradients[name] == pytest.approx(marks, rel=1e-6, abs=1e-9) for name, marks in one[3].items()
+        )

@@ -1,7 +1,8 @@
-"""Facts about each record's tensors as its log's source has them: dtypes, optimizers, initial values, tables, roundings.
+"""Facts about each record's tensors as its log's source has them: dtypes, optimizers, initial values, tables,
+roundings.
 
-A table reads "from this record on"; 21.1 and 21.2 are 21r and 21t. Sizes are those of scale micro (width 48, 1257 token ids,
-1280 with padding), dtypes the record's own.
+A table reads "from this record on"; 21.1 and 21.2 are 21r and 21t. Sizes are those of scale micro (width 48,
+1257 token ids, 1280 with padding), dtypes the record's own.
 """
 
 import math
@@ -21,7 +22,9 @@ from system.hooks import hooks_of
 from train_gpt import train_step
 
 F32, BF16 = torch.float32, torch.bfloat16
-RECORDS = {ref: r.order for ref, r in deltas.load_records().items() if ref.startswith("short/") and r.order <= 33}
+RECORDS = {
+    ref: r.order for ref, r in deltas.load_records().items() if ref.startswith("short/") and r.order <= 33
+}
 
 
 def from_on(first):
@@ -61,8 +64,13 @@ STORED = {"table": [(1, F32), (10, BF16)],  # record 10 casts the module to bflo
           "gate": [(28, F32), (32, BF16)]}
 RULE = {"table": [(1, "adamw")], "scalar": [(1, "adamw")], "head": [(8, "adamw")],
         "matrix": [(1, "adamw"), (3, "muon")], "gate": [(28, "muon")]}
-GROUP = {"table": [(1, "lm_head"), (8, "embed")],  # until 7 the head is the token table
-         "matrix": [(1, "matrix")], "gate": [(28, "matrix")], "scalar": [(1, "scalar")], "head": [(8, "lm_head")]}
+GROUP = {
+    "table": [(1, "lm_head"), (8, "embed")],  # until 7 the head is the token table
+    "matrix": [(1, "matrix")],
+    "gate": [(28, "matrix")],
+    "scalar": [(1, "scalar")],
+    "head": [(8, "lm_head")],
+}
 MOMENTS = {**STORED,  # AdamW's follow the parameter, from 32 on all are bfloat16
            "scalar": [(1, F32), (10, BF16), (18, F32), (32, BF16)]}
 TABLES = [(1, 1), (14, 13), (15, 7), (17, 4)]  # of tokens and of values
@@ -82,11 +90,15 @@ def test_dtype_group_rule_and_optimizer_state_of_every_parameter(ref, n):
             assert bank.rule.name == at(n, RULE[what]), name
             assert bank.role == ("embed" if name == "embed.positions" else at(n, GROUP[what])), name
             if bank.rule.name == "adamw":
-                assert {x.dtype for x in bank.state.values()} == {at(n, MOMENTS[what])} and len(bank.state) == 2, name
+                assert {x.dtype for x in bank.state.values()} == {at(n, MOMENTS[what])} and len(
+                    bank.state
+                ) == 2, name
             elif what == "matrix":
                 assert {x.dtype for x in bank.state.values()} == {F32} and len(bank.state) == 1, name
     assert seen == at(n, KINDS)
-    tables = [p for name, p in model.named_parameters() if kind(name) == "table" and name != "embed.positions"]
+    tables = [
+        p for name, p in model.named_parameters() if kind(name) == "table" and name != "embed.positions"
+    ]
     assert [len(p) for p in tables] == [at(n, TABLE_ROWS)] * at(n, TABLES)
     assert n < 8 or len(model.head.weight) == 1280
 
@@ -116,8 +128,8 @@ def matrices(model):
 @pytest.mark.feature(record="ref")
 @from_on(1)
 def test_initial_matrices(ref, n):
-    """1: normal, 0.02, projections / sqrt(2 layers). Then uniform with bound 1 / sqrt(in), from 19 on with standard
-    deviation 0.5 / sqrt(in); projections start at 0 from 5 on, and 10 to 17 round to bfloat16."""
+    """1: normal, 0.02, projections / sqrt(2 layers). Then uniform with bound 1 / sqrt(in), from 19 on with
+    standard deviation 0.5 / sqrt(in); projections start at 0 from 5 on, and 10 to 17 round to bfloat16."""
     for weight, projection in matrices(built(ref)[1]):
         if projection and n >= 5:
             assert weight.count_nonzero() == 0
@@ -131,7 +143,8 @@ def test_initial_matrices(ref, n):
 
 @from_on(1)
 def test_initial_tables_head_and_gates(ref, n):
-    """Tied until 7: first normal, 0.02, then a linear's. Then all tables, values' too: N(0, 1). Head and gates: 0."""
+    """Tied until 7: first normal, 0.02, then a linear's. Then all tables, values' too: N(0, 1). Head and
+    gates: 0."""
     for name, p in built(ref)[1].named_parameters():
         if kind(name) == "table":
             if 2 <= n < 8:
@@ -171,7 +184,8 @@ ROPE = [(2, F32), (5, BF16), (18, F32), (32, BF16)]
 
 @from_on(2)
 def test_rotary_tables(ref, n):
-    """10000^(-2j/K), from 17 on 1024^(-j/(K/4 - 1)) for half of the pairs; 14 to 16 round the frequencies to bfloat16."""
+    """10000^(-2j/K), from 17 on 1024^(-j/(K/4 - 1)) for half of the pairs; 14 to 16 round the frequencies to
+    bfloat16."""
     rotary, width = built(ref)[1].rotaries[0], 48 // at(n, [(2, 12), (5, 6)])
     f = torch.tensor([10000 ** (-2 * j / width) for j in range(width // 2)] if n < 17 else
                      [1024 ** -(j / (width // 4 - 1)) if j < width // 4 else 0.0 for j in range(width // 2)],
@@ -194,15 +208,17 @@ def test_rotation_is_in_float32_until_record_32_makes_it_bfloat16(ref, n):
         (x1, x2), c, s = x.to(dtype).chunk(2, -1), cos.to(dtype), sin.to(dtype)
         return torch.cat([x1 * c + x2 * s, x2 * c - x1 * s], -1).to(BF16)
 
-    assert torch.equal(rotary(x), turned(at(n, [(17, F32), (32, BF16)]))) and not torch.equal(turned(F32), turned(BF16))
+    assert torch.equal(rotary(x), turned(at(n, [(17, F32), (32, BF16)]))) and not torch.equal(
+        turned(F32), turned(BF16)
+    )
 
 
 # ----- Muon's rounding
 
 @from_on(3)
 def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(ref, n):
-    """6 ships the scaled update in bfloat16; 15 scales at the addition. With MLPs three times as wide as the stream, because
-    at four times sqrt(rows / cols) = 2 rounds nothing."""
+    """6 ships the scaled update in bfloat16; 15 scales at the addition. With MLPs three times as wide as the
+    stream, because at four times sqrt(rows / cols) = 2 rounds nothing."""
     s, model = built(ref, "model.mlp.expansion=3", "optim.muon.lr=1.0")
     optimizer = Optimizer(model, s)
     bank = next(b for b in optimizer.banks if b.label == "mlp_up")
@@ -210,10 +226,12 @@ def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(re
     bank.grad.normal_(generator=torch.Generator().manual_seed(0))
     direction = newton_schulz(bank.grad.clone(), dtype=BF16, norm_dtype=at(n, [(3, F32), (5, BF16)]),
                               form=at(n, [(3, "expanded"), (11, "factored")])).float()
-    optimizer.step(SimpleNamespace(lr_factor=1.0, momentum=0.0, due=None))  # from the first gradient, so that it is the direction's input
+    # from the first gradient, so that it is the direction's input
+    optimizer.step(SimpleNamespace(lr_factor=1.0, momentum=0.0, due=None))
     scaled = at(n, [(3, 1.0), (4, math.sqrt(144)), (8, math.sqrt(144 / 48)), (27, 1.0)]) * direction
     assert torch.equal(-bank.param, scaled.bfloat16().float() if 6 <= n < 15 else scaled)
-    assert torch.equal(scaled, scaled.bfloat16().float()) == (n == 3 or n >= 27)  # elsewhere the rounding shows
+    # elsewhere the rounding shows
+    assert torch.equal(scaled, scaled.bfloat16().float()) == (n == 3 or n >= 27)
 
 
 # ----- forward pass
@@ -227,7 +245,8 @@ def forward(s, model):
 
 @from_on(1)
 def test_dtypes_on_the_way_through_the_model(ref, n):
-    """Matrix products in bfloat16, only 2 to 4 validate in float32; the stream; the soft cap; losses in float32."""
+    """Matrix products in bfloat16, only 2 to 4 validate in float32; the stream; the soft cap; losses in
+    float32."""
     s, model = built(ref)
     stream, normed, logits = [], [], []
     block = model.blocks[1]
@@ -263,10 +282,16 @@ def test_the_head_is_in_fp8_from_record_19_on_in_training_and_never_in_validatio
 
 @from_on(19)
 def test_factors_of_the_fp8_head(ref, n):
-    """What x, the weight and the gradient of the rank's own loss are multiplied by before they are rounded, at full size."""
+    """What x, the weight and the gradient of the rank's own loss are multiplied by before they are rounded,
+    at full size."""
     x, w, g = without_values(deltas.resolve(ref).settings).train().head.operands(None)[1]
-    expected = at(n, [(19, (2, 32, 2 ** 29)), (21, (2, 512, 2 ** 19)), (21.2, (448 / 768 ** 0.5, 448 / 24, 448)),
-                      (28, (448 / 768 ** 0.5, 2 ** 9, 448))])
+    expected = at(
+        n,
+        [
+            (19, (2, 32, 2**29)), (21, (2, 512, 2**19)), (21.2, (448 / 768**0.5, 448 / 24, 448)),
+            (28, (448 / 768**0.5, 2**9, 448))
+        ],
+    )
     assert (x, w, g / 8) == pytest.approx(expected, rel=1e-12)  # the trainer has divided by the eight ranks
 
 
@@ -274,15 +299,20 @@ def test_factors_of_the_fp8_head(ref, n):
 
 @pytest.mark.parametrize("at_once", [2, 8])
 @pytest.mark.parametrize("ref, n", [(ref, RECORDS[ref]) for ref in ("short/21r", "short/21t", "short/33")])
-def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_of_their_sums(ref, n, at_once):
+def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_of_their_sums(
+    ref, n, at_once
+):
     s, model = built(ref, precision="float64")
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))  # no zeros that hide what is behind them
+            # no zeros that hide what is behind them
+            p.add_(0.1 * torch.randn(p.shape, generator=g, dtype=p.dtype))
     batch = torch.randint(0, 1257, (8, s.data.tokens_per_rank + 1), generator=g)
     batch[:, ::40] = 0
-    inputs, targets, windows = batch[:, None, :-1], batch[:, None, 1:], schedule.windows(s, s.schedule.steps // 2)
+    inputs, targets, windows = (
+        batch[:, None, :-1], batch[:, None, 1:], schedule.windows(s, s.schedule.steps // 2)
+    )
     expected = 0
     for x, y in zip(inputs, targets):
         logits = model(x, context=model.context(x, 0, windows))
@@ -290,8 +320,10 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         grads = torch.autograd.grad(loss, list(model.parameters()))
         expected = [a + b for a, b in zip(expected, grads)] if expected else grads
     found, optimizer = [], Optimizer(model, s)
-    run = SimpleNamespace(s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=optimizer, ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0),
-                          world=SimpleNamespace(total=lambda x: x))
+    run = SimpleNamespace(
+        s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=optimizer,
+        ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0), world=SimpleNamespace(total=lambda x: x)
+    )
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,
                before_reduction=lambda: found.extend(p.grad.clone() for p in model.parameters()))

@@ -1,4 +1,5 @@
-"""Laws about features: each has a test that `--feature` runs, and those that no other file guards are neutral when they are.
+"""Laws about features: each has a test that `--feature` runs, and those that no other file guards are neutral
+when they are.
 
 Neutrality laws are in float64 with every parameter random and non-zero, so that no term hides behind a zero.
 """
@@ -82,17 +83,27 @@ def test_a_case_guards_what_its_marks_and_parameters_name():
     named = [SimpleNamespace(args=("model.attn.gate",), kwargs={})]
     by_path = [SimpleNamespace(args=(), kwargs={"path": "feature"})]
     by_record = [SimpleNamespace(args=(), kwargs={"record": "ref"})]
-    for marks, parameters in ((named, {}), (by_path, {"feature": "model.attn.gate"}), (by_record, {"ref": 28})):
+    for marks, parameters in (
+        (named, {}), (by_path, {"feature": "model.attn.gate"}), (by_record, {"ref": 28})
+    ):
         assert features.case_guards(marks, parameters, "model.attn.gate")
-        assert features.case_guards(marks, parameters, "model.attn") == (marks == named)  # a section: those in words
+        # a section: those in words
+        assert features.case_guards(marks, parameters, "model.attn") == (marks == named)
         assert not features.case_guards(marks, parameters, "model.attn.rope")
     assert not features.case_guards([], {"ref": "short/28"}, "model.attn.gate")
 
 
 def test_the_command_runs_them_and_imports_no_other_file():
     def collected(path):
-        done = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider",
-                               "--feature", path], cwd=features.TESTS.parent, capture_output=True, text=True)
+        done = subprocess.run(
+            [
+                sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "--feature",
+                path
+            ],
+            cwd=features.TESTS.parent,
+            capture_output=True,
+            text=True,
+        )
         return done.returncode, done.stdout + done.stderr
     code, text = collected("data.first_batch_twice")
     assert code == 0 and "test_data.py::test_first_batch_twice" in text, text
@@ -154,7 +165,8 @@ def test_normed_queries_and_keys_have_no_length():
 @pytest.mark.feature("model.attn.scale")
 def test_the_usual_softmax_scale_may_be_written_out():
     off, x = build("short/11"), tokens()
-    on, other = (build("short/11", f"model.attn.scale={scale}") for scale in (1 / math.sqrt(8), 0.5))  # heads are 8 wide
+    # heads are 8 wide
+    on, other = (build("short/11", f"model.attn.scale={scale}") for scale in (1 / math.sqrt(8), 0.5))
     assert same(on(x), off(x)) and not same(other(x), off(x))
 
 
@@ -162,20 +174,27 @@ def test_the_usual_softmax_scale_may_be_written_out():
                      "model.residual.unet_skips.learned")
 def test_a_constant_coefficient_is_no_parameter():
     for path in ("model.attn.value_residual", "model.residual.x0_mix", "model.residual.unet_skips"):
-        learned, fixed = build("short/11", scramble=False), build("short/11", f"{path}.learned=false", scramble=False)
+        learned, fixed = (
+            build("short/11", scramble=False),
+            build("short/11", f"{path}.learned=false", scramble=False),
+        )
         assert added(learned, fixed) and not added(fixed, learned), path
         assert same(learned(tokens()), fixed(tokens())), path
 
 
 @pytest.mark.feature("model.attn.value_embed.learned")
 def test_constant_weights_of_value_embeddings_are_the_initial_ones():
-    learned, fixed = (build("short/14", *sets, without=["model.attn.documents", "model.attn.window"], scramble=False)
-                      for sets in ((), ("model.attn.value_embed.learned=false",)))
+    learned, fixed = (
+        build("short/14", *sets, without=["model.attn.documents", "model.attn.window"], scramble=False)
+        for sets in ((), ("model.attn.value_embed.learned=false",))
+    )
     assert added(learned, fixed) and not added(fixed, learned)
     for model in (learned, fixed):  # projections and heads start at zero, which would hide the values
         for name, p in model.named_parameters():
             if p.dim() > 1:
-                p.data += torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
+                p.data += torch.randn(
+                    p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype
+                )
     assert same(learned(tokens()), fixed(tokens()))
 
 
@@ -194,5 +213,8 @@ def test_an_untied_head_that_holds_the_table_is_the_tied_one():
 @pytest.mark.feature("model.init.zero_proj")
 def test_with_projections_of_zero_a_token_s_logits_depend_on_no_other():
     x, order = tokens(), torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    on, off = build("short/5", scramble=False), build("short/5", without=["model.init.zero_proj"], scramble=False)
+    on, off = (
+        build("short/5", scramble=False),
+        build("short/5", without=["model.init.zero_proj"], scramble=False),
+    )
     assert torch.equal(on(x)[:, order], on(x[:, order])) and not same(off(x)[:, order], off(x[:, order]))

@@ -1,4 +1,5 @@
-"""Files that matter are whole or absent, JSON is strict, leftovers are not data; and laws that hold for every module's source."""
+"""Files that matter are whole or absent, JSON is strict, leftovers are not data; and laws that hold for every
+module's source."""
 
 import ast
 import functools
@@ -34,7 +35,7 @@ def small_files(monkeypatch):
     signal.signal(signal.SIGXFSZ, handler)
 
 
-# ----- writing ------------------------------------------------------------------------------------------------------
+# ----- writing ----------------------------------------------------------------------------------------------
 
 def test_a_file_keeps_its_old_content_where_the_disk_is_full(tmp_path, small_files):
     path = tmp_path / "summary.json"
@@ -98,7 +99,7 @@ def test_shards_and_queues_leave_nothing_torn(tmp_path, small_files):
     assert os.listdir(tmp_path) == []
 
 
-# ----- JSON ---------------------------------------------------------------------------------------------------------
+# ----- JSON -------------------------------------------------------------------------------------------------
 
 def test_json_has_null_where_a_number_is_not_finite():
     text = files.json_text({"a": [1.5, math.nan, (math.inf, -math.inf)], "b": {"c": math.nan}})
@@ -119,21 +120,33 @@ def chain(tmp_path, bodies, dumps):
 
 @pytest.mark.parametrize("dumps", [json.dumps, files.json_text])
 def test_old_logs_with_nan_and_new_ones_with_null_read_alike(tmp_path, dumps):
-    path = chain(tmp_path, [{"kind": "validation", "step": 1, "val_loss": math.nan, "train_loss": [7.0, math.inf]},
-                            {"kind": "end", "status": "diverged", "val_loss": math.nan, "target": None},
-                            {"kind": "end", "status": "interrupted", "val_loss": None}], dumps)
+    path = chain(
+        tmp_path,
+        [
+            {"kind": "validation", "step": 1, "val_loss": math.nan, "train_loss": [7.0, math.inf]},
+            {"kind": "end", "status": "diverged", "val_loss": math.nan, "target": None},
+            {"kind": "end", "status": "interrupted", "val_loss": None}
+        ],
+        dumps,
+    )
     first, second, third = runlog.read_chain(path)
-    assert math.isnan(first["val_loss"]) and first["train_loss"][0] == 7.0 and not math.isfinite(first["train_loss"][1])
+    assert (
+        math.isnan(first["val_loss"]) and first["train_loss"][0] == 7.0
+        and not math.isfinite(first["train_loss"][1])
+    )
     assert math.isnan(second["val_loss"]) and second["target"] is None and third["val_loss"] is None
 
 
 def test_a_chain_of_numbers_that_are_not_finite_is_strict_and_holds(tmp_path):
     log = runlog.RunLog(tmp_path, "x")
-    event = log.event("validation", step=1, scheduled_steps=1, val_loss=math.nan, train_loss=[math.inf], train_time_ms=1.0)
+    event = log.event(
+        "validation", step=1, scheduled_steps=1, val_loss=math.nan, train_loss=[math.inf], train_time_ms=1.0
+    )
     text = (log.folder / "run.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail)["val_loss"] is None and math.isnan(event["val_loss"])
     found, = runlog.read_chain(log.folder / "run.jsonl")
-    assert {k: str(v) for k, v in found.items()} == {k: str(v) for k, v in event.items()}  # as text nan equals nan
+    # as text nan equals nan
+    assert {k: str(v) for k, v in found.items()} == {k: str(v) for k, v in event.items()}
     assert "val_loss:nan" in (log.folder / "log.txt").read_text()
 
 
@@ -143,10 +156,21 @@ def test_a_number_of_thousands_of_digits_in_a_log_is_one_line(tmp_path):
         runlog.read_chain(tmp_path / "run.jsonl")
 
 
-# ----- leftovers ----------------------------------------------------------------------------------------------------
+# ----- leftovers --------------------------------------------------------------------------------------------
 
-LEFT = ["._x_train_000001.bin", ".x_train_000001.bin.swp", "x_train_000001.bin~", "#x_train_000001.bin#", "Thumbs.db",
-        ".DS_Store", "x_train_000001.bin.part", "desktop.ini", "Icon\r", "__pycache__", "__MACOSX"]
+LEFT = [
+    "._x_train_000001.bin",
+    ".x_train_000001.bin.swp",
+    "x_train_000001.bin~",
+    "#x_train_000001.bin#",
+    "Thumbs.db",
+    ".DS_Store",
+    "x_train_000001.bin.part",
+    "desktop.ini",
+    "Icon\r",
+    "__pycache__",
+    "__MACOSX",
+]
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -154,11 +178,15 @@ def test_leftovers_are_not_listed(tmp_path, name):
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.jsonl").write_text("")
     (tmp_path / "x_train_000001.bin").write_text("")
-    assert files.listed(tmp_path) == [tmp_path / "x_train_000001.bin"] and files.listed(tmp_path, "**/run.jsonl") == []
+    assert (
+        files.listed(tmp_path) == [tmp_path / "x_train_000001.bin"]
+        and files.listed(tmp_path, "**/run.jsonl") == []
+    )
 
 
 def test_leftovers_are_no_shards_records_presets_targets_or_logs(tmp_path, monkeypatch):
-    for name in ("._fineweb_train_000001.bin", "._fineweb_val_000000.bin"):  # AppleDouble, as a Mac's archive brings them
+    # AppleDouble, as a Mac's archive brings them
+    for name in ("._fineweb_train_000001.bin", "._fineweb_val_000000.bin"):
         (tmp_path / name).write_bytes(b"\0\5\26\7")
     data.shards.write_shard(tmp_path / "fineweb_train_000001.bin", range(100))
     data.shards.write_shard(tmp_path / "fineweb_val_000000.bin", range(100))
@@ -180,7 +208,7 @@ def test_leftovers_are_no_shards_records_presets_targets_or_logs(tmp_path, monke
     assert deltas.preset_names() == [] and deltas.load_records.__wrapped__() == {}
 
 
-# ----- laws of the source -------------------------------------------------------------------------------------------
+# ----- laws of the source -----------------------------------------------------------------------------------
 
 # Run in a checkout of another commit, which may lack files.py, or before there is anything to import.
 ALONE = {"evidence/audit_model.py", "evidence/audit_probe.py"}
@@ -193,7 +221,9 @@ MODULES = [p for p in sorted(ROOT.glob("**/*.py"))
 def calls(path):
     """[(name of the function or method, call)] of every call in a module."""
     nodes = [n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
-    return [(n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", ""), n) for n in nodes]
+    return [
+        (n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", ""), n) for n in nodes
+    ]
 
 
 def said(path, node):
@@ -208,7 +238,9 @@ def mode_of(node):
 
 
 def is_os(node):
-    return isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in ("os", "lzma", "gzip", "webbrowser")
+    return isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") in (
+        "os", "lzma", "gzip", "webbrowser"
+    )
 
 
 def test_every_text_file_is_read_and_written_as_utf_8():
@@ -224,7 +256,8 @@ def test_every_text_file_is_read_and_written_as_utf_8():
 
 
 def test_results_are_written_by_files_alone():
-    """`write_text` and its like tear a file when the disk is full; a temporary file of one's own forgets the fsync."""
+    """`write_text` and its like tear a file when the disk is full; a temporary file of one's own forgets the
+    fsync."""
     # the first two swap whole folders; a lock file must be written where it was created
     allowed = {"data/tokenize.py", "data/fineweb.py", "common/files.py", "installation/install.py", *ALONE}
     names = {"write_text", "write_bytes", "savefig", "tofile", "dump"}
@@ -239,22 +272,27 @@ def test_results_are_written_by_files_alone():
     assert "\n".join(wrong) == ""
 
 
-# What grows while a program runs, locks, null devices, and the queue's own creation of files that must not exist yet.
+# What grows while a program runs, locks, null devices, and the queue's own creation of files that must not
+# exist yet.
 GROWING = {"runlog.py", "evidence/arms.py", "evidence/audit.py", "sweeps/worker.py", "sweeps/queue.py",
            "common/console.py"}
 
 
 def test_folders_are_listed_by_files_alone():
-    """But data/tokenize.py, which asks whether a folder that it would write to holds anything at all, and data/shards.py, which tells why
-    a folder cannot be listed."""
-    wrong = [said(path, node) for path in MODULES for name, node in calls(path)
-             if name in ("glob", "rglob", "iterdir", "listdir", "scandir", "walk") and path.name != "files.py"
-             and str(path.relative_to(ROOT)) not in {"data/tokenize.py", "data/shards.py", *ALONE} and not (name == "walk" and not is_os(node))]
+    """But data/tokenize.py, which asks whether a folder that it would write to holds anything at all, and
+    data/shards.py, which tells why a folder cannot be listed."""
+    wrong = [
+        said(path, node) for path in MODULES for name, node in calls(path)
+        if name in ("glob", "rglob", "iterdir", "listdir", "scandir", "walk") and path.name != "files.py"
+        and str(path.relative_to(ROOT)) not in {"data/tokenize.py", "data/shards.py", *ALONE}
+        and not (name == "walk" and not is_os(node))
+    ]
     assert "\n".join(wrong) == ""
 
 
 def test_json_that_is_kept_is_strict():
-    """`json.dumps` is for hashes and quoted words; what is written or printed for programs is files.json_text's."""
+    """`json.dumps` is for hashes and quoted words; what is written or printed for programs is
+    files.json_text's."""
     hashed = {"schema.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
               "evidence/run_laws.py", "evidence/submit.py", "evidence/verify.py", *ALONE}
     wrong = [said(path, node) for path in MODULES for name, node in calls(path)
@@ -275,12 +313,16 @@ def test_a_training_s_sources_hold_every_module_it_imports():
     found, todo = set(), ["train_gpt.py"]
     while todo:
         name = todo.pop()
-        if name in found or name.startswith("records/"):  # system/dry_run.py is what --plan imports, and trains nothing
+        # system/dry_run.py is what --plan imports, and trains nothing
+        if name in found or name.startswith("records/"):
             continue
         found.add(name)
         for node in ast.walk(ast.parse((ROOT / name).read_text(encoding="utf-8"))):
             modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module:
                 modules += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            todo += [m.replace(".", "/") + ".py" for m in modules if (ROOT / (m.replace(".", "/") + ".py")).exists()]
+            todo += [
+                m.replace(".", "/") + ".py" for m in modules
+                if (ROOT / (m.replace(".", "/") + ".py")).exists()
+            ]
     assert sorted(found - set(runlog.source_files())) == []

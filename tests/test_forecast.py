@@ -38,7 +38,9 @@ def bare(tmp_path, monkeypatch):
 
 
 def test_a_gpu_scale_is_planned_without_data_or_gpu(bare, capsys):
-    code, out, err = dry(capsys, "axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--runs", bare / "runs")
+    code, out, err = dry(
+        capsys, "axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--runs", bare / "runs"
+    )
     assert code == 0 and err == "" and not (bare / "runs").exists()
     assert "disk: 1 train shard of FineWeb and the validation shard, 0.4 GB" in out
     assert "(counted, not measured)" in out and "a card of 24 GiB" in out
@@ -50,14 +52,23 @@ def test_a_gpu_scale_is_planned_without_data_or_gpu(bare, capsys):
 
 def test_without_dry_run_missing_data_is_refused(bare):
     with pytest.raises(SystemExit) as stopped:
-        sweep.main(["axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--runs", str(bare / "runs")])
+        sweep.main(
+            ["axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--runs", str(bare / "runs")]
+        )
     assert stopped.value.code == 2 and not (bare / "runs").exists()
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--scale", "micro"], "told after the first run, a trial of 10 steps failed: this trainer trains nothing"),
-    (["--scale", "small", "--set", "system.device=cpu"], "nobody has timed this scale on a CPU"),
-    (["--scale", "micro", "--data", "/no/such"], "data: no data folder /no/such")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (
+            ["--scale", "micro"],
+            "told after the first run, a trial of 10 steps failed: this trainer trains nothing",
+        ),
+        (["--scale", "small", "--set", "system.device=cpu"], "nobody has timed this scale on a CPU"),
+        (["--scale", "micro", "--data", "/no/such"], "data: no data folder /no/such"),
+    ],
+)
 def test_what_is_not_known_is_not_printed_as_a_number(bare, capsys, args, message):
     code, out, _ = dry(capsys, "axis", "short/11", "optim.muon.lr=0.02", *args, "--runs", bare / "runs")
     assert code == 0 and message in out and "expected time: 0" not in out
@@ -84,7 +95,9 @@ def test_a_trial_is_extrapolated_to_the_time_of_the_whole_run():
     draw = random.Random(0)
     for _ in range(20):
         record = draw.choice(["short/1", "short/11", "short/33"])
-        short, whole = (deltas.resolve(record, scale="micro", sets=sets).settings for sets in (["schedule.steps=10"], []))
+        short, whole = (
+            deltas.resolve(record, scale="micro", sets=sets).settings for sets in (["schedule.steps=10"], [])
+        )
         times = [draw.uniform(1, 9000) for _ in range(4)]
         predicted = forecast.extrapolated(log(short, *times), whole)
         assert predicted == pytest.approx(log(whole, *times)[-1]["wall_ms"] / 1000)
@@ -92,15 +105,26 @@ def test_a_trial_is_extrapolated_to_the_time_of_the_whole_run():
 
 def test_a_real_trial_of_a_preset_gives_seconds(tmp_path):
     """One training of ten steps: the frozen preset's own number of steps is replaced."""
-    out = subprocess.run([sys.executable, "sweep.py", "axis", "tiny-v1", "optim.muon.lr=0.02", "--seeds", "1", "--set",
-                          "validation.tokens=4096", "--runs", str(tmp_path), "--dry-run"], cwd=ROOT, capture_output=True, text=True)
-    assert out.returncode == 0 and "extrapolated from a trial of 10 steps on this machine just now" in out.stdout, out
+    out = subprocess.run(
+        [
+            sys.executable, "sweep.py", "axis", "tiny-v1", "optim.muon.lr=0.02", "--seeds", "1", "--set",
+            "validation.tokens=4096", "--runs", str(tmp_path), "--dry-run"
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        out.returncode == 0 and "extrapolated from a trial of 10 steps on this machine just now" in out.stdout
+    ), out
     assert not any(tmp_path.iterdir())
 
 
-# ----- seeds for an effect ----------------------------------------------------------------------------------------------
+# ----- seeds for an effect ----------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("effect, sd, arms", [(0.005, 0.0088, 1), (0.02, 0.0136, 1), (0.01, 0.008, 5), (0.1, 0.001, 1)])
+@pytest.mark.parametrize(
+    "effect, sd, arms", [(0.005, 0.0088, 1), (0.02, 0.0136, 1), (0.01, 0.008, 5), (0.1, 0.001, 1)]
+)
 def test_the_seeds_for_an_effect_are_the_least_that_resolve_it(effect, sd, arms):
     n = statistics.seeds_for(effect, sd, arms)
     assert statistics.minimal_detectable_effect(sd, n, n, arms) <= effect
@@ -133,7 +157,10 @@ def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys
     with pytest.raises(SystemExit) as stopped:
         sweep.main(["power", "--scale", "small"])
     err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.count("\n") == 1 and "no sd of final losses was measured at scale small" in err
+    assert (
+        stopped.value.code == 2 and err.count("\n") == 1
+        and "no sd of final losses was measured at scale small" in err
+    )
 
 
 def test_the_numbers_of_the_page_on_one_gpu_come_from_these_commands(capsys, bare):
@@ -143,7 +170,10 @@ def test_the_numbers_of_the_page_on_one_gpu_come_from_these_commands(capsys, bar
         sweep.main(["power", "--sd", "0.0088"])
     for line in capsys.readouterr().out.splitlines():
         assert line in page
-    _, out, _ = dry(capsys, "axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--sd", "0.0088", "--runs", bare / "runs")
+    _, out, _ = dry(
+        capsys, "axis", "short/11", "optim.muon.lr=0.02", "--scale", "small", "--sd", "0.0088", "--runs",
+        bare / "runs"
+    )
     for line in out.splitlines():
         if not line.startswith("data: "):
             assert line in page, line

@@ -1,7 +1,8 @@
 """Laws of the MLP in FP8, its scales, and of the transposes that FP8 products need.
 
-Run as a program it prints JSON: `interpret` (the Triton kernels in the interpreter, which must be switched on before Triton
-is imported), `compile 90` (their resources on sm_90). In programs of their own, so that no other test sees Triton.
+Run as a program it prints JSON: `interpret` (the Triton kernels in the interpreter, which must be switched on
+before Triton is imported), `compile 90` (their resources on sm_90). In programs of their own, so that no
+other test sees Triton.
 """
 
 import dataclasses
@@ -78,7 +79,8 @@ def problem(dtype, rows=24, dim=32, hidden=48, out=16):
     return [t.requires_grad_() for t in (x, up / dim ** 0.5, down / hidden ** 0.5)]
 
 
-SCALES = torch.tensor([0.005, 0.3]), torch.tensor(0.0007)  # a few P of both parts and a few weights are clamped
+# a few P of both parts and a few weights are clamped
+SCALES = torch.tensor([0.005, 0.3]), torch.tensor(0.0007)
 
 
 def relative(a, b):
@@ -89,7 +91,12 @@ def test_e4m3_of_the_tests_is_the_format_of_torch():
     values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
     values = values[values.isfinite()].sort().values
     middles = (values[1:] + values[:-1]) / 2
-    x = torch.cat([values, middles, middles * (1 + 1e-6), random(999).double() * 100, random(999, seed=1).double() / 100])
+    x = torch.cat(
+        [
+            values, middles, middles * (1 + 1e-6), random(999).double() * 100,
+            random(999, seed=1).double() / 100
+        ]
+    )
     assert torch.equal(e4m3(x), x.clamp(-448, 448).float().to(torch.float8_e4m3fn).double())
 
 
@@ -97,7 +104,8 @@ def test_e4m3_of_the_tests_is_the_format_of_torch():
 @pytest.mark.parametrize("scales", [None, SCALES])
 @pytest.mark.parametrize("dtype, limit", [(F32, 1e-6), (BF16, 2 ** -8)])
 def test_the_forward_is_the_quantised_product_with_scales_of_each_part(dtype, limit, scales):
-    """At bfloat16 sums in float32 and float64 may fall on two sides of a rounding: one of y's own, and a few steps of P."""
+    """At bfloat16 sums in float32 and float64 may fall on two sides of a rounding: one of y's own, and a few
+    steps of P."""
     x, up, down = problem(dtype)
     y, largest = fp8_mlp(x, up, down, 2, scales)
     expected, p, most = emulated(x.detach(), up.detach(), down.detach(), 2, scales, dtype)
@@ -105,7 +113,8 @@ def test_the_forward_is_the_quantised_product_with_scales_of_each_part(dtype, li
     if scales is None:
         assert len(largest) == 0
         exact = torch.relu(x.double() @ up.double().T) ** 2 @ down.double().T
-        assert 0.002 < (expected - exact).norm() / exact.norm() < 0.05  # there is a rounding to be seen, and no more
+        # there is a rounding to be seen, and no more
+        assert 0.002 < (expected - exact).norm() / exact.norm() < 0.05
     else:
         assert (p[:12] / scales[0][0] > 448).any() and (p[12:] / scales[0][1] > 448).any()  # some are clamped
         assert (down.double() / scales[1] > 448).any()
@@ -157,7 +166,9 @@ def test_compiled_it_is_one_graph_with_the_same_bits():
 def settings(*sets, with_=("numerics.fp8_mlp", "numerics.fp8_mlp.down")):
     """short/11 at micro; every dtype that rounds between MLPs lifted, so that only FP8 is left to differ."""
     lift = [f"numerics.{name}=float32" for name in ("matmul", "eval_matmul", "residual", "newton_schulz")]
-    return deltas.resolve("short/11", scale="micro", with_=with_, sets=["system.precision=record", *lift, *sets]).settings
+    return deltas.resolve(
+        "short/11", scale="micro", with_=with_, sets=["system.precision=record", *lift, *sets]
+    ).settings
 
 
 def build(*sets, seed=0, **kwargs):
@@ -187,8 +198,8 @@ def step(optimizer, model, s, x, i, at_once=8):
 
 @pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
 def test_the_scales_are_the_recurrence_over_steps():
-    """Activations: 1.8 max P / 448 of the rank's last forward, at first 1. Weight: the first and the next three refreshes by
-    its own maximum, then by 1.12 times the maximum of the refresh before."""
+    """Activations: 1.8 max P / 448 of the rank's last forward, at first 1. Weight: the first and the next
+    three refreshes by its own maximum, then by 1.12 times the maximum of the refresh before."""
     s, model = build("numerics.fp8_mlp.down.exact_steps=3")
     optimizer, seen, weights = Optimizer(model, s), [], []
     mlp, given = model.blocks[4].mlp, []
@@ -209,7 +220,9 @@ def test_the_scales_are_the_recurrence_over_steps():
 
 
 def test_the_original_s_steps_and_factors_are_the_defaults():
-    full = deltas.resolve("short/33", with_=["numerics.fp8_mlp", "numerics.fp8_mlp.down"]).settings.numerics.fp8_mlp.down
+    full = deltas.resolve(
+        "short/33", with_=["numerics.fp8_mlp", "numerics.fp8_mlp.down"]
+    ).settings.numerics.fp8_mlp.down
     assert (full.activation, full.weight, full.exact_steps) == (1.8, 1.12, 16)
 
 
@@ -251,7 +264,9 @@ def test_validation_neither_rounds_nor_moves_a_scale_and_the_reset_brings_all_ba
     _, plain = build(with_=())
     x = rows(s)
     at_start = {name: b.clone() for name, b in model.named_buffers()}
-    assert {"activation", "weight", "following", "refreshes"} == {n.split(".")[-1] for n in at_start if ".fp8." in n}
+    assert {"activation", "weight", "following", "refreshes"} == {
+        n.split(".")[-1] for n in at_start if ".fp8." in n
+    }
     assert not any(".fp8." in name for name in model.state_dict())  # a checkpoint does not depend on them
     optimizer = Optimizer(model, s)
     before = warmup.state_hash(model, optimizer)
@@ -283,13 +298,23 @@ def test_switched_off_it_is_not_there():
 
 
 @pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
-@pytest.mark.parametrize("ref, sets, message", [
-    ("short/1", (), "numerics.fp8_mlp has no bias vectors: set model.bias=false"),
-    ("short/11", ("model.mlp.activation=gelu",), "numerics.fp8_mlp needs model.mlp.activation=relu_sq"),
-    ("short/11", ("model.model_dim=744", "model.attn.num_heads=6"), "numerics.fp8_mlp needs multiples of 16"),
-    ("variants/2", (), "numerics.fp8_mlp is for dense MLPs"),
-    ("short/11", ("system.recompute=on",), "system.recompute=on would move delayed scales twice"),
-    ("short/11", ("numerics.fp8_mlp.down.weight=0",), "numerics.fp8_mlp.down.weight = 0.0: must be greater than 0")])
+@pytest.mark.parametrize(
+    "ref, sets, message",
+    [
+        ("short/1", (), "numerics.fp8_mlp has no bias vectors: set model.bias=false"),
+        ("short/11", ("model.mlp.activation=gelu",), "numerics.fp8_mlp needs model.mlp.activation=relu_sq"),
+        (
+            "short/11", ("model.model_dim=744", "model.attn.num_heads=6"),
+            "numerics.fp8_mlp needs multiples of 16"
+        ),
+        ("variants/2", (), "numerics.fp8_mlp is for dense MLPs"),
+        ("short/11", ("system.recompute=on",), "system.recompute=on would move delayed scales twice"),
+        (
+            "short/11", ("numerics.fp8_mlp.down.weight=0",),
+            "numerics.fp8_mlp.down.weight = 0.0: must be greater than 0"
+        ),
+    ],
+)
 def test_what_it_cannot_do_is_refused_in_one_line(ref, sets, message):
     with pytest.raises(UserError) as caught:
         deltas.resolve(ref, with_=["numerics.fp8_mlp", "numerics.fp8_mlp.down"], sets=sets)
@@ -301,9 +326,14 @@ def test_fp8_kernels_ask_for_compute_capability_8_9(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(device, "capability", lambda _: 80)
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
-    assert refusal(gpu, BF16) is None and refusal(gpu, BF16, 89) == "needs compute capability 8.9, and this is 8.0"
+    assert (
+        refusal(gpu, BF16) is None
+        and refusal(gpu, BF16, 89) == "needs compute capability 8.9, and this is 8.0"
+    )
     s = settings("system.kernels.mlp=triton")
-    with pytest.raises(UserError, match="mlp=triton needs compute capability 8.9, and this is 8.0: leave it at auto"):
+    with pytest.raises(
+        UserError, match="mlp=triton needs compute capability 8.9, and this is 8.0: leave it at auto"
+    ):
         preflight.check_kernels(s, gpu)
     off = dataclasses.replace(s, numerics=dataclasses.replace(s.numerics, fp8_mlp=None))
     preflight.check_kernels(off, gpu)
@@ -314,17 +344,22 @@ def test_fp8_kernels_ask_for_compute_capability_8_9(monkeypatch):
 def training(out, *args, processes=1):
     launch = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [*launch, "train_gpt.py", "short/11", "--scale", "micro", "--set", "schedule.steps=3", "--set",
-               "system.precision=record", "--set", "system.warmup_steps=1", "--set", "validation.tokens=1024", "--with",
-               "numerics.fp8_mlp", *args, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          timeout=280)
+    command = [
+        *launch, "train_gpt.py", "short/11", "--scale", "micro", "--set", "schedule.steps=3", "--set",
+        "system.precision=record", "--set", "system.warmup_steps=1", "--set", "validation.tokens=1024",
+        "--with", "numerics.fp8_mlp", *args, "--out", str(out)
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=280
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(next(Path(out).glob("*/summary.json")).read_text())["curve"]
 
 
 def test_one_and_two_processes_have_the_same_bits_with_ordered_sums(tmp_path):
-    """So scales are those of logical ranks and of weights that all processes share. It trains, from warm-up and reset on."""
+    """So scales are those of logical ranks and of weights that all processes share. It trains, from warm-up
+    and reset on."""
     args = ["--with", "numerics.fp8_mlp.down", "--set", "system.reduction=ordered"]
     one = training(tmp_path / "1", *args)
     assert training(tmp_path / "2", *args, processes=2) == one and one[-1][1] < one[0][1]
@@ -348,7 +383,9 @@ def test_transpose_references_are_transposes(shape):
 
 def test_what_the_transposes_cannot_do_is_one_line(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="^the Triton transpose_copy needs CUDA, and this is cpu; use torch$"):
+    with pytest.raises(
+        ValueError, match="^the Triton transpose_copy needs CUDA, and this is cpu; use torch$"
+    ):
         transpose.transpose_copy(torch.ones(2, 2))
     monkeypatch.setattr(transpose, "refusal", lambda *a: None)
     x = torch.ones(2, 3)
@@ -363,15 +400,17 @@ def test_what_the_transposes_cannot_do_is_one_line(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["torch", "triton"])
 def test_the_fp8_unit_gets_the_layout_it_wants(kind, monkeypatch):
-    """Row-major times column-major, multiples of 16, float32 scales of one element, which the CPU does not ask for. All
-    products of the FP8 head and MLP, forward and backward."""
+    """Row-major times column-major, multiples of 16, float32 scales of one element, which the CPU does not
+    ask for. All products of the FP8 head and MLP, forward and backward."""
     calls, tiled, real = [], [], torch._scaled_mm
 
     def scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
         assert a.is_contiguous() and b.t().is_contiguous() and a.size(1) % 16 == b.size(1) % 16 == 0
         assert scale_a.dtype == scale_b.dtype == F32 and scale_a.numel() == scale_b.numel() == 1
         calls.append((a.dtype, b.dtype))
-        return real(a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum)
+        return real(
+            a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum
+        )
 
     def tiles(x):
         tiled.append(x.shape)
@@ -387,7 +426,8 @@ def test_the_fp8_unit_gets_the_layout_it_wants(kind, monkeypatch):
     for a, b in zip(torch.autograd.grad(loss(), (x, up, down)), plain, strict=True):
         assert relative(a, b) < 1e-5
     assert len(calls) == 3 + 4  # the head's three; two parts of two products
-    assert tiled == ([(48, 32), (32, 48), (32, 32)] if kind == "triton" else [])  # w, g and x of the head's backward
+    # w, g and x of the head's backward
+    assert tiled == ([(48, 32), (32, 48), (32, 32)] if kind == "triton" else [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -396,7 +436,9 @@ def test_bfloat16_holds_every_8_bit_value(dtype):
     assert torch.equal(fp8_module.round8(x, dtype).float().nan_to_num(7.0), x.nan_to_num(7.0))
 
 
-def test_a_gpu_without_fp8_units_multiplies_the_same_values_and_its_compiler_sees_no_8_bit_number(monkeypatch):
+def test_a_gpu_without_fp8_units_multiplies_the_same_values_and_its_compiler_sees_no_8_bit_number(
+    monkeypatch,
+):
     """There 8-bit values are kept in bfloat16: compiling a cast to e4m3 fails on an A100."""
     x, up, down = problem(F32, rows=32)
     loss = lambda: (fp8_module.fp8_linear(x, up, 2.0, 32.0, 8.0).square().sum()  # noqa: E731
@@ -412,12 +454,18 @@ def test_a_gpu_without_fp8_units_multiplies_the_same_values_and_its_compiler_see
 
     monkeypatch.setattr(fp8_module, "kept_in_bfloat16", lambda x: True)
     monkeypatch.setattr(torch, "mm", units)
-    from functorch.compile import make_boxed_func  # here, because it loads the compiler: 2 s of every collection
+    # here, because it loads the compiler: 2 s of every collection
+    from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     graphs = []
 
     def shown(graph, inputs):
-        graphs.append({node.meta["val"].dtype for node in graph.graph.nodes if isinstance(node.meta.get("val"), torch.Tensor)})
+        graphs.append(
+            {
+                node.meta["val"].dtype for node in graph.graph.nodes
+                if isinstance(node.meta.get("val"), torch.Tensor)
+            }
+        )
         return make_boxed_func(graph.forward)
 
     compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=shown, bw_compiler=shown))
@@ -439,8 +487,10 @@ def bits(x):
 
 
 def interpret():
-    """Errors of P and its 8-bit copy against float64 on the same 8-bit operands; whether maxima and transposes are equal."""
-    linear_relu_sq.NARROW = F32  # without the cast: Triton 3.9's interpreter casts 7.9 to 4 (it loses the carry)
+    """Errors of P and its 8-bit copy against float64 on the same 8-bit operands; whether maxima and
+    transposes are equal."""
+    # without the cast: Triton 3.9's interpreter casts 7.9 to 4 (it loses the carry)
+    linear_relu_sq.NARROW = F32
     found = {"fused": [], "copy": [], "add": [], "mlp": []}
     for n, d, f, parts in FUSED:
         for dtype in (F32, F16):
@@ -452,19 +502,29 @@ def interpret():
             wide = unscale.double().repeat_interleave(n // parts)[:, None]
             expected = ((x8.double() @ w8.double().T) * wide).clamp(min=0) ** 2
             scaled = (p.double() * factor.double().repeat_interleave(n // parts)[:, None]).clamp(max=448)
-            found["fused"].append({"P": relative(p, expected), "narrow": relative(narrow, scaled),
-                                   "clamped": (scaled == 448).any().item(),
-                                   "largest": torch.equal(largest, p.float().unflatten(0, (parts, -1)).amax((1, 2))),
-                                   "alone": torch.equal(alone[0], p) and alone[1].numel() == alone[2].numel() == 0})
+            found["fused"].append(
+                {
+                    "P": relative(p, expected), "narrow": relative(narrow, scaled),
+                    "clamped": (scaled == 448).any().item(),
+                    "largest": torch.equal(largest, p.float().unflatten(0, (parts, -1)).amax((1, 2))),
+                    "alone": torch.equal(alone[0], p) and alone[1].numel() == alone[2].numel() == 0
+                }
+            )
     x8, w8 = random(8, 32, dtype=torch.float8_e4m3fn), random(16, 32, seed=1, dtype=torch.float8_e4m3fn)
-    factor = torch.tensor([1.0, math.nan, 1.0, 1.0])  # as it is where x has a NaN; the interpreter reads one in e4m3 as 480
-    found["nan"] = [t.isnan().all(1).nonzero().flatten().tolist()
-                    for t in linear_relu_sq.fp8_linear_relu_sq(x8, w8, factor, factor.nan_to_num(1.0), F32)[:2]]
+    # as it is where x has a NaN; the interpreter reads one in e4m3 as 480
+    factor = torch.tensor([1.0, math.nan, 1.0, 1.0])
+    found["nan"] = [
+        t.isnan().all(1).nonzero().flatten().tolist()
+        for t in linear_relu_sq.fp8_linear_relu_sq(x8, w8, factor, factor.nan_to_num(1.0), F32)[:2]
+    ]
     for scales in (None, SCALES):
         inputs = problem(F32)
         results = []
         for fused in (True, False):
-            y, largest = fp8_mlp(*inputs, 2, scales, fused) if scales is None else interpreted_mlp(inputs, scales, fused)
+            y, largest = (
+                fp8_mlp(*inputs, 2, scales, fused) if scales is None
+                else interpreted_mlp(inputs, scales, fused)
+            )
             results.append([y, largest, *torch.autograd.grad(y.square().sum(), inputs)])
         found["mlp"].append([relative(a, b) if b.numel() else 0.0 for a, b in zip(*results, strict=True)])
     for shape in SHAPES:
@@ -473,16 +533,22 @@ def interpret():
                 x = random(shape[0], shape[1]).view(torch.uint8).view(dtype)[:, :shape[1]]  # any bits
                 x = layout(x.contiguous())
                 y = transpose.transpose_copy(x)
-                found["copy"].append(y.is_contiguous() and y.dtype == dtype and torch.equal(bits(y), bits(x.t())))
-        for a_dtype, b_dtype, layout in ((F32, F32, LAYOUTS[0]), (F32, BF16, LAYOUTS[1]), (F16, F32, LAYOUTS[2]),
-                                         (F16, F16, LAYOUTS[0])):
+                found["copy"].append(
+                    y.is_contiguous() and y.dtype == dtype and torch.equal(bits(y), bits(x.t()))
+                )
+        for a_dtype, b_dtype, layout in (
+            (F32, F32, LAYOUTS[0]), (F32, BF16, LAYOUTS[1]), (F16, F32, LAYOUTS[2]), (F16, F16, LAYOUTS[0])
+        ):
             a, b = layout(random(*shape, dtype=a_dtype)), layout(random(*shape[::-1], seed=1, dtype=b_dtype))
             expected = (a.float() + b.float().t()).to(a_dtype)
             found["add"].append(transpose.transpose_add(a, b) is a and torch.equal(a, expected))
     x = random(40, 30)
-    found["compiled"] = torch.equal(torch.compile(transpose.transpose_copy, backend="aot_eager", fullgraph=True)(x), x.t())
+    found["compiled"] = torch.equal(
+        torch.compile(transpose.transpose_copy, backend="aot_eager", fullgraph=True)(x), x.t()
+    )
     found["empty"] = list(transpose.transpose_copy(x[:0]).shape)
-    far = torch.empty(2 ** 31 + 1024, dtype=torch.int8)  # of which only the elements looked at come into being
+    # of which only the elements looked at come into being
+    far = torch.empty(2 ** 31 + 1024, dtype=torch.int8)
     for x in (far.as_strided((3, 70), (2 ** 30 + 50, 1)), far.as_strided((70, 3), (1, 2 ** 30 + 50))):
         x.copy_(torch.arange(210).view(x.shape) % 100)
         found["copy"].append(torch.equal(transpose.transpose_copy(x), x.t()))
@@ -510,7 +576,8 @@ def test_triton_kernels_equal_float64_in_the_interpreter():
     pytest.importorskip("triton")
     found = program("interpret", TRITON_INTERPRET="1")
     assert len(found["fused"]) == 2 * len(FUSED) and any(case["clamped"] for case in found["fused"])
-    for case, limit in zip(found["fused"], [1e-6, 1.5e-3] * len(FUSED)):  # float16: a rounding of pre and one of P
+    # float16: a rounding of pre and one of P
+    for case, limit in zip(found["fused"], [1e-6, 1.5e-3] * len(FUSED)):
         assert case["P"] < limit and case["narrow"] < 1e-6 and case["largest"] and case["alone"], case
     assert found["nan"] == [[2, 3], [2, 3]]
     assert all(error < 1e-5 for errors in found["mlp"] for error in errors), found["mlp"]
@@ -534,7 +601,10 @@ def resources(arch, folder):
     def note(label, module, call):
         (kernel, _, args, kwargs), = aot.launches(module, "kernels", call)
         built = aot.build(kernel, *args, arch=arch, folder=folder, **kwargs)
-        found[label] = {**built._asdict(), "ptx": [i for i in ("wgmma", "mma.sync", "cp.async", "e4m3") if i in built.ptx]}
+        found[label] = {
+            **built._asdict(),
+            "ptx": [i for i in ("wgmma", "mma.sync", "cp.async", "e4m3") if i in built.ptx],
+        }
 
     if arch >= 89:
         x, up, s = empty(4096, 768), empty(3072, 768), empty(2, dtype=F32)
@@ -555,9 +625,15 @@ def test_kernels_compile_ahead_of_time_within_the_shared_memory_and_without_spil
     found = program("compile", str(arch), str(tmp_path))
     assert len(found) == (4 if arch == 80 else 6)
     for label, built in found.items():
-        assert built["shared"] <= aot.SHARED[arch] and built["registers"] <= 255 and built["spilled"] == 0, (label, built)
+        assert built["shared"] <= aot.SHARED[arch] and built["registers"] <= 255 and built["spilled"] == 0, (
+            label,
+            built,
+        )
         if label.startswith("product"):  # multiplied as 8-bit operands, while the next ones are loaded
-            assert {"wgmma" if arch == 90 else "mma.sync", "cp.async", "e4m3"} <= set(built["ptx"]), (label, built)
+            assert {"wgmma" if arch == 90 else "mma.sync", "cp.async", "e4m3"} <= set(built["ptx"]), (
+                label,
+                built,
+            )
         else:
             assert built["registers"] <= 64, (label, built)
 

@@ -9,7 +9,9 @@ import torch
 
 import deltas
 import schedule
-from golden_records import block_windows, early, fill, load, originals, record20, record33, small, token_windows
+from golden_records import (
+    block_windows, early, fill, load, originals, record20, record33, small, token_windows
+)
 from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
 from optim import Optimizer
@@ -67,7 +69,9 @@ def test_other_norm_eps(name, ref, length, case, eps):
     _, model = small(ref, config, length, rows=2 if name == "record05" else 1, numerics__norm_eps=eps)
     fill(model, record20(golden, "param/") if name == "record20" else early(golden, "param/"))
     x, y = inputs(golden)
-    windows = {"record05": None, "record12": Windows(*3 * [Span(192, None)], ()), "record20": block_windows(4)}[name]
+    windows = {
+        "record05": None, "record12": Windows(*3 * [Span(192, None)], ()), "record20": block_windows(4)
+    }[name]
     loss = model(x, y, model.context(x, 249, windows)).mean().item()
     assert relative(loss, golden[f"case/{case}/loss_mean"].item()) < 1e-9
 
@@ -154,10 +158,14 @@ def test_record_33_with_the_smear_of_record_34():
         return model(x, y, model.context(x, config["bos"], token_windows(long, last, history)))
 
     check_losses(losses(3, 3, (3,)), golden, "out/A_train_ws3/loss", "out/A_train_ws3/per_token", "sum")
-    check_losses(losses(7, 11, (3, 7)), golden, "out/B_eval_ws7_final11/loss", "out/B_eval_ws7_final11/per_token")
+    check_losses(
+        losses(7, 11, (3, 7)), golden, "out/B_eval_ws7_final11/loss", "out/B_eval_ws7_final11/per_token"
+    )
     assert abs(model.scales[0] - golden["yarn/B_attn_scale"]) < 1e-15
     f, _ = model.rotaries[0].frequencies((3, 7))
-    assert np.abs(f.numpy()[:len(golden["yarn/B_angular_freq"])] - golden["yarn/B_angular_freq"]).max() < 1e-15
+    assert (
+        np.abs(f.numpy()[: len(golden["yarn/B_angular_freq"])] - golden["yarn/B_angular_freq"]).max() < 1e-15
+    )
     loss = losses(7, 7, (3, 7))
     loss.sum().backward()
     check_losses(loss, golden, "out/B_train_ws7/loss", "out/B_train_ws7/per_token", "sum")
@@ -172,9 +180,12 @@ def test_yarn_states_at_real_size():
     history = (3, 7, 11, 13)
     for i, blocks in enumerate(history):
         f, factor = rotary.frequencies(history[:i + 1])
-        assert np.abs(f.numpy() - golden[f"yarn/half_{blocks}/angular_freq"]).max() < 1e-9  # stored from float32 tables
+        # stored from float32 tables
+        assert np.abs(f.numpy() - golden[f"yarn/half_{blocks}/angular_freq"]).max() < 1e-9
         assert abs(0.1 * factor - golden[f"yarn/half_{blocks}/attn_scale"]) < 1e-15
-    assert [round(0.1 * rotary.frequencies(history[:i + 1])[1], 6) for i in range(4)] == [0.1, 0.116946, 0.127518, 0.131778]
+    assert [round(0.1 * rotary.frequencies(history[: i + 1])[1], 6) for i in range(4)] == [
+        0.1, 0.116946, 0.127518, 0.131778
+    ]
 
 
 @pytest.mark.feature("numerics.fp8_head")
@@ -191,7 +202,8 @@ def test_the_fp8_head_operator_is_the_original():
 
 
 def states(rule, golden, tensor, factors, momenta, calls=4):
-    """(call, {name: array}) of parameter and state after each update of a fixture's free-standing tensor by a rule."""
+    """(call, {name: array}) of parameter and state after each update of a fixture's free-standing tensor by a
+    rule."""
     p = torch.from_numpy(golden[f"init/{tensor}"]).double()
     unit = rule.unit(p.shape, Views())
     units = p.reshape(-1, *unit).clone()  # (N, *unit)
@@ -217,27 +229,41 @@ def close(got, expected):
 
 
 @pytest.mark.feature("optim.muon", "optim.muon.averaged")
-@pytest.mark.parametrize("name, ref, tensors", [
-    ("record05_optim", "short/5", ["wide", "tall", "square"]), ("record12_optim", "short/12", ["wide", "tall", "square"]),
-    ("record20_optim", "short/20", ["wide", "tall", "square", "batch3"])])
+@pytest.mark.parametrize(
+    "name, ref, tensors",
+    [
+        ("record05_optim", "short/5", ["wide", "tall", "square"]),
+        ("record12_optim", "short/12", ["wide", "tall", "square"]),
+        ("record20_optim", "short/20", ["wide", "tall", "square", "batch3"])
+    ],
+)
 def test_muon_states_after_four_calls(name, ref, tensors):
     golden, config = load(name)
     s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
     assert s.optim.muon.lr == config["muon_lr"]
     for tensor in tensors:
-        for call, found in states(muon(s), golden, tensor, golden["step_lr_factor"], golden["step_muon_momentum"]):
+        for call, found in states(
+            muon(s), golden, tensor, golden["step_lr_factor"], golden["step_muon_momentum"]
+        ):
             assert set(found) == {"param", "momentum_buffer"}
             for key, got in found.items():
                 assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
 
 
-@pytest.mark.parametrize("name, ref, tensors", [
-    ("record05_optim", "short/5", ["tied_table"]), ("record12_optim", "short/12", ["table", "head", "scalar"]),
-    ("record20_optim", "short/20", ["table", "head", "scalar"])])
+@pytest.mark.parametrize(
+    "name, ref, tensors",
+    [
+        ("record05_optim", "short/5", ["tied_table"]),
+        ("record12_optim", "short/12", ["table", "head", "scalar"]),
+        ("record20_optim", "short/20", ["table", "head", "scalar"])
+    ],
+)
 def test_adam_states_after_four_calls(name, ref, tensors):
     golden, config = load(name)
     s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
-    assert (s.optim.adam.beta1, s.optim.adam.beta2) == tuple(config["adam_betas"]) and s.optim.adam.eps == config["adam_eps"]
+    assert (s.optim.adam.beta1, s.optim.adam.beta2) == tuple(
+        config["adam_betas"]
+    ) and s.optim.adam.eps == config["adam_eps"]
     for tensor in tensors:
         rule = adam(s, config["adam_lr"][tensor])
         for call, found in states(rule, golden, tensor, golden["step_lr_factor"], golden["step_lr_factor"]):
@@ -256,33 +282,46 @@ def test_optimizer_of_records_32_to_34():
         for call, found in states(muon(s), golden, tensor, factors, momenta):
             if f"f64/step{call + 1}/param/{tensor}" in golden:
                 assert close(found["param"], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
-                assert close(found["momentum_buffer"], golden[f"f64/step{call + 1}/state/{tensor}/momentum_buffer"]), (tensor, call)
+                assert close(
+                    found["momentum_buffer"], golden[f"f64/step{call + 1}/state/{tensor}/momentum_buffer"]
+                ), (tensor, call)
                 compared += 1
     for tensor, mul in config["lr_mul"].items():
         for call, found in states(adam(s, config["adam"]["lr"] * mul), golden, tensor, factors, momenta):
             if f"f64/step{call + 1}/param/{tensor}" in golden:
                 assert close(found["param"], golden[f"f64/step{call + 1}/param/{tensor}"]), (tensor, call)
-                assert close(found["exp_avg"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg"]), (tensor, call)
-                assert close(found["exp_avg_sq"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (tensor, call)
+                assert close(found["exp_avg"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg"]), (
+                    tensor,
+                    call,
+                )
+                assert close(found["exp_avg_sq"], golden[f"f64/step{call + 1}/state/{tensor}/exp_avg_sq"]), (
+                    tensor,
+                    call,
+                )
                 compared += 1
     assert compared == 2 * 8  # the fixture holds the states after the first and the last call
 
 
 def test_four_updates_of_record_33_through_the_optimizer():
-    """Banks, groups and rules by the roles of record 34's tensors; from its learning rates to the states after the last call."""
+    """Banks, groups and rules by the roles of record 34's tensors; from its learning rates to the states
+    after the last call."""
     golden, config = load("r34_optim")
     s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
     roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "mlp_down"), "wide": ("matrix", "mlp_down"),
              "square": ("matrix", "latent"), "smear_gate": ("matrix", "gate"), "embed": ("embed", "embed"),
              "head": ("lm_head", "lm_head"), "scalars": ("scalar", "sa_lambdas")}
-    model = Toy(**{name: (torch.from_numpy(golden[f"init/{name}"]).double(), *role) for name, role in roles.items()})
+    model = Toy(
+        **{name: (torch.from_numpy(golden[f"init/{name}"]).double(), *role) for name, role in roles.items()}
+    )
     optimizer, compared = Optimizer(model, s), 0
     for call, (lr_factor, momentum) in enumerate(zip(config["lr_factor"], config["muon_momentum"])):
         gradients = {name: torch.from_numpy(golden[f"grad/{name}"][call]).double() for name in roles}
         update(optimizer, model, gradients, step_plan(call, lr_factor=lr_factor, momentum=momentum))
         for name in roles:
             if f"f64/step{call + 1}/param/{name}" in golden:
-                assert close(model.get_parameter(name).detach().numpy(), golden[f"f64/step{call + 1}/param/{name}"]), (name, call)
+                assert close(
+                    model.get_parameter(name).detach().numpy(), golden[f"f64/step{call + 1}/param/{name}"]
+                ), (name, call)
                 compared += 1
     assert compared == 2 * 8
 
@@ -290,7 +329,8 @@ def test_four_updates_of_record_33_through_the_optimizer():
 # ----- six training steps
 
 def train(model, s, steps, windows):
-    """Make the six training steps of a fixture; yields (index, loss) when the gradients are there, before the update."""
+    """Make the six training steps of a fixture; yields (index, loss) when the gradients are there, before the
+    update."""
     optimizer, plans = Optimizer(model, s), schedule.plan(s)
     for i, step in enumerate(steps["step_index"]):
         assert plans[step].lr_factor == steps["lr_factor"][i]
@@ -305,17 +345,26 @@ def train(model, s, steps, windows):
         optimizer.step(plans[step])
 
 
-@pytest.mark.parametrize("name, ref, length, convert, windows", [
-    ("record05", "short/5", 128, early, None), ("record12", "short/12", 640, early, Windows(*3 * [Span(192, None)], ())),
-    ("record20", "short/20", 640, record20, block_windows(4))])
-def test_losses_and_gradients_of_six_training_steps_and_the_parameters_after_the_last(name, ref, length, convert, windows):
+@pytest.mark.parametrize(
+    "name, ref, length, convert, windows",
+    [
+        ("record05", "short/5", 128, early, None),
+        ("record12", "short/12", 640, early, Windows(*3 * [Span(192, None)], ())),
+        ("record20", "short/20", 640, record20, block_windows(4))
+    ],
+)
+def test_losses_and_gradients_of_six_training_steps_and_the_parameters_after_the_last(
+    name, ref, length, convert, windows
+):
     golden, config = load(name)
     steps, order = load(f"{name}_train")
     s, model = small(ref, config, length, rows=config["batch"])
     fill(model, convert(golden, "param/"))
 
     def numbers(tensor_of):
-        theirs = originals({n: tensor_of(p).detach().numpy() for n, p in model.named_parameters()}, golden, convert)
+        theirs = originals(
+            {n: tensor_of(p).detach().numpy() for n, p in model.named_parameters()}, golden, convert
+        )
         return [theirs[n] for n in order["param_names"]]
 
     start = numbers(lambda p: p)
@@ -324,8 +373,12 @@ def test_losses_and_gradients_of_six_training_steps_and_the_parameters_after_the
         norms = [np.linalg.norm(g) for g in numbers(lambda p: p.grad)]
         assert np.allclose(norms, steps["grad_l2"][i], rtol=1e-10, atol=1e-14)
     final = numbers(lambda p: p)
-    assert np.allclose([np.linalg.norm(b - a) for a, b in zip(start, final)], steps["param_delta_l2"], rtol=0, atol=1e-10)
-    assert np.allclose([b @ np.cos(np.arange(b.size)) for b in final], steps["param_cosdot"], rtol=0, atol=1e-10)
+    assert np.allclose(
+        [np.linalg.norm(b - a) for a, b in zip(start, final)], steps["param_delta_l2"], rtol=0, atol=1e-10
+    )
+    assert np.allclose(
+        [b @ np.cos(np.arange(b.size)) for b in final], steps["param_cosdot"], rtol=0, atol=1e-10
+    )
 
 
 # ----- schedules

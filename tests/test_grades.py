@@ -1,4 +1,5 @@
-"""Laws of `records verify`: what a consistent claim shows, what raises its grade, and what logs cannot know."""
+"""Laws of `records verify`: what a consistent claim shows, what raises its grade, and what logs cannot
+know."""
 
 import json
 import re
@@ -19,7 +20,10 @@ ROOT = Path(__file__).parent.parent
 def test_a_diverged_run_fails_the_claim(tmp_path):
     results = built(tmp_path / "c", status={3: "diverged"})
     assert results["problems"] == [] and results["verdict"] == "not shown"
-    assert "no final loss of seed" in results["reasons"][0] and "every registered run counts" in results["reasons"][0]
+    assert (
+        "no final loss of seed" in results["reasons"][0]
+        and "every registered run counts" in results["reasons"][0]
+    )
 
 
 def test_a_record_must_be_faster_than_its_parent(tmp_path):
@@ -71,14 +75,27 @@ def test_a_systems_claim_keeps_loss_and_gradients_seed_by_seed(tmp_path):
     assert results["statistics"]["noninferior"]["against"] == "short/5"
 
 
-@pytest.mark.parametrize("edit, reason", [
-    (lambda probe: probe["gradients"]["blocks.3.mlp.up"].__setitem__(1, 0.5), r"gradients differ by .*blocks\.3\.mlp\.up"),
-    (lambda probe: [m.__setitem__(0, 1.001 * m[0]) for m in probe["gradients"].values()], "gradients differ by 1.0e-03"),
-    (lambda probe: probe.update(loss=probe["loss"] + 0.001), "loss differs by 1.4e-04"),
-    (lambda probe: probe["gradients"].pop("embed.table"), r"gradients differ by inf \(embed\.table"),
-    (lambda _, validation: validation["train_loss"].__setitem__(3, validation["train_loss"][3] + 0.001),
-     "the first 5 timed training losses differ by 1.4e-04"),
-])
+@pytest.mark.parametrize(
+    "edit, reason",
+    [
+        (
+            lambda probe: probe["gradients"]["blocks.3.mlp.up"].__setitem__(1, 0.5),
+            r"gradients differ by .*blocks\.3\.mlp\.up",
+        ),
+        (
+            lambda probe: [m.__setitem__(0, 1.001 * m[0]) for m in probe["gradients"].values()],
+            "gradients differ by 1.0e-03",
+        ),
+        (lambda probe: probe.update(loss=probe["loss"] + 0.001), "loss differs by 1.4e-04"),
+        (lambda probe: probe["gradients"].pop("embed.table"), r"gradients differ by inf \(embed\.table"),
+        (
+            lambda _, validation: validation["train_loss"].__setitem__(
+                3, validation["train_loss"][3] + 0.001
+            ),
+            "the first 5 timed training losses differ by 1.4e-04",
+        ),
+    ],
+)
 def test_another_loss_or_gradient_of_the_same_seed_is_no_systems_change(edit, reason, tmp_path):
     """A change that acts from the fourth step on shows in the training losses."""
     systems(tmp_path / "systems")
@@ -93,7 +110,8 @@ def test_another_loss_or_gradient_of_the_same_seed_is_no_systems_change(edit, re
 
 
 def test_probes_of_one_process_and_of_all_are_not_compared(monkeypatch):
-    """Logs of version 2 with several processes hold those of process 0 alone; alike ones are compared as ever."""
+    """Logs of version 2 with several processes hold those of process 0 alone; alike ones are compared as
+    ever."""
     def events(version, processes):
         return [{"kind": "start", "log_version": version, "processes": processes},
                 {"kind": "probe", "step": 2, "tokens": "random", "loss": 7.0, "gradients": {"w": [1.0, 0.5]}},
@@ -118,11 +136,14 @@ def test_a_systems_record_on_a_systems_record_is_held_against_the_last_ml_record
     arms = {"new": arm("short/23", []), "parent": arm("short/22", [])}
     results = systems(tmp_path / "a", arms)
     assert any("run the last ml record, short/21t, as arm base" in r for r in results["reasons"]), results
-    results = systems(tmp_path / "b", {**arms, "base": arm("short/21t", [])}, {"new": 5.3, "parent": 5.3, "base": 5.3})
+    results = systems(
+        tmp_path / "b", {**arms, "base": arm("short/21t", [])}, {"new": 5.3, "parent": 5.3, "base": 5.3}
+    )
     assert results["verdict"] == "shown" and results["statistics"]["noninferior"]["against"] == "short/21t"
     results = systems(tmp_path / "c", {**arms, "base": arm("short/21", [])})
     assert any("arm base runs short/21, the last ml record is short/21t" in p for p in results["problems"])
-    assert provenance.last_ml(deltas.find_record("short/7")).ref == "short/6"  # called systems; its Muon rounds elsewhere
+    # called systems; its Muon rounds elsewhere
+    assert provenance.last_ml(deltas.find_record("short/7")).ref == "short/6"
 
 
 def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
@@ -139,28 +160,38 @@ def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
     (folder / "record.toml").write_text(line + '[delta]\n"optim.muon.lr" = 0.06\n')
     assert verify.verify(folder)["problems"] == [
         "arm new: short/901 at scale micro --set validation.target=5.2 resolves to other settings here: optim.muon.lr"]
-    (folder / "record.toml").write_text(line.replace("short/11", "short/10") + '[delta]\n"optim.muon.lr" = 0.05\n')
+    (folder / "record.toml").write_text(
+        line.replace("short/11", "short/10") + '[delta]\n"optim.muon.lr" = 0.05\n'
+    )
     assert any("the parent of short/901 is short/10" in p for p in verify.verify(folder)["problems"])
 
 
-# ----- grades -----------------------------------------------------------------------------------------------------------
+# ----- grades -----------------------------------------------------------------------------------------------
 
 def audit_file(tmp_path, **fields):
     from evidence.audit import CHECKS
-    result = {"version": 1, "ref": "x", "commit": "1" * 40, "tree": "2" * 40, "record": "short/11", "passed": True,
-              "checks": [{"name": name, "passed": True, "detail": ""} for name in CHECKS],
-              "confined": {"network": "cut off", "writes": "limited to the audit's folder"}, **fields}
+
+    result = {
+        "version": 1, "ref": "x", "commit": "1" * 40, "tree": "2" * 40, "record": "short/11", "passed": True,
+        "checks": [{"name": name, "passed": True, "detail": ""} for name in CHECKS],
+        "confined": {"network": "cut off", "writes": "limited to the audit's folder"}, **fields
+    }
     (tmp_path / "audit.json").write_text(json.dumps(result))
     return tmp_path / "audit.json"
 
 
 def test_an_audit_of_the_same_code_and_record_raises_the_grade(good, tmp_path):
     assert verify.verify(good, audit_file(tmp_path))["grade"] == "audited"
-    for fields, why in (({"commit": "3" * 40}, "the audit is of commit 333333333333"), ({"record": "short/5"}, "short/5"),
-                        ({"record": None}, "the audit is of None"),
-                        ({"confined": {"network": "cut off", "writes": "not limited (needs Linux with Landlock)"}},
-                         "the audit ran without a sandbox"),
-                        ({"checks": [{"name": "causality", "passed": True, "detail": ""}]}, "the audit lacks")):
+    for fields, why in (
+        ({"commit": "3" * 40}, "the audit is of commit 333333333333"),
+        ({"record": "short/5"}, "short/5"),
+        ({"record": None}, "the audit is of None"),
+        (
+            {"confined": {"network": "cut off", "writes": "not limited (needs Linux with Landlock)"}},
+            "the audit ran without a sandbox",
+        ),
+        ({"checks": [{"name": "causality", "passed": True, "detail": ""}]}, "the audit lacks"),
+    ):
         results = verify.verify(good, audit_file(tmp_path, **fields))
         assert results["grade"] == "consistent" and any(why in u for u in results["unknown"]), why
 
@@ -168,7 +199,9 @@ def test_an_audit_of_the_same_code_and_record_raises_the_grade(good, tmp_path):
 def test_a_failed_audit_speaks_against_the_claim(good, tmp_path):
     failed = audit_file(tmp_path, passed=False, checks=[{"name": "causality", "passed": False, "detail": ""}])
     results = verify.verify(good, failed)
-    assert results["verdict"] == "not shown" and results["reasons"] == ["the audit of its code failed: causality"]
+    assert results["verdict"] == "not shown" and results["reasons"] == [
+        "the audit of its code failed: causality"
+    ]
 
 
 def test_a_reproduction_is_another_claim_on_another_machine(good, tmp_path):
@@ -176,12 +209,18 @@ def test_a_reproduction_is_another_claim_on_another_machine(good, tmp_path):
     built(tmp_path / "again", machine=other)
     results = verify.verify(good, reproduction=tmp_path / "again")
     assert results["grade"] == "reproduced" and results["reproduction"]["machine"] == "ba9876543210"
-    for how, why in (({}, "it ran on the same machine"),
-                     ({"machine": other, "arms": two_arms("short/9", "short/8"), "record": "short/9"},
-                          "its record is short/9, here short/11"),
-                     ({"machine": other, "step_ms": {"new": 3000.0, "parent": 2400.0}}, "not shown to be faster"),
-                     ({"machine": other, "loss": {"new": 5.25, "parent": 5.27}},
-                      "its own runs do not show the claim (target")):
+    for how, why in (
+        ({}, "it ran on the same machine"),
+        (
+            {"machine": other, "arms": two_arms("short/9", "short/8"), "record": "short/9"},
+            "its record is short/9, here short/11",
+        ),
+        ({"machine": other, "step_ms": {"new": 3000.0, "parent": 2400.0}}, "not shown to be faster"),
+        (
+            {"machine": other, "loss": {"new": 5.25, "parent": 5.27}},
+            "its own runs do not show the claim (target",
+        ),
+    ):
         folder = tmp_path / re.sub(r"\W", "_", why)
         built(folder, **how)
         results = verify.verify(good, reproduction=folder)
@@ -189,21 +228,27 @@ def test_a_reproduction_is_another_claim_on_another_machine(good, tmp_path):
 
 
 def test_the_parent_s_own_claim_does_not_reproduce_a_systems_record(tmp_path):
-    """It has the same ml_hash and target: a systems record is reproduced by its own code and settings only."""
+    """It has the same ml_hash and target: a systems record is reproduced by its own code and settings
+    only."""
     target, other = ["validation.target=5.5"], {**MACHINE, "machine": "ba9876543210"}
     assert systems(tmp_path / "systems", sets=target, target=5.5)["verdict"] == "shown"
     parent = built(tmp_path / "parent", two_arms("short/5", "short/4", target), {"new": 5.3, "parent": 5.4},
                    record="short/5", target=5.5, machine=other)
     assert parent["verdict"] == "shown"
     results = verify.verify(tmp_path / "systems", reproduction=tmp_path / "parent")
-    assert results["grade"] == "consistent" and any("its record is short/5, here short/901" in u for u in results["unknown"])
+    assert results["grade"] == "consistent" and any(
+        "its record is short/5, here short/901" in u for u in results["unknown"]
+    )
     systems(tmp_path / "again", sets=target, target=5.5, machine=other)
     assert verify.verify(tmp_path / "systems", reproduction=tmp_path / "again")["grade"] == "reproduced"
 
 
 def test_a_systems_record_may_not_eat_the_buffer_below_the_target(tmp_path):
-    """The target is reached with ease, and the loss is worse than the last ml record's by more than the margin."""
-    results = systems(tmp_path / "c", sets=["validation.target=5.5"], target=5.5, loss={"new": 5.31, "parent": 5.3})
+    """The target is reached with ease, and the loss is worse than the last ml record's by more than the
+    margin."""
+    results = systems(
+        tmp_path / "c", sets=["validation.target=5.5"], target=5.5, loss={"new": 5.31, "parent": 5.3}
+    )
     assert results["statistics"]["target"]["passed"] and results["verdict"] == "not shown"
     assert any("loss against short/5" in r and "must be below 0.002" in r for r in results["reasons"])
 
@@ -228,16 +273,21 @@ def test_a_claim_does_not_reproduce_itself(good, claim):
     claim.lines[0]["machine"]["machine"] = "ba9876543210"
     claim.seal()
     results = verify.verify(good, reproduction=claim.folder)
-    assert results["grade"] == "consistent" and any("it holds runs of this claim" in u for u in results["unknown"])
+    assert results["grade"] == "consistent" and any(
+        "it holds runs of this claim" in u for u in results["unknown"]
+    )
 
 
 def test_a_consistent_forgery_passes_and_the_documentation_says_so(claim):
-    """Whoever rewrites everything together is not found out by logs; the page for users must not pretend otherwise."""
+    """Whoever rewrites everything together is not found out by logs; the page for users must not pretend
+    otherwise."""
     for run in claim.counted():
         for event in claim.events(run):
             if event["kind"] in ("validation", "end"):
                 event["val_loss"] -= 0.1
-        claim.events(run, "end")[0]["verdict"] = [f"final validation loss {claim.events(run, 'end')[0]['val_loss']:.4f}"]
+        claim.events(run, "end")[0]["verdict"] = [
+            f"final validation loss {claim.events(run, 'end')[0]['val_loss']:.4f}"
+        ]
     claim.seal()
     results = verify.verify(claim.folder)
     text = "rewrites manifest, logs and summaries together"

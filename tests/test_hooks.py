@@ -1,4 +1,5 @@
-"""State next to parameters: hooks act at their points of a step, and no state is missing from the lists of tensors."""
+"""State next to parameters: hooks act at their points of a step, and no state is missing from the lists of
+tensors."""
 
 import contextlib
 from types import SimpleNamespace
@@ -21,7 +22,8 @@ SHORT = ("schedule.steps=4",)
 
 
 class WeightAverage(Stateful):
-    """Test-only: the mean of the parameters after each update; validations see it in place of the parameters."""
+    """Test-only: the mean of the parameters after each update; validations see it in place of the
+    parameters."""
 
     def __init__(self, model):
         self.model, self.count = model, torch.zeros(())
@@ -57,12 +59,16 @@ def small_run(ref, hooks=()):
     s = deltas.resolve(ref, scale="micro", sets=SHORT).settings
     model, corpus = GPT(s), sample_corpus()
     model.initialise(0)
-    world = SimpleNamespace(total=lambda x: x, gather=lambda x: x, ranks=range(8), device=torch.device("cpu"), cuda=False)
+    world = SimpleNamespace(
+        total=lambda x: x, gather=lambda x: x, ranks=range(8), device=torch.device("cpu"), cuda=False
+    )
     optimizer = Optimizer(model, s)
-    return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, compiled=model, corpus=corpus,
-                           optimizer=optimizer, hooks=[*hooks_of(model), *(make(model) for make in hooks)],
-                           ranks_per_microbatch=8, interrupt=SimpleNamespace(check=lambda: None),
-                           rows=validation_rows(corpus, s.validation.tokens, s.validation.seq_len, range(8)))
+    return SimpleNamespace(
+        s=s, world=world, plans=schedule.plan(s), model=model, compiled=model, corpus=corpus,
+        optimizer=optimizer, hooks=[*hooks_of(model), *(make(model) for make in hooks)],
+        ranks_per_microbatch=8, interrupt=SimpleNamespace(check=lambda: None),
+        rows=validation_rows(corpus, s.validation.tokens, s.validation.seq_len, range(8))
+    )
 
 
 def train(run, steps):
@@ -104,7 +110,8 @@ def test_the_proof_of_the_reset_covers_the_state_of_hooks():
 
 
 def reachable(root, path="", seen=None):
-    """(path, tensor) of every tensor that an object of the project or of torch.nn holds, in attributes and containers."""
+    """(path, tensor) of every tensor that an object of the project or of torch.nn holds, in attributes and
+    containers."""
     seen = set() if seen is None else seen
     if id(root) in seen:
         return
@@ -117,14 +124,18 @@ def reachable(root, path="", seen=None):
     elif isinstance(root, dict):
         for key, x in root.items():
             yield from reachable(x, f"{path}[{key}]", seen)
-    elif type(root).__module__.split(".")[0] not in ("builtins", "settings", "schedule") and hasattr(root, "__dict__"):
+    elif type(root).__module__.split(".")[0] not in ("builtins", "settings", "schedule") and hasattr(
+        root, "__dict__"
+    ):
         for name, x in vars(root).items():
             yield from reachable(x, f"{path}.{name}", seen)
 
 
 def forgotten(run):
     """Paths of tensors that stay in model, optimizer or hooks after a step and are in no list of tensors."""
-    listed = {t.untyped_storage().data_ptr() for t in all_tensors(run.model, run.optimizer, run.hooks).values()}
+    listed = {
+        t.untyped_storage().data_ptr() for t in all_tensors(run.model, run.optimizer, run.hooks).values()
+    }
     listed |= {t.untyped_storage().data_ptr() for bank in run.optimizer.banks for t in [bank.param]}
     return sorted(path for path, t in reachable([run.model, run.optimizer, run.hooks])
                   if t.untyped_storage().data_ptr() not in listed)

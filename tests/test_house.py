@@ -1,4 +1,5 @@
-"""Laws of the house: what may import what, how long files, functions and lines may be, and that public parts say what they do.
+"""Laws of the house: what may import what, how long files, functions and lines may be, and that public parts
+say what they do.
 
 Files that do not keep a limit yet stand in house_debts.toml with their count, which may fall and never rise.
 `python tests/test_house.py` writes the present counts there where they are lower.
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 LEDGER = Path(__file__).parent / "house_debts.toml"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COLUMNS = 900, 60, 110
 
-# Rooms from the roof to the ground. A room is a folder or a file; it may import from the floors below and from its own floor.
+# Rooms from the roof to the ground. A room is a folder or a file; it may import from the floors below and
+# from its own floor.
 FLOORS = [
     {"installation", "bench"},
     {"sweep", "records"},
@@ -38,7 +40,8 @@ FLOORS = [
 ]
 HEIGHT = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}
 
-# Tools start runs as processes and read logs, so they do not import what trains; these functions do, when they are called.
+# Tools start runs as processes and read logs, so they do not import what trains; these functions do, when
+# they are called.
 TOOLS = {"records", "evidence", "sweep", "sweeps", "page"}
 TRAINS = {"train_gpt", "sample", "model", "optim", "layers", "updates"}
 EXCEPTIONS = {
@@ -54,9 +57,13 @@ EXCEPTIONS = {
 @functools.lru_cache
 def files() -> tuple[str, ...]:
     """Python files of the program, in git or new; tests are no part of it."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True,
-                            text=True, check=True).stdout.split()
-    return tuple(sorted(file for file in set(listed) if not file.startswith("tests/") and (ROOT / file).exists()))
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", "*.py"], cwd=ROOT, capture_output=True, text=True,
+        check=True
+    ).stdout.split()
+    return tuple(
+        sorted(file for file in set(listed) if not file.startswith("tests/") and (ROOT / file).exists())
+    )
 
 
 @functools.lru_cache
@@ -90,7 +97,8 @@ def targets(node: ast.AST) -> list[str]:
 
 
 def imports(module: str) -> Iterator[tuple[str, str]]:
-    """(imported module, name of the outermost function that imports it, or "") for each import of a module."""
+    """(imported module, name of the outermost function that imports it, or "") for each import of a
+    module."""
     def walk(node, function):
         for child in ast.iter_child_nodes(node):
             yield from ((name, function) for name in targets(child))
@@ -144,7 +152,9 @@ def test_tools_import_what_trains_only_where_it_is_said():
 
 def functions(file: str) -> list[ast.AST]:
     """Every function and method of a file, inner ones too."""
-    return [node for node in ast.walk(tree(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    return [
+        node for node in ast.walk(tree(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
 
 
 def long_file(file: str) -> int:
@@ -175,7 +185,10 @@ def packed_lines(file: str) -> int:
         for field in ("body", "orelse", "finalbody"):
             body = getattr(node, field, None)
             if isinstance(body, list) and body:  # a lambda's body is no list
-                ends = [0 if isinstance(node, ast.Module) else node.lineno, *(part.end_lineno for part in body)]
+                ends = [
+                    0 if isinstance(node, ast.Module) else node.lineno,
+                    *(part.end_lineno for part in body),
+                ]
                 packed += sum(end == part.lineno for end, part in zip(ends, body))
     return packed
 
@@ -185,7 +198,10 @@ def old_words(file: str) -> int:
     return sum(bool(re.search(r"\b(shall|beside)\b", line)) for line in text(file).splitlines())
 
 
-LIMITS = {rule.__name__: rule for rule in (long_file, long_functions, wide_lines, undocumented, packed_lines, old_words)}
+LIMITS = {
+    rule.__name__: rule
+    for rule in (long_file, long_functions, wide_lines, undocumented, packed_lines, old_words)
+}
 
 
 def allowed(debts: dict[str, int], file: str) -> int:
@@ -213,8 +229,12 @@ def lowered() -> str:
              "# lowers it. A folder stands for each of its files that has no entry."]
     for rule in LIMITS:
         debts, found = ledger.get(rule, {}), counts(rule)
-        kept = {file: min(count, found.get(file, 0)) for file, count in debts.items() if not file.endswith("/")}
-        kept = {file: count for file, count in debts.items() if file.endswith("/")} | {f: n for f, n in kept.items() if n}
+        kept = {
+            file: min(count, found.get(file, 0)) for file, count in debts.items() if not file.endswith("/")
+        }
+        kept = {file: count for file, count in debts.items() if file.endswith("/")} | {
+            f: n for f, n in kept.items() if n
+        }
         lines += ["", f"[{rule}]", *(f'"{file}" = {count}' for file, count in sorted(kept.items()))]
     return "\n".join(lines) + "\n"
 

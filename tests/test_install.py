@@ -1,4 +1,5 @@
-"""Laws of the installation: what is pinned, what a Python that lacks something is told, how .venv is made, how run.sh reads its arguments.
+"""Laws of the installation: what is pinned, what a Python that lacks something is told, how .venv is made,
+how run.sh reads its arguments.
 
 No network: pip is a stand-in, and so are other Pythons.
 """
@@ -24,11 +25,13 @@ from installation import run
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-PROGRAMS = ["train_gpt.py", "sample.py", "sweep.py", "installation/run.py", "installation/install.py", "records/__main__.py", "data/fineweb.py",
-            "data/tokenize.py", "data/build_sample_vocab.py"]
+PROGRAMS = [
+    "train_gpt.py", "sample.py", "sweep.py", "installation/run.py", "installation/install.py",
+    "records/__main__.py", "data/fineweb.py", "data/tokenize.py", "data/build_sample_vocab.py"
+]
 
 
-# ----- pins ---------------------------------------------------------------------------------------------------------
+# ----- pins -------------------------------------------------------------------------------------------------
 
 def test_triton_is_the_version_that_the_pinned_torch_names():
     """From the metadata in the lock file, because a CPU wheel of torch names none."""
@@ -45,13 +48,17 @@ def test_the_lock_file_locks_what_is_pinned_and_names_only_the_public_index():
     project = next(p for p in tomllib.loads(lock)["package"] if p["name"] == "speedrun")
     locked = {(d["name"].replace(".", "-"), d["specifier"]) for d in project["metadata"]["requires-dist"]}
     pinned = install.requirements(PROJECT["project"]["optional-dependencies"])
-    assert locked == {(re.split("[=;]", r)[0].replace(".", "-"), "==" + re.split("==|;", r)[1]) for r in pinned}
+    assert locked == {
+        (re.split("[=;]", r)[0].replace(".", "-"), "==" + re.split("==|;", r)[1]) for r in pinned
+    }
     assert {url.split("/")[2].rpartition(".")[2] for url in re.findall(r'https?://[^"]+', lock)} == {"org"}
 
 
 def test_every_module_and_package_is_declared_and_every_command_starts_a_program():
     declared = PROJECT["tool"]["setuptools"]
-    assert sorted(declared["py-modules"]) == sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "build_backend")
+    assert sorted(declared["py-modules"]) == sorted(
+        p.stem for p in ROOT.glob("*.py") if p.stem != "build_backend"
+    )
     found = {str(p.parent.relative_to(ROOT)).replace("/", ".") for p in ROOT.rglob("__init__.py")
              if not {".venv", "cache", "tests"} & {*p.relative_to(ROOT).parts}}
     assert set(declared["packages"]) == found
@@ -68,76 +75,116 @@ def test_an_installation_that_is_not_editable_is_refused_in_a_line():
         pytest.skip("setuptools is not here")
     from installation import build_backend
     assert callable(build_backend.build_editable)
-    for hook in (build_backend.build_wheel, build_backend.build_sdist, build_backend.prepare_metadata_for_build_wheel):
+    for hook in (
+        build_backend.build_wheel, build_backend.build_sdist, build_backend.prepare_metadata_for_build_wheel
+    ):
         with pytest.raises(SystemExit, match="pip install -e"):
             hook("somewhere", config_settings=None)
 
 
-# ----- a Python that lacks something --------------------------------------------------------------------------------
+# ----- a Python that lacks something ------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
-    """bare(*command, folder, **modules): a finished process of a Python without packages, but for modules {name: text} in a folder."""
+    """bare(*command, folder, **modules): a finished process of a Python without packages, but for modules
+    {name: text} in a folder."""
     venv = tmp_path_factory.mktemp("bare")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
 
     def call(*command, folder, **modules):
         for name, text in modules.items():
             (folder / f"{name}.py").write_text(text)
-        return subprocess.run([environment.venv_python(str(venv)), *command], cwd=ROOT, capture_output=True, text=True, timeout=60,
-                              env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])})
+        return subprocess.run(
+            [environment.venv_python(str(venv)), *command], cwd=ROOT, capture_output=True, text=True,
+            timeout=60,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+        )
     return call
 
 
-COMMANDS = [["train_gpt.py", "tiny-v1"], ["train_gpt.py", "short/11", "--plan"], ["sample.py", "x.pt"], ["installation/run.py"],
-            ["sweep.py", "ablate", "short/11", "--scale", "micro", "--dir", "{tmp}/q"], ["sweep.py", "status", "x"],
-            ["-m", "records", "judge"], ["-m", "records", "audit", "HEAD"], ["-m", "records", "leaderboard", "--check"],
-            ["-m", "records", "compare", "short/1", "short/2", "--runs", "2", "--scale", "micro", "--allow-dirty", "--out", "{tmp}/c"],
-            ["-m", "data.fineweb", "1"], ["-m", "data.tokenize", "x", "--out", "{tmp}/t"], ["-m", "data.build_sample_vocab"],
-            ["bench/steps.py"], ["bench/correct.py"], ["tests/matrix.py"]]
+COMMANDS = [
+    ["train_gpt.py", "tiny-v1"],
+    ["train_gpt.py", "short/11", "--plan"],
+    ["sample.py", "x.pt"],
+    ["installation/run.py"],
+    ["sweep.py", "ablate", "short/11", "--scale", "micro", "--dir", "{tmp}/q"],
+    ["sweep.py", "status", "x"],
+    ["-m", "records", "judge"],
+    ["-m", "records", "audit", "HEAD"],
+    ["-m", "records", "leaderboard", "--check"],
+    [
+        "-m", "records", "compare", "short/1", "short/2", "--runs", "2", "--scale", "micro", "--allow-dirty",
+        "--out", "{tmp}/c"
+    ],
+    ["-m", "data.fineweb", "1"],
+    ["-m", "data.tokenize", "x", "--out", "{tmp}/t"],
+    ["-m", "data.build_sample_vocab"],
+    ["bench/steps.py"],
+    ["bench/correct.py"],
+    ["tests/matrix.py"],
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_program_without_its_packages_is_one_line_with_a_remedy_and_declares_nothing(command, tmp_path, bare):
+def test_a_program_without_its_packages_is_one_line_with_a_remedy_and_declares_nothing(
+    command, tmp_path, bare
+):
     done = bare(*(part.format(tmp=tmp_path) for part in command), folder=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and " lacks " in done.stderr, done.stderr
     assert ".venv" in done.stderr and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("torch, said", [
-    ("raise ImportError('libcudart.so.13: cannot open')", "cannot import torch (libcudart.so.13: cannot open)"),
-    ("raise OSError('libgomp.so.1: no such file')", "cannot import torch (libgomp.so.1: no such file)"),
-    ("__version__ = '2.4.1+cu121'", "has torch 2.4.1+cu121, and torch 2.11 is the oldest that works")])
+@pytest.mark.parametrize(
+    "torch, said",
+    [
+        (
+            "raise ImportError('libcudart.so.13: cannot open')",
+            "cannot import torch (libcudart.so.13: cannot open)",
+        ),
+        ("raise OSError('libgomp.so.1: no such file')", "cannot import torch (libgomp.so.1: no such file)"),
+        ("__version__ = '2.4.1+cu121'", "has torch 2.4.1+cu121, and torch 2.11 is the oldest that works"),
+    ],
+)
 def test_a_torch_that_cannot_serve_is_one_line_and_burns_no_run(torch, said, tmp_path, bare):
     modules = {"torch": torch, "numpy": "", "tiktoken": ""}
     done = bare("train_gpt.py", "tiny-v1", folder=tmp_path, **modules)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
     folder = tmp_path / "declared"
-    done = bare("-m", "records", "compare", "short/1", "short/2", "--runs", "2", "--scale", "micro", "--allow-dirty", "--out",
-                str(folder), folder=tmp_path)
+    done = bare(
+        "-m", "records", "compare", "short/1", "short/2", "--runs", "2", "--scale", "micro", "--allow-dirty",
+        "--out", str(folder), folder=tmp_path
+    )
     assert done.returncode == 2 and said in done.stderr and not folder.exists()
 
 
 def test_an_old_python_is_told_so_before_it_meets_what_it_cannot_read():
-    """All that a program's old Python reads: itself, in the grammar of 3.8, and environment.py, which is its first import."""
+    """All that a program's old Python reads: itself, in the grammar of 3.8, and environment.py, which is its
+    first import."""
     for name in [*PROGRAMS, *(str(p.relative_to(ROOT)) for p in (ROOT / "bench").glob("*.py"))]:
         tree = ast.parse((ROOT / name).read_text(), feature_version=(3, 8))
-        imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and n.col_offset == 0]
+        imports = [
+            n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom)) and n.col_offset == 0
+        ]
         first = [alias.name for node in imports for alias in node.names if alias.name not in ("os", "sys")]
         if name in PROGRAMS:
             assert first[0] == "environment", name
         elif name != "bench/measure.py":
-            ours = [n for n in first if n in ("measure", "report", "steps", "torch", "numpy", "deltas", "environment")]
+            ours = [
+                n for n in first
+                if n in ("measure", "report", "steps", "torch", "numpy", "deltas", "environment")
+            ]
             assert not ours or ours[0] in ("measure", "report", "steps"), name
     ast.parse((ROOT / "common/environment.py").read_text(), feature_version=(3, 6))
     code = "import sys; sys.version_info = (3, 8, 18, 'final', 0); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
     for name in ("train_gpt.py", "sweep.py", "sample.py", "installation/run.py", "bench/steps.py"):
         done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"})
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "is Python 3.8, and 3.11" in done.stderr, done.stderr
+        assert (
+            done.returncode == 2 and done.stderr.count("\n") == 1 and "is Python 3.8, and 3.11" in done.stderr
+        ), done.stderr
 
 
-# ----- making .venv -------------------------------------------------------------------------------------------------
+# ----- making .venv -----------------------------------------------------------------------------------------
 
 PIP = """#!{python}
 import importlib.metadata, json, os, pathlib, sys, time
@@ -167,15 +214,21 @@ else:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout in a path with spaces whose `python -m venv` makes a stand-in for Python and pip that writes down its calls."""
+    """A checkout in a path with spaces whose `python -m venv` makes a stand-in for Python and pip that writes
+    down its calls."""
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
-    for name in ("declare.py", "deltas.py", "optim_settings.py", "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml"):
+    for name in (
+        "declare.py", "deltas.py", "optim_settings.py", "system_settings.py", "scales.py", "schema.py",
+        "settings.py", "run.sh", "test.sh", "pyproject.toml"
+    ):
         shutil.copy(ROOT / name, place)
     for name in ("common", "installation", "system"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "records" / "presets", place / "records" / "presets")
-    shutil.copytree(ROOT / "records" / "short", place / "records" / "short", ignore=shutil.ignore_patterns("tiny", "runs"))
+    shutil.copytree(
+        ROOT / "records" / "short", place / "records" / "short", ignore=shutil.ignore_patterns("tiny", "runs")
+    )
     fake = tmp_path / "fake" / "venv.py"
     fake.parent.mkdir()
     (fake.parent / "pip.txt").write_text(PIP.format(python=sys.executable))
@@ -198,8 +251,10 @@ shutil.copy({str(fake.parent / "pip.txt")!r}, folder / "bin" / "python")
 
 def start(checkout, *command, cwd=None, **env):
     path = f"{checkout.parent.parent / 'fake'}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    return subprocess.Popen([str(part) for part in command], cwd=cwd or checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={"PATH": path, **env})
+    return subprocess.Popen(
+        [str(part) for part in command], cwd=cwd or checkout, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={"PATH": path, **env}
+    )
 
 
 def ended(process):
@@ -216,13 +271,19 @@ def test_run_installs_what_it_needs_and_test_adds_the_rest_to_the_same_venv(chec
     link = tmp_path / "link.sh"
     link.symlink_to(os.path.relpath(checkout / "run.sh", tmp_path))
     (tmp_path / "a b" / "elsewhere").mkdir()
-    code, said = ended(start(checkout, link, "--seed", "3", cwd=tmp_path / "a b" / "elsewhere", CDPATH="/usr"))
+    code, said = ended(
+        start(checkout, link, "--seed", "3", cwd=tmp_path / "a b" / "elsewhere", CDPATH="/usr")
+    )
     assert code == 1 and said[-1] == f"started {checkout / 'installation/run.py'} --seed 3", said
     assert len(said) == 2 and " are downloaded, about " in said[0]
     given = [a for call in calls(checkout) if "pip" in call for a in call if "==" in a]
-    assert given == install.requirements(["tools"]) and not any(r.startswith(("pytest", "triton", "submitit")) for r in given)
+    assert given == install.requirements(["tools"]) and not any(
+        r.startswith(("pytest", "triton", "submitit")) for r in given
+    )
     code, said = ended(start(checkout, checkout / "test.sh", "-k", "x"))
-    assert said[0].startswith("adding to .venv: submitit==") and said[-1] == "started -m pytest -q -n 2 -k x", said
+    assert (
+        said[0].startswith("adding to .venv: submitit==") and said[-1] == "started -m pytest -q -n 2 -k x"
+    ), said
     code, said = ended(start(checkout, checkout / "test.sh", "--feature", "optim.muon"))
     assert said == ["started -m pytest -q -n 0 --feature optim.muon"]  # a few tests: one process
     code, said = ended(start(checkout, checkout / "run.sh"))
@@ -257,7 +318,9 @@ def test_an_interrupted_installation_starts_anew(number, checkout):
         assert (checkout / ".venv").exists()
         second = start(checkout, checkout / "run.sh")
     else:
-        assert code == 130 and said[1:] == ["interrupted: the installation is not complete and starts anew next time"]
+        assert code == 130 and said[1:] == [
+            "interrupted: the installation is not complete and starts anew next time"
+        ]
     code, said = ended(second)
     assert said[-1].startswith("started "), said
     assert ("half made" in said[0]) == (number == signal.SIGKILL)
@@ -283,8 +346,13 @@ def test_a_mistake_and_a_cry_for_help_need_no_installation(checkout):
     assert not (checkout / ".venv").exists()
 
 
-@pytest.mark.parametrize("python, message", [("exit 127", "here is none"), ("echo 3.9", "python3 is 3.9"), ("echo 3.15", "python3 is 3.15"),
-                                             ("case $* in *ensurepip*) exit 1;; esac; echo 3.12", "lacks the venv module")])
+@pytest.mark.parametrize(
+    "python, message",
+    [
+        ("exit 127", "here is none"), ("echo 3.9", "python3 is 3.9"), ("echo 3.15", "python3 is 3.15"),
+        ("case $* in *ensurepip*) exit 1;; esac; echo 3.12", "lacks the venv module")
+    ],
+)
 def test_a_machine_without_a_fitting_python_is_one_line(python, message, checkout, tmp_path):
     folder = tmp_path / "path"
     folder.mkdir()
@@ -292,11 +360,14 @@ def test_a_machine_without_a_fitting_python_is_one_line(python, message, checkou
         (folder / name).symlink_to(shutil.which(name))
     (folder / "python3").write_text(f"#!/bin/sh\n{python}\n".replace("#!/bin/sh", f"#!{shutil.which('sh')}"))
     (folder / "python3").chmod(0o755)
-    done = subprocess.run([shutil.which("bash"), str(checkout / "run.sh")], capture_output=True, text=True, env={"PATH": str(folder)})
+    done = subprocess.run(
+        [shutil.which("bash"), str(checkout / "run.sh")], capture_output=True, text=True,
+        env={"PATH": str(folder)}
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
 
 
-# ----- run.sh's arguments -------------------------------------------------------------------------------------------
+# ----- run.sh's arguments -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("typed, gpus, made", [
     ([], 0, ["tiny-v1", "--save"]), ([], 2, ["short/head", "--save"]),

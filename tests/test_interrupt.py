@@ -30,7 +30,8 @@ def test_a_second_ctrl_c_raises_at_once_and_python_has_its_handler_back(monkeypa
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), Interrupt(main=False):
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)  # `timeout` and launchers send two: within a second they are one request
+        # `timeout` and launchers send two: within a second they are one request
+        os.kill(os.getpid(), signal.SIGTERM)
         monkeypatch.setattr(interrupt, "AGAIN_S", 0.0)
         os.kill(os.getpid(), signal.SIGINT)
         raise AssertionError("not reached")
@@ -72,11 +73,19 @@ def test_where_nothing_is_half_done_the_first_signal_raises_but_never_within_hol
 
 
 def test_the_first_process_is_told_and_the_others_wait_for_it():
-    """A signal to one process of a run reaches the first one, which writes the log; that one alone decides when to stop."""
-    told = subprocess.Popen([sys.executable, "-c", "import os, signal, time; from common.interrupt import Interrupt\n"
-                             "with Interrupt(main=True) as asked:\n"
-                             "    asked.join([os.getpid(), os.getppid()], os.getpid()); print('ready', flush=True)\n"
-                             "    while not asked.asked: time.sleep(0.01)\n"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    """A signal to one process of a run reaches the first one, which writes the log; that one alone decides
+    when to stop."""
+    told = subprocess.Popen(
+        [
+            sys.executable, "-c", "import os, signal, time; from common.interrupt import Interrupt\n"
+            "with Interrupt(main=True) as asked:\n"
+            "    asked.join([os.getpid(), os.getppid()], os.getpid()); print('ready', flush=True)\n"
+            "    while not asked.asked: time.sleep(0.01)\n"
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert told.stdout.readline() == "ready\n"
     with Interrupt(main=False) as asked:
         asked.join([told.pid, os.getpid()], told.pid)
@@ -86,7 +95,8 @@ def test_the_first_process_is_told_and_the_others_wait_for_it():
 
 
 def test_a_batch_whose_thread_could_not_start_can_still_be_closed(monkeypatch):
-    """Ctrl-C may come while a thread is being started: closing must not then complain of a thread that never ran."""
+    """Ctrl-C may come while a thread is being started: closing must not then complain of a thread that never
+    ran."""
     class Stream:
         def next(self):
             return np.zeros(1)

@@ -1,4 +1,5 @@
-"""Laws of latent attention: the paper's equations, the absorbed form, caches, parameters, Muon, and sampling with it."""
+"""Laws of latent attention: the paper's equations, the absorbed form, caches, parameters, Muon, and sampling
+with it."""
 
 import itertools
 import math
@@ -25,7 +26,8 @@ from common.errors import UserError
 BOS = 1256
 # no two widths equal
 ODD = ["model.attn.num_heads=3", "model.attn.latent={kv = 24, still = 10, turning = 4, value = 7}"]
-ONTO = {"with_": ["model.attn.latent={kv = 256, still = 96, turning = 32, value = 128}"]}  # a record without latents
+# a record without latents
+ONTO = {"with_": ["model.attn.latent={kv = 256, still = 96, turning = 32, value = 128}"]}
 ONTO_33 = {**ONTO, "without": ["model.attn.rope.half", "model.attn.value_embed"]}
 ORDERS = [None, "before_rope", "after_rope"]
 
@@ -35,17 +37,23 @@ def settings(ref, *sets, precision="float64", scale="micro", **changes):
 
 
 def build(ref, *sets, **changes):
-    """A small float64 model whose parameters are all random and non-zero, so that no term hides behind a zero."""
+    """A small float64 model whose parameters are all random and non-zero, so that no term hides behind a
+    zero."""
     model = GPT(settings(ref, *sets, **changes))
     model.initialise(0)
     for name, p in sorted(model.named_parameters()):
-        p.data += 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype)
+        p.data += 0.3 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=p.dtype
+        )
     return model
 
 
 def qk_norm(order):
     """Changes that give this order of QK norm and rotation."""
-    return {"without": ["model.attn.qk_norm"]} if order is None else {"with_": [f'model.attn.qk_norm.order="{order}"']}
+    return (
+        {"without": ["model.attn.qk_norm"]} if order is None
+        else {"with_": [f'model.attn.qk_norm.order="{order}"']}
+    )
 
 
 def tokens(rows=2, length=24, seed=1):
@@ -90,7 +98,10 @@ def by_the_paper(attn, s, x, scale):
         for i in range(heads):
             w_q = attn.q.view(heads, -1, len(from_))[i]
             q = placed((w_q @ from_)[:dims.still], (w_q @ from_)[dims.still:], t)
-            w_uk, w_uv = attn.k_up.view(heads, dims.still, dims.kv)[i], attn.v_up.view(heads, dims.value, dims.kv)[i]
+            w_uk, w_uv = (
+                attn.k_up.view(heads, dims.still, dims.kv)[i],
+                attn.v_up.view(heads, dims.value, dims.kv)[i],
+            )
             keys = [placed(w_uk @ c[j], attn.k_turning @ x[j], j) for j in range(t + 1)]
             p = torch.stack([q @ k * scale for k in keys]).softmax(0)
             o = sum(p[j] * (w_uv @ c[j]) for j in range(t + 1))
@@ -109,7 +120,9 @@ def test_the_module_equals_the_papers_equations(order, query, gate, scale):
     attn, x = model.blocks[1].attn, noise(2, 9, 48)
     with torch.no_grad():
         y = attn(x, model.rotaries[0], None, AttnMeta(None, scale))
-        expected = torch.stack([by_the_paper(attn, model.settings, row, scale or 1 / math.sqrt(14)) for row in x])
+        expected = torch.stack(
+            [by_the_paper(attn, model.settings, row, scale or 1 / math.sqrt(14)) for row in x]
+        )
     assert (attn.q_down is not None, attn.gate is not None) == (bool(query), gate)
     assert y.abs().max() > 0.1 and (y - expected).abs().max() < 1e-12
 
@@ -123,18 +136,23 @@ def test_shifting_all_positions_changes_nothing_and_the_distances_matter(order, 
     def run(rotary):
         cache = [None] * (3 if absorbed else 2)
         parts = [attn(x[:, :3], rotary, None, AttnMeta(None, None), cache)]
-        return torch.cat(parts + [attn(x[:, t:t + 1], rotary, None, AttnMeta(None, None), cache) for t in range(3, 8)], dim=1)
+        return torch.cat(
+            parts + [attn(x[:, t : t + 1], rotary, None, AttnMeta(None, None), cache) for t in range(3, 8)],
+            dim=1,
+        )
 
     with torch.no_grad():
         here, there = run(model.rotaries[0]), run(lambda y, at: model.rotaries[0](y, at + 11))
-        wider = run(lambda y, at: model.rotaries[0](y.repeat_interleave(2, dim=1), 2 * at)[:, ::2])  # every distance doubled
+        # every distance doubled
+        wider = run(lambda y, at: model.rotaries[0](y.repeat_interleave(2, dim=1), 2 * at)[:, ::2])
     assert (here - there).abs().max() < 1e-12 < 1e-3 < (here - wider).abs().max()
 
 
 # ----- the absorbed form
 
 def decoded(model, x, absorbed, windows, prompt=5):
-    """(logits of each token given those before it, the first `prompt` at once and the others through a cache; the cache)."""
+    """(logits of each token given those before it, the first `prompt` at once and the others through a cache;
+    the cache)."""
     cache = model.new_cache(absorbed)
     parts = [model(x[:, :prompt], context=model.context(x[:, :prompt], BOS, windows), cache=cache)]
     for t in range(prompt, x.size(1)):
@@ -152,9 +170,14 @@ DECODING = {
     "own softmax scale": ("variants/6", ["model.attn.scale=0.9"], {}),
     "documents and a window of tokens": ("variants/5", [*ODD, *WINDOW], {}),
     "documents and a window of blocks": (
-        "variants/5", [*ODD, "model.attn.documents=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'], {}),
+        "variants/5",
+        [*ODD, "model.attn.documents=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'], {}
+    ),
     "record 33: gate, scale, YaRN, skips, windows by layer": (
-        "short/33", ["model.attn.window.block=2", "model.attn.window.stages=[3]", "model.attn.window.final=5"], ONTO_33)}
+        "short/33",
+        ["model.attn.window.block=2", "model.attn.window.stages=[3]", "model.attn.window.final=5"], ONTO_33
+    ),
+}
 
 
 @pytest.mark.parametrize("case", DECODING)
@@ -176,7 +199,9 @@ def test_absorbed_and_naive_decoding_equal_the_whole_forward(case):
 def test_the_windows_and_documents_of_that_test_hide_something():
     on, off = (build("variants/5", *ODD, *extra).eval() for extra in (WINDOW, []))
     x = tokens()
-    assert not torch.allclose(on(x, context=on.context(x, BOS, schedule.windows(on.settings, 0)))[:, 7:], off(x)[:, 7:])
+    assert not torch.allclose(
+        on(x, context=on.context(x, BOS, schedule.windows(on.settings, 0)))[:, 7:], off(x)[:, 7:]
+    )
     x[:, 3] = BOS
     y = x.clone()
     y[:, 0] += 1
@@ -186,7 +211,8 @@ def test_the_windows_and_documents_of_that_test_hide_something():
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_decoding_from_a_16_bit_cache_of_a_long_context_is_only_rounded_at_the_end(order):
-    """Against the same operands in float64; logits and weights of bfloat16, as plain products have, lose several times more."""
+    """Against the same operands in float64; logits and weights of bfloat16, as plain products have, lose
+    several times more."""
     attn = build("variants/5", **qk_norm(order)).blocks[0].attn
     for p in attn.parameters():
         p.data = p.data.to(torch.bfloat16).double()
@@ -205,18 +231,25 @@ def test_decoding_from_a_16_bit_cache_of_a_long_context_is_only_rounded_at_the_e
     logits = logits if inverse is None else logits * inverse.mT
     plain = (logits * 2.0).softmax(-1).to(c.dtype) @ c
     plain = torch.einsum("rhc,hvc->rhv", plain, attn.v_up.bfloat16().unflatten(0, (heads, -1)))[:, None]
-    rounding, ours, theirs = ((y.double() - exact).square().mean().sqrt() for y in (exact.bfloat16(), found, plain))
+    rounding, ours, theirs = (
+        (y.double() - exact).square().mean().sqrt() for y in (exact.bfloat16(), found, plain)
+    )
     assert ours < 1.1 * rounding and 3 * ours < theirs
 
 
-@pytest.mark.parametrize("ref, changes", [("variants/5", {}), ("variants/7", {}), ("variants/6", qk_norm(None)),
-                                          ("short/33", ONTO_33)])
+@pytest.mark.parametrize(
+    "ref, changes",
+    [("variants/5", {}), ("variants/7", {}), ("variants/6", qk_norm(None)), ("short/33", ONTO_33)],
+)
 def test_causality_nothing_before_a_changed_token_moves(ref, changes):
     model, x = build(ref, **changes), tokens()
     y = x.clone()
     y[0, 13] = (y[0, 13] + 1) % 1256
     a, b = (model(z, context=model.context(z, BOS, schedule.windows(model.settings, 0))) for z in (x, y))
-    assert torch.equal(a[0, :13], b[0, :13]) and not torch.allclose(a[0, 13:], b[0, 13:]) and torch.equal(a[1], b[1])
+    assert (
+        torch.equal(a[0, :13], b[0, :13]) and not torch.allclose(a[0, 13:], b[0, 13:])
+        and torch.equal(a[1], b[1])
+    )
 
 
 # kv + turning, heads, dense
@@ -247,7 +280,9 @@ def by_loops(q, k, v, documents, window, scale):
     out = []
     for row in range(len(q)):
         for i, head in itertools.product(range(q.size(1)), range(q.size(2))):
-            seen = [j for j in range(i + 1) if documents[row, j] == documents[row, i] and visible(i, j, window)]
+            seen = [
+                j for j in range(i + 1) if documents[row, j] == documents[row, i] and visible(i, j, window)
+            ]
             p = (k[row, seen, head] @ q[row, i, head] * scale).softmax(0)
             out.append(p @ v[row, seen, head])
     return torch.stack(out).view(*q.shape[:3], -1)
@@ -259,11 +294,18 @@ def by_loops(q, k, v, documents, window, scale):
 def test_value_widths_unlike_query_widths_on_every_cpu_backend(backend, window, heads, width, value):
     tokens = 20 if heads == 12 else 75
     documents = (torch.rand(2, tokens, generator=torch.Generator().manual_seed(0)) < 1 / 12).long().cumsum(1)
-    inputs = [noise(2, tokens, heads, n, seed=i).requires_grad_() for i, n in enumerate((width, width, value))]
+    inputs = [
+        noise(2, tokens, heads, n, seed=i).requires_grad_() for i, n in enumerate((width, width, value))
+    ]
     scale, seed = 1 / math.sqrt(width), noise(2, tokens, heads, value, seed=9)
-    y, expected = attend(*inputs, view(documents, window, backend)), by_loops(*inputs, documents, window, scale)
+    y, expected = (
+        attend(*inputs, view(documents, window, backend)),
+        by_loops(*inputs, documents, window, scale),
+    )
     assert y.shape == (2, tokens, heads, value) and (y - expected).abs().max() < 1e-12
-    for ours, theirs in zip(torch.autograd.grad(y, inputs, seed), torch.autograd.grad(expected, inputs, seed)):
+    for ours, theirs in zip(
+        torch.autograd.grad(y, inputs, seed), torch.autograd.grad(expected, inputs, seed)
+    ):
         assert (ours - theirs).abs().max() < 1e-11
     newest = attend_cached(inputs[0][:, -1:], *inputs[1:], documents, window)
     assert (newest - expected[:, -1:]).abs().max() < 1e-12
@@ -298,7 +340,9 @@ def test_parameters_of_a_layer_by_formula(ref):
     with torch.device("meta"):
         assert sum(p.numel() for p in LatentAttention(s, layer_specs(s)[0].attn).parameters()) == expected
     assert f"{expected / 1e6:.2f}" == TABLE[ref]
-    assert count_parameters(s) == count_parameters(settings("short/8", scale="full")) - 12 * (4 * d * d - expected)
+    assert count_parameters(s) == count_parameters(settings("short/8", scale="full")) - 12 * (
+        4 * d * d - expected
+    )
 
 
 @pytest.mark.parametrize("ref", ["variants/6", "variants/7"])
@@ -367,10 +411,17 @@ BAD = [
     (["model.bias=true"], {}, "model.attn.latent has no bias vectors: set model.bias=false"),
     ([], {"without": ["model.attn.rope"]}, "it needs model.attn.rope"),
     (["model.attn.rope.half=true"], {}, "add --without model.attn.rope.half"),
-    (["model.attn.latent.turning=3"], {}, "turns pairs and gets 3 channels of a head: change model.attn.latent.turning"),
+    (
+        ["model.attn.latent.turning=3"], {},
+        "turns pairs and gets 3 channels of a head: change model.attn.latent.turning"
+    ),
     (["model.attn.latent.kv=0"], {}, "model.attn.latent.kv = 0: must be at least 1"),
     (["model.attn.latent.query=0"], {}, "model.attn.latent.query = 0: must be at least 1"),
-    (["model.attn.latent.value=7", f"model.attn.value_embed={{tables = {[0] * 12}}}"], {}, "change model.attn.latent.value")]
+    (
+        ["model.attn.latent.value=7", f"model.attn.value_embed={{tables = {[0] * 12}}}"], {},
+        "change model.attn.latent.value"
+    ),
+]
 
 
 @pytest.mark.feature("model.attn.latent")
@@ -386,7 +437,9 @@ def test_settings_that_do_not_go_with_latents_are_one_clear_line(sets, changes, 
 def checkpoint(folder, ref, *sets, **changes):
     model = build(ref, *sets, **changes)
     path = folder / "checkpoint.pt"
-    torch.save({"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path)
+    torch.save(
+        {"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path
+    )
     return str(path)
 
 
@@ -401,9 +454,20 @@ LATENT, DENSE = 12 * (24 + 4 + 3) * 8, 12 * 3 * (14 + 7) * 8  # layers, numbers,
 HEADER = "cache     tokens/s  bytes/token"
 
 
-@pytest.mark.parametrize("choice, lines", [
-    ("auto", [f"latent        19.0{LATENT:>13,}", f"dense         19.0{DENSE:>13,}", "both caches give the same tokens"]),
-    ("latent", [f"latent        19.0{LATENT:>13,}"]), ("dense", [f"dense         19.0{DENSE:>13,}"])])
+@pytest.mark.parametrize(
+    "choice, lines",
+    [
+        (
+            "auto",
+            [
+                f"latent        19.0{LATENT:>13,}", f"dense         19.0{DENSE:>13,}",
+                "both caches give the same tokens"
+            ],
+        ),
+        ("latent", [f"latent        19.0{LATENT:>13,}"]),
+        ("dense", [f"dense         19.0{DENSE:>13,}"]),
+    ],
+)
 def test_sampling_prints_the_text_and_what_each_cache_costs(choice, lines, tmp_path, capsys, clock):
     """76 tokens in four seconds; more tokens than validation.seq_len, so that the cache is refilled."""
     path = checkpoint(tmp_path, "variants/5", *ODD)
@@ -415,7 +479,9 @@ def test_sampling_prints_the_text_and_what_each_cache_costs(choice, lines, tmp_p
 
 
 @pytest.mark.parametrize("ref, changes, reason", [("short/11", ONTO, True), ("short/8", {}, False)])
-def test_sampling_without_a_latent_cache_prints_the_dense_line_and_why(ref, changes, reason, tmp_path, capsys, clock):
+def test_sampling_without_a_latent_cache_prints_the_dense_line_and_why(
+    ref, changes, reason, tmp_path, capsys, clock
+):
     path = checkpoint(tmp_path, ref, **changes)
     sample.main([path, "--tokens", "8"])
     header, dense, *rest = capsys.readouterr().err.splitlines()

@@ -1,4 +1,5 @@
-"""Laws of the parts in layers/: specifications by layer, residual terms, weighted targets, and what imports what."""
+"""Laws of the parts in layers/: specifications by layer, residual terms, weighted targets, and what imports
+what."""
 
 import ast
 import dataclasses
@@ -53,19 +54,29 @@ def test_the_specifications_say_what_the_lists_of_the_settings_say():
     specs, a = layer_specs(s), s.model.attn
     assert [i for i, spec in enumerate(specs) if spec.attn is None] == list(a.drop_layers)
     assert [i for i, spec in enumerate(specs) if spec.mlp is None] == list(s.model.mlp.drop_layers)
-    assert {i for i, spec in enumerate(specs) if spec.attn and spec.attn.window == "long"} == {*a.window.long_layers} - {7}
-    assert specs[1].attn == AttnSpec(heads=6, qk=128, v=128, rotary=128, window="short", gate=12, value_table=1)
+    assert {i for i, spec in enumerate(specs) if spec.attn and spec.attn.window == "long"} == {
+        *a.window.long_layers
+    } - {7}
+    assert specs[1].attn == AttnSpec(
+        heads=6, qk=128, v=128, rotary=128, window="short", gate=12, value_table=1
+    )
     routed = layer_specs(deltas.resolve("variants/4").settings)
-    assert routed[0] == LayerSpec(routed[0].attn, 3072, False) and routed[1] == LayerSpec(routed[0].attn, None, True)
+    assert routed[0] == LayerSpec(routed[0].attn, 3072, False) and routed[1] == LayerSpec(
+        routed[0].attn, None, True
+    )
 
 
 @pytest.mark.parametrize("ref", ["short/11", "short/33"])
 def test_layers_may_have_different_numbers_of_heads(ref):
-    """Forward and backward with 6 heads of 8 channels and 3 heads of 16, in turn; each width has its rotary tables."""
+    """Forward and backward with 6 heads of 8 channels and 3 heads of 16, in turn; each width has its rotary
+    tables."""
     plain = built(ref)
     narrow = plain.specs
     wide = [spec.attn and dataclasses.replace(spec.attn, heads=3, qk=16, v=16, rotary=16) for spec in narrow]
-    mixed = tuple(dataclasses.replace(spec, attn=attn) if i % 2 else spec for i, (spec, attn) in enumerate(zip(narrow, wide)))
+    mixed = tuple(
+        dataclasses.replace(spec, attn=attn) if i % 2 else spec
+        for i, (spec, attn) in enumerate(zip(narrow, wide))
+    )
     model, x = built(ref, specs=mixed), text()
     assert sorted(rotary.width for rotary in model.rotaries) == [8, 16]
     losses = losses_of(model, x)
@@ -78,12 +89,15 @@ def test_layers_may_have_different_numbers_of_heads(ref):
 # ----- residual terms
 
 def test_a_skip_and_a_backout_are_terms_of_their_own():
-    """The stream after layer 3 comes back before layer 6, and part of the stream after layer 7 leaves at the end."""
+    """The stream after layer 3 comes back before layer 6, and part of the stream after layer 7 leaves at the
+    end."""
     x = text()
     plain, model = built("short/9"), built("short/9")
     model.residual.skip_weight = Learned(1, 0.0, "float64", sigmoid=False, label="skip_weights")
     model.residual.backout = Learned(1, 0.0, "float64", sigmoid=False, label="skip_weights")
-    model.residual.add(Term("skip", 6, "saved.3", Entry("skip_weight", 0)), Term("out", 12, "saved.7", Entry("backout", 0)))
+    model.residual.add(
+        Term("skip", 6, "saved.3", Entry("skip_weight", 0)), Term("out", 12, "saved.7", Entry("backout", 0))
+    )
     weights = [model.residual.skip_weight.value, model.residual.backout.value]
     for skip, backout in ((0.0, 0.0), (0.3, 0.0), (0.0, -0.5), (0.3, -0.5)):
         for weight, value in zip(weights, (skip, backout)):
@@ -103,7 +117,9 @@ def by_hand(model, x, skip, backout):
         stream = stream + skip * after[3] if i == 6 else stream
         stream = a[i] * stream + b[i] * x0
         meta = AttnMeta(None, None) if context is None else context.layers[i]
-        stream = stream + block.attn(block.attn_norm(stream), block.rotary, functools.partial(values, i), meta)
+        stream = stream + block.attn(
+            block.attn_norm(stream), block.rotary, functools.partial(values, i), meta
+        )
         stream = stream + block.mlp(block.mlp_norm(stream))
         after[i] = stream
     return model.head.losses(model.norm(stream + backout * after[7]), model.embed.table, x.roll(-1, 1))
@@ -131,7 +147,8 @@ def test_terms_that_are_absent_or_constant_zero_are_not_computed():
 
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_weighted_targets_are_the_weighted_sum_of_their_cross_entropies(as_tensor):
-    """Two targets of each token, against plain cross entropies of the logits, values and gradients; the last token has one."""
+    """Two targets of each token, against plain cross entropies of the logits, values and gradients; the last
+    token has one."""
     weights = torch.tensor([0.75, 0.5], dtype=torch.float64) if as_tensor else (0.75, 0.5)
     model, x = built("short/11"), text()
     losses = losses_of(model, x, target_weights=weights)
@@ -165,4 +182,6 @@ def test_parts_import_nothing_above_them_and_specifications_no_torch():
     above = ("model", "optim", "train_gpt", "system", "sample", "records", "evidence", "sweeps", "page")
     for path in (ROOT / "layers").glob("*.py"):
         assert not [name for name in imports(path) if name.split(".")[0] in above], path
-    assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {"dataclasses", "typing", "settings"}
+    assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {
+        "dataclasses", "typing", "settings"
+    }

@@ -1,4 +1,5 @@
-"""Laws of the generated pages: same data in, same bytes out; what is said is what the data gives; nothing is hidden."""
+"""Laws of the generated pages: same data in, same bytes out; what is said is what the data gives; nothing is
+hidden."""
 
 import dataclasses
 import json
@@ -26,27 +27,38 @@ VOID = {"meta", "link", "input", "br", "col", "wbr", "img", "hr"}
 SHAPES = {"line", "circle", "path", "rect"}
 
 
-# ----- sweeps made up for these tests -------------------------------------------------------------------------------
+# ----- sweeps made up for these tests -----------------------------------------------------------------------
 
 def arm(label, changes, losses, effect, record=None, note="", **more):
-    name, about = record or "short/11", statistics.describe(losses) if losses else {"n": 0, "mean": None, "sd": None}
+    name, about = (
+        record or "short/11",
+        statistics.describe(losses) if losses else {"n": 0, "mean": None, "sd": None},
+    )
     digest = facts.expected_hash(name, "tiny", changes)
     runs = [{"seed": i, "val_loss": x, "train_time_ms": 1000.0 + i, "ml_hash": digest, "last_hash": "ab"}
             for i, x in enumerate(losses)]
     row = {k: (effect or {}).get(k) for k in ("effect", "low", "high", "p")}
-    return {"arm": label, "changes": changes, "record": record, **{k: about[k] for k in ("n", "mean", "sd")}, **row,
-            "resolved": bool(effect and effect["resolved"]), "note": note, "runs": runs, **more}
+    return {
+        "arm": label, "changes": changes, "record": record, **{k: about[k] for k in ("n", "mean", "sd")},
+        **row, "resolved": bool(effect and effect["resolved"]), "note": note, "runs": runs, **more
+    }
 
 
 def sweep(name, kind, base, control, rows, **more):
-    return {"version": 1, "kind": kind, "name": name, "base": base, "scale": "tiny", "confidence": 0.95, "method": "dunnett",
-            "pooled_sd": 0.004, "df": 12, "mde": 0.01, "hardware": "CPU, 1 process, 2 threads", "cpu": "Test CPU",
-            "torch": "2.13.0", "code": ["0" * 40], "control": control, "rows": rows, **more}
+    return {
+        "version": 1, "kind": kind, "name": name, "base": base, "scale": "tiny", "confidence": 0.95,
+        "method": "dunnett", "pooled_sd": 0.004, "df": 12, "mde": 0.01,
+        "hardware": "CPU, 1 process, 2 threads", "cpu": "Test CPU", "torch": "2.13.0", "code": ["0" * 40],
+        "control": control, "rows": rows, **more
+    }
 
 
-ABLATED = {"optim.muon": 4.60, "model.head.softcap": 4.061, "model.residual.unet_skips": 4.02, "model.residual.x0_mix": 4.08,
-           "model.attn.value_residual": 4.09, "optim.muon.momentum_warmup": 4.075}
-BRANCHES = {"variants/1": 4.25, "variants/2": 4.263, "variants/3": 4.31}  # of short/8: better, unresolved, worse
+ABLATED = {
+    "optim.muon": 4.60, "model.head.softcap": 4.061, "model.residual.unet_skips": 4.02,
+    "model.residual.x0_mix": 4.08, "model.attn.value_residual": 4.09, "optim.muon.momentum_warmup": 4.075
+}
+# of short/8: better, unresolved, worse
+BRANCHES = {"variants/1": 4.25, "variants/2": 4.263, "variants/3": 4.31}
 CHAINED = {"short/8": 4.26, "short/9": 4.27, "short/10": 4.265, "short/11": 4.06}
 
 
@@ -56,16 +68,24 @@ def spread(mean):
 
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory):
-    """A folder with an ablation of record 11, a chain 8..11, three variants, and one arm that does nothing at this scale."""
+    """A folder with an ablation of record 11, a chain 8..11, three variants, and one arm that does nothing at
+    this scale."""
     folder = tmp_path_factory.mktemp("evidence")
-    analysis = statistics.against_control(spread(4.06), {p: spread(x) for p, x in (ABLATED | {"all": 4.7}).items()})
+    analysis = statistics.against_control(
+        spread(4.06), {p: spread(x) for p, x in (ABLATED | {"all": 4.7}).items()}
+    )
     found = analysis["rows"]
     rows = [arm(f"--without {p}", [f"--without {p}"], spread(x), found[p]) for p, x in ABLATED.items()]
-    inert, both = ["--without model.attn.qk_norm.order"], ["--without optim.muon", "--without model.head.softcap"]
+    inert, both = (
+        ["--without model.attn.qk_norm.order"],
+        ["--without optim.muon", "--without model.head.softcap"],
+    )
     rows.append(arm(inert[0], inert, [], None, note="inert <here>"))
     rows.append(arm("--without all", both, spread(4.7), found["all"]))
     control, pooled = arm("short/11", [], spread(4.06), None), {k: analysis[k] for k in ("pooled_sd", "df")}
-    (folder / "ablate.json").write_text(json.dumps(sweep("ablate", "ablate", "short/11", control, rows, **pooled)))
+    (folder / "ablate.json").write_text(
+        json.dumps(sweep("ablate", "ablate", "short/11", control, rows, **pooled))
+    )
     pairs = list(zip(list(CHAINED)[1:], CHAINED))
     analysis = statistics.successive({r: spread(x) for r, x in CHAINED.items()}, pairs)
     found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
@@ -92,7 +112,8 @@ def page(site):
 
 
 class Reader(HTMLParser):
-    """Checks that tags close in order, and keeps attributes, ids, and the cells of table rows by their first cell."""
+    """Checks that tags close in order, and keeps attributes, ids, and the cells of table rows by their first
+    cell."""
 
     def __init__(self, text):
         super().__init__()
@@ -103,7 +124,9 @@ class Reader(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.loads += [attributes[k] for k in ("src", "srcset", "data", "poster", "action") if k in attributes]
+        self.loads += [
+            attributes[k] for k in ("src", "srcset", "data", "poster", "action") if k in attributes
+        ]
         self.loads += [attributes["href"]] if "href" in attributes and tag != "a" else []
         self.links += [attributes["href"]] if "href" in attributes and tag == "a" else []
         self.ids += [attributes["id"]] if "id" in attributes else []
@@ -134,17 +157,26 @@ class Reader(HTMLParser):
 def row_of(page, code):
     """The worth row of a path or record: its cells as text."""
     first = re.search(r'<div class="panel".*?<details>', page, re.S).group()
-    return next(r["cells"] for r in Reader(first.removesuffix("<details>") + "</div>").rows if code in r["cells"][0])
+    return next(
+        r["cells"] for r in Reader(first.removesuffix("<details>") + "</div>").rows if code in r["cells"][0]
+    )
 
 
-# ----- generating ---------------------------------------------------------------------------------------------------
+# ----- generating -------------------------------------------------------------------------------------------
 
 def test_two_builds_give_the_same_bytes(evidence):
     """Also in another process with another order of hashes."""
-    script = ("from pathlib import Path; from page import leaderboard; import hashlib, json; "
-              f"print(hashlib.sha256(json.dumps(leaderboard.build(Path({str(evidence)!r}))).encode()).hexdigest())")
-    digests = [subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
-                              env={"PYTHONHASHSEED": seed, "PATH": ""}).stdout for seed in ("1", "2")]
+    script = (
+        "from pathlib import Path; from page import leaderboard; import hashlib, json; "
+        f"print(hashlib.sha256(json.dumps(leaderboard.build(Path({str(evidence)!r}))).encode()).hexdigest())"
+    )
+    digests = [
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
+            env={"PYTHONHASHSEED": seed, "PATH": ""}
+        ).stdout
+        for seed in ("1", "2")
+    ]
     assert digests[0] == digests[1] and len(digests[0]) > 60
     assert leaderboard.build(evidence) == leaderboard.build(evidence)
 
@@ -168,7 +200,7 @@ def test_an_unwritable_place_is_one_clear_line(tmp_path):
         leaderboard.settle({"site/index.html": "x"}, tmp_path)
 
 
-# ----- the page -----------------------------------------------------------------------------------------------------
+# ----- the page ---------------------------------------------------------------------------------------------
 
 def test_the_page_is_small_and_loads_nothing(page):
     assert len(page.encode()) < 1_500_000
@@ -176,8 +208,12 @@ def test_the_page_is_small_and_loads_nothing(page):
     assert reader.loads == ["data:,"]  # the empty icon
     assert not re.search(r"url\((?!#)|@import|fetch\(|XMLHttpRequest|import\(|WebSocket|sendBeacon", page)
     assert all(link.startswith(("#", "../", "https://")) for link in reader.links)
-    for link in reader.links:  # repository files that the page points to exist, apart from this test's own evidence
-        assert not link.startswith("../") or link.startswith("../evidence/results/") or (ROOT / "site" / link).exists(), link
+    # repository files that the page points to exist, apart from this test's own evidence
+    for link in reader.links:
+        assert (
+            not link.startswith("../") or link.startswith("../evidence/results/")
+            or (ROOT / "site" / link).exists()
+        ), link
 
 
 def test_the_page_is_well_formed_with_unique_ids_and_whole_anchors(page, site):
@@ -206,7 +242,10 @@ def test_numbers_in_the_worth_table_are_those_of_the_sweeps(page, site):
     for row in ablation["rows"][:len(ABLATED)]:
         today = row_of(page, row["changes"][0].split()[1])[2]
         if row["resolved"]:
-            assert tags.number(row["effect"], sign=True) in today and tags.interval(row["low"], row["high"]) in today
+            assert (
+                tags.number(row["effect"], sign=True) in today
+                and tags.interval(row["low"], row["high"]) in today
+            )
         else:
             assert f"unresolved (±{(row['high'] - row['low']) / 2:.4f})" in today
     for row in chain["rows"]:  # in a chain a negative effect helps
@@ -220,7 +259,9 @@ def test_what_is_unresolved_has_no_rank_and_what_hurts_is_shown(page, site):
     rows = facts.techniques(site, "tiny")
     resolved = [r for r in rows if r["today"] and r["today"]["resolved"] and r["key"][0] != "arm"]
     ranks = facts.ranked(rows, "today")
-    assert sorted(ranks.values()) == list(range(1, len(resolved) + 1)) and set(ranks) == {r["key"] for r in resolved}
+    assert sorted(ranks.values()) == list(range(1, len(resolved) + 1)) and set(ranks) == {
+        r["key"] for r in resolved
+    }
     worth = [r["today"]["worth"] for r in sorted(resolved, key=lambda r: ranks[r["key"]])]
     assert worth == sorted(worth, reverse=True) and len(worth) >= 4
     panel = re.search(r'<div class="panel".*?</div><details>', page, re.S).group()
@@ -229,13 +270,18 @@ def test_what_is_unresolved_has_no_rank_and_what_hurts_is_shown(page, site):
     for group in ("unresolved", "several", "none"):
         assert groups[group] and 'class="rank"' not in groups[group]
     assert "hurts" in row_of(page, "model.residual.unet_skips")[2]
-    assert "no figure" in row_of(page, "qk_norm.order")[2] and "inert <here>" in row_of(page, "qk_norm.order")[2]
+    assert (
+        "no figure" in row_of(page, "qk_norm.order")[2] and "inert <here>" in row_of(page, "qk_norm.order")[2]
+    )
 
 
 def test_missing_evidence_is_said_plainly(tmp_path):
     text = sections.page(facts.gather(tmp_path))
-    for sentence in ("No sweep is committed yet, so nothing here was measured", "nothing to compare with published effects",
-                     "No verdicts are committed yet", "No published time has been reproduced"):
+    for sentence in (
+        "No sweep is committed yet, so nothing here was measured",
+        "nothing to compare with published effects", "No verdicts are committed yet",
+        "No published time has been reproduced"
+    ):
         assert sentence in text
     assert 'class="rank"' not in text
 
@@ -246,13 +292,17 @@ def test_a_sweep_whose_settings_changed_is_marked_stale(evidence, tmp_path):
         run["ml_hash"] = "0" * 16
     (tmp_path / "ablate.json").write_text(json.dumps(changed))
     text = sections.page(facts.gather(tmp_path))
-    assert "stale" in row_of(text, "optim.muon")[2] and "stale" not in row_of(text, "model.residual.x0_mix")[2]
+    assert (
+        "stale" in row_of(text, "optim.muon")[2] and "stale" not in row_of(text, "model.residual.x0_mix")[2]
+    )
 
 
 def test_today_prefers_the_newest_base_and_common_changes_count_in_the_hash(evidence, tmp_path):
     old = json.loads((evidence / "ablate.json").read_text())
     old |= {"name": "zzz_old", "base": "short/9", "common": ["--set schedule.steps=20"]}
-    old["rows"] = [r for r in old["rows"] if r["arm"] in ("--without optim.muon", "--without model.head.softcap")]
+    old["rows"] = [
+        r for r in old["rows"] if r["arm"] in ("--without optim.muon", "--without model.head.softcap")
+    ]
     losses = [[r["val_loss"] for r in row["runs"]] for row in (old["control"], *old["rows"])]
     found = statistics.against_control(losses[0], dict(enumerate(losses[1:])))
     old |= {k: found[k] for k in ("pooled_sd", "df")}
@@ -264,7 +314,9 @@ def test_today_prefers_the_newest_base_and_common_changes_count_in_the_hash(evid
     for name, content in (("a", old), ("b", json.loads((evidence / "ablate.json").read_text()))):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     site = facts.gather(tmp_path)
-    assert site["sweeps"][0]["rows"][0]["current"] is True and site["sweeps"][0]["rows"][1]["current"] is False
+    assert (
+        site["sweeps"][0]["rows"][0]["current"] is True and site["sweeps"][0]["rows"][1]["current"] is False
+    )
     assert facts.today_at(site, "tiny")["path", "optim.muon"]["base"] == "short/11"
 
 
@@ -282,7 +334,8 @@ def test_colours_have_contrast_in_both_themes():
         return 0.2126 * r + 0.7152 * g + 0.0722 * b
 
     blocks = re.findall(r"color-scheme: (?:light|dark);(.*?)}", (ROOT / "page/style.css").read_text(), re.S)
-    assert len(blocks) == 3 and re.sub(r"\s+", "", blocks[1]) == re.sub(r"\s+", "", blocks[2])  # dark is written twice
+    # dark is written twice
+    assert len(blocks) == 3 and re.sub(r"\s+", "", blocks[1]) == re.sub(r"\s+", "", blocks[2])
     for block in blocks:
         colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
         for name in ("ink", "soft", "accent", "helps", "hurts", "grey", "warn"):
@@ -291,14 +344,15 @@ def test_colours_have_contrast_in_both_themes():
                 assert (light + 0.05) / (dark + 0.05) >= 4.5, (name, ground)
 
 
-# ----- variants -----------------------------------------------------------------------------------------------------
+# ----- variants ---------------------------------------------------------------------------------------------
 
 def section_of(page, name):
     return re.search(rf'<section id="{name}".*?</section>', page, re.S).group()
 
 
 def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
-    """No place in history, worth table, prediction or the records' table of the index; one in a part of their own."""
+    """No place in history, worth table, prediction or the records' table of the index; one in a part of their
+    own."""
     assert not any(facts.is_variant(h["ref"]) for h in site["history"])
     assert facts.head(site) == "short/33" and facts.scales_measured({**site, "sweeps": [
         s for s in site["sweeps"] if s["base"] == "variants"]}) == []
@@ -307,10 +361,15 @@ def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
     index = leaderboard.build()["records/README.md"].split("\n## Variants\n")
     lineage = leaderboard.build()["LINEAGE.md"].split("\n## Variants\n")
     for ref, record in facts.variants_of(site).items():
-        assert ref not in index[0] + lineage[0] and f"| {ref} | {record.parent} | {record.title} |" in index[1]
+        assert (
+            ref not in index[0] + lineage[0] and f"| {ref} | {record.parent} | {record.title} |" in index[1]
+        )
         assert f"### {ref}: {record.title}\n" in lineage[1] and "Published: nothing" not in lineage[1]
         cells = next(r["cells"] for r in Reader(section_of(page, "variants")).rows if r["cells"][0] == ref)
-        assert cells[1] == record.parent and record.title in cells[2] and all(path in cells[3] for path in record.delta)
+        assert (
+            cells[1] == record.parent and record.title in cells[2]
+            and all(path in cells[3] for path in record.delta)
+        )
 
 
 def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
@@ -320,12 +379,16 @@ def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
     rows = {r["cells"][0]: r["cells"] for r in Reader(section_of(page, "variants")).rows}
     for row in made["rows"]:
         cell = rows[row["arm"]][4]
-        assert tags.number(row["effect"], sign=True) in cell and tags.interval(row["low"], row["high"]) in cell
+        assert (
+            tags.number(row["effect"], sign=True) in cell and tags.interval(row["low"], row["high"]) in cell
+        )
         assert ("unresolved" in cell) != row["resolved"] and "n 4 against 4" in cell
         line = next(x for x in index.splitlines() if x.startswith(f"| {row['arm']} |"))
         half = (row["high"] - row["low"]) / 2
-        assert (f"| {row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], n 4 and 4 |" in line if row["resolved"]
-                else f"| unresolved (+-{half:.4f}), n 4 and 4 |" in line)
+        assert (
+            f"| {row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}], n 4 and 4 |" in line
+            if row["resolved"] else f"| unresolved (+-{half:.4f}), n 4 and 4 |" in line
+        )
         verb = "saves" if row["effect"] <= 0 else "costs"
         part = lineage.split(f"### {row['arm']}: ")[1].split("### ")[0]
         assert f"Measured at tiny: {verb} {abs(row['effect']):.4f} nats against its parent" in part
@@ -337,7 +400,9 @@ def test_variants_that_no_sweep_compared_say_so(tmp_path):
     files = leaderboard.build(tmp_path)
     assert "No sweep of the variants is committed yet" in section_of(files["site/index.html"], "variants")
     assert "No sweep has compared" in files["records/README.md"]
-    assert files["LINEAGE.md"].count("Not compared with its parent yet.") == len(facts.variants_of(facts.gather(tmp_path)))
+    assert files["LINEAGE.md"].count("Not compared with its parent yet.") == len(
+        facts.variants_of(facts.gather(tmp_path))
+    )
 
 
 def test_an_incomplete_sweep_of_variants_is_called_interim(evidence, tmp_path):
@@ -345,10 +410,15 @@ def test_an_incomplete_sweep_of_variants_is_called_interim(evidence, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(made))
     files = leaderboard.build(tmp_path)
     assert "interim, the sweep is incomplete" in section_of(files["site/index.html"], "variants")
-    assert "n 4 and 4, interim |" in files["records/README.md"] and "interim: the sweep is incomplete" in files["LINEAGE.md"]
+    assert (
+        "n 4 and 4, interim |" in files["records/README.md"]
+        and "interim: the sweep is incomplete" in files["LINEAGE.md"]
+    )
 
 
-def test_a_parent_that_a_lineages_sweep_compared_with_an_earlier_one_is_no_variants_and_no_records_worth(site, evidence):
+def test_a_parent_that_a_lineages_sweep_compared_with_an_earlier_one_is_no_variants_and_no_records_worth(
+    site, evidence
+):
     sweeps = [s for s in site["sweeps"] if s["base"] == "variants"]
     other = {**sweeps[0], "rows": [{**sweeps[0]["rows"][0], "arm": "short/11", "record": "short/11"}]}
     for flag in (True, False):
@@ -368,7 +438,10 @@ def test_a_records_worth_is_told_by_the_sweep_with_most_runs_of_it(site):
     outdated = {**chain, "about": "short/33", "rows": old}
     now = facts.added_at(site, "tiny")["short/11"]["worth"]
     assert facts.added_at({**site, "sweeps": [chain, outdated]}, "tiny")["short/11"]["worth"] == now
-    assert told(4) == told(5) == 9.0 and told(3) == told(5, complete=False) == facts.added_at(site, "tiny")["short/11"]["worth"]
+    assert (
+        told(4) == told(5) == 9.0
+        and told(3) == told(5, complete=False) == facts.added_at(site, "tiny")["short/11"]["worth"]
+    )
 
 
 def test_the_list_names_every_record_once_and_variants_in_a_table_of_their_own(capsys):
@@ -386,7 +459,7 @@ def test_the_list_names_every_record_once_and_variants_in_a_table_of_their_own(c
     assert "minutes" in records and "minutes" not in variants and "loss" not in variants
 
 
-# ----- data ---------------------------------------------------------------------------------------------------------
+# ----- data -------------------------------------------------------------------------------------------------
 
 def test_the_embedded_settings_give_the_differences_of_the_diff_command(page):
     embedded = json.loads(page.split('id="data">')[1].split("</script>")[0])["settings"]
@@ -424,12 +497,17 @@ def test_the_index_tells_the_committed_losses(site):
 
 def test_history_is_consistent(site):
     for h in site["history"]:
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["people"][0] and h["title"]
+        assert (
+            re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["people"][0] and h["title"]
+        )
         assert h["status"] in ("record", "retiming", "claim") and h["scope"] in ("parametric", "retrieval")
         if h["steps"] and h["tokens_per_step"].isdigit():
             assert h["tokens"] == h["steps"] * int(h["tokens_per_step"])
-    minutes = [(h["id"], h["minutes"]) for h in site["history"] if h["lineage"] == "short" and h["status"] != "claim"]
-    retimed = [i for i, _ in minutes].index("21r")  # two retimings made record 21 slower; 22 counts from there
+    minutes = [
+        (h["id"], h["minutes"]) for h in site["history"] if h["lineage"] == "short" and h["status"] != "claim"
+    ]
+    # two retimings made record 21 slower; 22 counts from there
+    retimed = [i for i, _ in minutes].index("21r")
     for part in (minutes[:retimed], minutes[retimed + 1:]):
         assert [m for _, m in part] == sorted((m for _, m in part), reverse=True)
     for ref in site["records"].keys() - facts.variants_of(site).keys():
@@ -441,13 +519,18 @@ def test_history_is_consistent(site):
 def test_history_and_judge_tell_the_same_minutes(site):
     minutes = {h["ref"]: h["minutes"] for h in site["history"]}
     judged = facts.read_json(facts.EVIDENCE / "judge.json")["records"]
-    told = {r["record"]: r["published_minutes"] for r in judged if r["published_minutes"] and r["track"] != "optimizer"}
+    told = {
+        r["record"]: r["published_minutes"] for r in judged
+        if r["published_minutes"] and r["track"] != "optimizer"
+    }
     assert len(told) > 100 and {ref: minutes[ref] for ref in told} == told
 
 
 def test_a_correlation_is_given_only_with_what_it_can_say(site):
     found = facts.predictions(site, "tiny")
-    assert {p["tag"] for p in found["features"]["points"]} == {"softcap", "x0_mix", "value_residual", "momentum_warmup"}
+    assert {p["tag"] for p in found["features"]["points"]} == {
+        "softcap", "x0_mix", "value_residual", "momentum_warmup"
+    }
     assert {p["record"] for p in found["records"]["points"]} == {"short/9", "short/10", "short/11"}
     assert "too few for an interval: it shows nothing" in sections.correlation_text(found["records"])
     x = {"points": [0] * 9, "rho": 0.4, "low": -0.3, "high": 0.8}
@@ -455,9 +538,15 @@ def test_a_correlation_is_given_only_with_what_it_can_say(site):
     assert "too few" in sections.correlation_text({"points": [0], "rho": None, "low": None, "high": None})
 
 
-BAD = [("{", "cannot be read as JSON"), ('{"kind": "chain"}', "it lacks base, confidence"),
-       (json.dumps(sweep("x", "ablate", "short/11", {"arm": "a", "n": 1}, [{"arm": "b"}])), "not a sweep's evidence"),
-       (json.dumps(sweep("x", "ablate", "short/999", {"arm": "a", "n": 1}, [])), "unknown record 'short/999'")]
+BAD = [
+    ("{", "cannot be read as JSON"),
+    ('{"kind": "chain"}', "it lacks base, confidence"),
+    (
+        json.dumps(sweep("x", "ablate", "short/11", {"arm": "a", "n": 1}, [{"arm": "b"}])),
+        "not a sweep's evidence",
+    ),
+    (json.dumps(sweep("x", "ablate", "short/999", {"arm": "a", "n": 1}, [])), "unknown record 'short/999'"),
+]
 
 
 @pytest.mark.parametrize("text, message", BAD, ids=[m for _, m in BAD])
@@ -472,9 +561,11 @@ def test_bad_tables_are_one_clear_line(tmp_path, monkeypatch):
     records = deltas.load_records()
     monkeypatch.setattr(facts, "PUBLISHED", tmp_path)
     text = (ROOT / "evidence/published/history.csv").read_text()
-    for old, new, message in (("2024-05-28,45,", "2024-05-28,44,", "short/1 took 44 minutes"),
-                              ("2024-05-28,45,", "2024-05-28,soon,", "line 2: minutes is not a number: 'soon'"),
-                              ("2024-05-28,45,", "2024-05-28,", "line 2 has not as many columns")):
+    for old, new, message in (
+        ("2024-05-28,45,", "2024-05-28,44,", "short/1 took 44 minutes"),
+        ("2024-05-28,45,", "2024-05-28,soon,", "line 2: minutes is not a number: 'soon'"),
+        ("2024-05-28,45,", "2024-05-28,", "line 2 has not as many columns")
+    ):
         (tmp_path / "history.csv").write_text(text.replace(old, new, 1))
         with pytest.raises(UserError, match=message):
             facts.read_history(records)
@@ -485,20 +576,30 @@ def test_bad_tables_are_one_clear_line(tmp_path, monkeypatch):
 
 
 def test_a_new_record_needs_no_line_in_the_history():
-    record = dataclasses.replace(deltas.load_records()["short/11"], ref="short/93", published={"minutes": 0.6})
+    record = dataclasses.replace(
+        deltas.load_records()["short/11"], ref="short/93", published={"minutes": 0.6}
+    )
     rows = facts.read_history({**deltas.load_records(), "short/93": record})
     assert rows[-1]["ref"] == "short/93" and rows[-1]["minutes"] == 0.6 and rows[-1]["here"]
 
 
 def claim(folder, verdict="shown", changes=(), **fields):
     """results.json as `records verify` writes it, of two runs of record 11 at scale full."""
-    runs = [{"run": i, "seed": i, "status": "finished", "val_loss": 3.279 + i / 1000, "train_time_ms": 430_000 + i,
-             "folder": f"run{i}", "last_hash": "ab"} for i in range(2)]
+    runs = [
+        {
+            "run": i, "seed": i, "status": "finished", "val_loss": 3.279 + i / 1000,
+            "train_time_ms": 430_000 + i, "folder": f"run{i}", "last_hash": "ab"
+        }
+        for i in range(2)
+    ]
     arms = {"new": {"n": 2, "runs": runs, "loss": statistics.describe([r["val_loss"] for r in runs]),
                     "time_ms": statistics.describe([r["train_time_ms"] for r in runs])}}
-    return {"claim": "ml", "record": "short/11", "scale": "full", "verdict": verdict, "grade": "audited",
-            "device": "8 x NVIDIA H100", "cpu": "Test CPU", "machine": "0123456789ab", "where": folder,
-            "arms": {"new": {"changes": list(changes)}}, "statistics": {"arms": arms, "target": {"passed": True}}, **fields}
+    return {
+        "claim": "ml", "record": "short/11", "scale": "full", "verdict": verdict, "grade": "audited",
+        "device": "8 x NVIDIA H100", "cpu": "Test CPU", "machine": "0123456789ab", "where": folder,
+        "arms": {"new": {"changes": list(changes)}}, "statistics": {"arms": arms, "target": {"passed": True}},
+        **fields
+    }
 
 
 def test_a_claim_gets_a_row_on_the_board_of_its_machine_and_takes_its_card_off_the_list(site):
@@ -513,7 +614,8 @@ def test_a_claim_gets_a_row_on_the_board_of_its_machine_and_takes_its_card_off_t
 
 
 def test_times_at_cpu_scales_are_shown_only_of_runs_that_took_turns(site):
-    """A run there measures what else the machine did; a declared plan runs its arms in random order, one at a time."""
+    """A run there measures what else the machine did; a declared plan runs its arms in random order, one at a
+    time."""
     def heads(text):
         return {row["cells"][0]: row["cells"] for row in Reader(text).rows}["record"]
 
@@ -526,24 +628,34 @@ def test_times_at_cpu_scales_are_shown_only_of_runs_that_took_turns(site):
     assert {ms for _, _, ms, _ in sections.run_points(run)} == {None}
     assert sections.run_points({**run, "claimed": True})[-1][2] == round(run["train_time_ms"])
     assert sections.run_points({**run, "scale": "full"})[-1][2] == round(run["train_time_ms"])
-    alone = {**site, "sweeps": [], "runs": {"short/11": [run]}, "claims": {"short/11": [claim("records/x", scale="micro")]}}
+    alone = {
+        **site, "sweeps": [], "runs": {"short/11": [run]},
+        "claims": {"short/11": [claim("records/x", scale="micro")]}
+    }
     (machine, first), (other, second) = sections.board_entries(alone).items()
-    assert first[0]["reached"] and "place" not in heads(sections.board(alone, machine, first))  # reached, but no time to rank
+    # reached, but no time to rank
+    assert first[0]["reached"] and "place" not in heads(sections.board(alone, machine, first))
     assert second[0]["seconds"] == 430.0005 and "train time, s" in heads(sections.board(alone, other, second))
     points = [p for r in json.loads(sections.data(site))["runs"] if r["scale"] != "full" for p in r["points"]]
     assert points and all(p[2] is None for p in points)
 
 
-@pytest.mark.parametrize("name, edit, what", [
-    ("ablate", lambda s: s["rows"][0].update(effect=0.9), r"--without optim\.muon: effect"),
-    ("ablate", lambda s: s["rows"][1].update(low=0.5), "low"), ("ablate", lambda s: s["rows"][2].update(p=0.04), "p: not"),
-    ("ablate", lambda s: s["rows"][2].update(resolved=not s["rows"][2]["resolved"]), "resolved: not"),
-    ("ablate", lambda s: s["control"].update(mean=4.0), r"short/11: mean"), ("ablate", lambda s: s.update(df=99), "df: not"),
-    ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
-    ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect"),
-    ("chain", lambda s: s.update(method="dunnett"), "method: Dunnett's is for one parent"),
-    ("chain_variants_tiny", lambda s: s["rows"][0].update(low=-0.5), "variants/1: low"),
-    ("chain_variants_tiny", lambda s: s.update(method="holm"), "variants/1: low")])
+@pytest.mark.parametrize(
+    "name, edit, what",
+    [
+        ("ablate", lambda s: s["rows"][0].update(effect=0.9), r"--without optim\.muon: effect"),
+        ("ablate", lambda s: s["rows"][1].update(low=0.5), "low"),
+        ("ablate", lambda s: s["rows"][2].update(p=0.04), "p: not"),
+        ("ablate", lambda s: s["rows"][2].update(resolved=not s["rows"][2]["resolved"]), "resolved: not"),
+        ("ablate", lambda s: s["control"].update(mean=4.0), r"short/11: mean"),
+        ("ablate", lambda s: s.update(df=99), "df: not"),
+        ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
+        ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect"),
+        ("chain", lambda s: s.update(method="dunnett"), "method: Dunnett's is for one parent"),
+        ("chain_variants_tiny", lambda s: s["rows"][0].update(low=-0.5), "variants/1: low"),
+        ("chain_variants_tiny", lambda s: s.update(method="holm"), "variants/1: low")
+    ],
+)
 def test_a_sweep_whose_figures_its_losses_do_not_give_is_refused(name, edit, what, evidence, tmp_path):
     made = json.loads((evidence / f"{name}.json").read_text())
     (tmp_path / "x.json").write_text(json.dumps(made))
@@ -557,7 +669,9 @@ def test_a_sweep_whose_figures_its_losses_do_not_give_is_refused(name, edit, wha
 def test_a_claim_whose_results_its_logs_do_not_give_is_refused(tmp_path, monkeypatch):
     targets = ["validation.target=5.2"]
     folder = tmp_path / "records/short/011_x"
-    arms = {name: claim_builder.arm(ref, targets) for name, ref in (("new", "short/11"), ("parent", "short/10"))}
+    arms = {
+        name: claim_builder.arm(ref, targets) for name, ref in (("new", "short/11"), ("parent", "short/10"))
+    }
     claim_builder.build(folder, monkeypatch, claim_builder.declaration(arms))
     monkeypatch.setattr(facts, "ROOT", tmp_path)
     moved = dataclasses.replace(deltas.load_records()["short/11"], folder=folder)
@@ -589,9 +703,11 @@ def test_of_a_claim_only_its_counted_runs_are_curves(tmp_path, monkeypatch):
     assert facts.read_runs(moved) == [] and claims[0]["where"] == "records/short/011_x"
 
 
-# ----- in a browser -------------------------------------------------------------------------------------------------
+# ----- in a browser -----------------------------------------------------------------------------------------
 
-needs_chromium = pytest.mark.skipif(not browser_page.chromium(), reason="no Chromium on the PATH: the page is not opened")
+needs_chromium = pytest.mark.skipif(
+    not browser_page.chromium(), reason="no Chromium on the PATH: the page is not opened"
+)
 
 
 @pytest.fixture(scope="module")
@@ -608,7 +724,12 @@ def test_the_page_opens_without_messages_requests_or_sideways_scrolling(page_fil
     try:
         tab.open(page_file)
         assert tab.run("innerWidth") == width and tab.run("document.documentElement.scrollWidth") <= width
-        assert tab.run("document.querySelectorAll('#history-chart svg, #curves-charts svg, .scatter svg').length") == 5
+        assert (
+            tab.run(
+                "document.querySelectorAll('#history-chart svg, #curves-charts svg, .scatter svg').length"
+            )
+            == 5
+        )
         for select in ("#history-chart .mark", "#curves-charts .curve", ".scatter .spot"):
             assert tab.run(f"document.querySelectorAll({select!r}).length") > 5
         dark = tab.run("getComputedStyle(document.body).backgroundColor") != "rgb(251, 251, 249)"
@@ -632,7 +753,9 @@ def test_the_page_answers(page_file):
             assert (tab.run(ground) != light) == other
         tab.run("document.querySelector('#history-chart .mark').focus()")
         tab.press("ArrowRight")
-        assert tab.run("document.getElementById('history-readout').textContent").startswith("short/2: 31.4 min, 2024-06-06")
+        assert tab.run("document.getElementById('history-readout').textContent").startswith(
+            "short/2: 31.4 min, 2024-06-06"
+        )
         shown = tab.run("document.querySelectorAll('#history-chart .mark').length")
         tab.run("document.querySelector('#history-controls [name=medium]').click()")
         assert tab.run("document.querySelectorAll('#history-chart .mark').length") == shown + 18
@@ -641,8 +764,10 @@ def test_the_page_answers(page_file):
             assert unit in tab.run("document.querySelector('#curves-charts').textContent")
         tab.run("[...document.querySelectorAll('#curves-chips button')].find(b => b.textContent === 'none').click()")
         assert tab.run("document.querySelectorAll('#curves-charts .curve').length") == 0
-        tab.run("(() => { const f = document.getElementById('diff-controls').elements; f.left.value = 'short/5'; "
-                "f.right.value = 'short/11'; f.left.dispatchEvent(new Event('change', {bubbles: true})); })()")
+        tab.run(
+            "(() => { const f = document.getElementById('diff-controls').elements; f.left.value = 'short/5'; "
+            "f.right.value = 'short/11'; f.left.dispatchEvent(new Event('change', {bubbles: true})); })()"
+        )
         rows = tab.run("[...document.querySelectorAll('#diff-table tbody tr')].map(r => "
                        "[r.querySelector('code'), ...r.querySelectorAll('td')].map(c => c.textContent))")
         theirs = schema.difference(*(deltas.resolve(r).settings for r in ("short/5", "short/11")))

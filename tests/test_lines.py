@@ -79,7 +79,9 @@ def test_a_width_that_readline_put_into_the_environment_is_none(monkeypatch, cap
 def test_a_plan_is_printed_on_any_encoding(encoding, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "LINES"}
     env |= {"PYTHONIOENCODING": encoding, "LC_ALL": "C", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), "short/33", "--scale", "micro", "--plan"], env=env,
-                          capture_output=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), "short/33", "--scale", "micro", "--plan"], env=env,
+        capture_output=True
+    )
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.decode(encoding).splitlines())) <= 80

@@ -29,10 +29,13 @@ def test_other_programs_are_what_this_run_did_not_use():
     found = load.account(meter(10.0, 9.0, 19.5), 9.5, cores=2)
     assert (found["own_cores"], found["other_cores"], found["alone"]) == (0.95, 1.0, False)
     said, = load.remark({**found, "load_end": 5.1}, 2)
-    assert said == "the machine was busy: other programs used 1.0 of 2 cores, load 5.1; times are not comparable"
+    assert (
+        said == "the machine was busy: other programs used 1.0 of 2 cores, load 5.1; times are not comparable"
+    )
     alone = load.account(meter(10.0, 9.0, 10.0), 9.5, cores=2)
     assert alone["alone"] is True and load.remark(alone, 2) == []
-    assert load.account(meter(10.0, 9.0, 8.0), 9.5, cores=2)["other_cores"] == 0.0  # clocks of different grain
+    # clocks of different grain
+    assert load.account(meter(10.0, 9.0, 8.0), 9.5, cores=2)["other_cores"] == 0.0
 
 
 def test_without_proc_the_load_average_stands_in_once_it_is_of_this_run(monkeypatch):

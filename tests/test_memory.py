@@ -1,4 +1,5 @@
-"""Laws of system/memory.py and of recomputation: what is counted is what is held, and what fits computes the same."""
+"""Laws of system/memory.py and of recomputation: what is counted is what is held, and what fits computes the
+same."""
 
 import pytest
 import torch
@@ -26,8 +27,13 @@ def losses(s, model, x):
     return model(x, x.roll(1, 1), model.context(x, 1256, schedule.windows(s, 0)))
 
 
-@pytest.mark.parametrize("ref, sets", [("short/1", ()), ("short/5", ()), ("short/8", ()), ("short/11", ()),
-                                       ("short/11", ("system.kernels.loss=chunks",)), ("short/9", ("system.recompute=on",))])
+@pytest.mark.parametrize(
+    "ref, sets",
+    [
+        ("short/1", ()), ("short/5", ()), ("short/8", ()), ("short/11", ()),
+        ("short/11", ("system.kernels.loss=chunks",)), ("short/9", ("system.recompute=on",))
+    ],
+)
 def test_a_forward_without_values_keeps_what_a_real_one_keeps(ref, sets):
     """To the byte, where attention is one call that keeps what FlashAttention keeps."""
     s = settings(ref, *sets)

@@ -1,4 +1,5 @@
-"""Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules, optimizer."""
+"""Laws of the model and the optimizer: parameter counts, neutrality, causality, initialisation, rules,
+optimizer."""
 
 import dataclasses
 import json
@@ -24,18 +25,24 @@ from common.errors import UserError
 ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())
 # from the notes and logs; record 24 printed 275,742,784, of which 12 are unused entries of its packed scalars
-COUNTS = {"short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,
-          "short/11": 162_201_642, "short/14": 625_803_306, "short/15": 394_002_486, "short/17": 275_598_388,
-          "short/21": 275_598_388, "short/24": 275_742_784 - 12, "short/28": 275_743_576 - 12, "short/30": 271_024_984 - 12}
+COUNTS = {
+    "short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,
+    "short/11": 162_201_642, "short/14": 625_803_306, "short/15": 394_002_486, "short/17": 275_598_388,
+    "short/21": 275_598_388, "short/24": 275_742_784 - 12, "short/28": 275_743_576 - 12,
+    "short/30": 271_024_984 - 12
+}
 # records since which something is as it is in the lineage notes: norm eps, windows
-EPS = {"short/2": 1e-6, "short/5": 1.1920929e-07, "short/10": 0.0078125, "short/20": 0.0078125, "short/21t": 1.1920929e-07,
-       "short/33": 1.1920929e-07}
+EPS = {
+    "short/2": 1e-6, "short/5": 1.1920929e-07, "short/10": 0.0078125, "short/20": 0.0078125,
+    "short/21t": 1.1920929e-07, "short/33": 1.1920929e-07
+}
 
 
 @pytest.mark.feature("system.kernels.loss")
 @pytest.mark.parametrize("ref", ["short/8", "short/20", "short/33", "variants/4"])
 def test_a_loss_in_chunks_is_the_loss_of_whole_logits(ref):
-    """Losses and all gradients, with penalties of routers and whatever soft cap the record has; in validation too."""
+    """Losses and all gradients, with penalties of routers and whatever soft cap the record has; in validation
+    too."""
     whole, chunks = (build(ref, f"system.kernels.loss={kind}") for kind in ("whole", "chunks"))
     x, y = tokens(), tokens(seed=2)
     upstream = torch.rand(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -68,10 +75,16 @@ def test_norm_eps_of_the_records(ref):
     assert deltas.resolve(ref).settings.numerics.norm_eps == EPS[ref]
 
 
-@pytest.mark.parametrize("ref, expected, tolerance", [
-    ("short/5", 16.0, 0.03), *((f"short/{i}", math.log(50304), 1e-4) for i in (8, 9, 10, 11, 12, 17, 21, 33))])
+@pytest.mark.parametrize(
+    "ref, expected, tolerance",
+    [
+        ("short/5", 16.0, 0.03),
+        *((f"short/{i}", math.log(50304), 1e-4) for i in (8, 9, 10, 11, 12, 17, 21, 33)),
+    ],
+)
 def test_step_0_loss_at_full_width(ref, expected, tolerance):
-    """Tied head and zero projections predict the input itself (16.0); a zero head is uniform over padded classes."""
+    """Tied head and zero projections predict the input itself (16.0); a zero head is uniform over padded
+    classes."""
     s = deltas.resolve(ref, sets=["system.precision=float32"]).settings
     model = GPT(s)
     model.initialise(0)
@@ -83,8 +96,10 @@ def test_step_0_loss_at_full_width(ref, expected, tolerance):
 
 
 def test_switching_a_feature_changes_no_other_weight():
-    with_skips, without = build("short/11", scramble=False), build("short/11", without=["model.residual.unet_skips"],
-                                                                    scramble=False)
+    with_skips, without = (
+        build("short/11", scramble=False),
+        build("short/11", without=["model.residual.unet_skips"], scramble=False),
+    )
     theirs = dict(without.named_parameters())
     assert set(dict(with_skips.named_parameters())) - set(theirs) == {"residual.skip.value"}
     for name, p in theirs.items():
@@ -148,9 +163,14 @@ def test_a_soft_cap_far_above_the_logits_is_off_and_a_low_one_bounds_them():
 
 
 @pytest.mark.feature(path="feature")
-@pytest.mark.parametrize("feature", ["model.residual.x0_mix", "model.residual.unet_skips", "model.attn.value_residual"])
+@pytest.mark.parametrize(
+    "feature", ["model.residual.x0_mix", "model.residual.unet_skips", "model.attn.value_residual"]
+)
 def test_a_coefficient_without_its_source_is_its_initial_value(feature):
-    learned, fixed = build("short/11", scramble=False), build("short/11", f"{feature}.learned=false", scramble=False)
+    learned, fixed = (
+        build("short/11", scramble=False),
+        build("short/11", f"{feature}.learned=false", scramble=False),
+    )
     x = tokens()
     assert torch.allclose(learned(x), fixed(x), rtol=0, atol=1e-12)
     assert fixed.num_parameters() < learned.num_parameters()
@@ -204,7 +224,10 @@ def test_a_gate_of_weight_zero_halves_its_heads():
 @pytest.mark.feature("model.attn.window")
 @pytest.mark.parametrize("ref", ["short/12", "short/20", "short/33"])
 def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
-    wide = {"short/12": "start=400", "short/20": "start=800,model.attn.window.end=800", "short/33": "stages=[60],model.attn.window.final=60"}[ref]
+    wide = {
+        "short/12": "start=400", "short/20": "start=800,model.attn.window.end=800",
+        "short/33": "stages=[60],model.attn.window.final=60"
+    }[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
     off = build(ref, without=["model.attn.window", "model.attn.documents"])
     off.scales = on.scales
@@ -233,7 +256,9 @@ def test_short_layers_see_half_the_blocks():
         spans = schedule.layer_spans(layer_specs(s), schedule.windows(s, step))
         assert [i for i, span in enumerate(spans) if span is None] == list(s.model.attn.drop_layers)
         for i, span in enumerate(spans):
-            assert span is None or span.blocks == (spans[0].blocks if i in (0, 4, 7, 11) else max(1, spans[0].blocks // 2))
+            assert span is None or span.blocks == (
+                spans[0].blocks if i in (0, 4, 7, 11) else max(1, spans[0].blocks // 2)
+            )
 
 
 @pytest.mark.feature("model.residual.unet_skips.sigmoid")
@@ -282,7 +307,9 @@ def test_half_of_the_rotary_pairs_stand_still():
     q = torch.randn(1, 9, 6, 8, dtype=torch.float64)
     turned = model.rotaries[0](q)
     still = [2, 3, 6, 7]  # head width 8: pairs (0,4), (1,5) turn, (2,6), (3,7) do not
-    assert torch.equal(turned[..., still], q[..., still]) and not torch.allclose(turned[:, 1:, :, :2], q[:, 1:, :, :2])
+    assert torch.equal(turned[..., still], q[..., still]) and not torch.allclose(
+        turned[:, 1:, :, :2], q[:, 1:, :, :2]
+    )
 
 
 @pytest.mark.feature("model.head.softcap.form")
@@ -309,15 +336,24 @@ def test_the_fp8_head_differs_by_its_rounding_only():
 def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch):
     """Whatever the trainer divides by: softmax - target times the factor is what e5m2 sees."""
     seen = []
-    monkeypatch.setattr(fp8_module, "quantise", lambda x, scale, kind, real=fp8_module.quantise:
-                        (seen.append((x * scale).abs().max().item()) if kind == torch.float8_e5m2 else None, real(x, scale, kind))[1])
-    s = deltas.resolve("short/21t", scale="micro", sets=["system.precision=record", f"model.head.train_loss={loss}"]).settings
+    monkeypatch.setattr(
+        fp8_module,
+        "quantise",
+        lambda x, scale, kind, real=fp8_module.quantise: (
+            seen.append((x * scale).abs().max().item()) if kind == torch.float8_e5m2 else None,
+            real(x, scale, kind),
+        )[1],
+    )
+    s = deltas.resolve(
+        "short/21t", scale="micro", sets=["system.precision=record", f"model.head.train_loss={loss}"]
+    ).settings
     model = GPT(s)
     model.initialise(0)
     x, y = tokens(8, s.data.tokens_per_rank), tokens(8, s.data.tokens_per_rank, seed=2)
     share = s.data.tokens_per_rank if loss == "sum" else 1
     (model(x, y, model.context(x, BOS, schedule.windows(s, 0))).mean() * share).backward()
-    slope = 30 / 7.5 / 4 / math.sqrt(s.model.model_dim)  # of the soft cap at zero logits, where softmax - target is near -1
+    # of the soft cap at zero logits, where softmax - target is near -1
+    slope = 30 / 7.5 / 4 / math.sqrt(s.model.model_dim)
     assert abs(seen[0] / (448 * slope) - 1) < 0.02
 
 
@@ -325,7 +361,10 @@ def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch
 def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
     moved = {}
     for shape in ("out_in", "in_out"):
-        s, model = settings("short/27", f"optim.muon.up_shape={shape}"), build("short/27", f"optim.muon.up_shape={shape}")
+        s, model = (
+            settings("short/27", f"optim.muon.up_shape={shape}"),
+            build("short/27", f"optim.muon.up_shape={shape}"),
+        )
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         step(Optimizer(model, s), model, s, tokens(8, 33))
         moved[shape] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
@@ -379,9 +418,14 @@ def test_causality_nothing_before_a_changed_token_moves(ref):
 def test_the_cache_generates_what_the_whole_forward_predicts(ref):
     model = build(ref, "validation.seq_len=64", "validation.tokens=512", scramble=False).eval()
     for p in model.parameters():
-        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+        p.data += 0.05 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype
+        )
     kwargs = dict(vocab_size=1257, bos=BOS, temperature=0, seed=0)
-    assert generate(model, [BOS, 5, 9], 55, **kwargs)[0] == generate(model, [BOS, 5, 9], 55, cached=False, **kwargs)[0]
+    assert (
+        generate(model, [BOS, 5, 9], 55, **kwargs)[0]
+        == generate(model, [BOS, 5, 9], 55, cached=False, **kwargs)[0]
+    )
 
 
 # ----- Newton-Schulz
@@ -401,7 +445,8 @@ def test_newton_schulz_brings_singular_values_near_one(shape, form):
 # ----- every feature can be switched off
 
 def switchable():
-    """(record, path): every setting that a record sets and that has an off, in the last record where it is on."""
+    """(record, path): every setting that a record sets and that has an off, in the last record where it is
+    on."""
     found = {}
     for ref in reversed(RECORDS):
         for path in {p for r in deltas.chain(deltas.find_record(ref)) for p in r.delta} - found.keys():
@@ -436,13 +481,23 @@ def test_the_plan_s_memory_is_what_model_and_optimizer_hold():
     state = sum(x.numel() * x.element_size() for bank in optimizer.banks for x in bank.state.values()) / 2**20
     line = next(plan.held(s))
     assert f"parameters {held:,.1f} MiB" in line and f"optimizer {state:,.1f} MiB" in line
-    assert "a forward of 8 logical ranks keeps" in line and " 5.0 MiB pass by" in line  # logits: 8 x 128 tokens x 1280 classes
+    # logits: 8 x 128 tokens x 1280 classes
+    assert "a forward of 8 logical ranks keeps" in line and " 5.0 MiB pass by" in line
 
 
 def test_the_plan_cites_the_bench_of_this_record_and_scale_only(tmp_path):
     (tmp_path / "card").mkdir()
     warm = {"ms_per_step": 12.34, "peak_memory_mib": 2048, "device": "1 x Card"}
-    (tmp_path / "card/steps.json").write_text(json.dumps({"scale": "full", "settings": [], "rows": [{"record": "short/11", "warm": warm}]}))
-    cited = [list(plan.measured(deltas.resolve(ref, scale=scale, sets=sets), tmp_path)) for ref, scale, sets in (
-        ("short/11", "full", ()), ("short/11", "tiny", ()), ("short/12", "full", ()), ("short/11", "full", ("optim.muon.lr=0.1",)))]
-    assert cited == [["measured: 12.3 ms a step on 1 x Card, 2,048 MiB (bench/results/card/steps.json)"], [], [], []]
+    (tmp_path / "card/steps.json").write_text(
+        json.dumps({"scale": "full", "settings": [], "rows": [{"record": "short/11", "warm": warm}]})
+    )
+    cited = [
+        list(plan.measured(deltas.resolve(ref, scale=scale, sets=sets), tmp_path))
+        for ref, scale, sets in (
+            ("short/11", "full", ()), ("short/11", "tiny", ()), ("short/12", "full", ()),
+            ("short/11", "full", ("optim.muon.lr=0.1",))
+        )
+    ]
+    assert cited == [
+        ["measured: 12.3 ms a step on 1 x Card, 2,048 MiB (bench/results/card/steps.json)"], [], [], []
+    ]

@@ -1,4 +1,5 @@
-"""Laws of the optimizer: rules, Muon's slots, groups and labels, cadence, accumulation, CUDA graphs, memory, reset.
+"""Laws of the optimizer: rules, Muon's slots, groups and labels, cadence, accumulation, CUDA graphs, memory,
+reset.
 
 Golden numbers of the rules and of whole trainings through the Optimizer are in test_golden.py.
 """
@@ -46,7 +47,9 @@ def with_optim(s, **changes):
 def reference(value, gradients, hyper):
     """A parameter after torch's AdamW with the settings of a group."""
     p = torch.nn.Parameter(value.clone())
-    adam = torch.optim.AdamW([p], lr=hyper.lr, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps, weight_decay=hyper.weight_decay)
+    adam = torch.optim.AdamW(
+        [p], lr=hyper.lr, betas=(hyper.beta1, hyper.beta2), eps=hyper.eps, weight_decay=hyper.weight_decay
+    )
     for g in gradients:
         p.grad = g
         adam.step()
@@ -67,7 +70,9 @@ def test_adamw_equals_torch():
     assert torch.allclose(p, reference(start, gradients, s.optim.group("embed", "embed")), rtol=1e-12, atol=0)
 
 
-def adamw_as_written(p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype):
+def adamw_as_written(
+    p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype
+):
     """The formula without anything in place: what adamw_ must equal bit by bit."""
     p, g, m, v = (x.to(math_dtype) for x in (p, g, m, v))
     m = beta1 * m + (1 - beta1) * g
@@ -84,8 +89,10 @@ def adamw_as_written(p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_corr
 def test_adamw_in_place_gives_the_bits_of_the_formula_and_leaves_the_gradient(stored, moments, after):
     p, g = noise(999, dtype=stored), noise(999, seed=1, dtype=stored)
     m, v = noise(999, seed=2, dtype=moments), noise(999, seed=3, dtype=moments).abs()
-    hyper = dict(lr=0.01, decay=0.1, beta1=0.8, beta2=0.95, eps=1e-8, eps_after_correction=after, correction1=0.2,
-                 correction2=0.05, math_dtype=torch.float32)
+    hyper = dict(
+        lr=0.01, decay=0.1, beta1=0.8, beta2=0.95, eps=1e-8, eps_after_correction=after, correction1=0.2,
+        correction2=0.05, math_dtype=torch.float32
+    )
     expected, before = adamw_as_written(p, g, m, v, **hyper), g.clone()
     adamw_(p, g, m, v, **hyper)
     for got, value in zip((p, m, v), expected):
@@ -104,14 +111,17 @@ def test_compiled_adamw_is_one_pass_over_its_tensors(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     count, equal, value = done.stdout.split()
-    p, _, _ = adamw_as_written(*(torch.ones(1) for _ in range(4)), lr=0.1, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
-                               eps_after_correction=True, correction1=0.1, correction2=0.05, math_dtype=torch.float32)
+    p, _, _ = adamw_as_written(
+        *(torch.ones(1) for _ in range(4)), lr=0.1, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
+        eps_after_correction=True, correction1=0.1, correction2=0.05, math_dtype=torch.float32
+    )
     assert (count, equal) == ("1", "True") and abs(float(value) - p.item()) < 1e-6
 
 
 @pytest.mark.parametrize("ref", ["short/3", "short/11", "short/33"])
 def test_a_compiled_rule_is_one_graph_and_updates_as_the_plain_one(ref):
-    """Through aot_eager: the whole of update_ is traced, with numbers that are tensors, and gives the same parameters."""
+    """Through aot_eager: the whole of update_ is traced, with numbers that are tensors, and gives the same
+    parameters."""
     s = settings(ref)
     for label in ("qkvo", "mlp_up", "embed"):
         model = GPT(s)
@@ -119,11 +129,19 @@ def test_a_compiled_rule_is_one_graph_and_updates_as_the_plain_one(ref):
         group = s.optim.group(p.role, label)
         rule, ends = RULES[group.rule](s, group), []
         unit = rule.unit(p.shape, p.views)
-        for function in (rule.update_, torch.compile(rule.update_, backend="aot_eager", fullgraph=True, dynamic=False)):
+        for function in (
+            rule.update_,
+            torch.compile(rule.update_, backend="aot_eager", fullgraph=True, dynamic=False),
+        ):
             x, g = noise(3, *unit), noise(3, *unit, seed=1)
-            state = {name: torch.zeros((3, *shape), dtype=dtype) for name, (shape, dtype) in rule.state(unit, F64).items()}
+            state = {
+                name: torch.zeros((3, *shape), dtype=dtype)
+                for name, (shape, dtype) in rule.state(unit, F64).items()
+            }
             for t in (1, 2):
-                numbers = {name: torch.tensor(value, dtype=F64) for name, value in rule.numbers(plan(), t).items()}
+                numbers = {
+                    name: torch.tensor(value, dtype=F64) for name, value in rule.numbers(plan(), t).items()
+                }
                 with torch.no_grad():
                     function(x, g, state, numbers, p.views)
             ends.append([x, *state.values()])
@@ -157,7 +175,8 @@ def test_joined_pieces_are_orthogonalised_as_one_matrix():
 
 @dataclasses.dataclass(frozen=True)
 class RowVariance:
-    """A slot that is not in the tree: NorMuon (arXiv 2510.05491), a second moment per neuron; the norm of the matrix stays."""
+    """A slot that is not in the tree: NorMuon (arXiv 2510.05491), a second moment per neuron; the norm of the
+    matrix stays."""
     beta2: float
 
     each_matrix = True
@@ -195,7 +214,9 @@ def test_a_slot_with_state_needs_nothing_but_itself(ref):
         buffer = 0.9 * buffer + g
         u = 0.9 * buffer + g
         for k, part in enumerate(parts):
-            x = newton_schulz(u[part].flatten(0, 1), dtype=F64, norm_dtype=F64, form=s.numerics.newton_schulz_form)
+            x = newton_schulz(
+                u[part].flatten(0, 1), dtype=F64, norm_dtype=F64, form=s.numerics.newton_schulz_form
+            )
             variances[k] = 0.9 * variances[k] + 0.1 * x.square().mean(1, keepdim=True)
             y = x / (variances[k].sqrt() + 1e-10)
             y = y * x.norm() / y.norm() * max(1, x.size(0) / x.size(1)) ** 0.5
@@ -209,7 +230,8 @@ def test_a_slot_with_state_needs_nothing_but_itself(ref):
 # ----- rules that are not in the tree
 
 class KeptMantissa:
-    """AdamW on bfloat16 weights whose lower 16 bits of a float32 are state: the weight in use is truncated, nothing is lost."""
+    """AdamW on bfloat16 weights whose lower 16 bits of a float32 are state: the weight in use is truncated,
+    nothing is lost."""
     name, shared, skips_idle = "adamw with mantissa", False, False
 
     def __init__(self, s, group):
@@ -234,7 +256,10 @@ class KeptMantissa:
 
 def test_a_bfloat16_weight_with_its_mantissa_as_state_trains_as_a_float32_one():
     s = settings("short/11", precision="float32")
-    start, gradients = noise(40, 8, dtype=torch.bfloat16), [noise(40, 8, seed=i, dtype=torch.bfloat16) for i in range(1, 30)]
+    start, gradients = (
+        noise(40, 8, dtype=torch.bfloat16),
+        [noise(40, 8, seed=i, dtype=torch.bfloat16) for i in range(1, 30)],
+    )
     narrow, wide = Toy(x=(start, "embed", "embed")), Toy(x=(start.float(), "embed", "embed"))
     optimizers = Optimizer(narrow, s, rules={**RULES, "adamw": KeptMantissa}), Optimizer(wide, s)
     for i, g in enumerate(gradients):
@@ -289,12 +314,19 @@ def table_toy():
 
 @pytest.mark.feature("optim.value_embed")
 def test_a_label_has_its_own_rate_betas_eps_and_decay_and_the_others_keep_the_role_s():
-    s = deltas.resolve("short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
-                       with_=["optim.value_embed"]).settings
+    s = deltas.resolve(
+        "short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
+        with_=["optim.value_embed"]
+    ).settings
     own = dataclasses.replace(s.optim.value_embed, lr=0.05, weight_decay=0.2, beta1=0.5, beta2=0.8, eps=0.001)
     s, model = with_optim(s, value_embed=own), table_toy()
-    gradients = [{name: noise(6, 4, seed=5 * i + k) for k, name in enumerate(("embed", "value"))} for i in range(4)]
-    starts, optimizer = {name: p.detach().clone() for name, p in model.named_parameters()}, Optimizer(model, s)
+    gradients = [
+        {name: noise(6, 4, seed=5 * i + k) for k, name in enumerate(("embed", "value"))} for i in range(4)
+    ]
+    starts, optimizer = (
+        {name: p.detach().clone() for name, p in model.named_parameters()},
+        Optimizer(model, s),
+    )
     for i, g in enumerate(gradients):
         update(optimizer, model, g, plan(i))
     for name, label in (("embed", "embed"), ("value", "value_embed")):
@@ -307,27 +339,47 @@ def test_a_label_has_its_own_rate_betas_eps_and_decay_and_the_others_keep_the_ro
 
 @pytest.mark.feature("optim.scalar.every")
 @pytest.mark.parametrize("stored", [F64, torch.bfloat16])
-def test_a_label_that_is_updated_every_second_step_takes_the_sum_of_both_gradients_and_counts_its_own_updates(stored):
+def test_a_label_that_is_updated_every_second_step_takes_the_sum_of_both_gradients_and_counts_its_own_updates(
+    stored,
+):
     """Steps 1, 3, ... update it, with its own bias correction; the other group goes on every step."""
-    s = deltas.resolve("short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
-                       with_=["optim.value_embed"]).settings
+    s = deltas.resolve(
+        "short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
+        with_=["optim.value_embed"]
+    ).settings
     s = with_optim(s, value_embed=dataclasses.replace(s.optim.value_embed, every=2))
     plans = [plan(i, due=schedule.due(s, i)) for i in range(6)]
     assert [("value_embed" in p.due, "embed" in p.due) for p in plans] == [(False, True), (True, True)] * 3
-    model = Toy(embed=(noise(6, 4), "embed", "embed"), value=(noise(6, 4, seed=1, dtype=stored), "embed", "value_embed"))
-    gradients = [{"embed": noise(6, 4, seed=i), "value": noise(6, 4, seed=9 + i, dtype=stored)} for i in range(6)]
-    starts, optimizer, still = {n: p.detach().clone() for n, p in model.named_parameters()}, Optimizer(model, s), []
+    model = Toy(
+        embed=(noise(6, 4), "embed", "embed"),
+        value=(noise(6, 4, seed=1, dtype=stored), "embed", "value_embed"),
+    )
+    gradients = [
+        {"embed": noise(6, 4, seed=i), "value": noise(6, 4, seed=9 + i, dtype=stored)} for i in range(6)
+    ]
+    starts, optimizer, still = (
+        {n: p.detach().clone() for n, p in model.named_parameters()}, Optimizer(model, s), []
+    )
     for p, g in zip(plans, gradients):
         before = model.value.detach().clone()
         update(optimizer, model, g, p)
         still.append(torch.equal(before, model.value))
     assert still == [True, False] * 3
     hyper = s.optim.group("embed", "value_embed")
-    assert torch.allclose(model.embed, reference(starts["embed"], [g["embed"] for g in gradients], s.optim.group("embed", "embed")),
-                          rtol=1e-12, atol=0)
-    sums = [a["value"].to(torch.promote_types(stored, torch.float32)) + b["value"] for a, b in zip(gradients[::2], gradients[1::2])]
+    assert torch.allclose(
+        model.embed,
+        reference(starts["embed"], [g["embed"] for g in gradients], s.optim.group("embed", "embed")),
+        rtol=1e-12, atol=0
+    )
+    sums = [
+        a["value"].to(torch.promote_types(stored, torch.float32)) + b["value"]
+        for a, b in zip(gradients[::2], gradients[1::2])
+    ]
     expected = reference(starts["value"].double(), [g.double() for g in sums], hyper)
-    assert torch.allclose(model.value.double(), expected, rtol=1e-9 if stored == F64 else 0.02, atol=0 if stored == F64 else 0.01)
+    assert torch.allclose(
+        model.value.double(), expected, rtol=1e-9 if stored == F64 else 0.02,
+        atol=0 if stored == F64 else 0.01
+    )
     counts = {x.item() for name, x in optimizer.tensors().items() if name.endswith("updates")}
     assert counts == {6, 3}
 
@@ -341,18 +393,24 @@ def test_a_whole_model_trains_with_a_cadence_and_its_plan_is_the_settings():
     for i in range(4):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         step(optimizer, model, s, tokens(8, 33, seed=i), i)
-        moved.append([not torch.equal(before[name], p) for name, p in model.named_parameters() if p.role == "scalar"])
+        moved.append(
+            [not torch.equal(before[name], p) for name, p in model.named_parameters() if p.role == "scalar"]
+        )
     assert not any(moved[0]) and not any(moved[2]) and all(moved[3])
 
 
 OWN = {"lr": 0.5, "weight_decay": 0.25, "beta1": 0.125, "beta2": 0.75, "eps": 0.5, "every": 3, "adamw": True}
-LABELLED = [(f"optim.{label}.{field.name}", role, label, field.name) for role, labels in LABELS.items() for label in labels
-            for field in dataclasses.fields(MatrixLabel if role == "matrix" else Label)]
+LABELLED = [
+    (f"optim.{label}.{field.name}", role, label, field.name) for role, labels in LABELS.items()
+    for label in labels for field in dataclasses.fields(MatrixLabel if role == "matrix" else Label)
+]
 
 
 @pytest.mark.feature(path="path")
 @pytest.mark.parametrize("path, role, label, field", LABELLED)
-def test_each_setting_of_a_label_replaces_the_role_s_and_leaves_the_other_labels_alone(path, role, label, field):
+def test_each_setting_of_a_label_replaces_the_role_s_and_leaves_the_other_labels_alone(
+    path, role, label, field
+):
     plain = Optim(muon=OptimMuon())
     section = (MatrixLabel if role == "matrix" else Label)(**{field: OWN[field]})
     labelled = dataclasses.replace(plain, **{label: section})
@@ -365,8 +423,10 @@ def test_each_setting_of_a_label_replaces_the_role_s_and_leaves_the_other_labels
 
 @pytest.mark.feature("optim.gate.adamw", "optim.gate")
 def test_a_label_of_matrices_goes_to_adamw_if_asked():
-    s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
-                       with_=["optim.gate"]).settings
+    s = deltas.resolve(
+        "short/33", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true"],
+        with_=["optim.gate"]
+    ).settings
     s = with_optim(s, gate=dataclasses.replace(s.optim.gate, adamw=True, lr=0.03, weight_decay=0.1))
     start = noise(6, 12)
     model = Toy(gate=(start, "matrix", "gate"), down=(noise(4, 6), "matrix", "mlp_down"))
@@ -374,11 +434,15 @@ def test_a_label_of_matrices_goes_to_adamw_if_asked():
     assert [bank.rule.name for bank in optimizer.banks] == ["adamw", "muon"]
     for i, g in enumerate(gradients):
         update(optimizer, model, {"gate": g}, plan(i))
-    assert torch.allclose(model.gate, reference(start, gradients, s.optim.group("matrix", "gate")), rtol=1e-12, atol=0)
+    assert torch.allclose(
+        model.gate, reference(start, gradients, s.optim.group("matrix", "gate")), rtol=1e-12, atol=0
+    )
 
 
 def test_a_label_under_muon_can_decay():
-    s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64"], with_=["optim.mlp_down"]).settings
+    s = deltas.resolve(
+        "short/33", scale="micro", sets=["system.precision=float64"], with_=["optim.mlp_down"]
+    ).settings
     ends = {}
     for decay in (0.0, 0.3):
         s = with_optim(s, mlp_down=dataclasses.replace(s.optim.mlp_down, weight_decay=decay, lr=0.1))
@@ -420,9 +484,16 @@ def test_the_table_has_every_parameter_once_with_its_communication():
 # ----- a tied head that splits
 
 def test_a_tied_head_splits_with_its_state():
-    """While tied, the head takes both gradients and the table, which is not due, follows it; then both go on from one state."""
-    s = deltas.resolve("short/20", scale="micro", sets=["system.precision=float64", "optim.adam.eps_after_correction=true",
-                                                        "optim.embed.lr=0.01", "optim.lm_head.lr=0.01"]).settings
+    """While tied, the head takes both gradients and the table, which is not due, follows it; then both go on
+    from one state."""
+    s = deltas.resolve(
+        "short/20",
+        scale="micro",
+        sets=[
+            "system.precision=float64", "optim.adam.eps_after_correction=true", "optim.embed.lr=0.01",
+            "optim.lm_head.lr=0.01"
+        ],
+    ).settings
     start = noise(6, 4)
     model = Toy(table=(start, "embed", "embed"), head=(start, "lm_head", "lm_head"))
     optimizer = Optimizer(model, s)
@@ -432,13 +503,20 @@ def test_a_tied_head_splits_with_its_state():
         tied = i < 3
         if i == 3:
             table.copy_from(head)
-        update(optimizer, model, {"head": of_head + of_table} if tied else {"head": of_head, "table": of_table},
-               plan(i, due=frozenset({"lm_head"}) if tied else None))
+        update(
+            optimizer, model, {"head": of_head + of_table} if tied else {"head": of_head, "table": of_table},
+            plan(i, due=frozenset({"lm_head"}) if tied else None)
+        )
         if tied:
             model.table.data.copy_(model.head.data)
     together = [a + b for a, b in gradients[:3]]
-    for p, k, group in ((model.table, 0, s.optim.group("embed", "embed")), (model.head, 1, s.optim.group("lm_head", "lm_head"))):
-        assert torch.allclose(p, reference(start, together + [g[k] for g in gradients[3:]], group), rtol=1e-12, atol=0)
+    for p, k, group in (
+        (model.table, 0, s.optim.group("embed", "embed")),
+        (model.head, 1, s.optim.group("lm_head", "lm_head")),
+    ):
+        assert torch.allclose(
+            p, reference(start, together + [g[k] for g in gradients[3:]], group), rtol=1e-12, atol=0
+        )
 
 
 # ----- accumulation
@@ -515,7 +593,9 @@ def test_grad_clip_equals_torch():
         F.cross_entropy(model(tokens()).flatten(0, 1), tokens(seed=9).flatten()).backward()
         optimizer.accumulate()
         if ours:
-            factor = optimizer.clip_factor(optimizer.banks, [optimizer.reduced(bank)[1] for bank in optimizer.banks])
+            factor = optimizer.clip_factor(
+                optimizer.banks, [optimizer.reduced(bank)[1] for bank in optimizer.banks]
+            )
             clipped.append(torch.cat([(p.grad * factor).flatten() for p in model.parameters()]))
         else:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
@@ -546,10 +626,13 @@ class Reporting(optim.Local):
 
 
 def test_banks_are_updated_in_the_order_in_which_their_reductions_began():
-    """Each is gathered before the next one is waited for; reductions begin in the backward pass, on its last forward only."""
+    """Each is gathered before the next one is waited for; reductions begin in the backward pass, on its last
+    forward only."""
     model, said = build("short/11"), []
     numbers = iter(range(100))
-    communication = SimpleNamespace(of=lambda shared, experts: Reporting(next(numbers), said), total=lambda x: x)
+    communication = SimpleNamespace(
+        of=lambda shared, experts: Reporting(next(numbers), said), total=lambda x: x
+    )
     optimizer = Optimizer(model, model.settings, communication)
     forward_all(optimizer, model, model.settings, tokens(8, 17), 0, 4)
     order = [n for _, n in said]
@@ -563,7 +646,9 @@ def test_banks_are_updated_in_the_order_in_which_their_reductions_began():
 def test_a_bank_that_is_not_due_launches_nothing():
     model, said = build("short/11"), []
     numbers = iter(range(100))
-    communication = SimpleNamespace(of=lambda shared, experts: Reporting(next(numbers), said), total=lambda x: x)
+    communication = SimpleNamespace(
+        of=lambda shared, experts: Reporting(next(numbers), said), total=lambda x: x
+    )
     optimizer = Optimizer(model, model.settings, communication)
     optimizer.expect(last=True, due=frozenset({"scalar"}))
     model(tokens(2, 17), tokens(2, 17)).mean().backward()
@@ -575,21 +660,31 @@ def test_a_bank_that_is_not_due_launches_nothing():
 
 def test_a_reduction_that_has_begun_for_a_bank_that_is_not_due_is_an_error():
     model = build("short/11")
-    optimizer = Optimizer(model, model.settings, SimpleNamespace(of=lambda shared, experts: Reporting(0, []), total=lambda x: x))
+    optimizer = Optimizer(
+        model, model.settings, SimpleNamespace(of=lambda shared, experts: Reporting(0, []), total=lambda x: x)
+    )
     forward_all(optimizer, model, model.settings, tokens(2, 17))
     with pytest.raises(ValueError, match="tell expect"):
         optimizer.step(plan(due=frozenset({"scalar"})))
 
 
-PLANS = [f"system.comm={name}" for name in ("replicated", "bucketed", "sharded", "allreduce_updates")] + ["system.reduction=ordered"]
+PLANS = [f"system.comm={name}" for name in ("replicated", "bucketed", "sharded", "allreduce_updates")] + [
+    "system.reduction=ordered"
+]
 
 
 def trained(sets, rank, world):
-    """Parameters after two steps, the second by a part of the groups; each process has its share of eight gradients."""
+    """Parameters after two steps, the second by a part of the groups; each process has its share of eight
+    gradients."""
     torch.set_num_threads(1)
-    s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64", "optim.grad_clip=0.5", sets]).settings
+    s = deltas.resolve(
+        "short/33", scale="micro", sets=["system.precision=float64", "optim.grad_clip=0.5", sets]
+    ).settings
     shapes = {"table": (10, 4), "gate": (3, 4), "down": (3, 4), "up": (5, 4)}
-    kinds = {"table": ("embed", "embed"), "gate": ("matrix", "gate"), "down": ("matrix", "gate"), "up": ("matrix", "mlp_up")}
+    kinds = {
+        "table": ("embed", "embed"), "gate": ("matrix", "gate"), "down": ("matrix", "gate"),
+        "up": ("matrix", "mlp_up")
+    }
     model = Toy(**{name: (noise(*shape), *kinds[name]) for name, shape in shapes.items()})
     optimizer = Optimizer(model, s, communication(s, rank, world))
     for i, due in enumerate((None, frozenset({"matrix"}))):
@@ -604,19 +699,25 @@ def trained(sets, rank, world):
 
 def member(rank, world, folder):
     """One process of the next test: trains by every plan and writes what it ends with."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
+    )
     torch.save([trained(sets, rank, world) for sets in PLANS], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_every_communication_plan_ends_with_the_parameters_of_one_process(tmp_path):
-    """With clipping, padding (5 units on 2 processes) and a step that updates a part of the groups; ordered, bit by bit."""
+    """With clipping, padding (5 units on 2 processes) and a step that updates a part of the groups; ordered,
+    bit by bit."""
     torch.multiprocessing.spawn(member, (2, str(tmp_path)), nprocs=2)
     alone = [trained(sets, 0, 1) for sets in PLANS]
     for rank in range(2):
         for sets, got, expected in zip(PLANS, torch.load(tmp_path / f"{rank}.pt"), alone):
             for name, p in expected.items():
-                close = torch.equal(got[name], p) if "ordered" in sets else torch.allclose(got[name], p, rtol=0, atol=1e-10)
+                close = (
+                    torch.equal(got[name], p) if "ordered" in sets
+                    else torch.allclose(got[name], p, rtol=0, atol=1e-10)
+                )
                 assert close, (sets, name)
 
 
@@ -629,7 +730,8 @@ def test_processes_share_eight_logical_ranks():
 # ----- CUDA graphs
 
 class Graph:
-    """Stands for a CUDA graph on a CPU: it keeps what was captured, with the tensors of that moment, and runs that again."""
+    """Stands for a CUDA graph on a CPU: it keeps what was captured, with the tensors of that moment, and runs
+    that again."""
     captured = 0
 
     def __init__(self, update, pool):
@@ -644,10 +746,13 @@ class Graph:
 def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(optim, "capture", lambda update, pool: Graph(update, pool).replay)
-    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)  # compiled rules get tensors, which round as those of a graph do
+    # compiled rules get tensors, which round as those of a graph do
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: f)
     results = []
     for graphs in (False, True):
-        s = deltas.resolve(ref, scale="micro", sets=[*sets, f"system.cuda_graphs={str(graphs).lower()}"]).settings
+        s = deltas.resolve(
+            ref, scale="micro", sets=[*sets, f"system.cuda_graphs={str(graphs).lower()}"]
+        ).settings
         model = GPT(s)
         model.initialise(0)
         optimizer, Graph.captured = Optimizer(model, s, compiled=True), 0

@@ -1,4 +1,5 @@
-"""The step plans are the only source of per-step numbers, also where the batch changes from stage to stage."""
+"""The step plans are the only source of per-step numbers, also where the batch changes from stage to
+stage."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,7 +23,10 @@ from system import compiler, memory, warmup
 from train_gpt import train_step
 
 STAGED = ("schedule.stages=[0.25,0.5,0.25]", "data.tokens_per_rank=[64,128,192]")
-SMALL = ("model.num_layers=2", "schedule.steps=8", "data.seq_len=32", "validation.seq_len=32", "model.residual.unet_skips.learned=true")
+SMALL = (
+    "model.num_layers=2", "schedule.steps=8", "data.seq_len=32", "validation.seq_len=32",
+    "model.residual.unet_skips.learned=true"
+)
 
 
 def settings(*sets, ref="short/11"):
@@ -34,8 +38,11 @@ def small_run(s, compiled=lambda model: model):
     model = GPT(s)
     model.initialise(0)
     world = SimpleNamespace(total=lambda x: x, ranks=range(8), device=torch.device("cpu"))
-    return SimpleNamespace(s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model), compiled=compiled(model),
-                           optimizer=Optimizer(model, s), ranks_per_microbatch=8, corpus=sample_corpus())
+    return SimpleNamespace(
+        s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model),
+        compiled=compiled(model), optimizer=Optimizer(model, s), ranks_per_microbatch=8,
+        corpus=sample_corpus()
+    )
 
 
 def steps_of(run, batches, steps):
@@ -53,7 +60,10 @@ def test_a_setting_with_one_value_per_stage_goes_through_them_in_order():
     assert [plan.tokens_before for plan in plans] == [sum(p.tokens for p in plans[:i]) for i in range(8)]
     assert [schedule.tokens_before(s, i) for i in range(8)] == [plan.tokens_before for plan in plans]
     assert schedule.tokens_before(s, 8) == sum(plan.tokens for plan in plans) == 8 * tokens_per_step(s)
-    assert schedule.largest_shape(s) == plans[6].shape and schedule.rank_tokens(s) == [64] * 2 + [128] * 4 + [192] * 2
+    assert (
+        schedule.largest_shape(s) == plans[6].shape
+        and schedule.rank_tokens(s) == [64] * 2 + [128] * 4 + [192] * 2
+    )
 
 
 def test_equal_stages_are_no_stages():
@@ -63,10 +73,17 @@ def test_equal_stages_are_no_stages():
     assert stream_arguments(s) == stream_arguments(plain)
 
 
-@pytest.mark.parametrize("sets, message", [
-    (("data.tokens_per_rank=[64,128]",), "has 2 values and schedule.stages has 0"),
-    (("schedule.stages=[0.5,0.4]",), "add up to 1"),
-    (("schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[64,100]"), "tokens_per_rank = 100 is not a multiple")])
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        (("data.tokens_per_rank=[64,128]",), "has 2 values and schedule.stages has 0"),
+        (("schedule.stages=[0.5,0.4]",), "add up to 1"),
+        (
+            ("schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[64,100]"),
+            "tokens_per_rank = 100 is not a multiple",
+        ),
+    ],
+)
 def test_stages_that_do_not_fit_are_refused(sets, message):
     with pytest.raises(UserError, match=message):
         settings(*sets)
@@ -78,7 +95,9 @@ def test_scales_shrink_the_batch_of_each_stage():
                                  data=dataclasses.replace(full.data, tokens_per_rank=(65536, 131072)))
     s = scaled(staged, "micro")
     assert s.data.tokens_per_rank == (128, 256) and s.schedule.stages == (0.5, 0.5) and s.data.seq_len == 64
-    assert abs(schedule.tokens_before(s, s.schedule.steps) - SCALES["micro"].budget_tokens) <= tokens_per_step(s)
+    assert abs(
+        schedule.tokens_before(s, s.schedule.steps) - SCALES["micro"].budget_tokens
+    ) <= tokens_per_step(s)
 
 
 def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_clock():
@@ -99,14 +118,22 @@ def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_
     stream = Stream(run.corpus, ranks=range(8), **stream_arguments(s))
     steps_of(run, (stream.next() for _ in range(8)), range(8))
     assert compiler.graph_count() == warm and warm - before == 3
-    log = SimpleNamespace(settings=deltas.resolve("short/11", scale="micro", sets=[*SMALL, *STAGED, "system.compile=on"]).settings,
-                          start={"device": "CPU"})
+    log = SimpleNamespace(
+        settings=deltas.resolve(
+            "short/11", scale="micro", sets=[*SMALL, *STAGED, "system.compile=on"]
+        ).settings,
+        start={"device": "CPU"},
+    )
     assert run_laws.warmup_steps(log) == len(steps)
 
 
 def test_what_counts_by_logical_rank_follows_the_shape():
-    """The FP8 head's gradient scale undoes the mean over the tokens that the step has, not over those of the first one."""
-    s = settings("system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]", ref="short/20")
+    """The FP8 head's gradient scale undoes the mean over the tokens that the step has, not over those of the
+    first one."""
+    s = settings(
+        "system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]",
+        ref="short/20"
+    )
     model = GPT(s).train()
     for step in (0, s.schedule.steps - 1):
         shape = schedule.shape(s, step)
@@ -117,5 +144,8 @@ def test_what_counts_by_logical_rank_follows_the_shape():
 
 
 def test_memory_is_estimated_for_the_largest_shape():
-    small, large, staged = (settings(*SMALL, *sets) for sets in (("data.tokens_per_rank=64",), ("data.tokens_per_rank=192",), STAGED))
+    small, large, staged = (
+        settings(*SMALL, *sets)
+        for sets in (("data.tokens_per_rank=64",), ("data.tokens_per_rank=192",), STAGED)
+    )
     assert memory.estimate(staged, 8, 8) == memory.estimate(large, 8, 8) != memory.estimate(small, 8, 8)

@@ -16,15 +16,27 @@ from runlog import chain_line, GENESIS
 from common.errors import UserError
 
 
-def make_run(folder, record="short/11", scale="micro", seed=0, sets=(), losses=(7.0, 6.0, 5.5), status="finished", **start):
+def make_run(
+    folder, record="short/11", scale="micro", seed=0, sets=(), losses=(7.0, 6.0, 5.5), status="finished",
+    **start
+):
     """A run folder: validations every two steps of 1,024 tokens, a second each; status None: no end yet."""
     resolved = deltas.resolve(record, scale=scale, sets=sets)
-    events = [{"kind": "start", "record": record, "preset": "", "scale": scale, "seed": seed, "registered": "", "log_version": 3,
-               "processes": 1, "changes": list(resolved.changes), "settings": schema.plain(resolved.settings), **start}]
+    events = [
+        {
+            "kind": "start", "record": record, "preset": "", "scale": scale, "seed": seed, "registered": "",
+            "log_version": 3, "processes": 1, "changes": list(resolved.changes),
+            "settings": schema.plain(resolved.settings), **start
+        }
+    ]
     for i, loss in enumerate(losses):
         train = [9.0 - i, 8.5 - i] if i else []
-        events.append({"kind": "validation", "step": 2 * i, "scheduled_steps": 20, "val_loss": loss, "train_loss": train,
-                       "train_time_ms": 1000.0 * i, "tokens": 2048 * i, "epoch": 0})
+        events.append(
+            {
+                "kind": "validation", "step": 2 * i, "scheduled_steps": 20, "val_loss": loss,
+                "train_loss": train, "train_time_ms": 1000.0 * i, "tokens": 2048 * i, "epoch": 0
+            }
+        )
     events += [{"kind": "end", "status": status}] if status else []
     folder.mkdir(parents=True)
     previous = GENESIS
@@ -47,17 +59,27 @@ def legend(axes):
     return [text.get_text() for text in axes.get_legend().get_texts()]
 
 
-@pytest.mark.parametrize("runs, common, names", [
-    ([{}], "short/11, micro, seed 0", ["short/11, micro, seed 0"]),
-    ([{}, {"seed": 3}], "short/11, micro", ["seed 0", "seed 3"]),
-    ([{}, {"record": "short/10"}], "micro, seed 0", ["short/11", "short/10"]),
-    ([{}, {"scale": "tiny", "seed": 1}], "short/11", ["micro, seed 0", "tiny, seed 1"]),
-    ([{}, {"sets": ["optim.muon.lr=0.5"]}], "short/11, micro, seed 0", ["as it is", "optim.muon.lr=0.5"]),
-    ([{"sets": ["schedule.steps=20", "optim.muon.lr=0.5"]}, {"sets": ["schedule.steps=20", "optim.muon.lr=0.9"], "seed": 1}],
-     "short/11, micro", ["optim.muon.lr=0.5, seed 0", "optim.muon.lr=0.9, seed 1"]),
-    ([{}, {"processes": 4}], "short/11, micro, seed 0", ["processes 1", "processes 4"]),
-    ([{"code": "aaaa"}, {"code": "bbbb"}], "short/11, micro, seed 0", ["code aaaa", "code bbbb"]),
-    ([{}, {}], "short/11, micro, seed 0", ["short/11 (0)", "short/11 (1)"])])
+@pytest.mark.parametrize(
+    "runs, common, names",
+    [
+        ([{}], "short/11, micro, seed 0", ["short/11, micro, seed 0"]),
+        ([{}, {"seed": 3}], "short/11, micro", ["seed 0", "seed 3"]),
+        ([{}, {"record": "short/10"}], "micro, seed 0", ["short/11", "short/10"]),
+        ([{}, {"scale": "tiny", "seed": 1}], "short/11", ["micro, seed 0", "tiny, seed 1"]),
+        ([{}, {"sets": ["optim.muon.lr=0.5"]}], "short/11, micro, seed 0", ["as it is", "optim.muon.lr=0.5"]),
+        (
+            [
+                {"sets": ["schedule.steps=20", "optim.muon.lr=0.5"]},
+                {"sets": ["schedule.steps=20", "optim.muon.lr=0.9"], "seed": 1},
+            ],
+            "short/11, micro",
+            ["optim.muon.lr=0.5, seed 0", "optim.muon.lr=0.9, seed 1"],
+        ),
+        ([{}, {"processes": 4}], "short/11, micro, seed 0", ["processes 1", "processes 4"]),
+        ([{"code": "aaaa"}, {"code": "bbbb"}], "short/11, micro, seed 0", ["code aaaa", "code bbbb"]),
+        ([{}, {}], "short/11, micro, seed 0", ["short/11 (0)", "short/11 (1)"]),
+    ],
+)
 def test_labels_say_what_differs_and_the_title_what_does_not(runs, common, names, tmp_path):
     found = [curves.read(make_run(tmp_path / str(i), **facts)) for i, facts in enumerate(runs)]
     assert curves.labels(found) == (common, names)
@@ -65,26 +87,37 @@ def test_labels_say_what_differs_and_the_title_what_does_not(runs, common, names
 
 def test_settings_that_differ_without_a_typed_change_are_named(tmp_path):
     """Two versions of a record, or of a scale."""
-    found = [curves.read(make_run(tmp_path / str(i), sets=[f"optim.muon.lr={lr}"], changes=[])) for i, lr in enumerate((0.5, 0.9))]
+    found = [
+        curves.read(make_run(tmp_path / str(i), sets=[f"optim.muon.lr={lr}"], changes=[]))
+        for i, lr in enumerate((0.5, 0.9))
+    ]
     assert curves.labels(found)[1] == ["optim.muon.lr = 0.5", "optim.muon.lr = 0.9"]
 
 
 def test_diverged_and_unfinished_runs_are_drawn_as_far_as_they_are_finite(tmp_path, monkeypatch, capsys):
     """nan and null of the log are the same; the notes and the legend say what became of a run."""
     axes = drawn(monkeypatch)
-    folders = [make_run(tmp_path / "a"), make_run(tmp_path / "b", seed=1, losses=(7.0, 6.5, None), status="diverged"),
-               make_run(tmp_path / "c", seed=2, losses=(7.0, math.nan), status="diverged"),
-               make_run(tmp_path / "d", seed=3, losses=(7.0, 6.1), status=None),
-               make_run(tmp_path / "e", seed=4, losses=(7.0,), status="interrupted"),
-               make_run(tmp_path / "f", seed=5, losses=(math.inf,), status="diverged")]
+    folders = [
+        make_run(tmp_path / "a"),
+        make_run(tmp_path / "b", seed=1, losses=(7.0, 6.5, None), status="diverged"),
+        make_run(tmp_path / "c", seed=2, losses=(7.0, math.nan), status="diverged"),
+        make_run(tmp_path / "d", seed=3, losses=(7.0, 6.1), status=None),
+        make_run(tmp_path / "e", seed=4, losses=(7.0,), status="interrupted"),
+        make_run(tmp_path / "f", seed=5, losses=(math.inf,), status="diverged")
+    ]
     path = plot.plot(folders, train=True)
     assert path == tmp_path / "a/curve.png" and path.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.splitlines() == [
         "seed 1: this run diverged; its curve ends at step 2, the last loss that is a number",
-        "seed 2: this run diverged; its curve ends at step 0, the last loss that is a number", "seed 3: running, step 2 of 20",
-        "seed 4: interrupted, step 0 of 20", "seed 5: this run diverged; none of its losses is a number, and it has no curve"]
-    assert legend(axes[0])[:6] == ["seed 0", "seed 1 (diverged after step 2)", "seed 2 (diverged after step 0)",
-                                   "seed 3 (running, step 2 of 20)", "seed 4 (interrupted, step 0 of 20)", "seed 5 (diverged)"]
+        "seed 2: this run diverged; its curve ends at step 0, the last loss that is a number",
+        "seed 3: running, step 2 of 20",
+        "seed 4: interrupted, step 0 of 20",
+        "seed 5: this run diverged; none of its losses is a number, and it has no curve",
+    ]
+    assert legend(axes[0])[:6] == [
+        "seed 0", "seed 1 (diverged after step 2)", "seed 2 (diverged after step 0)",
+        "seed 3 (running, step 2 of 20)", "seed 4 (interrupted, step 0 of 20)", "seed 5 (diverged)"
+    ]
     assert plot.plot(folders[5:]).exists() and "has no curve" in capsys.readouterr().out
     with pytest.raises(UserError, match="no validation yet"):
         plot.plot([make_run(tmp_path / "g", losses=(), status=None)])
@@ -148,7 +181,9 @@ def refusal(capsys, *args):
 
 def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "runs/a")
-    assert "the ending says the format: .png, .svg, .pdf" in refusal(capsys, "plot", run, "--out", tmp_path / "x.jpeg")
+    assert "the ending says the format: .png, .svg, .pdf" in refusal(
+        capsys, "plot", run, "--out", tmp_path / "x.jpeg"
+    )
     assert "cannot write" in refusal(capsys, "plot", run, "--out", tmp_path / "no/such/x.png")
     assert f"name one below it, like {run}" in refusal(capsys, "plot", tmp_path / "runs")
     assert "no run.jsonl here; name a run folder" in refusal(capsys, "plot", tmp_path / "nowhere")
@@ -163,7 +198,7 @@ def test_what_cannot_be_drawn_or_written_is_one_line(tmp_path, capsys):
     assert "is not a complete log line" in refusal(capsys, "export", run, "--to", "csv")
 
 
-# ----- export -------------------------------------------------------------------------------------------------------
+# ----- export -----------------------------------------------------------------------------------------------
 
 def test_curves_as_csv(tmp_path, capsys):
     a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b", losses=(7.0, math.nan), status="diverged")
@@ -205,7 +240,9 @@ def test_a_checkpoint_as_safetensors(tmp_path, capsys):
         command.main(["export", str(tmp_path), "--to", "safetensors"])
     assert ended.value.code == 0
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
-        assert set(file.keys()) == set(model) and all(torch.equal(file.get_tensor(k), v) for k, v in model.items())
+        assert set(file.keys()) == set(model) and all(
+            torch.equal(file.get_tensor(k), v) for k, v in model.items()
+        )
         metadata = file.metadata()
     assert schema.from_plain(json.loads(metadata["settings"])) == schema.from_plain(settings)
     assert (metadata["tokenizer"], metadata["val_loss"]) == ("sample", "4.25")
@@ -217,9 +254,15 @@ def test_a_checkpoint_as_safetensors(tmp_path, capsys):
 def test_a_checkpoint_that_cannot_be_exported_is_one_line(tmp_path, capsys, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint.pt")
     checkpoint = tmp_path / "checkpoint.pt"
-    assert "takes one checkpoint, not 2" in refusal(capsys, "export", checkpoint, checkpoint, "--to", "safetensors")
-    assert "safetensors are binary" in refusal(capsys, "export", checkpoint, "--to", "safetensors", "--out", "-")
-    assert "a folder: name a file" in refusal(capsys, "export", checkpoint, "--to", "safetensors", "--out", tmp_path)
+    assert "takes one checkpoint, not 2" in refusal(
+        capsys, "export", checkpoint, checkpoint, "--to", "safetensors"
+    )
+    assert "safetensors are binary" in refusal(
+        capsys, "export", checkpoint, "--to", "safetensors", "--out", "-"
+    )
+    assert "a folder: name a file" in refusal(
+        capsys, "export", checkpoint, "--to", "safetensors", "--out", tmp_path
+    )
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "safetensors.torch", None)  # as if it were not installed
         assert "`pip install safetensors`" in refusal(capsys, "export", checkpoint, "--to", "safetensors")
@@ -230,5 +273,9 @@ def test_a_checkpoint_that_cannot_be_exported_is_one_line(tmp_path, capsys, monk
             patched.setitem(sys.modules, "safetensors", sys)
             patched.setitem(sys.modules, "safetensors.torch", type(sys)("safetensors.torch"))
             patched.setattr(sys.modules["safetensors.torch"], "save", lambda *_: b"", raising=False)
-            assert "not a checkpoint of this program" in refusal(capsys, "export", tmp_path / name, "--to", "safetensors")
-            assert "no such checkpoint" in refusal(capsys, "export", tmp_path / "none.pt", "--to", "safetensors")
+            assert "not a checkpoint of this program" in refusal(
+                capsys, "export", tmp_path / name, "--to", "safetensors"
+            )
+            assert "no such checkpoint" in refusal(
+                capsys, "export", tmp_path / "none.pt", "--to", "safetensors"
+            )

@@ -1,4 +1,5 @@
-"""Git facts come from the checkout that holds the code, whatever the environment says; without one they are unknown."""
+"""Git facts come from the checkout that holds the code, whatever the environment says; without one they are
+unknown."""
 
 import os
 import shutil
@@ -10,7 +11,9 @@ from common import repository
 from evidence import arms
 from common.errors import UserError
 
-IDENTITY = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+IDENTITY = {
+    "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"
+}
 
 
 def new_repository(folder, text="1\n"):
@@ -34,13 +37,23 @@ def test_a_clean_and_an_edited_checkout(project):
     assert repository.code_version(folder) == commit + "-dirty"
 
 
-@pytest.mark.parametrize("name", ["GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_CEILING_DIRECTORIES",
-                                  "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CONFIG"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_OBJECT_DIRECTORY", "GIT_CEILING_DIRECTORIES",
+        "GIT_COMMON_DIR", "GIT_NAMESPACE", "GIT_CONFIG"
+    ],
+)
 def test_what_the_environment_says_of_another_repository_is_not_heard(project, tmp_path, monkeypatch, name):
     folder, commit = project
     new_repository(tmp_path / "other", "another\n")
-    monkeypatch.setenv(name, str(tmp_path / "other" / {"GIT_DIR": ".git", "GIT_INDEX_FILE": ".git/index"}.get(name, "")))
-    assert repository.code_version(folder) == commit and arms.git("rev-parse", "HEAD", cwd=folder).decode().strip() == commit
+    monkeypatch.setenv(
+        name, str(tmp_path / "other" / {"GIT_DIR": ".git", "GIT_INDEX_FILE": ".git/index"}.get(name, ""))
+    )
+    assert (
+        repository.code_version(folder) == commit
+        and arms.git("rev-parse", "HEAD", cwd=folder).decode().strip() == commit
+    )
 
 
 def test_configuration_in_the_environment_is_not_heard(project, tmp_path, monkeypatch):
@@ -59,7 +72,9 @@ def test_a_copy_inside_another_repository_is_unknown(project, tmp_path):
     outer = tmp_path / "outer"
     new_repository(outer)
     shutil.copytree(folder, outer / "project", ignore=shutil.ignore_patterns(".git"))
-    assert repository.code_version(outer / "project") == "unknown" and not repository.is_project(outer / "project")
+    assert repository.code_version(outer / "project") == "unknown" and not repository.is_project(
+        outer / "project"
+    )
     repository.git("add", "project", cwd=outer)  # also where that repository holds its files
     repository.git("commit", "--quiet", "--message", "y", cwd=outer, env=IDENTITY)
     assert repository.code_version(outer / "project") == "unknown"
@@ -78,7 +93,9 @@ def test_no_repository_no_commit_and_a_broken_index_are_unknown(project, tmp_pat
 def test_a_checkout_of_another_user_is_read_and_no_hook_or_monitor_runs(project, tmp_path, monkeypatch):
     """As in a container whose user is not the owner of the mounted checkout."""
     folder, commit = project
-    monkeypatch.setattr(repository, "OPTIONS", tuple(x.replace(str(repository.ROOT), str(folder)) for x in repository.OPTIONS))
+    monkeypatch.setattr(
+        repository, "OPTIONS", tuple(x.replace(str(repository.ROOT), str(folder)) for x in repository.OPTIONS)
+    )
     witness = tmp_path / "ran"
     monitor = folder / "monitor"
     monitor.write_text(f"#!/bin/sh\ntouch {witness}\n")
@@ -109,5 +126,7 @@ def test_this_checkout_tells_its_commit_from_any_folder(tmp_path, monkeypatch):
     if not repository.is_project():
         pytest.skip("this is no git checkout")
     monkeypatch.chdir(tmp_path)
-    plain = subprocess.run(["git", "rev-parse", "HEAD"], cwd=repository.ROOT, capture_output=True, text=True).stdout.strip()
+    plain = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=repository.ROOT, capture_output=True, text=True
+    ).stdout.strip()
     assert repository.code_version().removesuffix("-dirty") == plain

@@ -1,4 +1,5 @@
-"""Laws of sample.py: what is drawn, what the model sees of a prompt, what is printed while it is generated, and bad checkpoints."""
+"""Laws of sample.py: what is drawn, what the model sees of a prompt, what is printed while it is generated,
+and bad checkpoints."""
 
 import io
 import os
@@ -24,18 +25,24 @@ BOS = 1256
 @pytest.fixture(scope="module")
 def model():
     """Record 11 at micro with a context of 64 tokens and random weights."""
-    s = deltas.resolve("short/11", scale="micro", sets=[f"validation.seq_len={CONTEXT}", "validation.tokens=512"]).settings
+    s = deltas.resolve(
+        "short/11", scale="micro", sets=[f"validation.seq_len={CONTEXT}", "validation.tokens=512"]
+    ).settings
     made = GPT(s)
     made.initialise(0)
     for p in made.parameters():
-        p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype)
+        p.data += 0.05 * torch.randn(
+            p.shape, generator=torch.Generator().manual_seed(p.numel()), dtype=p.dtype
+        )
     return made.eval()
 
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("sample") / "checkpoint.pt"
-    torch.save({"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path)
+    torch.save(
+        {"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path
+    )
     return path
 
 
@@ -45,10 +52,11 @@ def text(capsys, *args):
     return capsys.readouterr()
 
 
-# ----- drawing ----------------------------------------------------------------------------------------------------------
+# ----- drawing ----------------------------------------------------------------------------------------------
 
 def brute_force(logits, top_k, top_p):
-    """Indices that may be drawn, by definition: the shortest head of the sorted list that holds top_p of the first top_k."""
+    """Indices that may be drawn, by definition: the shortest head of the sorted list that holds top_p of the
+    first top_k."""
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[:top_k]
     p = torch.tensor([logits[i] for i in order], dtype=torch.float64).softmax(0).tolist()
     kept, mass = [], 0.0
@@ -98,10 +106,11 @@ def test_the_cache_changes_no_token_over_several_contexts(model, options):
     assert tokens(model, 150, **options) == tokens(model, 150, cached=False, **options)
 
 
-# ----- what the model sees ----------------------------------------------------------------------------------------------
+# ----- what the model sees ----------------------------------------------------------------------------------
 
 def seen(model, length, count=3):
-    """Tokens that each forward pass read of a prompt, and contexts that each had, as (tokens read, context length)."""
+    """Tokens that each forward pass read of a prompt, and contexts that each had, as (tokens read, context
+    length)."""
     sizes, contexts = [], []
 
     class Watched:
@@ -134,12 +143,17 @@ def test_a_prompt_keeps_as_much_as_the_context_holds(model, length):
 def test_a_longer_prompt_is_said_and_one_of_the_context_is_not(saved, capsys):
     encoding = tokenizer.load("sample")
     word = next(w for w in (" the", " of", " and") if len(encoding.encode_ordinary(w * 2)) == 2)
-    short, long = (text(capsys, saved, "--prompt", word * n, "--tokens", 2).err for n in (CONTEXT, CONTEXT + 1))
+    short, long = (
+        text(capsys, saved, "--prompt", word * n, "--tokens", 2).err for n in (CONTEXT, CONTEXT + 1)
+    )
     assert "prompt:" not in short
-    assert long.splitlines()[0] == f"prompt: {CONTEXT + 1} tokens, the model sees the last {CONTEXT}, its context"
+    assert (
+        long.splitlines()[0]
+        == f"prompt: {CONTEXT + 1} tokens, the model sees the last {CONTEXT}, its context"
+    )
 
 
-# ----- what is printed --------------------------------------------------------------------------------------------------
+# ----- what is printed --------------------------------------------------------------------------------------
 
 def test_text_comes_character_by_whole_character_and_documents_end_visibly():
     encoding = tokenizer.load("sample")
@@ -151,7 +165,8 @@ def test_text_comes_character_by_whole_character_and_documents_end_visibly():
     assert parts[words.encode().index("世".encode())] == ""  # waits for the other two bytes
     cut = sample.Writer(encoding)
     assert cut.text(encoding.encode_single_token("世".encode()[:1])) == ""
-    assert cut.text(encoding.eot_token) == "\ufffd<|endoftext|>\n"  # a character that never came is shown as such
+    # a character that never came is shown as such
+    assert cut.text(encoding.eot_token) == "\ufffd<|endoftext|>\n"
 
 
 def test_tokens_are_shown_one_by_one(model, capsys):
@@ -169,7 +184,10 @@ def test_samples_have_seeds_of_their_own_and_each_can_be_had_alone(saved, capsys
     both = text(capsys, saved, "--prompt", "The", "--tokens", 12, "--samples", 2, "--seed", 7).out
     alone = text(capsys, saved, "--prompt", "The", "--tokens", 12, "--seed", 8).out
     first, second = both.split("----- sample ")[1:]
-    assert first.startswith("1 of 2, seed 7\nThe") and second == "2 of 2, seed 8\n" + alone and first.split("\n", 1)[1] != alone
+    assert (
+        first.startswith("1 of 2, seed 7\nThe") and second == "2 of 2, seed 8\n" + alone
+        and first.split("\n", 1)[1] != alone
+    )
 
 
 def test_a_prompt_comes_from_a_file_or_stdin_as_it_stands(saved, capsys, tmp_path, monkeypatch):
@@ -205,7 +223,7 @@ def test_stop_ends_a_sample_with_its_document(saved, capsys, monkeypatch):
     assert text(capsys, saved, "--tokens", 5, "--stop", "--samples", 2).out.count("ab<|endoftext|>\n") == 2
 
 
-# ----- bad input --------------------------------------------------------------------------------------------------------
+# ----- bad input --------------------------------------------------------------------------------------------
 
 def broken(kind, saved, folder):
     """Path of a checkpoint that is wrong in one way."""
@@ -243,13 +261,19 @@ def broken(kind, saved, folder):
     return path
 
 
-@pytest.mark.parametrize("kind, message", [
-    ("missing", "no such checkpoint"), ("torn", "not a checkpoint of this program, or torn"), ("empty", "not a checkpoint"),
-    ("text", "not a checkpoint"), ("folder", "a folder without checkpoint.pt"), ("code", "such code is not run"),
-    ("list", "lacks everything"), ("tensor", "lacks everything"), ("no settings", "lacks settings, tokenizer"),
-    ("other settings", "another version"), ("settings of another type", "another version"), ("fewer weights", "another version"),
-    ("other shapes", "another version"), ("diverged", "not finite"), ("tokenizer", "unknown tokenizer 'other'"),
-    ("large tokenizer", "has 50257 tokens, the model")])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("missing", "no such checkpoint"), ("torn", "not a checkpoint of this program, or torn"),
+        ("empty", "not a checkpoint"), ("text", "not a checkpoint"),
+        ("folder", "a folder without checkpoint.pt"), ("code", "such code is not run"),
+        ("list", "lacks everything"), ("tensor", "lacks everything"),
+        ("no settings", "lacks settings, tokenizer"), ("other settings", "another version"),
+        ("settings of another type", "another version"), ("fewer weights", "another version"),
+        ("other shapes", "another version"), ("diverged", "not finite"),
+        ("tokenizer", "unknown tokenizer 'other'"), ("large tokenizer", "has 50257 tokens, the model")
+    ],
+)
 def test_a_bad_checkpoint_is_one_line(kind, message, saved, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         sample.main([str(broken(kind, saved, tmp_path))])
@@ -262,14 +286,19 @@ def test_a_run_s_folder_stands_for_its_checkpoint(saved, capsys):
     assert text(capsys, saved.parent, "--tokens", 3).out == text(capsys, saved, "--tokens", 3).out
 
 
-@pytest.mark.parametrize("args, message", [
-    (["--temperature", "nan"], "number"), (["--temperature", "inf"], "number"), (["--temperature", "-1"], "0 or a number from 0.001 to 1000"),
-    (["--temperature", "1e999"], "number"), (["--top-k", "0"], "from 1"), (["--top-k", "1.5"], "whole number"),
-    (["--top-p", "0"], "above 0"), (["--top-p", "1.01"], "at most 1"), (["--top-p", "nan"], "number"),
-    (["--tokens", "0"], "from 1"), (["--samples", "-2"], "from 1"), (["--seed", "-1"], "from 0"),
-    (["--seed", str(2 ** 63)], "from 0"), (["--seed", str(2 ** 63 - 1)], "from 0"),
-    (["--prompt", "a", "--prompt-file", "b"], "not allowed with"), (["--prompt-file", "/no/such"], "No such file"),
-    (["--prompt-file", "/"], "directory"), (["--prompt-file", "LATIN"], "not UTF-8 text (byte 1)")])
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (["--temperature", "nan"], "number"), (["--temperature", "inf"], "number"),
+        (["--temperature", "-1"], "0 or a number from 0.001 to 1000"), (["--temperature", "1e999"], "number"),
+        (["--top-k", "0"], "from 1"), (["--top-k", "1.5"], "whole number"), (["--top-p", "0"], "above 0"),
+        (["--top-p", "1.01"], "at most 1"), (["--top-p", "nan"], "number"), (["--tokens", "0"], "from 1"),
+        (["--samples", "-2"], "from 1"), (["--seed", "-1"], "from 0"), (["--seed", str(2**63)], "from 0"),
+        (["--seed", str(2**63 - 1)], "from 0"), (["--prompt", "a", "--prompt-file", "b"], "not allowed with"),
+        (["--prompt-file", "/no/such"], "No such file"), (["--prompt-file", "/"], "directory"),
+        (["--prompt-file", "LATIN"], "not UTF-8 text (byte 1)")
+    ],
+)
 def test_bad_arguments_are_one_line(args, message, saved, tmp_path, capsys):
     (tmp_path / "latin").write_bytes(b"a\xff")
     with pytest.raises(SystemExit) as stopped:

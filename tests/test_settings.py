@@ -29,8 +29,13 @@ RECORDS = deltas.load_records()
 
 def make_chain(*tables):
     """Records of an invented lineage, each a dict of delta lines."""
-    return [deltas.Record(f"test/{i}", "", f"test/{i - 1}" if i > 1 else None, "", [], "ml", "log", "spec", "", i, table, {},
-                          "", "", Path("test")) for i, table in enumerate(tables, 1)]
+    return [
+        deltas.Record(
+            f"test/{i}", "", f"test/{i - 1}" if i > 1 else None, "", [], "ml", "log", "spec", "", i, table,
+            {}, "", "", Path("test")
+        )
+        for i, table in enumerate(tables, 1)
+    ]
 
 
 def test_the_defaults_are_record_1():
@@ -55,7 +60,9 @@ def test_every_delta_line_changes_its_parent(ref):
 
 
 def test_names_of_records():
-    assert {deltas.find_record(f"short/{name}").ref for name in ("9", "009", "shortcuts_tweaks")} == {"short/9"}
+    assert {deltas.find_record(f"short/{name}").ref for name in ("9", "009", "shortcuts_tweaks")} == {
+        "short/9"
+    }
     assert deltas.find_record("short/head").ref == [ref for ref in RECORDS if ref.startswith("short/")][-1]
     with pytest.raises(UserError, match="did you mean short/muon"):
         deltas.find_record("short/muonn")
@@ -81,12 +88,20 @@ def test_switching_the_skips_sigmoid_off_gives_record_31_s_skips():
     assert off == deltas.resolve("short/31").settings.model.residual
 
 
-@pytest.mark.parametrize("change, why", [
-    ("optim.muon.momentum_warmup.steps=0", "at least 1"), ("optim.adam.beta1=1.0", "0 <= x < 1"),
-    ("model.head.softcap.scale=0", "greater than 0"), ("model.attn.window.stages=[7,3,7]", "growing windows"),
-    ("model.attn.window.final=9", "at least the last stage"), ("model.attn.window.final_last_layer=0", "at least one block"),
-    ("model.attn.window.long_layers=[0,4]", "long window in layer 11"), ("model.pad_vocab_to=1", "multiples of 16"),
-    ("model.attn.rope.yarn.beta=1.0", "greater than model.attn.rope.yarn.alpha"), ("system.warmup_steps=-5", "at least -1")])
+@pytest.mark.parametrize(
+    "change, why",
+    [
+        ("optim.muon.momentum_warmup.steps=0", "at least 1"), ("optim.adam.beta1=1.0", "0 <= x < 1"),
+        ("model.head.softcap.scale=0", "greater than 0"),
+        ("model.attn.window.stages=[7,3,7]", "growing windows"),
+        ("model.attn.window.final=9", "at least the last stage"),
+        ("model.attn.window.final_last_layer=0", "at least one block"),
+        ("model.attn.window.long_layers=[0,4]", "long window in layer 11"),
+        ("model.pad_vocab_to=1", "multiples of 16"),
+        ("model.attn.rope.yarn.beta=1.0", "greater than model.attn.rope.yarn.alpha"),
+        ("system.warmup_steps=-5", "at least -1")
+    ],
+)
 def test_values_outside_their_bounds_are_refused(change, why):
     with pytest.raises(UserError, match=why):
         deltas.resolve("short/33", sets=[change])
@@ -110,7 +125,10 @@ def test_without_takes_along_what_needs_it():
 def test_with_brings_a_feature_back_as_it_was():
     a = deltas.resolve("short/8", with_=["model.residual.unet_skips@short/11"]).settings
     assert a.model.residual.unet_skips == deltas.resolve("short/11").settings.model.residual.unet_skips
-    assert deltas.resolve("short/8", with_=["model.head.softcap={cap=15}"]).settings.model.head.softcap.cap == 15.0
+    assert (
+        deltas.resolve("short/8", with_=["model.head.softcap={cap=15}"]).settings.model.head.softcap.cap
+        == 15.0
+    )
 
 
 def test_without_then_set_below_is_an_error_that_names_the_feature():
@@ -119,13 +137,17 @@ def test_without_then_set_below_is_an_error_that_names_the_feature():
 
 
 def test_revert_keeps_later_values_and_drops_lines_below_what_is_gone():
-    links = make_chain({}, {"optim.muon": {"lr": 0.1}, "schedule.steps": 50, "optim.embed.lr": 0.5, "model.bias": False},
-                       {"optim.muon.momentum": 0.9, "optim.embed.lr": 0.7})
+    links = make_chain(
+        {}, {"optim.muon": {"lr": 0.1}, "schedule.steps": 50, "optim.embed.lr": 0.5, "model.bias": False},
+        {"optim.muon.momentum": 0.9, "optim.embed.lr": 0.7}
+    )
     s, report = deltas.replay(links, {"test/2"})
     assert s.optim.muon is None and s.optim.embed.lr == 0.7 and s.model.bias
     assert s.schedule.steps == 50  # step counts stay
-    assert [line.split()[:2] for line in report] == [["dropped", "optim.muon.momentum"], ["kept", "optim.embed.lr"],
-                                                     ["reverted", "optim.muon:"], ["reverted", "model.bias:"]]
+    assert [line.split()[:2] for line in report] == [
+        ["dropped", "optim.muon.momentum"], ["kept", "optim.embed.lr"], ["reverted", "optim.muon:"],
+        ["reverted", "model.bias:"]
+    ]
 
 
 def test_revert_refuses_a_change_of_the_number_of_layers():
@@ -162,8 +184,9 @@ def test_bad_changes_name_culprit_and_remedy(change, message):
 
 def test_an_empty_delta_must_be_explained(tmp_path):
     (tmp_path / "1_x").mkdir()
-    (tmp_path / "1_x/record.toml").write_text('id = "1"\ntitle = "t"\ndate = 2025-01-01\npeople = []\nkind = "ml"\n'
-                                              'source = "log"\n')
+    (tmp_path / "1_x/record.toml").write_text(
+        'id = "1"\ntitle = "t"\ndate = 2025-01-01\npeople = []\nkind = "ml"\nsource = "log"\n'
+    )
     with pytest.raises(UserError, match="subsumed"):
         deltas.read_record(tmp_path / "1_x/record.toml", "short")
 
@@ -175,8 +198,12 @@ def test_system_settings_and_target_do_not_touch_the_ml_hash_and_precision_does(
     base = deltas.resolve("short/11").settings
     for path in ("system.compile=off", "system.comm=replicated", "validation.target=3.0"):
         assert schema.ml_hash(deltas.resolve("short/11", sets=[path]).settings) == schema.ml_hash(base)
-    assert schema.system_hash(deltas.resolve("short/11", sets=["system.compile=off"]).settings) != schema.system_hash(base)
-    assert schema.ml_hash(deltas.resolve("short/11", sets=["system.precision=float32"]).settings) != schema.ml_hash(base)
+    assert schema.system_hash(
+        deltas.resolve("short/11", sets=["system.compile=off"]).settings
+    ) != schema.system_hash(base)
+    assert schema.ml_hash(
+        deltas.resolve("short/11", sets=["system.precision=float32"]).settings
+    ) != schema.ml_hash(base)
 
 
 def test_hashes_tell_records_apart_and_equal_settings_share_one():
@@ -186,9 +213,13 @@ def test_hashes_tell_records_apart_and_equal_settings_share_one():
     hashes = {ref: schema.ml_hash(deltas.resolve(ref).settings) for ref in RECORDS}
     distinct = [hashes[ref] for ref, record in RECORDS.items() if computes(record)]
     assert len(set(distinct)) == len(distinct)
-    assert all(hashes[ref] == hashes[record.parent] for ref, record in RECORDS.items() if not computes(record))
+    assert all(
+        hashes[ref] == hashes[record.parent] for ref, record in RECORDS.items() if not computes(record)
+    )
     a = deltas.resolve("short/11", without=["model.head.softcap"]).settings
-    assert schema.ml_hash(a) == schema.ml_hash(deltas.resolve("short/11", sets=["model.head.softcap=false"]).settings)
+    assert schema.ml_hash(a) == schema.ml_hash(
+        deltas.resolve("short/11", sets=["model.head.softcap=false"]).settings
+    )
 
 
 def test_a_feature_that_is_on_with_defaults_differs_from_off():
@@ -214,25 +245,46 @@ def test_scales_give_every_record_the_same_token_budget(ref):
 
 def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
     full, tiny = deltas.resolve("short/11").settings, deltas.resolve("short/11", scale="tiny").settings
-    assert abs(tiny.schedule.cooldown_steps / tiny.schedule.steps - full.schedule.cooldown_steps / full.schedule.steps) < 0.01
-    assert tiny.model.num_layers == full.model.num_layers and tiny.model.attn.num_heads == full.model.attn.num_heads
+    assert (
+        abs(
+            tiny.schedule.cooldown_steps / tiny.schedule.steps
+            - full.schedule.cooldown_steps / full.schedule.steps
+        )
+        < 0.01
+    )
+    assert (
+        tiny.model.num_layers == full.model.num_layers
+        and tiny.model.attn.num_heads == full.model.attn.num_heads
+    )
     assert tiny.optim == dataclasses.replace(full.optim, muon=dataclasses.replace(
         full.optim.muon, momentum_warmup=tiny.optim.muon.momentum_warmup))
-    assert deltas.resolve("short/11", scale="tiny", sets=["schedule.cooldown_steps=7"]).settings.schedule.cooldown_steps == 7
+    assert (
+        deltas.resolve(
+            "short/11", scale="tiny", sets=["schedule.cooldown_steps=7"]
+        ).settings.schedule.cooldown_steps
+        == 7
+    )
 
 
 def test_what_a_scale_lifts_is_said_in_one_line():
     lines = deltas.resolve("short/33", scale="tiny").report
-    assert lines == ("numerics lifted to float32: matmul, eval_matmul, residual, head, gate, table, rope, rope_math, "
-                     "newton_schulz, newton_schulz_norm, adam_state; without fp8_head",)
+    assert lines == (
+        "numerics lifted to float32: matmul, eval_matmul, residual, head, gate, table, rope, rope_math, "
+        "newton_schulz, newton_schulz_norm, adam_state; without fp8_head",
+    )
     for scale in ("full", "small"):
         assert deltas.resolve("short/33", scale=scale).report == ()
 
 
-@pytest.mark.parametrize("ref, change, lifted_to", [
-    ("variants/4", "numerics.fp8_experts=true", False), ("short/33", "numerics.fp8_mlp=true", None),
-    ("short/33", "numerics.fp8_head.x=3.0", None), ("short/11", "numerics.residual=bfloat16", "float32"),
-    ("short/11", "numerics.loss=float64", "float32"), ("short/33", "numerics.adam_state=bfloat16", "parameter")])
+@pytest.mark.parametrize(
+    "ref, change, lifted_to",
+    [
+        ("variants/4", "numerics.fp8_experts=true", False), ("short/33", "numerics.fp8_mlp=true", None),
+        ("short/33", "numerics.fp8_head.x=3.0", None), ("short/11", "numerics.residual=bfloat16", "float32"),
+        ("short/11", "numerics.loss=float64", "float32"),
+        ("short/33", "numerics.adam_state=bfloat16", "parameter")
+    ],
+)
 @pytest.mark.parametrize("scale", ["tiny", "micro"])
 def test_set_is_literal_where_a_scale_lifts(scale, ref, change, lifted_to):
     """Also where the record has that value itself; and the run gets an identity of its own."""
@@ -255,30 +307,46 @@ def test_set_is_literal_for_the_whole_plan_and_under_a_precision_that_was_set():
     assert (s.numerics.residual, s.numerics.matmul) == ("bfloat16", "float64")
 
 
-@pytest.mark.parametrize("ref, flag, change", [
-    ("short/33", "without", "numerics.fp8_head"), ("short/33", "with_", "numerics.fp8_mlp"),
-    ("short/11", "with_", "validation.target=3.5"), ("short/11", "with_", "validation.every=7"),
-    ("short/11", "without", "numerics.residual"), ("short/1", "without", "data.wrap"), ("variants/4", "with_", "numerics.fp8_experts")])
+@pytest.mark.parametrize(
+    "ref, flag, change",
+    [
+        ("short/33", "without", "numerics.fp8_head"), ("short/33", "with_", "numerics.fp8_mlp"),
+        ("short/11", "with_", "validation.target=3.5"), ("short/11", "with_", "validation.every=7"),
+        ("short/11", "without", "numerics.residual"), ("short/1", "without", "data.wrap"),
+        ("variants/4", "with_", "numerics.fp8_experts")
+    ],
+)
 def test_a_change_that_a_scale_overrules_is_named(ref, flag, change):
     r = deltas.resolve(ref, scale="micro", **{flag: [change]})
     assert r.settings == deltas.resolve(ref, scale="micro").settings
     name = "--" + flag.rstrip("_")
-    assert r.report[-1] == (f"{name} {change} changes nothing at scale micro, which decides that itself: only --set overrules it")
+    assert r.report[-1] == (
+        f"{name} {change} changes nothing at scale micro, which decides that itself: only --set overrules it"
+    )
     assert not any("changes nothing" in line for line in deltas.resolve(ref, **{flag: [change]}).report)
 
 
 def test_changes_that_do_something_at_a_scale_are_not_named():
-    for ref, changes in (("short/11", dict(without=["model.head.softcap"])), ("short/11", dict(revert=["short/9"])),
-                         ("short/33", dict(with_=["numerics.fp8_mlp"], sets=["system.precision=record"])),
-                         ("short/8", dict(with_=["model.mlp.moe@variants/4", "optim.router@variants/4"])),
-                         ("short/11", dict(revert=["short/7"]))):  # a revert that changes nothing anywhere says that of itself
-        assert not any("changes nothing" in line for line in deltas.resolve(ref, scale="micro", **changes).report)
+    for ref, changes in (
+        ("short/11", dict(without=["model.head.softcap"])),
+        ("short/11", dict(revert=["short/9"])),
+        ("short/33", dict(with_=["numerics.fp8_mlp"], sets=["system.precision=record"])),
+        ("short/8", dict(with_=["model.mlp.moe@variants/4", "optim.router@variants/4"])),
+        # a revert that changes nothing anywhere says that of itself
+        ("short/11", dict(revert=["short/7"])),
+    ):
+        assert not any(
+            "changes nothing" in line for line in deltas.resolve(ref, scale="micro", **changes).report
+        )
 
 
 def test_every_field_is_described():
     for f in schema.fields().values():
         assert f.metadata["doc"] and len(f.metadata["doc"]) > 10, f.path
-        if "step" in f.path.split(".")[-1] and f.type is int and not f.path.startswith("system") and "ns_" not in f.path:
+        if (
+            "step" in f.path.split(".")[-1] and f.type is int and not f.path.startswith("system")
+            and "ns_" not in f.path
+        ):
             assert f.metadata["unit"] == "step" and f.metadata["shrink"] == "steps", f.path
 
 
@@ -286,7 +354,9 @@ def test_every_field_is_described():
 
 def test_llmc_learning_rate_check_values():
     s = Settings()
-    assert [round(6e-4 * schedule.lr_factor(s.schedule, i), 6) for i in (699, 700, 10000)] == [6e-4, 6e-4, 3.06e-4]
+    assert [round(6e-4 * schedule.lr_factor(s.schedule, i), 6) for i in (699, 700, 10000)] == [
+        6e-4, 6e-4, 3.06e-4
+    ]
     assert schedule.lr_factor(s.schedule, s.schedule.steps - 1) < 1e-7
 
 
@@ -307,12 +377,19 @@ def test_listing_records_imports_neither_torch_nor_numpy():
     assert "torch" not in done.stderr and "numpy" not in done.stderr
 
 
-@pytest.mark.parametrize("args, text", [
-    (["list"], "7.2"), (["show", "short/9"], "model.attn.value_residual"), (["show", "short/10", "--scale", "tiny"], "[inert]"),
-    (["show", "short/11", "--params"], "162,201,642 parameters"), (["diff", "short/5", "short/9"], "(short/9)"),
-    (["features", "muon"], "since short/3"), (["list"], "tiny-v1    preset: short/11 at scale tiny"),
-    (["show", "tiny-v1"], "validation.target = 4.09\n\nshort/11  U-net skips"), (["show", "tiny-v1"], "ml_hash 1d3d9de57798ad77"),
-    (["diff", "short/11", "tiny-v1"], "off -> 4.09  (tiny-v1)")])
+@pytest.mark.parametrize(
+    "args, text",
+    [
+        (["list"], "7.2"), (["show", "short/9"], "model.attn.value_residual"),
+        (["show", "short/10", "--scale", "tiny"], "[inert]"),
+        (["show", "short/11", "--params"], "162,201,642 parameters"),
+        (["diff", "short/5", "short/9"], "(short/9)"), (["features", "muon"], "since short/3"),
+        (["list"], "tiny-v1    preset: short/11 at scale tiny"),
+        (["show", "tiny-v1"], "validation.target = 4.09\n\nshort/11  U-net skips"),
+        (["show", "tiny-v1"], "ml_hash 1d3d9de57798ad77"),
+        (["diff", "short/11", "tiny-v1"], "off -> 4.09  (tiny-v1)")
+    ],
+)
 def test_records_commands(args, text):
     done = run("-m", "records", *args)
     assert done.returncode == 0 and text in done.stdout, done.stderr
@@ -321,19 +398,42 @@ def test_records_commands(args, text):
 def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
     """Otherwise every line would be a difference of scale."""
     lines = run("-m", "records", "diff", "tiny-v1", "short/10").stdout.splitlines()
-    theirs = schema.difference(*(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"])))
+    theirs = schema.difference(
+        *(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"]))
+    )
     assert lines[0] == "tiny-v1 at scale tiny, short/10 at scale tiny"
-    assert sorted(line.split()[0] for line in lines[1:]) == sorted(["validation.target", *(path for path, *_ in theirs)])
+    assert sorted(line.split()[0] for line in lines[1:]) == sorted(
+        ["validation.target", *(path for path, *_ in theirs)]
+    )
     done = run("-m", "records", "show", "tiny-v1", "--scale", "micro")
     assert done.returncode == 2 and "tiny-v1 is frozen at --scale tiny" in done.stderr
 
 
-@pytest.mark.parametrize("typed, meant", [
-    ("11", ["short/11"]), ("unet", ["short/unet_double_lr", "short/unet_value_embeds"]), ("Short/11", ["short/11"]),
-    ("short011", ["short/11"]), ("#11", ["short/11"]), ("record 11", ["short/11"]), ("SHORT/UNET_DOUBLE_LR", ["short/unet_double_lr"]),
-    ("21R", ["short/21r"]), ("4", ["short/4", "variants/4"]), ("variant/4", ["variants/4"]), ("011_unet_double_lr", ["short/11"]),
-    ("records/short/011_unet_double_lr/", ["short/11"]), ("short", ["short/head"]), ("mla12q", ["variants/mla12q"]),
-    ("muonn", ["short/muon"]), ("tiny", ["tiny-v1"]), ("Tiny_v1", ["tiny-v1"]), ("tiny-v2", ["tiny-v1"]), ("99", []), ("", [])])
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("11", ["short/11"]),
+        ("unet", ["short/unet_double_lr", "short/unet_value_embeds"]),
+        ("Short/11", ["short/11"]),
+        ("short011", ["short/11"]),
+        ("#11", ["short/11"]),
+        ("record 11", ["short/11"]),
+        ("SHORT/UNET_DOUBLE_LR", ["short/unet_double_lr"]),
+        ("21R", ["short/21r"]),
+        ("4", ["short/4", "variants/4"]),
+        ("variant/4", ["variants/4"]),
+        ("011_unet_double_lr", ["short/11"]),
+        ("records/short/011_unet_double_lr/", ["short/11"]),
+        ("short", ["short/head"]),
+        ("mla12q", ["variants/mla12q"]),
+        ("muonn", ["short/muon"]),
+        ("tiny", ["tiny-v1"]),
+        ("Tiny_v1", ["tiny-v1"]),
+        ("tiny-v2", ["tiny-v1"]),
+        ("99", []),
+        ("", []),
+    ],
+)
 def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_mean(typed, meant):
     assert deltas.nearest_records(typed) == meant
     with pytest.raises(UserError) as refused:
@@ -342,11 +442,17 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
     assert all(deltas.resolve_name(name) for name in meant)
 
 
-@pytest.mark.parametrize("typed, meant", [
-    ("muon.lr", ["optim.muon.lr"]), ("softcap", ["model.head.softcap", "numerics.softcap"]), ("Model.Attn.Rope", ["model.attn.rope"]),
-    ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]), ("model/attn/rope", ["model.attn.rope"]),
-    ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]), ("optim-muon-lr", ["optim.muon.lr"]),
-    ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])])
+@pytest.mark.parametrize(
+    "typed, meant",
+    [
+        ("muon.lr", ["optim.muon.lr"]), ("softcap", ["model.head.softcap", "numerics.softcap"]),
+        ("Model.Attn.Rope", ["model.attn.rope"]),
+        ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]),
+        ("model/attn/rope", ["model.attn.rope"]),
+        ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]),
+        ("optim-muon-lr", ["optim.muon.lr"]), ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])
+    ],
+)
 def test_short_forms_of_a_setting_are_answered_with_whole_paths(typed, meant):
     assert schema.nearest_settings(typed) == meant
     with pytest.raises(UserError, match=f"unknown setting '{typed}'"):
@@ -367,10 +473,15 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
         return told[0], [line.strip() for line in told[1:]]
 
     head, lines = differences(deltas.resolve_name("tiny-v1"))
-    assert head == "the parent, short/10, at scale tiny:" and "validation.target: off -> 4.09  (tiny-v1)" in lines
+    assert (
+        head == "the parent, short/10, at scale tiny:"
+        and "validation.target: off -> 4.09  (tiny-v1)" in lines
+    )
     assert "model.residual.unet_skips.init: off -> 1.0" in lines
     head, lines = differences(deltas.resolve("short/8", scale="micro", sets=["optim.muon.lr=0.5"]))
-    assert [line for line in lines if "by this command" in line] == ["optim.muon.lr: 0.00036 -> 0.5  (by this command)"]
+    assert [line for line in lines if "by this command" in line] == [
+        "optim.muon.lr: 0.00036 -> 0.5  (by this command)"
+    ]
     assert differences(deltas.resolve("short/1"))[0].startswith("the defaults of settings.py (no parent)")
     assert differences(deltas.resolve("short/7"))[1][0].startswith("none")
 
@@ -379,23 +490,45 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
 def test_plan_prints_steps_shapes_and_parameters(flag):
     done = run("train_gpt.py", "short/11", flag)
     assert done.returncode == 0
-    for text in ("3000 steps x 524,288 tokens", "162,201,642 parameters", "6 heads of 128, 50304 classes", "ml_hash"):
+    for text in (
+        "3000 steps x 524,288 tokens", "162,201,642 parameters", "6 heads of 128, 50304 classes", "ml_hash"
+    ):
         assert text in done.stdout
 
 
 def test_commands_refuse_nonsense_in_one_line():
-    for args in (["show", "short/77"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]):
+    for args in (
+        ["show", "short/77"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]
+    ):
         done = run("-m", "records", *args)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
+            done.stderr
+        )
 
 
-@pytest.mark.parametrize("ref, change, message", [
-    ("short/12", "model.attn.window.end=5", "it has no effect while model.attn.window.growth = constant is there; change that"),
-    ("short/12", "model.attn.window.grain=5", "it has no effect while model.attn.window.growth = constant is there"),
-    ("short/33", "model.attn.window.start=5", "it has no effect while model.attn.window.growth = stages is there"),
-    ("short/11", "optim.matrix.lr=0.1", "it has no effect while optim.muon is there"),
-    ("short/12", "model.attn.window.stages=[1,2]", "model.attn.window.stages needs model.attn.window.growth=stages: set it too"),
-    ("short/33", "data.loader=bos_aligned", "or switch it off: --without data.max_document")])
+@pytest.mark.parametrize(
+    "ref, change, message",
+    [
+        (
+            "short/12", "model.attn.window.end=5",
+            "it has no effect while model.attn.window.growth = constant is there; change that"
+        ),
+        (
+            "short/12", "model.attn.window.grain=5",
+            "it has no effect while model.attn.window.growth = constant is there"
+        ),
+        (
+            "short/33", "model.attn.window.start=5",
+            "it has no effect while model.attn.window.growth = stages is there"
+        ),
+        ("short/11", "optim.matrix.lr=0.1", "it has no effect while optim.muon is there"),
+        (
+            "short/12", "model.attn.window.stages=[1,2]",
+            "model.attn.window.stages needs model.attn.window.growth=stages: set it too"
+        ),
+        ("short/33", "data.loader=bos_aligned", "or switch it off: --without data.max_document"),
+    ],
+)
 def test_a_value_that_would_do_nothing_is_refused(ref, change, message):
     """It would give the run another identity and compute the same."""
     with pytest.raises(UserError, match=re.escape(message)):
@@ -405,13 +538,28 @@ def test_a_value_that_would_do_nothing_is_refused(ref, change, message):
 def test_a_value_that_is_there_already_may_be_said_again_and_one_that_gets_its_effect_set():
     s = deltas.resolve("short/33").settings
     assert deltas.resolve("short/33", sets=[f"model.attn.window.end={s.model.attn.window.end}"]).settings == s
-    assert deltas.resolve("short/11", without=["optim.muon"], sets=["optim.matrix.lr=0.1"]).settings.optim.matrix.lr == 0.1
+    assert (
+        deltas.resolve(
+            "short/11", without=["optim.muon"], sets=["optim.matrix.lr=0.1"]
+        ).settings.optim.matrix.lr
+        == 0.1
+    )
 
 
-@pytest.mark.parametrize("ref, starts, validated, updates, shape", [
-    ("short/21", [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705], 14, 6, "1 row of 49152"),
-    ("short/33", [554, 1108], 4, 7, "1 row of 49152"), ("short/11", [], 1, 6, "64 rows of 1024")])
-def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(ref, starts, validated, updates, shape, capsys):
+@pytest.mark.parametrize(
+    "ref, starts, validated, updates, shape",
+    [
+        (
+            "short/21", [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705], 14, 6,
+            "1 row of 49152"
+        ),
+        ("short/33", [554, 1108], 4, 7, "1 row of 49152"),
+        ("short/11", [], 1, 6, "64 rows of 1024"),
+    ],
+)
+def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(
+    ref, starts, validated, updates, shape, capsys
+):
     print_plan(deltas.resolve(ref))
     out = capsys.readouterr().out
     steps = [line.split(":")[0].strip() for line in out.split("schedule (")[1].splitlines()]
@@ -426,13 +574,15 @@ def test_each_line_of_the_lineage_is_applied_once_however_many_records_stand_on_
     monkeypatch.setattr(deltas, "load_records", functools.lru_cache(deltas.load_records.__wrapped__))
     applied = []
     assign = schema.assign
-    monkeypatch.setattr(deltas, "assign", lambda s, path, *rest: applied.append(path) or assign(s, path, *rest))
+    monkeypatch.setattr(
+        deltas, "assign", lambda s, path, *rest: applied.append(path) or assign(s, path, *rest)
+    )
     for ref in deltas.load_records():
         deltas.resolve(ref)
     assert len(applied) == sum(len(record.delta) for record in deltas.load_records().values())
 
 
-# ----- types of values ------------------------------------------------------------------------------------------------
+# ----- types of values --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("hint, given, value", [
     (float | tuple[float, ...], 1, 1.0), (float | tuple[float, ...], [1, 0.5], (1.0, 0.5)),
@@ -446,19 +596,31 @@ def test_a_value_may_be_one_per_stage_a_pair_or_a_list_of_lists(hint, given, val
     assert schema.tupled(json.loads(json.dumps(found))) == value
 
 
-@pytest.mark.parametrize("hint, given, message", [
-    (float | tuple[float, ...], "x", "expected a number that is finite or a list of finite numbers like [0.5, 0.5]"),
-    (float | tuple[float, ...], [0.5, "x"], "or a list of finite numbers"),
-    (int | tuple[int, ...], [1, 0.5], "or a list of whole numbers like [2, 2]"),
-    (tuple[float, ...], float("nan"), "expected a list of finite numbers"), (tuple[float, ...], [float("nan")], "expected a list"),
-    (tuple[tuple[int, int], ...], [[3, 6, 9]], "expected a list of lists of whole numbers like [[2, 2], [2, 2]]"),
-    (tuple[tuple[int, int], ...], [3, 6], "expected a list of lists"), (tuple[int, ...], [True], "expected a list of whole numbers")])
+@pytest.mark.parametrize(
+    "hint, given, message",
+    [
+        (
+            float | tuple[float, ...], "x",
+            "expected a number that is finite or a list of finite numbers like [0.5, 0.5]"
+        ),
+        (float | tuple[float, ...], [0.5, "x"], "or a list of finite numbers"),
+        (int | tuple[int, ...], [1, 0.5], "or a list of whole numbers like [2, 2]"),
+        (tuple[float, ...], float("nan"), "expected a list of finite numbers"),
+        (tuple[float, ...], [float("nan")], "expected a list"),
+        (
+            tuple[tuple[int, int], ...], [[3, 6, 9]],
+            "expected a list of lists of whole numbers like [[2, 2], [2, 2]]"
+        ),
+        (tuple[tuple[int, int], ...], [3, 6], "expected a list of lists"),
+        (tuple[int, ...], [True], "expected a list of whole numbers"),
+    ],
+)
 def test_a_value_of_another_type_is_refused_with_an_example(hint, given, message):
     with pytest.raises(UserError, match=re.escape(message)):
         schema.typed(schema.Field("x", hint, False, None, {}), given, "--set")
 
 
-# ----- a setting is declared in one place -----------------------------------------------------------------------------
+# ----- a setting is declared in one place -------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
@@ -466,10 +628,14 @@ class Probe:
 
     It computes nothing.
     """
-    rates: float | tuple[float, ...] = opt(0.5, "rates of the probe: one, or one per stage", least=0, below=1, off=0.25,
-                                           shrink="rsqrt_width")
-    count: int | tuple[int, ...] = opt(64, "counts of the probe, one or one per stage", unit="step", off=REFUSE,
-                                       shrink="steps", least=1, most=500, why=", the size of the probe")
+
+    rates: float | tuple[float, ...] = opt(
+        0.5, "rates of the probe: one, or one per stage", least=0, below=1, off=0.25, shrink="rsqrt_width"
+    )
+    count: int | tuple[int, ...] = opt(
+        64, "counts of the probe, one or one per stage", unit="step", off=REFUSE, shrink="steps", least=1,
+        most=500, why=", the size of the probe"
+    )
     stored: str = opt("bfloat16", "stored dtype of the probe", exact=PRECISION)
     rough: bool = opt(False, "rough probe", off=False, exact=False, needs="model.head.untied")
 
@@ -480,7 +646,9 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class WiderModel(settings.Model):
-    probe: Probe | None = opt(None, "probe of the vocabulary, for this test only", needs="model.mlp.activation=relu_sq")
+    probe: Probe | None = opt(
+        None, "probe of the vocabulary, for this test only", needs="model.mlp.activation=relu_sq"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -508,26 +676,43 @@ def test_a_feature_is_declared_in_one_place(wider, capsys):
     again = deltas.resolve("short/33", with_=["model.probe"], sets=["model.probe=false"])
     assert on.settings.model.probe == Probe() and again.settings == deltas.resolve("short/33").settings
     assert schema.ml_hash(on.settings) != schema.ml_hash(again.settings)
-    off = deltas.resolve("short/33", with_=["model.probe={rates = [0.5, 0.75], count = 5}"], without=["model.probe.rates"])
+    off = deltas.resolve(
+        "short/33", with_=["model.probe={rates = [0.5, 0.75], count = 5}"], without=["model.probe.rates"]
+    )
     assert off.settings.model.probe == Probe(rates=0.25, count=5)  # --without: the value that `off` says
-    assert deltas.resolve("short/33", with_=["model.probe"], without=["model.mlp.activation"]).settings.model.probe is None
-    small = deltas.resolve("short/33", with_=["model.probe={rates = [0.125, 0.25], count = [400, 100], rough = true}"],
-                           scale="tiny").settings
+    assert (
+        deltas.resolve(
+            "short/33", with_=["model.probe"], without=["model.mlp.activation"]
+        ).settings.model.probe
+        is None
+    )
+    small = deltas.resolve(
+        "short/33", with_=["model.probe={rates = [0.125, 0.25], count = [400, 100], rough = true}"],
+        scale="tiny"
+    ).settings
     share = small.schedule.steps / deltas.resolve("short/33").settings.schedule.steps
     assert small.model.probe == Probe(rates=tuple(x * 8 ** 0.5 for x in (0.125, 0.25)), stored="float32",
                                       count=(round(400 * share), round(100 * share)))
     with pytest.raises(SystemExit):
         main(["features", "model.probe"])
     printed = capsys.readouterr().out
-    for text in ("model.probe *\n", "Probe of the vocabulary (nobody, 2025).\n  It computes nothing.", "unit step; default 64",
-                 "0 <= x < 1; default 0.5; --without: 0.25", "1 to 500", "needs model.mlp.activation=relu_sq"):
+    for text in (
+        "model.probe *\n", "Probe of the vocabulary (nobody, 2025).\n  It computes nothing.",
+        "unit step; default 64", "0 <= x < 1; default 0.5; --without: 0.25", "1 to 500",
+        "needs model.mlp.activation=relu_sq"
+    ):
         assert text in printed
 
 
-@pytest.mark.parametrize("change, message", [
-    ("rates=[0.5,1.0]", "model.probe.rates = 1.0: each must lie in 0 <= x < 1"), ("count=0", "model.probe.count = 0: must be at least 1"),
-    ("count=[1,501]", "model.probe.count = 501: each must be at most 500, the size of the probe"),
-    ("count=12", "model.probe.count is the number of layers: change it")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("rates=[0.5,1.0]", "model.probe.rates = 1.0: each must lie in 0 <= x < 1"),
+        ("count=0", "model.probe.count = 0: must be at least 1"),
+        ("count=[1,501]", "model.probe.count = 501: each must be at most 500, the size of the probe"),
+        ("count=12", "model.probe.count is the number of layers: change it")
+    ],
+)
 def test_a_feature_brings_its_bounds_and_laws_along(wider, change, message):
     with pytest.raises(UserError) as refused:
         deltas.resolve("short/33", with_=["model.probe"], sets=[f"model.probe.{change}"])
@@ -540,7 +725,10 @@ def test_every_number_is_bounded():
         if f.type in (int, float):
             for value in (1e300, -1e300, float("nan"), float("inf")):
                 assert f.metadata["bounds"].fault(value), path
-    for change in ("optim.muon.lr=1e300", "optim.embed.lr=-1", "model.head.softcap.cap=1e39", "optim.embed.weight_decay=1e300"):
+    for change in (
+        "optim.muon.lr=1e300", "optim.embed.lr=-1", "model.head.softcap.cap=1e39",
+        "optim.embed.weight_decay=1e300"
+    ):
         with pytest.raises(UserError, match="must be at"):
             deltas.resolve("short/33", sets=[change])
 
@@ -552,8 +740,12 @@ def test_what_a_field_names_exists():
         assert not f.metadata["shrink"] or f.metadata["shrink"] in scale, f.path
         for condition in filter(None, (f.metadata["needs"], f.metadata["idle"])):
             path, _, values = condition.partition("=")
-            assert path in known and all(v in typing.get_args(known[path].type) for v in values.split("|") if v), f.path
+            assert path in known and all(
+                v in typing.get_args(known[path].type) for v in values.split("|") if v
+            ), f.path
         assert f.metadata["exact"] in (AS_IS, PRECISION) or f.default == f.metadata["exact"], f.path
-        assert f.metadata["off"] in (BEFORE, REFUSE) or f.optional or type(f.metadata["off"]) is f.type or f.default is None or \
-            isinstance(f.default, tuple), f.path
+        assert (
+            f.metadata["off"] in (BEFORE, REFUSE) or f.optional or type(f.metadata["off"]) is f.type
+            or f.default is None or isinstance(f.default, tuple)
+        ), f.path
         assert not f.is_section or not f.type.__doc__.startswith(f.type.__name__ + "("), f.path

@@ -16,8 +16,8 @@ from common.errors import UserError
 from system import sinks
 
 ROOT = Path(__file__).parent.parent
-# A package with the calls of wandb and trackio. Every call is written down with its process and whether any clock of the
-# trainer runs; the fifth `log` fails where BROKEN names the package.
+# A package with the calls of wandb and trackio. Every call is written down with its process and whether any
+# clock of the trainer runs; the fifth `log` fails where BROKEN names the package.
 STUB = """
 import gc, json, os
 
@@ -43,21 +43,36 @@ def init(project, name, config, **more):
 
 
 def train(tmp_path, *names, processes=1, **env):
-    """(completed process, calls of the stubs, events of the log) of a training of six steps with two validations."""
+    """(completed process, calls of the stubs, events of the log) of a training of six steps with two
+    validations."""
     for name in ("wandb", "trackio"):
         (tmp_path / f"{name}.py").write_text(STUB)
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1
+        else []
+    )
     args = [word for name in names for word in ("--log-to", name)]
-    done = subprocess.run([sys.executable, *command, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
-                           "schedule.steps=6", "--set", "validation.every=3", "--out", str(tmp_path / "runs"), *args],
-                          capture_output=True, text=True, cwd=ROOT, timeout=280,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path), "CALLS": str(tmp_path / "calls"),
-                               **env})
+    done = subprocess.run(
+        [
+            sys.executable, *command, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
+            "schedule.steps=6", "--set", "validation.every=3", "--out", str(tmp_path / "runs"), *args
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=280,
+        env={
+            **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(tmp_path),
+            "CALLS": str(tmp_path / "calls"), **env
+        },
+    )
     calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     return done, calls, read_chain(next((tmp_path / "runs").glob("*/run.jsonl")))
 
 
-def test_sinks_are_written_only_while_the_clock_stands_and_by_one_process_and_a_failing_one_is_given_up(tmp_path):
+def test_sinks_are_written_only_while_the_clock_stands_and_by_one_process_and_a_failing_one_is_given_up(
+    tmp_path,
+):
     done, calls, events = train(tmp_path, "wandb", "trackio", "wandb", processes=2, BROKEN="trackio")
     assert done.returncode == 0, done.stderr
     assert {(timed, rank) for *_, timed, rank in calls} == {(False, "0")}
@@ -67,18 +82,26 @@ def test_sinks_are_written_only_while_the_clock_stands_and_by_one_process_and_a_
     validations = [e for e in events if e["kind"] == "validation"]
     train_losses = [loss for e in validations for loss in e["train_loss"]]
     logged = [what for call, what in whole if call == "log"]
-    assert [[step, v["train_loss"]] for step, v in logged if "train_loss" in v] == [list(p) for p in enumerate(train_losses)]
-    assert [[step, v["val_loss"], v["tokens"], v["train_time_ms"]] for step, v in logged if "val_loss" in v] == [
-        [e["step"], e["val_loss"], e["tokens"], e["train_time_ms"]] for e in validations]
+    assert [[step, v["train_loss"]] for step, v in logged if "train_loss" in v] == [
+        list(p) for p in enumerate(train_losses)
+    ]
+    assert [
+        [step, v["val_loss"], v["tokens"], v["train_time_ms"]] for step, v in logged if "val_loss" in v
+    ] == [[e["step"], e["val_loss"], e["tokens"], e["train_time_ms"]] for e in validations]
     assert whole[-1][0] == "finish" and whole[-1][1]["status"] == "finished"
     assert [call for call, _ in broken] == ["init", *["log"] * 5]  # no call after the one that failed
-    assert "--log-to trackio: given up (ConnectionError: no route to the host); the run's own log goes on\n" in done.stdout
+    assert (
+        "--log-to trackio: given up (ConnectionError: no route to the host); the run's own log goes on\n"
+        in done.stdout
+    )
     assert events[-1]["status"] == "finished" and events[0]["sinks"] == ["trackio", "wandb"]
 
 
 def test_a_timed_claim_may_not_have_had_sinks():
     """Their packages may still send when the clock runs again."""
-    log = run_laws.Log("runs/0", ROOT, [({"kind": "start", "sinks": ["wandb"], "profiled": False, "settings": {}}, "")])
+    log = run_laws.Log(
+        "runs/0", ROOT, [({"kind": "start", "sinks": ["wandb"], "profiled": False, "settings": {}}, "")]
+    )
     with_sinks = [p for p in run_laws.check_untouched(log)]
     assert with_sinks == ["runs/0/run.jsonl: run with --log-to wandb: not what is timed"]
     log.links[0][0]["sinks"] = []
@@ -86,12 +109,16 @@ def test_a_timed_claim_may_not_have_had_sinks():
     del log.links[0][0]["sinks"]  # version 2
     assert list(run_laws.check_untouched(log)) == []
     for odd in (5, "wandb", [5]):
-        assert "line 1 (start): sinks wants a list of names" in run_laws.misshapen({"kind": "start", "n": 0, "sinks": odd})
+        assert "line 1 (start): sinks wants a list of names" in run_laws.misshapen(
+            {"kind": "start", "n": 0, "sinks": odd}
+        )
 
 
 def test_a_missing_or_broken_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="--log-to trackio: the package trackio is not installed: `pip install trackio`"):
+    with pytest.raises(
+        UserError, match="--log-to trackio: the package trackio is not installed: `pip install trackio`"
+    ):
         sinks.require(["trackio"])
     monkeypatch.undo()
     (tmp_path / "wandb.py").write_text("raise RuntimeError('of another\\nversion')")
@@ -99,7 +126,9 @@ def test_a_missing_or_broken_package_is_one_line(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     with pytest.raises(UserError) as refused:
         sinks.require(["wandb"])
-    assert "cannot be imported (RuntimeError: of another version)" in str(refused.value) and "\n" not in str(refused.value)
+    assert "cannot be imported (RuntimeError: of another version)" in str(refused.value) and "\n" not in str(
+        refused.value
+    )
     sinks.require([])
 
 
@@ -123,7 +152,9 @@ def test_tensorboard_gets_the_curve(tmp_path):
     opened = sinks.Sinks(["tensorboard"], tmp_path, {"seed": 3}, said.append)
     opened.validation({"step": 0, "train_loss": [], "val_loss": 7.0, "tokens": 0, "train_time_ms": 0.0})
     written = sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
-    opened.validation({"step": 2, "train_loss": [7.0, math.nan], "val_loss": 6.5, "tokens": 9, "train_time_ms": 4.0})
+    opened.validation(
+        {"step": 2, "train_loss": [7.0, math.nan], "val_loss": 6.5, "tokens": 9, "train_time_ms": 4.0}
+    )
     after = sum(path.stat().st_size for path in (tmp_path / "tensorboard").iterdir())
     assert after > written > 0  # nothing is left to a timer that could run out while the clock runs
     opened.close({"status": "diverged"})

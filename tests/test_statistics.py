@@ -1,7 +1,8 @@
-"""Laws of the statistics: agreement with independent references, and simulations of the error rates that are promised.
+"""Laws of the statistics: agreement with independent references, and simulations of the error rates that are
+promised.
 
-A simulated rate is allowed 3.5 Monte Carlo standard errors above its promise (a right procedure fails once in 4,300 seeds,
-and the seeds are fixed).
+A simulated rate is allowed 3.5 Monte Carlo standard errors above its promise (a right procedure fails once in
+4,300 seeds, and the seeds are fixed).
 """
 
 import json
@@ -46,13 +47,17 @@ def test_the_pairwise_rule_gives_the_published_p_of_results_11_13_16_34(new, n, 
 
 
 def test_describe_by_hand():
-    assert s.describe([1, 2, 4]) == {"n": 3, "mean": pytest.approx(7 / 3), "sd": pytest.approx(math.sqrt(7 / 3)),
-                                     "se": pytest.approx(math.sqrt(7) / 3)}
+    assert s.describe([1, 2, 4]) == {
+        "n": 3, "mean": pytest.approx(7 / 3), "sd": pytest.approx(math.sqrt(7 / 3)),
+        "se": pytest.approx(math.sqrt(7) / 3)
+    }
 
 
 def test_the_target_test_is_the_one_sided_t_test():
     out, reference = s.target_test(SMEAR, 3.28), stats.ttest_1samp(SMEAR, 3.28, alternative="less")
-    assert out["p"] == pytest.approx(reference.pvalue, rel=1e-12) and out["t"] == pytest.approx(reference.statistic)
+    assert out["p"] == pytest.approx(reference.pvalue, rel=1e-12) and out["t"] == pytest.approx(
+        reference.statistic
+    )
     assert not out["passed"] and s.target_test(SMEAR, 3.28, alpha=0.05)["passed"]
 
 
@@ -92,7 +97,9 @@ def test_ratio_is_the_difference_of_logarithms():
     out, logs = s.ratio(a, b, False), s.difference(np.log(a), np.log(b), False)
     for key in ("estimate", "low", "high"):
         assert out[key] == pytest.approx(math.exp(logs[key]))
-    assert out["p_less"] == pytest.approx(stats.ttest_ind(np.log(a), np.log(b), equal_var=False, alternative="less").pvalue)
+    assert out["p_less"] == pytest.approx(
+        stats.ttest_ind(np.log(a), np.log(b), equal_var=False, alternative="less").pvalue
+    )
     assert out["estimate"] == pytest.approx(a.mean() / b.mean(), rel=1e-4)
     assert s.ratio(3 * a, 3 * b, False)["low"] == pytest.approx(out["low"])
 
@@ -109,10 +116,15 @@ def test_noninferior_is_the_bound_of_the_one_sided_test():
 def test_dunnett_agrees_with_scipy_and_with_the_table_of_1964():
     draw = random(6)
     control, arms = draw.normal(size=8), {i: draw.normal(0.5, 1, 3 + i % 3) for i in range(9)}
-    out, reference = s.against_control(control, arms), stats.dunnett(*arms.values(), control=control, rng=random(0))
+    out, reference = (
+        s.against_control(control, arms),
+        stats.dunnett(*arms.values(), control=control, rng=random(0)),
+    )
     interval = reference.confidence_interval(0.95)
     for row, p, low, high in zip(out["rows"].values(), reference.pvalue, interval.low, interval.high):
-        assert row["p"] == pytest.approx(p, abs=1e-3) and [row["low"], row["high"]] == pytest.approx([low, high], abs=5e-3)
+        assert row["p"] == pytest.approx(p, abs=1e-3) and [row["low"], row["high"]] == pytest.approx(
+            [low, high], abs=5e-3
+        )
     # two-sided 5 % points for equal groups, Dunnett, Biometrics 20 (1964): (arms, df) -> t
     for (k, df), t in {(1, 10): 2.23, (2, 10): 2.57, (3, 20): 2.54, (9, 20): 2.95, (5, 60): 2.58}.items():
         assert s.dunnett_point([4] * k, 4, df) == pytest.approx(t, abs=0.006)
@@ -126,13 +138,17 @@ def test_dunnett_with_one_arm_is_the_t_test_and_never_passes_bonferroni():
     a, b = random(7).normal(size=5), random(8).normal(size=6)
     row = s.against_control(b, {"a": a})["rows"]["a"]
     reference = stats.ttest_ind(a, b)
-    assert [row["p"], row["low"]] == pytest.approx([reference.pvalue, reference.confidence_interval(0.95).low])
+    assert [row["p"], row["low"]] == pytest.approx(
+        [reference.pvalue, reference.confidence_interval(0.95).low]
+    )
 
 
 def test_an_interval_without_zero_is_a_resolved_row_and_p_below_the_level():
     draw = random(9)
     for _ in range(60):
-        out = s.against_control(draw.normal(size=6), {i: draw.normal(draw.choice([0, 1.5]), 1, 4) for i in range(4)})
+        out = s.against_control(
+            draw.normal(size=6), {i: draw.normal(draw.choice([0, 1.5]), 1, 4) for i in range(4)}
+        )
         for row in out["rows"].values():
             assert row["resolved"] == (row["p"] < 0.05) == (row["low"] > 0 or row["high"] < 0)
 
@@ -153,15 +169,22 @@ def test_a_chain_of_one_link_is_the_pooled_t_test():
 def test_rank_correlation_is_spearmans():
     x, y = random(12).normal(size=12), random(13).normal(size=12)
     out = s.rank_correlation(x, y)
-    assert out["rho"] == pytest.approx(stats.spearmanr(x, y).statistic) and out["low"] < out["rho"] < out["high"]
+    assert (
+        out["rho"] == pytest.approx(stats.spearmanr(x, y).statistic) and out["low"] < out["rho"] < out["high"]
+    )
     assert s.rank_correlation(range(6), range(6)) == {"rho": 1.0, "low": None, "high": None, "n": 6}
-    assert s.rank_correlation([1, 1, 1], [1, 2, 3])["rho"] is None and s.rank_correlation([1, 2], [1, 2])["rho"] is None
+    assert (
+        s.rank_correlation([1, 1, 1], [1, 2, 3])["rho"] is None
+        and s.rank_correlation([1, 2], [1, 2])["rho"] is None
+    )
 
 
 # ----- curves
 
 def line(slope=-0.001, noise=(0, 0, 0, 0, 0)):
-    return [(0, 9.0, 0.0)] + [(1000 + 100 * i, 3.5 + slope * 100 * i + e, 50_000.0 + 6_000 * i) for i, e in enumerate(noise)]
+    return [(0, 9.0, 0.0)] + [
+        (1000 + 100 * i, 3.5 + slope * 100 * i + e, 50_000.0 + 6_000 * i) for i, e in enumerate(noise)
+    ]
 
 
 def test_a_loss_difference_is_worth_its_share_of_the_final_slope():
@@ -196,7 +219,8 @@ def test_a_curve_without_times_gives_steps_only():
 # ----- promised error rates
 
 def test_a_false_record_happens_in_at_most_one_percent_under_declared_looks():
-    """Mean exactly at the target; a look passes when its one-sided p is below its share of alpha. Looks share runs."""
+    """Mean exactly at the target; a look passes when its one-sided p is below its share of alpha. Looks share
+    runs."""
     simulations, looks = 200_000, [4, 8, 12, 20]
     x = random(20).normal(3.28, 0.0013, (simulations, looks[-1]))
     t = {n: (x[:, :n].mean(1) - 3.28) / x[:, :n].std(1, ddof=1) * math.sqrt(n) for n in looks}
@@ -207,7 +231,8 @@ def test_a_false_record_happens_in_at_most_one_percent_under_declared_looks():
     assert np.corrcoef(t[12], t[20])[0, 1] > 0.6  # the looks are strongly correlated
     assert rate(s.spend(looks)) <= 0.01 + allowance(0.01, simulations)
     assert rate(s.spend(looks)) > 0.004  # and the bound is not idle
-    assert rate([0.01] * 4) > 0.01 + 10 * allowance(0.01, simulations)  # what repeated looks without spending would give
+    # what repeated looks without spending would give
+    assert rate([0.01] * 4) > 0.01 + 10 * allowance(0.01, simulations)
     for i in range(0, 400, 7):  # the quantile rule above is target_test's decision
         for n, a in zip(looks, s.spend(looks)):
             assert s.target_test(x[i, :n], 3.28, a)["passed"] == (t[n][i] < stats.t.ppf(a, n - 1))
@@ -244,16 +269,21 @@ def test_intervals_of_differences_and_ratios_cover_the_truth():
     a, b = draw.normal(1, 1, (simulations, 5)), draw.normal(0, 2, (simulations, 7))
     covered = [s.difference(x, y, False) for x, y in zip(a, b)]
     rate = np.mean([d["low"] <= 1 <= d["high"] for d in covered])
-    assert rate >= 0.95 - allowance(0.95, simulations) - 0.005  # Welch's df is an approximation, to half a percent here
+    # Welch's df is an approximation, to half a percent here
+    assert rate >= 0.95 - allowance(0.95, simulations) - 0.005
     times, old = (draw.lognormal(math.log(x), 0.003, (simulations, 5)) for x in (99, 100))
     covered = [s.ratio(x, y, True) for x, y in zip(times, old)]
     assert np.mean([d["low"] <= 0.99 <= d["high"] for d in covered]) >= 0.95 - allowance(0.95, simulations)
 
 
 def sweeps(seed, simulations, effects, n, n_control):
-    """t of every arm against the control, pooled variance: (simulations, arms), for true effects in sd; se; the runs."""
+    """t of every arm against the control, pooled variance: (simulations, arms), for true effects in sd; se;
+    the runs."""
     draw, k = random(seed), len(effects)
-    control, arms = draw.normal(size=(simulations, n_control)), draw.normal(size=(simulations, k, n)) + np.c_[list(effects)]
+    control, arms = (
+        draw.normal(size=(simulations, n_control)),
+        draw.normal(size=(simulations, k, n)) + np.c_[list(effects)],
+    )
     df = k * (n - 1) + n_control - 1
     squares = arms.var(2, ddof=1).sum(1) * (n - 1) + control.var(1, ddof=1) * (n_control - 1)
     se = np.sqrt(squares / df * (1 / n + 1 / n_control))
@@ -267,7 +297,8 @@ def test_all_intervals_of_an_ablation_cover_together_in_ninety_five_percent(arms
     critical = s.dunnett_critical(arms, n, n_control)
     error = np.abs(t - effects / se[:, None])  # in units of the standard error
     assert abs((error.max(1) <= critical).mean() - 0.95) <= allowance(0.95, simulations)
-    assert (error <= critical).mean() > 0.96  # a single interval covers more often: that is what simultaneous costs
+    # a single interval covers more often: that is what simultaneous costs
+    assert (error <= critical).mean() > 0.96
     out = s.against_control(control[0], dict(enumerate(values[0])))
     for i, row in out["rows"].items():
         assert row["effect"] / se[0] == pytest.approx(t[0, i])
@@ -280,11 +311,14 @@ def test_the_minimal_detectable_effect_is_resolved_in_eighty_percent():
         t, _, _ = sweeps(25, 20_000, [effect] + [0] * (arms - 1), n, n_control)
         resolved = (t[:, 0] > s.dunnett_critical(arms, n, n_control)).mean()
         assert resolved == pytest.approx(0.8, abs=allowance(0.8, 20_000))
-    assert s.minimal_detectable_effect(2.0, 4, 8, 3) == pytest.approx(2 * s.minimal_detectable_effect(1.0, 4, 8, 3))
+    assert s.minimal_detectable_effect(2.0, 4, 8, 3) == pytest.approx(
+        2 * s.minimal_detectable_effect(1.0, 4, 8, 3)
+    )
 
 
 def test_the_detectable_effect_of_a_chain_is_that_of_its_own_intervals():
-    """Bonferroni's point over the links and (links + 1)(n - 1) degrees of freedom, not Dunnett's shared control."""
+    """Bonferroni's point over the links and (links + 1)(n - 1) degrees of freedom, not Dunnett's shared
+    control."""
     links, n, draw = 10, 4, random(31)
     df = (links + 1) * (n - 1)
     critical = float(stats.t.isf(0.025 / links, df))
@@ -297,7 +331,8 @@ def test_the_detectable_effect_of_a_chain_is_that_of_its_own_intervals():
 
 @pytest.mark.parametrize("effects", [[0, 0, 0, 0, 0, 0], [0, 0, 9, 9, 9, 12]])
 def test_a_chain_resolves_a_false_difference_in_at_most_five_percent(effects):
-    """Neighbours share a group, so their differences are correlated; with true effects next to the null ones too."""
+    """Neighbours share a group, so their differences are correlated; with true effects next to the null ones
+    too."""
     simulations, draw = 1500, random(26)
     pairs = [(i, i - 1) for i in range(1, 6)]
     null = [i for i, j in pairs if effects[i] == effects[j]]
@@ -316,7 +351,9 @@ def test_the_interval_of_a_rank_correlation_covers():
     x = draw.normal(size=(simulations, 20))
     y = 0.7 * x + math.sqrt(1 - 0.49) * draw.normal(size=(simulations, 20))
     rows = [s.rank_correlation(a, b) for a, b in zip(x, y)]
-    assert np.mean([r["low"] <= truth <= r["high"] for r in rows]) >= 0.95 - allowance(0.95, simulations) - 0.01
+    assert (
+        np.mean([r["low"] <= truth <= r["high"] for r in rows]) >= 0.95 - allowance(0.95, simulations) - 0.01
+    )
 
 
 # ----- what cannot be known, and nonsense
@@ -326,16 +363,26 @@ def test_one_run_or_runs_without_spread_show_nothing():
         out = s.target_test(losses, 3.28)
         assert not out["passed"] and out["p"] is None and out["margin"] is None and out["runs_for"] is None
     assert s.describe([1.5]) == {"n": 1, "mean": 1.5, "sd": None, "se": None}
-    for a, b, paired in (([1], [2], True), ([1], [2, 3], False), ([1, 2], [0, 1], True), ([1, 1], [2, 2], False)):
+    for a, b, paired in (
+        ([1], [2], True), ([1], [2, 3], False), ([1, 2], [0, 1], True), ([1, 1], [2, 2], False)
+    ):
         out = s.difference(a, b, paired)
-        assert out["low"] is None and out["p"] is None and out["df"] is None and out["estimate"] == np.mean(a) - np.mean(b)
-        assert s.noninferior(a, b, 9.0, paired)["passed"] is False and s.noninferior(a, b, 9.0, paired)["upper"] is None
+        assert (
+            out["low"] is None and out["p"] is None and out["df"] is None
+            and out["estimate"] == np.mean(a) - np.mean(b)
+        )
+        assert (
+            s.noninferior(a, b, 9.0, paired)["passed"] is False
+            and s.noninferior(a, b, 9.0, paired)["upper"] is None
+        )
 
 
 def test_equal_runs_are_equal():
     losses = [3.1, 3.3, 3.2]
-    assert s.difference(losses, losses, True) == {"estimate": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "df": None,
-                                                  "correlation": pytest.approx(1.0), "paired": True}
+    assert s.difference(losses, losses, True) == {
+        "estimate": 0.0, "low": 0.0, "high": 0.0, "p": 1.0, "df": None, "correlation": pytest.approx(1.0),
+        "paired": True
+    }
     assert s.noninferior(losses, losses, 0.002, True)["passed"]
     assert s.noninferior([3.1, 3.1], [3.1], 0.002, False)["upper"] is None
     assert s.ratio(losses, losses, True)["p_less"] == 1.0
@@ -344,37 +391,44 @@ def test_equal_runs_are_equal():
 def test_a_sweep_without_spread_resolves_nothing():
     for control, arms in (([1.0], {"a": [2.0], "b": [3.0]}), ([1.0, 1.0], {"a": [2.0, 2.0]})):
         out = s.against_control(control, arms)
-        assert not any(r["resolved"] or r["p"] is not None for r in out["rows"].values()) and not out["pooled_sd"]
+        assert (
+            not any(r["resolved"] or r["p"] is not None for r in out["rows"].values())
+            and not out["pooled_sd"]
+        )
         chain = s.successive({"c": control, **arms}, [(a, "c") for a in arms])
         assert not any(r["resolved"] or r["low"] is not None for r in chain["rows"].values())
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: s.describe([]), "0 values, at least 1 needed"),
-    (lambda: s.target_test([3.2, float("nan")], 3.28), "value 2 of 2 is nan; a diverged run"),
-    (lambda: s.target_test([3.2, float("inf")], 3.28), "is inf"),
-    (lambda: s.target_test(["a"], 3.28), "expected a list of numbers"),
-    (lambda: s.target_test([3.2, 3.3], 3.28, alpha=1), "alpha 1: must lie between 0 and 1"),
-    (lambda: s.target_test([3.2, 3.3], float("nan")), "target: value 1 of 1 is nan"),
-    (lambda: s.spend([]), "expected whole numbers"), (lambda: s.spend([4, 4]), "must rise"),
-    (lambda: s.spend([1, 4]), "from at least 2"), (lambda: s.spend([4.5]), "expected whole numbers"),
-    (lambda: s.spend([True, 4]), "expected whole numbers"), (lambda: s.spend([4], alpha=0), "alpha 0"),
-    (lambda: s.difference([1, 2], [1], True), "pairs need equal numbers of runs, got 2 and 1"),
-    (lambda: s.ratio([1, -2], [1, 2], True), "first group: -2 is not a positive time"),
-    (lambda: s.noninferior([1, 2], [1, 2], -0.1, True), "margin -0.1: expected a positive"),
-    (lambda: s.noninferior([1, 2], [1, 2], float("nan"), True), "margin nan"),
-    (lambda: s.against_control([1, 2], {}), "no arm"), (lambda: s.against_control([1, 2], {"smear": []}), "smear: 0 values"),
-    (lambda: s.against_control([1, 2], {"smear": [1]}, confidence=95), "confidence 95"),
-    (lambda: s.successive({"a": [1, 2]}, [("b", "a")]), "'b', which has no runs"),
-    (lambda: s.successive({}, []), "each child once"),
-    (lambda: s.minimal_detectable_effect(0.001, 1, 1, 3), "no spread could be estimated"),
-    (lambda: s.minimal_detectable_effect(-1, 4, 4, 3), "give a positive sd"),
-    (lambda: s.minimal_detectable_effect(1, 4, 4, 3, power=0.2), "at least 0.5"),
-    (lambda: s.equivalent(float("nan"), line()), "loss difference"),
-    (lambda: s.equivalent(0.1, [(2, 3.0), (1, 2.0)]), "rising"),
-    (lambda: s.equivalent(0.1, [(1, 3.0), (2, float("nan")), (3, 2.0)]), "curve"),
-    (lambda: s.rank_correlation([1, 2, 3], [1, 2]), "equal numbers"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: s.describe([]), "0 values, at least 1 needed"),
+        (lambda: s.target_test([3.2, float("nan")], 3.28), "value 2 of 2 is nan; a diverged run"),
+        (lambda: s.target_test([3.2, float("inf")], 3.28), "is inf"),
+        (lambda: s.target_test(["a"], 3.28), "expected a list of numbers"),
+        (lambda: s.target_test([3.2, 3.3], 3.28, alpha=1), "alpha 1: must lie between 0 and 1"),
+        (lambda: s.target_test([3.2, 3.3], float("nan")), "target: value 1 of 1 is nan"),
+        (lambda: s.spend([]), "expected whole numbers"), (lambda: s.spend([4, 4]), "must rise"),
+        (lambda: s.spend([1, 4]), "from at least 2"), (lambda: s.spend([4.5]), "expected whole numbers"),
+        (lambda: s.spend([True, 4]), "expected whole numbers"), (lambda: s.spend([4], alpha=0), "alpha 0"),
+        (lambda: s.difference([1, 2], [1], True), "pairs need equal numbers of runs, got 2 and 1"),
+        (lambda: s.ratio([1, -2], [1, 2], True), "first group: -2 is not a positive time"),
+        (lambda: s.noninferior([1, 2], [1, 2], -0.1, True), "margin -0.1: expected a positive"),
+        (lambda: s.noninferior([1, 2], [1, 2], float("nan"), True), "margin nan"),
+        (lambda: s.against_control([1, 2], {}), "no arm"),
+        (lambda: s.against_control([1, 2], {"smear": []}), "smear: 0 values"),
+        (lambda: s.against_control([1, 2], {"smear": [1]}, confidence=95), "confidence 95"),
+        (lambda: s.successive({"a": [1, 2]}, [("b", "a")]), "'b', which has no runs"),
+        (lambda: s.successive({}, []), "each child once"),
+        (lambda: s.minimal_detectable_effect(0.001, 1, 1, 3), "no spread could be estimated"),
+        (lambda: s.minimal_detectable_effect(-1, 4, 4, 3), "give a positive sd"),
+        (lambda: s.minimal_detectable_effect(1, 4, 4, 3, power=0.2), "at least 0.5"),
+        (lambda: s.equivalent(float("nan"), line()), "loss difference"),
+        (lambda: s.equivalent(0.1, [(2, 3.0), (1, 2.0)]), "rising"),
+        (lambda: s.equivalent(0.1, [(1, 3.0), (2, float("nan")), (3, 2.0)]), "curve"),
+        (lambda: s.rank_correlation([1, 2, 3], [1, 2]), "equal numbers")
+    ],
+)
 def test_nonsense_is_refused_in_one_line(call, message):
     with pytest.raises(UserError, match=message) as caught:
         call()
@@ -384,15 +438,19 @@ def test_nonsense_is_refused_in_one_line(call, message):
 def test_results_are_plain_numbers_and_repeat_exactly():
     control, arms = SMEAR[:4], {"a": SMEAR[4:7], "b": SMEAR[7:]}
     a, b, chain = SMEAR[:5], SMEAR[5:], {"c": control, **arms}
-    calls = [lambda: s.target_test(SMEAR, 3.28), lambda: s.against_control(control, arms),
-             lambda: s.equivalent(0.05, line()),
-             lambda: s.difference(a, b, True), lambda: s.ratio(a, b, False), lambda: s.rank_correlation(SMEAR, SMEAR[::-1]),
-             lambda: s.successive(chain, [("a", "c"), ("b", "a")]), lambda: s.noninferior(a, b, 0.01, True),
-             lambda: s.spend([4, 8]), lambda: s.z_rule(3.278, 4), lambda: s.z_pairwise(3.278, 4, 3.279, 4, 10)]
+    calls = [
+        lambda: s.target_test(SMEAR, 3.28), lambda: s.against_control(control, arms),
+        lambda: s.equivalent(0.05, line()), lambda: s.difference(a, b, True), lambda: s.ratio(a, b, False),
+        lambda: s.rank_correlation(SMEAR, SMEAR[::-1]), lambda: s.successive(chain, [("a", "c"), ("b", "a")]),
+        lambda: s.noninferior(a, b, 0.01, True), lambda: s.spend([4, 8]), lambda: s.z_rule(3.278, 4),
+        lambda: s.z_pairwise(3.278, 4, 3.279, 4, 10)
+    ]
 
     def leaves(node):
-        return [x for v in (node.values() if isinstance(node, dict) else node) for x in leaves(v)] if isinstance(
-            node, (dict, list)) else [node]
+        return (
+            [x for v in (node.values() if isinstance(node, dict) else node) for x in leaves(v)]
+            if isinstance(node, (dict, list)) else [node]
+        )
 
     for call in calls:
         assert json.dumps(call()) == json.dumps(call())

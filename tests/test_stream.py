@@ -23,7 +23,9 @@ def make_corpus(folder, shards, bos=BOS, vocab_size=1000):
     for i, tokens in enumerate(shards, 1):
         write_shard(folder / f"x_train_{i:06d}.bin", tokens)
     write_shard(folder / "x_val_000000.bin", np.zeros(2000))
-    (folder / "corpus.json").write_text(f'{{"name": "x", "tokenizer": "none", "vocab_size": {vocab_size}, "bos": {bos}}}')
+    (folder / "corpus.json").write_text(
+        f'{{"name": "x", "tokenizer": "none", "vocab_size": {vocab_size}, "bos": {bos}}}'
+    )
     return open_corpus(folder)
 
 
@@ -38,9 +40,12 @@ def random_shard(generator, size, starts_inside):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """Three shards of random documents; the second begins inside a document, the third holds a handful of steps."""
+    """Three shards of random documents; the second begins inside a document, the third holds a handful of
+    steps."""
     generator = np.random.default_rng(0)
-    return make_corpus(tmp_path, [random_shard(generator, n, i == 1) for i, n in enumerate((25_633, 31_465, 5_990))])
+    return make_corpus(
+        tmp_path, [random_shard(generator, n, i == 1) for i, n in enumerate((25_633, 31_465, 5_990))]
+    )
 
 
 def batches(corpus, loader, steps, ranks=range(8), wrap=True, **more):
@@ -56,8 +61,10 @@ def test_aligned_batches_equal_the_original_loader_token_for_token(tmp_path):
     for i, n in enumerate(lengths):
         bos = np.unpackbits(GOLDEN[f"bos_mask/shard{i}"])[:n].astype(bool)
         shards.append(np.where(bos, 50256, (np.arange(n) * 7 + i * 19_000) % 50_000))
-    stream = Stream(make_corpus(tmp_path, shards, 50256, 50257), ranks=range(8), tokens_per_rank=64, loader="bos_aligned",
-                    wrap=False, max_document=2048)
+    stream = Stream(
+        make_corpus(tmp_path, shards, 50256, 50257), ranks=range(8), tokens_per_rank=64, loader="bos_aligned",
+        wrap=False, max_document=2048
+    )
     for step in expected:
         rows = np.stack([shards[shard][start:start + 65] for shard, start in step])
         assert np.array_equal(stream.next(), rows)
@@ -66,7 +73,8 @@ def test_aligned_batches_equal_the_original_loader_token_for_token(tmp_path):
 
 
 def packed_by_hand(tokens, size, longest):
-    """(rows of eight ranks, ends of their documents) of each whole step of a shard, token by token from the definition."""
+    """(rows of eight ranks, ends of their documents) of each whole step of a shard, token by token from the
+    definition."""
     documents = []
     for token in tokens.tolist():
         if token == BOS:
@@ -157,7 +165,8 @@ def test_the_stream_is_the_same_for_1_2_4_8_processes(corpus, loader):
 
 @pytest.mark.parametrize("loader", BY_DOCUMENT)
 def test_how_far_a_shard_is_looked_through_at_once_does_not_change_the_stream(corpus, loader, monkeypatch):
-    """Record 33 knows only the beginning of the first shard when it starts, and looks through the rest meanwhile."""
+    """Record 33 knows only the beginning of the first shard when it starts, and looks through the rest
+    meanwhile."""
     seen = set()
     for tokens in (97, 700, 5_000, 1_000_000):
         monkeypatch.setattr(shards_module, "SCAN", tokens)
@@ -190,10 +199,15 @@ def test_shards_needed_by_document_is_exact(corpus, loader):
     shards = [shard for _, shard, _ in itertools.takewhile(
         lambda step: step[0] == 0, document_steps(Shards(corpus, LONGEST), wrap=True, **about))]
     for steps in (1, shards.index(1), shards.index(1) + 1, shards.index(2), shards.index(2) + 1, len(shards)):
-        assert require_shards(corpus, steps=steps, wrap=False, max_document=LONGEST, **about) == shards[steps - 1] + 1
+        assert (
+            require_shards(corpus, steps=steps, wrap=False, max_document=LONGEST, **about)
+            == shards[steps - 1] + 1
+        )
     for steps, lowest in ((len(shards) + 1, 4), (2 * len(shards), 6)):
         assert shards_needed((), steps=steps, shards=Shards(corpus, LONGEST), wrap=False, **about) == lowest
-        with pytest.raises(UserError, match=f"{steps} steps of 512 tokens need {lowest} train shards, found 3"):
+        with pytest.raises(
+            UserError, match=f"{steps} steps of 512 tokens need {lowest} train shards, found 3"
+        ):
             require_shards(corpus, steps=steps, wrap=False, max_document=LONGEST, **about)
     assert require_shards(corpus, steps=5 * len(shards), wrap=True, max_document=LONGEST, **about) == 3
 
@@ -208,7 +222,12 @@ def test_steps_may_differ_in_size_and_go_on_where_the_last_one_ended(corpus, loa
     if loader in BY_POSITION:  # here without a gap: one long row of the shard
         joined = np.concatenate([r[:, :-1].reshape(-1) for r in rows])
         assert np.array_equal(joined, shards_module.open_shard(corpus.train[0])[:len(joined)])
-    assert require_shards(corpus, steps=len(sizes), wrap=False, loader=loader, **{**ABOUT, "tokens_per_rank": sizes}) == 1
+    assert (
+        require_shards(
+            corpus, steps=len(sizes), wrap=False, loader=loader, **{**ABOUT, "tokens_per_rank": sizes}
+        )
+        == 1
+    )
 
 
 def test_the_shuffled_loader_refuses_steps_of_several_sizes(corpus):
@@ -229,7 +248,9 @@ def test_a_shard_may_end_one_token_earlier_as_in_records_15_to_17(tmp_path):
 @pytest.mark.parametrize("loader", BY_DOCUMENT)
 def test_the_embedded_corpus_holds_a_tiny_run_of_each_loader_in_one_pass(loader, tokens_per_rank):
     """1.5 times the 720,896 tokens of the scale `tiny`, documents cut at 128 tokens."""
-    walk = document_steps(Shards(sample_corpus(), 128), loader=loader, tokens_per_rank=tokens_per_rank, wrap=True)
+    walk = document_steps(
+        Shards(sample_corpus(), 128), loader=loader, tokens_per_rank=tokens_per_rank, wrap=True
+    )
     steps = sum(1 for _ in itertools.takewhile(lambda step: step[0] == 0, walk))
     assert steps * 8 * tokens_per_rank > 1.5 * 720_896
 
@@ -239,23 +260,38 @@ def test_the_embedded_corpus_holds_a_tiny_run_of_each_loader_in_one_pass(loader,
 @pytest.mark.parametrize("loader", BY_DOCUMENT)
 def test_a_shard_without_document_starts_is_named_before_training(tmp_path, loader):
     generator = np.random.default_rng(0)
-    corpus = make_corpus(tmp_path, [random_shard(generator, 9_000, False), generator.integers(BOS, size=9_000)])
+    corpus = make_corpus(
+        tmp_path, [random_shard(generator, 9_000, False), generator.integers(BOS, size=9_000)]
+    )
     assert require_shards(corpus, steps=5, loader=loader, wrap=True, **ABOUT) == 1
-    with pytest.raises(UserError, match="x_train_000002.bin: no document begins here .token 999.*data.loader=synced"):
+    with pytest.raises(
+        UserError, match="x_train_000002.bin: no document begins here .token 999.*data.loader=synced"
+    ):
         require_shards(corpus, steps=30, loader=loader, wrap=True, **ABOUT)
 
 
 @pytest.mark.feature("data.wrap", "data.max_document")
 @pytest.mark.parametrize("wrap", [True, False])
-@pytest.mark.parametrize("loader, size, longest, reason", [
-    ("packed", 1000, 1000, "use larger shards"), ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_document"),
-    ("bos_aligned", 1000, 9, "use larger shards"), ("bos_aligned", 330, 9, "each of 8 ranks begins with a document of its own")])
-def test_shards_that_hold_no_whole_step_are_refused_with_the_true_reason(tmp_path, loader, size, longest, reason, wrap):
+@pytest.mark.parametrize(
+    "loader, size, longest, reason",
+    [
+        ("packed", 1000, 1000, "use larger shards"),
+        ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_document"),
+        ("bos_aligned", 1000, 9, "use larger shards"),
+        ("bos_aligned", 330, 9, "each of 8 ranks begins with a document of its own")
+    ],
+)
+def test_shards_that_hold_no_whole_step_are_refused_with_the_true_reason(
+    tmp_path, loader, size, longest, reason, wrap
+):
     shard = np.ones(6_000)
     shard[::800] = BOS
     corpus = make_corpus(tmp_path, [shard, shard])
-    with pytest.raises(UserError, match=f"no train shard holds one step of {loader} data, 8 x {size} tokens: x_train_000001.bin "
-                                        f"has 6000 tokens in 8 documents.*{reason}"):
+    with pytest.raises(
+        UserError,
+        match=f"no train shard holds one step of {loader} data, 8 x {size} tokens: x_train_000001.bin "
+        f"has 6000 tokens in 8 documents.*{reason}"
+    ):
         require_shards(corpus, steps=3, loader=loader, wrap=wrap, tokens_per_rank=size, max_document=longest)
 
 

@@ -1,4 +1,5 @@
-"""Laws of `records submit`: one record claimed by real runs, killed and resumed; and what is refused before any run."""
+"""Laws of `records submit`: one record claimed by real runs, killed and resumed; and what is refused before
+any run."""
 
 import json
 import os
@@ -24,7 +25,9 @@ SETS = ["validation.target=7.2", "schedule.steps=3", "validation.tokens=4096"]
 
 def git(*args, cwd):
     identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
-    return subprocess.run(["git", *identity, *args], cwd=cwd, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", *identity, *args], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +56,10 @@ def start(checkout, *args):
     if Path(cache, "sample-v1").is_dir() and not shared.exists():
         shutil.copytree(Path(cache, "sample-v1"), shared / "sample-v1")
     env = {**os.environ, "SPEEDRUN_CACHE": str(shared), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "records", "submit", *args], cwd=checkout, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-m", "records", "submit", *args], cwd=checkout, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
 
 
 def finished(checkout, *args):
@@ -65,18 +70,27 @@ def finished(checkout, *args):
 
 @pytest.fixture(scope="module")
 def submitted(checkout):
-    """A new record, declared, killed after its second run, resumed. (claim folder, what the steps printed)."""
+    """A new record, declared, killed after its second run, resumed. (claim folder, what the steps
+    printed)."""
     (checkout.parent / "my.toml").write_text('"optim.muon.lr" = 0.0543\n')
-    args = ["faster_muon", "--delta", str(checkout.parent / "my.toml"), "--title", "A higher rate", "--parent", "short/11",
-            "--people", "@me", "--people", "@you", "--claim", "ml", "--scale", "micro", "--runs", "2",
-            *(x for s in SETS for x in ("--set", s))]
+    args = [
+        "faster_muon", "--delta", str(checkout.parent / "my.toml"), "--title", "A higher rate", "--parent",
+        "short/11", "--people", "@me", "--people", "@you", "--claim", "ml", "--scale", "micro", "--runs", "2",
+        *(x for s in SETS for x in ("--set", s))
+    ]
     asked = finished(checkout, *args)
     assert asked[0] == 0, asked[2]
     first = start(checkout, *args, "--commit")
     record = checkout / "attempts/faster_muon"
     book, deadline = record / "manifest.jsonl", time.monotonic() + 100
-    while time.monotonic() < deadline and first.poll() is None and not (
-            book.exists() and book.read_text().count('"kind": "finish"') == 2 and book.read_text().count('"register"') == 3):
+    while (
+        time.monotonic() < deadline
+        and first.poll() is None
+        and not (
+            book.exists() and book.read_text().count('"kind": "finish"') == 2
+            and book.read_text().count('"register"') == 3
+        )
+    ):
         time.sleep(0.05)
     assert first.poll() is None, first.communicate()
     first.send_signal(signal.SIGKILL)
@@ -95,9 +109,16 @@ def test_a_new_record_is_written_down_and_has_to_be_committed_first(submitted, c
     assert code == 0 and err == "" and "git add" in out and "or add --commit" in out
     assert not list((checkout / "records").glob("*/*faster_muon*"))
     toml = (record / "record.toml").read_text()
-    assert 'parent = "short/11"' in toml and '"optim.muon.lr" = 0.0543' in toml and 'people = ["@me", "@you"]' in toml
-    assert git("log", "-1", "--format=%s", "--name-only", cwd=checkout).split("\n")[0].endswith(": A higher rate")
-    assert git("show", "--stat", "--format=", cwd=checkout).count("|") == 1  # --commit takes the record and nothing else
+    assert (
+        'parent = "short/11"' in toml and '"optim.muon.lr" = 0.0543' in toml
+        and 'people = ["@me", "@you"]' in toml
+    )
+    assert (
+        git("log", "-1", "--format=%s", "--name-only", cwd=checkout) .split("\n")[0]
+        .endswith(": A higher rate")
+    )
+    # --commit takes the record and nothing else
+    assert git("show", "--stat", "--format=", cwd=checkout).count("|") == 1
 
 
 def test_a_killed_submission_resumes_without_repeating_runs(submitted):
@@ -116,13 +137,18 @@ def test_a_real_submission_is_consistent(submitted):
     assert results["problems"] == [] and results["grade"] == "consistent", results["problems"]
     assert results["claim"] == "ml" and results["statistics"]["target"]["n"] == 2
     assert not any("sources of arm" in u for u in results["unknown"])  # they were compared with the commit
-    assert list((record / "runs").glob("sources-*.txt.xz")) and not list((record / "runs").glob("sources-*.txt"))
+    assert list((record / "runs").glob("sources-*.txt.xz")) and not list(
+        (record / "runs").glob("sources-*.txt")
+    )
 
 
 def test_the_readme_has_its_numbers_from_the_results(submitted):
     record, *_ = submitted
     page, results = (record / "README.md").read_text(), json.loads((record / "results.json").read_text())
-    assert "By @me, @you" in page and '"optim.muon.lr" = 0.0543' in page and "since short/3 by @kellerjordan0" in page
+    assert (
+        "By @me, @you" in page and '"optim.muon.lr" = 0.0543' in page
+        and "since short/3 by @kellerjordan0" in page
+    )
     assert "## What was not measured" in page and "these runs are of scale `micro`" in page
     for arm_name in ("new", "parent"):
         assert f"{results['statistics']['arms'][arm_name]['loss']['mean']:.5f}" in page
@@ -142,7 +168,9 @@ def test_upstream_s_layout_gives_the_same_statistics_as_text_logs(submitted):
     folder = record / "upstream" / f"{results['declared'][:10]}_FasterMuon"
     assert sorted(p.name for p in folder.iterdir()) == ["README.md", "baseline", "statistics.md", "this_pr"]
     logs = sorted((folder / "this_pr").iterdir())
-    assert len(logs) == 2 and all(re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.txt", p.name) for p in logs)
+    assert len(logs) == 2 and all(
+        re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\.txt", p.name) for p in logs
+    )
     text = logs[0].read_text()
     assert text.startswith("# ----- train_gpt.py") and text.count("\n" + "=" * 100 + "\n") == 2
     assert re.search(r"^step:3/3 val_loss:\d\.\d{6} train_time:\d+ms step_avg:\d+\.\d\dms$", text, re.M)
@@ -168,12 +196,17 @@ def test_the_same_submission_again_names_resume(submitted, checkout):
     assert code == 2 and err.count("\n") == 1 and "already holds a plan: continue it with --resume" in err
 
 
-# ----- looks ------------------------------------------------------------------------------------------------------------
+# ----- looks ------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("loss, decisions", [
     (5.14, ["passed"]), (5.188, ["continue", "passed"]), (5.25, ["continue", "failed"])])
-def test_looks_stop_at_the_first_that_decides_and_resume_where_they_stood(loss, decisions, tmp_path, monkeypatch):
-    arms_of = {name: arm(ref, ["validation.target=5.2"]) for name, ref in (("new", "short/11"), ("parent", "short/10"))}
+def test_looks_stop_at_the_first_that_decides_and_resume_where_they_stood(
+    loss, decisions, tmp_path, monkeypatch
+):
+    arms_of = {
+        name: arm(ref, ["validation.target=5.2"])
+        for name, ref in (("new", "short/11"), ("parent", "short/10"))
+    }
     clock = FakeTime()
     monkeypatch.setattr(time, "gmtime", clock)
     plan = {"looks": [{"runs": 3, "alpha": 0.005}, {"runs": 6, "alpha": 0.005}]}
@@ -184,7 +217,9 @@ def test_looks_stop_at_the_first_that_decides_and_resume_where_they_stood(loss, 
         """Invented runs; every second call is killed when it has made one."""
         calls.append(until)
         book = manifest.resume(folder)
-        advance(book, clock, min(until, until - 2) if len(calls) % 2 else until, {"new": loss, "parent": 5.27})
+        advance(
+            book, clock, min(until, until - 2) if len(calls) % 2 else until, {"new": loss, "parent": 5.27}
+        )
         book.close()
         if len(calls) % 2:
             raise KeyboardInterrupt
@@ -205,13 +240,16 @@ def test_looks_stop_at_the_first_that_decides_and_resume_where_they_stood(loss, 
 
 
 def test_a_diverged_run_ends_the_looks_at_once(tmp_path, monkeypatch):
-    arms_of = {name: arm(ref, ["validation.target=5.2"]) for name, ref in (("new", "short/11"), ("parent", "short/10"))}
+    arms_of = {
+        name: arm(ref, ["validation.target=5.2"])
+        for name, ref in (("new", "short/11"), ("parent", "short/10"))
+    }
     plan = {"looks": [{"runs": 3, "alpha": 0.005}, {"runs": 6, "alpha": 0.005}]}
     build(tmp_path / "c", monkeypatch, declaration(arms_of, plan=plan), status={3: "diverged"}, look=3)
     assert submit.decide(manifest.read(tmp_path / "c"), plan["looks"][0], last=False) == "failed"
 
 
-# ----- refused before anything is run -----------------------------------------------------------------------------------
+# ----- refused before anything is run -----------------------------------------------------------------------
 
 def parse(*args):
     import argparse
@@ -223,38 +261,54 @@ def parse(*args):
 GOOD = ["--title", "t", "--people", "@x", "--claim", "ml", "--scale", "micro", "--runs", "4"]
 
 
-@pytest.mark.parametrize("delta, args, message", [
-    ('"optim.muon.lr" = 0.05', ["Bad-Name", *GOOD], "small letters, digits and _ only"),
-    ('"optim.muon.lr" = 0.05', ["unet_double_lr", *GOOD], "the name unet_double_lr is taken by short/11"),
-    ('"optim.muon.lr" = 0.04', ["x", *GOOD, "--parent", "short/11"], "changes nothing: short/11 has it already"),
-    ("", ["x", *GOOD], "a delta that changes nothing"),
-    ('subsumed = "faster code"', ["x", *GOOD], "a delta that changes nothing"),
-    ('"optim.muon.lrr" = 0.05', ["x", *GOOD, "--parent", "short/11"],
-     "unknown setting 'optim.muon.lrr' (did you mean optim.muon.lr"),
-    ('"optim.muon.lr" = "high"', ["x", *GOOD, "--parent", "short/11"], "expected a number"),
-    ("lr = 0.05", ["x", *GOOD], "write the whole path in quotes"),
-    ('"optim.muon.lr = 0.05', ["x", *GOOD], "delta.toml: "),
-    ('title = "t"\n[delta]\n"optim.muon.lr" = 0.05', ["x", *GOOD], "title next to [delta]"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], *GOOD[4:]], "credit whose idea it is"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], "--people", " ", *GOOD[4:]], "credit whose idea it is"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[2:]], "a new idea needs --title"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "short/111"], "unknown record 'short/111'"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[:-2]], "say before the first run how many there will be"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--looks", "4,8"], "one of the two"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[:-1], "1"], "one run has no spread"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD[:6], "--runs", "4"], "--scale is missing"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--scale", "full", "--set", "schedule.steps=9"],
-     "at scale full a record runs as it is"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--fault", "killed=x"], "it goes with --resume"),
-    (None, ["x", *GOOD], "name the record with --record"),
-    (None, ["other_name", "--record", "short/11", *GOOD[4:]], "short/11 is named unet_double_lr"),
-    (None, ["unet_double_lr", "--record", "short/11", *GOOD], "--title, --people and --notes go with --delta"),
-    (None, ["llmc_baseline", "--record", "short/1", *GOOD[4:]], "short/1 has no parent to be faster than"),
-    (None, ["unet_double_lr", "--resume"], "no plan of the name unet_double_lr was declared"),
-    ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "attempts/y"], "unknown attempt 'attempts/y'"),
-    ('"model.attn.num_heads" = 7', ["x", *GOOD], "not divisible"),
-    (None, ["x", "--resume", "/no/such/folder"], "/no/such/folder"),
-])
+@pytest.mark.parametrize(
+    "delta, args, message",
+    [
+        ('"optim.muon.lr" = 0.05', ["Bad-Name", *GOOD], "small letters, digits and _ only"),
+        ('"optim.muon.lr" = 0.05', ["unet_double_lr", *GOOD], "the name unet_double_lr is taken by short/11"),
+        (
+            '"optim.muon.lr" = 0.04', ["x", *GOOD, "--parent", "short/11"],
+            "changes nothing: short/11 has it already"
+        ),
+        ("", ["x", *GOOD], "a delta that changes nothing"),
+        ('subsumed = "faster code"', ["x", *GOOD], "a delta that changes nothing"),
+        (
+            '"optim.muon.lrr" = 0.05', ["x", *GOOD, "--parent", "short/11"],
+            "unknown setting 'optim.muon.lrr' (did you mean optim.muon.lr"
+        ),
+        ('"optim.muon.lr" = "high"', ["x", *GOOD, "--parent", "short/11"], "expected a number"),
+        ("lr = 0.05", ["x", *GOOD], "write the whole path in quotes"),
+        ('"optim.muon.lr = 0.05', ["x", *GOOD], "delta.toml: "),
+        ('title = "t"\n[delta]\n"optim.muon.lr" = 0.05', ["x", *GOOD], "title next to [delta]"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], *GOOD[4:]], "credit whose idea it is"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[:2], "--people", " ", *GOOD[4:]], "credit whose idea it is"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[2:]], "a new idea needs --title"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "short/111"], "unknown record 'short/111'"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[:-2]], "say before the first run how many there will be"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--looks", "4,8"], "one of the two"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[:-1], "1"], "one run has no spread"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD[:6], "--runs", "4"], "--scale is missing"),
+        (
+            '"optim.muon.lr" = 0.05', ["x", *GOOD, "--scale", "full", "--set", "schedule.steps=9"],
+            "at scale full a record runs as it is"
+        ),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--fault", "killed=x"], "it goes with --resume"),
+        (None, ["x", *GOOD], "name the record with --record"),
+        (None, ["other_name", "--record", "short/11", *GOOD[4:]], "short/11 is named unet_double_lr"),
+        (
+            None, ["unet_double_lr", "--record", "short/11", *GOOD],
+            "--title, --people and --notes go with --delta"
+        ),
+        (
+            None, ["llmc_baseline", "--record", "short/1", *GOOD[4:]],
+            "short/1 has no parent to be faster than"
+        ),
+        (None, ["unet_double_lr", "--resume"], "no plan of the name unet_double_lr was declared"),
+        ('"optim.muon.lr" = 0.05', ["x", *GOOD, "--parent", "attempts/y"], "unknown attempt 'attempts/y'"),
+        ('"model.attn.num_heads" = 7', ["x", *GOOD], "not divisible"),
+        (None, ["x", "--resume", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
 def test_bad_input_is_one_clear_line_and_leaves_no_trace(delta, args, message, tmp_path):
     before = sorted(deltas.RECORDS.glob("*/*"))
     if delta is not None:
@@ -287,7 +341,7 @@ def test_looks_share_alpha():
             submit.looks_of(counts)
 
 
-# ----- refused before anything is committed -----------------------------------------------------------------------------
+# ----- refused before anything is committed -----------------------------------------------------------------
 
 def no_torch(folder):
     """A folder for PYTHONPATH in which importing torch fails."""
@@ -307,11 +361,15 @@ def no_torch(folder):
     ("nobody", [], "git does not know who commits"),
     ("unsigned", [], "git commit"),
     ("torchless", [], "no torch here")])
-def test_nothing_is_committed_before_everything_was_checked(checkout, tmp_path, monkeypatch, fault, args, message):
+def test_nothing_is_committed_before_everything_was_checked(
+    checkout, tmp_path, monkeypatch, fault, args, message
+):
     (tmp_path / "my.toml").write_text('"optim.muon.lr" = 0.0512\n')
     head, readme = git("rev-parse", "HEAD", cwd=checkout), (checkout / "README.md").read_text()
-    given = ["fault", "--delta", str(tmp_path / "my.toml"), "--title", "t", "--people", "@me", "--claim", "ml", "--runs", "2",
-             "--commit"]
+    given = [
+        "fault", "--delta", str(tmp_path / "my.toml"), "--title", "t", "--people", "@me", "--claim", "ml",
+        "--runs", "2", "--commit"
+    ]
     target = [] if "--scale" in args else ["--scale", "micro", "--set", "validation.target=7.2"]
     parent = [] if "--parent" in args else ["--parent", "short/11"]
     try:

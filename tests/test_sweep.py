@@ -1,4 +1,5 @@
-"""Laws of sweeps: the queue, its workers, screening, what is concluded. A fake trainer writes the logs; one test trains."""
+"""Laws of sweeps: the queue, its workers, screening, what is concluded. A fake trainer writes the logs; one
+test trains."""
 
 import dataclasses
 import json
@@ -29,8 +30,10 @@ ROOT = Path(__file__).parent.parent
 NORM, LAM, CAP = "model.embed.norm", "model.attn.value_residual", "model.head.softcap"
 TWO = ["--features", NORM, CAP]
 
-# Writes the run folder that the trainer would write. EFFECTS: loss by change; FAIL: changes of the arm that fails, or all;
-# SECONDS: how long a run takes; STARTED: a file that gets a line per start. Noise depends on seed and settings only.
+# Writes the run folder that the trainer would write. EFFECTS: loss by change; FAIL: changes of the arm that
+# fails, or all;
+# SECONDS: how long a run takes; STARTED: a file that gets a line per start. Noise depends on seed and
+# settings only.
 FAKE = """
 import json, os, random, sys, time
 from pathlib import Path
@@ -100,9 +103,14 @@ def made(root, *args):
 
 def results(plan, loss, survivors=None, status="finished"):
     """Settled runs as the queue gives them, of all targets: loss(arm, seed)."""
-    return {name: {"status": status, "val_loss": loss(arm, seed), "seed": seed, "arm": arm["label"], "train_time_ms": 1.0,
-                   "ml_hash": arm["ml_hash"], "last_hash": name, "device": "d", "cpu": "c", "machine": "m", "torch": "t",
-                   "code": "x"} for name, arm, seed in queue.targets(plan, survivors)}
+    return {
+        name: {
+            "status": status, "val_loss": loss(arm, seed), "seed": seed, "arm": arm["label"],
+            "train_time_ms": 1.0, "ml_hash": arm["ml_hash"], "last_hash": name, "device": "d", "cpu": "c",
+            "machine": "m", "torch": "t", "code": "x"
+        }
+        for name, arm, seed in queue.targets(plan, survivors)
+    }
 
 
 def wait_for(condition, seconds=240):
@@ -112,10 +120,12 @@ def wait_for(condition, seconds=240):
         time.sleep(0.02)
 
 
-# ----- what is run --------------------------------------------------------------------------------------------------
+# ----- what is run ------------------------------------------------------------------------------------------
 
 def test_targets_go_seed_by_seed_and_the_control_has_about_sqrt_arms_times_the_runs():
-    plan = planned("ablate", "short/11", "--seeds", 3, "--features", "model.attn", "model.head", "--no-screen")
+    plan = planned(
+        "ablate", "short/11", "--seeds", 3, "--features", "model.attn", "model.head", "--no-screen"
+    )
     arms = len(pairs_of(plan))
     todo = queue.targets(plan)
     assert plan["controls"] == round(3 * arms ** 0.5) and len(todo) == plan["controls"] + 3 * arms
@@ -128,7 +138,10 @@ def test_targets_go_seed_by_seed_and_the_control_has_about_sqrt_arms_times_the_r
 
 def test_what_computes_the_same_shares_its_runs_and_inert_arms_share_the_control():
     plan = planned("ablate", "short/11", "--features", "numerics", "model.mlp", "--seeds", 2)
-    control, inert = plan["arms"][0], [a for a in plan["arms"][1:] if a["ml_hash"] == plan["arms"][0]["ml_hash"]]
+    control, inert = (
+        plan["arms"][0],
+        [a for a in plan["arms"][1:] if a["ml_hash"] == plan["arms"][0]["ml_hash"]],
+    )
     assert len(inert) >= 5 and not [t for t in queue.targets(plan) if t[1] in inert]
     assert len(pairs_of(plan)) == len(plan["arms"]) - 1 - len(inert)
     found = sweep_report.evidence(plan, results(plan, lambda a, s: 5 + 0.01 * s), {}, None, "x")
@@ -137,20 +150,26 @@ def test_what_computes_the_same_shares_its_runs_and_inert_arms_share_the_control
     plan = planned("chain", "short/5..short/8", "--seeds", 2)
     assert [a["label"] for a, _ in pairs_of(plan)] == ["short/6", "short/8"]  # 7 is another PyTorch
     assert len(queue.targets(plan)) == 2 * 3
-    plan = planned("axis", "short/11", "schedule.lr=trapezoid,cosine", "schedule.cooldown_steps=0", "--seeds", 2)
+    plan = planned(
+        "axis", "short/11", "schedule.lr=trapezoid,cosine", "schedule.cooldown_steps=0", "--seeds", 2
+    )
     assert control["ml_hash"] != plan["arms"][1]["ml_hash"] and len(pairs_of(plan)) == 2
 
 
 def test_an_axis_is_every_combination_of_values_in_the_grammar_of_set():
     plan = planned("axis", "short/11", "optim.muon.lr=0.02,0.08", "model.mlp.activation=gelu,relu_sq")
     assert [a["label"] for a in plan["arms"][1:]] == [
-        f"optim.muon.lr={lr} model.mlp.activation=\"{act}\"" for lr in (0.02, 0.08) for act in ("gelu", "relu_sq")]
+        f"optim.muon.lr={lr} model.mlp.activation=\"{act}\"" for lr in (0.02, 0.08)
+        for act in ("gelu", "relu_sq")
+    ]
     assert split("a={x = [1, 2], y = 3},{x = 4},\"p,q\"") == ["{x = [1, 2], y = 3}", "{x = 4}", '"p,q"']
 
 
 def parents_of(lineage):
     """{ref: parent} as the lineage's record.toml files say, in the order of their folders."""
-    tomls = [tomllib.loads(path.read_text()) for path in sorted((ROOT / "records" / lineage).glob("*/record.toml"))]
+    tomls = [
+        tomllib.loads(path.read_text()) for path in sorted((ROOT / "records" / lineage).glob("*/record.toml"))
+    ]
     return {f"{lineage}/{toml['id']}": toml.get("parent") for toml in tomls}
 
 
@@ -159,7 +178,9 @@ def test_a_lineage_is_every_record_of_it_against_its_parent():
         plan, parents = planned("chain", lineage, "--seeds", seeds, "--scale", "tiny"), parents_of(lineage)
         assert plan["name"] == f"chain_{lineage}_tiny" and plan["base"] == lineage
         children = {ref: parent for ref, parent in parents.items() if parent}
-        assert plan["arms"][0]["label"] == next(iter(children.values())) and plan["arms"][0]["role"] == "control"
+        assert (
+            plan["arms"][0]["label"] == next(iter(children.values())) and plan["arms"][0]["role"] == "control"
+        )
         assert {a["label"]: a["parent"] for a in plan["arms"][1:]} == children
         assert all(b["label"] == children[a["label"]] for a, b in pairs_of(plan))
 
@@ -178,17 +199,24 @@ def test_a_parent_outside_the_lineage_runs_and_is_compared_with_its_nearest_ance
     monkeypatch.setattr(deltas, "load_records", lambda: records | {"variants/99": new})
     monkeypatch.setattr(deltas, "find_record", lambda name: deltas.load_records()[name])
     plan = planned("chain", "variants")
-    assert [(a["label"], a["parent"]) for a in plan["arms"][-2:]] == [("short/11", "short/8"), ("variants/99", "short/11")]
+    assert [(a["label"], a["parent"]) for a in plan["arms"][-2:]] == [
+        ("short/11", "short/8"),
+        ("variants/99", "short/11"),
+    ]
     assert plan["controls"] == plan["seeds"] and len(pairs_of(plan)) == 9
 
 
 def test_features_that_cannot_be_switched_off_are_listed_with_the_reason():
     skipped = {s["feature"]: s["reason"] for s in planned("ablate", "short/11")["skipped"]}
-    assert "no sensible off" in skipped["schedule.steps"] and "model.bias" not in skipped  # which is off in record 11
+    # which is off in record 11
+    assert "no sensible off" in skipped["schedule.steps"] and "model.bias" not in skipped
 
 
 def test_groups_are_the_sections_and_a_lonely_feature_joins_the_section_above():
-    assert grouped(["a.b.x", "a.b.y", "a.c.z", "a.w", "d.e"]) == {"a.b": ["a.b.x", "a.b.y"], "a": ["a.w", "a.c.z"]}
+    assert grouped(["a.b.x", "a.b.y", "a.c.z", "a.w", "d.e"]) == {
+        "a.b": ["a.b.x", "a.b.y"],
+        "a": ["a.w", "a.c.z"],
+    }
 
 
 def test_few_features_are_not_screened_and_the_plan_says_why():
@@ -260,7 +288,9 @@ def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, caps
 
 def test_a_plan_in_other_words_is_the_same_sweep(tmp_path):
     plan = made(tmp_path, "ablate", "short/11", *TWO)
-    assert not queue.create(tmp_path, plan | {"code": "later", "skipped": [{"feature": "new", "reason": "off"}]})
+    assert not queue.create(
+        tmp_path, plan | {"code": "later", "skipped": [{"feature": "new", "reason": "off"}]}
+    )
 
 
 def test_a_checkout_that_computes_something_else_does_not_join(tmp_path):
@@ -271,7 +301,7 @@ def test_a_checkout_that_computes_something_else_does_not_join(tmp_path):
         worker.Worker(tmp_path, [{}])
 
 
-# ----- claims -------------------------------------------------------------------------------------------------------
+# ----- claims -----------------------------------------------------------------------------------------------
 
 def foreign_claim(root, target, age_s):
     """A claim of a machine elsewhere, its last heartbeat so long ago."""
@@ -343,13 +373,17 @@ def test_a_worker_that_slept_gives_up_what_another_took(tmp_path, fake, monkeypa
     foreign_claim(tmp_path / "q", run.target, 0)
     run.beaten = 0
     w.attend(run)
-    assert not w.running and w.free == [{}] and run.process.poll() is not None and "another one took it" in said[0]
+    assert (
+        not w.running and w.free == [{}] and run.process.poll() is not None
+        and "another one took it" in said[0]
+    )
 
 
-# ----- running ------------------------------------------------------------------------------------------------------
+# ----- running ----------------------------------------------------------------------------------------------
 
 def test_a_killed_sweep_resumes_without_repeating_finished_runs(tmp_path, fake, monkeypatch):
-    """SIGKILL of the whole sweep in the middle of its third run: the run dies with it, and only that one is lost."""
+    """SIGKILL of the whole sweep in the middle of its third run: the run dies with it, and only that one is
+    lost."""
     monkeypatch.setenv("SECONDS", "0.4")
     args = command("ablate", "short/11", *TWO, "--seeds", 1, "--controls", 3, "--dir", tmp_path / "q")
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL, cwd=tmp_path)
@@ -372,10 +406,14 @@ def test_a_killed_sweep_resumes_without_repeating_finished_runs(tmp_path, fake, 
 def test_two_workers_never_run_the_same_target(tmp_path, fake, monkeypatch):
     monkeypatch.setenv("SECONDS", "0.05")
     plan = made(tmp_path / "q", "ablate", "short/11", *TWO, "--seeds", 2, "--controls", 4)
-    both = [subprocess.Popen(command("work", tmp_path / "q"), stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command("work", tmp_path / "q"), stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     out = [p.communicate(timeout=60)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
-    assert sorted(starts(fake)) == sorted(name for name, _, _ in queue.targets(plan)) and len(starts(fake)) == 8
+    assert (
+        sorted(starts(fake)) == sorted(name for name, _, _ in queue.targets(plan)) and len(starts(fake)) == 8
+    )
     assert all(text.count("  seed ") > 1 for text in out)  # both took part
 
 
@@ -401,12 +439,16 @@ def test_interrupting_gives_the_claims_back_and_stops_the_runs(tmp_path, fake, m
         assert queue.is_stale(tmp_path / "q", target, 1)
 
 
-def test_failures_are_kept_with_their_reason_and_run_again_only_with_retry(tmp_path, fake, monkeypatch, capsys):
+def test_failures_are_kept_with_their_reason_and_run_again_only_with_retry(
+    tmp_path, fake, monkeypatch, capsys
+):
     monkeypatch.setenv("FAIL", f"--without {CAP}")
     args = ["ablate", "short/11", *TWO, "--seeds", 2, "--controls", 2, "--dir", tmp_path / "q"]
     assert call(*args) == 1
     _, failed = queue.settled(tmp_path / "q")
-    assert len(failed) == 2 and {f["reason"] for f in failed.values()} == {"exit 1: error: the disk of the fake is full"}
+    assert len(failed) == 2 and {f["reason"] for f in failed.values()} == {
+        "exit 1: error: the disk of the fake is full"
+    }
     assert all("is full" in (tmp_path / "q/output" / f["output"]).read_text() for f in failed.values())
     out, err = capsys.readouterr()
     assert "FAILED: exit 1" in out and err.count("failed: ") == 2
@@ -415,7 +457,9 @@ def test_failures_are_kept_with_their_reason_and_run_again_only_with_retry(tmp_p
     monkeypatch.delenv("FAIL")
     assert call(*args) == 1 and len(starts(fake)) == 6  # kept
     assert call(*args, "--retry") == 0 and len(starts(fake)) == 8
-    assert len(list((tmp_path / "q/failed/old").iterdir())) == 2 and not list((tmp_path / "q/output").iterdir())
+    assert len(list((tmp_path / "q/failed/old").iterdir())) == 2 and not list(
+        (tmp_path / "q/output").iterdir()
+    )
 
 
 def test_a_killed_run_is_a_failure_that_says_so(tmp_path, fake, monkeypatch):
@@ -427,7 +471,10 @@ def test_a_killed_run_is_a_failure_that_says_so(tmp_path, fake, monkeypatch):
     run.process.kill()
     run.process.wait()
     w.attend(run)
-    assert "killed by SIGKILL; out of memory, or somebody" in queue.settled(tmp_path / "q")[1][run.target]["reason"]
+    assert (
+        "killed by SIGKILL; out of memory, or somebody"
+        in queue.settled(tmp_path / "q")[1][run.target]["reason"]
+    )
 
 
 def test_a_machine_on_which_everything_fails_stops(tmp_path, fake, monkeypatch, capsys):
@@ -450,7 +497,10 @@ def test_a_diverged_run_is_a_result_that_is_not_averaged(tmp_path, fake, monkeyp
     monkeypatch.setenv("DIVERGE", "1")
     assert call("ablate", "short/11", "--features", NORM, "--seeds", 1, "--dir", tmp_path / "q") == 0
     found, _ = sweep_report.report(tmp_path / "q")
-    assert found["rows"][0]["note"] == "1 of 1 diverged and are not in the mean" and found["rows"][0]["mean"] is None
+    assert (
+        found["rows"][0]["note"] == "1 of 1 diverged and are not in the mean"
+        and found["rows"][0]["mean"] is None
+    )
     assert "diverged" in capsys.readouterr().out and len(starts(fake)) == 2
 
 
@@ -486,14 +536,22 @@ def test_threads_are_divided_and_runs_have_low_priority(tmp_path, fake, monkeypa
 
 
 def test_jobs_of_submitit_work_on_the_queue(tmp_path, fake):
-    done = subprocess.run(command("ablate", "short/11", *TWO, "--seeds", 1, "--controls", 2, "--dir", tmp_path / "q",
-                                  "--launcher", "local-submitit", "--workers", 2), capture_output=True, text=True)
+    done = subprocess.run(
+        command(
+            "ablate", "short/11", *TWO, "--seeds", 1, "--controls", 2, "--dir", tmp_path / "q", "--launcher",
+            "local-submitit", "--workers", 2
+        ),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "2 jobs submitted" in done.stdout and "report: " in done.stdout
-    assert sorted(starts(fake)) == sorted(name for name, _, _ in queue.targets(queue.load_plan(tmp_path / "q")))
+    assert sorted(starts(fake)) == sorted(
+        name for name, _, _ in queue.targets(queue.load_plan(tmp_path / "q"))
+    )
 
 
-# ----- runs that exist already --------------------------------------------------------------------------------------
+# ----- runs that exist already ------------------------------------------------------------------------------
 
 def test_finished_runs_of_the_same_experiment_are_adopted_once(tmp_path, fake, capsys):
     assert call("ablate", "short/11", *TWO, "--seeds", 1, "--controls", 3, "--dir", tmp_path / "a") == 0
@@ -501,26 +559,39 @@ def test_finished_runs_of_the_same_experiment_are_adopted_once(tmp_path, fake, c
     broken = folders[0] / "run.jsonl"  # the control's, first in time
     broken.write_text(broken.read_text().replace('"seed": 0', '"seed": 7'))
     args = ["ablate", "short/11", "--features", NORM, LAM, "--seeds", 1, "--controls", 3]
-    assert call(*args, "--dir", tmp_path / "b", "--reuse", tmp_path / "a", "--reuse", tmp_path / "a/runs") == 0
+    assert (
+        call(*args, "--dir", tmp_path / "b", "--reuse", tmp_path / "a", "--reuse", tmp_path / "a/runs") == 0
+    )
     assert "adopted 3 finished runs" in capsys.readouterr().out  # controls 1 and 2, and NORM
     assert len(starts(fake)) == 5 + 2
     done, _ = queue.settled(tmp_path / "b")
     adopted = [r for r in done.values() if "adopted_from" in r]
-    assert len(adopted) == 3 and all((tmp_path / "b/runs" / r["folder"] / "run.jsonl").exists() for r in adopted)
+    assert len(adopted) == 3 and all(
+        (tmp_path / "b/runs" / r["folder"] / "run.jsonl").exists() for r in adopted
+    )
     assert list((tmp_path / "b/runs").glob("sources-*.txt"))
     assert sweep_report.report(tmp_path / "b")[0]["adopted"] == 3
     assert call(*args, "--dir", tmp_path / "c", "--set", "schedule.steps=9", "--reuse", tmp_path / "b") == 0
     assert len(starts(fake)) == 5 + 2 + 5  # another experiment
 
 
-@pytest.mark.parametrize("key, value", [("seed", 5), ("scale", "tiny"), ("numerics_version", 0), ("profiled", True),
-                                        ("val_digest", "0"), ("corpus_digest", "0"), ("ml_hash", "0" * 16)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("seed", 5), ("scale", "tiny"), ("numerics_version", 0), ("profiled", True), ("val_digest", "0"),
+        ("corpus_digest", "0"), ("ml_hash", "0" * 16)
+    ],
+)
 def test_a_run_that_differs_in_anything_that_counts_is_foreign(key, value):
     plan = planned("ablate", "short/11", *TWO)
     arm = plan["arms"][1]
-    run = {"ml_hash": arm["ml_hash"], "seed": 0, "scale": "micro", "numerics_version": plan["numerics_version"],
-           "profiled": False, **plan["digests"][arm["ml_hash"]]}
-    assert not queue.foreign(run, plan, arm, 0) and f"{key} is {value}" in queue.foreign(run | {key: value}, plan, arm, 0)
+    run = {
+        "ml_hash": arm["ml_hash"], "seed": 0, "scale": "micro", "numerics_version": plan["numerics_version"],
+        "profiled": False, **plan["digests"][arm["ml_hash"]]
+    }
+    assert not queue.foreign(run, plan, arm, 0) and f"{key} is {value}" in queue.foreign(
+        run | {key: value}, plan, arm, 0
+    )
 
 
 def test_a_finished_run_that_its_dying_worker_did_not_record_is_not_repeated(tmp_path, fake):
@@ -536,32 +607,51 @@ def test_a_finished_run_that_its_dying_worker_did_not_record_is_not_repeated(tmp
 def test_a_report_refuses_runs_that_are_not_those_recorded(tmp_path, fake):
     assert call("ablate", "short/11", *TWO, "--seeds", 1, "--controls", 2, "--dir", tmp_path / "q") == 0
     log = sorted((tmp_path / "q/runs").glob("2*/run.jsonl"))[0]
-    log.write_text(log.read_text().replace('"val_loss": 5', '"val_loss": 4').replace('"val_loss": 4.9', '"val_loss": 4.8'))
+    log.write_text(
+        log.read_text() .replace('"val_loss": 5', '"val_loss": 4')
+        .replace('"val_loss": 4.9', '"val_loss": 4.8')
+    )
     with pytest.raises(UserError, match="breaks the hash chain"):
         sweep_report.report(tmp_path / "q")
 
 
-# ----- screening ----------------------------------------------------------------------------------------------------
+# ----- screening --------------------------------------------------------------------------------------------
 
 def test_screening_finds_the_guilty_member_and_spares_the_innocent_group(tmp_path, fake, monkeypatch, capsys):
     monkeypatch.setenv("EFFECTS", json.dumps({f"--without {CAP}": 0.3}))
-    assert call("ablate", "short/11", "--features", "model.head", "model.init", "--screen", "--seeds", 2, "--dir",
-                tmp_path / "q") == 0
+    assert (
+        call(
+            "ablate", "short/11", "--features", "model.head", "model.init", "--screen", "--seeds", 2, "--dir",
+            tmp_path / "q"
+        )
+        == 0
+    )
     survivors = json.loads((tmp_path / "q/survivors.json").read_text())
     assert survivors["kept"] == ["model.head"] and survivors["dropped"] == ["model.init"]
     found, _ = sweep_report.report(tmp_path / "q")
     rows = {r["arm"]: r for r in found["rows"]}
-    assert [r["arm"] for r in found["rows"] if r["resolved"]] == ["--without model.head (2 features)", f"--without {CAP}"]
+    assert [r["arm"] for r in found["rows"] if r["resolved"]] == [
+        "--without model.head (2 features)",
+        f"--without {CAP}",
+    ]
     spared = rows["--without model.init.zero_proj"]
     assert "not run apart" in spared["note"] and spared["n"] == 0
     assert rows["--without model.init (2 features)"]["n"] == 2 and found["complete"]
-    last_group = max(i for i, t in enumerate(starts(fake)) if t in [queue.name_of(a, s) for a in queue.load_plan(
-        tmp_path / "q")["arms"] if a["role"] == "group" for s in range(2)])
+    last_group = max(
+        i
+        for i, t in enumerate(starts(fake))
+        if t
+        in [
+            queue.name_of(a, s) for a in queue.load_plan(tmp_path / "q")["arms"] if a["role"] == "group"
+            for s in range(2)
+        ]
+    )
     assert len(starts(fake)) - 1 - last_group == 2 * 2  # the members came after all groups
 
 
 def quick_dunnett(cache):
-    """statistics.against_control with remembered critical values: the same intervals, a thousand times faster."""
+    """statistics.against_control with remembered critical values: the same intervals, a thousand times
+    faster."""
     def against_control(control, arms, confidence):
         groups = [np.array(control), *map(np.array, arms.values())]
         (sd, df), n, m = statistics.pooled(groups), len(groups[1]), len(control)
@@ -578,8 +668,11 @@ def quick_dunnett(cache):
 
 
 def test_after_screening_the_intervals_still_cover_all_effects_together(monkeypatch):
-    """Groups and tested members, one guilty member: any interval misses in at most 5 % of sweeps (400; 3 sigma = 3.3 %)."""
-    plan = planned("ablate", "short/11", "--features", "model.attn", "model.head", "model.init", "--screen", "--seeds", 4)
+    """Groups and tested members, one guilty member: any interval misses in at most 5 % of sweeps (400; 3
+    sigma = 3.3 %)."""
+    plan = planned(
+        "ablate", "short/11", "--features", "model.attn", "model.head", "model.init", "--screen", "--seeds", 4
+    )
     mde = statistics.minimal_detectable_effect(1.0, plan["seeds"], plan["controls"], len(pairs_of(plan)))
     monkeypatch.setattr(statistics, "minimal_detectable_effect", lambda sd, *a: sd * mde)
     monkeypatch.setattr(statistics, "against_control", quick_dunnett({}))
@@ -596,7 +689,7 @@ def test_after_screening_the_intervals_still_cover_all_effects_together(monkeypa
     assert missed / 400 < 0.05 + 0.033 and kept / 400 > 0.8
 
 
-# ----- what is concluded --------------------------------------------------------------------------------------------
+# ----- what is concluded ------------------------------------------------------------------------------------
 
 def noisy(plan, effects, sd=0.01, seed=0):
     """Results with normal noise and the given effects by label."""
@@ -607,7 +700,10 @@ def noisy(plan, effects, sd=0.01, seed=0):
 def test_effects_and_intervals_are_those_of_the_statistics_module():
     plan = planned("ablate", "short/11", "--features", NORM, LAM, CAP)
     done = noisy(plan, {f"--without {CAP}": 0.2})
-    arms = {a["label"]: [done[queue.name_of(a, s)]["val_loss"] for s in queue.seeds_of(plan, a)] for a in plan["arms"]}
+    arms = {
+        a["label"]: [done[queue.name_of(a, s)]["val_loss"] for s in queue.seeds_of(plan, a)]
+        for a in plan["arms"]
+    }
     control = arms.pop("short/11")
     expected = statistics.against_control(control, arms)
     found = sweep_report.evidence(plan, done, {}, None, "x")
@@ -621,10 +717,15 @@ def test_effects_and_intervals_are_those_of_the_statistics_module():
     done = noisy(chain, {"short/4": -0.3})
     groups = {a["label"]: [done[queue.name_of(a, s)]["val_loss"] for s in range(3)] for a in chain["arms"]}
     groups.pop("short/7")
-    expected = statistics.successive(groups, [("short/4", "short/3"), ("short/5", "short/4"), ("short/6", "short/5"),
-                                              ("short/8", "short/6")])
+    expected = statistics.successive(
+        groups,
+        [("short/4", "short/3"), ("short/5", "short/4"), ("short/6", "short/5"), ("short/8", "short/6")],
+    )
     found = {r["arm"]: r for r in sweep_report.evidence(chain, done, {}, None, "x")["rows"]}
-    assert found["short/7"]["effect"] is None and found["short/7"]["n"] == 3 and "inert" in found["short/7"]["note"]
+    assert (
+        found["short/7"]["effect"] is None and found["short/7"]["n"] == 3
+        and "inert" in found["short/7"]["note"]
+    )
     for name, row in expected["rows"].items():
         assert (found[name]["effect"], found[name]["p"]) == pytest.approx((row["effect"], row["p"]), rel=1e-9)
     assert found["short/4"]["parent"] == "short/3" and found["short/4"]["record"] == "short/4"
@@ -634,15 +735,20 @@ def test_branches_of_one_parent_are_compared_by_dunnett():
     """Also the effect that the plan says it can detect; the pages accept what is written."""
     plan = planned("chain", "variants")
     done = noisy(plan, {"variants/2": -0.3})
-    arms = {a["label"]: [done[queue.name_of(a, s)]["val_loss"] for s in range(11 if a["label"] == "short/8" else 4)]
-            for a in plan["arms"]}
+    arms = {
+        a["label"]: [
+            done[queue.name_of(a, s)]["val_loss"] for s in range(11 if a["label"] == "short/8" else 4)
+        ]
+        for a in plan["arms"]
+    }
     expected = statistics.against_control(arms.pop("short/8"), arms)
     found = sweep_report.evidence(plan, done, {}, None, "x")
     assert (found["method"], found["control"]["n"], found["df"]) == ("dunnett", 11, 7 * 3 + 10)
     assert found["mde"] == statistics.minimal_detectable_effect(expected["pooled_sd"], 4, 11, 7)
     for row in found["rows"]:
         assert {k: row[k] for k in ("effect", "low", "high", "p")} == {
-            k: expected["rows"][row["arm"]][k] for k in ("effect", "low", "high", "p")} and row["parent"] == "short/8"
+            k: expected["rows"][row["arm"]][k] for k in ("effect", "low", "high", "p")
+        } and row["parent"] == "short/8"
     assert [r["arm"] for r in found["rows"] if r["resolved"]] == ["variants/2"]
     assert not facts.misstated(json.loads(json.dumps(found)))
 
@@ -650,8 +756,14 @@ def test_branches_of_one_parent_are_compared_by_dunnett():
 def test_paired_seeds_give_the_paired_t_test_for_one_arm_and_cancel_common_shifts():
     rng = np.random.default_rng(1)
     shift = rng.normal(size=6)
-    y = {"a": (shift + 0.1 * rng.normal(size=6)).tolist(), "b": (shift + 0.5 + 0.1 * rng.normal(size=6)).tolist()}
-    found, expected = sweep_report.blocked(y, [("b", "a")], 0.95)["rows"]["b"], stats.ttest_rel(y["b"], y["a"])
+    y = {
+        "a": (shift + 0.1 * rng.normal(size=6)).tolist(),
+        "b": (shift + 0.5 + 0.1 * rng.normal(size=6)).tolist(),
+    }
+    found, expected = (
+        sweep_report.blocked(y, [("b", "a")], 0.95)["rows"]["b"],
+        stats.ttest_rel(y["b"], y["a"]),
+    )
     assert found["p"] == pytest.approx(expected.pvalue) and found["resolved"]
     assert (found["low"], found["high"]) == pytest.approx(tuple(expected.confidence_interval(0.95)))
     plan = planned("ablate", "short/11", *TWO, "--paired")
@@ -665,18 +777,23 @@ def test_paired_seeds_give_the_paired_t_test_for_one_arm_and_cancel_common_shift
 
 
 def test_paired_intervals_hold_together():
-    """1000 sweeps of 5 arms and a control over 4 seeds: any of five effects is wrongly resolved in at most 5 %."""
+    """1000 sweeps of 5 arms and a control over 4 seeds: any of five effects is wrongly resolved in at most 5
+    %."""
     rng, wrong = np.random.default_rng(2), 0
     for _ in range(1000):
         y = rng.normal(size=(6, 4)) + 5 * rng.normal(size=4)
-        rows = sweep_report.blocked({str(i): v for i, v in enumerate(y)}, [(str(i), "0") for i in range(1, 6)], 0.95)["rows"]
+        rows = sweep_report.blocked(
+            {str(i): v for i, v in enumerate(y)}, [(str(i), "0") for i in range(1, 6)], 0.95
+        )["rows"]
         wrong += any(r["resolved"] for r in rows.values())
     assert 0.02 < wrong / 1000 < 0.05 + 3 * (0.05 * 0.95 / 1000) ** 0.5
 
 
 def test_unresolved_rows_say_so_and_have_no_rank():
     plan = planned("ablate", "short/11", "--features", NORM, LAM, CAP)
-    found = sweep_report.evidence(plan, noisy(plan, {f"--without {LAM}": 0.1, f"--without {CAP}": 0.3}), {}, None, "x")
+    found = sweep_report.evidence(
+        plan, noisy(plan, {f"--without {LAM}": 0.1, f"--without {CAP}": 0.3}), {}, None, "x"
+    )
     ranks = sweep_report.ranked(found)
     assert [(rank, row["arm"]) for rank, row in ranks] == [(1, f"--without {CAP}"), (2, f"--without {LAM}"),
                                                            (None, f"--without {NORM}")]
@@ -687,7 +804,9 @@ def test_unresolved_rows_say_so_and_have_no_rank():
 
 def test_ranks_go_from_the_most_helpful_down_and_a_chain_keeps_its_order():
     plan = planned("axis", "short/11", "optim.muon.lr=0.01,0.02,0.03", "--seeds", 4)
-    found = sweep_report.evidence(plan, noisy(plan, {"optim.muon.lr=0.01": 0.2, "optim.muon.lr=0.03": -0.2}), {}, None, "x")
+    found = sweep_report.evidence(
+        plan, noisy(plan, {"optim.muon.lr=0.01": 0.2, "optim.muon.lr=0.03": -0.2}), {}, None, "x"
+    )
     ranks = [(rank, row["arm"][-4:]) for rank, row in sweep_report.ranked(found)]
     assert ranks == [(1, "0.03"), (2, "0.01"), (None, "0.02")]
     plan = planned("chain", "short/3..short/6", "--seeds", 4)
@@ -727,9 +846,14 @@ def test_the_report_is_complete_in_all_its_forms(tmp_path, fake, monkeypatch, ca
     assert "minimal detectable effect: 4.02 sd" in said and "from the sd" in said and ", cost 0.00" in said
     assert call("report", tmp_path / "q", "--out", tmp_path / "evidence/abl") == 0
     found = json.loads((tmp_path / "evidence/abl.json").read_text())
-    assert found["name"] == "abl" and found["kind"] == "ablate" and found["complete"] and found["version"] == 1
+    assert (
+        found["name"] == "abl" and found["kind"] == "ablate" and found["complete"] and found["version"] == 1
+    )
     run = found["rows"][0]["runs"][0]
-    assert set(run) == {"seed", "val_loss", "train_time_ms", "ml_hash", "last_hash"} and len(found["rows"][0]["runs"]) == 2
+    assert (
+        set(run) == {"seed", "val_loss", "train_time_ms", "ml_hash", "last_hash"}
+        and len(found["rows"][0]["runs"]) == 2
+    )
     links = runlog.read_links(next((tmp_path / "q/runs").glob(f"*_{run['ml_hash'][:8]}_s0")) / "run.jsonl")
     assert links[-1][1] == run["last_hash"] and found["code"] == ["c" * 40] and found["hardware"] == "fake"
     lines = (tmp_path / "evidence/abl.csv").read_text().splitlines()
@@ -751,7 +875,9 @@ def test_an_unfinished_sweep_is_called_incomplete(tmp_path, capsys):
 
 def test_the_sd_of_earlier_sweeps_of_the_same_kind_of_run_is_pooled(tmp_path):
     plan = planned("ablate", "short/11", *TWO)
-    for name, sd, more in (("a", 0.01, {}), ("b", 0.03, {}), ("c", 1.0, {"scale": "tiny"}), ("d", 1.0, {"common": ["x"]})):
+    for name, sd, more in (
+        ("a", 0.01, {}), ("b", 0.03, {}), ("c", 1.0, {"scale": "tiny"}), ("d", 1.0, {"common": ["x"]})
+    ):
         found = sweep_report.evidence(plan, noisy(plan, {}, sd=sd), {}, None, name) | more
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
     (tmp_path / "other.json").write_text("[1]")
@@ -762,13 +888,15 @@ def test_the_sd_of_earlier_sweeps_of_the_same_kind_of_run_is_pooled(tmp_path):
     assert sweep_report.earlier_sd(plan, tmp_path / "none") is None
 
 
-# ----- in earnest ---------------------------------------------------------------------------------------------------
+# ----- in earnest -------------------------------------------------------------------------------------------
 
 def test_a_real_sweep_killed_once_is_resumed_and_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    args = command("ablate", "short/11", "--features", NORM, "--seeds", 1, "--controls", 1, "--dir", tmp_path / "q", "--set",
-                    "schedule.steps=3", "--set", "validation.tokens=4096")
+    args = command(
+        "ablate", "short/11", "--features", NORM, "--seeds", 1, "--controls", 1, "--dir", tmp_path / "q",
+        "--set", "schedule.steps=3", "--set", "validation.tokens=4096"
+    )
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
     runs = tmp_path / "q/runs"
     wait_for(lambda: len(list(runs.glob("2*"))) == 2, 60)

@@ -66,21 +66,34 @@ def test_saving_keeps_other_operations_and_replaces_the_same(card):
     file = tiles.path(GPU)
     for more in (found(64), found(32, "quadratic"), found(16)):
         tiles.save(file, more)
-    assert best() == Tile(16, 4) and best(operation="quadratic") == Tile(32, 4) and not list(file.parent.glob("*.tmp"))
+    assert (
+        best() == Tile(16, 4) and best(operation="quadratic") == Tile(32, 4)
+        and not list(file.parent.glob("*.tmp"))
+    )
 
 
 def test_what_is_tried_out_takes_the_place_of_all_else(card):
     tiles.save(tiles.path(GPU), found(64))
     with tiles.trying("gram", Tile(16, 2)):
-        assert best() == best(device=torch.device("cpu")) == Tile(16, 2) and best(operation="quadratic") == DEFAULT
+        assert (
+            best() == best(device=torch.device("cpu")) == Tile(16, 2)
+            and best(operation="quadratic") == DEFAULT
+        )
     assert best() == Tile(64, 4)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tiles": {"gram": {}}}', '{"tiles": {"gram": {"tile": [0, 4]}}}',
-                                  json.dumps({"tiles": {"gram": {"tile": ["a"]}}})])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", "{}", '{"tiles": {"gram": {}}}', '{"tiles": {"gram": {"tile": [0, 4]}}}',
+        json.dumps({"tiles": {"gram": {"tile": ["a"]}}})
+    ],
+)
 def test_a_broken_file_is_one_line(card, text):
     tiles.path(GPU).write_text(text)
-    with pytest.raises(UserError, match=r"cannot read the tuned tiles .*tiles-nvidia-h200-triton-3.6.0.json .*: delete it"):
+    with pytest.raises(
+        UserError, match=r"cannot read the tuned tiles .*tiles-nvidia-h200-triton-3.6.0.json .*: delete it"
+    ):
         best()
 
 
@@ -126,8 +139,10 @@ def test_every_operation_that_is_tuned_runs_with_another_tile():
         "        assert found == (tile, 0.0, 1000.0, 1), (operation, found)\n"
         "        seen += 1\n"
         "    print(operation, seen)\n")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280,
-                          env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, timeout=280,
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line.split()[0] for line in done.stdout.splitlines() if line.split()[1] != "0"] == [
         "symmetric", "linear_relu_sq", "fp8_linear_relu_sq", "qk_rotary", "cross_entropy"]

@@ -1,4 +1,5 @@
-"""Laws of the trainer, run as a user would: subprocesses at `micro`, and torchrun with gloo for several processes."""
+"""Laws of the trainer, run as a user would: subprocesses at `micro`, and torchrun with gloo for several
+processes."""
 
 import json
 import math
@@ -39,8 +40,10 @@ def run(out, *args, processes=1, env=None, **kwargs):
     """(completed process, summary or None) of one training."""
     launch = [sys.executable] if processes == 1 else [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, str(ROOT / "train_gpt.py"), *args, "--out", str(out)], capture_output=True, text=True,
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=280, **kwargs)
+    done = subprocess.run(
+        [*launch, str(ROOT / "train_gpt.py"), *args, "--out", str(out)], capture_output=True, text=True,
+        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}, timeout=280, **kwargs
+    )
     found = sorted(Path(out).glob("*/summary.json"))
     return done, json.loads(found[-1].read_text()) if found else None
 
@@ -52,7 +55,9 @@ def test_every_record_trains_three_steps(ref, tmp_path):
     assert summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
     events = read_chain(next(tmp_path.glob("*/run.jsonl")))
     routed = ["experts"] if events[0]["settings"]["model"]["mlp"]["moe"] else []
-    assert [e["kind"] for e in events] == ["start", "probe", "reset", "validation", "validation", *routed, "stream", "end"]
+    assert [e["kind"] for e in events] == [
+        "start", "probe", "reset", "validation", "validation", *routed, "stream", "end"
+    ]
     assert re.search(r"^step:3/3 val_loss:\d\.\d{6} train_time:\d+ms step_avg:\d+\.\d\dms$",
                      next(tmp_path.glob("*/log.txt")).read_text(), re.M)
 
@@ -77,7 +82,8 @@ def test_text_log_and_summary_follow_from_the_chain(tmp_path):
 
 
 def test_the_probe_sees_every_gradient(tmp_path):
-    """Three untimed steps: a zero head hides all other gradients in the first one, zero projections some in the second."""
+    """Three untimed steps: a zero head hides all other gradients in the first one, zero projections some in
+    the second."""
     run(tmp_path, "short/11", *SHORT)
     probe = read_chain(next(tmp_path.glob("*/run.jsonl")))[1]
     marks = probe["gradients"]
@@ -107,7 +113,10 @@ def told(out):
     """(training losses, loss of the probe, gradient checksums) of the run below a folder."""
     events = read_chain(next(out.glob("*/run.jsonl")))
     probe = next(e for e in events if e["kind"] == "probe")
-    return [x for e in events if e["kind"] == "validation" for x in e["train_loss"]], probe["loss"], probe["gradients"]
+    return (
+        [x for e in events if e["kind"] == "validation" for x in e["train_loss"]], probe["loss"],
+        probe["gradients"]
+    )
 
 
 def check_probes(one, other, tolerance):
@@ -120,7 +129,8 @@ def check_probes(one, other, tolerance):
 
 
 def test_ordered_reduction_gives_the_same_bits_on_1_2_and_4_processes(tmp_path):
-    """And the log says the same of training and of the last untimed step: of all processes, not of the first one."""
+    """And the log says the same of training and of the last untimed step: of all processes, not of the first
+    one."""
     args = ["short/11", *SHORT, "--set", "system.reduction=ordered"]
     one = losses(run(tmp_path / "1", *args)[1])
     train_losses, probe_loss, gradients = told(tmp_path / "1")
@@ -142,17 +152,24 @@ def test_two_processes_agree_with_one_up_to_rounding(comm, tmp_path):
 
 @pytest.mark.parametrize("ref", ["short/1", "short/3", "short/5", "short/20", "short/33"])
 def test_two_processes_on_representative_records(ref, tmp_path):
-    """1: clipping and AdamW; 3: joint qkv; 5: tied head; 20: block windows, value tables; 33: packed documents, gates.
+    """1: clipping and AdamW; 3: joint qkv; 5: tied head; 20: block windows, value tables; 33: packed
+    documents, gates.
 
-    In float64, because float32 hides errors: Muon makes all singular values of a gradient equal, so where some are nearly
-    zero (record 28's gates at the start) it amplifies the rounding of a sum to 1e-3 nats within three steps.
+    In float64, because float32 hides errors: Muon makes all singular values of a gradient equal, so where
+    some are nearly zero (record 28's gates at the start) it amplifies the rounding of a sum to 1e-3 nats
+    within three steps.
     """
     exact = [*SHORT, "--set", "system.precision=float64"]
     one, digest = losses(run(tmp_path / "1", ref, *exact)[1])
     two, other = losses(run(tmp_path / "2", ref, *exact, processes=2)[1])
     assert digest == other and max(abs(a - b) for a, b in zip(one, two)) < 1e-9
-    (train_one, probe_one, gradients), (train_two, probe_two, marks) = told(tmp_path / "1"), told(tmp_path / "2")
-    assert train_two == pytest.approx(train_one, abs=1.1e-6) and probe_two == pytest.approx(probe_one, abs=1.1e-8)
+    (train_one, probe_one, gradients), (train_two, probe_two, marks) = (
+        told(tmp_path / "1"),
+        told(tmp_path / "2"),
+    )
+    assert train_two == pytest.approx(train_one, abs=1.1e-6) and probe_two == pytest.approx(
+        probe_one, abs=1.1e-8
+    )
     check_probes(gradients, marks, 1e-7)
 
 
@@ -181,8 +198,16 @@ def test_a_diverging_run_says_so_and_exits_4(tmp_path):
 
 
 def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
-                                "schedule.steps=5000", "--out", str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [
+            sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
+            "schedule.steps=5000", "--out", str(tmp_path)
+        ],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.time() + 240
     while not any("step:0/" in p.read_text() for p in tmp_path.glob("*/log.txt")) and time.time() < deadline:
         time.sleep(0.2)
@@ -198,8 +223,15 @@ def test_interrupt_leaves_a_valid_log_that_says_so(tmp_path):
 def test_a_run_whose_reader_is_gone_trains_on_and_ends_its_log(steps, tmp_path):
     """As in `train_gpt.py ... 2>&1 | tee log`: Ctrl-C ends tee first. 40: without Ctrl-C."""
     reads, writes = os.pipe()
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
-                                f"schedule.steps={steps}", "--out", str(tmp_path)], cwd=ROOT, stdout=writes, stderr=writes)
+    process = subprocess.Popen(
+        [
+            sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
+            f"schedule.steps={steps}", "--out", str(tmp_path)
+        ],
+        cwd=ROOT,
+        stdout=writes,
+        stderr=writes,
+    )
     os.close(writes)
     deadline = time.time() + 240
     while not any("step:0/" in p.read_text() for p in tmp_path.glob("*/log.txt")) and time.time() < deadline:
@@ -214,13 +246,20 @@ def test_a_run_whose_reader_is_gone_trains_on_and_ends_its_log(steps, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
-    """Loss, MLP, Muon, and QK norm with rotary positions in Triton's interpreter: two steps of a two-layer record 29 through
-    the whole trainer."""
-    small = ["short/29", "--scale", "micro", "--without", "model.attn.value_embed", "--without", "model.residual.unet_skips"]
-    for x in ("schedule.steps=2", "validation.seq_len=64", "validation.tokens=512", "system.warmup_steps=0", "model.num_layers=2",
-              "model.attn.drop_layers=[]", "model.attn.window.long_layers=[1]"):
+    """Loss, MLP, Muon, and QK norm with rotary positions in Triton's interpreter: two steps of a two-layer
+    record 29 through the whole trainer."""
+    small = [
+        "short/29", "--scale", "micro", "--without", "model.attn.value_embed", "--without",
+        "model.residual.unet_skips"
+    ]
+    for x in (
+        "schedule.steps=2", "validation.seq_len=64", "validation.tokens=512", "system.warmup_steps=0",
+        "model.num_layers=2", "model.attn.drop_layers=[]", "model.attn.window.long_layers=[1]"
+    ):
         small += ["--set", x]
-    fused = [part for op in ("loss", "mlp", "muon", "qk") for part in ("--set", f"system.kernels.{op}=triton")]
+    fused = [
+        part for op in ("loss", "mlp", "muon", "qk") for part in ("--set", f"system.kernels.{op}=triton")
+    ]
     _, plain = run(tmp_path / "torch", *small)
     done, triton = run(tmp_path / "triton", *small, *fused, env={"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stderr
@@ -235,20 +274,28 @@ def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
               f"train_gpt.main(*command_line.command_line(['short/11', '--scale', 'micro', '--out', {str(tmp_path)!r}]))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
-    assert done.stderr == ("error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
-                           "--set system.kernels.loss=chunks, so that the head's logits never exist in full\n")
+    assert done.stderr == (
+        "error: out of memory with 8 logical ranks a forward (CUDA out of memory): "
+        "--set system.kernels.loss=chunks, so that the head's logits never exist in full\n"
+    )
 
 
 def test_processes_with_16_bit_banks_and_one_forward_a_step_end_as_one_process(tmp_path):
-    """The probe of the warm-up looks at gradients before they are reduced: what it leaves must fit the steps after it."""
-    found = [run(tmp_path / str(n), "short/11", *SHORT, "--set", "system.precision=record", processes=n) for n in (1, 2)]
+    """The probe of the warm-up looks at gradients before they are reduced: what it leaves must fit the steps
+    after it."""
+    found = [
+        run(tmp_path / str(n), "short/11", *SHORT, "--set", "system.precision=record", processes=n)
+        for n in (1, 2)
+    ]
     assert all(done.returncode == 0 for done, _ in found), found[1][0].stderr
     assert abs(found[0][1]["val_loss"] - found[1][1]["val_loss"]) < 1e-4
 
 
 @pytest.mark.parametrize("ref", ["short/1", "short/11", "short/21", "short/33", "variants/2", "variants/7"])
 def test_no_timed_step_reads_what_the_device_has_computed(ref, tmp_path):
-    windows = [] if ref in ("short/1", "short/11") or "variants" in ref else ["--set", "system.attention=banded"]
+    windows = (
+        [] if ref in ("short/1", "short/11") or "variants" in ref else ["--set", "system.attention=banded"]
+    )
     done, summary = run(tmp_path, ref, *SHORT, "--check-sync", *windows)
     assert done.returncode == 0 and summary["steps"] == 3, done.stderr
 
@@ -257,12 +304,19 @@ def test_a_read_in_a_timed_step_is_named_with_its_place(tmp_path):
     """Attention by documents has shapes that depend on the data."""
     done, _ = run(tmp_path, "short/33", *SHORT, "--check-sync", "--set", "system.attention=documents")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.search(r"error: step 0 waits for the device: aten::nonzero in kernels/attention.py:\d+; keep", done.stderr)
+    assert re.search(
+        r"error: step 0 waits for the device: aten::nonzero in kernels/attention.py:\d+; keep", done.stderr
+    )
 
 
-@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: x[x > 0], lambda x: x.nonzero(),
-                                  lambda x: x.masked_select(x > 0), lambda x: bool((x > 0).any()), lambda x: x.unique(),
-                                  lambda x: x.index_put_((x > 0,), x.new_zeros(())), lambda x: torch.equal(x, x)])
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.sum().item(), lambda x: float(x[0]), lambda x: x[x > 0], lambda x: x.nonzero(),
+        lambda x: x.masked_select(x > 0), lambda x: bool((x > 0).any()), lambda x: x.unique(),
+        lambda x: x.index_put_((x > 0,), x.new_zeros(())), lambda x: torch.equal(x, x)
+    ],
+)
 def test_every_kind_of_read_is_seen_and_arithmetic_is_none(read):
     x = torch.randn(8, generator=torch.Generator().manual_seed(0))
     with no_host_reads(False, "step 7"):
@@ -295,7 +349,9 @@ def test_strict_refuses_what_runs_in_a_slower_form(tmp_path):
 
 
 def test_what_is_slower_on_a_gpu_is_listed(monkeypatch):
-    s = deltas.resolve("variants/1", scale="micro", sets=["system.experts=padded", "system.compile=off"]).settings
+    s = deltas.resolve(
+        "variants/1", scale="micro", sets=["system.experts=padded", "system.compile=off"]
+    ).settings
     model, world = GPT(s), SimpleNamespace(cuda=True, device=torch.device("cuda"))
     model.passed = {"attention backend flash3 needs its package"}
     assert preflight.fallbacks(model, world) == [
@@ -322,21 +378,33 @@ def test_full_disk_keeps_a_valid_log_and_says_what_to_do(tmp_path):
 
     done, summary = run(out, "short/11", *SHORT, preexec_fn=tight)
     assert done.returncode == 2 and summary is None
-    assert "cannot write" in done.stderr and "free some space" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "cannot write" in done.stderr and "free some space" in done.stderr and "Traceback" not in done.stderr
+    )
     assert read_chain(next(out.glob("*/run.jsonl")))  # complete lines only
 
 
 def test_a_checkpoint_that_does_not_fit_costs_nothing_else(tmp_path):
-    """The verdict comes first and the log is whole; also in a C locale, and where the environment names another repository."""
+    """The verdict comes first and the log is whole; also in a C locale, and where the environment names
+    another repository."""
     def tight():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))  # sources have room, 1.8 MB of weights have not
+        # sources have room, 1.8 MB of weights have not
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
-    done, summary = run(tmp_path / "runs", "short/11", *SHORT, "--set", "validation.target=1.5", "--save", preexec_fn=tight,
-                        env={"LC_ALL": "C", "PYTHONUTF8": "0", "GIT_DIR": str(tmp_path), "GIT_WORK_TREE": str(tmp_path)})
+    done, summary = run(
+        tmp_path / "runs", "short/11", *SHORT, "--set", "validation.target=1.5", "--save", preexec_fn=tight,
+        env={"LC_ALL": "C", "PYTHONUTF8": "0", "GIT_DIR": str(tmp_path), "GIT_WORK_TREE": str(tmp_path)}
+    )
     folder, = (tmp_path / "runs").glob("*/")
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot write") and done.stderr.count("\n") == 1
-    assert "checkpoint.pt: File too large; the log is complete" in done.stderr and "target 1.5 MISSED" in done.stdout
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: cannot write")
+        and done.stderr.count("\n") == 1
+    )
+    assert (
+        "checkpoint.pt: File too large; the log is complete" in done.stderr
+        and "target 1.5 MISSED" in done.stdout
+    )
     assert sorted(p.name for p in folder.iterdir()) == ["log.txt", "run.jsonl", "summary.json"]
     assert summary["status"] == "finished" and summary["reached"] is False
     assert summary["code"].removesuffix("-dirty") == repository.code_version().removesuffix("-dirty")
@@ -346,26 +414,41 @@ def test_a_checkpoint_that_does_not_fit_costs_nothing_else(tmp_path):
 
 
 def test_a_diverged_run_is_strict_json_and_can_be_plotted(tmp_path, capsys):
-    done, summary = run(tmp_path, "short/1", *SHORT, "--set", "optim.embed.lr=1e38", "--set", "schedule.warmup_steps=0")
-    assert done.returncode == train_gpt.DIVERGED and summary["status"] == "diverged" and summary["val_loss"] is None
+    done, summary = run(
+        tmp_path, "short/1", *SHORT, "--set", "optim.embed.lr=1e38", "--set", "schedule.warmup_steps=0"
+    )
+    assert (
+        done.returncode == train_gpt.DIVERGED and summary["status"] == "diverged"
+        and summary["val_loss"] is None
+    )
     folder, = (p.parent for p in tmp_path.glob("*/run.jsonl"))
     for name in ("run.jsonl", "summary.json"):
         text = (folder / name).read_text()
         for part in text.splitlines() if name == "run.jsonl" else [text]:
             json.loads(part, parse_constant=pytest.fail)  # called for a bare NaN
     log, problems = run_laws.read_log(folder, "run")
-    assert problems == [] and list(run_laws.check_run(log)) == [] and math.isnan(log.validations[-1]["val_loss"])
+    assert (
+        problems == [] and list(run_laws.check_run(log)) == [] and math.isnan(log.validations[-1]["val_loss"])
+    )
     path = plot.plot([folder], tmp_path / "curve.png")
     assert path.read_bytes().startswith(b"\x89PNG") and "this run diverged" in capsys.readouterr().out
 
 
 BAD = [
-    (["short/20", "--scale", "micro", "--set", "system.kernels.loss=triton"], "system.kernels.loss=triton needs CUDA"),
+    (
+        ["short/20", "--scale", "micro", "--set", "system.kernels.loss=triton"],
+        "system.kernels.loss=triton needs CUDA",
+    ),
     (["short/3", "--scale", "micro", "--set", "system.kernels.muon=triton"], "computes the factored form"),
-    (["short/4", "--scale", "micro", "--set", "system.kernels.mlp=triton"], "needs model.mlp.activation=relu_sq"),
+    (
+        ["short/4", "--scale", "micro", "--set", "system.kernels.mlp=triton"],
+        "needs model.mlp.activation=relu_sq",
+    ),
     (["short/1", "--scale", "micro", "--set", "system.kernels.qk=triton"], "needs model.attn.rope"),
-    (["variants/5", "--scale", "micro", "--set", "system.kernels.qk=triton"],
-     "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto"),
+    (
+        ["variants/5", "--scale", "micro", "--set", "system.kernels.qk=triton"],
+        "system.kernels.qk=triton turns whole heads, model.attn.latent a part of them: leave it at auto",
+    ),
     (["short/99"], "unknown record 'short/99'"),
     (["short/9", "--set", "model.atn.rope=true"], "did you mean model.attn.rope"),
     (["short/9", "--set", "schedule.steps=many"], "expected a whole number"),
@@ -390,8 +473,10 @@ BAD = [
 
 @pytest.mark.parametrize("args, message", BAD, ids=[" ".join(a) or "nothing" for a, _ in BAD])
 def test_bad_input_is_one_clear_line(args, message):
-    done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py"), *args], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), *args], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr and done.stderr.startswith("error: ")
 
@@ -414,11 +499,20 @@ def test_profile_writes_a_trace(tmp_path):
 
 def test_a_checkpoint_generates_text(tmp_path):
     run(tmp_path, "short/11", *SHORT, "--save")
-    done = subprocess.run([sys.executable, "sample.py", str(next(tmp_path.glob("*/checkpoint.pt"))), "--tokens", "90",
-                           "--prompt", "The people"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [
+            sys.executable, "sample.py", str(next(tmp_path.glob("*/checkpoint.pt"))), "--tokens", "90",
+            "--prompt", "The people"
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
     assert done.returncode == 0 and done.stdout.startswith("The people") and len(done.stdout) > 60
     assert [line.split()[0] for line in done.stderr.splitlines()] == ["cache", "dense"], done.stderr
-    done = subprocess.run([sys.executable, "sample.py", "README.md"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "sample.py", "README.md"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 2 and "not a checkpoint" in done.stderr
 
 
@@ -427,8 +521,15 @@ def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = str(ROOT / "tests/gradients.py")
     subprocess.run([sys.executable, script, str(tmp_path / "1.pt")], check=True, env=env, capture_output=True)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
-                    str(tmp_path / "2.pt"), f"system.comm={comm}"], check=True, env=env, capture_output=True)
+    subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script,
+            str(tmp_path / "2.pt"), f"system.comm={comm}"
+        ],
+        check=True,
+        env=env,
+        capture_output=True,
+    )
     one, two = torch.load(tmp_path / "1.pt"), torch.load(tmp_path / "2.pt")
     for name, grad in one.items():
         assert (grad - two[name]).abs().max() <= 1e-6 * grad.abs().max(), name
@@ -436,7 +537,8 @@ def test_step_1_gradients_of_two_processes_equal_those_of_one(comm, tmp_path):
 
 @pytest.mark.parametrize("piece", [3, 1000])
 def test_checksums_are_of_the_gradients_of_all_processes(piece, monkeypatch):
-    """Summands are added; stretches of experts that one process has alone follow each other. In any pieces."""
+    """Summands are added; stretches of experts that one process has alone follow each other. In any
+    pieces."""
     monkeypatch.setattr(warmup, "PIECE", piece)
     shares = torch.randn((2, 10), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     taken = []
@@ -450,11 +552,14 @@ def test_checksums_are_of_the_gradients_of_all_processes(piece, monkeypatch):
         taken.clear()
         norm, turned = warmup.checksums_of(shares[0], own, SimpleNamespace(parts=parts))
         cosines = torch.arange(len(whole)).cos().double()
-        assert norm == pytest.approx(whole.norm().item()) and turned == pytest.approx((whole @ cosines).item())
+        assert norm == pytest.approx(whole.norm().item()) and turned == pytest.approx(
+            (whole @ cosines).item()
+        )
 
 
 def test_a_loss_that_one_process_finds_not_finite_stops_all_of_them():
-    """Each process has its own training losses, and all have the same mean: none goes on alone into a collective."""
+    """Each process has its own training losses, and all have the same mean: none goes on alone into a
+    collective."""
     seen = [torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([5.0, math.nan], dtype=torch.float64)]
     for mine in seen:
         world = SimpleNamespace(size=2, parts=lambda values: seen)
@@ -482,7 +587,10 @@ def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
     rows, model = np.zeros((8, 20, 1025), np.int32), Model()
     for limit, calls in ((1, 1), (None, 8 * 5)):  # chunks of 4,096 tokens
         model.calls = 0
-        assert train_gpt.validate(model, rows, world, lambda tokens, read: None, limit) == 0 and model.calls == calls
+        assert (
+            train_gpt.validate(model, rows, world, lambda tokens, read: None, limit) == 0
+            and model.calls == calls
+        )
 
 
 def test_rows_come_with_the_number_of_their_documents_at_most():

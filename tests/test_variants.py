@@ -20,8 +20,13 @@ ROOT = Path(__file__).parent.parent
 
 # ----- FLOPs
 
-@pytest.mark.parametrize("window", [CAUSAL, Window(1), Window(7), Window(100), Window(None, 3, 8), Window(None, 1, 5),
-                                    Window(9, 2, 8), Window(50, 40, 8)])
+@pytest.mark.parametrize(
+    "window",
+    [
+        CAUSAL, Window(1), Window(7), Window(100), Window(None, 3, 8), Window(None, 1, 5), Window(9, 2, 8),
+        Window(50, 40, 8)
+    ],
+)
 def test_the_keys_that_a_query_sees_are_counted(window):
     q, k = torch.arange(75)[:, None], torch.arange(75)[None]
     assert keys_seen(window, 75) == pytest.approx(visible(q, k, window).sum().item() / 75, rel=1e-12)
@@ -29,21 +34,29 @@ def test_the_keys_that_a_query_sees_are_counted(window):
 
 @pytest.mark.parametrize("ref", ["short/8", "short/17", "short/21", "short/33", "variants/6", "variants/7"])
 def test_attention_s_flops_are_those_of_its_products(ref):
-    """Three products of a forward and two backwards; 2 FLOPs for each channel of each key and value that a query sees."""
+    """Three products of a forward and two backwards; 2 FLOPs for each channel of each key and value that a
+    query sees."""
     s = deltas.resolve(ref, scale="micro").settings
     windows, length = schedule.windows(s, s.schedule.steps // 2), s.data.seq_len
     latent, heads = s.model.attn.latent, s.model.attn.num_heads
-    query, value = (latent.still + latent.turning, latent.value) if latent else 2 * [s.model.model_dim // heads]
+    query, value = (
+        (latent.still + latent.turning, latent.value) if latent else 2 * [s.model.model_dim // heads]
+    )
     q, k, pairs = torch.arange(length)[:, None], torch.arange(length)[None], 0
     for i, span in enumerate(schedule.layer_spans(layer_specs(s), windows)):
         if i not in s.model.attn.drop_layers:
-            pairs += visible(q, k, CAUSAL if span is None else Window(*span, s.model.attn.window.block)).sum().item()
+            pairs += (
+                visible(q, k, CAUSAL if span is None else Window(*span, s.model.attn.window.block)) .sum()
+                .item()
+            )
     expected = 3 * 2 * heads * (query + value) * pairs / length
     assert without_values(s).attention_flops_per_token(windows) == pytest.approx(expected, rel=1e-12)
 
 
-RATIOS = {"variants/1": 1.001, "variants/2": 1.001, "variants/3": 0.807, "variants/4": 1.002, "variants/5": 0.945,
-          "variants/6": 0.993, "variants/7": 0.967}
+RATIOS = {
+    "variants/1": 1.001, "variants/2": 1.001, "variants/3": 0.807, "variants/4": 1.002, "variants/5": 0.945,
+    "variants/6": 0.993, "variants/7": 0.967
+}
 
 
 @pytest.mark.parametrize("ref", RATIOS)
@@ -60,7 +73,10 @@ def test_flops_over_the_parent_s_at_full_width(ref):
         latent, heads = attn.latent, attn.num_heads
         query = heads * (latent.still + latent.turning)
         weights = d * query if latent.query is None else latent.query * (d + query)
-        weights += d * (latent.kv + latent.turning) + heads * (latent.still + latent.value) * latent.kv + heads * latent.value * d
+        weights += (
+            d * (latent.kv + latent.turning) + heads * (latent.still + latent.value) * latent.kv
+            + heads * latent.value * d
+        )
         mine = parent + 6 * layers * (weights - 4 * d * d + context * (query + heads * latent.value - 2 * d))
     cost, parent_cost = variant_table.counted(ref)[2], variant_table.counted("short/8")[2]
     assert parent_cost == pytest.approx(parent, rel=1e-12) and cost == pytest.approx(mine, rel=1e-12)
@@ -73,7 +89,9 @@ def test_windows_that_grow_are_averaged_over_the_steps_and_the_plan_says_what_is
     _, attended = plan.flops(s, model)
     each = [model.attention_flops_per_token(p.shape.windows) for p in schedule.plan(s)[::554]]
     assert len(set(each)) == 3 and attended == pytest.approx(sum(each) / 3, rel=1e-3)
-    assert plan.size(s).endswith("(rows of 49,152 tokens, windows averaged over the steps, borders of documents not counted)")
+    assert plan.size(s).endswith(
+        "(rows of 49,152 tokens, windows averaged over the steps, borders of documents not counted)"
+    )
     assert "every earlier token of the row seen" in plan.size(deltas.resolve("short/8").settings)
 
 
@@ -106,10 +124,16 @@ def test_a_variant_without_measurements_says_so_and_a_lost_table_is_one_line(tmp
 def test_the_notes_of_deepseek_v3_s_form_name_what_differs_and_tell_the_settings():
     record, s = deltas.find_record("variants/4"), deltas.resolve("variants/4").settings
     moe = s.model.mlp.moe
-    facts = {"activation": "relu^2", "dense layers": f"the first of {s.model.num_layers}", "shared width": f"{moe.shared}, twice",
-             "sizes": f"{moe.experts} routed experts, {moe.top_k} of a token", "gains": "have none", "gate scale": f"{moe.gate_scale:g}",
-             "router init": "N(0, 1/sqrt(model_dim))", "balance": f"{moe.balance.rate:g} until the end"}
-    lines = dict(line.removeprefix("- ").split(": ", 1) for line in record.notes.splitlines() if line.startswith("- "))
+    facts = {
+        "activation": "relu^2", "dense layers": f"the first of {s.model.num_layers}",
+        "shared width": f"{moe.shared}, twice",
+        "sizes": f"{moe.experts} routed experts, {moe.top_k} of a token", "gains": "have none",
+        "gate scale": f"{moe.gate_scale:g}", "router init": "N(0, 1/sqrt(model_dim))",
+        "balance": f"{moe.balance.rate:g} until the end"
+    }
+    lines = dict(
+        line.removeprefix("- ").split(": ", 1) for line in record.notes.splitlines() if line.startswith("- ")
+    )
     for name, words in facts.items():
         assert words in lines[name], name
     assert s.model.mlp.activation == "relu_sq" and moe.dense_layers == (0,) and moe.shared == 2 * moe.hidden

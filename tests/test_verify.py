@@ -36,7 +36,7 @@ def test_sealing_again_without_an_edit_changes_nothing(claim):
     assert verify.verify(claim.folder)["verdict"] == "shown"
 
 
-# ----- warm-up of compiled models ---------------------------------------------------------------------------------------
+# ----- warm-up of compiled models ---------------------------------------------------------------------------
 
 def test_a_compiled_model_warms_up_each_of_its_windows():
     s = deltas.resolve("short/13", scale="micro").settings
@@ -48,7 +48,7 @@ def test_a_compiled_model_warms_up_each_of_its_windows():
     assert run_laws.warmup_steps(log) == 0
 
 
-# ----- code at a commit -------------------------------------------------------------------------------------------------
+# ----- code at a commit -------------------------------------------------------------------------------------
 
 def test_sources_are_compared_with_the_files_of_their_commit_without_running_them():
     from evidence import arms
@@ -65,17 +65,23 @@ def test_sources_are_compared_with_the_files_of_their_commit_without_running_the
 
     assert problems(text, declared) == []
     assert "is not the code of commit" in problems(text.replace("import", "imp0rt", 1), declared)[0]
-    assert "which commit" not in problems(text, declared) and "tree 000" in problems(text, {**declared, "tree": "000"})[0]
+    assert (
+        "which commit" not in problems(text, declared)
+        and "tree 000" in problems(text, {**declared, "tree": "000"})[0]
+    )
     assert "holds a file that commit" in problems(text + "# ----- extra.py\n\n", declared)[0]
     assert "is no commit" in problems(text, {**declared, "commit": "--output=/etc/x"})[0]
 
 
-# ----- other folders ----------------------------------------------------------------------------------------------------
+# ----- other folders ----------------------------------------------------------------------------------------
 
 def test_exit_codes_and_results_file(claim, capsys):
     assert command(claim.folder) == 0
     written = json.loads((claim.folder / "results.json").read_text())
-    assert written["verdict"] == "shown" and "SHOWN\ngrade: consistent\nwhat this cannot know:" in capsys.readouterr().out
+    assert (
+        written["verdict"] == "shown"
+        and "SHOWN\ngrade: consistent\nwhat this cannot know:" in capsys.readouterr().out
+    )
     assert command(claim.folder, json=True) == 0 and json.loads(capsys.readouterr().out) == written
     claim.events(3, "reset")[0]["state_after"] = "f" * 64
     claim.seal()
@@ -109,7 +115,10 @@ def test_a_comparison_keeps_the_laws_of_its_plan(fields, why, tmp_path):
 
 def test_arms_that_read_different_numbers_of_shards_agree_if_the_declared_corpus_has_both(claim):
     for register in claim.of("register"):
-        claim.events(register["run"], "start")[0] |= {"corpus": "own", "corpus_digest": "cd"[register["arm"] == "new"] * 64}
+        claim.events(register["run"], "start")[0] |= {
+            "corpus": "own",
+            "corpus_digest": "cd"[register["arm"] == "new"] * 64,
+        }
     claim.seal()
     assert any("corpus_digest" in p for p in verify.verify(claim.folder)["problems"])
     claim.lines[0]["corpus_prefixes"] = ["c" * 64, "d" * 64]
@@ -125,9 +134,11 @@ LOSSES = [3.2783, 3.2772, 3.2791, 3.2778]
 def text_folder(folder, losses=LOSSES, steps=1770):
     folder.mkdir(parents=True)
     for i, loss in enumerate(losses):
-        (folder / f"{i}.txt").write_text(f"import torch\n{'=' * 100}\nstep:0/{steps} val_loss:10.8258 train_time:0ms "
-                                         f"step_avg:nanms\nstep:{steps}/{steps} val_loss:{loss} train_time:{170000 + i}ms "
-                                         "step_avg:96.05ms\n")
+        (folder / f"{i}.txt").write_text(
+            f"import torch\n{'=' * 100}\nstep:0/{steps} val_loss:10.8258 train_time:0ms "
+            f"step_avg:nanms\nstep:{steps}/{steps} val_loss:{loss} train_time:{170000 + i}ms "
+            "step_avg:96.05ms\n"
+        )
     return folder
 
 
@@ -159,16 +170,18 @@ def test_bad_input_is_one_clear_line(good, tmp_path):
     (tmp_path / "half.json").write_text('{"version": 1, "comm')
     run = next((good / "runs").glob("*/"))
     for folder, options, message in [
-            (tmp_path / "none", {}, "no such folder"), (tmp_path / "empty", {}, "the folder is empty"),
-            (tmp_path / "foreign", {}, "not a claim folder: it has no manifest.jsonl"),
-            (run, {}, "a single run is evidence only as part of a claim"),
-            (good / "runs", {}, "not a claim folder"), (tmp_path / "nested", {"target": 3.28}, "its logs lie in baseline"),
-            (mixed, {"target": 3.28}, "runs of 1750, 1770 steps are different experiments"),
-            (twice, {"target": 3.28}, "the same run as 0.txt: a copy"), (mixed, {}, "name the loss to reach"),
-            (mixed, {"audit": "a.json"}, "text logs name neither code nor machine"),
-            (good, {"target": 3.0}, "a claim declares its target before the first run"),
-            (good, {"audit": str(tmp_path / "half.json")}, "not the result of an audit"),
-            (good, {"reproduction": str(tmp_path / "empty")}, "the folder is empty")]:
+        (tmp_path / "none", {}, "no such folder"), (tmp_path / "empty", {}, "the folder is empty"),
+        (tmp_path / "foreign", {}, "not a claim folder: it has no manifest.jsonl"),
+        (run, {}, "a single run is evidence only as part of a claim"),
+        (good / "runs", {}, "not a claim folder"),
+        (tmp_path / "nested", {"target": 3.28}, "its logs lie in baseline"),
+        (mixed, {"target": 3.28}, "runs of 1750, 1770 steps are different experiments"),
+        (twice, {"target": 3.28}, "the same run as 0.txt: a copy"), (mixed, {}, "name the loss to reach"),
+        (mixed, {"audit": "a.json"}, "text logs name neither code nor machine"),
+        (good, {"target": 3.0}, "a claim declares its target before the first run"),
+        (good, {"audit": str(tmp_path / "half.json")}, "not the result of an audit"),
+        (good, {"reproduction": str(tmp_path / "empty")}, "the folder is empty")
+    ]:
         with pytest.raises(UserError) as error:
             command(folder, **options)
         assert message in str(error.value) and "\n" not in str(error.value), folder
@@ -179,7 +192,9 @@ def test_half_written_manifests_are_refused_and_their_runs_still_checked(claim):
     path.write_bytes(path.read_bytes()[:-60])
     (claim.folder / "runs" / claim.name(3) / "summary.json").write_text("{")
     problems = verify.verify(claim.folder)["problems"]
-    assert any("is not a complete log line" in p for p in problems) and any("summary.json: missing" in p for p in problems)
+    assert any("is not a complete log line" in p for p in problems) and any(
+        "summary.json: missing" in p for p in problems
+    )
 
 
 JUNK = [None, -1, 10 ** 400, "x", [], {}, [None], True, math.nan]
@@ -204,8 +219,13 @@ def test_no_value_in_any_field_of_a_log_can_crash_it(claim):
 
 
 def test_what_a_mixture_tells_of_its_experts_is_read_and_checked(tmp_path):
-    program = [sys.executable, "train_gpt.py", "variants/1", "--scale", "micro", "--set", "schedule.steps=3", "--out", str(tmp_path)]
-    subprocess.run(program, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    program = [
+        sys.executable, "train_gpt.py", "variants/1", "--scale", "micro", "--set", "schedule.steps=3",
+        "--out", str(tmp_path)
+    ]
+    subprocess.run(
+        program, cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     folder = next(tmp_path.glob("2*"))
     original = json.dumps(runlog.read_chain(folder / "run.jsonl"))
     at = next(i for i, e in enumerate(json.loads(original)) if e["kind"] == "experts")
@@ -222,8 +242,16 @@ def test_what_a_mixture_tells_of_its_experts_is_read_and_checked(tmp_path):
     assert problems(lambda events: None) == []
     assert "told at steps [], due at [3]" in problems(lambda events: events.pop(at))[0]
     assert "told at steps [3, 3]" in problems(lambda events: events.insert(at - 1, events[at].copy()))[0]
-    assert "loads and dropped rows are not" in problems(lambda events: events[at]["load"][0].__setitem__(0, 7))[0]
-    assert "of layers [0]" in problems(lambda events: events[at].update({n: events[at][n][:1] for n in run_laws.LOADS}, layers=[0]))[0]
+    assert (
+        "loads and dropped rows are not"
+        in problems(lambda events: events[at]["load"][0].__setitem__(0, 7))[0]
+    )
+    assert (
+        "of layers [0]"
+        in problems(
+            lambda events: events[at].update({n: events[at][n][:1] for n in run_laws.LOADS}, layers=[0])
+        )[0]
+    )
     for field in [*run_laws.LOADS, "load", "step"]:
         for junk in JUNK:
             found = problems(lambda events: events[at].__setitem__(field, junk))

@@ -1,4 +1,5 @@
-"""Laws of the windows of records 12 to 33: at every step they are the originals' formulas, and so is what a query sees."""
+"""Laws of the windows of records 12 to 33: at every step they are the originals' formulas, and so is what a
+query sees."""
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ def layers(record):
 
 
 def definition(record, steps, step, final):
-    """{layer: (rule, size)} as the record's formula has it, in exact arithmetic. Sizes in tokens, or in blocks of 128.
+    """{layer: (rule, size)} as the record's formula has it, in exact arithmetic. Sizes in tokens, or in
+    blocks of 128.
 
     final: in the validation after training. Rules: see `limits`.
     """
@@ -53,7 +55,8 @@ def limits(rule, size):
 
 
 def sees(rule, size, q, k, block):
-    """Whether q sees k, documents and order aside, where a block has `block` tokens, not 128, and all else in proportion."""
+    """Whether q sees k, documents and order aside, where a block has `block` tokens, not 128, and all else in
+    proportion."""
     size = size if rule == "blocks" else size * block // 128
     if rule == "tokens":
         return q - k < size
@@ -70,8 +73,14 @@ def test_windows_of_every_step_and_layer_are_the_records_formula(record):
     for step in range(steps + 1):
         for final, windows in ((False, schedule.windows(s, step)),
                                (step == steps, schedule.validation_windows(s, step))):
-            spans, expected = schedule.layer_spans(layer_specs(s), windows), definition(record, steps, step, final)
-            assert {i: tuple(spans[i]) for i in expected} == {i: limits(*w) for i, w in expected.items()}, (step, final)
+            spans, expected = (
+                schedule.layer_spans(layer_specs(s), windows),
+                definition(record, steps, step, final),
+            )
+            assert {i: tuple(spans[i]) for i in expected} == {i: limits(*w) for i, w in expected.items()}, (
+                step,
+                final,
+            )
             assert windows.long_blocks == sizes_so_far(record, steps, step, final), (step, final)
         assert step == steps or plans[step].shape.windows == schedule.windows(s, step)
 
@@ -85,9 +94,16 @@ def sizes_so_far(record, steps, step, final):
 
 
 @pytest.mark.feature("model.attn.window.growth")
-@pytest.mark.parametrize("record, steps", [
-    (18, [103, 206, 309, 412, 515, 618, 721, 824, 927, 1030, 1133, 1236, 1339]),
-    *((r, [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705]) for r in (21, "21r", "21t"))])
+@pytest.mark.parametrize(
+    "record, steps",
+    [
+        (18, [103, 206, 309, 412, 515, 618, 721, 824, 927, 1030, 1133, 1236, 1339]),
+        *(
+            (r, [132, 263, 394, 525, 656, 787, 918, 1049, 1181, 1312, 1443, 1574, 1705])
+            for r in (21, "21r", "21t")
+        ),
+    ],
+)
 def test_steps_at_which_the_block_window_grows(record, steps):
     s = deltas.resolve(f"short/{record}").settings
     blocks = [schedule.windows(s, i).long.blocks for i in range(s.schedule.steps + 1)]
@@ -96,7 +112,8 @@ def test_steps_at_which_the_block_window_grows(record, steps):
 
 
 def random_text(s, tokens=180):
-    """Rows (3, T) of ids in which documents begin: hardly any, one in about 50 tokens, one in about 8. And BOS."""
+    """Rows (3, T) of ids in which documents begin: hardly any, one in about 50 tokens, one in about 8. And
+    BOS."""
     g = torch.Generator().manual_seed(5)
     starts = torch.rand(3, tokens, generator=g) < torch.tensor([[1 / tokens], [1 / 50], [1 / 8]])
     bos = s.model.vocab_size - 1
@@ -104,7 +121,8 @@ def random_text(s, tokens=180):
 
 
 def visible_sets(context, tokens):
-    """Per layer (R, T, T): with equal logits and one-hot values a head's output shows which keys were averaged."""
+    """Per layer (R, T, T): with equal logits and one-hot values a head's output shows which keys were
+    averaged."""
     rows, length = tokens.shape
     zero, values = torch.zeros(rows, length, 1, 8), torch.eye(length).expand(rows, length, length)[:, :, None]
     views = [meta and meta.view for meta in context.layers]
@@ -116,11 +134,14 @@ def visible_sets(context, tokens):
 @pytest.mark.parametrize("record", RECORDS)
 @pytest.mark.parametrize("backend", ["dense", "banded", "documents"])
 def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
-    """Through the model's own views at the micro scale, where lengths are a sixteenth: blocks have 8 tokens."""
+    """Through the model's own views at the micro scale, where lengths are a sixteenth: blocks have 8
+    tokens."""
     s = deltas.resolve(f"short/{record}", scale="micro", sets=[f"system.attention={backend}"]).settings
     model, (tokens, bos) = GPT(s).eval(), random_text(s)
     model.initialise(0)
-    documents, q, k = (tokens == bos).cumsum(1), torch.arange(tokens.size(1))[:, None], torch.arange(tokens.size(1))
+    documents, q, k = (
+        (tokens == bos).cumsum(1), torch.arange(tokens.size(1))[:, None], torch.arange(tokens.size(1))
+    )
     allowed = (k <= q) & (documents[:, :, None] == documents[:, None, :])
     steps, before = s.schedule.steps, None
     for step in range(steps + 1):
@@ -135,13 +156,17 @@ def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
 @pytest.mark.feature("model.attn.scale", "model.attn.rope.yarn")
 @pytest.mark.parametrize("record", range(29, 34))
 def test_the_softmax_scale_of_every_window_is_the_records_and_the_last_is_of_13_blocks(record):
-    s, model = build(f"short/{record}", model__model_dim=24, model__vocab_size=32, data__max_document=16, data__seq_len=16,
-                     data__tokens_per_rank=16, validation__seq_len=16, validation__tokens=128)
+    s, model = build(
+        f"short/{record}", model__model_dim=24, model__vocab_size=32, data__max_document=16, data__seq_len=16,
+        data__tokens_per_rank=16, validation__seq_len=16, validation__tokens=128
+    )
     scales, before = [], None
     for step in range(s.schedule.steps + 1):
         windows = schedule.validation_windows(s, step)
         if windows != before:
-            scales.append(round(model.context(torch.zeros(1, 16, dtype=torch.long), 31, windows).layers[0].scale, 6))
+            scales.append(
+                round(model.context(torch.zeros(1, 16, dtype=torch.long), 31, windows).layers[0].scale, 6)
+            )
         before = windows
     assert scales == ([0.12] * 3 if record < 31 else [0.1, 0.116946, 0.127518, 0.131778])
     model.context(torch.zeros(1, 16, dtype=torch.long), 31, schedule.windows(s, 0))

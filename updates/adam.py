@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import torch
 
 
-def adamw_(p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype):
-    """One AdamW step in place on p and its moments m, v, elementwise. Compiled, it is one pass over its tensors.
+def adamw_(
+    p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype
+):
+    """One AdamW step in place on p and its moments m, v, elementwise. Compiled, it is one pass over its
+    tensors.
 
     lr, correction1, correction2: numbers or 0-d tensors; correction: 1 - beta^t.
     eps_after_correction: eps is added to the root of the corrected second moment, otherwise to the raw one.
@@ -47,8 +50,11 @@ class AdamW:
     def of(cls, s, group) -> "AdamW":
         """The rule for one group (settings.Hyper) of a run."""
         n = s.numerics
-        return cls(group.lr, group.beta1, group.beta2, group.eps, group.weight_decay, s.optim.adam.eps_after_correction,
-                   getattr(torch, n.adam), None if n.adam_state == "parameter" else getattr(torch, n.adam_state))
+        return cls(
+            group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
+            s.optim.adam.eps_after_correction, getattr(torch, n.adam),
+            None if n.adam_state == "parameter" else getattr(torch, n.adam_state)
+        )
 
     def unit(self, shape, views) -> tuple[int, ...]:
         return ()
@@ -59,8 +65,13 @@ class AdamW:
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """What changes from step to step. t: updates of the bank, this one included."""
-        return {"lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1 ** t, "correction2": 1 - self.beta2 ** t}
+        return {
+            "lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t
+        }
 
     def update_(self, p, g, state, numbers, views) -> None:
-        adamw_(p, g, state["exp_avg"], state["exp_avg_sq"], decay=self.decay, beta1=self.beta1, beta2=self.beta2,
-               eps=self.eps, eps_after_correction=self.eps_after_correction, math_dtype=self.math_dtype, **numbers)
+        adamw_(
+            p, g, state["exp_avg"], state["exp_avg_sq"], decay=self.decay, beta1=self.beta1, beta2=self.beta2,
+            eps=self.eps, eps_after_correction=self.eps_after_correction, math_dtype=self.math_dtype,
+            **numbers
+        )

@@ -1,4 +1,5 @@
-"""Muon (Jordan et al., kellerjordan.github.io/posts/muon) as a chain of slots: p <- p - lr u, u what the last slot returns."""
+"""Muon (Jordan et al., kellerjordan.github.io/posts/muon) as a chain of slots: p <- p - lr u, u what the last
+slot returns."""
 
 from dataclasses import dataclass
 
@@ -21,7 +22,9 @@ class Muon:
     @classmethod
     def of(cls, s, group) -> "Muon":
         """The rule for one group (settings.Hyper) of a run."""
-        return cls(group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), not s.optim.muon.move_idle)
+        return cls(
+            group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), not s.optim.muon.move_idle
+        )
 
     def unit(self, shape, views) -> tuple[int, ...]:
         return views.unit(shape)

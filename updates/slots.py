@@ -1,8 +1,8 @@
 """The slots of Muon's chain. Each takes the update so far and returns the next one.
 
-A slot has a `state(unit, dtype)` like a rule, and is called with (u, step): the update so far, and a Step. `each_matrix`:
-u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole units (N, *unit). Only state is changed in
-place. A new slot is one class here and its section in settings.Muon.
+A slot has a `state(unit, dtype)` like a rule, and is called with (u, step): the update so far, and a Step.
+`each_matrix`: u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole units (N,
+*unit). Only state is changed in place. A new slot is one class here and its section in settings.Muon.
 """
 
 import math
@@ -16,7 +16,8 @@ from updates.views import Views
 
 
 class Step(NamedTuple):
-    """What a slot can look at: the parameter, the state of all slots, this step's numbers and the parameter's views."""
+    """What a slot can look at: the parameter, the state of all slots, this step's numbers and the parameter's
+    views."""
     p: torch.Tensor
     state: dict
     numbers: dict
@@ -33,7 +34,8 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Momentum:
-    """Nesterov momentum. averaged: M <- mu M + (1-mu) g and (1-mu) g + mu M (record 15); otherwise M <- mu M + g and g + mu M."""
+    """Nesterov momentum. averaged: M <- mu M + (1-mu) g and (1-mu) g + mu M (record 15); otherwise M <- mu M
+    + g and g + mu M."""
     averaged: bool
 
     each_matrix = False
@@ -52,7 +54,8 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Orthogonalise:
-    """Newton-Schulz iteration (kernels/newton_schulz.py). The result has at least the precision of `least`."""
+    """Newton-Schulz iteration (kernels/newton_schulz.py). The result has at least the precision of
+    `least`."""
     steps: int
     dtype: torch.dtype
     norm_dtype: torch.dtype
@@ -67,7 +70,9 @@ class Orthogonalise:
         return {}
 
     def __call__(self, u, step):
-        how = dict(steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form, fused=self.fused)
+        how = dict(
+            steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form, fused=self.fused
+        )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
         else:
@@ -81,7 +86,8 @@ FACTORS = {"sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
 
 @dataclass(frozen=True)
 class Scale:
-    """Factor by the shape of the matrix: sqrt(max(rows, cols)) (record 4) or sqrt(max(1, rows / cols)) (record 8)."""
+    """Factor by the shape of the matrix: sqrt(max(rows, cols)) (record 4) or sqrt(max(1, rows / cols))
+    (record 8)."""
     kind: str
 
     each_matrix = True
@@ -111,9 +117,13 @@ def chain(s, group) -> tuple:
     """The slots that the settings ask for, in their order. group: settings.Hyper."""
     muon, n = s.optim.muon, s.numerics
     slots = [Momentum(muon.averaged)]
-    slots.append(Orthogonalise(muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
-                               n.newton_schulz_form, getattr(torch, n.muon_update),
-                               one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton"))
+    slots.append(
+        Orthogonalise(
+            muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
+            n.newton_schulz_form, getattr(torch, n.muon_update), one_by_one=s.system.reduction == "ordered",
+            fused=s.system.kernels.muon == "triton"
+        )
+    )
     if muon.scale != "none":
         slots.append(Scale(muon.scale))
     if group.weight_decay:

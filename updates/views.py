@@ -10,9 +10,12 @@ import torch
 class Views:
     """What a parameter declares about its matrices, for rules like Muon.
 
-    pieces: (name, start, stop) of each matrix along dim 0 of a parameter (P, rows, cols); (): the parameter is one matrix
-        (rows, cols), or a stack of independent ones. A piece of several slices is one matrix of (stop - start) rows rows.
-    orientation: whether (rows, cols) of a stored matrix are (outputs, inputs), for factors that depend on the shape.
+    pieces: (name, start, stop) of each matrix along dim 0 of a parameter (P, rows, cols); (): the parameter
+    is one matrix
+        (rows, cols), or a stack of independent ones. A piece of several slices is one matrix of (stop -
+        start) rows rows.
+    orientation: whether (rows, cols) of a stored matrix are (outputs, inputs), for factors that depend on the
+    shape.
     variance_axis: axis of a matrix that statistics per neuron average over.
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
@@ -25,7 +28,8 @@ class Views:
         return any(stop - start > 1 for _, start, stop in self.pieces)
 
     def unit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of what is updated as a whole: the parameter if its slices are joined, otherwise one matrix."""
+        """Shape of what is updated as a whole: the parameter if its slices are joined, otherwise one
+        matrix."""
         return tuple(shape) if self.joined else tuple(shape[-2:])
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -48,7 +52,8 @@ class Views:
 
 
 def qkvo(s) -> Views:
-    """Of q, k, v, o in one parameter (4, D, D): for Muon q, k, v are one matrix (3D, D), unless optim.muon.split_qkv."""
+    """Of q, k, v, o in one parameter (4, D, D): for Muon q, k, v are one matrix (3D, D), unless
+    optim.muon.split_qkv."""
     if s.optim.muon is None or s.optim.muon.split_qkv:
         return Views(pieces=(("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4)))
     return Views(pieces=(("qkv", 0, 3), ("o", 3, 4)))

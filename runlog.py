@@ -162,8 +162,9 @@ def render(event):
         spent = sum(value for name, value in event["compile"].items() if name.endswith("_s"))
         start, warmup = event["start_ms"] / 1000, event["warmup_ms"] / 1000
         return [
-            f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling {event['graphs']} "
-            f"graphs ({event['compile']['hits']} from the cache), {max(0.0, warmup - spent):.1f} s warm-up"
+            f"started in {start + warmup:.1f} s: {start:.1f} s imports and data, {spent:.1f} s compiling "
+            f"{event['graphs']} graphs ({event['compile']['hits']} from the cache), "
+            f"{max(0.0, warmup - spent):.1f} s warm-up"
         ]
     if kind == "validation":
         ms, step = event["train_time_ms"], event["step"]
@@ -175,8 +176,9 @@ def render(event):
         worst = max(event["max_vio"])
         return [
             f"experts: MaxVio {sum(event['max_vio']) / len(event['max_vio']):.2f} mean, {worst:.2f} in layer "
-            f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; {sum(event['dropped'])} rows dropped; "
-            f"entropy {sum(event['entropy']) / len(event['entropy']):.3f}"
+            f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; "
+            f"{sum(event['dropped'])} rows dropped; entropy "
+            f"{sum(event['entropy']) / len(event['entropy']):.3f}"
         ]
     if kind == "end":
         memory = (

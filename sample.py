@@ -78,8 +78,8 @@ def parser() -> arguments.Parser:
     )
     p.add_argument("--stop", action="store_true", help="end a sample where its document ends")
     p.add_argument("--cache", choices=["auto", "dense", "latent"], default="auto",
-                   help="what to keep of past tokens: keys and values, or latents; auto: latents where the model has them, "
-                        "and then keys and values once more, to compare")
+                   help="what to keep of past tokens: keys and values, or latents; auto: latents where the "
+                        "model has them, and then keys and values once more, to compare")
     return p
 
 
@@ -105,10 +105,11 @@ def load(path):
         with file:
             saved = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path}: not a checkpoint of this program: it is no data of torch, or holds more than tensors and plain "
-                        "values, and such code is not run") from None
+        raise UserError(f"{path}: not a checkpoint of this program: it is no data of torch, or holds more "
+                        "than tensors and plain values, and such code is not run") from None
     except Exception as error:  # torch.load raises many kinds for a file that is torn or of another kind
-        raise UserError(f"{path}: not a checkpoint of this program, or torn ({type(error).__name__}): train again with --save"
+        raise UserError(f"{path}: not a checkpoint of this program, or torn ({type(error).__name__}): train "
+                        "again with --save"
                         ) from None
     return build(saved, path)
 
@@ -135,11 +136,12 @@ def build(saved, path):
         model.load_state_dict(saved["model"])
     except (UserError, RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         why = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: written by another version of this program ({why}): sample with the code that wrote it, named "
-                        "in the run's log") from None
+        raise UserError(f"{path}: written by another version of this program ({why}): sample with the code "
+                        "that wrote it, named in the run's log") from None
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UserError(f"{path}: {name} holds values that are not finite: the run diverged, there is nothing to sample")
+            raise UserError(f"{path}: {name} holds values that are not finite: the run diverged, there is "
+                            "nothing to sample")
     return model.eval(), saved["tokenizer"]
 
 
@@ -310,7 +312,10 @@ def agreement(tokens, others):
     i = next((i for i, (a, b) in enumerate(zip(tokens, others)) if a != b), None)
     if i is None:
         return "both caches give the same tokens"
-    return f"the caches give different tokens from number {i + 1} of {len(tokens)} on: they are equal up to rounding only"
+    return (
+        f"the caches give different tokens from number {i + 1} of {len(tokens)} on: they are equal up to "
+        "rounding only"
+    )
 
 
 def show_samples(options, model, encoding, form, ids, text, asked):

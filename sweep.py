@@ -41,15 +41,16 @@ def print_plan(plan, options, root, slots):
     """What will be run, what it can show, how long it takes and what it costs."""
     print(
         f"{plan['kind']} {plan['base']} at scale {plan['scale']}{''.join(' ' + c for c in plan['common'])}: "
-        f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an arm, "
-        f"{plan['controls']} runs of the control "
+        f"{len(pairs_of(plan))} comparison{'s' if len(pairs_of(plan)) > 1 else ''}, {plan['seeds']} seeds an "
+        f"arm, {plan['controls']} runs of the control "
         f"{plan['arms'][0]['label']}{', paired by seed' if plan['paired'] else ''}"
     )
     if plan["kind"] == "ablate":
         print(f"screening: {plan['screening']}")
     inert = [a["label"] for a in plan["arms"][1:] if is_inert(plan, a)]
     if inert:
-        print(f"inert at scale {plan['scale']} (computes the same as what it is compared with; not run): {', '.join(inert)}")
+        print(f"inert at scale {plan['scale']} (computes the same as what it is compared with; not run): "
+              f"{', '.join(inert)}")
     for skipped in plan["skipped"]:
         print(f"not switched off: {skipped['feature']}: {skipped['reason']}")
     print_power(plan, options.sd)
@@ -72,8 +73,8 @@ def print_power(plan, stated):
             else "minimal detectable effect: none, one run an arm shows no spread and gives no interval"
         )
     elif plan["seeds"] + plan["controls"] > 2:
-        print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep tells the sd "
-              "(--sd states one), so the nats follow after the first controls")
+        print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep "
+              "tells the sd (--sd states one), so the nats follow after the first controls")
     else:
         print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
 
@@ -90,8 +91,9 @@ def print_effort(plan, options, root, slots):
     left = [t for t in todo if t[0] not in done and t[0] not in failed]
     ready = [t for t in left if queue.find_run(queue.reuse_folders(root, options.reuse), plan, *t[1:])]
     left = len(left) - len(ready)
-    print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, {len(failed)} "
-          f"failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a time")
+    print(f"runs: {len(todo)}{f' and at most {later} of group members' if later else ''}; {len(done)} done, "
+          f"{len(failed)} failed, {f'{len(ready)} to adopt, ' if ready else ''}{left} to do, {workers} at a "
+          "time")
     places = [root / "runs", *options.reuse, options.runs, *files.listed(options.runs, "*/runs")]
     seconds, source = forecast.expected(plan, places, options.plan and left + later > 0, slots[0])
     if seconds is None:
@@ -154,8 +156,8 @@ class View:
             self.sd_known = True
             sd = statistics.describe(values)["sd"]
             if sd:
-                self.say(f"minimal detectable effect: about {detectable(self.plan, sd):.4f} nats at 80 % power, from the sd "
-                         f"{sd:.4f} of the first {len(values)} controls")
+                self.say(f"minimal detectable effect: about {detectable(self.plan, sd):.4f} nats at 80 % "
+                         f"power, from the sd {sd:.4f} of the first {len(values)} controls")
 
     def table(self, done, failed, running):
         from rich import box
@@ -267,8 +269,8 @@ def submit(options, root, plan):
     )
     arguments += [part for folder in options.reuse for part in ("--reuse", str(Path(folder).resolve()))]
     jobs = worker.submit(options.launcher, root, plan, options.workers or 1, options.slurm, arguments)
-    print(f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} submitted: {', '.join(j.job_id for j in jobs)}; their output is "
-          f"in {root / 'jobs'}, the table in `python sweep.py status {root}`", flush=True)
+    print(f"{len(jobs)} job{'s' if len(jobs) > 1 else ''} submitted: {', '.join(j.job_id for j in jobs)}; "
+          f"their output is in {root / 'jobs'}, the table in `python sweep.py status {root}`", flush=True)
     if options.launcher == "slurm":
         return 0
     try:
@@ -335,7 +337,8 @@ def status(options):
         settled = target in done or target in failed
         if number and not settled and not queue.is_stale(root, target, number, options.stale):
             owner = queue.read_json(queue.claim_path(root, target, number))
-            print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since {owner['utc']}")
+            print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since "
+                  f"{owner['utc']}")
     print_failures(root, failed, sys.stdout)
     print(f"{sum(t in done for t, _, _ in todo)} of {len(todo)} runs done, {len(failed)} failed")
     return console.settle()
@@ -364,13 +367,15 @@ def power(options):
         )
     )
     if options.sd is None and known is None:
-        raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, from `records compare "
-                        f"RECORD RECORD --aa --pairing none --runs 4 --scale {options.scale}`")
+        raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, "
+                        "from `records compare RECORD RECORD --aa --pairing none --runs 4 --scale "
+                        f"{options.scale}`")
     sd, where = (
         (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
     )
-    print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one control of the same number "
-          f"of runs, not paired, intervals of {100 * options.confidence:g} % that hold together, 80 % power")
+    print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one "
+          f"control of the same number of runs, not paired, intervals of {100 * options.confidence:g} % that "
+          "hold together, 80 % power")
     need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence)
     about = (
         f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1
@@ -381,7 +386,8 @@ def power(options):
         + (f"{need} seeds an arm{about}" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
     )
     for n in (2, 4, 8, 16, 32):
-        print(f"  {n:>2} seeds show {statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
+        print(f"  {n:>2} seeds show "
+              f"{statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
 
 
 # ----- command line -----------------------------------------------------------------------------------------
@@ -542,8 +548,8 @@ def main(argv=None):
     except ImportError as error:
         console.fail(environment.without(error))
     except OSError as error:
-        console.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, mend it and give the "
-                    "same command again")
+        console.fail(f"{error.filename or 'the queue'}: {error.strerror or error}; what is finished is kept, "
+                    "mend it and give the same command again")
     except KeyboardInterrupt:
         console.fail("interrupted before the first run", 130)
 

@@ -62,7 +62,10 @@ def number(low: float, high: float = 1e9, *, above: bool = False,
         if not low <= value <= high or (above and value == low) or (below and value == high):
             limits = f"from {low:g} to {high:g}"
             if above or below:
-                limits = f"{'above' if above else 'at least'} {low:g} and {'below' if below else 'at most'} {high:g}"
+                limits = (
+                    f"{'above' if above else 'at least'} {low:g} and {'below' if below else 'at most'} "
+                    f"{high:g}"
+                )
             raise argparse.ArgumentTypeError(f"expected a number {limits}, got {shortened(text)}")
         return value
     return parse

@@ -41,7 +41,8 @@ def remedy():
         return "remove the folder {} and start ./run.sh, which makes it anew".format(shlex.quote(VENV))
     if os.path.exists(os.path.join(VENV, "installed")):
         return "start the program with {}".format(shlex.quote(venv_python()))
-    return ("./run.sh makes .venv, which has everything; `python -m pip install -e {}` adds it to a Python of your own"
+    return ("./run.sh makes .venv, which has everything; `python -m pip install -e {}` adds it to a Python "
+            "of your own"
             .format(shlex.quote(ROOT)))
 
 
@@ -110,5 +111,5 @@ def check_training():
 
 
 if sys.version_info < OLDEST_PYTHON:
-    stop("{} is Python {}.{}, and {}.{} is the oldest that works: start the program with a newer one (./run.sh finds it, "
-         "and makes .venv)".format(sys.executable, *(sys.version_info[:2] + OLDEST_PYTHON)))
+    stop("{} is Python {}.{}, and {}.{} is the oldest that works: start the program with a newer one "
+         "(./run.sh finds it, and makes .venv)".format(sys.executable, *(sys.version_info[:2] + OLDEST_PYTHON)))

@@ -83,8 +83,8 @@ def get(s: Settings) -> str:
     """How to get the shards that a run of these settings reads, for messages."""
     need = shards_needed(s)
     shards, gigabytes = f"{need} train shard{'s' if need > 1 else ''}", (need + 1) * SHARD_BYTES / 1e9
-    return (f"`python -m data.fineweb {need}` downloads the {shards} that this run reads and the validation shard "
-            f"({gigabytes:.1f} GB); `python -m data.tokenize FILE --out DIR` makes shards of any text")
+    return (f"`python -m data.fineweb {need}` downloads the {shards} that this run reads and the validation "
+            f"shard ({gigabytes:.1f} GB); `python -m data.tokenize FILE --out DIR` makes shards of any text")
 
 
 # ----- what is known of a published shard -------------------------------------------------------------------
@@ -249,8 +249,8 @@ def download(count: int, folder: Path, repo: str, verify: bool = False) -> list[
     missing = sum(not (folder / name).exists() for name in names(count))
     need = missing * SHARD_BYTES
     if repo in TRAIN_SHARDS and need > free:
-        raise UserError(f"{missing} shards need {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: free some space or "
-                        "choose another --dir")
+        raise UserError(f"{missing} shards need {need / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: "
+                        "free some space or choose another --dir")
     manifest = read_manifest(folder)
     for name in names(count):
         there = check(repo, name, folder, manifest.get(name, {}), verify)

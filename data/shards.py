@@ -187,8 +187,8 @@ class Corpus:
     val_tokens: int
 
 
-GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record reads of FineWeb, `python -m data.tokenize "
-       "FILE --out DIR` makes shards of any text")
+GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record reads of FineWeb, `python -m "
+       "data.tokenize FILE --out DIR` makes shards of any text")
 
 
 def open_corpus(folder, get=GET):
@@ -223,17 +223,18 @@ def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
         match = SHARD_NAME.fullmatch(name)
         if match is None:
             if "_train_" in name or "_val_" in name:
-                raise UserError(f"{folder / name}: shards are called NAME_train_NUMBER.bin or NAME_val_NUMBER.bin: rename or "
-                                "remove it")
+                raise UserError(f"{folder / name}: shards are called NAME_train_NUMBER.bin or "
+                                "NAME_val_NUMBER.bin: rename or remove it")
             continue
         part, number = found[match["part"]], int(match["number"])
         if number in part:
-            raise UserError(f"{folder} has two {match['part']} shards of number {number}, {part[number].name} and {name}: "
-                            "remove one")
+            raise UserError(f"{folder} has two {match['part']} shards of number {number}, "
+                            f"{part[number].name} and {name}: remove one")
         part[number] = folder / name
         corpora.setdefault(match["name"], name)
     if len(corpora) > 1:
-        raise UserError(f"{folder} mixes corpora ({' and '.join(list(corpora.values())[:2])}): give each a folder of its own")
+        raise UserError(f"{folder} mixes corpora ({' and '.join(list(corpora.values())[:2])}): give each a "
+                        "folder of its own")
     for called, part in found.items():
         numbers = sorted(part)
         missing = [n for n in range(min(1, *numbers), max(numbers)) if n not in part] if numbers else []
@@ -270,8 +271,8 @@ def read_about(folder: Path, first: str) -> dict:
             raise ValueError(f"tokenizer {about['tokenizer']} has vocab_size {known[0]} and bos {known[1]}")
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: {reason}: it must hold name, tokenizer, vocab_size and bos; mend it, or make the folder "
-                        "again with `python -m data.tokenize`") from None
+        raise UserError(f"{path}: {reason}: it must hold name, tokenizer, vocab_size and bos; mend it, or "
+                        "make the folder again with `python -m data.tokenize`") from None
     return {key: about[key] for key in GPT2}
 
 
@@ -283,8 +284,8 @@ def check_vocabulary(tokens, vocab_size, where):
 
 
 def outside(where, highest, vocab_size):
-    return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with another "
-            "tokenizer; correct corpus.json next to it or choose another --data")
+    return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with "
+            "another tokenizer; correct corpus.json next to it or choose another --data")
 
 
 # ----- digests and what only a look at every token finds ----------------------------------------------------
@@ -332,17 +333,18 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
     if (val == 0) != (train == 0):
         without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0],
                                                                         "the validation shard")
-        raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: the two were made "
-                        "with different tokenizers; tokenise the text again")
+        raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: "
+                        "the two were made with different tokenizers; tokenise the text again")
     if not val:
-        note_once(f"note: no document begins in {corpus.folder} (token {corpus.bos}): attention sees no borders of documents")
+        note_once(f"note: no document begins in {corpus.folder} (token {corpus.bos}): attention sees no "
+                  "borders of documents")
 
 
 def check_hole(path: Path, facts: dict) -> None:
     """UserError for a shard with a stretch of zeros, as a torn download or copy leaves it."""
     if facts["hole"] is not None:
-        raise UserError(f"{path}: a hole of zeros at token {facts['hole']}, as a broken download or copy leaves it: download "
-                        "or tokenise the shard again")
+        raise UserError(f"{path}: a hole of zeros at token {facts['hole']}, as a broken download or copy "
+                        "leaves it: download or tokenise the shard again")
 
 
 def read_manifest(folder: Path) -> dict:

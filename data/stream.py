@@ -167,18 +167,21 @@ def barren_reason(shards, loader, size):
     while not shard.complete:
         shard.scan()
     tokens, documents = len(shard.tokens), len(shard.starts)
-    text = (f"{shards.corpus.folder}: no train shard holds one step of {loader} data, {LOGICAL_RANKS} x {size} tokens: "
-            f"{shard.path.name} has {tokens} tokens in {documents} document{'s' if documents > 1 else ''}")
+    text = (f"{shards.corpus.folder}: no train shard holds one step of {loader} data, {LOGICAL_RANKS} x "
+            f"{size} tokens: {shard.path.name} has {tokens} tokens in {documents} "
+            f"document{'s' if documents > 1 else ''}")
     aligned = loader == "bos_aligned"
     if tokens < LOGICAL_RANKS * (2 * size if aligned else size + 1) + 2 * aligned:
         return f"{text}: lower data.tokens_per_rank or use larger shards"
     if aligned or documents < LOGICAL_RANKS:
         return (
-            f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text as shorter "
-            "documents (--separator), or choose a loader that reads across them (--set data.loader=synced)"
+            f"{text}, and each of {LOGICAL_RANKS} ranks begins with a document of its own: tokenise the text "
+            "as shorter documents (--separator), or choose a loader that reads across them (--set "
+            "data.loader=synced)"
         )
-    return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} (data.max_document): tokenise the "
-            "text as shorter documents (--separator), or raise data.max_document")
+    return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} "
+            "(data.max_document): tokenise the text as shorter documents (--separator), or raise "
+            "data.max_document")
 
 
 def aligned_step(shard, position, size):

@@ -143,7 +143,8 @@ class Reader:
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
         for chunk in self.decoded(file):
             if self.hint and "\0" in chunk:
-                raise UserError(f"{self.path} is binary data behind its beginning (a zero byte): choose other files{self.hint}")
+                raise UserError(f"{self.path} is binary data behind its beginning (a zero byte): choose "
+                                f"other files{self.hint}")
             yield newlines.decode(chunk)
         yield newlines.decode("", final=True)
 
@@ -158,8 +159,9 @@ class Reader:
                 return json.loads(line)
             # ValueError: JSONDecodeError, and numbers of too many digits
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{self.path}, line {number}: not valid JSON ({getattr(error, 'msg', None) or error}): mend or "
-                                f"remove the line{self.hint}") from None
+                raise UserError(f"{self.path}, line {number}: not valid JSON "
+                                f"({getattr(error, 'msg', None) or error}): mend or remove the "
+                                f"line{self.hint}") from None
 
         for chunk in itertools.chain(self.decoded(file), ["\n"]):
             first, *more = chunk.split("\n")
@@ -229,15 +231,15 @@ class Reader:
         if isinstance(record, str):
             text = record
         elif not isinstance(record, dict):
-            raise UserError(f"{where}: {_kind(record)} instead of an object with the field {self.field!r}: mend or remove it"
-                            f"{self.hint}")
+            raise UserError(f"{where}: {_kind(record)} instead of an object with the field {self.field!r}: "
+                            f"mend or remove it{self.hint}")
         elif self.field not in record:
             raise UserError(
                 f"{where}: no text in field {self.field!r}, the record has {_names(record)}: choose one with "
                 "--field")
         elif not isinstance(record[self.field], str):
-            raise UserError(f"{where}: no text in field {self.field!r} but {_kind(record[self.field])}: mend or remove the "
-                            "record, or choose another --field")
+            raise UserError(f"{where}: no text in field {self.field!r} but {_kind(record[self.field])}: mend "
+                            "or remove the record, or choose another --field")
         else:
             text = record[self.field]
         return checked(text, where)
@@ -250,28 +252,29 @@ class Reader:
             import pyarrow
             from pyarrow import parquet
         except ImportError:
-            raise UserError(f"{self.path}: reading parquet needs pyarrow: pip install pyarrow, or export the file as JSON "
-                            "lines") from None
+            raise UserError(f"{self.path}: reading parquet needs pyarrow: pip install pyarrow, or export the "
+                            "file as JSON lines") from None
         row = 0
         try:
             with parquet.ParquetFile(self.path) as file:
                 schema = file.schema_arrow
                 if self.field not in schema.names:
-                    raise UserError(f"{self.path}: no column {self.field!r}, the file has {_names(schema.names)}: choose one "
-                                    "with --field")
+                    raise UserError(f"{self.path}: no column {self.field!r}, the file has "
+                                    f"{_names(schema.names)}: choose one with --field")
                 held = schema.field(self.field).type
                 if pyarrow.types.is_dictionary(held):
                     held = held.value_type
                 if not (pyarrow.types.is_string(held) or pyarrow.types.is_large_string(held)
                         or pyarrow.types.is_string_view(held)):
-                    raise UserError(f"{self.path}: column {self.field!r} holds {held} instead of text: choose another --field")
+                    raise UserError(f"{self.path}: column {self.field!r} holds {held} instead of text: "
+                                    "choose another --field")
                 for batch in file.iter_batches(batch_size=256, columns=[self.field]):
                     for value in batch.column(0):
                         row += 1
                         text = value.as_py()
                         if text is None:
-                            raise UserError(f"{self.path}, row {row}: no text in column {self.field!r} (null): remove the row, "
-                                            "or choose another --field")
+                            raise UserError(f"{self.path}, row {row}: no text in column {self.field!r} "
+                                            "(null): remove the row, or choose another --field")
                         yield text, f"{self.path}, row {row}"
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
             raise UserError(
@@ -316,8 +319,8 @@ def _zst(path):
         try:
             from backports import zstd
         except ImportError:
-            raise UserError(f"{path}: reading zst needs backports.zstd before Python 3.14: pip install backports.zstd, or "
-                            "unpack it first") from None
+            raise UserError(f"{path}: reading zst needs backports.zstd before Python 3.14: pip install "
+                            "backports.zstd, or unpack it first") from None
     return zstd
 
 
@@ -348,8 +351,8 @@ def refuse_by_name(path, names, start):
             f"{path} is HTML or XML: extract its text, or add --format text to train on the markup")
     for name in names:
         if name in TABLES:
-            raise UserError(f"{path} is a table ({name}): export the column as JSON lines, or add --format text to train on it "
-                            "as it stands")
+            raise UserError(f"{path} is a table ({name}): export the column as JSON lines, or add --format "
+                            "text to train on it as it stands")
         if name == ".parquet":
             raise UserError(
                 f"{path} is named .parquet and is none (those begin with PAR1): get the file again")
@@ -369,8 +372,8 @@ def json_format(path, start, sure):
     except (ValueError, RecursionError):
         pass
     if re.match(r'\{\s*\n\s*"', start):
-        raise UserError(f"{path} is one JSON object over several lines: write one object a line (jq -c .), or add --format "
-                        "text")
+        raise UserError(f"{path} is one JSON object over several lines: write one object a line (jq -c .), "
+                        "or add --format text")
     return "jsonl" if sure or re.match(r'\{\s*"', start) else None
 
 

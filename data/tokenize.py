@@ -59,8 +59,8 @@ def token_ids(readers: Iterable[Reader], tokenizer: str) -> Iterator[tuple[bool,
                 for part in segments(merges, pieces):
                     if reader.format == "text" and not marked and END_OF_TEXT in part:
                         marked = True
-                        print(f"note: {where} holds {END_OF_TEXT!r} as text: if it separates documents, add --separator "
-                              f"'{END_OF_TEXT}'", file=sys.stderr)
+                        print(f"note: {where} holds {END_OF_TEXT!r} as text: if it separates documents, add "
+                              f"--separator '{END_OF_TEXT}'", file=sys.stderr)
                     batch.append((begins, part))
                     size += len(part)
                     begins = False
@@ -144,8 +144,8 @@ def split_last(writer: Writer, tokenizer: str) -> None:
     write_shard(path, last if last[0] == eot else [eot, *last])
     writer.val = total - border + int(last[0] != eot)
     print(
-        f"note: {writer.documents} document{'s' if writer.documents > 1 else ''}: the last {len(last)} tokens, from "
-        f"{'the beginning' if breaks else 'the middle'} of a line on, are the validation shard",
+        f"note: {writer.documents} document{'s' if writer.documents > 1 else ''}: the last {len(last)} "
+        f"tokens, from {'the beginning' if breaks else 'the middle'} of a line on, are the validation shard",
         file=sys.stderr
     )
 

@@ -625,8 +625,8 @@ def free_gpus(processes):
         g = next(g for g in found if g not in free)
         raise UserError(
             f"no free GPU: {len(free)} of {len(found)} are free and {processes} needed; GPU {g['index']} "
-            f"({g['name']}) holds {g['used_mib'] / 1024:.1f} GiB and is {g['busy_percent']:.0f} % busy: wait, "
-            "or end what runs there"
+            f"({g['name']}) holds {g['used_mib'] / 1024:.1f} GiB and is {g['busy_percent']:.0f} % busy: "
+            "wait, or end what runs there"
         )
     return free[:processes]
 
@@ -638,7 +638,8 @@ def require_tools() -> None:
                           capture_output=True, text=True)
     if done.returncode:
         said = (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]
-        raise UserError(f"{sys.executable} cannot run this ({said}): use the environment that ./run.sh makes (.venv/bin/python)")
+        raise UserError(f"{sys.executable} cannot run this ({said}): use the environment that ./run.sh makes "
+                        "(.venv/bin/python)")
 
 
 def cuda_works():

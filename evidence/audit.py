@@ -41,8 +41,10 @@ TRAIN_SHARD, VAL_SHARD = "audit_train_000001.bin", "audit_val_000000.bin"
 CHECKS = {
     "causality": "no loss depends on a later token, on another row, or on another position's target",
     "normalisation": "exp(-loss) over all targets sums to one at every position",
-    "validation_targets": "validation is the plain mean over exactly the first targets of the shard, each once",
-    "no_trace": "validation changes no parameter, buffer, gradient, optimizer state, random generator or later loss",
+    "validation_targets": "validation is the plain mean over exactly the first targets of the shard, each "
+                          "once",
+    "no_trace": "validation changes no parameter, buffer, gradient, optimizer state, random generator or "
+                "later loss",
     "warm_up": "losses do not depend on the untimed warm-up: none, random tokens, real tokens",
     "seed": "one seed gives the same losses twice, bit for bit; another seed gives others",
     "clock": "batches and steps are inside the clock, validation is outside",
@@ -121,8 +123,9 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
             "scale": scale, "passed": all(c["passed"] for c in checks), "checks": checks,
             "torch": trainings.torch, "confined": about["confined"], "seconds": seconds
         }
-        say(f"{'PASSED' if result['passed'] else 'FAILED'}: {sum(c['passed'] for c in checks)} of {len(checks)} checks in "
-            f"{seconds:.0f} s; network {about['confined']['network']}, writes {about['confined']['writes']}\n{LIMITS}")
+        say(f"{'PASSED' if result['passed'] else 'FAILED'}: {sum(c['passed'] for c in checks)} of "
+            f"{len(checks)} checks in {seconds:.0f} s; network {about['confined']['network']}, writes "
+            f"{about['confined']['writes']}\n{LIMITS}")
         return result
     except OSError as error:
         raise UserError(f"the audit cannot work in {folder}: {error}; TMPDIR chooses another place") from None
@@ -421,7 +424,8 @@ def clock(trainings):
     total = trainings["real"]["curve"][-1]["train_time_ms"] / 1000
     validations, steps, batches = total // 1e9, total % 1e9 // 1e6, total % 1e6 // 1e3
     return batches >= STEPS and steps == STEPS and validations == 0, (
-        f"inside the clock: {batches:.0f} batches and {steps:.0f} steps of {STEPS}, and {validations:.0f} validations")
+        f"inside the clock: {batches:.0f} batches and {steps:.0f} steps of {STEPS}, and {validations:.0f} "
+        "validations")
 
 
 def target(trainings):

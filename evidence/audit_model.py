@@ -310,8 +310,8 @@ def no_trace(observed, spec):
     if again != observed.last.value:
         wrong.append(f"validating once more gives {again!r}, not {observed.last.value!r}")
     return not wrong, "; ".join(wrong) or (
-        f"{len(timed)} validations left all {timed[-1].watched} tensors and values in reach as they were, without a "
-        "backward pass; one more gave the same bits")
+        f"{len(timed)} validations left all {timed[-1].watched} tensors and values in reach as they were, "
+        "without a backward pass; one more gave the same bits")
 
 
 # ----- validation targets -----------------------------------------------------------------------------------
@@ -330,8 +330,8 @@ def validation_targets(observed, spec):
     wrong = [*counted(observed, spec["validation_tokens"], spec["val_shard"]),
              *counted(full, spec["full_validation_tokens"], spec["val_shard"])]
     return not wrong, "; ".join(wrong) or (
-        f"the shard's first {spec['validation_tokens']:,} targets, and {spec['full_validation_tokens']:,} as at full scale, "
-        "each once; the logged loss is the plain mean of their losses")
+        f"the shard's first {spec['validation_tokens']:,} targets, and {spec['full_validation_tokens']:,} as "
+        "at full scale, each once; the logged loss is the plain mean of their losses")
 
 
 def counted(observed, tokens, shard):
@@ -400,9 +400,9 @@ def moved(base, new, changed, label, tolerance=0.0):
     early, late = (distance > tolerance) & (t < changed[:, None]), (distance > 0) & (t >= changed[:, None])
     if early.any():
         row = int(early.any(1).nonzero()[0])
-        wrong.append(f"{label}: {int(early.any(1).sum())} of {len(base)} changed tokens moved an earlier loss, by up to "
-                     f"{float((distance * early).max()):.3g}; e.g. token {int(changed[row])} moved loss "
-                     f"{int(early[row].nonzero()[0])}")
+        wrong.append(f"{label}: {int(early.any(1).sum())} of {len(base)} changed tokens moved an earlier "
+                     f"loss, by up to {float((distance * early).max()):.3g}; e.g. token {int(changed[row])} "
+                     f"moved loss {int(early[row].nonzero()[0])}")
     if not late.any(1).all():
         wrong.append(f"{label}: {int((~late.any(1)).sum())} of {len(base)} changed tokens moved no loss")
     return wrong
@@ -479,8 +479,9 @@ def causality(observed, spec):
         n, found = causal_validation(observed, ids[:length + 1], bos)
         done, wrong = done + n, wrong + found
     return not wrong, "; ".join(wrong) or (
-        f"{done} tokens and targets changed one by one, in validate with context {' and '.join(map(str, lengths))} and in a "
-        "training step: no earlier loss moved by a bit, nor one of another row or target")
+        f"{done} tokens and targets changed one by one, in validate with context "
+        f"{' and '.join(map(str, lengths))} and in a training step: no earlier loss moved by a bit, nor one "
+        "of another row or target")
 
 
 # ----- normalisation ----------------------------------------------------------------------------------------
@@ -504,8 +505,8 @@ def normalisation(observed, spec):
                                                                                            middle - 1]
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
     return max(error, abs(total - 1)) <= TOLERANCE, (
-        f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at {length} "
-        f"positions, and to {total:.6f} where the target is the next input")
+        f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at "
+        f"{length} positions, and to {total:.6f} where the target is the next input")
 
 
 # ----- the job ----------------------------------------------------------------------------------------------

@@ -135,7 +135,10 @@ def check_dates(dates):
             yield f"{manifest.NAME}: line {line} ({kind}): {utc!r:.40} is no date"
             continue
         if before is not None and at < before[2] - CLOCK_S:
-            yield f"{manifest.NAME}: line {line} ({kind}, {utc}) is dated before line {before[0]} ({before[1]}, {before[3]})"
+            yield (
+                f"{manifest.NAME}: line {line} ({kind}, {utc}) is dated before line {before[0]} "
+                f"({before[1]}, {before[3]})"
+            )
         before = (line, kind, at, utc)
 
 
@@ -175,18 +178,18 @@ def check_registered(found, run):
         return
     start, end = log.start, log.one("end")
     if start["registered"] != run.hash:
-        yield (f"{log.where}: was not announced by the manifest: it names entry {start['registered'][:12]!r}, run {run.run} "
-               f"is {run.hash[:12]!r}")
+        yield (f"{log.where}: was not announced by the manifest: it names entry "
+               f"{start['registered'][:12]!r}, run {run.run} is {run.hash[:12]!r}")
     if start["seed"] != run.seed:
         yield f"{log.where}: seed {start['seed']}, the plan has seed {run.seed} for run {run.run}"
     if run.fault is not None and log.told_its_loss:
-        yield (f"{log.where}: excluded by a fault ({run.fault['cause']}), but it {end['status'] if end else 'finished'}: a "
-               "run that told its loss always counts")
+        yield (f"{log.where}: excluded by a fault ({run.fault['cause']}), but it "
+               f"{end['status'] if end else 'finished'}: a run that told its loss always counts")
     if run.finish is not None:
         told = run.finish["last_hash"]
         if told is not None and log.last_hash != told:
-            yield (f"{log.where}/run.jsonl: ends with hash {log.last_hash[:12]}, the manifest says {told[:12]}: it was "
-                   "changed after the run")
+            yield (f"{log.where}/run.jsonl: ends with hash {log.last_hash[:12]}, the manifest says "
+                   f"{told[:12]}: it was changed after the run")
         if run.status in manifest.WITH_LOSS and not log.whole:
             last = log.events[-1]["kind"]
             yield f"{log.where}/run.jsonl: truncated: it ends with the event {last!r}, the run {run.status}"
@@ -205,10 +208,13 @@ def check_moment(run, log):
     ended = began + log.events[-1]["wall_ms"] / 1000
     announced, finished = moment(run.utc), moment(run.finish["utc"]) if run.finish else None
     if announced is not None and began < announced - CLOCK_S:
-        yield f"{log.where}: began before it was registered: its log is of {log.start['utc']}, the entry of {run.utc}"
+        yield (
+            f"{log.where}: began before it was registered: its log is of {log.start['utc']}, the entry of "
+            f"{run.utc}"
+        )
     if finished is not None and ended > finished + CLOCK_S:
-        yield (f"{log.where}: ran for {ended - began:.0f} s from {log.start['utc']}, but the manifest has it finished at "
-               f"{run.finish['utc']}")
+        yield (f"{log.where}: ran for {ended - began:.0f} s from {log.start['utc']}, but the manifest has it "
+               f"finished at {run.finish['utc']}")
 
 
 def check_script_run(found, run):
@@ -222,8 +228,8 @@ def check_script_run(found, run):
         yield str(error).replace(f"{found.folder}/", "")
         return
     if digest != run.finish["last_hash"]:
-        yield (f"{where}/log.txt: hash {digest[:12]}, the manifest says {run.finish['last_hash'][:12]}: it was changed "
-               "after the run")
+        yield (f"{where}/log.txt: hash {digest[:12]}, the manifest says {run.finish['last_hash'][:12]}: it "
+               "was changed after the run")
     if run.status == "finished" and (result["diverged"] or not result["complete"]):
         yield f"{where}/log.txt: not a finished run: step {result['steps']} of {result['scheduled_steps']}"
     found.scripts[run.run] = result
@@ -275,8 +281,8 @@ def check_untimed(found):
             least = min((x[what] for x in rows), default=0.0)
             for x in rows[1:]:
                 if x[what] > run_laws.LONGER * least + START_MS:
-                    yield (f"{x['where']}: work before the clock: its {what} took {x[what] / 1000:.0f} s, the shortest of "
-                           f"arm {name} {least / 1000:.0f} s")
+                    yield (f"{x['where']}: work before the clock: its {what} took {x[what] / 1000:.0f} s, "
+                           f"the shortest of arm {name} {least / 1000:.0f} s")
     if not (times.get("new") and times.get("parent")):
         return
     why = found.declaration.get("long_start")
@@ -287,8 +293,8 @@ def check_untimed(found):
             continue
         if what == "validation":
             if measured[0] == measured[1]:
-                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s next to the training at each validation, arm "
-                       f"parent {parent / 1000:.1f} s for the same")
+                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s next to the training at each "
+                       f"validation, arm parent {parent / 1000:.1f} s for the same")
         elif isinstance(why, str) and why:
             found.unknown.append(f"what arm new did in the {new / 1000:.0f} s of its {what} (arm parent: "
                                  f"{parent / 1000:.0f} s), of which its manifest says: {why}")
@@ -343,7 +349,9 @@ def check_copies(found):
             yield f"{log.where}: seed {run.seed} starts from the very state of seed {seed} in {where}: a copy"
         other, where = seeds.setdefault((run.arm, run.seed), (state, log.where))
         if other != state:
-            yield f"{log.where}: seed {run.seed} starts from another state than in {where}: the warm-up leaked"
+            yield (
+                f"{log.where}: seed {run.seed} starts from another state than in {where}: the warm-up leaked"
+            )
 
 
 # ----- the plan, and what a record must show ----------------------------------------------------------------
@@ -357,15 +365,18 @@ def check_plan(found):
         return
     ended = bool(claim.looks) and claim.looks[-1]["decision"] != "continue"
     if claim.open_run is not None:
-        yield f"{manifest.NAME}: a run is missing: run {claim.open_run.run} is registered and nothing says what became of it"
+        yield (
+            f"{manifest.NAME}: a run is missing: run {claim.open_run.run} is registered and nothing says "
+            "what became of it"
+        )
     elif not ended and not claim.complete:
-        yield (f"{manifest.NAME}: runs are missing: {claim.next_place} of {len(d['order'])} declared runs are made; finish "
-               "the plan with --resume")
+        yield (f"{manifest.NAME}: runs are missing: {claim.next_place} of {len(d['order'])} declared runs "
+               "are made; finish the plan with --resume")
     elif not ended and "looks" in d["plan"]:
         yield f"{manifest.NAME}: the last declared look ({d['plan']['looks'][-1]['runs']} runs) was not taken"
     if ended and any(len(claim.counted(arm)) != claim.looks[-1]["runs"] for arm in d["arms"]):
-        yield (f"{manifest.NAME}: the look at {claim.looks[-1]['runs']} runs ended the claim, but an arm has another number "
-               "of runs")
+        yield (f"{manifest.NAME}: the look at {claim.looks[-1]['runs']} runs ended the claim, but an arm has "
+               "another number of runs")
 
 
 def check_comparison(found):
@@ -373,7 +384,10 @@ def check_comparison(found):
     d = found.declaration
     twins = [arms.same(a, b) for a, b in itertools.combinations(d["arms"].values(), 2)]
     if (not all(twins)) if d.get("aa") else any(twins):
-        yield f"{manifest.NAME}: aa is {d.get('aa')!r}, but its arms {'differ' if d.get('aa') else 'are the same'}"
+        yield (
+            f"{manifest.NAME}: aa is {d.get('aa')!r}, but its arms "
+            f"{'differ' if d.get('aa') else 'are the same'}"
+        )
 
 
 def check_record_claim(found):
@@ -384,23 +398,37 @@ def check_record_claim(found):
     if d["margin"] > MOST_MARGIN:
         yield f"{where}: margin {d['margin']}: a record may lose {MOST_MARGIN} nats at most"
     if not {"new", "parent"} <= set(d["arms"]) <= {"new", "parent", "base"}:
-        yield f"{where}: arms {', '.join(d['arms'])}: a record is claimed with new and parent (base: the last ml record)"
+        yield (
+            f"{where}: arms {', '.join(d['arms'])}: a record is claimed with new and parent (base: the last "
+            "ml record)"
+        )
         return
     scripts = [name for name, arm in d["arms"].items() if arm["kind"] == "script"]
     if scripts:
-        yield f"{where}: arm {scripts[0]} is a script: nothing shows its data and settings, so no record can rest on it"
+        yield (
+            f"{where}: arm {scripts[0]} is a script: nothing shows its data and settings, so no record can "
+            "rest on it"
+        )
         return
     yield from provenance.check_lineage(found)
     new, parent = d["arms"]["new"], d["arms"]["parent"]
     if d["claim"] == "systems" and new.get("ml_hash") != parent.get("ml_hash"):
         paths = provenance.differing(new.get("settings"), parent.get("settings"))
         paths = [p for p in paths if not p.startswith("system.")]
-        yield f"{where}: claims systems, but new and parent differ in {', '.join(paths) or 'ml_hash'}: that is an ml claim"
+        yield (
+            f"{where}: claims systems, but new and parent differ in {', '.join(paths) or 'ml_hash'}: that is "
+            "an ml claim"
+        )
     for log in found.of("new")[:1]:
         if log.settings is not None and log.settings.validation.target != d["target"]:
-            yield f"{where}: target {d['target']}, the settings of arm new say {log.settings.validation.target}"
+            yield (
+                f"{where}: target {d['target']}, the settings of arm new say {log.settings.validation.target}"
+            )
         if d["scale"] in ("full", "small") and log.start["corpus"] != "fineweb":
-            yield f"{log.where}: corpus {log.start['corpus']!r}: at scale {d['scale']} a record is measured on FineWeb"
+            yield (
+                f"{log.where}: corpus {log.start['corpus']!r}: at scale {d['scale']} a record is measured on "
+                "FineWeb"
+            )
 
 
 def check_order(d):
@@ -408,4 +436,7 @@ def check_order(d):
     runs = d["plan"].get("runs") or d["plan"]["looks"][-1]["runs"]
     first = min(x["seed"] for x in d["order"] if not x["discard"])
     if d["order"] != compare.make_order(sorted(d["arms"]), runs, d["pairing"], first, d["order_seed"]):
-        yield f"{manifest.NAME}: the order of runs and their seeds are not what order_seed {d['order_seed']} draws"
+        yield (
+            f"{manifest.NAME}: the order of runs and their seeds are not what order_seed {d['order_seed']} "
+            "draws"
+        )

@@ -232,11 +232,12 @@ def check_arms(found, options):
         for b in names[i + 1:]:
             same = arms.same(found[a], found[b])
             if same and not options.aa:
-                raise UserError(f"{found[a]['text']!r} and {found[b]['text']!r} are the same program with the same settings"
-                                ": there is nothing to compare; add --aa to measure the noise")
+                raise UserError(f"{found[a]['text']!r} and {found[b]['text']!r} are the same program with "
+                                "the same settings: there is nothing to compare; add --aa to measure the "
+                                "noise")
             if options.aa and not same:
-                raise UserError(f"--aa compares an arm with itself; {found[a]['text']!r} and {found[b]['text']!r} differ: "
-                                "leave it away")
+                raise UserError(f"--aa compares an arm with itself; {found[a]['text']!r} and "
+                                f"{found[b]['text']!r} differ: leave it away")
     for arm in found.values():
         if options.pairing == "seed" and not arms.takes_seed(arm):
             raise UserError(
@@ -280,8 +281,9 @@ def declare(folder, declaration, patches=None, diff="", say=print):
         say(f"{name}  {arm['text']}  [{code}{', uncommitted changes' if arm['dirty'] else ''}]",
             *(f"     {x}" for x in arm.get("report", [])), sep="\n")
     runs = declaration["plan"].get("runs") or declaration["plan"]["looks"][-1]["runs"]
-    say(f"declared {runs} runs of each arm, {'paired by seed' if declaration['pairing'] == 'seed' else 'not paired'}, in "
-        f"random order {declaration['order_seed']}: {folder / manifest.NAME}")
+    say(f"declared {runs} runs of each arm, "
+        f"{'paired by seed' if declaration['pairing'] == 'seed' else 'not paired'}, in random order "
+        f"{declaration['order_seed']}: {folder / manifest.NAME}")
     if diff:
         say(f"files that differ in code: {diff.count('diff --git')}, see {folder / 'code.diff'}")
 
@@ -321,7 +323,8 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
             left_s = left * (time.monotonic() - began) / (book.claim.next_place - first)
             loss = f"{result['val_loss']:.4f}" if result["val_loss"] is not None else result["status"]
             ms = result["train_time_ms"]
-            say(f"run {book.claim.next_place}/{len(declaration['order'])}  {done.arm}  seed {done.seed}: {loss}"
+            say(f"run {book.claim.next_place}/{len(declaration['order'])}  {done.arm}  seed {done.seed}: "
+                f"{loss}"
                 + ("" if ms is None else f", {ms / 1000:.1f} s") + (" (discarded)" if done.discard else "")
                 + (f"; about {left_s / 60:.0f} min left" if left_s > 60 else ""))
         return book.claim
@@ -382,7 +385,8 @@ def settle(book, folder):
 def explain(book, fault):
     cause, equals, note = fault.partition("=")
     if not equals or cause not in manifest.CAUSES or not note.strip() or not book.claim.runs:
-        raise UserError(f"--fault {fault}: expected CAUSE=NOTE for the last run, CAUSE one of {', '.join(manifest.CAUSES)}")
+        raise UserError(f"--fault {fault}: expected CAUSE=NOTE for the last run, CAUSE one of "
+                        f"{', '.join(manifest.CAUSES)}")
     book.append("fault", run=book.claim.runs[-1].run, cause=cause, note=note.strip())
 
 
@@ -428,7 +432,8 @@ def lost(book, number, entry, started, result, stopped):
     if stopped:
         raise KeyboardInterrupt
     again = f"its place is run again with --resume {book.claim.folder}" if cause else (
-        f"it counts as failed; if the machine is to blame say so with --resume {book.claim.folder} --fault CAUSE=NOTE")
+        f"it counts as failed; if the machine is to blame say so with --resume {book.claim.folder} --fault "
+        "CAUSE=NOTE")
     raise UserError(f"run {number} ({entry['arm']}, seed {entry['seed']}) told no loss"
                     + (f", {cause.replace('_', ' ')}" if cause else "") + f": {said}; {again}")
 
@@ -509,8 +514,8 @@ def outcomes(claim):
             finish = done.finish or {"folder": None, "status": "failed", "last_hash": None}
             result = arms.collect(claim.declaration["arms"][name], claim.folder / "runs", finish["folder"])
             if result["last_hash"] != finish["last_hash"] or result["status"] != finish["status"]:
-                raise UserError(f"{claim.folder / 'runs' / str(finish['folder'])}: not the log of which the manifest tells; "
-                                "it was changed after the run")
+                raise UserError(f"{claim.folder / 'runs' / str(finish['folder'])}: not the log of which the "
+                                "manifest tells; it was changed after the run")
             start = result["start"] or {}
             out[name].append(
                 {
@@ -638,8 +643,9 @@ def loss_words(c, name, base, n, results):
     interval = f"{level} interval {loss['low']:+.4f} to {loss['high']:+.4f}, {n} {kind}"
     if loss["low"] <= 0 <= loss["high"]:
         more = f"about {c['runs_to_resolve']}" if c["runs_to_resolve"] else "more than 10,000"
-        return (f"unresolved: the loss of {name} minus that of {base} is {loss['estimate']:+.4f}, and its interval includes "
-                f"0 ({interval}); with this sd {more} runs per arm would resolve {results['goal']:g}")
+        return (f"unresolved: the loss of {name} minus that of {base} is {loss['estimate']:+.4f}, and its "
+                f"interval includes 0 ({interval}); with this sd {more} runs per arm would resolve "
+                f"{results['goal']:g}")
     low, high = sorted((abs(loss["low"]), abs(loss["high"])))
     words = f"{name} ends {side} ({level} interval {low:.4f} to {high:.4f}, {n} {kind})"
     worth = c["equivalent"]
@@ -684,7 +690,8 @@ def notes(declaration):
     if any(a["kind"] == "record" and a["commit"] is None for a in found.values()):
         out.append("no git checkout: the code is known by the sources of the runs only")
     if len(found) > 2:
-        out.append(f"{len(found) - 1} arms against one: each interval is wide enough (Bonferroni) for all to hold together")
+        out.append(f"{len(found) - 1} arms against one: each interval is wide enough (Bonferroni) for all to "
+                   "hold together")
     return out
 
 
@@ -701,7 +708,8 @@ def report(results):
     print()
     for c in results["comparisons"]:
         if c["loss"] and c["loss"]["correlation"] is not None:
-            print(f"correlation of {c['arm']}'s losses with {c['baseline']}'s over seeds: {c['loss']['correlation']:.2f}")
+            print(f"correlation of {c['arm']}'s losses with {c['baseline']}'s over seeds: "
+                  f"{c['loss']['correlation']:.2f}")
         print(c["verdict"])
     for r in results["excluded"]:
         print(f"excluded: run {r['run']} ({r['arm']}), {r['cause']}: {r['note']}")

@@ -429,7 +429,8 @@ def show_table(head, rows, markdown):
                         f"{row[i]:>{widths[i]}}") + "  " for i in shown)
         print((left + (row[-1] if columns is None else lines.clipped(row[-1], columns - len(left)))).rstrip())
     if len(shown) < len(widths):
-        print(f"(left out on {columns} columns: {', '.join(head[i] for i in range(len(widths)) if i not in shown)})")
+        print(f"(left out on {columns} columns: "
+              f"{', '.join(head[i] for i in range(len(widths)) if i not in shown)})")
 
 
 def report(result, markdown):
@@ -450,7 +451,10 @@ def sentence(track, counts):
 
     untold = [(why, counts[why]) for why in ("no log", "one log", "two logs", "fewer logs than runs")
               if counts[why]]
-    line = f"{track}: {counts['entries']} entries, {counts['runs']} counted runs; {len(counts['pass'])} pass from their logs"
+    line = (
+        f"{track}: {counts['entries']} entries, {counts['runs']} counted runs; {len(counts['pass'])} pass "
+        "from their logs"
+    )
     if counts["miss"]:
         line += f"; miss: {listed(counts['miss'])}"
     if untold:
@@ -461,8 +465,8 @@ def sentence(track, counts):
         if counts[key]:
             line += f". {text}: {listed(counts[key])}"
     if counts["timed"]:
-        line += (f". Clock: logs slower than published by more than 1 % in {counts['slower']} of {counts['timed']} entries "
-                 f"with times, faster in {counts['faster']}")
+        line += (f". Clock: logs slower than published by more than 1 % in {counts['slower']} of "
+                 f"{counts['timed']} entries with times, faster in {counts['faster']}")
     return line + "."
 
 
@@ -475,12 +479,12 @@ def detail(tables, r, markdown=False):
         print(f"linked log: loss {r['linked_loss']:.5f}, {r['linked_minutes']:.3f} minutes; "
               f"published {r['published_minutes']:.3f}")
     if r["verdict"] == "miss" and r["runs_for"]:
-        print(f"a fresh set of {r['runs_for']} runs with this mean and sd would pass with 90 % power; more runs on top of "
-              "these would be a second look")
+        print(f"a fresh set of {r['runs_for']} runs with this mean and sd would pass with 90 % power; more "
+              "runs on top of these would be a second look")
     if r["pairwise"]:
         p = r["pairwise"]
-        print(f"against {p['against']}: {p['steps_saved']} steps fewer, score {p['score']:.5f}, p = {p['p']:.2g}, "
-              f"{'proven' if p['passed'] else 'not proven'} pairwise")
+        print(f"against {p['against']}: {p['steps_saved']} steps fewer, score {p['score']:.5f}, p = "
+              f"{p['p']:.2g}, {'proven' if p['passed'] else 'not proven'} pairwise")
     group = next(g for g in counted(tables) if f"{g['track']}/{g['record']}" == r["record"])
     folder = [
         g for g in tables["groups"] if g["dir"] and (g["track"], g["dir"]) == (group["track"], group["dir"])

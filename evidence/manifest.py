@@ -293,8 +293,8 @@ class Manifest:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             os.close(self.descriptor)
-            raise UserError(f"{path.parent} is in use: its plan, or a run that outlived it, is still running; wait for it "
-                            "or end it") from None
+            raise UserError(f"{path.parent} is in use: its plan, or a run that outlived it, is still "
+                            "running; wait for it or end it") from None
 
     @held
     def append(self, kind, **fields):

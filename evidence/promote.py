@@ -50,7 +50,8 @@ def run(options):
     except UserError:
         undo(folder, target, moved, text)
         raise
-    print(f"{ref}: {target}\ncommit {done[:12]}; `python -m records withdraw {ref}` undoes it while nothing is built on it")
+    print(f"{ref}: {target}\ncommit {done[:12]}; `python -m records withdraw {ref}` undoes it while nothing "
+          "is built on it")
 
 
 def read(path: Path) -> tuple[str, dict]:
@@ -70,14 +71,15 @@ def shown(folder: Path, accepted: str | None) -> dict:
     results = verify.verify(folder)
     if results["verdict"] != "shown":
         why = (results["problems"] or results["reasons"])[0]
-        raise UserError(f"{folder}: {results['verdict']} ({why}): only a claim that is shown becomes a record; it stays an "
-                        "attempt")
+        raise UserError(f"{folder}: {results['verdict']} ({why}): only a claim that is shown becomes a "
+                        "record; it stays an attempt")
     if results["claim"] not in ("ml", "systems"):
         raise UserError(f"{folder}: a comparison claims no record")
     if results["scale"] not in ("full", accepted):
         raise UserError(
-            f"{folder}: shown at scale {results['scale']} only, a small image of the record that says nothing "
-            f"about full scale: claim it at --scale full, or insist with --accept-scale {results['scale']}"
+            f"{folder}: shown at scale {results['scale']} only, a small image of the record that says "
+            "nothing about full scale: claim it at --scale full, or insist with --accept-scale "
+            f"{results['scale']}"
         )
     return results
 

@@ -216,16 +216,20 @@ def check_lineage(found):
         yield f"record.toml: {error}"
         return
     if record is not None and parent.get("record") != record.parent:
-        yield f"{where}: arm parent runs {parent.get('record')}, the parent of {d['record']} is {record.parent}"
+        yield (
+            f"{where}: arm parent runs {parent.get('record')}, the parent of {d['record']} is {record.parent}"
+        )
     if "base" in d["arms"]:
         last = last_ml(deltas.load_records().get(parent.get("record")))
         if last is not None and d["arms"]["base"].get("record") != last.ref:
-            yield f"{where}: arm base runs {d['arms']['base'].get('record')}, the last ml record is {last.ref}"
+            yield (
+                f"{where}: arm base runs {d['arms']['base'].get('record')}, the last ml record is {last.ref}"
+            )
     for name, arm in d["arms"].items():
         if arm.get("changes") and (d["scale"] == "full" or arm["changes"] != new.get("changes")):
             changes = " ".join(map(str, arm["changes"]))
-            yield (f"{where}: arm {name} runs with {changes}: a record runs as it is (below scale full all arms may share "
-                   "changes)")
+            yield (f"{where}: arm {name} runs with {changes}: a record runs as it is (below scale full all "
+                   "arms may share changes)")
 
 
 # ----- code -------------------------------------------------------------------------------------------------
@@ -345,7 +349,10 @@ def check_tokens(found, log):
         found.unknown.append(text)
     for name, digest in (known or {}).items():
         if log.start[name] != digest:
-            yield f"{log.where}: {name} {log.start[name][:12]}, that of the corpus {corpus!r} is {digest[:12]}: other tokens"
+            yield (
+                f"{log.where}: {name} {log.start[name][:12]}, that of the corpus {corpus!r} is "
+                f"{digest[:12]}: other tokens"
+            )
 
 
 def known_digests(corpus, validation_tokens):

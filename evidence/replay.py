@@ -49,7 +49,8 @@ def run(options):
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
     environment.check_training()
     place, code = find_code(start, options.log)
-    print(f"replaying {start['preset'] or start['record']} at scale {start['scale']}, seed {start['seed']}, with {code}")
+    print(f"replaying {start['preset'] or start['record']} at scale {start['scale']}, seed {start['seed']}, "
+          f"with {code}")
     out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_replay")
     try:
         again = rerun(start, place, out, options.data, options.log)
@@ -57,7 +58,8 @@ def run(options):
         print("interrupted", file=sys.stderr)
         return compare.INTERRUPTED
     if log["train_loss"] and runlog.covers_all(start) != runlog.covers_all(again["start"]):
-        print("the training losses of the log are those of process 0 alone (log version 2): they are not compared")
+        print("the training losses of the log are those of process 0 alone (log version 2): they are not "
+              "compared")
         log = {**log, "train_loss": []}
     return report(log, again, same_bits(start, again["start"]), tolerance)
 
@@ -96,7 +98,8 @@ def read_text(path):
     log, _ = textlog.read(path)
     parts = path.read_text(encoding="utf-8", errors="replace").split(runlog.RULER + "\n")
     if len(parts) < 3 or not parts[0].startswith("sources: "):
-        raise UserError(f"{path}: a log of another program, which says no settings: run its script with compare script:PATH")
+        raise UserError(f"{path}: a log of another program, which says no settings: run its script with "
+                        "compare script:PATH")
     facts = dict(row.split(": ", 1) for row in parts[1].splitlines() if ": " in row)
     facts = {
         **facts, "preset": facts.get("preset", ""),
@@ -171,8 +174,8 @@ def rerun(start, place, out, data, name):
             first = runlog.read_chain(path)[0]
             for key in ("corpus_digest", "val_digest"):
                 if first[key] != start[key]:
-                    raise UserError(f"the data are not those of the log: {key} {first[key][:12]}, there {start[key][:12]}; "
-                                    "name the right folder with --data")
+                    raise UserError(f"the data are not those of the log: {key} {first[key][:12]}, there "
+                                    f"{start[key][:12]}; name the right folder with --data")
 
     with Interrupt(main=False) as asked:
         began = arms.start(arm, place, out, seed=int(start["seed"]),
@@ -219,7 +222,8 @@ def report(log, again, exact, tolerance):
         identical &= same
         gap = 0.0 if same else abs(found[step] - loss)
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
-        print(f"{step:>7}  {loss:>10.6f}  {found[step]:>10.6f}  {'equal' if same else f'{found[step] - loss:+.2e}'}")
+        print(f"{step:>7}  {loss:>10.6f}  {found[step]:>10.6f}  "
+              f"{'equal' if same else f'{found[step] - loss:+.2e}'}")
     pairs = list(zip(log["train_loss"], again["train_loss"]))
     first = next((i for i, (a, b) in enumerate(pairs) if not equal(a, b, None)), None)
     if first is not None:
@@ -234,8 +238,8 @@ def report(log, again, exact, tolerance):
         print(f"NOT replayed: no validation at step {lacking[0]} here")
         return DIFFERS
     if early > limit:
-        print(f"NOT replayed: the first training losses differ by up to {early:.1e} (relative, tolerance {limit:g}): "
-              "another seed, or another program")
+        print(f"NOT replayed: the first training losses differ by up to {early:.1e} (relative, tolerance "
+              f"{limit:g}): another seed, or another program")
         return DIFFERS
     if identical and exact and first is not None:
         print("NOT replayed: same sources, processor, torch and threads, yet the training losses differ")
@@ -245,10 +249,13 @@ def report(log, again, exact, tolerance):
                                                              f"to the {log['digits']} decimals of the log"))
         return 0
     if exact:
-        print(f"NOT replayed: same sources, processor, torch and threads, yet the losses differ by up to {worst:.2e}")
+        print("NOT replayed: same sources, processor, torch and threads, yet the losses differ by up to "
+              f"{worst:.2e}")
         return DIFFERS
     if not pairs:
-        print("the log holds no training losses, and validation losses within the tolerance do not tell seeds apart")
-    print(f"{'replayed' if worst <= tolerance else 'NOT replayed'}: validation losses differ by up to {worst:.2e}, "
-          f"tolerance {tolerance:g} (sources, processor, torch, devices or threads are not the same, so bits need not be)")
+        print("the log holds no training losses, and validation losses within the tolerance do not tell "
+              "seeds apart")
+    print(f"{'replayed' if worst <= tolerance else 'NOT replayed'}: validation losses differ by up to "
+          f"{worst:.2e}, tolerance {tolerance:g} (sources, processor, torch, devices or threads are not the "
+          "same, so bits need not be)")
     return 0 if worst <= tolerance else DIFFERS

@@ -190,7 +190,10 @@ def misshapen(event):
         yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
         if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
-            yield f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of graphs"
+            yield (
+                f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of "
+                "graphs"
+            )
     if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
         if len({len(event[name]) for name in LOADS}) > 1 or not event["layers"] or not all(
                 isinstance(x, NUMBER) for name in LOADS for x in event[name]):
@@ -243,7 +246,10 @@ def check_files(log):
     if text != rendered:
         pairs = zip([*text.splitlines(), ""], [*rendered.splitlines(), ""])
         line = next((n for n, (a, b) in enumerate(pairs, 1) if a != b), None)
-        yield f"{log.where}/log.txt: line {line or 'count'} is not what run.jsonl renders to: the text was edited"
+        yield (
+            f"{log.where}/log.txt: line {line or 'count'} is not what run.jsonl renders to: the text was "
+            "edited"
+        )
     path = log.folder / "summary.json"
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
@@ -285,13 +291,16 @@ def check_settings(log):
         yield f"{artefact} are not valid here ({error}): verify with a checkout of the code that wrote them"
         return
     if start["numerics_version"] != settings.NUMERICS_VERSION:
-        yield (f"{log.where}/run.jsonl: numerics version {start['numerics_version']}, here {settings.NUMERICS_VERSION}: "
-               "results changed since")
+        yield (f"{log.where}/run.jsonl: numerics version {start['numerics_version']}, here "
+               f"{settings.NUMERICS_VERSION}: results changed since")
     elif start["ml_hash"] != schema.ml_hash(log.settings):
-        yield f"{artefact} hash to ml_hash {schema.ml_hash(log.settings)}, logged {start['ml_hash']}: they were edited"
+        yield (
+            f"{artefact} hash to ml_hash {schema.ml_hash(log.settings)}, logged {start['ml_hash']}: they "
+            "were edited"
+        )
     if start["system_hash"] != schema.system_hash(log.settings):
-        yield (f"{artefact} hash to system_hash {schema.system_hash(log.settings)}, logged {start['system_hash']}: they "
-               "were edited")
+        yield (f"{artefact} hash to system_hash {schema.system_hash(log.settings)}, logged "
+               f"{start['system_hash']}: they were edited")
 
 
 def check_untouched(log):
@@ -309,20 +318,21 @@ def check_reset(log):
     if reset is None:
         return
     if reset["state_before"] != reset["state_after"]:
-        yield (f"{artefact}: the warm-up leaked: state {reset['state_before'][:12]} before it, {reset['state_after'][:12]} "
-               "after the reset")
+        yield (f"{artefact}: the warm-up leaked: state {reset['state_before'][:12]} before it, "
+               f"{reset['state_after'][:12]} after the reset")
     system, steps = log.settings.system, warmup_steps(log)
     if reset["warmup_steps"] != steps:
         yield f"{artefact}: {reset['warmup_steps']} warm-up steps, the settings say {steps}"
     if (probe is not None) != (steps > 0):
         yield f"{log.where}/run.jsonl: probe {'missing' if probe is None else 'without warm-up steps'}"
     elif probe is not None and (probe["step"] != steps - 1 or probe["tokens"] != system.warmup_tokens):
-        yield (f"{log.where}/run.jsonl: probe of step {probe['step']} on {probe['tokens']} tokens, the settings say step "
-               f"{steps - 1} on {system.warmup_tokens} tokens")
+        yield (f"{log.where}/run.jsonl: probe of step {probe['step']} on {probe['tokens']} tokens, the "
+               f"settings say step {steps - 1} on {system.warmup_tokens} tokens")
     untold = abs(reset["wall_ms"] - reset["start_ms"] - reset["warmup_ms"])
     if untold > UNTIMED_MS or reset["start_ms"] < log.start["wall_ms"]:
-        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, but start "
-               f"({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} s) do not account for it")
+        yield (f"{artefact}: work before the clock: {reset['wall_ms'] / 1000:.1f} s since the process began, "
+               f"but start ({reset['start_ms'] / 1000:.1f} s) and warm-up ({reset['warmup_ms'] / 1000:.1f} "
+               "s) do not account for it")
 
 
 def check_experts(log):
@@ -341,8 +351,8 @@ def check_experts(log):
             yield f"{artefact}: of layers {event['layers']}, the settings have them in {layers}"
         elif "load" in event and [sum(row) + lost for row, lost in zip(event["load"], event["dropped"])] != [
                 moe.top_k * tokens_of(s, event["step"] - 1)] * len(layers):
-            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x {tokens_of(s, event['step'] - 1)} rows in each layer: they were "
-                   "edited")
+            yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x "
+                   f"{tokens_of(s, event['step'] - 1)} rows in each layer: they were edited")
 
 
 def warmup_steps(log):
@@ -369,11 +379,14 @@ def check_steps(log):
     wanted = [i for i in range(steps + 1) if schedule.validates(s, i)]
     complete = log.whole and log.one("end")["status"] == "finished"
     if complete and seen and seen[-1] < steps and seen == wanted[:len(seen)]:
-        yield f"{artefact}: stopped at step {seen[-1]} of {steps}: the settings fix the number of steps, no run does"
+        yield (
+            f"{artefact}: stopped at step {seen[-1]} of {steps}: the settings fix the number of steps, no "
+            "run does"
+        )
     elif seen != (wanted if complete else wanted[:len(seen)]):
         odd = sorted(set(seen) ^ set(wanted)) or seen
-        yield (f"{artefact}: not at the steps of the settings (every {s.validation.every} of {steps}), the first other one "
-               f"is {odd[0]}")
+        yield (f"{artefact}: not at the steps of the settings (every {s.validation.every} of {steps}), the "
+               f"first other one is {odd[0]}")
     before, epoch = 0, 0
     for v in log.validations:
         at = f"{artefact} of step {v['step']}"
@@ -408,7 +421,10 @@ def check_numbers(log):
             if diverged and (loss or path.startswith("gradients")):
                 continue
             if not math.isfinite(value):
-                yield f"{at}: {path} is {value}, in a run that {'diverged' if diverged else 'says it did not diverge'}"
+                yield (
+                    f"{at}: {path} is {value}, in a run that "
+                    f"{'diverged' if diverged else 'says it did not diverge'}"
+                )
             elif loss and not 0 < value < LOSS_LIMIT:
                 yield f"{at}: {path} = {value:g} is no loss (nats per token, 0 to {LOSS_LIMIT:g})"
 
@@ -456,8 +472,8 @@ def check_clock(log):
     for v, _, rest in log.intervals if plain else ():  # after one broken time all others look broken
         if rest > LONGER * usual + UNTIMED_MS:
             what = "work before the clock" if v["step"] == 0 else "time taken off the clock"
-            yield (f"{artefact}: validation of step {v['step']}: {what}: {rest / 1000:.1f} s that are not training, where "
-                   f"the shortest validation takes {usual / 1000:.1f} s")
+            yield (f"{artefact}: validation of step {v['step']}: {what}: {rest / 1000:.1f} s that are not "
+                   f"training, where the shortest validation takes {usual / 1000:.1f} s")
 
 
 def check_end(log):
@@ -478,7 +494,10 @@ def check_end(log):
         yield f"{artefact}: target {end['target']}, the settings say {target}"
     reached = None if target is None else last["val_loss"] <= target
     if end["reached"] != reached:
-        yield f"{artefact}: reached is {end['reached']}, loss {last['val_loss']:.4f} against target {target} is {reached}"
+        yield (
+            f"{artefact}: reached is {end['reached']}, loss {last['val_loss']:.4f} against target {target} "
+            f"is {reached}"
+        )
     if f"{last['val_loss']:.4f}" not in " ".join(end["verdict"]):
         yield f"{artefact}: its verdict tells another loss than {last['val_loss']:.4f}"
 
@@ -493,4 +512,7 @@ def alike(labelled, what):
     usual = collections.Counter(keys).most_common(1)[0][0]
     for (label, value), key in zip(labelled, keys):
         if key != usual:
-            yield f"{label}: {what} {str(value):.70} differs from that of the other runs ({str(json.loads(usual)):.70})"
+            yield (
+                f"{label}: {what} {str(value):.70} differs from that of the other runs "
+                f"({str(json.loads(usual)):.70})"
+            )

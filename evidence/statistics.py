@@ -35,8 +35,8 @@ def numbers(values, name, least=1):
         raise UserError(f"{name}: {len(array)} values, at least {least} needed")
     if not np.isfinite(array).all():
         bad = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise UserError(f"{name}: value {bad + 1} of {len(array)} is {array[bad]}; a diverged run has no loss to average, "
-                        "it must be counted as failed")
+        raise UserError(f"{name}: value {bad + 1} of {len(array)} is {array[bad]}; a diverged run has no "
+                        "loss to average, it must be counted as failed")
     return array
 
 
@@ -467,7 +467,8 @@ def equivalent(loss_difference, curve_points):
         return out | {"reason": "the last validations do not fall by more than twice the slope's error"}
     worth = difference_ / -fit.slope
     if abs(worth) > steps[-1] - steps[0]:
-        return out | {"reason": f"the difference is worth more than the {steps[-1] - steps[0]:.0f} steps that were fitted"}
+        return out | {"reason": f"the difference is worth more than the {steps[-1] - steps[0]:.0f} steps "
+                                "that were fitted"}
     out |= {"steps": float(worth), "steps_se": float(abs(worth * fit.stderr / fit.slope))}
     if all(len(p) == 3 for p in points) and points[-1][2] > points[0][2]:
         step_s = (points[-1][2] - points[0][2]) / 1000 / (steps[-1] - steps[0])

@@ -109,8 +109,8 @@ def run(options):
     try:
         carry_out(folder, options.data, options.fault)
     except KeyboardInterrupt:
-        print(f"interrupted: nothing that was finished is lost; go on with `records submit {options.name} --resume "
-              f"{folder}`", file=sys.stderr)
+        print(f"interrupted: nothing that was finished is lost; go on with `records submit {options.name} "
+              f"--resume {folder}`", file=sys.stderr)
         return compare.INTERRUPTED
     pack_sources(folder / "runs")
     results = verify.verify(folder, page=False)
@@ -151,8 +151,8 @@ def resumed(options):
     folder = deltas.ATTEMPTS / options.name
     if not (folder / manifest.NAME).exists():
         known = [p.parent.name for p in files.listed(deltas.ATTEMPTS, f"*/{manifest.NAME}")]
-        raise UserError(f"no plan of the name {options.name} was declared{errors.near(options.name, known)}; one made with --out "
-                        "DIR goes on with --resume DIR")
+        raise UserError(f"no plan of the name {options.name} was declared{errors.near(options.name, known)}; "
+                        "one made with --out DIR goes on with --resume DIR")
     return folder
 
 
@@ -198,8 +198,8 @@ def attempt(options):
     Writes nothing."""
     taken = next((r for r in deltas.load_records().values() if options.name in (r.slug, r.attempt)), None)
     if taken is not None:
-        raise UserError(f"the name {options.name} is taken by {taken.ref} ({taken.title}): choose another, or claim that one "
-                        f"with --record {taken.ref}")
+        raise UserError(f"the name {options.name} is taken by {taken.ref} ({taken.title}): choose another, "
+                        f"or claim that one with --record {taken.ref}")
     path = deltas.ATTEMPTS / options.name / "record.toml"
     if options.delta is None:
         return written(options, path)
@@ -215,8 +215,8 @@ def attempt(options):
     if path.exists():
         record = deltas.find_attempt(options.name)
         if (record.delta, record.parent, record.subsumed) != (delta, parent.ref, subsumed):
-            raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose another, or claim what "
-                            "is written there, without --delta")
+            raise UserError(f"the name {options.name} is taken by {record.ref} ({record.title}): choose "
+                            "another, or claim what is written there, without --delta")
         return record, path.read_text(encoding="utf-8")
     text = record_text(options, parent, delta, subsumed)
     return attempts.record_of(text, path), text
@@ -225,8 +225,8 @@ def attempt(options):
 def written(options, path):
     """The attempt that was written by hand, or by an earlier submit."""
     if not path.exists():
-        raise UserError(f"name the record with --record short/12, give a new idea with --delta FILE, or write it to {path}"
-                        f"{errors.near(options.name, deltas.attempt_names())}")
+        raise UserError("name the record with --record short/12, give a new idea with --delta FILE, or "
+                        f"write it to {path}{errors.near(options.name, deltas.attempt_names())}")
     record = deltas.find_attempt(options.name)
     if options.title or options.people or options.notes:
         raise UserError(f"--title, --people and --notes go with --delta: {path} has its own")
@@ -269,7 +269,8 @@ def check_delta(parent, delta, subsumed, options, where=None):
     """Every line changes its parent; an empty delta is code, and says why in `subsumed`."""
     where = where or options.delta
     if parent.ref.startswith(deltas.ATTEMPT):
-        raise UserError(f"--parent {parent.ref}: an attempt is no parent: promote it first, or put its lines into your delta")
+        raise UserError(f"--parent {parent.ref}: an attempt is no parent: promote it first, or put its lines "
+                        "into your delta")
     s = deltas.resolve(parent.ref).settings
     for path, value in delta.items():
         changed = schema.assign(s, path, value, where)
@@ -376,10 +377,11 @@ def check_data(options, found):
         require_shards(corpus, steps=s.schedule.steps, **stream_arguments(s))
         have = len(open_shard(corpus.val))
         if have <= s.validation.tokens:
-            raise UserError(f"{corpus.val} holds {have:,} tokens, {s.validation.tokens + 1:,} are needed: choose another --data")
+            raise UserError(f"{corpus.val} holds {have:,} tokens, {s.validation.tokens + 1:,} are needed: "
+                            "choose another --data")
         if corpus.vocab_size > padded_vocab(s):
-            raise UserError(f"{corpus.folder} holds token ids up to {corpus.vocab_size - 1}, the model of {arm['record']} has "
-                            f"{padded_vocab(s)} rows: choose another --data")
+            raise UserError(f"{corpus.folder} holds token ids up to {corpus.vocab_size - 1}, the model of "
+                            f"{arm['record']} has {padded_vocab(s)} rows: choose another --data")
 
 
 def committed(record, text, commit):
@@ -401,9 +403,9 @@ def committed(record, text, commit):
             raise
         print(f"committed {record.ref}: {path}")
         return True
-    print(f"{record.ref}: {path}\nIts runs are made from a commit, which others can fetch: commit it and give the same command "
-          f"again (or add --commit):\n  git add {shlex.quote(str(path))} && git commit -m {shlex.quote(message)} -- "
-          f"{shlex.quote(str(path))}")
+    print(f"{record.ref}: {path}\nIts runs are made from a commit, which others can fetch: commit it and "
+          f"give the same command again (or add --commit):\n  git add {shlex.quote(str(path))} && git commit "
+          f"-m {shlex.quote(message)} -- {shlex.quote(str(path))}")
     return False
 
 
@@ -420,11 +422,11 @@ def check_arms(options, record, found):
         ml = [p for p in paths if not p.startswith("system.")]
         raise UserError(f"{record.ref} changes what is computed ({', '.join(ml)}): that is --claim ml")
     if "validation.tokens" in paths or "validation.target" in paths:
-        raise UserError(f"{record.ref} changes how it is measured (validation.tokens or target): it cannot be held against "
-                        f"{record.parent}")
+        raise UserError(f"{record.ref} changes how it is measured (validation.tokens or target): it cannot "
+                        f"be held against {record.parent}")
     if options.claim == "ml" and new["settings"]["validation"]["target"] is None:
-        raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set validation.target=LOSS for all "
-                        "arms")
+        raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set "
+                        "validation.target=LOSS for all arms")
 
 
 def looks_of(counts):

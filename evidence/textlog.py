@@ -62,8 +62,8 @@ def summary(points, name):
     step, scheduled, loss, ms = points[-1]
     for before, point in zip(points, points[1:]):
         if point[1] != scheduled or before[1] != scheduled:
-            raise UserError(f"{name}: the number of steps changes from {before[1]} to {point[1]} at step {point[0]}: lines "
-                            "of different runs are mixed")
+            raise UserError(f"{name}: the number of steps changes from {before[1]} to {point[1]} at step "
+                            f"{point[0]}: lines of different runs are mixed")
         if point[0] == before[0]:
             raise UserError(f"{name}: step {point[0]} has two validation losses, {before[2]} and {point[2]}")
         if ms is not None and point[3] < before[3]:

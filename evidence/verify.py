@@ -43,8 +43,8 @@ KEPT = ("run", "seed", "status", "val_loss", "train_time_ms", "folder", "last_ha
 # gradients below this share of the largest one are rounding; they are held to it instead of to their own size
 FLOOR = 1e-3
 CANNOT_KNOW = (
-    "that the sources of the claim are what ran, and that these logs are their output: whoever rewrites manifest, logs and "
-    "summaries together passes every check here (audit and reproduction look at that)",
+    "that the sources of the claim are what ran, and that these logs are their output: whoever rewrites "
+    "manifest, logs and summaries together passes every check here (audit and reproduction look at that)",
     "that no runs were made before the declaration and left out",
     "that the machine, its clocks and its name are what the logs say",
     "what was done in the start and warm-up before the clock, beyond that it left the state as it was",
@@ -287,7 +287,8 @@ def judge_loss(d, claim, found, alpha, paired, out):
             )
     if d["claim"] == "ml":
         if d["target"] is None:
-            reasons.append(f"scale {d['scale']} has no target to reach: set one for all arms (--set validation.target=...)")
+            reasons.append(f"scale {d['scale']} has no target to reach: set one for all arms (--set "
+                           "validation.target=...)")
         return reasons
     parity = out["parity"] = check_parity(claim, found)
     reasons += [f"parity: {text}" for text in parity["failures"]]
@@ -296,8 +297,8 @@ def judge_loss(d, claim, found, alpha, paired, out):
         losses["new"], losses[base], d["margin"], paired, alpha)}
     last = last_ml(deltas.load_records().get(test["against"]))
     if last is not None and last.ref != test["against"]:
-        reasons.append(f"loss: {test['against']} computes what its parent does: run the last ml record, {last.ref}, as arm "
-                       "base")
+        reasons.append(f"loss: {test['against']} computes what its parent does: run the last ml record, "
+                       f"{last.ref}, as arm base")
     elif not test["passed"]:
         upper = "unknown (no spread)" if test["upper"] is None else f"{test['upper']:+.5f}"
         reasons.append(
@@ -312,7 +313,8 @@ def judge_time(ratio, alpha):
         return ["time: the logs hold none above zero"]
     if ratio["p_less"] is None or not ratio["p_less"] < alpha:
         p = "no p (the times have no spread)" if ratio["p_less"] is None else f"p = {ratio['p_less']:.4g}"
-        return [f"time: {ratio['estimate']:.4f} of the parent's, {p}, needed p < {alpha:.4g}: not shown to be faster"]
+        return [f"time: {ratio['estimate']:.4f} of the parent's, {p}, needed p < {alpha:.4g}: not shown to "
+                "be faster"]
     return []
 
 
@@ -352,8 +354,8 @@ def check_parity(claim, found):
             failures.append(
                 f"seed {seed}: loss differs by {row['loss']:.1e} (relative, allowed {limits['loss']:.0e})")
         if row["train_loss"] > limits["first"]:
-            failures.append(f"seed {seed}: the first {FIRST_STEPS} timed training losses differ by {row['train_loss']:.1e} "
-                            f"(relative, allowed {limits['first']:.0e})")
+            failures.append(f"seed {seed}: the first {FIRST_STEPS} timed training losses differ by "
+                            f"{row['train_loss']:.1e} (relative, allowed {limits['first']:.0e})")
         if max(row["worst"], row["median"]) > limits["gradient"]:
             failures.append(
                 f"seed {seed}: gradients differ by {row['worst']:.1e} ({row['parameter']}; median "
@@ -522,8 +524,8 @@ def text_logs(folder, target):
         logs[path.name] = log
     lengths = sorted({log["scheduled_steps"] or log["steps"] for log in logs.values()})
     if len(lengths) > 1:
-        raise UserError(f"{folder}: runs of {', '.join(map(str, lengths))} steps are different experiments: put each in a "
-                        "folder of its own")
+        raise UserError(f"{folder}: runs of {', '.join(map(str, lengths))} steps are different experiments: "
+                        "put each in a folder of its own")
     lost = [name for name, log in logs.items() if log["diverged"] or not log["complete"]]
     done = [log for name, log in logs.items() if name not in lost]
     test = statistics.target_test([log["val_loss"] for log in done], target) if done else None
@@ -543,8 +545,8 @@ def text_logs(folder, target):
         "files": sorted(logs),
         "time_ms": statistics.describe(times) if times and None not in times else None,
         "unknown": [
-            "which runs were left out, on which machine and data and with which code these ran: text logs tell "
-            "nothing that cannot be typed", *CANNOT_KNOW[3:]
+            "which runs were left out, on which machine and data and with which code these ran: text logs "
+            "tell nothing that cannot be typed", *CANNOT_KNOW[3:]
         ],
     }
 
@@ -563,8 +565,8 @@ def report_text_logs(results):
     test, ms = results["target"], results["time_ms"]
     print(f"{len(results['files'])} text logs of {results['steps']} steps")
     if test:
-        print(f"loss  n {test['n']}  mean {test['mean']:.5f}  sd {number(test['sd'], '.5f')}  target {test['target']:g}  "
-              f"t {number(test['t'], '.3f')}  p {number(test['p'], '.4g')}")
+        print(f"loss  n {test['n']}  mean {test['mean']:.5f}  sd {number(test['sd'], '.5f')}  target "
+              f"{test['target']:g}  t {number(test['t'], '.3f')}  p {number(test['p'], '.4g')}")
     if ms:
         print(f"time  mean {seconds(ms['mean']):.3f} s  sd {number(seconds(ms['sd']), '.3f')}")
     finish_report(results, test)
@@ -581,8 +583,8 @@ def report(results, where):
 
 
 def report_record(results):
-    print(f"{results['record']} at scale {results['scale']}: claim {results['claim']}, {results['pairing']} pairing, "
-          f"{results['device']}, torch {results['torch']}")
+    print(f"{results['record']} at scale {results['scale']}: claim {results['claim']}, {results['pairing']} "
+          f"pairing, {results['device']}, torch {results['torch']}")
     s = results["statistics"]
     for name, row in s["arms"].items():
         arm, loss, ms = results["arms"][name], row["loss"] or {}, row["time_ms"] or {}
@@ -593,8 +595,9 @@ def report_record(results):
                  if row["untimed_s"] else ""))
     if s.get("target"):
         print(
-            f"target {s['target']['target']:g}: mean {s['target']['mean']:.5f}, p {number(s['target']['p'], '.4g')} "
-            f"(needed < {s['alpha']:.4g}, which takes a mean {number(s['target']['margin'], '.5f')} below it)"
+            f"target {s['target']['target']:g}: mean {s['target']['mean']:.5f}, p "
+            f"{number(s['target']['p'], '.4g')} (needed < {s['alpha']:.4g}, which takes a mean "
+            f"{number(s['target']['margin'], '.5f')} below it)"
         )
     if s.get("time"):
         print(f"time: {s['time']['estimate']:.4f} of the parent's [{number(s['time']['low'], '.4f')}, "
@@ -606,8 +609,8 @@ def report_record(results):
         rows = s["parity"]["rows"]
         loss, first, worst, median = (max(r[k] for r in rows)
                                       for k in ("loss", "train_loss", "worst", "median"))
-        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, first training losses "
-              f"{first:.1e}, gradients within {worst:.1e}, median {median:.1e} (allowed "
+        print(f"parity ({s['parity']['precision']}, {len(rows)} seeds): loss within {loss:.1e}, first "
+              f"training losses {first:.1e}, gradients within {worst:.1e}, median {median:.1e} (allowed "
               f"{s['parity']['loss']:.0e}, {s['parity']['first']:.0e} and {s['parity']['gradient']:.0e})")
     if s.get("noninferior"):
         print(f"loss against {s['noninferior']['against']}: {s['noninferior']['estimate']:+.5f}, upper bound "
@@ -626,7 +629,7 @@ def finish_report(results, test):
     elif results["claim"] != "comparison":
         print("SHOWN")
     if test and not test["passed"] and test["runs_for"]:
-        print(f"a FRESH set with this mean and sd would need {test['runs_for']} runs to pass with 90 % power; this one may "
-              "not be extended")
+        print(f"a FRESH set with this mean and sd would need {test['runs_for']} runs to pass with 90 % "
+              "power; this one may not be extended")
     print(f"grade: {results['grade']}", "what this cannot know:", *(f"  {u}" for u in results["unknown"]),
           sep="\n")

@@ -69,7 +69,8 @@ def heading(record, results):
         f"By {', '.join(record.people)}, {record.date}, on {record.parent}.",
         "",
     ]
-    out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words}**; evidence: {results['grade']}.", ""]
+    out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words}**; evidence: "
+            f"{results['grade']}.", ""]
     out += [f"- {r}" for r in results["reasons"]] + [""] * bool(results["reasons"])
     out += [*record.notes.splitlines(), ""] if record.notes else []
     out += [f"No setting changes: {record.subsumed}", ""] if record.subsumed else []
@@ -92,8 +93,8 @@ def table(results):
         untimed = "{start:.1f}, {warmup:.1f}".format(**row["untimed_s"]) if row["untimed_s"] else "-"
         rows.append(
             f"| {name} | {arm['record']} | {row['n']} | {arm['steps']} | {show(loss['mean'], '.5f')} | "
-            f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | {show(seconds(row, 'sd'), '.3f')} | "
-            f"{untimed} |"
+            f"{show(loss['sd'], '.5f')} | {show(seconds(row, 'mean'), '.3f')} | "
+            f"{show(seconds(row, 'sd'), '.3f')} | {untimed} |"
         )
     looks = results["plan"].get("looks")
     plan = f"{results['plan']['runs']} runs of each arm" if looks is None else "looks at " + ", ".join(
@@ -102,8 +103,9 @@ def table(results):
                 for x in results["excluded"]]
     changes = results["arms"]["new"]["changes"]
     return ["## Runs", "", *rows, "", f"Declared {results['declared']}: {plan}, alpha {results['alpha']}, "
-            f"{'paired by seed' if results['pairing'] == 'seed' else 'not paired'}, in random order on one machine after "
-            f"one discarded run. {results['device']}, {results['cpu']}, torch {results['torch']}"
+            f"{'paired by seed' if results['pairing'] == 'seed' else 'not paired'}, in random order on one "
+            f"machine after one discarded run. {results['device']}, {results['cpu']}, torch "
+            f"{results['torch']}"
             + (f"; all arms with {' '.join(changes)}" if changes else "") + ".", *excluded, ""]
 
 
@@ -125,8 +127,8 @@ def findings(results):
         )
     if s.get("noninferior"):
         x = s["noninferior"]
-        out.append(f"- loss against {x['against']}: {x['estimate']:+.5f}, upper bound {show(x['upper'], '+.5f')}, margin "
-                   f"{x['margin']}")
+        out.append(f"- loss against {x['against']}: {x['estimate']:+.5f}, upper bound "
+                   f"{show(x['upper'], '+.5f')}, margin {x['margin']}")
     if s.get("parity") and s["parity"]["rows"]:
         rows = s["parity"]["rows"]
         out.append(f"- parity with the parent, seed by seed ({s['parity']['precision']}): loss within "
@@ -141,7 +143,8 @@ def credits(record):
     out, records = [], deltas.load_records()
     if record.parent in records:
         parent = records[record.parent]
-        out.append(f"- built on {parent.ref} ({parent.title}) by {', '.join(parent.people)}, and on every record before it")
+        out.append(f"- built on {parent.ref} ({parent.title}) by {', '.join(parent.people)}, and on every "
+                   "record before it")
     for path in record.delta:
         field = schema.find_field(path)
         first = next((r for r in deltas.chain(record) if any(

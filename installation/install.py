@@ -113,8 +113,8 @@ def cost():
         return "up to 3 GB are downloaded"
     amount = f"{size / 1000:.1f} GB" if size >= 1000 else f"{size} MB"
     minutes = max(1, round(size * 8 / 100 / 60))
-    return (f"{amount} are downloaded, about {minutes} minute{'s' if minutes > 1 else ''} at 100 Mbit/s; what pip has in "
-            "its cache, or finds in a folder of yours, is not")
+    return (f"{amount} are downloaded, about {minutes} minute{'s' if minutes > 1 else ''} at 100 Mbit/s; "
+            "what pip has in its cache, or finds in a folder of yours, is not")
 
 
 def pip(*arguments):
@@ -150,8 +150,8 @@ def make_venv():
         said = " ".join((done.stderr.strip() or done.stdout.strip()
                          or f"exit code {done.returncode}").split())
         if "ensurepip" in said or "No module named" in said:
-            raise Failed(f"{sys.executable} has no complete venv module: install it (Debian, Ubuntu: apt install python3-venv) or "
-                         "set SPEEDRUN_PYTHON to a Python that has the dependencies")
+            raise Failed(f"{sys.executable} has no complete venv module: install it (Debian, Ubuntu: apt "
+                         "install python3-venv) or set SPEEDRUN_PYTHON to a Python that has the dependencies")
         raise Failed(f"cannot make {VENV} with {sys.executable} -m venv: {said[-300:]}")
 
 
@@ -270,8 +270,8 @@ def believed(wanted):
     lacking = absent(wanted) if starts(PYTHON) else ["a Python that starts"]
     if lacking:
         extras = " ".join(f"--extra {extra}" for extra in EXTRAS["test"])
-        raise Failed(f"{VENV} was not made by ./run.sh (by uv, perhaps) and lacks {', '.join(lacking)}: `uv sync {extras}` adds "
-                     "it; or remove that folder")
+        raise Failed(f"{VENV} was not made by ./run.sh (by uv, perhaps) and lacks {', '.join(lacking)}: `uv "
+                     f"sync {extras}` adds it; or remove that folder")
     return True
 
 

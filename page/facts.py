@@ -89,8 +89,8 @@ def read_history(records):
         if record:
             minutes = record.published.get("minutes", row["minutes"])
             if minutes != row["minutes"]:
-                raise UserError(f"{path}: {row['ref']} took {row['minutes']:g} minutes, by {record.folder.name}/record.toml "
-                                f"{minutes:g}: correct the wrong one")
+                raise UserError(f"{path}: {row['ref']} took {row['minutes']:g} minutes, by "
+                                f"{record.folder.name}/record.toml {minutes:g}: correct the wrong one")
             row |= {"title": record.title, "date": record.date, "people": record.people, "kind": record.kind}
     known = {row["ref"] for row in rows}
     return rows + [
@@ -146,7 +146,8 @@ def read_sweeps(folder):
         try:
             about = base_of(sweep["base"])
             if wrong := misstated(sweep):
-                raise UserError(f"{path}: {wrong}: not what its own losses give; write it again with sweep.py or remove it")
+                raise UserError(f"{path}: {wrong}: not what its own losses give; write it again with "
+                                "sweep.py or remove it")
             for row in sweep["rows"]:
                 row["current"] = is_current(sweep, row)
             sweeps.append({**sweep, "file": f"evidence/results/{path.name}", "about": about})
@@ -263,8 +264,8 @@ def read_claims(record):
         ):
             wrong = verify.differences(results, json.loads(files.json_text(verify.verify(path.parent))))
             if wrong:
-                raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its folder, and see "
-                                "what it says")
+                raise UserError(f"{path}: {wrong[0]} is not what its logs give: run `records verify` on its "
+                                "folder, and see what it says")
             found.append({**results, "where": path.parent.relative_to(ROOT).as_posix()})
     return found
 

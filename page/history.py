@@ -38,7 +38,8 @@ def history(site):
     at = [(x(day), y(h["minutes"])) for day, h in zip(days, points)]
     path = f"M{at[0][0]} {at[0][1]}" + "".join(f"H{px}V{py}" for px, py in at[1:])
     dots = "".join(
-        f'<circle class="{marker(site, h)}" cx="{px}" cy="{py}" r="3.4"><title>{escape(h["ref"])}, {h["date"]}: '
+        f'<circle class="{marker(site, h)}" cx="{px}" cy="{py}" r="3.4"><title>{escape(h["ref"])}, '
+        f'{h["date"]}: '
         f'{duration(h["minutes"])}, {escape(h["title"])}</title></circle>\n'
         for (px, py), h in zip(at, points)
     )
@@ -47,16 +48,19 @@ def history(site):
     names = "".join(f'<text class="n" x="{at[i][0] + 7}" y="{at[i][1] - 6}">{points[i]["id"]}</text>'
                     for i in sorted({0, len(points) - 1, *steepest}))
     rerun = sum(marker(site, h) == "full" for h in points)
-    label = (f"Published training time of {len(points)} speedrun records on 8 x H100, from {duration(points[0]['minutes'])} "
-             f"to {duration(points[-1]['minutes'])}; {rerun} rerun here at full scale")
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">\n'
-            f"<title>{label}</title>\n<style>{STYLE}</style>\n{grid(x, y, days, low, high)}\n<path d=\"{path}\"/>\n"
-            f"{dots}{names}\n{key(site, points)}\n</svg>\n")
+    label = (f"Published training time of {len(points)} speedrun records on 8 x H100, from "
+             f"{duration(points[0]['minutes'])} to {duration(points[-1]['minutes'])}; {rerun} rerun here at "
+             "full scale")
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+            f'aria-label="{label}">\n'
+            f"<title>{label}</title>\n<style>{STYLE}</style>\n{grid(x, y, days, low, high)}\n<path "
+            f"d=\"{path}\"/>\n{dots}{names}\n{key(site, points)}\n</svg>\n")
 
 
 def grid(x, y, days, low, high):
     """Lines and names of both axes."""
-    out = "".join(f'<line class="g" x1="{LEFT}" x2="{RIGHT}" y1="{y(t)}" y2="{y(t)}"/><text x="{LEFT - 8}" y="{y(t) + 4}" '
+    out = "".join(f'<line class="g" x1="{LEFT}" x2="{RIGHT}" y1="{y(t)}" y2="{y(t)}"/><text x="{LEFT - 8}" '
+                  f'y="{y(t) + 4}" '
                   f'text-anchor="end">{label}</text>' for t, label in TICKS if low <= t <= high)
     for year in range(date.fromordinal(days[0]).year, date.fromordinal(max(days)).year + 1):
         for month, label in ((1, year), (7, "July")):
@@ -67,7 +71,10 @@ def grid(x, y, days, low, high):
 
 
 def key(site, points):
-    out = f'<text x="{RIGHT}" y="{TOP + 16}" text-anchor="end">published training time on 8 x H100, log axis</text>'
+    out = (
+        f'<text x="{RIGHT}" y="{TOP + 16}" text-anchor="end">published training time on 8 x H100, log '
+        'axis</text>'
+    )
     for i, (kind, what) in enumerate(KEY):
         n, y = sum(marker(site, h) == kind for h in points), TOP + 36 + 18 * i
         out += (f'<circle class="{kind}" cx="{RIGHT - 180}" cy="{y}" r="3.4"/>'

@@ -36,8 +36,8 @@ def settle(texts, root, check=False):
     """Write the files that differ; with `check` only name them, in one line on stderr, and return STALE."""
     stale = [name for name, text in texts.items() if read(root / name) != text]
     if check and stale:
-        print(f"error: {', '.join(stale)}: not what the committed data gives; run `python -m records leaderboard` and "
-              "commit the result", file=sys.stderr)
+        print(f"error: {', '.join(stale)}: not what the committed data gives; run `python -m records "
+              "leaderboard` and commit the result", file=sys.stderr)
         return STALE
     for name in stale:
         files.write(root / name, texts[name], parents=True)

@@ -27,11 +27,11 @@ def index(site):
     lines = [
         GENERATED,
         "# Records\n",
-        "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs committed here\n"
-        "at that scale, at equal tokens, with their number: it checks the harness and says nothing about full scale.\n"
-        "A record that only runs its parent in another way has no run of its own and shares its parent's loss.\n"
-        "Badges: `spec` written from the record's description, `math` equal to the original in float64, `numerics`\n"
-        "GPU precision checked, `trained` trained at full scale.\n",
+        "Minutes and loss are the published ones (8 x H100). *tiny* is the mean final loss of the runs "
+        "committed here\nat that scale, at equal tokens, with their number: it checks the harness and says "
+        "nothing about full scale.\nA record that only runs its parent in another way has no run of its own "
+        "and shares its parent's loss.\nBadges: `spec` written from the record's description, `math` equal "
+        "to the original in float64, `numerics`\nGPU precision checked, `trained` trained at full scale.\n",
         line(
             [
                 "record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny",
@@ -61,7 +61,8 @@ def index(site):
         "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
         "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
         "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
-        "[evidence/results](../evidence/results/README.md). All of it in one page: [site/index.html](../site/index.html)."
+        "[evidence/results](../evidence/results/README.md). All of it in one page: "
+        "[site/index.html](../site/index.html)."
     )
     return "\n".join(lines + variants_index(site, variants)) + "\n"
 
@@ -72,12 +73,13 @@ def variants_index(site, variants):
     if not variants:
         return []
     measured = facts.variants_measured(site)
-    about = ("The difference is the variant's final loss\nless its parent's at equal tokens, negative is better; n are the "
-             "runs of both; intervals hold for all rows of a sweep.\n" if measured else
+    about = ("The difference is the variant's final loss\nless its parent's at equal tokens, negative is "
+             "better; n are the runs of both; intervals hold for all rows of a sweep.\n" if measured else
              f"No sweep has compared\nthem with it yet: `python sweep.py chain {facts.VARIANTS}` does.\n")
     heads = ["variant", "parent", "title", "date", "badge", "tiny"]
     heads += [*(f"loss minus parent's, {scale}" for scale in measured), "files"]
-    lines = [f"\n## Variants\n\nBranches of this project, each on its parent; nothing is published about them. {about}",
+    lines = ["\n## Variants\n\nBranches of this project, each on its parent; nothing is published about "
+             f"them. {about}",
              line(heads), "|" + "---|" * len(heads)]
     for ref, r in variants.items():
         runs = site["runs"][ref]
@@ -126,8 +128,8 @@ def loss_text(runs, scale):
 def lineage(site):
     """LINEAGE.md: every delta, then the published records that have none here, then the variants."""
     lines = [GENERATED, "# Lineage\n",
-             "Every record as the lines it changes on its parent. Paths are those of `settings.py` (`python -m records\n"
-             "features`). Published figures are on 8 x H100; measured ones say their scale.\n"]
+             "Every record as the lines it changes on its parent. Paths are those of `settings.py` (`python "
+             "-m records\nfeatures`). Published figures are on 8 x H100; measured ones say their scale.\n"]
     variants, before = facts.variants_of(site), None
     added = {
         scale: facts.added_at(site, scale) | facts.added_at(site, scale, variants=True) for scale in SCALES

@@ -84,8 +84,8 @@ def history_table(site):
                 "" if h["val_loss"] is None else f"{h['val_loss']:g}{runs}", STATES[facts.marker(site, h)]
             ]
         )
-    note = ("<p>Steps are those of the code as merged, the loss is the mean of the runs its author published; from record "
-            "65 on these were often made with other step counts.</p>")
+    note = ("<p>Steps are those of the code as merged, the loss is the mean of the runs its author "
+            "published; from record 65 on these were often made with other step counts.</p>")
     return folded(
         f"All {len(rows)} rows as a table", note + table(columns, rows, "Published records and claims")
     )
@@ -211,9 +211,10 @@ def boards(site):
     """A table per machine, records in order; places only among records that reached the target of one scale
     there."""
     found = board_entries(site)
-    out = ("<p>A place is given only among records that reached the target of one scale on one machine. The CPU scales "
-           "compare losses at equal tokens. They have no times here, because a run there measures whatever else the machine "
-           "was doing, unless the runs of a declared plan took turns (<code>records submit</code>).</p>")
+    out = ("<p>A place is given only among records that reached the target of one scale on one machine. The "
+           "CPU scales compare losses at equal tokens. They have no times here, because a run there measures "
+           "whatever else the machine was doing, unless the runs of a declared plan took turns "
+           "(<code>records submit</code>).</p>")
     out += "" if found else missing("No run is committed yet.")
     for machine in sorted(found):
         out += f"<h3>{escape(machine)}</h3>" + board(site, machine, found[machine])
@@ -253,8 +254,9 @@ def predict(site):
     """What the scatter can and cannot say; the charts themselves are drawn by the script."""
     scales = [s for s in facts.scales_measured(site) if s != "full"]
     if not scales:
-        return missing("No sweep at a small scale is committed yet, so there is nothing to compare with published effects. "
-                       "Until there is, small-scale figures check the harness and nothing more.")
+        return missing("No sweep at a small scale is committed yet, so there is nothing to compare with "
+                       "published effects. Until there is, small-scale figures check the harness and nothing "
+                       "more.")
     figures = ""
     for p in (facts.predictions(site, s) for s in scales):
         for key, what in (
@@ -262,14 +264,17 @@ def predict(site):
             ("records", "records, tokens against loss saved"),
         ):
             figures += (
-                f'<figure class="half"><div class="chart scatter" data-scale="{p["scale"]}" data-key="{key}"></div>'
+                f'<figure class="half"><div class="chart scatter" data-scale="{p["scale"]}" '
+                f'data-key="{key}"></div>'
                 f"<figcaption><b>{p['scale']}: {what}.</b> {correlation_text(p[key])}</figcaption></figure>"
             )
-    return ("<p>Each point is a technique: to the right what its authors publish at full scale, upwards what was measured "
-            "here at the small scale. If small scale predicted full scale, the points would rise. rho is Spearman's rank "
-            f'correlation.</p><div class="two">{figures}</div><p class="caution">The published effects of single features '
-            "are one run each, from one record folder. Unresolved points are hollow and count. Neither sign nor size should "
-            "be carried over from here to full scale.</p>")
+    return ("<p>Each point is a technique: to the right what its authors publish at full scale, upwards what "
+            "was measured here at the small scale. If small scale predicted full scale, the points would "
+            "rise. rho is Spearman's rank "
+            f'correlation.</p><div class="two">{figures}</div><p class="caution">The published effects of '
+            'single features '
+            "are one run each, from one record folder. Unresolved points are hollow and count. Neither sign "
+            "nor size should be carried over from here to full scale.</p>")
 
 
 def correlation_text(found):
@@ -279,7 +284,10 @@ def correlation_text(found):
     rho = f"rho {number(found['rho'], 2, True)}"
     if found["low"] is None:
         return f"{rho} over {n} points, too few for an interval: it shows nothing."
-    text = f"{rho}, 95 % interval {number(found['low'], 2, True)} to {number(found['high'], 2, True)}, {n} points"
+    text = (
+        f"{rho}, 95 % interval {number(found['low'], 2, True)} to {number(found['high'], 2, True)}, {n} "
+        "points"
+    )
     if found["low"] <= 0 <= found["high"]:
         return text + ": not told apart from no relation."
     return text + (": the orders agree." if found["rho"] > 0 else ": the orders are opposed.")
@@ -293,20 +301,21 @@ def judge(found):
             "</code> writes them from the raw published runs."
         )
     from evidence import judge as referee  # scipy comes along
-    out = ("<p>Each published record judged by the rule of its track from the logs in its folder. A verdict says what the "
-           "committed logs show; no log shows the runs that were not committed, nor how often a set was tried.</p>")
+    out = ("<p>Each published record judged by the rule of its track from the logs in its folder. A verdict "
+           "says what the committed logs show; no log shows the runs that were not committed, nor how often "
+           "a set was tried.</p>")
     try:
         for track, counts in found["tracks"].items():
             rows = [[escape(c) for c in referee.cells(r)] for r in found["records"] if r["track"] == track]
             columns = [
                 name if name in ("record", "verdict", "note") else ">" + name for name in referee.HEADS[track]
             ]
-            out += folded(f"{escape(track)}: {len(rows)} entries, {len(counts['pass'])} pass, {len(counts['miss'])} miss, "
-                          "the others cannot be told", f"<p>{escape(referee.sentence(track, counts))}</p>"
+            out += folded(f"{escape(track)}: {len(rows)} entries, {len(counts['pass'])} pass, "
+                          f"{len(counts['miss'])} miss, the others cannot be told", f"<p>{escape(referee.sentence(track, counts))}</p>"
                           + table(columns, rows, referee.TITLES[track]))
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{facts.EVIDENCE / 'judge.json'}: not what `python -m records judge` writes now ({error!r}): write "
-                        "it again with --json") from None
+        raise UserError(f"{facts.EVIDENCE / 'judge.json'}: not what `python -m records judge` writes now "
+                        f"({error!r}): write it again with --json") from None
     return out
 
 

@@ -95,10 +95,11 @@ def caption(parents, times, measured):
     context = {context_text(deltas.resolve(ref).settings) for ref in parents}
     files = " and ".join(f"[{scale}](../evidence/results/chain_variants_{scale}.md)" for scale in measured)
     about = times["about"]
-    return ["Parameters at full width. FLOPs of a token in training at full width over the parent's, attention's own",
+    return ["Parameters at full width. FLOPs of a token in training at full width over the parent's, "
+            "attention's own",
             f"products among them ({'; '.join(sorted(context))}).",
-            f"Step time at {times['scale']} over the parent's, interleaved, on {about['threads']} threads of {about['cpu']} "
-            f"([bench/experts.py](../bench/results/{TIMES.name})).",
+            f"Step time at {times['scale']} over the parent's, interleaved, on {about['threads']} threads of "
+            f"{about['cpu']} ([bench/experts.py](../bench/results/{TIMES.name})).",
             "Loss less the parent's after the same tokens, with intervals that hold together at 95 %",
             f"({files})."]
 
@@ -109,7 +110,8 @@ def where_time_goes(timed):
     if not mixtures:
         return []
     gains = [row["parts_ms"]["plain"] / row["parts_ms"]["routed"] for row in mixtures.values()]
-    lines = ["", "Milliseconds of a step in all layers of a mixture, forward and backward, and of the whole update (the",
+    lines = ["", "Milliseconds of a step in all layers of a mixture, forward and backward, and of the whole "
+                 "update (the",
              "parent's):", ""]
     heads = ["variant", "routing", "sorting", "experts", "combining", "shared expert", "update"]
     lines += [line(heads), "|" + "---|" * len(heads)]
@@ -117,5 +119,5 @@ def where_time_goes(timed):
         parts = [row["parts_ms"].get(name) for name in ("route", "permute", "multiply", "combine", "shared")]
         lines.append(line([ref, *("none" if ms is None else f"{ms:.0f}" for ms in parts),
                            f"{row['update_ms']:.0f} ({row['parent_update_ms']:.0f})"]))
-    return [*lines, "", f"The routed part is {min(gains):.1f} to {max(gains):.1f} times as fast as a loop over the experts in "
-            "plain torch."]
+    return [*lines, "", f"The routed part is {min(gains):.1f} to {max(gains):.1f} times as fast as a loop "
+            "over the experts in plain torch."]

@@ -14,14 +14,15 @@ GROUPS = (("resolved", "Resolved: told apart from zero"),
           ("unresolved", "Unresolved: measured, but not told apart from zero, and therefore not ranked"),
           ("several", "Several features at once: not ranked next to their members"),
           ("none", "No figure: does nothing at this scale, not run apart, or failed"))
-BADGES = ("<b>spec</b> written from the description; <b>math</b> equals the original in float64; <b>numerics</b> GPU "
-          "precision checked; <b>trained</b> trained at full scale")
+BADGES = ("<b>spec</b> written from the description; <b>math</b> equals the original in float64; "
+          "<b>numerics</b> GPU precision checked; <b>trained</b> trained at full scale")
 GRADES = {
     "hashes only": "the sweep's figures with the hash of every run's log; the logs are not committed",
     "consistent": "logs agree with themselves and with the settings",
     "audited": "the code passed the audit too", "reproduced": "rerun elsewhere"
 }
-CAUTION = ('<p class="caution">A small image of each record on another text: read these as a check of the harness, not as a '
+CAUTION = ('<p class="caution">A small image of each record on another text: read these as a check of the '
+           'harness, not as a '
            'forecast of full scale. Whether they predict it is <a href="#predict">measured below</a>.</p>')
 
 
@@ -33,13 +34,16 @@ def worth(site):
             "No sweep is committed yet, so nothing here was measured: the table shows what authors publish. "
             "<code>python sweep.py</code> makes the missing columns."
         ) + worth_table(site, facts.techniques(site, None), None)
-    radios = "".join(f'<label><input type="radio" name="scale" value="{s}"{" checked" * (i == 0)}> {SCALE_NAMES[s]}</label>'
+    radios = "".join(f'<label><input type="radio" name="scale" value="{s}"{" checked" * (i == 0)}> '
+                     f'{SCALE_NAMES[s]}</label>'
                      for i, s in enumerate(scales))
     panels = "".join(f'<div class="panel" data-scale="{s}"{" hidden" * (i > 0)}>{panel(site, s)}</div>'
                      for i, s in enumerate(scales))
     grades = "; ".join(f"<b>{grade}</b> {escape(meaning)}" for grade, meaning in GRADES.items())
-    return ('<form class="controls" id="worth-controls" aria-label="Scale of the measurements"><span>Measured at</span>'
-            f'{radios}</form>{panels}<p class="legend">Badges of records: {BADGES}. Grades of figures: {grades}.</p>')
+    return ('<form class="controls" id="worth-controls" aria-label="Scale of the '
+            'measurements"><span>Measured at</span>'
+            f'{radios}</form>{panels}<p class="legend">Badges of records: {BADGES}. Grades of figures: '
+            f'{grades}.</p>')
 
 
 def panel(site, scale):
@@ -59,8 +63,8 @@ def sources(site, scale):
     if not bases:
         lines.append("no leave-one-out sweep at this scale yet, so the column <b>today</b> is empty")
     elif facts.head(site) not in bases:
-        lines.append(f"the head of the lineage is {facts.head(site)}; <b>today</b> means {escape(bases[-1])} until it is "
-                     "swept")
+        lines.append(f"the head of the lineage is {facts.head(site)}; <b>today</b> means {escape(bases[-1])} "
+                     "until it is swept")
     if not facts.sweeps_of(site, "chain", scale):
         lines.append("no chain sweep at this scale yet, so the column <b>when added</b> is empty")
     return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + ("" if scale == "full" else
@@ -77,8 +81,9 @@ def sweep_line(sweep):
     mde = f", detects {number(sweep['mde'])} with 80 % power" if sweep.get("mde") else ""
     paired = ", paired by seed" if sweep.get("paired") else ""
     part = "" if sweep.get("complete", True) else "; incomplete: its intervals are interim"
-    text = (f"{what}{common}, control {facts.plural(sweep['control']['n'], 'run')}, {sweep['method'].capitalize()} at "
-            f"{100 * sweep['confidence']:g} %{paired}{mde}; {facts.hardware(sweep)}{part}")
+    text = (f"{what}{common}, control {facts.plural(sweep['control']['n'], 'run')}, "
+            f"{sweep['method'].capitalize()} at {100 * sweep['confidence']:g} %{paired}{mde}; "
+            f"{facts.hardware(sweep)}{part}")
     return f'<a href="../{escape(sweep["file"])}">{escape(sweep["name"])}</a>: {escape(text)}'
 
 
@@ -99,7 +104,8 @@ def worth_table(site, rows, scale):
             members.sort(key=resolved_first)
         if members:
             lines = "\n".join(worth_row(site, row, columns, ranks, unit) for row in members)
-            top = (f'<tr class="group"><th colspan="{len(heads) + 2}" scope="rowgroup">{title} ({len(members)})</th></tr>\n'
+            top = (f'<tr class="group"><th colspan="{len(heads) + 2}" scope="rowgroup">{title} '
+                   f'({len(members)})</th></tr>\n'
                    if title else "")
             body += f'<tbody data-group="{group}">{top}{lines}\n</tbody>'
     caption, widths = "What authors publish, at full scale", '<col class="first"><col>'
@@ -170,7 +176,8 @@ def worth_cell(m, rank, unit):
         text = f'<span class="verdict">unresolved (±{number((m["high"] - m["low"]) / 2)})</span>'
     stale = chip("stale", "stale",
                  "the code resolves these settings differently now") if m["current"] is False else ""
-    return (f'{forest(m, unit)}<div class="figures">{text} <small class="bounds">{interval(m["low"], m["high"])}</small> '
+    return (f'{forest(m, unit)}<div class="figures">{text} <small '
+            f'class="bounds">{interval(m["low"], m["high"])}</small> '
             f"{stale}</div>{note}")
 
 
@@ -234,8 +241,8 @@ def evidence(site):
     if not site["sweeps"]:
         return missing("No sweep is committed yet.")
     return (
-        "<p>Effect on loss is the arm's mean less its control's: in an ablation positive means that the feature helps, "
-        "in a chain negative means that the record helped.</p>" + "".join(map(sweep_details, site["sweeps"]))
+        "<p>Effect on loss is the arm's mean less its control's: in an ablation positive means that the "
+        "feature helps, in a chain negative means that the record helped.</p>" + "".join(map(sweep_details, site["sweeps"]))
     )
 
 
@@ -254,7 +261,8 @@ def sweep_details(s):
         for r in s["rows"]
     ]
     control = s["control"]
-    about = [f"control {control['arm']}: n {control['n']}, mean {number(control['mean'])}, sd {number(control['sd'])}",
+    about = [f"control {control['arm']}: n {control['n']}, mean {number(control['mean'])}, sd "
+             f"{number(control['sd'])}",
              f"pooled sd {number(s['pooled_sd'], 5)}" if s.get("pooled_sd") else "",
              f"torch {s['torch']}" if s.get("torch") else "",
              f"code {', '.join(c[:12] + c[40:] for c in s['code'])}" if s.get("code") else "",

@@ -97,7 +97,8 @@ def show(options):
     r, scale = resolved.record, resolved.scale
     if resolved.preset:
         show_preset(resolved)
-    print(f"{r.ref}  {r.title}\n{r.date}  {', '.join(r.people)}  kind {r.kind}  reproduces {r.source}  badge {r.badge}")
+    print(f"{r.ref}  {r.title}\n{r.date}  {', '.join(r.people)}  kind {r.kind}  reproduces {r.source}  badge "
+          f"{r.badge}")
     print(f"parent {r.parent or 'none (the defaults of settings.py)'}")
     if r.subsumed:
         print(f"subsumed: {r.subsumed}")
@@ -117,7 +118,8 @@ def show(options):
 def show_preset(resolved):
     """The lines that a preset adds to its record."""
     fixed, pinned = deltas.load_preset(resolved.preset)
-    print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash {pinned}, and")
+    print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash "
+          f"{pinned}, and")
     for line in fixed["sets"]:
         path, value = schema.parse_assignment(line, "set")
         print(f"  {path} = {schema.show(value)}")

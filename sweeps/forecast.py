@@ -139,5 +139,6 @@ def published(plan: dict) -> tuple[float | None, str]:
     full, s, minutes = deltas.resolve(record.ref).settings, resolved.settings, record.published["minutes"]
     rate = full.schedule.steps * tokens_per_step(full) / (60 * minutes) / PUBLISHED_GPUS
     return s.schedule.steps * tokens_per_step(s) / rate, (
-        f"an ESTIMATE for one H100, not measured: {record.ref}'s published {minutes} min on {PUBLISHED_GPUS} x H100, by token and "
-        "GPU, without start, compilation and validations; other cards differ, and no GPU has run this program yet")
+        f"an ESTIMATE for one H100, not measured: {record.ref}'s published {minutes} min on {PUBLISHED_GPUS} "
+        "x H100, by token and GPU, without start, compilation and validations; other cards differ, and no "
+        "GPU has run this program yet")

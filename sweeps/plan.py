@@ -165,11 +165,15 @@ def add_group(plan, name, paths, members):
 def why_screening(plan, asked, groups):
     total = sum(map(len, groups.values()))
     if plan["groups"]:
-        return f"{len(plan['groups'])} groups first; the members of a group without a visible effect are not run apart"
+        return (
+            f"{len(plan['groups'])} groups first; the members of a group without a visible effect are not "
+            "run apart"
+        )
     if asked is False:
         return "none, as asked"
-    return (f"none: {len(groups)} group runs a seed could save at most {total} feature runs, which pays from {SCREEN_FROM} "
-            "features a group (--screen insists)" if groups else "none: no section has two of these features")
+    return (f"none: {len(groups)} group runs a seed could save at most {total} feature runs, which pays from "
+            f"{SCREEN_FROM} features a group (--screen insists)" if groups else "none: no section has two of "
+                                                                                "these features")
 
 
 # ----- axis -------------------------------------------------------------------------------------------------

@@ -90,8 +90,8 @@ def create(root, plan):
                 f"{old.get(key)} there, {plan[key]} here" if not isinstance(plan[key], (dict, list))
                 else "they differ"
             )
-            raise UserError(f"{root} holds another sweep ({key}: {hint}): choose another --dir, or go on with that one by "
-                            f"`python sweep.py work {root}`")
+            raise UserError(f"{root} holds another sweep ({key}: {hint}): choose another --dir, or go on "
+                            f"with that one by `python sweep.py work {root}`")
     return False
 
 
@@ -114,8 +114,8 @@ def load_plan(root):
         "data", "numerics_version", "code"
     } - set(plan)
     if missing:
-        raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by this program, or cut; "
-                        "plan the sweep anew in another --dir")
+        raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by "
+                        "this program, or cut; plan the sweep anew in another --dir")
     return plan
 
 

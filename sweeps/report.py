@@ -164,7 +164,8 @@ def row_of(plan, arm, found, done, failed, survivors, first):
         notes.append("no interval: " +
                      ("one run each" if found["pooled_sd"] is None else "the runs show no spread"))
     if found["pooled_sd"] and about["sd"] and about["sd"] > NOISY * found["pooled_sd"]:
-        notes.append(f"its sd is {about['sd'] / found['pooled_sd']:.1f} times the pooled one: its own interval is wider")
+        notes.append(f"its sd is {about['sd'] / found['pooled_sd']:.1f} times the pooled one: its own "
+                     "interval is wider")
     if plan["paired"] and effect["effect"] is None and not same and len(values) < plan["seeds"]:
         notes.append("paired effects need every seed")
     return {
@@ -268,9 +269,9 @@ def headline(found):
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
     interim = "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
     part = "" if found["complete"] else interim
-    return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on {found['hardware']}"
-            f"{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = {found['control']['n']}"
-            f"{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
+    return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on "
+            f"{found['hardware']}{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = "
+            f"{found['control']['n']}{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
 
 
 def table(found):
@@ -348,9 +349,10 @@ def draw(found):
     if found["mde"]:
         axes.axvspan(-found["mde"], found["mde"], color="0.93", zorder=0, linewidth=0)
     axes.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)], fontsize=8)
-    axes.set_xlabel("effect on the validation loss, nats per token (blue: helps; red: hurts; grey band: too small to detect "
-                    "reliably)", fontsize=8)
-    axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} simultaneous intervals"
+    axes.set_xlabel("effect on the validation loss, nats per token (blue: helps; red: hurts; grey band: too "
+                    "small to detect reliably)", fontsize=8)
+    axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} "
+                   "simultaneous intervals"
                    + ("" if found["complete"] else ", incomplete"), fontsize=9)
     axes.grid(axis="x", alpha=0.25)
     image = io.BytesIO()

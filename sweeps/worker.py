@@ -65,8 +65,8 @@ def slots(plan, workers=None, gpus=None):
     found = [] if s.system.device == "cpu" else free_gpus(gpus)
     if found:
         if workers and workers > len(found):
-            raise UserError(f"--workers {workers}: {len(found)} GPU{'s are' if len(found) > 1 else ' is'} free; name GPUs "
-                            "twice in --gpus to share them")
+            raise UserError(f"--workers {workers}: {len(found)} GPU{'s are' if len(found) > 1 else ' is'} "
+                            "free; name GPUs twice in --gpus to share them")
         return [{"CUDA_VISIBLE_DEVICES": g} for g in found[:workers]]
     if plan["scale"] in ("full", "small") and s.system.device != "cpu":
         raise UserError(
@@ -249,9 +249,9 @@ class Worker:
                 f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry"
             )
         if runlog.sources()[1] != self.sources:
-            return ("the trainer's code changed since this worker started. Start again: finished runs count as long as "
-                    "their settings and the numerics version are those of the new code. A checkout of its own (git "
-                    "worktree) keeps a long sweep apart from edits")
+            return ("the trainer's code changed since this worker started. Start again: finished runs count "
+                    "as long as their settings and the numerics version are those of the new code. A "
+                    "checkout of its own (git worktree) keeps a long sweep apart from edits")
         return ""
 
     def look(self):
@@ -302,7 +302,8 @@ class Worker:
                 if not queue.beat(self.root, run.target, run.number):
                     run.stop()
                     self.drop(run)
-                    self.say(f"{run.arm['label']}  seed {run.seed}  given up: while this worker slept another one took it")
+                    self.say(f"{run.arm['label']}  seed {run.seed}  given up: while this worker slept "
+                             "another one took it")
             return
         kind, value = run.settle()
         self.drop(run)
@@ -332,8 +333,8 @@ def executor(launcher, folder):
     """submitit's executor for Slurm, or for processes on this machine."""
     import submitit
     if launcher == "slurm" and submitit.SlurmExecutor.affinity() < 0:
-        raise UserError("--launcher slurm: there is no Slurm here (no srun); start it on a login node, or leave it away to "
-                        "run on this machine")
+        raise UserError("--launcher slurm: there is no Slurm here (no srun); start it on a login node, or "
+                        "leave it away to run on this machine")
     return (submitit.SlurmExecutor if launcher == "slurm" else submitit.LocalExecutor)(folder=folder)
 
 

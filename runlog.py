@@ -48,6 +48,7 @@ def sources():
 
 
 def source_hash(text):
+    """16 hex digits of a source text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

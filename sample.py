@@ -46,6 +46,7 @@ GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in flo
 
 
 def parser() -> arguments.Parser:
+    """Options of sample.py."""
     p = arguments.Parser(prog="sample.py", description="Generate text from a checkpoint (KV cache).")
     p.add_argument("checkpoint", help="checkpoint.pt of a run made with --save, or the run's folder")
     prompt = p.add_mutually_exclusive_group()
@@ -146,6 +147,7 @@ def build(saved, path):
 
 
 def read_prompt(options: argparse.Namespace) -> str:
+    """The prompt as text, from the option, a file or stdin."""
     if options.prompt_file is None:
         return options.prompt
     try:
@@ -370,6 +372,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def main(argv=None):
+    """The command line of sample.py."""
     console.guard()
     options = parser().parse_args(argv)
     environment.require(*environment.TRAINING)

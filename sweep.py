@@ -61,6 +61,7 @@ def print_plan(plan, options, root, slots):
 
 
 def print_power(plan, stated):
+    """Print the smallest effect that the plan can resolve."""
     from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
     if stated or known:
@@ -80,6 +81,7 @@ def print_power(plan, stated):
 
 
 def print_effort(plan, options, root, slots):
+    """Print how many runs are left and how long they take."""
     workers = len(slots)
     done, failed = queue.settled(root)
     survivors = queue.read_json(root / "survivors.json")
@@ -308,6 +310,7 @@ def conclude(root):
 
 
 def print_failures(root, failed, file):
+    """Print one line for each failed run."""
     for f in failed.values():
         print(
             f"failed: {f['arm']}  seed {f['seed']}: {f['reason']} ({root / 'output' / f['output']})",
@@ -316,6 +319,7 @@ def print_failures(root, failed, file):
 
 
 def work(options):
+    """`sweep.py work`: one more worker on a queue."""
     from sweeps import worker
     root = Path(options.dir)
     plan = queue.load_plan(root)
@@ -345,6 +349,7 @@ def status(options):
 
 
 def report(options):
+    """`sweep.py report`: write a sweep's report files and print its table."""
     from sweeps.report import print_table, report as write_report
     found, paths = write_report(Path(options.dir), options.out)
     print_table(found)
@@ -540,6 +545,7 @@ def parser() -> arguments.Parser:
 
 
 def main(argv=None):
+    """The command line; exits with the codes that its help names."""
     options = parser().parse_args(argv)
     try:
         sys.exit(options.run(options) or 0)

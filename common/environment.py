@@ -112,4 +112,5 @@ def check_training():
 
 if sys.version_info < OLDEST_PYTHON:
     stop("{} is Python {}.{}, and {}.{} is the oldest that works: start the program with a newer one "
-         "(./run.sh finds it, and makes .venv)".format(sys.executable, *(sys.version_info[:2] + OLDEST_PYTHON)))
+         "(./run.sh finds it, and makes .venv)".format(
+             sys.executable, *(sys.version_info[:2] + OLDEST_PYTHON)))

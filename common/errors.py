@@ -13,4 +13,5 @@ def near(word, words):
 
 
 def did_you_mean(names):
+    """" (did you mean X or Y?)", or nothing without names."""
     return f" (did you mean {' or '.join(names)}?)" if names else ""

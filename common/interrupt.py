@@ -40,6 +40,7 @@ def listen(handler: Callable, signals: Sequence[int] = SIGNALS) -> dict[int, Any
 
 
 def restore(before: dict[int, Any]) -> None:
+    """Put earlier signal handlers back."""
     for number, handler in before.items():
         signal.signal(number, handler)
 

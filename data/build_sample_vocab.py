@@ -28,6 +28,7 @@ def merges(texts, count):
 
 
 def main():
+    """Write the merges of the sample tokenizer."""
     path, count = FILES["sample"]
     _, train = source_documents()
     files.write(path, "#version: speedrun sample v1\n" + "\n".join(merges(train, count)) + "\n")

@@ -153,6 +153,7 @@ def hub_says(repo: str, name: str, folder: Path) -> tuple[int | None, str | None
 # ----- download and check -----------------------------------------------------------------------------------
 
 def names(count: int) -> list[str]:
+    """File names of the validation shard and of `count` train shards."""
     return ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1))]
 
 
@@ -180,6 +181,7 @@ def examine(path: Path) -> dict:
 
 
 def unchanged(path: Path, entry: dict) -> bool:
+    """True if size and time of a file are those at its last verification."""
     about = path.stat()
     return (about.st_size, about.st_mtime_ns) == (entry.get("bytes"), entry.get("mtime_ns"))
 
@@ -274,6 +276,7 @@ def asked(shards: str, scale: str | None) -> int:
 
 
 def parser() -> arguments.Parser:
+    """Options of `python -m data.fineweb`."""
     p = arguments.Parser(prog="python -m data.fineweb", description="Download tokenised FineWeb shards.")
     p.add_argument(
         "shards", metavar="RECORD|N",
@@ -289,6 +292,7 @@ def parser() -> arguments.Parser:
 
 
 def main(argv=None):
+    """The command line of the download."""
     o = parser().parse_args(argv)
     try:
         count = asked(o.shards, o.scale)

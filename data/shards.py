@@ -284,6 +284,7 @@ def check_vocabulary(tokens, vocab_size, where):
 
 
 def outside(where, highest, vocab_size):
+    """The message for a token id that the vocabulary does not hold."""
     return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with "
             "another tokenizer; correct corpus.json next to it or choose another --data")
 
@@ -398,4 +399,5 @@ def look(path: Path | str, bos: int) -> dict:
 
 @functools.lru_cache
 def note_once(message):
+    """Print a note to stderr, once for each text."""
     print(message, file=sys.stderr)

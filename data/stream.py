@@ -63,6 +63,7 @@ def positions(
 
 
 def per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal):
+    """Records 2-17: each rank has its own position, all move by one step of all ranks."""
     shard, epoch, base, size = 0, 0, 0, next(sizes)
     while True:
         yield epoch, shard, base + rank * size
@@ -77,6 +78,7 @@ def per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal):
 
 
 def synced_positions(lengths, rank, sizes, wrap):
+    """Records 18-25: all ranks change shards together."""
     shard, epoch, base = 0, 0, 0
     for size in sizes:
         if base + LOGICAL_RANKS * size + 1 >= lengths[shard]:
@@ -245,6 +247,7 @@ def shards_needed(lengths, *, steps, shards=None, **stream):
 
 
 def document_shards_needed(shards, steps, stream):
+    """Shards that loaders by documents read in `steps` steps."""
     walk = document_steps(shards, **{k: stream[k] for k in ("loader", "tokens_per_rank", "wrap")})
     have, planned, highest = len(shards.corpus.train), 0, 0
     try:

@@ -346,6 +346,7 @@ def refuse_by_content(path, head):
 
 
 def refuse_by_name(path, names, start):
+    """UserError for files that are tables, markup or archives, judged by name and first characters."""
     if MARKUP.match(start):
         raise UserError(
             f"{path} is HTML or XML: extract its text, or add --format text to train on the markup")
@@ -439,6 +440,7 @@ def _parts(chunks, separator):
 
 
 def pieces(text: str) -> Iterator[str]:
+    """A text in pieces of CHUNK characters."""
     return (text[i:i + CHUNK] for i in range(0, len(text), CHUNK))
 
 

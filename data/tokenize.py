@@ -264,6 +264,7 @@ def unescaped(separator: str) -> str:
 
 
 def parser() -> arguments.Parser:
+    """Options of `python -m data.tokenize`."""
     p = arguments.Parser(prog="python -m data.tokenize", description="Tokenise text into shards.")
     p.add_argument("files", nargs="+", metavar="FILE",
                    help="text, JSON lines, a JSON array or parquet; gz, zst, xz, bz2 too")
@@ -276,8 +277,8 @@ def parser() -> arguments.Parser:
                    help="field or column of the text in JSON and parquet (default text)")
     p.add_argument(
         "--separator", default=r"\n\f\n", metavar="STRING",
-        help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes a "
-        r"document of each line, '\n\n' ends documents at blank lines, '' makes one of each file"
+        help=r"between the documents of a text file, default '\n\f\n' (a line with a form feed); '\n' makes "
+        r"a document of each line, '\n\n' ends documents at blank lines, '' makes one of each file"
     )
     p.add_argument("--val-tokens", type=arguments.integer(2, 10 ** 12), default=10_485_761,
                    help="at least so many validation tokens (default 10485761)")
@@ -290,6 +291,7 @@ def parser() -> arguments.Parser:
 
 
 def main(argv=None):
+    """The command line of the tokenizer."""
     o = parser().parse_args(argv)
     try:
         out = Path(o.out)

@@ -44,6 +44,7 @@ NOT_COMMITTED = ("*.py", "*.toml")  # untracked files that --allow-dirty takes a
 
 
 def hash_of(data):
+    """SHA-256 in hex of bytes or of text in UTF-8."""
     return hashlib.sha256(data if isinstance(data, bytes) else data.encode()).hexdigest()
 
 
@@ -86,6 +87,7 @@ def parse(text):
 
 
 class Refusing(argparse.ArgumentParser):
+    """A parser that raises UserError where argparse would exit."""
     def error(self, message):
         raise UserError(message)
 
@@ -119,6 +121,7 @@ def git(*args, cwd=None, **options):
 
 
 def line(*args, cwd=None, **options):
+    """First line of a git command's output in `cwd` (default: this checkout), as repository.line."""
     return repository.line(*args, cwd=cwd or ROOT, **options)
 
 
@@ -258,7 +261,8 @@ options, resolved = command_line(sys.argv[1:])
 s = resolved.settings
 print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title, "preset": resolved.preset,
                   "scale": resolved.scale, "changes": list(resolved.changes), "report": list(resolved.report),
-                  "settings": schema.plain(s), "ml_hash": schema.ml_hash(s), "system_hash": schema.system_hash(s),
+                  "settings": schema.plain(s), "ml_hash": schema.ml_hash(s),
+                  "system_hash": schema.system_hash(s),
                   "registers": hasattr(options, "registered")}))
 """
 
@@ -314,6 +318,7 @@ def prepare(text, scale=None, allow_dirty=False):
 
 
 def prepare_script(typed):
+    """The declaration of an arm `script:PATH [arguments]`: its file's hash and the commit that it lies in."""
     path = Path(typed.path)
     try:
         digest = hash_of(path.read_bytes())
@@ -344,10 +349,12 @@ def same(a, b):
 
 
 def takes_seed(arm):
+    """True if runs of the arm can differ in their seed."""
     return arm["kind"] == "record" or any("{seed}" in word for word in arm["argv"])
 
 
 def patch_path(folder, arm):
+    """Where the claim folder keeps the uncommitted changes of an arm."""
     return Path(folder) / f"dirty-{arm['dirty'][:16]}.diff"
 
 
@@ -403,6 +410,7 @@ class Started:
 
 
 def tail(file, size=65536):
+    """The last `size` bytes of an open file as text."""
     end = os.fstat(file.fileno()).st_size
     return os.pread(file.fileno(), size, max(0, end - size)).decode(errors="replace")
 
@@ -506,6 +514,7 @@ def collect(arm, runs, folder):
 
 
 def collect_script(folder):
+    """The result of a script's run: its loss curve, read from the text that it printed (log.txt)."""
     try:
         log, digest = textlog.read(folder / "log.txt")
     except UserError as error:

@@ -20,6 +20,7 @@ from common.errors import UserError
 
 
 def check_name(name: str) -> None:
+    """UserError if the name of an attempt could not be a folder of this checkout."""
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
         raise UserError(f"name {name!r}: small letters, digits and _ only, like twice_the_lr")
 

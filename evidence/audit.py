@@ -51,13 +51,14 @@ CHECKS = {
     "target": "`reached` and the exit code say whether val_loss <= target, also within one rounding of it",
 }
 LIMITS = """\
-What an audit cannot know: whether the code behaves only while it is audited (it runs in the same process as the probe and
-could forge what that finds); what only runs on a GPU, compiled, at another scale or on several processes; work before the
-clock other than reading batches; whether shards are what they are called; whether a log was written by this code
-(`records verify` and `records replay` look at logs)."""
+What an audit cannot know: whether the code behaves only while it is audited (it runs in the same
+process as the probe and could forge what that finds); what only runs on a GPU, compiled, at another scale or
+on several processes; work before the clock other than reading batches; whether shards are what they are
+called; whether a log was written by this code (`records verify` and `records replay` look at logs)."""
 
 
 def arguments(p):
+    """Options of `records audit`."""
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     p.epilog = "checks:\n" + "".join(f"  {name:18}  {what}\n"
                                      for name, what in CHECKS.items()) + f"\n{LIMITS}"
@@ -375,6 +376,7 @@ def judge(name, trainings):
 
 
 def train_losses(run):
+    """All training losses of a run, step by step."""
     return [x for e in run["curve"] for x in e["train_loss"]]
 
 
@@ -391,6 +393,7 @@ def first_difference(a, b):
 
 
 def no_trace(trainings):
+    """Law: a validation changes no parameter, no state and no later loss."""
     passed, detail = trainings["model"]["checks"]["no_trace"]
     if not passed:
         return passed, detail
@@ -401,15 +404,18 @@ def no_trace(trainings):
 
 
 def warm_up(trainings):
+    """Law: the warm-up leaves nothing behind, whatever tokens it saw."""
     plain = trainings["plain"]
     for way, name in (("none", "cold"), ("one with real tokens", "real")):
         difference = first_difference(plain, trainings[name])
         if difference:
             return False, f"a warm-up with random tokens and {way} differ in {difference}"
-    return True, f"{STEPS} steps after none, a random and a real warm-up: all the same losses, at the end {plain['final']!r}"
+    return True, (f"{STEPS} steps after none, a random and a real warm-up: all the same losses, at the end "
+                  f"{plain['final']!r}")
 
 
 def seed(trainings):
+    """Law: one seed gives the same losses twice, another seed other losses."""
     plain = trainings["plain"]
     difference = first_difference(plain, trainings["again"])
     if difference:
@@ -429,6 +435,7 @@ def clock(trainings):
 
 
 def target(trainings):
+    """Law: `reached` and the exit code say whether the final loss is at most the target."""
     details, passed = [], True
     for name, where in (("again", "at the final loss"), ("cold", "one rounding below it")):
         run = trainings[name]

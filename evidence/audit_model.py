@@ -295,6 +295,7 @@ def contents(cell):
 
 
 def no_trace(observed, spec):
+    """Law: validate() changes no tensor in reach, makes no backward pass and gives the same bits again."""
     wrong, timed = [], observed.validations[-len(observed.logged):]
     for i, v in enumerate(timed):
         if v.changed:
@@ -409,6 +410,7 @@ def moved(base, new, changed, label, tolerance=0.0):
 
 
 def rows_that_moved(before, after):
+    """Indices of the rows (R, ...) that differ between two tensors."""
     return (before != after).any(1).nonzero().flatten().tolist()
 
 
@@ -471,6 +473,7 @@ def causal_step(observed, bos):
 
 
 def causality(observed, spec):
+    """Law: changing a token moves no loss before it, and none of another row or target."""
     bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"],
                                         offset=1024).astype(np.int32)
     done, wrong = causal_step(observed, bos)

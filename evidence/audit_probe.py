@@ -18,7 +18,8 @@ import ctypes
 import importlib.util
 import json
 import os
-import queue  # noqa: F401  here so that it keeps the true clock when ours replaces it, like subprocess and threading
+# imported here so that it keeps the true clock when ours replaces it, like subprocess and threading
+import queue  # noqa: F401
 import resource
 import runpy
 import struct
@@ -154,6 +155,7 @@ def script(spec):
 
 
 def exit_code(program, *args, **kwargs):
+    """The exit code of a program that is called as a function."""
     try:
         program(*args, **kwargs)
     except SystemExit as end:
@@ -211,6 +213,7 @@ def experiments():
 
 
 def main(path):
+    """Do the job that the file `path` describes and write result.json next to it."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     confined = confine(path.parent, spec["seconds"])
     checkout = Path(spec["checkout"]).resolve()

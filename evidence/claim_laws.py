@@ -81,6 +81,7 @@ def examine(folder):
 
 
 def require_claim(folder):
+    """UserError if a folder holds no claim, with what it seems to be instead."""
     if folder.is_file():
         raise UserError(f"{folder}: a single file: name the folder that holds it")
     if not folder.is_dir():

@@ -36,12 +36,14 @@ GRACE_S = 60  # what a run may take to end after Ctrl-C
 
 
 def quoted(text):
+    """Refuse an option that was typed outside the quotes of an arm."""
     raise UserError(
         f"{text!r} stands outside an arm: put each arm and its changes in quotes, like \"short/11 --set a=b\""
     )
 
 
 def arguments(p):
+    """Options of `records compare`."""
     p.add_argument(
         "arms", nargs="*", metavar="ARM",
         help="[GITREF:]RECORD [changes] in quotes, or script:PATH [arguments]; "
@@ -83,6 +85,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records compare`: declare a plan or go on with one, run it, report. Returns the exit code."""
     if options.resume:
         given = [
             k
@@ -169,7 +172,8 @@ def declaration_of(
     records = [a for a in found.values() if a["kind"] == "record"]
     if records:
         environment.check_training()
-    from evidence import statistics  # noqa: F401  what judges the runs at the end must be there before the first
+    # what judges the runs at the end must be there before the first
+    from evidence import statistics  # noqa: F401
     gpus = [] if on_cpu(found) else arms.free_gpus(processes or 1)
     for a in records:
         device = a["settings"]["system"]["device"]
@@ -207,6 +211,7 @@ def code_diff(found):
 
 
 def check_options(options):
+    """UserError for options of a new comparison that contradict each other."""
     if len(options.arms) < 2:
         raise UserError(
             f"{len(options.arms)} arms named, a comparison needs two: compare short/10 short/11 --runs 4"
@@ -383,6 +388,7 @@ def settle(book, folder):
 
 
 def explain(book, fault):
+    """Book why the last run failed, from `--fault CAUSE=NOTE`."""
     cause, equals, note = fault.partition("=")
     if not equals or cause not in manifest.CAUSES or not note.strip() or not book.claim.runs:
         raise UserError(f"--fault {fault}: expected CAUSE=NOTE for the last run, CAUSE one of "
@@ -633,6 +639,7 @@ def verdict(c, results):
 
 
 def loss_words(c, name, base, n, results):
+    """One sentence on the difference of final losses between two arms."""
     loss, level = c["loss"], f"{100 * c['confidence']:.4g} %"
     side = f"{abs(loss['estimate']):.4f} {'below' if loss['estimate'] < 0 else 'above'} {base}"
     kind = "pairs" if results["pairing"] == "seed" else "runs each"
@@ -663,6 +670,7 @@ def digits(value):
 
 
 def time_words(c, results):
+    """One sentence on the ratio of training times between two arms."""
     time_, machine = c["time"], results["machine"]
     gpus = machine["gpus"]
     where = f"on {len(gpus)} x {gpus[0]}" if gpus else f"on {machine['cores']} cores of {machine['cpu']}"

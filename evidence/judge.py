@@ -53,6 +53,7 @@ ROLES = ("record", "baseline", "other", "incomplete", "duplicate")
 
 
 def arguments(parser):
+    """Options of `records judge`."""
     parser.add_argument("record", nargs="?", help="one record in detail, like short/80 or optimizer/46")
     parser.add_argument("--track", choices=list(TARGETS), help="one track only")
     parser.add_argument("--markdown", action="store_true", help="tables as Markdown")
@@ -60,6 +61,7 @@ def arguments(parser):
 
 
 def run(options):
+    """`records judge`: judge the published logs, print tables or one record in detail."""
     tables = load()
     ref = find(tables, options.record, options.track) if options.record else None
     result = judge(tables, options.track, ref)
@@ -128,6 +130,7 @@ def check_group(path, line, row, runs, logs):
 
 
 def damaged(path, line, what):
+    """The UserError for a published table that does not hold what it should."""
     return UserError(f"{path}{f' line {line}' if line else ''}: {what}; {RESTORE}")
 
 
@@ -166,6 +169,7 @@ def number(path, line, row, name, kind, least, most, optional=False):
 
 
 def texts(path, line, row, names):
+    """The named text columns of a row. UserError if one is missing or the track is unknown."""
     for name in names:
         if name not in row:
             raise damaged(path, line, f"column {name} is missing")
@@ -175,6 +179,7 @@ def texts(path, line, row, names):
 
 
 def run_row(path, line, row):
+    """One row of runs.csv, typed and within its bounds."""
     return texts(path, line, row, ("track", "dir", "group", "log", "run")) | {
         "step": number(path, line, row, "step", int, 1, 10**6),
         "val_loss": number(path, line, row, "val_loss", float, 0.5, 20),
@@ -182,6 +187,7 @@ def run_row(path, line, row):
 
 
 def group_row(path, line, row):
+    """One row of groups.csv, typed and within its bounds."""
     out = texts(path, line, row, ("track", "record", "date", "dir", "group", "role", "kind", "waived",
                                   "linked_log", "previous", "note"))
     if out["role"] not in ROLES or out["waived"] not in ("", "yes"):
@@ -201,10 +207,12 @@ def counted(tables, track=None):
 
 
 def average(values):
+    """Mean of a list, summed without rounding."""
     return fsum(values) / len(values)
 
 
 def runs_of(tables, group):
+    """The published runs of a group of logs."""
     return tables["runs"].get((group["track"], group["dir"], group["group"]), [])
 
 
@@ -384,6 +392,7 @@ NOTE = 12
 
 
 def digits(value, form):
+    """A number in a format, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
@@ -434,6 +443,7 @@ def show_table(head, rows, markdown):
 
 
 def report(result, markdown):
+    """Print one table per track and one sentence of counts for each."""
     for track in result["tracks"]:
         print(f"### {TITLES[track]}\n" if markdown else TITLES[track])
         show_table(HEADS[track], [cells(r) for r in result["records"] if r["track"] == track], markdown)
@@ -552,4 +562,5 @@ def as_text(result):
 
 
 def write(result, path):
+    """Write a result as JSON."""
     files.write(path, as_text(result))

@@ -186,6 +186,7 @@ class Claim:
 
 
 def check_fields(event, types, require):
+    """Require that an event has these fields with these types."""
     for name, kind in types.items():
         require(name in event, f"{name} is missing")
         require(isinstance(event[name], kind) and (kind is bool or not isinstance(event[name], bool)),

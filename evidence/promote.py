@@ -25,6 +25,7 @@ MARKS = re.compile(r'\A(?:(?:id|attempt) = .*\n)+')  # the lines that a promotio
 
 
 def arguments(p):
+    """Options of `records promote`."""
     p.add_argument("attempt", help="NAME, or attempts/NAME")
     p.add_argument("--lineage", choices=deltas.LINEAGES, help="default: the parent's")
     p.add_argument("--accept-scale", choices=[x for x in SCALES if x != "full"], metavar="SCALE",
@@ -32,6 +33,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records promote`: make a shown attempt the next record of its lineage and commit it."""
     folder = attempts.folder_of(options.attempt)
     text, toml = read(folder / "record.toml")
     attempts.require_git()
@@ -137,6 +139,7 @@ def onto_record(folder: Path, target: Path) -> list[str]:
 
 
 def move(source: Path, target: Path) -> None:
+    """Rename a folder, which keeps it whole. UserError if the file system refuses."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(source, target)

@@ -95,6 +95,7 @@ def check_resolves(found, name, arm):
 
 
 def resolve_here(record, scale, changes):
+    """Settings of a record with the changes of a command line, as this checkout resolves them."""
     given = collections.defaultdict(list)
     for change in changes:
         flag, _, value = change.partition(" ")
@@ -200,6 +201,7 @@ def last_ml(record):
 
 
 def same_result(a, b):
+    """True if two records compute the same."""
     return len({schema.ml_hash(deltas.resolve(ref).settings) for ref in (a, b)}) == 1
 
 
@@ -337,6 +339,7 @@ def check_corpus(found):
 
 
 def check_tokens(found, log):
+    """Law: digests of a log's tokens are those of the corpus that it names, where they are pinned here."""
     corpus = log.start["corpus"]
     try:
         known = known_digests(corpus, log.settings.validation.tokens)

@@ -32,6 +32,7 @@ NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_dig
 
 
 def arguments(p):
+    """Options of `records replay`."""
     p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt")
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
     p.add_argument("--data", metavar="DIR",
@@ -44,6 +45,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records replay`: run what a log describes once more and compare the losses. Returns the exit code."""
     log = read_log(options.log)
     start = log["start"]
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
@@ -84,6 +86,7 @@ def read_log(path):
 
 
 def read_chain(path):
+    """What a replay compares, of a run.jsonl: start, loss curve, training losses and stream digest."""
     events = runlog.read_chain(path)
     validations = [e for e in events if e["kind"] == "validation"]
     stream = [e["digest"] for e in events if e["kind"] == "stream"]
@@ -95,6 +98,7 @@ def read_chain(path):
 
 
 def read_text(path):
+    """What a replay compares, of a log.txt, whose losses have six digits."""
     log, _ = textlog.read(path)
     parts = path.read_text(encoding="utf-8", errors="replace").split(runlog.RULER + "\n")
     if len(parts) < 3 or not parts[0].startswith("sources: "):

@@ -230,10 +230,12 @@ def check_run(log):
 
 
 def rendering(log):
+    """The text log that the events of a run render to."""
     return "".join(line + "\n" for event in log.events for line in runlog.render(event))
 
 
 def text_log(log):
+    """The text log that lies next to the events."""
     try:
         return (log.folder / "log.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -271,6 +273,7 @@ def check_files(log):
 
 
 def canonical(value):
+    """A value as text, so that values of two runs can be compared."""
     # as text nan equals nan, and the null that a strict file has for it
     return files.json_text(value, sort_keys=True)
 

@@ -41,6 +41,7 @@ FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml 
 
 
 def arguments(p):
+    """Options of `records submit`."""
     p.add_argument(
         "name", help="name of the attempt: small letters, digits and _ (its folder is attempts/NAME)"
     )
@@ -126,6 +127,7 @@ def run(options):
 
 
 def check_options(options):
+    """UserError for options of a submission that are missing or contradict each other."""
     attempts.check_name(options.name)
     for flag in ("claim", "scale"):
         if getattr(options, flag) is None:

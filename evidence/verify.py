@@ -53,6 +53,7 @@ CANNOT_KNOW = (
 
 
 def arguments(p):
+    """Options of `records verify`."""
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
     p.add_argument("--audit", metavar="FILE",
                    help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
@@ -309,6 +310,7 @@ def judge_loss(d, claim, found, alpha, paired, out):
 
 
 def judge_time(ratio, alpha):
+    """Reasons why a time ratio does not show that the new arm is faster; empty if it does."""
     if ratio is None:
         return ["time: the logs hold none above zero"]
     if ratio["p_less"] is None or not ratio["p_less"] < alpha:
@@ -372,6 +374,7 @@ def precision_of(settings):
 
 
 def events_of(claim, row):
+    """All events of a run of a claim."""
     return runlog.read_chain(claim.folder / "runs" / row["folder"] / "run.jsonl")
 
 
@@ -408,6 +411,7 @@ def parity(new, old):
 # ----- grades -----------------------------------------------------------------------------------------------
 
 def read_audit(path):
+    """What a claim's grade needs of the result of `records audit --json`."""
     try:
         audit = json.loads(Path(path).read_text(encoding="utf-8"))
         if audit["version"] != 1 or not isinstance(audit["passed"], bool):
@@ -554,14 +558,17 @@ def text_logs(folder, target):
 # ----- what is printed --------------------------------------------------------------------------------------
 
 def number(value, form):
+    """A number in a format, or a dash for None."""
     return "-" if value is None else format(value, form)
 
 
 def seconds(ms):
+    """Milliseconds to seconds; None stays None."""
     return None if ms is None else ms / 1000
 
 
 def report_text_logs(results):
+    """Print what a folder of published text logs shows."""
     test, ms = results["target"], results["time_ms"]
     print(f"{len(results['files'])} text logs of {results['steps']} steps")
     if test:
@@ -583,6 +590,7 @@ def report(results, where):
 
 
 def report_record(results):
+    """Print what a claim shows: arms, statistics, parity."""
     print(f"{results['record']} at scale {results['scale']}: claim {results['claim']}, {results['pairing']} "
           f"pairing, {results['device']}, torch {results['torch']}")
     s = results["statistics"]
@@ -620,6 +628,7 @@ def report_record(results):
 
 
 def finish_report(results, test):
+    """Print the verdict, its reasons, the grade and what verification cannot know."""
     if results["verdict"] == "refused":
         problems = results["problems"]
         print(f"REFUSED: {len(problems)} problem{'s' if len(problems) > 1 else ''}",

@@ -15,11 +15,13 @@ from common.errors import UserError
 
 
 def arguments(p):
+    """Options of `records withdraw`."""
     p.add_argument("what", help="NAME or attempts/NAME of an attempt, or a promoted record like short/34")
     p.add_argument("--why", required=True, metavar="TEXT", help="the reason, which is kept with the claim")
 
 
 def run(options):
+    """`records withdraw`: take back an attempt or a promoted record, with its reason."""
     why = " ".join(options.why.split())
     if not why:
         raise UserError("--why says nothing: give the reason in a few words")

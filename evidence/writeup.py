@@ -19,6 +19,7 @@ from common.errors import UserError
 
 
 def read_results(folder):
+    """The results.json of a claim folder."""
     try:
         return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -31,10 +32,12 @@ def record_of(folder, results):
 
 
 def show(value, form, missing="-"):
+    """A number in a format, or `missing` for None."""
     return missing if value is None else format(value, form)
 
 
 def seconds(row, key):
+    """A statistic of training times in seconds, or None."""
     return None if row["time_ms"] is None or row["time_ms"][key] is None else row["time_ms"][key] / 1000
 
 
@@ -61,6 +64,7 @@ def place(folder):
 
 
 def heading(record, results):
+    """Lines of the README: title, people, claim, verdict."""
     words = {"shown": "SHOWN", "not shown": "NOT SHOWN"}[results["verdict"]]
     size = "" if results["scale"] == "full" else ", a small image of the record, not the record itself"
     out = [
@@ -110,6 +114,7 @@ def table(results):
 
 
 def findings(results):
+    """Lines of the README: what the statistics say."""
     s, out = results["statistics"], []
     if s.get("target"):
         t = s["target"]
@@ -155,6 +160,7 @@ def credits(record):
 
 
 def limits(results):
+    """Lines of the README: what these runs cannot show."""
     scale = results["scale"]
     out = [] if scale == "full" else [
         f"- what the change does at full scale: these runs are of scale `{scale}`"
@@ -215,6 +221,7 @@ def upstream_log(runs, run):
 
 
 def upstream_readme(record, results):
+    """The README of a submission in the form of the modded-nanogpt repository."""
     s = results["statistics"]
     new, parent = (s["arms"][k] for k in ("new", "parent"))
     out = [

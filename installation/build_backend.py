@@ -13,6 +13,7 @@ from setuptools.build_meta import (
 
 
 def refuse(*arguments, **options):
+    """Refuse to build a wheel: the project runs from its checkout."""
     raise SystemExit("error: speedrun runs from its checkout: clone it and type `pip install -e .` there")
 
 

@@ -22,24 +22,30 @@ def module(name):
 
 
 def train():
+    """speedrun-train."""
     program("train_gpt.py")
 
 
 def sample():
+    """speedrun-sample."""
     program("sample.py")
 
 
 def sweep():
+    """speedrun-sweep."""
     program("sweep.py")
 
 
 def records():
+    """speedrun-records."""
     module("records")
 
 
 def tokenize():
+    """speedrun-tokenize."""
     module("data.tokenize")
 
 
 def fineweb():
+    """speedrun-fineweb."""
     module("data.fineweb")

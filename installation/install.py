@@ -103,6 +103,7 @@ for pin in sys.argv[1:]:
 # ----- installing -------------------------------------------------------------------------------------------
 
 def say(text):
+    """Print a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -214,6 +215,7 @@ def holder():
 
 
 def remove_venv():
+    """Remove the environment that a failed installation left. Failed if it is a link."""
     if VENV.is_symlink():
         raise Failed(f"{VENV} is a link: remove it, or set SPEEDRUN_PYTHON to the Python behind it")
     shutil.rmtree(VENV, ignore_errors=True)
@@ -288,10 +290,12 @@ def ready(kind):
 
 
 def ended(number, frame):
+    """Signal handler: SIGTERM and SIGHUP clean up as Ctrl-C does."""
     raise KeyboardInterrupt  # SIGTERM and SIGHUP clean up as Ctrl-C does
 
 
 def main(argv):
+    """Install what `run` or `test` needs, then start it."""
     kind, arguments = argv[0], argv[1:]
     if kind == "run":
         run.read(arguments)  # --help and a mistyped setting need no installation

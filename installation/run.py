@@ -103,6 +103,7 @@ def launch(command):
 
 
 def checkpoints(out):
+    """The checkpoints below a folder of runs."""
     return set(files.listed(out, "*/checkpoint.pt"))
 
 
@@ -114,6 +115,7 @@ def show(checkpoint):
 
 
 def main(argv):
+    """./run.sh: train with sensible defaults for this machine, then show text of the model."""
     options = read(argv)
     gpus = count_gpus()
     out = options.out if options.out is not None else ROOT / "runs"

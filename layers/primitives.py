@@ -14,20 +14,24 @@ from updates.views import Views
 
 
 def dtype(name):
+    """torch.dtype of a setting such as "bfloat16"."""
     return getattr(torch, name)
 
 
 # ----- parameters -------------------------------------------------------------------------------------------
 
 def normal(std):
+    """Initialiser: normal with mean 0."""
     return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
 def uniform(bound):
+    """Initialiser: uniform in [-bound, bound]."""
     return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
 
 
 def constant(value):
+    """Initialiser: one value."""
     return lambda tensor, generator: tensor.fill_(value)
 
 

@@ -123,4 +123,5 @@ def is_number(coef, value):
 
 
 def scaled(coef, x):
+    """coef * x, without a multiplication if coef is the number 1."""
     return x if is_number(coef, 1) else coef * x

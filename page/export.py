@@ -15,6 +15,7 @@ COLUMNS = ("run", "step", "tokens", "time_ms", "val_loss", "train_loss")
 
 
 def arguments(p):
+    """Options of `records export`."""
     p.add_argument("sources", nargs="+", metavar="SOURCE",
                    help="a checkpoint (safetensors), or run folders (csv)")
     p.add_argument("--to", required=True, choices=("safetensors", "csv"))
@@ -24,6 +25,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records export`: a checkpoint as safetensors, or curves as CSV."""
     if options.to == "csv":
         return export_csv(options)
     if len(options.sources) > 1:

@@ -109,6 +109,7 @@ def new_row(record):
 
 
 def read_effects():
+    """Rows of effects.csv: published worths of techniques, checked."""
     path = PUBLISHED / "effects.csv"
     rows = read_rows(path, ["effect", "n"])
     for line, row in enumerate(rows, 2):
@@ -122,6 +123,7 @@ def read_effects():
 
 
 def read_json(path):
+    """The value of a JSON file. UserError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -344,6 +346,7 @@ def order_of(site, ref):
 
 
 def is_variant(ref):
+    """True for records of the lineage of variants."""
     return ref.startswith(VARIANTS + "/")
 
 
@@ -353,6 +356,7 @@ def variants_of(site):
 
 
 def head(site, lineage="short"):
+    """The latest record of a lineage."""
     return [ref for ref in site["records"] if ref.startswith(lineage + "/")][-1]
 
 
@@ -371,6 +375,7 @@ def duration(minutes):
 
 
 def plural(n, word):
+    """"1 run", "2 runs"."""
     return f"{n} {word}{'' if n == 1 else 's'}"
 
 

@@ -71,6 +71,7 @@ def grid(x, y, days, low, high):
 
 
 def key(site, points):
+    """The legend of the history plot, as SVG."""
     out = (
         f'<text x="{RIGHT}" y="{TOP + 16}" text-anchor="end">published training time on 8 x H100, log '
         'axis</text>'

@@ -16,11 +16,13 @@ STALE = 3  # exit code of --check
 
 
 def arguments(p):
+    """Options of `records leaderboard`."""
     p.add_argument("--check", action="store_true",
                    help="write nothing; exit 3 if a generated file is not what the data gives")
 
 
 def run(options):
+    """`records leaderboard`: write the generated pages, or check that they are current."""
     return settle(build(), facts.ROOT, options.check)
 
 

@@ -98,6 +98,7 @@ def difference_text(m):
 
 
 def file_links(record, runs, claims):
+    """Markdown links to what lies in a record's folder."""
     folder = record.folder.relative_to(deltas.RECORDS).as_posix()
     links = [f"[delta]({folder}/record.toml)"]
     if (record.folder / "reference.csv").exists():

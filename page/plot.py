@@ -19,6 +19,7 @@ FORMATS = (".png", ".svg", ".pdf")
 
 
 def arguments(p):
+    """Options of `records plot`."""
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     p.add_argument("--x", choices=AXES, default="steps", help="axis (default steps)")
     p.add_argument("--train", action="store_true",
@@ -30,6 +31,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records plot`: draw the loss curves of runs."""
     print(f"plot: {plot(options.runs, options.out, options.x, options.train)}")
 
 
@@ -145,6 +147,7 @@ def draw(axes, lines: list[Line], x: str, train: bool) -> None:
 
 
 def target_of(curve: curves.Curve) -> float | None:
+    """The loss that a run is to reach."""
     return curves.flat(curve.start["settings"]).get("validation.target")
 
 

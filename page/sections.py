@@ -71,6 +71,7 @@ def summary(site):
 
 
 def history_table(site):
+    """The table of all published records, as HTML."""
     columns = ["record", ">date", ">published", "what", "by", "kind", ">steps", ">loss (runs)", "here"]
     rows = []
     for h in site["history"]:
@@ -226,6 +227,7 @@ def boards(site):
 
 
 def board(site, machine, entries):
+    """The table of runs of one machine, fastest first, as HTML."""
     entries = sorted(
         entries, key=lambda e: (list(SCALES).index(e["scale"]), facts.order_of(site, e["record"]), e["what"])
     )
@@ -278,6 +280,7 @@ def predict(site):
 
 
 def correlation_text(found):
+    """One sentence on a rank correlation and its interval."""
     n = len(found["points"])
     if found["rho"] is None:
         return f"{facts.plural(n, 'point')}: too few for a rank correlation."
@@ -311,7 +314,8 @@ def judge(found):
                 name if name in ("record", "verdict", "note") else ">" + name for name in referee.HEADS[track]
             ]
             out += folded(f"{escape(track)}: {len(rows)} entries, {len(counts['pass'])} pass, "
-                          f"{len(counts['miss'])} miss, the others cannot be told", f"<p>{escape(referee.sentence(track, counts))}</p>"
+                          f"{len(counts['miss'])} miss, the others cannot be told",
+                          f"<p>{escape(referee.sentence(track, counts))}</p>"
                           + table(columns, rows, referee.TITLES[track]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{facts.EVIDENCE / 'judge.json'}: not what `python -m records judge` writes now "

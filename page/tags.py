@@ -11,10 +11,12 @@ def number(x, digits=4, sign=False):
 
 
 def interval(low, high):
+    """"[low, high]", or nothing where it is unknown."""
     return "" if low is None else f"[{number(low, sign=True)}, {number(high, sign=True)}]"
 
 
 def chip(text, kind, title=""):
+    """A small label, as HTML."""
     hint = f' title="{escape(title)}"' if title else ""
     return f'<span class="chip {kind}"{hint}>{escape(text)}</span>'
 
@@ -25,6 +27,7 @@ def missing(text):
 
 
 def folded(summary, content):
+    """Content that a click unfolds, as HTML."""
     return f"<details><summary>{summary}</summary>{content}</details>"
 
 

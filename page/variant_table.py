@@ -21,6 +21,7 @@ def arguments(p):
 
 
 def run(options):
+    """`records variants`: print the table of variants as Markdown."""
     print(markdown(gather(), read_times(TIMES)))
     return 0
 
@@ -81,6 +82,7 @@ def markdown(site, times):
 
 
 def sizes(size, active):
+    """Parameters and active parameters, in millions."""
     return f"{size / 1e6:.0f} M, {active / 1e6:.0f} M"
 
 

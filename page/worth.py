@@ -47,6 +47,7 @@ def worth(site):
 
 
 def panel(site, scale):
+    """Measured and published worths of all techniques at one scale, as HTML."""
     rows = facts.techniques(site, scale)
     rest = [r for r in rows if not (r["added"] or r["today"])]
     out = sources(site, scale) + worth_table(site, [r for r in rows if r not in rest], scale)
@@ -117,6 +118,7 @@ def worth_table(site, rows, scale):
 
 
 def group_of(row):
+    """The group of the table that a technique's row belongs to."""
     measured = [row[c] for c in ("added", "today") if row[c]]
     if not measured:
         return "published"
@@ -135,6 +137,7 @@ def resolved_first(row):
 
 
 def worth_row(site, row, columns, ranks, unit):
+    """One technique's row of the table, as HTML."""
     kind, what = row["key"]
     path = (
         f" <code>{escape(what)}</code>" if kind == "path" else " the whole record" if kind == "record" else ""
@@ -242,11 +245,13 @@ def evidence(site):
         return missing("No sweep is committed yet.")
     return (
         "<p>Effect on loss is the arm's mean less its control's: in an ablation positive means that the "
-        "feature helps, in a chain negative means that the record helped.</p>" + "".join(map(sweep_details, site["sweeps"]))
+        "feature helps, in a chain negative means that the record helped.</p>"
+        + "".join(map(sweep_details, site["sweeps"]))
     )
 
 
 def sweep_details(s):
+    """All arms of a sweep, as HTML."""
     columns = [
         "arm", "changes", ">n", ">mean", ">sd", ">effect on loss", ">interval", ">p", "resolved", "current",
         "note"

@@ -88,7 +88,8 @@ def list_attempts(columns):
             print(f"{deltas.ATTEMPT + name:24} {'':10} {standing:14} {error}")
             continue
         left = f"{record.ref:24} {record.parent:10} {standing:14}"
-        print(f"{left} {record.title if columns is None else lines.clipped(record.title, columns - len(left) - 1)}")
+        title = record.title if columns is None else lines.clipped(record.title, columns - len(left) - 1)
+        print(f"{left} {title}")
 
 
 def show(options):
@@ -164,6 +165,7 @@ def diff(options):
 
 
 def setter(path, resolved):
+    """Which record or preset gave a setting its value, as a short note."""
     if resolved.preset and path in [
         line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]
     ]:
@@ -295,6 +297,7 @@ def parser(command=None):
 
 
 def main(argv=None):
+    """The `records` command."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)

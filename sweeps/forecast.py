@@ -33,6 +33,7 @@ def lines_before(plan: dict) -> list[str]:
 
 
 def data_line(plan: dict, s: Settings) -> str:
+    """One line on the shards of FineWeb that a sweep reads, with their size."""
     from data import fineweb
     settings = [resolve(plan, arm).settings for arm in plan["arms"]]
     need = max(fineweb.shards_needed(x) for x in settings)

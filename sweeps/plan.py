@@ -53,6 +53,7 @@ def compared_with(plan, arm):
 
 
 def is_inert(plan, arm):
+    """True if an arm computes what its control computes."""
     return arm["ml_hash"] == compared_with(plan, arm)["ml_hash"]
 
 
@@ -163,6 +164,7 @@ def add_group(plan, name, paths, members):
 
 
 def why_screening(plan, asked, groups):
+    """Why groups are, or are not, screened before their members."""
     total = sum(map(len, groups.values()))
     if plan["groups"]:
         return (

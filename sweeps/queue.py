@@ -63,6 +63,7 @@ def write_once(path, text):
 
 
 def read_json(path, remedy="move it away to have its target run again"):
+    """The value of a JSON file, None if it is absent. UserError if it is damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -136,10 +137,12 @@ def check_code(plan):
 # ----- targets ----------------------------------------------------------------------------------------------
 
 def name_of(arm, seed):
+    """The file name of an arm with a seed."""
     return f"{arm['ml_hash']}_s{seed}"
 
 
 def seeds_of(plan, arm):
+    """The seeds that an arm runs with."""
     return range(plan["controls"] if arm["role"] == "control" else plan["seeds"])
 
 
@@ -209,6 +212,7 @@ def born(pid):
 
 
 def identity():
+    """Who this process is, so that another worker can tell whether it still lives."""
     pid = os.getpid()
     return {"host": os.uname().nodename, "place": place(), "pid": pid, "born": born(pid)}
 
@@ -222,6 +226,7 @@ def server_time(root):
 
 
 def claim_path(root, target, number):
+    """The file that holds a target for one worker."""
     return Path(root) / "claims" / f"{target}.{number}"
 
 
@@ -270,6 +275,7 @@ def release(root, target, number):
 
 
 def utc():
+    """The present time in ISO form."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 

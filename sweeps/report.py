@@ -33,6 +33,7 @@ def runs_of(plan, arm, done):
 
 
 def losses(runs):
+    """Final losses of the runs that finished."""
     return [r["val_loss"] for r in runs if r["status"] == "finished"]
 
 
@@ -177,6 +178,7 @@ def row_of(plan, arm, found, done, failed, survivors, first):
 
 
 def brief(runs):
+    """What the report's JSON keeps of each run."""
     return [{k: r[k] for k in ("seed", "val_loss", "train_time_ms", "ml_hash", "last_hash")} |
             ({} if r["status"] == "finished" else {"status": r["status"]}) for r in runs]
 
@@ -251,6 +253,7 @@ def effect_text(row):
 # ----- output -----------------------------------------------------------------------------------------------
 
 def number(value, digits=4):
+    """A number with some digits, or nothing for None."""
     return "" if value is None else f"{value:.{digits}f}"
 
 
@@ -269,9 +272,11 @@ def headline(found):
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
     interim = "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
     part = "" if found["complete"] else interim
+    control = found["control"]
+    mean = f", mean {number(control['mean'])}" if control["n"] else ""
     return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on "
             f"{found['hardware']}{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = "
-            f"{found['control']['n']}{', mean ' + number(found['control']['mean']) if found['control']['n'] else ''}; {intervals}; {spread}{mde}.")
+            f"{control['n']}{mean}; {intervals}; {spread}{mde}.")
 
 
 def table(found):
@@ -297,6 +302,7 @@ def print_table(found, title=None):
 
 
 def markdown(found):
+    """The report as Markdown."""
     lines = [f"# {found['name']}", "", headline(found), "",
              "| # | arm | n | mean | effect | note |", "|--:|---|--:|--:|---|---|"]
     lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in table(found)]

@@ -303,12 +303,15 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
 
 
 def key_hash(kind, key):
+    """16 hex digits that name an artefact of the compiler."""
     return hashlib.sha256(f"{kind} {key}".encode()).hexdigest()[:16]
 
 
 def described(made_by):
+    """One line on what made a cache file."""
     return f"torch {made_by['torch']}, triton {made_by['triton']}, {made_by['device']}"
 
 
 def first_line(error):
+    """First line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 @lines.fitted()
 def print_plan(resolved):
+    """`--dry-run`: print what a run would do, from settings to memory."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
     name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
@@ -177,6 +178,7 @@ def held(s):
 
 
 def mib(size):
+    """Bytes as MiB."""
     return f"{size / 2**20:,.1f} MiB"
 
 
@@ -193,6 +195,7 @@ def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
 
 
 def span_text(span):
+    """A window size in words."""
     if span.blocks is None:
         return f"{span.tokens} tokens"
     blocks = f"{span.blocks} block" + ("s" if span.blocks > 1 else "")
@@ -205,6 +208,7 @@ def split(s):
 
 
 def windows_text(s, windows):
+    """The long and short window of a step in words."""
     if windows is None:
         return ""
     return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if split(s) else "")

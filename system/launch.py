@@ -171,6 +171,7 @@ def death(rank: int, number: int) -> str:
 
 
 def name_of(number: int) -> str:
+    """The name of a signal."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -178,11 +179,13 @@ def name_of(number: int) -> str:
 
 
 def say(line: str) -> None:
+    """Write a line to stderr, whatever becomes of it."""
     with contextlib.suppress(OSError):  # nobody reads it any more
         os.write(2, (line + "\n").encode())
 
 
 def main(argv: Sequence[str]) -> int:
+    """launch.py N PROGRAM: run a program as N processes. Returns the exit code."""
     if (
         len(argv) < 2 or not argv[0].isascii() or not argv[0].isdigit()
         or not 1 <= int(argv[0]) <= PROGRAM_MAX

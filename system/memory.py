@@ -125,6 +125,7 @@ def chunked(s):
 
 
 def with_system(s, **changes):
+    """Settings with some `system` fields replaced."""
     return dataclasses.replace(s, system=dataclasses.replace(s.system, **changes))
 
 

@@ -28,7 +28,7 @@ INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_p
 
 
 class HostRead(Exception):
-    pass
+    """Raised where a timed step reads a value from the device."""
 
 
 class Watch(TorchDispatchMode):
@@ -69,6 +69,7 @@ def no_host_reads(cuda, what):
 
 
 def complaint(error, what, operation):
+    """One line that names the operation that waits for the device."""
     own = [f for f in traceback.extract_tb(error.__traceback__) if is_own(Path(f.filename))]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"
     return (f"{what} waits for the device: {operation} in {where}; keep the number on the device, or know it beforehand, or "

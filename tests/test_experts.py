@@ -176,9 +176,9 @@ def test_the_layer_equals_a_loop_over_tokens(name, skew):
     counts = by_tokens(m, x)[1]
     assert m.router.stats[:8].tolist() == counts
     assert skew != "an_empty_expert" or (
-        counts[3] == 0 and not found["up"][3].any() and not found["down"][3].any()
+        counts[3] == 0 and not found["c_fc"][3].any() and not found["c_proj"][3].any()
     )
-    assert skew != "all_on_one" or (counts[5] == 88 and found["up"][5].any())
+    assert skew != "all_on_one" or (counts[5] == 88 and found["c_fc"][5].any())
 
 
 @pytest.mark.parametrize("skew", SKEWS)
@@ -673,7 +673,7 @@ def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_the
     train_step(optimizer, model, s, 1)
     first, second = (router.tokens_per_expert for router in model.routers())
     assert second[3] == 0 and (first > 0).all()
-    for kind in ("up", "down"):
+    for kind in ("c_fc", "c_proj"):
         stacks = [f"blocks.{i}.mlp.{kind}" for i in (1, 2)]
         moved = torch.cat([(model.get_parameter(name) != before[name]).flatten(1).any(1) for name in stacks])
         assert moved.tolist() == [True] * 11 + [update_idle_experts] + [True] * 4
@@ -790,7 +790,7 @@ BAD = [
     (["route_norm=true", "top_k=1"], "the router gets no gradient: switch it off"),
     (["num_expert_groups=3"], "groups = 3 does not divide 8 experts"),
     (["num_expert_groups=0"], "groups = 0"),
-    (["num_expert_groups=4", "num_limited_groups=5"], "must lie between 1 and groups = 4"),
+    (["num_expert_groups=4", "num_limited_groups=5"], "must lie between 1 and num_expert_groups = 4"),
     (["num_expert_groups=4", "num_limited_groups=1", "top_k=3"], "hold fewer than top_k = 3"),
     (["num_expert_groups=8", "num_limited_groups=2"], "a group needs two experts"),
     (["dense_layers=[0,1,2,3,4,5,6,7,8,9,10,11]"], "leaves no layer with experts"),
@@ -798,7 +798,7 @@ BAD = [
     (["dense_layers=[1,1]"], "names a layer twice"),
     (
         ["num_expert_groups=4", "num_limited_groups=2", "balance.rule=quantile"],
-        "choose rule proportional or sign, or set groups=1",
+        "choose rule proportional or sign, or set num_expert_groups=1",
     ),
     (["balance.freeze_frac=1"], "freeze_frac = 1.0: must lie in 0 <= x < 1"),
     (["balance.freeze_frac=-0.1"], "must lie in 0 <= x < 1"),
@@ -922,7 +922,7 @@ def share_of_gradients(path, sets, precision, flooded):
     model.initialise(0)
     parts = whole.state_dict()
     for i, m in model.mixtures():
-        for kind in ("up", "down"):
+        for kind in ("c_fc", "c_proj"):
             parts[f"blocks.{i}.mlp.{kind}"] = parts[f"blocks.{i}.mlp.{kind}"].chunk(m.world)[m.rank]
     model.load_state_dict(parts)
     for router in model.routers():

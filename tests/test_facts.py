@@ -50,7 +50,7 @@ def kind(name):
         return "head"
     if name.startswith(("embed.weight", "values.tables", "embed.positions")):
         return "table"
-    return "matrix" if last in ("qkvo", "up", "down") else "gate" if last == "gate" else "scalar"
+    return "matrix" if last in ("qkvo", "c_fc", "c_proj") else "gate" if last == "gate" else "scalar"
 
 
 # ----- storage and optimizer
@@ -122,7 +122,7 @@ def matrices(model):
         if name.endswith("qkvo"):
             yield from zip(p, (False, False, False, True))
         elif kind(name) == "matrix":
-            yield p, name.endswith("down")
+            yield p, name.endswith("c_proj")
 
 
 @pytest.mark.feature(record="ref")

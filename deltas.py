@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import renames
 import scales
 import settings
 from common import files
@@ -130,8 +131,9 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
             ref=f"{lineage}/{toml['id']}", title=toml["title"], parent=toml.get("parent"),
             date=str(toml["date"]), people=toml["people"], kind=toml["kind"], source=toml["source"],
             badge=toml.get("badge", "spec"), slug=slug, order=float(toml.get("order", 0) or toml["id"]),
-            delta=toml.get("delta", {}), published=toml.get("published", {}), notes=toml.get("notes", ""),
-            subsumed=toml.get("subsumed", ""), folder=path.parent, attempt=toml.get("attempt", ""))
+            delta=present_delta(toml.get("delta", {})), published=toml.get("published", {}),
+            notes=toml.get("notes", ""), subsumed=toml.get("subsumed", ""), folder=path.parent,
+            attempt=toml.get("attempt", ""))
     except KeyError as error:
         raise UserError(f"{path}: the line {error} is missing") from None
     except ValueError:
@@ -143,6 +145,17 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = '
                         '"retiming"')
     return record
+
+
+def present_delta(delta: dict[str, Any]) -> dict[str, Any]:
+    """A delta {path: value} under the present names of settings; attempts and claims may have former ones."""
+    present = {}
+    for path, value in delta.items():
+        new = renames.present_path(path)
+        if new in present:
+            raise UserError(f"[delta] sets {new} twice, as {path} too, its former name: keep one")
+        present[new] = renames.present_settings(value, path) if isinstance(value, dict) else value
+    return present
 
 
 def find_record(name: str) -> Record:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import renames
 from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
@@ -50,7 +51,7 @@ class Embedding(nn.Module):
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
         rows = padded_vocab(s) if tied else table_rows(s)
-        self.table = parameter(
+        self.weight = parameter(
             (rows, m.model_dim), n.table, role="lm_head" if tied else "embed", label="embed", init=init
         )
         self.positions = None
@@ -62,7 +63,7 @@ class Embedding(nn.Module):
         self.residual_dtype = dtype(n.residual)
 
     def forward(self, tokens, start=0):
-        x = F.embedding(tokens, self.table).to(self.residual_dtype)
+        x = F.embedding(tokens, self.weight).to(self.residual_dtype)
         if self.positions is not None:
             x = x + self.positions[start:start + tokens.size(1)].to(self.residual_dtype)
         return x if self.norm is None else self.norm(x)
@@ -106,7 +107,7 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
-        self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
+        self.sums, self.tokens_per_rank = m.head.loss_reduction == "sum", shape(s, 0).tokens_per_rank
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
@@ -215,14 +216,14 @@ class GPT(nn.Module):
         elif s.model.attn.value_embed:
             self.values = ValueEmbed(s, self.specs)
         self.norm = Norm(s)
-        self.head = Head(s)
+        self.lm_head = Head(s)
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
-        self.sees_all = not s.model.attn.documents and s.model.attn.window is None
+        self.sees_all = not s.model.attn.document_mask and s.model.attn.window is None
         self.followed = ()  # sizes that the long window has grown to, as the rotary tables have them
         self.scales = self.softmax_scales()
         self.compiled = False
-        self.recompute = s.system.recompute == "on"
+        self.recompute = s.system.activation_checkpoint == "on"
         self.passed = set()  # why faster attention backends were passed over
 
     def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None):
@@ -255,8 +256,8 @@ class GPT(nn.Module):
         x = stream.mix("out", len(self.blocks), x)
         x = self.norm(x).to(matmul_dtype)
         if targets is None:
-            return self.head(x, self.embed.table)
-        losses = self.head.losses(x, self.embed.table, targets, target_weights)
+            return self.lm_head(x, self.embed.weight)
+        losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights)
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
@@ -275,8 +276,8 @@ class GPT(nn.Module):
     def layer(self, i, x, stream, mix, context, cache, aux_losses):
         """Attention and MLP of layer i on the stream x (R, T, D).
 
-        Re-run by activation checkpointing (system.recompute), so it must be free of side effects; exceptions:
-        `cache`, and without recomputation `aux_losses` and layer 0's values.
+        Re-run by activation checkpointing (system.activation_checkpoint), so it must be free of side effects;
+        exceptions: `cache`, and without recomputation `aux_losses` and layer 0's values.
         """
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
         if block.attn is not None:
@@ -302,25 +303,25 @@ class GPT(nn.Module):
             )
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
-    def context(self, tokens, bos, windows, cached=False, most=None, longest=None):
+    def context(self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
         windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record
         31). One view serves all layers with the same span. cached: only the last token is new, the others lie
         in a cache. Made outside the compiled forward. None if every row is one document without a window.
-        most, longest: no more documents than this, and none of more tokens, if known without waiting for a
-        GPU.
+        max_docs, max_seqlen: upper bounds of the number of documents and of the tokens of one, known on the
+        host, so that nothing waits for the GPU.
         """
         a = self.settings.model.attn
         self.update_yarn(windows)
         if self.sees_all:
             return None
-        documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
+        documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.document_mask else None
         by_span, spans = {}, layer_spans(self.specs, windows)
         for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
             by_span[span] = (
-                (documents, window) if cached else self.view(tokens, documents, window, most, longest)
+                (documents, window) if cached else self.view(tokens, documents, window, max_docs, max_seqlen)
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, self.scales)]
@@ -359,7 +360,7 @@ class GPT(nn.Module):
             for spec in self.specs
         ]
 
-    def view(self, tokens, documents, window, most, longest):
+    def view(self, tokens, documents, window, max_docs, max_seqlen):
         """The prepared view of one window by the backend that system.attention asks for."""
         if tokens.is_meta:  # shapes only: attend does not look at it
             return attention.View("dense", None)
@@ -372,12 +373,12 @@ class GPT(nn.Module):
                 compiled=self.compiled, passed=self.passed
             )
             if self.training and s.data.loader == "packed":
-                longest = s.data.max_document
+                max_seqlen = s.data.max_doc_len
             elif backend not in attention.FLASH:  # the blocks of banded would depend on the text
-                longest = None
+                max_seqlen = None
             return attention.view(
                 documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
-                dtype=matmul_dtype, longest=longest, most=most
+                dtype=matmul_dtype, max_seqlen=max_seqlen, max_docs=max_docs
             )
         except ValueError as error:
             raise UserError(f"system.attention={s.system.attention}: {error}") from None
@@ -387,9 +388,10 @@ class GPT(nn.Module):
         """Fill every parameter and table. Values are drawn on the CPU in float32, so they are equal on all
         devices."""
         for name, p in self.named_parameters():
+            first_name = renames.first_parameter(name)
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
-                key = hashlib.sha256(f"{seed}/{name}/{p.first_part + i}".encode()).digest()
+                key = hashlib.sha256(f"{seed}/{first_name}/{p.first_part + i}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
                 values = init(torch.empty(target.shape, dtype=torch.float32), generator)
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
@@ -425,20 +427,20 @@ class GPT(nn.Module):
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
 
-    def expert_loads(self):
-        """{parameter name: (E,) rows of each of its experts in the step that was settled last}; views, so
-        that they stay right."""
+    def tokens_per_expert(self):
+        """{parameter name: (E,) tokens of each of its experts in the last whole step}; views, so that they
+        stay right."""
         out = {}
         for i, moe in self.mixtures():
-            mine = moe.router.load.view(moe.world, -1)[moe.rank]
-            out |= {f"blocks.{i}.mlp.up": mine, f"blocks.{i}.mlp.down": mine}
+            mine = moe.router.tokens_per_expert.view(moe.world, -1)[moe.rank]
+            out |= {f"blocks.{i}.mlp.c_fc": mine, f"blocks.{i}.mlp.c_proj": mine}
         return out
 
-    def whole_state(self):
+    def full_state_dict(self):
         """state_dict with all experts, on every process (collective with expert parallelism)."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         for i, moe in self.mixtures():
-            for name, p in (("up", moe.up), ("down", moe.down)) if moe.world > 1 else ():
+            for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)) if moe.world > 1 else ():
                 parts = [torch.empty_like(p) for _ in range(moe.world)]
                 dist.all_gather(parts, p.detach().contiguous())
                 state[f"blocks.{i}.mlp.{name}"] = torch.cat(parts).cpu()
@@ -448,12 +450,12 @@ class GPT(nn.Module):
 
     def sizes(self):
         """[(parameter, its elements on all processes together, those that one token meets)]."""
-        stacks = {id(p): moe for _, moe in self.mixtures() for p in (moe.up, moe.down)}
+        stacks = {id(p): moe for _, moe in self.mixtures() for p in (moe.c_fc, moe.c_proj)}
         out = []
         for p in self.parameters():
             moe = stacks.get(id(p))
             out.append((p, p.numel(), p.numel()) if moe is None else
-                       (p, p[0].numel() * moe.experts, p[0].numel() * moe.router.moe.top_k))
+                       (p, p[0].numel() * moe.num_experts, p[0].numel() * moe.router.moe.top_k))
         return out
 
     def num_parameters(self):

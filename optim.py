@@ -189,7 +189,7 @@ class Bank:
 
 def banks_of(model, s, plan, rules):
     """The banks of a model's parameters. plan: of the communication; rules: as RULES."""
-    found, loads = {}, model.expert_loads()
+    found, loads = {}, model.tokens_per_expert()
     for name, p in model.named_parameters():
         group = s.optim.group(p.role, p.label)
         rule = rules[group.rule](s, group)

@@ -76,7 +76,7 @@ class Hyper:
 LABELS = {  # role -> labels that may have settings of their own
     "embed": ("value_embed", "positions"),
     "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas"),
-    "matrix": ("qkvo", "latent", "gate", "mlp_up", "mlp_down", "expert_up", "expert_down")}
+    "matrix": ("qkvo", "latent", "gate", "c_fc", "c_proj", "expert_c_fc", "expert_c_proj")}
 
 
 @dataclass(frozen=True)
@@ -93,22 +93,23 @@ class Muon:
     lr: float = opt(0.018, "peak learning rate, which the schedule multiplies", least=0)
     momentum: float = opt(0.95, "decay mu of the momentum buffer; the update looks one step ahead "
                                 "(Nesterov)", least=0, below=1)
-    averaged: bool = opt(False, "momentum as a moving average: M <- mu M + (1-mu) g, update (1-mu) g + mu M "
-                                "(off: M <- mu M + g, update g + mu M). They differ while mu changes",
-                         off=False)
+    momentum_ema: bool = opt(False, "momentum as a moving average: M <- mu M + (1-mu) g, update (1-mu) g + "
+                                    "mu M (off: M <- mu M + g, update g + mu M). They differ while mu "
+                                    "changes", off=False)
     momentum_warmup: MomentumWarmup | None = opt(None, "momentum warm-up over the first steps")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
         "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
                 "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols))")
-    up_shape: Literal["out_in", "in_out"] = opt(
+    c_fc_orientation: Literal["out_in", "in_out"] = opt(
         "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
                   "as record 27 stores it")
     split_qkv: bool = opt(False, "separate orthogonalisation of q, k and v (off: as one 3d x d matrix)",
                           off=False)
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE, least=1, most=1000)
-    move_idle: bool = opt(False, "idle experts are updated too: an expert without tokens in a step moves by "
-                                 "its momentum, whose orthogonalised update is of full size (off: it stays)",
-                          off=False, needs="model.mlp.moe")
+    update_idle_experts: bool = opt(
+        False, "idle experts are updated too: an expert without tokens in a step moves by its momentum, "
+               "whose orthogonalised update is of full size (off: it stays)", off=False,
+        needs="model.mlp.moe")
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,11 @@ class Optim:
                                    needs="model.attn.latent")
     gate: MatrixLabel | None = opt(None, "own settings of the gates of the heads",
                                    needs="model.attn.gate")
-    mlp_up: MatrixLabel | None = opt(None, "own settings of the first matrix of the MLPs")
-    mlp_down: MatrixLabel | None = opt(None, "own settings of the second matrix of the MLPs")
-    expert_up: MatrixLabel | None = opt(None, "own settings of the first matrix of the experts",
+    c_fc: MatrixLabel | None = opt(None, "own settings of the first matrix of the MLPs")
+    c_proj: MatrixLabel | None = opt(None, "own settings of the second matrix of the MLPs")
+    expert_c_fc: MatrixLabel | None = opt(None, "own settings of the first matrix of the experts",
                                    needs="model.mlp.moe")
-    expert_down: MatrixLabel | None = opt(None, "own settings of the second matrix of the experts",
+    expert_c_proj: MatrixLabel | None = opt(None, "own settings of the second matrix of the experts",
                                    needs="model.mlp.moe")
     muon: Muon | None = opt(None, "Muon, in place of AdamW, for the block matrices")
     grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",

@@ -48,7 +48,8 @@ GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in flo
 def parser() -> arguments.Parser:
     """Options of sample.py."""
     p = arguments.Parser(prog="sample.py", description="Generate text from a checkpoint (KV cache).")
-    p.add_argument("checkpoint", help="checkpoint.pt of a run made with --save, or the run's folder")
+    p.add_argument("checkpoint",
+                   help="checkpoint.pt of a run made with --save-checkpoint, or the run's folder")
     prompt = p.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     prompt.add_argument(
@@ -94,12 +95,13 @@ def load(path):
     path = Path(path)
     if path.is_dir():
         if not (path / "checkpoint.pt").is_file():
-            raise UserError(f"{path}: a folder without checkpoint.pt; train with --save to get one")
+            raise UserError(f"{path}: a folder without checkpoint.pt; train with --save-checkpoint to get "
+                            "one")
         path = path / "checkpoint.pt"
     try:
         file = open(path, "rb")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train with --save to get one") from None
+        raise UserError(f"{path}: no such checkpoint; train with --save-checkpoint to get one") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     try:
@@ -110,8 +112,7 @@ def load(path):
                         "than tensors and plain values, and such code is not run") from None
     except Exception as error:  # torch.load raises many kinds for a file that is torn or of another kind
         raise UserError(f"{path}: not a checkpoint of this program, or torn ({type(error).__name__}): train "
-                        "again with --save"
-                        ) from None
+                        "again with --save-checkpoint") from None
     return build(saved, path)
 
 
@@ -119,6 +120,7 @@ def build(saved, path):
     """(model, tokenizer name) of what a checkpoint holds."""
     import torch
 
+    import renames
     import schema
     from model import GPT
 
@@ -134,7 +136,7 @@ def build(saved, path):
         s = dataclasses.replace(s, system=System())
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
-        model.load_state_dict(saved["model"])
+        model.load_state_dict(renames.present_parameters(saved["model"]))
     except (UserError, RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         why = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: written by another version of this program ({why}): sample with the code "

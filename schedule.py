@@ -35,7 +35,7 @@ class Shape:
     """
     tokens_per_rank: int
     seq_len: int  # tokens of a row: T
-    max_document: int | None  # longest document, where the loader cuts them
+    max_doc_len: int | None  # longest document, where the loader cuts them
     windows: Windows | None
 
 
@@ -50,7 +50,7 @@ class StepPlan:
     tokens_before: int  # of all steps before this one
     lr_factor: float  # multiplies every learning rate
     momentum: float  # Muon
-    moves_bias: bool  # of the routers, after the step
+    update_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
     # what happens once, at this step: "stage", the first step of a further stage
     events: tuple[str, ...] = ()
@@ -83,7 +83,7 @@ def muon_momentum(muon, step):
     return (1 - x) * muon.momentum_warmup.start + x * muon.momentum
 
 
-def moves_bias(s, step):
+def update_bias(s, step):
     """Does balancing move the biases of the routers after a step? Not over the last freeze_frac of a run."""
     moe = s.model.mlp.moe
     if moe is None or moe.balance is None:
@@ -185,7 +185,7 @@ def in_stage(value: int | tuple[int, ...], stage: int) -> int:
 def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     """The Shape of a step. stage: that of the step, if known."""
     tokens = in_stage(s.data.tokens_per_rank, stage_of(s, step) if stage is None else stage)
-    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_document, windows(s, step))
+    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_doc_len, windows(s, step))
 
 
 def largest_shape(s: Settings) -> Shape:
@@ -221,7 +221,7 @@ def plan(s: Settings) -> list[StepPlan]:
             tokens = LOGICAL_RANKS * of_step.tokens_per_rank
             events = ("stage",) if stage and i == steps.start else ()
             plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                                  muon_momentum(s.optim.muon, i), moves_bias(s, i), due(s, i), events))
+                                  muon_momentum(s.optim.muon, i), update_bias(s, i), due(s, i), events))
             before += tokens
     return plans
 

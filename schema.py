@@ -19,6 +19,7 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
+import renames
 import settings
 from common import arguments
 from common.errors import UserError, did_you_mean, near
@@ -84,6 +85,8 @@ def find_field(path: str) -> Field:
     """The field at a path, or a UserError with the paths that may be meant."""
     known = fields()
     if path not in known:
+        if (present := renames.present_path(path)) in known:
+            raise UserError(f"{path} is now called {present}: write that")
         raise UserError(f"unknown setting {path!r}{did_you_mean(nearest_settings(path))}; "
                         "`python -m records features` shows all")
     return known[path]
@@ -155,6 +158,8 @@ def section(f: Field, value: object, where: str) -> object:
     names = [x.name for x in dataclasses.fields(f.type)]
     for name in value:
         if name not in names:
+            if (present := renames.present_path(f"{f.path}.{name}")) in fields():
+                raise UserError(f"{where}: {f.path}.{name} is now called {present}: write that")
             raise UserError(f"{where}: {f.path} has no field {name!r}{near(name, names)}: it has "
                             + ", ".join(names))
     return f.type(**{k: typed(find_field(f"{f.path}.{k}"), v, where) for k, v in value.items()})
@@ -281,8 +286,13 @@ def plain(node: Any) -> dict[str, Any]:
     return dataclasses.asdict(node)
 
 
-def from_plain(values: dict[str, Any], cls: type = Settings) -> Any:
-    """Settings from the nested dicts that `plain` made (checkpoints, logs). An unknown name: UserError."""
+def from_plain(values: dict[str, Any]) -> Settings:
+    """Settings from the nested dicts that `plain` made (checkpoints, logs), now or under former names
+    (renames.py). An unknown name: UserError."""
+    return _from_plain(renames.present_settings(values), Settings)
+
+
+def _from_plain(values: dict[str, Any], cls: type) -> Any:
     unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise UserError(f"settings hold unknown names {sorted(unknown)}: written by another version")
@@ -292,7 +302,7 @@ def from_plain(values: dict[str, Any], cls: type = Settings) -> Any:
         if type(None) in typing.get_args(hint):
             hint = without_none(hint)
         section_is_on = dataclasses.is_dataclass(hint) and value is not None
-        out[name] = from_plain(value, hint) if section_is_on else tupled(value)
+        out[name] = _from_plain(value, hint) if section_is_on else tupled(value)
     return cls(**out)
 
 
@@ -305,7 +315,8 @@ def deviations(node: Any) -> dict[str, Any]:
     """Nested dicts of the values that differ from the defaults; an optional section that is on
     always appears.
 
-    Hashes are taken over this, so that a new field with a neutral default changes no existing hash.
+    Hashes are taken over this, under first names (renames.py), so that neither a new field with a neutral
+    default nor a new name changes an existing hash.
     """
     out = {}
     for f in dataclasses.fields(node):
@@ -325,14 +336,15 @@ def _hash(value: object) -> str:
 
 def ml_hash(s: Settings) -> str:
     """Identity of what a run computes (axes ml and numerics, without the target), 16 hex digits."""
-    tree = deviations(dataclasses.replace(s, validation=dataclasses.replace(s.validation, target=3.28)))
+    reached = dataclasses.replace(s, validation=dataclasses.replace(s.validation, target=3.28))
+    tree = renames.first_settings(deviations(reached))
     tree.pop("system", None)
     return _hash([settings.NUMERICS_VERSION, tree])
 
 
 def system_hash(s: Settings) -> str:
     """Identity of how a run is executed (axis system), 16 hex digits."""
-    return _hash(deviations(s).get("system", {}))
+    return _hash(renames.first_settings(deviations(s)).get("system", {}))
 
 
 def flat(s: Settings) -> dict[str, Any]:

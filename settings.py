@@ -68,19 +68,20 @@ class Yarn:
 class Rope:
     """Rotary position embedding (Su et al., arXiv 2104.09864) of the channel pairs (j, j + head_dim/2)."""
     base: float = opt(10000.0, "base of the frequencies base^(-2j/head_dim)", above=0)
-    half: bool = opt(False, "half-truncated rotary embedding (@YouJiacheng): the first half of the pairs "
-                            "rotates with frequencies base^(-j/(head_dim/4 - 1)), the other half does not "
-                            "rotate", off=False)
+    half_truncated: bool = opt(False, "half-truncated rotary embedding (@YouJiacheng): the first half of the "
+                                      "pairs rotates with frequencies base^(-j/(head_dim/4 - 1)), the other "
+                                      "half does not rotate", off=False)
     yarn: Yarn | None = opt(None, "YaRN: adapt the rotary frequencies and the attention scale when the long "
                                   "window grows", needs="model.attn.window.growth=stages")
 
     def check(self, s: "Settings") -> Iterator[str]:
         if rotary_dim(s) % 2:
-            yield (f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
-                   + ("model.attn.latent.turning" if s.model.attn.latent else "model.attn.num_heads"))
-        if self.half and head_dim(s) % 4:
-            yield (f"model.attn.rope.half needs a head_dim that is a multiple of 4, got {head_dim(s)}: "
-                   "change model.attn.num_heads or add --without model.attn.rope.half")
+            path = "model.attn.latent.qk_rope_head_dim" if s.model.attn.latent else "model.attn.num_heads"
+            yield f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change {path}"
+        if self.half_truncated and head_dim(s) % 4:
+            yield (f"model.attn.rope.half_truncated needs a head_dim that is a multiple of 4, got "
+                   f"{head_dim(s)}: change model.attn.num_heads or add --without "
+                   "model.attn.rope.half_truncated")
 
 
 @dataclass(frozen=True)
@@ -205,29 +206,30 @@ class Latent:
     The keys and values of all heads are projected from one narrow latent per token, so generation needs to
     cache only this latent and the rotary part of the keys, which all heads share.
     """
-    kv: int = opt(256, "width of the RMS-normed latent of keys and values (kv_lora_rank)", unit="channel",
-                  off=REFUSE, shrink="width", least=1)
-    query: int | None = opt(None, "width of the RMS-normed latent of the queries (q_lora_rank; off: queries "
-                                  "are projected straight from the residual stream)", unit="channel",
-                            shrink="width", least=1)
-    still: int = opt(96, "channels of a head's query and key without rotation (qk_nope_head_dim)",
-                     unit="channel", off=REFUSE, shrink="width", least=1)
-    turning: int = opt(32, "channels of a head's query and key with rotation (qk_rope_head_dim)",
-                       unit="channel", off=REFUSE, shrink="width", least=1)
-    value: int = opt(128, "width of a head's value (v_head_dim)", unit="channel", off=REFUSE, shrink="width",
-                     least=1)
+    kv_lora_rank: int = opt(256, "width of the RMS-normed latent of keys and values", unit="channel",
+                            off=REFUSE, shrink="width", least=1)
+    q_lora_rank: int | None = opt(None, "width of the RMS-normed latent of the queries (off: queries are "
+                                        "projected straight from the residual stream)", unit="channel",
+                                  shrink="width", least=1)
+    qk_nope_head_dim: int = opt(96, "channels of a head's query and key without rotation", unit="channel",
+                                off=REFUSE, shrink="width", least=1)
+    qk_rope_head_dim: int = opt(32, "channels of a head's query and key with rotation", unit="channel",
+                                off=REFUSE, shrink="width", least=1)
+    v_head_dim: int = opt(128, "width of a head's value", unit="channel", off=REFUSE, shrink="width", least=1)
 
     def check(self, s: "Settings") -> Iterator[str]:
         attn = s.model.attn
         if s.model.bias:
             yield "model.attn.latent has no bias vectors: set model.bias=false"
         if attn.rope is None:
-            yield "model.attn.latent gives positions to its turning part: it needs model.attn.rope"
-        elif attn.rope.half:
-            yield "model.attn.latent says itself which channels turn: add --without model.attn.rope.half"
-        if attn.value_embed is not None and attn.num_heads * self.value != s.model.model_dim:
+            yield "model.attn.latent gives positions to its rotary part: it needs model.attn.rope"
+        elif attn.rope.half_truncated:
+            yield ("model.attn.latent says itself which channels rotate: add --without "
+                   "model.attn.rope.half_truncated")
+        if attn.value_embed is not None and attn.num_heads * self.v_head_dim != s.model.model_dim:
             yield (f"model.attn.value_embed has {s.model.model_dim} channels, the values of "
-                   f"model.attn.latent have {attn.num_heads} x {self.value}: change model.attn.latent.value")
+                   f"model.attn.latent have {attn.num_heads} x {self.v_head_dim}: change "
+                   "model.attn.latent.v_head_dim")
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ class Attention:
     value_residual: ValueResidual | None = opt(
         None, "value residual: mix the values with those of the first block")
     value_embed: ValueEmbed | None = opt(None, "value embeddings: mix the values with rows of token tables")
-    documents: bool = opt(False, "document masking: a query sees only keys of its own document, which "
+    document_mask: bool = opt(False, "document masking: a query sees only keys of its own document, which "
                                  "begins with an end-of-text token", off=False)
     window: Window | None = opt(None, "sliding window: a query sees only the most recent keys")
     scale: float | None = opt(None, "softmax scale, which multiplies q.k (off: 1/sqrt of the width of a "
@@ -284,10 +286,10 @@ class Balance:
 
     def check(self, s: "Settings") -> Iterator[str]:
         moe, path = s.model.mlp.moe, "model.mlp.moe"
-        if self.rule == "quantile" and moe.groups_kept != moe.groups:
+        if self.rule == "quantile" and moe.num_limited_groups != moe.num_expert_groups:
             yield (f"{path}.balance.rule=quantile counts on every expert being open to every token, and "
-                   f"{path}.groups_kept = {moe.groups_kept} of {moe.groups} groups: choose rule proportional "
-                   "or sign, or set groups=1")
+                   f"{path}.num_limited_groups = {moe.num_limited_groups} of {moe.num_expert_groups} groups: "
+                   "choose rule proportional or sign, or set num_expert_groups=1")
 
 
 @dataclass(frozen=True)
@@ -298,22 +300,24 @@ class MoE:
     Every token goes through a shared MLP and through the top_k routed experts e with the best scores; no
     token is dropped: y = shared(x) + sum_e g_e expert_e(x), g_e the gate.
     """
-    experts: int = opt(8, "routed experts per layer", unit="expert", off=REFUSE, most=65536)
+    num_experts: int = opt(8, "routed experts per layer", unit="expert", off=REFUSE, most=65536)
     top_k: int = opt(1, "routed experts per token", unit="expert", off=REFUSE)
     hidden: int = opt(1536, "hidden width of a routed expert", unit="channel", off=REFUSE, shrink="width")
     shared: int = opt(1536, "hidden width of the shared expert; 0: none", unit="channel", off=REFUSE,
                       shrink="width")
-    score: Literal["sigmoid", "softmax"] = opt("sigmoid",
-        "scoring function of the router's logits. sigmoid: of each logit. softmax: over the experts")
-    normalise: bool = opt(False, "normalised gates: a token's gates are divided by their sum (not with "
-                                 "top_k 1, where the router would get no gradient)", off=False)
-    gate_scale: float = opt(1.0, "factor of the gates", above=0, most=1_000_000)
-    groups: int = opt(1, "groups of experts; a token may choose only from its best `groups_kept` groups (a "
-                         "group's score is the sum of its two best experts')", off=1)
-    groups_kept: int = opt(1, "groups from which a token may choose", off=REFUSE)
+    score_func: Literal["sigmoid", "softmax"] = opt(
+        "sigmoid", "scoring function of the router's logits. sigmoid: of each logit. softmax: over the "
+                   "experts")
+    route_norm: bool = opt(False, "normalised gates: a token's gates are divided by their sum (not with "
+                                  "top_k 1, where the router would get no gradient)", off=False)
+    route_scale: float = opt(1.0, "factor of the gates", above=0, most=1_000_000)
+    num_expert_groups: int = opt(1, "groups of experts; a token may choose only from its best "
+                                    "`num_limited_groups` groups (a group's score is the sum of its two best "
+                                    "experts')", off=1)
+    num_limited_groups: int = opt(1, "groups from which a token may choose", off=REFUSE)
     balance: Balance | None = opt(None, "load balancing by a bias on the choice of experts")
-    sequence_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)",
-                               off=0.0, least=0, most=1_000_000)
+    seq_aux_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)",
+                              off=0.0, least=0, most=1_000_000)
     z_loss: float = opt(0.0, "factor of the router z-loss, the squared logsumexp of the router's logits "
                              "(ST-MoE, arXiv 2202.08906)", off=0.0, least=0, most=1_000_000)
     dense_layers: tuple[int, ...] = opt((0,), "layers that keep a dense MLP", off=())
@@ -322,14 +326,14 @@ class MoE:
         path = "model.mlp.moe"
         if s.model.bias:
             yield f"{path} has no bias vectors: set model.bias=false"
-        if self.experts < 2 or not 1 <= self.top_k < self.experts:
-            yield (f"{path}.top_k = {self.top_k} of {path}.experts = {self.experts}: at least one must be "
-                   "chosen and one left")
+        if self.num_experts < 2 or not 1 <= self.top_k < self.num_experts:
+            yield (f"{path}.top_k = {self.top_k} of {path}.num_experts = {self.num_experts}: at least one "
+                   "must be chosen and one left")
         if self.hidden < 1 or self.shared < 0:
             yield (f"{path}.hidden = {self.hidden} and {path}.shared = {self.shared}: must be at least 1 and "
                    "0")
-        if self.normalise and self.top_k == 1:
-            yield (f"{path}.normalise with top_k = 1 makes every gate the same number, and the router gets "
+        if self.route_norm and self.top_k == 1:
+            yield (f"{path}.route_norm with top_k = 1 makes every gate the same number, and the router gets "
                    "no gradient: switch it off")
         yield from self.check_groups(path)
         yield from layer_faults(f"{path}.dense_layers", self.dense_layers, s)
@@ -337,16 +341,18 @@ class MoE:
             yield f"{path}.dense_layers leaves no layer with experts: leave one"
 
     def check_groups(self, path: str) -> Iterator[str]:
-        if self.groups < 1 or self.experts % self.groups:
-            yield f"{path}.groups = {self.groups} does not divide {self.experts} experts"
-        each = self.experts // self.groups
-        if not 1 <= self.groups_kept <= self.groups:
-            yield f"{path}.groups_kept = {self.groups_kept}: must lie between 1 and groups = {self.groups}"
-        if self.top_k > self.groups_kept * each:
-            yield (f"{path}.groups_kept = {self.groups_kept} groups of {each} hold fewer than top_k = "
-                   f"{self.top_k} experts")
-        if self.groups > 1 and each < 2:
-            yield f"{path}.groups = {self.groups}: a group needs two experts"
+        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+            yield (f"{path}.num_expert_groups = {self.num_expert_groups} does not divide {self.num_experts} "
+                   "experts")
+        each = self.num_experts // self.num_expert_groups
+        if not 1 <= self.num_limited_groups <= self.num_expert_groups:
+            yield (f"{path}.num_limited_groups = {self.num_limited_groups}: must lie between 1 and "
+                   f"num_expert_groups = {self.num_expert_groups}")
+        if self.top_k > self.num_limited_groups * each:
+            yield (f"{path}.num_limited_groups = {self.num_limited_groups} groups of {each} hold fewer than "
+                   f"top_k = {self.top_k} experts")
+        if self.num_expert_groups > 1 and each < 2:
+            yield f"{path}.num_expert_groups = {self.num_expert_groups}: a group needs two experts"
 
 
 @dataclass(frozen=True)
@@ -420,7 +426,7 @@ class Head:
     softcap: Softcap | None = opt(None, "logit soft cap")
     logit_scale: Literal["one", "rsqrt_dim"] = opt(
         "one", "factor of the logits before the soft cap. one: 1. rsqrt_dim: 1/sqrt(model_dim)")
-    train_loss: Literal["mean", "sum"] = opt(
+    loss_reduction: Literal["mean", "sum"] = opt(
         "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
@@ -500,11 +506,11 @@ class Data:
         "shuffled", "order of the tokens. shuffled: llm.c's shuffled slots. per_rank: in order, a position "
                     "per logical rank (the positions drift apart at shard ends). synced: in order, one "
                     "position for all ranks. bos_aligned: each rank starts at a document start. packed: "
-                    "whole documents, truncated to max_document")
+                    "whole documents, truncated to max_doc_len")
     switch_at_equal: bool = opt(False, "earlier shard switch: a shard ends one token earlier (records "
                                        "15-17)", off=False, needs="data.loader=per_rank")
-    max_document: int | None = opt(None, "maximum document length: longer documents are truncated",
-                                   unit="token", shrink="length", needs="data.loader=packed", least=1)
+    max_doc_len: int | None = opt(None, "maximum document length: longer documents are truncated",
+                                  unit="token", shrink="length", needs="data.loader=packed", least=1)
     tokens_per_rank: int | tuple[int, ...] = opt(
         65536, "tokens of one logical rank per step, or one number per stage; a step has eight logical ranks",
         unit="token", off=REFUSE, shrink="batch", least=1, most=2 ** 24)
@@ -531,8 +537,8 @@ class Data:
         if documents and self.seq_len != max(sizes):
             yield (f"data.loader={self.loader} needs one row per logical rank: set data.seq_len = "
                    f"data.tokens_per_rank = {max(sizes)}")
-        if self.loader == "packed" and self.max_document is None:
-            yield ("data.loader=packed needs data.max_document: set it to the longest piece of a document, "
+        if self.loader == "packed" and self.max_doc_len is None:
+            yield ("data.loader=packed needs data.max_doc_len: set it to the longest piece of a document, "
                    "like 2048")
 
 
@@ -587,7 +593,7 @@ class FP8Head:
 
 
 @dataclass(frozen=True)
-class FP8Down:
+class FP8CProj:
     """FP8 for the second product of the MLPs (c_proj) too, with delayed scales (record 89).
 
     A delayed scale is computed from an earlier maximum, so that an operand is read only once. Activations:
@@ -613,7 +619,7 @@ class FP8MLP:
     dtype `matmul`, and of the activations of one logical rank, so that the rounding of a token depends on all
     tokens of its rank. The backward pass uses the operands before the cast. Validation does not use FP8.
     """
-    down: FP8Down | None = opt(None, "FP8 for the second product too, with delayed scales")
+    c_proj: FP8CProj | None = opt(None, "FP8 for the second product too, with delayed scales")
 
     def check(self, s: "Settings") -> Iterator[str]:
         if s.model.bias:
@@ -693,17 +699,17 @@ def head_dim(s: Settings) -> int:
 def query_dim(s: Settings) -> int:
     """Width of a head's query and key."""
     latent = s.model.attn.latent
-    return latent.still + latent.turning if latent else head_dim(s)
+    return latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else head_dim(s)
 
 
 def value_dim(s: Settings) -> int:
     """Width of a head's value."""
-    return s.model.attn.latent.value if s.model.attn.latent else head_dim(s)
+    return s.model.attn.latent.v_head_dim if s.model.attn.latent else head_dim(s)
 
 
 def rotary_dim(s: Settings) -> int:
     """Channels of a head's query and key to which rotary positions apply."""
-    return s.model.attn.latent.turning if s.model.attn.latent else head_dim(s)
+    return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else head_dim(s)
 
 
 def padded_vocab(s: Settings) -> int:
@@ -781,6 +787,6 @@ def check_processes(s: Settings, processes: int) -> None:
     Every process calls this before init_process_group, so that the error is printed once.
     """
     moe = s.model.mlp.moe
-    if s.system.expert_parallel and moe.experts % processes:
-        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.experts} experts: "
-                        "change one of them")
+    if s.system.expert_parallel and moe.num_experts % processes:
+        raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.num_experts} "
+                        "experts: change one of them")

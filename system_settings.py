@@ -77,10 +77,10 @@ class System:
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "order of the sum over logical ranks. ordered: the eight logical gradients are summed "
                     "in one fixed binary tree, which gives the same bits on 1, 2, 4 and 8 processes")
-    ranks_per_forward: int = opt(0, "micro-batch: logical ranks in one forward pass. 0: on the CPU all "
+    ranks_per_microbatch: int = opt(0, "micro-batch: logical ranks in one forward pass. 0: on the CPU all "
                                     "ranks of the process, on CUDA as many as make 65,536 tokens, or fewer "
                                     "if they do not fit in memory (system/memory.py)")
-    recompute: Literal["auto", "on", "off"] = opt(
+    activation_checkpoint: Literal["auto", "on", "off"] = opt(
         "auto", "activation checkpointing: blocks keep no activations and run again in the backward pass. "
                 "auto: on CUDA, if the run does not fit in memory otherwise (system/memory.py)")
     warmup_steps: int = opt(-1, "untimed warm-up steps, whose effects are undone. -1: 3, and if compiled "
@@ -88,18 +88,19 @@ class System:
     warmup_tokens: Literal["random", "real"] = opt("random", "tokens of the untimed warm-up steps")
 
     def check(self, s: Any) -> Iterator[str]:
-        if self.ranks_per_forward not in (0, 1, 2, 4, 8):
-            yield f"system.ranks_per_forward = {self.ranks_per_forward}: must be 0 (automatic), 1, 2, 4 or 8"
+        if self.ranks_per_microbatch not in (0, 1, 2, 4, 8):
+            yield (f"system.ranks_per_microbatch = {self.ranks_per_microbatch}: must be 0 (automatic), 1, 2, "
+                   "4 or 8")
         if self.reduction == "ordered":
             yield from self.check_ordered()
         if self.expert_parallel and self.comm == "allreduce_updates":
             yield "system.expert_parallel keeps updates where they are: choose another system.comm"
-        if self.recompute == "on" and s.model.mlp.moe:
-            yield ("system.recompute=on would count the loads of the experts twice: leave it off with "
-                   "model.mlp.moe")
-        if self.recompute == "on" and not recomputable(s):
-            yield ("system.recompute=on would move delayed scales twice: leave it off with "
-                   "numerics.fp8_mlp.down")
+        if self.activation_checkpoint == "on" and s.model.mlp.moe:
+            yield ("system.activation_checkpoint=on would count the tokens per expert twice: leave it off "
+                   "with model.mlp.moe")
+        if self.activation_checkpoint == "on" and not recomputable(s):
+            yield ("system.activation_checkpoint=on would move delayed scales twice: leave it off with "
+                   "numerics.fp8_mlp.c_proj")
         if self.cuda_graphs and self.comm == "allreduce_updates":
             yield ("system.cuda_graphs does not capture communication: choose another system.comm than "
                    "allreduce_updates")
@@ -108,9 +109,9 @@ class System:
                    f"{self.warmup_steps} is too few")
 
     def check_ordered(self) -> Iterator[str]:
-        if self.ranks_per_forward not in (0, 1):
-            yield ("system.reduction=ordered sums logical ranks one by one: leave system.ranks_per_forward "
-                   "at 0 or 1")
+        if self.ranks_per_microbatch not in (0, 1):
+            yield ("system.reduction=ordered sums logical ranks one by one: leave "
+                   "system.ranks_per_microbatch at 0 or 1")
         if self.comm == "allreduce_updates":
             yield ("system.reduction=ordered does not go with system.comm=allreduce_updates: choose "
                    "replicated or sharded")
@@ -121,4 +122,4 @@ class System:
 
 def recomputable(s: Any) -> bool:
     """True if a block's forward pass has no side effects, so that activation checkpointing can repeat it."""
-    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.down") is None
+    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.c_proj") is None

@@ -64,7 +64,7 @@ from settings import LOGICAL_RANKS
 from system import compiler, load, memory, preflight, report, sinks
 from system.comm import communication
 from system.hooks import hooks_of, validating
-from system.microbatch import ranks_per_forward, validation_rows_at_once
+from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 from system.place import Place
 from system.run import Clock, Profiler, Progress, Run
 from system.world import World, lost_peer
@@ -145,8 +145,8 @@ def train(resolved: Resolved, options: Namespace) -> int:
                 log.start(about, schema.plain(resolved.settings))
                 run = Run(
                     s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
-                    ranks_per_microbatch=ranks_per_forward(s, len(world.ranks), world.cuda), interrupt=asked,
-                    cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
+                    ranks_per_microbatch=ranks_per_microbatch(s, len(world.ranks), world.cuda),
+                    interrupt=asked, cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
                     profiler=Profiler(world, log.folder if world.main else None, options.profile),
                     progress=Progress(world, s)
                 )
@@ -254,20 +254,20 @@ def train_step(
         inputs, targets: (ranks, rows, T) int64, and documents by rank, as to_rows gives them.
         before_reduction: called when the gradients are there and not yet reduced (in the warm-up only).
     """
-    model, optimizer, at_once = run.model, run.optimizer, run.ranks_per_microbatch
+    model, optimizer, microbatch = run.model, run.optimizer, run.ranks_per_microbatch
     # The gradients of all forwards and processes add up to the mean over the eight logical ranks of each
     # rank's mean loss, or with train_loss `sum` of each rank's summed loss.
-    share = at_once / LOGICAL_RANKS
-    if run.s.model.head.train_loss == "sum":
+    share = microbatch / LOGICAL_RANKS
+    if run.s.model.head.loss_reduction == "sum":
         share *= step_plan.shape.tokens_per_rank
-    losses, starts = [], range(0, len(inputs), at_once)
+    losses, starts = [], range(0, len(inputs), microbatch)
     for hook in run.hooks:
         hook.before_forwards(step_plan)
     for first in starts:
         optimizer.expect(last=first == starts[-1], launch=before_reduction is None, due=step_plan.due)
-        ranks = slice(first, first + at_once)
+        ranks = slice(first, first + microbatch)
         x, y = inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1)  # (R, T)
-        context = model.context(x, run.corpus.bos, step_plan.shape.windows, most=sum(documents[ranks]))
+        context = model.context(x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(documents[ranks]))
         loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
         optimizer.accumulate()
@@ -316,8 +316,8 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
     windows = schedule.validation_windows(run.s, step)
 
     def context(tokens, read):
-        longest = longest_document(read, run.corpus.bos)
-        return run.model.context(tokens, run.corpus.bos, windows, longest=longest)
+        max_seqlen = longest_document(read, run.corpus.bos)
+        return run.model.context(tokens, run.corpus.bos, windows, max_seqlen=max_seqlen)
 
     with validating(run.hooks):
         return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
@@ -384,7 +384,7 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         return INTERRUPTED if status == "interrupted" else DIVERGED
     if world.main:
         world.say(f"log: {log.folder}")
-    if options.save:
+    if options.save_checkpoint:
         report.save_checkpoint(run, resolved, results["val_loss"])
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")

@@ -26,7 +26,7 @@ from optim import Optimizer
 from report import Report, stop_in_order
 from settings import LOGICAL_RANKS
 from system.hooks import hooks_of
-from system.microbatch import ranks_per_forward
+from system.microbatch import ranks_per_microbatch
 from train_gpt import to_rows
 
 ALONE = SimpleNamespace(total=lambda tally: tally)  # a World of one process
@@ -48,19 +48,19 @@ class Case:
         self.optimizer, self.plan = Optimizer(self.model, s, compiled=self.compiled), schedule.plan(s)[0]
         self.hooks = hooks_of(self.model)
         self.corpus = corpus_for(scale, data)
-        self.at_once = ranks_per_forward(s, LOGICAL_RANKS, self.compiled)
+        self.microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, self.compiled)
         batch = Stream(self.corpus, ranks=range(8), **stream_arguments(s)).next()
         self.x, self.y, self.documents = to_rows(batch, s.data.seq_len, device, self.corpus.bos)
 
     def gradients(self):
         for hook in self.hooks:
             hook.before_forwards(self.plan)
-        for i in range(0, 8, self.at_once):
-            self.optimizer.expect(last=i + self.at_once == 8)
-            x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
-            most = sum(self.documents[i:i + self.at_once])
+        for i in range(0, 8, self.microbatch):
+            self.optimizer.expect(last=i + self.microbatch == 8)
+            x, y = self.x[i:i + self.microbatch].flatten(0, 1), self.y[i:i + self.microbatch].flatten(0, 1)
+            most = sum(self.documents[i:i + self.microbatch])
             self.forward(
-                x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)
+                x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, max_docs=most)
             ).mean().backward()
             self.optimizer.collect()
 
@@ -79,40 +79,40 @@ def layer_parts(case, repeats):
     """{part: ms} of all mixture layers together, on normed random input of a step's size; `plain` is the loop
     over experts."""
     layers = case.model.mixtures()
-    moe, forwards = layers[0][1], 8 // case.at_once
-    rows, length = case.x[:case.at_once].flatten(0, 1).shape
+    moe, forwards = layers[0][1], 8 // case.microbatch
+    rows, length = case.x[:case.microbatch].flatten(0, 1).shape
     matmul = getattr(torch, case.s.numerics.matmul)
     x = torch.randn(
         rows, length, case.s.model.model_dim, device=case.x.device, dtype=matmul, requires_grad=True
     )
     backend = experts.choose(
-        case.s.system.experts, x.device, matmul, (moe.up.size(1), moe.up.size(2)), case.compiled
+        case.s.system.experts, x.device, matmul, (moe.c_fc.size(1), moe.c_fc.size(2)), case.compiled
     )
     chosen, gates, _ = moe.router(x)
     gates = gates.detach().to(matmul).requires_grad_()
-    p = experts.plan(chosen, moe.experts, backend)
+    p = experts.plan(chosen, moe.num_experts, backend)
     sorted_rows = experts.gather(x.flatten(0, 1), p).detach().requires_grad_()
     done = moe.feed(sorted_rows, p).detach().requires_grad_()
     leaf = x.detach().flatten(0, 1).requires_grad_()
 
     def permute():
-        backward([experts.gather(leaf, experts.plan(chosen, moe.experts, backend))], [leaf])
+        backward([experts.gather(leaf, experts.plan(chosen, moe.num_experts, backend))], [leaf])
 
     def plain():
         y = torch.zeros_like(leaf)
-        for e in range(moe.experts):
+        for e in range(moe.num_experts):
             token, choice = (chosen == e).nonzero(as_tuple=True)
-            hidden = moe.activation(leaf[token] @ moe.up[e].to(matmul).mT)
-            y = y.index_add(0, token, (hidden @ moe.down[e].to(matmul).mT) * gates[token, choice, None])
-        backward([y], [leaf, gates, moe.up, moe.down])
+            hidden = moe.activation(leaf[token] @ moe.c_fc[e].to(matmul).mT)
+            y = y.index_add(0, token, (hidden @ moe.c_proj[e].to(matmul).mT) * gates[token, choice, None])
+        backward([y], [leaf, gates, moe.c_fc, moe.c_proj])
 
     def ours():
-        q = experts.plan(chosen, moe.experts, backend)
+        q = experts.plan(chosen, moe.num_experts, backend)
         y = experts.combine(moe.feed(experts.gather(leaf, q), q), gates, q)
-        backward([y], [leaf, gates, moe.up, moe.down])
+        backward([y], [leaf, gates, moe.c_fc, moe.c_proj])
 
     steps = {"route": lambda: backward([moe.router(x)[1]], [x, moe.router.weight]), "permute": permute,
-             "multiply": lambda: backward([moe.feed(sorted_rows, p)], [sorted_rows, moe.up, moe.down]),
+             "multiply": lambda: backward([moe.feed(sorted_rows, p)], [sorted_rows, moe.c_fc, moe.c_proj]),
              "combine": lambda: backward([experts.combine(done, gates, p)], [done, gates])}
     if moe.shared is not None:
         steps["shared"] = lambda: backward([moe.shared(x)], [x, *moe.shared.parameters()])

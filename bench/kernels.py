@@ -282,8 +282,8 @@ def attentions():
         s = deltas.resolve(ref).settings
         tokens, heads, width = s.data.seq_len, s.model.attn.num_heads, head_dim(s)
         rows = schedule.shape(s, 0).tokens_per_rank // tokens
-        longest = s.data.max_document if s.data.loader == "packed" else None
-        ids = some_documents(rows, tokens, longest) if s.model.attn.documents else None
+        longest = s.data.max_doc_len if s.data.loader == "packed" else None
+        ids = some_documents(rows, tokens, longest) if s.model.attn.document_mask else None
         q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))
         upstream = [tensor(rows, tokens, heads, width).detach()]
         for name, window in windows_of(s).items():
@@ -299,7 +299,7 @@ def attentions():
                     )
                     view = attention.view(
                         documents, window, backend, rows=rows, tokens=tokens, device=q.device, dtype=q.dtype,
-                        longest=longest
+                        max_seqlen=longest
                     )
                     return trained(lambda *t: attention.attend(*t, view), [q, k, v], upstream)
                 return Prepared(prepared)

@@ -31,9 +31,9 @@ from scales import SCALES
 from train_gpt import to_rows
 
 
-def record_step(ref, precision, compiled, at_once=8, sets=()):
-    """(one training step as a function, tokens per step) of a record at tiny scale, `at_once` logical ranks a
-    forward.
+def record_step(ref, precision, compiled, microbatch=8, sets=()):
+    """(one training step as a function, tokens per step) of a record at tiny scale, `microbatch` logical
+    ranks a forward.
 
     Real tokens (documents and so attention depend on them), at three quarters of the run, where windows are
     long.
@@ -51,9 +51,9 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     x, y, _ = to_rows(batch, s.data.seq_len, torch.device("cpu"), corpus.bos)
 
     def step():
-        for i in range(0, 8, at_once):
-            optimizer.expect(last=i + at_once == 8)
-            inputs, targets = x[i:i + at_once].flatten(0, 1), y[i:i + at_once].flatten(0, 1)
+        for i in range(0, 8, microbatch):
+            optimizer.expect(last=i + microbatch == 8)
+            inputs, targets = x[i:i + microbatch].flatten(0, 1), y[i:i + microbatch].flatten(0, 1)
             forward(inputs, targets, model.context(inputs, corpus.bos, plan.shape.windows)).mean().backward()
             optimizer.accumulate()
         optimizer.step(plan)
@@ -127,7 +127,7 @@ def main():
     jobs = [(f"tiny {ref}", tiny(ref), True) for ref in ("short/1", "short/5", "short/11")]
     jobs += [(f"tiny {ref}", tiny(ref), False) for ref in ("short/21", "short/33")]
     jobs += [(f"tiny, {name}", tiny("short/33", sets=sets), False) for name, sets in SHAPES.items()]
-    jobs += [("tiny short/11, one rank a forward", tiny("short/11", at_once=1), True),
+    jobs += [("tiny short/11, one rank a forward", tiny("short/11", microbatch=1), True),
              ("GPT-2-small block, 2 x 1024", block_step, True)]
     print(f"{'what':36} {'dtype':9} {'mode':9} {'ms':>8} {'tokens/s':>9} {'first s':>8} {'tiny run s':>10}")
     for name, make, all_modes in jobs:

@@ -56,7 +56,7 @@ def linear_cases(s):
 
 
 def fp8_linear_cases(s):
-    """e4m3 operands, as numerics.fp8_mlp.down asks: P in both precisions."""
+    """e4m3 operands, as numerics.fp8_mlp.c_proj asks: P in both precisions."""
     if capability(DEVICE) < FP8_SINCE:
         return
     d = s.model.model_dim

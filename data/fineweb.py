@@ -51,18 +51,18 @@ def shards_needed(s: Settings) -> int:
     about = stream.stream_arguments(s)
     if about["loader"] in stream.BY_DOCUMENT:
         read = LOGICAL_RANKS * document_tokens(
-            s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_document
+            s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_doc_len
         )
         # its last step is left out
         per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")
         need = -(-s.schedule.steps // max(1, per_shard))
     else:
-        about.pop("max_document")
+        about.pop("max_doc_len")
         need = stream.shards_needed([], steps=s.schedule.steps, **about | {"wrap": False})
     return min(need, TRAIN_SHARDS[REPO]) if s.data.wrap else need
 
 
-def document_tokens(loader: str, size: int, max_document: int | None) -> float:
+def document_tokens(loader: str, size: int, max_doc_len: int | None) -> float:
     """Expected tokens of FineWeb that one logical rank passes over to read `size` of them."""
     mu, sigma = math.log(MEDIAN_DOCUMENT), math.sqrt(2 * math.log(MEAN_DOCUMENT / MEDIAN_DOCUMENT))
 
@@ -74,7 +74,7 @@ def document_tokens(loader: str, size: int, max_document: int | None) -> float:
         z = (math.log(limit) - mu) / sigma
         return whole * NormalDist().cdf(z - k * sigma) + limit ** k * NormalDist().cdf(-z)
 
-    limit = max_document if loader == "packed" and max_document else math.inf
+    limit = max_doc_len if loader == "packed" and max_doc_len else math.inf
     skipped = moment(2, limit) / (2 * moment(1, limit))  # rest of the document in which a rank's tokens end
     return (size + skipped) * MEAN_DOCUMENT / moment(1, limit)
 

@@ -121,8 +121,8 @@ def permute(items, generator):
 class Shards:
     """The train shards of a corpus, each opened when it is first needed."""
 
-    def __init__(self, corpus, max_document=None):
-        self.corpus, self.longest, self.opened = corpus, max_document or max(corpus.train_tokens), {}
+    def __init__(self, corpus, max_doc_len=None):
+        self.corpus, self.longest, self.opened = corpus, max_doc_len or max(corpus.train_tokens), {}
 
     def __getitem__(self, index):
         if index not in self.opened:
@@ -182,8 +182,8 @@ def barren_reason(shards, loader, size):
             "data.loader=synced)"
         )
     return (f"{text}, of which {shard.kept[-1]} are left when each is cut at {shard.longest} "
-            "(data.max_document): tokenise the text as shorter documents (--separator), or raise "
-            "data.max_document")
+            "(data.max_doc_len): tokenise the text as shorter documents (--separator), or raise "
+            "data.max_doc_len")
 
 
 def aligned_step(shard, position, size):
@@ -258,11 +258,11 @@ def document_shards_needed(shards, steps, stream):
     return 1 + highest
 
 
-def require_shards(corpus, *, steps, max_document=None, **stream):
+def require_shards(corpus, *, steps, max_doc_len=None, **stream):
     """Number of shards a run reads; UserError before training if there are too few or they are too small."""
     step_tokens = LOGICAL_RANKS * max(itertools.islice(step_sizes(stream["tokens_per_rank"]), steps))
     have = len(corpus.train)
-    need = shards_needed(corpus.train_tokens, steps=steps, shards=Shards(corpus, max_document), **stream)
+    need = shards_needed(corpus.train_tokens, steps=steps, shards=Shards(corpus, max_doc_len), **stream)
     # a short rest that is not read is no harm
     for path, length in list(zip(corpus.train, corpus.train_tokens))[:need]:
         if length < step_tokens + 2 and stream["loader"] in BY_POSITION:
@@ -284,7 +284,7 @@ def stream_arguments(s):
     d = s.data
     return dict(
         loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap,
-        first_batch_twice=d.first_batch_twice, switch_at_equal=d.switch_at_equal, max_document=d.max_document
+        first_batch_twice=d.first_batch_twice, switch_at_equal=d.switch_at_equal, max_doc_len=d.max_doc_len
     )
 
 
@@ -298,9 +298,9 @@ class Stream:
     the first).
     """
 
-    def __init__(self, corpus, *, ranks, tokens_per_rank, loader, wrap, max_document=None, **stream):
+    def __init__(self, corpus, *, ranks, tokens_per_rank, loader, wrap, max_doc_len=None, **stream):
         self.corpus, self.ranks, self.sizes = corpus, ranks, step_sizes(tokens_per_rank)
-        self.shards = Shards(corpus, max_document)
+        self.shards = Shards(corpus, max_doc_len)
         about = dict(loader=loader, tokens_per_rank=tokens_per_rank, wrap=wrap)
         if loader in BY_DOCUMENT:
             self.steps = document_steps(self.shards, **about)

@@ -13,6 +13,7 @@ import re
 import tomllib
 
 import deltas
+import renames
 import schema
 import runlog
 import scales
@@ -59,7 +60,9 @@ def check_arm(found, name, arm):
 
 
 def differing(a, b, prefix=""):
-    """Paths at which two nested dicts differ."""
+    """Paths at which two nested dicts of settings differ, whichever names they were written under."""
+    if not prefix and isinstance(a, dict) and isinstance(b, dict):
+        a, b = renames.present_settings(a), renames.present_settings(b)
     if not (isinstance(a, dict) and isinstance(b, dict)):
         return [] if a == b else [prefix or "."]
     return [
@@ -98,10 +101,10 @@ def resolve_here(record, scale, changes):
     """Settings of a record with the changes of a command line, as this checkout resolves them."""
     given = collections.defaultdict(list)
     for change in changes:
-        flag, _, value = change.partition(" ")
+        flag = change.partition(" ")[0]
         if flag not in FLAGS:
             raise UserError(f"unknown change {change!r}")
-        given[FLAGS[flag]].append(value)
+        given[FLAGS[flag]].append(renames.present_change(change).partition(" ")[2])
     return deltas.resolve(record.ref, scale=scale, **given).settings
 
 
@@ -113,7 +116,7 @@ def resolve_carried(record, scale, changes):
     s = scales.scaled(deltas.replay(deltas.chain(record), set())[0], scale)
     named = []
     for change in changes:
-        flag, _, text = change.partition(" ")
+        flag, _, text = renames.present_change(change).partition(" ")
         if flag != "--set":
             raise UserError(f"{change}: a new record is claimed as it is, put this into its delta")
         path, value = schema.parse_assignment(text, "--set")

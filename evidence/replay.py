@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from common import arguments as numbers, environment, files
+import renames
 import runlog
 from evidence import arms, compare, textlog, verify
 from common.errors import UserError
@@ -121,12 +122,16 @@ def read_text(path):
 
 # ----- running it again -------------------------------------------------------------------------------------
 
-def arguments_of(start):
-    """The trainer's arguments behind a start event: a frozen preset by name, else record,
-    changes and scale."""
+def arguments_of(start, place):
+    """The trainer's arguments behind a start event: a frozen preset by name, otherwise record, changes and
+    scale.
+
+    place: the folder of the code that gets them. The present code knows settings by their present names.
+    """
     if start["preset"]:
         return [start["preset"]]
-    changes = [word for change in start["changes"] for word in change.split(" ", 1)]
+    named = map(renames.present_change, start["changes"]) if place == arms.ROOT else start["changes"]
+    changes = [word for change in named for word in change.split(" ", 1)]
     return [start["record"], *changes, "--scale", start["scale"]]
 
 
@@ -144,7 +149,7 @@ def find_code(start, name):
             words = f"the code of {commit[:12]}"
         except UserError:
             why = f"its commit {commit[:12]} is not in this repository"
-    found = arms.resolve(place, arguments_of(start), str(name))
+    found = arms.resolve(place, arguments_of(start, place), str(name))
     if found["ml_hash"] != start["ml_hash"]:
         raise UserError(
             f"{name}: {words} resolves {start['record']} to ml_hash {found['ml_hash']}, the log says "
@@ -171,7 +176,8 @@ def rerun(start, place, out, data, name):
     else:
         variables |= {"CUDA_VISIBLE_DEVICES": ",".join(g["uuid"] for g in arms.free_gpus(processes))}
     data = compare.locate({"data": None, "scale": start["scale"]}, data)
-    arm = {"kind": "record", "text": str(name), "argv": arguments_of(start), "ml_hash": start["ml_hash"]}
+    arm = {"kind": "record", "text": str(name), "argv": arguments_of(start, place),
+           "ml_hash": start["ml_hash"]}
 
     def check_data():
         for path in files.listed(out, "*/run.jsonl"):

@@ -22,6 +22,7 @@ from pathlib import Path
 from common import arguments as numbers
 import deltas
 from common import files
+import renames
 import runlog
 from evidence import claim_laws, compare, manifest, provenance, textlog, writeup
 from evidence.provenance import last_ml
@@ -393,7 +394,8 @@ def parity(new, old):
     worst: over all parameters, relative to the gradient's norm (at least FLOOR of the largest one). median:
     relative to each one's own norm, so that small gradients have a say as well.
     """
-    a, b = new["gradients"], old["gradients"]
+    # the two arms may be commits that name parameters differently
+    a, b = (renames.present_parameters(probe["gradients"]) for probe in (new, old))
     out = {"loss": abs(new["loss"] - old["loss"]) / abs(old["loss"])}
     odd = sorted(set(a) ^ set(b))
     if odd or not a:

@@ -42,7 +42,7 @@ def read(argv):
 
 def complete(argv, options, gpus):
     """The trainer's arguments: argv, and where they are missing a record, a scale,
-    a place for the run and --save.
+    a place for the run and --save-checkpoint.
 
     options: argv as `read` gives it.
     """
@@ -54,8 +54,8 @@ def complete(argv, options, gpus):
         added += ["--scale", "tiny"]
     if options.out is None and Path.cwd() != ROOT:
         added += ["--out", str(ROOT / "runs")]
-    if not (options.save or options.plan):
-        added += ["--save"]
+    if not (options.save_checkpoint or options.plan):
+        added += ["--save-checkpoint"]
     return [*argv, *added]
 
 

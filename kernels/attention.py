@@ -167,18 +167,18 @@ def refusal(backend, device, window, requires_grad, dtype, compiled):
 
 # ----- preparing and attending ------------------------------------------------------------------------------
 
-def view(
-    documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, longest=None, most=None
-):
+def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=None, max_seqlen=None,
+         max_docs=None):
     """Prepare attention for one forward pass, outside what is compiled.
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`,
     `tokens` and `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts
     them in every layer).
-    longest: promise that no document has more tokens; banded looks no further back and checks it (ValueError,
-    on CUDA an assertion of the device); FlashAttention starts a block for each part of it in every document.
-    most: promise that there are no more documents, counted by whoever still has the tokens on the host:
-    varlen need not wait for the GPU to count them, and checks it likewise.
+    max_seqlen: upper bound of the tokens of a document; banded looks no further back and checks it
+    (ValueError, on CUDA an assertion of the device); FlashAttention starts a block for each part of it in
+    every document.
+    max_docs: upper bound of the number of documents, known on the host, so that varlen need not wait for the
+    GPU to count them; it is checked likewise.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -188,8 +188,8 @@ def view(
             raise ValueError(f"attention backend {backend} {why}")
     window = binding(window, tokens)
     if backend in FLASH:
-        return View(backend, prepare_varlen(documents, window, rows, tokens, device, longest, most))
-    return View(backend, PREPARE[backend](documents, window, rows, tokens, device, dtype, longest))
+        return View(backend, prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs))
+    return View(backend, PREPARE[backend](documents, window, rows, tokens, device, dtype, max_seqlen))
 
 
 def attend(q, k, v, view=None, scale=None):
@@ -281,7 +281,7 @@ def document_lengths(starts, total):
     return torch.diff(starts, append=starts.new_tensor([total]))
 
 
-def check_longest(documents, promised):
+def check_max_seqlen(documents, promised):
     """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an
     assertion there."""
     tokens = documents.size(1)
@@ -292,11 +292,11 @@ def check_longest(documents, promised):
     if documents.is_cuda:
         torch._assert_async(~broken)
     elif broken:
-        longest = int(document_lengths(document_starts(documents), documents.numel()).max())
-        raise ValueError(f"a document of {longest} tokens where none should have more than {promised}")
+        max_seqlen = int(document_lengths(document_starts(documents), documents.numel()).max())
+        raise ValueError(f"a document of {max_seqlen} tokens where none should have more than {promised}")
 
 
-def check_most(first, promised):
+def check_max_docs(first, promised):
     """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there
     are more: some would see each other. On CUDA, which is not waited for, an assertion there."""
     if first.is_cuda:
@@ -308,7 +308,7 @@ def check_most(first, promised):
 
 # ----- dense ------------------------------------------------------------------------------------------------
 
-def prepare_dense(documents, window, rows, tokens, device, dtype, longest, origin=None):
+def prepare_dense(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
     """Mask (R or 1, 1, T, T), or None for plain causal attention. origin: as in prepare_banded."""
     if documents is None and window == CAUSAL:
         return None
@@ -341,12 +341,12 @@ def block_width(far):
     return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
 
 
-def prepare_banded(documents, window, rows, tokens, device, dtype, longest, origin=None):
+def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
     """origin: (R,) position of the first token of each row, for block windows in rows that are documents."""
     far = reach(window, tokens)
-    if documents is not None and longest is not None:
-        check_longest(documents, longest)
-        far = min(far, longest - 1)
+    if documents is not None and max_seqlen is not None:
+        check_max_seqlen(documents, max_seqlen)
+        far = min(far, max_seqlen - 1)
     width = min(block_width(far), round_up(tokens, UNIT))
     count, span = -(-tokens // width), round_up(width + far, UNIT)
     end = torch.arange(1, count + 1, device=device)[:, None, None] * width
@@ -392,7 +392,7 @@ class Pack(NamedTuple):
     batches: list
 
 
-def prepare_documents(documents, window, rows, tokens, device, dtype, longest):
+def prepare_documents(documents, window, rows, tokens, device, dtype, max_seqlen):
     if documents is None:
         documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
     starts = document_starts(documents)
@@ -437,7 +437,7 @@ def attend_documents(q, k, v, pack, scale):
 
 # ----- FlexAttention ----------------------------------------------------------------------------------------
 
-def prepare_flex(documents, window, rows, tokens, device, dtype, longest):
+def prepare_flex(documents, window, rows, tokens, device, dtype, max_seqlen):
     """Block mask from the first and last document of each tile: no (T, T) mask is ever made.
 
     The limits of the window are tensors, so that another window compiles nothing.
@@ -500,27 +500,27 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 
 class Varlen(NamedTuple):
     # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
-    ends: torch.Tensor
-    longest: int  # or more; of `traceable` a CPU tensor (1,) int64
+    cu_seqlens: torch.Tensor
+    max_seqlen: int  # or more; of `traceable` a CPU tensor (1,) int64
     # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
     window: tuple
 
 
-def prepare_varlen(documents, window, rows, tokens, device, longest, most):
+def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
     """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler
     sees stay."""
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
-        longest, most = tokens, rows
+        max_seqlen, max_docs = tokens, rows
     else:
-        first, longest = begins_document(documents), min(tokens, longest or tokens)
-    most = int(first.sum()) if most is None else check_most(first, most)
-    room = max(-(-(total // 300 + 1) // 128) * 128, power_of_two(most + 1))
+        first, max_seqlen = begins_document(documents), min(tokens, max_seqlen or tokens)
+    max_docs = int(first.sum()) if max_docs is None else check_max_docs(first, max_docs)
+    room = max(-(-(total // 300 + 1) // 128) * 128, power_of_two(max_docs + 1))
     # the i-th document begins where i have begun
     number = torch.arange(1, room + 1, dtype=torch.int32, device=device)
-    ends = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)
-    return Varlen(ends, longest, (-1 if window.tokens is None else window.tokens - 1, 0))
+    cu_seqlens = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)
+    return Varlen(cu_seqlens, max_seqlen, (-1 if window.tokens is None else window.tokens - 1, 0))
 
 
 def traceable(views, scale, width):
@@ -539,11 +539,13 @@ def traceable(views, scale, width):
     if not plans or len(plans) < sum(view is not None for view in views):
         return views, scale
     scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
-    ends, longest, plans = (
-        plans[0].ends, torch.tensor([plans[0].longest]), [view and view.plan for view in views]
+    cu_seqlens, max_seqlen, plans = (
+        plans[0].cu_seqlens, torch.tensor([plans[0].max_seqlen]), [view and view.plan for view in views]
     )
-    return [plan and View(view.backend, Varlen(ends, longest, (torch.tensor(plan.window[:1]), scale)))
-            for view, plan in zip(views, plans)], None
+    return [
+        plan and View(view.backend, Varlen(cu_seqlens, max_seqlen, (torch.tensor(plan.window[:1]), scale)))
+        for view, plan in zip(views, plans)
+    ], None
 
 
 def attend_varlen(q, k, v, plan, scale):
@@ -553,12 +555,11 @@ def attend_varlen(q, k, v, plan, scale):
     widest = max(width, value)  # FlashAttention wants one width; what zeros add is cut off again
     q, k, v = (F.pad(x.flatten(0, 1), (0, widest - x.size(-1))) for x in (q, k, v))
     if isinstance(plan.window[0], torch.Tensor):
-        y = varlen_op(q, k, v, plan.ends, plan.longest, *plan.window)[0]
+        y = varlen_op(q, k, v, plan.cu_seqlens, plan.max_seqlen, *plan.window)[0]
     else:
         scale = 1 / math.sqrt(width) if scale is None else scale
-        y = varlen_attn(
-            q, k, v, plan.ends, plan.ends, plan.longest, plan.longest, scale=scale, window_size=plan.window
-        )
+        lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+        y = varlen_attn(q, k, v, *lengths, scale=scale, window_size=plan.window)
     return y.unflatten(0, (rows, tokens))[..., :value]
 
 
@@ -569,29 +570,32 @@ def torchs_varlen():
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
 
-def varlen(q, k, v, ends, longest, left, scale):
+def varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
     """(y like q, log-sum-exp (H, N) float32, random state) of N tokens (N, H, K)."""
-    left, longest = int(left), int(longest)
-    return torchs_varlen()[0](q, k, v, ends, ends, longest, longest, left < 0, float(scale), [left, 0])
+    left, max_seqlen = int(left), int(max_seqlen)
+    run = torchs_varlen()[0]
+    return run(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, float(scale), [left, 0])
 
 
-def varlen_gradient(g, q, k, v, ends, longest, left, scale, y, lse, state):
-    left, longest = int(left), int(longest)
+def varlen_gradient(g, q, k, v, cu_seqlens, max_seqlen, left, scale, y, lse, state):
+    left, max_seqlen = int(left), int(max_seqlen)
     run = torchs_varlen()[1]
-    return run(g, q, k, v, y, lse, ends, ends, longest, longest, left < 0, state, float(scale), [left, 0])
+    return run(g, q, k, v, y, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, state,
+               float(scale), [left, 0])
 
 
 varlen_op = torch.library.custom_op(
     "speedrun::varlen", varlen, mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor ends, Tensor longest, Tensor left, Tensor scale) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor max_seqlen, Tensor left, Tensor scale) "
+           "-> (Tensor, Tensor, Tensor)")
 varlen_gradient_op = torch.library.custom_op(
     "speedrun::varlen_gradient", varlen_gradient, mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor ends, Tensor longest, Tensor left, Tensor scale, Tensor y, "
-           "Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor max_seqlen, Tensor left, "
+           "Tensor scale, Tensor y, Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
 
 
 @varlen_op.register_fake
-def varlen_shape(q, k, v, ends, longest, left, scale):
+def varlen_shape(q, k, v, cu_seqlens, max_seqlen, left, scale):
     lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 

@@ -29,7 +29,7 @@ class FP8MLP(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.down, shape(s, 0).tokens_per_rank
+        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.c_proj, shape(s, 0).tokens_per_rank
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
         if self.delayed is not None:
             ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
@@ -38,24 +38,24 @@ class FP8MLP(nn.Module):
             self.register_buffer("following", torch.ones(()), persistent=False)
             self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x, up, down):
+    def forward(self, x, c_fc, c_proj):
         """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D)."""
         rows = x.flatten(0, 1)
         parts = max(1, len(rows) // self.tokens_per_rank)
         scales = None if self.delayed is None else (self.activation[:parts], self.weight)
-        y, largest = fp8_mlp(rows, up.to(x.dtype), down.to(x.dtype), parts, scales, self.fused)
+        y, largest = fp8_mlp(rows, c_fc.to(x.dtype), c_proj.to(x.dtype), parts, scales, self.fused)
         if self.delayed is not None:
             new = largest.clamp(min=LEAST) * (self.delayed.activation / 448)
             self.activation.copy_(torch.cat([self.activation[parts:], new]))
         return y.view(x.shape)
 
     @torch.no_grad()
-    def refresh(self, down):
+    def refresh(self, c_proj):
         """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first,
         now."""
         if self.delayed is None:
             return
-        largest = torch.linalg.vector_norm(down, math.inf).to(self.dtype).clamp(min=LEAST)
+        largest = torch.linalg.vector_norm(c_proj, math.inf).to(self.dtype).clamp(min=LEAST)
         exact = (largest / 448).float()
         self.weight.copy_(torch.where(self.refreshes <= self.delayed.exact_steps, exact, self.following))
         self.following.copy_(largest.float() * (self.delayed.weight / 448))

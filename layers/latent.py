@@ -38,12 +38,12 @@ class LatentAttention(Attention):
 
         # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv,
         # W_o
-        self.q_down = matrix(latent.query, d) if latent.query else None
-        self.q = matrix(spec.heads * spec.qk, latent.query or d)
-        self.kv_down = matrix(latent.kv, d)
-        self.k_turning = matrix(self.qk_rope, d)
-        self.k_up = matrix(spec.heads * self.qk_nope, latent.kv)
-        self.v_up = matrix(spec.heads * spec.v, latent.kv)
+        self.q_down = matrix(latent.q_lora_rank, d) if latent.q_lora_rank else None
+        self.q = matrix(spec.heads * spec.qk, latent.q_lora_rank or d)
+        self.kv_down = matrix(latent.kv_lora_rank, d)
+        self.k_rope = matrix(self.qk_rope, d)
+        self.k_up = matrix(spec.heads * self.qk_nope, latent.kv_lora_rank)
+        self.v_up = matrix(spec.heads * spec.v, latent.kv_lora_rank)
         self.o = matrix(d, spec.heads * spec.v, projection=True)
         self.common_parts(s, spec)
 
@@ -71,7 +71,7 @@ class LatentAttention(Attention):
         before norm and rotation."""
         q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
         q = linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
-        down = linear(x, torch.cat([self.kv_down, self.k_turning]))
+        down = linear(x, torch.cat([self.kv_down, self.k_rope]))
         c, k_rope = down.split([len(self.kv_down), self.qk_rope], dim=-1)
         return q, rms_norm(c, self.eps, self.norm_dtype), k_rope[:, :, None]
 

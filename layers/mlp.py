@@ -11,7 +11,7 @@ from updates import views
 
 
 class MLP(nn.Module):
-    """W_down phi(W_up x), hidden width F."""
+    """W_proj phi(W_fc x), hidden width F."""
 
     ACTIVATIONS = {
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
@@ -21,14 +21,14 @@ class MLP(nn.Module):
     def __init__(self, s: Settings, hidden: int):
         super().__init__()
         d, f, n = s.model.model_dim, hidden, s.numerics
-        self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", views=views.mlp_up(s),
+        self.c_fc = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
                             init=linear_init(s, d, projection=False))
-        self.down = parameter((d, f), n.matrix, role="matrix", label="mlp_down",
+        self.c_proj = parameter((d, f), n.matrix, role="matrix", label="c_proj",
                               init=linear_init(s, f, projection=True))
-        self.up_bias = self.down_bias = None
+        self.c_fc_bias = self.c_proj_bias = None
         if s.model.bias:
-            self.up_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
-            self.down_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.c_fc_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.c_proj_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
         self.activation, self.fused = (
             self.ACTIVATIONS[s.model.mlp.activation],
             s.system.kernels.mlp == "triton",
@@ -37,7 +37,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         if self.fp8 is not None and self.training:
-            return self.fp8(x, self.up, self.down)
+            return self.fp8(x, self.c_fc, self.c_proj)
         if self.fused:
-            return mlp_relu_sq(x, self.up, self.down)
-        return linear(self.activation(linear(x, self.up, self.up_bias)), self.down, self.down_bias)
+            return mlp_relu_sq(x, self.c_fc, self.c_proj)
+        return linear(self.activation(linear(x, self.c_fc, self.c_fc_bias)), self.c_proj, self.c_proj_bias)

@@ -23,7 +23,7 @@ class Router(nn.Module):
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see
     settings.Balance), within the best groups if there are some; the gates are the chosen s, so that the bias
     never gets a gradient. All in numerics.router, the bias in float32 at least. What the whole batch of a
-    step did is added up in `tally`, for balancing and the log, from the first forward of a step to `settle`
+    step did is summed in `stats`, for balancing and the log, from the first forward of a step to `end_step`
     (system.hooks.RouterBalance).
     """
 
@@ -33,18 +33,20 @@ class Router(nn.Module):
         self.dtype = dtype(s.numerics.router)
         self.tokens_per_rank = shape(s, 0).tokens_per_rank
         self.weight = parameter(
-            (moe.experts, s.model.model_dim), s.numerics.router, role="router", label="router",
+            (moe.num_experts, s.model.model_dim), s.numerics.router, role="router", label="router",
             init=normal(1 / math.sqrt(s.model.model_dim))
         )
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
         self.register_buffer(
-            "bias", torch.zeros(moe.experts, dtype=torch.promote_types(self.dtype, torch.float32))
+            "bias", torch.zeros(moe.num_experts, dtype=torch.promote_types(self.dtype, torch.float32))
         )
         # of the current step, on this process; float64 holds the sums exactly, in whatever order they are
         # added
-        self.register_buffer("tally", torch.zeros(2 * moe.experts + 1, dtype=torch.float64), persistent=False)
-        # rows of each expert in the last whole step
-        self.register_buffer("load", torch.zeros(moe.experts), persistent=False)
+        self.register_buffer(
+            "stats", torch.zeros(2 * moe.num_experts + 1, dtype=torch.float64), persistent=False
+        )
+        # of the last whole step
+        self.register_buffer("tokens_per_expert", torch.zeros(moe.num_experts), persistent=False)
         # of its tokens' scores in the last whole step, mean, relative to equal ones
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
@@ -53,7 +55,7 @@ class Router(nn.Module):
         tokens."""
         moe = self.moe
         logits = F.linear(x.flatten(0, 1).to(self.dtype), self.weight)
-        scores = torch.sigmoid(logits) if moe.score == "sigmoid" else logits.softmax(-1)
+        scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(-1)
         with torch.no_grad():
             quantile = moe.balance is not None and moe.balance.rule == "quantile"
             choice = (logits if quantile else scores) + self.bias
@@ -61,35 +63,35 @@ class Router(nn.Module):
             if self.training:
                 self.count(logits, scores, choice, quantile)
         gates = scores.gather(1, chosen)
-        if moe.normalise:
+        if moe.route_norm:
             gates = shares(gates)
         return (
-            chosen, gates * moe.gate_scale,
+            chosen, gates * moe.route_scale,
             self.aux_loss(logits, scores, x.size(1)) if self.training else None
         )
 
     def in_best_groups(self, choice):
         """choice (N, E) with -inf outside each token's best groups (node-limited routing, DeepSeek-V3)."""
         moe = self.moe
-        if moe.groups == 1:
+        if moe.num_expert_groups == 1:
             return choice
-        grouped = choice.unflatten(1, (moe.groups, -1))
-        kept = best(grouped.topk(2).values.sum(-1), moe.groups_kept)
+        grouped = choice.unflatten(1, (moe.num_expert_groups, -1))
+        kept = best(grouped.topk(2).values.sum(-1), moe.num_limited_groups)
         out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, kept, False)
         return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
 
     def count(self, logits, scores, choice, quantile):
-        """Add to the tally what the scores say: their entropy, and by logical rank the bound of the quantile
+        """Add to the stats what the scores say: their entropy, and by logical rank the bound of the quantile
         rule. The rows of each expert come from who sorts them (MoE)."""
-        n = self.moe.experts
+        n = self.moe.num_experts
         p = shares(scores)
-        self.tally[2 * n] -= (p * p.clamp(min=1e-20).log()).sum(dtype=torch.float64)
+        self.stats[2 * n] -= (p * p.clamp(min=1e-20).log()).sum(dtype=torch.float64)
         # by how much each token's logit beats the best one not chosen: the share-th largest becomes 0
         if quantile:
             over = logits - choice.topk(self.moe.top_k + 1).values[:, -1:]
             tokens = min(len(over), self.tokens_per_rank)
             share = max(1, tokens * self.moe.top_k // n)
-            self.tally[n : 2 * n] += (
+            self.stats[n : 2 * n] += (
                 over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
             )
 
@@ -97,7 +99,7 @@ class Router(nn.Module):
         """What the gradient of each token's loss gets on top, (N,), or None: balance in its row of `length`,
         and z-loss."""
         moe, out = self.moe, None
-        if moe.sequence_loss:
+        if moe.seq_aux_loss:
             p = shares(scores).unflatten(0, (-1, length)).mean(1)
             with torch.no_grad():
                 chosen = best(scores, moe.top_k).view(-1, length * moe.top_k)
@@ -105,29 +107,30 @@ class Router(nn.Module):
                 f = torch.zeros_like(p, dtype=counted).scatter_add_(
                     1, chosen, torch.ones_like(chosen, dtype=counted)
                 )
-                f *= moe.experts / (moe.top_k * length)
-            out = (moe.sequence_loss * (f * p).sum(-1)).repeat_interleave(length)
+                f *= moe.num_experts / (moe.top_k * length)
+            out = (moe.seq_aux_loss * (f * p).sum(-1)).repeat_interleave(length)
         if moe.z_loss:
             z = moe.z_loss * logits.logsumexp(-1).square()
             out = z if out is None else out + z
         return out
 
     @torch.no_grad()
-    def settle(self, tally, tokens, moves_bias=True):
-        """Close a step of so many tokens: tally summed over all processes. Moves the bias, unless it is to
-        stand still."""
-        n, balance = self.moe.experts, self.moe.balance
-        load, bound, entropy = tally.split([n, n, 1])
-        self.load.copy_(load)
+    def end_step(self, stats, tokens, update_bias=True):
+        """End a step of so many tokens. stats: summed over all processes. update_bias: whether the bias takes
+        its step."""
+        n, balance = self.moe.num_experts, self.moe.balance
+        tokens_per_expert, bound, entropy = stats.split([n, n, 1])
+        self.tokens_per_expert.copy_(tokens_per_expert)
         self.entropy.copy_(entropy[0] / (tokens * math.log(n)))
-        if balance is None or not moves_bias:
+        if balance is None or not update_bias:
             return
         if balance.rule == "quantile":
             self.bias.copy_(-bound / (tokens // self.tokens_per_rank))
             return
-        lack = load.mean() - load
-        rate = balance.rate * (4 / n if self.moe.score == "softmax" else 1)  # settings.Balance says why
-        self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / load.mean())).to(
+        mean = tokens_per_expert.mean()
+        lack = mean - tokens_per_expert
+        rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)  # settings.Balance says why
+        self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(
             self.bias.dtype
         )
 
@@ -158,18 +161,18 @@ class MoE(nn.Module):
     def __init__(self, s):
         super().__init__()
         moe, d, n = s.model.mlp.moe, s.model.model_dim, s.numerics
-        self.router, self.experts = Router(s), moe.experts
+        self.router, self.num_experts = Router(s), moe.num_experts
         parallel = s.system.expert_parallel and dist.is_initialized()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
         check_processes(s, self.world)
-        mine = moe.experts // self.world
+        mine = moe.num_experts // self.world
 
         def stack(label, rows, cols, projection, of=Views()):
             return parameter((mine, rows, cols), n.matrix, role="matrix", label=label, views=of, init=None,
                              parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
 
-        self.up = stack("expert_up", moe.hidden, d, False, views.mlp_up(s))
-        self.down = stack("expert_down", d, moe.hidden, True)
+        self.c_fc = stack("expert_c_fc", moe.hidden, d, False, views.c_fc(s))
+        self.c_proj = stack("expert_c_proj", d, moe.hidden, True)
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts
@@ -181,9 +184,9 @@ class MoE(nn.Module):
         if aux_loss is not None:
             aux_losses.append(aux_loss)
         backend = self.select_backend(x.device, x.dtype, compiled)
-        p = experts.plan(chosen, self.experts, backend if self.world == 1 else "grouped")
+        p = experts.plan(chosen, self.num_experts, backend if self.world == 1 else "grouped")
         if self.training:
-            self.router.tally[:self.experts] += p.counts
+            self.router.stats[:self.num_experts] += p.counts
         rows = experts.gather(x.flatten(0, 1), p)
         rows = self.feed(rows, p) if self.world == 1 else self.expert_all_to_all(rows, p.counts, backend)
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
@@ -193,7 +196,7 @@ class MoE(nn.Module):
         """Name of the backend of kernels.experts that runs there."""
         try:
             return experts.choose(
-                self.backend, device, matmul_dtype, (self.up.size(1), self.up.size(2)), compiled
+                self.backend, device, matmul_dtype, (self.c_fc.size(1), self.c_fc.size(2)), compiled
             )
         except ValueError as error:
             raise UserError(f"system.experts={self.backend}: {error}") from None
@@ -201,9 +204,9 @@ class MoE(nn.Module):
     def feed(self, rows, p):
         """Rows sorted by expert (P, D) through their experts."""
         eight = experts.fake_fp8 if self.fp8 and self.training else lambda t: t
-        up, down = self.up.to(rows.dtype), self.down.to(rows.dtype)
-        hidden = self.activation(experts.grouped_linear(eight(rows), eight(up), p))
-        return experts.grouped_linear(eight(hidden), eight(down), p)
+        c_fc, c_proj = self.c_fc.to(rows.dtype), self.c_proj.to(rows.dtype)
+        hidden = self.activation(experts.grouped_linear(eight(rows), eight(c_fc), p))
+        return experts.grouped_linear(eight(hidden), eight(c_proj), p)
 
     def expert_all_to_all(self, rows, counts, backend):
         """The same by the processes that hold the experts. One wait for the host: it must know how many rows
@@ -211,9 +214,9 @@ class MoE(nn.Module):
         coming = experts.exchange_counts(counts, self.world)
         sent, received = torch.stack([counts.view(self.world, -1).sum(1), coming.sum(1)]).tolist()
         mine = experts.exchange(rows, received, sent)
-        owner = torch.arange(len(self.up), device=rows.device).repeat(self.world)
+        owner = torch.arange(len(self.c_fc), device=rows.device).repeat(self.world)
         owner = owner.repeat_interleave(coming.flatten(), output_size=len(mine))
-        p = experts.plan(owner[:, None], len(self.up), backend)
+        p = experts.plan(owner[:, None], len(self.c_fc), backend)
         done = self.feed(experts.gather(mine, p), p)
         back = experts.combine(done, done.new_ones(len(mine), 1), p)
         return experts.exchange(back, sent, received)

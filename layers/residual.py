@@ -47,13 +47,13 @@ def unet_terms(layers: int) -> list[Term]:
     """U-net skips (record 11): the second half of the layers gets the outputs of the first half, last in,
     first out."""
     half = layers // 2
-    return [Term("skip", half + k, f"saved.{half - 1 - k}", Entry("skip", k)) for k in range(half)]
+    return [Term("skip", half + k, f"saved.{half - 1 - k}", Entry("skip_weights", k)) for k in range(half)]
 
 
 def x0_terms(layers: int) -> list[Term]:
     """The x0 mix (record 9): x <- a x + b x0 before every layer."""
-    return [term for i in range(layers)
-            for term in (Term("in", i, "x", Entry("x", i)), Term("in", i, "x0", Entry("x0", i)))]
+    return [Term("in", i, source, Entry(name, i)) for i in range(layers)
+            for source, name in (("x", "resid_lambdas"), ("x0", "x0_lambdas"))]
 
 
 class Residual(nn.Module):
@@ -67,14 +67,14 @@ class Residual(nn.Module):
         self.add(*branch_terms(specs))
         if r.unet_skips:
             u = r.unet_skips
-            self.skip = coefficient(
+            self.skip_weights = coefficient(
                 layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
                 sigmoid=u.sigmoid is not None
             )
             self.add(*unet_terms(layers))
         if r.x0_mix:
-            self.x = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
-            self.x0 = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar, "x0_lambdas")
+            self.resid_lambdas = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
+            self.x0_lambdas = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar, "x0_lambdas")
             self.add(*x0_terms(layers))
 
     def add(self, *terms: Term) -> None:

@@ -37,7 +37,7 @@ class Rotary(nn.Module):
         """(f (K/2,), factor of the attention scale) after the long window went through these sizes."""
         # as the originals: float32 angles
         work = torch.float64 if self.table_dtype == torch.float64 else torch.float32
-        if self.rope.half:
+        if self.rope.half_truncated:
             turning = self.width // 4
             f = (1 / self.rope.base) ** torch.linspace(0, 1, turning, dtype=work)
             f = torch.cat([f, f.new_zeros(self.width // 2 - turning)])

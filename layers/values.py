@@ -46,12 +46,16 @@ class ValueEmbed(nn.Module):
             parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
                       init=normal(1.0))
             for _ in range(num_value_tables(s)))
-        self.v = None if self.lerp else coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
-        self.ve = coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
+
+        def sa_lambdas():
+            return coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
+
+        self.v_lambdas = None if self.lerp else sa_lambdas()
+        self.ve_lambdas = sa_lambdas()
 
     def begin(self, tokens):
         """Function (layer, v) -> v for one forward pass."""
-        a, b = self.v() if self.v is not None else None, self.ve()
+        a, b = self.v_lambdas() if self.v_lambdas is not None else None, self.ve_lambdas()
         rows = [F.embedding(tokens, table).to(self.dtype) for table in self.tables]
 
         def mix(i, v):

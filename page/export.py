@@ -67,7 +67,7 @@ def safetensors_of(path: Path) -> bytes:
         metadata = {"format": "pt", "settings": files.json_text(saved["settings"], sort_keys=True),
                     "tokenizer": str(saved["tokenizer"]), "val_loss": files.json_text(saved.get("val_loss"))}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such checkpoint; train with --save to get one") from None
+        raise UserError(f"{path}: no such checkpoint; train with --save-checkpoint to get one") from None
     except Exception as error:  # torch.load raises many kinds for a file that is not a checkpoint
         raise UserError(f"{path}: not a checkpoint of this program ({type(error).__name__})") from None
     return save(tensors, metadata)

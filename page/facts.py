@@ -22,6 +22,7 @@ import math
 import re
 
 import deltas
+import renames
 import schema
 from common import files
 from evidence import statistics, verify
@@ -231,7 +232,7 @@ def expected_hash(name, scale, changes):
     found = {name: [] for name in FLAGS.values()}
     try:
         for change in changes:
-            flag, _, value = change.partition(" ")
+            flag, _, value = renames.present_change(change).partition(" ")
             found[FLAGS[flag]].append(value.strip())
         return schema.ml_hash(deltas.resolve_name(name, scale=scale, **found).settings)
     except (UserError, KeyError):
@@ -406,7 +407,7 @@ def ablated(changes):
     what = what.strip()
     if flag == "--revert":
         return "record", deltas.find_record(what).ref
-    return ("path", what) if flag == "--without" else None
+    return ("path", renames.present_path(what)) if flag == "--without" else None
 
 
 def difference(m):

@@ -50,7 +50,9 @@ def execution(p: arguments.Parser) -> None:
         help="folder of shards (default: embedded corpus at tiny and micro, data/fineweb10B else)"
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
-    p.add_argument("--save", action="store_true", help="write checkpoint.pt at the end")
+    p.add_argument("--save-checkpoint", action="store_true", help="write checkpoint.pt at the end")
+    # the former name of --save-checkpoint
+    p.add_argument("--save", dest="save_checkpoint", action="store_true", help=argparse.SUPPRESS)
     p.add_argument(
         "--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
         help="copy the curve there at each validation, while the clock stands; the package must be installed "

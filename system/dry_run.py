@@ -11,7 +11,7 @@ import schedule
 from common import files, lines
 from layers.specs import layer_specs
 from settings import LOGICAL_RANKS, padded_vocab
-from system.microbatch import ranks_per_forward, validation_rows_at_once
+from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 
 
 @lines.fitted()
@@ -46,7 +46,7 @@ def print_plan(resolved):
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         print(f"  final validation:{windows_text(s, final)}{last}")
     if (
-        still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
+        still := sum(not plan.update_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
         else 0
     ):
         print(f"  the routers' biases stand still from step {len(plans) - still} on")
@@ -124,13 +124,13 @@ def graphs(s, plans):
     from model import without_values
     from optim import Optimizer
     cuda = s.system.device != "cpu"
-    at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda)
+    microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda)
     shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in {p.shape for p in plans})
     length = s.validation.seq_len
     validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
     forwards = [
         *(
-            ("training", at_once * tokens // seq_len, seq_len, windows)
+            ("training", microbatch * tokens // seq_len, seq_len, windows)
             for (tokens, seq_len), windows in sorted(shapes.items())
         ),
         (
@@ -157,19 +157,20 @@ CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100
 def held(s):
     """Lines on the memory of one GPU, part by part, and on what would be chosen to fit cards of CARDS GiB."""
     from system import memory
-    at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
-    e = memory.estimate(s, LOGICAL_RANKS, at_once)
+    microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
+    e = memory.estimate(s, LOGICAL_RANKS, microbatch)
     yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; "
-           f"a forward of {at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
+           f"a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
            f"together {mib(e.total)}")
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
         system = fitted.system
         how = [
-            f"{system.ranks_per_forward} logical rank{'s' if system.ranks_per_forward > 1 else ''} a forward"
+            f"micro-batches of {system.ranks_per_microbatch} logical rank"
+            + ("s" if system.ranks_per_microbatch > 1 else "")
         ]
         how += ["loss in chunks"] if memory.chunked(fitted) else []
-        how += ["blocks recomputed"] if system.recompute == "on" else []
+        how += ["blocks recomputed"] if system.activation_checkpoint == "on" else []
         fits = e.total <= memory.SHARE * card * 2**30
         yield (
             f"  a card of {card} GiB: " + ", ".join(how) + f"; {mib(e.total)}"
@@ -241,5 +242,5 @@ def context_text(s):
         "every earlier token of the row seen" if s.model.attn.window is None
         else "windows averaged over the steps"
     )
-    how += ", borders of documents not counted" if s.model.attn.documents else ""
+    how += ", borders of documents not counted" if s.model.attn.document_mask else ""
     return f"rows of {s.data.seq_len:,} tokens, {how}"

@@ -62,16 +62,16 @@ class RouterBalance(Stateful):
 
     def before_forwards(self, plan: StepPlan) -> None:
         for router in self.routers.values():
-            router.tally.zero_()
+            router.stats.zero_()
 
     @torch.no_grad()
     def before_update(self, plan: StepPlan, world: World) -> None:
         if not self.routers:
             return
         # (layers, 2 E + 1)
-        tallies = world.total(torch.stack([router.tally for router in self.routers.values()]))
-        for router, tally in zip(self.routers.values(), tallies):
-            router.settle(tally, plan.tokens, plan.moves_bias)
+        totals = world.total(torch.stack([router.stats for router in self.routers.values()]))
+        for router, stats in zip(self.routers.values(), totals):
+            router.end_step(stats, plan.tokens, plan.update_bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"router.{layer}.{name}": buffer for layer, router in self.routers.items()
@@ -87,7 +87,7 @@ class FP8Scales(Stateful):
 
     def before_forwards(self, plan: StepPlan) -> None:
         for mlp in self.mlps:
-            mlp.fp8.refresh(mlp.down)
+            mlp.fp8.refresh(mlp.c_proj)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"fp8_mlp.{i}.{name}": buffer for i, mlp in enumerate(self.mlps)

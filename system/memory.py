@@ -1,7 +1,7 @@
 """What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too
 small for it.
 
-    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and
+    estimate(s, ranks=8, microbatch=1)      -> Estimate, in bytes: exact for parameters, gradients, state and
     what the forward pass
                                             keeps when it is not compiled; a compiled one keeps less
     fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it
@@ -19,7 +19,7 @@ import schedule
 from system_settings import Kernels, recomputable
 from settings import padded_vocab
 from common.errors import UserError
-from system.microbatch import ranks_per_forward
+from system.microbatch import ranks_per_microbatch
 
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 
@@ -45,8 +45,8 @@ def report(s, estimate):
     sizes = {
         name: round(value / 2**20) for name, value in {**estimate._asdict(), "total": estimate.total}.items()
     }
-    return {"mib": sizes, "ranks_per_forward": s.system.ranks_per_forward, "loss": s.system.kernels.loss,
-            "recompute": s.system.recompute}
+    return {"mib": sizes, "ranks_per_microbatch": s.system.ranks_per_microbatch,
+            "loss": s.system.kernels.loss, "activation_checkpoint": s.system.activation_checkpoint}
 
 
 class Kept:
@@ -74,8 +74,8 @@ class Kept:
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
-def kept_by_forward(s, at_once):
-    """Bytes that the forward pass of `at_once` logical ranks keeps for the backward pass.
+def kept_by_forward(s, microbatch):
+    """Bytes that the forward pass of `microbatch` logical ranks keeps for the backward pass.
 
     Triton kernels, which want a GPU, are counted as what they replace.
     """
@@ -83,7 +83,7 @@ def kept_by_forward(s, at_once):
     kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
     model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
     shape = schedule.largest_shape(s)
-    rows = at_once * shape.tokens_per_rank // shape.seq_len
+    rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
     context = model.context(tokens, 0, shape.windows)
     with Kept(model.parameters()) as kept:
@@ -91,8 +91,8 @@ def kept_by_forward(s, at_once):
     return kept.bytes()
 
 
-def estimate(s, ranks, at_once, world=1):
-    """ranks: logical ranks of this process, of which `at_once` go through a forward; world: processes."""
+def estimate(s, ranks, microbatch, world=1):
+    """ranks: logical ranks of this process, of which `microbatch` go through a forward; world: processes."""
     from layers.primitives import dtype
     from model import without_values
     from optim import Optimizer
@@ -102,19 +102,19 @@ def estimate(s, ranks, at_once, world=1):
     optimizer = Optimizer(model, s, communication(s, 0, world))
     hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
     parameters = sum(bank.param.nbytes for bank in optimizer.banks)
-    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and at_once < ranks else 0
+    held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and microbatch < ranks else 0
             for bank in optimizer.banks}
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
                                     if bank.comm.name == "reduce-scatter")
-    tokens = at_once * schedule.largest_shape(s).tokens_per_rank
+    tokens = microbatch * schedule.largest_shape(s).tokens_per_rank
     logits = tokens * padded_vocab(s) * dtype(s.numerics.loss).itemsize
     passing = logits
     if chunked(s):
         from kernels.cross_entropy import CHUNK
         passing = 3 * 4 * min(CHUNK["cuda"], logits)
-    kept = kept_by_forward(s, at_once)
-    if s.system.recompute == "on":  # one block at a time is there in full
-        whole = kept_by_forward(with_system(s, recompute="off"), at_once)
+    kept = kept_by_forward(s, microbatch)
+    if s.system.activation_checkpoint == "on":  # one block at a time is there in full
+        whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch)
         passing = max(passing, (whole - kept) // s.model.num_layers)
     return Estimate(parameters, parameters + sums, optimizer.state_bytes() + hooks, kept, passing)
 
@@ -136,18 +136,18 @@ def fit(s, ranks, capacity, world=1):
     In this order, which costs least time first: fewer logical ranks in a forward, the loss in chunks, blocks
     recomputed.
     """
-    system, at_once = s.system, ranks_per_forward(s, ranks, cuda=True)
-    sizes = [at_once]
-    while not system.ranks_per_forward and sizes[-1] > 1:
+    system, microbatch = s.system, ranks_per_microbatch(s, ranks, cuda=True)
+    sizes = [microbatch]
+    while not system.ranks_per_microbatch and sizes[-1] > 1:
         sizes.append(sizes[-1] // 2)
-    options = [dict(ranks_per_forward=n) for n in sizes]
+    options = [dict(ranks_per_microbatch=n) for n in sizes]
     if system.kernels.loss == "auto":
         options.append({**options[-1], "kernels": dataclasses.replace(system.kernels, loss="chunks")})
-    if system.recompute == "auto" and recomputable(s):
-        options.append({**options[-1], "recompute": "on"})
+    if system.activation_checkpoint == "auto" and recomputable(s):
+        options.append({**options[-1], "activation_checkpoint": "on"})
     for changes in options:
         fitted = with_system(s, **changes)
-        found = estimate(fitted, ranks, changes["ranks_per_forward"], world)
+        found = estimate(fitted, ranks, changes["ranks_per_microbatch"], world)
         if found.total <= SHARE * capacity:
             break
     return fitted, found

@@ -7,12 +7,12 @@ TRAINING_TOKENS = 65536  # of a forward pass on CUDA
 VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and elsewhere
 
 
-def ranks_per_forward(s: Settings, ranks: int, cuda: bool) -> int:
+def ranks_per_microbatch(s: Settings, ranks: int, cuda: bool) -> int:
     """Logical ranks of one forward pass, where a process has `ranks` of them: a power of two."""
     if s.system.reduction == "ordered":
         return 1
-    if s.system.ranks_per_forward:
-        return min(s.system.ranks_per_forward, ranks)
+    if s.system.ranks_per_microbatch:
+        return min(s.system.ranks_per_microbatch, ranks)
     most = max(1, min(ranks, TRAINING_TOKENS // max(per_stage(s.data.tokens_per_rank)))) if cuda else ranks
     return 1 << (most.bit_length() - 1)  # forwards of equal size, whose losses have equal shares
 

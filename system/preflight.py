@@ -99,7 +99,7 @@ def check_sync_here(s: Settings, compile_it: bool) -> None:
         raise UserError(
             "--check-sync looks at the operations of a CPU one by one: add --set system.compile=off"
         )
-    if s.system.attention == "auto" and s.model.attn.documents:
+    if s.system.attention == "auto" and s.model.attn.document_mask:
         raise UserError(
             "--check-sync: attention by documents, which only a CPU has, reads their lengths: add --set "
             "system.attention=banded"
@@ -159,11 +159,11 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
     if run.s.system.kernels.loss in ("auto", "whole"):
         remedy = "--set system.kernels.loss=chunks, so that the head's logits never exist in full"
     elif run.ranks_per_microbatch > 1:
-        remedy = (
-            f"--set system.ranks_per_forward={run.ranks_per_microbatch // 2} (now {run.ranks_per_microbatch})"
-        )
-    elif run.s.system.recompute != "on" and recomputable(run.s):
-        remedy = "--set system.recompute=on, so that the blocks keep nothing for the backward pass"
+        now = run.ranks_per_microbatch
+        remedy = f"--set system.ranks_per_microbatch={now // 2} (now {now})"
+    elif run.s.system.activation_checkpoint != "on" and recomputable(run.s):
+        remedy = ("--set system.activation_checkpoint=on, so that the blocks keep nothing for the backward "
+                  "pass")
     elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.optimizer.plan.name == "sharded"):
         remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
     else:

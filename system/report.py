@@ -73,7 +73,7 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
     out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
     rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
     for layer, moe in run.model.mixtures():
-        load = moe.router.load.double()
+        load = moe.router.tokens_per_expert.double()
         values = {
             "layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4),
             "idle": int((load == 0).sum()), "dropped": rows - int(load.sum()),
@@ -83,7 +83,8 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
         for name, value in values.items():
             out[name].append(value)
     if last:
-        out["load"] = [[int(x) for x in moe.router.load.tolist()] for _, moe in run.model.mixtures()]
+        counts = [moe.router.tokens_per_expert for _, moe in run.model.mixtures()]
+        out["load"] = [[int(x) for x in count.tolist()] for count in counts]
     return out
 
 
@@ -130,7 +131,7 @@ def verdict(
 def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
     """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log
     and on screen."""
-    state = run.model.whole_state()  # every process takes part
+    state = run.model.full_state_dict()  # every process takes part
     if not run.world.main:
         return
     path, image = run.log.folder / "checkpoint.pt", io.BytesIO()

@@ -115,8 +115,8 @@ def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray
         shape = (LOGICAL_RANKS, size + 1)  # of all ranks: the same tokens on any number of processes
         batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
         batch = batch[list(world.ranks)]
-        if s.data.max_document:  # no document may be longer, random ones neither
-            batch[:, ::s.data.max_document] = run.corpus.bos
+        if s.data.max_doc_len:  # no document may be longer, random ones neither
+            batch[:, ::s.data.max_doc_len] = run.corpus.bos
         yield batch
 
 

@@ -129,7 +129,7 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
     wall = 800.0
     log.start(about, a["settings"])
     state = hashlib.sha256(f"{a['ml_hash']} {seed}".encode()).hexdigest()
-    names = ["embed.table", "lm_head.weight", *(f"blocks.{i}.mlp.up" for i in range(12))]
+    names = ["embed.weight", "lm_head.weight", *(f"blocks.{i}.mlp.c_fc" for i in range(12))]
     weights = random.Random(f"probe {a['ml_hash']} {seed}")
     marks = {
         n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())]
@@ -302,15 +302,15 @@ def built(folder, arms=None, loss=None, step_ms=None, status=None, look=None, ma
 
 RECORD = (
     'id = "901"\ntitle = "t"\nparent = "short/5"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "systems"\n'
-    'source = "log"\n[delta]\n"system.ranks_per_forward" = 1\n'
+    'source = "log"\n[delta]\n"system.ranks_per_microbatch" = 1\n'
 )
 
 
 def systems(folder, arms=None, loss=None, sets=(), **fields):
-    """A systems claim: a new record that differs from record 5 in system.ranks_per_forward."""
+    """A systems claim: a new record that differs from record 5 in system.ranks_per_microbatch."""
     folder.mkdir(parents=True)
     if arms is None:
-        s = deltas.resolve("short/5", scale="micro", sets=["system.ranks_per_forward=1", *sets]).settings
+        s = deltas.resolve("short/5", scale="micro", sets=["system.ranks_per_microbatch=1", *sets]).settings
         arms = {"new": arm("short/901", sets, s=s), "parent": arm("short/5", sets)}
         (folder / "record.toml").write_text(RECORD)
     times = {"new": 1900.0, "parent": 2000.0, "base": 2000.0}

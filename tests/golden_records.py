@@ -54,41 +54,41 @@ def reader(numbers, prefix):
 def early(numbers, prefix, layers=12):
     """Records 5 and 12: {our parameter name: float64 array} from the original's separate tensors."""
     get = reader(numbers, prefix)
-    ours = {"embed.table": get("transformer.wte.weight")}
+    ours = {"embed.weight": get("transformer.wte.weight")}
     for i in range(layers):
         h = f"transformer.h.{i}."
         ours[f"blocks.{i}.attn.qkvo"] = np.stack(
             [get(h + f"attn.c_{x}.weight") for x in ("q", "k", "v", "proj")]
         )
-        ours[f"blocks.{i}.mlp.up"] = get(h + "mlp.c_fc.weight")
-        ours[f"blocks.{i}.mlp.down"] = get(h + "mlp.c_proj.weight")
+        ours[f"blocks.{i}.mlp.c_fc"] = get(h + "mlp.c_fc.weight")
+        ours[f"blocks.{i}.mlp.c_proj"] = get(h + "mlp.c_proj.weight")
     if prefix + "lm_head.weight" in numbers:
-        ours["head.weight"] = get("lm_head.weight")
+        ours["lm_head.weight"] = get("lm_head.weight")
     if prefix + "transformer.h.0.lambdas" in numbers:
         pairs = np.stack([get(f"transformer.h.{i}.lambdas") for i in range(layers)])
-        ours["residual.x.value"], ours["residual.x0.value"] = pairs[:, 0], pairs[:, 1]
+        ours["residual.resid_lambdas.value"], ours["residual.x0_lambdas.value"] = pairs[:, 0], pairs[:, 1]
         ours["values.lam.value"] = np.stack([get(f"transformer.h.{i}.attn.lamb") for i in range(layers)])
     if prefix + "skip_weights" in numbers:
-        ours["residual.skip.value"] = get("skip_weights")
+        ours["residual.skip_weights.value"] = get("skip_weights")
     return ours
 
 
 def record20(numbers, prefix, layers=12):
     get = reader(numbers, prefix)
-    ours = {"embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"),
-            "residual.skip.value": get("skip_weights")}
+    ours = {"embed.weight": get("embed.weight"), "lm_head.weight": get("lm_head.weight"),
+            "residual.skip_weights.value": get("skip_weights")}
     ours |= {f"values.tables.{k}": get(f"value_embeds.embed.{k}.weight") for k in range(3)}
     mix = np.stack([get(f"blocks.{i}.lambdas") for i in range(layers)])
-    ours["residual.x.value"], ours["residual.x0.value"] = mix.T
-    ours["values.v.value"], ours["values.ve.value"] = np.stack(
+    ours["residual.resid_lambdas.value"], ours["residual.x0_lambdas.value"] = mix.T
+    ours["values.v_lambdas.value"], ours["values.ve_lambdas.value"] = np.stack(
         [get(f"blocks.{i}.attn.lambdas") for i in range(layers) if i != 7]
     ).T
     for i in range(layers):
         if i != 7:
             ours[f"blocks.{i}.attn.qkvo"] = np.concatenate([get(f"blocks.{i}.attn.qkv_w"),
                                                             get(f"blocks.{i}.attn.c_proj.weight")[None]])
-        ours[f"blocks.{i}.mlp.up"] = get(f"blocks.{i}.mlp.c_fc.weight")
-        ours[f"blocks.{i}.mlp.down"] = get(f"blocks.{i}.mlp.c_proj.weight")
+        ours[f"blocks.{i}.mlp.c_fc"] = get(f"blocks.{i}.mlp.c_fc.weight")
+        ours[f"blocks.{i}.mlp.c_proj"] = get(f"blocks.{i}.mlp.c_proj.weight")
     return ours
 
 
@@ -96,14 +96,15 @@ def record33(numbers, prefix, layers=12):
     """Record 34 without its smear: tensors of layers whose gradients are not stored are left out."""
     get, scalars = reader(numbers, prefix), numbers[prefix + "scalars"].astype(np.float64)
     ours = {
-        "embed.table": get("embed.weight"), "head.weight": get("lm_head.weight"),
-        "residual.skip.value": scalars[:6]
+        "embed.weight": get("embed.weight"), "lm_head.weight": get("lm_head.weight"),
+        "residual.skip_weights.value": scalars[:6]
     }
     ours |= {f"values.tables.{k}": get(f"value_embeds.{k}.weight") for k in range(3)}
-    ours["residual.x.value"], ours["residual.x0.value"] = scalars[12:36].reshape(12, 2).T
-    ours["values.v.value"], ours["values.ve.value"] = np.delete(scalars[36:60].reshape(12, 2), 7, axis=0).T
+    ours["residual.resid_lambdas.value"], ours["residual.x0_lambdas.value"] = scalars[12:36].reshape(12, 2).T
+    sa_lambdas = np.delete(scalars[36:60].reshape(12, 2), 7, axis=0)
+    ours["values.v_lambdas.value"], ours["values.ve_lambdas.value"] = sa_lambdas.T
     theirs = {"attn.qkvo": ("attn.qkvo_w", False), "attn.gate": ("attn.attn_gate.weight", False),
-              "mlp.up": ("mlp.c_fc", True), "mlp.down": ("mlp.c_proj", False)}
+              "mlp.c_fc": ("mlp.c_fc", True), "mlp.c_proj": ("mlp.c_proj", False)}
     for i in range(layers):
         for name, (key, turned) in theirs.items():
             if f"{prefix}blocks.{i}.{key}" in numbers:

@@ -37,19 +37,19 @@ def tokens(rows=2, length=24, seed=1):
     return torch.randint(1257, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def forward_all(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
+def forward_all(optimizer, model, s, x, plan_step=0, microbatch=None, launch=True):
     """All forward and backward passes of a step on rows x."""
-    at_once, due = at_once or len(x), schedule.plan(s)[plan_step].due
-    for i in range(0, len(x), at_once):
-        optimizer.expect(last=i + at_once >= len(x), launch=launch, due=due)
-        part = x[i:i + at_once]
+    microbatch, due = microbatch or len(x), schedule.plan(s)[plan_step].due
+    for i in range(0, len(x), microbatch):
+        optimizer.expect(last=i + microbatch >= len(x), launch=launch, due=due)
+        part = x[i:i + microbatch]
         context = model.context(part[:, :-1], BOS, schedule.windows(s, plan_step))
-        (model(part[:, :-1], part[:, 1:], context).mean() * at_once / len(x)).backward()
+        (model(part[:, :-1], part[:, 1:], context).mean() * microbatch / len(x)).backward()
         optimizer.accumulate()
 
 
-def step(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
-    forward_all(optimizer, model, s, x, plan_step, at_once, launch)
+def step(optimizer, model, s, x, plan_step=0, microbatch=None, launch=True):
+    forward_all(optimizer, model, s, x, plan_step, microbatch, launch)
     optimizer.step(schedule.plan(s)[plan_step])
 
 
@@ -63,7 +63,7 @@ class Toy(torch.nn.Module):
             p.role, p.label, p.views = role, label, views[0] if views else Views()
             self.register_parameter(name, p)
 
-    def expert_loads(self):
+    def tokens_per_expert(self):
         return {}
 
 

@@ -17,5 +17,5 @@ def end_step(model, tokens):
     move."""
     for hook in hooks_of(model):
         hook.before_update(
-            SimpleNamespace(tokens=tokens, moves_bias=True), SimpleNamespace(total=lambda tally: tally)
+            SimpleNamespace(tokens=tokens, update_bias=True), SimpleNamespace(total=lambda tally: tally)
         )

@@ -212,11 +212,11 @@ def test_banded_looks_at_no_more_keys_when_the_row_grows():
 def test_a_promised_longest_document_narrows_banded_and_is_checked():
     documents = torch.arange(300).div(25, rounding_mode="floor")[None]
     q, k, v = qkv(1, 300, grad=False)
-    short, free = (view(documents, CAUSAL, "banded", longest=n) for n in (25, None))
+    short, free = (view(documents, CAUSAL, "banded", max_seqlen=n) for n in (25, None))
     assert short.plan.mask.numel() < free.plan.mask.numel() / 4
     assert (attend(q, k, v, short) - attend(q, k, v, free)).abs().max() < 1e-12
     with pytest.raises(ValueError, match="a document of 25 tokens where none should have more than 24"):
-        view(documents, CAUSAL, "banded", longest=24)
+        view(documents, CAUSAL, "banded", max_seqlen=24)
 
 
 def test_static_backends_compile_without_a_graph_break():
@@ -357,7 +357,7 @@ def test_compiled_varlen_is_one_graph_for_all_windows_and_scales_with_the_gradie
         g = torch.randn_like(v)
         results = []
         (traced, none), inside = attention.traceable(
-            [view(documents, window, "varlen", longest=50), None], scale, 4
+            [view(documents, window, "varlen", max_seqlen=50), None], scale, 4
         )
         assert none is None and inside is None
         for y in (compiled(q, k, v, traced),
@@ -410,7 +410,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
             lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None)
         )
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
-            context = model.context(tokens, 0, schedule.windows(s, step, final), longest=40 + step)
+            context = model.context(tokens, 0, schedule.windows(s, step, final), max_seqlen=40 + step)
             assert len({int(view.plan.window[0]) for view, _ in context.layers}) == (3 if final else 2)
             found = compiled(tokens, tokens, context)
         assert len(graphs) == 2 and set(read) == {40 + step for step in [*steps, s.schedule.steps]}
@@ -421,8 +421,8 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("longest", [None, 20])
-def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
+@pytest.mark.parametrize("max_seqlen", [None, 20])
+def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(max_seqlen):
     for seed in range(3):
         documents = random_documents(3, 50, seed)
         first = [
@@ -430,20 +430,21 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(longest):
             if t == 0 or documents[r, t] != documents[r, t - 1]
         ]
         counted, promised = (
-            view(documents, CAUSAL, "varlen", longest=longest, most=most).plan
-            for most in (None, len(first) + 5)
+            view(documents, CAUSAL, "varlen", max_seqlen=max_seqlen, max_docs=max_docs).plan
+            for max_docs in (None, len(first) + 5)
         )
         for plan in (counted, promised):
-            assert plan.ends[:len(first)].tolist() == first and set(plan.ends[len(first):].tolist()) == {150}
-            assert plan.ends.dtype == torch.int32 and plan.longest == (longest or 50)
-        assert counted.ends.shape == promised.ends.shape
+            assert plan.cu_seqlens[:len(first)].tolist() == first
+            assert set(plan.cu_seqlens[len(first):].tolist()) == {150}
+            assert plan.cu_seqlens.dtype == torch.int32 and plan.max_seqlen == (max_seqlen or 50)
+        assert counted.cu_seqlens.shape == promised.cu_seqlens.shape
     rows = torch.arange(128).repeat_interleave(3)[None]  # as many as there is room for in steps of 128
-    ends = view(rows, CAUSAL, "varlen", most=128).plan.ends
-    assert len(ends) > 128 and ends[126:129].tolist() == [378, 381, 384]
+    cu_seqlens = view(rows, CAUSAL, "varlen", max_docs=128).plan.cu_seqlens
+    assert len(cu_seqlens) > 128 and cu_seqlens[126:129].tolist() == [378, 381, 384]
     with pytest.raises(ValueError, match="128 documents where no more than 127 were promised"):
-        view(rows, CAUSAL, "varlen", most=127)
+        view(rows, CAUSAL, "varlen", max_docs=127)
     with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
-        view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", longest=49)
+        view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", max_seqlen=49)
 
 
 def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(monkeypatch):
@@ -470,10 +471,10 @@ def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(mo
 
 
 def test_varlen_shapes_stay_as_documents_change():
-    plans = [view(random_documents(2, 1000, seed, mean=20), CAUSAL, "varlen", longest=n).plan
+    plans = [view(random_documents(2, 1000, seed, mean=20), CAUSAL, "varlen", max_seqlen=n).plan
              for seed in range(5) for n in (None, 400)]
-    assert {len(p.ends) for p in plans} == {128}
-    assert {p.longest for p in plans[1::2]} == {400} and {p.longest for p in plans[::2]} == {1000}
+    assert {len(p.cu_seqlens) for p in plans} == {128}
+    assert {p.max_seqlen for p in plans[1::2]} == {400} and {p.max_seqlen for p in plans[::2]} == {1000}
 
 
 # ----- choosing

@@ -161,9 +161,9 @@ def hidden_nan(c):
     c.seal()
 
 
-@refused(r"probe of step 2: gradients\.blocks\.3\.mlp\.up\[0\] is nan")  # strict JSON has null for both
+@refused(r"probe of step 2: gradients\.blocks\.3\.mlp\.c_fc\[0\] is nan")  # strict JSON has null for both
 def hidden_infinite_gradient(c):
-    c.events(3, "probe")[0]["gradients"]["blocks.3.mlp.up"][0] = math.inf
+    c.events(3, "probe")[0]["gradients"]["blocks.3.mlp.c_fc"][0] = math.inf
     c.seal()
 
 

@@ -33,7 +33,7 @@ from common.errors import UserError
 
 REF = "variants/moe8k2s"
 SMALL = "model.num_layers=3"  # two layers with experts behind a dense one
-GROUPS = ("groups=4", "groups_kept=2")
+GROUPS = ("num_expert_groups=4", "num_limited_groups=2")
 RULES = ("proportional", "sign", "quantile")
 
 
@@ -44,15 +44,15 @@ def moe(*changes):
 ROUTINGS = {  # every way to choose and to weigh experts, and to balance them
     "sigmoid": (),
     "top1": moe("top_k=1"),
-    "normalised": moe("normalise=true", "gate_scale=2.5"),
-    "softmax": moe("score=softmax"),
-    "softmax_normalised": moe("score=softmax", "normalise=true"),
+    "normalised": moe("route_norm=true", "route_scale=2.5"),
+    "softmax": moe("score_func=softmax"),
+    "softmax_normalised": moe("score_func=softmax", "route_norm=true"),
     "groups": moe(*GROUPS),
-    "groups_of_softmax": moe(*GROUPS, "score=softmax"),
+    "groups_of_softmax": moe(*GROUPS, "score_func=softmax"),
     "sign": moe("balance.rule=sign"),
     "quantile": moe("balance.rule=quantile"),
-    "quantile_of_softmax": moe("balance.rule=quantile", "score=softmax"),
-    "losses": moe("sequence_loss=0.3", "z_loss=0.2"),
+    "quantile_of_softmax": moe("balance.rule=quantile", "score_func=softmax"),
+    "losses": moe("seq_aux_loss=0.3", "z_loss=0.2"),
     "four_without_shared": moe("top_k=4", "shared=0"),
 }
 
@@ -70,7 +70,7 @@ def fill(module, std=0.3):
             * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)), dtype=torch.float64)
         )
     for name, b in module.named_buffers():
-        if name.split(".")[-1] in ("bias", "tally", "load"):
+        if name.split(".")[-1] in ("bias", "stats", "tokens_per_expert"):
             b.zero_()
         if name.split(".")[-1] == "bias":
             b += 0.3 * torch.randn(
@@ -112,11 +112,12 @@ def mlp(x, up, down):
 def token_choice(how, biased):
     """Experts of one token, written as the papers say it: sums of the two best of a group, best groups, best
     experts."""
-    pool = list(range(how.experts))
-    if how.groups > 1:
-        size = how.experts // how.groups
-        worth = [sum(sorted(biased[g * size:(g + 1) * size].tolist())[-2:]) for g in range(how.groups)]
-        kept = sorted(range(how.groups), key=lambda g: -worth[g])[:how.groups_kept]
+    pool = list(range(how.num_experts))
+    if how.num_expert_groups > 1:
+        size = how.num_experts // how.num_expert_groups
+        worth = [sum(sorted(biased[g * size:(g + 1) * size].tolist())[-2:])
+                 for g in range(how.num_expert_groups)]
+        kept = sorted(range(how.num_expert_groups), key=lambda g: -worth[g])[:how.num_limited_groups]
         pool = [e for e in pool if e // size in kept]
     return sorted(pool, key=lambda e: -biased[e].item())[:how.top_k]
 
@@ -124,17 +125,17 @@ def token_choice(how, biased):
 def by_tokens(m, x):
     """(output (R, T, D), rows of each expert) of an MoE `m` by a loop over tokens; autograd gives the
     gradients."""
-    how, out, counts = m.router.moe, [], [0] * m.experts
+    how, out, counts = m.router.moe, [], [0] * m.num_experts
     for token in x.flatten(0, 1):
         logits = m.router.weight @ token
-        scores = torch.sigmoid(logits) if how.score == "sigmoid" else logits.exp() / logits.exp().sum()
+        scores = torch.sigmoid(logits) if how.score_func == "sigmoid" else logits.exp() / logits.exp().sum()
         on_logits = how.balance.rule == "quantile"
         chosen = token_choice(how, ((logits if on_logits else scores) + m.router.bias).detach())
-        total = sum(scores[e] for e in chosen) if how.normalise else 1.0
-        y = mlp(token, m.shared.up, m.shared.down) if m.shared is not None else 0.0
+        total = sum(scores[e] for e in chosen) if how.route_norm else 1.0
+        y = mlp(token, m.shared.c_fc, m.shared.c_proj) if m.shared is not None else 0.0
         for e in chosen:
             counts[e] += 1
-            y = y + how.gate_scale * scores[e] / total * mlp(token, m.up[e], m.down[e])
+            y = y + how.route_scale * scores[e] / total * mlp(token, m.c_fc[e], m.c_proj[e])
         out.append(y)
     return torch.stack(out).view(x.shape), counts
 
@@ -173,11 +174,11 @@ def test_the_layer_equals_a_loop_over_tokens(name, skew):
     found = outputs_and_gradients(m, x, lambda x: m(x, [], False))
     assert all(close(found[key], expected[key], 1e-12) for key in expected)
     counts = by_tokens(m, x)[1]
-    assert m.router.tally[:8].tolist() == counts
+    assert m.router.stats[:8].tolist() == counts
     assert skew != "an_empty_expert" or (
-        counts[3] == 0 and not found["up"][3].any() and not found["down"][3].any()
+        counts[3] == 0 and not found["c_fc"][3].any() and not found["c_proj"][3].any()
     )
-    assert skew != "all_on_one" or (counts[5] == 88 and found["up"][5].any())
+    assert skew != "all_on_one" or (counts[5] == 88 and found["c_fc"][5].any())
 
 
 @pytest.mark.parametrize("skew", SKEWS)
@@ -222,14 +223,14 @@ def test_every_choice_has_its_own_place_in_the_order_of_tokens(backend):
         assert p.owner is not None or (mine < p.ends[e]).all() and (mine >= p.ends[e] - rows[e]).all()
 
 
-@pytest.mark.feature("model.mlp.moe", "model.mlp.moe.normalise")
+@pytest.mark.feature("model.mlp.moe", "model.mlp.moe.route_norm")
 def test_identical_experts_with_gates_of_sum_one_are_the_dense_mlp():
     m, x = layer(*ROUTINGS["normalised"]), noise(2, 24, 48)
     with torch.no_grad():
-        m.up.copy_(m.up[0].clone().expand_as(m.up))
-        m.down.copy_(m.down[0].clone().expand_as(m.down))
-    dense = F.relu(x @ m.up[0].T).square() @ m.down[0].T
-    shared = F.relu(x @ m.shared.up.T).square() @ m.shared.down.T
+        m.c_fc.copy_(m.c_fc[0].clone().expand_as(m.c_fc))
+        m.c_proj.copy_(m.c_proj[0].clone().expand_as(m.c_proj))
+    dense = F.relu(x @ m.c_fc[0].T).square() @ m.c_proj[0].T
+    shared = F.relu(x @ m.shared.c_fc.T).square() @ m.shared.c_proj.T
     assert close(m(x, [], False), shared + 2.5 * dense, 1e-13)
 
 
@@ -241,12 +242,12 @@ def test_renumbering_the_experts_changes_nothing(name):
     if name == "groups":  # groups as a whole, and experts within them
         order = torch.tensor([5, 4, 0, 1, 7, 6, 3, 2])
     with torch.no_grad():
-        for p in (turned.up, turned.down, turned.router.weight, turned.router.bias):
+        for p in (turned.c_fc, turned.c_proj, turned.router.weight, turned.router.bias):
             p.copy_(p[order].clone())
     assert close(turned(x, [], False), m(x, [], False), 1e-13)
     assert (
-        torch.equal(turned.router.tally[:8], m.router.tally[:8][order])
-        and len(m.router.tally[:8].unique()) > 3
+        torch.equal(turned.router.stats[:8], m.router.stats[:8][order])
+        and len(m.router.stats[:8].unique()) > 3
     )
 
 
@@ -267,7 +268,7 @@ def test_causality_nothing_before_a_changed_token_moves(name, backend, tolerance
         a = model(x)
         for changed in (one, all_later):
             for router in model.routers():
-                router.tally.zero_()
+                router.stats.zero_()
             b = model(changed)
             before = torch.cat([a[0, :13], a[1]]), torch.cat([b[0, :13], b[1]])  # nothing joins across rows
             assert torch.equal(*before) if tolerance == 0 else close(*before, tolerance)
@@ -277,19 +278,19 @@ def test_causality_nothing_before_a_changed_token_moves(name, backend, tolerance
 def test_the_causality_law_has_teeth_later_tokens_change_loads_and_places():
     model, x = build(precision="float32"), tokens()
     model(x)
-    first = [router.tally[:8].clone() for router in model.routers()]
+    first = [router.stats[:8].clone() for router in model.routers()]
     x[0, 13:] = tokens(seed=2)[0, 13:]
     for router in model.routers():
-        router.tally.zero_()
+        router.stats.zero_()
     model(x)
-    assert all(not torch.equal(a, router.tally[:8]) for a, router in zip(first, model.routers()))
+    assert all(not torch.equal(a, router.stats[:8]) for a, router in zip(first, model.routers()))
 
 
 # ----- the bias
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_the_bias_changes_who_is_chosen_but_not_the_gates_and_gets_no_gradient(score):
-    router, x = fill(Router(settings(f"model.mlp.moe.score={score}"))), noise(4, 64, 48)
+    router, x = fill(Router(settings(f"model.mlp.moe.score_func={score}"))), noise(4, 64, 48)
     scores = x.flatten(0, 1) @ router.weight.T
     scores = torch.sigmoid(scores) if score == "sigmoid" else scores.softmax(-1)
     router.bias.requires_grad_()
@@ -314,7 +315,7 @@ def test_a_checkpoint_keeps_the_bias():
     other.initialise(1)
     other.load_state_dict(state)
     assert torch.equal(other.eval()(x), model.eval()(x)) and other.routers()[0].bias.any()
-    whole = model.whole_state()
+    whole = model.full_state_dict()
     assert set(whole) == set(state) and all(torch.equal(whole[name], state[name]) for name in state)
     for router in other.routers():
         router.bias.zero_()
@@ -325,7 +326,7 @@ def test_initialise_forgets_biases_and_loads():
     model = build()
     model(tokens())
     end_step(model, 48)
-    assert all(router.load.any() and router.bias.any() for router in model.routers())
+    assert all(router.tokens_per_expert.any() and router.bias.any() for router in model.routers())
     model.initialise(0)
     assert not any(b.any() for router in model.routers() for b in router.buffers())
 
@@ -335,24 +336,24 @@ def test_initialise_forgets_biases_and_loads():
 def balanced(router, steps):
     """MaxVio of each step of a router alone, on fresh Gaussian tokens whose last channel is 1: its weights
     are offsets."""
-    n, k, seen = router.moe.experts, router.moe.top_k, []
+    n, k, seen = router.moe.num_experts, router.moe.top_k, []
     for i in range(steps):
         x = noise(16, 64, 48, seed=i, dtype=torch.float32)
         x[..., -1] = 1.0
-        router.tally.zero_()
+        router.stats.zero_()
         with torch.no_grad():
             chosen, _, _ = router(x)
         load = torch.bincount(chosen.flatten(), minlength=n)
-        router.tally[:n] += load
-        router.settle(router.tally.clone(), len(chosen))
-        assert torch.equal(router.load.long(), load) and load.sum() == 1024 * k
+        router.stats[:n] += load
+        router.end_step(router.stats.clone(), len(chosen))
+        assert torch.equal(router.tokens_per_expert.long(), load) and load.sum() == 1024 * k
         seen.append((load.max() / load.double().mean() - 1).item())
     return seen
 
 
 def skewed(*sets, **changes):
     router = Router(settings(*moe(*sets), precision="float32", **changes))
-    n = router.moe.experts
+    n = router.moe.num_experts
     with torch.no_grad():
         router.weight.copy_(noise(n, 48, seed=3) / math.sqrt(48))
         router.weight[:, -1] = torch.linspace(-2.5, 2.5, n)
@@ -372,7 +373,7 @@ UNBALANCED = {8: 1.3, 32: 2.0, 64: 2.0}  # the first step's MaxVio is above this
 
 def offset(n, k, spread, *sets):
     """A router of n experts whose logits have unit variance and offsets from -spread to spread."""
-    router = Router(settings(*moe(f"experts={n}", f"top_k={k}", *sets), precision="float32"))
+    router = Router(settings(*moe(f"num_experts={n}", f"top_k={k}", *sets), precision="float32"))
     with torch.no_grad():
         router.weight.copy_(noise(n, 48, seed=3) / math.sqrt(48))
         router.weight[:, -1] = torch.linspace(-spread, spread, n)
@@ -383,13 +384,13 @@ def offset(n, k, spread, *sets):
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("n, k", SIZES.items())
 def test_the_default_rate_balances_either_score_at_any_number_of_experts(n, k, name, score):
-    seen = balanced(offset(n, k, 1.0, f"score={score}", f"balance.rule={name}"), 150)
+    seen = balanced(offset(n, k, 1.0, f"score_func={score}", f"balance.rule={name}"), 150)
     assert seen[0] > UNBALANCED[n] and max(seen[-5:]) < 0.5
 
 
 @pytest.mark.parametrize("n, k", SIZES.items())
 def test_the_default_rule_balances_softmax_scores_far_apart(n, k):
-    seen = balanced(offset(n, k, 2.5, "score=softmax"), 150)
+    seen = balanced(offset(n, k, 2.5, "score_func=softmax"), 150)
     assert seen[0] > 2.4 and max(seen[-5:]) < 0.6
 
 
@@ -408,9 +409,10 @@ def test_sign_and_proportional_rules_move_the_bias_by_their_formulas():
     }
     for name, expected in formulas.items():
         for score, unit in (("sigmoid", 1), ("softmax", 4 / 8)):
-            router = Router(settings(*moe(f"balance.rule={name}", "balance.rate=0.03", f"score={score}")))
+            sets = moe(f"balance.rule={name}", "balance.rate=0.03", f"score_func={score}")
+            router = Router(settings(*sets))
             for _ in range(2):
-                router.settle(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 32)
+                router.end_step(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 32)
             bias = 2 * 0.03 * unit * torch.tensor(expected, dtype=torch.float64)
             assert torch.allclose(router.bias, bias, rtol=1e-12, atol=0)
 
@@ -425,7 +427,7 @@ def test_a_router_of_16_bits_keeps_a_bias_of_32(name):
     router.bias.fill_(1.0)
     load = torch.tensor([16.0] + 7 * [0], dtype=torch.float64)  # 7 and -1 times the mean away from it
     for _ in range(10):
-        router.settle(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 8)
+        router.end_step(torch.cat([load, torch.zeros(9, dtype=torch.float64)]), 8)
     down, up = (0.07, 0.01) if name == "proportional" else (0.01, 0.01)
     assert torch.allclose(router.bias - 1, torch.tensor([-down] + 7 * [up]), rtol=1e-3)
     router.weight.data.zero_()
@@ -436,13 +438,13 @@ def test_a_router_of_16_bits_keeps_a_bias_of_32(name):
 def test_a_router_of_16_bits_counts_long_sequences_for_its_loss():
     """512 tokens on the same two experts, which bfloat16 cannot count."""
     router = Router(
-        settings("model.mlp.moe.sequence_loss=1.0", "numerics.router=bfloat16", precision="record")
+        settings("model.mlp.moe.seq_aux_loss=1.0", "numerics.router=bfloat16", precision="record")
     )
     router.weight.data.zero_()
     router.weight.data[:2, -1] = 8.0
     x = torch.zeros(1, 512, 48, dtype=torch.bfloat16)
     x[..., -1] = 1.0
-    expected = sequence_loss(torch.sigmoid(x[0].double() @ router.weight.T.double()), 2, 1.0)
+    expected = seq_aux_loss(torch.sigmoid(x[0].double() @ router.weight.T.double()), 2, 1.0)
     assert torch.allclose(router(x)[2].double(), expected.double(), rtol=0.01)
 
 
@@ -451,7 +453,7 @@ def test_a_router_of_16_bits_counts_long_sequences_for_its_loss():
 def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     s = settings(SMALL, *moe(f"balance.rule={name}", "balance.freeze_frac=0.3"), "schedule.steps=10")
     plans = schedule.plan(s)
-    assert [plan.moves_bias for plan in plans] == [True] * 7 + [False] * 3
+    assert [plan.update_bias for plan in plans] == [True] * 7 + [False] * 3
     model = GPT(s)
     model.initialise(0)
     run = SimpleNamespace(
@@ -464,7 +466,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
         inputs = tokens(16, 64, seed=step).view(8, 2, 64)
         train_gpt.train_step(run, plans[step], inputs, inputs.roll(1, -1), [2] * 8)
         assert torch.equal(bias, torch.stack([router.bias for router in model.routers()])) != moves
-        assert all(router.load.sum() == 2 * 1024 for router in model.routers())
+        assert all(router.tokens_per_expert.sum() == 2 * 1024 for router in model.routers())
 
 
 def test_the_plan_says_from_which_step_on_the_biases_stand_still(capsys):
@@ -476,20 +478,20 @@ def test_the_plan_says_from_which_step_on_the_biases_stand_still(capsys):
 
 
 def test_without_freeze_frac_the_bias_moves_to_the_end_and_without_balance_never():
-    assert all(plan.moves_bias for plan in schedule.plan(settings()))
-    assert not any(plan.moves_bias for plan in schedule.plan(settings(without=["model.mlp.moe.balance"])))
-    assert not any(plan.moves_bias for plan in schedule.plan(settings(ref="short/8")))
+    assert all(plan.update_bias for plan in schedule.plan(settings()))
+    assert not any(plan.update_bias for plan in schedule.plan(settings(without=["model.mlp.moe.balance"])))
+    assert not any(plan.update_bias for plan in schedule.plan(settings(ref="short/8")))
 
 
 def test_scores_that_underflow_give_no_nan():
     """sigmoid(-104) is 0 in float32: gates, entropy, losses and their gradients stay finite."""
-    router = Router(settings(*moe("normalise=true", "sequence_loss=0.1", "z_loss=0.1"), precision="float32"))
+    router = Router(settings(*moe("route_norm=true", "seq_aux_loss=0.1", "z_loss=0.1"), precision="float32"))
     router.weight.data.fill_(-1000.0)
     x = torch.ones(2, 24, 48, requires_grad=True)
     chosen, gates, penalty = router(x)
     (gates.sum() + penalty.sum()).backward()
-    router.tally[:8] += torch.bincount(chosen.flatten(), minlength=8)
-    router.settle(router.tally.clone(), 48)
+    router.stats[:8] += torch.bincount(chosen.flatten(), minlength=8)
+    router.end_step(router.stats.clone(), 48)
     found = (penalty, x.grad, router.weight.grad, router.bias, router.entropy)
     assert not gates.any() and all(t.isfinite().all() for t in found)
 
@@ -507,7 +509,7 @@ def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its
         over = [[rank[t, e].item() - alpha[t] for t in range(128)] for e in range(8)]
         betas.append([sorted(row, reverse=True)[128 * 2 // 8 - 1] for row in over])
     router(x)
-    router.settle(router.tally.clone(), 384)
+    router.end_step(router.stats.clone(), 384)
     assert torch.allclose(router.bias, -torch.tensor(betas, dtype=torch.float64).mean(0), rtol=1e-12, atol=0)
 
 
@@ -515,18 +517,18 @@ def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its
 def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
     """Eight logical ranks at once or one by one, over two steps."""
     results = []
-    for at_once in (8, 1):
+    for microbatch in (8, 1):
         model = build(*moe(f"balance.rule={name}"))
         for i in range(2):
             ranks = tokens(16, 64, seed=i).view(8, 2, 64)
             begin_step(model)
-            for first in range(0, 8, at_once):
+            for first in range(0, 8, microbatch):
                 with torch.no_grad():
-                    model(ranks[first:first + at_once].flatten(0, 1))
+                    model(ranks[first:first + microbatch].flatten(0, 1))
             end_step(model, 1024)
         results.append(
             (
-                torch.stack([r.load for r in model.routers()]),
+                torch.stack([r.tokens_per_expert for r in model.routers()]),
                 torch.stack([r.bias for r in model.routers()]),
                 torch.stack([r.entropy for r in model.routers()])
             )
@@ -541,22 +543,22 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
 def test_evaluation_counts_nothing():
     model = build().eval()
     model(tokens())
-    assert not any(router.tally.any() for router in model.routers())
+    assert not any(router.stats.any() for router in model.routers())
 
 
 def test_the_entropy_of_equal_scores_is_one_and_of_a_certain_router_near_zero():
-    router = Router(settings("model.mlp.moe.score=softmax"))
+    router = Router(settings("model.mlp.moe.score_func=softmax"))
     for weight, low, high in ((0.0, 1 - 1e-12, 1 + 1e-12), (100.0, 0.0, 0.1)):
         router.weight.data.copy_(weight * noise(8, 48))
-        router.tally.zero_()
+        router.stats.zero_()
         router(noise(2, 64, 48, seed=1))
-        router.settle(router.tally.clone(), 128)
+        router.end_step(router.stats.clone(), 128)
         assert low <= router.entropy <= high
 
 
 # ----- losses
 
-def sequence_loss(scores, k, alpha):
+def seq_aux_loss(scores, k, alpha):
     """DeepSeek-V3, eq. 17-20, of one sequence: scores (T, E), without the bias; f counts, P is
     differentiated."""
     length, n = scores.shape
@@ -569,14 +571,14 @@ def sequence_loss(scores, k, alpha):
     return alpha * sum(a * b for a, b in zip(f, p))
 
 
-@pytest.mark.feature("model.mlp.moe.sequence_loss")
+@pytest.mark.feature("model.mlp.moe.seq_aux_loss")
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 def test_the_sequence_loss_is_deepseek_v3_s_for_each_sequence(score):
-    router = fill(Router(settings(*moe(f"score={score}", "sequence_loss=0.3"))))
+    router = fill(Router(settings(*moe(f"score_func={score}", "seq_aux_loss=0.3"))))
     x = noise(3, 32, 48)
     logits = x @ router.weight.T
     scores = torch.sigmoid(logits) if score == "sigmoid" else logits.softmax(-1)
-    expected = torch.stack([sequence_loss(rows, 2, 0.3) for rows in scores])
+    expected = torch.stack([seq_aux_loss(rows, 2, 0.3) for rows in scores])
     theirs, = torch.autograd.grad(expected.mean(), router.weight)
     found = router(x)[2]
     ours, = torch.autograd.grad(found.mean(), router.weight)
@@ -585,7 +587,7 @@ def test_the_sequence_loss_is_deepseek_v3_s_for_each_sequence(score):
 
 
 def test_the_sequence_loss_is_alpha_at_equal_scores_and_more_where_loads_follow_scores():
-    router = Router(settings("model.mlp.moe.sequence_loss=0.3"))
+    router = Router(settings("model.mlp.moe.seq_aux_loss=0.3"))
     x = noise(2, 64, 48)
     router.weight.data.zero_()
     assert torch.allclose(router(x)[2], torch.tensor(0.3, dtype=torch.float64), rtol=1e-12)
@@ -608,7 +610,7 @@ def test_the_z_loss_is_the_squared_logsumexp_of_the_logits():
 def test_sequence_loss_and_z_loss_add_up():
     x = noise(2, 24, 48)
     both, one, other = (fill(Router(settings(*moe(*sets))))(x)[2] for sets in (
-        ("sequence_loss=0.3", "z_loss=0.2"), ("sequence_loss=0.3",), ("z_loss=0.2",)))
+        ("seq_aux_loss=0.3", "z_loss=0.2"), ("seq_aux_loss=0.3",), ("z_loss=0.2",)))
     assert close(both, one + other, 1e-12)
 
 
@@ -641,7 +643,7 @@ def test_no_router_is_dead_at_top_1():
     model = build(ref="variants/moe8k1s")
     model(tokens(8, 64), tokens(8, 64, seed=2)).mean().backward()
     for router in model.routers():
-        used = router.tally[:8] > 0
+        used = router.stats[:8] > 0
         assert used.sum() > 3 and torch.equal(router.weight.grad.any(1), used)
 
 
@@ -657,10 +659,10 @@ def train_step(optimizer, model, s, seed, plan_step=0):
     optimizer.step(schedule.plan(s)[plan_step])
 
 
-@pytest.mark.feature("optim.muon.move_idle")
-@pytest.mark.parametrize("move_idle", [False, True])
-def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_there(move_idle):
-    model = build(f"optim.muon.move_idle={str(move_idle).lower()}")
+@pytest.mark.feature("optim.muon.update_idle_experts")
+@pytest.mark.parametrize("update_idle_experts", [False, True])
+def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_there(update_idle_experts):
+    model = build(f"optim.muon.update_idle_experts={str(update_idle_experts).lower()}")
     s = model.settings
     for router in model.routers():
         router.bias.zero_()
@@ -669,12 +671,12 @@ def test_an_expert_without_rows_moves_only_if_asked_although_its_momentum_is_the
     starve(model.blocks[2].mlp, 3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train_step(optimizer, model, s, 1)
-    first, second = (router.load for router in model.routers())
+    first, second = (router.tokens_per_expert for router in model.routers())
     assert second[3] == 0 and (first > 0).all()
-    for kind in ("up", "down"):
+    for kind in ("c_fc", "c_proj"):
         stacks = [f"blocks.{i}.mlp.{kind}" for i in (1, 2)]
         moved = torch.cat([(model.get_parameter(name) != before[name]).flatten(1).any(1) for name in stacks])
-        assert moved.tolist() == [True] * 11 + [move_idle] + [True] * 4
+        assert moved.tolist() == [True] * 11 + [update_idle_experts] + [True] * 4
         bank = next(b for b in optimizer.banks if b.members[0][0] == stacks[0])
         assert bank.state["momentum_buffer"][:16].flatten(1).any(1).all()
 
@@ -692,7 +694,7 @@ def test_the_experts_of_a_stack_are_orthogonalised_one_by_one():
     end_step(model, 512)
     plan = schedule.plan(s)[0]
     optimizer.step(plan)
-    for name in ("blocks.1.mlp.up", "blocks.2.mlp.down"):
+    for name in ("blocks.1.mlp.c_fc", "blocks.2.mlp.c_proj"):
         for e in range(8):
             g = gradients[name][e]
             ahead = g + plan.momentum * g  # of the first step: the buffer is the gradient
@@ -780,31 +782,31 @@ def test_counts_of_all_and_of_active_parameters_and_flops_at_full_scale(ref, sha
 # ----- settings
 
 BAD = [
-    (["top_k=8"], "top_k = 8 of model.mlp.moe.experts = 8"),
+    (["top_k=8"], "top_k = 8 of model.mlp.moe.num_experts = 8"),
     (["top_k=0"], "at least one must be chosen"),
-    (["experts=1", "top_k=1"], "one left"),
+    (["num_experts=1", "top_k=1"], "one left"),
     (["hidden=0"], "hidden = 0"),
     (["shared=-1"], "at least 1 and 0"),
-    (["normalise=true", "top_k=1"], "the router gets no gradient: switch it off"),
-    (["groups=3"], "groups = 3 does not divide 8 experts"),
-    (["groups=0"], "groups = 0"),
-    (["groups=4", "groups_kept=5"], "must lie between 1 and groups = 4"),
-    (["groups=4", "groups_kept=1", "top_k=3"], "hold fewer than top_k = 3"),
-    (["groups=8", "groups_kept=2"], "a group needs two experts"),
+    (["route_norm=true", "top_k=1"], "the router gets no gradient: switch it off"),
+    (["num_expert_groups=3"], "groups = 3 does not divide 8 experts"),
+    (["num_expert_groups=0"], "groups = 0"),
+    (["num_expert_groups=4", "num_limited_groups=5"], "must lie between 1 and num_expert_groups = 4"),
+    (["num_expert_groups=4", "num_limited_groups=1", "top_k=3"], "hold fewer than top_k = 3"),
+    (["num_expert_groups=8", "num_limited_groups=2"], "a group needs two experts"),
     (["dense_layers=[0,1,2,3,4,5,6,7,8,9,10,11]"], "leaves no layer with experts"),
     (["dense_layers=[12]"], "names layer 12: the model has layers 0 to 11"),
     (["dense_layers=[1,1]"], "names a layer twice"),
     (
-        ["groups=4", "groups_kept=2", "balance.rule=quantile"],
-        "choose rule proportional or sign, or set groups=1",
+        ["num_expert_groups=4", "num_limited_groups=2", "balance.rule=quantile"],
+        "choose rule proportional or sign, or set num_expert_groups=1",
     ),
     (["balance.freeze_frac=1"], "freeze_frac = 1.0: must lie in 0 <= x < 1"),
     (["balance.freeze_frac=-0.1"], "must lie in 0 <= x < 1"),
-    (["gate_scale=0"], "gate_scale = 0"),
+    (["route_scale=0"], "route_scale = 0"),
     (["balance.rate=0"], "balance.rate = 0"),
     (["balance.rate=1.5"], "balance.rate = 1.5: must be at most 1, the largest score"),
     (["balance.rate=inf"], "expected a number that is finite"),
-    (["sequence_loss=-1"], "sequence_loss = -1"),
+    (["seq_aux_loss=-1"], "seq_aux_loss = -1"),
     (["z_loss=-1"], "z_loss = -1"),
     (["model.bias=true"], "has no bias vectors: set model.bias=false"),
     (["system.expert_parallel=true", "system.reduction=ordered"], "leave system.expert_parallel off"),
@@ -823,7 +825,7 @@ def test_each_contradiction_is_one_clear_line(sets, message):
     "change",
     [
         "system.expert_parallel=true", "system.experts=padded", "optim.router.lr=0.1",
-        "optim.muon.move_idle=true"
+        "optim.muon.update_idle_experts=true"
     ],
 )
 def test_settings_of_experts_need_experts(change):
@@ -833,7 +835,8 @@ def test_settings_of_experts_need_experts(change):
 
 def test_quantile_goes_with_all_groups_open():
     for groups, kept in ((1, 1), (4, 4)):
-        s = settings(*moe("balance.rule=quantile", f"groups={groups}", f"groups_kept={kept}"))
+        s = settings(*moe(
+            "balance.rule=quantile", f"num_expert_groups={groups}", f"num_limited_groups={kept}"))
         assert s.model.mlp.moe.balance.rule == "quantile"
 
 
@@ -844,7 +847,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused_before_they_know_e
     ).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
-        World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.experts=12"))
+        World(settings("system.expert_parallel=true", "system.device=cpu", "model.mlp.moe.num_experts=12"))
 
 
 @pytest.mark.feature("system.expert_parallel")
@@ -854,7 +857,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
     assert len(MoE(settings("system.expert_parallel=true")).up) == 1
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
-        MoE(settings("system.expert_parallel=true", "model.mlp.moe.experts=12"))
+        MoE(settings("system.expert_parallel=true", "model.mlp.moe.num_experts=12"))
 
 
 @pytest.mark.parametrize("sets, precision, compiled, message", [
@@ -919,7 +922,7 @@ def share_of_gradients(path, sets, precision, flooded):
     model.initialise(0)
     parts = whole.state_dict()
     for i, m in model.mixtures():
-        for kind in ("up", "down"):
+        for kind in ("c_fc", "c_proj"):
             parts[f"blocks.{i}.mlp.{kind}"] = parts[f"blocks.{i}.mlp.{kind}"].chunk(m.world)[m.rank]
     model.load_state_dict(parts)
     for router in model.routers():
@@ -934,7 +937,7 @@ def share_of_gradients(path, sets, precision, flooded):
         if bank.comm.reduces:
             optimizer.launch(bank)
     factor = optimizer.clip_factor(optimizer.banks, [optimizer.reduced(bank)[1] for bank in optimizer.banks])
-    stacks = model.expert_loads() if model.mixtures()[0][1].world > 1 else {}
+    stacks = model.tokens_per_expert() if model.mixtures()[0][1].world > 1 else {}
     gradients = {name: world.gather(g) if name in stacks else world.total(g) for name, g in local.items()}
     if world.main:
         torch.save({"losses": world.gather(losses.detach()), "factor": factor, "gradients": gradients}, path)
@@ -981,7 +984,7 @@ def trained(folder, world, *args):
         WILD
     ]
     changes = [word for change in (*sets, *args) for word in ("--set", change)]
-    together(world, training, [REF, "--scale", "micro", *changes, "--save", "--out", str(folder)])
+    together(world, training, [REF, "--scale", "micro", *changes, "--save-checkpoint", "--out", str(folder)])
     run = next(folder.glob("*/summary.json")).parent
     events = read_chain(run / "run.jsonl")
     load = [e["load"] for e in events if e["kind"] == "experts" and "load" in e][-1]

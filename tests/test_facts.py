@@ -46,11 +46,11 @@ def built(ref, *sets, precision="record"):
 
 def kind(name):
     last = name.split(".")[-1]
-    if name == "head.weight":
+    if name == "lm_head.weight":
         return "head"
-    if name.startswith(("embed.table", "values.tables", "embed.positions")):
+    if name.startswith(("embed.weight", "values.tables", "embed.positions")):
         return "table"
-    return "matrix" if last in ("qkvo", "up", "down") else "gate" if last == "gate" else "scalar"
+    return "matrix" if last in ("qkvo", "c_fc", "c_proj") else "gate" if last == "gate" else "scalar"
 
 
 # ----- storage and optimizer
@@ -100,7 +100,7 @@ def test_dtype_group_rule_and_optimizer_state_of_every_parameter(ref, n):
         p for name, p in model.named_parameters() if kind(name) == "table" and name != "embed.positions"
     ]
     assert [len(p) for p in tables] == [at(n, TABLE_ROWS)] * at(n, TABLES)
-    assert n < 8 or len(model.head.weight) == 1280
+    assert n < 8 or len(model.lm_head.weight) == 1280
 
 
 # ----- initial values
@@ -122,7 +122,7 @@ def matrices(model):
         if name.endswith("qkvo"):
             yield from zip(p, (False, False, False, True))
         elif kind(name) == "matrix":
-            yield p, name.endswith("down")
+            yield p, name.endswith("c_proj")
 
 
 @pytest.mark.feature(record="ref")
@@ -155,11 +155,11 @@ def test_initial_tables_head_and_gates(ref, n):
             assert p.count_nonzero() == 0, name
 
 
-SCALARS = {"residual.x": [(9, (12, 1.0))], "residual.x0": [(9, (12, 0.0))],
+SCALARS = {"residual.resid_lambdas": [(9, (12, 1.0))], "residual.x0_lambdas": [(9, (12, 0.0))],
            "values.lam": [(9, (12, 0.5)), (14, None)],
-           "values.ve": [(14, (12, 0.5)), (17, (11, 0.5))],  # layer 7 has no attention
-           "values.v": [(15, (12, 0.5)), (17, (11, 0.5))],
-           "residual.skip": [(11, (6, 1.0)), (32, (6, -1.5))]}  # before the sigmoid
+           "values.ve_lambdas": [(14, (12, 0.5)), (17, (11, 0.5))],  # layer 7 has no attention
+           "values.v_lambdas": [(15, (12, 0.5)), (17, (11, 0.5))],
+           "residual.skip_weights": [(11, (6, 1.0)), (32, (6, -1.5))]}  # before the sigmoid
 
 
 @from_on(1)
@@ -174,7 +174,8 @@ def test_initial_scalars(ref, n):
         length, value = at(n, SCALARS[name])
         assert p.tolist() == [value] * length, name
     if n >= 11:
-        assert [round(x.item(), 4) for x in model.residual.skip()] == [at(n, [(11, 1.0), (32, 0.1824)])] * 6
+        weights = [round(x.item(), 4) for x in model.residual.skip_weights()]
+        assert weights == [at(n, [(11, 1.0), (32, 0.1824)])] * 6
 
 
 # ----- rotary positions
@@ -221,7 +222,7 @@ def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(re
     stream, because at four times sqrt(rows / cols) = 2 rounds nothing."""
     s, model = built(ref, "model.mlp.expansion=3", "optim.muon.lr=1.0")
     optimizer = Optimizer(model, s)
-    bank = next(b for b in optimizer.banks if b.label == "mlp_up")
+    bank = next(b for b in optimizer.banks if b.label == "c_fc")
     bank.param.zero_()
     bank.grad.normal_(generator=torch.Generator().manual_seed(0))
     direction = newton_schulz(bank.grad.clone(), dtype=BF16, norm_dtype=at(n, [(3, F32), (5, BF16)]),
@@ -254,11 +255,11 @@ def test_dtypes_on_the_way_through_the_model(ref, n):
     block.attn.register_forward_hook(lambda module, args, out: normed.append((args[0].dtype, out.dtype)))
     with torch.no_grad():
         if n >= 8:  # zeros until then
-            model.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+            model.lm_head.weight.normal_(generator=torch.Generator().manual_seed(1))
         for training in (True, False):
             assert forward(s, model.train(training)).dtype == F32
             x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-            logits.append(model.head(x, model.embed.table))
+            logits.append(model.lm_head(x, model.embed.weight))
     assert normed == [(BF16, BF16), 2 * (at(n, [(1, BF16), (2, F32), (5, BF16)]),)]
     assert stream == 2 * [at(n, [(1, BF16), (2, F32), (10, BF16)])]
     for z in logits:  # on bfloat16's grid, but that 19 on cap them in float32
@@ -284,7 +285,7 @@ def test_the_head_is_in_fp8_from_record_19_on_in_training_and_never_in_validatio
 def test_factors_of_the_fp8_head(ref, n):
     """What x, the weight and the gradient of the rank's own loss are multiplied by before they are rounded,
     at full size."""
-    x, w, g = without_values(deltas.resolve(ref).settings).train().head.operands(None)[1]
+    x, w, g = without_values(deltas.resolve(ref).settings).train().lm_head.operands(None)[1]
     expected = at(
         n,
         [
@@ -297,10 +298,10 @@ def test_factors_of_the_fp8_head(ref, n):
 
 # ----- the trainer's loss
 
-@pytest.mark.parametrize("at_once", [2, 8])
+@pytest.mark.parametrize("microbatch", [2, 8])
 @pytest.mark.parametrize("ref, n", [(ref, RECORDS[ref]) for ref in ("short/21r", "short/21t", "short/33")])
 def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_of_their_sums(
-    ref, n, at_once
+    ref, n, microbatch
 ):
     s, model = built(ref, precision="float64")
     g = torch.Generator().manual_seed(1)
@@ -322,7 +323,8 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
     found, optimizer = [], Optimizer(model, s)
     run = SimpleNamespace(
         s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=optimizer,
-        ranks_per_microbatch=at_once, corpus=SimpleNamespace(bos=0), world=SimpleNamespace(total=lambda x: x)
+        ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=0),
+        world=SimpleNamespace(total=lambda x: x)
     )
     plan = schedule.plan(s)[s.schedule.steps // 2]
     train_step(run, plan, inputs, targets, [10] * 8,

@@ -185,7 +185,7 @@ def test_a_constant_coefficient_is_no_parameter():
 @pytest.mark.feature("model.attn.value_embed.learned")
 def test_constant_weights_of_value_embeddings_are_the_initial_ones():
     learned, fixed = (
-        build("short/14", *sets, without=["model.attn.documents", "model.attn.window"], scramble=False)
+        build("short/14", *sets, without=["model.attn.document_mask", "model.attn.window"], scramble=False)
         for sets in ((), ("model.attn.value_embed.learned=false",))
     )
     assert added(learned, fixed) and not added(fixed, learned)

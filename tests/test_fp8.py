@@ -163,7 +163,7 @@ def test_compiled_it_is_one_graph_with_the_same_bits():
 
 # ----- the model and its delayed scales
 
-def settings(*sets, with_=("numerics.fp8_mlp", "numerics.fp8_mlp.down")):
+def settings(*sets, with_=("numerics.fp8_mlp", "numerics.fp8_mlp.c_proj")):
     """short/11 at micro; every dtype that rounds between MLPs lifted, so that only FP8 is left to differ."""
     lift = [f"numerics.{name}=float32" for name in ("matmul", "eval_matmul", "residual", "newton_schulz")]
     return deltas.resolve(
@@ -187,27 +187,27 @@ def losses(model, s, x):
     return model(x, x, model.context(x, BOS, schedule.windows(s, 0)))
 
 
-def step(optimizer, model, s, x, i, at_once=8):
+def step(optimizer, model, s, x, i, microbatch=8):
     begin_step(model)
-    for part in x.chunk(8 // at_once):
+    for part in x.chunk(8 // microbatch):
         optimizer.expect(last=True)
-        (losses(model, s, part).mean() * at_once / 8).backward()
+        (losses(model, s, part).mean() * microbatch / 8).backward()
         optimizer.accumulate()
     optimizer.step(schedule.plan(s)[i])
 
 
-@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
+@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.c_proj")
 def test_the_scales_are_the_recurrence_over_steps():
     """Activations: 1.8 max P / 448 of the rank's last forward, at first 1. Weight: the first and the next
     three refreshes by its own maximum, then by 1.12 times the maximum of the refresh before."""
-    s, model = build("numerics.fp8_mlp.down.exact_steps=3")
+    s, model = build("numerics.fp8_mlp.c_proj.exact_steps=3")
     optimizer, seen, weights = Optimizer(model, s), [], []
     mlp, given = model.blocks[4].mlp, []
     state = mlp.fp8
     assert torch.equal(state.activation, torch.ones(8))
-    mlp.register_forward_pre_hook(lambda m, a: given.append((a[0].detach(), m.up.detach().clone())))
+    mlp.register_forward_pre_hook(lambda m, a: given.append((a[0].detach(), m.c_fc.detach().clone())))
     for i in range(7):
-        weights.append(mlp.down.detach().abs().max())
+        weights.append(mlp.c_proj.detach().abs().max())
         step(optimizer, model, s, rows(s, i), i)
         x, up = given[i]
         _, _, most = emulated(x.flatten(0, 1), up, torch.zeros(1, len(up)), 8, None, F32)
@@ -221,8 +221,8 @@ def test_the_scales_are_the_recurrence_over_steps():
 
 def test_the_original_s_steps_and_factors_are_the_defaults():
     full = deltas.resolve(
-        "short/33", with_=["numerics.fp8_mlp", "numerics.fp8_mlp.down"]
-    ).settings.numerics.fp8_mlp.down
+        "short/33", with_=["numerics.fp8_mlp", "numerics.fp8_mlp.c_proj"]
+    ).settings.numerics.fp8_mlp.c_proj
     assert (full.activation, full.weight, full.exact_steps) == (1.8, 1.12, 16)
 
 
@@ -233,7 +233,7 @@ def test_a_compiled_mlp_moves_its_scales_and_compiles_once():
     for compiled in (False, True):
         model.initialise(1)
         mlp = model.blocks[0].mlp
-        torch.nn.init.normal_(mlp.down, generator=torch.Generator().manual_seed(0))
+        torch.nn.init.normal_(mlp.c_proj, generator=torch.Generator().manual_seed(0))
         run = torch.compile(mlp, backend=counter, fullgraph=True) if compiled else mlp
         for i in range(4):  # two forwards a step
             if i % 2 == 0:
@@ -245,10 +245,10 @@ def test_a_compiled_mlp_moves_its_scales_and_compiles_once():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("at_once", [1, 2])
-def test_scales_belong_to_logical_ranks_however_many_a_forward_has(at_once):
+@pytest.mark.parametrize("microbatch", [1, 2])
+def test_scales_belong_to_logical_ranks_however_many_a_forward_has(microbatch):
     results = []
-    for n in (8, at_once):
+    for n in (8, microbatch):
         s, model = build()
         optimizer = Optimizer(model, s)
         for i in range(3):
@@ -294,10 +294,10 @@ def test_switched_off_it_is_not_there():
     _, model = build(with_=())
     assert not any(".fp8." in name for name, _ in model.named_buffers())
     mlp, x = model.blocks[0].mlp, random(2, 5, 48)
-    assert torch.equal(mlp(x), torch.relu(x @ mlp.up.T).square() @ mlp.down.T)
+    assert torch.equal(mlp(x), torch.relu(x @ mlp.c_fc.T).square() @ mlp.c_proj.T)
 
 
-@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.down")
+@pytest.mark.feature("numerics.fp8_mlp", "numerics.fp8_mlp.c_proj")
 @pytest.mark.parametrize(
     "ref, sets, message",
     [
@@ -308,16 +308,17 @@ def test_switched_off_it_is_not_there():
             "numerics.fp8_mlp needs multiples of 16"
         ),
         ("variants/2", (), "numerics.fp8_mlp is for dense MLPs"),
-        ("short/11", ("system.recompute=on",), "system.recompute=on would move delayed scales twice"),
+        ("short/11", ("system.activation_checkpoint=on",),
+         "system.activation_checkpoint=on would move delayed scales twice"),
         (
-            "short/11", ("numerics.fp8_mlp.down.weight=0",),
-            "numerics.fp8_mlp.down.weight = 0.0: must be greater than 0"
+            "short/11", ("numerics.fp8_mlp.c_proj.weight=0",),
+            "numerics.fp8_mlp.c_proj.weight = 0.0: must be greater than 0"
         ),
     ],
 )
 def test_what_it_cannot_do_is_refused_in_one_line(ref, sets, message):
     with pytest.raises(UserError) as caught:
-        deltas.resolve(ref, with_=["numerics.fp8_mlp", "numerics.fp8_mlp.down"], sets=sets)
+        deltas.resolve(ref, with_=["numerics.fp8_mlp", "numerics.fp8_mlp.c_proj"], sets=sets)
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
@@ -360,7 +361,7 @@ def training(out, *args, processes=1):
 def test_one_and_two_processes_have_the_same_bits_with_ordered_sums(tmp_path):
     """So scales are those of logical ranks and of weights that all processes share. It trains, from warm-up
     and reset on."""
-    args = ["--with", "numerics.fp8_mlp.down", "--set", "system.reduction=ordered"]
+    args = ["--with", "numerics.fp8_mlp.c_proj", "--set", "system.reduction=ordered"]
     one = training(tmp_path / "1", *args)
     assert training(tmp_path / "2", *args, processes=2) == one and one[-1][1] < one[0][1]
 

@@ -136,7 +136,7 @@ class Smeared(torch.nn.Module):
 
     def __init__(self, embed, gate, strength):
         super().__init__()
-        self.table, self.norm, self.gate, self.strength = embed.table, embed.norm, gate, strength
+        self.table, self.norm, self.gate, self.strength = embed.weight, embed.norm, gate, strength
 
     def forward(self, tokens, start=0):
         e = torch.nn.functional.embedding(tokens, self.table)
@@ -217,7 +217,7 @@ def states(rule, golden, tensor, factors, momenta, calls=4):
 
 
 def muon(s):
-    return Muon.of(s, s.optim.group("matrix", "mlp_down"))
+    return Muon.of(s, s.optim.group("matrix", "c_proj"))
 
 
 def adam(s, lr):
@@ -228,7 +228,7 @@ def close(got, expected):
     return np.abs(got - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
-@pytest.mark.feature("optim.muon", "optim.muon.averaged")
+@pytest.mark.feature("optim.muon", "optim.muon.momentum_ema")
 @pytest.mark.parametrize(
     "name, ref, tensors",
     [
@@ -272,7 +272,7 @@ def test_adam_states_after_four_calls(name, ref, tensors):
                 assert close(got, golden[f"fp64/{key}/{tensor}"][call]), (tensor, key, call)
 
 
-@pytest.mark.feature("optim.muon.averaged", "optim.adam.eps_after_correction")
+@pytest.mark.feature("optim.muon.momentum_ema", "optim.adam.eps_after_correction")
 def test_optimizer_of_records_32_to_34():
     """Batched Muon over q, k, v, o; gates in Muon; Adam with eps before the correction."""
     golden, config = load("r34_optim")
@@ -307,7 +307,7 @@ def test_four_updates_of_record_33_through_the_optimizer():
     after the last call."""
     golden, config = load("r34_optim")
     s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
-    roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "mlp_down"), "wide": ("matrix", "mlp_down"),
+    roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "c_proj"), "wide": ("matrix", "c_proj"),
              "square": ("matrix", "latent"), "smear_gate": ("matrix", "gate"), "embed": ("embed", "embed"),
              "head": ("lm_head", "lm_head"), "scalars": ("scalar", "sa_lambdas")}
     model = Toy(

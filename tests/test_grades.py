@@ -79,15 +79,15 @@ def test_a_systems_claim_keeps_loss_and_gradients_seed_by_seed(tmp_path):
     "edit, reason",
     [
         (
-            lambda probe: probe["gradients"]["blocks.3.mlp.up"].__setitem__(1, 0.5),
-            r"gradients differ by .*blocks\.3\.mlp\.up",
+            lambda probe: probe["gradients"]["blocks.3.mlp.c_fc"].__setitem__(1, 0.5),
+            r"gradients differ by .*blocks\.3\.mlp\.c_fc",
         ),
         (
             lambda probe: [m.__setitem__(0, 1.001 * m[0]) for m in probe["gradients"].values()],
             "gradients differ by 1.0e-03",
         ),
         (lambda probe: probe.update(loss=probe["loss"] + 0.001), "loss differs by 1.4e-04"),
-        (lambda probe: probe["gradients"].pop("embed.table"), r"gradients differ by inf \(embed\.table"),
+        (lambda probe: probe["gradients"].pop("embed.weight"), r"gradients differ by inf \(embed\.weight"),
         (
             lambda _, validation: validation["train_loss"].__setitem__(
                 3, validation["train_loss"][3] + 0.001

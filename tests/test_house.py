@@ -35,7 +35,7 @@ FLOORS = [
     {"schema", "scales"},
     {"settings"},
     {"optim_settings", "system_settings"},
-    {"declare"},
+    {"declare", "renames"},
     {"common"},
 ]
 HEIGHT = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}

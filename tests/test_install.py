@@ -370,12 +370,15 @@ def test_a_machine_without_a_fitting_python_is_one_line(python, message, checkou
 # ----- run.sh's arguments -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("typed, gpus, made", [
-    ([], 0, ["tiny-v1", "--save"]), ([], 2, ["short/head", "--save"]),
-    (["--scale", "micro"], 0, ["short/head", "--scale", "micro", "--save"]),
-    (["short/9", "--seed", "3"], 0, ["short/9", "--seed", "3", "--scale", "tiny", "--save"]),
-    (["short/9"], 8, ["short/9", "--save"]), (["tiny-v1", "--save"], 0, ["tiny-v1", "--save"]),
-    (["--compile-cache", "short/9"], 0, ["tiny-v1", "--compile-cache", "short/9", "--save"]),
-    (["--registered=x", "--profile", "1:2"], 0, ["tiny-v1", "--registered=x", "--profile", "1:2", "--save"]),
+    ([], 0, ["tiny-v1", "--save-checkpoint"]), ([], 2, ["short/head", "--save-checkpoint"]),
+    (["--scale", "micro"], 0, ["short/head", "--scale", "micro", "--save-checkpoint"]),
+    (["short/9", "--seed", "3"], 0, ["short/9", "--seed", "3", "--scale", "tiny", "--save-checkpoint"]),
+    (["short/9"], 8, ["short/9", "--save-checkpoint"]),
+    (["tiny-v1", "--save-checkpoint"], 0, ["tiny-v1", "--save-checkpoint"]),
+    (["tiny-v1", "--save"], 0, ["tiny-v1", "--save"]),
+    (["--compile-cache", "short/9"], 0, ["tiny-v1", "--compile-cache", "short/9", "--save-checkpoint"]),
+    (["--registered=x", "--profile", "1:2"], 0,
+     ["tiny-v1", "--registered=x", "--profile", "1:2", "--save-checkpoint"]),
     (["--seed", "3", "short/2", "--plan"], 0, ["--seed", "3", "short/2", "--plan", "--scale", "tiny"])])
 def test_arguments_are_read_by_the_trainers_parser(typed, gpus, made, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -384,9 +387,9 @@ def test_arguments_are_read_by_the_trainers_parser(typed, gpus, made, monkeypatc
 
 def test_paths_are_read_from_the_callers_folder_and_runs_go_to_the_checkout_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.complete([], run.read([]), 0) == ["tiny-v1", "--out", str(ROOT / "runs"), "--save"]
+    assert run.complete([], run.read([]), 0) == ["tiny-v1", "--out", str(ROOT / "runs"), "--save-checkpoint"]
     typed = ["--out", "here", "--data=there"]
-    assert run.complete(typed, run.read(typed), 0) == ["tiny-v1", *typed, "--save"]
+    assert run.complete(typed, run.read(typed), 0) == ["tiny-v1", *typed, "--save-checkpoint"]
 
 
 def test_torch_here_is_one_of_those_that_the_code_runs_on():

@@ -25,10 +25,12 @@ from common.errors import UserError
 
 BOS = 1256
 # no two widths equal
-ODD = ["model.attn.num_heads=3", "model.attn.latent={kv = 24, still = 10, turning = 4, value = 7}"]
+ODD = ["model.attn.num_heads=3",
+       "model.attn.latent={kv_lora_rank = 24, qk_nope_head_dim = 10, qk_rope_head_dim = 4, v_head_dim = 7}"]
 # a record without latents
-ONTO = {"with_": ["model.attn.latent={kv = 256, still = 96, turning = 32, value = 128}"]}
-ONTO_33 = {**ONTO, "without": ["model.attn.rope.half", "model.attn.value_embed"]}
+ONTO = {"with_": ["model.attn.latent={kv_lora_rank = 256, qk_nope_head_dim = 96, qk_rope_head_dim = 32, "
+                  "v_head_dim = 128}"]}
+ONTO_33 = {**ONTO, "without": ["model.attn.rope.half_truncated", "model.attn.value_embed"]}
 ORDERS = [None, "before_rope", "after_rope"]
 
 
@@ -86,23 +88,24 @@ def by_the_paper(attn, s, x, scale):
 
     def placed(still, turning, t):
         if order == "before_rope":
-            still, turning = normed(torch.cat([still, turning]), eps).split([dims.still, dims.turning])
+            parts = [dims.qk_nope_head_dim, dims.qk_rope_head_dim]
+            still, turning = normed(torch.cat([still, turning]), eps).split(parts)
         whole = torch.cat([still, turned(turning, t, a.rope.base)])
         return normed(whole, eps) if order == "after_rope" else whole
 
     c = [normed(attn.kv_down @ h, eps) for h in x]
     out = []
     for t, h in enumerate(x):
-        from_ = h if dims.query is None else normed(attn.q_down @ h, eps)
+        from_ = h if dims.q_lora_rank is None else normed(attn.q_down @ h, eps)
         heads_out = []
         for i in range(heads):
             w_q = attn.q.view(heads, -1, len(from_))[i]
-            q = placed((w_q @ from_)[:dims.still], (w_q @ from_)[dims.still:], t)
+            q = placed((w_q @ from_)[:dims.qk_nope_head_dim], (w_q @ from_)[dims.qk_nope_head_dim:], t)
             w_uk, w_uv = (
-                attn.k_up.view(heads, dims.still, dims.kv)[i],
-                attn.v_up.view(heads, dims.value, dims.kv)[i],
+                attn.k_up.view(heads, dims.qk_nope_head_dim, dims.kv_lora_rank)[i],
+                attn.v_up.view(heads, dims.v_head_dim, dims.kv_lora_rank)[i],
             )
-            keys = [placed(w_uk @ c[j], attn.k_turning @ x[j], j) for j in range(t + 1)]
+            keys = [placed(w_uk @ c[j], attn.k_rope @ x[j], j) for j in range(t + 1)]
             p = torch.stack([q @ k * scale for k in keys]).softmax(0)
             o = sum(p[j] * (w_uv @ c[j]) for j in range(t + 1))
             heads_out.append(o * torch.sigmoid(attn.gate[i] @ h[:a.gate.channels]) if a.gate else o)
@@ -110,11 +113,11 @@ def by_the_paper(attn, s, x, scale):
     return torch.stack(out)
 
 
-@pytest.mark.feature("model.attn.latent", "model.attn.latent.query")
+@pytest.mark.feature("model.attn.latent", "model.attn.latent.q_lora_rank")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("query, gate, scale", [(None, False, None), (20, True, 0.3)])
 def test_the_module_equals_the_papers_equations(order, query, gate, scale):
-    sets = ODD + ([f"model.attn.latent.query={query}"] if query else [])
+    sets = ODD + ([f"model.attn.latent.q_lora_rank={query}"] if query else [])
     sets = sets + (["model.attn.gate={channels = 5}"] if gate else [])
     model = build("variants/5", *sets, **qk_norm(order))
     attn, x = model.blocks[1].attn, noise(2, 9, 48)
@@ -161,7 +164,7 @@ def decoded(model, x, absorbed, windows, prompt=5):
     return torch.cat(parts, dim=1), cache
 
 
-WINDOW = ["model.attn.documents=true", "model.attn.window={start = 6}"]
+WINDOW = ["model.attn.document_mask=true", "model.attn.window={start = 6}"]
 DECODING = {
     "QK norm before the rotation": ("variants/5", ODD, {}),
     "QK norm after it": ("variants/5", ODD, qk_norm("after_rope")),
@@ -171,7 +174,7 @@ DECODING = {
     "documents and a window of tokens": ("variants/5", [*ODD, *WINDOW], {}),
     "documents and a window of blocks": (
         "variants/5",
-        [*ODD, "model.attn.documents=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'], {}
+        [*ODD, "model.attn.document_mask=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'], {}
     ),
     "record 33: gate, scale, YaRN, skips, windows by layer": (
         "short/33",
@@ -191,7 +194,8 @@ def test_absorbed_and_naive_decoding_equal_the_whole_forward(case):
         whole = model(x, context=model.context(x, BOS, windows))
         latent, cache = decoded(model, x, True, windows)
         dense, _ = decoded(model, x, False, windows)
-    assert {layer[0].size(-1) for layer in cache if layer[0] is not None} == {s.model.attn.latent.kv}
+    rank = s.model.attn.latent.kv_lora_rank
+    assert {layer[0].size(-1) for layer in cache if layer[0] is not None} == {rank}
     assert (latent - whole).abs().max() < 1e-10 and (dense - whole).abs().max() < 1e-10
     assert (whole[:, 1:] - whole[:, :-1]).abs().max() > 0.1
 
@@ -313,7 +317,7 @@ def test_value_widths_unlike_query_widths_on_every_cpu_backend(backend, window, 
 
 @pytest.mark.parametrize("width, value", [(96, 64), (64, 96)])
 def test_varlen_gets_one_width_and_what_pads_it_is_cut_off(width, value, monkeypatch):
-    def flash(q, k, v, ends, _, longest, __, *, scale, window_size):
+    def flash(q, k, v, ends, _, max_seqlen, __, *, scale, window_size):
         assert q.shape == k.shape == v.shape and window_size == (-1, 0)
         return by_loops(*(x[None] for x in (q, k, v)), torch.zeros(1, len(q)), CAUSAL, scale)[0]
 
@@ -333,10 +337,11 @@ TABLE = {"variants/5": "1.74", "variants/6": "2.09", "variants/7": "1.79"}  # mi
 def test_parameters_of_a_layer_by_formula(ref):
     s = settings(ref, scale="full")
     d, heads, latent = s.model.model_dim, s.model.attn.num_heads, s.model.attn.latent
-    query = heads * (latent.still + latent.turning)
-    expected = d * query if latent.query is None else latent.query * (d + query)
-    expected += d * (latent.kv + latent.turning) + heads * (latent.still + latent.value) * latent.kv
-    expected += heads * latent.value * d
+    query = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+    expected = d * query if latent.q_lora_rank is None else latent.q_lora_rank * (d + query)
+    expected += d * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+    expected += heads * (latent.qk_nope_head_dim + latent.v_head_dim) * latent.kv_lora_rank
+    expected += heads * latent.v_head_dim * d
     with torch.device("meta"):
         assert sum(p.numel() for p in LatentAttention(s, layer_specs(s)[0].attn).parameters()) == expected
     assert f"{expected / 1e6:.2f}" == TABLE[ref]
@@ -360,7 +365,7 @@ def test_muon_orthogonalises_each_matrix_apart(ref):
     optimizer.step(plan)
     banks = {name: bank for bank in optimizer.banks for name, _ in bank.members}
     assert ref != "variants/6" or banks["blocks.0.attn.k_up"] is banks["blocks.0.attn.v_up"]
-    assert {name.split(".")[-1] for name in matrices} >= {"q", "kv_down", "k_turning", "k_up", "v_up", "o"}
+    assert {name.split(".")[-1] for name in matrices} >= {"q", "kv_down", "k_rope", "k_up", "v_up", "o"}
     for name, p in matrices.items():
         old, grad = before[name]
         direction = newton_schulz((1 + plan.momentum) * grad, dtype=torch.float64, norm_dtype=torch.float64)
@@ -410,16 +415,16 @@ def test_a_model_without_latents_has_no_latent_cache():
 BAD = [
     (["model.bias=true"], {}, "model.attn.latent has no bias vectors: set model.bias=false"),
     ([], {"without": ["model.attn.rope"]}, "it needs model.attn.rope"),
-    (["model.attn.rope.half=true"], {}, "add --without model.attn.rope.half"),
+    (["model.attn.rope.half_truncated=true"], {}, "add --without model.attn.rope.half_truncated"),
     (
-        ["model.attn.latent.turning=3"], {},
-        "turns pairs and gets 3 channels of a head: change model.attn.latent.turning"
+        ["model.attn.latent.qk_rope_head_dim=3"], {},
+        "turns pairs and gets 3 channels of a head: change model.attn.latent.qk_rope_head_dim"
     ),
-    (["model.attn.latent.kv=0"], {}, "model.attn.latent.kv = 0: must be at least 1"),
-    (["model.attn.latent.query=0"], {}, "model.attn.latent.query = 0: must be at least 1"),
+    (["model.attn.latent.kv_lora_rank=0"], {}, "model.attn.latent.kv_lora_rank = 0: must be at least 1"),
+    (["model.attn.latent.q_lora_rank=0"], {}, "model.attn.latent.q_lora_rank = 0: must be at least 1"),
     (
-        ["model.attn.latent.value=7", f"model.attn.value_embed={{tables = {[0] * 12}}}"], {},
-        "change model.attn.latent.value"
+        ["model.attn.latent.v_head_dim=7", f"model.attn.value_embed={{tables = {[0] * 12}}}"], {},
+        "change model.attn.latent.v_head_dim"
     ),
 ]
 
@@ -438,7 +443,8 @@ def checkpoint(folder, ref, *sets, **changes):
     model = build(ref, *sets, **changes)
     path = folder / "checkpoint.pt"
     torch.save(
-        {"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path
+        {"model": model.full_state_dict(), "settings": schema.plain(model.settings),
+         "tokenizer": "sample"}, path
     )
     return str(path)
 

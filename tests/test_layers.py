@@ -112,7 +112,7 @@ def by_hand(model, x, skip, backout):
     """The losses of a record 9 with the two terms, the stream written out."""
     context, values = model.context(x, BOS, None), model.values.begin(x)
     x0 = stream = model.embed(x)
-    a, b, after = model.residual.x(), model.residual.x0(), {}
+    a, b, after = model.residual.resid_lambdas(), model.residual.x0_lambdas(), {}
     for i, block in enumerate(model.blocks):
         stream = stream + skip * after[3] if i == 6 else stream
         stream = a[i] * stream + b[i] * x0
@@ -122,7 +122,7 @@ def by_hand(model, x, skip, backout):
         )
         stream = stream + block.mlp(block.mlp_norm(stream))
         after[i] = stream
-    return model.head.losses(model.norm(stream + backout * after[7]), model.embed.table, x.roll(-1, 1))
+    return model.lm_head.losses(model.norm(stream + backout * after[7]), model.embed.weight, x.roll(-1, 1))
 
 
 def test_terms_that_are_absent_or_constant_zero_are_not_computed():

@@ -9,7 +9,7 @@ import schedule
 from model import GPT
 from common.errors import UserError
 from system import memory
-from system.microbatch import ranks_per_forward
+from system.microbatch import ranks_per_microbatch
 
 GIB = 2**30
 
@@ -18,8 +18,8 @@ def settings(ref, *sets, scale="micro"):
     return deltas.resolve(ref, scale=scale, sets=sets).settings
 
 
-def rows(s, at_once=8):
-    shape = (at_once * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len)
+def rows(s, microbatch=8):
+    shape = (microbatch * s.data.tokens_per_rank // s.data.seq_len, s.data.seq_len)
     return torch.randint(s.model.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
 
@@ -31,7 +31,7 @@ def losses(s, model, x):
     "ref, sets",
     [
         ("short/1", ()), ("short/5", ()), ("short/8", ()), ("short/11", ()),
-        ("short/11", ("system.kernels.loss=chunks",)), ("short/9", ("system.recompute=on",))
+        ("short/11", ("system.kernels.loss=chunks",)), ("short/9", ("system.activation_checkpoint=on",))
     ],
 )
 def test_a_forward_without_values_keeps_what_a_real_one_keeps(ref, sets):
@@ -54,7 +54,7 @@ def test_every_kind_of_layer_is_counted_and_grows_with_the_tokens(ref):
 
 def test_16_bit_gradients_of_several_forwards_are_counted_twice_over():
     s = settings("short/33", "system.precision=record")
-    whole, halves = (memory.estimate(s, 8, at_once) for at_once in (8, 4))
+    whole, halves = (memory.estimate(s, 8, microbatch) for microbatch in (8, 4))
     tables = sum(p.numel() for p in GPT(s).parameters() if p.dtype == torch.bfloat16)
     assert halves.gradients - whole.gradients == 4 * tables > 0 and halves.kept < whole.kept
 
@@ -70,15 +70,17 @@ def test_what_is_chosen_fits_and_gives_up_speed_in_order():
     for gib in (80, 24, 10, 7):
         fitted, estimate = memory.fit(s, 8, gib * GIB)
         assert estimate.total <= memory.SHARE * gib * GIB
-        assert estimate == memory.estimate(fitted, 8, fitted.system.ranks_per_forward)
-        chosen.append((fitted.system.ranks_per_forward, fitted.system.kernels.loss, fitted.system.recompute))
+        assert estimate == memory.estimate(fitted, 8, fitted.system.ranks_per_microbatch)
+        system = fitted.system
+        chosen.append((system.ranks_per_microbatch, system.kernels.loss, system.activation_checkpoint))
     assert chosen == [(8, "auto", "auto"), (2, "auto", "auto"), (1, "chunks", "auto"), (1, "chunks", "on")]
     fitted, estimate = memory.fit(s, 8, GIB)
-    assert estimate.total > GIB and fitted.system.recompute == "on"  # as small as it can: the run will tell
+    # as small as it can: the run will tell
+    assert estimate.total > GIB and fitted.system.activation_checkpoint == "on"
 
 
 def test_what_the_user_has_set_stays():
-    sets = ("system.ranks_per_forward=4", "system.kernels.loss=whole", "system.recompute=off")
+    sets = ("system.ranks_per_microbatch=4", "system.kernels.loss=whole", "system.activation_checkpoint=off")
     s = settings("short/11", *sets, scale="small")
     assert memory.fit(s, 8, GIB)[0] == s
 
@@ -87,7 +89,7 @@ def test_what_the_user_has_set_stays():
 def test_recomputed_blocks_give_the_same_losses_and_gradients_and_keep_less(ref):
     results, held = [], []
     for recompute in ("off", "on"):
-        s = settings(ref, f"system.recompute={recompute}")
+        s = settings(ref, f"system.activation_checkpoint={recompute}")
         model = GPT(s)
         model.initialise(0)
         with torch.no_grad():  # away from the zeros of the start, which would hide most gradients
@@ -102,8 +104,8 @@ def test_recomputed_blocks_give_the_same_losses_and_gradients_and_keep_less(ref)
 
 
 def test_recomputation_of_experts_is_refused():
-    with pytest.raises(UserError, match="system.recompute=on would count the loads of the experts twice"):
-        settings("variants/1", "system.recompute=on")
+    with pytest.raises(UserError, match="system.activation_checkpoint=on would count the tokens per expert"):
+        settings("variants/1", "system.activation_checkpoint=on")
 
 
 @pytest.mark.parametrize("tokens", [1024, 16384, 20480, 30720, 65536, 131072])
@@ -111,5 +113,5 @@ def test_forwards_of_a_step_are_of_equal_size(tokens):
     """Each forward's loss has the same share of the step's."""
     s = settings("short/11", f"data.tokens_per_rank={tokens}", f"data.seq_len={tokens}", scale="full")
     for ranks in (1, 2, 4, 8):
-        at_once = ranks_per_forward(s, ranks, cuda=True)
-        assert ranks % at_once == 0 and at_once * tokens <= max(65536, tokens)
+        microbatch = ranks_per_microbatch(s, ranks, cuda=True)
+        assert ranks % microbatch == 0 and microbatch * tokens <= max(65536, tokens)

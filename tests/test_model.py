@@ -101,13 +101,13 @@ def test_switching_a_feature_changes_no_other_weight():
         build("short/11", without=["model.residual.unet_skips"], scramble=False),
     )
     theirs = dict(without.named_parameters())
-    assert set(dict(with_skips.named_parameters())) - set(theirs) == {"residual.skip.value"}
+    assert set(dict(with_skips.named_parameters())) - set(theirs) == {"residual.skip_weights.value"}
     for name, p in theirs.items():
         assert torch.equal(p, with_skips.get_parameter(name))
 
 
 def test_seeds_differ_and_equal_seeds_agree():
-    a, b, c = (build("short/5", seed=seed, scramble=False).embed.table for seed in (0, 0, 1))
+    a, b, c = (build("short/5", seed=seed, scramble=False).embed.weight for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
@@ -115,9 +115,10 @@ def test_record_10_rounds_linear_weights_once():
     s = deltas.resolve("short/10", scale="micro", sets=["system.precision=record"]).settings
     model = GPT(s)
     model.initialise(0)
-    w = model.blocks[0].mlp.up
+    w = model.blocks[0].mlp.c_fc
     assert w.dtype == torch.float32 and torch.equal(w, w.bfloat16().float())
-    assert model.embed.table.dtype == torch.bfloat16 and model.residual.x.value.dtype == torch.bfloat16
+    assert model.embed.weight.dtype == torch.bfloat16
+    assert model.residual.resid_lambdas.value.dtype == torch.bfloat16
 
 
 # ----- neutrality: everything else random and non-zero
@@ -125,21 +126,21 @@ def test_record_10_rounds_linear_weights_once():
 @pytest.mark.feature("model.residual.x0_mix")
 def test_x0_mix_at_its_initial_values_is_the_identity():
     on, off = build("short/11"), build("short/11", without=["model.residual.x0_mix"])
-    on.residual.x.value.data.fill_(1.0)
-    on.residual.x0.value.data.fill_(0.0)
+    on.residual.resid_lambdas.value.data.fill_(1.0)
+    on.residual.x0_lambdas.value.data.fill_(0.0)
     x = tokens()
     assert torch.equal(on(x), off(x))
-    on.residual.x0.value.data[3] = 0.1
+    on.residual.x0_lambdas.value.data[3] = 0.1
     assert not torch.allclose(on(x), off(x))
 
 
 @pytest.mark.feature("model.residual.unet_skips")
 def test_unet_skips_of_weight_zero_are_off():
     on, off = build("short/11"), build("short/11", without=["model.residual.unet_skips"])
-    on.residual.skip.value.data.fill_(0.0)
+    on.residual.skip_weights.value.data.fill_(0.0)
     x = tokens()
     assert torch.allclose(on(x), off(x), rtol=0, atol=1e-12)
-    on.residual.skip.value.data[5] = 0.1
+    on.residual.skip_weights.value.data[5] = 0.1
     assert not torch.allclose(on(x), off(x))
 
 
@@ -180,18 +181,18 @@ def test_a_coefficient_without_its_source_is_its_initial_value(feature):
 @pytest.mark.parametrize("ref", ["short/15", "short/33"])
 def test_value_embeddings_of_weight_zero_are_off(ref):
     on, off = build(ref), build(ref, without=["model.attn.value_embed"])
-    on.values.v.value.data.fill_(1.0)
-    on.values.ve.value.data.fill_(0.0)
+    on.values.v_lambdas.value.data.fill_(1.0)
+    on.values.ve_lambdas.value.data.fill_(0.0)
     x = tokens()
     assert torch.allclose(logits(on, x), logits(off, x), rtol=0, atol=1e-12)
-    on.values.ve.value.data[1] = 0.1
+    on.values.ve_lambdas.value.data[1] = 0.1
     assert not torch.allclose(logits(on, x), logits(off, x))
 
 
 @pytest.mark.feature("model.attn.value_embed")
 def test_lerp_values_of_weight_zero_are_off():
     on, off = build("short/14"), build("short/14", without=["model.attn.value_embed"])
-    on.values.ve.value.data.fill_(0.0)
+    on.values.ve_lambdas.value.data.fill_(0.0)
     x = tokens()
     assert torch.allclose(logits(on, x), logits(off, x), rtol=0, atol=1e-12)
 
@@ -201,10 +202,11 @@ def test_layers_without_a_table_still_scale_their_values():
     """Record 17 kept the first coefficient of layers 3 to 8 when it took their tables away."""
     model, x = build("short/17"), tokens()
     before = logits(model, x)
-    model.values.v.value.data[4] += 0.1
+    model.values.v_lambdas.value.data[4] += 0.1
     assert not torch.allclose(before, logits(model, x))
     now = logits(model, x)
-    model.values.ve.value.data[4] += 0.1  # layer 4 has no table: this coefficient exists and does nothing
+    # layer 4 has no table: this coefficient exists and does nothing
+    model.values.ve_lambdas.value.data[4] += 0.1
     assert torch.equal(now, logits(model, x))
 
 
@@ -229,14 +231,14 @@ def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
         "short/33": "stages=[60],model.attn.window.final=60"
     }[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
-    off = build(ref, without=["model.attn.window", "model.attn.documents"])
+    off = build(ref, without=["model.attn.window", "model.attn.document_mask"])
     off.scales = on.scales
     x = tokens()
     x[x == BOS] = 0
     assert torch.allclose(logits(on, x, on.settings.schedule.steps - 1), logits(off, x), rtol=0, atol=1e-12)
 
 
-@pytest.mark.feature("model.attn.documents")
+@pytest.mark.feature("model.attn.document_mask")
 def test_documents_do_not_see_each_other():
     model, x = build("short/12"), tokens(1)
     x[0, 10] = BOS
@@ -245,7 +247,7 @@ def test_documents_do_not_see_each_other():
     y[y == BOS], x[x == BOS] = 3, 3
     x[0, 10] = y[0, 10] = BOS
     assert torch.equal(logits(model, x)[0, 10:], logits(model, y)[0, 10:])
-    both = build("short/12", without=["model.attn.documents"])
+    both = build("short/12", without=["model.attn.document_mask"])
     assert not torch.allclose(logits(both, x)[0, 10:], logits(both, y)[0, 10:])
 
 
@@ -264,11 +266,11 @@ def test_short_layers_see_half_the_blocks():
 @pytest.mark.feature("model.residual.unet_skips.sigmoid")
 def test_a_sigmoid_skip_far_below_zero_is_off():
     on, off = build("short/32"), build("short/32", without=["model.residual.unet_skips"])
-    assert on.residual.skip.sigmoid
-    on.residual.skip.value.data.fill_(-60.0)
+    assert on.residual.skip_weights.sigmoid
+    on.residual.skip_weights.value.data.fill_(-60.0)
     x = tokens()
     assert torch.allclose(logits(on, x), logits(off, x), rtol=0, atol=1e-12)
-    on.residual.skip.value.data[2] = 0.0
+    on.residual.skip_weights.value.data[2] = 0.0
     assert not torch.allclose(logits(on, x), logits(off, x))
 
 
@@ -278,14 +280,14 @@ def test_a_sigmoid_skip_far_below_zero_is_off():
 def test_a_dropped_layer_is_one_that_adds_nothing(ref, path, part):
     dropped, whole = build(ref), build(ref, without=[path])
     i = deltas.lookup(dropped.settings, path)[0]
-    out = whole.blocks[i].attn.qkvo.data[3] if part == "attn" else whole.blocks[i].mlp.down.data
+    out = whole.blocks[i].attn.qkvo.data[3] if part == "attn" else whole.blocks[i].mlp.c_proj.data
     out.zero_()
     names = dict(dropped.named_parameters())
     with torch.no_grad():
         for name, p in whole.named_parameters():
             if name in names and p.shape == names[name].shape:
                 p.copy_(names[name])
-        for name in ("values.v.value", "values.ve.value") if part == "attn" else ():
+        for name in ("values.v_lambdas.value", "values.ve_lambdas.value") if part == "attn" else ():
             got = list(names[name])
             whole.get_parameter(name).copy_(torch.stack(got[:i] + [got[0] * 0 + 0.5] + got[i:]))
     x = tokens()
@@ -301,7 +303,7 @@ def test_yarn_does_nothing_until_the_window_changes():
     assert torch.equal(logits(on, x, 0), logits(off, x, 0))  # the tables come back
 
 
-@pytest.mark.feature("model.attn.rope.half")
+@pytest.mark.feature("model.attn.rope.half_truncated")
 def test_half_of_the_rotary_pairs_stand_still():
     model = build("short/17")
     q = torch.randn(1, 9, 6, 8, dtype=torch.float64)
@@ -345,7 +347,7 @@ def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch
         )[1],
     )
     s = deltas.resolve(
-        "short/21t", scale="micro", sets=["system.precision=record", f"model.head.train_loss={loss}"]
+        "short/21t", scale="micro", sets=["system.precision=record", f"model.head.loss_reduction={loss}"]
     ).settings
     model = GPT(s)
     model.initialise(0)
@@ -357,23 +359,23 @@ def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch
     assert abs(seen[0] / (448 * slope) - 1) < 0.02
 
 
-@pytest.mark.feature("optim.muon.up_shape")
+@pytest.mark.feature("optim.muon.c_fc_orientation")
 def test_record_27_halves_the_step_of_the_mlp_s_up_matrix_and_nothing_else():
     moved = {}
     for shape in ("out_in", "in_out"):
         s, model = (
-            settings("short/27", f"optim.muon.up_shape={shape}"),
-            build("short/27", f"optim.muon.up_shape={shape}"),
+            settings("short/27", f"optim.muon.c_fc_orientation={shape}"),
+            build("short/27", f"optim.muon.c_fc_orientation={shape}"),
         )
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         step(Optimizer(model, s), model, s, tokens(8, 33))
         moved[shape] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     for name, whole in moved["out_in"].items():
-        factor = 0.5 if name.endswith("mlp.up") else 1.0
+        factor = 0.5 if name.endswith("mlp.c_fc") else 1.0
         assert torch.allclose(moved["in_out"][name], factor * whole, rtol=1e-9, atol=1e-15), name
 
 
-@pytest.mark.feature("model.attn.window", "model.attn.documents")
+@pytest.mark.feature("model.attn.window", "model.attn.document_mask")
 def test_a_model_with_documents_or_windows_refuses_to_see_everything():
     with pytest.raises(ValueError, match="context"):
         build("short/12")(tokens())

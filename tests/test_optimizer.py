@@ -123,7 +123,7 @@ def test_a_compiled_rule_is_one_graph_and_updates_as_the_plain_one(ref):
     """Through aot_eager: the whole of update_ is traced, with numbers that are tensors, and gives the same
     parameters."""
     s = settings(ref)
-    for label in ("qkvo", "mlp_up", "embed"):
+    for label in ("qkvo", "c_fc", "embed"):
         model = GPT(s)
         p = next(p for p in model.parameters() if p.label == label)
         group = s.optim.group(p.role, label)
@@ -210,7 +210,7 @@ def test_a_slot_with_state_needs_nothing_but_itself(ref):
     for i in range(3):
         g = noise(4, 48, 48, seed=i)
         update(optimizer, model, {name: g}, plan(i))
-        g = (1 - 0.9) * g if s.optim.muon.averaged else g
+        g = (1 - 0.9) * g if s.optim.muon.momentum_ema else g
         buffer = 0.9 * buffer + g
         u = 0.9 * buffer + g
         for k, part in enumerate(parts):
@@ -429,7 +429,7 @@ def test_a_label_of_matrices_goes_to_adamw_if_asked():
     ).settings
     s = with_optim(s, gate=dataclasses.replace(s.optim.gate, adamw=True, lr=0.03, weight_decay=0.1))
     start = noise(6, 12)
-    model = Toy(gate=(start, "matrix", "gate"), down=(noise(4, 6), "matrix", "mlp_down"))
+    model = Toy(gate=(start, "matrix", "gate"), down=(noise(4, 6), "matrix", "c_proj"))
     optimizer, gradients = Optimizer(model, s), [noise(6, 12, seed=i) for i in range(3)]
     assert [bank.rule.name for bank in optimizer.banks] == ["adamw", "muon"]
     for i, g in enumerate(gradients):
@@ -441,12 +441,12 @@ def test_a_label_of_matrices_goes_to_adamw_if_asked():
 
 def test_a_label_under_muon_can_decay():
     s = deltas.resolve(
-        "short/33", scale="micro", sets=["system.precision=float64"], with_=["optim.mlp_down"]
+        "short/33", scale="micro", sets=["system.precision=float64"], with_=["optim.c_proj"]
     ).settings
     ends = {}
     for decay in (0.0, 0.3):
-        s = with_optim(s, mlp_down=dataclasses.replace(s.optim.mlp_down, weight_decay=decay, lr=0.1))
-        model = Toy(down=(noise(4, 6), "matrix", "mlp_down"))
+        s = with_optim(s, c_proj=dataclasses.replace(s.optim.c_proj, weight_decay=decay, lr=0.1))
+        model = Toy(down=(noise(4, 6), "matrix", "c_proj"))
         update(Optimizer(model, s), model, {"down": noise(4, 6, seed=1)}, plan())
         ends[decay] = model.down.detach()
     assert torch.allclose(ends[0.3], ends[0.0] - 0.1 * 0.3 * noise(4, 6), rtol=0, atol=1e-15)
@@ -539,11 +539,11 @@ def test_the_tree_sums_in_one_order_however_leaves_arrive():
 @pytest.mark.parametrize("ref", ["short/1", "short/3", "short/11"])
 def test_accumulated_forwards_equal_one_forward(ref):
     results = []
-    for at_once in (8, 2):
+    for microbatch in (8, 2):
         s, model = settings(ref), build(ref, scramble=False)
         optimizer = Optimizer(model, s)
         for i in range(2):
-            step(optimizer, model, s, tokens(8, 17, seed=i), i, at_once)
+            step(optimizer, model, s, tokens(8, 17, seed=i), i, microbatch)
         results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert torch.allclose(*results, rtol=0, atol=1e-7)
 
@@ -574,10 +574,10 @@ def test_bf16_gradients_of_several_forwards_are_summed_in_float32():
 def test_one_logical_rank_a_forward_updates_as_eight_do_in_the_records_precision(ref):
     """Up to the rounding of 16-bit gradients: a forward that was lost would show as an eighth of them."""
     sums = []
-    for at_once in (8, 1):
+    for microbatch in (8, 1):
         model = build(ref, precision="record")
         optimizer = Optimizer(model, model.settings)
-        forward_all(optimizer, model, model.settings, tokens(8, 33), 0, at_once)
+        forward_all(optimizer, model, model.settings, tokens(8, 33), 0, microbatch)
         sums.append({bank.name(): bank.local_gradient().float().clone() for bank in optimizer.banks})
     for name, whole in sums[0].items():
         assert (sums[1][name] - whole).norm() < 0.03 * whole.norm() + 1e-12, name
@@ -683,7 +683,7 @@ def trained(sets, rank, world):
     shapes = {"table": (10, 4), "gate": (3, 4), "down": (3, 4), "up": (5, 4)}
     kinds = {
         "table": ("embed", "embed"), "gate": ("matrix", "gate"), "down": ("matrix", "gate"),
-        "up": ("matrix", "mlp_up")
+        "up": ("matrix", "c_fc")
     }
     model = Toy(**{name: (noise(*shape), *kinds[name]) for name, shape in shapes.items()})
     optimizer = Optimizer(model, s, communication(s, rank, world))
@@ -740,10 +740,10 @@ class Graph:
 
 
 @pytest.mark.feature("system.cuda_graphs")
-@pytest.mark.parametrize("at_once", [2, 4])  # two forwards a step, or one
+@pytest.mark.parametrize("microbatch", [2, 4])  # two forwards a step, or one
 @pytest.mark.parametrize("ref, sets", [("short/1", []), ("short/11", ["system.precision=record"]),
                                        ("short/33", ["system.precision=record"]), ("variants/1", [])])
-def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, monkeypatch):
+def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, microbatch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(optim, "capture", lambda update, pool: Graph(update, pool).replay)
     # compiled rules get tensors, which round as those of a graph do
@@ -757,12 +757,12 @@ def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, at_once, m
         model.initialise(0)
         optimizer, Graph.captured = Optimizer(model, s, compiled=True), 0
         for i in (0, 2):  # as a warm-up, whose last step is the probe
-            step(optimizer, model, s, tokens(4, 33, seed=9), i, at_once, launch=i == 0)
+            step(optimizer, model, s, tokens(4, 33, seed=9), i, microbatch, launch=i == 0)
         model.initialise(0)
         optimizer.reset()
         for i in range(4):
             begin_step(model)
-            step(optimizer, model, s, tokens(4, 33, seed=i), 15 * i, at_once)
+            step(optimizer, model, s, tokens(4, 33, seed=i), 15 * i, microbatch)
         assert Graph.captured == (len(optimizer.banks) if graphs else 0)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *results))

@@ -139,8 +139,8 @@ def test_what_counts_by_logical_rank_follows_the_shape():
         shape = schedule.shape(s, step)
         for hook in hooks_of(model):
             hook.before_forwards(SimpleNamespace(shape=shape))
-        _, (_, _, grad) = model.head.operands(model.embed.table)
-        assert grad == s.numerics.fp8_head.grad * 8 * (1 if model.head.sums else shape.tokens_per_rank)
+        _, (_, _, grad) = model.lm_head.operands(model.embed.weight)
+        assert grad == s.numerics.fp8_head.grad * 8 * (1 if model.lm_head.sums else shape.tokens_per_rank)
 
 
 def test_memory_is_estimated_for_the_largest_shape():

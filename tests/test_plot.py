@@ -226,7 +226,7 @@ def test_curves_as_csv(tmp_path, capsys):
 
 def save_checkpoint(path):
     tied = torch.arange(6.0).view(2, 3)
-    model = {"embed.table": tied, "view": tied.t(), "half": torch.ones(2, dtype=torch.bfloat16)}
+    model = {"embed.weight": tied, "view": tied.t(), "half": torch.ones(2, dtype=torch.bfloat16)}
     settings = schema.plain(deltas.resolve("short/11", scale="micro").settings)
     torch.save({"model": model, "settings": settings, "tokenizer": "sample", "val_loss": 4.25}, path)
     return model, settings

@@ -41,7 +41,8 @@ def model():
 def saved(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("sample") / "checkpoint.pt"
     torch.save(
-        {"model": model.whole_state(), "settings": schema.plain(model.settings), "tokenizer": "sample"}, path
+        {"model": model.full_state_dict(), "settings": schema.plain(model.settings),
+         "tokenizer": "sample"}, path
     )
     return path
 

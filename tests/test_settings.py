@@ -526,7 +526,7 @@ def test_commands_refuse_nonsense_in_one_line():
             "short/12", "model.attn.window.stages=[1,2]",
             "model.attn.window.stages needs model.attn.window.growth=stages: set it too"
         ),
-        ("short/33", "data.loader=bos_aligned", "or switch it off: --without data.max_document"),
+        ("short/33", "data.loader=bos_aligned", "or switch it off: --without data.max_doc_len"),
     ],
 )
 def test_a_value_that_would_do_nothing_is_refused(ref, change, message):

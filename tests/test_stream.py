@@ -16,7 +16,7 @@ from common.errors import UserError
 
 GOLDEN = np.load(Path(__file__).parent / "golden/loaders.npz")
 BOS, T, LONGEST = 999, 64, 40
-ABOUT = dict(tokens_per_rank=T, max_document=LONGEST)
+ABOUT = dict(tokens_per_rank=T, max_doc_len=LONGEST)
 
 
 def make_corpus(folder, shards, bos=BOS, vocab_size=1000):
@@ -63,7 +63,7 @@ def test_aligned_batches_equal_the_original_loader_token_for_token(tmp_path):
         shards.append(np.where(bos, 50256, (np.arange(n) * 7 + i * 19_000) % 50_000))
     stream = Stream(
         make_corpus(tmp_path, shards, 50256, 50257), ranks=range(8), tokens_per_rank=64, loader="bos_aligned",
-        wrap=False, max_document=2048
+        wrap=False, max_doc_len=2048
     )
     for step in expected:
         rows = np.stack([shards[shard][start:start + 65] for shard, start in step])
@@ -98,7 +98,7 @@ def packed_by_hand(tokens, size, longest):
         return steps
 
 
-@pytest.mark.feature("data.max_document")
+@pytest.mark.feature("data.max_doc_len")
 def test_packed_batches_equal_the_definition_on_random_documents(corpus):
     by_hand = [step for shard in Shards(corpus).corpus.train
                for step in packed_by_hand(np.asarray(shards_module.open_shard(shard)), T, LONGEST)]
@@ -200,7 +200,7 @@ def test_shards_needed_by_document_is_exact(corpus, loader):
         lambda step: step[0] == 0, document_steps(Shards(corpus, LONGEST), wrap=True, **about))]
     for steps in (1, shards.index(1), shards.index(1) + 1, shards.index(2), shards.index(2) + 1, len(shards)):
         assert (
-            require_shards(corpus, steps=steps, wrap=False, max_document=LONGEST, **about)
+            require_shards(corpus, steps=steps, wrap=False, max_doc_len=LONGEST, **about)
             == shards[steps - 1] + 1
         )
     for steps, lowest in ((len(shards) + 1, 4), (2 * len(shards), 6)):
@@ -208,8 +208,8 @@ def test_shards_needed_by_document_is_exact(corpus, loader):
         with pytest.raises(
             UserError, match=f"{steps} steps of 512 tokens need {lowest} train shards, found 3"
         ):
-            require_shards(corpus, steps=steps, wrap=False, max_document=LONGEST, **about)
-    assert require_shards(corpus, steps=5 * len(shards), wrap=True, max_document=LONGEST, **about) == 3
+            require_shards(corpus, steps=steps, wrap=False, max_doc_len=LONGEST, **about)
+    assert require_shards(corpus, steps=5 * len(shards), wrap=True, max_doc_len=LONGEST, **about) == 3
 
 
 @pytest.mark.parametrize("loader", ["synced", "per_rank", "bos_aligned", "packed"])
@@ -270,13 +270,13 @@ def test_a_shard_without_document_starts_is_named_before_training(tmp_path, load
         require_shards(corpus, steps=30, loader=loader, wrap=True, **ABOUT)
 
 
-@pytest.mark.feature("data.wrap", "data.max_document")
+@pytest.mark.feature("data.wrap", "data.max_doc_len")
 @pytest.mark.parametrize("wrap", [True, False])
 @pytest.mark.parametrize(
     "loader, size, longest, reason",
     [
         ("packed", 1000, 1000, "use larger shards"),
-        ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_document"),
+        ("packed", 64, 3, "24 are left when each is cut at 3 .data.max_doc_len"),
         ("bos_aligned", 1000, 9, "use larger shards"),
         ("bos_aligned", 330, 9, "each of 8 ranks begins with a document of its own")
     ],
@@ -292,7 +292,7 @@ def test_shards_that_hold_no_whole_step_are_refused_with_the_true_reason(
         match=f"no train shard holds one step of {loader} data, 8 x {size} tokens: x_train_000001.bin "
         f"has 6000 tokens in 8 documents.*{reason}"
     ):
-        require_shards(corpus, steps=3, loader=loader, wrap=wrap, tokens_per_rank=size, max_document=longest)
+        require_shards(corpus, steps=3, loader=loader, wrap=wrap, tokens_per_rank=size, max_doc_len=longest)
 
 
 def test_an_unknown_loader_names_the_known_ones(corpus):

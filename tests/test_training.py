@@ -100,7 +100,7 @@ def test_the_probe_does_not_depend_on_how_a_step_is_run(tmp_path):
     """Ranks in a forward, ordered sums: the same gradients, up to their rounding."""
     one = marks(tmp_path / "1")
     largest = max(map(abs, one))
-    for name, change in (("2", "system.ranks_per_forward=2"), ("3", "system.reduction=ordered")):
+    for name, change in (("2", "system.ranks_per_microbatch=2"), ("3", "system.reduction=ordered")):
         other = marks(tmp_path / name, "--set", change)
         assert max(abs(a - b) for a, b in zip(one, other)) < 1e-4 * largest
 
@@ -175,7 +175,7 @@ def test_two_processes_on_representative_records(ref, tmp_path):
 
 def test_ranks_per_forward_changes_only_rounding(tmp_path):
     one, _ = losses(run(tmp_path / "1", "short/11", *SHORT)[1])
-    two, _ = losses(run(tmp_path / "2", "short/11", *SHORT, "--set", "system.ranks_per_forward=2")[1])
+    two, _ = losses(run(tmp_path / "2", "short/11", *SHORT, "--set", "system.ranks_per_microbatch=2")[1])
     assert max(abs(a - b) for a, b in zip(one, two)) < 2e-4
 
 
@@ -393,7 +393,8 @@ def test_a_checkpoint_that_does_not_fit_costs_nothing_else(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     done, summary = run(
-        tmp_path / "runs", "short/11", *SHORT, "--set", "validation.target=1.5", "--save", preexec_fn=tight,
+        tmp_path / "runs", "short/11", *SHORT, "--set", "validation.target=1.5", "--save-checkpoint",
+        preexec_fn=tight,
         env={"LC_ALL": "C", "PYTHONUTF8": "0", "GIT_DIR": str(tmp_path), "GIT_WORK_TREE": str(tmp_path)}
     )
     folder, = (tmp_path / "runs").glob("*/")
@@ -498,7 +499,7 @@ def test_profile_writes_a_trace(tmp_path):
 
 
 def test_a_checkpoint_generates_text(tmp_path):
-    run(tmp_path, "short/11", *SHORT, "--save")
+    run(tmp_path, "short/11", *SHORT, "--save-checkpoint")
     done = subprocess.run(
         [
             sys.executable, "sample.py", str(next(tmp_path.glob("*/checkpoint.pt"))), "--tokens", "90",

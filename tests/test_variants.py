@@ -40,7 +40,8 @@ def test_attention_s_flops_are_those_of_its_products(ref):
     windows, length = schedule.windows(s, s.schedule.steps // 2), s.data.seq_len
     latent, heads = s.model.attn.latent, s.model.attn.num_heads
     query, value = (
-        (latent.still + latent.turning, latent.value) if latent else 2 * [s.model.model_dim // heads]
+        (latent.qk_nope_head_dim + latent.qk_rope_head_dim, latent.v_head_dim)
+        if latent else 2 * [s.model.model_dim // heads]
     )
     q, k, pairs = torch.arange(length)[:, None], torch.arange(length)[None], 0
     for i, span in enumerate(schedule.layer_spans(layer_specs(s), windows)):
@@ -66,18 +67,20 @@ def test_flops_over_the_parent_s_at_full_width(ref):
     dense, moe = 6 * (layers * 12 * d * d + rows * d), deltas.resolve(ref).settings.model.mlp.moe
     parent = dense + 6 * layers * context * 2 * d
     if moe:
-        mlp = moe.experts * d + 2 * d * (moe.top_k * moe.hidden + moe.shared)
+        mlp = moe.num_experts * d + 2 * d * (moe.top_k * moe.hidden + moe.shared)
         mine = parent + 6 * 11 * (mlp - 8 * d * d)
     else:
         attn = deltas.resolve(ref).settings.model.attn
         latent, heads = attn.latent, attn.num_heads
-        query = heads * (latent.still + latent.turning)
-        weights = d * query if latent.query is None else latent.query * (d + query)
+        query = heads * (latent.qk_nope_head_dim + latent.qk_rope_head_dim)
+        weights = d * query if latent.q_lora_rank is None else latent.q_lora_rank * (d + query)
         weights += (
-            d * (latent.kv + latent.turning) + heads * (latent.still + latent.value) * latent.kv
-            + heads * latent.value * d
+            d * (latent.kv_lora_rank + latent.qk_rope_head_dim)
+            + heads * (latent.qk_nope_head_dim + latent.v_head_dim) * latent.kv_lora_rank
+            + heads * latent.v_head_dim * d
         )
-        mine = parent + 6 * layers * (weights - 4 * d * d + context * (query + heads * latent.value - 2 * d))
+        extra = weights - 4 * d * d + context * (query + heads * latent.v_head_dim - 2 * d)
+        mine = parent + 6 * layers * extra
     cost, parent_cost = variant_table.counted(ref)[2], variant_table.counted("short/8")[2]
     assert parent_cost == pytest.approx(parent, rel=1e-12) and cost == pytest.approx(mine, rel=1e-12)
     assert round(cost / parent_cost, 3) == RATIOS[ref]
@@ -127,8 +130,8 @@ def test_the_notes_of_deepseek_v3_s_form_name_what_differs_and_tell_the_settings
     facts = {
         "activation": "relu^2", "dense layers": f"the first of {s.model.num_layers}",
         "shared width": f"{moe.shared}, twice",
-        "sizes": f"{moe.experts} routed experts, {moe.top_k} of a token", "gains": "have none",
-        "gate scale": f"{moe.gate_scale:g}", "router init": "N(0, 1/sqrt(model_dim))",
+        "sizes": f"{moe.num_experts} routed experts, {moe.top_k} of a token", "gains": "have none",
+        "gate scale": f"{moe.route_scale:g}", "router init": "N(0, 1/sqrt(model_dim))",
         "balance": f"{moe.balance.rate:g} until the end"
     }
     lines = dict(

@@ -22,9 +22,8 @@ class Muon:
     @classmethod
     def of(cls, s, group) -> "Muon":
         """The rule for one group (settings.Hyper) of a run."""
-        return cls(
-            group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), not s.optim.muon.move_idle
-        )
+        skips_idle = not s.optim.muon.update_idle_experts
+        return cls(group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), skips_idle)
 
     def unit(self, shape, views) -> tuple[int, ...]:
         return views.unit(shape)

@@ -34,9 +34,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Momentum:
-    """Nesterov momentum. averaged: M <- mu M + (1-mu) g and (1-mu) g + mu M (record 15); otherwise M <- mu M
+    """Nesterov momentum. ema: M <- mu M + (1-mu) g and (1-mu) g + mu M (record 15); otherwise M <- mu M
     + g and g + mu M."""
-    averaged: bool
+    ema: bool
 
     each_matrix = False
 
@@ -46,7 +46,7 @@ class Momentum:
     def __call__(self, u, step):
         buffer, momentum = step.state["momentum_buffer"], step.numbers["momentum"]
         g = u.to(buffer.dtype)
-        if self.averaged:
+        if self.ema:
             g = (1 - momentum) * g
         buffer.mul_(momentum).add_(g)
         return momentum * buffer + g
@@ -116,7 +116,7 @@ class Decay:
 def chain(s, group) -> tuple:
     """The slots that the settings ask for, in their order. group: settings.Hyper."""
     muon, n = s.optim.muon, s.numerics
-    slots = [Momentum(muon.averaged)]
+    slots = [Momentum(muon.momentum_ema)]
     slots.append(
         Orthogonalise(
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),

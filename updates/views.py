@@ -59,6 +59,6 @@ def qkvo(s) -> Views:
     return Views(pieces=(("qkv", 0, 3), ("o", 3, 4)))
 
 
-def mlp_up(s) -> Views:
+def c_fc(s) -> Views:
     """Of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
-    return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.up_shape)
+    return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)

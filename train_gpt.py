@@ -319,7 +319,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         longest = longest_document(read, run.corpus.bos)
         return run.model.context(tokens, run.corpus.bos, windows, longest=longest)
 
-    with validating(run.hooks):
+    with validating(run.hooks, windows):
         return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
 
 

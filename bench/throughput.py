@@ -50,6 +50,8 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
     batch = Stream(corpus, ranks=range(8), **stream_arguments(s)).next()
     x, y, _ = to_rows(batch, s.data.seq_len, torch.device("cpu"), corpus.bos)
 
+    model.update_yarn(plan.shape.windows)
+
     def step():
         for i in range(0, 8, at_once):
             optimizer.expect(last=i + at_once == 8)

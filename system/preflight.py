@@ -144,8 +144,9 @@ def fallbacks(model: GPT, world: World) -> list[str]:
 def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     """Names of the attention backends that training steps use, over all their shapes."""
     names = set()
-    # the first one last: the rotary tables follow them
+    # the first one last: it leaves the rotary tables as they were
     for shape in reversed(dict.fromkeys(p.shape for p in plans)):
+        model.update_yarn(shape.windows)
         # every token a document of its own
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
         context = model.context(rows, 0, shape.windows)

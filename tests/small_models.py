@@ -40,6 +40,7 @@ def tokens(rows=2, length=24, seed=1):
 def forward_all(optimizer, model, s, x, plan_step=0, at_once=None, launch=True):
     """All forward and backward passes of a step on rows x."""
     at_once, due = at_once or len(x), schedule.plan(s)[plan_step].due
+    model.update_yarn(schedule.windows(s, plan_step))
     for i in range(0, len(x), at_once):
         optimizer.expect(last=i + at_once >= len(x), launch=launch, due=due)
         part = x[i:i + at_once]

@@ -9,13 +9,18 @@ import deltas
 import schema
 import schedule
 from common import files, lines
+from deltas import Resolved
 from layers.specs import layer_specs
 from settings import LOGICAL_RANKS, padded_vocab
+from system import plan_plot
 from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 
 @lines.fitted()
-def print_plan(resolved):
+def print_plan(resolved: Resolved, picture: str | None = None) -> None:
+    """Print what a run would do. picture: file for a drawing of its schedules (system.plan_plot), or None."""
+    if picture is not None:
+        plan_plot.check(picture)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
     name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
@@ -73,6 +78,9 @@ def print_plan(resolved):
         print(line)
     for line in measured(resolved):
         print(line)
+    if picture is not None:
+        plan_plot.draw(resolved, picture)
+        print(f"plot of the schedules: {picture}")
 
 
 def stage_table(s, plans):

@@ -146,7 +146,8 @@ class Shard:
         if not len(self.starts):
             raise UserError(
                 f"{self.path}: no document begins here (token {self.bos}), but the loader goes by documents: "
-                "choose data.loader=synced, mend bos in corpus.json, or tokenise the text again")
+                "tokenise the text again, mend bos in corpus.json, or choose data.loader=synced if no shard has "
+                "documents")
         return False
 
     def first(self, position):

@@ -104,8 +104,10 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
                 f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks"
             )
         if options.plot is not None and not options.plan:
-            raise UserError(f"--plot {options.plot}: the plan is drawn with --dry-run: add it (the curves of a run that "
-                            "has ended: python -m records plot)")
+            raise UserError(
+                f"--plot {options.plot}: the plan is drawn with --dry-run: add it (curves of runs: python -m "
+                "records plot)"
+            )
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):

@@ -36,24 +36,8 @@ def print_plan(resolved: Resolved, picture: str | None = None) -> None:
         if value != default.get(path, ...):
             print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
-    columns = ["learning-rate factor", "Muon momentum"]
-    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
-    print(f"\nschedule (step: {', '.join(columns)}):")
-    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
-    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
-        print(
-            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
-            + windows_text(s, plans[i].shape.windows)
-        )
-    if plans[0].shape.windows:
-        final = schedule.validation_windows(s, len(plans))
-        last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
-        print(f"  final validation:{windows_text(s, final)}{last}")
-    if (
-        still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
-        else 0
-    ):
-        print(f"  the routers' biases stand still from step {len(plans) - still} on")
+    for line in steps_table(s, plans):
+        print(line)
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
     for line in stage_table(s, plans):
@@ -81,6 +65,29 @@ def print_plan(resolved: Resolved, picture: str | None = None) -> None:
     if picture is not None:
         plan_plot.draw(resolved, picture)
         print(f"plot of the schedules: {picture}")
+
+
+def steps_table(s, plans):
+    """Lines on the schedules: an eighth of the run each, every step at which the shape changes, the last
+    step and the final validation."""
+    columns = ["learning-rate factor", "Muon momentum"]
+    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
+    yield f"\nschedule (step: {', '.join(columns)}):"
+    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
+    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
+        yield (
+            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
+            + windows_text(s, plans[i].shape.windows)
+        )
+    if plans[0].shape.windows:
+        final = schedule.validation_windows(s, len(plans))
+        last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
+        yield f"  final validation:{windows_text(s, final)}{last}"
+    if (
+        still := sum(not plan.moves_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
+        else 0
+    ):
+        yield f"  the routers' biases stand still from step {len(plans) - still} on"
 
 
 def stage_table(s, plans):

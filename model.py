@@ -25,14 +25,15 @@ from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from layers.attention import Attention, AttnMeta, Context, cached_tokens
 from layers.latent import LatentAttention
+from layers.losses import in_candidates, weighted_losses
 from layers.mlp import MLP
 from layers.moe import MoE
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
 from layers.residual import Residual
-from layers.rotary import Rotary
+from layers.rotary import Rotary, RotaryTables
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
-from schedule import layer_spans, shape
+from schedule import Windows, layer_spans, shape
 from settings import LOGICAL_RANKS, Settings, padded_vocab, table_rows
 
 
@@ -125,50 +126,51 @@ class Head(nn.Module):
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def losses(
-        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None
+        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None, prefix=None,
+        prefix_weight=None, candidates=None
     ) -> torch.Tensor:
-        """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token
-        (weighted_losses), or None."""
-        if weights is not None:
-            return self.weighted_losses(x, table, targets, weights)
+        """Cross entropies (R, T) of the targets (R, T).
+
+        Args:
+            weights: of the targets t, t + 1, ... of each token (layers.losses.weighted_losses); None: the
+                first one, times 1.
+            prefix, prefix_weight: a second target of each token, (R, T) int64 with negative ones left out,
+                and the weight of its cross entropy; None: none.
+            candidates: (P,) int64, distinct classes in growing order, which alone the softmax knows: every
+                target must be among them, and a prefix target that is not is left out. None: all classes.
+        """
+        weight, fp8 = self.operands(table)
         backend = self.backend
+        if candidates is not None:
+            weight = weight.index_select(0, candidates)
+            # past the last logit: a target that is no candidate raises instead of being left out
+            targets = in_candidates(candidates, targets, missing=len(candidates))
+            prefix = None if prefix is None else in_candidates(candidates, prefix, missing=-1)
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
         if backend is None:
-            logits = self(x, table)
+            logits = self.logits(x, weight, fp8)
+            if weights is not None or prefix is not None:
+                weights = (1.0,) if weights is None else weights
+                return weighted_losses(logits, targets, weights, prefix, prefix_weight)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
                 targets.shape
             )
-        weight, fp8 = self.operands(table)
         try:
             return linear_cross_entropy(
-                x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
-                cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=backend,
-                transpose=self.transpose
+                x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
+                prefix=prefix, prefix_weight=None if prefix is None else prefix_weight,
+                logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype,
+                backend=backend, transpose=self.transpose
             )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
-    def weighted_losses(self, x, table, targets, weights):
-        """Multi-token prediction: token t's loss is the sum over n of weights[n] times the cross entropy of
-        targets[:, t + n].
-
-        weights: N numbers, a sequence or a tensor. Targets beyond the end of a row add nothing.
-        """
-        if self.backend is not None:
-            raise UserError(
-                "system.kernels.loss: several weighted targets need whole logits: set it to auto or whole"
-            )
-        logits, total = self(x, table), 0.0  # (R, T, V)
-        log_z = logits.logsumexp(-1)  # (R, T), shared by all targets
-        for n in range(min(len(weights), targets.size(1))):
-            tokens = targets.size(1) - n  # that have an n-th target
-            chosen = logits[:, :tokens].gather(-1, targets[:, n:, None])[..., 0]
-            total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
-        return total
-
     def forward(self, x, table):
-        weight, fp8 = self.operands(table)
+        return self.logits(x, *self.operands(table))
+
+    def logits(self, x, weight, fp8):
+        """Stream (R, T, D) and weight (V, D) -> soft-capped logits (R, T, V)."""
         z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
@@ -220,13 +222,13 @@ class GPT(nn.Module):
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
         self.sees_all = not s.model.attn.document_mask and s.model.attn.window is None
-        self.followed = ()  # sizes that the long window has grown to, as the rotary tables have them
-        self.scales = self.softmax_scales()
+        self.rotary_tables = RotaryTables(s, self.specs, rotaries.values())
         self.compiled = False
         self.recompute = s.system.activation_checkpoint == "on"
         self.passed = set()  # why faster attention backends were passed over
 
-    def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None):
+    def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None, prefix=None,
+                prefix_weight=None, candidates=None):
         """Losses of each token (R, T); without targets, logits (R, T, V).
 
         Args:
@@ -235,8 +237,7 @@ class GPT(nn.Module):
             context: what attention sees (GPT.context); None only without documents and window, as in records
                 1-11.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights: of the next targets of each token (Head.weighted_losses); None: the first one,
-                times 1.
+            target_weights, prefix, prefix_weight, candidates: of the loss (Head.losses).
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -257,7 +258,9 @@ class GPT(nn.Module):
         x = self.norm(x).to(matmul_dtype)
         if targets is None:
             return self.lm_head(x, self.embed.weight)
-        losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights)
+        losses = self.lm_head.losses(
+            x, self.embed.weight, targets, target_weights, prefix, prefix_weight, candidates
+        )
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
@@ -282,7 +285,7 @@ class GPT(nn.Module):
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
-            meta = AttnMeta(None, self.scales[i]) if context is None else context.layers[i]
+            meta = AttnMeta(None, self.rotary_tables.scales[i]) if context is None else context.layers[i]
             y = block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
                            None if cache is None else cache[i])
             x = stream.mix("attn", i, x, y)
@@ -306,14 +309,15 @@ class GPT(nn.Module):
     def context(self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
-        windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record
-        31). One view serves all layers with the same span. cached: only the last token is new, the others lie
-        in a cache. Made outside the compiled forward. None if every row is one document without a window.
-        max_docs, max_seqlen: upper bounds of the number of documents and of the tokens of one, known on the
-        host, so that nothing waits for the GPU.
+        windows: schedule.Windows of the step, or None; with YaRN, those that update_yarn was told last. One
+        view serves all layers with the same span. cached: only the last token is new, the others lie in a
+        cache. Made outside the compiled forward. None if every row is one document without a window.
+        max_docs, max_seqlen: no more documents than this, and none of more tokens, if known without waiting
+        for a GPU.
         """
-        a = self.settings.model.attn
-        self.update_yarn(windows)
+        a, scales = self.settings.model.attn, self.rotary_tables.scales
+        if not self.rotary_tables.stands_at(windows):
+            raise ValueError("the rotary tables are of another window: call model.update_yarn(windows) first")
         if self.sees_all:
             return None
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.document_mask else None
@@ -324,7 +328,7 @@ class GPT(nn.Module):
                 (documents, window) if cached else self.view(tokens, documents, window, max_docs, max_seqlen)
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
-                  for spec, span, scale in zip(self.specs, spans, self.scales)]
+                  for spec, span, scale in zip(self.specs, spans, scales)]
         return Context(self.traceable(layers) if self.compiled and not cached else layers)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
@@ -333,32 +337,16 @@ class GPT(nn.Module):
         widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
         for width in {*widths} - {None}:
             mine = [i for i, w in enumerate(widths) if w == width]
-            views, scale = attention.traceable([layers[i].view for i in mine], self.scales[mine[0]], width)
+            scale = self.rotary_tables.scales[mine[0]]
+            views, scale = attention.traceable([layers[i].view for i in mine], scale, width)
             for i, view in zip(mine, views):
                 out[i] = AttnMeta(view, scale)
         return out
 
-    def update_yarn(self, windows):
-        """Recompute the rotary tables and the softmax scales when the long window has grown (record 31)."""
-        a = self.settings.model.attn
-        changes = windows.long_blocks[1:] if windows is not None and a.rope and a.rope.yarn else ()
-        if self.followed == changes:
-            return
-        self.followed = changes
-        for rotary in self.rotaries:
-            factor = rotary.update_yarn(windows.long_blocks)
-        self.scales = self.softmax_scales(factor)
-
-    def softmax_scales(self, factor=None):
-        """The softmax scale of every layer. factor: of YaRN, if it has moved the tables; None: the setting,
-        where None means 1 / sqrt(width of a query)."""
-        scale = self.settings.model.attn.scale
-        if factor is None:
-            return [scale] * len(self.specs)
-        return [
-            spec.attn and factor * (scale if scale is not None else 1 / math.sqrt(spec.attn.qk))
-            for spec in self.specs
-        ]
+    def update_yarn(self, windows: Windows | None) -> None:
+        """Bring the rotary tables and the softmax scales to the windows of a forward pass (YaRN, record
+        31)."""
+        self.rotary_tables.update(windows)
 
     def view(self, tokens, documents, window, max_docs, max_seqlen):
         """The prepared view of one window by the backend that system.attention asks for."""
@@ -397,9 +385,7 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
-        self.followed, self.scales = (), self.softmax_scales()
-        for rotary in self.rotaries:
-            rotary.update_yarn()
+        self.rotary_tables.reset()
         for router in self.routers():
             router.reset()
         for mlp in self.fp8_mlps():

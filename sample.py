@@ -228,6 +228,7 @@ class Generation:
         s = self.model.settings
         seq_len, windows = s.validation.seq_len, schedule.validation_windows(s, s.schedule.steps)
         generator = torch.Generator().manual_seed(self.seed)
+        self.model.update_yarn(windows)
         # first: index where the context begins
         ids, fresh, first = self.ids, True, max(0, len(self.ids) - seq_len)
         for _ in range(self.count):

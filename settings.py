@@ -525,8 +525,8 @@ class Data:
     def check(self, s: "Settings") -> Iterator[str]:
         sizes, stages, documents = per_stage(self.tokens_per_rank), s.schedule.stages, by_document(s)
         if isinstance(self.tokens_per_rank, tuple) and len(sizes) != len(stages):
-            yield (f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: give one "
-                   "value per stage, or one number for all")
+            yield (f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: "
+                   "give one value per stage, or one number for all")
         if len(set(sizes)) > 1 and self.loader == "shuffled":
             yield ("data.loader=shuffled needs steps of one size: choose another loader, or one "
                    "data.tokens_per_rank for all stages")

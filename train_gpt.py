@@ -37,7 +37,10 @@ if __name__ == "__main__":
     environment.require(*environment.TRAINING)
     if options.plan:
         from system.dry_run import print_plan
-        print_plan(resolved)
+        try:
+            print_plan(resolved, options.plot)
+        except UserError as error:
+            console.fail(error)
         raise SystemExit(0)
 
 import contextlib
@@ -319,7 +322,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         max_seqlen = longest_document(read, run.corpus.bos)
         return run.model.context(tokens, run.corpus.bos, windows, max_seqlen=max_seqlen)
 
-    with validating(run.hooks):
+    with validating(run.hooks, windows):
         return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
 
 

@@ -345,7 +345,10 @@ def fp8_mlp_checks():
         for name, given, y in (("up", None, p @ wide[2].T), ("up and down", scales, both)):
             for fused in (False, True):
                 why = fused and refusal(DEVICE, dtype, FP8_SINCE)
-                label = f"fp8_mlp {name}, {'fused' if fused else 'FP8 units' if has_fp8_units(x) else 'reference'}"
+                label = (
+                    f"fp8_mlp {name}, "
+                    f"{'fused' if fused else 'FP8 units' if has_fp8_units(x) else 'reference'}"
+                )
                 yield label, dtype, lambda: why or max(relative(a, b) for a, b in zip(
                     gradients(lambda *t: fp8_mlp(*t, 2, given, fused)[0], inputs, g), [y, *slopes]))
 

@@ -50,6 +50,8 @@ def record_step(ref, precision, compiled, microbatch=8, sets=()):
     batch = Stream(corpus, ranks=range(8), **stream_arguments(s)).next()
     x, y, _ = to_rows(batch, s.data.seq_len, torch.device("cpu"), corpus.bos)
 
+    model.update_yarn(plan.shape.windows)
+
     def step():
         for i in range(0, 8, microbatch):
             optimizer.expect(last=i + microbatch == 8)
@@ -144,13 +146,14 @@ def main():
                 if name.startswith("tiny"):  # training alone, without validation
                     row["tiny_run_s"] = round(SCALES["tiny"].budget_tokens / tokens * seconds, 1)
                 report.add(row)
-                print(f"{name:36} {label:9} {row['mode']:9} {row['ms']:8} {row['tokens_per_second']:9} {row['first_s']:8} "
-                      f"{row.get('tiny_run_s', ''):>10}", flush=True)
+                print(f"{name:36} {label:9} {row['mode']:9} {row['ms']:8} {row['tokens_per_second']:9} "
+                      f"{row['first_s']:8} {row.get('tiny_run_s', ''):>10}", flush=True)
     batch, line = harness_ms()
     one = {"what": "tiny short/11", "dtype": "float32", "mode": "eager"}
     step_ms = next(r["ms"] for r in report.rows if one.items() <= r.items())
     share = 100 * (batch + line) / step_ms
-    print(f"harness per tiny step: batch and digests {batch:.3f} ms (in the background), log {line:.3f} ms: {share:.2f} %")
+    print(f"harness per tiny step: batch and digests {batch:.3f} ms (in the background), log {line:.3f} ms: "
+          f"{share:.2f} %")
     report.tables |= {"harness_ms": [batch, line], "harness_percent": share}
     report.finish()
 

@@ -34,7 +34,8 @@ def curve(summary, events):
 def measured(ref, o, data, scratch):
     caches = steps.place(o.caches, ref) if o.caches else None  # None: those that every training uses
     row = curve(*steps.train(ref, o, data, caches, steps.place(Path(scratch) / "runs", ref), validations=8))
-    print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on {row['corpus']}: "
+    print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on "
+          f"{row['corpus']}: "
           + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
     return row
 

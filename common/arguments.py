@@ -10,7 +10,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from common import console
 
@@ -29,8 +29,22 @@ class Parser(argparse.ArgumentParser):
             self._print_message(message, sys.stderr)
         sys.exit(console.settle(status))
 
+    def add_subparsers(self, **options: Any) -> Any:
+        return super().add_subparsers(**({"parser_class": Command} | options))
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {' '.join(message.split())}; `{self.prog} --help` explains the arguments\n")
+
+
+class Command(Parser):
+    """The parser of one command of a program: it refuses an unknown option itself, so that the error names
+    the help of the command."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> tuple[argparse.Namespace, list[str]]:
+        found, unknown = super().parse_known_args(*args, **options)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 def shortened(text: str, length: int = 40) -> str:

@@ -145,8 +145,9 @@ class Shard:
             return True
         if not len(self.starts):
             raise UserError(
-                f"{self.path}: no document begins here (token {self.bos}), but the loader goes by documents: "
-                "choose data.loader=synced, mend bos in corpus.json, or tokenise the text again")
+                f"{self.path}: no document begins here (token {self.bos}), but the loader goes by "
+                "documents: tokenise the text again, mend bos in corpus.json, or choose data.loader=synced "
+                "if no shard has documents")
         return False
 
     def first(self, position):

@@ -303,6 +303,8 @@ def _named(path, reader):
                 file = io.BufferedReader(stack.enter_context(unpack(file, "rb")), CHUNK)
                 reader.packed = packed
             yield file
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such file; check the name, or name another") from None
     except tuple(broken) as error:
         system = getattr(error, "strerror", None)
         what = "cannot be read" if system or not reader.packed else f"broken {reader.packed} data"

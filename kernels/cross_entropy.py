@@ -88,8 +88,9 @@ def linear_cross_entropy(
     Gradients: any per token; dx in x's dtype, dW in weight's. ValueError for shapes that do not fit.
     """
     if targets.dim() not in (1, 2) or x.shape != (*targets.shape, weight.size(1)):
-        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets {tuple(targets.shape)} do not fit: "
-                         "want (R, T, D), (V, D), (R, T) or (N, D), (V, D), (N,)")
+        raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets "
+                         f"{tuple(targets.shape)} do not fit: want (R, T, D), (V, D), (R, T) or (N, D), (V, "
+                         "D), (N,)")
     if (prefix is None) != (prefix_weight is None) or (prefix is not None and prefix.shape != targets.shape):
         raise ValueError("prefix comes with prefix_weight, and in the shape of targets")
     if len(weights) < 1 or (chunk is not None and chunk < 1):
@@ -426,14 +427,17 @@ def refusal(device, plan):
         return "computes in float32, and this asks for " + str(
             torch.float64 if plan.cap_dtype == torch.float64 else plan.loss_dtype).removeprefix("torch.")
     if plan.form != "none" and (2 if plan.form == "tanh" else 1) * plan.cap > LARGEST_CAP:
-        return f"loses digits when logits range over more than {LARGEST_CAP:g}: this is {plan.form} with cap = {plan.cap:g}"
+        return (
+            f"loses digits when logits range over more than {LARGEST_CAP:g}: this is {plan.form} with cap = "
+            f"{plan.cap:g}"
+        )
     return None
 
 
 # ----- as operators: torch.compile sees two calls and not the loops over chunks -----------------------------
 
-ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType cap_dtype, "
-             "ScalarType loss_dtype, int chunk, str backend, str transpose")
+ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType "
+             "cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

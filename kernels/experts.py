@@ -60,7 +60,10 @@ def refusal(device, dtype, widths, compiled):
     if dtype == torch.float64:
         return "has no float64"
     if any(w * dtype.itemsize % 16 for w in widths):
-        return f"needs rows of a multiple of 16 bytes, not {min(w for w in widths if w * dtype.itemsize % 16)} x {dtype.itemsize}"
+        return (
+            f"needs rows of a multiple of 16 bytes, not {min(w for w in widths if w * dtype.itemsize % 16)} "
+            f"x {dtype.itemsize}"
+        )
     if compiled and dtype != torch.bfloat16:  # torch's shape function for it knows no other, on any device
         return f"cannot be compiled in {str(dtype).removeprefix('torch.')}"
     return None

@@ -280,7 +280,8 @@ forward_op = torch.library.custom_op("speedrun::linear_relu_sq", forward, mutate
                                      schema="(Tensor x, Tensor weight) -> Tensor")
 fp8_forward_op = torch.library.custom_op(
     "speedrun::fp8_linear_relu_sq", fp8_linear_relu_sq, mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor unscale, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor x, Tensor weight, Tensor unscale, Tensor? factor, ScalarType dtype) -> (Tensor, Tensor, "
+           "Tensor)")
 product_gradient_op = torch.library.custom_op(
     "speedrun::mlp_relu_sq_gradient", product_gradient, mutates_args=(),
     schema="(Tensor g, Tensor weight, Tensor p) -> Tensor"

@@ -50,8 +50,8 @@ def transpose_add(a, b):
     a."""
     check("add", a, b)
     if a.shape != b.t().shape or not {a.dtype, b.dtype} <= set(DTYPES):
-        raise ValueError(f"a {tuple(a.shape)} {a.dtype} and b {tuple(b.shape)} {b.dtype} do not fit: want (M, N) and (N, M) "
-                         "in float16, bfloat16 or float32")
+        raise ValueError(f"a {tuple(a.shape)} {a.dtype} and b {tuple(b.shape)} {b.dtype} do not fit: want "
+                         "(M, N) and (N, M) in float16, bfloat16 or float32")
     m, n = a.shape
     if a.numel():
         kernels()[1][(-(-m // ADD_SIDE) * -(-n // ADD_SIDE),)](

@@ -1,11 +1,15 @@
 """Rotary positions, half rotation and YaRN."""
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
 from layers.primitives import dtype
+from layers.specs import LayerSpec
+from schedule import Windows
 from settings import Settings
 
 
@@ -13,8 +17,7 @@ class Rotary(nn.Module):
     """Rotary positions: pairs (j, j + K/2) turned by -t f_j, t = index in the row (never reset at documents).
 
     full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4
-    pairs, the others stand still. With yarn the tables follow the long window; `update_yarn` must be told its
-    sizes.
+    pairs, the others stand still. With yarn the tables follow the long window: RotaryTables.
     """
 
     def __init__(self, s: Settings, width: int):
@@ -69,3 +72,69 @@ class Rotary(nn.Module):
         sin = self.sin[start:start + x.size(1), None]
         x1, x2 = x.to(torch.promote_types(x.dtype, self.math_dtype)).chunk(2, dim=-1)
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+
+
+class RotaryTables:
+    """The tables of all widths and the softmax scale of every layer, at one size of the long window.
+
+    Only YaRN (record 31) moves them: `update` brings them to the windows of a step, and a forward pass under
+    other windows is refused (GPT.context). Sizes and factor lie in arrays of the host, which every step reads
+    without waiting for a GPU; tensors() gives them as tensors of the same memory.
+    """
+
+    def __init__(self, s: Settings, specs: Sequence[LayerSpec], rotaries: Sequence[Rotary]):
+        self.specs, self.rotaries, self.scale = specs, rotaries, s.model.attn.scale
+        rope, window = s.model.attn.rope, s.model.attn.window
+        self.yarn = rope is not None and rope.yarn is not None
+        sizes = len(window.stages) + 1 if self.yarn and window is not None else 0
+        # sizes in blocks of the long window so far, the first left out; 0: not reached yet
+        self.reached = np.zeros(sizes, dtype=np.int64)
+        self.factor = np.ones(1)  # of the softmax scales
+        self.scales = self.softmax_scales()
+
+    def changes(self, windows: Windows | None) -> list[int]:
+        """The sizes of the long window that the tables of these windows have gone through, after the first
+        one."""
+        return list(windows.long_blocks[1:]) if windows is not None and self.yarn else []
+
+    def stands_at(self, windows: Windows | None) -> bool:
+        """Are the tables those of these windows?"""
+        return [blocks for blocks in self.reached.tolist() if blocks] == self.changes(windows)
+
+    def update(self, windows: Windows | None) -> None:
+        """Bring tables and softmax scales to these windows, if they stand elsewhere."""
+        if not self.stands_at(windows):
+            changes = self.changes(windows)
+            self.fill(windows.long_blocks if changes else ())
+            self.reached[:] = 0
+            self.reached[:len(changes)] = changes
+        self.scales = self.softmax_scales()
+
+    def fill(self, long_blocks: Sequence[int] = ()) -> None:
+        """Fill the tables for these sizes of the long window so far."""
+        for rotary in self.rotaries:
+            self.factor[0] = rotary.update_yarn(tuple(long_blocks))
+
+    def reset(self) -> None:
+        """The tables before the first step."""
+        self.reached[:] = 0
+        self.fill()
+        self.scales = self.softmax_scales()
+
+    def softmax_scales(self) -> list[float | None]:
+        """The softmax scale of every layer; None: 1 / sqrt(width of a query), or no attention."""
+        if not self.reached.any():
+            return [self.scale] * len(self.specs)
+        factor = self.factor.item(0)
+        return [
+            spec.attn and factor * (self.scale if self.scale is not None else 1 / math.sqrt(spec.attn.qk))
+            for spec in self.specs
+        ]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What changes in training, by name: nothing without YaRN."""
+        if not self.yarn:
+            return {}
+        tables = {f"{i}.{name}": table for i, rotary in enumerate(self.rotaries)
+                  for name, table in rotary.named_buffers()}
+        return {"reached": torch.from_numpy(self.reached), "factor": torch.from_numpy(self.factor), **tables}

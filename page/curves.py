@@ -41,12 +41,18 @@ class Curve:
         """The step of the last validation loss that is a number."""
         return next((step for step, *_, loss in reversed(self.validations) if math.isfinite(loss)), None)
 
+    @property
+    def last_trained(self) -> int | None:
+        """The last step whose training or validation loss is a number."""
+        trained = [step for step, _, loss in self.train if math.isfinite(loss)]
+        return max([*trained, *([] if self.last_finite is None else [self.last_finite])], default=None)
+
     def state(self) -> str:
         """'' of a finished run, otherwise what became of it, in a few words."""
         if self.status == "finished":
             return ""
         if self.status == "diverged":
-            return "diverged" if self.last_finite is None else f"diverged after step {self.last_finite}"
+            return "diverged" if self.last_trained is None else f"diverged after step {self.last_trained}"
         return f"{self.status}, step {self.last_step} of {self.scheduled}"
 
 

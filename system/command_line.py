@@ -73,6 +73,10 @@ def execution(p: arguments.Parser) -> None:
         "settings, schedule, shapes and parameters; train nothing (--plan is the same)"
     )
     p.add_argument(
+        "--plot", metavar="FILE",
+        help="with --dry-run: draw the schedules of the run as a picture (.png or .svg; needs matplotlib)"
+    )
+    p.add_argument(
         "--strict", action="store_true",
         help="refuse to run in a slower way than the record and the device allow, "
         "and fail if anything was compiled after the warm-up"
@@ -101,10 +105,16 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
             raise UserError(
                 f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks"
             )
+        if options.plot is not None and not options.plan:
+            raise UserError(
+                f"--plot {options.plot}: the plan is drawn with --dry-run: add it (curves of runs: python -m "
+                "records plot)"
+            )
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):
-                raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes already: leave --nproc away")
+                raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes "
+                                "already: leave --nproc away")
         resolved = resolve_name(options.record, scale=options.scale, sets=options.sets, with_=options.with_,
                                 without=options.without, revert=options.revert)
     except UserError as error:

@@ -34,8 +34,9 @@ def check_compilers(cuda: bool) -> None:
     compiler on a CPU."""
     if cuda:
         if c_compiler() is None:
-            raise UserError("torch.compile needs a C compiler for Triton, and there is no gcc, clang or $CC here: install one "
-                            "(Debian, Ubuntu: apt install gcc), or --set system.compile=off, which is slower")
+            raise UserError("torch.compile needs a C compiler for Triton, and there is no gcc, clang or $CC "
+                            "here: install one (Debian, Ubuntu: apt install gcc), or --set "
+                            "system.compile=off, which is slower")
         return
     from torch._inductor import cpp_builder
     try:
@@ -43,11 +44,12 @@ def check_compilers(cuda: bool) -> None:
     except RuntimeError:  # torch's InvalidCxxCompiler
         name = os.environ.get("CXX")
         what = f"$CXX, {name}, cannot be started" if name else "there is no g++ or clang++ here, and no $CXX"
-        raise UserError(f"system.compile=on needs a C++ compiler, and {what}: install one (Debian, Ubuntu: apt install g++; "
-                        "macOS: xcode-select --install), or leave system.compile at auto") from None
+        raise UserError(f"system.compile=on needs a C++ compiler, and {what}: install one (Debian, Ubuntu: "
+                        "apt install g++; macOS: xcode-select --install), or leave system.compile at "
+                        "auto") from None
     if not is_plain(found):
-        raise UserError(f"system.compile=on: torch cannot call a C++ compiler with a space or quote in its path ({found}): set "
-                        "CXX to another")
+        raise UserError("system.compile=on: torch cannot call a C++ compiler with a space or quote in its "
+                        f"path ({found}): set CXX to another")
 
 
 def is_plain(path: str | Path) -> bool:
@@ -74,15 +76,16 @@ def cache_place(cache: str | Path) -> Path:
         return home / name
     place = Path(tempfile.gettempdir()) / f"{name}-{os.getuid() if hasattr(os, 'getuid') else 'user'}"
     if not is_plain(place):
-        raise UserError(f"torch's C++ builder takes no path with spaces, and {folder} and {place} have some: set SPEEDRUN_CACHE "
-                        "to a folder without")
+        raise UserError(f"torch's C++ builder takes no path with spaces, and {folder} and {place} have some: "
+                        "set SPEEDRUN_CACHE to a folder without")
     # anybody may make folders there, and what lies in this one is executed
     place.mkdir(mode=0o700, exist_ok=True)
     state = place.lstat()
     if hasattr(os, "getuid") and (
         not stat.S_ISDIR(state.st_mode) or state.st_uid != os.getuid() or state.st_mode & 0o022
     ):
-        raise UserError(f"{place} belongs to somebody else: set SPEEDRUN_CACHE to a folder of your own without spaces in its path")
+        raise UserError(f"{place} belongs to somebody else: set SPEEDRUN_CACHE to a folder of your own "
+                        "without spaces in its path")
     return place
 
 
@@ -116,8 +119,8 @@ def prepare(cache, cuda, processes=1):
                 folder = cache_place(cache) / name
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set SPEEDRUN_CACHE to a folder "
-                                "you may write") from None
+                raise UserError(f"cannot write the cache folder {folder}: {error.strerror}; set "
+                                "SPEEDRUN_CACHE to a folder you may write") from None
             os.environ[variable] = str(folder)
         elif not cuda and not is_plain(os.environ[variable]):
             raise UserError(
@@ -222,8 +225,9 @@ class CacheFile:
             made_by = {key: about.get(key) for key in self.made_by}
             self.foreign = bool(parts) and made_by != self.made_by
             if self.foreign:
-                return [f"compile cache {self.path} was made by {described(made_by)}, this is {described(self.made_by)}: "
-                        "nothing loaded, nothing will be saved; name another file"]
+                return [f"compile cache {self.path} was made by {described(made_by)}, this is "
+                        f"{described(self.made_by)}: nothing loaded, nothing will be saved; name another "
+                        "file"]
             for name, data in parts.items():
                 if about["parts"][name]["rank"] == self.rank:
                     if torch.compiler.load_cache_artifacts(data) is None:
@@ -299,7 +303,10 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
         except UserError as failed:
             whole = str(failed)
     said = [line for line in str(error).splitlines() if " error: " in line] or [first_line(error)]
-    return f"torch.compile failed ({said[0].strip()[:200]}; {whole}): set system.compile=off, or mend the compiler"
+    return (
+        f"torch.compile failed ({said[0].strip()[:200]}; {whole}): set system.compile=off, or mend the "
+        "compiler"
+    )
 
 
 def key_hash(kind, key):

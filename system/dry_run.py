@@ -9,14 +9,18 @@ import deltas
 import schema
 import schedule
 from common import files, lines
+from deltas import Resolved
 from layers.specs import layer_specs
 from settings import LOGICAL_RANKS, padded_vocab
+from system import plan_plot
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 
 
 @lines.fitted()
-def print_plan(resolved):
-    """`--dry-run`: print what a run would do, from settings to memory."""
+def print_plan(resolved: Resolved, picture: str | None = None) -> None:
+    """Print what a run would do. picture: file for a drawing of its schedules (system.plan_plot), or None."""
+    if picture is not None:
+        plan_plot.check(picture)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
     name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
@@ -32,24 +36,8 @@ def print_plan(resolved):
         if value != default.get(path, ...):
             print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
-    columns = ["learning-rate factor", "Muon momentum"]
-    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
-    print(f"\nschedule (step: {', '.join(columns)}):")
-    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
-    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
-        print(
-            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
-            + windows_text(s, plans[i].shape.windows)
-        )
-    if plans[0].shape.windows:
-        final = schedule.validation_windows(s, len(plans))
-        last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
-        print(f"  final validation:{windows_text(s, final)}{last}")
-    if (
-        still := sum(not plan.update_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
-        else 0
-    ):
-        print(f"  the routers' biases stand still from step {len(plans) - still} on")
+    for line in steps_table(s, plans):
+        print(line)
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
     for line in stage_table(s, plans):
@@ -74,6 +62,32 @@ def print_plan(resolved):
         print(line)
     for line in measured(resolved):
         print(line)
+    if picture is not None:
+        plan_plot.draw(resolved, picture)
+        print(f"plot of the schedules: {picture}")
+
+
+def steps_table(s, plans):
+    """Lines on the schedules: an eighth of the run each, every step at which the shape changes, the last
+    step and the final validation."""
+    columns = ["learning-rate factor", "Muon momentum"]
+    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
+    yield f"\nschedule (step: {', '.join(columns)}):"
+    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
+    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
+        yield (
+            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
+            + windows_text(s, plans[i].shape.windows)
+        )
+    if plans[0].shape.windows:
+        final = schedule.validation_windows(s, len(plans))
+        last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
+        yield f"  final validation:{windows_text(s, final)}{last}"
+    if (
+        still := sum(not plan.update_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
+        else 0
+    ):
+        yield f"  the routers' biases stand still from step {len(plans) - still} on"
 
 
 def stage_table(s, plans):
@@ -84,8 +98,8 @@ def stage_table(s, plans):
     for stage, steps in enumerate(schedule.stages(s)):
         if steps:
             shape, tokens = plans[steps.start].shape, plans[steps.start].tokens
-            yield (f"  {stage:5d}  {f'{steps.start}..{steps.stop - 1}':>12}  {shape.tokens_per_rank:15,}  {shape.seq_len:10,}  "
-                   f"{tokens:16,}  {len(steps) * tokens:19,}")
+            yield (f"  {stage:5d}  {f'{steps.start}..{steps.stop - 1}':>12}  {shape.tokens_per_rank:15,}  "
+                   f"{shape.seq_len:10,}  {tokens:16,}  {len(steps) * tokens:19,}")
 
 
 def from_parent(resolved):
@@ -141,7 +155,8 @@ def graphs(s, plans):
     ]
     banks = Optimizer(without_values(s), s).banks
     yield (
-        f"compiled before the clock in one process, if it compiles: at most {sum(n for *_, n in forwards) + len(banks)} graphs"
+        "compiled before the clock in one process, if it compiles: at most "
+        f"{sum(n for *_, n in forwards) + len(banks)} graphs"
         + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else "")
     )
     for what, rows, tokens, windows in forwards:
@@ -159,9 +174,9 @@ def held(s):
     from system import memory
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, microbatch)
-    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; "
-           f"a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
-           f"together {mib(e.total)}")
+    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer "
+           f"{mib(e.state)}; a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps "
+           f"{mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; together {mib(e.total)}")
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
         system = fitted.system
@@ -191,8 +206,8 @@ def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
         for row in table["rows"]:
             if plain and row["record"] == resolved.record.ref:
                 memory = f", {row['warm']['peak_memory_mib']:,} MiB" if row["warm"]["peak_memory_mib"] else ""
-                yield (f"measured: {row['warm']['ms_per_step']:.1f} ms a step on {row['warm']['device']}{memory} "
-                       f"(bench/results/{path.relative_to(results)})")
+                yield (f"measured: {row['warm']['ms_per_step']:.1f} ms a step on "
+                       f"{row['warm']['device']}{memory} (bench/results/{path.relative_to(results)})")
 
 
 def span_text(span):
@@ -223,8 +238,8 @@ def size(s):
     return (
         f"{model.num_parameters():,} parameters"
         + (f", {active:,} active in a token" if s.model.mlp.moe else "")
-        + f"; {(products + attended) / 1e6:,.0f} MFLOP a token in training, {attended / 1e6:,.0f} of them of queries, keys and "
-        f"values ({context_text(s)})"
+        + f"; {(products + attended) / 1e6:,.0f} MFLOP a token in training, {attended / 1e6:,.0f} of them of "
+        f"queries, keys and values ({context_text(s)})"
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from model import GPT
 from optim import Optimizer
-from schedule import StepPlan
+from schedule import StepPlan, Windows
 from system.world import World
 
 
@@ -30,8 +30,8 @@ class Stateful:
     def after_update(self, plan: StepPlan) -> None:
         """After the parameters have moved."""
 
-    def for_validation(self) -> Any:
-        """A context manager around each validation."""
+    def for_validation(self, windows: Windows | None) -> Any:
+        """A context manager around each validation, which sees the text through these windows."""
         return contextlib.nullcontext()
 
     def reset(self) -> None:
@@ -94,17 +94,34 @@ class FP8Scales(Stateful):
                 for name, buffer in mlp.fp8.named_buffers()}
 
 
+class YaRN(Stateful):
+    """Rotary tables and softmax scales, which follow the long window of training steps and validations."""
+
+    def __init__(self, model: GPT) -> None:
+        self.tables = model.rotary_tables
+
+    def before_forwards(self, plan: StepPlan) -> None:
+        self.tables.update(plan.shape.windows)
+
+    def for_validation(self, windows: Windows | None) -> Any:
+        self.tables.update(windows)
+        return contextlib.nullcontext()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.tables.tensors()
+
+
 def hooks_of(model: GPT) -> list[Stateful]:
     """The hooks that the model's parts need."""
-    return [RankSizes(model), RouterBalance(model), FP8Scales(model)]
+    return [RankSizes(model), RouterBalance(model), FP8Scales(model), YaRN(model)]
 
 
 @contextlib.contextmanager
-def validating(hooks: Iterable[Stateful]) -> Iterator[None]:
-    """The context managers of all hooks around a validation."""
+def validating(hooks: Iterable[Stateful], windows: Windows | None) -> Iterator[None]:
+    """The context managers of all hooks around a validation through these windows."""
     with contextlib.ExitStack() as stack:
         for hook in hooks:
-            stack.enter_context(hook.for_validation())
+            stack.enter_context(hook.for_validation(windows))
         yield
 
 
@@ -112,6 +129,9 @@ def all_tensors(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful]) -> 
     """Every tensor that training can change: of the model, of the optimizer and of the hooks."""
     found = {f"model.{name}": t for name, t in [*model.named_parameters(), *model.named_buffers()]}
     found |= {f"optimizer.{name}": t for name, t in optimizer.tensors().items()}
+    known = {id(t) for t in found.values()}  # buffers of the model that a hook moves are listed once
     for hook in hooks:
-        found |= {f"{type(hook).__name__}.{name}": t for name, t in hook.tensors().items()}
+        found |= {
+            f"{type(hook).__name__}.{name}": t for name, t in hook.tensors().items() if id(t) not in known
+        }
     return found

@@ -190,7 +190,8 @@ def main(argv: Sequence[str]) -> int:
         len(argv) < 2 or not argv[0].isascii() or not argv[0].isdigit()
         or not 1 <= int(argv[0]) <= PROGRAM_MAX
     ):
-        say(f"error: expected a number of processes from 1 to {PROGRAM_MAX} and a program, like launch.py 8 train_gpt.py")
+        say(f"error: expected a number of processes from 1 to {PROGRAM_MAX} and a program, like launch.py 8 "
+            "train_gpt.py")
         return 2
     return launch([sys.executable, *argv[1:]], int(argv[0]))
 

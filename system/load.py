@@ -83,5 +83,5 @@ def remark(found: dict, cores: int) -> list[str]:
     if found["alone"] is not False:
         return []
     load = "" if found["load_end"] is None else f", load {found['load_end']:.1f}"
-    return [f"the machine was busy: other programs used {found['other_cores']:.1f} of {cores} cores{load}; times are not "
-            "comparable"]
+    return [f"the machine was busy: other programs used {found['other_cores']:.1f} of {cores} cores{load}; "
+            "times are not comparable"]

@@ -85,6 +85,7 @@ def kept_by_forward(s, microbatch):
     shape = schedule.largest_shape(s)
     rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
+    model.update_yarn(shape.windows)
     context = model.context(tokens, 0, shape.windows)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
@@ -166,5 +167,5 @@ def exhaustion_in_one_line():
         ):
             raise
         found = re.search("tried to allocate [0-9.]+ ?[A-Za-z]+", str(error))
-        raise UserError(f"out of memory{f' ({found[0]})' if found else ''}: lower the sizes of the model or the batch, choose a "
-                        "smaller --scale, or take a machine with more memory") from None
+        raise UserError(f"out of memory{f' ({found[0]})' if found else ''}: lower the sizes of the model or "
+                        "the batch, choose a smaller --scale, or take a machine with more memory") from None

@@ -14,7 +14,10 @@ from settings import LOGICAL_RANKS
 from common.errors import UserError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-REMEDY = "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT for one process; `--nproc N` and torchrun set all of them"
+REMEDY = (
+    "unset RANK WORLD_SIZE LOCAL_RANK MASTER_ADDR MASTER_PORT for one process; `--nproc N` and torchrun set "
+    "all of them"
+)
 PROCESSES = tuple(n for n in range(1, LOGICAL_RANKS + 1) if LOGICAL_RANKS % n == 0)
 
 

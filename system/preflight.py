@@ -128,7 +128,8 @@ def fallbacks(model: GPT, world: World) -> list[str]:
     s, found = model.settings, sorted(model.passed)
     for name in ("fp8_head", "fp8_mlp"):
         if getattr(s.numerics, name) and not (world.cuda and capability(world.device) >= FP8_SINCE):
-            found.append(f"numerics.{name} is computed in its reference form: 8-bit products need compute capability 8.9")
+            found.append(f"numerics.{name} is computed in its reference form: 8-bit products need compute "
+                         "capability 8.9")
     if world.cuda and not compiles(s, world):
         found.append("nothing is compiled: system.compile is off")
     layers = [moe for _, moe in model.mixtures()] if world.cuda else []
@@ -144,8 +145,9 @@ def fallbacks(model: GPT, world: World) -> list[str]:
 def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     """Names of the attention backends that training steps use, over all their shapes."""
     names = set()
-    # the first one last: the rotary tables follow them
+    # the first one last: it leaves the rotary tables as they were
     for shape in reversed(dict.fromkeys(p.shape for p in plans)):
+        model.update_yarn(shape.windows)
         # every token a document of its own
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
         context = model.context(rows, 0, shape.windows)
@@ -165,7 +167,10 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
         remedy = ("--set system.activation_checkpoint=on, so that the blocks keep nothing for the backward "
                   "pass")
     elif run.world.size == 1 or (run.world.size < LOGICAL_RANKS and run.optimizer.plan.name == "sharded"):
-        remedy = f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the optimizer's state"
+        remedy = (
+            f"use more than {run.world.size} GPU{'s' if run.world.size > 1 else ''}, which share the "
+            "optimizer's state"
+        )
     else:
         remedy = "one logical rank a forward is the least; take a GPU with more memory, or --scale small"
     return f"out of memory with {run.ranks_per_microbatch} logical ranks a forward ({said}): {remedy}"

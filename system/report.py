@@ -110,8 +110,9 @@ def verdict(
     if target is None:
         lines.append(f"no target at scale {resolved.scale}: final validation loss {final:.4f}")
     elif final <= target:
-        lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s of "
-                     f"training; the curve crossed it at about step {first_below(points, target):.0f}")
+        lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, "
+                     f"{train_ms / 1000:.1f} s of training; the curve crossed it at about step "
+                     f"{first_below(points, target):.0f}")
     else:
         lines.append(
             f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s"
@@ -123,8 +124,8 @@ def verdict(
         common = [(step, loss) for step, loss in points if step in published]
         if common:
             step, loss = common[-1]
-            lines.append(f"published curve at step {step} ({schedule.tokens_before(s, step):,} tokens): {published[step]:.4f}, "
-                         f"here {loss:.4f} ({loss - published[step]:+.4f})")
+            lines.append(f"published curve at step {step} ({schedule.tokens_before(s, step):,} tokens): "
+                         f"{published[step]:.4f}, here {loss:.4f} ({loss - published[step]:+.4f})")
     return lines
 
 

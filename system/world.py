@@ -102,8 +102,8 @@ def uses_gpus(s: Settings, processes: int) -> bool:
     if not found or s.system.device == "cpu":
         return False
     if processes > found:
-        raise UserError(f"{processes} processes on this machine, and torch sees {found} GPU{'s' if found > 1 else ''}: start "
-                        "fewer, or look at CUDA_VISIBLE_DEVICES")
+        raise UserError(f"{processes} processes on this machine, and torch sees {found} "
+                        f"GPU{'s' if found > 1 else ''}: start fewer, or look at CUDA_VISIBLE_DEVICES")
     return True
 
 

@@ -135,7 +135,8 @@ def main(out, page=ROOT / "site/index.html"):
             tab = Page(width=width, height=844 if width < 600 else 900, scheme=scheme)
             tab.open(page)
             tab.screenshot(out / f"page_{width}_{scheme}.png")
-            print(f"{out}/page_{width}_{scheme}.png: {len(tab.messages)} console messages, {len(tab.requests)} request")
+            print(f"{out}/page_{width}_{scheme}.png: {len(tab.messages)} console messages, "
+                  f"{len(tab.requests)} request")
             tab.close()
 
 

@@ -1,9 +1,15 @@
 """What holds for all tests: the packages are there, Ctrl-C reaches programs under test, and --feature PATH
 selects laws."""
 
+import gc
 import signal
 
 import pytest
+
+# Collecting makes millions of objects that stay (rewritten asserts, torch): the garbage collector would walk
+# through them again and again, for a third of the time. The tests run with its usual thresholds.
+USUAL_THRESHOLDS = gc.get_threshold()
+gc.set_threshold(50_000, 50, 1_000)
 
 from common import environment
 
@@ -58,3 +64,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
         (kept if features.case_guards(marks, parameters, config.guarded) else left).append(item)
     items[:] = kept
     config.hook.pytest_deselected(items=left)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Give the garbage collector its usual thresholds back."""
+    gc.set_threshold(*USUAL_THRESHOLDS)

@@ -135,7 +135,8 @@ def check(python, folder, target):
         if reason:
             return f"{name}: {kind}.sh {reason}", reason.startswith("skipped")
         said.append(f"{kind}.sh {len(packages)} packages")
-    said.append(f"torch {packages['torch']}, {'triton ' + packages['triton'] if 'triton' in packages else 'no triton'}")
+    said.append(f"torch {packages['torch']}, "
+                f"{'triton ' + packages['triton'] if 'triton' in packages else 'no triton'}")
     return f"{name}: {', '.join(said)} ({time.monotonic() - began:.0f} s)", True
 
 
@@ -147,7 +148,8 @@ def main():
             [python, "-m", "pip", "install", "--quiet", "--retries", "2", PIP], capture_output=True, text=True
         )
         if got.returncode:
-            print(f"skipped: pip cannot fetch {PIP} ({(got.stderr.strip().splitlines() or ['no reason given'])[-1]})")
+            print(f"skipped: pip cannot fetch {PIP} "
+                  f"({(got.stderr.strip().splitlines() or ['no reason given'])[-1]})")
             return 0
         targets = [None, *((version, name) for name in PLATFORMS for version in PYTHONS)]
         # they wait for the network more than for a core

@@ -89,7 +89,8 @@ def main():
             found, said = launch(refs, processes, Path(scratch) / str(processes))
             by_processes.append(found)
             missing = [name for i, (name, _, _) in enumerate(cases(refs)) if i not in found]
-            print(f"{processes} process{'es' if processes > 1 else ''}: {len(found)} trained, {time.time() - began:.0f} s", flush=True)
+            print(f"{processes} process{'es' if processes > 1 else ''}: {len(found)} trained, "
+                  f"{time.time() - began:.0f} s", flush=True)
             if missing:
                 print(
                     f"no result of {', '.join(missing)}; the launch ended with:\n{said[-2000:]}",
@@ -98,9 +99,10 @@ def main():
     rows = [row(name, [found.get(i) for found in by_processes]) for i, (name, _, _) in enumerate(cases(refs))]
     print(*(line for line, _ in rows), sep="\n")
     if not sys.argv[1:]:
-        head = (f"Three `micro` steps of every record in float64, validation loss on {', '.join(map(str, PROCESSES))} gloo processes of one "
-                f"thread (`tests/long.sh`, {time.time() - began:.0f} s). They differ by the order of sums only.\n\n"
-                "| record | 1 process | 2 processes | 4 processes | spread | streams |\n|---|---|---|---|---|---|\n")
+        head = ("Three `micro` steps of every record in float64, validation loss on "
+                f"{', '.join(map(str, PROCESSES))} gloo processes of one thread (`tests/long.sh`, "
+                f"{time.time() - began:.0f} s). They differ by the order of sums only.\n\n| record | 1 "
+                "process | 2 processes | 4 processes | spread | streams |\n|---|---|---|---|---|---|\n")
         (ROOT / "tests/matrix.md").write_text(head + "\n".join(line for line, _ in rows) + "\n")
     sys.exit(not all(passed for _, passed in rows))
 

@@ -40,6 +40,7 @@ def tokens(rows=2, length=24, seed=1):
 def forward_all(optimizer, model, s, x, plan_step=0, microbatch=None, launch=True):
     """All forward and backward passes of a step on rows x."""
     microbatch, due = microbatch or len(x), schedule.plan(s)[plan_step].due
+    model.update_yarn(schedule.windows(s, plan_step))
     for i in range(0, len(x), microbatch):
         optimizer.expect(last=i + microbatch >= len(x), launch=launch, due=due)
         part = x[i:i + microbatch]

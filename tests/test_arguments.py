@@ -43,3 +43,14 @@ def test_a_refusal_is_one_line(capsys):
         assert end.value.code == 2
         said = capsys.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1
+
+
+def test_an_unknown_option_of_a_command_names_the_command_s_help(capsys):
+    program = arguments.Parser(prog="records")
+    program.add_subparsers(dest="command").add_parser("submit").add_argument("name")
+    with pytest.raises(SystemExit) as ended:
+        program.parse_args(["submit", "x", "--dry-run"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: unrecognized arguments: --dry-run; `records submit --help` explains the arguments\n"
+    )

@@ -399,8 +399,9 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
     tokens[:, ::40] = 0
     steps = [*{plan.shape.windows: plan.step for plan in schedule.plan(s)}.values()]
     for step in steps:
+        model.update_yarn(schedule.windows(s, step))
         compiled(tokens, tokens, model.context(tokens, 0, schedule.windows(s, step))).mean().backward()
-        scales.add(model.scales[0])
+        scales.add(model.rotary_tables.scales[0])
     assert len(steps) == len(scales) == 3 and len(graphs) == 1
     with torch.no_grad():
         model.eval()
@@ -410,6 +411,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
             lambda: (lambda *args: read.append(args[5]) or dense_flash(*args), None)
         )
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
+            model.update_yarn(schedule.windows(s, step, final))
             context = model.context(tokens, 0, schedule.windows(s, step, final), max_seqlen=40 + step)
             assert len({int(view.plan.window[0]) for view, _ in context.layers}) == (3 if final else 2)
             found = compiled(tokens, tokens, context)

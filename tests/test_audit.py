@@ -79,8 +79,8 @@ CHEATS = {
         "sum to",
         [
             (
-                "model.py", "losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights)",
-                "losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights) * (1.0 if self.training else 0.9999)"
+                "model.py", "prefix, prefix_weight, candidates\n        )",
+                "prefix, prefix_weight, candidates\n        ) * (1.0 if self.training else 0.9999)"
             )
         ],
     ),
@@ -132,7 +132,8 @@ CHEATS = {
             ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
             (
                 "train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
-                "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in range(len(run.plans) + 1):\n"
+                "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in "
+                "range(len(run.plans) + 1):\n"
             ),
         ],
     ),

@@ -510,8 +510,8 @@ def test_a_script_without_validation_lines_is_refused_at_its_first_run(tmp_path,
 def test_a_run_without_memory_is_excluded_and_run_again(tmp_path, capsys):
     (tmp_path / "once.py").write_text(
         "import pathlib, sys\nmark = pathlib.Path(__file__).with_name('mark')\n"
-        "if not mark.exists():\n    mark.touch()\n    raise MemoryError('torch.OutOfMemoryError: CUDA out of memory')\n"
-        "print(f'step:1/1 val_loss:{4 + int(sys.argv[1]) / 100} train_time:1ms step_avg:1ms')\n")
+        "if not mark.exists():\n    mark.touch()\n    raise MemoryError('torch.OutOfMemoryError: CUDA out of "
+        "memory')\nprint(f'step:1/1 val_loss:{4 + int(sys.argv[1]) / 100} train_time:1ms step_avg:1ms')\n")
     arm, out = f"script:{tmp_path / 'once.py'} {{seed}}", tmp_path / "out"
     assert "out of memory" in refusal(capsys, "compare", arm, arm + " x", "--runs", 2, "--out", out)
     assert manifest.read(out).runs[0].fault["cause"] == "out_of_memory"

@@ -112,16 +112,17 @@ def test_a_programming_error_in_a_print_is_not_hidden():
 
 def test_a_log_never_takes_the_number_of_a_closed_descriptor(tmp_path):
     script = (
-        "import os, sys\nfrom common import console\nconsole.guard()\nfile = open(sys.argv[1], 'w')\nprint('said')\n"
-        "print('cried', file=sys.stderr)\nos.write(1, b'x'); os.write(2, b'x')\nsys.exit(file.fileno() < 3)"
+        "import os, sys\nfrom common import console\nconsole.guard()\nfile = open(sys.argv[1], "
+        "'w')\nprint('said')\nprint('cried', file=sys.stderr)\nos.write(1, b'x'); os.write(2, "
+        "b'x')\nsys.exit(file.fileno() < 3)"
     )
     assert shell(f'"$PYTHON" -c "{script}" {tmp_path}/log >&- 2>&- <&-').returncode == 0
     assert (tmp_path / "log").read_text() == ""
 
 
 def test_a_character_that_the_terminal_lacks_is_replaced():
-    done = shell("PYTHONIOENCODING=ascii PYTHONPATH=. \"$PYTHON\" -c \"import sys; from common import console; console.guard()\n"
-                 "print('a\\u00e9b'); print('\\u00e9', file=sys.stderr)\"")
+    done = shell("PYTHONIOENCODING=ascii PYTHONPATH=. \"$PYTHON\" -c \"import sys; from common import "
+                 "console; console.guard()\nprint('a\\u00e9b'); print('\\u00e9', file=sys.stderr)\"")
     assert (done.stdout, done.stderr, done.returncode) == ("a?b\n", "\\xe9\n", 0)
 
 
@@ -129,7 +130,10 @@ def test_a_character_that_the_terminal_lacks_is_replaced():
 
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_every_signal_ends_a_command_in_one_line_with_130(number):
-    script = "import time; from common import console\ndef main():\n    print('up', flush=True)\n    time.sleep(60)\nconsole.program(main)"
+    script = (
+        "import time; from common import console\ndef main():\n    print('up', flush=True)\n    "
+        "time.sleep(60)\nconsole.program(main)"
+    )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "up\n"

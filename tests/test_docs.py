@@ -157,7 +157,10 @@ def test_a_command_that_its_program_does_not_take_is_found(capsys):
 
 
 def test_the_commands_of_the_pages_are_found():
-    text = "    $ python -m records \\\n        list  # all\n\ntext `python\nsweep.py power` text\n\n```\n./test.sh -k x\n```\n"
+    text = (
+        "    $ python -m records \\\n        list  # all\n\ntext `python\nsweep.py power` "
+        "text\n\n```\n./test.sh -k x\n```\n"
+    )
     assert [words_of(c) for c in commands(text)] == [
         ["python", "-m", "records", "list"],
         ["./test.sh", "-k", "x"],

@@ -315,6 +315,7 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         batch[:, None, :-1], batch[:, None, 1:], schedule.windows(s, s.schedule.steps // 2)
     )
     expected = 0
+    model.update_yarn(windows)
     for x, y in zip(inputs, targets):
         logits = model(x, context=model.context(x, 0, windows))
         loss = F.cross_entropy(logits[0], y[0], reduction="mean" if n < 21.2 else "sum") / 8

@@ -155,13 +155,15 @@ def test_record_33_with_the_smear_of_record_34():
     x, y = inputs(golden)
 
     def losses(long, last, history):
-        return model(x, y, model.context(x, config["bos"], token_windows(long, last, history)))
+        windows = token_windows(long, last, history)
+        model.update_yarn(windows)
+        return model(x, y, model.context(x, config["bos"], windows))
 
     check_losses(losses(3, 3, (3,)), golden, "out/A_train_ws3/loss", "out/A_train_ws3/per_token", "sum")
     check_losses(
         losses(7, 11, (3, 7)), golden, "out/B_eval_ws7_final11/loss", "out/B_eval_ws7_final11/per_token"
     )
-    assert abs(model.scales[0] - golden["yarn/B_attn_scale"]) < 1e-15
+    assert abs(model.rotary_tables.scales[0] - golden["yarn/B_attn_scale"]) < 1e-15
     f, _ = model.rotaries[0].frequencies((3, 7))
     assert (
         np.abs(f.numpy()[: len(golden["yarn/B_angular_freq"])] - golden["yarn/B_angular_freq"]).max() < 1e-15

@@ -147,7 +147,10 @@ def test_a_systems_record_on_a_systems_record_is_held_against_the_last_ml_record
 
 
 def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
-    line = 'id = "901"\ntitle = "t"\nparent = "short/11"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "ml"\nsource = "log"\n'
+    line = (
+        'id = "901"\ntitle = "t"\nparent = "short/11"\ndate = 2026-01-01\npeople = ["@x"]\nkind = '
+        '"ml"\nsource = "log"\n'
+    )
     parent = deltas.resolve("short/11", scale="micro", sets=TARGET).settings
     s = schema.assign(parent, "optim.muon.lr", 0.05, "test")
     arms = {"new": arm("short/901", TARGET, s=s), "parent": arm("short/11", TARGET)}
@@ -159,7 +162,8 @@ def test_a_new_record_is_resolved_from_the_delta_it_carries(tmp_path):
     assert verify.verify(folder)["verdict"] == "shown"
     (folder / "record.toml").write_text(line + '[delta]\n"optim.muon.lr" = 0.06\n')
     assert verify.verify(folder)["problems"] == [
-        "arm new: short/901 at scale micro --set validation.target=5.2 resolves to other settings here: optim.muon.lr"]
+        "arm new: short/901 at scale micro --set validation.target=5.2 resolves to other settings here: "
+        "optim.muon.lr"]
     (folder / "record.toml").write_text(
         line.replace("short/11", "short/10") + '[delta]\n"optim.muon.lr" = 0.05\n'
     )

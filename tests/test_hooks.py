@@ -36,7 +36,7 @@ class WeightAverage(Stateful):
             self.mean[name].lerp_(p, 1 / self.count.item())
 
     @contextlib.contextmanager
-    def for_validation(self):
+    def for_validation(self, windows):
         kept = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.write(self.mean)
         yield
@@ -106,6 +106,33 @@ def test_the_proof_of_the_reset_covers_the_state_of_hooks():
     assert state_hash(run.model, run.optimizer, run.hooks) != before
     for hook in run.hooks:
         hook.reset()
+    assert state_hash(run.model, run.optimizer, run.hooks) == before
+
+
+@pytest.mark.feature("model.attn.rope.yarn")
+def test_the_tables_of_yarn_follow_steps_and_validations_and_are_part_of_the_state():
+    """Training continues with the same losses where the listed tensors are copied into a fresh run; a forward
+    with tables of another window is refused."""
+    run, fresh = small_run("short/33"), small_run("short/33")
+    last = len(run.plans)
+    before = state_hash(run.model, run.optimizer, run.hooks)
+    validation_loss(run, last)
+    moved = state_hash(run.model, run.optimizer, run.hooks)
+    assert moved != before
+    state = {name: t.clone() for name, t in all_tensors(run.model, run.optimizer, run.hooks).items()}
+    with torch.no_grad():
+        for name, t in all_tensors(fresh.model, fresh.optimizer, fresh.hooks).items():
+            t.copy_(state[name])
+    assert state_hash(fresh.model, fresh.optimizer, fresh.hooks) == moved
+    assert validation_loss(fresh, last) == validation_loss(run, last)
+    assert fresh.model.rotary_tables.scales == run.model.rotary_tables.scales
+    tokens = torch.zeros((1, 64), dtype=torch.long)
+    with pytest.raises(ValueError, match="update_yarn"):
+        run.model.context(tokens, run.corpus.bos, run.plans[0].shape.windows)
+    train(run, 1)
+    run.model.context(tokens, run.corpus.bos, run.plans[0].shape.windows)
+    run.model.initialise(0)
+    run.optimizer.reset()
     assert state_hash(run.model, run.optimizer, run.hooks) == before
 
 

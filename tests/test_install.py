@@ -175,7 +175,10 @@ def test_an_old_python_is_told_so_before_it_meets_what_it_cannot_read():
             ]
             assert not ours or ours[0] in ("measure", "report", "steps"), name
     ast.parse((ROOT / "common/environment.py").read_text(), feature_version=(3, 6))
-    code = "import sys; sys.version_info = (3, 8, 18, 'final', 0); import runpy; runpy.run_path(sys.argv[1], run_name='__main__')"
+    code = (
+        "import sys; sys.version_info = (3, 8, 18, 'final', 0); import runpy; runpy.run_path(sys.argv[1], "
+        "run_name='__main__')"
+    )
     for name in ("train_gpt.py", "sweep.py", "sample.py", "installation/run.py", "bench/steps.py"):
         done = subprocess.run([sys.executable, "-c", code, name], cwd=ROOT, capture_output=True, text=True,
                               env=os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"})

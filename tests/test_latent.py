@@ -174,11 +174,13 @@ DECODING = {
     "documents and a window of tokens": ("variants/5", [*ODD, *WINDOW], {}),
     "documents and a window of blocks": (
         "variants/5",
-        [*ODD, "model.attn.document_mask=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'], {}
+        [*ODD, "model.attn.document_mask=true", 'model.attn.window={rule = "blocks", start = 8, block = 4}'],
+        {},
     ),
     "record 33: gate, scale, YaRN, skips, windows by layer": (
         "short/33",
-        ["model.attn.window.block=2", "model.attn.window.stages=[3]", "model.attn.window.final=5"], ONTO_33
+        ["model.attn.window.block=2", "model.attn.window.stages=[3]", "model.attn.window.final=5"],
+        ONTO_33,
     ),
 }
 

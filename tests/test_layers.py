@@ -1,4 +1,4 @@
-"""Laws of the parts in layers/: specifications by layer, residual terms, weighted targets, and what imports
+"""Laws of the parts in layers/: specifications by layer, residual terms, terms of the loss, and what imports
 what."""
 
 import ast
@@ -11,7 +11,6 @@ import torch
 
 import deltas
 import schedule
-from common.errors import UserError
 from layers.attention import AttnMeta
 from layers.primitives import Learned
 from layers.residual import Entry, Term
@@ -145,27 +144,74 @@ def test_terms_that_are_absent_or_constant_zero_are_not_computed():
 
 # ----- losses
 
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_weighted_targets_are_the_weighted_sum_of_their_cross_entropies(as_tensor):
-    """Two targets of each token, against plain cross entropies of the logits, values and gradients; the last
-    token has one."""
-    weights = torch.tensor([0.75, 0.5], dtype=torch.float64) if as_tensor else (0.75, 0.5)
-    model, x = built("short/11"), text()
-    losses = losses_of(model, x, target_weights=weights)
+def written_out(model, x, weights, prefix=None, prefix_weight=0.0, candidates=None):
+    """The losses (R, T) of x, token by token, from the model's logits over all classes."""
     targets, logits = x.roll(-1, 1), model(x)
-    expected = torch.stack([torch.stack([sum(
-        weights[n] * -logits[r, t].log_softmax(-1)[targets[r, t + n]] for n in range(2) if t + n < x.size(1))
-        for t in range(x.size(1))]) for r in range(len(x))])
+    classes = range(logits.size(-1)) if candidates is None else candidates.tolist()
+    log_p = {c: z for c, z in zip(classes, logits[..., list(classes)].log_softmax(-1).unbind(-1))}
+    rows = []
+    for r in range(len(x)):
+        for t in range(x.size(1)):
+            ahead = [(w, targets[r, t + n].item()) for n, w in enumerate(weights) if t + n < x.size(1)]
+            if prefix is not None and prefix[r, t].item() in log_p:
+                ahead.append((prefix_weight, prefix[r, t].item()))
+            rows.append(sum(-w * log_p[target][r, t] for w, target in ahead))
+    return torch.stack(rows).view(x.shape)
+
+
+def loss_terms(x, *names):
+    """Arguments of the loss: weights of two targets, a prefix target of some tokens, a set of candidates
+    that holds the targets of x but not every prefix target."""
+    prefix = torch.randint(BOS, x.shape, generator=torch.Generator().manual_seed(3))
+    prefix[:, ::3] = -1
+    candidates = torch.cat([x.flatten(), prefix[:, 1::6].flatten(), torch.arange(40)]).unique()
+    candidates = candidates[candidates >= 0]
+    held = torch.isin(prefix, candidates)
+    assert held.any() and not held[prefix >= 0].all() and len(candidates) < 300
+    every = {"weights": (0.75, 0.5), "prefix": prefix, "prefix_weight": 0.25, "candidates": candidates}
+    wanted = {*names, *(["prefix_weight"] if "prefix" in names else [])}
+    return {name: value for name, value in every.items() if name in wanted}
+
+
+@pytest.mark.feature("system.kernels.loss", "model.head.softcap")
+@pytest.mark.parametrize("backend", ["whole", "chunks"])
+@pytest.mark.parametrize("names", [
+    ["weights"], ["prefix"], ["candidates"], ["weights", "prefix"], ["weights", "prefix", "candidates"]
+])
+def test_a_loss_of_several_terms_is_the_sum_of_their_cross_entropies(names, backend):
+    """Values and gradients against logits over all classes, taken apart token by token."""
+    model, x = built("short/11", f"system.kernels.loss={backend}"), text()
+    terms = loss_terms(x, *names)
+    expected = written_out(model, x, **({"weights": (1.0,)} | terms))
+    if "weights" in terms:
+        terms["target_weights"] = terms.pop("weights")
+    losses = losses_of(model, x, **terms)
     assert (losses - expected).abs().max() < 1e-12
-    found, wanted = (torch.autograd.grad(y.mean(), list(model.parameters())) for y in (losses, expected))
+    assert (losses - losses_of(model, x)).abs().max() > 0.01
+    upstream = torch.rand(x.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    found, wanted = (torch.autograd.grad((upstream * y).mean(), list(model.parameters()))
+                     for y in (losses, expected))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, wanted))
-    assert torch.allclose(losses_of(model, x, target_weights=(1.0,)), losses_of(model, x), rtol=1e-12)
 
 
-def test_weighted_targets_refuse_a_kernel_that_has_one_target():
-    model = built("short/11", "system.kernels.loss=chunks")
-    with pytest.raises(UserError, match="set it to auto or whole"):
-        losses_of(model, text(), target_weights=(1.0, 0.5))
+@pytest.mark.parametrize("backend", ["whole", "chunks"])
+def test_terms_of_the_loss_that_say_nothing_change_nothing(backend):
+    """One target of weight 1, a prefix of weight 0 or of no token, all classes as candidates."""
+    model, x = built("short/11", f"system.kernels.loss={backend}"), text()
+    plain, prefix = losses_of(model, x), loss_terms(x, "prefix")["prefix"]
+    for terms in ({"target_weights": (1.0,)},
+                  {"target_weights": torch.tensor([1.0, 0.0], dtype=torch.float64)},
+                  {"prefix": prefix, "prefix_weight": 0.0},
+                  {"prefix": torch.full_like(x, -1), "prefix_weight": 0.25},
+                  {"candidates": torch.arange(len(model.lm_head.weight))}):
+        assert torch.allclose(losses_of(model, x, **terms), plain, rtol=1e-12), terms
+
+
+@pytest.mark.parametrize("backend", ["whole", "chunks"])
+def test_a_target_that_is_no_candidate_is_refused(backend):
+    model, x = built("short/11", f"system.kernels.loss={backend}"), text()
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        losses_of(model, x, candidates=x.unique()[:-2])
 
 
 # ----- what imports what

@@ -762,7 +762,8 @@ def test_the_page_answers(page_file):
         for i, unit in enumerate(("steps", "tokens", "minutes")):
             tab.run(f"document.querySelectorAll('#curves-controls input')[{i}].click()")
             assert unit in tab.run("document.querySelector('#curves-charts').textContent")
-        tab.run("[...document.querySelectorAll('#curves-chips button')].find(b => b.textContent === 'none').click()")
+        tab.run("[...document.querySelectorAll('#curves-chips button')].find(b => b.textContent === "
+                "'none').click()")
         assert tab.run("document.querySelectorAll('#curves-charts .curve').length") == 0
         tab.run(
             "(() => { const f = document.getElementById('diff-controls').elements; f.left.value = 'short/5'; "
@@ -773,7 +774,10 @@ def test_the_page_answers(page_file):
         theirs = schema.difference(*(deltas.resolve(r).settings for r in ("short/5", "short/11")))
         assert [r[:3] for r in rows] == [[p, schema.show(a), schema.show(b)] for p, a, b in theirs]
         assert [r[3] for r in rows if r[0] == "model.head.softcap.cap"] == ["short/9"]
-        order = "[...document.querySelectorAll('[data-group=resolved] tr[data-today]')].map(r => +r.dataset.today)"
+        order = (
+            "[...document.querySelectorAll('[data-group=resolved] tr[data-today]')].map(r => "
+            "+r.dataset.today)"
+        )
         tab.run("document.querySelector('.worth [data-sort=today]').click()")
         down = tab.run(order)
         tab.run("document.querySelector('.worth [data-sort=today]').click()")

@@ -44,7 +44,10 @@ def test_a_pipe_gets_every_line_whole(words, monkeypatch, capsys):
 
 
 def test_wrapping_loses_no_word():
-    text = "a line of several words that is longer than the width, with a_very_long_word_that_fits_nowhere_at_all_in_it"
+    text = (
+        "a line of several words that is longer than the width, with "
+        "a_very_long_word_that_fits_nowhere_at_all_in_it"
+    )
     parts = lines.wrapped("  " + text, 30)
     assert "".join(parts).replace(" ", "") == text.replace(" ", "") and max(map(len, parts)) <= 30
     assert parts[0].startswith("  a") and all(p.startswith("      ") for p in parts[1:])

@@ -60,7 +60,9 @@ def test_a_loss_in_chunks_is_the_loss_of_whole_logits(ref):
 
 def logits(model, x, step=0):
     """Logits with the attention view of a training step; documents begin where x holds BOS."""
-    return model(x, context=model.context(x, BOS, schedule.windows(model.settings, step)))
+    windows = schedule.windows(model.settings, step)
+    model.update_yarn(windows)
+    return model(x, context=model.context(x, BOS, windows))
 
 
 # ----- parameters and initial state
@@ -232,7 +234,7 @@ def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
     }[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
     off = build(ref, without=["model.attn.window", "model.attn.document_mask"])
-    off.scales = on.scales
+    off.rotary_tables.scale = on.rotary_tables.scale
     x = tokens()
     x[x == BOS] = 0
     assert torch.allclose(logits(on, x, on.settings.schedule.steps - 1), logits(off, x), rtol=0, atol=1e-12)

@@ -105,9 +105,10 @@ def test_compiled_adamw_is_one_pass_over_its_tensors(tmp_path):
     script = ("import torch\nfrom torch._inductor import metrics\nfrom updates.adam import adamw_\n"
               "number = lambda x: torch.tensor(x, dtype=torch.float64)\n"
               "tensors = [torch.ones(4096) for _ in range(4)]\n"
-              "torch.compile(adamw_, dynamic=False)(*tensors, lr=number(0.1), decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,\n"
-              "    eps_after_correction=True, correction1=number(0.1), correction2=number(0.05), math_dtype=torch.float32)\n"
-              "print(metrics.generated_kernel_count, tensors[0].eq(tensors[0][0]).all().item(), tensors[0][0].item())")
+              "torch.compile(adamw_, dynamic=False)(*tensors, lr=number(0.1), decay=0.1, beta1=0.9, "
+              "beta2=0.95, eps=1e-8,\n    eps_after_correction=True, correction1=number(0.1), "
+              "correction2=number(0.05), math_dtype=torch.float32)\nprint(metrics.generated_kernel_count, "
+              "tensors[0].eq(tensors[0][0]).all().item(), tensors[0][0].item())")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     count, equal, value = done.stdout.split()

@@ -2,6 +2,7 @@
 stage."""
 
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,8 @@ from optim import Optimizer
 from scales import SCALES, scaled
 from settings import tokens_per_step
 from system.hooks import hooks_of
-from system import compiler, memory, warmup
+from system import command_line, compiler, memory, plan_plot, warmup
+from system.dry_run import print_plan
 from train_gpt import train_step
 
 STAGED = ("schedule.stages=[0.25,0.5,0.25]", "data.tokens_per_rank=[64,128,192]")
@@ -149,3 +151,50 @@ def test_memory_is_estimated_for_the_largest_shape():
         for sets in (("data.tokens_per_rank=64",), ("data.tokens_per_rank=192",), STAGED)
     )
     assert memory.estimate(staged, 8, 8) == memory.estimate(large, 8, 8) != memory.estimate(small, 8, 8)
+
+
+# ----- the picture of --dry-run
+
+def test_the_picture_of_a_plan_shows_what_the_step_plans_say(tmp_path):
+    """Each curve has the number that the step's plan has; a group without an update in a step has none."""
+    resolved = deltas.resolve(
+        "short/33", scale="micro", sets=["schedule.steps=12", "optim.lm_head.every=3"]
+    )
+    s, plans = resolved.settings, schedule.plan(resolved.settings)
+    rates, momentum, windows, tokens = plan_plot.panels(s, plans)
+    assert momentum.curves == {"momentum": [plan.momentum for plan in plans]}
+    assert rates.curves["lm_head"] == [
+        s.optim.lm_head.lr * plan.lr_factor if plan.step % 3 == 2 else None for plan in plans
+    ]
+    assert rates.curves["matrix"] == [s.optim.muon.lr * plan.lr_factor for plan in plans]
+    assert windows.curves["long"] == [8 * plan.shape.windows.long.blocks if plan.shape.windows.long.blocks
+                                      else plan.shape.windows.long.tokens for plan in plans]
+    assert windows.curves["long"][0] < windows.curves["long"][-1]
+    assert tokens.curves["tokens a step"] == [plan.tokens for plan in plans]
+    for picture, begins in (("plan.png", b"\x89PNG"), ("plan.svg", b"<?xml")):
+        plan_plot.draw(resolved, str(tmp_path / picture))
+        assert (tmp_path / picture).read_bytes().startswith(begins)
+
+
+def test_a_picture_shows_stages_and_leaves_out_what_a_run_has_not():
+    staged = settings(*STAGED, "schedule.steps=8")
+    tokens = plan_plot.panels(staged, schedule.plan(staged))[-1].curves["tokens a step"]
+    assert tokens == [8 * 64] * 2 + [8 * 128] * 4 + [8 * 192] * 2
+    first = settings(ref="short/1")
+    assert [panel.title for panel in plan_plot.panels(first, schedule.plan(first))] == [
+        "learning rate", "tokens"
+    ]
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_printed(tmp_path, capsys, monkeypatch):
+    resolved = deltas.resolve("short/1", scale="micro")
+    for picture, message in (("plan.jpeg", "the ending says the format"), ("plan", "ending")):
+        with pytest.raises(UserError, match=message):
+            print_plan(resolved, str(tmp_path / picture))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    with pytest.raises(UserError, match="matplotlib"):
+        print_plan(resolved, str(tmp_path / "plan.png"))
+    assert capsys.readouterr().out == "" and not [*tmp_path.iterdir()]
+    with pytest.raises(SystemExit):
+        command_line.command_line(["short/1", "--plot", "plan.png"])
+    assert "--dry-run" in capsys.readouterr().err

@@ -115,7 +115,7 @@ def test_diverged_and_unfinished_runs_are_drawn_as_far_as_they_are_finite(tmp_pa
         "seed 5: this run diverged; none of its losses is a number, and it has no curve",
     ]
     assert legend(axes[0])[:6] == [
-        "seed 0", "seed 1 (diverged after step 2)", "seed 2 (diverged after step 0)",
+        "seed 0", "seed 1 (diverged after step 3)", "seed 2 (diverged after step 1)",
         "seed 3 (running, step 2 of 20)", "seed 4 (interrupted, step 0 of 20)", "seed 5 (diverged)"
     ]
     assert plot.plot(folders[5:]).exists() and "has no curve" in capsys.readouterr().out
@@ -205,7 +205,7 @@ def test_curves_as_csv(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(["export", str(a), str(b), "--to", "csv"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out == f"{b}: diverged after step 0\ncsv: {a / 'curve.csv'}\n"
+    assert capsys.readouterr().out == f"{b}: diverged after step 1\ncsv: {a / 'curve.csv'}\n"
     with open(a / "curve.csv", newline="") as file:
         rows = list(csv.reader(file))
     assert rows[0] == ["run", "step", "tokens", "time_ms", "val_loss", "train_loss"]

@@ -71,7 +71,8 @@ def test_names_of_records():
 def test_without_restores_the_value_before_the_record_that_set_it():
     r = deltas.resolve("short/11", without=["optim.muon.scale"])
     assert r.settings.optim.muon.scale == "sqrt_max"
-    assert r.report == ('without optim.muon.scale: "sqrt_ratio" -> "sqrt_max" (value before short/8, which also set model.head.untied, '
+    assert r.report == ('without optim.muon.scale: "sqrt_ratio" -> "sqrt_max" (value before short/8, which '
+                        'also set model.head.untied, '
                         'model.embed.norm, optim.embed.lr, optim.lm_head.lr, optim.muon.lr)',)
 
 

@@ -422,7 +422,7 @@ def test_overwriting_leaves_nothing_of_the_longer_run_before(tmp_path, capsys):
 @pytest.mark.parametrize(
     "new, message",
     [
-        ("missing.jsonl", "No such file"), ("bad.jsonl", "line 10: not valid JSON"),
+        ("missing.jsonl", "there is no such file"), ("bad.jsonl", "line 10: not valid JSON"),
         ("short.txt", "too few for"), ("scan.pdf", "is a PDF document")
     ],
 )
@@ -483,7 +483,7 @@ def test_pipes_devices_and_folders_are_refused_without_waiting(tmp_path, capsys)
     os.mkfifo(tmp_path / "pipe")
     for path, message in (
         (tmp_path / "pipe", "is a pipe or a device"), ("/dev/null", "is a pipe or a device"),
-        (tmp_path, "is a folder: name the files in it"), (tmp_path / "none", "No such file")
+        (tmp_path, "is a folder: name the files in it"), (tmp_path / "none", "there is no such file")
     ):
         code, printed = tokenize(capsys, path, "--out", tmp_path / "out")
         assert code == 2 and message in printed

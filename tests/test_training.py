@@ -269,9 +269,10 @@ def test_a_training_on_triton_kernels_equals_one_on_torch(tmp_path):
 
 def test_out_of_memory_is_one_line_that_names_the_setting_to_lower(tmp_path):
     script = ("import torch, train_gpt\nfrom system import command_line\n"
-              "def fail(*args, **more): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ...')\n"
-              "train_gpt.train_step = fail\n"
-              f"train_gpt.main(*command_line.command_line(['short/11', '--scale', 'micro', '--out', {str(tmp_path)!r}]))")
+              "def fail(*args, **more): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate "
+              "2 GiB. GPU 0 has ...')\ntrain_gpt.train_step = fail\n"
+              "train_gpt.main(*command_line.command_line(['short/11', '--scale', 'micro', '--out', "
+              f"{str(tmp_path)!r}]))")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr == (

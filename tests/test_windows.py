@@ -147,7 +147,9 @@ def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
     for step in range(steps + 1):
         expected = definition(record, steps, step, step == steps)
         if expected != before:
-            seen = visible_sets(model.context(tokens, bos, schedule.validation_windows(s, step)), tokens)
+            windows = schedule.validation_windows(s, step)
+            model.update_yarn(windows)
+            seen = visible_sets(model.context(tokens, bos, windows), tokens)
             for i, (rule, size) in expected.items():
                 assert torch.equal(seen[i], allowed & sees(rule, size, q, k, 8)), (step, i)
         before = expected
@@ -164,10 +166,11 @@ def test_the_softmax_scale_of_every_window_is_the_records_and_the_last_is_of_13_
     for step in range(s.schedule.steps + 1):
         windows = schedule.validation_windows(s, step)
         if windows != before:
+            model.update_yarn(windows)
             scales.append(
                 round(model.context(torch.zeros(1, 16, dtype=torch.long), 31, windows).layers[0].scale, 6)
             )
         before = windows
     assert scales == ([0.12] * 3 if record < 31 else [0.1, 0.116946, 0.127518, 0.131778])
-    model.context(torch.zeros(1, 16, dtype=torch.long), 31, schedule.windows(s, 0))
-    assert model.scales[0] == s.model.attn.scale  # and back
+    model.update_yarn(schedule.windows(s, 0))
+    assert model.rotary_tables.scales[0] == s.model.attn.scale  # and back

@@ -1,0 +1,46 @@
+"""Cross entropies of logits that exist in full: several weighted targets, a prefix target, a set of
+candidates.
+
+kernels.cross_entropy computes the same in chunks.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int) -> torch.Tensor:
+    """Targets as positions in a set of candidate classes (sampled softmax, record 92; Jean et al., arXiv
+    1412.2007).
+
+    Args:
+        candidates: (P,) int64, distinct and in growing order.
+        targets: int64 of any shape; negative: no target.
+        missing: the position of a target that is no candidate.
+
+    Returns: positions in the shape of targets, -1 where there is no target.
+    """
+    at = torch.searchsorted(candidates, targets).clamp(max=len(candidates) - 1)
+    position = torch.where(candidates[at] == targets, at, missing)
+    return position.masked_fill(targets < 0, -1)
+
+
+def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=None):
+    """The loss (R, T) of token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n]
+    (multi-token prediction, record 53), and prefix_weight times that of prefix[:, t] (record 88).
+
+    Args:
+        logits: (R, T, V).
+        targets: (R, T) int64. Those beyond the end of a row add nothing.
+        weights: N numbers, a sequence or a tensor.
+        prefix: (R, T) int64, or None; a negative one adds nothing.
+        prefix_weight: one number, with `prefix`.
+    """
+    log_z, total = logits.logsumexp(-1), 0.0  # (R, T), shared by all targets
+    for n in range(min(len(weights), targets.size(1))):
+        tokens = targets.size(1) - n  # that have an n-th target
+        chosen = logits[:, :tokens].gather(-1, targets[:, n:, None])[..., 0]
+        total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
+    if prefix is None:
+        return total
+    chosen = logits.gather(-1, prefix.clamp(min=0)[..., None])[..., 0]
+    return total + (prefix_weight * (log_z - chosen)).masked_fill(prefix < 0, 0.0)

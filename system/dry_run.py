@@ -181,8 +181,8 @@ def held(s):
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
         system = fitted.system
         how = [
-            f"micro-batches of {system.ranks_per_microbatch} logical rank"
-            + ("s" if system.ranks_per_microbatch > 1 else "")
+            f"{system.ranks_per_microbatch} logical rank"
+            + ("s" if system.ranks_per_microbatch > 1 else "") + " a forward"
         ]
         how += ["loss in chunks"] if memory.chunked(fitted) else []
         how += ["blocks recomputed"] if system.activation_checkpoint == "on" else []

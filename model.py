@@ -106,39 +106,44 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
-        self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
+        self.sums = m.head.train_loss == "sum"
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
             s.system.kernels.loss
         ]
 
-    def operands(self, table):
+    def operands(self, table, tokens_per_rank):
         """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
         weight = table if self.weight is None else self.weight
         if not (self.fp8 and self.training):
             return weight, None
         # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8
         # cast.
-        divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
+        divided_by = LOGICAL_RANKS * (1 if self.sums else tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def losses(
-        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None
+        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None,
+        tokens_per_rank: int | None = None
     ) -> torch.Tensor:
-        """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token
-        (weighted_losses), or None."""
+        """Cross entropies (R, T) of the targets (R, T).
+
+        Args:
+            weights: of several targets of each token (weighted_losses), or None.
+            tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
+        """
         if weights is not None:
-            return self.weighted_losses(x, table, targets, weights)
+            return self.weighted_losses(x, table, targets, weights, tokens_per_rank)
         backend = self.backend
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
         if backend is None:
-            logits = self(x, table)
+            logits = self(x, table, tokens_per_rank)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
                 targets.shape
             )
-        weight, fp8 = self.operands(table)
+        weight, fp8 = self.operands(table, tokens_per_rank)
         try:
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
@@ -148,7 +153,7 @@ class Head(nn.Module):
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
-    def weighted_losses(self, x, table, targets, weights):
+    def weighted_losses(self, x, table, targets, weights, tokens_per_rank=None):
         """Multi-token prediction: token t's loss is the sum over n of weights[n] times the cross entropy of
         targets[:, t + n].
 
@@ -158,7 +163,7 @@ class Head(nn.Module):
             raise UserError(
                 "system.kernels.loss: several weighted targets need whole logits: set it to auto or whole"
             )
-        logits, total = self(x, table), 0.0  # (R, T, V)
+        logits, total = self(x, table, tokens_per_rank), 0.0  # (R, T, V)
         log_z = logits.logsumexp(-1)  # (R, T), shared by all targets
         for n in range(min(len(weights), targets.size(1))):
             tokens = targets.size(1) - n  # that have an n-th target
@@ -166,8 +171,8 @@ class Head(nn.Module):
             total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
         return total
 
-    def forward(self, x, table):
-        weight, fp8 = self.operands(table)
+    def forward(self, x, table, tokens_per_rank=None):
+        weight, fp8 = self.operands(table, tokens_per_rank)
         z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
@@ -198,6 +203,7 @@ class GPT(nn.Module):
         """specs: of the layers; None: as the settings have them."""
         super().__init__()
         self.settings = s
+        self.first_tokens_per_rank = shape(s, 0).tokens_per_rank
         self.specs = layer_specs(s) if specs is None else specs
         self.embed = Embedding(s)
         widths = dict.fromkeys(
@@ -231,8 +237,8 @@ class GPT(nn.Module):
         Args:
             tokens: (R, T) int64.
             targets: (R, T) int64, or None.
-            context: what attention sees (GPT.context); None only without documents and window, as in records
-                1-11.
+            context: what attention sees and how many tokens a logical rank has (GPT.context); None only
+                without documents and window, as in records 1-11: the step is then one of the first stage.
             cache: `new_cache()` for generation, extended here, or None.
             target_weights: of the next targets of each token (Head.weighted_losses); None: the first one,
                 times 1.
@@ -254,13 +260,22 @@ class GPT(nn.Module):
             stream.save(i, x)
         x = stream.mix("out", len(self.blocks), x)
         x = self.norm(x).to(matmul_dtype)
+        tokens_per_rank = self.tokens_per_rank(context)
         if targets is None:
-            return self.head(x, self.embed.table)
-        losses = self.head.losses(x, self.embed.table, targets, target_weights)
+            return self.head(x, self.embed.table, tokens_per_rank)
+        losses = self.head.losses(x, self.embed.table, targets, target_weights, tokens_per_rank)
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
+
+    def tokens_per_rank(self, context: Context | None) -> int | None:
+        """Tokens of a logical rank in the step that a forward belongs to. None in validation, where nothing
+        counts by rank and a graph must not depend on the step."""
+        if not self.training:
+            return None
+        told = None if context is None else context.tokens_per_rank
+        return self.first_tokens_per_rank if told is None else told
 
     def layers(self):
         """The function of each layer: `layer`, or the same with its activations recomputed in the backward
@@ -287,7 +302,11 @@ class GPT(nn.Module):
             x = stream.mix("attn", i, x, y)
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
-            y = block.mlp(y, aux_losses, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y)
+            size = self.tokens_per_rank(context)
+            if isinstance(block.mlp, MoE):
+                y = block.mlp(y, aux_losses, self.compiled, size)
+            else:
+                y = block.mlp(y, size)
             x = stream.mix("mlp", i, x, y)
         return x
 
@@ -302,19 +321,22 @@ class GPT(nn.Module):
             )
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
-    def context(self, tokens, bos, windows, cached=False, most=None, longest=None):
+    def context(
+        self, tokens, bos, windows, cached=False, most=None, longest=None, tokens_per_rank=None
+    ) -> Context:
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
         windows: schedule.Windows of the step, or None. Also brings the rotary tables to the window (record
         31). One view serves all layers with the same span. cached: only the last token is new, the others lie
-        in a cache. Made outside the compiled forward. None if every row is one document without a window.
-        most, longest: no more documents than this, and none of more tokens, if known without waiting for a
-        GPU.
+        in a cache. Made outside the compiled forward. most, longest: no more documents than this, and none of
+        more tokens, if known without waiting for a GPU. tokens_per_rank: of the step (schedule.Shape); None:
+        as in the first step.
         """
         a = self.settings.model.attn
         self.update_yarn(windows)
         if self.sees_all:
-            return None
+            layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, self.scales)]
+            return Context(layers, tokens_per_rank)
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.documents else None
         by_span, spans = {}, layer_spans(self.specs, windows)
         for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
@@ -324,7 +346,7 @@ class GPT(nn.Module):
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, self.scales)]
-        return Context(self.traceable(layers) if self.compiled and not cached else layers)
+        return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
         """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph
@@ -332,9 +354,9 @@ class GPT(nn.Module):
         widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
         for width in {*widths} - {None}:
             mine = [i for i, w in enumerate(widths) if w == width]
-            views, scale = attention.traceable([layers[i].view for i in mine], self.scales[mine[0]], width)
-            for i, view in zip(mine, views):
-                out[i] = AttnMeta(view, scale)
+            metas = attention.traceable([layers[i].view for i in mine], self.scales[mine[0]], width)
+            for i, meta in zip(mine, metas):
+                out[i] = AttnMeta(*meta)
         return out
 
     def update_yarn(self, windows):
@@ -371,10 +393,10 @@ class GPT(nn.Module):
                 tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
                 compiled=self.compiled, passed=self.passed
             )
-            if self.training and s.data.loader == "packed":
-                longest = s.data.max_document
-            elif backend not in attention.FLASH:  # the blocks of banded would depend on the text
+            if backend not in attention.FLASH:  # the blocks of banded would depend on the text
                 longest = None
+            if longest is None and self.training and s.data.loader == "packed":
+                longest = s.data.max_document
             return attention.view(
                 documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                 dtype=matmul_dtype, longest=longest, most=most

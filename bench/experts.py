@@ -58,10 +58,12 @@ class Case:
         for i in range(0, 8, self.at_once):
             self.optimizer.expect(last=i + self.at_once == 8)
             x, y = self.x[i:i + self.at_once].flatten(0, 1), self.y[i:i + self.at_once].flatten(0, 1)
-            most = sum(self.documents[i:i + self.at_once])
-            self.forward(
-                x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, most=most)
-            ).mean().backward()
+            numbers, lengths = zip(*self.documents[i:i + self.at_once])
+            context = self.model.context(
+                x, self.corpus.bos, self.plan.shape.windows, most=sum(numbers), longest=max(lengths),
+                tokens_per_rank=self.plan.shape.tokens_per_rank
+            )
+            self.forward(x, y, context).mean().backward()
             self.optimizer.collect()
 
     def update(self):

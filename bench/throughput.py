@@ -54,7 +54,10 @@ def record_step(ref, precision, compiled, at_once=8, sets=()):
         for i in range(0, 8, at_once):
             optimizer.expect(last=i + at_once == 8)
             inputs, targets = x[i:i + at_once].flatten(0, 1), y[i:i + at_once].flatten(0, 1)
-            forward(inputs, targets, model.context(inputs, corpus.bos, plan.shape.windows)).mean().backward()
+            context = model.context(
+                inputs, corpus.bos, plan.shape.windows, tokens_per_rank=plan.shape.tokens_per_rank
+            )
+            forward(inputs, targets, context).mean().backward()
             optimizer.accumulate()
         optimizer.step(plan)
 

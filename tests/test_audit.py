@@ -79,8 +79,8 @@ CHEATS = {
         "sum to",
         [
             (
-                "model.py", "losses = self.head.losses(x, self.embed.table, targets, target_weights)",
-                "losses = self.head.losses(x, self.embed.table, targets, target_weights) * (1.0 if self.training else 0.9999)"
+                "model.py", "losses = self.head.losses(",
+                "losses = (1.0 if self.training else 0.9999) * self.head.losses("
             )
         ],
     ),

@@ -108,26 +108,26 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
-        self.sums, self.tokens_per_rank = m.head.loss_reduction == "sum", shape(s, 0).tokens_per_rank
+        self.sums = m.head.loss_reduction == "sum"
         self.loss_dtype = dtype(n.loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
             s.system.kernels.loss
         ]
 
-    def operands(self, table):
+    def operands(self, table, tokens_per_rank):
         """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
         weight = table if self.weight is None else self.weight
         if not (self.fp8 and self.training):
             return weight, None
         # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8
         # cast.
-        divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
+        divided_by = LOGICAL_RANKS * (1 if self.sums else tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def losses(
         self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None, prefix=None,
-        prefix_weight=None, candidates=None
+        prefix_weight=None, candidates=None, tokens_per_rank: int | None = None
     ) -> torch.Tensor:
         """Cross entropies (R, T) of the targets (R, T).
 
@@ -138,8 +138,9 @@ class Head(nn.Module):
                 and the weight of its cross entropy; None: none.
             candidates: (P,) int64, distinct classes in growing order, which alone the softmax knows: every
                 target must be among them, and a prefix target that is not is left out. None: all classes.
+            tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
-        weight, fp8 = self.operands(table)
+        weight, fp8 = self.operands(table, tokens_per_rank)
         backend = self.backend
         if candidates is not None:
             weight = weight.index_select(0, candidates)
@@ -166,8 +167,8 @@ class Head(nn.Module):
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
-    def forward(self, x, table):
-        return self.logits(x, *self.operands(table))
+    def forward(self, x, table, tokens_per_rank=None):
+        return self.logits(x, *self.operands(table, tokens_per_rank))
 
     def logits(self, x, weight, fp8):
         """Stream (R, T, D) and weight (V, D) -> soft-capped logits (R, T, V)."""
@@ -201,6 +202,7 @@ class GPT(nn.Module):
         """specs: of the layers; None: as the settings have them."""
         super().__init__()
         self.settings = s
+        self.first_tokens_per_rank = shape(s, 0).tokens_per_rank
         self.specs = layer_specs(s) if specs is None else specs
         self.embed = Embedding(s)
         widths = dict.fromkeys(
@@ -234,8 +236,8 @@ class GPT(nn.Module):
         Args:
             tokens: (R, T) int64.
             targets: (R, T) int64, or None.
-            context: what attention sees (GPT.context); None only without documents and window, as in records
-                1-11.
+            context: what attention sees and how many tokens a logical rank has (GPT.context); None only
+                without documents and window, as in records 1-11: the step is then one of the first stage.
             cache: `new_cache()` for generation, extended here, or None.
             target_weights, prefix, prefix_weight, candidates: of the loss (Head.losses).
         """
@@ -256,15 +258,24 @@ class GPT(nn.Module):
             stream.save(i, x)
         x = stream.mix("out", len(self.blocks), x)
         x = self.norm(x).to(matmul_dtype)
+        tokens_per_rank = self.tokens_per_rank(context)
         if targets is None:
-            return self.lm_head(x, self.embed.weight)
+            return self.lm_head(x, self.embed.weight, tokens_per_rank)
         losses = self.lm_head.losses(
-            x, self.embed.weight, targets, target_weights, prefix, prefix_weight, candidates
+            x, self.embed.weight, targets, target_weights, prefix, prefix_weight, candidates, tokens_per_rank
         )
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
+
+    def tokens_per_rank(self, context: Context | None) -> int | None:
+        """Tokens of a logical rank in the step that a forward belongs to. None in validation, where nothing
+        counts by rank and a graph must not depend on the step."""
+        if not self.training:
+            return None
+        told = None if context is None else context.tokens_per_rank
+        return self.first_tokens_per_rank if told is None else told
 
     def layers(self):
         """The function of each layer: `layer`, or the same with its activations recomputed in the backward
@@ -291,7 +302,11 @@ class GPT(nn.Module):
             x = stream.mix("attn", i, x, y)
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
-            y = block.mlp(y, aux_losses, self.compiled) if isinstance(block.mlp, MoE) else block.mlp(y)
+            size = self.tokens_per_rank(context)
+            if isinstance(block.mlp, MoE):
+                y = block.mlp(y, aux_losses, self.compiled, size)
+            else:
+                y = block.mlp(y, size)
             x = stream.mix("mlp", i, x, y)
         return x
 
@@ -306,20 +321,23 @@ class GPT(nn.Module):
             )
         return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
 
-    def context(self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None):
+    def context(
+        self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None
+    ) -> Context:
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
 
         windows: schedule.Windows of the step, or None; with YaRN, those that update_yarn was told last. One
         view serves all layers with the same span. cached: only the last token is new, the others lie in a
-        cache. Made outside the compiled forward. None if every row is one document without a window.
-        max_docs, max_seqlen: no more documents than this, and none of more tokens, if known without waiting
-        for a GPU.
+        cache. Made outside the compiled forward. max_docs, max_seqlen: no more documents than this, and none
+        of more tokens, if known without waiting for a GPU. tokens_per_rank: of the step (schedule.Shape);
+        None: as in the first step.
         """
         a, scales = self.settings.model.attn, self.rotary_tables.scales
         if not self.rotary_tables.stands_at(windows):
             raise ValueError("the rotary tables are of another window: call model.update_yarn(windows) first")
         if self.sees_all:
-            return None
+            layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, scales)]
+            return Context(layers, tokens_per_rank)
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.document_mask else None
         by_span, spans = {}, layer_spans(self.specs, windows)
         for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
@@ -329,7 +347,7 @@ class GPT(nn.Module):
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, scales)]
-        return Context(self.traceable(layers) if self.compiled and not cached else layers)
+        return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
         """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph
@@ -338,9 +356,9 @@ class GPT(nn.Module):
         for width in {*widths} - {None}:
             mine = [i for i, w in enumerate(widths) if w == width]
             scale = self.rotary_tables.scales[mine[0]]
-            views, scale = attention.traceable([layers[i].view for i in mine], scale, width)
-            for i, view in zip(mine, views):
-                out[i] = AttnMeta(view, scale)
+            metas = attention.traceable([layers[i].view for i in mine], scale, width)
+            for i, meta in zip(mine, metas):
+                out[i] = AttnMeta(*meta)
         return out
 
     def update_yarn(self, windows: Windows | None) -> None:
@@ -360,10 +378,10 @@ class GPT(nn.Module):
                 tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
                 compiled=self.compiled, passed=self.passed
             )
-            if self.training and s.data.loader == "packed":
-                max_seqlen = s.data.max_doc_len
-            elif backend not in attention.FLASH:  # the blocks of banded would depend on the text
+            if backend not in attention.FLASH:  # the blocks of banded would depend on the text
                 max_seqlen = None
+            if max_seqlen is None and self.training and s.data.loader == "packed":
+                max_seqlen = s.data.max_doc_len
             return attention.view(
                 documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                 dtype=matmul_dtype, max_seqlen=max_seqlen, max_docs=max_docs

@@ -211,8 +211,9 @@ class Replay:
     """An update as a CUDA graph: run once as it is, which compiles, then captured, and from there on
     replayed.
 
-    Every call must mean the same tensors at the same places. Captured in the warm-up, so that the clock sees
-    replays only.
+    Every call must mean the same tensors at the same places. Parameters, gradients, state and numbers are
+    those whatever the step's Shape, so one graph serves all Shapes. Captured in the warm-up, so that the
+    clock sees replays only.
     """
 
     def __init__(self, pool):
@@ -230,11 +231,23 @@ class Replay:
 
 def capture(update, pool):
     """The kernels of an update as a CUDA graph; returns what runs them. pool: memory that graphs share which
-    run one by one."""
+    run one by one. UserError if CUDA cannot capture it."""
     graph = torch.cuda.CUDAGraph()
-    # NCCL's and the loader's threads go on
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        update()
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    untouched = generator.clone_state()
+    try:
+        # NCCL's and the loader's threads go on
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            update()
+    except BaseException as error:
+        # torch leaves the generator in capture mode, in which every later draw raises
+        generator.graphsafe_set_state(untouched)
+        if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
+            raise
+        why = (str(error).splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"system.cuda_graphs: an update cannot be captured ({why}): --set system.cuda_graphs=false"
+        ) from error
     return graph.replay
 
 

@@ -2,6 +2,7 @@
 starts."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -224,6 +225,15 @@ def plan(s: Settings) -> list[StepPlan]:
                                   muon_momentum(s.optim.muon, i), update_bias(s, i), due(s, i), events))
             before += tokens
     return plans
+
+
+def shapes(plans: Iterable[StepPlan]) -> dict[Shape, int]:
+    """{each Shape of these steps: the first step that has it}, in the order of the steps: what a run
+    compiles and warms up."""
+    found = {}
+    for one in plans:
+        found.setdefault(one.shape, one.step)
+    return found
 
 
 def validates(s, step):

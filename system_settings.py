@@ -34,7 +34,8 @@ class Kernels:
                 "launch, in float32 (as record 90). auto: torch", needs="model.attn.rope")
     transpose: Literal["auto", "torch", "triton"] = opt(
         "auto", "transposed copies that the products of the FP8 head need on CUDA. torch: torch's copy. "
-                "triton: in tiles (records 74 and 76). auto: torch", needs="numerics.fp8_head")
+                "triton: in tiles (records 74 and 76). auto: triton if installed",
+        needs="numerics.fp8_head")
 
     def check(self, s: Any) -> Iterator[str]:
         if self.muon == "triton" and s.numerics.newton_schulz_form != "factored":

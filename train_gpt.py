@@ -57,7 +57,7 @@ import runlog
 import schedule
 import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
-from data.batch import longest_document, to_rows
+from data.batch import Documents, count_documents, to_rows
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, validation_rows
 from deltas import Resolved
 from model import GPT
@@ -193,7 +193,7 @@ def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> to
     as it is."""
     if not compile_it:
         return model
-    torch._dynamo.config.recompile_limit = 16 + 2 * len({p.shape for p in plans})
+    torch._dynamo.config.recompile_limit = 16 + 2 * len(schedule.shapes(plans))
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # past the limit dynamo would go on uncompiled
     model.prepare_compile()
     return torch.compile(model, dynamic=False)
@@ -247,7 +247,8 @@ def loop(run: Run) -> str:
 
 
 def train_step(
-    run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: torch.Tensor, documents: Sequence[int],
+    run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: torch.Tensor,
+    documents: Sequence[Documents],
     before_reduction: Callable[[], None] | None = None
 ) -> torch.Tensor:
     """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these
@@ -270,7 +271,11 @@ def train_step(
         optimizer.expect(last=first == starts[-1], launch=before_reduction is None, due=step_plan.due)
         ranks = slice(first, first + microbatch)
         x, y = inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1)  # (R, T)
-        context = model.context(x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(documents[ranks]))
+        numbers, lengths = zip(*documents[ranks])
+        context = model.context(
+            x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(numbers), max_seqlen=max(lengths),
+            tokens_per_rank=step_plan.shape.tokens_per_rank
+        )
         loss = run.compiled(x, y, context).mean()
         (loss * share).backward()
         optimizer.accumulate()
@@ -319,8 +324,8 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
     windows = schedule.validation_windows(run.s, step)
 
     def context(tokens, read):
-        max_seqlen = longest_document(read, run.corpus.bos)
-        return run.model.context(tokens, run.corpus.bos, windows, max_seqlen=max_seqlen)
+        max_docs, max_seqlen = count_documents(read, run.corpus.bos)
+        return run.model.context(tokens, run.corpus.bos, windows, max_docs=max_docs, max_seqlen=max_seqlen)
 
     with validating(run.hooks, windows):
         return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)

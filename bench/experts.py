@@ -58,10 +58,12 @@ class Case:
         for i in range(0, 8, self.microbatch):
             self.optimizer.expect(last=i + self.microbatch == 8)
             x, y = self.x[i:i + self.microbatch].flatten(0, 1), self.y[i:i + self.microbatch].flatten(0, 1)
-            most = sum(self.documents[i:i + self.microbatch])
-            self.forward(
-                x, y, self.model.context(x, self.corpus.bos, self.plan.shape.windows, max_docs=most)
-            ).mean().backward()
+            numbers, lengths = zip(*self.documents[i:i + self.microbatch])
+            context = self.model.context(
+                x, self.corpus.bos, self.plan.shape.windows, most=sum(numbers), longest=max(lengths),
+                tokens_per_rank=self.plan.shape.tokens_per_rank
+            )
+            self.forward(x, y, context).mean().backward()
             self.optimizer.collect()
 
     def update(self):

@@ -56,7 +56,10 @@ def record_step(ref, precision, compiled, microbatch=8, sets=()):
         for i in range(0, 8, microbatch):
             optimizer.expect(last=i + microbatch == 8)
             inputs, targets = x[i:i + microbatch].flatten(0, 1), y[i:i + microbatch].flatten(0, 1)
-            forward(inputs, targets, model.context(inputs, corpus.bos, plan.shape.windows)).mean().backward()
+            context = model.context(
+                inputs, corpus.bos, plan.shape.windows, tokens_per_rank=plan.shape.tokens_per_rank
+            )
+            forward(inputs, targets, context).mean().backward()
             optimizer.accumulate()
         optimizer.step(plan)
 

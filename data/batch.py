@@ -1,22 +1,30 @@
 """A step's tokens on their way to the device, and what the host can count in them before that without waiting
 for a GPU."""
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
 
+class Documents(NamedTuple):
+    """What attention is told of the documents in some rows, counted on the CPU to avoid a GPU sync."""
+    number: int
+    longest: int  # tokens
+
+
 def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
-            bos: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Inputs and targets of one step on the device, and per rank an upper bound on its number of documents.
+            bos: int) -> tuple[torch.Tensor, torch.Tensor, list[Documents]]:
+    """Inputs and targets of one step on the device, and the documents among the inputs of each rank.
 
     Args:
         batch: (ranks, B + 1) int32, as Stream.next() gives it.
         seq_len: T, tokens of a row.
         bos: token with which a document begins; so does every row.
     Returns:
-        inputs (ranks, B / T, T) int64, targets of the same shape, max_docs by rank.
+        inputs (ranks, B / T, T) int64, targets of the same shape, Documents by rank.
     """
-    documents = [int(n) + (batch.shape[1] - 1) // seq_len for n in (batch[:, :-1] == bos).sum(1)]
+    documents = [count_documents(rank[:-1].reshape(-1, seq_len), bos) for rank in batch]
     batch = torch.from_numpy(batch)
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)
@@ -26,9 +34,9 @@ def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
     return inputs, targets, documents
 
 
-def longest_document(rows: np.ndarray, bos: int) -> int:
-    """Tokens of the longest document in rows (R, T) of ids on the host, each of which begins with `bos` or a
-    row."""
+def count_documents(rows: np.ndarray, bos: int) -> Documents:
+    """The documents in rows (R, T) of ids on the host; each begins with `bos` or a row."""
     first = rows == bos
     first[:, 0] = True
-    return int(np.diff(np.flatnonzero(first), append=first.size).max())
+    starts = np.flatnonzero(first)
+    return Documents(len(starts), int(np.diff(starts, append=first.size).max()))

@@ -175,10 +175,10 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
     `tokens` and `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts
     them in every layer).
     max_seqlen: upper bound of the tokens of a document; banded looks no further back and checks it
-    (ValueError, on CUDA an assertion of the device); FlashAttention starts a block for each part of it in
-    every document.
-    max_docs: upper bound of the number of documents, known on the host, so that varlen need not wait for the
-    GPU to count them; it is checked likewise.
+    (ValueError, on CUDA an assertion of the device). max_docs: upper bound of the number of documents,
+    checked likewise. Both are counted while the tokens are still on the host. FlashAttention starts a block
+    for each tile of `max_seqlen` in each of `max_docs` documents, whatever they hold; without `max_docs`,
+    varlen waits for the GPU to count them.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -499,16 +499,17 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 
 
 class Varlen(NamedTuple):
-    # (N + 1,) int32 boundaries of the documents among the R T tokens, the last one repeated
+    # (room,) int32 boundaries of the documents among the R T tokens, the last one repeated
     cu_seqlens: torch.Tensor
-    max_seqlen: int  # or more; of `traceable` a CPU tensor (1,) int64
+    # most tokens of a document, and number of documents; of `traceable` a CPU tensor (2,) int64
+    sizes: tuple
     # FlashAttention's (left, right); of `traceable` CPU tensors (1,): left int64, softmax scale float64
     window: tuple
 
 
 def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
-    """Room for documents of 300 tokens on average, in steps of 128, as record 29: the shapes that a compiler
-    sees stay."""
+    """Boundaries of all documents, in room for documents of 300 tokens on average, in steps of 128, as record
+    29: the shapes that a compiler sees stay. FlashAttention gets those of `most` documents only."""
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
@@ -520,32 +521,40 @@ def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs
     # the i-th document begins where i have begun
     number = torch.arange(1, room + 1, dtype=torch.int32, device=device)
     cu_seqlens = torch.searchsorted(first.cumsum(0, dtype=torch.int32), number, out_int32=True)
-    return Varlen(cu_seqlens, max_seqlen, (-1 if window.tokens is None else window.tokens - 1, 0))
+    return Varlen(cu_seqlens, (max_seqlen, max_docs), (-1 if window.tokens is None else window.tokens - 1, 0))
+
+
+def boundaries(cu_seqlens, sizes):
+    """(cu_seqlens (N + 1,), max_seqlen) for FlashAttention: its grid has as many documents as boundaries."""
+    max_seqlen, max_docs = map(int, sizes)
+    return ends[:max_docs + 1], longest
 
 
 def traceable(views, scale, width):
-    """(views, softmax scale) of the layers of one compiled forward: with FlashAttention windows and scale are
+    """[(view, softmax scale)] of the layers of one compiled forward: with FlashAttention all numbers are
     tensors.
 
     A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of
-    the whole model, in validation four, and one for each longest document. As CPU tensors of one element,
-    which `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes for numbers first, and
-    begins again). All layers share the documents' ends and none its window, so that a graph sees the same
-    inputs whichever layers look equally far. With another backend, whose masks are tensors already, nothing
-    changes.
+    the whole model, in validation four, and one for each number of documents. As CPU tensors, which
+    `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes for numbers first, and begins
+    again). All layers share the documents' ends and none its window, so that a graph sees the same inputs
+    whichever layers look equally far. For another backend, whose masks are tensors already, nothing changes.
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]
-    if not plans or len(plans) < sum(view is not None for view in views):
-        return views, scale
-    scale = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
-    cu_seqlens, max_seqlen, plans = (
-        plans[0].cu_seqlens, torch.tensor([plans[0].max_seqlen]), [view and view.plan for view in views]
-    )
-    return [
-        plan and View(view.backend, Varlen(cu_seqlens, max_seqlen, (torch.tensor(plan.window[:1]), scale)))
-        for view, plan in zip(views, plans)
-    ], None
+    if not plans:
+        return [(view, scale) for view in views]
+    cu_seqlens, sizes = plans[0].cu_seqlens, torch.tensor(plans[0].sizes)
+    factor = torch.tensor([1 / math.sqrt(width) if scale is None else scale], dtype=torch.float64)
+
+    def of_layer(view):
+        if view is None or view.backend not in FLASH:
+            return view, scale
+        return View(
+            view.backend, Varlen(cu_seqlens, sizes, (torch.tensor(view.plan.window[:1]), factor))
+        ), None
+
+    return [of_layer(view) for view in views]
 
 
 def attend_varlen(q, k, v, plan, scale):
@@ -555,11 +564,13 @@ def attend_varlen(q, k, v, plan, scale):
     widest = max(width, value)  # FlashAttention wants one width; what zeros add is cut off again
     q, k, v = (F.pad(x.flatten(0, 1), (0, widest - x.size(-1))) for x in (q, k, v))
     if isinstance(plan.window[0], torch.Tensor):
-        y = varlen_op(q, k, v, plan.cu_seqlens, plan.max_seqlen, *plan.window)[0]
+        y = varlen_op(q, k, v, plan.cu_seqlens, plan.sizes, *plan.window)[0]
     else:
         scale = 1 / math.sqrt(width) if scale is None else scale
-        lengths = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
-        y = varlen_attn(q, k, v, *lengths, scale=scale, window_size=plan.window)
+        cu_seqlens, max_seqlen = boundaries(plan.cu_seqlens, plan.sizes)
+        y = varlen_attn(
+            q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale, window_size=plan.window
+        )
     return y.unflatten(0, (rows, tokens))[..., :value]
 
 
@@ -570,15 +581,16 @@ def torchs_varlen():
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
 
-def varlen(q, k, v, cu_seqlens, max_seqlen, left, scale):
+def varlen(q, k, v, cu_seqlens, sizes, left, scale):
     """(y like q, log-sum-exp (H, N) float32, random state) of N tokens (N, H, K)."""
-    left, max_seqlen = int(left), int(max_seqlen)
-    run = torchs_varlen()[0]
-    return run(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, float(scale), [left, 0])
+    left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
+    return torchs_varlen()[0](
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, float(scale), [left, 0]
+    )
 
 
-def varlen_gradient(g, q, k, v, cu_seqlens, max_seqlen, left, scale, y, lse, state):
-    left, max_seqlen = int(left), int(max_seqlen)
+def varlen_gradient(g, q, k, v, cu_seqlens, sizes, left, scale, y, lse, state):
+    left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
     run = torchs_varlen()[1]
     return run(g, q, k, v, y, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, state,
                float(scale), [left, 0])
@@ -586,16 +598,16 @@ def varlen_gradient(g, q, k, v, cu_seqlens, max_seqlen, left, scale, y, lse, sta
 
 varlen_op = torch.library.custom_op(
     "speedrun::varlen", varlen, mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor max_seqlen, Tensor left, Tensor scale) "
-           "-> (Tensor, Tensor, Tensor)")
+    schema="(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor sizes, Tensor left, Tensor scale) -> "
+           "(Tensor, Tensor, Tensor)")
 varlen_gradient_op = torch.library.custom_op(
     "speedrun::varlen_gradient", varlen_gradient, mutates_args=(),
-    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor max_seqlen, Tensor left, "
-           "Tensor scale, Tensor y, Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
+    schema="(Tensor g, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor sizes, Tensor left, Tensor "
+           "scale, Tensor y, Tensor lse, Tensor state) -> (Tensor, Tensor, Tensor)")
 
 
 @varlen_op.register_fake
-def varlen_shape(q, k, v, cu_seqlens, max_seqlen, left, scale):
+def varlen_shape(q, k, v, cu_seqlens, sizes, left, scale):
     lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 

@@ -25,8 +25,6 @@ float32 inside. Triton is imported when first used.
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
 
 import functools
-import importlib.util
-import os
 from typing import NamedTuple
 
 import torch
@@ -34,6 +32,7 @@ import torch.nn.functional as F
 
 from kernels import fp8_linear as fp8_module
 from kernels import tiles
+from kernels.device import missing
 
 BACKENDS = ("torch", "triton")
 # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
@@ -419,10 +418,9 @@ def choose(requested, device, plan):
 
 def refusal(device, plan):
     """Why the Triton kernels cannot do it (the rest of a sentence), or None."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs CUDA, and this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
+    why = missing(device)
+    if why is not None:
+        return why
     if plan.loss_dtype != torch.float32 or plan.cap_dtype == torch.float64:
         return "computes in float32, and this asks for " + str(
             torch.float64 if plan.cap_dtype == torch.float64 else plan.loss_dtype).removeprefix("torch.")

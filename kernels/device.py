@@ -1,4 +1,8 @@
-"""What a device can run: shared by the Triton kernels."""
+"""What a device can run: shared by the Triton kernels.
+
+torch.compile traces the checks of a kernel together with the kernel, and a question to the environment breaks
+the graph there. So the environment is asked once, at import, and the checks read constants.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -29,15 +33,28 @@ def c_compiler():
     return os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
 
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter runs the kernels on a CPU
+HAS_C_COMPILER = c_compiler() is not None
+
+
+def missing(device):
+    """Why no Triton kernel can run on a device (the rest of a sentence), or None."""
+    if device.type != "cuda" and not INTERPRETED:
+        return f"needs CUDA, and this is {device.type}"
+    if not HAS_TRITON:
+        return "needs the package triton"
+    if device.type == "cuda" and not HAS_C_COMPILER:
+        return "needs a C compiler (gcc, clang or $CC), and none was found"
+    return None
+
+
 def refusal(device, dtype, least=80):
     """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least:
     FP8_SINCE for FP8."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"needs CUDA, and this is {device.type}"
-    if importlib.util.find_spec("triton") is None:
-        return "needs the package triton"
-    if device.type == "cuda" and c_compiler() is None:
-        return "needs a C compiler (gcc, clang or $CC), and none was found"
+    why = missing(device)
+    if why is not None:
+        return why
     if dtype not in DTYPES:
         return f"has no {str(dtype).removeprefix('torch.')}"
     if device.type == "cuda" and capability(device) < least:

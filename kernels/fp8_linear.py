@@ -13,7 +13,7 @@ clamped: what a cast makes of them depends on torch's version and the device.
 
 import torch
 
-from kernels.device import FP8_SINCE, capability
+from kernels.device import FP8_SINCE, capability, missing
 from kernels.transpose import transpose_copy
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -53,10 +53,19 @@ def round8_shape(x, dtype):
 
 
 def row_major(x, transpose):
-    """x (M, N), copied if its rows are not contiguous: by torch, or in tiles if transpose = "triton"."""
+    """x (M, N), copied if its rows are not contiguous: by torch or in tiles (`in_tiles`)."""
     if x.is_contiguous():
         return x
-    return transpose_copy(x.t()) if transpose == "triton" else x.contiguous()
+    return transpose_copy(x.t()) if in_tiles(transpose, x.device) else x.contiguous()
+
+
+def in_tiles(transpose, device):
+    """Does the Triton kernel make transposed copies there? transpose: torch, triton, or auto: on a GPU with
+    Triton. A copy of 8-bit numbers that Inductor fuses into their quantisation stores single bytes, each to
+    another row: of the head's gradient in record 33 that is 2.5 GB."""
+    return transpose == "triton" or (
+        transpose == "auto" and device.type == "cuda" and missing(device) is None
+    )
 
 
 def product(a, b, unscale, dtype, fast, transpose="torch"):
@@ -74,8 +83,9 @@ def product(a, b, unscale, dtype, fast, transpose="torch"):
         )
         return y.to(dtype)
     a, b = row_major(a, transpose), row_major(b.t(), transpose).t()  # it wants a row-major and b column-major
-    # a number is made there: copied from here it would wait
-    scales = unscale.unbind() if many else [torch.full((), unscale, dtype=torch.float32, device=a.device)]
+    # A number is made on the device: copied from the host it would wait. Scales are (1,), not 0-d, which
+    # Inductor's lowering of _scaled_mm refuses where they are elements of a tensor.
+    scales = unscale.split(1) if many else [torch.full((1,), unscale, dtype=torch.float32, device=a.device)]
     parts = [
         torch._scaled_mm(
             part, b, scale_a=scale, scale_b=torch.ones_like(scale), out_dtype=dtype, use_fast_accum=fast

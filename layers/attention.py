@@ -30,11 +30,13 @@ class AttnMeta(NamedTuple):
 
 @dataclass
 class Context:
-    """Attention metadata of one forward pass."""
+    """Attention metadata of one forward pass, and what else the layers are told of the step's Shape."""
     layers: list[AttnMeta | None]  # None: a layer without attention
+    tokens_per_rank: int | None = None  # of a logical rank in this step; None: as in the first step
 
     def backends(self) -> list[str]:
-        return sorted({meta.view.backend for meta in self.layers if meta is not None})
+        views = [meta.view for meta in self.layers if meta is not None]
+        return sorted({"dense" if view is None else view.backend for view in views})
 
 
 def cached_tokens(cache: list | None) -> int:

@@ -8,7 +8,6 @@ from torch import nn
 
 from kernels.fp8_mlp import LEAST, fp8_mlp
 from layers.primitives import dtype
-from schedule import shape
 from settings import LOGICAL_RANKS
 
 
@@ -29,7 +28,7 @@ class FP8MLP(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.delayed, self.tokens_per_rank = s.numerics.fp8_mlp.c_proj, shape(s, 0).tokens_per_rank
+        self.delayed = s.numerics.fp8_mlp.c_proj
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
         if self.delayed is not None:
             ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
@@ -38,10 +37,11 @@ class FP8MLP(nn.Module):
             self.register_buffer("following", torch.ones(()), persistent=False)
             self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
 
-    def forward(self, x, c_fc, c_proj):
-        """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D)."""
+    def forward(self, x, c_fc, c_proj, tokens_per_rank=None):
+        """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D). tokens_per_rank: None: all of
+        x's."""
         rows = x.flatten(0, 1)
-        parts = max(1, len(rows) // self.tokens_per_rank)
+        parts = max(1, len(rows) // (tokens_per_rank or len(rows)))
         scales = None if self.delayed is None else (self.activation[:parts], self.weight)
         y, largest = fp8_mlp(rows, c_fc.to(x.dtype), c_proj.to(x.dtype), parts, scales, self.fused)
         if self.delayed is not None:

@@ -1,5 +1,6 @@
 """The feed-forward part of a block."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -35,9 +36,10 @@ class MLP(nn.Module):
         )
         self.fp8 = FP8MLP(s) if n.fp8_mlp else None
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor, tokens_per_rank: int | None = None) -> torch.Tensor:
+        """x (R, T, D) -> (R, T, D). tokens_per_rank: of a logical rank in this step; None: all of x's."""
         if self.fp8 is not None and self.training:
-            return self.fp8(x, self.c_fc, self.c_proj)
+            return self.fp8(x, self.c_fc, self.c_proj, tokens_per_rank)
         if self.fused:
             return mlp_relu_sq(x, self.c_fc, self.c_proj)
         return linear(self.activation(linear(x, self.c_fc, self.c_fc_bias)), self.c_proj, self.c_proj_bias)

@@ -11,8 +11,7 @@ from common.errors import UserError
 from kernels import experts
 from layers.mlp import MLP
 from layers.primitives import dtype, linear_init, normal, parameter
-from schedule import shape
-from settings import check_processes
+from settings import LOGICAL_RANKS, check_processes
 from updates import views
 from updates.views import Views
 
@@ -31,7 +30,6 @@ class Router(nn.Module):
         super().__init__()
         self.moe = moe = s.model.mlp.moe
         self.dtype = dtype(s.numerics.router)
-        self.tokens_per_rank = shape(s, 0).tokens_per_rank
         self.weight = parameter(
             (moe.num_experts, s.model.model_dim), s.numerics.router, role="router", label="router",
             init=normal(1 / math.sqrt(s.model.model_dim))
@@ -50,9 +48,9 @@ class Router(nn.Module):
         # of its tokens' scores in the last whole step, mean, relative to equal ones
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
-    def forward(self, x):
+    def forward(self, x, tokens_per_rank=None):
         """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and aux_loss (N,) or None of the N = R T
-        tokens."""
+        tokens. tokens_per_rank: of a logical rank in this step; None: all of x's."""
         moe = self.moe
         logits = F.linear(x.flatten(0, 1).to(self.dtype), self.weight)
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(-1)
@@ -61,7 +59,7 @@ class Router(nn.Module):
             choice = (logits if quantile else scores) + self.bias
             chosen = best(self.in_best_groups(choice), moe.top_k)
             if self.training:
-                self.count(logits, scores, choice, quantile)
+                self.count(logits, scores, choice, quantile, tokens_per_rank)
         gates = scores.gather(1, chosen)
         if moe.route_norm:
             gates = shares(gates)
@@ -80,7 +78,7 @@ class Router(nn.Module):
         out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, kept, False)
         return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
 
-    def count(self, logits, scores, choice, quantile):
+    def count(self, logits, scores, choice, quantile, tokens_per_rank):
         """Add to the stats what the scores say: their entropy, and by logical rank the bound of the quantile
         rule. The rows of each expert come from who sorts them (MoE)."""
         n = self.moe.num_experts
@@ -89,7 +87,7 @@ class Router(nn.Module):
         # by how much each token's logit beats the best one not chosen: the share-th largest becomes 0
         if quantile:
             over = logits - choice.topk(self.moe.top_k + 1).values[:, -1:]
-            tokens = min(len(over), self.tokens_per_rank)
+            tokens = min(len(over), tokens_per_rank or len(over))
             share = max(1, tokens * self.moe.top_k // n)
             self.stats[n : 2 * n] += (
                 over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
@@ -125,7 +123,7 @@ class Router(nn.Module):
         if balance is None or not update_bias:
             return
         if balance.rule == "quantile":
-            self.bias.copy_(-bound / (tokens // self.tokens_per_rank))
+            self.bias.copy_(-bound / LOGICAL_RANKS)
             return
         mean = tokens_per_expert.mean()
         lack = mean - tokens_per_expert
@@ -177,10 +175,15 @@ class MoE(nn.Module):
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts
 
-    def forward(self, x, aux_losses, compiled):
-        """x (R, T, D) -> (R, T, D). aux_losses: list that gets this layer's (R T,) aux_loss, if it has
-        one."""
-        chosen, gates, aux_loss = self.router(x)
+    def forward(self, x, aux_losses, compiled, tokens_per_rank=None):
+        """x (R, T, D) -> (R, T, D).
+
+        Args:
+            aux_losses: list that gets this layer's (R T,) aux_loss, if it has one.
+            compiled: whether this runs inside torch.compile.
+            tokens_per_rank: of a logical rank in this step; None: all of x's.
+        """
+        chosen, gates, aux_loss = self.router(x, tokens_per_rank)
         if aux_loss is not None:
             aux_losses.append(aux_loss)
         backend = self.select_backend(x.device, x.dtype, compiled)
@@ -190,7 +193,7 @@ class MoE(nn.Module):
         rows = experts.gather(x.flatten(0, 1), p)
         rows = self.feed(rows, p) if self.world == 1 else self.expert_all_to_all(rows, p.counts, backend)
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
-        return y if self.shared is None else self.shared(x) + y
+        return y if self.shared is None else self.shared(x, tokens_per_rank) + y
 
     def select_backend(self, device, matmul_dtype, compiled):
         """Name of the backend of kernels.experts that runs there."""

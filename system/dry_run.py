@@ -139,7 +139,7 @@ def graphs(s, plans):
     from optim import Optimizer
     cuda = s.system.device != "cpu"
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda)
-    shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in {p.shape for p in plans})
+    shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in schedule.shapes(plans))
     length = s.validation.seq_len
     validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
     forwards = [

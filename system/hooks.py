@@ -43,17 +43,6 @@ class Stateful:
         return {}
 
 
-class RankSizes(Stateful):
-    """Tells the parts that count by logical rank how many tokens one has in this step."""
-
-    def __init__(self, model: GPT) -> None:
-        self.parts = [part for part in model.modules() if hasattr(part, "tokens_per_rank")]
-
-    def before_forwards(self, plan: StepPlan) -> None:
-        for part in self.parts:
-            part.tokens_per_rank = plan.shape.tokens_per_rank
-
-
 class RouterBalance(Stateful):
     """Tokens per expert of each step, over all processes, and the routers' biases that follow from them."""
 
@@ -113,7 +102,7 @@ class YaRN(Stateful):
 
 def hooks_of(model: GPT) -> list[Stateful]:
     """The hooks that the model's parts need."""
-    return [RankSizes(model), RouterBalance(model), FP8Scales(model), YaRN(model)]
+    return [RouterBalance(model), FP8Scales(model), YaRN(model)]
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ def kept_by_forward(s, microbatch):
     rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
     model.update_yarn(shape.windows)
-    context = model.context(tokens, 0, shape.windows)
+    context = model.context(tokens, 0, shape.windows, tokens_per_rank=shape.tokens_per_rank)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
     return kept.bytes()

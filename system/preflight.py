@@ -13,7 +13,7 @@ from data.stream import require_shards, stream_arguments
 from deltas import Resolved
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
-from schedule import StepPlan, plan
+from schedule import StepPlan, plan, shapes
 from system_settings import recomputable
 from settings import LOGICAL_RANKS, Settings, padded_vocab
 from system import compiler
@@ -146,12 +146,11 @@ def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     """Names of the attention backends that training steps use, over all their shapes."""
     names = set()
     # the first one last: it leaves the rotary tables as they were
-    for shape in reversed(dict.fromkeys(p.shape for p in plans)):
+    for shape in reversed(shapes(plans)):
         model.update_yarn(shape.windows)
         # every token a document of its own
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
-        context = model.context(rows, 0, shape.windows)
-        names |= {"dense"} if context is None else set(context.backends())
+        names |= set(model.context(rows, 0, shape.windows).backends())
     return ", ".join(sorted(names))
 
 

@@ -80,11 +80,7 @@ def warmup_steps(run: Run) -> list[int]:
         return [min(i, len(run.plans) - 1) for i in range(asked)]
     steps = [min(i, len(run.plans) - 1) for i in range(3)]
     if run.compiled is not run.model:
-        seen = {run.plans[i].shape for i in steps}
-        for plan in run.plans:
-            if plan.shape not in seen:
-                seen.add(plan.shape)
-                steps.append(plan.step)
+        steps += [step for step in schedule.shapes(run.plans).values() if step not in steps]
     return steps
 
 

@@ -99,7 +99,7 @@ def balanced(router, steps):
         x[..., -1] = 1.0
         router.stats.zero_()
         with torch.no_grad():
-            chosen, _, _ = router(x)
+            chosen, _, _ = router(x, 1024 // 8)
         load = torch.bincount(chosen.flatten(), minlength=n)
         router.stats[:n] += load
         router.end_step(router.stats.clone(), len(chosen))

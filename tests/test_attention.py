@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,14 @@ import torch
 
 import deltas
 import schedule
+from data.batch import to_rows
+from data.corpus import sample_corpus
+from data.stream import Stream, stream_arguments, validation_rows
 from kernels import attention
 from kernels.attention import CAUSAL, Window, attend, attend_cached, binding, choose, view
 from model import GPT
+from optim import Optimizer
+from train_gpt import train_step, validation_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 CPU = ("dense", "banded", "documents")
@@ -356,24 +362,21 @@ def test_compiled_varlen_is_one_graph_for_all_windows_and_scales_with_the_gradie
         documents = random_documents(3, 50, seed, mean=20)
         g = torch.randn_like(v)
         results = []
-        (traced, none), inside = attention.traceable(
+        (traced, inside), none = attention.traceable(
             [view(documents, window, "varlen", max_seqlen=50), None], scale, 4
         )
-        assert none is None and inside is None
+        assert none == (None, scale) and inside is None
         for y in (compiled(q, k, v, traced),
                   attend(q, k, v, view(documents, window, "dense"), scale)):
             results.append([y, *torch.autograd.grad(y, (q, k, v), g)])
         assert max((a - b).abs().max() for a, b in zip(*results, strict=True)) < 1e-12
     assert len(graphs) == 1
-    for others in (
-        [view(None, Window(5), "dense", rows=3, tokens=50), None], [traced, view(None, CAUSAL, "dense")],
-        [None]
-    ):
-        assert attention.traceable(others, None, 4) == (others, None)
-    assert (
-        attention.traceable([view(None, CAUSAL, "varlen", rows=3, tokens=50)], None, 4)[0][0].plan.window[1]
-        == 0.5
-    )
+    for others in ([view(None, Window(5), "dense", rows=3, tokens=50), None], [None]):
+        assert attention.traceable(others, 0.3, 4) == [(other, 0.3) for other in others]
+    flash, dense = view(None, CAUSAL, "varlen", rows=3, tokens=50), view(None, CAUSAL, "dense")
+    (traced, inside), other = attention.traceable([flash, dense], None, 4)
+    assert traced.plan.window[1] == 0.5 and inside is None and other == (dense, None)
+    assert traced.plan.sizes.tolist() == [50, 3]
     torch._dynamo.reset()
 
 
@@ -436,9 +439,11 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(max_seqlen):
             for max_docs in (None, len(first) + 5)
         )
         for plan in (counted, promised):
-            assert plan.cu_seqlens[:len(first)].tolist() == first
-            assert set(plan.cu_seqlens[len(first):].tolist()) == {150}
-            assert plan.cu_seqlens.dtype == torch.int32 and plan.max_seqlen == (max_seqlen or 50)
+            assert plan.cu_seqlens[: len(first)].tolist() == first and set(
+                plan.cu_seqlens[len(first) :].tolist()
+            ) == {150}
+            assert plan.cu_seqlens.dtype == torch.int32 and plan.sizes[0] == (max_seqlen or 50)
+            assert plan.sizes[1] == (len(first) if plan is counted else len(first) + 5)
         assert counted.cu_seqlens.shape == promised.cu_seqlens.shape
     rows = torch.arange(128).repeat_interleave(3)[None]  # as many as there is room for in steps of 128
     cu_seqlens = view(rows, CAUSAL, "varlen", max_docs=128).plan.cu_seqlens
@@ -447,6 +452,47 @@ def test_varlen_needs_no_count_of_the_documents_if_it_is_promised(max_seqlen):
         view(rows, CAUSAL, "varlen", max_docs=127)
     with pytest.raises(ValueError, match="a document of 50 tokens where none should have more than 49"):
         view(torch.zeros(1, 50, dtype=torch.int32), CAUSAL, "banded", max_seqlen=49)
+
+
+def lengths_in(rows, bos):
+    """Tokens of each document of rows (R, T), counted one by one."""
+    found = []
+    for row in rows.tolist():
+        for t, token in enumerate(row):
+            if t == 0 or token == bos:
+                found.append(0)
+            found[-1] += 1
+    return found
+
+
+@pytest.mark.parametrize("microbatch", [2, 8])
+@pytest.mark.parametrize("ref", ["short/12", "short/14", "short/29", "short/33"])
+def test_flash_attention_starts_blocks_for_the_documents_that_there_are(ref, microbatch, monkeypatch):
+    """Its grid is documents times tiles of the longest: neither may come from the room that shapes leave."""
+    s = deltas.resolve(ref, scale="micro").settings
+    model, corpus, calls, texts = GPT(s), sample_corpus(), [], []
+    model.initialise(0)
+    monkeypatch.setattr(attention, "choose", lambda *args, **options: "varlen")
+    monkeypatch.setattr(
+        "torch.nn.attention.varlen.varlen_attn",
+        lambda *tensors, **options: calls.append(tensors[3:]) or flash(*tensors, **options)
+    )
+    forward = model.forward
+    model.forward = lambda x, y, context: texts.append(x) or forward(x, y, context)
+    world = SimpleNamespace(total=lambda x: x, cuda=False, device=torch.device("cpu"), gather=lambda x: x)
+    run = SimpleNamespace(s=s, world=world, model=model, compiled=model, optimizer=Optimizer(model, s),
+                          hooks=[], ranks_per_microbatch=microbatch, corpus=corpus)
+    batch = Stream(corpus, ranks=range(8), **stream_arguments(s)).next()
+    plan = schedule.plan(s)[0]
+    train_step(run, plan, *to_rows(batch, plan.shape.seq_len, world.device, corpus.bos))
+    run.interrupt = SimpleNamespace(check=lambda: None)
+    run.rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, range(2))
+    validation_loss(run, 0)
+    each = len(calls) // len(texts)  # layers with attention
+    assert each > 8 and len(texts) > 8 // microbatch
+    for i, (cu_seqlens, same, max_seqlen, _) in enumerate(calls):
+        lengths = lengths_in(texts[i // each], corpus.bos)
+        assert len(ends) == len(lengths) + 1 and torch.equal(cu_seqlens, same) and max_seqlen == max(lengths)
 
 
 def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(monkeypatch):
@@ -476,7 +522,7 @@ def test_varlen_shapes_stay_as_documents_change():
     plans = [view(random_documents(2, 1000, seed, mean=20), CAUSAL, "varlen", max_seqlen=n).plan
              for seed in range(5) for n in (None, 400)]
     assert {len(p.cu_seqlens) for p in plans} == {128}
-    assert {p.max_seqlen for p in plans[1::2]} == {400} and {p.max_seqlen for p in plans[::2]} == {1000}
+    assert {p.sizes[0] for p in plans[1::2]} == {400} and {p.sizes[0] for p in plans[::2]} == {1000}
 
 
 # ----- choosing

@@ -79,8 +79,8 @@ CHEATS = {
         "sum to",
         [
             (
-                "model.py", "prefix, prefix_weight, candidates\n        )",
-                "prefix, prefix_weight, candidates\n        ) * (1.0 if self.training else 0.9999)"
+                "model.py", "losses = self.lm_head.losses(",
+                "losses = (1.0 if self.training else 0.9999) * self.lm_head.losses("
             )
         ],
     ),

@@ -75,6 +75,22 @@ sys.exit(report.run(p.parse_args(), groups, "Title", show=str, scale="full"))
 """
 
 
+def test_a_gpu_that_cannot_draw_a_random_number_is_dead(monkeypatch):
+    """So it is after a failed capture of a CUDA graph, although everything else goes on."""
+    draws = []
+
+    def rand(n, device):
+        draws.append(device)
+        if len(draws) == 2:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        return torch.zeros(n)
+
+    for name in ("is_available", "synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: True)
+    monkeypatch.setattr(torch, "rand", rand)
+    assert [report.alive(), report.alive()] == [True, False] and draws == ["cuda", "cuda"]
+
+
 def test_a_case_that_raises_kills_the_process_or_its_gpu_costs_its_own_row_only(tmp_path):
     program, out = tmp_path / "bench.py", tmp_path / "deep/rows.json"
     program.write_text(BENCH.format(bench=str(ROOT / "bench")))

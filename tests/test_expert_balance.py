@@ -163,16 +163,16 @@ def test_scores_that_underflow_give_no_nan():
 def test_the_quantile_rule_sets_the_bias_at_which_each_expert_would_have_had_its_share():
     """By logical rank: beta_e = the n-th largest of l_te - alpha_t, alpha_t the (k+1)-th largest l + b, n = T
     k / E."""
-    # three logical ranks of 128 tokens
-    router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(6, 64, 48)
-    logits, old = (x @ router.weight.T).view(3, 128, 8), router.bias.clone()
+    # eight logical ranks of 128 tokens
+    router, x = fill(Router(settings(*ROUTINGS["quantile"]))), noise(16, 64, 48)
+    logits, old = (x @ router.weight.T).view(8, 128, 8), router.bias.clone()
     betas = []
     for rank in logits.detach():
         alpha = [sorted((row + old).tolist())[-3] for row in rank]
         over = [[rank[t, e].item() - alpha[t] for t in range(128)] for e in range(8)]
         betas.append([sorted(row, reverse=True)[128 * 2 // 8 - 1] for row in over])
-    router(x)
-    router.end_step(router.stats.clone(), 384)
+    router(x, 128)
+    router.end_step(router.stats.clone(), 1024)
     assert torch.allclose(router.bias, -torch.tensor(betas, dtype=torch.float64).mean(0), rtol=1e-12, atol=0)
 
 

@@ -285,7 +285,8 @@ def test_the_head_is_in_fp8_from_record_19_on_in_training_and_never_in_validatio
 def test_factors_of_the_fp8_head(ref, n):
     """What x, the weight and the gradient of the rank's own loss are multiplied by before they are rounded,
     at full size."""
-    x, w, g = without_values(deltas.resolve(ref).settings).train().lm_head.operands(None)[1]
+    s = deltas.resolve(ref).settings
+    x, w, g = without_values(s).train().lm_head.operands(None, schedule.shape(s, 0).tokens_per_rank)[1]
     expected = at(
         n,
         [

@@ -20,7 +20,7 @@ import deltas
 import schema
 import schedule
 from kernels import fp8_linear as fp8_module
-from kernels import experts, linear_relu_sq, transpose
+from kernels import device, experts, linear_relu_sq, transpose
 from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
@@ -238,7 +238,8 @@ def test_a_compiled_mlp_moves_its_scales_and_compiles_once():
         for i in range(4):  # two forwards a step
             if i % 2 == 0:
                 begin_step(model)
-            run(random(4, s.data.tokens_per_rank, s.model.model_dim, seed=i)).square().sum().backward()
+            x = random(4, s.data.tokens_per_rank, s.model.model_dim, seed=i)
+            run(x, s.data.tokens_per_rank).square().sum().backward()
         found.append([b.clone() for b in mlp.buffers()] + [p.grad for p in mlp.parameters()])
         mlp.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) and len(found[0][0].unique()) == 8
@@ -323,10 +324,9 @@ def test_what_it_cannot_do_is_refused_in_one_line(ref, sets, message):
 
 
 def test_fp8_kernels_ask_for_compute_capability_8_9(monkeypatch):
-    from kernels import device
     gpu = torch.device("cuda")
     monkeypatch.setattr(device, "capability", lambda _: 80)
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(device, "HAS_TRITON", True)
     assert (
         refusal(gpu, BF16) is None
         and refusal(gpu, BF16, 89) == "needs compute capability 8.9, and this is 8.0"
@@ -383,7 +383,7 @@ def test_transpose_references_are_transposes(shape):
 
 
 def test_what_the_transposes_cannot_do_is_one_line(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device, "INTERPRETED", False)
     with pytest.raises(
         ValueError, match="^the Triton transpose_copy needs CUDA, and this is cpu; use torch$"
     ):
@@ -399,15 +399,15 @@ def test_what_the_transposes_cannot_do_is_one_line(monkeypatch):
             call()
 
 
-@pytest.mark.parametrize("kind", ["torch", "triton"])
-def test_the_fp8_unit_gets_the_layout_it_wants(kind, monkeypatch):
-    """Row-major times column-major, multiples of 16, float32 scales of one element, which the CPU does not
-    ask for. All products of the FP8 head and MLP, forward and backward."""
+@pytest.mark.parametrize("kind, ranks", [("torch", 1), ("triton", 2), ("torch", 8)])
+def test_the_fp8_unit_gets_the_layout_it_wants(kind, ranks, monkeypatch):
+    """Row-major times column-major, multiples of 16, float32 scales of shape (1,), which the CPU does not ask
+    for. All products of the FP8 head and MLP, forward and backward, with so many ranks in a forward."""
     calls, tiled, real = [], [], torch._scaled_mm
 
     def scaled_mm(a, b, *, scale_a, scale_b, out_dtype, use_fast_accum):
         assert a.is_contiguous() and b.t().is_contiguous() and a.size(1) % 16 == b.size(1) % 16 == 0
-        assert scale_a.dtype == scale_b.dtype == F32 and scale_a.numel() == scale_b.numel() == 1
+        assert scale_a.dtype == scale_b.dtype == F32 and scale_a.shape == scale_b.shape == (1,)
         calls.append((a.dtype, b.dtype))
         return real(
             a, b, scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=use_fast_accum
@@ -417,18 +417,29 @@ def test_the_fp8_unit_gets_the_layout_it_wants(kind, monkeypatch):
         tiled.append(x.shape)
         return transpose.transpose_copy_reference(x)
 
-    x, up, down = problem(F32, rows=32)
+    x, up, down = problem(F32, rows=16 * ranks)
+    scales = torch.full((ranks,), 0.01), SCALES[1]
     loss = lambda: (fp8_module.fp8_linear(x, up, 2.0, 32.0, 8.0, kind).square().sum()  # noqa: E731
-                    + fp8_mlp(x, up, down, 2, SCALES)[0].square().sum())
+                    + fp8_mlp(x, up, down, ranks, scales)[0].square().sum())
     plain = torch.autograd.grad(loss(), (x, up, down))
     monkeypatch.setattr(fp8_module, "has_fp8_units", lambda x: True)
     monkeypatch.setattr(fp8_module, "transpose_copy", tiles)
     monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
     for a, b in zip(torch.autograd.grad(loss(), (x, up, down)), plain, strict=True):
         assert relative(a, b) < 1e-5
-    assert len(calls) == 3 + 4  # the head's three; two parts of two products
+    assert len(calls) == 3 + 2 * ranks  # the head's three; two products of each rank
     # w, g and x of the head's backward
     assert tiled == ([(48, 32), (32, 48), (32, 32)] if kind == "triton" else [])
+
+
+def test_transposes_are_tiled_where_triton_is_unless_torch_is_asked_for(monkeypatch):
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.setattr(device, "INTERPRETED", False)
+    monkeypatch.setattr(device, "HAS_C_COMPILER", True)
+    for installed in (True, False):
+        monkeypatch.setattr(device, "HAS_TRITON", installed)
+        assert fp8_module.in_tiles("auto", cuda) == installed and not fp8_module.in_tiles("auto", cpu)
+        assert fp8_module.in_tiles("triton", cuda) and not fp8_module.in_tiles("torch", cuda)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

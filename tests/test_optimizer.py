@@ -4,6 +4,7 @@ reset.
 Golden numbers of the rules and of whole trainings through the Optimizer are in test_golden.py.
 """
 
+import contextlib
 import dataclasses
 import os
 import subprocess
@@ -743,7 +744,9 @@ class Graph:
 @pytest.mark.feature("system.cuda_graphs")
 @pytest.mark.parametrize("microbatch", [2, 4])  # two forwards a step, or one
 @pytest.mark.parametrize("ref, sets", [("short/1", []), ("short/11", ["system.precision=record"]),
-                                       ("short/33", ["system.precision=record"]), ("variants/1", [])])
+                                       ("short/33", ["system.precision=record"]), ("variants/1", []),
+                                       ("short/11", ["schedule.stages=[0.5,0.5]",
+                                                     "data.tokens_per_rank=[64,128]"])])
 def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, microbatch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     monkeypatch.setattr(optim, "capture", lambda update, pool: Graph(update, pool).replay)
@@ -767,6 +770,50 @@ def test_a_captured_update_replayed_equals_an_ordinary_one(ref, sets, microbatch
         assert Graph.captured == (len(optimizer.banks) if graphs else 0)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+class Generator:
+    """Stands for the random generator of a GPU: in capture mode after a capture that failed, as torch leaves
+    it."""
+
+    def __init__(self, state="before"):
+        self.state = state
+
+    def clone_state(self):
+        return Generator(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+
+@pytest.mark.feature("system.cuda_graphs")
+@pytest.mark.parametrize("error, raised, line", [
+    (RuntimeError("operation not permitted\nmore"), UserError, "captured .operation not permitted.: --set"),
+    (RuntimeError(""), UserError, "captured .no reason given."),
+    (torch.OutOfMemoryError("out of memory"), torch.OutOfMemoryError, "out of memory"),
+    (KeyboardInterrupt("asked"), KeyboardInterrupt, "asked"),
+])
+def test_a_capture_that_fails_leaves_the_generator_as_it_was_and_says_why(error, raised, line, monkeypatch):
+    generator = Generator()
+
+    @contextlib.contextmanager
+    def capturing(graph, **options):
+        generator.state = "capturing"
+        yield
+        generator.state = "after"
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "default_generators", (None, generator))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+
+    def fails():
+        raise error
+
+    with pytest.raises(raised, match=line):
+        optim.capture(fails, None)
+    assert generator.state == "before"
+    assert optim.capture(lambda: None, None) == "replay" and generator.state == "after"
 
 
 # ----- memory and reset

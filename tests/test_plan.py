@@ -5,6 +5,7 @@ import dataclasses
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -132,17 +133,42 @@ def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_
 def test_what_counts_by_logical_rank_follows_the_shape():
     """The FP8 head's gradient scale undoes the mean over the tokens that the step has, not over those of the
     first one."""
-    s = settings(
-        "system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]",
-        ref="short/20"
-    )
-    model = GPT(s).train()
-    for step in (0, s.schedule.steps - 1):
-        shape = schedule.shape(s, step)
-        for hook in hooks_of(model):
-            hook.before_forwards(SimpleNamespace(shape=shape))
-        _, (_, _, grad) = model.lm_head.operands(model.embed.weight)
-        assert grad == s.numerics.fp8_head.grad * 8 * (1 if model.lm_head.sums else shape.tokens_per_rank)
+    s = deltas.resolve("short/11", scale="micro", with_=["numerics.fp8_head"], sets=[
+        *SMALL, "system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]"
+    ]).settings
+    run, seen = small_run(s), []
+    operands = run.model.head.operands
+    run.model.head.operands = lambda *args: seen.append(operands(*args)) or seen[-1]
+    stream, last = Stream(run.corpus, ranks=range(8), **stream_arguments(s)), s.schedule.steps - 1
+    steps_of(run, [stream.next()], [0])
+    steps_of(run, [np.tile(stream.next(), 2)[:, :257]], [last])
+    assert [grad for _, (_, _, grad) in seen] == [s.numerics.fp8_head.grad * 8 * n for n in (128, 256)]
+
+
+@pytest.mark.parametrize("sets, with_, ref", [
+    (("model.mlp.moe.balance.rule=quantile",), (), "variants/moe8k2s"),
+    (SMALL, ("numerics.fp8_mlp", "numerics.fp8_mlp.c_proj"), "short/11"),
+    (SMALL, ("numerics.fp8_head",), "short/11")
+], ids=["quantile", "fp8_mlp", "fp8_head"])
+def test_a_later_stage_steps_as_a_run_of_that_batch_alone(sets, with_, ref):
+    """Nothing that counts by logical rank remembers the batch of the first step, with one rank in a forward
+    or eight."""
+    fixed = ("system.precision=record", "schedule.steps=8", "model.num_layers=2", *sets)
+    found = []
+    for sizes in (("schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]"),
+                  ("data.tokens_per_rank=256",)):
+        for microbatch in (1, 8):
+            s = deltas.resolve(ref, scale="micro", sets=[*fixed, *sizes], with_=with_).settings
+            run = small_run(s)
+            run.ranks_per_microbatch = microbatch
+            plan = run.plans[5]
+            batch = torch.randint(1, 1200, (8, 257), generator=torch.Generator().manual_seed(0))
+            rows = to_rows(batch.int().numpy(), plan.shape.seq_len, run.world.device, run.corpus.bos)
+            train_step(run, plan, *rows)
+            found.append([*run.model.parameters(), *run.model.buffers()])
+    staged, plain = found[:2], found[2:]
+    for one, other in zip(staged, plain):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_memory_is_estimated_for_the_largest_shape():

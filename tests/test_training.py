@@ -25,7 +25,7 @@ from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
 from common.errors import UserError
-from data.batch import longest_document, to_rows
+from data.batch import count_documents, to_rows
 from system import load, preflight, warmup
 from system.run import Run
 from system.world import World
@@ -571,10 +571,10 @@ def test_a_loss_that_one_process_finds_not_finite_stops_all_of_them():
         assert first == 4.0 and math.isnan(second) and run.train_losses == []
 
 
-def test_the_longest_document_of_rows_is_counted_from_its_first_token_or_the_rows():
+def test_the_documents_of_rows_are_counted_from_their_first_token_or_the_rows():
     rows = np.array([[5, 0, 5, 5, 5, 0], [5, 5, 0, 0, 5, 5]])  # 1, 4, 1; 2, 1, 3
-    assert longest_document(rows, 0) == 4
-    assert longest_document(rows[1:], 0) == 3 and longest_document(rows, 9) == 6
+    assert count_documents(rows, 0) == (6, 4)
+    assert count_documents(rows[1:], 0) == (3, 3) and count_documents(rows, 9) == (2, 6)
 
 
 def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
@@ -595,13 +595,13 @@ def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
         )
 
 
-def test_rows_come_with_the_number_of_their_documents_at_most():
+def test_rows_come_with_the_number_and_the_longest_of_their_documents():
     """Each begins with `bos` or a row; the token after the last one is a target only."""
     batch = np.array([[0, 5, 0, 5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 0, 0, 0, 5, 5]], np.int32)
     inputs, targets, documents = to_rows(batch, 4, torch.device("cpu"), 0)
-    assert inputs.shape == targets.shape == (2, 2, 4) and documents == [3 + 2, 3 + 2]
-    for rows, most in zip(inputs, documents):
+    assert inputs.shape == targets.shape == (2, 2, 4) and documents == [(3, 4), (4, 4)]
+    for rows, found in zip(inputs, documents):
         begun = rows == 0
         begun[:, 0] = True
-        assert begun.sum() <= most
+        assert begun.sum() == found.number
     assert torch.equal(inputs.flatten(1)[:, 1:], targets.flatten(1)[:, :-1])

@@ -260,7 +260,7 @@ def test_kernels_compile_ahead_of_time_within_the_shared_memory_and_without_spil
     ],
 )
 def test_what_cannot_run_is_one_line(call, line, monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(device, "INTERPRETED", False)
     with pytest.raises(ValueError) as caught:
         call(torch.ones(3, 4))
     assert str(caught.value) == line
@@ -268,13 +268,13 @@ def test_what_cannot_run_is_one_line(call, line, monkeypatch):
 
 def test_refusals_and_shapes_that_do_not_fit(monkeypatch):
     gpu, f = torch.device("cuda"), linear_relu_sq
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(device, "HAS_TRITON", True)
     monkeypatch.setattr(device, "capability", lambda device: 75)
     assert device.refusal(gpu, torch.float64) == "has no float64"
     assert device.refusal(gpu, torch.bfloat16) == "needs compute capability 8.0, and this is 7.5"
     monkeypatch.setattr(device, "capability", lambda device: 80)
     assert device.refusal(gpu, torch.bfloat16) is None
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(device, "HAS_TRITON", False)
     assert device.refusal(gpu, torch.bfloat16) == "needs the package triton"
     for module in (f, symmetric):
         monkeypatch.setattr(module, "refusal", lambda *a: None)

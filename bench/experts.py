@@ -27,7 +27,6 @@ from report import Report, stop_in_order
 from settings import LOGICAL_RANKS
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_microbatch
-from train_gpt import to_rows
 
 ALONE = SimpleNamespace(total=lambda tally: tally)  # a World of one process
 VARIANTS = [ref for ref in deltas.load_records() if ref.startswith("variants/")]

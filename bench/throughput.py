@@ -28,7 +28,6 @@ from model import GPT
 from optim import Optimizer
 from report import Report
 from scales import SCALES
-from train_gpt import to_rows
 
 
 def record_step(ref, precision, compiled, microbatch=8, sets=()):

@@ -509,7 +509,7 @@ class Varlen(NamedTuple):
 
 def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
     """Boundaries of all documents, in room for documents of 300 tokens on average, in steps of 128, as record
-    29: the shapes that a compiler sees stay. FlashAttention gets those of `most` documents only."""
+    29: the shapes that a compiler sees stay. FlashAttention gets those of `max_docs` documents only."""
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
@@ -527,7 +527,7 @@ def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs
 def boundaries(cu_seqlens, sizes):
     """(cu_seqlens (N + 1,), max_seqlen) for FlashAttention: its grid has as many documents as boundaries."""
     max_seqlen, max_docs = map(int, sizes)
-    return ends[:max_docs + 1], longest
+    return cu_seqlens[:max_docs + 1], max_seqlen
 
 
 def traceable(views, scale, width):

@@ -13,7 +13,6 @@ import torch
 
 from settings import LOGICAL_RANKS
 from common.errors import UserError
-from settings import LOGICAL_RANKS
 from updates.adam import AdamW
 from updates.muon import Muon
 

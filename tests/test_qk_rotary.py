@@ -21,7 +21,7 @@ from kernels import device, qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from layers.rotary import Rotary
 from model import GPT
-from model import GPT, Rotary
+from model import Rotary
 from system import preflight
 from program import program_of
 from settings import rotary_dim

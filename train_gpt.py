@@ -37,7 +37,10 @@ if __name__ == "__main__":
     environment.require(*environment.TRAINING)
     if options.plan:
         from system.dry_run import print_plan
-        print_plan(resolved)
+        try:
+            print_plan(resolved, options.card, options.nproc or 1)
+        except UserError as error:  # of --card
+            console.fail(error)
         raise SystemExit(0)
 
 import contextlib

@@ -224,6 +224,10 @@ def cases(o, seen, folder):
     for text in o.records:
         s, switches = settings_of(text)
         for arch in o.arch:
+            if s.numerics.fp8_mlp and arch < device.FP8_SINCE:
+                why = f"needs compute capability {device.FP8_SINCE / 10}"
+                yield {"record": text, "arch": f"sm_{arch}"}, lambda why=why: {"not_run": why}
+                continue
             with pretending(arch):
                 calls = launches(KERNELS, functools.partial(step, s, switches))
             for kernel, _, args, kwargs in calls:
@@ -251,6 +255,9 @@ def main():
         try:
             for fields, case in cases(o, set(), folder):
                 row = table.attempt(fields, case)
+                if "not_run" in row:
+                    print(f"{row['arch']:7}{row['record']}: not run: {row['not_run']}", flush=True)
+                    continue
                 print(f"{row['arch']:7}{row['kernel']:17}{row.get('registers', '-'):>4} registers "
                       f"{row.get('spilled_bytes', '-'):>5} spilled {row.get('shared_bytes', '-'):>7} shared  "
                       f"{row['operands']}", flush=True)

@@ -84,7 +84,8 @@ def compared(events: list[dict], data: Path, path: Path = PATH) -> dict:
 def cpu_losses(precision: str, data: Path, out: Path) -> list[float]:
     """The losses of a training on this CPU, which is stopped when they are in its log."""
     command = [sys.executable, "train_gpt.py", RECORD, "--scale", SCALE, "--data", str(data), "--out", str(out)]
-    for change in [*settings(), f"schedule.steps={STEPS}", "system.device=cpu", f"system.precision={precision}"]:
+    for change in [*settings(), f"schedule.steps={STEPS}", "system.device=cpu", f"system.precision={precision}",
+                   "system.ranks_per_forward=1"]:  # fits in 8 GiB
         command += ["--set", change]
     training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:

@@ -10,6 +10,7 @@ from deltas import Resolved, resolve_name
 from scales import SCALES
 from settings import LOGICAL_RANKS
 from system.place import PROCESSES, Place
+from system.roofline import CARDS
 
 
 def parser() -> arguments.Parser:
@@ -71,6 +72,10 @@ def execution(p: arguments.Parser) -> None:
         "settings, schedule, shapes and parameters; train nothing (--plan is the same)"
     )
     p.add_argument(
+        "--card", choices=list(CARDS),
+        help="with --dry-run: estimate the milliseconds of a step on this GPU (on --nproc of them)"
+    )
+    p.add_argument(
         "--strict", action="store_true",
         help="refuse to run in a slower way than the record and the device allow, "
         "and fail if anything was compiled after the warm-up"
@@ -99,6 +104,8 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
             raise UserError(
                 f"--nproc {options.nproc}: must be 1, 2, 4 or 8, to share the {LOGICAL_RANKS} logical ranks"
             )
+        if options.card and not options.plan:
+            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it")
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):

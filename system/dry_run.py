@@ -11,11 +11,13 @@ import schedule
 from common import files, lines
 from layers.specs import layer_specs
 from settings import LOGICAL_RANKS, padded_vocab
+from system import roofline
 from system.microbatch import ranks_per_forward, validation_rows_at_once
 
 
 @lines.fitted()
-def print_plan(resolved):
+def print_plan(resolved, card=None, gpus=1):
+    """card: name of one of roofline.CARDS to estimate a step for, on so many GPUs; None: no estimate."""
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
     s, record = resolved.settings, resolved.record
     name, of = (resolved.preset, f"{record.ref} at ") if resolved.preset else (record.ref, "")
@@ -71,7 +73,7 @@ def print_plan(resolved):
         print(line)
     for line in held(s):
         print(line)
-    for line in measured(resolved):
+    for line in measured(resolved) if card is None else roofline.lines(resolved, card, gpus):
         print(line)
 
 

@@ -10,7 +10,9 @@ largest value; the bound is a few roundings of the dtype. What a device cannot r
 """
 
 import functools
+import json
 import sys
+from pathlib import Path
 
 import measure  # first: it finds the repository
 import report
@@ -539,9 +541,12 @@ GROUPS = {
 }
 
 
-def judged(checks):
-    """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure."""
+def judged(checks, wanted=None):
+    """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure.
+    wanted: function of (name, dtype) that says which checks are made; None: all."""
     for name, dtype, check, *bound in checks():
+        if wanted is not None and not wanted(name, dtype):
+            continue
         bound = bound[0] if bound else 8 * ROUNDING[dtype]
 
         def case():
@@ -581,15 +586,41 @@ def brief(rows):
     return lines
 
 
+def backends_of(path):
+    """The attention backends that the trainings in a result of bench/steps.py or train.py ran on."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return set()
+    said = " ".join((row.get("warm") or row)["attention"] for row in rows)
+    return {name for name in attention.BACKENDS if name in said.split()}
+
+
+def selection(o):
+    """Function of (name, dtype): is this check wanted by --dtype and --as-in?"""
+    used = backends_of(o.as_in) if o.as_in else set()
+
+    def wanted(name, dtype):
+        if o.dtype and str(dtype) != f"torch.{o.dtype}":
+            return False
+        return not (used and name.startswith("attention ")) or name.split()[1].rstrip(",") in used
+
+    return wanted
+
+
 def main():
     p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
+    p.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],
+                   help="only the checks in this one")
+    p.add_argument("--as-in", metavar="JSON", help="of the attention backends only those that the trainings "
+                                                   "of this result ran on; all if there is none")
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)
     # FlexAttention: beyond it an eager one would run, and say nothing
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    groups = {name: functools.partial(judged, checks) for name, checks in GROUPS.items()}
+    groups = {name: functools.partial(judged, checks, selection(o)) for name, checks in GROUPS.items()}
     sys.exit(report.run(o, groups, "Kernels against float64", show=show, brief=brief))
 
 

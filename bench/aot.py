@@ -250,7 +250,8 @@ def main():
     p.add_argument("--out", metavar="JSON", help="default: bench/results/aot/triton-VERSION.json")
     o = p.parse_args()
     out = o.out or ROOT / f"bench/results/aot/triton-{triton.__version__}.json"
-    table = report.Report(out, "Own Triton kernels, compiled ahead of time", triton=triton.__version__)
+    title = f"Own Triton kernels, compiled ahead of time by Triton {triton.__version__}"
+    table = report.Report(out, title, triton=triton.__version__)
     with tempfile.TemporaryDirectory() as folder:
         try:
             for fields, case in cases(o, set(), folder):

@@ -25,6 +25,7 @@ from common.errors import UserError
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))  # behind the repository, whose `kernels` is another one
 
+import aot
 import correct
 import measure
 import reference
@@ -429,17 +430,13 @@ def test_a_later_call_leaves_whole_parts_alone_and_continues_the_others(tmp_path
 
 def test_rows_are_continued_by_the_same_code_on_the_same_device_only(tmp_path):
     path = tmp_path / "x.json"
-    for steps_, kept in ((3, 1), (4, 0)):
+    for code, steps_, kept in ((None, 3, 1), (None, 4, 0), ("another", 3, 0)):
         r = report.Report(path, "Title", steps=3)
+        r.about = {**measure.about(), **({"code": code} if code else {})}
         r.add({"record": "short/11", "ms": 1})
         r.add({"record": "short/21", "failed": "stopped"})
         again = report.Report(path, "Title", resume=True, checked=True, steps=steps_)
         assert len(again.rows) == len(again.failed) == kept
-    table = json.loads(path.read_text())
-    table["about"]["code"] = "another"
-    path.write_text(json.dumps(table))
-    again = report.Report(path, "Title", resume=True, checked=True, steps=3)
-    assert not again.rows and not again.failed
 
 
 def test_a_bench_of_groups_goes_on_with_the_group_that_was_cut(tmp_path):
@@ -475,6 +472,50 @@ def test_a_rehearsal_runs_every_part_on_a_cpu_and_each_leaves_a_whole_result(tmp
     for name in names:
         found = json.loads((out / f"{name}.json").read_text())
         assert found["complete"] and found["rows"] and not found["failed"], name
+
+
+# ----- kernels ahead of time --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("registers,spilled,shared,said", [
+    (255, 0, 90_000, None), (255, 8, 90_000, "spills 8 bytes a thread"),
+    (200, 0, 120_000, "wants 120000 bytes of shared memory"), (256, 0, 90_000, None)])
+def test_a_kernel_that_spills_or_has_no_room_is_a_failure(monkeypatch, registers, spilled, shared, said):
+    built = aot.Built(shared, registers, spilled, "")
+    monkeypatch.setattr(aot, "build", lambda *args, **kwargs: built)
+    row = aot.resources(None, (), {"num_warps": 8}, 89, None)
+    assert (said in row["failed"]) if said else "failed" not in row
+    row = aot.resources(None, (), {"num_warps": 16}, 89, None)
+    assert ("failed" in row) is (said is not None or registers > 128)
+
+
+def test_a_record_launches_every_kernel_that_it_can_have_and_all_compile(tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "aot.json"
+    done = subprocess.run(
+        [sys.executable, "bench/aot.py", "short/33", "short/33 numerics.fp8_mlp", "--arch", "80", "90", "--out",
+         str(out)], cwd=ROOT, capture_output=True, text=True, timeout=400
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    rows = json.loads(out.read_text())["rows"]
+    built = [row for row in rows if "registers" in row]
+    assert {row["kernel"] for row in built} == {
+        "forward_kernel", "linear_kernel", "loss_kernel", "copy_kernel", "gradient_kernel", "symmetric_kernel"
+    }
+    assert [(r["arch"], r["not_run"]) for r in rows if "not_run" in r] == [
+        ("sm_80", "needs compute capability 8.9")
+    ]
+    eight = [row for row in built if row["record"] == "short/33 numerics.fp8_mlp"]  # what only FP8 adds
+    assert [row["kernel"] for row in eight] == ["linear_kernel"] and "FP8=True" in eight[0]["constants"]
+    assert any("44x768x768" in row["operands"] for row in built)  # Muon's largest bank
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results/aot").glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_table_is_whole_and_nothing_in_it_spills(path):
+    found = json.loads(path.read_text())
+    assert found["complete"] and not found["failed"]
+    assert {row["arch"] for row in found["rows"]} == {"sm_80", "sm_89", "sm_90", "sm_100", "sm_120"}
+    assert {row["record"] for row in found["rows"]} <= set(aot.RECORDS)
+    assert all(row["spilled_bytes"] == 0 for row in found["rows"] if "not_run" not in row)
 
 
 # ----- against the CPU's losses -----------------------------------------------------------------------------

@@ -7,8 +7,9 @@ options. A row says what ptxas gave a kernel: registers of a thread, bytes that 
 block. Exit code 1 if one spills, has no room on the card, or does not compile. No GPU is needed, and no time
 is measured.
 
-    calls = launches({module: "kernels"}, lambda: module.f(tensors on "meta"))   [(kernel, grid, args, kwargs)]
-    build(kernel, *args, arch=90, folder=..., **kwargs)                         -> Built
+    calls = launches({module: "kernels"}, lambda: module.f(tensors on "meta"))
+    kernel, grid, args, kwargs = calls[0]
+    built = build(kernel, *args, arch=90, folder=..., **kwargs)
 
 module.kernels() returns what triton.jit made, one kernel or a tuple. Triton must not be in interpreter mode.
 """
@@ -56,6 +57,7 @@ OPTIONS = ("num_warps", "num_stages")
 
 
 class Built(NamedTuple):
+    """What ptxas says of a kernel."""
     shared: int  # bytes per block
     registers: int  # per thread
     spilled: int  # bytes of the stack per thread: our kernels have no arrays, so what is there was spilled
@@ -242,6 +244,7 @@ def cases(o, seen, folder):
 
 
 def main():
+    """The program. Exit code 1 if a kernel spills, has no room, or does not compile."""
     import triton
     p = arguments.Parser(prog="bench/aot.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("records", nargs="*", default=RECORDS, metavar="RECORD",

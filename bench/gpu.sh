@@ -83,11 +83,12 @@ if [ -z "$named" ]; then
 fi
 caches=${SPEEDRUN_CACHE:-data/cache}/bench  # kept for the next call
 # what a rehearsal makes small: sizes of trainings, numbers of steps, and on a CPU the device
-how=() small=(--scale small) few=() short=() dtype=bfloat16
+how=() small=(--scale small) few=() short=() unjudged=() dtype=(--dtype bfloat16)
 if [ -n "$rehearse" ]; then
     few=(--steps 4) short=(--rehearse) caches=$scratch/caches BUDGET=${REHEARSAL:-3600}
+    if [ -n "$name" ]; then unjudged=(--rehearse); fi  # numbers of the null device mean nothing
     if [ -z "$name" ]; then
-        how=(--scale micro --set system.device=cpu --set system.attention=banded) small=("${how[@]}") dtype=float32 DATA=none
+        how=(--scale micro --set system.device=cpu --set system.attention=banded) small=("${how[@]}") dtype=() DATA=none
     fi
 fi
 case " ${parts[*]-} " in *" cold "* | *" records "* | *" warm "* | *" start "* | *" curve "* | *" ours "* | *" experts "*)
@@ -128,12 +129,13 @@ for ((i = 0; i < ${#parts[@]}; i++)); do
                     steps steps short/33 --check-sync ;;
         train)      if [ ${#how[@]} -gt 0 ]; then bench train short/33 "${few[@]}" "${small[@]}"
                     else bench train --reference ${short[@]+"${short[@]}"} ${short[@]+--steps 10}; fi ;;
-        correct)    bench correct --only attention fp8_linear fp8_loss compiled --dtype "$dtype" --as-in "$OUT/steps.json" ;;
+        correct)    bench correct --only attention fp8_linear fp8_loss compiled ${dtype[@]+"${dtype[@]}"} \
+                        --as-in "$OUT/steps.json" ${unjudged[@]+"${unjudged[@]}"} ;;
         kernels)    bench kernels --only loss attention mlp ${short[@]+"${short[@]}"} ;;
         records)    steps steps "${records[@]}" --check-sync ;;
         warm)       steps steps short/33 --steps 4 ;;
         start)      steps start short/33 ;;
-        exact)      bench correct ;;
+        exact)      bench correct ${unjudged[@]+"${unjudged[@]}"} ;;
         operations) bench kernels ${short[@]+"${short[@]}"} ;;
         curve)      bench train short/33 "${small[@]}" ${few[@]+"${few[@]}"} ${data[@]+"${data[@]}"} ;;
         ours)       caches=$caches/ours steps steps short/33 "${OURS[@]}" ;;

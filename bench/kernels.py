@@ -1,10 +1,10 @@
 """Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...]
 [--out JSON]`.
 
-Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on a logical rank of each:
-milliseconds (bench/measure.py; forward and backward where there is one) of torch, torch.compile and our
-kernel; FLOPs, bytes that must move at least, their share of the card's peak, and memory beyond what was there
-before.
+Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes. bfloat16, shapes of records 11
+to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds (bench/measure.py; forward and
+backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must move at least,
+their share of the card's peak, and memory beyond what was there before.
 """
 
 import functools
@@ -141,7 +141,8 @@ def mlps():
         "torch": trained(mlp_relu_sq_reference, [x, up, down]),
         "compile": trained(torch.compile(mlp_relu_sq_reference, dynamic=False), [x, up, down]),
         "ours": trained(mlp_relu_sq, [x, up, down])}
-    if (capability(x.device) or 0) >= FP8_SINCE:  # forward and backward, of which the backward stays in bfloat16
+    # forward and backward, of which the backward stays in bfloat16
+    if (capability(x.device) or 0) >= FP8_SINCE:
         yield from fp8_mlps(x, up, down, flops, size)
 
 

@@ -84,9 +84,11 @@ def compared(events: list[dict], data: Path, path: Path = PATH) -> dict:
 
 def cpu_losses(precision: str, data: Path, out: Path) -> list[float]:
     """The losses of a training on this CPU, which is stopped when they are in its log."""
-    command = [sys.executable, "train_gpt.py", RECORD, "--scale", SCALE, "--data", str(data), "--out", str(out)]
-    for change in [*settings(), f"schedule.steps={STEPS}", "system.device=cpu", f"system.precision={precision}",
-                   "system.ranks_per_forward=1"]:  # fits in 8 GiB
+    command = [sys.executable, "train_gpt.py", RECORD, "--scale", SCALE]
+    command += ["--data", str(data), "--out", str(out)]
+    how = [f"schedule.steps={STEPS}", "system.device=cpu", f"system.precision={precision}"]
+    how.append("system.ranks_per_forward=1")  # fits in 8 GiB
+    for change in [*settings(), *how]:
         command += ["--set", change]
     training = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
@@ -104,6 +106,7 @@ def cpu_losses(precision: str, data: Path, out: Path) -> list[float]:
 
 
 def main() -> None:
+    """The program: trains twice on the CPU and writes the table."""
     p = arguments.Parser(prog="bench/reference.py", description=__doc__.partition("\n\n")[0],
                          formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", metavar="JSON", default=str(PATH))

@@ -160,8 +160,10 @@ def cell(value):
 # ----- groups of cases in processes of their own ------------------------------------------------------------
 
 def add_resume(p):
+    """The option of the benches that can be stopped and go on."""
     p.add_argument("--resume", action="store_true",
-                   help="keep the rows of a bench that was stopped, if the same code made them on the same device")
+                   help="keep the rows of a bench that was stopped, if the same code on the same device made "
+                   "them")
 
 
 def add_arguments(p, groups):
@@ -183,7 +185,8 @@ def run(o, groups, title, *, show, brief=None, **tables):
         path = o.out or str(Path(scratch) / "rows.json")
         report = Report(path, title, resume=o.resume, checked=True, brief=brief, done=[], **tables)
         whole = report.tables["done"]  # a group that was cut begins again: its cases are told by their number
-        report.rows, report.failed = ([r for r in rows if r["group"] in whole] for rows in (report.rows, report.failed))
+        report.rows = [row for row in report.rows if row["group"] in whole]
+        report.failed = [row for row in report.failed if row["group"] in whole]
         report.write()
         supervise(report, [name for name in o.only or groups if name not in whole])
         return report.finish()

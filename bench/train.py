@@ -45,8 +45,8 @@ def measured(ref, o, data, scratch):
         row |= reference.compared(events, data)
         if o.rehearse:
             row["rehearsed"] = row.pop("failed", "")
-    print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on {row['corpus']}: "
-          + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
+    print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on "
+          f"{row['corpus']}: " + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
     return row
 
 
@@ -63,8 +63,9 @@ def main():
     o = p.parse_args()
     if o.reference:
         if list(o.records) != [reference.RECORD] or o.scale != reference.SCALE or o.data:
-            p.error(f"--reference is {reference.RECORD} at scale {reference.SCALE} on tokens of its own: name no other")
-        o.set += [x for x in reference.settings() if x.partition("=")[0] not in {s.partition("=")[0] for s in o.set}]
+            p.error(f"--reference is {reference.RECORD} at scale {reference.SCALE} on tokens of its own: "
+                    "name no other")
+        o.set = reference.settings() + o.set
     sys.exit(steps.run(o, "A short training", cases))
 
 

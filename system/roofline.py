@@ -4,9 +4,9 @@
 
 A step has four kinds of work: matrix products (of the model and of Muon), attention's own products, bytes
 that elementwise operations and updates move through memory, and communication. Each is counted from the
-settings, and divided by the card's published peak it gives a bound. The expected range divides by the share of the
-peak that such work usually reaches, a low and a high one (SHARES). It is an estimate: no share here was
-measured by this program.
+settings, and divided by the card's published peak it gives a bound. The expected range divides by the share
+of the peak that such work usually reaches, a low and a high one (SHARES). It is an estimate: no share here
+was measured by this program.
 """
 
 import json
@@ -209,11 +209,11 @@ def lines(resolved: Resolved, name: str, gpus: int = 1) -> Iterator[str]:
     for kind, ms in at_peak.items():
         if ms:
             low, high = SHARES[kind]
-            yield (f"  {kind:14} {ms:9.1f} ms at the published peak; assumed to reach {low:.0%} to {high:.0%} "
-                   "of it")
+            yield (f"  {kind:14} {ms:9.1f} ms at the published peak; assumed to reach {low:.0%} to "
+                   f"{high:.0%} of it")
     yield f"  roofline {sum(at_peak.values()):,.0f} ms; expected {least:,.0f} to {most:,.0f} ms a step"
-    yield ("  assumes: compiled, nothing waits for the host, borders of documents hide no work, one kind of work "
-           "after the other" + (", communication hidden or not" if gpus > 1 else ""))
+    yield ("  assumes: compiled, nothing waits for the host, borders of documents hide no work, one kind of "
+           "work after the other" + (", communication hidden or not" if gpus > 1 else ""))
     yield from measured(resolved, name, gpus)
 
 

@@ -124,7 +124,8 @@ def test_a_start_that_fails_keeps_the_others_and_the_next_record(tmp_path, monke
 
     monkeypatch.setattr(steps, "train", train)
     o = argparse.Namespace(
-        records=["short/11", "short/33"], scale="micro", steps=4, nproc=1, data=None, caches=None, set=[], resume=False,
+        records=["short/11", "short/33"], scale="micro", steps=4, nproc=1, data=None, caches=None, set=[],
+        resume=False,
         out=str(tmp_path / "start.json")
     )
     assert steps.run(o, "Start", start.cases) == 1
@@ -407,8 +408,7 @@ def test_the_parts_together_take_less_than_560_seconds_and_the_header_says_what_
     default = re.search(r"parts=\((\w+ .*)\)", text)[1].split()
     assert told == done and list(told)[:6] == default
     assert sum(int(done[part]) for part in default) <= int(re.search(r"BUDGET:-(\d+)", text)[1]) <= 560
-    asked = re.findall(r"--(?:dtype|only|scale) ([\w ]+)", text[text.index("for ((i"):])
-    assert not any("float16" in x.split() or "tune" in x for x in asked)  # by default
+    assert re.findall(r"--dtype (\w+)", text) == ["bfloat16"]
 
 
 def test_a_later_call_leaves_whole_parts_alone_and_continues_the_others(tmp_path):
@@ -474,6 +474,21 @@ def test_a_rehearsal_runs_every_part_on_a_cpu_and_each_leaves_a_whole_result(tmp
         assert found["complete"] and found["rows"] and not found["failed"], name
 
 
+@pytest.mark.parametrize("rows,checked", [
+    ([{"warm": {"attention": "banded, dense"}}], {"banded"}), ([{"attention": "documents"}], {"documents"}),
+    ([], {"documents", "banded"})])
+def test_only_the_attention_that_ran_is_checked(tmp_path, monkeypatch, rows, checked):
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"rows": rows}))
+    monkeypatch.setattr(correct, "compare_attention", lambda *how: 0.0)
+    for dtype, found in (("float32", checked), ("bfloat16", set())):
+        wanted = correct.selection(SimpleNamespace(as_in=str(path), dtype=dtype))
+        made = [row["check"] for row, _ in correct.judged(correct.attention_checks, wanted)]
+        backends = {name.split()[1].rstrip(",") for name in made if "flex" not in name}
+        assert backends & {"documents", "banded"} == found
+    assert correct.selection(SimpleNamespace(as_in=str(path), dtype=None))("fp8_linear y", torch.bfloat16)
+
+
 # ----- kernels ahead of time --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("registers,spilled,shared,said", [
@@ -509,7 +524,7 @@ def test_a_record_launches_every_kernel_that_it_can_have_and_all_compile(tmp_pat
     assert any("44x768x768" in row["operands"] for row in built)  # Muon's largest bank
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "bench/results/aot").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "bench/results/aot").glob("*.json")), ids=lambda x: x.stem)
 def test_the_committed_table_is_whole_and_nothing_in_it_spills(path):
     found = json.loads(path.read_text())
     assert found["complete"] and not found["failed"]

@@ -11,6 +11,7 @@ from float32 as that at its worst step.
 import argparse
 import hashlib
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def compared(events: list[dict], data: Path, path: Path = PATH) -> dict:
     if losses is None:
         return {"failed": f"not compared: fewer than {COMPARED} steps have a loss"}
     apart = [abs(a - b) for a, b in zip(losses, table["float32"], strict=True)]
-    worst = max(apart)
+    worst = max(apart, key=lambda x: math.inf if math.isnan(x) else x)
     row = {"first losses": [round(x, 4) for x in losses], "largest difference": round(worst, 5),
            "at step": apart.index(worst), "bound": round(bound(table), 5)}
     if not worst <= bound(table):

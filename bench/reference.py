@@ -29,7 +29,7 @@ RECORD, SCALE, STEPS, COMPARED = "short/33", "small", 200, 10
 SIZES = {"model.model_dim": 384, "model.attn.num_heads": 3, "data.tokens_per_rank": 256, "data.seq_len": 256,
          "validation.tokens": 2048, "validation.seq_len": 256, "validation.every": COMPARED}
 FACTOR = 4
-STATED = 0.1  # nats, chosen: the bound while the noise of the precision was not made (`record` is null)
+STATED = 0.1  # nats, chosen: the bound while the noise of the precision was not made (`own_precision` is null)
 LEAST_BOUND = 0.01  # nats: so close the loss of a step is not known, whatever the two curves say
 
 
@@ -61,9 +61,9 @@ def first_losses(events: list[dict]) -> list[float] | None:
 
 def bound(table: dict) -> float:
     """How far a GPU's loss may be from the float32 one, in nats: STATED where only float32 was made."""
-    if not table["record"]:
+    if not table["own_precision"]:
         return STATED
-    apart = max(abs(a - b) for a, b in zip(table["float32"], table["record"], strict=True))
+    apart = max(abs(a - b) for a, b in zip(table["float32"], table["own_precision"], strict=True))
     return max(LEAST_BOUND, FACTOR * apart)
 
 
@@ -119,10 +119,10 @@ def main() -> None:
         data = shards(Path(scratch) / "shards")
         table = {"about": measure.about(), "record": RECORD, "scale": SCALE, "steps": STEPS,
                  "settings": settings(), "tokens": digest(data)}
-        for precision in ("float32", "record"):
+        for name, precision in (("float32", "float32"), ("own_precision", "record")):
             began = time.perf_counter()
-            table[precision] = cpu_losses(precision, data, Path(scratch) / precision)
-            print(f"{precision}: {' '.join(f'{x:.4f}' for x in table[precision])} "
+            table[name] = cpu_losses(precision, data, Path(scratch) / precision)
+            print(f"{precision}: {' '.join(f'{x:.4f}' for x in table[name])} "
                   f"({time.perf_counter() - began:.0f} s)", flush=True)
     table["bound"] = bound(table)
     files.write(o.out, files.json_text(table, indent=1) + "\n", parents=True)

@@ -545,7 +545,7 @@ def losses_of(values):
 def test_first_losses_are_compared_with_the_cpu_within_the_noise_of_the_precision(tmp_path, off, said):
     data = reference.shards(tmp_path / "shards", 12)
     exact = [10.8 - 0.1 * i for i in range(reference.COMPARED)]
-    table = {"float32": exact, "record": [exact[0] + 0.01, *exact[1:]], "tokens": reference.digest(data)}
+    table = {"float32": exact, "own_precision": [exact[0] + 0.01, *exact[1:]], "tokens": reference.digest(data)}
     path = tmp_path / "reference.json"
     path.write_text(json.dumps(table))
     row = reference.compared(losses_of([*exact[:4], exact[4] + off, *exact[5:], 7.0]), data, path)
@@ -560,7 +560,7 @@ def test_the_committed_reference_is_of_these_settings_and_tokens(tmp_path):
     assert table["settings"] == reference.settings() and table["steps"] == reference.STEPS
     assert table["tokens"] == reference.digest(reference.shards(tmp_path / "shards"))
     assert table["bound"] == reference.bound(table) < 0.3
-    assert len(table["float32"]) == len(table["record"] or table["float32"]) == reference.COMPARED
+    assert len(table["float32"]) == len(table["own_precision"] or table["float32"]) == reference.COMPARED
     assert 10.7 < table["float32"][0] < 10.9 and table["float32"][-1] < table["float32"][0]
 
 

@@ -29,7 +29,7 @@ RECORD, SCALE, STEPS, COMPARED = "short/33", "small", 200, 10
 SIZES = {"model.model_dim": 384, "model.attn.num_heads": 3, "data.tokens_per_rank": 256, "data.seq_len": 256,
          "validation.tokens": 2048, "validation.seq_len": 256, "validation.every": COMPARED}
 FACTOR = 4
-STATED = 0.1  # nats, chosen: the bound while the noise of the precision was not made (`own_precision` is null)
+STATED = 0.1  # nats, chosen: the bound of a table without the second curve
 LEAST_BOUND = 0.01  # nats: so close the loss of a step is not known, whatever the two curves say
 
 

@@ -38,8 +38,8 @@ if __name__ == "__main__":
     if options.plan:
         from system.dry_run import print_plan
         try:
-            print_plan(resolved, options.plot)
-        except UserError as error:
+            print_plan(resolved, options.plot, options.card, options.nproc or 1)
+        except UserError as error:  # of --plot and --card
             console.fail(error)
         raise SystemExit(0)
 

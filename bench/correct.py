@@ -10,7 +10,9 @@ largest value; the bound is a few roundings of the dtype. What a device cannot r
 """
 
 import functools
+import json
 import sys
+from pathlib import Path
 
 import measure  # first: it finds the repository
 import report
@@ -542,9 +544,13 @@ GROUPS = {
 }
 
 
-def judged(checks):
-    """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure."""
+def judged(checks, wanted=None, rehearse=False):
+    """Cases of bench/report.py from those of a group; an error above the bound, or NaN, is a failure.
+    wanted: function of (name, dtype) that says which checks are made; None: all. rehearse: errors mean
+    nothing, as on a device that computes nothing."""
     for name, dtype, check, *bound in checks():
+        if wanted is not None and not wanted(name, dtype):
+            continue
         bound = bound[0] if bound else 8 * ROUNDING[dtype]
 
         def case():
@@ -552,6 +558,8 @@ def judged(checks):
             found = check()
             if isinstance(found, str):
                 return {"not_run": found}
+            if rehearse:
+                return {"ran": True}
             row = {"error": found, "bound": bound}
             return (
                 row if found <= bound else {**row, "failed": f"wrong: error {found:.1e}, bound {bound:.1e}"}
@@ -563,6 +571,8 @@ def judged(checks):
 def show(row):
     if "not_run" in row:
         return f"-     {row['check']}, {row['dtype']}: not run here: {row['not_run']}"
+    if "ran" in row:
+        return f"ran   {row['check']}, {row['dtype']}"
     return f"ok    {row['check']}, {row['dtype']}: {row['error']:.1e} (bound {row['bound']:.1e})"
 
 
@@ -584,15 +594,44 @@ def brief(rows):
     return lines
 
 
+def backends_of(path):
+    """The attention backends that the trainings in a result of bench/steps.py or train.py ran on."""
+    try:
+        rows = json.loads(Path(path).read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError):
+        return set()
+    said = ", ".join((row.get("warm") or row)["attention"] for row in rows)
+    return {name for name in attention.BACKENDS if name in said.split(", ")}
+
+
+def selection(o):
+    """Function of (name, dtype): is this check wanted by --dtype and --as-in?"""
+    used = backends_of(o.as_in) if o.as_in else set()
+
+    def wanted(name, dtype):
+        if o.dtype and str(dtype) != f"torch.{o.dtype}":
+            return False
+        return not (used and name.startswith("attention ")) or name.split()[1].rstrip(",") in used
+
+    return wanted
+
+
 def main():
     p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
+    p.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],
+                   help="only the checks in this one")
+    p.add_argument("--as-in", metavar="JSON", help="of the attention backends only those that the trainings "
+                                                   "of this result ran on; all if there is none")
+    p.add_argument("--rehearse", action="store_true", help="run each check and judge no error")
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
     torch.manual_seed(0)
     # FlexAttention: beyond it an eager one would run, and say nothing
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    groups = {name: functools.partial(judged, checks) for name, checks in GROUPS.items()}
+    groups = {
+        name: functools.partial(judged, checks, selection(o), o.rehearse) for name, checks in GROUPS.items()
+    }
     sys.exit(report.run(o, groups, "Kernels against float64", show=show, brief=brief))
 
 

@@ -1,10 +1,10 @@
 """Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...]
 [--out JSON]`.
 
-Needs a GPU. bfloat16, shapes of records 11 to 33 on 65,536 tokens, attention on a logical rank of each:
-milliseconds (bench/measure.py; forward and backward where there is one) of torch, torch.compile and our
-kernel; FLOPs, bytes that must move at least, their share of the card's peak, and memory beyond what was there
-before.
+Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes. bfloat16, shapes of records 11
+to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds (bench/measure.py; forward and
+backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must move at least,
+their share of the card's peak, and memory beyond what was there before.
 """
 
 import functools
@@ -34,7 +34,8 @@ from settings import Softcap, head_dim
 from steps import LANDMARKS
 
 DEVICE = torch.device("cuda")
-TOKENS, DIM, HIDDEN, VOCAB, HEADS = 65536, 768, 3072, 50304, 6
+TOKENS, DIM, HIDDEN, VOCAB, HEADS, SCALE = 65536, 768, 3072, 50304, 6, "full"
+REHEARSED = 256, 64, 256, 512, 2, "micro"  # the same on a CPU
 # dense bfloat16 TFLOP/s and TB/s of a card, by name; H200 as read on one, the others by their makers
 PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (165, 1.0)}
 
@@ -140,7 +141,8 @@ def mlps():
         "torch": trained(mlp_relu_sq_reference, [x, up, down]),
         "compile": trained(torch.compile(mlp_relu_sq_reference, dynamic=False), [x, up, down]),
         "ours": trained(mlp_relu_sq, [x, up, down])}
-    if capability(x.device) >= FP8_SINCE:  # forward and backward, of which the backward stays in bfloat16
+    # forward and backward, of which the backward stays in bfloat16
+    if (capability(x.device) or 0) >= FP8_SINCE:
         yield from fp8_mlps(x, up, down, flops, size)
 
 
@@ -279,7 +281,7 @@ def windows_of(s):
 def attentions():
     """Forward and backward of a layer's attention on a logical rank, every backend that can."""
     for ref in LANDMARKS:
-        s = deltas.resolve(ref).settings
+        s = deltas.resolve(ref, scale=SCALE).settings
         tokens, heads, width = s.data.seq_len, s.model.attn.num_heads, head_dim(s)
         rows = schedule.shape(s, 0).tokens_per_rank // tokens
         longest = s.data.max_doc_len if s.data.loader == "packed" else None
@@ -347,17 +349,34 @@ def timed(step, flops, size, peak, repeats):
     return row
 
 
-def cases(operations, peak, repeats):
+def rehearsed(way, step):
+    """The row of one way that is run once. What a CPU cannot do is said."""
+    if DEVICE.type == "cpu" and way in ("ours", "compile"):
+        return {"not_run": "is rehearsed on CUDA"}
+    if isinstance(step, Prepared):
+        try:
+            step = step.make()
+        except ValueError as error:
+            return {"not_run": str(error)}
+    step()
+    return {"ran": True}
+
+
+def cases(operations, peak, repeats, rehearse):
     """Of bench/report.py: every way of every operation."""
     for operation, flops, size, ways in operations():
         for way, step in ways.items():
-            yield {"operation": operation, "way": way}, lambda: timed(step, flops, size, peak, repeats)
+            yield {"operation": operation, "way": way}, lambda: (
+                rehearsed(way, step) if rehearse else timed(step, flops, size, peak, repeats)
+            )
 
 
 def show(row):
     head = f"{row['operation']:44} {row['way']:8}"
     if "not_run" in row:
         return f"{head} not run: {row['not_run']}"
+    if "ran" in row:
+        return f"{head} ran"
     return (
         f"{head} {row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s {1e3 * row['gb'] / row['ms']:7.0f} GB/s "
         f"{row['peak_mib']:7} MiB"
@@ -385,18 +404,24 @@ def brief(rows):
 def main():
     p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)
+    p.add_argument("--rehearse", action="store_true", help="run each way once and time nothing")
     report.add_arguments(p, GROUPS)
     o = p.parse_args()
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and o.rehearse:
+        global DEVICE, TOKENS, DIM, HIDDEN, VOCAB, HEADS, SCALE
+        DEVICE, (TOKENS, DIM, HIDDEN, VOCAB, HEADS, SCALE) = torch.device("cpu"), REHEARSED
+    elif not torch.cuda.is_available():
         print(f"no GPU here; on one this would time: {', '.join(o.only or GROUPS)}")
         sys.exit(0)
     torch.manual_seed(0)
     # of FlexAttention, which every window and every row compiles anew
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
-    peak = next((v for k, v in PEAKS.items() if k in torch.cuda.get_device_name()), None)
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    peak = next((v for k, v in PEAKS.items() if k in card), None)
     groups = {
-        name: functools.partial(cases, operations, peak, o.repeats) for name, operations in GROUPS.items()
+        name: functools.partial(cases, operations, peak, o.repeats, o.rehearse)
+        for name, operations in GROUPS.items()
     }
     sys.exit(report.run(o, groups, "Operations of a full-width step", show=show, brief=brief))
 

@@ -23,6 +23,7 @@ from data.shards import GPT2, write_shard
 EOT, MEDIAN, SIGMA = 50256, 400, 1.04  # lengths of FineWeb's documents, as data/corpus.py
 QUEUED = 5  # calls that wait behind one pause: the GPU's queue holds about a thousand kernels
 CYCLES, LONGEST_PAUSE = 2e9, 0.1  # a second of a GPU's clock, at most; seconds
+LAG = 8  # places between a token of `repeating_shards` and the one that it repeats
 L2 = 2 ** 28  # bytes, more than any card's L2 cache
 
 
@@ -100,3 +101,22 @@ def synthetic_shards(folder, train_tokens, val_tokens):
         tokens[0] = tokens[starts[starts < count]] = EOT
         write_shard(folder / name, tokens)
     files.write(folder / "corpus.json", files.json_text({**GPT2, "name": "random tokens"}) + "\n")
+
+
+def repeating_shards(folder, train_tokens, val_tokens):
+    """Shards of GPT-2 ids that a model learns from: frequencies after Zipf, and one token in four repeats the
+    one LAG places before it. They are the same on every machine."""
+    random = np.random.default_rng(1)
+    names = random.permutation(EOT)
+    shares = np.cumsum(1 / (np.arange(EOT) + 10.0))
+    for name, count in (("bench_train_000001.bin", train_tokens), ("bench_val_000000.bin", val_tokens)):
+        rows = -(-count // LAG)
+        drawn = names[np.searchsorted(shares / shares[-1], random.random(rows * LAG)).clip(max=EOT - 1)]
+        fresh = random.random((rows, LAG)) >= 0.25
+        fresh[0] = True
+        source = np.maximum.accumulate(np.where(fresh, np.arange(rows)[:, None], 0))  # (rows, LAG)
+        tokens = np.take_along_axis(drawn.reshape(rows, LAG), source, 0).ravel()[:count]
+        starts = np.cumsum(lengths(random, count // 100))
+        tokens[0] = tokens[starts[starts < count]] = EOT
+        write_shard(folder / name, tokens)
+    files.write(folder / "corpus.json", files.json_text({**GPT2, "name": "repeating tokens"}) + "\n")

@@ -25,19 +25,27 @@ PROCESSES = 8  # after so many deaths the rest is given up
 
 class Report:
     """Rows of one bench. path: of the JSON, or None: nothing is written; an older file is removed, unless its
-    rows are continued (`resume`). brief: what of the rows the Markdown shows. tables:
-    what else the JSON says."""
+    rows are continued (`resume`; `checked`: only if the same code on the same device made them). brief: what
+    of the rows the Markdown shows. tables: what else the JSON says."""
 
-    def __init__(self, path, title, *, resume=False, brief=None, **tables):
+    def __init__(self, path, title, *, resume=False, checked=False, brief=None, **tables):
         self.path, self.title, self.brief = path and Path(path), title, brief or (lambda rows: rows)
         self.rows, self.failed, self.tables, self.about = [], [], tables, None
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if resume:
+            if resume and (not checked or self.continues()):
                 self.read()
             else:
                 for old in (self.path, self.markdown_path()):
                     old.unlink(missing_ok=True)
+
+    def continues(self):
+        """Are the rows of the file of this code, device, torch and arguments? Others are made anew."""
+        if not self.path.exists():
+            return False
+        found, here = json.loads(self.path.read_text(encoding="utf-8")), measure.about()
+        return all(found["about"].get(name) == here[name] for name in ("device", "torch", "code")) and all(
+            found.get(name) == value for name, value in self.tables.items() if name != "done")
 
     def read(self):
         """The rows that are in the file."""
@@ -151,9 +159,17 @@ def cell(value):
 
 # ----- groups of cases in processes of their own ------------------------------------------------------------
 
+def add_resume(p):
+    """The option of the benches that can be stopped and go on."""
+    p.add_argument("--resume", action="store_true",
+                   help="keep the rows of a bench that was stopped, if the same code on the same device made "
+                   "them")
+
+
 def add_arguments(p, groups):
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
+    add_resume(p)
     p.add_argument("--child", nargs="+", choices=groups,
                    help="used by the bench itself: run these groups in this process")
 
@@ -167,16 +183,19 @@ def run(o, groups, title, *, show, brief=None, **tables):
         return child(Report(o.out, title, resume=True, brief=brief), groups, o.child, show)
     with tempfile.TemporaryDirectory() as scratch:
         path = o.out or str(Path(scratch) / "rows.json")
-        report = Report(path, title, brief=brief, done=[], **tables)
+        report = Report(path, title, resume=o.resume, checked=True, brief=brief, done=[], **tables)
+        whole = report.tables["done"]  # a group that was cut begins again: its cases are told by their number
+        report.rows = [row for row in report.rows if row["group"] in whole]
+        report.failed = [row for row in report.failed if row["group"] in whole]
         report.write()
-        supervise(report, o.only or list(groups))
+        supervise(report, [name for name in o.only or groups if name not in whole])
         return report.finish()
 
 
 def supervise(report, left):
     """Start processes until every group was run to its end, or enough of them died."""
     stuck = None
-    for _ in range(PROCESSES):
+    for _ in range(PROCESSES if left else 0):
         before = counts(report)
         code = call([sys.executable, *sys.argv, "--out", str(report.path), "--child", *left])
         report.read()
@@ -193,6 +212,8 @@ def supervise(report, left):
         stuck = left[0] if left and not moved else None
         if not left:
             return
+    if not left:  # all of them were there already
+        return
     report.add({"group": left[0], "case": f"the rest of {', '.join(left)}",
                 "failed": f"not run: {PROCESSES} processes died"})
 

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import measure
-from report import Report, stop_in_order
+from report import Report, add_resume, stop_in_order
 
 from common import arguments, console
 import deltas
@@ -57,15 +57,15 @@ def train(ref, o, data, caches, out, more=(), validations=2):
     if o.nproc > 1:
         launch += [str(ROOT / "system" / "launch.py"), str(o.nproc)]
     command = [*launch, "train_gpt.py", ref, "--scale", o.scale, "--out", str(out)]
+    sets = {}
     if o.steps:
-        command += [
-            "--set", f"schedule.steps={o.steps}", "--set",
-            f"validation.every={max(1, o.steps // validations)}"
-        ]
+        sets |= {"schedule.steps": o.steps, "validation.every": max(1, o.steps // validations)}
     if o.scale in ("full", "small"):
-        command += ["--data", str(data), "--set", f"validation.tokens={validation_tokens(ref, o.scale)}"]
-    for x in o.set:
-        command += ["--set", x]
+        command += ["--data", str(data)]
+        sets["validation.tokens"] = validation_tokens(ref, o.scale)
+    sets |= dict(x.split("=", 1) for x in o.set)
+    for path, value in sets.items():
+        command += ["--set", f"{path}={value}"]
     command += more
     env = dict(os.environ)
     if caches is not None:
@@ -167,13 +167,15 @@ def add_arguments(p, steps, records=LANDMARKS, scale="full"):
     p.add_argument("--set", action="append", default=[], metavar="PATH=VALUE",
                    help="as in train_gpt.py, for every record")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
+    add_resume(p)
 
 
 def run(o, title, cases):
     """Exit code. cases: function of (record, o, data, scratch) that yields (fields, case) of each row."""
     stop_in_order()
-    report = Report(o.out, title, scale=o.scale, steps=o.steps, processes=o.nproc, settings=o.set,
-                    data=Path(o.data or "random-tokens").name)
+    report = Report(o.out, title, resume=o.resume, checked=True, scale=o.scale, steps=o.steps,
+                    processes=o.nproc, settings=o.set, data=Path(o.data or "random-tokens").name)
+    report.failed = []  # these are tried again
     report.write()
     with tempfile.TemporaryDirectory() as scratch:
         try:
@@ -182,7 +184,8 @@ def run(o, title, cases):
             sys.exit(f"error: {error}")
         for ref in o.records:
             for fields, case in cases(ref, o, data, scratch):
-                report.attempt(fields, case)
+                if not any(fields.items() <= row.items() for row in report.rows):
+                    report.attempt(fields, case)
     return report.finish()
 
 

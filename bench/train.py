@@ -2,12 +2,14 @@
 
 Each record is trained by train_gpt.py at scale small, `--steps` of its 40 million tokens' steps (0: all). On
 random tokens, without --data, losses fall to that of random tokens, log 50256 = 10.82, and the curve says
-only that it runs.
+only that it runs. With --reference the training is that of bench/reference.py, and its first losses are
+compared with those that a CPU had in float32.
 """
 
 import sys
 from pathlib import Path
 
+import reference
 import steps
 
 from common import arguments, console
@@ -33,10 +35,18 @@ def curve(summary, events):
 
 def measured(ref, o, data, scratch):
     caches = steps.place(o.caches, ref) if o.caches else None  # None: those that every training uses
-    row = curve(*steps.train(ref, o, data, caches, steps.place(Path(scratch) / "runs", ref), validations=8))
+    if o.reference:
+        data = reference.shards(Path(scratch) / "shards", o.steps)
+    summary, events = steps.train(
+        ref, o, data, caches, steps.place(Path(scratch) / "runs", ref), validations=8
+    )
+    row = curve(summary, events)
+    if o.reference:
+        row |= reference.compared(events, data)
+        if o.rehearse:
+            row["rehearsed"] = row.pop("failed", "")
     print(f"{ref}: {row['val_loss']:.4f} after {row['steps']} steps, {row['train_s']:.1f} s of training on "
-          f"{row['corpus']}: "
-          + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
+          f"{row['corpus']}: " + ", ".join(f"{k} {v}" for k, v in row["curve"].items()), flush=True)
     return row
 
 
@@ -47,8 +57,15 @@ def cases(ref, *where):
 
 def main():
     p = arguments.Parser(prog="bench/train.py", description=__doc__.partition("\n\n")[0])
-    steps.add_arguments(p, 200, ("short/33",), "small")
+    steps.add_arguments(p, 200, (reference.RECORD,), "small")
+    p.add_argument("--reference", action="store_true", help="compare the first losses with those of the CPU")
+    p.add_argument("--rehearse", action="store_true", help="a difference from the CPU is no failure")
     o = p.parse_args()
+    if o.reference:
+        if list(o.records) != [reference.RECORD] or o.scale != reference.SCALE or o.data:
+            p.error(f"--reference is {reference.RECORD} at scale {reference.SCALE} on tokens of its own: "
+                    "name no other")
+        o.set = reference.settings() + o.set
     sys.exit(steps.run(o, "A short training", cases))
 
 

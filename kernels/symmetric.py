@@ -38,6 +38,7 @@ TILES = {
 }
 # for small matrices, and float32: its products are three of TF32, which take more registers
 SMALL = Tile(64, 32, 4, 3)
+TINY = Tile(32, 32, 4, 3)  # the gates' 6 x 12: their rows are read element by element, which takes registers
 
 
 # ----- reference --------------------------------------------------------------------------------------------
@@ -150,6 +151,8 @@ def kernel():
 
 
 def default_tile(x):
+    if x.size(-2) <= TINY.side:
+        return TINY
     small = x.size(-2) <= SMALL.side or x.dtype == torch.float32
     return SMALL if small else TILES.get(capability(x.device), TILES["default"])
 

@@ -10,6 +10,7 @@ from deltas import Resolved, resolve_name
 from scales import SCALES
 from settings import LOGICAL_RANKS
 from system.place import PROCESSES, Place
+from system.roofline import CARDS
 
 
 def parser() -> arguments.Parser:
@@ -77,6 +78,10 @@ def execution(p: arguments.Parser) -> None:
         help="with --dry-run: draw the schedules of the run as a picture (.png or .svg; needs matplotlib)"
     )
     p.add_argument(
+        "--card", choices=list(CARDS),
+        help="with --dry-run: estimate the milliseconds of a step on this GPU (on --nproc of them)"
+    )
+    p.add_argument(
         "--strict", action="store_true",
         help="refuse to run in a slower way than the record and the device allow, "
         "and fail if anything was compiled after the warm-up"
@@ -110,6 +115,8 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
                 f"--plot {options.plot}: the plan is drawn with --dry-run: add it (curves of runs: python -m "
                 "records plot)"
             )
+        if options.card and not options.plan:
+            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it")
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):

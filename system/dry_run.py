@@ -12,13 +12,19 @@ from common import files, lines
 from deltas import Resolved
 from layers.specs import layer_specs
 from settings import LOGICAL_RANKS, padded_vocab
-from system import plan_plot
+from system import plan_plot, roofline
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 
 
 @lines.fitted()
-def print_plan(resolved: Resolved, picture: str | None = None) -> None:
-    """Print what a run would do. picture: file for a drawing of its schedules (system.plan_plot), or None."""
+def print_plan(
+    resolved: Resolved, picture: str | None = None, card: str | None = None, gpus: int = 1
+) -> None:
+    """Print what a run would do.
+
+    picture: file for a drawing of its schedules (system.plan_plot), or None. card: name of one of
+    roofline.CARDS, to estimate a step on so many of these GPUs; None: no estimate.
+    """
     if picture is not None:
         plan_plot.check(picture)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--dry-run | head` ends quietly
@@ -60,7 +66,7 @@ def print_plan(resolved: Resolved, picture: str | None = None) -> None:
         print(line)
     for line in held(s):
         print(line)
-    for line in measured(resolved):
+    for line in measured(resolved) if card is None else roofline.lines(resolved, card, gpus):
         print(line)
     if picture is not None:
         plan_plot.draw(resolved, picture)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+sys.path.append(str(ROOT / "bench"))  # aot.py; behind the repository, whose `kernels` is another one
 
 
 def program_of(file):

@@ -492,7 +492,10 @@ def test_flash_attention_starts_blocks_for_the_documents_that_there_are(ref, mic
     assert each > 8 and len(texts) > 8 // microbatch
     for i, (cu_seqlens, same, max_seqlen, _) in enumerate(calls):
         lengths = lengths_in(texts[i // each], corpus.bos)
-        assert len(cu_seqlens) == len(lengths) + 1 and torch.equal(cu_seqlens, same) and max_seqlen == max(lengths)
+        assert (
+            len(cu_seqlens) == len(lengths) + 1 and torch.equal(cu_seqlens, same)
+            and max_seqlen == max(lengths)
+        )
 
 
 def test_a_faster_backend_is_missed_only_where_an_installation_would_bring_it(monkeypatch):

@@ -611,7 +611,7 @@ def resources(arch, folder):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
     def note(label, module, call):
-        (kernel, _, args, kwargs), = aot.launches(module, "kernels", call)
+        (kernel, _, args, kwargs), = aot.launches({module: "kernels"}, call)
         built = aot.build(kernel, *args, arch=arch, folder=folder, **kwargs)
         found[label] = {
             **built._asdict(),

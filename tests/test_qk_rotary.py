@@ -230,7 +230,7 @@ def resources(arch, folder):
             ("gradient", lambda: qk_rotary.gradient(q, k, cos, cos, g, g, *plan)),
             ("joint gradient", lambda: qk_rotary.joint_gradient(qkv, cos, cos, g, g, g, *plan))
         ):
-            (kernel, grid, args, kwargs), = aot.launches(qk_rotary, "kernels", call)
+            (kernel, grid, args, kwargs), = aot.launches({qk_rotary: "kernels"}, call)
             built = aot.build(kernel, *args, arch=arch, folder=folder, **kwargs)
             accesses = {4 * int(n or 1) for n in re.findall(r"(?:ld|st)\.global(?:\.v(\d))?\.b32", built.ptx)}
             narrow = len(re.findall(r"(?:ld|st)\.global\S*\.b(?:8|16|64)", built.ptx))

@@ -170,7 +170,7 @@ def resources(arch, folder):
     found = {}
 
     def note(label, module, kernels, call):
-        (kernel, grid, args, kwargs), = aot.launches(module, kernels, call)
+        (kernel, grid, args, kwargs), = aot.launches({module: kernels}, call)
         built = aot.build(kernel, *args, arch=arch, folder=folder, **kwargs)
         instructions = [i for i in ("wgmma", "mma.sync", "cp.async") if i in built.ptx]
         found[label] = {**built._asdict(), "grid": grid, "ptx": instructions}

@@ -1,0 +1,274 @@
+"""Triton kernels compiled ahead of time, on any machine, at the shapes that records launch them with:
+`python bench/aot.py [RECORD ...] [--arch 90 ...] [--out JSON]`.
+
+Each record runs one step of its full-width model and of Muon on tensors without values, with every kernel of
+ours switched on; what it launches is noted and compiled as a launch on a GPU would: same hints, constants and
+options. A row says what ptxas gave a kernel: registers of a thread, bytes that it spills, shared memory of a
+block. Exit code 1 if one spills, has no room on the card, or does not compile. No GPU is needed, and no time
+is measured.
+
+    calls = launches({module: "kernels"}, lambda: module.f(tensors on "meta"))
+    kernel, grid, args, kwargs = calls[0]
+    built = build(kernel, *args, arch=90, folder=..., **kwargs)
+
+module.kernels() returns what triton.jit made, one kernel or a tuple. Triton must not be in interpreter mode.
+"""
+
+import contextlib
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import measure  # first: it finds the repository
+import report
+import torch
+
+import deltas
+import schedule
+from common import arguments, console
+from common.errors import UserError
+from kernels import cross_entropy, device, fp8_linear, linear_relu_sq, qk_rotary, symmetric, transpose
+from model import without_values
+from optim import Optimizer
+from settings import LOGICAL_RANKS
+from system.microbatch import ranks_per_microbatch
+
+ROOT = Path(__file__).parent.parent
+# A record per kind of launch, with settings where a kernel has no record of its own yet. Another landmark is
+# one more line.
+RECORDS = [
+    "short/5", "short/11", "short/12", "short/20", "short/26", "short/29", "short/33",
+    "short/33 numerics.fp8_mlp", "short/33 numerics.fp8_mlp numerics.fp8_mlp.c_proj",
+]
+KERNELS = {cross_entropy: "kernels", linear_relu_sq: "kernels", qk_rotary: "kernels", symmetric: "kernel",
+           transpose: "kernels"}
+SWITCHES = ("loss", "mlp", "muon", "qk", "transpose")
+# bytes that a block can have; CUDA C++ guide, compute capabilities
+SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64",
+            torch.int32: "*i32", torch.int16: "*i16", torch.int8: "*i8",
+            torch.float8_e4m3fn: "*fp8e4nv", torch.float8_e5m2: "*fp8e5"}
+OPTIONS = ("num_warps", "num_stages")
+
+
+class Built(NamedTuple):
+    """What ptxas says of a kernel."""
+    shared: int  # bytes per block
+    registers: int  # per thread
+    spilled: int  # bytes of the stack per thread: our kernels have no arrays, so what is there was spilled
+    ptx: str
+
+
+class Recorder:
+    """Stands for a kernel: recorder[grid](*args, **kwargs) notes the launch."""
+
+    def __init__(self, fn, calls):
+        self.fn, self.calls = fn, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.calls.append((self.fn, grid, args, kwargs))
+
+
+def launches(modules, call):
+    """[(kernel, grid, args, kwargs)] of what `call` launches; none runs. modules: {module: name of its
+    function that returns its kernels}."""
+    originals, calls = {module: getattr(module, name) for module, name in modules.items()}, []
+    try:
+        for module, name in modules.items():
+            made = originals[module]()
+            recorders = (
+                tuple(Recorder(k, calls) for k in made) if isinstance(made, tuple) else Recorder(made, calls)
+            )
+            setattr(module, name, lambda recorders=recorders: recorders)
+        call()
+    finally:
+        for module, name in modules.items():
+            setattr(module, name, originals[module])
+    return calls
+
+
+def specialise(value):
+    """(type, constant or None, divisible by 16) of an argument, as Triton's launcher does: a stride of 1 is a
+    constant."""
+    if isinstance(value, torch.Tensor):  # torch allocates at multiples of 16
+        return POINTERS[value.dtype], None, True
+    if isinstance(value, float):
+        return "fp32", None, False
+    if value == 1:
+        return "constexpr", 1, False
+    return "i32" if -2**31 <= value < 2**31 else "i64", None, value % 16 == 0
+
+
+def build(kernel, *args, arch, folder, **kwargs):
+    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90, say. folder:
+    for files."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    names = kernel.arg_names
+    found = {name: specialise(value) for name, value in zip(names, args)}
+    constants = {name: constant for name, (_, constant, _) in found.items() if constant is not None} | kwargs
+    signature = {name: "constexpr" if name in constants else found[name][0] for name in names}
+    hints = {(names.index(name),): [["tt.divisibility", 16]] for name, (_, _, even) in found.items() if even}
+    source = ASTSource(kernel, signature, constants, hints)
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cubin = Path(folder) / "kernel.cubin"
+    cubin.write_bytes(built.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    registers, stack, local = (
+        int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL")
+    )
+    return Built(built.metadata.shared, registers, stack + local, built.asm["ptx"])
+
+
+# ----- what a record launches -------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def pretending(arch):
+    """Inside, the kernels' modules take tensors without values for those of a GPU of this compute
+    capability."""
+    units = arch >= device.FP8_SINCE
+    answers = {
+        device.refusal: lambda where, dtype, least=80: None if arch >= least else f"needs {least / 10}",
+        device.capability: lambda where: arch,
+        fp8_linear.has_fp8_units: lambda x: units,
+        fp8_linear.kept_in_bfloat16: lambda x: not units,
+        cross_entropy.refusal: lambda where, plan: None,
+        cross_entropy.operands: lambda a, b, plan: (a, b),
+    }
+    changed = [
+        (module, name, value)
+        for key, module in list(sys.modules.items()) if key.startswith(("kernels.", "layers."))
+        for name, value in list(vars(module).items()) if any(value is known for known in answers)
+    ]
+    chunk = dict(cross_entropy.CHUNK)
+    try:
+        for module, name, value in changed:
+            setattr(module, name, answers[value])
+        cross_entropy.CHUNK["cpu"] = chunk["cuda"]
+        yield
+    finally:
+        cross_entropy.CHUNK.update(chunk)
+        for module, name, value in changed:
+            setattr(module, name, value)
+
+
+def settings_of(text):
+    """(settings, switches) of "RECORD [PATH ...]": what is on as with `--with PATH`, and every kernel of ours
+    that the record can have."""
+    ref, *features = text.split()
+    taken = []
+    for name in SWITCHES:
+        with contextlib.suppress(UserError):  # the record has no such operation
+            deltas.resolve(ref, with_=features, sets=[f"system.kernels.{name}=triton"])
+            taken.append(name)
+    sets = [f"system.kernels.{name}=triton" for name in taken]
+    return deltas.resolve(ref, with_=features, sets=sets).settings, taken
+
+
+def step(s, switches):
+    """Forward, backward and Muon's products of one training step on one GPU, on tensors without values."""
+    model, shape = without_values(s), schedule.largest_shape(s)
+    microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=True)
+    rows = microbatch * shape.tokens_per_rank // shape.seq_len
+    tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
+    losses = model(tokens, torch.empty_like(tokens), model.context(tokens, 0, shape.windows))
+    losses.mean().backward()
+    if "muon" not in switches:
+        return
+    for bank in Optimizer(model, s).banks:
+        for piece in bank.views.split(bank.param) if bank.rule.name == "muon" else ():
+            symmetric.step(torch.empty(piece.shape, dtype=torch.bfloat16, device="meta"), 1.0, 2.0, 3.0)
+
+
+def key(kernel, args, kwargs):
+    """All of a launch that decides what is compiled."""
+    return kernel.fn.__name__, tuple(map(specialise, args)), tuple(sorted(kwargs.items()))
+
+
+def shown(args):
+    """The shapes of a launch in a few words."""
+    tensors = dict.fromkeys(
+        f"{'x'.join(map(str, a.shape))} {str(a.dtype).removeprefix('torch.')}"
+        for a in args if isinstance(a, torch.Tensor) and a.dim() > 1
+    )
+    return ", ".join(tensors)
+
+
+# ----- the program ------------------------------------------------------------------------------------------
+
+def resources(kernel, args, kwargs, arch, folder):
+    """The row of one kernel on one architecture."""
+    built = build(kernel, *args, arch=arch, folder=folder, **kwargs)
+    room = 65536 // (32 * kwargs["num_warps"])  # registers of a thread if one block fills a multiprocessor
+    row = {"registers": built.registers, "spilled_bytes": built.spilled, "shared_bytes": built.shared}
+    if built.spilled:
+        row["failed"] = f"spills {built.spilled} bytes a thread ({built.registers} registers)"
+    elif built.shared > SHARED[arch]:
+        row["failed"] = f"wants {built.shared} bytes of shared memory, and a block has {SHARED[arch]}"
+    elif built.registers > room:
+        row["failed"] = f"wants {built.registers} registers a thread, and {room} are there"
+    return row
+
+
+def cases(o, seen, folder):
+    """Of bench/report.py: every kernel of every record, once for an architecture."""
+    for text in o.records:
+        s, switches = settings_of(text)
+        for arch in o.arch:
+            if s.numerics.fp8_mlp and arch < device.FP8_SINCE:
+                why = f"needs compute capability {device.FP8_SINCE / 10}"
+                yield {"record": text, "arch": f"sm_{arch}"}, lambda why=why: {"not_run": why}
+                continue
+            with pretending(arch):
+                calls = launches(KERNELS, functools.partial(step, s, switches))
+            for kernel, _, args, kwargs in calls:
+                name = (arch, key(kernel, args, kwargs))
+                if name in seen:
+                    continue
+                seen.add(name)
+                tile = " ".join(f"{k}={v}" for k, v in kwargs.items())
+                fields = {"kernel": kernel.fn.__name__, "record": text, "arch": f"sm_{arch}",
+                          "operands": shown(args), "constants": tile}
+                yield fields, functools.partial(resources, kernel, args, kwargs, arch, folder)
+
+
+def main():
+    """The program. Exit code 1 if a kernel spills, has no room, or does not compile."""
+    import triton
+    p = arguments.Parser(prog="bench/aot.py", description=__doc__.partition("\n\n")[0])
+    p.add_argument("records", nargs="*", default=RECORDS, metavar="RECORD",
+                   help='"short/33", or "short/33 numerics.fp8_mlp" with features turned on')
+    p.add_argument("--arch", nargs="+", type=int, choices=SHARED, default=list(SHARED))
+    p.add_argument("--out", metavar="JSON", help="default: bench/results/aot/triton-VERSION.json")
+    o = p.parse_args()
+    out = o.out or ROOT / f"bench/results/aot/triton-{triton.__version__}.json"
+    title = f"Own Triton kernels, compiled ahead of time by Triton {triton.__version__}"
+    table = report.Report(out, title, triton=triton.__version__)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for fields, case in cases(o, set(), folder):
+                row = table.attempt(fields, case)
+                if "not_run" in row:
+                    print(f"{row['arch']:7}{row['record']}: not run: {row['not_run']}", flush=True)
+                    continue
+                print(f"{row['arch']:7}{row['kernel']:17}{row.get('registers', '-'):>4} registers "
+                      f"{row.get('spilled_bytes', '-'):>5} spilled {row.get('shared_bytes', '-'):>7} shared  "
+                      f"{row['operands']}", flush=True)
+        except UserError as error:  # an unknown record
+            sys.exit(f"error: {error}")
+    sys.exit(table.finish())
+
+
+if __name__ == "__main__":
+    console.program(main)

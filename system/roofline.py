@@ -1,0 +1,230 @@
+"""What a training step takes at least on a card, by counting, and what it may be expected to take.
+
+    for line in lines(resolved, "h200", gpus=1): print(line)
+
+A step has four kinds of work: matrix products (of the model and of Muon), attention's own products, bytes
+that elementwise operations and updates move through memory, and communication. Each is counted from the
+settings, and divided by the card's published peak it gives a bound. The expected range divides by the share
+of the peak that such work usually reaches, a low and a high one (SHARES). It is an estimate: no share here
+was measured by this program.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import schedule
+from common import files
+from common.errors import UserError
+from deltas import Resolved
+from layers.specs import LayerSpec, layer_specs
+from settings import LOGICAL_RANKS, Settings, padded_vocab
+from system.microbatch import ranks_per_microbatch
+
+ROOT = Path(__file__).parent.parent
+
+
+class Card(NamedTuple):
+    """Published peaks of one GPU."""
+    bf16: float  # TFLOP/s, dense, sums in float32
+    fp8: float | None  # the same of 8-bit operands; None: no units for them
+    fp32: float  # TFLOP/s without tensor cores: what torch does in float32 by default
+    memory: float  # TB/s
+    link: float  # GB/s to the other GPUs of a machine, in one direction
+
+
+# Dense figures; makers print those with 2:4 sparsity, twice as high.
+CARDS = {
+    # NVIDIA A100 datasheet (80 GB SXM): 312 TFLOPS, 2,039 GB/s, NVLink 600 GB/s in both directions
+    "a100": Card(312, None, 19.5, 2.039, 300),
+    # NVIDIA H100 datasheet (SXM): 1,979 TFLOPS and 3,958 with sparsity, 3.35 TB/s, NVLink 900 GB/s
+    "h100": Card(989, 1979, 67, 3.35, 450),
+    # NVIDIA H200 datasheet (SXM): the H100's units, 4.8 TB/s
+    "h200": Card(989, 1979, 67, 4.8, 450),
+    # NVIDIA HGX B200 datasheet, of one GPU: 4.5 and 9 PFLOPS with sparsity, 7.7 TB/s, NVLink 1.8 TB/s
+    "b200": Card(2250, 4500, 75, 7.7, 900),
+    # NVIDIA Ada architecture whitepaper, RTX 4090: 165.2 and 330.3 TFLOPS with sums in float32, 1,008 GB/s;
+    # no NVLink: PCIe 4.0 x16
+    "4090": Card(165.2, 330.3, 82.6, 1.008, 32),
+    # NVIDIA RTX Blackwell architecture whitepaper, RTX 5090: 209.5 and 419 TFLOPS with sums in float32,
+    # 1,792 GB/s; PCIe 5.0 x16
+    "5090": Card(209.5, 419, 104.8, 1.792, 64),
+}
+# (low, high) share of its peak that a kind of work is assumed to reach
+SHARES = {"products": (0.62, 0.76), "FP8 products": (0.5, 0.7), "attention": (0.3, 0.55), "bytes": (0.6, 0.8),
+          "communication": (0.5, 0.8)}
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+NEWTON_SCHULZ_STEPS = 5
+
+
+class Work(NamedTuple):
+    """What one GPU does in one step, a mean over the run."""
+    products: float  # FLOPs in the dtype `matmul`
+    fp8: float  # FLOPs of FP8 operands
+    attention: float  # FLOPs
+    bytes: float  # read and written
+    communication: float  # bytes sent
+
+
+def card(name: str) -> Card:
+    """The peaks of a card. UserError for a name that is not in CARDS."""
+    if name not in CARDS:
+        raise UserError(f"--card {name}: choose from {', '.join(CARDS)}")
+    return CARDS[name]
+
+
+# ----- counting ---------------------------------------------------------------------------------------------
+
+def work(s: Settings, gpus: int = 1) -> Work:
+    """What one of `gpus` GPUs does in a step. FP8 products are counted as such; seconds() asks the card."""
+    from model import without_values
+    from optim import Optimizer
+    from system.comm import communication
+    model = without_values(s)
+    banks = Optimizer(model, s, communication(s, 0, gpus)).banks
+    steps = s.schedule.steps
+    tokens = schedule.tokens_before(s, steps) / steps / gpus
+    windows = Counter(schedule.windows(s, i) for i in range(steps))
+    attended = sum(n * model.attention_flops_per_token(w) for w, n in windows.items()) / steps
+    fp8 = fp8_flops(s)
+    return Work(
+        products=tokens * (model.flops_per_token() - fp8) + muon_flops(banks),
+        fp8=tokens * fp8,
+        attention=tokens * attended * 7 / 6,  # the backward pass multiplies queries and keys once more
+        bytes=tokens * bytes_per_token(s) + update_bytes(s, banks, gpus),
+        communication=sent(banks, gpus),
+    )
+
+
+def fp8_flops(s: Settings) -> float:
+    """FLOPs of a token whose operands are 8-bit: all of the head, and forward products of MLPs."""
+    total, n, d = 0.0, s.numerics, s.model.model_dim
+    if n.fp8_head:
+        total += 6 * d * padded_vocab(s)
+    if n.fp8_mlp:
+        products = 2 if n.fp8_mlp.c_proj else 1
+        total += products * sum(2 * d * spec.mlp for spec in layer_specs(s) if spec.mlp)
+    return total
+
+
+def muon_flops(banks: Sequence) -> float:
+    """FLOPs of the Newton-Schulz iterations of this process's share of the matrices."""
+    total = 0.0
+    for bank in banks:
+        for piece in bank.views.split(bank.param) if bank.rule.name == "muon" else ():
+            m, k = sorted(piece.shape[-2:])
+            each = NEWTON_SCHULZ_STEPS * (4 * m * m * k + 2 * m**3)
+            total += piece.numel() // (m * k) * each / bank.comm.shards
+    return total
+
+
+def layer_elements(s: Settings, spec: LayerSpec) -> tuple[int, int]:
+    """Elements that elementwise operations of one layer read and write for a token in the forward pass, if
+    the compiler fuses neighbours: (of the residual stream's dtype, of the matrix products')."""
+    d, stream, narrow = s.model.model_dim, 0, 0
+    if spec.attn is not None:
+        stream += d + 3 * d  # the norm reads it; it and the layer's result are read, their sum is written
+        narrow += d  # the norm's result
+        if spec.attn.rotary:
+            narrow += 2 * 2 * spec.attn.heads * spec.attn.qk  # queries and keys, normed and turned
+        if spec.attn.value_table is not None:
+            narrow += 3 * spec.attn.heads * spec.attn.v  # values, and what is mixed into them
+    if spec.mlp or spec.moe:
+        moe = s.model.mlp.moe
+        hidden = moe.top_k * moe.hidden + moe.shared if spec.moe else spec.mlp
+        stream += d + 3 * d
+        narrow += d + 2 * hidden  # the norm's result; the activation
+    return stream, narrow
+
+
+def bytes_per_token(s: Settings) -> float:
+    """Bytes that a token's elementwise operations move in a step: the backward pass moves twice what the
+    forward pass does. Operands of matrix products and attention are part of those."""
+    n, total = s.numerics, 0.0
+    for spec in layer_specs(s):
+        stream, narrow = layer_elements(s, spec)
+        total += 3 * (stream * BYTES[n.residual] + narrow * BYTES[n.matmul])
+    # logits: written, read for the loss, read for their gradient, which is written, and with FP8 copied to
+    # bytes and transposed
+    logits = padded_vocab(s) * (4 * BYTES[n.matmul] + (5 if n.fp8_head else 0))
+    return total + logits
+
+
+def update_bytes(s: Settings, banks: Sequence, gpus: int) -> float:
+    """Bytes that a process's updates and sums of gradients move."""
+    ranks = LOGICAL_RANKS // gpus
+    forwards = ranks / ranks_per_microbatch(s, ranks, cuda=True)
+    total = 0.0
+    for bank in banks:
+        state = sum(x.nbytes for x in bank.state.values())  # of this process's shard
+        total += 2 * state + (2 * bank.param.nbytes + bank.grad.nbytes) / bank.comm.shards
+        total += 2 * bank.grad.nbytes * forwards  # written or added to by each forward's backward pass
+    return total
+
+
+def sent(banks: Sequence, gpus: int) -> float:
+    """Bytes that a GPU sends, by rings: gradients are reduced, and updated shards gathered."""
+    part = (gpus - 1) / gpus
+    total = 0.0
+    for bank in banks if gpus > 1 else ():
+        total += part * bank.grad.nbytes * (1 if bank.comm.partial else 2)
+        total += part * bank.param.nbytes * (bank.comm.shards > 1)
+    return total
+
+
+# ----- seconds ----------------------------------------------------------------------------------------------
+
+def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
+    """Milliseconds of each kind of work at the card's peaks. UserError for a precision without one."""
+    if s.numerics.matmul not in BYTES or s.numerics.residual not in BYTES:
+        raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card away")
+    done = work(s, gpus)
+    peak = of.fp32 if s.numerics.matmul == "float32" else of.bf16
+    products, fp8 = done.products, done.fp8
+    if of.fp8 is None:  # bfloat16 can hold every 8-bit value
+        products, fp8 = products + fp8, 0.0
+    return {
+        "products": products / peak / 1e9, "FP8 products": fp8 / (of.fp8 or 1) / 1e9,
+        "attention": done.attention / peak / 1e9, "bytes": done.bytes / of.memory / 1e9,
+        "communication": done.communication / of.link / 1e6
+    }
+
+
+def expected(at_peak: dict[str, float]) -> tuple[float, float]:
+    """(least, most) milliseconds of a step. Least: communication hides behind the backward pass."""
+    least = sum(ms / SHARES[kind][1] for kind, ms in at_peak.items() if kind != "communication")
+    return least, sum(ms / SHARES[kind][0] for kind, ms in at_peak.items())
+
+
+def lines(resolved: Resolved, name: str, gpus: int = 1) -> Iterator[str]:
+    """Lines of the estimate of a step on `gpus` cards, what it assumes, and what was measured on one."""
+    s = resolved.settings
+    at_peak = milliseconds(s, card(name), gpus)
+    least, most = expected(at_peak)
+    many = f"{gpus} x {name.upper()}" if gpus > 1 else f"one {name.upper()}"
+    yield (f"estimate (not measured) of a step on {many}, {LOGICAL_RANKS // gpus} of {LOGICAL_RANKS} logical "
+           "ranks each:")
+    for kind, ms in at_peak.items():
+        if ms:
+            low, high = SHARES[kind]
+            yield (f"  {kind:14} {ms:9.1f} ms at the published peak; assumed to reach {low:.0%} to "
+                   f"{high:.0%} of it")
+    yield f"  roofline {sum(at_peak.values()):,.0f} ms; expected {least:,.0f} to {most:,.0f} ms a step"
+    yield ("  assumes: compiled, nothing waits for the host, borders of documents hide no work, one kind of "
+           "work after the other" + (", communication hidden or not" if gpus > 1 else ""))
+    yield from measured(resolved, name, gpus)
+
+
+def measured(
+    resolved: Resolved, name: str, gpus: int, results: Path = ROOT / "bench/results"
+) -> Iterator[str]:
+    """Lines on what bench/steps.py measured of this record on such a card."""
+    for path in files.listed(results, "**/steps*.json"):
+        table = json.loads(path.read_text(encoding="utf-8"))
+        plain = table["scale"] == resolved.scale and not resolved.changes and not table["settings"]
+        for row in table["rows"] if plain and table["processes"] == gpus else ():
+            if row["record"] == resolved.record.ref and name in row["warm"]["device"].lower():
+                yield (f"  measured: {row['warm']['ms_per_step']:.1f} ms a step on {row['warm']['device']} "
+                       f"(bench/results/{path.relative_to(results)})")

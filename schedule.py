@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from settings import LOGICAL_RANKS, Settings, by_document, per_stage
+from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
 
 
 class Span(NamedTuple):
@@ -56,21 +56,36 @@ class StepPlan:
     events: tuple[str, ...] = ()
 
 
-def lr_factor(schedule, step):
+def scheduled_steps(schedule: Schedule) -> int:
+    """Steps before the extension."""
+    return schedule.steps - schedule.extension_steps
+
+
+def lr_factor(schedule: Schedule, step: int) -> float:
     """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of record 2 on."""
-    steps, warmup = schedule.steps, schedule.warmup_steps
+    warmup = schedule.warmup_steps
+    steps = schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
     if step < warmup:
         return (step + 1) / warmup
+    progress = step / steps
+    if step >= steps:  # the extension
+        progress = schedule.extension_at
+        step = progress * steps
     if schedule.lr == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     if schedule.cooldown_frac:  # record 18 on
-        left = 1 - step / steps
+        left = 1 - progress
         w = min(left / schedule.cooldown_frac, 1.0)
     elif step < steps - schedule.cooldown_steps:
         w = 1.0
     else:
-        w = (steps - step) / schedule.cooldown_steps
-    return w * 1.0 + (1 - w) * schedule.lr_floor
+        w = (steps - step) / schedule.cooldown_steps if schedule.cooldown_steps else 0.0
+    return w * lr_peak(schedule, progress) + (1 - w) * schedule.lr_floor
+
+
+def lr_peak(schedule: Schedule, progress: float) -> float:
+    """Factor from which the cooldown starts, after the learning-rate jumps before `progress`."""
+    return next((factor for start, factor in reversed(schedule.lr_peaks) if progress > start), 1.0)
 
 
 def muon_momentum(muon, step):
@@ -105,8 +120,6 @@ def long_window(window, steps, step):
     """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
     if window.growth == "constant":
         return window.start
-    if window.growth == "stages":
-        return window.stages[len(window.stages) * step // (1 + steps)] * window.block
     value = window.start + (window.end - window.start) * (step / steps)
     grains = math.floor(value / window.grain) if window.growth == "floor" else math.ceil(value / window.grain)
     return max(1, grains) * window.grain
@@ -136,16 +149,30 @@ def windows(s, step, final=False):
     w = s.model.attn.window
     if w is None:
         return None
-    steps = s.schedule.steps
-    long = long_window(w, steps, step)
     blocks = ()
     if w.growth == "stages":
-        blocks = w.stages[:w.stages.index(long // w.block) + 1]
-    if final and w.final is not None:
-        long = w.final * w.block
-        blocks += (w.final,) if w.final != blocks[-1] else ()
+        blocks = window_blocks(s, step)
+        if final and w.final not in (None, blocks[-1]):
+            blocks += (w.final,)
+        long = blocks[-1] * w.block
+    else:
+        long = long_window(w, s.schedule.steps, step)
+    short = half(w, long)
+    if final and w.final_long is not None:
+        long = w.final_long * w.block
     last = long if not final or w.final_last_layer is None else w.final_last_layer * w.block
-    return Windows(span(w, long), span(w, half(w, long)), span(w, last), blocks)
+    return Windows(span(w, long), span(w, short), span(w, last), blocks)
+
+
+def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
+    """Sizes of the long window in blocks, of all stages up to a step (growth `stages`)."""
+    w, steps = s.model.attn.window, scheduled_steps(s.schedule)
+    if s.schedule.stages:
+        stage = min(stage_of(s, step), len(w.stages) - 1)
+    else:  # records 29 to 41 count one step more
+        stage = min(len(w.stages) * step // (1 + steps), len(w.stages) - 1)
+    extended = s.schedule.extension_steps and step >= steps and w.extension not in (None, w.stages[-1])
+    return w.stages[:stage + 1] + ((w.extension,) if extended else ())
 
 
 def layer_spans(specs, windows):
@@ -163,12 +190,17 @@ def layer_spans(specs, windows):
 # ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
-    """The steps of each stage: one stage of all steps where schedule.stages is empty."""
-    ends, total = [], 0.0
+    """The steps of each stage: those of schedule.stages, or one stage of all scheduled steps; and the extension.
+
+    A stage begins with the first step that has its fraction of the scheduled steps behind it.
+    """
+    scheduled, total = scheduled_steps(s.schedule), 0.0
+    ends = []
     for share in s.schedule.stages[:-1]:
         total += share
-        ends.append(round(total * s.schedule.steps))
-    return [range(a, b) for a, b in zip([0, *ends], [*ends, s.schedule.steps])]
+        ends.append(math.ceil(total * scheduled - 1e-6))  # 0.3333 + 0.3333 is less than two thirds
+    ends += [scheduled, s.schedule.steps] if s.schedule.extension_steps else [scheduled]
+    return [range(a, b) for a, b in zip([0, *ends], ends)]
 
 
 def stage_of(s: Settings, step: int) -> int:
@@ -177,7 +209,7 @@ def stage_of(s: Settings, step: int) -> int:
 
 
 def in_stage(value: int | tuple[int, ...], stage: int) -> int:
-    """The value that a setting with one value, or one per stage, has in a stage."""
+    """The value that a setting with one value, or one per stage, has in a stage; the last in the extension."""
     values = per_stage(value)
     return values[min(stage, len(values) - 1)]
 

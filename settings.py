@@ -139,7 +139,7 @@ class Window:
     growth: Literal["constant", "floor", "ceil", "stages"] = opt(
         "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
                     "`end`, rounded down or up to a multiple of `grain` (at least one grain). stages: each "
-                    "entry of `stages` for an equal share of the steps")
+                    "entry of `stages` for one of schedule.stages, or for an equal share of the steps")
     start: int = opt(1024, "window size at the first step", unit="token",
                      idle="model.attn.window.growth=stages", shrink="length0")
     end: int = opt(1024, "window size towards which the window grows", unit="token",
@@ -151,8 +151,14 @@ class Window:
     long_layers: tuple[int, ...] | None = opt(
         None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
               "of half as many blocks, at least one (off: every layer has the long window)")
+    extension: int | None = opt(None, "long window in the extension (record 42; off: the last stage's)",
+                                unit="block", needs="model.attn.window.growth=stages",
+                                idle="schedule.extension_steps=0")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
                             needs="model.attn.window.growth=stages")
+    final_long: int | None = opt(None, "window of the layers with the long window in the final validation "
+                                       "(record 35); short windows and YaRN do not follow it", unit="block",
+                                 needs="model.attn.window.growth=stages", least=1)
     final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)",
                                        unit="block", needs="model.attn.window.final")
 
@@ -160,8 +166,16 @@ class Window:
         path, last = "model.attn.window", s.model.num_layers - 1
         yield from layer_faults(f"{path}.long_layers", self.long_layers or (), s)
         yield from self.check_growth(path)
-        if self.final is not None and self.stages and self.final < self.stages[-1]:
-            yield f"{path}.final = {self.final}: must be at least the last stage, {self.stages[-1]} blocks"
+        for name in ("extension", "final") if self.stages else ():
+            if (blocks := getattr(self, name)) is not None and blocks < self.stages[-1]:
+                yield f"{path}.{name} = {blocks}: must be at least the last stage, {self.stages[-1]} blocks"
+        if None not in (self.extension, self.final) and self.final < self.extension:
+            yield f"{path}.final = {self.final}: must be at least {path}.extension = {self.extension}"
+        if self.growth == "stages" and s.schedule.stages and len(self.stages) != len(s.schedule.stages):
+            yield (f"{path}.stages has {len(self.stages)} windows and schedule.stages has "
+                   f"{len(s.schedule.stages)}: give one window per stage, or leave schedule.stages empty")
+        if None not in (self.final_last_layer, self.final_long):
+            yield f"{path}.final_long is that of the last layer too: switch {path}.final_last_layer off"
         if self.final_last_layer is None:
             return
         if self.final_last_layer < 1:
@@ -465,9 +479,20 @@ class Model:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedules over the steps of a run (axis ml)."""
-    steps: int = opt(19560, "optimizer steps", unit="step", off=REFUSE, shrink="steps", least=1,
-                     most=1_000_000)
+    """The schedules over the steps of a run (axis ml).
+
+    The scheduled steps are those before the extension. Fractions of a run are fractions of them.
+    """
+    steps: int = opt(19560, "optimizer steps, those of the extension included", unit="step", off=REFUSE,
+                     shrink="steps", least=1, most=1_000_000)
+    extension_steps: int = opt(0, "extension (record 35): the last steps, after the end of all schedules",
+                               unit="step", off=0, shrink="steps", least=0)
+    extension_at: float = opt(1.0, "point at which the schedules stand during the extension, as a fraction "
+                                   "of the scheduled steps (records 35 to 45 stop just before the end)",
+                              off=1.0, idle="schedule.extension_steps=0", above=0, most=1)
+    lr_spans_extension: bool = opt(False, "learning rate that falls during the extension too: its "
+                                          "fractions are of all steps (record 41)", off=False,
+                                   idle="schedule.extension_steps=0", needs="schedule.lr=trapezoid")
     lr: Literal["cosine", "trapezoid"] = opt(
         "cosine", "shape of the learning rate after its warm-up. cosine: a half cosine to zero. trapezoid: "
                   "constant, then linear over the cooldown")
@@ -476,11 +501,17 @@ class Schedule:
                                off=0.0, needs="schedule.lr=trapezoid", least=0, most=1)
     lr_floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0,
                           needs="schedule.lr=trapezoid", least=0, most=1)
+    lr_peaks: tuple[tuple[float, float], ...] = opt(
+        (), "learning-rate jumps (record 46), for batches that grow: pairs of a fraction of the scheduled "
+        "steps and a factor. Beyond that fraction, the cooldown starts from this factor in place of 1",
+        off=(), needs="schedule.lr=trapezoid", least=0
+    )
     cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps", least=0)
     stages: tuple[float, ...] = opt(
-        (), "fractions of the steps, which add up to 1. A setting that has one "
-        "value per stage goes through its values in this order", off=(), above=0
+        (), "stages of the run: fractions of the scheduled steps, which add up to 1. A setting that has one "
+        "value per stage goes through its values in this order and keeps the last one in the extension",
+        off=(), above=0
     )
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -489,6 +520,13 @@ class Schedule:
         if self.cooldown_frac and self.cooldown_steps:
             yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
                    "to 0")
+        if self.extension_steps >= self.steps:
+            yield (f"schedule.extension_steps = {self.extension_steps} leave none of schedule.steps = "
+                   f"{self.steps} to the schedules: raise schedule.steps or set schedule.extension_steps=0")
+        ends = [end for end, _ in self.lr_peaks]
+        if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
+            yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing fractions "
+                   "below 1, each with a factor")
 
 
 # ----- data, validation -------------------------------------------------------------------------------------
@@ -734,11 +772,13 @@ def row_limit(s: Settings) -> int:
 
 
 def tokens_per_step(s: Settings) -> int | float:
-    """Tokens of one step over all logical ranks, the mean over the stages. Single steps: schedule.plan."""
+    """Tokens of one step over all logical ranks, the mean over the steps. Single steps: schedule.plan."""
     sizes = per_stage(s.data.tokens_per_rank)
     if len(sizes) == 1:
         return LOGICAL_RANKS * sizes[0]
-    return LOGICAL_RANKS * sum(size * share for size, share in zip(sizes, s.schedule.stages))
+    scheduled = sum(size * share for size, share in zip(sizes, s.schedule.stages))
+    extension = s.schedule.extension_steps / s.schedule.steps
+    return LOGICAL_RANKS * ((1 - extension) * scheduled + extension * sizes[-1])
 
 
 # ----- check ------------------------------------------------------------------------------------------------

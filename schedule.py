@@ -37,6 +37,8 @@ class Shape:
     seq_len: int  # tokens of a row: T
     max_document: int | None  # longest document, where the loader cuts them
     windows: Windows | None
+    targets: int = 1  # next tokens that the loss counts
+    tied: bool = False  # the embedding is the head's weight, until the event "untie"
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,11 @@ class StepPlan:
     momentum: float  # Muon
     moves_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
-    # what happens once, at this step: "stage", the first step of a further stage
+    # What happens once, at this step. "stage": the first step of a further stage. "untie": after the update
+    # the embedding gets a table of its own, a copy of the head's weight with its state.
     events: tuple[str, ...] = ()
+    target_weights: tuple[float, ...] = ()  # loss weights of the next, second next, ... token; (): only the next
+    frozen: frozenset[str] = frozenset()  # groups without update whose gradients of this step are dropped
 
 
 def scheduled_steps(schedule: Schedule) -> int:
@@ -112,6 +117,56 @@ def due(s, step):
     if max(cadences.values()) == 1:
         return None
     return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0)
+
+
+def due_groups(s: Settings, step: int, frozen: frozenset[str]) -> frozenset[str] | None:
+    """The groups of settings.Optim that a step updates, without the frozen ones; None: all."""
+    groups = due(s, step)
+    if not frozen:
+        return groups
+    return (frozenset(s.optim.cadences()) if groups is None else groups) - frozen
+
+
+def frozen_groups(s: Settings, since_change: int | None) -> frozenset[str]:
+    """The groups that rest after a change of window or batch (record 52).
+
+    Args:
+        since_change: steps since the last change, 0 at the step that has it; None before the first one.
+    """
+    if since_change is None:
+        return frozenset()
+    return frozenset(name for name, steps in s.optim.freezes().items() if since_change < steps)
+
+
+def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
+    """Loss weights of the next tokens at a step of a stage, with multi-token prediction; () without."""
+    mtp, shares = s.model.head.mtp, s.schedule.stages or (1.0,)
+    if mtp is None:
+        return ()
+    if stage >= len(shares):  # the extension
+        return mtp.end[-1]
+    progress = step / scheduled_steps(s.schedule)
+    x = min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
+    return tuple(a + (b - a) * x for a, b in zip(mtp.start[stage], mtp.end[stage]))
+
+
+def untie_step(s: Settings) -> int | None:
+    """The step after whose update the head and the embedding part; None if they are not tied at first.
+
+    That is the first step from tied_until on that updates the head. It may lie behind the last step.
+    """
+    untied = s.model.head.untied
+    if untied is None or untied.tied_until is None:
+        return None
+    first = math.ceil(untied.tied_until * scheduled_steps(s.schedule) - 1e-6)
+    every = s.optim.group("lm_head", "lm_head").every
+    return -(-(first + 1) // every) * every - 1
+
+
+def tied(s: Settings, step: int) -> bool:
+    """Whether the embedding is still the head's weight in a step, or in the validation before the step."""
+    last = untie_step(s)
+    return last is not None and step <= last
 
 
 # ----- windows ----------------------------------------------------------------------------------------------
@@ -216,8 +271,10 @@ def in_stage(value: int | tuple[int, ...], stage: int) -> int:
 
 def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     """The Shape of a step. stage: that of the step, if known."""
-    tokens = in_stage(s.data.tokens_per_rank, stage_of(s, step) if stage is None else stage)
-    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_document, windows(s, step))
+    stage = stage_of(s, step) if stage is None else stage
+    tokens = in_stage(s.data.tokens_per_rank, stage)
+    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_document, windows(s, step),
+                 len(target_weights(s, step, stage)) or 1, tied(s, step))
 
 
 def largest_shape(s: Settings) -> Shape:
@@ -246,16 +303,27 @@ def rank_tokens(s: Settings) -> int | list[int]:
 
 def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""
-    plans, before = [], 0
+    plans, before, changed = [], 0, None
     for stage, steps in enumerate(stages(s)):
         for i in steps:
             of_step = shape(s, i, stage)
-            tokens = LOGICAL_RANKS * of_step.tokens_per_rank
+            if i and visible(of_step) != visible(plans[-1].shape):
+                changed = i
+            frozen = frozen_groups(s, None if changed is None else i - changed)
             events = ("stage",) if stage and i == steps.start else ()
-            plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                                  muon_momentum(s.optim.muon, i), moves_bias(s, i), due(s, i), events))
+            events += ("untie",) if i == untie_step(s) else ()
+            tokens = LOGICAL_RANKS * of_step.tokens_per_rank
+            plans.append(StepPlan(
+                i, stage, of_step, tokens, before, lr_factor(s.schedule, i), muon_momentum(s.optim.muon, i),
+                moves_bias(s, i), due_groups(s, i, frozen), events, target_weights(s, i, stage), frozen
+            ))
             before += tokens
     return plans
+
+
+def visible(shape: Shape) -> tuple:
+    """What a freeze follows: the batch and the windows of a step."""
+    return shape.tokens_per_rank, shape.windows
 
 
 def validates(s, step):

@@ -53,7 +53,7 @@ class Muon:
         return u if mask is None else u * mask.to(u.dtype)
 
     def apply_(self, p, u, numbers) -> None:
-        p.sub_(numbers["lr"] * u.to(p.dtype))
+        p.sub_(u.to(p.dtype), alpha=numbers["lr"])
 
     def update_(self, p, g, state, numbers, views, mask=None) -> None:
         self.apply_(p, self.direction(p, g, state, numbers, views, mask), numbers)

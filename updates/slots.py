@@ -46,8 +46,9 @@ class Momentum:
     def __call__(self, u, step):
         buffer, momentum = step.state["momentum_buffer"], step.numbers["momentum"]
         g = u.to(buffer.dtype)
-        if self.averaged:
-            g = (1 - momentum) * g
+        if self.averaged:  # M + (1-mu) (g - M), as the originals round it
+            buffer.lerp_(g, 1 - momentum)
+            return g.lerp(buffer, momentum)
         buffer.mul_(momentum).add_(g)
         return momentum * buffer + g
 

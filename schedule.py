@@ -120,31 +120,27 @@ def moves_bias(s, step):
     return step < s.schedule.steps - round(moe.balance.freeze_frac * s.schedule.steps)
 
 
-def due(s, step):
-    """The groups of settings.Optim that a step updates; None: all, as where no `every` is set."""
-    cadences = s.optim.cadences()
-    if max(cadences.values()) == 1:
+def due(cadences: dict[str, int], step: int, frozen: frozenset[str] = frozenset()) -> frozenset[str] | None:
+    """The groups of settings.Optim that a step updates, without the frozen ones; None: all.
+
+    Args:
+        cadences: {group: steps from one update to the next}.
+    """
+    if max(cadences.values()) == 1 and not frozen:
         return None
-    return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0)
+    return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0) - frozen
 
 
-def due_groups(s: Settings, step: int, frozen: frozenset[str]) -> frozenset[str] | None:
-    """The groups of settings.Optim that a step updates, without the frozen ones; None: all."""
-    groups = due(s, step)
-    if not frozen:
-        return groups
-    return (frozenset(s.optim.cadences()) if groups is None else groups) - frozen
-
-
-def frozen_groups(s: Settings, since_change: int | None) -> frozenset[str]:
+def resting(freezes: dict[str, int], since_change: int | None) -> frozenset[str]:
     """The groups that rest after a change of window or batch (record 52).
 
     Args:
+        freezes: {group: frozen steps}.
         since_change: steps since the last change, 0 at the step that has it; None before the first one.
     """
     if since_change is None:
         return frozenset()
-    return frozenset(name for name, steps in s.optim.freezes().items() if since_change < steps)
+    return frozenset(name for name, steps in freezes.items() if since_change < steps)
 
 
 def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
@@ -313,18 +309,20 @@ def rank_tokens(s: Settings) -> int | list[int]:
 def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""
     plans, before, changed = [], 0, None
+    cadences, freezes, untied = s.optim.cadences(), s.optim.freezes(), untie_step(s)
     for stage, steps in enumerate(stages(s)):
         for i in steps:
             of_step = shape(s, i, stage)
             if i and visible(of_step) != visible(plans[-1].shape):
                 changed = i
-            frozen = frozen_groups(s, None if changed is None else i - changed)
+            frozen = resting(freezes, None if changed is None else i - changed)
             events = ("stage",) if stage and i == steps.start else ()
-            events += ("untie",) if i == untie_step(s) else ()
+            events += ("untie",) if i == untied else ()
             tokens = LOGICAL_RANKS * of_step.tokens_per_rank
             plans.append(StepPlan(
                 i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                muon_momentum(s.optim.muon, i, s.schedule.steps), moves_bias(s, i), due_groups(s, i, frozen), events, target_weights(s, i, stage), frozen
+                muon_momentum(s.optim.muon, i, s.schedule.steps), moves_bias(s, i),
+                due(cadences, i, frozen), events, target_weights(s, i, stage), frozen
             ))
             before += tokens
     return plans

@@ -348,7 +348,7 @@ def test_a_label_that_is_updated_every_second_step_takes_the_sum_of_both_gradien
         with_=["optim.value_embed"]
     ).settings
     s = with_optim(s, value_embed=dataclasses.replace(s.optim.value_embed, every=2))
-    plans = [plan(i, due=schedule.due(s, i)) for i in range(6)]
+    plans = [plan(i, due=schedule.due(s.optim.cadences(), i)) for i in range(6)]
     assert [("value_embed" in p.due, "embed" in p.due) for p in plans] == [(False, True), (True, True)] * 3
     model = Toy(
         embed=(noise(6, 4), "embed", "embed"),

@@ -22,13 +22,14 @@ from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
-from layers.attention import Attention, AttnMeta, Context, cached_tokens
+from layers.attention import Attention, AttnMeta, Cache, Context, SALambdas, cached_tokens
 from layers.latent import LatentAttention
 from layers.mlp import MLP
 from layers.moe import MoE
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
 from layers.residual import Residual
 from layers.rotary import Rotary
+from layers.smear import Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import layer_spans, shape
@@ -45,7 +46,9 @@ class Embedding(nn.Module):
         super().__init__()
         m, n = s.model, s.numerics
         tied = m.head.untied is None
-        if m.init.scheme == "gpt2":
+        if tied and m.init.head_std is not None:
+            init = normal(m.init.head_std)
+        elif m.init.scheme == "gpt2":
             init = normal(0.02)
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
@@ -58,11 +61,16 @@ class Embedding(nn.Module):
             self.positions = parameter(
                 (s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02)
             )
+        self.smear = Smear(s) if m.embed.smear else None
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
-    def forward(self, tokens, start=0):
-        x = F.embedding(tokens, self.table).to(self.residual_dtype)
+    def forward(self, tokens, start=0, table=None, cache=None):
+        """table: in place of the own one, while a head that is untied later still shares its weight. cache:
+        of a generation, for the smear."""
+        x = F.embedding(tokens, self.table if table is None else table).to(self.residual_dtype)
+        if self.smear is not None:
+            x = self.smear(x, cache)
         if self.positions is not None:
             x = x + self.positions[start:start + tokens.size(1)].to(self.residual_dtype)
         return x if self.norm is None else self.norm(x)
@@ -96,10 +104,11 @@ class Head(nn.Module):
         m, n = s.model, s.numerics
         self.weight = None
         if m.head.untied:
-            init = (
-                constant(0.0) if m.head.untied.init == "zero"
-                else linear_init(s, m.model_dim, projection=False)
-            )
+            init = linear_init(s, m.model_dim, projection=False)
+            if m.init.head_std is not None:
+                init = normal(m.init.head_std)
+            elif m.head.untied.init == "zero":
+                init = constant(0.0)
             self.weight = parameter(
                 (padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init
             )
@@ -107,7 +116,7 @@ class Head(nn.Module):
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.sums, self.tokens_per_rank = m.head.train_loss == "sum", shape(s, 0).tokens_per_rank
-        self.loss_dtype = dtype(n.loss)
+        self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
             s.system.kernels.loss
@@ -123,27 +132,30 @@ class Head(nn.Module):
         divided_by = LOGICAL_RANKS * (1 if self.sums else self.tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
+    def logits_dtype(self):
+        """Dtype of the logits that the cross entropy gets, in training or validation."""
+        return self.loss_dtype if self.training else self.eval_loss_dtype
+
     def losses(
         self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None
     ) -> torch.Tensor:
         """Cross entropies (R, T) of the targets (R, T). weights: of several targets of each token
         (weighted_losses), or None."""
-        if weights is not None:
-            return self.weighted_losses(x, table, targets, weights)
         backend = self.backend
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
+        if backend is None and weights is not None:
+            return self.weighted_losses(x, table, targets, weights)
         if backend is None:
             logits = self(x, table)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-                targets.shape
-            )
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
         weight, fp8 = self.operands(table)
         try:
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, logit_scale=self.scale, fp8=fp8,
-                cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype, backend=backend,
-                transpose=self.transpose
+                weights=(1.0,) if weights is None else weights, cap_dtype=self.cap_dtype,
+                loss_dtype=self.logits_dtype(), backend=backend, transpose=self.transpose
             )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
@@ -154,11 +166,9 @@ class Head(nn.Module):
 
         weights: N numbers, a sequence or a tensor. Targets beyond the end of a row add nothing.
         """
-        if self.backend is not None:
-            raise UserError(
-                "system.kernels.loss: several weighted targets need whole logits: set it to auto or whole"
-            )
         logits, total = self(x, table), 0.0  # (R, T, V)
+        # in float32 at least: log_z near 10 in bfloat16 would be off by up to 3 %, and with it every gradient
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         log_z = logits.logsumexp(-1)  # (R, T), shared by all targets
         for n in range(min(len(weights), targets.size(1))):
             tokens = targets.size(1) - n  # that have an n-th target
@@ -175,13 +185,15 @@ class Head(nn.Module):
             z = z * self.scale
         if self.softcap is not None:
             z = bounded(z, self.softcap)
-        return z.to(self.loss_dtype)
+        return z.to(self.logits_dtype())
 
 
 def bounded(z, softcap):
     """Logits z under a soft cap (settings.Softcap), elementwise."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
+    if softcap.shift:
+        z = z + softcap.shift
     return softcap.cap * torch.sigmoid(z / softcap.scale)
 
 
@@ -214,6 +226,7 @@ class GPT(nn.Module):
             self.values = ValueResidual(s)
         elif s.model.attn.value_embed:
             self.values = ValueEmbed(s, self.specs)
+        self.sa_lambdas = SALambdas(s, self.specs) if s.model.attn.sa_lambdas else None
         self.norm = Norm(s)
         self.head = Head(s)
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
@@ -224,6 +237,7 @@ class GPT(nn.Module):
         self.compiled = False
         self.recompute = s.system.recompute == "on"
         self.passed = set()  # why faster attention backends were passed over
+        self.tied = self.tied_at_first()  # the embedding is the head's weight; the trainer ends it
 
     def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None):
         """Losses of each token (R, T); without targets, logits (R, T, V).
@@ -243,14 +257,15 @@ class GPT(nn.Module):
         start = 0 if cache is None else max(cached_tokens(c) for c in cache)
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
-        x = x0 = self.embed(tokens, start)  # (R, T, D)
+        x = x0 = self.embed(tokens, start, self.head.weight if self.tied else None, cache)  # (R, T, D)
         stream = self.residual.start(x0)
         mix = self.values.begin(tokens) if self.values is not None else None
+        lambdas = self.sa_lambdas.begin() if self.sa_lambdas is not None else None
         aux_losses = []
         for i, layer in enumerate(self.layers()):
             x = stream.mix("skip", i, x)
             x = stream.mix("in", i, x).to(x0.dtype)
-            x = layer(i, x, stream, mix, context, cache, aux_losses)
+            x = layer(i, x, stream, mix, lambdas, context, cache, aux_losses)
             stream.save(i, x)
         x = stream.mix("out", len(self.blocks), x)
         x = self.norm(x).to(matmul_dtype)
@@ -272,7 +287,7 @@ class GPT(nn.Module):
         first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 leaves its values for the others
         return plain[:first] + [again] * (len(self.blocks) - first)
 
-    def layer(self, i, x, stream, mix, context, cache, aux_losses):
+    def layer(self, i, x, stream, mix, lambdas, context, cache, aux_losses):
         """Attention and MLP of layer i on the stream x (R, T, D).
 
         Re-run by activation checkpointing (system.recompute), so it must be free of side effects; exceptions:
@@ -283,7 +298,8 @@ class GPT(nn.Module):
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.scales[i]) if context is None else context.layers[i]
             y = block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
-                           None if cache is None else cache[i])
+                           None if cache is None else cache[i],
+                           (None, None) if lambdas is None else lambdas(i))
             x = stream.mix("attn", i, x, y)
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
@@ -292,7 +308,7 @@ class GPT(nn.Module):
         return x
 
     def new_cache(self, absorbed=None):
-        """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values
+        """An empty Cache for generation. absorbed: latents instead of keys and values
         (LatentAttention); None: where the model can. ValueError if it cannot: without latents, or with values
         that are mixed behind them."""
         able = self.settings.model.attn.latent is not None and self.values is None
@@ -300,7 +316,7 @@ class GPT(nn.Module):
             raise ValueError(
                 "a latent cache needs model.attn.latent, and neither value_residual nor value_embed with it"
             )
-        return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
+        return Cache([None] * (3 if able and absorbed is not False else 2) for _ in self.blocks)
 
     def context(self, tokens, bos, windows, cached=False, most=None, longest=None):
         """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
@@ -395,13 +411,18 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
-        self.followed, self.scales = (), self.softmax_scales()
+        self.followed, self.scales, self.tied = (), self.softmax_scales(), self.tied_at_first()
         for rotary in self.rotaries:
             rotary.update_yarn()
         for router in self.routers():
             router.reset()
         for mlp in self.fp8_mlps():
             mlp.fp8.reset()
+
+    def tied_at_first(self):
+        """Whether training begins with an embedding that is the head's weight, although the head is untied."""
+        untied = self.settings.model.head.untied
+        return untied is not None and untied.tied_until is not None
 
     def fp8_mlps(self):
         """The MLPs that are in FP8 while training."""
@@ -435,8 +456,11 @@ class GPT(nn.Module):
         return out
 
     def whole_state(self):
-        """state_dict with all experts, on every process (collective with expert parallelism)."""
+        """state_dict with all experts, on every process (collective with expert parallelism). While the
+        embedding is the head's weight both stand in it, so that who loads it need not know."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        if self.tied:
+            state["embed.table"] = state["head.weight"]
         for i, moe in self.mixtures():
             for name, p in (("up", moe.up), ("down", moe.down)) if moe.world > 1 else ():
                 parts = [torch.empty_like(p) for _ in range(moe.world)]

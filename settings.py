@@ -29,6 +29,22 @@ NUMERICS_VERSION = 1  # raised by hand when a fix changes the results of existin
 # ----- model ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class Smear:
+    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1), e the rows of the token
+    table.
+
+    W reads the first `channels` channels. The first token of a row keeps its embedding; the token before may
+    belong to another document.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+    init: float = opt(0.0, "initial lambda; the constant if `learned` is off")
+    learned: bool = opt(True, "learned lambda, one scalar (off: the constant `init`)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        yield from channel_faults("model.embed.smear.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
 class Embed:
     """From token ids to the residual stream."""
     padded: bool = opt(True, "padded embedding tables: they have rows for the padded vocabulary (off: only "
@@ -36,6 +52,8 @@ class Embed:
     learned_positions: bool = opt(True, "learned position embedding, added to the token embedding (GPT-2)",
                                   off=False)
     norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
+    smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous token's, "
+                                    "before the norm")
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.learned_positions and s.validation.seq_len > s.data.seq_len:
@@ -104,16 +122,50 @@ class ValueResidual:
 
 
 @dataclass(frozen=True)
+class SALambdas:
+    """Factors of the weights of attention, one of each kind per layer (records 47 and 48).
+
+    Queries, keys and values are projected with a0 W, the heads' outputs with a1 W_O. QK norm removes a0 from
+    queries and keys.
+    """
+    qkv: float = opt(0.5, "initial a0; the constant if `learned` is off")
+    o: float | None = opt(None, "factor of the output projection, and its initial value a1")
+    learned: bool = opt(True, "learned a0 and a1, scalars per layer (off: the constants)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if s.model.attn.latent:
+            yield ("model.attn.sa_lambdas multiplies the projections q, k, v and o, which model.attn.latent "
+                   "replaces: switch one off")
+
+
+@dataclass(frozen=True)
+class ValueGate:
+    """Value-embedding gate (record 55, @classiclarryd): each head's value embedding is multiplied by
+    2 sigmoid(W n).
+
+    n is the first `channels` channels of the block's normalised input.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        yield from channel_faults("model.attn.value_embed.gate.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
 class ValueEmbed:
     """Value embeddings (record 14, @KoszarskyB): each value is mixed with a row, chosen by the token, of a
     table."""
     tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
         "value table of each layer, by number; -1: the layer has none", off=REFUSE)
-    mix: Literal["lerp", "pair"] = opt("lerp", "form of the mix of a value v and its embedding ve. lerp: (1 "
-                                               "- b) v + b ve. pair: a v + b ve, and a v in layers without "
-                                               "a table")
-    init: float = opt(0.5, "initial a and b; the constants if `learned` is off")
-    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False)
+    mix: Literal["lerp", "pair", "scaled", "sum"] = opt(
+        "lerp", "form of the mix of a value v and its embedding ve. lerp: (1 - b) v + b ve. pair: a v + b ve, "
+                "and a v in layers without a table. scaled: v + b ve. sum: v + ve")
+    init: float = opt(0.5, "initial a and b; the constants if `learned` is off",
+                      idle="model.attn.value_embed.mix=sum")
+    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False,
+                        idle="model.attn.value_embed.mix=sum")
+    table_init: Literal["normal", "zero"] = opt("normal", "initial value tables. normal: N(0, 1). zero: zeros")
+    gate: ValueGate | None = opt(None, "gate on each head's value embedding")
 
     def check(self, s: "Settings") -> Iterator[str]:
         path, layers = "model.attn.value_embed.tables", s.model.num_layers
@@ -208,8 +260,7 @@ class HeadGate:
     channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if not 1 <= self.channels <= s.model.model_dim:
-            yield f"model.attn.gate.channels = {self.channels}: must lie between 1 and model.model_dim"
+        yield from channel_faults("model.attn.gate.channels", self.channels, s)
 
 
 @dataclass(frozen=True)
@@ -262,6 +313,12 @@ class Attention:
     scale: float | None = opt(None, "softmax scale, which multiplies q.k (off: 1/sqrt of the width of a "
                                     "query)", shrink="rsqrt_width", above=0)
     gate: HeadGate | None = opt(None, "attention gate: a sigmoid gate on each head's output")
+    sa_lambdas: SALambdas | None = opt(None, "factors of the projections of attention, scalars per layer")
+    key_offset: bool = opt(
+        False, "partial key offset (record 49, @classiclarryd): in layers with the long window, the channels "
+               "of a key that do not rotate are those of the previous token in the row", off=False,
+        needs="model.attn.rope.half"
+    )
     latent: Latent | None = opt(None, "multi-head latent attention: keys and values from one narrow latent "
                                       "per token")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
@@ -386,6 +443,19 @@ class X0Mix:
 
 
 @dataclass(frozen=True)
+class SkipGate:
+    """Skip gate (record 55, @classiclarryd): the weight of each skip is multiplied by 2 sigmoid(W x0) per
+    token.
+
+    x0 is the embedding as the first block gets it, of which W reads the first `channels` channels.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        yield from channel_faults("model.residual.unet_skips.gate.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
 class UnetSkips:
     """U-net skips: the outputs of the first half of the blocks are added, last first, before those of the
     second half."""
@@ -394,11 +464,39 @@ class UnetSkips:
     sigmoid: float | None = opt(None, "sigmoid skip weights (record 32): the weight is sigmoid(w), and this "
                                       "value is the initial w")
     learned: bool = opt(True, "learned weights, one scalar per skip (off: the constant `init`)", off=False)
+    pairs: tuple[tuple[int, int], ...] | None = opt(
+        None, "skips as pairs (layer whose output is added, layer before which it is added), record 45 (off: "
+              "all of the U-net)"
+    )
+    gate: SkipGate | None = opt(None, "gate on the weights of the skips")
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if s.model.num_layers % 2:
-            yield (f"model.residual.unet_skips needs an even model.num_layers, got {s.model.num_layers}: "
-                   "change it or add --without model.residual.unet_skips")
+        path = "model.residual.unet_skips"
+        if self.pairs is None:
+            if s.model.num_layers % 2:
+                yield (f"{path} needs an even model.num_layers, got {s.model.num_layers}: change it, give "
+                       f"{path}.pairs or add --without {path}")
+            return
+        if not self.pairs:
+            yield f"{path}.pairs is empty: give a skip like [[4, 7]] or add --without {path}"
+        for pair in self.pairs:
+            yield from layer_faults(f"{path}.pairs", pair, s)
+            if pair[0] >= pair[1]:
+                yield f"{path}.pairs: the skip {list(pair)} must lead to a later layer"
+            for layer in set(pair) & empty_layers(s):
+                yield (f"{path}.pairs: layer {layer} has neither attention nor MLP: choose another, or remove it "
+                       "from model.attn.drop_layers")
+
+
+@dataclass(frozen=True)
+class Backout:
+    """Backout (record 40): after the last block x <- x - b y, y the stream after an earlier block."""
+    layer: int = opt(8, "block after which y is taken", unit="layer", off=REFUSE, least=0)
+    init: float = opt(0.5, "initial b; the constant if `learned` is off")
+    learned: bool = opt(True, "learned b, one scalar (off: the constant `init`)", off=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        yield from layer_faults("model.residual.backout.layer", (self.layer,), s)
 
 
 @dataclass(frozen=True)
@@ -407,24 +505,60 @@ class Residual:
     x0_mix: X0Mix | None = opt(None, "embedding shortcut: learned mix of the stream and the embedding at "
                                      "every block entry")
     unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
+    backout: Backout | None = opt(None, "backout: the stream after an earlier block is subtracted before the "
+                                        "final norm")
 
 
 @dataclass(frozen=True)
 class Untied:
     """Untied head: the output head has a weight of its own in place of the token table's."""
     init: Literal["linear", "zero"] = opt(
-        "linear", "initial head weight. linear: as any other linear layer. zero: zeros")
+        "linear", "initial head weight. linear: as any other linear layer. zero: zeros",
+        idle="model.init.head_std")
+    tied_until: float | None = opt(
+        None, "tied at first: fraction of the scheduled steps in which the embedding is the head's weight. "
+              "Then the table of the embedding takes over this weight and its optimizer state (record 53)",
+        above=0, below=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.tied_until is not None and s.numerics.head != s.numerics.table:
+            yield (f"model.head.untied.tied_until needs one dtype for both tables, and numerics.head is "
+                   f"{s.numerics.head}, numerics.table {s.numerics.table}: set one to the other")
+        if self.tied_until is not None and padded_vocab(s) != table_rows(s):
+            yield ("model.head.untied.tied_until needs tables of one size: set model.embed.padded=true")
 
 
 @dataclass(frozen=True)
 class Softcap:
-    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid(z / scale).
+    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid((z + shift) / scale).
 
     cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
     """
     form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
+    shift: float = opt(0.0, "added to the logits inside the sigmoid, so that the cap is asymmetric (record 54)",
+                       off=0.0, needs="model.head.softcap.form=sigmoid")
+
+
+@dataclass(frozen=True)
+class MTP:
+    """Multi-token prediction (record 53; after Gloeckle et al., arXiv 2404.19737, with the one head of the
+    model).
+
+    The loss of a token is the sum over n of w_n times the cross entropy of the n-th next token. In each stage
+    the weights go linearly from those of `start` to those of `end`. Validation counts the next token only.
+    """
+    start: tuple[tuple[float, ...], ...] = opt(
+        ((1.0, 0.5),), "weights of the next tokens at the start of each stage", off=REFUSE, least=0)
+    end: tuple[tuple[float, ...], ...] = opt(
+        ((1.0, 0.5),), "weights of the next tokens at the end of each stage", off=REFUSE, least=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
+        if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
+            yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
+                   f"and they have {sizes[0]} and {sizes[1]}")
 
 
 @dataclass(frozen=True)
@@ -438,6 +572,7 @@ class Head:
         "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
+    mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
 
 
 @dataclass(frozen=True)
@@ -451,6 +586,17 @@ class Init:
                             "bound/sqrt(3 fan_in)", least=0)
     zero_proj: bool = opt(False, "zero-initialised output projections of attention and MLP (as in muP)",
                           off=False)
+    qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
+                                        "53; off: that of `bound`)",
+                                  needs="model.init.scheme=uniform", least=0)
+    head_std: float | None = opt(None, "standard deviation of the head's normally distributed initial weight, "
+                                       "which is also the token table if they are tied (record 51; off: by "
+                                       "`scheme`)", least=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.qkv_bound is not None and s.model.attn.latent:
+            yield ("model.init.qkv_bound is of the projections q, k and v, which model.attn.latent replaces: "
+                   "switch one off")
 
 
 @dataclass(frozen=True)
@@ -686,15 +832,18 @@ class Numerics:
     norm: Dtype = precision("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "constant added to the mean square (rmsnorm) or to the variance (layernorm)",
                           least=0)
+    qk_norm_eps: float | None = opt(None, "the same constant for QK norm alone (off: norm_eps)",
+                                    needs="model.attn.qk_norm", least=0)
     rope: Dtype = precision("float32", "stored cos and sin tables of the rotary embedding")
     rope_frequency: Dtype = precision("float32", "frequencies from which the rotary tables are made")
     rope_math: Dtype = precision("float32", "arithmetic of the rotation: the widest of this, the tables and "
                                             "q, k")
     softcap: Dtype = precision("float32", "arithmetic of the logit soft cap: this or a wider dtype")
-    fp8_head: FP8Head | None = opt(None, "FP8 head in training", needs="model.head.untied", exact=None)
+    fp8_head: FP8Head | None = opt(None, "FP8 head in training", exact=None)
     fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
                                  needs="model.mlp.activation=relu_sq", exact=None)
-    loss: Dtype = precision("float32", "arithmetic of the cross entropy")
+    loss: Dtype = precision("float32", "arithmetic of the cross entropy, and dtype of the logits it gets")
+    eval_loss: Dtype = precision("float32", "the same in validation")
     newton_schulz: Dtype = precision("bfloat16", "dtype of the Newton-Schulz iteration")
     newton_schulz_norm: Dtype = precision(
         "float32", "Frobenius norm before the iteration, and the tensor whose norm it is")
@@ -810,6 +959,17 @@ def faults(s: Settings) -> Iterator[str]:
     for path, needs, default in unmet_needs(s):
         remedy = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
         yield f"{path} needs {needs}: set it too, or {remedy}"
+
+
+def empty_layers(s: Settings) -> set[int]:
+    """Layers with neither attention nor MLP, of which nothing is left in the model."""
+    return set(s.model.attn.drop_layers) & set(s.model.mlp.drop_layers)
+
+
+def channel_faults(path: str, channels: int, s: Settings) -> Iterator[str]:
+    """Messages on a gate that reads more channels than there are."""
+    if not 1 <= channels <= s.model.model_dim:
+        yield f"{path} = {channels}: must lie between 1 and model.model_dim"
 
 
 def layer_faults(path: str, layers: tuple[int, ...], s: Settings) -> Iterator[str]:

@@ -63,7 +63,7 @@ class StepPlan:
 
 def scheduled_steps(schedule: Schedule) -> int:
     """Steps before the extension."""
-    return schedule.steps - schedule.extension_steps
+    return schedule.steps - schedule.extension
 
 
 def lr_factor(schedule: Schedule, step: int) -> float:
@@ -231,7 +231,7 @@ def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
         stage = min(stage_of(s, step), len(w.stages) - 1)
     else:  # records 29 to 41 count one step more
         stage = min(len(w.stages) * step // (1 + steps), len(w.stages) - 1)
-    extended = s.schedule.extension_steps and step >= steps and w.extension not in (None, w.stages[-1])
+    extended = s.schedule.extension and step >= steps and w.extension not in (None, w.stages[-1])
     return w.stages[:stage + 1] + ((w.extension,) if extended else ())
 
 
@@ -259,7 +259,7 @@ def stages(s: Settings) -> list[range]:
     for share in s.schedule.stages[:-1]:
         total += share
         ends.append(math.ceil(total * scheduled - 1e-6))  # 0.3333 + 0.3333 is less than two thirds
-    ends += [scheduled, s.schedule.steps] if s.schedule.extension_steps else [scheduled]
+    ends += [scheduled, s.schedule.steps] if s.schedule.extension else [scheduled]
     return [range(a, b) for a, b in zip([0, *ends], ends)]
 
 

@@ -631,7 +631,8 @@ class Schedule:
     """
     steps: int = opt(19560, "optimizer steps, those of the extension included", unit="step", off=REFUSE,
                      shrink="steps", least=1, most=1_000_000)
-    extension_steps: int = opt(0, "extension (record 35): the last steps, after the end of all schedules",
+    extension_steps: int = opt(0, "extension (record 35): the last steps, after the end of all schedules; at "
+                                  "most an eighth of the steps, so that a short trial has its schedules too",
                                unit="step", off=0, shrink="steps", least=0)
     extension_at: float = opt(1.0, "point at which the schedules stand during the extension, as a fraction "
                                    "of the scheduled steps (records 35 to 45 stop just before the end)",
@@ -660,15 +661,17 @@ class Schedule:
         off=(), above=0
     )
 
+    @property
+    def extension(self) -> int:
+        """Steps of the extension."""
+        return min(self.extension_steps, self.steps // 8)
+
     def check(self, s: "Settings") -> Iterator[str]:
         if self.stages and abs(sum(self.stages) - 1) > 1e-6:
             yield f"schedule.stages = {list(self.stages)}: must add up to 1, the whole run"
         if self.cooldown_frac and self.cooldown_steps:
             yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
                    "to 0")
-        if self.extension_steps >= self.steps:
-            yield (f"schedule.extension_steps = {self.extension_steps} leave none of schedule.steps = "
-                   f"{self.steps} to the schedules: raise schedule.steps or set schedule.extension_steps=0")
         ends = [end for end, _ in self.lr_peaks]
         if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
             yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing fractions "
@@ -933,7 +936,7 @@ def tokens_per_step(s: Settings) -> int | float:
     if len(sizes) == 1:
         return LOGICAL_RANKS * sizes[0]
     scheduled = sum(size * share for size, share in zip(sizes, s.schedule.stages))
-    extension = s.schedule.extension_steps / s.schedule.steps
+    extension = s.schedule.extension / s.schedule.steps
     return LOGICAL_RANKS * ((1 - extension) * scheduled + extension * sizes[-1])
 
 

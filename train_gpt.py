@@ -54,7 +54,7 @@ import runlog
 import schedule
 import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
-from data.batch import longest_document, to_rows
+from data.batch import longest_document, loss_weights, to_rows
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, validation_rows
 from deltas import Resolved
 from model import GPT
@@ -261,6 +261,7 @@ def train_step(
     if run.s.model.head.train_loss == "sum":
         share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), at_once)
+    weights = loss_weights(step_plan.target_weights, inputs.device)
     for hook in run.hooks:
         hook.before_forwards(step_plan)
     for first in starts:
@@ -268,7 +269,7 @@ def train_step(
         ranks = slice(first, first + at_once)
         x, y = inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1)  # (R, T)
         context = model.context(x, run.corpus.bos, step_plan.shape.windows, most=sum(documents[ranks]))
-        loss = run.compiled(x, y, context).mean()
+        loss = run.compiled(x, y, context, target_weights=weights).mean()
         (loss * share).backward()
         optimizer.accumulate()
         losses.append(loss.detach())
@@ -312,8 +313,10 @@ def validation(run: Run, step: int) -> bool:
 
 
 def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
-    """Validation loss with the windows that belong to this step."""
+    """Validation loss with the windows that belong to this step, and with the head's weight as the embedding
+    while it is shared."""
     windows = schedule.validation_windows(run.s, step)
+    run.model.tied = schedule.tied(run.s, step)  # the warm-up validates out of order
 
     def context(tokens, read):
         longest = longest_document(read, run.corpus.bos)

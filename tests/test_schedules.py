@@ -90,6 +90,15 @@ def test_without_the_extension_all_steps_are_scheduled():
     assert len(set(tail)) == 1 and len({p.lr_factor for p in schedule.plan(off)[-40:]}) == 40
 
 
+@pytest.mark.feature("schedule.extension_steps")
+@pytest.mark.parametrize("steps, extension", [(3, 0), (8, 1), (100, 12), (319, 39), (320, 40), (1840, 40)])
+def test_the_extension_of_a_short_trial_is_an_eighth_of_it(steps, extension):
+    s = settings(57, f"schedule.steps={steps}")
+    ranges = schedule.stages(s)
+    assert ranges[-1].stop == steps and len(ranges) == 3 + (extension > 0)
+    assert schedule.scheduled_steps(s.schedule) == steps - extension
+
+
 @pytest.mark.feature("schedule.extension_at")
 def test_records_35_to_45_hold_the_learning_rate_just_above_its_floor():
     for n, tail in ((35, 0.10018), (39, 0.100225), (45, 0.10018), (46, 0.1), (57, 0.1)):
@@ -150,7 +159,6 @@ def test_scales_keep_the_proportions_of_stages_and_extension(n):
 # ----- refusals
 
 @pytest.mark.parametrize("n, sets, message", [
-    (57, ["schedule.steps=40"], "schedule.extension_steps = 40 leave none of schedule.steps = 40"),
     (57, ["schedule.lr_peaks=[[0.6,1.5],[0.3,1.7]]"], "must list growing fractions below 1"),
     (57, ["schedule.lr_peaks=[[0.6]]"], "schedule.lr_peaks"),
     (57, ["data.tokens_per_rank=[16384,49152]"], "has 2 values and schedule.stages has 3"),

@@ -420,7 +420,7 @@ class GPT(nn.Module):
             mlp.fp8.reset()
 
     def tied_at_first(self):
-        """Whether training begins with an embedding that is the head's weight, although the head is untied."""
+        """Whether training begins with the head's weight as the embedding, although the head is untied."""
         untied = self.settings.model.head.untied
         return untied is not None and untied.tied_until is not None
 

@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from declare import PRECISION, REFUSE, bound_faults, opt, unmet_needs, walk
+from model_settings import (
+    MTP, Backout, SALambdas, SkipGate, Smear, ValueGate, channel_faults, empty_layers, layer_faults
+)
 from optim_settings import Optim
 from system_settings import System
 
@@ -29,22 +32,6 @@ NUMERICS_VERSION = 1  # raised by hand when a fix changes the results of existin
 # ----- model ------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
-class Smear:
-    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1), e the rows of the token
-    table.
-
-    W reads the first `channels` channels. The first token of a row keeps its embedding; the token before may
-    belong to another document.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-    init: float = opt(0.0, "initial lambda; the constant if `learned` is off")
-    learned: bool = opt(True, "learned lambda, one scalar (off: the constant `init`)", off=False)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        yield from channel_faults("model.embed.smear.channels", self.channels, s)
-
-
-@dataclass(frozen=True)
 class Embed:
     """From token ids to the residual stream."""
     padded: bool = opt(True, "padded embedding tables: they have rows for the padded vocabulary (off: only "
@@ -52,7 +39,7 @@ class Embed:
     learned_positions: bool = opt(True, "learned position embedding, added to the token embedding (GPT-2)",
                                   off=False)
     norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
-    smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous token's, "
+    smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous one, "
                                     "before the norm")
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -122,49 +109,20 @@ class ValueResidual:
 
 
 @dataclass(frozen=True)
-class SALambdas:
-    """Factors of the weights of attention, one of each kind per layer (records 47 and 48).
-
-    Queries, keys and values are projected with a0 W, the heads' outputs with a1 W_O. QK norm removes a0 from
-    queries and keys.
-    """
-    qkv: float = opt(0.5, "initial a0; the constant if `learned` is off")
-    o: float | None = opt(None, "factor of the output projection, and its initial value a1")
-    learned: bool = opt(True, "learned a0 and a1, scalars per layer (off: the constants)", off=False)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        if s.model.attn.latent:
-            yield ("model.attn.sa_lambdas multiplies the projections q, k, v and o, which model.attn.latent "
-                   "replaces: switch one off")
-
-
-@dataclass(frozen=True)
-class ValueGate:
-    """Value-embedding gate (record 55, @classiclarryd): each head's value embedding is multiplied by
-    2 sigmoid(W n).
-
-    n is the first `channels` channels of the block's normalised input.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        yield from channel_faults("model.attn.value_embed.gate.channels", self.channels, s)
-
-
-@dataclass(frozen=True)
 class ValueEmbed:
     """Value embeddings (record 14, @KoszarskyB): each value is mixed with a row, chosen by the token, of a
     table."""
     tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
         "value table of each layer, by number; -1: the layer has none", off=REFUSE)
     mix: Literal["lerp", "pair", "scaled", "sum"] = opt(
-        "lerp", "form of the mix of a value v and its embedding ve. lerp: (1 - b) v + b ve. pair: a v + b ve, "
-                "and a v in layers without a table. scaled: v + b ve. sum: v + ve")
+        "lerp", "form of the mix of a value v and its embedding ve. lerp: (1 - b) v + b ve. pair: a v + b "
+                "ve, and a v in layers without a table. scaled: v + b ve. sum: v + ve")
     init: float = opt(0.5, "initial a and b; the constants if `learned` is off",
                       idle="model.attn.value_embed.mix=sum")
     learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False,
                         idle="model.attn.value_embed.mix=sum")
-    table_init: Literal["normal", "zero"] = opt("normal", "initial value tables. normal: N(0, 1). zero: zeros")
+    table_init: Literal["normal", "zero"] = opt(
+        "normal", "initial value tables. normal: N(0, 1). zero: zeros")
     gate: ValueGate | None = opt(None, "gate on each head's value embedding")
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -443,19 +401,6 @@ class X0Mix:
 
 
 @dataclass(frozen=True)
-class SkipGate:
-    """Skip gate (record 55, @classiclarryd): the weight of each skip is multiplied by 2 sigmoid(W x0) per
-    token.
-
-    x0 is the embedding as the first block gets it, of which W reads the first `channels` channels.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        yield from channel_faults("model.residual.unet_skips.gate.channels", self.channels, s)
-
-
-@dataclass(frozen=True)
 class UnetSkips:
     """U-net skips: the outputs of the first half of the blocks are added, last first, before those of the
     second half."""
@@ -484,19 +429,8 @@ class UnetSkips:
             if pair[0] >= pair[1]:
                 yield f"{path}.pairs: the skip {list(pair)} must lead to a later layer"
             for layer in set(pair) & empty_layers(s):
-                yield (f"{path}.pairs: layer {layer} has neither attention nor MLP: choose another, or remove it "
-                       "from model.attn.drop_layers")
-
-
-@dataclass(frozen=True)
-class Backout:
-    """Backout (record 40): after the last block x <- x - b y, y the stream after an earlier block."""
-    layer: int = opt(8, "block after which y is taken", unit="layer", off=REFUSE, least=0)
-    init: float = opt(0.5, "initial b; the constant if `learned` is off")
-    learned: bool = opt(True, "learned b, one scalar (off: the constant `init`)", off=False)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        yield from layer_faults("model.residual.backout.layer", (self.layer,), s)
+                yield (f"{path}.pairs: layer {layer} has neither attention nor MLP: choose another layer, or "
+                       "remove it from model.attn.drop_layers")
 
 
 @dataclass(frozen=True)
@@ -518,7 +452,7 @@ class Untied:
     tied_until: float | None = opt(
         None, "tied at first: fraction of the scheduled steps in which the embedding is the head's weight. "
               "Then the table of the embedding takes over this weight and its optimizer state (record 53)",
-        above=0, below=1)
+        above=0, most=1)
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.tied_until is not None and s.numerics.head != s.numerics.table:
@@ -537,28 +471,8 @@ class Softcap:
     form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
-    shift: float = opt(0.0, "added to the logits inside the sigmoid, so that the cap is asymmetric (record 54)",
-                       off=0.0, needs="model.head.softcap.form=sigmoid")
-
-
-@dataclass(frozen=True)
-class MTP:
-    """Multi-token prediction (record 53; after Gloeckle et al., arXiv 2404.19737, with the one head of the
-    model).
-
-    The loss of a token is the sum over n of w_n times the cross entropy of the n-th next token. In each stage
-    the weights go linearly from those of `start` to those of `end`. Validation counts the next token only.
-    """
-    start: tuple[tuple[float, ...], ...] = opt(
-        ((1.0, 0.5),), "weights of the next tokens at the start of each stage", off=REFUSE, least=0)
-    end: tuple[tuple[float, ...], ...] = opt(
-        ((1.0, 0.5),), "weights of the next tokens at the end of each stage", off=REFUSE, least=0)
-
-    def check(self, s: "Settings") -> Iterator[str]:
-        sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
-        if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
-            yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
-                   f"and they have {sizes[0]} and {sizes[1]}")
+    shift: float = opt(0.0, "added to the logits inside the sigmoid, which makes the cap asymmetric (record "
+                            "54)", off=0.0, needs="model.head.softcap.form=sigmoid")
 
 
 @dataclass(frozen=True)
@@ -589,9 +503,9 @@ class Init:
     qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
                                         "53; off: that of `bound`)",
                                   needs="model.init.scheme=uniform", least=0)
-    head_std: float | None = opt(None, "standard deviation of the head's normally distributed initial weight, "
-                                       "which is also the token table if they are tied (record 51; off: by "
-                                       "`scheme`)", least=0)
+    head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
+                                       "distributed, which is also the token table if they are tied (record "
+                                       "51; off: by `scheme`)", least=0)
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.qkv_bound is not None and s.model.attn.latent:
@@ -962,27 +876,6 @@ def faults(s: Settings) -> Iterator[str]:
     for path, needs, default in unmet_needs(s):
         remedy = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
         yield f"{path} needs {needs}: set it too, or {remedy}"
-
-
-def empty_layers(s: Settings) -> set[int]:
-    """Layers with neither attention nor MLP, of which nothing is left in the model."""
-    return set(s.model.attn.drop_layers) & set(s.model.mlp.drop_layers)
-
-
-def channel_faults(path: str, channels: int, s: Settings) -> Iterator[str]:
-    """Messages on a gate that reads more channels than there are."""
-    if not 1 <= channels <= s.model.model_dim:
-        yield f"{path} = {channels}: must lie between 1 and model.model_dim"
-
-
-def layer_faults(path: str, layers: tuple[int, ...], s: Settings) -> Iterator[str]:
-    """Messages on layer numbers that do not exist or are given twice."""
-    count = s.model.num_layers
-    for i in layers:
-        if not 0 <= i < count:
-            yield f"{path} names layer {i}: the model has layers 0 to {count - 1}"
-    if len(set(layers)) != len(layers):
-        yield f"{path} = {list(layers)} names a layer twice"
 
 
 def check_processes(s: Settings, processes: int) -> None:

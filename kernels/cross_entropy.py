@@ -438,8 +438,8 @@ def refusal(device, plan):
 
 # ----- as operators: torch.compile sees two calls and not the loops over chunks -----------------------------
 
-ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType cap_dtype, "
-             "ScalarType loss_dtype, int chunk, str backend, str transpose, float shift")
+ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, "
+             "ScalarType cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose, float shift")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

@@ -78,8 +78,8 @@ def qk_rotary_reference(
 
 
 def offset_keys(k, offset):
-    """Keys (R, T, H, K) whose last `offset` channel pairs are those of the token before; the first token keeps
-    its own."""
+    """Keys (R, T, H, K) whose last `offset` channel pairs are those of the token before; the first token
+    keeps its own."""
     if not offset:
         return k
     pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)

@@ -16,7 +16,7 @@ from settings import Settings
 
 
 class Entry(NamedTuple):
-    """One entry of the coefficients that a module of Residual gives in each forward pass, times a constant."""
+    """One entry of the coefficients that a module of Residual gives in each forward pass, times a factor."""
     module: str
     index: int
     factor: float = 1.0
@@ -45,8 +45,11 @@ def branch_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
 
 
 def skip_pairs(specs: tuple[LayerSpec, ...], pairs: tuple | None) -> list[tuple[int, int]]:
-    """(from, to) of each skip: the pairs of the settings, or the U-net (record 11), in which the second half of
-    the layers gets the outputs of the first half, last in, first out. Empty layers take no part."""
+    """(from, to) of each skip: the pairs of the settings, or the U-net (record 11).
+
+    In the U-net the second half of the layers gets the outputs of the first half, last in, first out. Empty
+    layers take no part.
+    """
     if pairs is not None:
         return list(pairs)
     half = len(specs) // 2
@@ -95,8 +98,8 @@ class Residual(nn.Module):
             sigmoid=u.sigmoid is not None
         )
         if u.gate is not None:
-            self.skip_gate = parameter((len(pairs), u.gate.channels), n.gate, role="matrix", label="skip_gate",
-                                       init=constant(0.0))
+            self.skip_gate = parameter((len(pairs), u.gate.channels), n.gate, role="matrix",
+                                       label="skip_gate", init=constant(0.0))
         self.add(*skip_terms(pairs))
 
     def add(self, *terms: Term) -> None:
@@ -109,8 +112,9 @@ class Residual(nn.Module):
         """The stream of one forward pass that begins with the embedding x0 (R, T, D)."""
         coefs = {name: module() for name, module in self.named_children()}
         if self.skip_gate is not None:
-            gates = 2 * torch.sigmoid(linear(x0[..., :self.skip_gate.size(1)], self.skip_gate))  # (R, T, skips)
-            coefs["skip"] = [weight * gate[..., None] for weight, gate in zip(coefs["skip"], gates.unbind(-1))]
+            channels = x0[..., :self.skip_gate.size(1)]
+            gates = (2 * torch.sigmoid(linear(channels, self.skip_gate))).unbind(-1)  # (R, T) of each skip
+            coefs["skip"] = [weight * gate[..., None] for weight, gate in zip(coefs["skip"], gates)]
         return Stream(self.terms, coefs, self.sources, x0)
 
 

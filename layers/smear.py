@@ -20,7 +20,8 @@ class Smear(nn.Module):
         super().__init__()
         smear, n = s.model.embed.smear, s.numerics
         self.lam = coefficient(1, smear.init, smear.learned, n.scalar, "smear_lambda")
-        self.gate = parameter((1, smear.channels), n.gate, role="matrix", label="smear_gate", init=constant(0.0))
+        self.gate = parameter((1, smear.channels), n.gate, role="matrix", label="smear_gate",
+                              init=constant(0.0))
 
     def forward(self, e: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """e (R, T, D), rows of the token table. cache: in generation; its last embedding comes before e, and

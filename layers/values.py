@@ -34,8 +34,9 @@ class ValueResidual(nn.Module):
 class ValueEmbed(nn.Module):
     """v <- a v + b ve, ve the token's row of the layer's table (record 14 on).
 
-    mix `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48): a = b = 1.
-    With a gate (record 55) ve of each head is multiplied by 2 sigmoid(W n), n the normed input of the block.
+    mix `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48): a = b
+    = 1. With a gate (record 55) ve of each head is multiplied by 2 sigmoid(W n), n the normed input of the
+    block.
     """
 
     def __init__(self, s, specs):
@@ -49,7 +50,8 @@ class ValueEmbed(nn.Module):
         self.dtype = dtype(n.residual)
         init = constant(0.0) if e.table_init == "zero" else normal(1.0)
         self.tables = nn.ParameterList(
-            parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed", init=init)
+            parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
+                      init=init)
             for _ in range(num_value_tables(s)))
         self.v = self.ve = None
         if e.mix == "pair":

@@ -19,8 +19,8 @@ def load(name):
 
 
 def build(ref, **values):
-    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as they are or as
-    double underscores."""
+    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as they are or
+    as double underscores."""
     values = {"system.precision": "float64", **{k.replace("__", "."): v for k, v in values.items()}}
     s = deltas.resolve(ref, sets=[f"{path}={value}" for path, value in values.items()]).settings
     model = GPT(s)
@@ -34,7 +34,7 @@ def small(ref, config, length, rows=1, **more):
         ref, model__model_dim=config["dim"], model__attn__num_heads=config["heads"],
         model__vocab_size=config["vocab_rows"], data__seq_len=length, data__tokens_per_rank=rows * length,
         validation__seq_len=length, validation__tokens=8 * length,
-        **{"numerics__norm_eps": 2.220446049250313e-16, **more}
+        **{"numerics__norm_eps": 2.220446049250313e-16, "numerics__qk_norm_eps": "false", **more}
     )
 
 

@@ -133,7 +133,8 @@ def test_record_20_loss_gradients_and_other_windows():
 
 
 def fixture_34_on(ref, name, more):
-    """(numbers, config, model) of a fixture of records 34 on, as sets on a record; windows in blocks of 16."""
+    """(numbers, config, model) of a fixture of record 34 or later, at blocks of 16 tokens. more: sets on
+    `ref`."""
     golden, config = load(name)
     sizes = {"dim": config["model_dim"], "heads": config["num_heads"],
              "vocab_rows": config.get("vocab_padded", config["vocab"])}

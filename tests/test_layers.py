@@ -11,7 +11,6 @@ import torch
 
 import deltas
 import schedule
-from common.errors import UserError
 from layers.attention import AttnMeta
 from layers.primitives import Learned
 from layers.residual import Entry, Term
@@ -160,12 +159,6 @@ def test_weighted_targets_are_the_weighted_sum_of_their_cross_entropies(as_tenso
     found, wanted = (torch.autograd.grad(y.mean(), list(model.parameters())) for y in (losses, expected))
     assert all((a - b).abs().max() < 1e-12 for a, b in zip(found, wanted))
     assert torch.allclose(losses_of(model, x, target_weights=(1.0,)), losses_of(model, x), rtol=1e-12)
-
-
-def test_weighted_targets_refuse_a_kernel_that_has_one_target():
-    model = built("short/11", "system.kernels.loss=chunks")
-    with pytest.raises(UserError, match="set it to auto or whole"):
-        losses_of(model, text(), target_weights=(1.0, 0.5))
 
 
 # ----- what imports what

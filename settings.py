@@ -769,8 +769,8 @@ class Numerics:
                     "(bA + (cA)A)X. symmetric: bA + cAA is rounded once, and so is aX plus its product with X "
                     "(record 27). They differ by rounding")
     muon_update: Dtype = precision("float32", "dtype of the scaled Muon update, before it is subtracted")
-    muon_decay: Dtype = precision("float32", "dtype of Muon's update together with its cautious decay: this or "
-                                             "that of the update, the wider one")
+    muon_decay: Dtype = precision("float32", "dtype to which Muon's update is rounded when its cautious decay has "
+                                             "been added")
     adam: Dtype = precision("float32", "arithmetic of AdamW")
     adam_state: Literal["parameter", "bfloat16", "float32"] = opt(
         "parameter", "stored moments of AdamW. parameter: the dtype of the parameter", exact="parameter")

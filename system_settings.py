@@ -107,6 +107,9 @@ class System:
         if self.recompute == "on" and not recomputable(s):
             yield ("system.recompute=on would move delayed scales twice: leave it off with "
                    "numerics.fp8_mlp.down")
+        if self.comm == "allreduce_updates" and s.numerics.matrix_mantissa:
+            yield ("system.comm=allreduce_updates has no place for the lower bits of numerics.matrix_mantissa: "
+                   "choose another system.comm")
         if self.cuda_graphs and self.comm == "allreduce_updates":
             yield ("system.cuda_graphs does not capture communication: choose another system.comm than "
                    "allreduce_updates")

@@ -98,6 +98,9 @@ class MTP:
         if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
             yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
                    f"and they have {sizes[0]} and {sizes[1]}")
+        if len(self.start) != max(1, len(s.schedule.stages)):
+            yield (f"model.head.mtp.start has {len(self.start)} lists and schedule.stages has "
+                   f"{len(s.schedule.stages)} stages: give one list per stage (the extension keeps the last)")
 
 
 def empty_layers(s: Any) -> set[int]:

@@ -162,8 +162,7 @@ class Window:
         None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
               "of half as many blocks, at least one (off: every layer has the long window)")
     extension: int | None = opt(None, "long window in the extension (record 42; off: the last stage's)",
-                                unit="block", needs="model.attn.window.growth=stages",
-                                idle="schedule.extension_steps=0")
+                                unit="block", needs="schedule.extension_steps")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
                             needs="model.attn.window.growth=stages")
     final_long: int | None = opt(None, "window of the layers with the long window in the final validation "
@@ -179,6 +178,8 @@ class Window:
         for name in ("extension", "final") if self.stages else ():
             if (blocks := getattr(self, name)) is not None and blocks < self.stages[-1]:
                 yield f"{path}.{name} = {blocks}: must be at least the last stage, {self.stages[-1]} blocks"
+        if self.extension is not None and self.growth != "stages":
+            yield f"{path}.extension needs {path}.growth=stages: set it, or add --without {path}.extension"
         if None not in (self.extension, self.final) and self.final < self.extension:
             yield f"{path}.final = {self.final}: must be at least {path}.extension = {self.extension}"
         if self.growth == "stages" and s.schedule.stages and len(self.stages) != len(s.schedule.stages):
@@ -550,10 +551,10 @@ class Schedule:
                                unit="step", off=0, shrink="steps", least=0)
     extension_at: float = opt(1.0, "point at which the schedules stand during the extension, as a fraction "
                                    "of the scheduled steps (records 35 to 45 stop just before the end)",
-                              off=1.0, idle="schedule.extension_steps=0", above=0, most=1)
+                              off=1.0, needs="schedule.extension_steps", above=0, most=1)
     lr_spans_extension: bool = opt(False, "learning rate that falls during the extension too: its "
                                           "fractions are of all steps (record 41)", off=False,
-                                   idle="schedule.extension_steps=0", needs="schedule.lr=trapezoid")
+                                   needs="schedule.extension_steps")
     lr: Literal["cosine", "trapezoid"] = opt(
         "cosine", "shape of the learning rate after its warm-up. cosine: a half cosine to zero. trapezoid: "
                   "constant, then linear over the cooldown")

@@ -101,10 +101,13 @@ class Untie(Stateful):
     def __init__(self, model: GPT, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
 
+    def before_forwards(self, plan: StepPlan) -> None:
+        self.model.tied = plan.shape.tied  # the warm-up goes through steps out of order
+
     def after_update(self, plan: StepPlan) -> None:
         if "untie" in plan.events:
             self.optimizer.copy_parameter("lm_head", "embed")
-            self.model.set_tied(False)
+            self.model.tied = False
 
 
 def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:

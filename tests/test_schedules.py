@@ -165,8 +165,10 @@ def test_scales_keep_the_proportions_of_stages_and_extension(n):
     (57, ["model.attn.window.stages=[3,11]"], "has 2 windows and schedule.stages has 3"),
     (57, ["model.attn.window.extension=10"], "must be at least the last stage, 11 blocks"),
     (34, ["model.attn.window.final_long=20"], "switch model.attn.window.final_last_layer off"),
-    (34, ["model.attn.window.extension=13"], "it has no effect while schedule.extension_steps = 0"),
-    (34, ["schedule.lr_spans_extension=true"], "it has no effect while schedule.extension_steps = 0"),
+    (34, ["model.attn.window.extension=13"], "needs schedule.extension_steps: set it too"),
+    (57, ["model.attn.window.growth=constant", "model.attn.window.stages=[]", "model.attn.window.final_long=false",
+          "model.attn.rope.yarn=false"], "model.attn.window.extension needs model.attn.window.growth=stages"),
+    (34, ["schedule.lr_spans_extension=true"], "needs schedule.extension_steps: set it too"),
 ])
 def test_schedules_that_do_not_fit_are_refused_with_the_culprit(n, sets, message):
     with pytest.raises(UserError) as caught:

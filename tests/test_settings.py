@@ -426,7 +426,7 @@ def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
         ("records/short/011_unet_double_lr/", ["short/11"]),
         ("short", ["short/head"]),
         ("mla12q", ["variants/mla12q"]),
-        ("muonn", ["short/muon"]),
+        ("muonn", ["short/muon", "short/normuon"]),
         ("tiny", ["tiny-v1"]),
         ("Tiny_v1", ["tiny-v1"]),
         ("tiny-v2", ["tiny-v1"]),
@@ -449,7 +449,7 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
         ("Model.Attn.Rope", ["model.attn.rope"]),
         ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]),
         ("model/attn/rope", ["model.attn.rope"]),
-        ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]),
+        ("steps", ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"]),
         ("optim-muon-lr", ["optim.muon.lr"]), ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])
     ],
 )

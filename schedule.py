@@ -57,7 +57,7 @@ class StepPlan:
     # What happens once, at this step. "stage": the first step of a further stage. "untie": after the update
     # the embedding gets a table of its own, a copy of the head's weight with its state.
     events: tuple[str, ...] = ()
-    target_weights: tuple[float, ...] = ()  # loss weights of the next, second next, ... token; (): only the next
+    target_weights: tuple[float, ...] = ()  # of the losses of the next tokens; (): only the next
     frozen: frozenset[str] = frozenset()  # groups without update whose gradients of this step are dropped
 
 
@@ -250,7 +250,8 @@ def layer_spans(specs, windows):
 # ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
-    """The steps of each stage: those of schedule.stages, or one stage of all scheduled steps; and the extension.
+    """The steps of each stage: those of schedule.stages, or one stage of all scheduled steps; and the
+    extension.
 
     A stage begins with the first step that has its fraction of the scheduled steps behind it.
     """
@@ -269,7 +270,8 @@ def stage_of(s: Settings, step: int) -> int:
 
 
 def in_stage(value: int | tuple[int, ...], stage: int) -> int:
-    """The value that a setting with one value, or one per stage, has in a stage; the last in the extension."""
+    """The value that a setting with one value, or one per stage, has in a stage; the last in the
+    extension."""
     values = per_stage(value)
     return values[min(stage, len(values) - 1)]
 

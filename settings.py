@@ -589,8 +589,8 @@ class Schedule:
                    "to 0")
         ends = [end for end, _ in self.lr_peaks]
         if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
-            yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing fractions "
-                   "below 1, each with a factor")
+            yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing "
+                   "fractions below 1, each with a factor")
 
 
 # ----- data, validation -------------------------------------------------------------------------------------

@@ -62,9 +62,11 @@ def print_plan(resolved):
 def schedule_table(s, plans):
     """Lines on what the schedules give: a table of eighths of the run and of every step that changes a shape,
     the final validation, and what happens once or rests."""
-    changes = {i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape}
-    jumps = {i for i in range(1, len(plans)) if plans[i].lr_factor > plans[i - 1].lr_factor and s.schedule.lr_peaks}
-    shown = sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, *jumps, len(plans) - 1})
+    pairs = list(zip(plans[1:], plans))
+    changes = {new.step for new, old in pairs if new.shape != old.shape}
+    if s.schedule.lr_peaks:
+        changes |= {new.step for new, old in pairs if new.lr_factor > old.lr_factor}
+    shown = sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1})
     rows = [["step", "learning-rate factor", "Muon momentum"]]
     rows += [[str(i), f"{plans[i].lr_factor:.4f}", f"{plans[i].momentum:.4f}"] for i in shown]
 
@@ -75,7 +77,8 @@ def schedule_table(s, plans):
     if len({plan.tokens for plan in plans}) > 1:
         column("tokens", lambda plan: f"{plan.tokens:,}")
     if plans[0].shape.windows:
-        column("window" + (" long / short" if split(s) else ""), lambda plan: windows_text(s, plan.shape.windows).strip())
+        title = "window" + (" long / short" if split(s) else "")
+        column(title, lambda plan: windows_text(s, plan.shape.windows).strip())
     if s.model.head.mtp:
         column("weights of the next tokens", lambda plan: "  ".join(f"{w:.4f}" for w in plan.target_weights))
     widths = [max(map(len, cells)) for cells in zip(*rows)]
@@ -159,7 +162,8 @@ def graphs(s, plans):
     at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda)
     shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in {p.shape for p in plans})
     length = s.validation.seq_len
-    validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
+    validated = {(schedule.validation_windows(s, i), schedule.tied(s, i)) for i in range(len(plans) + 1)
+                 if schedule.validates(s, i)}
     forwards = [
         *(
             ("training", at_once * tokens // seq_len, seq_len, windows)
@@ -177,7 +181,8 @@ def graphs(s, plans):
         + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else "")
     )
     for what, rows, tokens, windows in forwards:
-        each = f", for each of {windows} windows" if windows > 1 else ""
+        kinds = "windows" if plans[0].shape.targets == 1 else "windows, targets and shared or own tables"
+        each = f", for each of {windows} {kinds}" if windows > 1 else ""
         yield f"  {what}: {rows} row{'s' if rows > 1 else ''} of {tokens} tokens{each}"
     for bank in banks:
         yield f"  update: {bank.name()}"

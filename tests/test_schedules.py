@@ -32,8 +32,10 @@ def moments(plans, what):
 
 # ----- golden numbers
 
-@pytest.mark.feature("schedule.extension_steps", "schedule.extension_at", "schedule.lr_peaks", "schedule.stages",
-                     "model.attn.window.extension", "model.attn.window.final_long", "model.head.mtp",
+@pytest.mark.feature("schedule.extension_steps", "schedule.extension_at", "schedule.lr_peaks",
+                     "schedule.stages", "model.attn.window.extension",
+                     "model.attn.window.final_long",
+                     "model.head.mtp",
                      "optim.muon.momentum_cooldown", "optim.muon.momentum_warmup.reaches_end")
 @pytest.mark.parametrize("n", [34, 40, 43, 53, 55])
 def test_learning_rate_momentum_windows_batch_and_target_weights_at_every_step(n):
@@ -75,7 +77,8 @@ def test_the_batch_grows_at_the_step_of_the_log_and_the_windows_with_it(n):
     scheduled = len(plans) - 40
     first, second = SWITCHES[n]
     assert moments(plans, lambda p: p.tokens) == {0: 131_072, first: 262_144, second: 393_216}
-    assert moments(plans, lambda p: p.shape.windows.long_blocks[-1]) == {0: 3, first: 7, second: 11, scheduled: 13}
+    blocks = moments(plans, lambda p: p.shape.windows.long_blocks[-1])
+    assert blocks == {0: 3, first: 7, second: 11, scheduled: 13}
     assert [p.step for p in plans if "stage" in p.events] == [first, second, scheduled]
 
 
@@ -166,8 +169,9 @@ def test_scales_keep_the_proportions_of_stages_and_extension(n):
     (57, ["model.attn.window.extension=10"], "must be at least the last stage, 11 blocks"),
     (34, ["model.attn.window.final_long=20"], "switch model.attn.window.final_last_layer off"),
     (34, ["model.attn.window.extension=13"], "needs schedule.extension_steps: set it too"),
-    (57, ["model.attn.window.growth=constant", "model.attn.window.stages=[]", "model.attn.window.final_long=false",
-          "model.attn.rope.yarn=false"], "model.attn.window.extension needs model.attn.window.growth=stages"),
+    (57, ["model.attn.window.growth=constant", "model.attn.window.stages=[]",
+          "model.attn.window.final_long=false", "model.attn.rope.yarn=false"],
+     "model.attn.window.extension needs model.attn.window.growth=stages"),
     (34, ["schedule.lr_spans_extension=true"], "needs schedule.extension_steps: set it too"),
 ])
 def test_schedules_that_do_not_fit_are_refused_with_the_culprit(n, sets, message):

@@ -562,7 +562,7 @@ def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(
 ):
     print_plan(deltas.resolve(ref))
     out = capsys.readouterr().out
-    steps = [line.split(":")[0].strip() for line in out.split("schedule (")[1].splitlines()]
+    steps = [line.split()[0] for line in out.split("\nschedule:\n")[1].splitlines() if line.strip()]
     assert {str(step) for step in starts} <= set(steps)
     assert f"at most {len(starts) + 1 + validated + updates} graphs" in out
     assert sum(line.startswith("  update: ") for line in out.splitlines()) == updates

@@ -230,8 +230,9 @@ def plan(s: Settings) -> list[StepPlan]:
             of_step = shape(s, i, stage)
             tokens = LOGICAL_RANKS * of_step.tokens_per_rank
             events = ("stage",) if stage and i == steps.start else ()
-            plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                                  muon_momentum(s.optim.muon, i, s.schedule.steps), moves_bias(s, i), due(s, i), events))
+            momentum = muon_momentum(s.optim.muon, i, s.schedule.steps)
+            plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i), momentum,
+                                  moves_bias(s, i), due(s, i), events))
             before += tokens
     return plans
 

@@ -399,17 +399,18 @@ class Optimizer:
 
     @torch.no_grad()
     def copy_parameter(self, source, target):
-        """Give one parameter the values, the state and the update count of another one of the same shape and an
-        elementwise rule: a tied head that splits (record 53).
+        """Give one parameter the values, the state and the update count of another one: a tied head that
+        splits (record 53).
 
-        source, target: labels that one parameter each has; the target must be alone in its bank, which has one
-        count. Collective where the state is sharded: a shard of one bank is not that of the other.
+        source, target: labels that one parameter each has, of the same shape and elementwise rules; the
+        target must be alone in its bank, which has one count. Collective where the state is sharded: a shard
+        of one bank is not that of the other.
         """
-        found = [next((b, b.place(label)) for b in self.banks if b.place(label)) for label in (source, target)]
-        (old, (start, stop)), (new, (first, end)) = found
+        old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
+        (start, stop), (first, end) = old.place(source), new.place(target)
         if old.unit or new.unit or len(new.members) > 1 or stop - start != end - first:
-            raise UserError(f"{target} cannot take over the state of {source}: give {target} a group of its own, and "
-                            "both AdamW")
+            raise UserError(f"{target} cannot take over the state of {source}: give {target} a group of its "
+                            "own, and both AdamW")
         new.param.view(-1)[first:end] = old.param.view(-1)[start:stop]
         for name, x in new.state.items():
             whole = new.comm.whole(x)

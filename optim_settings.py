@@ -13,9 +13,10 @@ from declare import BEFORE, REFUSE, opt
 
 @dataclass(frozen=True)
 class AdamCautiousDecay:
-    """Cautious weight decay of AdamW (Chen et al., arXiv 2510.12402; record 50): only the entries that the update
-    moves towards zero decay, by lr^2 weight_decay decay_mul p, in place of the decoupled weight decay."""
-    weight_decay: float = opt(0.005, "weight decay, which the square of the learning rate multiplies", above=0)
+    """Cautious weight decay of AdamW (Chen et al., arXiv 2510.12402; record 50): only the entries that the
+    update moves towards zero decay, by lr^2 weight_decay decay_mul p, in place of the decoupled decay."""
+    weight_decay: float = opt(0.005, "weight decay, which the square of the learning rate multiplies",
+                              above=0)
     strict: bool = opt(False, "entries whose update is zero do not decay (record 53: update * p > 0; off: "
                               "update * p >= 0)", off=False)
 
@@ -38,15 +39,16 @@ class Scalars:
     lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
     every: int = opt(1, "steps from one update to the next; the gradients of the steps between are summed",
                      unit="step", off=1, least=1)
-    beta1: float | None = opt(None, "decay of the first moment, in place of optim.adam.beta1", least=0, below=1)
+    beta1: float | None = opt(None, "decay of the first moment, in place of optim.adam.beta1", least=0,
+                              below=1)
     beta2: float | None = opt(None, "decay of the second moment, in place of optim.adam.beta2", least=0,
                               below=1)
     decay_mul: float = opt(1.0, "factor of the cautious weight decay", off=1.0,
                            needs="optim.adam.cautious_decay", least=0)
     freeze_steps: int = opt(
         0, "frozen steps after a change of the window or of the batch, the step of the change included: the "
-           "group is not updated, and the gradients of these steps are dropped (record 52)", unit="step", off=0,
-        shrink="steps", least=0
+           "group is not updated, and the gradients of these steps are dropped (record 52)", unit="step",
+        off=0, shrink="steps", least=0
     )
 
 
@@ -71,8 +73,8 @@ class Label:
     decay_mul: float | None = opt(None, "factor of AdamW's cautious weight decay",
                                   needs="optim.adam.cautious_decay", least=0)
     freeze_steps: int | None = opt(
-        None, "frozen steps after a change of the window or of the batch, without an update and without their "
-              "gradients", unit="step", shrink="steps", least=0
+        None, "frozen steps after a change of the window or of the batch, without an update and without "
+              "their gradients", unit="step", shrink="steps", least=0
     )
 
 
@@ -81,8 +83,8 @@ class MatrixLabel(Label):
     """Settings of one kind of matrices; a setting that is off is that of optim.muon, or of optim.matrix."""
 
     lr_mul: float | None = opt(
-        None, "factor of Muon's update, cautious decay included; the decay's other factor is the learning rate "
-              "without it (records 42 and 48)", needs="optim.muon", above=0
+        None, "factor of Muon's update, cautious decay included; the decay's other factor is the learning "
+              "rate without it (records 42 and 48)", needs="optim.muon", above=0
     )
     adamw: bool = opt(
         False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
@@ -110,8 +112,8 @@ LABELS = {  # role -> labels that may have settings of their own
     "embed": ("value_embed", "positions"),
     "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas",
                "smear_lambda", "backout_lambda"),
-    "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "mlp_up", "mlp_down", "expert_up",
-               "expert_down")}
+    "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "mlp_up", "mlp_down",
+               "expert_up", "expert_down")}
 
 
 @dataclass(frozen=True)
@@ -119,8 +121,8 @@ class MomentumWarmup:
     """Linear warm-up of Muon's momentum, up to optim.muon.momentum."""
     start: float = opt(0.85, "momentum at step 0", least=0, below=1)
     steps: int = opt(500, "length of the warm-up", unit="step", shrink="steps", least=1)
-    reaches_end: bool = opt(True, "the momentum ends at optim.muon.momentum (off: it stays at the value of the "
-                                  "warm-up's last step, as in records 39 and 40)", off=BEFORE)
+    reaches_end: bool = opt(True, "the momentum ends at optim.muon.momentum (off: it stays at the value of "
+                                  "the warm-up's last step, as in records 39 and 40)", off=BEFORE)
 
 
 @dataclass(frozen=True)
@@ -140,11 +142,11 @@ class NorMuon:
     beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
     attn: Literal["output", "input", "mixed"] = opt(
         "output", "what has a second moment of its own in q, k, v and o. output: each output channel (record "
-                  "48). input: each input channel (record 42). mixed: each column of the four matrices stored as "
-                  "one (d, 4d), with one norm for the four (record 41)")
+                  "48). input: each input channel (record 42). mixed: each column of the four matrices "
+                  "stored as one (d, 4d), with one norm for the four (record 41)")
     gates: Literal["output", "input"] = opt(
-        "output", "what has a second moment of its own in gates. output: each output, like a head (record 48). "
-                  "input: each input channel (record 41)")
+        "output", "what has a second moment of its own in gates. output: each output, like a head (record "
+                  "48). input: each input channel (record 41)")
     floor: float = opt(1e-10, "least second moment before its root is taken (record 41: 1e-20)", least=0)
 
 

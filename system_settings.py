@@ -74,13 +74,13 @@ class System:
                 "pass (record 23). bucketed: they are all-reduced in buckets after it (record 22). In both, "
                 "every process updates every parameter except Muon's matrices, which are shared out. "
                 "sharded: each process updates a shard, as in ZeRO (record 24). allreduce_updates: Muon's "
-                "updates are all-reduced (record 6). adam_hooks: as sharded, but only AdamW's reductions start "
-                "in the backward pass, and Muon's follow AdamW's updates (record 44). interleaved: Muon's "
-                "reductions start before AdamW's updates, and AdamW's last all-gather after Muon's updates "
-                "(record 57). auto: sharded")
+                "updates are all-reduced (record 6). adam_hooks: as sharded, but only AdamW's reductions "
+                "start in the backward pass, and Muon's follow AdamW's updates (record 44). interleaved: "
+                "Muon's reductions start before AdamW's updates, and AdamW's last all-gather after Muon's "
+                "updates (record 57). auto: sharded")
     small_allreduce: int = opt(
-        0, "AdamW parameters of fewer elements are all-reduced, and updated by every process (record 52: 1024)",
-        unit="element", off=0, least=0, most=2 ** 31)
+        0, "AdamW parameters of fewer elements are all-reduced, and updated by every process (record 52: "
+           "1024)", unit="element", off=0, least=0, most=2 ** 31)
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "order of the sum over logical ranks. ordered: the eight logical gradients are summed "
                     "in one fixed binary tree, which gives the same bits on 1, 2, 4 and 8 processes")
@@ -108,8 +108,8 @@ class System:
             yield ("system.recompute=on would move delayed scales twice: leave it off with "
                    "numerics.fp8_mlp.down")
         if self.comm == "allreduce_updates" and s.numerics.matrix_mantissa:
-            yield ("system.comm=allreduce_updates has no place for the lower bits of numerics.matrix_mantissa: "
-                   "choose another system.comm")
+            yield ("system.comm=allreduce_updates has no place for the lower bits of "
+                   "numerics.matrix_mantissa: choose another system.comm")
         if self.cuda_graphs and self.comm == "allreduce_updates":
             yield ("system.cuda_graphs does not capture communication: choose another system.comm than "
                    "allreduce_updates")

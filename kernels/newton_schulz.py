@@ -1,8 +1,8 @@
 """Orthogonalisation of Muon: Newton-Schulz (Keller Jordan, kellerjordan.github.io/posts/muon) and the Polar
 Express (Amsel, Persson, Musco, Gower, arXiv 2505.16932).
 
-Both iterate an odd polynomial of degree five that drives the singular values of X towards 1. Newton-Schulz uses
-one polynomial, after which they lie in about [0.62, 1.13]; the Polar Express uses another one in each step.
+Both iterate an odd polynomial of degree five that drives the singular values of X towards 1. Newton-Schulz
+uses one polynomial, after which they lie in about [0.62, 1.13]; the Polar Express another one in each step.
 """
 
 import torch
@@ -11,8 +11,8 @@ from kernels import symmetric
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # maximise the slope at zero; the origin of the residual spread
 
-# Of the steps 1, 2, ...; the last one repeats. Minimax polynomials for singular values above a bound, with the
-# safety factor of record 38, whose norm is enlarged by the same 2 %.
+# Of the steps 1, 2, ...; the last one repeats. Minimax polynomials for singular values above a bound, with
+# the safety factor of record 38, whose norm is enlarged by the same 2 %.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -53,13 +53,15 @@ def newton_schulz(
     return x.mT if tall else x
 
 
-def expanded(x, a, b, c):
+def expanded(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    """x (..., rows, cols), rows <= cols -> aX + b(AX) + (cA)(AX), A = X X^T."""
     gram = x @ x.mT
     gx = gram @ x
     return a * x + b * gx + (c * gram) @ gx
 
 
-def factored(x, a, b, c):
+def factored(x: torch.Tensor, a: float, b: float, c: float) -> torch.Tensor:
+    """x (..., rows, cols), rows <= cols -> aX + (bA + (cA)A)X, A = X X^T."""
     gram = x @ x.mT
     return a * x + (b * gram + (c * gram) @ gram) @ x
 

@@ -83,8 +83,8 @@ class ReduceScatter(AllReduce):
     partial = True
 
     def __init__(self, rank: int, world: int, start: str = "ready"):
-        """start: of the reduction. ready: when the gradient is ready; after: after the backward pass; late: after
-        the updates of the banks that are not late."""
+        """start: of the reduction. ready: when the gradient is ready; after: after the backward pass; late:
+        after the updates of the banks that are not late."""
         super().__init__(rank, world, shared=True)
         self.name = "reduce-scatter" if start == "ready" else f"reduce-scatter, {start}"
         self.eager, self.late = start == "ready", start == "late"
@@ -136,7 +136,7 @@ class Ordered(AllReduce):
         return self.shard(tree.total()), tree.total()
 
 
-# plans with sharded updates -> when the reductions of Muon start; those of AdamW start when a gradient is ready
+# Plans with sharded updates -> when the reductions of Muon start; those of AdamW when a gradient is ready.
 MUON_STARTS = {"sharded": "ready", "adam_hooks": "late", "interleaved": "after"}
 
 

@@ -95,8 +95,8 @@ class FP8Scales(Stateful):
 
 
 class Untie(Stateful):
-    """Splits the embedding from the head that it was tied to, after the update of a step with the event `untie`:
-    the embedding goes on from the head's values and optimizer state (record 53)."""
+    """Splits the embedding from the head that it was tied to, after the update of a step with the event
+    `untie`: the embedding goes on from the head's values and optimizer state (record 53)."""
 
     def __init__(self, model: GPT, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer

@@ -64,7 +64,8 @@ def test_adamw_equals_torch():
     rule = AdamW.of(s, s.optim.group("embed", "embed"))
     start, gradients = noise(7, 5), [noise(7, 5, seed=i) for i in range(1, 5)]
     p = start.clone()
-    state = {name: torch.zeros(7, 5, dtype=dtype) for name, (_, dtype) in rule.state((), F64, Views()).items()}
+    kinds = rule.state((), F64, Views())
+    state = {name: torch.zeros(7, 5, dtype=dtype) for name, (_, dtype) in kinds.items()}
     for t, g in enumerate(gradients, 1):
         rule.update_(p, g, state, rule.numbers(plan(), t), Views())
     assert torch.allclose(p, reference(start, gradients, s.optim.group("embed", "embed")), rtol=1e-12, atol=0)

@@ -1,12 +1,12 @@
-"""AdamW (Loshchilov & Hutter, arXiv 1711.05101), and its cautious weight decay (Chen et al., arXiv 2510.12402)."""
+"""AdamW (Loshchilov & Hutter, arXiv 1711.05101), cautious weight decay (Chen et al., arXiv 2510.12402)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-# Elements of one pass of the eager rule on the CPU, whose ten operations then read and write a cache instead of
-# memory. Elementwise operations give the same bits in any division.
+# Elements of one pass of the eager rule on the CPU, whose ten operations then read and write a cache instead
+# of memory. Elementwise operations give the same bits in any division.
 CHUNK = 65536
 
 
@@ -20,8 +20,8 @@ def adamw_(
     lr, correction1, correction2: numbers or 0-d tensors; correction: 1 - beta^t.
     eps_after_correction: eps is added to the root of the corrected second moment, otherwise to the raw one.
     math_dtype: of the arithmetic; results are stored in the dtypes of p, m and v.
-    decay: p <- p - lr decay p first. cautious: p <- p - u - lr^2 cautious p where u p >= 0 (strict: > 0), u the
-        update, otherwise p - u.
+    decay: p <- p - lr decay p first. cautious: p <- p - u - lr^2 cautious p where u p >= 0 (strict: > 0),
+        otherwise p - u, u the update.
     """
     stored = (p, m, v)
     p, g, m, v = (x.to(math_dtype) for x in (p, g, m, v))  # the tensors themselves where they have this dtype

@@ -34,10 +34,12 @@ class Muon:
 
     def state(self, unit, dtype, views) -> dict:
         """{name: (shape of one unit, dtype)} for a parameter of this dtype."""
-        kept = {}
+        found = {}
         if self.keeps_mantissa and dtype == torch.bfloat16:
-            kept, dtype = {"mantissa": (unit, torch.int16)}, torch.float32
-        return {name: kind for slot in self.slots for name, kind in slot.state(unit, dtype, views).items()} | kept
+            found["mantissa"], dtype = (unit, torch.int16), torch.float32
+        for slot in self.slots:
+            found |= slot.state(unit, dtype, views)
+        return found
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """What changes from step to step. t: updates of the bank, this one included."""
@@ -60,7 +62,7 @@ class Muon:
 
     def apply_(self, p, u, numbers) -> None:
         """p <- p - lr u. With a number and in float32, product and difference are rounded once, like torch's
-        `add_` with `alpha` in the originals. (In bfloat16 that rounding depends on where in memory an entry is.)"""
+        `add_` with `alpha` in the originals. (In bfloat16 that rounding depends on an entry's place.)"""
         lr, u = numbers["lr"], u.to(p.dtype)
         if isinstance(lr, torch.Tensor) or p.dtype == torch.bfloat16:
             p.sub_(lr * u)

@@ -1,6 +1,7 @@
 """The slots of Muon's chain. Each takes the update so far and returns the next one.
 
-A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far, and a Step.
+A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far, and a
+Step.
 `each_matrix`: u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole units (N,
 *unit). Only state is changed in place. A new slot is one class here and its section in settings.Muon.
 """
@@ -55,8 +56,8 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Orthogonalise:
-    """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py). The result has at least the precision
-    of `least`."""
+    """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py). The result has at least the
+    precision of `least`."""
     steps: int
     dtype: torch.dtype
     norm_dtype: torch.dtype
@@ -92,9 +93,9 @@ FACTORS = {"none": lambda rows, cols: 1.0,
 class NorMuon:
     """A second moment per neuron (Li et al., NorMuon, arXiv 2510.05491; record 41).
 
-    s <- beta2 s + (1-beta2) mean(u^2) over a neuron's entries (updates/views.py says what a neuron is); u / sqrt(s)
-    is brought back to the Frobenius norm that u had, which also absorbs the bias of s. All of it is one factor
-    per neuron, computed in float32 or wider and applied in `dtype`.
+    s <- beta2 s + (1-beta2) mean(u^2) over a neuron's entries (updates/views.py says what a neuron is);
+    u / sqrt(s) is brought back to the Frobenius norm that u had, which also absorbs the bias of s. All of it
+    is one factor per neuron, computed in float32 or wider and applied in `dtype`.
     """
     beta2: float
     floor: float  # of s under the root
@@ -129,7 +130,8 @@ class NorMuon:
 
 @dataclass(frozen=True)
 class CautiousDecay:
-    """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p where u p >= 0, otherwise u.
+    """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p where u p >= 0,
+    otherwise u.
 
     With the learning rate that multiplies the update the decay is quadratic in the learning rate.
     """
@@ -183,8 +185,8 @@ def chain(s, group) -> tuple:
     slots.append(
         Orthogonalise(
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
-            n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update), one_by_one=s.system.reduction == "ordered",
-            fused=s.system.kernels.muon == "triton"
+            n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
+            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton"
         )
     )
     if muon.normuon:

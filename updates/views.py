@@ -56,7 +56,9 @@ class Views:
             return (*unit[:-1], 1)
         return (len(self.pieces), 1, cols) if self.joined else (*unit[:-2], 1, cols)
 
-    def neurons(self, x: torch.Tensor, statistics: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+    def neurons(
+        self, x: torch.Tensor, statistics: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
         """[(batch of matrices, their statistics, axis that these average over)], as views of units (N, *unit)
         and of a tensor (N, *statistics_shape(unit))."""
         if self.variance_axis is None:
@@ -72,7 +74,8 @@ class Views:
         return (rows, cols) if self.orientation == "out_in" else (cols, rows)
 
 
-PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}  # settings.NorMuon -> variance_axis of (outputs, inputs)
+# settings.NorMuon -> variance_axis of a matrix (outputs, inputs)
+PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
 
 
 def qkvo(s) -> Views:

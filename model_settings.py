@@ -95,6 +95,10 @@ class MTP:
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
+        stages = max(1, len(s.schedule.stages))
+        if len(self.start) != stages:
+            yield (f"model.head.mtp.start has {len(self.start)} lists and schedule.stages has {stages} "
+                   "(at least one): give one list of weights per stage")
         if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
             yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
                    f"and they have {sizes[0]} and {sizes[1]}")

@@ -374,7 +374,8 @@ def test_further_targets_may_be_scored_in_chunks_and_cross_documents():
 
 @pytest.mark.feature("model.head.mtp")
 @pytest.mark.parametrize("value, message", [
-    ("{start=[[1.0]], end=[[1.0, 0.5]]}", "as many weights"), ("{start=[], end=[]}", "same stages"),
+    ("{start=[[1.0]], end=[[1.0, 0.5]]}", "as many weights"), ("{start=[], end=[]}", "one list of weights"),
+    ("{start=[[1.0], [1.0]], end=[[1.0], [1.0]]}", "one list of weights"),
     ("{start=[[]], end=[[]]}", "same stages"),
     ("{start=[[1.0, -0.5]], end=[[1.0, 0.5]]}", "must be at least 0")])
 def test_weights_of_targets_that_do_not_fit_are_refused(value, message):

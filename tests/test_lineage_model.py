@@ -18,7 +18,7 @@ import schema
 from common.errors import UserError
 from golden_records import RECORD_53
 from layers.specs import layer_specs
-from model import GPT, Head, bounded
+from model import GPT, Head, bounded, count_parameters
 from settings import Softcap
 
 BOS = 1256
@@ -281,7 +281,17 @@ def test_qk_norm_has_an_eps_of_its_own():
         None, 2 ** -7, 2 ** -7, None, None]
 
 
-# ----- initial values
+# ----- parameters and initial values
+
+@pytest.mark.parametrize("sets, original, padding", [
+    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),  # skips, a pair of layer 7, zeros behind the smear's
+    (LATE, 268_665_615, 2 + 4),  # a pair of layer 6, zeros at the end
+    ([*LATE, *GATED], 268_665_987, 2 + 4),
+])
+def test_parameter_counts_of_records_34_53_and_55_are_the_originals(sets, original, padding):
+    """But for the entries of the original's packed vector of scalars that nothing reads."""
+    assert count_parameters(deltas.resolve("short/33", sets=sets).settings) == original - padding
+
 
 @pytest.mark.feature("model.init.qkv_bound")
 def test_record_53_doubles_the_initial_spread_of_q_k_and_v():

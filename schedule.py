@@ -54,6 +54,7 @@ class StepPlan:
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
     # what happens once, at this step: "stage", the first step of a further stage
     events: tuple[str, ...] = ()
+    frozen: frozenset[str] = frozenset()  # groups whose gradients of this step are dropped
 
 
 def lr_factor(schedule, step):
@@ -73,14 +74,23 @@ def lr_factor(schedule, step):
     return w * 1.0 + (1 - w) * schedule.lr_floor
 
 
-def muon_momentum(muon, step):
-    """Muon momentum at a step (0.0 without Muon); rises linearly over momentum_warmup (record 9)."""
+def muon_momentum(muon, step, steps):
+    """Muon momentum at a step (0.0 without Muon): a rise over momentum_warmup (record 9), a fall over
+    momentum_cooldown (record 39), both linear.
+
+    steps: all optimizer steps of the run.
+    """
     if muon is None:
         return 0.0
-    if muon.momentum_warmup is None:
-        return muon.momentum
-    x = min(step / muon.momentum_warmup.steps, 1)
-    return (1 - x) * muon.momentum_warmup.start + x * muon.momentum
+    warmup, cooldown, momentum = muon.momentum_warmup, muon.momentum_cooldown, muon.momentum
+    if cooldown is not None and step > steps - cooldown.steps:
+        x = (step - (steps - cooldown.steps)) / cooldown.steps
+        return (1 - x) * momentum + x * cooldown.end
+    if warmup is None:
+        return momentum
+    last = warmup.steps if warmup.reaches_end else warmup.steps - 1  # the plateau of records 39 and 40
+    x = min(step, last) / warmup.steps
+    return (1 - x) * warmup.start + x * momentum
 
 
 def moves_bias(s, step):
@@ -221,7 +231,7 @@ def plan(s: Settings) -> list[StepPlan]:
             tokens = LOGICAL_RANKS * of_step.tokens_per_rank
             events = ("stage",) if stage and i == steps.start else ()
             plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                                  muon_momentum(s.optim.muon, i), moves_bias(s, i), due(s, i), events))
+                                  muon_momentum(s.optim.muon, i, s.schedule.steps), moves_bias(s, i), due(s, i), events))
             before += tokens
     return plans
 

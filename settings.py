@@ -723,13 +723,20 @@ class Numerics:
     newton_schulz: Dtype = precision("bfloat16", "dtype of the Newton-Schulz iteration")
     newton_schulz_norm: Dtype = precision(
         "float32", "Frobenius norm before the iteration, and the tensor whose norm it is")
-    newton_schulz_form: Literal["expanded", "factored"] = opt(
-        "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + cA(AX). factored: aX + "
-                    "(bA + cAA)X. They differ by rounding")
+    newton_schulz_form: Literal["expanded", "factored", "symmetric"] = opt(
+        "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + (cA)(AX). factored: aX + "
+                    "(bA + (cA)A)X. symmetric: bA + cAA is rounded once, and so is aX plus its product with X "
+                    "(record 27). They differ by rounding")
     muon_update: Dtype = precision("float32", "dtype of the scaled Muon update, before it is subtracted")
+    muon_decay: Dtype = precision("float32", "dtype to which Muon's update is rounded when its cautious decay has "
+                                             "been added")
     adam: Dtype = precision("float32", "arithmetic of AdamW")
-    adam_state: Literal["parameter", "bfloat16"] = opt(
+    adam_state: Literal["parameter", "bfloat16", "float32"] = opt(
         "parameter", "stored moments of AdamW. parameter: the dtype of the parameter", exact="parameter")
+    matrix_mantissa: bool = opt(
+        False, "kept mantissa: Muon updates bfloat16 matrices exactly as float32 ones, whose lower 16 bits are "
+               "optimizer state; the weight in use is the truncated one (record 57)", off=False,
+        needs="numerics.matrix=bfloat16", exact=False)
 
 
 # ----- all --------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
                 log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
                 log.start(about, schema.plain(resolved.settings))
                 run = Run(
-                    s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
+                    s, world, log, plans, model, compiled, optimizer, hooks_of(model, optimizer), corpus, rows,
                     ranks_per_microbatch=ranks_per_forward(s, len(world.ranks), world.cuda), interrupt=asked,
                     cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
                     profiler=Profiler(world, log.folder if world.main else None, options.profile),

@@ -95,7 +95,7 @@ class Attention(nn.Module):
         self.gate = None
         if spec.gate is not None:
             self.gate = parameter((spec.heads, spec.gate), n.gate, role="matrix", label="gate",
-                                  init=constant(0.0))
+                                  views=views.gate(s), init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
         self.eps = n.norm_eps
         self.qk_eps = n.norm_eps if n.qk_norm_eps is None else n.qk_norm_eps

@@ -23,7 +23,7 @@ class MLP(nn.Module):
         d, f, n = s.model.model_dim, hidden, s.numerics
         self.up = parameter((f, d), n.matrix, role="matrix", label="mlp_up", views=views.mlp_up(s),
                             init=linear_init(s, d, projection=False))
-        self.down = parameter((d, f), n.matrix, role="matrix", label="mlp_down",
+        self.down = parameter((d, f), n.matrix, role="matrix", label="mlp_down", views=views.mlp_down(s),
                               init=linear_init(s, f, projection=True))
         self.up_bias = self.down_bias = None
         if s.model.bias:

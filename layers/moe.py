@@ -169,7 +169,7 @@ class MoE(nn.Module):
                              parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
 
         self.up = stack("expert_up", moe.hidden, d, False, views.mlp_up(s))
-        self.down = stack("expert_down", d, moe.hidden, True)
+        self.down = stack("expert_down", d, moe.hidden, True, views.mlp_down(s))
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts

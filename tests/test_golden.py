@@ -255,7 +255,7 @@ def states(rule, golden, tensor, factors, momenta, calls=4):
     unit = rule.unit(p.shape, Views())
     units = p.reshape(-1, *unit).clone()  # (N, *unit)
     state = {name: torch.zeros((len(units), *shape), dtype=dtype)
-             for name, (shape, dtype) in rule.state(unit, p.dtype).items()}
+             for name, (shape, dtype) in rule.state(unit, p.dtype, Views()).items()}
     for call in range(calls):
         g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(units.shape)
         plan = SimpleNamespace(lr_factor=factors[call].item(), momentum=momenta[call].item())

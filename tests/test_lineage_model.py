@@ -345,6 +345,30 @@ def test_value_tables_of_zero_leave_the_values_alone():
     assert torch.equal(model.values.begin(text())(8, v, None), v)
 
 
+# ----- MLP
+
+@pytest.mark.feature("model.mlp.activation")
+def test_swiglu_is_its_formula_with_as_many_parameters():
+    relu_sq, model = built(), built("model.mlp.activation=swiglu")
+    counts = [sum(p.numel() for p in m.blocks[3].mlp.parameters()) for m in (relu_sq, model)]
+    mlp, x = model.blocks[3].mlp, torch.randn(2, 5, 48, dtype=torch.float64)
+    assert counts[0] == counts[1] and mlp.up.shape == mlp.gate.shape == (128, 48)
+    gate = x @ mlp.gate.T
+    assert same(mlp(x), (gate * torch.sigmoid(gate) * (x @ mlp.up.T)) @ mlp.down.T)
+    with pytest.raises(UserError, match="has no bias vectors"):
+        settings("model.mlp.activation=swiglu", ref="short/1")
+    with pytest.raises(UserError, match="is for dense MLPs"):
+        settings("model.mlp.activation=swiglu", ref="variants/1")
+
+
+def test_the_router_begins_with_the_spread_that_is_given():
+    routers = [
+        built(f"model.mlp.moe.router_init={spread}", ref="variants/1", scramble=False).routers()[0].weight
+        for spread in (1.0, 0.25)]
+    assert torch.allclose(routers[1], 0.25 * routers[0], rtol=1e-6)
+    assert abs(routers[0].std().item() * math.sqrt(48) - 1) < 0.1
+
+
 # ----- head and losses
 
 @pytest.mark.feature("model.head.softcap.shift")

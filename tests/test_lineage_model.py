@@ -417,6 +417,58 @@ def test_weights_of_targets_that_do_not_fit_are_refused(value, message):
         settings(f"model.head.mtp={value}")
 
 
+MODULE = "model.head.mtp={start = [[1.0, 0.3]], end = [[1.0, 0.1]], module = true}"
+
+
+def losses_of(model, x, weights):
+    context = model.context(x, BOS, schedule.windows(model.settings, 0))
+    return model(x, x.roll(-1, 1), context, target_weights=weights)
+
+
+@pytest.mark.feature("model.head.mtp.module")
+def test_the_mtp_module_predicts_the_second_next_token_within_documents():
+    """The losses by hand: M [norm(h); norm(e of the next token)], one block, the head of the model."""
+    model, x = built(MODULE), text()
+    off = shared_state(built("model.head.mtp=false"), model)
+    h = []
+    model.norm.register_forward_pre_hook(lambda module, args: h.append(args[0]))
+    found = losses_of(model, x, (1.0, 0.3)) - losses_of(off, x, None)
+    mtp, y = model.mtp, x.roll(-1, 1)
+    e = model.embed(y)
+    z = torch.cat([mtp.h_norm(h[0]), mtp.e_norm(e)], -1) @ mtp.merge.T
+    meta = model.context(x, BOS, schedule.windows(model.settings, 0)).layers[11]
+    z = z + mtp.block.attn(mtp.block.attn_norm(z), mtp.block.rotary, None, meta)
+    z = z + mtp.block.mlp(mtp.block.mlp_norm(z))
+    log_p = model.head(mtp.norm(z), None).log_softmax(-1)
+    for r in range(2):
+        for t in range(96):
+            counted = t + 2 <= 96 and BOS not in x[r, t + 1:t + 3]
+            expected = -0.3 * log_p[r, t, y[r, t + 1]] if counted else torch.zeros((), dtype=torch.float64)
+            assert (found[r, t] - expected).abs() < 1e-11, (r, t)
+
+
+@pytest.mark.feature("model.head.mtp.module")
+def test_the_mtp_module_trains_with_the_model_and_is_gone_in_validation():
+    model, x = built(MODULE), text()
+    off = shared_state(built("model.head.mtp=false"), model)
+    assert same(losses_of(model, x, None), losses_of(off, x, None))
+    assert same(losses_of(model, x, (1.0, 0.0)), losses_of(off, x, (1.0,)))
+    losses_of(model, x, torch.tensor([1.0, 0.3], dtype=torch.float64)).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    without_documents = built(MODULE, "model.attn.documents=false")
+    found = losses_of(without_documents, x, (0.0, 1.0))
+    assert found[:, :-1].all() and not found[:, -1].any()
+
+
+@pytest.mark.feature("model.head.mtp.module")
+@pytest.mark.parametrize("ref, value, message", [
+    ("short/33", "{start=[[1.0, 0.5, 0.2]], end=[[1.0, 0.5, 0.2]], module=true}", "at most two weights"),
+    ("short/1", "{module=true}", "has no row")])
+def test_an_mtp_module_that_cannot_be_is_refused(ref, value, message):
+    with pytest.raises(UserError, match=message):
+        settings(f"model.head.mtp={value}", ref=ref)
+
+
 @pytest.mark.feature("model.head.untied.tied_until")
 def test_a_head_that_is_tied_at_first_is_the_tied_model_and_then_the_untied_one():
     x = text()

@@ -8,6 +8,7 @@ nothing joins across R.
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -26,6 +27,7 @@ from layers.attention import Attention, AttnMeta, Cache, Context, SALambdas, cac
 from layers.latent import LatentAttention
 from layers.mlp import MLP
 from layers.moe import MoE
+from layers.mtp import MTPModule, within_documents
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
 from layers.residual import Residual
 from layers.rotary import Rotary
@@ -229,6 +231,12 @@ class GPT(nn.Module):
         self.sa_lambdas = SALambdas(s, self.specs) if s.model.attn.sa_lambdas else None
         self.norm = Norm(s)
         self.head = Head(s)
+        self.mtp = None
+        if s.model.head.mtp and s.model.head.mtp.module:
+            self.mtp_layer = max(i for i, spec in enumerate(self.specs) if spec.attn is not None)
+            attn = dataclasses.replace(self.specs[self.mtp_layer].attn, value_table=None, value_gate=None)
+            spec = LayerSpec(attn, s.model.mlp.expansion * s.model.model_dim, False)
+            self.mtp = MTPModule(s, Block(s, spec, rotaries.get(attn.rotary)))
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
         self.sees_all = not s.model.attn.documents and s.model.attn.window is None
@@ -248,8 +256,8 @@ class GPT(nn.Module):
             context: what attention sees (GPT.context); None only without documents and window, as in records
                 1-11.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights: of the next targets of each token (Head.weighted_losses); None: the first one,
-                times 1.
+            target_weights: of the next targets of each token (Head.weighted_losses), of which the MTP module
+                takes the second one, if there is one; None: the first one, times 1.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -267,15 +275,32 @@ class GPT(nn.Module):
             x = stream.mix("in", i, x).to(x0.dtype)
             x = layer(i, x, stream, mix, lambdas, context, cache, aux_losses)
             stream.save(i, x)
-        x = stream.mix("out", len(self.blocks), x)
-        x = self.norm(x).to(matmul_dtype)
+        h = stream.mix("out", len(self.blocks), x)
+        x = self.norm(h).to(matmul_dtype)
         if targets is None:
             return self.head(x, self.embed.table)
-        losses = self.head.losses(x, self.embed.table, targets, target_weights)
+        if self.mtp is None or target_weights is None:
+            losses = self.head.losses(x, self.embed.table, targets, target_weights)
+        else:
+            losses = self.head.losses(x, self.embed.table, targets, target_weights[:1])
+            if len(target_weights) > 1:
+                losses = losses + target_weights[1] * self.module_losses(h, targets, context, matmul_dtype)
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
+
+    def module_losses(self, h, targets, context, matmul_dtype):
+        """Cross entropies (R, T) of the second next token of each token by the MTP module, within documents
+        (zero elsewhere). h: the stream (R, T, D) after the last block."""
+        e = self.embed(targets, table=self.head.weight if self.tied else None)
+        meta = AttnMeta(None, self.scales[self.mtp_layer])
+        if context is not None:
+            meta = context.layers[self.mtp_layer]
+        x = self.mtp(h, e, meta, matmul_dtype)
+        losses = self.head.losses(x, self.embed.table, targets.roll(-1, 1))
+        keep = within_documents(None if context is None else context.documents, targets)
+        return losses.masked_fill(~keep, 0.0)
 
     def layers(self):
         """The function of each layer: `layer`, or the same with its activations recomputed in the backward
@@ -340,7 +365,8 @@ class GPT(nn.Module):
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, self.scales)]
-        return Context(self.traceable(layers) if self.compiled and not cached else layers)
+        return Context(self.traceable(layers) if self.compiled and not cached else layers,
+                       documents if self.mtp is not None else None)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
         """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph

@@ -92,15 +92,26 @@ class MTP:
         ((1.0, 0.5),), "weights of the next tokens at the start of each stage", off=REFUSE, least=0)
     end: tuple[tuple[float, ...], ...] = opt(
         ((1.0, 0.5),), "weights of the next tokens at the end of each stage", off=REFUSE, least=0)
+    module: bool = opt(
+        False, "MTP module: the second next token is predicted by a module of its own, which sees the next one "
+               "(DeepSeek-V3, arXiv 2412.19437, section 2.2, at depth 1), within documents (off: by the same "
+               "logits as the next one)", off=False)
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
+        stages = max(1, len(s.schedule.stages))
+        if len(self.start) != stages:
+            yield (f"model.head.mtp.start has {len(self.start)} lists and schedule.stages has {stages} "
+                   "(at least one): give one list of weights per stage")
         if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
             yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
                    f"and they have {sizes[0]} and {sizes[1]}")
-        if len(self.start) != max(1, len(s.schedule.stages)):
-            yield (f"model.head.mtp.start has {len(self.start)} lists and schedule.stages has "
-                   f"{len(s.schedule.stages)} stages: give one list per stage (the extension keeps the last)")
+        elif self.module and max(sizes[0]) > 2:
+            yield ("model.head.mtp.module predicts one token more than the model: give at most two weights per "
+                   "stage")
+        if self.module and s.model.embed.learned_positions:
+            yield ("model.head.mtp.module embeds the next token, for which the position table has no row: set "
+                   "model.embed.learned_positions=false")
 
 
 def empty_layers(s: Any) -> set[int]:

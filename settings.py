@@ -346,6 +346,8 @@ class MoE:
                                off=0.0, least=0, most=1_000_000)
     z_loss: float = opt(0.0, "factor of the router z-loss, the squared logsumexp of the router's logits "
                              "(ST-MoE, arXiv 2202.08906)", off=0.0, least=0, most=1_000_000)
+    router_init: float = opt(1.0, "initial spread of the router: standard deviation of its weights times "
+                                  "sqrt(model_dim), which is that of its logits for a normed input", least=0)
     dense_layers: tuple[int, ...] = opt((0,), "layers that keep a dense MLP", off=())
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -382,14 +384,20 @@ class MoE:
 @dataclass(frozen=True)
 class MLP:
     """The feed-forward network of a block (MLP)."""
-    activation: Literal["gelu_tanh", "gelu", "relu_sq"] = opt(
-        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
+    activation: Literal["gelu_tanh", "gelu", "relu_sq", "swiglu"] = opt(
+        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668). swiglu: "
+                     "silu(V x) times W x, with a second matrix V and two thirds of the hidden width, so that "
+                     "the parameters stay as many (Shazeer, arXiv 2002.05202)")
     expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
     moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
 
     def check(self, s: "Settings") -> Iterator[str]:
         yield from layer_faults("model.mlp.drop_layers", self.drop_layers, s)
+        if self.activation == "swiglu" and s.model.bias:
+            yield "model.mlp.activation=swiglu has no bias vectors: set model.bias=false"
+        if self.activation == "swiglu" and self.moe:
+            yield "model.mlp.activation=swiglu is for dense MLPs: choose another or add --without model.mlp.moe"
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,9 @@ def linear_cross_entropy(
     """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets
     and loss_dtype.
 
-    softcap: has .form, .cap, .scale, .shift, as settings.Softcap; None: none. weights: of targets t, t+1, ... of the
-    same row (nothing joins across R), floats or a tensor (n,): a tensor does not make torch.compile start
-    again when values change.
+    softcap: has .form, .cap, .scale, .shift, as settings.Softcap; None: none.
+    weights: of targets t, t+1, ... of the same row (nothing joins across R), floats or a tensor (n,): a
+    tensor does not make torch.compile start again when values change.
     prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out.
     Targets of V or more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
     full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on:
@@ -439,7 +439,8 @@ def refusal(device, plan):
 # ----- as operators: torch.compile sees two calls and not the loops over chunks -----------------------------
 
 ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, "
-             "ScalarType cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose, float shift")
+             "ScalarType cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose, "
+             "float shift")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

@@ -32,6 +32,8 @@ class AttnMeta(NamedTuple):
 class Context:
     """Attention metadata of one forward pass."""
     layers: list[AttnMeta | None]  # None: a layer without attention
+    # (R, T) number of each token's document, for the MTP module; None: not needed, or a row is one document
+    documents: torch.Tensor | None = None
 
     def backends(self) -> list[str]:
         return sorted({meta.view.backend for meta in self.layers if meta is not None})

@@ -34,7 +34,7 @@ class Router(nn.Module):
         self.tokens_per_rank = shape(s, 0).tokens_per_rank
         self.weight = parameter(
             (moe.experts, s.model.model_dim), s.numerics.router, role="router", label="router",
-            init=normal(1 / math.sqrt(s.model.model_dim))
+            init=normal(moe.router_init / math.sqrt(s.model.model_dim))
         )
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
         self.register_buffer(

@@ -13,6 +13,7 @@ from torch import nn
 from layers.primitives import coefficient, constant, linear, parameter
 from layers.specs import LayerSpec
 from settings import Settings
+from updates import views
 
 
 class Entry(NamedTuple):
@@ -99,7 +100,7 @@ class Residual(nn.Module):
         )
         if u.gate is not None:
             self.skip_gate = parameter((len(pairs), u.gate.channels), n.gate, role="matrix",
-                                       label="skip_gate", init=constant(0.0))
+                                       label="skip_gate", views=views.gate(s), init=constant(0.0))
         self.add(*skip_terms(pairs))
 
     def add(self, *terms: Term) -> None:

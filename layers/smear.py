@@ -7,6 +7,7 @@ from torch import nn
 from layers.attention import Cache
 from layers.primitives import coefficient, constant, linear, parameter
 from settings import Settings
+from updates import views
 
 
 class Smear(nn.Module):
@@ -21,7 +22,7 @@ class Smear(nn.Module):
         smear, n = s.model.embed.smear, s.numerics
         self.lam = coefficient(1, smear.init, smear.learned, n.scalar, "smear_lambda")
         self.gate = parameter((1, smear.channels), n.gate, role="matrix", label="smear_gate",
-                              init=constant(0.0))
+                              views=views.gate(s), init=constant(0.0))
 
     def forward(self, e: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """e (R, T, D), rows of the token table. cache: in generation; its last embedding comes before e, and

@@ -65,7 +65,8 @@ def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:
         return None, False
     if mlp.moe is not None and layer not in mlp.moe.dense_layers:
         return None, True
-    return mlp.expansion * s.model.model_dim, False
+    hidden = mlp.expansion * s.model.model_dim
+    return (2 * hidden // 3 if mlp.activation == "swiglu" else hidden), False
 
 
 def num_value_tables(s: Settings) -> int:

@@ -7,6 +7,7 @@ from torch import nn
 from layers.primitives import coefficient, constant, dtype, linear, normal, parameter
 from layers.specs import num_value_tables
 from settings import table_rows
+from updates import views
 
 
 class ValueResidual(nn.Module):
@@ -60,7 +61,7 @@ class ValueEmbed(nn.Module):
             self.ve = coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
         self.gates = nn.ParameterDict({
             str(i): parameter((spec.attn.heads, spec.attn.value_gate), n.gate, role="matrix", label="ve_gate",
-                              init=constant(0.0))
+                              views=views.gate(s), init=constant(0.0))
             for i, spec in enumerate(specs) if spec.attn is not None and spec.attn.value_gate is not None
         })
 

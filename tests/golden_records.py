@@ -129,6 +129,7 @@ RECORD_53 = SMEAR | {  # likewise record 53
     "model.attn.value_embed.mix": "sum", "model.attn.value_embed.table_init": "zero",
     "model.attn.key_offset": "true", "model.head.untied": "{tied_until = 0.6666666666666666}",
     "model.init.head_std": 0.005, "model.init.qkv_bound": 1.7320508075688772,
+    "schedule.stages": "[0.25, 0.25, 0.5]",
     "model.head.mtp": "{start = [[1.0, 0.5, 0.25], [1.0, 0.5], [1.0]], "
                       "end = [[1.0, 0.5, 0.0], [1.0, 0.0], [1.0]]}",
 }

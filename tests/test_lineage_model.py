@@ -18,7 +18,7 @@ import schema
 from common.errors import UserError
 from golden_records import RECORD_53
 from layers.specs import layer_specs
-from model import GPT, Head, bounded
+from model import GPT, Head, bounded, count_parameters
 from settings import Softcap
 
 BOS = 1256
@@ -281,7 +281,17 @@ def test_qk_norm_has_an_eps_of_its_own():
         None, 2 ** -7, 2 ** -7, None, None]
 
 
-# ----- initial values
+# ----- parameters and initial values
+
+@pytest.mark.parametrize("sets, original, padding", [
+    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),  # skips, a pair of layer 7, zeros behind the smear's
+    (LATE, 268_665_615, 2 + 4),  # a pair of layer 6, zeros at the end
+    ([*LATE, *GATED], 268_665_987, 2 + 4),
+])
+def test_parameter_counts_of_records_34_53_and_55_are_the_originals(sets, original, padding):
+    """But for the entries of the original's packed vector of scalars that nothing reads."""
+    assert count_parameters(deltas.resolve("short/33", sets=sets).settings) == original - padding
+
 
 @pytest.mark.feature("model.init.qkv_bound")
 def test_record_53_doubles_the_initial_spread_of_q_k_and_v():
@@ -335,6 +345,30 @@ def test_value_tables_of_zero_leave_the_values_alone():
     assert torch.equal(model.values.begin(text())(8, v, None), v)
 
 
+# ----- MLP
+
+@pytest.mark.feature("model.mlp.activation")
+def test_swiglu_is_its_formula_with_as_many_parameters():
+    relu_sq, model = built(), built("model.mlp.activation=swiglu")
+    counts = [sum(p.numel() for p in m.blocks[3].mlp.parameters()) for m in (relu_sq, model)]
+    mlp, x = model.blocks[3].mlp, torch.randn(2, 5, 48, dtype=torch.float64)
+    assert counts[0] == counts[1] and mlp.up.shape == mlp.gate.shape == (128, 48)
+    gate = x @ mlp.gate.T
+    assert same(mlp(x), (gate * torch.sigmoid(gate) * (x @ mlp.up.T)) @ mlp.down.T)
+    with pytest.raises(UserError, match="has no bias vectors"):
+        settings("model.mlp.activation=swiglu", ref="short/1")
+    with pytest.raises(UserError, match="is for dense MLPs"):
+        settings("model.mlp.activation=swiglu", ref="variants/1")
+
+
+def test_the_router_begins_with_the_spread_that_is_given():
+    routers = [
+        built(f"model.mlp.moe.router_init={spread}", ref="variants/1", scramble=False).routers()[0].weight
+        for spread in (1.0, 0.25)]
+    assert torch.allclose(routers[1], 0.25 * routers[0], rtol=1e-6)
+    assert abs(routers[0].std().item() * math.sqrt(48) - 1) < 0.1
+
+
 # ----- head and losses
 
 @pytest.mark.feature("model.head.softcap.shift")
@@ -374,12 +408,65 @@ def test_further_targets_may_be_scored_in_chunks_and_cross_documents():
 
 @pytest.mark.feature("model.head.mtp")
 @pytest.mark.parametrize("value, message", [
-    ("{start=[[1.0]], end=[[1.0, 0.5]]}", "as many weights"), ("{start=[], end=[]}", "same stages"),
+    ("{start=[[1.0]], end=[[1.0, 0.5]]}", "as many weights"), ("{start=[], end=[]}", "one list of weights"),
+    ("{start=[[1.0], [1.0]], end=[[1.0], [1.0]]}", "one list of weights"),
     ("{start=[[]], end=[[]]}", "same stages"),
     ("{start=[[1.0, -0.5]], end=[[1.0, 0.5]]}", "must be at least 0")])
 def test_weights_of_targets_that_do_not_fit_are_refused(value, message):
     with pytest.raises(UserError, match=message):
         settings(f"model.head.mtp={value}")
+
+
+MODULE = "model.head.mtp={start = [[1.0, 0.3]], end = [[1.0, 0.1]], module = true}"
+
+
+def losses_of(model, x, weights):
+    context = model.context(x, BOS, schedule.windows(model.settings, 0))
+    return model(x, x.roll(-1, 1), context, target_weights=weights)
+
+
+@pytest.mark.feature("model.head.mtp.module")
+def test_the_mtp_module_predicts_the_second_next_token_within_documents():
+    """The losses by hand: M [norm(h); norm(e of the next token)], one block, the head of the model."""
+    model, x = built(MODULE), text()
+    off = shared_state(built("model.head.mtp=false"), model)
+    h = []
+    model.norm.register_forward_pre_hook(lambda module, args: h.append(args[0]))
+    found = losses_of(model, x, (1.0, 0.3)) - losses_of(off, x, None)
+    mtp, y = model.mtp, x.roll(-1, 1)
+    e = model.embed(y)
+    z = torch.cat([mtp.h_norm(h[0]), mtp.e_norm(e)], -1) @ mtp.merge.T
+    meta = model.context(x, BOS, schedule.windows(model.settings, 0)).layers[11]
+    z = z + mtp.block.attn(mtp.block.attn_norm(z), mtp.block.rotary, None, meta)
+    z = z + mtp.block.mlp(mtp.block.mlp_norm(z))
+    log_p = model.head(mtp.norm(z), None).log_softmax(-1)
+    for r in range(2):
+        for t in range(96):
+            counted = t + 2 <= 96 and BOS not in x[r, t + 1:t + 3]
+            expected = -0.3 * log_p[r, t, y[r, t + 1]] if counted else torch.zeros((), dtype=torch.float64)
+            assert (found[r, t] - expected).abs() < 1e-11, (r, t)
+
+
+@pytest.mark.feature("model.head.mtp.module")
+def test_the_mtp_module_trains_with_the_model_and_is_gone_in_validation():
+    model, x = built(MODULE), text()
+    off = shared_state(built("model.head.mtp=false"), model)
+    assert same(losses_of(model, x, None), losses_of(off, x, None))
+    assert same(losses_of(model, x, (1.0, 0.0)), losses_of(off, x, (1.0,)))
+    losses_of(model, x, torch.tensor([1.0, 0.3], dtype=torch.float64)).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
+    without_documents = built(MODULE, "model.attn.documents=false")
+    found = losses_of(without_documents, x, (0.0, 1.0))
+    assert found[:, :-1].all() and not found[:, -1].any()
+
+
+@pytest.mark.feature("model.head.mtp.module")
+@pytest.mark.parametrize("ref, value, message", [
+    ("short/33", "{start=[[1.0, 0.5, 0.2]], end=[[1.0, 0.5, 0.2]], module=true}", "at most two weights"),
+    ("short/1", "{module=true}", "has no row")])
+def test_an_mtp_module_that_cannot_be_is_refused(ref, value, message):
+    with pytest.raises(UserError, match=message):
+        settings(f"model.head.mtp={value}", ref=ref)
 
 
 @pytest.mark.feature("model.head.untied.tied_until")

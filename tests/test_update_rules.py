@@ -11,11 +11,13 @@ import pytest
 import torch
 
 import deltas
+import schedule
 from common.errors import UserError
 from golden_records import load
 from kernels import symmetric
 from kernels.newton_schulz import POLAR_EXPRESS, newton_schulz
-from optim import Optimizer, local_ranks
+from optim_settings import LABELS, Label, MatrixLabel, Optim
+from optim import RULES, Optimizer, local_ranks
 from small_models import Toy, plan, settings, update
 from system.comm import communication
 from updates import mantissa, views
@@ -266,6 +268,26 @@ def test_the_decay_of_records_43_to_47_joins_the_update_in_bfloat16():
 def test_settings_of_the_rules_that_mean_nothing_are_refused(sets, message):
     with pytest.raises(UserError, match=message):
         deltas.resolve("short/33", sets=sets)
+
+
+@pytest.mark.feature("optim.embed.beta1", "optim.embed.beta2", "optim.lm_head.beta1", "optim.lm_head.beta2",
+                     "optim.matrix.beta1", "optim.matrix.beta2", "optim.scalar.beta1", "optim.scalar.beta2",
+                     "optim.router.beta1", "optim.router.beta2")
+@pytest.mark.parametrize("role", ["embed", "lm_head", "matrix", "scalar", "router"])
+def test_the_betas_of_a_group_replace_adam_s_and_a_label_s_replace_the_group_s(role):
+    """beta1 of the group with beta2 of optim.adam; a label of the group keeps the one that it does not set."""
+    plain = Optim()
+    section = dataclasses.replace(getattr(plain, role), beta1=0.5)
+    changed = dataclasses.replace(plain, **{role: section})
+    for other in ("embed", "lm_head", "matrix", "scalar", "router"):
+        found, beta1 = changed.group(other, other), 0.5 if other == role else plain.adam.beta1
+        assert (found.beta1, found.beta2) == (beta1, plain.adam.beta2)
+    for label in LABELS.get(role, ()):
+        own = (MatrixLabel if role == "matrix" else Label)(beta2=0.75)
+        found = dataclasses.replace(changed, **{label: own}).group(role, label)
+        assert (found.beta1, found.beta2) == (0.5, 0.75)
+    second = dataclasses.replace(plain, **{role: dataclasses.replace(section, beta2=0.25)}).group(role, role)
+    assert (second.beta1, second.beta2) == (0.5, 0.25)
 
 
 # ----- kept mantissa
@@ -552,3 +574,41 @@ def test_four_updates_of_record_53_through_the_optimizer():
                 assert (got.flatten() - expected).abs().max() <= 1e-12 * expected.abs().max(), path
                 compared += 1
     assert compared == 2 * 12 * 3
+
+
+# ----- momentum
+
+@pytest.mark.feature("optim.muon.momentum_cooldown", "optim.muon.momentum_warmup.reaches_end")
+@pytest.mark.parametrize("reaches, plateau", [("true", 0.95), ("false", 0.85 + 0.1 * 299 / 300)])
+def test_the_momentum_rises_rests_and_falls_over_the_last_steps_of_all(reaches, plateau):
+    """Records 39 and 40 set it while the step is below 300 only, so it rests at 0.949667, and then falls from
+    0.95 over the steps after total - 50."""
+    s = deltas.resolve("short/33", sets=[
+        "optim.muon.momentum_cooldown={end=0.85, steps=50}", "schedule.steps=700",
+        f"optim.muon.momentum_warmup.reaches_end={reaches}"
+    ]).settings
+    found = [p.momentum for p in schedule.plan(s)]
+    expected = [0.85 + 0.1 * i / 300 for i in range(300)] + [plateau] * 351
+    expected += [0.95 - 0.1 * (i - 650) / 50 for i in range(651, 700)]
+    assert np.allclose(found, expected, rtol=1e-15, atol=0)
+
+
+@pytest.mark.parametrize("kind, shape", [("qkvo", (4, 8, 8)), ("mlp_down", (8, 32)), ("embed", (40,))])
+def test_the_rules_compile_to_one_graph_each(kind, shape):
+    """Through aot_eager, with numbers that are tensors: the same parameters and states."""
+    s = deltas.resolve("short/33", sets=["system.precision=record", *MUON, *ADAM, *KEPT]).settings
+    of = {"qkvo": views.qkvo(s), "mlp_down": views.mlp_down(s), "embed": Views()}[kind]
+    group, ends = s.optim.group("embed" if kind == "embed" else "matrix", kind), []
+    rule = RULES[group.rule](s, group)
+    unit = rule.unit(shape, of)
+    compiled = torch.compile(rule.update_, backend="aot_eager", fullgraph=True, dynamic=False)
+    for function in (rule.update_, compiled):
+        p, g = (noise(*shape, seed=i, dtype=torch.bfloat16).view(-1, *unit) for i in (0, 1))
+        state = {name: torch.zeros((len(p), *of_unit), dtype=dtype)
+                 for name, (of_unit, dtype) in rule.state(unit, p.dtype, of).items()}
+        for t in (1, 2):
+            numbers = {name: torch.tensor(x, dtype=F64) for name, x in rule.numbers(plan(), t).items()}
+            with torch.no_grad():
+                function(p, g, state, numbers, of)
+        ends.append([p, *state.values()])
+    assert all(torch.allclose(a.float(), b.float(), rtol=1e-6, atol=1e-6) for a, b in zip(*ends))

@@ -17,6 +17,7 @@ import schedule
 import schema
 from common.errors import UserError
 from golden_records import RECORD_53
+from kernels.qk_rotary import qk_rotary_reference
 from layers.specs import layer_specs
 from model import GPT, Head, bounded, count_parameters
 from settings import Softcap
@@ -266,6 +267,23 @@ def test_the_key_offset_moves_what_does_not_rotate_in_long_layers_only():
     a, b = keys["on"][3], keys["off"][3]
     assert same(a[..., ~moved], b[..., ~moved]) and same(a[:, 0], b[:, 0])
     assert same(a[:, 1:][..., moved], b[:, :-1][..., moved])
+
+
+@pytest.mark.feature("model.attn.key_offset", "numerics.qk_norm_eps")
+def test_the_fused_kernel_is_given_the_offset_and_the_eps_of_each_layer(monkeypatch):
+    """With the reference in place of the kernel the model is the same one, and no key is moved twice."""
+    def reference(qkv, cos, sin, **options):
+        q, k, v = qkv.unbind(2)
+        wide = dict(norm_dtype=torch.float64, math_dtype=torch.float64)
+        return *qk_rotary_reference(q, k, cos, sin, **wide, **options), v
+
+    model, x = built(*LATE, "numerics.qk_norm_eps=0.5"), text()
+    before = logits(model, x)
+    monkeypatch.setattr("layers.attention.qkv_rotary", reference)
+    for block in model.blocks:
+        if block.attn is not None:
+            block.attn.fused = True
+    assert same(logits(model, x), before)
 
 
 @pytest.mark.feature("numerics.qk_norm_eps")

@@ -9,7 +9,7 @@ import torch
 
 import deltas
 import schedule
-from model import GPT
+from model import GPT, without_values
 from optim import Optimizer
 from settings import padded_vocab
 
@@ -110,6 +110,19 @@ def test_4_adam_s_eps_rises_in_32_and_falls_in_57_which_nobody_announced():
     assert eps == {22: 1e-10, 31: 1e-10, 32: 1e-8, 56: 1e-8, 57: 1e-10}
     s = settings(57, scale="full")
     assert {group.eps for group in s.optim.groups().values() if group.rule == "adamw"} == {1e-10}
+
+
+SLOTS = {34: 72, 35: 72, 40: 64, 49: 48, 51: 48, 52: 51, 53: 51, 57: 51}  # of scalars in the original's vectors
+COUNTED = {34: 271_025_004, 35: 268_665_636, 40: 268_665_628, 49: 268_665_612, 51: 230_032_140,
+           52: 230_032_143, 53: 268_665_615, 57: 268_665_987}
+
+
+@pytest.mark.parametrize("n", COUNTED)
+def test_the_parameters_are_those_of_the_original_without_the_unused_scalars(n):
+    """The original pads its vector of scalars to a multiple of the ranks; nothing is padded here."""
+    model = without_values(settings(n, scale="full"))
+    scalars = sum(p.numel() for p in model.parameters() if p.role == "scalar")
+    assert model.num_parameters() + SLOTS[n] - scalars == COUNTED[n]
 
 
 # ----- 5, 6: schedules

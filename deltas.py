@@ -520,4 +520,6 @@ def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (
                         "preset must not change; make a new one")
     if not sets and not any(changes.values()):
         return frozen
-    return resolve(fixed["name"], scale=fixed["scale"], sets=[*fixed["sets"], *sets], **changes)
+    own = {text.partition("=")[0].strip() for text in sets}
+    kept = [text for text in fixed["sets"] if text.partition("=")[0] not in own]
+    return resolve(fixed["name"], scale=fixed["scale"], sets=[*kept, *sets], **changes)

@@ -8,6 +8,7 @@ nothing joins across R.
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -23,14 +24,16 @@ from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
-from layers.attention import Attention, AttnMeta, Context, cached_tokens
+from layers.attention import Attention, AttnMeta, Cache, Context, SALambdas, cached_tokens
 from layers.latent import LatentAttention
 from layers.losses import in_candidates, weighted_losses
 from layers.mlp import MLP
 from layers.moe import MoE
+from layers.mtp import MTPModule, within_documents
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
 from layers.residual import Residual
 from layers.rotary import Rotary, RotaryTables
+from layers.smear import Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
@@ -47,7 +50,9 @@ class Embedding(nn.Module):
         super().__init__()
         m, n = s.model, s.numerics
         tied = m.head.untied is None
-        if m.init.scheme == "gpt2":
+        if tied and m.init.head_std is not None:
+            init = normal(m.init.head_std)
+        elif m.init.scheme == "gpt2":
             init = normal(0.02)
         else:  # records 2-7: what both share is the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
@@ -60,11 +65,16 @@ class Embedding(nn.Module):
             self.positions = parameter(
                 (s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02)
             )
+        self.smear = Smear(s) if m.embed.smear else None
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
-    def forward(self, tokens, start=0):
-        x = F.embedding(tokens, self.weight).to(self.residual_dtype)
+    def forward(self, tokens, start=0, table=None, cache=None):
+        """table: in place of the own one, while a head that is untied later still shares its weight. cache:
+        of a generation, for the smear."""
+        x = F.embedding(tokens, self.weight if table is None else table).to(self.residual_dtype)
+        if self.smear is not None:
+            x = self.smear(x, cache)
         if self.positions is not None:
             x = x + self.positions[start:start + tokens.size(1)].to(self.residual_dtype)
         return x if self.norm is None else self.norm(x)
@@ -98,10 +108,11 @@ class Head(nn.Module):
         m, n = s.model, s.numerics
         self.weight = None
         if m.head.untied:
-            init = (
-                constant(0.0) if m.head.untied.init == "zero"
-                else linear_init(s, m.model_dim, projection=False)
-            )
+            init = linear_init(s, m.model_dim, projection=False)
+            if m.init.head_std is not None:
+                init = normal(m.init.head_std)
+            elif m.head.untied.init == "zero":
+                init = constant(0.0)
             self.weight = parameter(
                 (padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init
             )
@@ -109,7 +120,7 @@ class Head(nn.Module):
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.sums = m.head.loss_reduction == "sum"
-        self.loss_dtype = dtype(n.loss)
+        self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
             s.system.kernels.loss
@@ -124,6 +135,10 @@ class Head(nn.Module):
         # cast.
         divided_by = LOGICAL_RANKS * (1 if self.sums else tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
+
+    def logits_dtype(self):
+        """Dtype of the logits that the cross entropy gets, in training or validation."""
+        return self.loss_dtype if self.training else self.eval_loss_dtype
 
     def losses(
         self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None, prefix=None,
@@ -154,14 +169,13 @@ class Head(nn.Module):
             if weights is not None or prefix is not None:
                 weights = (1.0,) if weights is None else weights
                 return weighted_losses(logits, targets, weights, prefix, prefix_weight)
-            return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-                targets.shape
-            )
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+            return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
         try:
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
                 prefix=prefix, prefix_weight=None if prefix is None else prefix_weight,
-                logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype, loss_dtype=self.loss_dtype,
+                logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype, loss_dtype=self.logits_dtype(),
                 backend=backend, transpose=self.transpose
             )
         except ValueError as error:
@@ -179,13 +193,15 @@ class Head(nn.Module):
             z = z * self.scale
         if self.softcap is not None:
             z = bounded(z, self.softcap)
-        return z.to(self.loss_dtype)
+        return z.to(self.logits_dtype())
 
 
 def bounded(z, softcap):
     """Logits z under a soft cap (settings.Softcap), elementwise."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
+    if softcap.shift:
+        z = z + softcap.shift
     return softcap.cap * torch.sigmoid(z / softcap.scale)
 
 
@@ -219,8 +235,15 @@ class GPT(nn.Module):
             self.values = ValueResidual(s)
         elif s.model.attn.value_embed:
             self.values = ValueEmbed(s, self.specs)
+        self.sa_lambdas = SALambdas(s, self.specs) if s.model.attn.sa_lambdas else None
         self.norm = Norm(s)
         self.lm_head = Head(s)
+        self.mtp = None
+        if s.model.head.mtp and s.model.head.mtp.module:
+            self.mtp_layer = max(i for i, spec in enumerate(self.specs) if spec.attn is not None)
+            attn = dataclasses.replace(self.specs[self.mtp_layer].attn, value_table=None, value_gate=None)
+            spec = LayerSpec(attn, s.model.mlp.expansion * s.model.model_dim, False)
+            self.mtp = MTPModule(s, Block(s, spec, rotaries.get(attn.rotary)))
         self.train_dtype, self.eval_dtype = dtype(s.numerics.matmul), dtype(s.numerics.eval_matmul)
         self.init_grid = dtype(s.numerics.init_grid)
         self.sees_all = not s.model.attn.document_mask and s.model.attn.window is None
@@ -228,6 +251,7 @@ class GPT(nn.Module):
         self.compiled = False
         self.recompute = s.system.activation_checkpoint == "on"
         self.passed = set()  # why faster attention backends were passed over
+        self.tied = self.tied_at_first()  # the embedding is the head's weight; the trainer ends it
 
     def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None, prefix=None,
                 prefix_weight=None, candidates=None):
@@ -239,7 +263,8 @@ class GPT(nn.Module):
             context: what attention sees and how many tokens a logical rank has (GPT.context); None only
                 without documents and window, as in records 1-11: the step is then one of the first stage.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights, prefix, prefix_weight, candidates: of the loss (Head.losses).
+            target_weights, prefix, prefix_weight, candidates: of the loss (Head.losses). The MTP module takes
+                the second one of target_weights, if there is one.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -247,23 +272,28 @@ class GPT(nn.Module):
         start = 0 if cache is None else max(cached_tokens(c) for c in cache)
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
-        x = x0 = self.embed(tokens, start)  # (R, T, D)
+        x = x0 = self.embed(tokens, start, self.lm_head.weight if self.tied else None, cache)  # (R, T, D)
         stream = self.residual.start(x0)
         mix = self.values.begin(tokens) if self.values is not None else None
+        lambdas = self.sa_lambdas.begin() if self.sa_lambdas is not None else None
         aux_losses = []
         for i, layer in enumerate(self.layers()):
             x = stream.mix("skip", i, x)
             x = stream.mix("in", i, x).to(x0.dtype)
-            x = layer(i, x, stream, mix, context, cache, aux_losses)
+            x = layer(i, x, stream, mix, lambdas, context, cache, aux_losses)
             stream.save(i, x)
-        x = stream.mix("out", len(self.blocks), x)
-        x = self.norm(x).to(matmul_dtype)
-        tokens_per_rank = self.tokens_per_rank(context)
+        h = stream.mix("out", len(self.blocks), x)
+        x = self.norm(h).to(matmul_dtype)
+        size = self.tokens_per_rank(context)
         if targets is None:
-            return self.lm_head(x, self.embed.weight, tokens_per_rank)
-        losses = self.lm_head.losses(
-            x, self.embed.weight, targets, target_weights, prefix, prefix_weight, candidates, tokens_per_rank
-        )
+            return self.lm_head(x, self.embed.weight, size)
+        terms = prefix, prefix_weight, candidates
+        if self.mtp is None or target_weights is None:
+            losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights, *terms, size)
+        else:
+            losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights[:1], *terms, size)
+            if len(target_weights) > 1:
+                losses = losses + target_weights[1] * self.module_losses(h, targets, context, matmul_dtype)
         # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
@@ -277,6 +307,19 @@ class GPT(nn.Module):
         told = None if context is None else context.tokens_per_rank
         return self.first_tokens_per_rank if told is None else told
 
+    def module_losses(self, h, targets, context, matmul_dtype):
+        """Cross entropies (R, T) of the second next token of each token by the MTP module, within documents
+        (zero elsewhere). h: the stream (R, T, D) after the last block."""
+        e = self.embed(targets, table=self.lm_head.weight if self.tied else None)
+        meta = AttnMeta(None, self.rotary_tables.scales[self.mtp_layer])
+        if context is not None:
+            meta = context.layers[self.mtp_layer]
+        size = self.tokens_per_rank(context)
+        x = self.mtp(h, e, meta, matmul_dtype)
+        losses = self.lm_head.losses(x, self.embed.weight, targets.roll(-1, 1), tokens_per_rank=size)
+        keep = within_documents(None if context is None else context.documents, targets)
+        return losses.masked_fill(~keep, 0.0)
+
     def layers(self):
         """The function of each layer: `layer`, or the same with its activations recomputed in the backward
         pass."""
@@ -287,7 +330,7 @@ class GPT(nn.Module):
         first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 leaves its values for the others
         return plain[:first] + [again] * (len(self.blocks) - first)
 
-    def layer(self, i, x, stream, mix, context, cache, aux_losses):
+    def layer(self, i, x, stream, mix, lambdas, context, cache, aux_losses):
         """Attention and MLP of layer i on the stream x (R, T, D).
 
         Re-run by activation checkpointing (system.activation_checkpoint), so it must be free of side effects;
@@ -298,7 +341,8 @@ class GPT(nn.Module):
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.rotary_tables.scales[i]) if context is None else context.layers[i]
             y = block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
-                           None if cache is None else cache[i])
+                           None if cache is None else cache[i],
+                           (None, None) if lambdas is None else lambdas(i))
             x = stream.mix("attn", i, x, y)
         if block.mlp is not None:
             y = block.mlp_norm(x).to(matmul_dtype)
@@ -311,7 +355,7 @@ class GPT(nn.Module):
         return x
 
     def new_cache(self, absorbed=None):
-        """An empty cache for generation, one list per layer. absorbed: latents instead of keys and values
+        """An empty Cache for generation. absorbed: latents instead of keys and values
         (LatentAttention); None: where the model can. ValueError if it cannot: without latents, or with values
         that are mixed behind them."""
         able = self.settings.model.attn.latent is not None and self.values is None
@@ -319,7 +363,7 @@ class GPT(nn.Module):
             raise ValueError(
                 "a latent cache needs model.attn.latent, and neither value_residual nor value_embed with it"
             )
-        return [[None] * (3 if able and absorbed is not False else 2) for _ in self.blocks]
+        return Cache([None] * (3 if able and absorbed is not False else 2) for _ in self.blocks)
 
     def context(
         self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None
@@ -347,7 +391,8 @@ class GPT(nn.Module):
             )
         layers = [spec.attn and AttnMeta(by_span[span], scale)
                   for spec, span, scale in zip(self.specs, spans, scales)]
-        return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank)
+        return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank,
+                       documents if self.mtp is not None else None)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
         """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph
@@ -404,10 +449,16 @@ class GPT(nn.Module):
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
         self.rotary_tables.reset()
+        self.tied = self.tied_at_first()
         for router in self.routers():
             router.reset()
         for mlp in self.fp8_mlps():
             mlp.fp8.reset()
+
+    def tied_at_first(self):
+        """Whether training begins with the head's weight as the embedding, although the head is untied."""
+        untied = self.settings.model.head.untied
+        return untied is not None and untied.tied_until is not None
 
     def fp8_mlps(self):
         """The MLPs that are in FP8 while training."""
@@ -441,8 +492,11 @@ class GPT(nn.Module):
         return out
 
     def full_state_dict(self):
-        """state_dict with all experts, on every process (collective with expert parallelism)."""
+        """state_dict with all experts, on every process (collective with expert parallelism). While the
+        embedding is the head's weight both stand in it, so that who loads it need not know."""
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
+        if self.tied:
+            state["embed.weight"] = state["lm_head.weight"]
         for i, moe in self.mixtures():
             for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)) if moe.world > 1 else ():
                 parts = [torch.empty_like(p) for _ in range(moe.world)]

@@ -11,8 +11,8 @@ from collections import Counter
 
 import torch
 
-from settings import LOGICAL_RANKS
 from common.errors import UserError
+from settings import LOGICAL_RANKS
 from updates.adam import AdamW
 from updates.muon import Muon
 
@@ -25,12 +25,12 @@ class Local:
     """One bank of one process alone; the classes of system/comm.py have the same methods.
 
     shards: N of the bank is padded to a multiple of it. reduces: `reduce` does something; eager: it starts as
-    soon as the gradient is ready. partial: `wait` sees a part of the gradient only. sends_updates: updates
-    travel, not parameters.
+    soon as the gradient is ready; late: it starts when the banks that are not late have been updated.
+    partial: `wait` sees a part of the gradient only. sends_updates: updates travel, not parameters.
     """
     name = "local"
     shards = 1
-    reduces = eager = partial = sends_updates = False
+    reduces = eager = late = partial = sends_updates = False
 
     def __init__(self):
         self.work = []
@@ -50,12 +50,18 @@ class Local:
     def gather(self, param):
         """Start to give everyone the updated shards. Returns what can be waited for, or None."""
 
+    def whole(self, x):
+        """A tensor of all shards from this process's shard of it, as a copy of its own. May be collective."""
+        return x.clone()
+
 
 class Alone:
-    """The communication plan of a run on one process: nothing travels."""
+    """The communication plan of a run on one process: nothing travels. gathers_last: the last all-gather of
+    an elementwise rule waits until all banks are updated."""
     name = "replicated"
+    gathers_last = False
 
-    def of(self, shared: bool, experts: bool):
+    def of(self, shared: bool, experts: bool, small: bool = False):
         return Local()
 
     def total(self, x):
@@ -110,7 +116,7 @@ class Bank:
             start = stop
         units = len(comm.shard(self.param))
         self.state = {name: torch.zeros((units, *shape), dtype=dtype, device=first.device)
-                      for name, (shape, dtype) in rule.state(unit, first.dtype).items()}
+                      for name, (shape, dtype) in rule.state(unit, first.dtype, first.views).items()}
         self.sum = None  # float32 sum of bfloat16 gradients; holds one while `summed`
         self.numbers = {}  # 0-d tensors on the device, for an update that is replayed as a CUDA graph
         self.replay = None
@@ -130,13 +136,14 @@ class Bank:
         self.updates, self.pending = 0, len(self.members)
         self.clear()
 
-    def copy_from(self, other):
-        """Take over parameters, state and count of a bank of the same shape, like those of a tied head that
-        splits."""
-        self.param.copy_(other.param)
-        for name, x in self.state.items():
-            x.copy_(other.state[name])
-        self.updates = other.updates
+    def place(self, label):
+        """(start, stop) of the only member with this label, counted in numbers of the bank; None: no member
+        has it."""
+        start = 0
+        for _, p in self.members:
+            if p.label == label:
+                return start, start + p.numel()
+            start += p.numel()
 
     def accumulate(self):
         """Put the gradient of a finished backward pass aside, where the next one may not be added to it as it
@@ -194,12 +201,13 @@ def banks_of(model, s, plan, rules):
         rule = rules[group.rule](s, group)
         unit = rule.unit(p.shape, p.views)
         # Of elementwise rules the whole group shares a bank; matrices stay apart by label.
-        key = (rule, group.name, p.label if unit else "", p.views if unit else None, p.dtype, unit)
+        small = not unit and p.numel() < s.system.small_allreduce
+        key = (rule, group.name, p.label if unit else "", p.views if unit else None, p.dtype, unit, small)
         found.setdefault(key, []).append((name, p))
     banks = []
-    for (rule, group, _, _, _, unit), members in found.items():
+    for (rule, group, _, _, _, unit, small), members in found.items():
         tokens = [loads[name] for name, _ in members if name in loads]
-        comm = plan.of(rule.shared, bool(tokens))
+        comm = plan.of(rule.shared, bool(tokens), *([small] if small else []))
         banks.append(Bank(rule, group, members, unit, comm, s.system.reduction == "ordered", tokens))
     return banks
 
@@ -359,32 +367,69 @@ class Optimizer:
             raise ValueError(
                 "a bank is being reduced that the step does not update: tell expect() the plan's `due` too"
             )
-        for bank in due:
-            # Not eager, or a parameter had no gradient and its hook never fired.
-            if bank.comm.reduces and not bank.comm.work:
-                self.launch(bank)
-        gradients, factor = {}, None
+        gradients, factor, phases = {}, None, phases_of(due)
         if self.s.optim.grad_clip is not None:  # The norm of all must be known first.
+            self.launch_rest(due)
             gradients = {bank: self.reduced(bank) for bank in due}
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
+        held = [bank for bank in self.in_order(due) if not bank.unit][-1:] if self.plan.gathers_last else []
         gathers = []
-        # What was launched first arrives first. Each all-gather starts right after its bank's update and
-        # overlaps later updates.
-        for bank in [*(b for b in due if b not in self.launched), *self.launched]:
-            grad, _ = gradients[bank] if bank in gradients else self.reduced(bank)
-            if factor is not None:
-                grad.mul_(factor.to(grad.dtype))
-            self.update(bank, grad, plan)
-            gathers.append(bank.comm.gather(bank.param))
+        for phase in phases:
+            self.launch_rest(phase)
+            # Each all-gather starts right after its bank's update and overlaps later updates.
+            for bank in self.in_order(phase):
+                grad, _ = gradients[bank] if bank in gradients else self.reduced(bank)
+                if factor is not None:
+                    grad.mul_(factor.to(grad.dtype))
+                self.update(bank, grad, plan)
+                if bank not in held:
+                    gathers.append(bank.comm.gather(bank.param))
+        gathers += [bank.comm.gather(bank.param) for bank in held]
         for work in gathers:
             if work is not None:
                 work.wait()
         self.launched = []
+        self.forget_gradients(due, plan.frozen)
+
+    def launch_rest(self, banks):
+        """Start the reductions that are not under way: not eager, or a parameter had no gradient and its hook
+        never fired."""
+        for bank in banks:
+            if bank.comm.reduces and not bank.comm.work:
+                self.launch(bank)
+
+    def in_order(self, banks):
+        """Banks in the order of their updates: what was launched first arrives first."""
+        return [*(b for b in banks if b not in self.launched), *(b for b in self.launched if b in banks)]
+
+    def forget_gradients(self, updated, frozen):
+        """Clear the gradients of the banks that a step has updated, and drop those of frozen groups."""
         for bank in self.banks:
-            if bank in due:
+            if bank in updated or bank.group in frozen:
                 bank.clear()
             elif not bank.ordered:  # It keeps its gradient; a bfloat16 one is summed in float32 from here on.
                 bank.accumulate()
+
+    @torch.no_grad()
+    def copy_parameter(self, source, target):
+        """Give one parameter the values, the state and the update count of another one: a tied head that
+        splits (record 53).
+
+        source, target: labels that one parameter each has, of the same shape and elementwise rules; the
+        target must be alone in its bank, which has one count. Collective where the state is sharded: a shard
+        of one bank is not that of the other.
+        """
+        old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
+        (start, stop), (first, end) = old.place(source), new.place(target)
+        if old.unit or new.unit or len(new.members) > 1 or stop - start != end - first:
+            raise UserError(f"{target} cannot take over the state of {source}: give {target} a group of its "
+                            "own, and both AdamW")
+        new.param.view(-1)[first:end] = old.param.view(-1)[start:stop]
+        for name, x in new.state.items():
+            whole = new.comm.whole(x)
+            whole.view(-1)[first:end] = old.comm.whole(old.state[name]).view(-1)[start:stop]
+            x.copy_(new.comm.shard(whole))
+        new.updates = old.updates
 
     def update(self, bank, grad, plan):
         bank.updates += 1
@@ -439,6 +484,12 @@ class Optimizer:
                     )
                 )
         return rows
+
+
+def phases_of(banks):
+    """Banks in groups: each group's reductions start when the updates of the one before are done."""
+    late = [bank for bank in banks if bank.comm.late]
+    return [[bank for bank in banks if not bank.comm.late], late] if late else [banks]
 
 
 def is_due(bank, due):

@@ -12,6 +12,16 @@ from declare import BEFORE, REFUSE, opt
 
 
 @dataclass(frozen=True)
+class AdamCautiousDecay:
+    """Cautious weight decay of AdamW (Chen et al., arXiv 2510.12402; record 50): only the entries that the
+    update moves towards zero decay, by lr^2 weight_decay decay_mul p, in place of the decoupled decay."""
+    weight_decay: float = opt(0.005, "weight decay, which the square of the learning rate multiplies",
+                              above=0)
+    strict: bool = opt(False, "entries whose update is zero do not decay (record 53: update * p > 0; off: "
+                              "update * p >= 0)", off=False)
+
+
+@dataclass(frozen=True)
 class Adam:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101): the constants that all AdamW groups share."""
     beta1: float = opt(0.9, "decay of the first moment", least=0, below=1)
@@ -20,14 +30,26 @@ class Adam:
     eps_after_correction: bool = opt(True, "eps is added after bias correction, as in torch (off: before "
                                            "it, as in record 24, so that eps is relatively larger in the "
                                            "first steps)", off=BEFORE)
+    cautious_decay: AdamCautiousDecay | None = opt(None, "cautious weight decay of the AdamW groups")
 
 
 @dataclass(frozen=True)
 class Scalars:
-    """The AdamW group of gains, biases and learned scalars, which have no weight decay."""
+    """The AdamW group of gains, biases and learned scalars, which have no decoupled weight decay."""
     lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
     every: int = opt(1, "steps from one update to the next; the gradients of the steps between are summed",
                      unit="step", off=1, least=1)
+    beta1: float | None = opt(None, "decay of the first moment, in place of optim.adam.beta1", least=0,
+                              below=1)
+    beta2: float | None = opt(None, "decay of the second moment, in place of optim.adam.beta2", least=0,
+                              below=1)
+    decay_mul: float = opt(1.0, "factor of the cautious weight decay", off=1.0,
+                           needs="optim.adam.cautious_decay", least=0)
+    freeze_steps: int = opt(
+        0, "frozen steps after a change of the window or of the batch, the step of the change included: the "
+           "group is not updated, and the gradients of these steps are dropped (record 52)", unit="step",
+        off=0, shrink="steps", least=0
+    )
 
 
 @dataclass(frozen=True)
@@ -48,12 +70,22 @@ class Label:
         None, "steps from one update to the next; the gradients of the steps between are summed", unit="step",
         least=1
     )
+    decay_mul: float | None = opt(None, "factor of AdamW's cautious weight decay",
+                                  needs="optim.adam.cautious_decay", least=0)
+    freeze_steps: int | None = opt(
+        None, "frozen steps after a change of the window or of the batch, without an update and without "
+              "their gradients", unit="step", shrink="steps", least=0
+    )
 
 
 @dataclass(frozen=True)
 class MatrixLabel(Label):
     """Settings of one kind of matrices; a setting that is off is that of optim.muon, or of optim.matrix."""
 
+    lr_mul: float | None = opt(
+        None, "factor of Muon's update, cautious decay included; the decay's other factor is the learning "
+              "rate without it (records 42 and 48)", needs="optim.muon", above=0
+    )
     adamw: bool = opt(
         False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
         off=False, needs="optim.muon"
@@ -71,12 +103,17 @@ class Hyper:
     beta2: float
     eps: float
     every: int
+    decay_mul: float = 1.0
+    freeze_steps: int = 0
+    lr_mul: float = 1.0
 
 
 LABELS = {  # role -> labels that may have settings of their own
     "embed": ("value_embed", "positions"),
-    "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas"),
-    "matrix": ("qkvo", "latent", "gate", "c_fc", "c_proj", "expert_c_fc", "expert_c_proj")}
+    "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas",
+               "smear_lambda", "backout_lambda"),
+    "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "c_fc", "c_proj",
+               "expert_c_fc", "expert_c_proj")}
 
 
 @dataclass(frozen=True)
@@ -84,6 +121,40 @@ class MomentumWarmup:
     """Linear warm-up of Muon's momentum, up to optim.muon.momentum."""
     start: float = opt(0.85, "momentum at step 0", least=0, below=1)
     steps: int = opt(500, "length of the warm-up", unit="step", shrink="steps", least=1)
+    reaches_end: bool = opt(True, "the momentum ends at optim.muon.momentum (off: it stays at the value of "
+                                  "the warm-up's last step, as in records 39 and 40)", off=BEFORE)
+
+
+@dataclass(frozen=True)
+class MomentumCooldown:
+    """Linear fall of Muon's momentum over the last steps of a run (record 39)."""
+    end: float = opt(0.85, "momentum that the step after the last one would have", least=0, below=1)
+    steps: int = opt(50, "length of the cooldown", unit="step", shrink="steps", least=1)
+
+
+@dataclass(frozen=True)
+class NorMuon:
+    """NorMuon (Li et al., arXiv 2510.05491; record 41): the orthogonalised update is divided by the root of a
+    running second moment per neuron, and brought back to its Frobenius norm.
+
+    The second moment of an MLP's matrices is per hidden unit; that of other matrices is set here.
+    """
+    beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
+    attn: Literal["output", "input", "mixed"] = opt(
+        "output", "what has a second moment of its own in q, k, v and o. output: each output channel (record "
+                  "48). input: each input channel (record 42). mixed: each column of the four matrices "
+                  "stored as one (d, 4d), with one norm for the four (record 41)")
+    gates: Literal["output", "input"] = opt(
+        "output", "what has a second moment of its own in gates. output: each output, like a head (record "
+                  "48). input: each input channel (record 41)")
+    floor: float = opt(1e-10, "least second moment before its root is taken (record 41: 1e-20)", least=0)
+
+
+@dataclass(frozen=True)
+class MuonCautiousDecay:
+    """Cautious weight decay of Muon (Chen et al., arXiv 2510.12402; record 43): p <- p - lr mul (u + lr
+    weight_decay p), the second term where u p >= 0, mul the update's factors by shape and label."""
+    weight_decay: float = opt(1.2, "weight decay, which the learning rate multiplies twice", above=0)
 
 
 @dataclass(frozen=True)
@@ -97,6 +168,11 @@ class Muon:
                                     "mu M (off: M <- mu M + g, update g + mu M). They differ while mu "
                                     "changes", off=False)
     momentum_warmup: MomentumWarmup | None = opt(None, "momentum warm-up over the first steps")
+    momentum_cooldown: MomentumCooldown | None = opt(None, "momentum cooldown over the last steps")
+    polar_express: bool = opt(False, "Polar Express (Amsel et al., arXiv 2505.16932; record 38): another "
+                                     "polynomial in each iteration of Newton-Schulz", off=False)
+    normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
+    cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
         "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
                 "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols))")
@@ -143,11 +219,21 @@ class Optim:
                                    needs="model.attn.value_residual.learned")
     sa_lambdas: Label | None = opt(None, "own settings of the factors of the values and their embeddings",
                                    needs="model.attn.value_embed.learned")
+    smear_lambda: Label | None = opt(None, "own settings of the factor of the smear",
+                                     needs="model.embed.smear.learned")
+    backout_lambda: Label | None = opt(None, "own settings of the factor of the backout",
+                                       needs="model.residual.backout.learned")
     qkvo: MatrixLabel | None = opt(None, "own settings of the projections of attention")
     latent: MatrixLabel | None = opt(None, "own settings of the matrices of latent attention",
                                    needs="model.attn.latent")
     gate: MatrixLabel | None = opt(None, "own settings of the gates of the heads",
                                    needs="model.attn.gate")
+    smear_gate: MatrixLabel | None = opt(None, "own settings of the gate of the smear",
+                                         needs="model.embed.smear")
+    ve_gate: MatrixLabel | None = opt(None, "own settings of the gates of the value embeddings",
+                                      needs="model.attn.value_embed.gate")
+    skip_gate: MatrixLabel | None = opt(None, "own settings of the gates of the skips",
+                                        needs="model.residual.unet_skips.gate")
     c_fc: MatrixLabel | None = opt(None, "own settings of the first matrix of the MLPs")
     c_proj: MatrixLabel | None = opt(None, "own settings of the second matrix of the MLPs")
     expert_c_fc: MatrixLabel | None = opt(None, "own settings of the first matrix of the experts",
@@ -167,28 +253,56 @@ class Optim:
         values = {"lr": self.muon.lr if muon else of_role.lr,
                   "weight_decay": 0.0 if muon else getattr(of_role, "weight_decay", 0.0),
                   "beta1": self.adam.beta1, "beta2": self.adam.beta2, "eps": self.adam.eps,
-                  "every": 1 if muon else of_role.every}
-        for name in values if own else ():
-            if getattr(own, name) is not None:
-                values[name] = getattr(own, name)
+                  "every": 1 if muon else of_role.every, "freeze_steps": 0 if muon else of_role.freeze_steps,
+                  "decay_mul": 1.0 if muon else of_role.decay_mul, "lr_mul": 1.0}
+        for section in (None if muon else of_role, own):
+            for name in values:
+                if getattr(section, name, None) is not None:
+                    values[name] = getattr(section, name)
         return Hyper(name=label if own else role, rule="muon" if muon else "adamw", **values)
+
+    def groups(self) -> dict[str, Hyper]:
+        """All groups by name: of the roles, and of the labels whose section is on."""
+        found = {role: self.group(role, role) for role in ("embed", "lm_head", "matrix", "scalar", "router")}
+        for role, labels in LABELS.items():
+            found |= {label: self.group(role, label) for label in labels if getattr(self, label) is not None}
+        return found
 
     def cadences(self) -> dict[str, int]:
         """{group: its `every`} of all groups, by name."""
-        roles = ("embed", "lm_head", "matrix", "scalar", "router")
-        found = {role: self.group(role, role).every for role in roles}
-        for role, labels in LABELS.items():
-            found |= {
-                label: self.group(role, label).every for label in labels if getattr(self, label) is not None
-            }
-        return found
+        return {name: group.every for name, group in self.groups().items()}
+
+    def freezes(self) -> dict[str, int]:
+        """{group: its `freeze_steps`} of the groups that have some."""
+        return {name: group.freeze_steps for name, group in self.groups().items() if group.freeze_steps}
 
     def check(self, s: Any) -> Iterator[str]:
         if s.system.reduction == "ordered" and max(self.cadences().values()) > 1:
             yield "system.reduction=ordered sums the gradients of one step: leave every optim.*.every at 1"
+        yield from self.check_decay(s)
+        yield from self.check_muon(s)
+
+    def check_decay(self, s: Any) -> Iterator[str]:
+        """Either the decoupled or the cautious decay."""
+        for name, group in self.groups().items():
+            if name == "router" and s.model.mlp.moe is None:
+                continue
+            cautious = self.muon.cautious_decay if group.rule == "muon" else self.adam.cautious_decay
+            if cautious and group.weight_decay:
+                yield (f"optim.{name}.weight_decay = {group.weight_decay} is the decoupled decay, and "
+                       f"optim.{'muon' if group.rule == 'muon' else 'adam'}.cautious_decay is on: set "
+                       f"optim.{name}.weight_decay=0, or leave the cautious decay off")
+
+    def check_muon(self, s: Any) -> Iterator[str]:
+        """What is AdamW's has no effect on Muon's matrices, and the other way round."""
         for name in LABELS["matrix"] if self.muon else ():
             own = getattr(self, name)
-            for field in ("beta1", "beta2", "eps") if own and not own.adamw else ():
+            for field in ("beta1", "beta2", "eps", "decay_mul") if own and not own.adamw else ():
                 if getattr(own, field) is not None:
                     yield (f"optim.{name}.{field} is AdamW's, and optim.muon has these matrices: "
                            f"set optim.{name}.adamw=true, or leave it")
+            if own and own.adamw and own.lr_mul is not None:
+                yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
+        normuon = self.muon and self.muon.normuon
+        if normuon and normuon.attn == "mixed" and not self.muon.split_qkv:
+            yield "optim.muon.normuon.attn=mixed is for separate q, k and v: set optim.muon.split_qkv=true"

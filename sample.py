@@ -137,6 +137,7 @@ def build(saved, path):
         model = GPT(s)
         model.initialise(0)  # fills the tables that a checkpoint does not hold
         model.load_state_dict(renames.present_parameters(saved["model"]))
+        model.tied = False  # a checkpoint holds both tables (GPT.full_state_dict)
     except (UserError, RuntimeError, TypeError, AttributeError, KeyError, ValueError) as error:
         why = str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: written by another version of this program ({why}): sample with the code "

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from settings import LOGICAL_RANKS, Settings, by_document, per_stage
+from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
 
 
 class Span(NamedTuple):
@@ -38,6 +38,8 @@ class Shape:
     seq_len: int  # tokens of a row: T
     max_doc_len: int | None  # longest document, where the loader cuts them
     windows: Windows | None
+    targets: int = 1  # next tokens that the loss counts
+    tied: bool = False  # the embedding is the head's weight, until the event "untie"
 
 
 @dataclass(frozen=True)
@@ -53,35 +55,62 @@ class StepPlan:
     momentum: float  # Muon
     update_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
-    # what happens once, at this step: "stage", the first step of a further stage
+    # What happens once, at this step. "stage": the first step of a further stage. "untie": after the update
+    # the embedding gets a table of its own, a copy of the head's weight with its state.
     events: tuple[str, ...] = ()
+    target_weights: tuple[float, ...] = ()  # of the losses of the next tokens; (): only the next
+    frozen: frozenset[str] = frozenset()  # groups without update whose gradients of this step are dropped
 
 
-def lr_factor(schedule, step):
+def scheduled_steps(schedule: Schedule) -> int:
+    """Steps before the extension."""
+    return schedule.steps - schedule.extension
+
+
+def lr_factor(schedule: Schedule, step: int) -> float:
     """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of record 2 on."""
-    steps, warmup = schedule.steps, schedule.warmup_steps
+    warmup = schedule.warmup_steps
+    steps = schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
     if step < warmup:
         return (step + 1) / warmup
+    progress = step / steps
+    if step >= steps:  # the extension
+        progress = schedule.extension_at
+        step = progress * steps
     if schedule.lr == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     if schedule.cooldown_frac:  # record 18 on
-        left = 1 - step / steps
+        left = 1 - progress
         w = min(left / schedule.cooldown_frac, 1.0)
     elif step < steps - schedule.cooldown_steps:
         w = 1.0
     else:
-        w = (steps - step) / schedule.cooldown_steps
-    return w * 1.0 + (1 - w) * schedule.lr_floor
+        w = (steps - step) / schedule.cooldown_steps if schedule.cooldown_steps else 0.0
+    return w * lr_peak(schedule, progress) + (1 - w) * schedule.lr_floor
 
 
-def muon_momentum(muon, step):
-    """Muon momentum at a step (0.0 without Muon); rises linearly over momentum_warmup (record 9)."""
+def lr_peak(schedule: Schedule, progress: float) -> float:
+    """Factor from which the cooldown starts, after the learning-rate jumps before `progress`."""
+    return next((factor for start, factor in reversed(schedule.lr_peaks) if progress > start), 1.0)
+
+
+def muon_momentum(muon, step, steps):
+    """Muon momentum at a step (0.0 without Muon): a rise over momentum_warmup (record 9), a fall over
+    momentum_cooldown (record 39), both linear.
+
+    steps: all optimizer steps of the run.
+    """
     if muon is None:
         return 0.0
-    if muon.momentum_warmup is None:
-        return muon.momentum
-    x = min(step / muon.momentum_warmup.steps, 1)
-    return (1 - x) * muon.momentum_warmup.start + x * muon.momentum
+    warmup, cooldown, momentum = muon.momentum_warmup, muon.momentum_cooldown, muon.momentum
+    if cooldown is not None and step > steps - cooldown.steps:
+        x = (step - (steps - cooldown.steps)) / cooldown.steps
+        return (1 - x) * momentum + x * cooldown.end
+    if warmup is None:
+        return momentum
+    last = warmup.steps if warmup.reaches_end else warmup.steps - 1  # the plateau of records 39 and 40
+    x = min(step, last) / warmup.steps
+    return (1 - x) * warmup.start + x * momentum
 
 
 def update_bias(s, step):
@@ -92,12 +121,58 @@ def update_bias(s, step):
     return step < s.schedule.steps - round(moe.balance.freeze_frac * s.schedule.steps)
 
 
-def due(s, step):
-    """The groups of settings.Optim that a step updates; None: all, as where no `every` is set."""
-    cadences = s.optim.cadences()
-    if max(cadences.values()) == 1:
+def due(cadences: dict[str, int], step: int, frozen: frozenset[str] = frozenset()) -> frozenset[str] | None:
+    """The groups of settings.Optim that a step updates, without the frozen ones; None: all.
+
+    Args:
+        cadences: {group: steps from one update to the next}.
+    """
+    if max(cadences.values()) == 1 and not frozen:
         return None
-    return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0)
+    return frozenset(name for name, every in cadences.items() if (step + 1) % every == 0) - frozen
+
+
+def resting(freezes: dict[str, int], since_change: int | None) -> frozenset[str]:
+    """The groups that rest after a change of window or batch (record 52).
+
+    Args:
+        freezes: {group: frozen steps}.
+        since_change: steps since the last change, 0 at the step that has it; None before the first one.
+    """
+    if since_change is None:
+        return frozenset()
+    return frozenset(name for name, steps in freezes.items() if since_change < steps)
+
+
+def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
+    """Loss weights of the next tokens at a step of a stage, with multi-token prediction; () without."""
+    mtp, shares = s.model.head.mtp, s.schedule.stages or (1.0,)
+    if mtp is None:
+        return ()
+    if stage >= len(shares):  # the extension
+        return mtp.end[-1]
+    progress = step / scheduled_steps(s.schedule)
+    x = min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
+    return tuple(a + (b - a) * x for a, b in zip(mtp.start[stage], mtp.end[stage]))
+
+
+def untie_step(s: Settings) -> int | None:
+    """The step after whose update the head and the embedding part; None if they are not tied at first.
+
+    That is the first step from tied_until on that updates the head. It may lie behind the last step.
+    """
+    untied = s.model.head.untied
+    if untied is None or untied.tied_until is None:
+        return None
+    first = math.ceil(untied.tied_until * scheduled_steps(s.schedule) - 1e-6)
+    every = s.optim.group("lm_head", "lm_head").every
+    return -(-(first + 1) // every) * every - 1
+
+
+def tied(s: Settings, step: int) -> bool:
+    """Whether the embedding is still the head's weight in a step, or in the validation before the step."""
+    last = untie_step(s)
+    return last is not None and step <= last
 
 
 # ----- windows ----------------------------------------------------------------------------------------------
@@ -106,8 +181,6 @@ def long_window(window, steps, step):
     """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
     if window.growth == "constant":
         return window.start
-    if window.growth == "stages":
-        return window.stages[len(window.stages) * step // (1 + steps)] * window.block
     value = window.start + (window.end - window.start) * (step / steps)
     grains = math.floor(value / window.grain) if window.growth == "floor" else math.ceil(value / window.grain)
     return max(1, grains) * window.grain
@@ -137,16 +210,30 @@ def windows(s, step, final=False):
     w = s.model.attn.window
     if w is None:
         return None
-    steps = s.schedule.steps
-    long = long_window(w, steps, step)
     blocks = ()
     if w.growth == "stages":
-        blocks = w.stages[:w.stages.index(long // w.block) + 1]
-    if final and w.final is not None:
-        long = w.final * w.block
-        blocks += (w.final,) if w.final != blocks[-1] else ()
+        blocks = window_blocks(s, step)
+        if final and w.final not in (None, blocks[-1]):
+            blocks += (w.final,)
+        long = blocks[-1] * w.block
+    else:
+        long = long_window(w, s.schedule.steps, step)
+    short = half(w, long)
+    if final and w.final_long is not None:
+        long = w.final_long * w.block
     last = long if not final or w.final_last_layer is None else w.final_last_layer * w.block
-    return Windows(span(w, long), span(w, half(w, long)), span(w, last), blocks)
+    return Windows(span(w, long), span(w, short), span(w, last), blocks)
+
+
+def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
+    """Sizes of the long window in blocks, of all stages up to a step (growth `stages`)."""
+    w, steps = s.model.attn.window, scheduled_steps(s.schedule)
+    if s.schedule.stages:
+        stage = min(stage_of(s, step), len(w.stages) - 1)
+    else:  # records 29 to 41 count one step more
+        stage = min(len(w.stages) * step // (1 + steps), len(w.stages) - 1)
+    extended = s.schedule.extension and step >= steps and w.extension not in (None, w.stages[-1])
+    return w.stages[:stage + 1] + ((w.extension,) if extended else ())
 
 
 def layer_spans(specs, windows):
@@ -164,12 +251,18 @@ def layer_spans(specs, windows):
 # ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
-    """The steps of each stage: one stage of all steps where schedule.stages is empty."""
-    ends, total = [], 0.0
+    """The steps of each stage: those of schedule.stages, or one stage of all scheduled steps; and the
+    extension.
+
+    A stage begins with the first step that has its fraction of the scheduled steps behind it.
+    """
+    scheduled, total = scheduled_steps(s.schedule), 0.0
+    ends = []
     for share in s.schedule.stages[:-1]:
         total += share
-        ends.append(round(total * s.schedule.steps))
-    return [range(a, b) for a, b in zip([0, *ends], [*ends, s.schedule.steps])]
+        ends.append(math.ceil(total * scheduled - 1e-6))  # 0.3333 + 0.3333 is less than two thirds
+    ends += [scheduled, s.schedule.steps] if s.schedule.extension else [scheduled]
+    return [range(a, b) for a, b in zip([0, *ends], ends)]
 
 
 def stage_of(s: Settings, step: int) -> int:
@@ -178,15 +271,18 @@ def stage_of(s: Settings, step: int) -> int:
 
 
 def in_stage(value: int | tuple[int, ...], stage: int) -> int:
-    """The value that a setting with one value, or one per stage, has in a stage."""
+    """The value that a setting with one value, or one per stage, has in a stage; the last in the
+    extension."""
     values = per_stage(value)
     return values[min(stage, len(values) - 1)]
 
 
 def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     """The Shape of a step. stage: that of the step, if known."""
-    tokens = in_stage(s.data.tokens_per_rank, stage_of(s, step) if stage is None else stage)
-    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_doc_len, windows(s, step))
+    stage = stage_of(s, step) if stage is None else stage
+    tokens = in_stage(s.data.tokens_per_rank, stage)
+    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_doc_len, windows(s, step),
+                 len(target_weights(s, step, stage)) or 1, tied(s, step))
 
 
 def largest_shape(s: Settings) -> Shape:
@@ -215,14 +311,22 @@ def rank_tokens(s: Settings) -> int | list[int]:
 
 def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""
-    plans, before = [], 0
+    plans, before, changed = [], 0, None
+    cadences, freezes, untied = s.optim.cadences(), s.optim.freezes(), untie_step(s)
     for stage, steps in enumerate(stages(s)):
         for i in steps:
             of_step = shape(s, i, stage)
-            tokens = LOGICAL_RANKS * of_step.tokens_per_rank
+            if i and visible(of_step) != visible(plans[-1].shape):
+                changed = i
+            frozen = resting(freezes, None if changed is None else i - changed)
             events = ("stage",) if stage and i == steps.start else ()
-            plans.append(StepPlan(i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                                  muon_momentum(s.optim.muon, i), update_bias(s, i), due(s, i), events))
+            events += ("untie",) if i == untied else ()
+            tokens = LOGICAL_RANKS * of_step.tokens_per_rank
+            plans.append(StepPlan(
+                i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
+                muon_momentum(s.optim.muon, i, s.schedule.steps), update_bias(s, i),
+                due(cadences, i, frozen), events, target_weights(s, i, stage), frozen
+            ))
             before += tokens
     return plans
 
@@ -234,6 +338,11 @@ def shapes(plans: Iterable[StepPlan]) -> dict[Shape, int]:
     for one in plans:
         found.setdefault(one.shape, one.step)
     return found
+
+
+def visible(shape: Shape) -> tuple:
+    """What a freeze follows: the batch and the windows of a step."""
+    return shape.tokens_per_rank, shape.windows
 
 
 def validates(s, step):

@@ -19,6 +19,9 @@ from typing import Any, Literal
 
 from common.errors import UserError
 from declare import PRECISION, REFUSE, bound_faults, opt, unmet_needs, walk
+from model_settings import (
+    MTP, Backout, SALambdas, SkipGate, Smear, ValueGate, channel_faults, empty_layers, layer_faults
+)
 from optim_settings import Optim
 from system_settings import System
 
@@ -36,6 +39,8 @@ class Embed:
     learned_positions: bool = opt(True, "learned position embedding, added to the token embedding (GPT-2)",
                                   off=False)
     norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
+    smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous one, "
+                                    "before the norm")
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.learned_positions and s.validation.seq_len > s.data.seq_len:
@@ -110,11 +115,16 @@ class ValueEmbed:
     table."""
     tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
         "value table of each layer, by number; -1: the layer has none", off=REFUSE)
-    mix: Literal["lerp", "pair"] = opt("lerp", "form of the mix of a value v and its embedding ve. lerp: (1 "
-                                               "- b) v + b ve. pair: a v + b ve, and a v in layers without "
-                                               "a table")
-    init: float = opt(0.5, "initial a and b; the constants if `learned` is off")
-    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False)
+    mix: Literal["lerp", "pair", "scaled", "sum"] = opt(
+        "lerp", "form of the mix of a value v and its embedding ve. lerp: (1 - b) v + b ve. pair: a v + b "
+                "ve, and a v in layers without a table. scaled: v + b ve. sum: v + ve")
+    init: float = opt(0.5, "initial a and b; the constants if `learned` is off",
+                      idle="model.attn.value_embed.mix=sum")
+    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False,
+                        idle="model.attn.value_embed.mix=sum")
+    table_init: Literal["normal", "zero"] = opt(
+        "normal", "initial value tables. normal: N(0, 1). zero: zeros")
+    gate: ValueGate | None = opt(None, "gate on each head's value embedding")
 
     def check(self, s: "Settings") -> Iterator[str]:
         path, layers = "model.attn.value_embed.tables", s.model.num_layers
@@ -140,7 +150,7 @@ class Window:
     growth: Literal["constant", "floor", "ceil", "stages"] = opt(
         "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
                     "`end`, rounded down or up to a multiple of `grain` (at least one grain). stages: each "
-                    "entry of `stages` for an equal share of the steps")
+                    "entry of `stages` for one of schedule.stages, or for an equal share of the steps")
     start: int = opt(1024, "window size at the first step", unit="token",
                      idle="model.attn.window.growth=stages", shrink="length0")
     end: int = opt(1024, "window size towards which the window grows", unit="token",
@@ -152,8 +162,13 @@ class Window:
     long_layers: tuple[int, ...] | None = opt(
         None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
               "of half as many blocks, at least one (off: every layer has the long window)")
+    extension: int | None = opt(None, "long window in the extension (record 42; off: the last stage's)",
+                                unit="block", needs="schedule.extension_steps")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
                             needs="model.attn.window.growth=stages")
+    final_long: int | None = opt(None, "window of the layers with the long window in the final validation "
+                                       "(record 35); short windows and YaRN do not follow it", unit="block",
+                                 needs="model.attn.window.growth=stages", least=1)
     final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)",
                                        unit="block", needs="model.attn.window.final")
 
@@ -161,8 +176,18 @@ class Window:
         path, last = "model.attn.window", s.model.num_layers - 1
         yield from layer_faults(f"{path}.long_layers", self.long_layers or (), s)
         yield from self.check_growth(path)
-        if self.final is not None and self.stages and self.final < self.stages[-1]:
-            yield f"{path}.final = {self.final}: must be at least the last stage, {self.stages[-1]} blocks"
+        for name in ("extension", "final") if self.stages else ():
+            if (blocks := getattr(self, name)) is not None and blocks < self.stages[-1]:
+                yield f"{path}.{name} = {blocks}: must be at least the last stage, {self.stages[-1]} blocks"
+        if self.extension is not None and self.growth != "stages":
+            yield f"{path}.extension needs {path}.growth=stages: set it, or add --without {path}.extension"
+        if None not in (self.extension, self.final) and self.final < self.extension:
+            yield f"{path}.final = {self.final}: must be at least {path}.extension = {self.extension}"
+        if self.growth == "stages" and s.schedule.stages and len(self.stages) != len(s.schedule.stages):
+            yield (f"{path}.stages has {len(self.stages)} windows and schedule.stages has "
+                   f"{len(s.schedule.stages)}: give one window per stage, or leave schedule.stages empty")
+        if None not in (self.final_last_layer, self.final_long):
+            yield f"{path}.final_long is that of the last layer too: switch {path}.final_last_layer off"
         if self.final_last_layer is None:
             return
         if self.final_last_layer < 1:
@@ -195,8 +220,7 @@ class HeadGate:
     channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if not 1 <= self.channels <= s.model.model_dim:
-            yield f"model.attn.gate.channels = {self.channels}: must lie between 1 and model.model_dim"
+        yield from channel_faults("model.attn.gate.channels", self.channels, s)
 
 
 @dataclass(frozen=True)
@@ -250,6 +274,12 @@ class Attention:
     scale: float | None = opt(None, "softmax scale, which multiplies q.k (off: 1/sqrt of the width of a "
                                     "query)", shrink="rsqrt_width", above=0)
     gate: HeadGate | None = opt(None, "attention gate: a sigmoid gate on each head's output")
+    sa_lambdas: SALambdas | None = opt(None, "factors of the projections of attention, scalars per layer")
+    key_offset: bool = opt(
+        False, "partial key offset (record 49, @classiclarryd): in layers with the long window, the channels "
+               "of a key that do not rotate are those of the previous token in the row", off=False,
+        needs="model.attn.rope.half_truncated"
+    )
     latent: Latent | None = opt(None, "multi-head latent attention: keys and values from one narrow latent "
                                       "per token")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
@@ -320,6 +350,8 @@ class MoE:
                               off=0.0, least=0, most=1_000_000)
     z_loss: float = opt(0.0, "factor of the router z-loss, the squared logsumexp of the router's logits "
                              "(ST-MoE, arXiv 2202.08906)", off=0.0, least=0, most=1_000_000)
+    router_init: float = opt(1.0, "initial spread of the router: standard deviation of its weights times "
+                                  "sqrt(model_dim), which is that of its logits for a normed input", least=0)
     dense_layers: tuple[int, ...] = opt((0,), "layers that keep a dense MLP", off=())
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -358,14 +390,24 @@ class MoE:
 @dataclass(frozen=True)
 class MLP:
     """The feed-forward network of a block (MLP)."""
-    activation: Literal["gelu_tanh", "gelu", "relu_sq"] = opt(
-        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668)")
+    activation: Literal["gelu_tanh", "gelu", "relu_sq", "swiglu"] = opt(
+        "gelu_tanh",
+        "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668). swiglu: "
+        "silu(V x) times W x, with a second matrix V and two thirds of the hidden width, so that "
+        "the parameters stay as many (Shazeer, arXiv 2002.05202)"
+    )
     expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
     moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
 
     def check(self, s: "Settings") -> Iterator[str]:
         yield from layer_faults("model.mlp.drop_layers", self.drop_layers, s)
+        if self.activation == "swiglu" and s.model.bias:
+            yield "model.mlp.activation=swiglu has no bias vectors: set model.bias=false"
+        if self.activation == "swiglu" and self.moe:
+            yield (
+                "model.mlp.activation=swiglu is for dense MLPs: choose another or add --without model.mlp.moe"
+            )
 
 
 @dataclass(frozen=True)
@@ -386,11 +428,28 @@ class UnetSkips:
     sigmoid: float | None = opt(None, "sigmoid skip weights (record 32): the weight is sigmoid(w), and this "
                                       "value is the initial w")
     learned: bool = opt(True, "learned weights, one scalar per skip (off: the constant `init`)", off=False)
+    pairs: tuple[tuple[int, int], ...] | None = opt(
+        None, "skips as pairs (layer whose output is added, layer before which it is added), record 45 (off: "
+              "all of the U-net)"
+    )
+    gate: SkipGate | None = opt(None, "gate on the weights of the skips")
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if s.model.num_layers % 2:
-            yield (f"model.residual.unet_skips needs an even model.num_layers, got {s.model.num_layers}: "
-                   "change it or add --without model.residual.unet_skips")
+        path = "model.residual.unet_skips"
+        if self.pairs is None:
+            if s.model.num_layers % 2:
+                yield (f"{path} needs an even model.num_layers, got {s.model.num_layers}: change it, give "
+                       f"{path}.pairs or add --without {path}")
+            return
+        if not self.pairs:
+            yield f"{path}.pairs is empty: give a skip like [[4, 7]] or add --without {path}"
+        for pair in self.pairs:
+            yield from layer_faults(f"{path}.pairs", pair, s)
+            if pair[0] >= pair[1]:
+                yield f"{path}.pairs: the skip {list(pair)} must lead to a later layer"
+            for layer in set(pair) & empty_layers(s):
+                yield (f"{path}.pairs: layer {layer} has neither attention nor MLP: choose another layer, or "
+                       "remove it from model.attn.drop_layers")
 
 
 @dataclass(frozen=True)
@@ -399,24 +458,40 @@ class Residual:
     x0_mix: X0Mix | None = opt(None, "embedding shortcut: learned mix of the stream and the embedding at "
                                      "every block entry")
     unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
+    backout: Backout | None = opt(None, "backout: the stream after an earlier block is subtracted before the "
+                                        "final norm")
 
 
 @dataclass(frozen=True)
 class Untied:
     """Untied head: the output head has a weight of its own in place of the token table's."""
     init: Literal["linear", "zero"] = opt(
-        "linear", "initial head weight. linear: as any other linear layer. zero: zeros")
+        "linear", "initial head weight. linear: as any other linear layer. zero: zeros",
+        idle="model.init.head_std")
+    tied_until: float | None = opt(
+        None, "tied at first: fraction of the scheduled steps in which the embedding is the head's weight. "
+              "Then the table of the embedding takes over this weight and its optimizer state (record 53)",
+        above=0, most=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.tied_until is not None and s.numerics.head != s.numerics.table:
+            yield (f"model.head.untied.tied_until needs one dtype for both tables, and numerics.head is "
+                   f"{s.numerics.head}, numerics.table {s.numerics.table}: set one to the other")
+        if self.tied_until is not None and padded_vocab(s) != table_rows(s):
+            yield ("model.head.untied.tied_until needs tables of one size: set model.embed.padded=true")
 
 
 @dataclass(frozen=True)
 class Softcap:
-    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid(z / scale).
+    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid((z + shift) / scale).
 
     cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
     """
     form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
+    shift: float = opt(0.0, "added to the logits inside the sigmoid, which makes the cap asymmetric (record "
+                            "54)", off=0.0, needs="model.head.softcap.form=sigmoid")
 
 
 @dataclass(frozen=True)
@@ -430,6 +505,7 @@ class Head:
         "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
+    mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
 
 
 @dataclass(frozen=True)
@@ -443,6 +519,17 @@ class Init:
                             "bound/sqrt(3 fan_in)", least=0)
     zero_proj: bool = opt(False, "zero-initialised output projections of attention and MLP (as in muP)",
                           off=False)
+    qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
+                                        "53; off: that of `bound`)",
+                                  needs="model.init.scheme=uniform", least=0)
+    head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
+                                       "distributed, which is also the token table if they are tied (record "
+                                       "51; off: by `scheme`)", least=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.qkv_bound is not None and s.model.attn.latent:
+            yield ("model.init.qkv_bound is of the projections q, k and v, which model.attn.latent replaces: "
+                   "switch one off")
 
 
 @dataclass(frozen=True)
@@ -471,9 +558,21 @@ class Model:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The schedules over the steps of a run (axis ml)."""
-    steps: int = opt(19560, "optimizer steps", unit="step", off=REFUSE, shrink="steps", least=1,
-                     most=1_000_000)
+    """The schedules over the steps of a run (axis ml).
+
+    The scheduled steps are those before the extension. Fractions of a run are fractions of them.
+    """
+    steps: int = opt(19560, "optimizer steps, those of the extension included", unit="step", off=REFUSE,
+                     shrink="steps", least=1, most=1_000_000)
+    extension_steps: int = opt(0, "extension (record 35): the last steps, after the end of all schedules; at "
+                                  "most an eighth of the steps, so that a short trial has its schedules too",
+                               unit="step", off=0, shrink="steps", least=0)
+    extension_at: float = opt(1.0, "point at which the schedules stand during the extension, as a fraction "
+                                   "of the scheduled steps (records 35 to 45 stop just before the end)",
+                              off=1.0, needs="schedule.extension_steps", above=0, most=1)
+    lr_spans_extension: bool = opt(False, "learning rate that falls during the extension too: its "
+                                          "fractions are of all steps (record 41)", off=False,
+                                   needs="schedule.extension_steps")
     lr: Literal["cosine", "trapezoid"] = opt(
         "cosine", "shape of the learning rate after its warm-up. cosine: a half cosine to zero. trapezoid: "
                   "constant, then linear over the cooldown")
@@ -482,12 +581,23 @@ class Schedule:
                                off=0.0, needs="schedule.lr=trapezoid", least=0, most=1)
     lr_floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0,
                           needs="schedule.lr=trapezoid", least=0, most=1)
+    lr_peaks: tuple[tuple[float, float], ...] = opt(
+        (), "learning-rate jumps (record 46), for batches that grow: pairs of a fraction of the scheduled "
+        "steps and a factor. Beyond that fraction, the cooldown starts from this factor in place of 1",
+        off=(), needs="schedule.lr=trapezoid", least=0
+    )
     cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
                               needs="schedule.lr=trapezoid", shrink="steps", least=0)
     stages: tuple[float, ...] = opt(
-        (), "fractions of the steps, which add up to 1. A setting that has one "
-        "value per stage goes through its values in this order", off=(), above=0
+        (), "stages of the run: fractions of the scheduled steps, which add up to 1. A setting that has one "
+        "value per stage goes through its values in this order and keeps the last one in the extension",
+        off=(), above=0
     )
+
+    @property
+    def extension(self) -> int:
+        """Steps of the extension."""
+        return min(self.extension_steps, self.steps // 8)
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.stages and abs(sum(self.stages) - 1) > 1e-6:
@@ -495,6 +605,10 @@ class Schedule:
         if self.cooldown_frac and self.cooldown_steps:
             yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
                    "to 0")
+        ends = [end for end, _ in self.lr_peaks]
+        if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
+            yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing "
+                   "fractions below 1, each with a factor")
 
 
 # ----- data, validation -------------------------------------------------------------------------------------
@@ -654,25 +768,35 @@ class Numerics:
     norm: Dtype = precision("float32", "statistics of the norms")
     norm_eps: float = opt(1e-5, "constant added to the mean square (rmsnorm) or to the variance (layernorm)",
                           least=0)
+    qk_norm_eps: float | None = opt(None, "the same constant for QK norm alone (off: norm_eps)",
+                                    needs="model.attn.qk_norm", least=0)
     rope: Dtype = precision("float32", "stored cos and sin tables of the rotary embedding")
     rope_frequency: Dtype = precision("float32", "frequencies from which the rotary tables are made")
     rope_math: Dtype = precision("float32", "arithmetic of the rotation: the widest of this, the tables and "
                                             "q, k")
     softcap: Dtype = precision("float32", "arithmetic of the logit soft cap: this or a wider dtype")
-    fp8_head: FP8Head | None = opt(None, "FP8 head in training", needs="model.head.untied", exact=None)
+    fp8_head: FP8Head | None = opt(None, "FP8 head in training", exact=None)
     fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
                                  needs="model.mlp.activation=relu_sq", exact=None)
-    loss: Dtype = precision("float32", "arithmetic of the cross entropy")
+    loss: Dtype = precision("float32", "arithmetic of the cross entropy, and dtype of the logits it gets")
+    eval_loss: Dtype = precision("float32", "the same in validation")
     newton_schulz: Dtype = precision("bfloat16", "dtype of the Newton-Schulz iteration")
     newton_schulz_norm: Dtype = precision(
         "float32", "Frobenius norm before the iteration, and the tensor whose norm it is")
-    newton_schulz_form: Literal["expanded", "factored"] = opt(
-        "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + cA(AX). factored: aX + "
-                    "(bA + cAA)X. They differ by rounding")
+    newton_schulz_form: Literal["expanded", "factored", "symmetric"] = opt(
+        "expanded", "form of the Newton-Schulz polynomial. expanded: aX + b(AX) + (cA)(AX). factored: aX + "
+                    "(bA + (cA)A)X. symmetric: bA + cAA is rounded once, and so is aX plus its product with "
+                    "X (record 27). They differ by rounding")
     muon_update: Dtype = precision("float32", "dtype of the scaled Muon update, before it is subtracted")
+    muon_decay: Dtype = precision("float32", "dtype to which Muon's update is rounded when its cautious "
+                                             "decay has been added")
     adam: Dtype = precision("float32", "arithmetic of AdamW")
-    adam_state: Literal["parameter", "bfloat16"] = opt(
+    adam_state: Literal["parameter", "bfloat16", "float32"] = opt(
         "parameter", "stored moments of AdamW. parameter: the dtype of the parameter", exact="parameter")
+    matrix_mantissa: bool = opt(
+        False, "kept mantissa: Muon updates bfloat16 matrices exactly as float32 ones, whose lower 16 bits "
+               "are optimizer state; the weight in use is the truncated one (record 57)", off=False,
+        needs="numerics.matrix=bfloat16", exact=False)
 
 
 # ----- all --------------------------------------------------------------------------------------------------
@@ -740,11 +864,13 @@ def row_limit(s: Settings) -> int:
 
 
 def tokens_per_step(s: Settings) -> int | float:
-    """Tokens of one step over all logical ranks, the mean over the stages. Single steps: schedule.plan."""
+    """Tokens of one step over all logical ranks, the mean over the steps. Single steps: schedule.plan."""
     sizes = per_stage(s.data.tokens_per_rank)
     if len(sizes) == 1:
         return LOGICAL_RANKS * sizes[0]
-    return LOGICAL_RANKS * sum(size * share for size, share in zip(sizes, s.schedule.stages))
+    scheduled = sum(size * share for size, share in zip(sizes, s.schedule.stages))
+    extension = s.schedule.extension / s.schedule.steps
+    return LOGICAL_RANKS * ((1 - extension) * scheduled + extension * sizes[-1])
 
 
 # ----- check ------------------------------------------------------------------------------------------------
@@ -769,16 +895,6 @@ def faults(s: Settings) -> Iterator[str]:
     for path, needs, default in unmet_needs(s):
         remedy = f"leave {path} at its default" if default is not None else f"switch it off: --without {path}"
         yield f"{path} needs {needs}: set it too, or {remedy}"
-
-
-def layer_faults(path: str, layers: tuple[int, ...], s: Settings) -> Iterator[str]:
-    """Messages on layer numbers that do not exist or are given twice."""
-    count = s.model.num_layers
-    for i in layers:
-        if not 0 <= i < count:
-            yield f"{path} names layer {i}: the model has layers 0 to {count - 1}"
-    if len(set(layers)) != len(layers):
-        yield f"{path} = {list(layers)} names a layer twice"
 
 
 def check_processes(s: Settings, processes: int) -> None:

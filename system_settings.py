@@ -38,9 +38,9 @@ class Kernels:
         needs="numerics.fp8_head")
 
     def check(self, s: Any) -> Iterator[str]:
-        if self.muon == "triton" and s.numerics.newton_schulz_form != "factored":
+        if self.muon == "triton" and s.numerics.newton_schulz_form == "expanded":
             yield ("system.kernels.muon=triton computes the factored form: set "
-                   "numerics.newton_schulz_form=factored, or leave it")
+                   "numerics.newton_schulz_form=symmetric, or leave it")
         if self.mlp == "triton" and s.model.bias:
             yield "system.kernels.mlp=triton has no bias: set model.bias=false"
         if self.qk == "triton" and s.model.attn.latent:
@@ -69,12 +69,19 @@ class System:
     kernels: Kernels = opt(Kernels, "implementation of each operation")
     cuda_graphs: bool = opt(False, "CUDA graphs of the optimizer: each update is captured in the warm-up",
                             off=False)
-    comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates"] = opt(
+    comm: Literal["auto", "replicated", "bucketed", "sharded", "allreduce_updates", "adam_hooks",
+                  "interleaved"] = opt(
         "auto", "communication of the optimizer. replicated: gradients are all-reduced during the backward "
                 "pass (record 23). bucketed: they are all-reduced in buckets after it (record 22). In both, "
                 "every process updates every parameter except Muon's matrices, which are shared out. "
                 "sharded: each process updates a shard, as in ZeRO (record 24). allreduce_updates: Muon's "
-                "updates are all-reduced (record 6). auto: sharded")
+                "updates are all-reduced (record 6). adam_hooks: as sharded, but only AdamW's reductions "
+                "start in the backward pass, and Muon's follow AdamW's updates (record 44). interleaved: "
+                "Muon's reductions start before AdamW's updates, and AdamW's last all-gather after Muon's "
+                "updates (record 57). auto: sharded")
+    small_allreduce: int = opt(
+        0, "AdamW parameters of fewer elements are all-reduced, and updated by every process (record 52: "
+           "1024)", unit="element", off=0, least=0, most=2 ** 31)
     reduction: Literal["ordinary", "ordered"] = opt(
         "ordinary", "order of the sum over logical ranks. ordered: the eight logical gradients are summed "
                     "in one fixed binary tree, which gives the same bits on 1, 2, 4 and 8 processes")
@@ -102,6 +109,9 @@ class System:
         if self.activation_checkpoint == "on" and not recomputable(s):
             yield ("system.activation_checkpoint=on would move delayed scales twice: leave it off with "
                    "numerics.fp8_mlp.c_proj")
+        if self.comm == "allreduce_updates" and s.numerics.matrix_mantissa:
+            yield ("system.comm=allreduce_updates has no place for the lower bits of "
+                   "numerics.matrix_mantissa: choose another system.comm")
         if self.cuda_graphs and self.comm == "allreduce_updates":
             yield ("system.cuda_graphs does not capture communication: choose another system.comm than "
                    "allreduce_updates")

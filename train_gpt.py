@@ -57,7 +57,7 @@ import runlog
 import schedule
 import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
-from data.batch import Documents, count_documents, to_rows
+from data.batch import Documents, count_documents, loss_weights, to_rows
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, validation_rows
 from deltas import Resolved
 from model import GPT
@@ -147,8 +147,8 @@ def train(resolved: Resolved, options: Namespace) -> int:
                 log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
                 log.start(about, schema.plain(resolved.settings))
                 run = Run(
-                    s, world, log, plans, model, compiled, optimizer, hooks_of(model), corpus, rows,
-                    ranks_per_microbatch=ranks_per_microbatch(s, len(world.ranks), world.cuda),
+                    s, world, log, plans, model, compiled, optimizer, hooks_of(model, optimizer), corpus,
+                    rows, ranks_per_microbatch=ranks_per_microbatch(s, len(world.ranks), world.cuda),
                     interrupt=asked, cache_file=cache_file, check_sync=options.check_sync, clock=Clock(world),
                     profiler=Profiler(world, log.folder if world.main else None, options.profile),
                     progress=Progress(world, s)
@@ -265,6 +265,7 @@ def train_step(
     if run.s.model.head.loss_reduction == "sum":
         share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), microbatch)
+    weights = loss_weights(step_plan.target_weights, inputs.device)
     for hook in run.hooks:
         hook.before_forwards(step_plan)
     for first in starts:
@@ -276,7 +277,7 @@ def train_step(
             x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(numbers), max_seqlen=max(lengths),
             tokens_per_rank=step_plan.shape.tokens_per_rank
         )
-        loss = run.compiled(x, y, context).mean()
+        loss = run.compiled(x, y, context, target_weights=weights).mean()
         (loss * share).backward()
         optimizer.accumulate()
         losses.append(loss.detach())
@@ -320,8 +321,10 @@ def validation(run: Run, step: int) -> bool:
 
 
 def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
-    """Validation loss with the windows that belong to this step."""
+    """Validation loss with the windows that belong to this step, and with the head's weight as the embedding
+    while it is shared."""
     windows = schedule.validation_windows(run.s, step)
+    run.model.tied = schedule.tied(run.s, step)  # the warm-up validates out of order
 
     def context(tokens, read):
         max_docs, max_seqlen = count_documents(read, run.corpus.bos)

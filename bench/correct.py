@@ -189,8 +189,9 @@ def loss_checks():
     rows = targets.view(4, 250).masked_fill(torch.rand(4, 250, device=DEVICE) < 0.1, -1)
     more = {"weights": (1.0, 0.5, 0.25), "prefix": targets.flip(0).view(4, 250), "prefix_weight": 0.3}
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for softcap in (None, Softcap(), Softcap(form="sigmoid")):
-            name = f"linear_cross_entropy, soft cap {softcap.form if softcap else 'none'}"
+        for softcap in (None, Softcap(), Softcap(form="sigmoid"), Softcap("sigmoid", 23.0, 7.5, 5.0)):
+            shifted = " with a shift" if softcap and softcap.shift else ""
+            name = f"linear_cross_entropy, soft cap {softcap.form if softcap else 'none'}{shifted}"
             yield name, dtype, lambda: why or compare(*loss_pair(targets, softcap=softcap), [x, head], dtype)
         for full_mass in (False, True):
             name = f"linear_cross_entropy, 3 targets and a prefix{', full mass' if full_mass else ''}"

@@ -34,6 +34,17 @@ def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
     return inputs, targets, documents
 
 
+def loss_weights(weights: tuple[float, ...], device: torch.device) -> torch.Tensor | None:
+    """Loss weights of the next tokens (StepPlan.target_weights) on the device, float64; None for ().
+
+    A tensor, so that a compiled graph does not depend on their values.
+    """
+    if not weights:
+        return None
+    found = torch.tensor(weights, dtype=torch.float64)
+    return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
+
+
 def count_documents(rows: np.ndarray, bos: int) -> Documents:
     """The documents in rows (R, T) of ids on the host; each begins with `bos` or a row."""
     first = rows == bos

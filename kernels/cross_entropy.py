@@ -2,7 +2,7 @@
 
     losses = linear_cross_entropy(x, weight, targets, softcap=..., weights=(1.0, 0.5))
 
-    z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid(z / scale)        (settings.Softcap)
+    z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)   (settings.Softcap)
     loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}])  +  w_p (logsumexp(c_t) - c_t[prefix_t])
     dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t = sum of the
     weights in loss_t
@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     chunk: int  # 0: by device and V
     backend: str  # auto, torch, triton
     transpose: str = "torch"  # FP8 on a GPU: kernels.fp8_linear.row_major
+    shift: float = 0.0  # added inside the sigmoid, before the divisor
 
 
 def linear_cross_entropy(
@@ -73,9 +74,9 @@ def linear_cross_entropy(
     """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets
     and loss_dtype.
 
-    softcap: has .form, .cap, .scale, as settings.Softcap; None: none. weights: of targets t, t+1, ... of the
-    same row (nothing joins across R), floats or a tensor (n,): a tensor does not make torch.compile start
-    again when values change.
+    softcap: has .form, .cap, .scale, .shift, as settings.Softcap; None: none.
+    weights: of targets t, t+1, ... of the same row (nothing joins across R), floats or a tensor (n,): a
+    tensor does not make torch.compile start again when values change.
     prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out.
     Targets of V or more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
     full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on:
@@ -99,17 +100,18 @@ def linear_cross_entropy(
     counted = labels >= 0
     if full_mass:
         counted = torch.cat([torch.ones_like(counted[:, :len(weights)]), counted[:, len(weights):]], 1)
-    form, cap, divisor = "none", 1.0, 1.0
+    form, cap, divisor, shift = "none", 1.0, 1.0, 0.0
     if softcap is not None:
         form, cap = softcap.form, float(softcap.cap)
         divisor = cap if form == "tanh" else float(softcap.scale)
+        shift = 0.0 if form == "tanh" else float(softcap.shift)
     factor, scales = (
         1.0 if logit_scale is None else float(logit_scale),
         [] if fp8 is None else [float(f) for f in fp8],
     )
     plan = Plan(
         form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
-        chunk or 0, backend, transpose
+        chunk or 0, backend, transpose, shift
     )
     mass = (counted * shares).sum(1)
     losses = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, labels, shares, mass, plan)
@@ -265,6 +267,8 @@ def capped(z, plan):
     if plan.form == "tanh":
         c.div_(plan.divisor).tanh_().mul_(plan.cap)
     elif plan.form == "sigmoid":
+        if plan.shift:
+            c.add_(plan.shift)
         c.div_(plan.divisor).sigmoid_().mul_(plan.cap)
     return c
 
@@ -301,12 +305,13 @@ tl = None  # triton.language, once kernels() has imported it
 
 
 def loss_kernel(
-    z, labels, shares, losses, lse, V, cap, slope, K: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr
+    z, labels, shares, losses, lse, V, cap, slope, bias, K: tl.constexpr, CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr
 ):
     """Losses and log-sum-exp of one row of logits z (n, V). K labels a row (int64), K shares.
 
-    Capped logits are a constant less cap / (1 + exp(slope z)), which lies between 0 and cap: that is what is
-    summed, and no maximum is needed. Uncapped ones are slope z, with a running maximum for each lane.
+    Capped logits are a constant less cap / (1 + exp(slope z + bias)), which lies between 0 and cap: that is
+    what is summed, and no maximum is needed. Uncapped ones are slope z, with a running maximum for each lane.
     """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
@@ -315,7 +320,7 @@ def loss_kernel(
     top = tl.full([BLOCK], -1e30, tl.float32)
     for start in range(0, V, BLOCK):
         inside = start + lanes < V
-        x = slope * tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32)
+        x = slope * tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32) + bias
         if CAPPED:
             total += tl.where(inside, tl.exp(-cap / (1.0 + tl.exp(x))), 0.0)
         else:
@@ -331,7 +336,8 @@ def loss_kernel(
     loss = 0.0
     for j in tl.static_range(K):
         label = tl.load(labels + row * K + j)
-        x = slope * tl.load(z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+        x = tl.load(z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
+        x = slope * x + bias
         if CAPPED:
             x = -cap / (1.0 + tl.exp(x))
         loss += tl.where(label >= 0, tl.load(shares + j) * (norm - x), 0.0)
@@ -340,7 +346,7 @@ def loss_kernel(
 
 
 def gradient_kernel(
-    z, out, labels, shares, mass, g, lse, V, cap, slope, scale, K: tl.constexpr, CAPPED: tl.constexpr,
+    z, out, labels, shares, mass, g, lse, V, cap, slope, bias, scale, K: tl.constexpr, CAPPED: tl.constexpr,
     FP8: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Gradient of one row of logits z (n, V), written to out, which may be z. FP8: in z's dtype, times scale,
@@ -353,7 +359,7 @@ def gradient_kernel(
     for start in range(0, V, BLOCK):
         places = start + lanes
         inside = places < V
-        x = slope * tl.load(z + places, mask=inside, other=0.0).to(tl.float32)
+        x = slope * tl.load(z + places, mask=inside, other=0.0).to(tl.float32) + bias
         if CAPPED:
             below = 1.0 / (1.0 + tl.exp(x))
             x = -cap * below
@@ -379,27 +385,27 @@ def kernels():
 
 
 def launch_options(z, labels, plan):
-    """(cap, slope) of the kernels, and their constants."""
+    """((cap, slope, bias) of the kernels, their constants)."""
     classes = z.size(1)
     block = tiles.best("cross_entropy", z.device, z.dtype, (classes,), DEFAULT)
     cap, slope = {"none": (0.0, plan.factor), "tanh": (2 * plan.cap, 2 * plan.factor / plan.divisor),
                   "sigmoid": (plan.cap, plan.factor / plan.divisor)}[plan.form]
     constants = {"K": labels.size(1), "CAPPED": plan.form != "none",
                  "BLOCK": min(block.size, 1 << (classes - 1).bit_length()), "num_warps": block.warps}
-    return cap, slope, constants
+    return (cap, slope, plan.shift / plan.divisor), constants
 
 
 def launch_loss(z, labels, shares, losses, lse, plan):
-    cap, slope, constants = launch_options(z, labels, plan)
-    kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), cap, slope, **constants)
+    numbers, constants = launch_options(z, labels, plan)
+    kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), *numbers, **constants)
 
 
 def launch_gradient(z, labels, shares, mass, g, lse, plan):
     """The logits' gradient: in z itself, or with FP8 in a buffer of bytes."""
-    cap, slope, constants = launch_options(z, labels, plan)
+    numbers, constants = launch_options(z, labels, plan)
     out = torch.empty(z.shape, dtype=GRADIENT8, device=z.device) if plan.scales else z
     scale = plan.scales[2] if plan.scales else 1.0
-    kernels()[1][(len(z),)](z, out, labels, shares, mass, g, lse, z.size(1), cap, slope, scale, **constants,
+    kernels()[1][(len(z),)](z, out, labels, shares, mass, g, lse, z.size(1), *numbers, scale, **constants,
                             FP8=bool(plan.scales))
     return out
 
@@ -434,8 +440,9 @@ def refusal(device, plan):
 
 # ----- as operators: torch.compile sees two calls and not the loops over chunks -----------------------------
 
-ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, ScalarType "
-             "cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose")
+ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, "
+             "ScalarType cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose, "
+             "float shift")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

@@ -74,10 +74,16 @@ def qk_rotary_reference(
     steps = {None: (turn,), "before_rope": (norm, turn), "after_rope": (turn, norm)}[order]
     for step in steps:
         q, k = step(q), step(k)
-    if offset:
-        pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
-        k = torch.where(pair >= k.size(-1) // 2 - offset, torch.cat([k[:, :1], k[:, :-1]], 1), k)
-    return q, k
+    return q, offset_keys(k, offset)
+
+
+def offset_keys(k, offset):
+    """Keys (R, T, H, K) whose last `offset` channel pairs are those of the token before; the first token
+    keeps its own."""
+    if not offset:
+        return k
+    pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
+    return torch.where(pair >= k.size(-1) // 2 - offset, torch.cat([k[:, :1], k[:, :-1]], 1), k)
 
 
 # ----- Triton -----------------------------------------------------------------------------------------------

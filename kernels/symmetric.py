@@ -7,8 +7,7 @@
 
 One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and
 writes it twice. float16, bfloat16 and float32 in any strides. Sums are in float32; quadratic rounds once, at
-the end (torch rounds A A, both products with b and c, and their sum). No gradients. Triton is imported when
-first used.
+the end, as its reference does. No gradients. Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
@@ -54,16 +53,18 @@ def gram_t_reference(x):
 
 
 def quadratic_reference(a, b, c):
-    """a (..., m, m) -> b A + c A A."""
-    return b * a + c * (a @ a)
+    """a (..., m, m) -> b A + c A A, rounded once."""
+    flat = batch(a)
+    return torch.baddbmm(flat, flat, flat, beta=b, alpha=c).view(a.shape)
 
 
 def step_reference(x, a, b, c):
     """x (..., m, k) -> a X + (b A + c A A) X, A = X X^T; if m > k the same as a X + X (b A + c A A), A = X^T
-    X."""
-    if x.size(-2) > x.size(-1):
-        return a * x + x @ quadratic_reference(gram_t_reference(x), b, c)
-    return a * x + quadratic_reference(gram_reference(x), b, c) @ x
+    X. The last product and its sum with a X are rounded once."""
+    tall = x.size(-2) > x.size(-1)
+    inner = batch(quadratic_reference(gram_t_reference(x) if tall else gram_reference(x), b, c))
+    flat = batch(x)
+    return torch.baddbmm(flat, flat if tall else inner, inner if tall else flat, beta=a).view(x.shape)
 
 
 # ----- Triton -----------------------------------------------------------------------------------------------

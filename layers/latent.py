@@ -47,9 +47,9 @@ class LatentAttention(Attention):
         self.o = matrix(d, spec.heads * spec.v, projection=True)
         self.common_parts(s, spec)
 
-    def forward(self, x, rotary, mix_values, meta, cache=None):
+    def forward(self, x, rotary, mix_values, meta, cache=None, lambdas=(None, None)):
         """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a
-        latent one."""
+        latent one. lambdas: none, as model.attn.sa_lambdas refuses latents."""
         start = cached_tokens(cache)
         latent_cache = cache is not None and len(cache) == 3
         q, c, k_rope = self.project(x)
@@ -62,7 +62,7 @@ class LatentAttention(Attention):
             k = self.apply_rotary(self.keys(c, k_rope), rotary, start)
             v = linear(c, self.v_up).unflatten(-1, (self.spec.heads, -1))  # (R, T, H, V)
             if mix_values is not None:
-                v = mix_values(v)
+                v = mix_values(v, x)
             y = self.attend(q, k, v, meta, start, None if latent_cache else cache)
         return self.out(self.apply_gate(x, y), self.o)
 
@@ -93,7 +93,7 @@ class LatentAttention(Attention):
         if self.qk_norm is not None:
             k = self.keys(c, k_rope)
             k = (self.rotate(k, rotary, start) if self.qk_norm == "after_rope" else k).to(self.norm_dtype)
-            inverse = (k.square().mean(-1) + self.eps).rsqrt()
+            inverse = (k.square().mean(-1) + self.qk_eps).rsqrt()
         new = [c, rotated, inverse]
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
 

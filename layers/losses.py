@@ -35,6 +35,8 @@ def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=
         prefix: (R, T) int64, or None; a negative one adds nothing.
         prefix_weight: one number, with `prefix`.
     """
+    # in float32 at least: log_z near 10 in bfloat16 would be off by up to 3 %, and with it every gradient
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_z, total = logits.logsumexp(-1), 0.0  # (R, T), shared by all targets
     for n in range(min(len(weights), targets.size(1))):
         tokens = targets.size(1) - n  # that have an n-th target

@@ -12,11 +12,11 @@ from updates import views
 
 
 class MLP(nn.Module):
-    """W_proj phi(W_fc x), hidden width F."""
+    """W_proj phi(W_fc x), or with SwiGLU W_proj (silu(W_gate x) * W_fc x), hidden width F."""
 
     ACTIVATIONS = {
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
-        "relu_sq": lambda x: F.relu(x).square()
+        "relu_sq": lambda x: F.relu(x).square(), "swiglu": F.silu
     }
 
     def __init__(self, s: Settings, hidden: int):
@@ -24,8 +24,12 @@ class MLP(nn.Module):
         d, f, n = s.model.model_dim, hidden, s.numerics
         self.c_fc = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
                             init=linear_init(s, d, projection=False))
-        self.c_proj = parameter((d, f), n.matrix, role="matrix", label="c_proj",
+        self.c_proj = parameter((d, f), n.matrix, role="matrix", label="c_proj", views=views.c_proj(s),
                               init=linear_init(s, f, projection=True))
+        self.gate = None
+        if s.model.mlp.activation == "swiglu":
+            self.gate = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
+                                  init=linear_init(s, d, projection=False))
         self.c_fc_bias = self.c_proj_bias = None
         if s.model.bias:
             self.c_fc_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
@@ -42,4 +46,6 @@ class MLP(nn.Module):
             return self.fp8(x, self.c_fc, self.c_proj, tokens_per_rank)
         if self.fused:
             return mlp_relu_sq(x, self.c_fc, self.c_proj)
+        if self.gate is not None:
+            return linear(self.activation(linear(x, self.gate)) * linear(x, self.c_fc), self.c_proj)
         return linear(self.activation(linear(x, self.c_fc, self.c_fc_bias)), self.c_proj, self.c_proj_bias)

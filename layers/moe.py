@@ -32,7 +32,7 @@ class Router(nn.Module):
         self.dtype = dtype(s.numerics.router)
         self.weight = parameter(
             (moe.num_experts, s.model.model_dim), s.numerics.router, role="router", label="router",
-            init=normal(1 / math.sqrt(s.model.model_dim))
+            init=normal(moe.router_init / math.sqrt(s.model.model_dim))
         )
         # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
         self.register_buffer(
@@ -170,7 +170,7 @@ class MoE(nn.Module):
                              parts=[linear_init(s, cols, projection)] * mine, first_part=self.rank * mine)
 
         self.c_fc = stack("expert_c_fc", moe.hidden, d, False, views.c_fc(s))
-        self.c_proj = stack("expert_c_proj", d, moe.hidden, True)
+        self.c_proj = stack("expert_c_proj", d, moe.hidden, True, views.c_proj(s))
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8 = s.system.experts, n.fp8_experts

@@ -52,13 +52,14 @@ def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0,
     return p
 
 
-def linear_init(s, fan_in, projection):
-    """Initialiser of a linear weight; `projection`: one that writes into the residual stream."""
+def linear_init(s, fan_in, projection, bound=None):
+    """Initialiser of a linear weight; `projection`: one that writes into the residual stream; `bound`: of the
+    uniform scheme, in place of model.init.bound."""
     if projection and s.model.init.zero_proj:
         return constant(0.0)
     if s.model.init.scheme == "gpt2":
         return normal(0.02 / math.sqrt(2 * s.model.num_layers) if projection else 0.02)
-    return uniform(s.model.init.bound / math.sqrt(fan_in))
+    return uniform((s.model.init.bound if bound is None else bound) / math.sqrt(fan_in))
 
 
 # ----- coefficients: values with a source -------------------------------------------------------------------

@@ -10,15 +10,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from layers.primitives import coefficient
+from layers.primitives import coefficient, constant, linear, parameter
 from layers.specs import LayerSpec
 from settings import Settings
+from updates import views
 
 
 class Entry(NamedTuple):
-    """One entry of the coefficients that a module of Residual gives in each forward pass."""
+    """One entry of the coefficients that a module of Residual gives in each forward pass, times a factor."""
     module: str
     index: int
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,30 @@ def branch_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
     ]
 
 
-def unet_terms(layers: int) -> list[Term]:
-    """U-net skips (record 11): the second half of the layers gets the outputs of the first half, last in,
-    first out."""
-    half = layers // 2
-    return [Term("skip", half + k, f"saved.{half - 1 - k}", Entry("skip_weights", k)) for k in range(half)]
+def skip_pairs(specs: tuple[LayerSpec, ...], pairs: tuple | None) -> list[tuple[int, int]]:
+    """(from, to) of each skip: the pairs of the settings, or the U-net (record 11).
+
+    In the U-net the second half of the layers gets the outputs of the first half, last in, first out. Empty
+    layers take no part.
+    """
+    if pairs is not None:
+        return list(pairs)
+    half = len(specs) // 2
+    unet = [(half - 1 - k, half + k) for k in range(half)]
+    return [pair for pair in unet if not any(specs[layer].empty for layer in pair)]
 
 
-def x0_terms(layers: int) -> list[Term]:
-    """The x0 mix (record 9): x <- a x + b x0 before every layer."""
-    return [Term("in", i, source, Entry(name, i)) for i in range(layers)
+def skip_terms(pairs: list[tuple[int, int]]) -> list[Term]:
+    """The output of one layer is added before a later one."""
+    return [
+        Term("skip", to, f"saved.{source}", Entry("skip_weights", k)) for k, (source, to) in enumerate(pairs)
+    ]
+
+
+def x0_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
+    """The x0 mix (record 9): x <- a x + b x0 before every layer that is not empty."""
+    layers = [i for i, spec in enumerate(specs) if not spec.empty]
+    return [Term("in", i, source, Entry(name, k)) for k, i in enumerate(layers)
             for source, name in (("x", "resid_lambdas"), ("x0", "x0_lambdas"))]
 
 
@@ -61,21 +77,33 @@ class Residual(nn.Module):
 
     def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]):
         super().__init__()
-        r, layers, n = s.model.residual, len(specs), s.numerics
+        r, n = s.model.residual, s.numerics
         self.terms: dict[tuple[str, int], list[Term]] = {}  # by site and layer
         self.sources: set[str] = set()  # that some term refers to
         self.add(*branch_terms(specs))
+        self.skip_gate = None
         if r.unet_skips:
-            u = r.unet_skips
-            self.skip_weights = coefficient(
-                layers // 2, u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
-                sigmoid=u.sigmoid is not None
-            )
-            self.add(*unet_terms(layers))
+            self.add_skips(s, skip_pairs(specs, r.unet_skips.pairs))
         if r.x0_mix:
+            layers = sum(not spec.empty for spec in specs)
             self.resid_lambdas = coefficient(layers, r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
             self.x0_lambdas = coefficient(layers, r.x0_mix.x0, r.x0_mix.learned, n.scalar, "x0_lambdas")
-            self.add(*x0_terms(layers))
+            self.add(*x0_terms(specs))
+        if r.backout:
+            self.backout = coefficient(1, r.backout.init, r.backout.learned, n.scalar, "backout_lambda")
+            self.add(Term("out", len(specs), f"saved.{r.backout.layer}", Entry("backout", 0, -1.0)))
+
+    def add_skips(self, s: Settings, pairs: list[tuple[int, int]]) -> None:
+        """The skips with their weights, and with the gate 2 sigmoid(W x0) of record 55 if it is on."""
+        u, n = s.model.residual.unet_skips, s.numerics
+        self.skip_weights = coefficient(
+            len(pairs), u.init if u.sigmoid is None else u.sigmoid, u.learned, n.scalar, "skip_weights",
+            sigmoid=u.sigmoid is not None
+        )
+        if u.gate is not None:
+            self.skip_gate = parameter((len(pairs), u.gate.channels), n.gate, role="matrix",
+                                       label="skip_gate", views=views.gate(s), init=constant(0.0))
+        self.add(*skip_terms(pairs))
 
     def add(self, *terms: Term) -> None:
         """Add terms behind those that a site already has."""
@@ -86,6 +114,10 @@ class Residual(nn.Module):
     def start(self, x0: torch.Tensor) -> "Stream":
         """The stream of one forward pass that begins with the embedding x0 (R, T, D)."""
         coefs = {name: module() for name, module in self.named_children()}
+        if self.skip_gate is not None:
+            channels = x0[..., :self.skip_gate.size(1)]
+            gates = (2 * torch.sigmoid(linear(channels, self.skip_gate))).unbind(-1)  # (R, T) of each skip
+            coefs["skip"] = [weight * gate[..., None] for weight, gate in zip(coefs["skip"], gates)]
         return Stream(self.terms, coefs, self.sources, x0)
 
 
@@ -109,7 +141,10 @@ class Stream:
         return x
 
     def coef(self, term):
-        return self.coefs[term.coef.module][term.coef.index] if isinstance(term.coef, Entry) else term.coef
+        if not isinstance(term.coef, Entry):
+            return term.coef
+        value, factor = self.coefs[term.coef.module][term.coef.index], term.coef.factor
+        return value if factor == 1.0 else factor * value
 
     def save(self, layer: int, x: torch.Tensor) -> None:
         """Keep the stream after a layer for the terms that refer to it."""

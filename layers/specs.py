@@ -17,6 +17,8 @@ class AttnSpec:
     window: Literal["long", "short"] | None  # which window of the step it sees; None: no window
     gate: int | None  # input channels of the gate on each head's output
     value_table: int | None  # number of the token table that is mixed into the values
+    value_gate: int | None = None  # input channels of the gate on each head's row of this table
+    key_offset: int = 0  # channel pairs of a key that are those of the previous token
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class LayerSpec:
     attn: AttnSpec | None
     mlp: int | None  # hidden width of the dense MLP
     moe: bool  # mixture of experts instead of the dense MLP
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is left of the layer: the stream goes on as it came."""
+        return self.attn is None and self.mlp is None and not self.moe
 
 
 def layer_specs(s: Settings) -> tuple[LayerSpec, ...]:
@@ -41,9 +48,13 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
     if a.window is not None:
         window = "long" if a.window.long_layers is None or layer in a.window.long_layers else "short"
     table = a.value_embed.tables[layer] if a.value_embed else -1
+    value_gate = a.value_embed.gate if table >= 0 else None
+    offset = a.key_offset and window != "short"
     return AttnSpec(
         heads=a.num_heads, qk=query_dim(s), v=value_dim(s), rotary=rotary_dim(s) if a.rope else None,
-        window=window, gate=a.gate.channels if a.gate else None, value_table=table if table >= 0 else None
+        window=window, gate=a.gate.channels if a.gate else None, value_table=table if table >= 0 else None,
+        value_gate=value_gate.channels if value_gate else None,
+        key_offset=rotary_dim(s) // 4 if offset else 0  # the pairs that the half-truncated rotation leaves
     )
 
 
@@ -54,7 +65,8 @@ def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:
         return None, False
     if mlp.moe is not None and layer not in mlp.moe.dense_layers:
         return None, True
-    return mlp.expansion * s.model.model_dim, False
+    hidden = mlp.expansion * s.model.model_dim
+    return (2 * hidden // 3 if mlp.activation == "swiglu" else hidden), False
 
 
 def num_value_tables(s: Settings) -> int:

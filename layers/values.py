@@ -1,11 +1,13 @@
 """What is mixed into the values of attention: the values of block 0, or rows of token tables."""
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
-from layers.primitives import coefficient, dtype, normal, parameter
+from layers.primitives import coefficient, constant, dtype, linear, normal, parameter
 from layers.specs import num_value_tables
 from settings import table_rows
+from updates import views
 
 
 class ValueResidual(nn.Module):
@@ -17,10 +19,10 @@ class ValueResidual(nn.Module):
         self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
     def begin(self, tokens):
-        """Function (layer, v) -> v for one forward pass."""
+        """Function (layer, v, n) -> v for one forward pass, n the normed input of the block."""
         lam, first = self.lam(), []
 
-        def mix(i, v):
+        def mix(i, v, n):
             if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
                 first.append(v)
                 return v
@@ -31,7 +33,12 @@ class ValueResidual(nn.Module):
 
 
 class ValueEmbed(nn.Module):
-    """v <- a v + b ve, ve the token's row of the layer's table (record 14 on); a = 1 - b with mix `lerp`."""
+    """v <- a v + b ve, ve the token's row of the layer's table (record 14 on).
+
+    mix `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48): a = b
+    = 1. With a gate (record 55) ve of each head is multiplied by 2 sigmoid(W n), n the normed input of the
+    block.
+    """
 
     def __init__(self, s, specs):
         super().__init__()
@@ -40,29 +47,47 @@ class ValueEmbed(nn.Module):
         layers = [i for i, spec in enumerate(specs) if spec.attn is not None]
         self.table_of = [spec.attn and spec.attn.value_table for spec in specs]
         self.number = {layer: k for k, layer in enumerate(layers)}
-        self.lerp = e.mix == "lerp"
+        self.mix = e.mix
         self.dtype = dtype(n.residual)
+        init = constant(0.0) if e.table_init == "zero" else normal(1.0)
         self.tables = nn.ParameterList(
             parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
-                      init=normal(1.0))
+                      init=init)
             for _ in range(num_value_tables(s)))
 
         def sa_lambdas():
             return coefficient(len(layers), e.init, e.learned, n.scalar, "sa_lambdas")
 
-        self.v_lambdas = None if self.lerp else sa_lambdas()
-        self.ve_lambdas = sa_lambdas()
+        self.v_lambdas = sa_lambdas() if e.mix == "pair" else None
+        self.ve_lambdas = sa_lambdas() if e.mix != "sum" else None
+        self.gates = nn.ParameterDict({
+            str(i): parameter((spec.attn.heads, spec.attn.value_gate), n.gate, role="matrix", label="ve_gate",
+                              views=views.gate(s), init=constant(0.0))
+            for i, spec in enumerate(specs) if spec.attn is not None and spec.attn.value_gate is not None
+        })
 
     def begin(self, tokens):
-        """Function (layer, v) -> v for one forward pass."""
-        a, b = self.v_lambdas() if self.v_lambdas is not None else None, self.ve_lambdas()
+        """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block."""
+        a, b = (None if c is None else c() for c in (self.v_lambdas, self.ve_lambdas))
         rows = [F.embedding(tokens, table).to(self.dtype) for table in self.tables]
 
-        def mix(i, v):
+        def mix(i, v, n):
             k, table = self.number[i], self.table_of[i]
-            keep = 1 - b[k] if self.lerp else a[k]
             if table is None:
-                return v if self.lerp else (keep * v).to(v.dtype)
-            return (keep * v + b[k] * rows[table].view(v.shape)).to(v.dtype)
+                return v if a is None else (a[k] * v).to(v.dtype)
+            ve = self.gated(i, rows[table].view(v.shape), n)
+            if self.mix == "sum":
+                return (v + ve).to(v.dtype)
+            if self.mix == "scaled":
+                return (v + b[k] * ve).to(v.dtype)
+            keep = 1 - b[k] if self.mix == "lerp" else a[k]
+            return (keep * v + b[k] * ve).to(v.dtype)
 
         return mix
+
+    def gated(self, i, ve, n):
+        """The value embeddings ve (R, T, H, V) of layer i times one factor per token and head."""
+        if str(i) not in self.gates:
+            return ve
+        gate = self.gates[str(i)]
+        return 2 * torch.sigmoid(linear(n[..., :gate.size(1)], gate))[..., None] * ve  # (R, T, H, V)

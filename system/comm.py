@@ -54,6 +54,13 @@ class AllReduce(Local):
             work.wait()
         return self.shard(self.reduced), self.reduced
 
+    def whole(self, x):
+        if not self.shared:
+            return x.clone()
+        whole = x.new_empty((self.world * len(x), *x.shape[1:]))
+        all_gather(whole, x)
+        return whole
+
     def gather(self, param):
         if not self.shared:
             return None
@@ -75,9 +82,12 @@ class ReduceScatter(AllReduce):
     name = "reduce-scatter"
     partial = True
 
-    def __init__(self, rank: int, world: int):
+    def __init__(self, rank: int, world: int, start: str = "ready"):
+        """start: of the reduction. ready: when the gradient is ready; after: after the backward pass; late:
+        after the updates of the banks that are not late."""
         super().__init__(rank, world, shared=True)
-        self.name = "reduce-scatter"
+        self.name = "reduce-scatter" if start == "ready" else f"reduce-scatter, {start}"
+        self.eager, self.late = start == "ready", start == "late"
         self.reduced = None
 
     def reduce(self, grad):
@@ -126,6 +136,10 @@ class Ordered(AllReduce):
         return self.shard(tree.total()), tree.total()
 
 
+# Plans with sharded updates -> when the reductions of Muon start; those of AdamW when a gradient is ready.
+MUON_STARTS = {"sharded": "ready", "adam_hooks": "late", "interleaved": "after"}
+
+
 class Communication:
     """The plan of a run on several processes. name: system.comm, with `auto` decided."""
 
@@ -134,17 +148,21 @@ class Communication:
         self.ordered = s.system.reduction == "ordered"
         self.rank, self.world = rank, world
         self.keeps_experts = s.system.expert_parallel
+        self.gathers_last = self.name == "interleaved"
 
-    def of(self, shared: bool, experts: bool):
+    def of(self, shared: bool, experts: bool, small: bool = False):
         """The object for one bank. shared: its rule is dear, and each process updates a share; experts: a
-        stack of experts."""
+        stack of experts; small: too small to be shared out (record 52)."""
         here = (self.rank, self.world)
         if experts and self.keeps_experts:
             return Own()
+        sharded = self.name in MUON_STARTS and not small
         if self.ordered:
-            return Ordered(*here, shared or self.name == "sharded")
-        if self.name == "sharded":
-            return ReduceScatter(*here)
+            return Ordered(*here, shared or sharded)
+        if sharded:
+            return ReduceScatter(*here, MUON_STARTS[self.name] if shared else "ready")
+        if small:
+            return AllReduce(*here, shared=False)
         if self.name == "allreduce_updates":
             return UpdatesAllReduced(*here) if shared else AllReduce(*here, shared=False)
         return (Bucketed if self.name == "bucketed" else AllReduce)(*here, shared)

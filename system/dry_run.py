@@ -42,7 +42,7 @@ def print_plan(
         if value != default.get(path, ...):
             print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
-    for line in steps_table(s, plans):
+    for line in schedule_table(s, plans):
         print(line)
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
@@ -73,27 +73,56 @@ def print_plan(
         print(f"plot of the schedules: {picture}")
 
 
-def steps_table(s, plans):
-    """Lines on the schedules: an eighth of the run each, every step at which the shape changes, the last
-    step and the final validation."""
-    columns = ["learning-rate factor", "Muon momentum"]
-    columns += ["window" + (" long / short" if split(s) else "")] if plans[0].shape.windows else []
-    yield f"\nschedule (step: {', '.join(columns)}):"
-    changes = [i for i in range(1, len(plans)) if plans[i].shape != plans[i - 1].shape]
-    for i in sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1}):
-        yield (
-            f"  {i:6d}: {plans[i].lr_factor:.4f}  {plans[i].momentum:.4f}"
-            + windows_text(s, plans[i].shape.windows)
-        )
+def schedule_table(s, plans):
+    """Lines on what the schedules give: a table of eighths of the run and of every step that changes a shape,
+    the final validation, and what happens once or rests."""
+    pairs = list(zip(plans[1:], plans))
+    changes = {new.step for new, old in pairs if new.shape != old.shape}
+    if s.schedule.lr_peaks:
+        changes |= {new.step for new, old in pairs if new.lr_factor > old.lr_factor}
+    shown = sorted({*range(0, len(plans), max(1, len(plans) // 8)), *changes, len(plans) - 1})
+    rows = [["step", "learning-rate factor", "Muon momentum"]]
+    rows += [[str(i), f"{plans[i].lr_factor:.4f}", f"{plans[i].momentum:.4f}"] for i in shown]
+
+    def column(title, text):
+        rows[0].append(title)
+        for row, i in zip(rows[1:], shown):
+            row.append(text(plans[i]))
+    if len({plan.tokens for plan in plans}) > 1:
+        column("tokens", lambda plan: f"{plan.tokens:,}")
+    if plans[0].shape.windows:
+        title = "window" + (" long / short" if split(s) else "")
+        column(title, lambda plan: windows_text(s, plan.shape.windows).strip())
+    if s.model.head.mtp:
+        column("weights of the next tokens", lambda plan: "  ".join(f"{w:.4f}" for w in plan.target_weights))
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    yield "\nschedule:"
+    for row in rows:
+        yield "  " + "  ".join([cell.rjust(width) for cell, width in zip(row[:3], widths)]
+                               + [cell.ljust(width) for cell, width in zip(row[3:], widths[3:])]).rstrip()
+    yield from schedule_remarks(s, plans)
+
+
+def schedule_remarks(s, plans):
+    """Lines on the final validation, on what happens at one step only, and on what rests in some steps."""
     if plans[0].shape.windows:
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         yield f"  final validation:{windows_text(s, final)}{last}"
-    if (
-        still := sum(not plan.update_bias for plan in plans) if s.model.mlp.moe and s.model.mlp.moe.balance
-        else 0
-    ):
+    for plan in plans:
+        if "untie" in plan.events:
+            yield f"  the embedding gets a table of its own after step {plan.step}"
+    for group in sorted(set().union(*(plan.frozen for plan in plans))):
+        steps = [plan.step for plan in plans if group in plan.frozen]
+        yield f"  optim.{group} rests in {len(steps)} steps: {runs_text(steps)}"
+    if s.model.mlp.moe and s.model.mlp.moe.balance and (still := sum(not plan.update_bias for plan in plans)):
         yield f"  the routers' biases stand still from step {len(plans) - still} on"
+
+
+def runs_text(steps):
+    """Growing step numbers as stretches, like `654..693, 1307..1346`."""
+    starts = [i for i, step in enumerate(steps) if i == 0 or steps[i - 1] != step - 1]
+    return ", ".join(f"{steps[a]}..{steps[b - 1]}" for a, b in zip(starts, [*starts[1:], len(steps)]))
 
 
 def stage_table(s, plans):
@@ -147,7 +176,8 @@ def graphs(s, plans):
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda)
     shapes = Counter((shape.tokens_per_rank, shape.seq_len) for shape in schedule.shapes(plans))
     length = s.validation.seq_len
-    validated = {schedule.validation_windows(s, i) for i in range(len(plans) + 1) if schedule.validates(s, i)}
+    validated = {(schedule.validation_windows(s, i), schedule.tied(s, i)) for i in range(len(plans) + 1)
+                 if schedule.validates(s, i)}
     forwards = [
         *(
             ("training", microbatch * tokens // seq_len, seq_len, windows)
@@ -166,7 +196,8 @@ def graphs(s, plans):
         + (" (FlexAttention and FlashAttention need one for all windows)" if plans[0].shape.windows else "")
     )
     for what, rows, tokens, windows in forwards:
-        each = f", for each of {windows} windows" if windows > 1 else ""
+        kinds = "windows" if plans[0].shape.targets == 1 else "windows, targets and shared or own tables"
+        each = f", for each of {windows} {kinds}" if windows > 1 else ""
         yield f"  {what}: {rows} row{'s' if rows > 1 else ''} of {tokens} tokens{each}"
     for bank in banks:
         yield f"  update: {bank.name()}"

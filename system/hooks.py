@@ -100,9 +100,26 @@ class YaRN(Stateful):
         return self.tables.tensors()
 
 
-def hooks_of(model: GPT) -> list[Stateful]:
-    """The hooks that the model's parts need."""
-    return [RouterBalance(model), FP8Scales(model), YaRN(model)]
+class Untie(Stateful):
+    """Splits the embedding from the head that it was tied to, after the update of a step with the event
+    `untie`: the embedding goes on from the head's values and optimizer state (record 53)."""
+
+    def __init__(self, model: GPT, optimizer: Optimizer) -> None:
+        self.model, self.optimizer = model, optimizer
+
+    def before_forwards(self, plan: StepPlan) -> None:
+        self.model.tied = plan.shape.tied  # the warm-up goes through steps out of order
+
+    def after_update(self, plan: StepPlan) -> None:
+        if "untie" in plan.events:
+            self.optimizer.copy_parameter("lm_head", "embed")
+            self.model.tied = False
+
+
+def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
+    """The hooks that the model's parts need. optimizer: without it nothing is untied."""
+    hooks = [RouterBalance(model), FP8Scales(model), YaRN(model)]
+    return hooks if optimizer is None else [*hooks, Untie(model, optimizer)]
 
 
 @contextlib.contextmanager

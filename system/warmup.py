@@ -85,12 +85,12 @@ def warmup_steps(run: Run) -> list[int]:
 
 
 def warmup_validations(run: Run) -> list[int]:
-    """Steps of one validation for each window that a validation will have; not compiled, of the first and the
-    last."""
+    """Steps of one validation for each graph that a validation will need: each window, and a head that is
+    tied or not; not compiled, of the first and the last."""
     n = len(run.plans)
     first = {}
     for step in (i for i in range(n + 1) if schedule.validates(run.s, i)):
-        first.setdefault(schedule.validation_windows(run.s, step), step)
+        first.setdefault((schedule.validation_windows(run.s, step), schedule.tied(run.s, step)), step)
     steps = list(first.values())
     return steps if run.compiled is not run.model else sorted({steps[0], n})
 

@@ -20,7 +20,7 @@ import schema
 import runlog
 import schedule
 from evidence import compare, manifest, provenance, verify
-from settings import NUMERICS_VERSION, tokens_per_step
+from settings import NUMERICS_VERSION
 
 MACHINE = {
     "cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"
@@ -154,7 +154,7 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         train = [round(begun + 0.05 * draw.gauss(0, 1), 6) for _ in range(step - before)]
         event(
             "validation", spent + 110 + 5 * noise.random(), step=step, scheduled_steps=steps, val_loss=value,
-            train_loss=train, train_time_ms=round(ms, 3), tokens=step * tokens_per_step(s), epoch=0
+            train_loss=train, train_time_ms=round(ms, 3), tokens=schedule.tokens_before(s, step), epoch=0
         )
         before = step
     event(
@@ -166,8 +166,8 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         status=status, target=target,
         reached=None if target is None or status != "finished" else value <= target,
         verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps,
-        scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3), tokens=steps * tokens_per_step(s),
-        epoch=0
+        scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3),
+        tokens=schedule.tokens_before(s, steps), epoch=0
     )
     for file in log.files.values():
         file.close()

@@ -19,8 +19,8 @@ def load(name):
 
 
 def build(ref, **values):
-    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as double
-    underscores."""
+    """(settings, float64 model) of a record; `values`: further settings, dots in paths written as they are or
+    as double underscores."""
     values = {"system.precision": "float64", **{k.replace("__", "."): v for k, v in values.items()}}
     s = deltas.resolve(ref, sets=[f"{path}={value}" for path, value in values.items()]).settings
     model = GPT(s)
@@ -34,7 +34,7 @@ def small(ref, config, length, rows=1, **more):
         ref, model__model_dim=config["dim"], model__attn__num_heads=config["heads"],
         model__vocab_size=config["vocab_rows"], data__seq_len=length, data__tokens_per_rank=rows * length,
         validation__seq_len=length, validation__tokens=8 * length,
-        **{"numerics__norm_eps": 2.220446049250313e-16, **more}
+        **{"numerics__norm_eps": 2.220446049250313e-16, "numerics__qk_norm_eps": "false", **more}
     )
 
 
@@ -110,6 +110,53 @@ def record33(numbers, prefix, layers=12):
             if f"{prefix}blocks.{i}.{key}" in numbers:
                 value = get(f"blocks.{i}.{key}")
                 ours[f"blocks.{i}.{name}"] = value.T.copy() if turned else value
+    return ours
+
+
+def record34(numbers, prefix):
+    """Record 34: record 33 and the smear."""
+    gate = numbers[prefix + "smear_gate.weight"].astype(np.float64)
+    strength = numbers[prefix + "scalars"][60:61].astype(np.float64)
+    return record33(numbers, prefix) | {"embed.smear.gate": gate, "embed.smear.lam.value": strength}
+
+
+SMEAR = {"model.embed.smear": "true"}  # record 34 on record 33, as far as the model goes
+RECORD_53 = SMEAR | {  # likewise record 53
+    "model.num_layers": 11, "model.attn.drop_layers": "[6]", "model.mlp.drop_layers": "[]",
+    "model.attn.window.long_layers": "[3, 10]", "model.attn.window.final_last_layer": "false",
+    "model.residual.backout": "{layer = 7}", "model.residual.unet_skips.pairs": "[[3, 6]]",
+    "model.residual.x0_mix.x": 1.1, "model.attn.sa_lambdas": "{qkv = 0.5, o = 1.0}",
+    "model.attn.value_embed.tables": "[1, 2, -1, -1, -1, -1, -1, -1, 0, 1, 2]",
+    "model.attn.value_embed.mix": "sum", "model.attn.value_embed.table_init": "zero",
+    "model.attn.key_offset": "true", "model.head.untied": "{tied_until = 0.6666666666666666}",
+    "model.init.head_std": 0.005, "model.init.qkv_bound": 1.7320508075688772,
+    "schedule.stages": "[0.25, 0.25, 0.5]",
+    "model.head.mtp": "{start = [[1.0, 0.5, 0.25], [1.0, 0.5], [1.0]], "
+                      "end = [[1.0, 0.5, 0.0], [1.0, 0.0], [1.0]]}",
+}
+
+
+def record53(numbers, prefix, layers=11):
+    """Tensors of layers whose gradients are not stored are left out."""
+    get, scalars = reader(numbers, prefix), numbers[prefix + "scalars"].astype(np.float64)
+    attn = np.delete(scalars[11:33].reshape(11, 2), 6, axis=0)
+    ours = {
+        "embed.weight": get("embed.weight"), "lm_head.weight": get("lm_head.weight"),
+        "embed.smear.gate": get("smear_gate.weight"), "embed.smear.lam.value": scalars[33:34],
+        "residual.resid_lambdas.value": scalars[:11], "residual.x0_lambdas.value": get("x0_lambdas"),
+        "residual.backout.value": scalars[34:35], "residual.skip_weights.value": scalars[35:36],
+        "sa_lambdas.qkv.value": attn[:, 0], "sa_lambdas.o.value": attn[:, 1]
+    }
+    ours |= {f"values.tables.{k}": get(f"value_embeds.{k}.weight") for k in range(3)}
+    for i in range(layers):
+        block = f"blocks.{i}."
+        if prefix + block + "attn.qkvo_w" in numbers:
+            qkvo = get(block + "attn.qkvo_w")
+            ours[block + "attn.qkvo"] = qkvo.reshape(4, -1, qkvo.shape[1])
+            ours[block + "attn.gate"] = get(block + "attn.attn_gate.weight")
+        if prefix + block + "mlp.c_fc" in numbers:
+            ours[block + "mlp.c_fc"] = get(block + "mlp.c_fc")
+            ours[block + "mlp.c_proj"] = get(block + "mlp.c_proj").T.copy()
     return ours
 
 

@@ -17,7 +17,7 @@ from evidence import arms, attempts, manifest, promote, submit, verify, withdraw
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-TOML = ('title = "A higher rate"\nparent = "short/33"\ndate = 2026-01-01\npeople = ["@me"]\nkind = '
+TOML = ('title = "A higher rate"\nparent = "short/57"\ndate = 2026-01-01\npeople = ["@me"]\nkind = '
         '"ml"\nsource = "log"\n\n'
         '[delta]\n"optim.muon.lr" = 0.0543\n')
 SETS = ["validation.target=5.2"]
@@ -60,7 +60,7 @@ def claim(folder, loss=None, **more):
         deltas.parse_record(deltas.tomllib.loads(TOML), folder / "record.toml", "attempts"), scale="micro",
         sets=SETS
     ).settings
-    both = {"new": arm("attempts/my_idea", SETS, s=s), "parent": arm("short/33", SETS)}
+    both = {"new": arm("attempts/my_idea", SETS, s=s), "parent": arm("short/57", SETS)}
     with pytest.MonkeyPatch.context() as patch:
         return build(folder, patch, declaration(both, record="attempts/my_idea", **more), loss)
 
@@ -84,10 +84,10 @@ def test_an_attempt_runs_by_its_name_with_its_parent_s_chain_and_is_in_no_lineag
     for name in ("attempts/my_idea", "attempts/my_idea/"):
         found = deltas.resolve(name, scale="micro")
         assert found.record.ref == "attempts/my_idea" and found.settings.optim.muon.lr == 0.0543
-    assert [r.ref for r in deltas.chain(found.record)][-2:] == ["short/33", "attempts/my_idea"]
-    parent = deltas.resolve("short/33", scale="micro").settings
+    assert [r.ref for r in deltas.chain(found.record)][-2:] == ["short/57", "attempts/my_idea"]
+    parent = deltas.resolve("short/57", scale="micro").settings
     assert [path for path, _, _ in schema.difference(parent, found.settings)] == ["optim.muon.lr"]
-    assert deltas.find_record("short/head").ref == "short/33"
+    assert deltas.find_record("short/head").ref == "short/57"
     assert not any(ref.startswith("attempts") for ref in deltas.load_records())
     with pytest.raises(UserError, match="did you mean attempts/my_idea"):
         deltas.find_record("my_idea")
@@ -102,15 +102,15 @@ def test_a_few_lines_are_enough_to_run(here):
 @pytest.mark.parametrize("text, message", [
     ('[delta]\n"optim.muon.lr" = 0.05', "the line 'parent' is missing"),
     ('parent = "attempts/my_idea"\n[delta]\n"optim.muon.lr" = 0.05', "promote that one first"),
-    ('parent = "short/334"\n[delta]\n"optim.muon.lr" = 0.05', "does not exist (did you mean short/33"),
-    ('id = "34"\nparent = "short/33"\n[delta]\n"optim.muon.lr" = 0.05', "an attempt has no id"),
-    ('parent = "short/33"\n', "an empty [delta]"),
+    ('parent = "short/577"\n[delta]\n"optim.muon.lr" = 0.05', "does not exist (did you mean short/57"),
+    ('id = "58"\nparent = "short/57"\n[delta]\n"optim.muon.lr" = 0.05', "an attempt has no id"),
+    ('parent = "short/57"\n', "an empty [delta]"),
     ('parent = 33\n[delta]\n"optim.muon.lr" = 0.05', "parent = 33: expected text in quotes"),
-    ('parent = "short/33"\ndelta = 3', "delta = 3: expected a table [delta]"),
-    ('parent = "short/33"\npeople = "@me"\n[delta]\n"optim.muon.lr" = 0.05', 'expected a list like ["@me"]'),
-    ('parent = "short/33"\nparents = "x"\n[delta]\n"optim.muon.lr" = 0.05', "unknown line 'parents'"),
-    ('parent = "short/33"\n[delta]\n"optim.muon.lrr" = 0.05', "unknown setting 'optim.muon.lrr'"),
-    ('parent = "short/33', "record.toml: "),
+    ('parent = "short/57"\ndelta = 3', "delta = 3: expected a table [delta]"),
+    ('parent = "short/57"\npeople = "@me"\n[delta]\n"optim.muon.lr" = 0.05', 'expected a list like ["@me"]'),
+    ('parent = "short/57"\nparents = "x"\n[delta]\n"optim.muon.lr" = 0.05', "unknown line 'parents'"),
+    ('parent = "short/57"\n[delta]\n"optim.muon.lrr" = 0.05', "unknown setting 'optim.muon.lrr'"),
+    ('parent = "short/57', "record.toml: "),
     ("\xff", "record.toml: "),
     (None, "unknown attempt 'attempts/other'")])
 def test_a_broken_attempt_is_one_line_and_hurts_nothing_else(here, text, message):
@@ -137,20 +137,20 @@ def test_a_shown_claim_becomes_the_head_and_goes_back_when_it_is_withdrawn(here)
     call(promote, "attempts/my_idea/", "--accept-scale", "micro")
     record = deltas.find_record("short/head")
     assert (
-        record.ref == "short/34" and record.folder == here / "records/short/034_my_idea"
+        record.ref == "short/58" and record.folder == here / "records/short/058_my_idea"
         and not folder.exists()
     )
     assert deltas.find_record("attempts/my_idea") == record  # as its logs name it
     results = verify.verify(record.folder)
     assert (results["verdict"], results["problems"]) == ("shown", [])
-    assert "# short/34: A higher rate" in (record.folder / "README.md").read_text()
+    assert "# short/58: A higher rate" in (record.folder / "README.md").read_text()
     assert git("status", "--porcelain", cwd=here) == edited
     assert not {"notes.txt", "001_llmc_baseline"} & set(
         re.split(r"[/\n]", git("show", "--name-only", cwd=here))
     )
 
-    call(withdraw, "short/34", "--why", "not seen on a second machine")
-    assert deltas.find_record("short/head").ref == "short/33" and not record.folder.exists()
+    call(withdraw, "short/58", "--why", "not seen on a second machine")
+    assert deltas.find_record("short/head").ref == "short/57" and not record.folder.exists()
     assert (folder / "record.toml").read_text() == TOML and attempts.status(folder) == "withdrawn"
     assert git("status", "--porcelain", cwd=here) == edited
     assert "not seen on a second machine" in git("log", "-1", "--format=%s", cwd=here)
@@ -168,11 +168,11 @@ def test_only_a_shown_claim_is_promoted(here):
     (folder / "runs" / manifest.read(folder).runs[1].finish["folder"] / "log.txt").write_text("edited\n")
     refused("refused", promote, "my_idea", "--accept-scale", "micro")
     refused("unknown attempt 'my_ide' (did you mean my_idea?)", promote, "my_ide")
-    assert deltas.find_record("short/head").ref == "short/33" and folder.exists()
+    assert deltas.find_record("short/head").ref == "short/57" and folder.exists()
 
 
 def test_a_claim_on_an_older_record_is_a_branch(here, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "TOML", TOML.replace("short/33", "short/11"))
+    monkeypatch.setattr(sys.modules[__name__], "TOML", TOML.replace("short/57", "short/11"))
     shutil.rmtree(here / "attempts/my_idea")
     s = deltas.resolve("short/11", scale="micro", sets=[*SETS, "optim.muon.lr=0.0543"]).settings
     both = {"new": arm("attempts/my_idea", SETS, s=s), "parent": arm("short/11", SETS)}
@@ -183,10 +183,10 @@ def test_a_claim_on_an_older_record_is_a_branch(here, monkeypatch):
         declaration(both, record="attempts/my_idea")
     )
     monkeypatch_of.undo()
-    refused("short has come to short/33", promote, "my_idea", "--accept-scale", "micro")
+    refused("short has come to short/57", promote, "my_idea", "--accept-scale", "micro")
     call(promote, "my_idea", "--accept-scale", "micro", "--lineage", "variants")
     record = deltas.find_record("attempts/my_idea")
-    assert record.ref == "variants/8" and deltas.find_record("short/head").ref == "short/33"
+    assert record.ref == "variants/8" and deltas.find_record("short/head").ref == "short/57"
     assert verify.verify(record.folder)["verdict"] == "shown"
     refused("was not made by", withdraw, "variants/7", "--why", "x")
 
@@ -196,11 +196,11 @@ def test_a_record_that_is_built_on_stays(here):
     call(promote, "my_idea", "--accept-scale", "micro")
     (here / "attempts/next").mkdir()
     (here / "attempts/next/record.toml").write_text(
-        TOML.replace("short/33", "short/34").replace("0.0543", "0.06")
+        TOML.replace("short/57", "short/58").replace("0.0543", "0.06")
     )
-    refused("built on by attempts/next", withdraw, "short/34", "--why", "x")
-    refused("was not made by `records promote`", withdraw, "short/33", "--why", "x")
-    assert deltas.find_record("short/head").ref == "short/34"
+    refused("built on by attempts/next", withdraw, "short/58", "--why", "x")
+    refused("was not made by `records promote`", withdraw, "short/57", "--why", "x")
+    assert deltas.find_record("short/head").ref == "short/58"
 
 
 def test_a_commit_that_git_refuses_leaves_everything_as_it_was(here):
@@ -214,7 +214,7 @@ def test_a_commit_that_git_refuses_leaves_everything_as_it_was(here):
     assert [
         p for p in sorted(p.relative_to(here) for p in here.glob("[ra]*/**/*")) if p.name not in names
     ] == before
-    assert (folder / "record.toml").read_text() == TOML and deltas.find_record("short/head").ref == "short/33"
+    assert (folder / "record.toml").read_text() == TOML and deltas.find_record("short/head").ref == "short/57"
     assert git("diff", "--cached", "--name-only", cwd=here) == ""
 
 

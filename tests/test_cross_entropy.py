@@ -27,7 +27,8 @@ from settings import Softcap
 
 ROOT = Path(__file__).parent.parent
 EXACT = {"cap_dtype": torch.float64, "loss_dtype": torch.float64}
-CAPS = {"none": None, "tanh": Softcap("tanh", 15.0), "sigmoid": Softcap("sigmoid", 30.0, 7.5)}
+CAPS = {"none": None, "tanh": Softcap("tanh", 15.0), "sigmoid": Softcap("sigmoid", 30.0, 7.5),
+        "shifted": Softcap("sigmoid", 23.0, 7.5, 5.0)}  # record 54
 SCALES = (2.0, 32.0, 8192.0)
 
 
@@ -380,6 +381,8 @@ INTERPRETED = [
     (1, 5, 333, F16, "none", (1.0, 0.5, 0.25), None, None, 2),
     (1, 5, 512, F16, "sigmoid", (1.0,), None, None, 4),
     (1, 8, 257, BF16, "sigmoid", (1.0, 0.5), 0.25, None, 4),
+    (1, 9, 4099, F32, "shifted", (1.0, 0.5, 0.25), None, None, 4),
+    (1, 16, 96, F32, "shifted", (1.0,), None, SCALES, 4),
     (1, 16, 96, F32, "sigmoid", (1.0, 0.5), 0.25, SCALES, 4),
     (1, 16, 96, BF16, "tanh", (1.0,), None, SCALES, 4),
     (1, 16, 96, BF16, "none", (1.0,), None, (2.0, 32.0, 3e5), 2)
@@ -464,7 +467,7 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     loss, gradient = cross_entropy.kernels()
-    scalars = {"V": "i32", "cap": "fp32", "slope": "fp32"}
+    scalars = {"V": "i32", "cap": "fp32", "slope": "fp32", "bias": "fp32"}
     targets = {"labels": "*i64", "shares": "*fp32"}
     for capped in (False, True):
         constants = {"K": 3, "CAPPED": capped, "BLOCK": cross_entropy.DEFAULT.size}

@@ -10,7 +10,8 @@ import torch
 import deltas
 import schedule
 from golden_records import (
-    block_windows, early, fill, load, originals, record20, record33, small, token_windows
+    RECORD_53, SMEAR, block_windows, early, fill, load, originals, record20, record34, record53, small,
+    token_windows
 )
 from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
@@ -131,27 +132,21 @@ def test_record_20_loss_gradients_and_other_windows():
         assert np.abs(losses.numpy().ravel() - golden[f"case/window{blocks}/token_loss"]).max() < 1e-11
 
 
-class Smeared(torch.nn.Module):
-    """Record 34's embedding: each token's row and a gated part of the one before it."""
-
-    def __init__(self, embed, gate, strength):
-        super().__init__()
-        self.table, self.norm, self.gate, self.strength = embed.weight, embed.norm, gate, strength
-
-    def forward(self, tokens, start=0):
-        e = torch.nn.functional.embedding(tokens, self.table)
-        strength = self.strength * torch.sigmoid(e[:, 1:, :12] @ self.gate.T)
-        return self.norm(torch.cat([e[:, :1], e[:, 1:] + strength * e[:, :-1]], 1))
+def fixture_34_on(ref, name, more):
+    """(numbers, config, model) of a fixture of record 34 or later, at blocks of 16 tokens. more: sets on
+    `ref`."""
+    golden, config = load(name)
+    sizes = {"dim": config["model_dim"], "heads": config["num_heads"],
+             "vocab_rows": config.get("vocab_padded", config["vocab"])}
+    _, model = small(ref, sizes, 256, model__attn__window__block=16, data__max_document=256,
+                     numerics__norm_eps=config["rms_eps"], **more)
+    return golden, config, model
 
 
-def test_record_33_with_the_smear_of_record_34():
-    golden, config = load("r34")
-    sizes = {"dim": config["model_dim"], "heads": config["num_heads"], "vocab_rows": config["vocab"]}
-    _, model = small("short/33", sizes, 256, model__attn__window__block=16, data__max_document=256,
-                     numerics__norm_eps=config["rms_eps"])
-    fill(model, record33(golden, "param/"))
-    model.embed = Smeared(model.embed, torch.from_numpy(golden["param/smear_gate.weight"].astype(np.float64)),
-                          float(golden["param/scalars"][60]))
+@pytest.mark.feature("model.embed.smear")
+def test_record_34_loss_and_gradients():
+    golden, config, model = fixture_34_on("short/33", "r34", SMEAR)
+    fill(model, record34(golden, "param/"))
     x, y = inputs(golden)
 
     def losses(long, last, history):
@@ -171,7 +166,59 @@ def test_record_33_with_the_smear_of_record_34():
     loss = losses(7, 7, (3, 7))
     loss.sum().backward()
     check_losses(loss, golden, "out/B_train_ws7/loss", "out/B_train_ws7/per_token", "sum")
-    check_gradients(model, record33(golden, "grad/"))
+    check_gradients(model, record34(golden, "grad/"))
+
+
+CASES_53 = {  # case: long window in blocks, its history, weights of the targets, tied, reduction of the loss
+    "A_eval_tied_ws1_3": (3, (3,), None, True, "mean"),
+    "A_train_tied_ws1_3_mtp2": (3, (3,), (1.0, 0.3), True, "sum"),
+    "B_train_tied_ws3_7_mtp1": (7, (3, 7), (1.0,), True, "sum"),
+    "B_train_tied_ws3_7_mtp3": (7, (3, 7), (1.0, 0.5, 0.2), True, "sum"),
+    "C_eval_untied_ws6_13": (13, (3, 7, 13), None, False, "mean"),
+    "C_train_untied_ws3_7_mtp1": (7, (3, 7, 13), None, False, "sum"),
+}
+
+
+@pytest.fixture(scope="module")
+def of_record_53():
+    """(numbers, model of record 53 with them, function case -> its losses)."""
+    golden, config, model = fixture_34_on("short/33", "r53", RECORD_53)
+    fill(model, record53(golden, "param/"))
+    x, y = inputs(golden)
+
+    def losses(case):
+        long, history, weights, model.tied, _ = CASES_53[case]
+        model.zero_grad()
+        context = model.context(x, config["bos"], token_windows(long, long, history))
+        return model(x, y, context, target_weights=weights)
+
+    return golden, model, losses
+
+
+@pytest.mark.feature("model.attn.key_offset", "model.attn.sa_lambdas", "model.attn.sa_lambdas.o",
+                     "model.residual.backout", "model.residual.unet_skips.pairs", "model.head.mtp",
+                     "model.head.untied.tied_until")
+@pytest.mark.parametrize("case", CASES_53)
+def test_record_53_losses(case, of_record_53):
+    golden, _, losses = of_record_53
+    _, _, weights, _, reduced = CASES_53[case]
+    each = losses(case)
+    assert relative(getattr(each, reduced)().item(), golden[f"out/{case}/loss"].item()) < 1e-12
+    by_offset = np.nan_to_num(golden[f"out/{case}/ce_by_offset"]) @ np.array(weights or [1.0])
+    assert np.abs(each.detach().numpy().ravel() - by_offset).max() < 1e-11
+
+
+def test_record_53_gradients(of_record_53):
+    golden, model, losses = of_record_53
+    losses("C_train_untied_ws3_7_mtp1").sum().backward()
+    theirs = {"lm_head.weight": "lm_head", "embed.weight": "embed"}
+    check_gradients(model, {
+        ours: golden[f"out/C_train_untied_ws3_7_mtp1/grad/{name}.weight"] for ours, name in theirs.items()
+    })
+    losses("B_train_tied_ws3_7_mtp3").sum().backward()
+    expected = record53(golden, "grad/")
+    assert not expected.pop("embed.weight").any() and model.embed.weight.grad is None
+    check_gradients(model, expected)
 
 
 @pytest.mark.feature("model.attn.rope.yarn")
@@ -210,7 +257,7 @@ def states(rule, golden, tensor, factors, momenta, calls=4):
     unit = rule.unit(p.shape, Views())
     units = p.reshape(-1, *unit).clone()  # (N, *unit)
     state = {name: torch.zeros((len(units), *shape), dtype=dtype)
-             for name, (shape, dtype) in rule.state(unit, p.dtype).items()}
+             for name, (shape, dtype) in rule.state(unit, p.dtype, Views()).items()}
     for call in range(calls):
         g = torch.from_numpy(golden[f"grad/{tensor}"][call]).double().view(units.shape)
         plan = SimpleNamespace(lr_factor=factors[call].item(), momentum=momenta[call].item())

@@ -34,7 +34,7 @@ FLOORS = [
     {"kernels", "deltas"},
     {"schema", "scales"},
     {"settings"},
-    {"optim_settings", "system_settings"},
+    {"model_settings", "optim_settings", "system_settings"},
     {"declare", "renames"},
     {"common"},
 ]

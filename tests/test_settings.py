@@ -427,7 +427,7 @@ def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
         ("records/short/011_unet_double_lr/", ["short/11"]),
         ("short", ["short/head"]),
         ("mla12q", ["variants/mla12q"]),
-        ("muonn", ["short/muon"]),
+        ("muonn", ["short/muon", "short/normuon"]),
         ("tiny", ["tiny-v1"]),
         ("Tiny_v1", ["tiny-v1"]),
         ("tiny-v2", ["tiny-v1"]),
@@ -446,12 +446,18 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
 @pytest.mark.parametrize(
     "typed, meant",
     [
-        ("muon.lr", ["optim.muon.lr"]), ("softcap", ["model.head.softcap", "numerics.softcap"]),
+        ("muon.lr", ["optim.muon.lr"]),
+        ("softcap", ["model.head.softcap", "numerics.softcap"]),
         ("Model.Attn.Rope", ["model.attn.rope"]),
         ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]),
         ("model/attn/rope", ["model.attn.rope"]),
-        ("steps", ["optim.muon.momentum_warmup.steps", "schedule.steps", "optim.muon.ns_steps"]),
-        ("optim-muon-lr", ["optim.muon.lr"]), ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])
+        (
+            "steps",
+            ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"],
+        ),
+        ("optim-muon-lr", ["optim.muon.lr"]),
+        ("unet_skips", ["model.residual.unet_skips"]),
+        ("qqqqqqqq", []),
     ],
 )
 def test_short_forms_of_a_setting_are_answered_with_whole_paths(typed, meant):
@@ -563,7 +569,7 @@ def test_the_plan_shows_every_window_with_its_first_step_and_every_graph(
 ):
     print_plan(deltas.resolve(ref))
     out = capsys.readouterr().out
-    steps = [line.split(":")[0].strip() for line in out.split("schedule (")[1].splitlines()]
+    steps = [line.split()[0] for line in out.split("\nschedule:\n")[1].splitlines() if line.strip()]
     assert {str(step) for step in starts} <= set(steps)
     assert f"at most {len(starts) + 1 + validated + updates} graphs" in out
     assert sum(line.startswith("  update: ") for line in out.splitlines()) == updates

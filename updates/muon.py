@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from updates import mantissa
 from updates.slots import Step, chain
 
 
@@ -14,6 +15,7 @@ class Muon:
     lr: float
     slots: tuple
     update_dtype: torch.dtype  # of the update before it is subtracted
+    keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
     skips_idle: bool  # An expert without tokens stays, although its momentum would be a full step.
 
     name = "muon"
@@ -22,15 +24,22 @@ class Muon:
     @classmethod
     def of(cls, s, group) -> "Muon":
         """The rule for one group (settings.Hyper) of a run."""
-        skips_idle = not s.optim.muon.update_idle_experts
-        return cls(group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), skips_idle)
+        return cls(
+            group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
+            not s.optim.muon.update_idle_experts
+        )
 
     def unit(self, shape, views) -> tuple[int, ...]:
         return views.unit(shape)
 
-    def state(self, unit, dtype) -> dict:
+    def state(self, unit, dtype, views) -> dict:
         """{name: (shape of one unit, dtype)} for a parameter of this dtype."""
-        return {name: kind for slot in self.slots for name, kind in slot.state(unit, dtype).items()}
+        found = {}
+        if self.keeps_mantissa and dtype == torch.bfloat16:
+            found["mantissa"], dtype = (unit, torch.int16), torch.float32
+        for slot in self.slots:
+            found |= slot.state(unit, dtype, views)
+        return found
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """What changes from step to step. t: updates of the bank, this one included."""
@@ -52,7 +61,18 @@ class Muon:
         return u if mask is None else u * mask.to(u.dtype)
 
     def apply_(self, p, u, numbers) -> None:
-        p.sub_(numbers["lr"] * u.to(p.dtype))
+        """p <- p - lr u. With a number and in float32, product and difference are rounded once, like torch's
+        `add_` with `alpha` in the originals. (In bfloat16 that rounding depends on an entry's place.)"""
+        lr, u = numbers["lr"], u.to(p.dtype)
+        if isinstance(lr, torch.Tensor) or p.dtype == torch.bfloat16:
+            p.sub_(lr * u)
+        else:
+            p.sub_(u, alpha=lr)
 
     def update_(self, p, g, state, numbers, views, mask=None) -> None:
-        self.apply_(p, self.direction(p, g, state, numbers, views, mask), numbers)
+        if "mantissa" not in state:
+            self.apply_(p, self.direction(p, g, state, numbers, views, mask), numbers)
+            return
+        whole = mantissa.join(p, state["mantissa"])
+        self.apply_(whole, self.direction(whole, g, state, numbers, views, mask), numbers)
+        mantissa.split_(whole, p, state["mantissa"])

@@ -1,6 +1,7 @@
 """The slots of Muon's chain. Each takes the update so far and returns the next one.
 
-A slot has a `state(unit, dtype)` like a rule, and is called with (u, step): the update so far, and a Step.
+A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far, and a
+Step.
 `each_matrix`: u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole units (N,
 *unit). Only state is changed in place. A new slot is one class here and its section in settings.Muon.
 """
@@ -40,38 +41,41 @@ class Momentum:
 
     each_matrix = False
 
-    def state(self, unit, dtype) -> dict:
+    def state(self, unit, dtype, views) -> dict:
         return {"momentum_buffer": (unit, dtype)}
 
     def __call__(self, u, step):
         buffer, momentum = step.state["momentum_buffer"], step.numbers["momentum"]
         g = u.to(buffer.dtype)
-        if self.ema:
-            g = (1 - momentum) * g
+        if self.ema:  # M + (1-mu) (g - M), as the originals round it
+            buffer.lerp_(g, 1 - momentum)
+            return g.lerp(buffer, momentum)
         buffer.mul_(momentum).add_(g)
         return momentum * buffer + g
 
 
 @dataclass(frozen=True)
 class Orthogonalise:
-    """Newton-Schulz iteration (kernels/newton_schulz.py). The result has at least the precision of
-    `least`."""
+    """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py). The result has at least the
+    precision of `least`."""
     steps: int
     dtype: torch.dtype
     norm_dtype: torch.dtype
     form: str
+    polar_express: bool
     least: torch.dtype
     one_by_one: bool  # A batched product may round differently for another batch size.
     fused: bool
 
     each_matrix = True
 
-    def state(self, unit, dtype) -> dict:
+    def state(self, unit, dtype, views) -> dict:
         return {}
 
     def __call__(self, u, step):
         how = dict(
-            steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form, fused=self.fused
+            steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
+            polar_express=self.polar_express, fused=self.fused
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
@@ -80,23 +84,84 @@ class Orthogonalise:
         return x.to(torch.promote_types(x.dtype, self.least))
 
 
-FACTORS = {"sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
+FACTORS = {"none": lambda rows, cols: 1.0,
+           "sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
            "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols))}
 
 
 @dataclass(frozen=True)
-class Scale:
-    """Factor by the shape of the matrix: sqrt(max(rows, cols)) (record 4) or sqrt(max(1, rows / cols))
-    (record 8)."""
-    kind: str
+class NorMuon:
+    """A second moment per neuron (Li et al., NorMuon, arXiv 2510.05491; record 41).
 
-    each_matrix = True
+    s <- beta2 s + (1-beta2) mean(u^2) over a neuron's entries (updates/views.py says what a neuron is);
+    u / sqrt(s) is brought back to the Frobenius norm that u had, which also absorbs the bias of s. All of it
+    is one factor per neuron, computed in float32 or wider and applied in `dtype`.
+    """
+    beta2: float
+    floor: float  # of s under the root
+    dtype: torch.dtype
 
-    def state(self, unit, dtype) -> dict:
+    each_matrix = False
+
+    def state(self, unit, dtype, views) -> dict:
+        return {"second_moment": (views.statistics_shape(unit), dtype)}
+
+    def __call__(self, u, step):
+        u = u.to(self.dtype)
+        factors = [
+            (x, self.factor(x, moment, axis).to(x.dtype))
+            for x, moment, axis in step.views.neurons(u.contiguous(), step.state["second_moment"])
+        ]
+        if len(factors) == 1:
+            x, factor = factors[0]
+            return (x * factor).view(u.shape)
+        return step.views.join([x * factor for x, factor in factors])
+
+    def factor(self, u, moment, axis):
+        """Update the second moment of matrices u (N, rows, cols); the factor of each neuron, with a 1 at
+        `axis`."""
+        wide = torch.promote_types(u.dtype, torch.float32)
+        squares = u.to(wide).square().mean(axis, keepdim=True) * u.size(axis)
+        moment.lerp_((squares / u.size(axis)).to(moment.dtype), 1 - self.beta2)
+        factor = moment.clamp_min(self.floor).rsqrt().to(wide)
+        norms = [x.sum((-2, -1), keepdim=True).sqrt() for x in (squares, squares * factor.square())]
+        return factor * (norms[0] / norms[1].clamp_min(1e-10))
+
+
+@dataclass(frozen=True)
+class CautiousDecay:
+    """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p where u p >= 0,
+    otherwise u.
+
+    With the learning rate that multiplies the update the decay is quadratic in the learning rate.
+    """
+    decay: float
+    dtype: torch.dtype  # to which the sum is rounded
+
+    each_matrix = False
+
+    def state(self, unit, dtype, views) -> dict:
         return {}
 
     def __call__(self, u, step):
-        return FACTORS[self.kind](*step.views.shape(u)) * u
+        decay = (u * step.p >= 0) * step.p
+        return decay.mul_(step.numbers["lr"] * self.decay).add_(u).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Factor by the shape of the matrix, none, sqrt(max(rows, cols)) (record 4) or sqrt(max(1, rows / cols))
+    (record 8), times that of the label."""
+    kind: str
+    mul: float = 1.0
+
+    each_matrix = True
+
+    def state(self, unit, dtype, views) -> dict:
+        return {}
+
+    def __call__(self, u, step):
+        return self.mul * FACTORS[self.kind](*step.views.shape(u)) * u
 
 
 @dataclass(frozen=True)
@@ -106,7 +171,7 @@ class Decay:
 
     each_matrix = False
 
-    def state(self, unit, dtype) -> dict:
+    def state(self, unit, dtype, views) -> dict:
         return {}
 
     def __call__(self, u, step):
@@ -120,12 +185,16 @@ def chain(s, group) -> tuple:
     slots.append(
         Orthogonalise(
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
-            n.newton_schulz_form, getattr(torch, n.muon_update), one_by_one=s.system.reduction == "ordered",
-            fused=s.system.kernels.muon == "triton"
+            n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
+            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton"
         )
     )
-    if muon.scale != "none":
-        slots.append(Scale(muon.scale))
+    if muon.normuon:
+        slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
+    if muon.cautious_decay:
+        slots.append(CautiousDecay(muon.cautious_decay.weight_decay, getattr(torch, n.muon_decay)))
+    if muon.scale != "none" or group.lr_mul != 1:
+        slots.append(Scale(muon.scale, group.lr_mul))
     if group.weight_decay:
         slots.append(Decay(group.weight_decay))
     return tuple(slots)

@@ -1,5 +1,6 @@
 """How an update rule may look at a parameter. How the numbers are stored never enters the mathematics."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,11 +17,12 @@ class Views:
         start) rows rows.
     orientation: whether (rows, cols) of a stored matrix are (outputs, inputs), for factors that depend on the
     shape.
-    variance_axis: axis of a matrix that statistics per neuron average over.
+    variance_axis: axis of a matrix that statistics per neuron average over. None: they are those of the
+        columns of the parameter stored as one matrix (rows, P cols), numbers in the same order (record 41).
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
     orientation: Literal["out_in", "in_out"] = "out_in"
-    variance_axis: int = -1
+    variance_axis: int | None = -1
 
     @property
     def joined(self) -> bool:
@@ -28,9 +30,9 @@ class Views:
         return any(stop - start > 1 for _, start, stop in self.pieces)
 
     def unit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of what is updated as a whole: the parameter if its slices are joined, otherwise one
-        matrix."""
-        return tuple(shape) if self.joined else tuple(shape[-2:])
+        """Shape of what is updated as a whole: the parameter if its slices are joined or have statistics in
+        common, otherwise one matrix."""
+        return tuple(shape) if self.joined or self.variance_axis is None else tuple(shape[-2:])
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Units (N, *unit) -> the batches (N, rows, cols) of their matrices, without a copy."""
@@ -45,20 +47,58 @@ class Views:
         slices = [x.unflatten(1, (stop - start, -1)) for x, (_, start, stop) in zip(matrices, self.pieces)]
         return torch.cat(slices, dim=1)  # (N, P, rows, cols)
 
+    def statistics_shape(self, unit: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one number per neuron of a unit, for `neurons`."""
+        rows, cols = unit[-2:]
+        if self.variance_axis is None:
+            return (1, math.prod(unit[:-2]) * cols)
+        if self.variance_axis == -1:
+            return (*unit[:-1], 1)
+        return (len(self.pieces), 1, cols) if self.joined else (*unit[:-2], 1, cols)
+
+    def neurons(
+        self, x: torch.Tensor, statistics: torch.Tensor
+    ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
+        """[(batch of matrices, their statistics, axis that these average over)], as views of units (N, *unit)
+        and of a tensor (N, *statistics_shape(unit))."""
+        if self.variance_axis is None:
+            return [(x.view(len(x), x.size(-2), -1), statistics, -2)]
+        if not self.joined:
+            return [(x, statistics, self.variance_axis)]
+        parts = self.split(statistics) if self.variance_axis == -1 else statistics.unbind(1)
+        return [(matrices, part, self.variance_axis) for matrices, part in zip(self.split(x), parts)]
+
     def shape(self, matrix: torch.Tensor) -> tuple[int, int]:
         """(outputs, inputs) of a stored matrix (..., rows, cols)."""
         rows, cols = matrix.shape[-2:]
         return (rows, cols) if self.orientation == "out_in" else (cols, rows)
 
 
+# settings.NorMuon -> variance_axis of a matrix (outputs, inputs)
+PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
+
+
 def qkvo(s) -> Views:
     """Of q, k, v, o in one parameter (4, D, D): for Muon q, k, v are one matrix (3D, D), unless
     optim.muon.split_qkv."""
-    if s.optim.muon is None or s.optim.muon.split_qkv:
-        return Views(pieces=(("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4)))
-    return Views(pieces=(("qkv", 0, 3), ("o", 3, 4)))
+    muon = s.optim.muon
+    pieces = (("qkv", 0, 3), ("o", 3, 4))
+    if muon is None or muon.split_qkv:
+        pieces = (("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4))
+    return Views(pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1)
 
 
 def c_fc(s) -> Views:
     """Of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
     return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)
+
+
+def c_proj(s) -> Views:
+    """Of the second matrix of an MLP (D, F), whose neurons are its columns: the hidden units."""
+    return Views(variance_axis=-2)
+
+
+def gate(s) -> Views:
+    """Of a gate (outputs, channels)."""
+    normuon = s.optim.muon and s.optim.muon.normuon
+    return Views(variance_axis=PER_CHANNEL[normuon.gates] if normuon else -1)

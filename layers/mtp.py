@@ -1,0 +1,51 @@
+"""Multi-token prediction by a module of its own."""
+
+import torch
+from torch import nn
+
+from layers.attention import AttnMeta
+from layers.primitives import Norm, linear, linear_init, parameter
+from settings import Settings
+
+
+class MTPModule(nn.Module):
+    """Depth 1 of DeepSeek-V3's multi-token prediction (arXiv 2412.19437, section 2.2): from the stream h_t
+    after the last block and the embedding of token t + 1 to the stream that predicts token t + 2,
+
+        x_t = Block(M [norm(h_t); norm(e_(t+1))])
+
+    The embedding and the head are the model's. Training only: generation does not look at it.
+    """
+
+    def __init__(self, s: Settings, block: nn.Module):
+        """block: one dense block, with attention, for this module alone."""
+        super().__init__()
+        d, n = s.model.model_dim, s.numerics
+        self.h_norm, self.e_norm, self.norm = Norm(s), Norm(s), Norm(s)
+        self.merge = parameter((d, 2 * d), n.matrix, role="matrix", label="mtp_merge",
+                               init=linear_init(s, 2 * d, projection=False))
+        self.block = block
+
+    def forward(self, h: torch.Tensor, e: torch.Tensor, meta: AttnMeta, dtype: torch.dtype) -> torch.Tensor:
+        """h, e (R, T, D) -> (R, T, D), normed, in the matmul dtype."""
+        block = self.block
+        x = linear(torch.cat([self.h_norm(h), self.e_norm(e)], dim=-1).to(dtype), self.merge).to(h.dtype)
+        x = x + block.attn(block.attn_norm(x).to(dtype), block.rotary, None, meta)
+        x = x + block.mlp(block.mlp_norm(x).to(dtype))
+        return self.norm(x).to(dtype)
+
+
+def within_documents(documents: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
+    """(R, T) bool: whether the second next token of each token exists and belongs, as the next one, to the
+    same document as the token.
+
+    documents: (R, T) number of each token's document; None: a row is one document. The token after the row,
+    whose document it does not tell, is counted to the last one.
+    """
+    keep = torch.ones_like(targets, dtype=torch.bool)
+    if documents is not None:
+        same = documents[:, 1:] == documents[:, :-1]  # (R, T - 1): token t + 1 in the document of token t
+        keep[:, :-1] = same
+        keep[:, :-2] &= same[:, 1:]
+    keep[:, -1] = False  # its second next token lies beyond the row
+    return keep

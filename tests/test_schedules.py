@@ -1,0 +1,180 @@
+"""Schedules of records 34 to 57: at every step those of the originals, and their token totals the published
+ones."""
+
+import numpy as np
+import pytest
+
+import deltas
+import schedule
+from common.errors import UserError
+from golden_records import load
+
+PUBLISHED_TOKENS = {  # training tokens of the logs
+    22: 695_992_320, 26: 688_128_000, 28: 666_501_120, 29: 656_670_720, 30: 670_433_280, 31: 656_670_720,
+    33: 652_738_560, 34: 646_840_320, 35: 660_602_880, 36: 660_602_880, 37: 660_602_880, 38: 656_670_720,
+    39: 634_388_480, 40: 610_795_520, 41: 606_863_360, 42: 598_999_040, 43: 588_513_280, 44: 588_513_280,
+    45: 583_270_400, 46: 571_342_848, 47: 571_342_848, 48: 571_342_848, 49: 558_366_720, 50: 552_992_768,
+    51: 538_705_920, 52: 529_399_808, 53: 508_428_288, 54: 497_942_528, 55: 488_767_488, 56: 483_655_680,
+    57: 487_587_840}
+SWITCHES = {46: (707, 1414), 49: (690, 1380), 52: (654, 1307), 53: (627, 1254), 54: (614, 1227),
+            55: (602, 1204), 56: (595, 1190), 57: (600, 1200)}  # first steps of the second and third batch
+
+
+def settings(n, *sets, scale="full", without=()):
+    return deltas.resolve(f"short/{n}", scale=scale, sets=sets, without=without).settings
+
+
+def moments(plans, what):
+    """{step: value} of the first step and of every step at which a value changes."""
+    values = [what(plan) for plan in plans]
+    return {i: v for i, v in enumerate(values) if i == 0 or values[i - 1] != v}
+
+
+# ----- golden numbers
+
+@pytest.mark.feature("schedule.extension_steps", "schedule.extension_at", "schedule.lr_peaks",
+                     "schedule.stages", "model.attn.window.extension",
+                     "model.attn.window.final_long",
+                     "model.head.mtp",
+                     "optim.muon.momentum_cooldown", "optim.muon.momentum_warmup.reaches_end")
+@pytest.mark.parametrize("n", [34, 40, 43, 53, 55])
+def test_learning_rate_momentum_windows_batch_and_target_weights_at_every_step(n):
+    golden, _ = load("schedules")
+    s = settings(n)
+    plans, got = schedule.plan(s), {}
+    got["lr"] = [p.lr_factor for p in plans]
+    assert np.array_equal(got["lr"], golden[f"r{n}/lr"])
+    if f"r{n}/momentum" in golden:
+        assert np.allclose([p.momentum for p in plans], golden[f"r{n}/momentum"], rtol=1e-15, atol=0)
+    if n > 34:
+        windows = [schedule.validation_windows(s, i) for i in range(len(plans) + 1)]
+        assert [w.long_blocks[-1] for w in windows] == golden[f"r{n}/ws_long"].tolist()
+        assert [(w.short.tokens - 1) // 128 for w in windows] == golden[f"r{n}/ws_short"].tolist()
+        assert [w.long.tokens for w in windows[:-1]] == [128 * w.long_blocks[-1] + 1 for w in windows[:-1]]
+        assert windows[-1].long.tokens == windows[-1].last.tokens == 20 * 128 + 1
+    if f"r{n}/batch_tokens" in golden:
+        assert [p.tokens for p in plans] == golden[f"r{n}/batch_tokens"].tolist()
+    if f"r{n}/mtp" in golden:
+        for plan, weights in zip(plans, golden[f"r{n}/mtp"]):
+            expected = weights[~np.isnan(weights)]
+            assert len(plan.target_weights) == plan.shape.targets == len(expected)
+            assert np.allclose(plan.target_weights, expected, rtol=0, atol=1e-12)
+
+
+# ----- tokens
+
+@pytest.mark.parametrize("n", PUBLISHED_TOKENS)
+def test_the_schedules_give_the_published_number_of_training_tokens(n):
+    s = settings(n)
+    assert sum(plan.tokens for plan in schedule.plan(s)) == PUBLISHED_TOKENS[n]
+    assert schedule.tokens_before(s, s.schedule.steps) == PUBLISHED_TOKENS[n]
+
+
+@pytest.mark.feature("schedule.stages")
+@pytest.mark.parametrize("n", SWITCHES)
+def test_the_batch_grows_at_the_step_of_the_log_and_the_windows_with_it(n):
+    plans = schedule.plan(settings(n))
+    scheduled = len(plans) - 40
+    first, second = SWITCHES[n]
+    assert moments(plans, lambda p: p.tokens) == {0: 131_072, first: 262_144, second: 393_216}
+    blocks = moments(plans, lambda p: p.shape.windows.long_blocks[-1])
+    assert blocks == {0: 3, first: 7, second: 11, scheduled: 13}
+    assert [p.step for p in plans if "stage" in p.events] == [first, second, scheduled]
+
+
+# ----- parts of a schedule
+
+@pytest.mark.feature("schedule.extension_steps")
+def test_without_the_extension_all_steps_are_scheduled():
+    on, off = settings(45), settings(45, without=["schedule.extension_steps"])
+    assert schedule.scheduled_steps(on.schedule) == 2185 and schedule.scheduled_steps(off.schedule) == 2225
+    assert len(schedule.plan(on)) == len(schedule.plan(off)) == 2225
+    tail = [p.lr_factor for p in schedule.plan(on)][-40:]
+    assert len(set(tail)) == 1 and len({p.lr_factor for p in schedule.plan(off)[-40:]}) == 40
+
+
+@pytest.mark.feature("schedule.extension_steps")
+@pytest.mark.parametrize("steps, extension", [(3, 0), (8, 1), (100, 12), (319, 39), (320, 40), (1840, 40)])
+def test_the_extension_of_a_short_trial_is_an_eighth_of_it(steps, extension):
+    s = settings(57, f"schedule.steps={steps}")
+    ranges = schedule.stages(s)
+    assert ranges[-1].stop == steps and len(ranges) == 3 + (extension > 0)
+    assert schedule.scheduled_steps(s.schedule) == steps - extension
+
+
+@pytest.mark.feature("schedule.extension_at")
+def test_records_35_to_45_hold_the_learning_rate_just_above_its_floor():
+    for n, tail in ((35, 0.10018), (39, 0.100225), (45, 0.10018), (46, 0.1), (57, 0.1)):
+        assert schedule.plan(settings(n))[-1].lr_factor == pytest.approx(tail, rel=1e-12)
+    assert schedule.plan(settings(45, without=["schedule.extension_at"]))[-1].lr_factor == 0.1
+
+
+@pytest.mark.feature("schedule.lr_peaks")
+def test_the_learning_rate_jumps_before_the_batch_in_46_and_with_it_from_49_on():
+    """x > 0.33 of 2120 steps in 46; x > 1/3 of 2070 in 49, which step 690 does not exceed."""
+    jumps = {n: [p.step for p, q in zip(schedule.plan(settings(n))[1:], schedule.plan(settings(n)))
+                 if p.lr_factor > q.lr_factor] for n in (46, 49, 53, 57)}
+    assert jumps == {46: [700, 1400], 49: [691, 1381], 53: [627, 1254], 57: [601, 1201]}
+    off = schedule.plan(settings(46, without=["schedule.lr_peaks"]))
+    assert max(p.lr_factor for p in off) == 1 == off[900].lr_factor
+    assert schedule.plan(settings(46))[900].lr_factor == 1.51
+
+
+@pytest.mark.feature("model.attn.window.extension")
+def test_the_window_of_the_extension_can_be_that_of_the_last_stage():
+    on, off = settings(42), settings(42, without=["model.attn.window.extension"])
+    blocks = [[p.shape.windows.long_blocks for p in schedule.plan(s)] for s in (on, off)]
+    assert blocks[0][2245:] == [(3, 7, 11, 13)] * 40 and blocks[1][2245:] == [(3, 7, 11)] * 40
+    assert blocks[0][:2245] == blocks[1][:2245]
+
+
+@pytest.mark.feature("model.attn.window.final_long")
+def test_the_final_long_window_leaves_short_windows_and_yarn_alone():
+    for n in (35, 57):
+        on, off = (schedule.validation_windows(s, s.schedule.steps) for s in
+                   (settings(n), settings(n, without=["model.attn.window.final_long"])))
+        assert on.long.tokens == on.last.tokens == 2561 and off.long.tokens == off.last.tokens == 1665
+        assert (on.short, on.long_blocks) == (off.short, off.long_blocks) and on.short.tokens == 6 * 128 + 1
+
+
+@pytest.mark.feature("optim.muon.momentum_cooldown")
+def test_the_momentum_falls_over_the_last_fifty_of_all_steps():
+    plans = schedule.plan(settings(57))
+    assert [round(p.momentum, 12) for p in plans[1789:1793]] == [0.95, 0.95, 0.948, 0.946]
+    assert plans[-1].momentum == pytest.approx(0.852, rel=1e-12)
+    assert schedule.plan(settings(57, without=["optim.muon.momentum_cooldown"]))[-1].momentum == 0.95
+
+
+# ----- at small scales
+
+@pytest.mark.parametrize("n", [35, 46, 53, 57])
+def test_scales_keep_the_proportions_of_stages_and_extension(n):
+    full, small = settings(n), settings(n, scale="micro")
+    ratio = small.schedule.steps / full.schedule.steps
+    assert small.schedule.extension_steps == max(1, round(40 * ratio))
+    for a, b in zip(schedule.stages(full), schedule.stages(small)):
+        assert abs(len(b) - len(a) * ratio) <= 1
+    total = schedule.tokens_before(small, small.schedule.steps)
+    share = schedule.tokens_before(full, full.schedule.steps) * ratio / 512
+    assert abs(total / share - 1) < 0.02
+
+
+# ----- refusals
+
+@pytest.mark.parametrize("n, sets, message", [
+    (57, ["schedule.lr_peaks=[[0.6,1.5],[0.3,1.7]]"], "must list growing fractions below 1"),
+    (57, ["schedule.lr_peaks=[[0.6]]"], "schedule.lr_peaks"),
+    (57, ["data.tokens_per_rank=[16384,49152]"], "has 2 values and schedule.stages has 3"),
+    (57, ["model.attn.window.stages=[3,11]"], "has 2 windows and schedule.stages has 3"),
+    (57, ["model.attn.window.extension=10"], "must be at least the last stage, 11 blocks"),
+    (34, ["model.attn.window.final_long=20"], "switch model.attn.window.final_last_layer off"),
+    (34, ["model.attn.window.extension=13"], "needs schedule.extension_steps: set it too"),
+    (57, ["model.attn.window.growth=constant", "model.attn.window.stages=[]",
+          "model.attn.window.final_long=false", "model.attn.rope.yarn=false"],
+     "model.attn.window.extension needs model.attn.window.growth=stages"),
+    (34, ["schedule.lr_spans_extension=true"], "needs schedule.extension_steps: set it too"),
+])
+def test_schedules_that_do_not_fit_are_refused_with_the_culprit(n, sets, message):
+    with pytest.raises(UserError) as caught:
+        settings(n, *sets)
+    assert message in str(caught.value) and "\n" not in str(caught.value)

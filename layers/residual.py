@@ -117,7 +117,8 @@ class Residual(nn.Module):
         if self.skip_gate is not None:
             channels = x0[..., :self.skip_gate.size(1)]
             gates = (2 * torch.sigmoid(linear(channels, self.skip_gate))).unbind(-1)  # (R, T) of each skip
-            coefs["skip"] = [weight * gate[..., None] for weight, gate in zip(coefs["skip"], gates)]
+            skips = zip(coefs["skip_weights"], gates)
+            coefs["skip_weights"] = [weight * gate[..., None] for weight, gate in skips]
         return Stream(self.terms, coefs, self.sources, x0)
 
 

@@ -138,7 +138,7 @@ def fixture_34_on(ref, name, more):
     golden, config = load(name)
     sizes = {"dim": config["model_dim"], "heads": config["num_heads"],
              "vocab_rows": config.get("vocab_padded", config["vocab"])}
-    _, model = small(ref, sizes, 256, model__attn__window__block=16, data__max_document=256,
+    _, model = small(ref, sizes, 256, model__attn__window__block=16, data__max_doc_len=256,
                      numerics__norm_eps=config["rms_eps"], **more)
     return golden, config, model
 

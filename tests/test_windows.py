@@ -159,7 +159,7 @@ def test_every_query_sees_what_the_records_formula_lets_it_see(record, backend):
 @pytest.mark.parametrize("record", range(29, 34))
 def test_the_softmax_scale_of_every_window_is_the_records_and_the_last_is_of_13_blocks(record):
     s, model = build(
-        f"short/{record}", model__model_dim=24, model__vocab_size=32, data__max_document=16, data__seq_len=16,
+        f"short/{record}", model__model_dim=24, model__vocab_size=32, data__max_doc_len=16, data__seq_len=16,
         data__tokens_per_rank=16, validation__seq_len=16, validation__tokens=128
     )
     scales, before = [], None

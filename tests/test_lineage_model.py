@@ -311,6 +311,20 @@ def test_parameter_counts_of_records_34_53_and_55_are_the_originals(sets, origin
     assert count_parameters(deltas.resolve("short/33", sets=sets).settings) == original - padding
 
 
+def test_coefficients_and_gates_of_record_55_begin_with_the_values_of_the_original():
+    model = built(*LATE, *GATED, scramble=False)
+    found = {
+        name: {round(x, 6) for x in p.flatten().tolist()} for name, p in model.named_parameters()
+        if p.role == "scalar" or "gate" in p.label}
+    gates = {name for name in found if "gate" in name}
+    assert len(gates) == 2 + 10 + 5 and all(found.pop(name) == {0.0} for name in gates)
+    assert found == {
+        "embed.smear.lam.value": {0.0}, "residual.x.value": {1.1}, "residual.x0.value": {0.0},
+        "residual.backout.value": {0.5}, "residual.skip.value": {-1.5}, "sa_lambdas.qkv.value": {0.5},
+        "sa_lambdas.o.value": {1.0}
+    }
+
+
 @pytest.mark.feature("model.init.qkv_bound")
 def test_record_53_doubles_the_initial_spread_of_q_k_and_v():
     """Trap: its text says halved. 0.5 / sqrt(D) becomes 1 / sqrt(D); the MLP keeps its spread."""

@@ -302,8 +302,9 @@ def test_qk_norm_has_an_eps_of_its_own():
 # ----- parameters and initial values
 
 @pytest.mark.parametrize("sets, original, padding", [
-    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),  # skips, a pair of layer 7, zeros behind the smear's
-    (LATE, 268_665_615, 2 + 4),  # a pair of layer 6, zeros at the end
+    # six skips, a pair of layer 7, zeros behind that of the smear; a pair of layer 6, zeros at the end
+    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),
+    (LATE, 268_665_615, 2 + 4),
     ([*LATE, *GATED], 268_665_987, 2 + 4),
 ])
 def test_parameter_counts_of_records_34_53_and_55_are_the_originals(sets, original, padding):

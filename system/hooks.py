@@ -104,7 +104,7 @@ class Untie(Stateful):
     def after_update(self, plan: StepPlan) -> None:
         if "untie" in plan.events:
             self.optimizer.copy_parameter("lm_head", "embed")
-            self.model.set_tied(False)
+            self.model.tied = False
 
 
 def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:

@@ -2,7 +2,7 @@
 
 For each rule an update of a table (rows, 768), or of the matrices of --layers layers (q, k, v, o of 768 x 768
 and an MLP of 3072 x 768): milliseconds of process CPU time (on a GPU: of its clock), bytes of state per
-parameter, and MiB that the update needs besides parameters, gradients and state. Torch's own AdamW for comparison.
+parameter, and MiB that the update needs besides parameters, gradients and state. Torch's own AdamW too.
 """
 
 import ctypes
@@ -129,6 +129,7 @@ def measured(case, repeats):
 
 
 def main():
+    """Measure all rules and print a line for each."""
     p = arguments.Parser(prog="bench/optim.py", description=__doc__.splitlines()[0])
     p.add_argument("--layers", type=arguments.integer(1, 1000), default=1)
     p.add_argument("--table-rows", type=arguments.integer(1, 10 ** 7), default=50304)

@@ -221,6 +221,15 @@ def test_cautious_decay_of_muon_takes_the_base_rate_and_the_factors_of_the_updat
     assert np.abs(model.x.detach().numpy() - expected).max() < 1e-13
 
 
+def test_muon_decays_a_matrix_without_a_gradient_whole():
+    """Its mask is u p >= 0, also where AdamW's is strict: lr^2 weight_decay p in a step."""
+    s = settings("short/33", *MUON, "optim.adam.cautious_decay={strict=true}")
+    start = noise(12, 12)
+    model = Toy(x=(start, "matrix", "qkvo"))
+    update(Optimizer(model, s), model, {}, plan(lr_factor=0.5))
+    assert torch.allclose(model.x, start * (1 - (0.5 * s.optim.muon.lr) ** 2 * 1.2), rtol=1e-14, atol=0)
+
+
 @pytest.mark.feature("optim.adam.cautious_decay", "optim.adam.cautious_decay.strict",
                      "optim.scalar.decay_mul")
 @pytest.mark.parametrize("strict", [False, True])

@@ -285,7 +285,7 @@ def test_settings_of_the_rules_that_mean_nothing_are_refused(sets, message):
                      "optim.router.beta1", "optim.router.beta2")
 @pytest.mark.parametrize("role", ["embed", "lm_head", "matrix", "scalar", "router"])
 def test_the_betas_of_a_group_replace_adam_s_and_a_label_s_replace_the_group_s(role):
-    """beta1 of the group with beta2 of optim.adam; a label of the group keeps the one that it does not set."""
+    """beta1 of the group with beta2 of optim.adam; a label keeps the one that it does not set."""
     plain = Optim()
     section = dataclasses.replace(getattr(plain, role), beta1=0.5)
     changed = dataclasses.replace(plain, **{role: section})

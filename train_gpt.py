@@ -52,7 +52,7 @@ import runlog
 import schedule
 import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
-from data.batch import longest_document, to_rows
+from data.batch import count_documents, longest_document, to_rows
 from data.stream import Prefetch, Stream, require_shards, stream_arguments, validation_rows
 from deltas import Resolved
 from model import GPT
@@ -293,8 +293,8 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
     windows = schedule.validation_windows(run.s, step)
 
     def context(tokens, read):
-        longest = longest_document(read, run.corpus.bos)
-        return run.model.context(tokens, run.corpus.bos, windows, longest=longest)
+        most, longest = count_documents(read, run.corpus.bos), longest_document(read, run.corpus.bos)
+        return run.model.context(tokens, run.corpus.bos, windows, most=most, longest=longest)
 
     with validating(run.hooks):
         return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)

@@ -25,6 +25,11 @@ def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
     return inputs, targets, documents
 
 
+def count_documents(rows: np.ndarray, bos: int) -> int:
+    """Documents in rows (R, T) of ids on the host, each of which begins with `bos` or a row."""
+    return int((rows[:, 1:] == bos).sum()) + len(rows)
+
+
 def longest_document(rows: np.ndarray, bos: int) -> int:
     """Tokens of the longest document in rows (R, T) of ids on the host, each of which begins with `bos` or a row."""
     first = rows == bos

@@ -123,7 +123,7 @@ def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     names = set()
     for shape in reversed(dict.fromkeys(p.shape for p in plans)):  # the first one last: the rotary tables follow them
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)  # every token a document of its own
-        context = model.context(rows, 0, shape.windows)
+        context = model.context(rows, 0, shape.windows, most=shape.seq_len)
         names |= {"dense"} if context is None else set(context.backends())
     return ", ".join(sorted(names))
 

@@ -1,4 +1,5 @@
-"""Untimed warm-up steps and validations that compile and touch everything, and the proof that nothing of them stays.
+"""Untimed warm-up steps and validations that compile and touch everything, and the proof that nothing of them
+stays.
 
 The warm-up is handed the step and the validation that it runs, so this module does not know the trainer.
 """
@@ -13,7 +14,6 @@ import torch
 
 import runlog
 import schedule
-from common.null_device import computes
 from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from model import GPT
@@ -28,7 +28,8 @@ PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB 
 
 
 def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ()) -> str:
-    """sha256 over all that training can change: every tensor of model, optimizer and hooks, and the random generator."""
+    """sha256 over all that training can change: every tensor of model, optimizer and hooks, and the random
+    generator."""
     digest = hashlib.sha256()
     for t in [*all_tensors(model, optimizer, hooks).values(), torch.get_rng_state()]:
         digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -36,24 +37,31 @@ def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ())
 
 
 def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[float]]:
-    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: a systems record must keep them.
+    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: a systems record must
+    keep them.
 
-    Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of processes: equal
-    seeds give equal weights and equal warm-up tokens. The second one changes with order and signs, which a norm does not
-    see. Taken in the last untimed step, because at the very first one a zero head hides every gradient behind it. The shares
-    of the processes are added in rank order in float64, whatever system.comm does later; collective.
+    Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of
+    processes: equal seeds give equal weights and equal warm-up tokens. The second one changes with order and
+    signs, which a norm does not see. Taken in the last untimed step, because at the very first one a zero
+    head hides every gradient behind it. The shares of the processes are added in rank order in float64,
+    whatever system.comm does later; collective.
     """
     out = {}
     for bank in optimizer.banks:
-        share, start = bank.local_gradient().detach().view(-1), 0  # sum of all forwards, as p.grad is not in bfloat16
+        # sum of all forwards, as p.grad is not in bfloat16
+        share, start = bank.local_gradient().detach().view(-1), 0
         for name, p in bank.members:
-            out[name] = [float(f"{x:.8g}") for x in checksums_of(share[start:start + p.numel()], bank.comm.name == "own", world)]
+            out[name] = [
+                float(f"{x:.8g}")
+                for x in checksums_of(share[start : start + p.numel()], bank.comm.name == "own", world)
+            ]
             start += p.numel()
     return dict(sorted(out.items()))
 
 
 def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
-    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a stretch."""
+    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a
+    stretch."""
     squares = turned = 0.0
     for start in range(0, len(share), PIECE):
         parts = [part.double() for part in world.parts(share[start:start + PIECE])]
@@ -65,8 +73,8 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
 
 
 def warmup_steps(run: Run) -> list[int]:
-    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape, so that none
-    is met for the first time while the clock runs."""
+    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape,
+    so that none is met for the first time while the clock runs."""
     asked = run.s.system.warmup_steps
     if asked >= 0:
         return [min(i, len(run.plans) - 1) for i in range(asked)]
@@ -81,7 +89,8 @@ def warmup_steps(run: Run) -> list[int]:
 
 
 def warmup_validations(run: Run) -> list[int]:
-    """Steps of one validation for each window that a validation will have; not compiled, of the first and the last."""
+    """Steps of one validation for each window that a validation will have; not compiled, of the first and the
+    last."""
     n = len(run.plans)
     first = {}
     for step in (i for i in range(n + 1) if schedule.validates(run.s, i)):
@@ -115,7 +124,8 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
             imported: float) -> None:
     """Untimed steps and validation chunks that compile and touch everything; then a reset, proven by hashes.
 
-    Logs loss and gradient checksums of the last untimed step (event `probe`) and the account of the reset (`reset`).
+    Logs loss and gradient checksums of the last untimed step (event `probe`) and the account of the reset
+    (`reset`).
 
     Args:
         train_step, validation_loss: those of the trainer.
@@ -127,7 +137,9 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
     batches = warmup_batches(run, seed, [run.plans[step].shape.tokens_per_rank for step in steps])
     for n, (step, batch) in enumerate(zip(steps, batches)):
         checksums, last = {}, n == len(steps) - 1
-        inputs, targets, documents = to_rows(batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos)
+        inputs, targets, documents = to_rows(
+            batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos
+        )
         look = (lambda: checksums.update(gradient_checksums(run.optimizer, world))) if last else None
         loss = train_step(run, run.plans[step], inputs, targets, documents, before_reduction=look)
         if last:
@@ -141,13 +153,15 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
         hook.reset()
     torch.set_rng_state(generator)
     after = state_hash(run.model, run.optimizer, run.hooks)
-    if before != after and computes():
+    if before != after:
         raise RuntimeError(f"the reset after warm-up is incomplete: state {before[:16]} became {after[:16]}")
     run.graphs, cost = compiler.graph_count(), compiler.account()
     if run.cache_file is not None:
         world.say(*run.cache_file.save(world.gather_objects, world.main))
-    event = run.log.event("reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
-                          imports_ms=round(1000 * (imported - process_start), 3),
-                          start_ms=round(1000 * (began - process_start), 3),
-                          warmup_ms=round(1000 * (time.perf_counter() - began), 3), **({"compile": cost} if cost else {}))
+    event = run.log.event(
+        "reset", warmup_steps=len(steps), state_before=before, state_after=after, graphs=run.graphs,
+        imports_ms=round(1000 * (imported - process_start), 3),
+        start_ms=round(1000 * (began - process_start), 3),
+        warmup_ms=round(1000 * (time.perf_counter() - began), 3), **({"compile": cost} if cost else {})
+    )
     world.say(*runlog.render(event))

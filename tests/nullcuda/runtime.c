@@ -1,4 +1,4 @@
-// libcudart of a device that computes nothing: memory is the host's, small copies are real, kernels are counted and not run.
+// libcudart of a device that computes nothing: memory is addresses only, reads give zeros, kernels are counted and not run.
 #include "device.h"
 #include <pthread.h>
 #include <stdio.h>
@@ -6,9 +6,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#define PAGE 4096UL
 #define TOTAL_BYTES (140UL << 30)  // of an H200
-#define REAL_COPY (1UL << 20)      // larger copies to the device and on it would fill the host's memory and carry no meaning
 
 EXPORT long nullcuda_count[COUNTERS];
 EXPORT long nullcuda_bytes, nullcuda_peak;
@@ -317,7 +315,7 @@ EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t fu
     return cudaSuccess;
 }
 
-// ----- memory: a page with the size lies before each allocation
+// ----- memory: address ranges that nobody can touch, so a host that reads the device without a copy stops there
 
 static struct { char *start; size_t bytes; } regions[1 << 16];
 static int used;
@@ -329,19 +327,19 @@ EXPORT cudaError_t cudaMalloc(void **p, size_t bytes) {
     pthread_mutex_lock(&lock);
     char *base = MAP_FAILED;
     if (nullcuda_bytes + bytes <= TOTAL_BYTES && used < 1 << 16)
-        base = mmap(NULL, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        base = mmap(NULL, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (base == MAP_FAILED) {
         pthread_mutex_unlock(&lock);
         *p = NULL;
         return fail(cudaErrorMemoryAllocation);
     }
-    regions[used].start = base + PAGE;
+    regions[used].start = base;
     regions[used++].bytes = bytes;
     nullcuda_bytes += (long)bytes;
     if (nullcuda_bytes > nullcuda_peak) nullcuda_peak = nullcuda_bytes;
     nullcuda_count[MALLOCS]++;
     pthread_mutex_unlock(&lock);
-    *p = base + PAGE;
+    *p = base;
     return cudaSuccess;
 }
 
@@ -352,7 +350,7 @@ EXPORT cudaError_t cudaFree(void *p) {
     pthread_mutex_lock(&lock);
     for (int i = 0; i < used; i++) {
         if (regions[i].start != p) continue;
-        munmap((char *)p - PAGE, regions[i].bytes + PAGE);
+        munmap(p, regions[i].bytes);
         nullcuda_bytes -= (long)regions[i].bytes;
         nullcuda_count[FREES]++;
         regions[i] = regions[--used];
@@ -398,7 +396,7 @@ static cudaError_t unpin(void *p) {
 }
 
 EXPORT cudaError_t cudaHostAlloc(void **p, size_t bytes, unsigned flags) {
-    return posix_memalign(p, PAGE, bytes ? bytes : 1) ? cudaErrorMemoryAllocation : pin(*p, bytes);
+    return posix_memalign(p, 4096, bytes ? bytes : 1) ? cudaErrorMemoryAllocation : pin(*p, bytes);
 }
 
 EXPORT cudaError_t cudaFreeHost(void *p) { unpin(p); free(p); return cudaSuccess; }
@@ -426,8 +424,11 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, con
     return cudaSuccess;
 }
 
+// Copies of bytes that a graph does not hold: between host memories as they are, from the device zeros, to it nothing.
 static void copy(void *to, const void *from, size_t bytes) {
-    if (type_of(to) != cudaMemoryTypeDevice || bytes <= REAL_COPY) memmove(to, from, bytes);
+    if (type_of(to) == cudaMemoryTypeDevice) return;
+    if (type_of(from) == cudaMemoryTypeDevice) memset(to, 0, bytes);
+    else memmove(to, from, bytes);
 }
 
 EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t s) {
@@ -441,30 +442,11 @@ EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cud
     return error ? error : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 
-EXPORT cudaError_t cudaMemcpyPeerAsync(void *to, int there, const void *from, int here, size_t bytes, cudaStream_t s) {
-    return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, s);
-}
-
 EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
                                      size_t height, enum cudaMemcpyKind kind, cudaStream_t s) {
     for (size_t i = 0; i < height; i++) copy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
     return cudaSuccess;
 }
-
-EXPORT cudaError_t cudaMemsetAsync(void *p, int value, size_t bytes, cudaStream_t s) {
-    if (recording(s)) return cudaSuccess;
-    if (bytes <= REAL_COPY) {
-        memset(p, value, bytes);
-        return cudaSuccess;
-    }
-    char *first = (char *)(((uintptr_t)p + PAGE - 1) & ~(PAGE - 1)), *last = (char *)((uintptr_t)((char *)p + bytes) & ~(PAGE - 1));
-    madvise(first, last - first, MADV_DONTNEED);  // zeros again; other values of so large a memory nobody reads
-    memset(p, value, first - (char *)p);
-    memset(last, value, (char *)p + bytes - last);
-    return cudaSuccess;
-}
-
-EXPORT cudaError_t cudaMemset(void *p, int value, size_t bytes) { return cudaMemsetAsync(p, value, bytes, NULL); }
 
 EXPORT cudaError_t cudaGetSymbolAddress(void **p, const void *symbol) {
     static char memory[1 << 16];

@@ -1,4 +1,4 @@
-"""The null device itself: python programs see a GPU, copies are real, what must fail fails. tests/nullcuda/run.sh selftest.py"""
+"""The null device itself: programs see a GPU, launches are counted, what must fail fails. tests/nullcuda/run.sh selftest.py"""
 
 import ctypes
 import os
@@ -19,10 +19,9 @@ def since(before):
     return {name: value - before[name] for name, value in nullcuda.counts().items() if value != before[name]}
 
 
-def small_copies_are_real():
+def the_host_reads_zeros():
     x = torch.arange(1000.0)
-    assert x.pin_memory().to(cuda, non_blocking=True).clone().cpu().equal(x)
-    assert not torch.zeros(2 ** 24, device=cuda).cpu().any()
+    assert not x.pin_memory().to(cuda, non_blocking=True).cpu().any() and x.pin_memory().equal(x)
 
 
 def launches_are_counted():
@@ -108,7 +107,7 @@ def an_impossible_launch_is_refused():
 
 if __name__ == "__main__":
     assert torch.cuda.get_device_capability() == (9, 0) and os.environ["SPEEDRUN_NULL_DEVICE"] == "1"
-    laws = [small_copies_are_real, launches_are_counted, a_host_read_is_refused_in_debug_mode, memory_ends,
+    laws = [the_host_reads_zeros, launches_are_counted, a_host_read_is_refused_in_debug_mode, memory_ends,
             the_operations_of_a_record_run, generated_kernels_are_counted, a_graph_replays_its_launches,
             a_graph_with_a_read_fails, an_impossible_launch_is_refused]
     for law in laws:

@@ -18,7 +18,8 @@ steps = []  # counts at the start of each training step, by COUNTERS
 generated = {}  # source of each kernel that Inductor wrote, by name
 own = Counter()  # launches of the project's Triton kernels, by name
 grids = {}  # largest grid of each of them
-attention = []  # (tokens, documents, longest) of each varlen call that differs
+clock = [False]  # whether training steps are running
+attention = set()  # (tokens, documents, longest, heads) of the varlen calls in them
 documents = []  # (tokens, documents in them) of the training steps, counted on the host
 
 
@@ -162,9 +163,8 @@ def patch_varlen(module):
     forward = torch.ops.aten._flash_attention_forward
 
     def counted(query, key, value, ends, *args, **options):
-        call = (query.size(0), ends.numel() - 1, args[1])
-        if call not in attention:
-            attention.append(call)
+        if clock[0]:
+            attention.add((query.size(0), ends.numel() - 1, args[1], query.size(1)))
         return forward(query, key, value, ends, *args, **options)
 
     torch.ops.aten._flash_attention_forward = counted
@@ -172,13 +172,18 @@ def patch_varlen(module):
 
 def patch_steps(module):
     """The trainer's profiler is told of each step: note the counters there."""
-    before = module.Profiler.before_step
+    before, stop = module.Profiler.before_step, module.Clock.stop
 
     def before_step(self, step):
         steps.append(counts())
+        clock[0] = True
         before(self, step)
 
-    module.Profiler.before_step = before_step
+    def stopped(self):
+        clock[0] = False
+        stop(self)
+
+    module.Profiler.before_step, module.Clock.stop = before_step, stopped
 
 
 def patch_batches(module):
@@ -195,30 +200,30 @@ def patch_batches(module):
 
 # ----- report
 
-def waste():
-    """Largest ratio, over the FlashAttention calls, of blocks to blocks that have work; None if there was none.
+def flash_blocks():
+    """[(blocks, blocks that have work)] of the FlashAttention calls in training steps, forward.
 
-    A call starts ceil(longest / B) x documents blocks of B tokens a head. A document of n tokens needs ceil(n / B), so all
-    together no more than tokens / B + documents in them. B is 128, or 64 in the backward pass.
+    A call starts ceil(longest / B) blocks of B = 128 tokens for each document and head. A document of n tokens needs
+    ceil(n / B) of them, so all together no more than tokens / B + documents.
     """
-    if not attention:
-        return None
     share = max((found / tokens for tokens, found in documents), default=0)
-    ratios = []
-    for tokens, most, longest in attention:
+    out = []
+    for tokens, most, longest, heads in attention:
         needed = -(-tokens // 128) + (share * tokens or most)
-        ratios.append(-(-longest // 128) * most / needed)
-    return round(max(ratios), 2)
+        out.append((-(-longest // 128) * most * heads, round(needed * heads)))
+    return out
 
 
 def account():
     """What this process did on the device."""
     import torch
     each = [{name: b[name] - a[name] for name in COUNTERS} for a, b in zip(steps, steps[1:])]
+    flash = flash_blocks()
     dynamo = sys.modules.get("torch._dynamo.utils")
     return {"argv": sys.argv, "total": counts(), "steps": each, "generated": len(generated), "own": dict(own),
-            "grids": {name: list(size) for name, size in grids.items()}, "attention": attention, "documents": documents[-1:],
-            "waste": waste(), "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
+            "grids": {name: list(size) for name, size in grids.items()}, "attention": sorted(attention), "documents": documents[-1:],
+            "waste": max((round(a / b, 2) for a, b in flash), default=None), "blocks": max((a for a, _ in flash), default=None),
+            "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
             "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
             "reserved_gib": round(ctypes.c_long.in_dll(library(), "nullcuda_peak").value / 2 ** 30, 3),
             "peak_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 3),

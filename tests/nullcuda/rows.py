@@ -1,0 +1,218 @@
+"""The rows of tests/cuda.sh: short runs of the trainer on the null device, and a table of what they did there.
+
+Without ROW all are run, otherwise those whose name holds one of the words. Rows that were measured with the code as it is
+now are kept. Results: table.md and table.json next to this file. Exit code 0: every row that the table has for this code
+keeps the bounds.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+
+from common import arguments, files, repository
+
+STEPS, VALIDATION_TOKENS = 4, 2_097_152
+TIMEOUT = 1800  # seconds of a row, on a machine that does other things too
+MEMORY = 0.1  # peak and estimate may differ by this share
+GRID = 4  # times the blocks that have work
+ROOMS = ("common", "data", "kernels", "layers", "records", "system", "updates", "tests/nullcuda")  # what a row depends on
+
+RECORDS = ("1", "5", "11", "12", "14", "20", "21", "26", "29", "33")
+VARIANTS = ("2", "4", "5")
+MODES = {"eager": ("--set", "system.compile=off"), "compiled": ()}
+FP8_MLP = ("--set", "model.mlp.activation=relu_sq", "--set", "numerics.fp8_mlp={up = 100.0}")
+
+
+def rows() -> dict[str, list[str]]:
+    """{name: arguments of train_gpt.py}, in the order in which the rows are run."""
+    out = {}
+    runs = [f"short/{n}" for n in RECORDS] + [f"variants/{n}" for n in VARIANTS]
+    for mode, how in MODES.items():
+        out |= {f"{run} {mode}": [run, *how] for run in runs}
+    for mode, how in MODES.items():
+        out |= {f"short/33 {kernel}=triton {mode}": ["short/33", "--set", f"system.kernels.{kernel}=triton", *how]
+                for kernel in ("loss", "muon", "mlp", "qk", "transpose")}
+        every = [x for kernel in ("loss", "muon", "mlp", "qk", "transpose") for x in ("--set", f"system.kernels.{kernel}=triton")]
+        out[f"short/33 all=triton {mode}"] = ["short/33", *every, *how]
+        out |= {f"short/33 fp8_mlp ranks={n} {mode}":
+                ["short/33", *FP8_MLP, "--set", f"system.ranks_per_forward={n}", *how] for n in (1, 2, 8)}
+        out[f"short/33 cuda_graphs {mode}"] = ["short/33", "--set", "system.cuda_graphs=true", *how]
+    for comm in ("replicated", "bucketed", "sharded", "allreduce_updates"):
+        out[f"short/33 two processes {comm} eager"] = ["short/33", "--nproc", "2", "--set", f"system.comm={comm}",
+                                                      *MODES["eager"]]
+    out["short/33 two processes compiled"] = ["short/33", "--nproc", "2"]
+    return out
+
+
+def code() -> str:
+    """A digest of the files that a row depends on: a commit of anything else keeps the rows."""
+    listed = repository.line("ls-files", "-co", "--exclude-standard", "--", *ROOMS, "*.py", "*.sh").splitlines()
+    digest = hashlib.sha256()
+    for name in sorted(set(listed)):
+        room = name.rpartition("/")[0]
+        inside = not room or any(room == r or room.startswith(f"{r}/") for r in ROOMS)
+        if inside and name.endswith((".py", ".toml", ".c", ".h", ".sh", ".txt")) and (ROOT / name).exists():
+            digest.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ----- one row
+
+def shards() -> Path:
+    """A folder of random GPT-2 tokens in documents, made once."""
+    folder = files.default_cache() / "nullcuda"
+    if not (folder / "corpus.json").exists():
+        import measure
+        folder.mkdir(parents=True, exist_ok=True)
+        measure.synthetic_shards(folder, 12_000_000, 2_200_000)
+    return folder
+
+
+def measured(arguments_: list[str], data: Path) -> dict:
+    """What one run did: exit code, counts of a step, memory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out, reports = Path(scratch, "out"), Path(scratch, "reports")
+        reports.mkdir()
+        processes = int(arguments_[arguments_.index("--nproc") + 1]) if "--nproc" in arguments_ else 1
+        command = [HERE / "run.sh", "train_gpt.py", *arguments_, "--check-sync", "--data", data, "--out", out]
+        for line in (f"schedule.steps={STEPS}", f"validation.every={STEPS}", f"validation.tokens={VALIDATION_TOKENS}"):
+            command += ["--set", line]
+        env = os.environ | {"NULLCUDA_REPORT": str(reports), "NULLCUDA_DEVICES": str(processes),
+                            "SPEEDRUN_CACHE": str(files.default_cache())}
+        try:
+            done = subprocess.run([str(x) for x in command], cwd=ROOT, env=env, capture_output=True, text=True,
+                                  errors="replace", timeout=TIMEOUT)
+        except subprocess.TimeoutExpired:
+            return {"exit": None, "said": f"longer than {TIMEOUT} s"}
+        found = {"exit": done.returncode}
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip() and not line.startswith("null device")]
+            found["said"] = next((x for x in lines if x.startswith("error")), lines[-1] if lines else "")[:300]
+        logs = list(out.glob("*/run.jsonl"))
+        events = [json.loads(line) for line in logs[0].read_text(encoding="utf-8").splitlines()] if logs else []
+        reported = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(reports.glob("*.json"))]
+        return found | from_log(events) | from_reports([r for r in reported if r["steps"]] or reported, processes)
+
+
+def from_log(events: list[dict]) -> dict:
+    """Estimate and peak of memory, and the graphs that were compiled while the clock was running."""
+    found = {}
+    for event in events:
+        if event.get("memory"):
+            found["estimate_gib"] = round(event["memory"]["mib"]["total"] / 1024, 2)
+            found["parts_mib"] = event["memory"]["mib"]
+            found["ranks_per_forward"] = event["memory"]["ranks_per_forward"]
+        if "graphs_in_clock" in event:
+            found["late_graphs"] = event["graphs_in_clock"]
+    return found
+
+
+def from_reports(reported: list[dict], processes: int) -> dict:
+    """What the processes of a run counted; of a step, the largest count over steps and processes."""
+    if not reported:
+        return {}
+    steps = [step for r in reported for step in r["steps"]]
+    found = {name: max((step[name] for step in steps), default=None)
+             for name in ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "mallocs", "collectives", "replays")}
+    found |= {"breaks": sum(sum(r["breaks"].values()) for r in reported), "graphs": max(r["graphs"] for r in reported),
+              "why_broken": sorted({x.splitlines()[0][:160] for r in reported for x in r["breaks"]}),
+              "generated": max(r["generated"] for r in reported), "peak_gib": max(r["peak_gib"] for r in reported),
+              "grid": max((r["waste"] for r in reported if r["waste"]), default=None),
+              "blocks": max((r["blocks"] for r in reported if r["blocks"]), default=None),
+              "refused": sum(r["total"]["refused"] for r in reported), "own": sorted({k for r in reported for k in r["own"]})}
+    if processes > 1:
+        found["in_step"] = len(reported) == processes and len({r["collectives"] for r in reported}) == 1
+    return found
+
+
+def faults(row: dict) -> list[str]:
+    """The bounds that a row does not keep, in words."""
+    out = [] if row["exit"] == 0 else [f"exit code {row['exit']}: {row.get('said', '')}"]
+    for name, text in (("breaks", "graph breaks"), ("late_graphs", "graphs compiled inside the clock"), ("syncs", "host syncs"),
+                       ("reads", "reads of the device"), ("mallocs", "cudaMalloc in a step"), ("refused", "refused launches")):
+        if row.get(name):
+            out.append(f"{row[name]} {text}")
+    if row.get("estimate_gib") and row.get("peak_gib") and row["exit"] == 0:
+        ratio = row["peak_gib"] / row["estimate_gib"]
+        if abs(ratio - 1) > MEMORY:
+            out.append(f"memory {ratio:.2f} of the estimate")
+    if row.get("grid") and row["grid"] > GRID:
+        out.append(f"FlashAttention's grid {row['grid']:.1f} times its work")
+    if row.get("in_step") is False:
+        out.append("the processes called different collectives")
+    return out
+
+
+# ----- the table
+
+COLUMNS = (("exit", "exit"), ("breaks", "breaks"), ("graphs", "graphs"), ("late_graphs", "late"), ("syncs", "syncs"),
+           ("reads", "reads"), ("peak_gib", "peak GiB"), ("estimate_gib", "estimate"), ("grid", "grid / work"),
+           ("kernels", "torch"), ("gemms", "products"), ("inductor", "Inductor"), ("triton", "own"), ("generated", "generated"),
+           ("collectives", "NCCL"), ("replays", "replays"))
+
+
+def markdown(table: dict) -> str:
+    """table.md."""
+    lines = ["# The CUDA path on a device that computes nothing", "",
+             f"`tests/cuda.sh` ran each row on torch 2.11.0 for CUDA: {STEPS} steps at full width with `--check-sync`, all but "
+             "the last columns for one process. The device and what it cannot show: [README.md](README.md).", "",
+             "exit: of the trainer. breaks: graph breaks. graphs: compiled in all, late: while the clock was running. Then of a "
+             "step, the largest: syncs, calls that wait for the device; reads, copies to the host. peak, estimate: GiB of "
+             "torch's allocator and of system/memory.py. grid / work: blocks of FlashAttention in training over those with "
+             "work. Launches of a step: torch's kernels, cuBLAS products, Inductor's kernels, the project's Triton kernels. "
+             "generated: kernels that Inductor wrote in all. NCCL calls and replays of CUDA graphs of a step.", "",
+             "| row | " + " | ".join(title for _, title in COLUMNS) + " | outside the bounds | commit |",
+             "|---|" + "---:|" * len(COLUMNS) + "---|---|"]
+    for name, row in table["rows"].items():
+        cells = ["" if row.get(key) is None else f"{row[key]:,}" for key, _ in COLUMNS]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(faults(row))} | {row['commit'][:9]} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(table: dict) -> None:
+    """table.json and table.md, in the order of rows()."""
+    order = {name: i for i, name in enumerate(rows())}
+    table["rows"] = {name: row for name, row in sorted(table["rows"].items(), key=lambda x: order.get(x[0], len(order)))}
+    files.write(HERE / "table.json", files.json_text(table) + "\n")
+    files.write(HERE / "table.md", markdown(table))
+
+
+def main() -> int:
+    """Run the rows that are asked for and not measured yet."""
+    p = arguments.Parser(prog="tests/cuda.sh", description=__doc__.partition("\n\n")[0])
+    p.add_argument("words", metavar="ROW", nargs="*")
+    p.add_argument("--list", action="store_true", help="print the names of the rows")
+    p.add_argument("--again", action="store_true", help="measure rows anew that the table has for this code")
+    o = p.parse_args()
+    wanted = {name: args for name, args in rows().items() if not o.words or any(word in name for word in o.words)}
+    if not wanted:
+        print(f"error: no row has {' or '.join(o.words)} in its name: tests/cuda.sh --list prints them", file=sys.stderr)
+        return 2
+    if o.list:
+        print("\n".join(wanted))
+        return 0
+    path, version, commit = HERE / "table.json", code(), repository.code_version()
+    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+    data, bad = shards(), 0
+    for name, args in wanted.items():
+        row = table["rows"].get(name)
+        if row is None or row["code"] != version or o.again:
+            row = {**measured(args, data), "code": version, "commit": commit}
+            table["rows"][name] = row
+            write(table)
+        found = faults(row)
+        bad += bool(found)
+        print(f"{name}: {'; '.join(found) or 'ok'}", flush=True)
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

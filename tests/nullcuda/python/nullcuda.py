@@ -19,6 +19,7 @@ generated = {}  # source of each kernel that Inductor wrote, by name
 own = Counter()  # launches of the project's Triton kernels, by name
 grids = {}  # largest grid of each of them
 clock = [False]  # whether training steps are running
+peaks = {"step": 0, "rest": 0}  # largest memory_allocated in training steps, and before and between them (validation), bytes
 attention = set()  # (tokens, documents, longest, heads) of the varlen calls in them
 documents = []  # (tokens, documents in them) of the training steps, counted on the host
 
@@ -170,16 +171,26 @@ def patch_varlen(module):
     torch.ops.aten._flash_attention_forward = counted
 
 
+def note_peak():
+    """Credit the peak since the last call to what has been running: steps, or the rest."""
+    import torch
+    what = "step" if clock[0] else "rest"
+    peaks[what] = max(peaks[what], torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+
+
 def patch_steps(module):
-    """The trainer's profiler is told of each step: note the counters there."""
+    """The trainer's profiler is told of each step: note counters and memory there."""
     before, stop = module.Profiler.before_step, module.Clock.stop
 
     def before_step(self, step):
         steps.append(counts())
+        note_peak()
         clock[0] = True
         before(self, step)
 
     def stopped(self):
+        note_peak()
         clock[0] = False
         stop(self)
 
@@ -216,7 +227,7 @@ def flash_blocks():
 
 def account():
     """What this process did on the device."""
-    import torch
+    note_peak()
     each = [{name: b[name] - a[name] for name in COUNTERS} for a, b in zip(steps, steps[1:])]
     flash = flash_blocks()
     dynamo = sys.modules.get("torch._dynamo.utils")
@@ -226,7 +237,7 @@ def account():
             "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
             "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
             "reserved_gib": round(ctypes.c_long.in_dll(library(), "nullcuda_peak").value / 2 ** 30, 3),
-            "peak_gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 3),
+            "peak_gib": round(max(peaks.values()) / 2 ** 30, 3), "step_peak_gib": round(peaks["step"] / 2 ** 30, 3),
             "collectives": f"{ctypes.c_uint64.in_dll(library(), 'nullcuda_collectives').value:016x}"}
 
 

@@ -135,7 +135,8 @@ def held(s):
     at_once = ranks_per_forward(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, at_once)
     yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer {mib(e.state)}; "
-           f"a forward of {at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; "
+           f"a forward of {at_once} logical rank{'s' if at_once > 1 else ''} keeps {mib(e.kept)}, "
+           f"and {mib(e.passing)} pass by; "
            f"together {mib(e.total)}")
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)

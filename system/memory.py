@@ -1,7 +1,7 @@
 """What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too small for it.
 
     estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and what the forward pass
-                                            keeps when it is not compiled; a compiled one keeps less
+                                            keeps when it is not compiled; by a rule when it is (kept_by_forward)
     fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it fits
 """
 
@@ -27,7 +27,7 @@ class Estimate(NamedTuple):
     gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
     state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
-    passing: int  # the largest that comes and goes next to it: gradients of the logits, or of a chunk of them, or of a block
+    passing: int  # the largest that comes and goes next to it: of the logits, or a chunk of them, or a block
 
     @property
     def total(self):
@@ -45,12 +45,13 @@ class Kept:
     """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told of."""
 
     def __init__(self, known=()):
-        self.known, self.storages = {t.untyped_storage()._cdata for t in known}, {}
+        self.known, self.storages, self.widths = {t.untyped_storage()._cdata for t in known}, {}, {}
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage  # held, so that no other one gets its place
+            self.widths[storage._cdata] = tensor.itemsize
         return tensor
 
     def __enter__(self):
@@ -61,15 +62,20 @@ class Kept:
     def __exit__(self, *error):
         self.hooks.__exit__(*error)
 
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.storages.values())
+    def bytes(self, widest=8):
+        """Of the storages whose numbers have no more than `widest` bytes."""
+        return sum(storage.nbytes() for key, storage in self.storages.items() if self.widths[key] <= widest)
 
 
-def kept_by_forward(s, at_once):
+def kept_by_forward(s, at_once, compiled=False):
     """Bytes that the forward pass of `at_once` logical ranks keeps for the backward pass.
 
+    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and computes the rest again
+    from it: norms, rotations, activations and float32 copies. Autograd keeps no block's output, which is only added to the
+    stream; Inductor keeps it to get the stream back.
     Triton kernels, which want a GPU, are counted as what they replace.
     """
+    from layers.primitives import dtype
     from model import without_values
     kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
     model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
@@ -79,7 +85,10 @@ def kept_by_forward(s, at_once):
     context = model.context(tokens, 0, shape.windows)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
-    return kept.bytes()
+    if not compiled or dtype(s.numerics.matmul).itemsize > 2:
+        return kept.bytes()
+    outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
+    return kept.bytes(widest=2) + outputs * tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
 
 
 def estimate(s, ranks, at_once, world=1):
@@ -98,14 +107,17 @@ def estimate(s, ranks, at_once, world=1):
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
                                     if bank.comm.name == "reduce-scatter")
     tokens = at_once * schedule.largest_shape(s).tokens_per_rank
-    logits = tokens * padded_vocab(s) * dtype(s.numerics.loss).itemsize
-    passing = logits
+    compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
+    logits = tokens * padded_vocab(s)
+    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # an operation of the backward pass reads one gradient, writes another
+    if compiled:  # all operations are one kernel, from the logits of the head's product to the gradient that it takes
+        passing = 2 * logits * dtype(s.numerics.matmul).itemsize
     if chunked(s):
         from kernels.cross_entropy import CHUNK
-        passing = 3 * 4 * min(CHUNK["cuda"], logits)
-    kept = kept_by_forward(s, at_once)
+        passing = 3 * 4 * min(CHUNK["cuda"], logits)  # three of a chunk, in float32
+    kept = kept_by_forward(s, at_once, compiled)
     if s.system.recompute == "on":  # one block at a time is there in full
-        whole = kept_by_forward(with_system(s, recompute="off"), at_once)
+        whole = kept_by_forward(with_system(s, recompute="off"), at_once, compiled)
         passing = max(passing, (whole - kept) // s.model.num_layers)
     return Estimate(parameters, parameters + sums, optimizer.state_bytes() + hooks, kept, passing)
 

@@ -64,6 +64,13 @@ def code() -> str:
     return digest.hexdigest()[:16]
 
 
+def commit() -> str:
+    """The commit of the checkout, with `-dirty` if a tracked file other than the table differs."""
+    tables = [f":!tests/nullcuda/table.{kind}" for kind in ("json", "md")]
+    changed = repository.line("status", "--porcelain", "--untracked-files=no", "--", ".", *tables)
+    return repository.line("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
 # ----- one row
 
 def shards() -> Path:
@@ -115,6 +122,12 @@ def from_log(events: list[dict]) -> dict:
     return found
 
 
+def reason(text: str) -> str:
+    """Why dynamo left a graph, in a line: what it says first, and its explanation."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join([*lines[:1], *(line for line in lines if line.startswith("Explanation"))])[:240]
+
+
 def from_reports(reported: list[dict], processes: int) -> dict:
     """What the processes of a run counted; of a step, the largest count over steps and processes."""
     if not reported:
@@ -123,7 +136,7 @@ def from_reports(reported: list[dict], processes: int) -> dict:
     found = {name: max((step[name] for step in steps), default=None)
              for name in ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "mallocs", "collectives", "replays")}
     found |= {"breaks": sum(sum(r["breaks"].values()) for r in reported), "graphs": max(r["graphs"] for r in reported),
-              "why_broken": sorted({x.splitlines()[0][:160] for r in reported for x in r["breaks"]}),
+              "why_broken": sorted({reason(x) for r in reported for x in r["breaks"]}),
               "generated": max(r["generated"] for r in reported), "peak_gib": max(r["peak_gib"] for r in reported),
               "step_peak_gib": max(r["step_peak_gib"] for r in reported),
               "grid": max((r["waste"] for r in reported if r["waste"]), default=None),
@@ -170,18 +183,26 @@ def markdown(table: dict) -> str:
              "that torch's allocator gave out at most in a step and in the run (with validation); estimate: of a step, by "
              "system/memory.py. grid / work: blocks of FlashAttention in training over those with "
              "work. Launches of a step: torch's kernels, cuBLAS products, Inductor's kernels, the project's Triton kernels. "
-             "generated: kernels that Inductor wrote in all. NCCL calls and replays of CUDA graphs of a step.", "",
+             "generated: kernels that Inductor wrote in all. NCCL calls and replays of CUDA graphs of a step. commit: at which the row "
+             "was run, + with changes.", "",
              "| row | " + " | ".join(title for _, title in COLUMNS) + " | outside the bounds | commit |",
              "|---|" + "---:|" * len(COLUMNS) + "---|---|"]
     for name, row in table["rows"].items():
         cells = ["" if row.get(key) is None else f"{row[key]:,}" for key, _ in COLUMNS]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(faults(row))} | {row['commit'][:9]} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {'; '.join(faults(row))} | {row['commit'][:9]}{'+' * row['commit'].endswith('dirty')} |")
     return "\n".join(lines) + "\n"
 
 
-def write(table: dict) -> None:
-    """table.json and table.md, in the order of rows()."""
-    order = {name: i for i, name in enumerate(rows())}
+def read() -> dict:
+    """The table so far."""
+    path = HERE / "table.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
+
+
+def write(name: str, row: dict) -> None:
+    """Add a row to table.json and table.md, in the order of rows(); another run may have added some."""
+    order, table = {name: i for i, name in enumerate(rows())}, read()
+    table["rows"][name] = row
     table["rows"] = {name: row for name, row in sorted(table["rows"].items(), key=lambda x: order.get(x[0], len(order)))}
     files.write(HERE / "table.json", files.json_text(table) + "\n")
     files.write(HERE / "table.md", markdown(table))
@@ -201,15 +222,12 @@ def main() -> int:
     if o.list:
         print("\n".join(wanted))
         return 0
-    path, version, commit = HERE / "table.json", code(), repository.code_version()
-    table = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"rows": {}}
-    data, bad = shards(), 0
+    version, data, bad = code(), shards(), 0
     for name, args in wanted.items():
-        row = table["rows"].get(name)
+        row = read()["rows"].get(name)
         if row is None or row["code"] != version or o.again:
-            row = {**measured(args, data), "code": version, "commit": commit}
-            table["rows"][name] = row
-            write(table)
+            row = {**measured(args, data), "code": version, "commit": commit()}
+            write(name, row)
         found = faults(row)
         bad += bool(found)
         print(f"{name}: {'; '.join(found) or 'ok'}", flush=True)

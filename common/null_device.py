@@ -1,7 +1,7 @@
 """The one place that asks for $SPEEDRUN_NULL_DEVICE, which only the tests in tests/nullcuda set.
 
-They run the CUDA path on a device that computes nothing and from which the host reads zeros. Checks of computed values cannot
-pass there and are left out: whether the GPU is alive (bench/report.py). Nothing else depends on the variable.
+They run the CUDA path on a device that computes nothing and from which the host reads zeros. A check of
+computed values cannot pass there and is left out: whether the GPU is alive (bench/report.py).
 """
 
 import os

@@ -7,6 +7,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from typing import NamedTuple
 
@@ -45,13 +46,13 @@ class Kept:
     """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told of."""
 
     def __init__(self, known=()):
-        self.known, self.storages, self.widths = {t.untyped_storage()._cdata for t in known}, {}, {}
+        self.known, self.storages, self.shapes = {t.untyped_storage()._cdata for t in known}, {}, {}
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage  # held, so that no other one gets its place
-            self.widths[storage._cdata] = tensor.itemsize
+            self.shapes[storage._cdata] = tensor.itemsize, tensor.numel()
         return tensor
 
     def __enter__(self):
@@ -62,17 +63,19 @@ class Kept:
     def __exit__(self, *error):
         self.hooks.__exit__(*error)
 
-    def bytes(self, widest=8):
-        """Of the storages whose numbers have no more than `widest` bytes."""
-        return sum(storage.nbytes() for key, storage in self.storages.items() if self.widths[key] <= widest)
+    def bytes(self, widest=8, largest=math.inf):
+        """Of the storages whose numbers have at most `widest` bytes, and of which fewer than `largest` are kept."""
+        shapes = ((storage, *self.shapes[key]) for key, storage in self.storages.items())
+        return sum(storage.nbytes() for storage, width, numel in shapes if width <= widest and numel < largest)
 
 
 def kept_by_forward(s, at_once, compiled=False):
     """Bytes that the forward pass of `at_once` logical ranks keeps for the backward pass.
 
-    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and computes the rest again
-    from it: norms, rotations, activations and float32 copies. Autograd keeps no block's output, which is only added to the
-    stream; Inductor keeps it to get the stream back.
+    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and computes
+    the rest again from it: norms, rotations and float32 copies. Autograd keeps no block's output, which is only
+    added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate() counts them
+    with their gradient, as what passes by. tests/nullcuda/table.md has the estimate next to the allocator's peak.
     Triton kernels, which want a GPU, are counted as what they replace.
     """
     from layers.primitives import dtype
@@ -88,7 +91,8 @@ def kept_by_forward(s, at_once, compiled=False):
     if not compiled or dtype(s.numerics.matmul).itemsize > 2:
         return kept.bytes()
     outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
-    return kept.bytes(widest=2) + outputs * tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
+    outputs *= tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
+    return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + outputs
 
 
 def estimate(s, ranks, at_once, world=1):
@@ -109,8 +113,8 @@ def estimate(s, ranks, at_once, world=1):
     tokens = at_once * schedule.largest_shape(s).tokens_per_rank
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
     logits = tokens * padded_vocab(s)
-    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # an operation of the backward pass reads one gradient, writes another
-    if compiled:  # all operations are one kernel, from the logits of the head's product to the gradient that it takes
+    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads, and that it writes
+    if compiled:  # one kernel, from the logits of the head's product to the gradient that it takes
         passing = 2 * logits * dtype(s.numerics.matmul).itemsize
     if chunked(s):
         from kernels.cross_entropy import CHUNK

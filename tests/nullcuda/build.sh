@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Makes the null device, once: a venv with a CUDA build of torch (5 GB), and the shared library of this folder's C files.
-# Prints the folder of the library; the venv lies next to it. Needs a C compiler, nm and a Python from 3.11 to 3.14.
+# Makes the null device, once: a venv with a CUDA build of torch (5 GB), and the shared library of this
+# folder's C files.
+# Prints the folder of the library; the venv lies next to it. Needs a C compiler, nm and a Python from 3.11 to
+# 3.14.
 # $NULLCUDA_HOME: where; default ~/.cache/speedrun/nullcuda, so that checkouts share the 5 GB.
 set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -10,9 +12,11 @@ stop() {
     echo "error: $1" >&2
     exit 2
 }
-[ -n "$cc" ] || stop "the null device needs a C compiler, and there is no gcc, clang or \$CC here (Debian, Ubuntu: apt install gcc)"
+[ -n "$cc" ] ||
+    stop "the null device needs a C compiler: install gcc, or set CC (Debian, Ubuntu: apt install gcc)"
 command -v nm > /dev/null || stop "the null device needs nm (Debian, Ubuntu: apt install binutils)"
-[ "$(uname -sm)" = "Linux x86_64" ] || stop "the null device stands on torch's CUDA wheels for Linux x86_64, and this is $(uname -sm)"
+[ "$(uname -sm)" = "Linux x86_64" ] ||
+    stop "the null device needs torch's wheels for Linux x86_64, not $(uname -sm)"
 mkdir -p "$home"
 exec 9> "$home/lock"
 flock 9  # two runs at once: the second waits for the first one's packages
@@ -23,8 +27,9 @@ if [ ! -e "$home/venv/installed" ]; then
     rm -rf "$home/venv"
     "$python" -m venv "$home/venv" || stop "$python cannot make a venv: set SPEEDRUN_PYTHON to one that can"
     # pip's default index: local settings often lead to CPU builds
-    env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null "$home/venv/bin/python" -m pip install -q \
-        --only-binary :all: -r "$here/requirements.txt" >&2 || stop "pip could not install tests/nullcuda/requirements.txt"
+    env -u PIP_FIND_LINKS -u PIP_EXTRA_INDEX_URL PIP_CONFIG_FILE=/dev/null "$home/venv/bin/python" -m pip \
+        install -q --only-binary :all: -r "$here/requirements.txt" >&2 ||
+        stop "pip could not install tests/nullcuda/requirements.txt"
     touch "$home/venv/installed"
 fi
 
@@ -37,7 +42,7 @@ if [ ! -e "$to/libcuda.so.1" ]; then
     include=$(find "$packages/nvidia" -name cuda_runtime_api.h -printf '%h\n' | head -1)
     nccl=$(find "$packages/nvidia" -name nccl.h -printf '%h\n' | head -1)
     headers=$packages/triton/backends/nvidia/include  # crt/, which the wheel of the runtime lacks
-    flags=(-O1 -fPIC -Wall -Wno-unused-parameter -fvisibility=default -D__dv\(x\)= -I"$include" -I"$nccl" -I"$headers")
+    flags=(-O1 -fPIC -Wall -I"$include" -I"$nccl" -I"$headers")
     for name in runtime libraries; do
         "$cc" "${flags[@]}" -c -o "$part/$name.o" "$here/$name.c"
     done

@@ -28,5 +28,6 @@ extern long nullcuda_count[COUNTERS];
 // Counts one event, or puts it into the graph that `stream` records.
 void nullcuda_note(enum counter what, cudaStream_t stream);
 
-// cudaSuccess, or the error of a call that must not happen while a stream records. stream: NULL for the whole device.
+// cudaSuccess, or the error of a call that must not happen while a stream records. stream: NULL for the whole
+// device.
 cudaError_t nullcuda_wait(cudaStream_t stream);

@@ -1,14 +1,17 @@
-// cuBLAS, NCCL and the driver, as far as a caller looks at what they return; every other function comes from stubs.sh.
+// cuBLAS, NCCL and the driver, as far as a caller looks at what they return; every other function comes from
+// stubs.sh.
 #include "device.h"
 #include <cuda.h>
-#define __CUDA_FP16_H__  // nccl.h includes number types of CUDA that no function here has, and that need more headers
+// nccl.h includes number types of CUDA that no function here has, and that need more headers
+#define __CUDA_FP16_H__
 #define __CUDA_BF16_H__
 #define __CUDA_FP8_H__
 #include <nccl.h>
 #include <stdlib.h>
 #include <string.h>
 
-// ----- cuBLAS, whose headers want a part of CUDA that is no wheel: handles are pointers, statuses and modes are integers
+// ----- cuBLAS, whose headers want a part of CUDA that is no wheel: handles are pointers, statuses and modes
+// are integers
 
 typedef void *handle_t;
 
@@ -27,14 +30,16 @@ int nullcuda_gemm(void) {
     return 0;
 }
 
-EXPORT int cublasLtMatmul(handle_t handle, void *description, const void *alpha, const void *a, void *a_layout, const void *b,
-                          void *b_layout, const void *beta, const void *c, void *c_layout, void *d, void *d_layout,
-                          const void *algorithm, void *workspace, size_t bytes, cudaStream_t stream) {
+EXPORT int cublasLtMatmul(handle_t handle, void *description, const void *alpha, const void *a,
+                          void *a_layout, const void *b, void *b_layout, const void *beta, const void *c,
+                          void *c_layout, void *d, void *d_layout, const void *algorithm, void *workspace,
+                          size_t bytes, cudaStream_t stream) {
     nullcuda_note(GEMMS, stream);
     return 0;
 }
 
-EXPORT int cublasLtMatmulAlgoGetHeuristic(handle_t handle, void *description, void *a, void *b, void *c, void *d,
+EXPORT int cublasLtMatmulAlgoGetHeuristic(handle_t handle, void *description, void *a, void *b, void *c,
+                                          void *d,
                                           void *preference, int asked, void *results, int *found) {
     memset(results, 0, 96);  // the bytes of a cublasLtMatmulHeuristicResult_t
     *found = 1;
@@ -50,7 +55,8 @@ struct ncclComm { int rank, size; };
 static ncclResult_t collective(int kind, size_t count, ncclDataType_t type, int root, cudaStream_t stream) {
     const uint64_t call[4] = {kind, count, type, root};
     const unsigned char *bytes = (const unsigned char *)call;
-    for (size_t i = 0; i < sizeof call; i++) nullcuda_collectives = (nullcuda_collectives ^ bytes[i]) * 0x100000001b3UL;
+    for (size_t i = 0; i < sizeof call; i++)
+        nullcuda_collectives = (nullcuda_collectives ^ bytes[i]) * 0x100000001b3UL;
     nullcuda_note(COLLECTIVES, stream);
     return ncclSuccess;
 }
@@ -60,7 +66,8 @@ EXPORT ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { memset(id, 7, sizeof *id
 EXPORT const char *ncclGetErrorString(ncclResult_t result) { return "result of the null device"; }
 EXPORT const char *ncclGetLastError(ncclComm_t comm) { return ""; }
 
-EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id, int rank, ncclConfig_t *config) {
+EXPORT ncclResult_t ncclCommInitRankConfig(ncclComm_t *comm, int size, ncclUniqueId id, int rank,
+                                           ncclConfig_t *config) {
     *comm = calloc(1, sizeof **comm);
     (*comm)->rank = rank;
     (*comm)->size = size;
@@ -75,33 +82,42 @@ EXPORT ncclResult_t ncclCommDestroy(ncclComm_t comm) { free(comm); return ncclSu
 EXPORT ncclResult_t ncclCommAbort(ncclComm_t comm) { free(comm); return ncclSuccess; }
 EXPORT ncclResult_t ncclCommCount(ncclComm_t comm, int *size) { *size = comm->size; return ncclSuccess; }
 EXPORT ncclResult_t ncclCommUserRank(ncclComm_t comm, int *rank) { *rank = comm->rank; return ncclSuccess; }
-EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) { *error = ncclSuccess; return ncclSuccess; }
+EXPORT ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t *error) {
+    *error = ncclSuccess;
+    return ncclSuccess;
+}
 
-EXPORT ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+EXPORT ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
+                                  ncclComm_t comm,
                                   cudaStream_t s) {
     return collective(1, n, type, op, s);
 }
 
-EXPORT ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
+EXPORT ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type,
+                                      ncclRedOp_t op,
                                       ncclComm_t comm, cudaStream_t s) {
     return collective(2, n, type, op, s);
 }
 
-EXPORT ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm, cudaStream_t s) {
+EXPORT ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm,
+                                  cudaStream_t s) {
     return collective(3, n, type, 0, s);
 }
 
-EXPORT ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root, ncclComm_t comm,
+EXPORT ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root,
+                                  ncclComm_t comm,
                                   cudaStream_t s) {
     return collective(4, n, type, root, s);
 }
 
-EXPORT ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, int root,
+EXPORT ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op,
+                               int root,
                                ncclComm_t comm, cudaStream_t s) {
     return collective(5, n, type, root, s);
 }
 
-EXPORT ncclResult_t ncclAlltoAll(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm, cudaStream_t s) {
+EXPORT ncclResult_t ncclAlltoAll(const void *from, void *to, size_t n, ncclDataType_t type, ncclComm_t comm,
+                                 cudaStream_t s) {
     return collective(6, n, type, 0, s);
 }
 
@@ -111,7 +127,10 @@ EXPORT CUresult cuDriverGetVersion(int *version) { *version = 13000; return 0; }
 EXPORT CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = ordinal; return 0; }
 EXPORT CUresult cuDeviceGetCount(int *count) { return (CUresult)cudaGetDeviceCount(count); }
 EXPORT CUresult cuCtxGetCurrent(CUcontext *context) { *context = (CUcontext)16; return 0; }
-EXPORT CUresult cuGetErrorString(CUresult error, const char **text) { *text = "error of the null device"; return 0; }
+EXPORT CUresult cuGetErrorString(CUresult error, const char **text) {
+    *text = "error of the null device";
+    return 0;
+}
 
 EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
     *flags = 0;
@@ -119,4 +138,7 @@ EXPORT CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int
     return 0;
 }
 
-EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) { *context = (CUcontext)16; return 0; }
+EXPORT CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
+    *context = (CUcontext)16;
+    return 0;
+}

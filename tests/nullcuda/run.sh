@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
-# Runs a program on the null device: run.sh PROGRAM.py ARGS ..., or run.sh COMMAND ARGS ... (a shell script, say, whose Python
-# programs then run there too, by $SPEEDRUN_PYTHON). Makes the device first if it is missing (build.sh). The exit code is
-# the program's; each Python process that used the device prints one line at its end, or leaves a file (see README.md).
+# Runs a program on the null device: run.sh PROGRAM.py ARGS ..., or run.sh COMMAND ARGS ... (a shell script,
+# say, whose Python
+# programs then run there too, by $SPEEDRUN_PYTHON). Makes the device first if it is missing (build.sh). The
+# exit code is
+# the program's; each Python process that used the device prints one line at its end, or leaves a file (see
+# README.md).
 set -euo pipefail
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 if [ $# -eq 0 ]; then

@@ -1,4 +1,5 @@
-// libcudart of a device that computes nothing: memory is addresses only, reads give zeros, kernels are counted and not run.
+// libcudart of a device that computes nothing: memory is addresses only, reads give zeros, kernels are
+// counted and not run.
 #include "device.h"
 #include <pthread.h>
 #include <stdio.h>
@@ -74,7 +75,8 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
     case cudaDevAttrMaxBlocksPerMultiprocessor: *value = p.maxBlocksPerMultiProcessor; break;
     case cudaDevAttrMaxGridDimX: *value = p.maxGridSize[0]; break;
     case cudaDevAttrMaxGridDimY: case cudaDevAttrMaxGridDimZ: *value = p.maxGridSize[1]; break;
-    case cudaDevAttrMaxRegistersPerBlock: case cudaDevAttrMaxRegistersPerMultiprocessor: *value = p.regsPerBlock; break;
+    case cudaDevAttrMaxRegistersPerBlock:
+    case cudaDevAttrMaxRegistersPerMultiprocessor: *value = p.regsPerBlock; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = (int)p.sharedMemPerBlock; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = (int)p.sharedMemPerBlockOptin; break;
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = (int)p.sharedMemPerMultiprocessor; break;
@@ -85,7 +87,10 @@ EXPORT cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr attrib
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { *can = device != peer; return cudaSuccess; }
+EXPORT cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) {
+    *can = device != peer;
+    return cudaSuccess;
+}
 
 EXPORT cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
     snprintf(id, size, "0000:%02x:00.0", device + 1);
@@ -98,7 +103,8 @@ EXPORT cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return cudaSuccess;
 }
 
-static __thread cudaError_t last;  // of this thread's failed calls: how torch learns that a launch was refused
+// of this thread's failed calls: how torch learns that a launch was refused
+static __thread cudaError_t last;
 
 static cudaError_t fail(cudaError_t error) { return last = error; }
 
@@ -110,7 +116,9 @@ EXPORT cudaError_t cudaGetLastError(void) {
     return error;
 }
 
-EXPORT const char *cudaGetErrorName(cudaError_t error) { return error ? "cudaErrorOfTheNullDevice" : "cudaSuccess"; }
+EXPORT const char *cudaGetErrorName(cudaError_t error) {
+    return error ? "cudaErrorOfTheNullDevice" : "cudaSuccess";
+}
 
 EXPORT const char *cudaGetErrorString(cudaError_t error) {
     switch (error) {
@@ -123,7 +131,8 @@ EXPORT const char *cudaGetErrorString(cudaError_t error) {
     }
 }
 
-// ----- streams, events and graphs: a stream that records puts its counts into a graph, and a replay adds them
+// ----- streams, events and graphs: a stream that records puts its counts into a graph, and a replay adds
+// them
 
 struct CUgraph_st { long count[COUNTERS]; };
 struct record {
@@ -164,8 +173,8 @@ static cudaError_t forbidden(struct record *record) {
 // For calls that are unsafe next to a recording (cudaMalloc, cudaEventQuery), by the rules of capture modes.
 static cudaError_t unsafe(void) {
     struct record *record = active;
-    if (!record || thread_mode == cudaStreamCaptureModeRelaxed || record->mode == cudaStreamCaptureModeRelaxed)
-        return cudaSuccess;
+    const enum cudaStreamCaptureMode relaxed = cudaStreamCaptureModeRelaxed;
+    if (!record || thread_mode == relaxed || record->mode == relaxed) return cudaSuccess;
     int own = pthread_equal(record->thread, pthread_self());
     int all = record->mode == cudaStreamCaptureModeGlobal && thread_mode == cudaStreamCaptureModeGlobal;
     return own || all ? forbidden(record) : cudaSuccess;
@@ -192,7 +201,9 @@ EXPORT cudaError_t cudaStreamCreateWithPriority(cudaStream_t *s, unsigned flags,
 }
 
 EXPORT cudaError_t cudaStreamCreate(cudaStream_t *s) { return cudaStreamCreateWithPriority(s, 0, 0); }
-EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned f) { return cudaStreamCreateWithPriority(s, f, 0); }
+EXPORT cudaError_t cudaStreamCreateWithFlags(cudaStream_t *s, unsigned f) {
+    return cudaStreamCreateWithPriority(s, f, 0);
+}
 EXPORT cudaError_t cudaStreamDestroy(cudaStream_t s) { free(s); return cudaSuccess; }
 
 EXPORT cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) {
@@ -218,7 +229,9 @@ EXPORT cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t s) {
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) { return cudaEventRecord(e, s); }
+EXPORT cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) {
+    return cudaEventRecord(e, s);
+}
 
 static cudaError_t ask(cudaEvent_t event) {
     return event->record && !event->record->over ? forbidden(event->record) : unsafe();
@@ -231,7 +244,10 @@ EXPORT cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     return ask(event);
 }
 
-EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) { *ms = 1; return cudaSuccess; }
+EXPORT cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t start, cudaEvent_t end) {
+    *ms = 1;
+    return cudaSuccess;
+}
 
 EXPORT cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *mode) {
     enum cudaStreamCaptureMode before = thread_mode;
@@ -270,7 +286,8 @@ EXPORT cudaError_t cudaStreamIsCapturing(cudaStream_t s, enum cudaStreamCaptureS
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status, unsigned long long *id,
+EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatus *status,
+                                            unsigned long long *id,
                                             cudaGraph_t *graph, const cudaGraphNode_t **nodes,
                                             const cudaGraphEdgeData **edges, size_t *number) {
     struct record *record = recording(s);
@@ -282,7 +299,8 @@ EXPORT cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptu
     return cudaStreamIsCapturing(s, status);
 }
 
-EXPORT cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph, unsigned long long flags) {
+EXPORT cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *exec, cudaGraph_t graph,
+                                                 unsigned long long flags) {
     struct CUgraph_st *copy = malloc(sizeof *copy);
     *copy = *graph;
     *exec = (cudaGraphExec_t)copy;
@@ -310,12 +328,14 @@ EXPORT cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t function, voi
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t function, void *argument, unsigned flags) {
+EXPORT cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t function, void *argument,
+                                         unsigned flags) {
     function(s, cudaSuccess, argument);
     return cudaSuccess;
 }
 
-// ----- memory: address ranges that nobody can touch, so a host that reads the device without a copy stops there
+// ----- memory: address ranges that nobody can touch, so a host that reads the device without a copy stops
+// there
 
 static struct { char *start; size_t bytes; } regions[1 << 16];
 static int used;
@@ -370,7 +390,7 @@ EXPORT cudaError_t cudaMemGetInfo(size_t *free_bytes, size_t *total) {
     return cudaSuccess;
 }
 
-static struct { void *p; size_t bytes; } pinned[1 << 12];
+static struct { char *p; size_t bytes; } pinned[1 << 12];
 static int pins;
 
 static cudaError_t pin(void *p, size_t bytes) {
@@ -407,10 +427,10 @@ static enum cudaMemoryType type_of(const void *p) {
     enum cudaMemoryType type = cudaMemoryTypeUnregistered;
     const char *at = p;
     pthread_mutex_lock(&lock);
-    for (int i = 0; i < used && type == cudaMemoryTypeUnregistered; i++)
+    for (int i = 0; i < used; i++)
         if (at >= regions[i].start && at < regions[i].start + regions[i].bytes) type = cudaMemoryTypeDevice;
-    for (int i = 0; i < pins && type == cudaMemoryTypeUnregistered; i++)
-        if (at >= (char *)pinned[i].p && at < (char *)pinned[i].p + pinned[i].bytes) type = cudaMemoryTypeHost;
+    for (int i = 0; i < pins; i++)
+        if (at >= pinned[i].p && at < pinned[i].p + pinned[i].bytes) type = cudaMemoryTypeHost;
     pthread_mutex_unlock(&lock);
     return type;
 }
@@ -424,14 +444,16 @@ EXPORT cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, con
     return cudaSuccess;
 }
 
-// Copies of bytes that a graph does not hold: between host memories as they are, from the device zeros, to it nothing.
+// Copies of bytes that a graph does not hold: between host memories as they are, from the device zeros, to it
+// nothing.
 static void copy(void *to, const void *from, size_t bytes) {
     if (type_of(to) == cudaMemoryTypeDevice) return;
     if (type_of(from) == cudaMemoryTypeDevice) memset(to, 0, bytes);
     else memmove(to, from, bytes);
 }
 
-EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind, cudaStream_t s) {
+EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
+                                   cudaStream_t s) {
     if (type_of(to) != cudaMemoryTypeDevice && type_of(from) == cudaMemoryTypeDevice) nullcuda_note(READS, s);
     if (!recording(s)) copy(to, from, bytes);
     return cudaSuccess;
@@ -442,9 +464,11 @@ EXPORT cudaError_t cudaMemcpy(void *to, const void *from, size_t bytes, enum cud
     return error ? error : cudaMemcpyAsync(to, from, bytes, kind, NULL);
 }
 
-EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch, size_t width,
+EXPORT cudaError_t cudaMemcpy2DAsync(void *to, size_t to_pitch, const void *from, size_t from_pitch,
+                                     size_t width,
                                      size_t height, enum cudaMemcpyKind kind, cudaStream_t s) {
-    for (size_t i = 0; i < height; i++) copy((char *)to + i * to_pitch, (const char *)from + i * from_pitch, width);
+    for (size_t i = 0; i < height; i++) copy((char *)to + i * to_pitch, (const char *)from + i * from_pitch,
+                                             width);
     return cudaSuccess;
 }
 
@@ -471,8 +495,9 @@ static int named, room;
 
 EXPORT void **__cudaRegisterFatBinary(void *binary) { static void *handle; return &handle; }
 
-EXPORT void __cudaRegisterFunction(void **handle, const char *function, char *device_function, const char *device_name,
-                                   int limit, uint3 *thread, uint3 *block, dim3 *block_dim, dim3 *grid_dim, int *warp) {
+EXPORT void __cudaRegisterFunction(void **handle, const char *function, char *device_function,
+                                   const char *device_name, int limit, uint3 *thread, uint3 *block,
+                                   dim3 *block_dim, dim3 *grid_dim, int *warp) {
     pthread_mutex_lock(&lock);
     if (named == room) names = realloc(names, (room = room ? 2 * room : 1 << 14) * sizeof *names);
     names[named].function = function;
@@ -488,14 +513,21 @@ static const char *name_of(const void *function) {
 
 // Distinct launches: an open hash table, never emptied.
 #define LAUNCHES (1 << 15)
-static struct launch { const void *function; dim3 grid; unsigned threads; size_t shared; long count; } launches[LAUNCHES];
+static struct launch {
+    const void *function;
+    dim3 grid;
+    unsigned threads;
+    size_t shared;
+    long count;
+} launches[LAUNCHES];
 
 static void remember(const void *function, dim3 grid, dim3 block, size_t shared) {
-    uint64_t key = (uintptr_t)function * 0x9E3779B97F4A7C15UL ^ grid.x * 0x85EBCA6BUL ^ grid.y * 0xC2B2AE35UL ^ grid.z;
+    uint64_t key = (uintptr_t)function * 0x9E3779B97F4A7C15UL;
+    key ^= grid.x * 0x85EBCA6BUL ^ grid.y * 0xC2B2AE35UL ^ grid.z;
     pthread_mutex_lock(&lock);
     for (unsigned i = 0, at = key % LAUNCHES; i < LAUNCHES; i++, at = (at + 1) % LAUNCHES) {
         struct launch *l = &launches[at];
-        int same = l->function == function && l->grid.x == grid.x && l->grid.y == grid.y && l->grid.z == grid.z;
+        int same = l->function == function && !memcmp(&l->grid, &grid, sizeof grid);
         if (l->count && !same) continue;
         *l = (struct launch){function, grid, block.x * block.y * block.z, shared, l->count + 1};
         break;
@@ -503,13 +535,15 @@ static void remember(const void *function, dim3 grid, dim3 block, size_t shared)
     pthread_mutex_unlock(&lock);
 }
 
-// Writes "count x y z threads shared name" of each distinct launch. Returns 0, or 1 if the file cannot be written.
+// Writes "count x y z threads shared name" of each distinct launch. Returns 0, or 1 if the file cannot be
+// written.
 EXPORT int nullcuda_write_launches(const char *path) {
     FILE *file = fopen(path, "w");
     if (!file) return 1;
     for (int i = 0; i < LAUNCHES; i++) {
         struct launch *l = &launches[i];
-        if (l->count) fprintf(file, "%ld %u %u %u %u %zu %s\n", l->count, l->grid.x, l->grid.y, l->grid.z, l->threads, l->shared,
+        if (l->count) fprintf(file, "%ld %u %u %u %u %zu %s\n", l->count, l->grid.x, l->grid.y, l->grid.z,
+                              l->threads, l->shared,
                               name_of(l->function));
     }
     return fclose(file) != 0;
@@ -518,21 +552,24 @@ EXPORT int nullcuda_write_launches(const char *path) {
 static cudaError_t launch(const void *function, dim3 grid, dim3 block, size_t shared, cudaStream_t s) {
     remember(function, grid, block, shared);
     unsigned long threads = (unsigned long)block.x * block.y * block.z;
-    if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || !threads || threads > 1024 || shared > 232448) {
+    int empty = !grid.x || !grid.y || !grid.z || !threads;
+    if (empty || grid.y > 65535 || grid.z > 65535 || threads > 1024 || shared > 232448) {
         nullcuda_count[REFUSED]++;
-        fprintf(stderr, "null device: no device takes the launch of %s with grid %u x %u x %u, %lu threads, %zu bytes of "
-                "shared memory\n", name_of(function), grid.x, grid.y, grid.z, threads, shared);
+        fprintf(stderr, "null device: no device takes the launch of %s with grid %u x %u x %u, %lu threads, "
+                "%zu bytes of shared memory\n", name_of(function), grid.x, grid.y, grid.z, threads, shared);
         return fail(cudaErrorInvalidConfiguration);
     }
     nullcuda_note(KERNELS, s);
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaLaunchKernel(const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s) {
+EXPORT cudaError_t cudaLaunchKernel(const void *f, dim3 grid, dim3 block, void **args, size_t shared,
+                                    cudaStream_t s) {
     return launch(f, grid, block, shared, s);
 }
 
-EXPORT cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s) {
+EXPORT cudaError_t cudaLaunchCooperativeKernel(const void *f, dim3 grid, dim3 block, void **args,
+                                               size_t shared, cudaStream_t s) {
     return launch(f, grid, block, shared, s);
 }
 
@@ -540,16 +577,21 @@ EXPORT cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t *c, const void *
     return launch(f, c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
 }
 
-EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *f) { *kernel = (cudaKernel_t)f; return cudaSuccess; }
+EXPORT cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *f) {
+    *kernel = (cudaKernel_t)f;
+    return cudaSuccess;
+}
 
-EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 grid, dim3 block, void **args, size_t shared, cudaStream_t s) {
+EXPORT cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 grid, dim3 block, void **args, size_t shared,
+                                      cudaStream_t s) {
     return launch((const void *)f, grid, block, shared, s);
 }
 
 // f<<<grid, block, shared, stream>>>(...) is a push, and a pop in the function that then launches.
 static __thread struct { dim3 grid, block; size_t shared; cudaStream_t stream; } pushed;
 
-EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared, struct CUstream_st *stream) {
+EXPORT unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared,
+                                            struct CUstream_st *stream) {
     pushed.grid = grid;
     pushed.block = block;
     pushed.shared = shared;
@@ -574,13 +616,15 @@ EXPORT cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *a, const voi
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *f, int threads,
+EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *blocks, const void *f,
+                                                                          int threads,
                                                                           size_t shared, unsigned flags) {
     *blocks = 2;
     return cudaSuccess;
 }
 
-EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *f, int threads, size_t shared) {
+EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const void *f, int threads,
+                                                                 size_t shared) {
     *blocks = 2;
     return cudaSuccess;
 }
@@ -588,7 +632,8 @@ EXPORT cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, co
 static int nothing(void) { return 0; }  // any function of the driver that torch asks for by name
 
 EXPORT cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned version,
-                                                    unsigned long long flags, enum cudaDriverEntryPointQueryResult *found) {
+                                                    unsigned long long flags,
+                                                    enum cudaDriverEntryPointQueryResult *found) {
     *function = (void *)nothing;
     if (found) *found = cudaDriverEntryPointSuccess;
     return cudaSuccess;

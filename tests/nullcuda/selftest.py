@@ -1,4 +1,7 @@
-"""The null device itself: programs see a GPU, launches are counted, what must fail fails. tests/nullcuda/run.sh selftest.py"""
+"""The null device itself: programs see a GPU, launches are counted, what must fail fails.
+
+Run by tests/nullcuda/run.sh tests/nullcuda/selftest.py, and by tests/cuda.sh first.
+"""
 
 import ctypes
 import os
@@ -100,7 +103,8 @@ def an_impossible_launch_is_refused():
     class Dim3(ctypes.Structure):
         _fields_ = [("size", three)]
 
-    launched = runtime.cudaLaunchKernel(None, Dim3(three(1, 70000, 1)), Dim3(three(128, 1, 1)), None, ctypes.c_size_t(0), None)
+    launched = runtime.cudaLaunchKernel(None, Dim3(three(1, 70000, 1)), Dim3(three(128, 1, 1)), None,
+                                        ctypes.c_size_t(0), None)
     assert launched != 0 and nullcuda.counts()["refused"] == before + 1
     runtime.cudaGetLastError()
 

@@ -1,6 +1,7 @@
-"""The Python half of the null device: Inductor writes its kernels and launches none, launches are counted, and a report.
+"""The Python half of the null device: Inductor writes kernels and launches none; launches are counted.
 
-Nothing here imports torch: each patch is called with the module that it changes, right after that module's import.
+Each patch is called with the module that it changes, right after that module's import. Nothing here imports
+torch before the program does.
 """
 
 import atexit
@@ -10,7 +11,8 @@ import os
 import sys
 from collections import Counter
 
-COUNTERS = ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "mallocs", "frees", "collectives", "replays",
+COUNTERS = ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "mallocs", "frees", "collectives",
+            "replays",
             "refused")  # the order of device.h
 DEVICE = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 
@@ -19,7 +21,8 @@ generated = {}  # source of each kernel that Inductor wrote, by name
 own = Counter()  # launches of the project's Triton kernels, by name
 grids = {}  # largest grid of each of them
 clock = [False]  # whether training steps are running
-peaks = {"step": 0, "rest": 0}  # largest memory_allocated in training steps, and before and between them (validation), bytes
+# largest memory_allocated in training steps, and before and between them (validation), bytes
+peaks = {"step": 0, "rest": 0}
 attention = set()  # (tokens, documents, longest, heads) of the varlen calls in them
 documents = []  # (tokens, documents in them) of the training steps, counted on the host
 
@@ -46,10 +49,17 @@ def note(counter):
 
 def patches():
     """{module: function that changes it after its import}."""
-    return {"torch": patch_torch, "torch._inductor.async_compile": patch_inductor,
-            "torch._inductor.fx_passes.pad_mm": patch_padding, "torch.distributed.distributed_c10d": patch_objects,
-            "torch.nn.attention.varlen": patch_varlen, "triton.runtime.driver": patch_driver,
-            "triton.runtime.jit": patch_jit, "system.run": patch_steps, "data.batch": patch_batches}
+    return {
+        "torch": patch_torch,
+        "torch._inductor.async_compile": patch_inductor,
+        "torch._inductor.fx_passes.pad_mm": patch_padding,
+        "torch.distributed.distributed_c10d": patch_objects,
+        "torch.nn.attention.varlen": patch_varlen,
+        "triton.runtime.driver": patch_driver,
+        "triton.runtime.jit": patch_jit,
+        "system.run": patch_steps,
+        "data.batch": patch_batches,
+    }
 
 
 def patch_torch(module):
@@ -145,7 +155,7 @@ def patch_jit(module):
 
 
 def patch_objects(module):
-    """Collectives of Python objects go through gloo: NCCL's would choose a buffer by sizes that are compared on the device."""
+    """Collectives of Python objects go through gloo: over NCCL, torch compares their sizes on the device."""
     gather, groups = module.all_gather_object, []
 
     def all_gather_object(object_list, obj, group=None):
@@ -214,8 +224,8 @@ def patch_batches(module):
 def flash_blocks():
     """[(blocks, blocks that have work)] of the FlashAttention calls in training steps, forward.
 
-    A call starts ceil(longest / B) blocks of B = 128 tokens for each document and head. A document of n tokens needs
-    ceil(n / B) of them, so all together no more than tokens / B + documents.
+    A call starts ceil(longest / B) blocks of B = 128 tokens for each document and head. A document of n
+    tokens needs ceil(n / B) of them, so all together no more than tokens / B + documents.
     """
     share = max((found / tokens for tokens, found in documents), default=0)
     out = []
@@ -231,18 +241,29 @@ def account():
     each = [{name: b[name] - a[name] for name in COUNTERS} for a, b in zip(steps, steps[1:])]
     flash = flash_blocks()
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return {"argv": sys.argv, "total": counts(), "steps": each, "generated": len(generated), "own": dict(own),
-            "grids": {name: list(size) for name, size in grids.items()}, "attention": sorted(attention), "documents": documents[-1:],
-            "waste": max((round(a / b, 2) for a, b in flash), default=None), "blocks": max((a for a, _ in flash), default=None),
-            "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
-            "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
-            "reserved_gib": round(ctypes.c_long.in_dll(library(), "nullcuda_peak").value / 2 ** 30, 3),
-            "peak_gib": round(max(peaks.values()) / 2 ** 30, 3), "step_peak_gib": round(peaks["step"] / 2 ** 30, 3),
-            "collectives": f"{ctypes.c_uint64.in_dll(library(), 'nullcuda_collectives').value:016x}"}
+    reserved = ctypes.c_long.in_dll(library(), "nullcuda_peak").value
+    return {
+        "argv": sys.argv,
+        "total": counts(),
+        "steps": each,
+        "generated": len(generated),
+        "own": dict(own),
+        "grids": {name: list(size) for name, size in grids.items()},
+        "attention": sorted(attention),
+        "documents": documents[-1:],
+        "waste": max((round(a / b, 2) for a, b in flash), default=None),
+        "blocks": max((a for a, _ in flash), default=None),
+        "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
+        "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
+        "reserved_gib": round(reserved / 2 ** 30, 3),
+        "peak_gib": round(max(peaks.values()) / 2 ** 30, 3),
+        "step_peak_gib": round(peaks["step"] / 2 ** 30, 3),
+        "collectives": f"{ctypes.c_uint64.in_dll(library(), 'nullcuda_collectives').value:016x}",
+    }
 
 
 def report():
-    """At the end of a process that used the device: a line, or files in $NULLCUDA_REPORT; sources in $NULLCUDA_SOURCES."""
+    """At the end of a process: a line, or files in $NULLCUDA_REPORT; kernels in $NULLCUDA_SOURCES."""
     import torch
     if not torch.cuda.is_initialized():
         return
@@ -257,6 +278,6 @@ def report():
             json.dump(about, file, indent=1)
         library().nullcuda_write_launches(os.path.join(folder, f"{os.getpid()}.launches").encode())
         return
-    said = ", ".join(f"{value:,} {name}" for name, value in about["total"].items() if value)
-    print(f"null device: {said}; {about['generated']} kernels generated, {sum(about['breaks'].values())} graph breaks, peak "
-          f"{about['peak_gib']} GiB", file=sys.stderr)
+    said = [f"{value:,} {name}" for name, value in about["total"].items() if value]
+    said += [f"{about['generated']} kernels generated", f"{sum(about['breaks'].values())} graph breaks"]
+    print(f"null device: {', '.join(said)}, peak {about['peak_gib']} GiB", file=sys.stderr)

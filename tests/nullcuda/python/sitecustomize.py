@@ -1,4 +1,4 @@
-"""Loaded by each Python process on the null device (tests/nullcuda/run.sh): patches a module right after its import."""
+"""Python itself imports this on the null device (run.sh): it patches modules after their import."""
 
 import importlib.abc
 import importlib.machinery

@@ -1,7 +1,7 @@
 """What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too small for it.
 
-    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and what the forward pass
-                                            keeps when it is not compiled; by a rule when it is (kept_by_forward)
+    estimate(s, ranks=8, at_once=1)      -> Estimate, in bytes: exact for parameters, gradients, state and what
+                                            a forward pass keeps that is not compiled; a compiled one by a rule
     fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it fits
 """
 
@@ -28,7 +28,7 @@ class Estimate(NamedTuple):
     gradients: int  # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
     state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
-    passing: int  # the largest that comes and goes next to it: of the logits, or a chunk of them, or a block
+    passing: int  # largest that comes and goes next to it: of the logits, a chunk of them, or a block
 
     @property
     def total(self):
@@ -64,18 +64,18 @@ class Kept:
         self.hooks.__exit__(*error)
 
     def bytes(self, widest=8, largest=math.inf):
-        """Of the storages whose numbers have at most `widest` bytes, and of which fewer than `largest` are kept."""
-        shapes = ((storage, *self.shapes[key]) for key, storage in self.storages.items())
-        return sum(storage.nbytes() for storage, width, numel in shapes if width <= widest and numel < largest)
+        """Of the tensors that have fewer than `largest` numbers, of at most `widest` bytes each."""
+        chosen = (key for key, (width, numel) in self.shapes.items() if width <= widest and numel < largest)
+        return sum(self.storages[key].nbytes() for key in chosen)
 
 
 def kept_by_forward(s, at_once, compiled=False):
     """Bytes that the forward pass of `at_once` logical ranks keeps for the backward pass.
 
-    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and computes
-    the rest again from it: norms, rotations and float32 copies. Autograd keeps no block's output, which is only
-    added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate() counts them
-    with their gradient, as what passes by. tests/nullcuda/table.md has the estimate next to the allocator's peak.
+    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
+    computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
+    only added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate()
+    counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
     Triton kernels, which want a GPU, are counted as what they replace.
     """
     from layers.primitives import dtype
@@ -113,8 +113,8 @@ def estimate(s, ranks, at_once, world=1):
     tokens = at_once * schedule.largest_shape(s).tokens_per_rank
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
     logits = tokens * padded_vocab(s)
-    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads, and that it writes
-    if compiled:  # one kernel, from the logits of the head's product to the gradient that it takes
+    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads and writes
+    if compiled:  # one kernel, from the logits of the product to the gradient that it takes
         passing = 2 * logits * dtype(s.numerics.matmul).itemsize
     if chunked(s):
         from kernels.cross_entropy import CHUNK

@@ -18,6 +18,7 @@ import torch
 
 from common import files
 from common.errors import UserError
+from common.null_device import computes
 
 DEAD = 70  # exit code of a process that cannot use its GPU any more
 PROCESSES = 8  # after so many deaths the rest is given up
@@ -273,6 +274,6 @@ def alive():
     try:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        return 0.0 <= torch.rand(1, device="cuda").item() < 1.0
+        return 0.0 <= torch.rand(1, device="cuda").item() < 1.0 or not computes()
     except Exception:
         return False

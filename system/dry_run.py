@@ -213,7 +213,7 @@ def held(s):
     e = memory.estimate(s, LOGICAL_RANKS, microbatch)
     yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer "
            f"{mib(e.state)}; a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps "
-           f"{mib(e.kept)}, if not compiled, and {mib(e.passing)} pass by; together {mib(e.total)}")
+           f"{mib(e.kept)}, and {mib(e.passing)} pass by; together {mib(e.total)}")
     for card in CARDS if e.total > 2**30 else ():
         fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
         system = fitted.system

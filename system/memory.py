@@ -2,14 +2,14 @@
 small for it.
 
     estimate(s, ranks=8, microbatch=1)      -> Estimate, in bytes: exact for parameters, gradients, state and
-    what the forward pass
-                                            keeps when it is not compiled; a compiled one keeps less
-    fit(s, ranks, capacity)              -> the settings with whatever `system` left open chosen so that it
-    fits
+                                               what an eager forward pass keeps; a compiled one by a rule
+    fit(s, ranks, capacity)                 -> the settings with whatever `system` left open chosen so that it
+                                               fits
 """
 
 import contextlib
 import dataclasses
+import math
 import re
 from typing import NamedTuple
 
@@ -31,9 +31,7 @@ class Estimate(NamedTuple):
     gradients: int
     state: int  # of the optimizer and of hooks
     kept: int  # by a forward pass for the backward pass
-    # the largest that comes and goes next to it: gradients of the logits, or of a chunk of them, or of a
-    # block
-    passing: int
+    passing: int  # largest that comes and goes next to it: of the logits, a chunk of them, or a block
 
     @property
     def total(self):
@@ -54,12 +52,13 @@ class Kept:
     of."""
 
     def __init__(self, known=()):
-        self.known, self.storages = {t.untyped_storage()._cdata for t in known}, {}
+        self.known, self.storages, self.shapes = {t.untyped_storage()._cdata for t in known}, {}, {}
 
     def pack(self, tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage  # held, so that no other one gets its place
+            self.shapes[storage._cdata] = tensor.itemsize, tensor.numel()
         return tensor
 
     def __enter__(self):
@@ -70,15 +69,22 @@ class Kept:
     def __exit__(self, *error):
         self.hooks.__exit__(*error)
 
-    def bytes(self):
-        return sum(storage.nbytes() for storage in self.storages.values())
+    def bytes(self, widest=8, largest=math.inf):
+        """Of the tensors that have fewer than `largest` numbers, of at most `widest` bytes each."""
+        chosen = (key for key, (width, numel) in self.shapes.items() if width <= widest and numel < largest)
+        return sum(self.storages[key].nbytes() for key in chosen)
 
 
-def kept_by_forward(s, microbatch):
+def kept_by_forward(s, microbatch, compiled=False):
     """Bytes that the forward pass of `microbatch` logical ranks keeps for the backward pass.
 
+    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
+    computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
+    only added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate()
+    counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
     Triton kernels, which want a GPU, are counted as what they replace.
     """
+    from layers.primitives import dtype
     from model import without_values
     kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
     model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
@@ -89,7 +95,11 @@ def kept_by_forward(s, microbatch):
     context = model.context(tokens, 0, shape.windows, tokens_per_rank=shape.tokens_per_rank)
     with Kept(model.parameters()) as kept:
         model(tokens, torch.empty_like(tokens), context).mean()
-    return kept.bytes()
+    if not compiled or dtype(s.numerics.matmul).itemsize > 2:
+        return kept.bytes()
+    outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
+    outputs *= tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
+    return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + outputs
 
 
 def estimate(s, ranks, microbatch, world=1):
@@ -108,14 +118,17 @@ def estimate(s, ranks, microbatch, world=1):
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
                                     if bank.comm.name == "reduce-scatter")
     tokens = microbatch * schedule.largest_shape(s).tokens_per_rank
-    logits = tokens * padded_vocab(s) * dtype(s.numerics.loss).itemsize
-    passing = logits
+    compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
+    logits = tokens * padded_vocab(s)
+    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads and writes
+    if compiled:  # one kernel, from the logits of the product to the gradient that it takes
+        passing = 2 * logits * dtype(s.numerics.matmul).itemsize
     if chunked(s):
         from kernels.cross_entropy import CHUNK
-        passing = 3 * 4 * min(CHUNK["cuda"], logits)
-    kept = kept_by_forward(s, microbatch)
+        passing = 3 * 4 * min(CHUNK["cuda"], logits)  # three of a chunk, in float32
+    kept = kept_by_forward(s, microbatch, compiled)
     if s.system.activation_checkpoint == "on":  # one block at a time is there in full
-        whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch)
+        whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch, compiled)
         passing = max(passing, (whole - kept) // s.model.num_layers)
     return Estimate(parameters, parameters + sums, optimizer.state_bytes() + hooks, kept, passing)
 

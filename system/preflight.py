@@ -150,7 +150,7 @@ def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
         model.update_yarn(shape.windows)
         # every token a document of its own
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
-        names |= set(model.context(rows, 0, shape.windows).backends())
+        names |= set(model.context(rows, 0, shape.windows, max_docs=shape.seq_len).backends())
     return ", ".join(sorted(names))
 
 

@@ -546,7 +546,7 @@ def test_logits_of_training_and_validation_have_their_own_dtypes():
     s = settings("numerics.loss=bfloat16", "numerics.softcap=bfloat16", precision="record")
     head = Head(s)
     with torch.no_grad():
-        head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     targets = torch.randint(BOS, (1, 8))
     for training, dtype in ((True, torch.bfloat16), (False, torch.float32)):

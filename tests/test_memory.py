@@ -59,15 +59,24 @@ def test_16_bit_gradients_of_several_forwards_are_counted_twice_over():
     assert halves.gradients - whole.gradients == 4 * tables > 0 and halves.kept < whole.kept
 
 
+def test_a_compiled_forward_keeps_less_and_so_more_ranks_fit():
+    eager, compiled = (
+        memory.estimate(settings("short/11", f"system.compile={on}", scale="small"), 8, 8)
+        for on in ("off", "on")
+    )
+    assert compiled.kept < 0.7 * eager.kept and compiled.passing < eager.passing
+    assert compiled._replace(kept=0, passing=0) == eager._replace(kept=0, passing=0)
+
+
 def test_a_share_of_the_optimizer_is_less_than_all_of_it():
     s = settings("short/33")
     assert memory.estimate(s, 2, 1, world=4).state < memory.estimate(s, 8, 1).state / 3
 
 
 def test_what_is_chosen_fits_and_gives_up_speed_in_order():
-    s = settings("short/11", scale="small")
+    s = settings("short/11", "system.compile=off", scale="small")
     chosen = []
-    for gib in (80, 24, 10, 7):
+    for gib in (90, 24, 10, 7):
         fitted, estimate = memory.fit(s, 8, gib * GIB)
         assert estimate.total <= memory.SHARE * gib * GIB
         assert estimate == memory.estimate(fitted, 8, fitted.system.ranks_per_microbatch)

@@ -189,8 +189,9 @@ def of_record_53():
     def losses(case):
         long, history, weights, model.tied, _ = CASES_53[case]
         model.zero_grad()
-        context = model.context(x, config["bos"], token_windows(long, long, history))
-        return model(x, y, context, target_weights=weights)
+        windows = token_windows(long, long, history)
+        model.update_yarn(windows)
+        return model(x, y, model.context(x, config["bos"], windows), target_weights=weights)
 
     return golden, model, losses
 

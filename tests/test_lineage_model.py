@@ -139,7 +139,7 @@ def test_backout_of_zero_is_off_and_otherwise_subtracts_the_stream():
 
     off.residual.start = start
     logits(off, x)
-    expected = on.head(on.norm(seen[10] - b * seen[7]), on.embed.weight)
+    expected = on.lm_head(on.norm(seen[10] - b * seen[7]), on.embed.weight)
     assert same(logits(on, x), expected) and not same(logits(on, x), logits(off, x))
     b.data.zero_()
     assert same(logits(on, x), logits(off, x))
@@ -162,7 +162,7 @@ def test_the_pairs_of_the_whole_u_net_are_the_u_net():
 def test_a_skip_gate_of_zero_is_off_and_otherwise_reads_the_embedding():
     (on, off), x = without("model.residual.unet_skips.gate", *LATE, *GATED), text()
     assert on.residual.skip_gate.shape == (1, 12) and not same(logits(on, x), logits(off, x))
-    x0 = on.embed(x, table=on.head.weight)
+    x0 = on.embed(x, table=on.lm_head.weight)
     weight = on.residual.start(x0).coefs["skip"][0]
     gate = 2 * torch.sigmoid(x0[..., :12] @ on.residual.skip_gate.T)
     assert same(weight, torch.sigmoid(on.residual.skip_weights.value) * gate)
@@ -513,7 +513,7 @@ def test_a_head_that_is_tied_at_first_is_the_tied_model_and_then_the_untied_one(
     untied = shared_state(built(*LATE, "model.head.untied=true"), model)
     with torch.no_grad():
         tied.embed.weight.copy_(model.lm_head.weight)
-    assert tied.head.weight is None and not untied.tied and not tied.tied
+    assert tied.lm_head.weight is None and not untied.tied and not tied.tied
     assert same(logits(model, x), logits(tied, x)) and not same(logits(model, x), logits(untied, x))
     for m in (model, tied):
         logits(m, x).square().sum().backward()
@@ -546,7 +546,7 @@ def test_logits_of_training_and_validation_have_their_own_dtypes():
     s = settings("numerics.loss=bfloat16", "numerics.softcap=bfloat16", precision="record")
     head = Head(s)
     with torch.no_grad():
-        lm_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        head.weight.normal_(generator=torch.Generator().manual_seed(0))
     x = torch.randn(1, 8, 48, generator=torch.Generator().manual_seed(1)).bfloat16()
     targets = torch.randint(BOS, (1, 8))
     for training, dtype in ((True, torch.bfloat16), (False, torch.float32)):
@@ -611,7 +611,7 @@ def test_a_checkpoint_of_a_shared_table_is_sampled_as_it_was_trained(tmp_path):
     (["model.residual.unet_skips.pairs=[[0, 7]]", "model.attn.drop_layers=[0]"], "neither attention nor MLP"),
     (["model.residual.backout={layer=12}"], "names layer 12"),
     (["model.embed.smear={channels=49}"], "between 1 and model.model_dim"),
-    (["model.attn.key_offset=true", "model.attn.rope={half=false}"], "needs model.attn.rope.half_truncated"),
+    (["model.attn.key_offset=true", "model.attn.rope={half_truncated=false}"], "needs model.attn.rope.half_truncated"),
     (["model.head.untied={tied_until=1.5}"], "must be at most 1"),
     (["model.head.untied={tied_until=0.5}", "model.embed.padded=false"], "one size"),
     (["model.head.untied={tied_until=0.5}", "numerics.head=bfloat16"], "one dtype"),

@@ -199,6 +199,7 @@ def test_10_smear_and_key_offset_look_over_the_border_of_documents():
         x = torch.full((1, 24), 7)
         x[0, 11], x[0, 12] = before, 1256  # the last token of a document, and the first of the next
         windows = schedule.windows(model.settings, model.settings.schedule.steps - 1)
+        model.update_yarn(windows)
         return model(x, context=model.context(x, 1256, windows))[0, 12:]
 
     both = ["model.embed.smear", "model.attn.key_offset"]

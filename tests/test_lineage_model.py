@@ -163,7 +163,7 @@ def test_a_skip_gate_of_zero_is_off_and_otherwise_reads_the_embedding():
     (on, off), x = without("model.residual.unet_skips.gate", *LATE, *GATED), text()
     assert on.residual.skip_gate.shape == (1, 12) and not same(logits(on, x), logits(off, x))
     x0 = on.embed(x, table=on.lm_head.weight)
-    weight = on.residual.start(x0).coefs["skip"][0]
+    weight = on.residual.start(x0).coefs["skip_weights"][0]
     gate = 2 * torch.sigmoid(x0[..., :12] @ on.residual.skip_gate.T)
     assert same(weight, torch.sigmoid(on.residual.skip_weights.value) * gate)
     on.residual.skip_gate.data.zero_()
@@ -363,7 +363,7 @@ def test_step_0_losses_of_a_random_tied_head_are_near_the_logged_ones(cap, shift
         *LATE, "model.init.head_std=0.005", f"model.head.softcap.cap={cap}",
         f"model.head.softcap.shift={shift}", scramble=False)
     z = torch.linspace(-1e-4, 1e-4, 3, dtype=torch.float64, requires_grad=True)
-    slope, = torch.autograd.grad(bounded(z, model.head.softcap)[1], z)
+    slope, = torch.autograd.grad(bounded(z, model.lm_head.softcap)[1], z)
     expected = math.log(50304) + slope[1].item() ** 2 * 768 * 0.005 ** 2 / 2
     assert all(abs(expected - loss) < 0.0035 for loss in logged)
     x = torch.randn(1, 500, 48, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -35,7 +35,8 @@ def test_the_plan_has_the_size_the_tokens_and_the_validations_of_the_log():
 
 def test_the_first_loss_is_that_of_the_log():
     """Tied, with projections of zero: a token's own logit is norm(e) e, sqrt(1536) times |e| = sqrt(1/3)."""
-    few = ["model.num_layers=1", "model.vocab_size=1257", "data.tokens_per_rank=1024", "system.precision=float32"]
+    few = ["model.num_layers=1", "model.vocab_size=1257", "data.tokens_per_rank=1024",
+           "system.precision=float32"]
     s = deltas.resolve_name("scaleup-1.5b", sets=few).settings
     model = GPT(s)
     model.initialise(0)

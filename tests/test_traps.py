@@ -112,7 +112,8 @@ def test_4_adam_s_eps_rises_in_32_and_falls_in_57_which_nobody_announced():
     assert {group.eps for group in s.optim.groups().values() if group.rule == "adamw"} == {1e-10}
 
 
-SLOTS = {34: 72, 35: 72, 40: 64, 49: 48, 51: 48, 52: 51, 53: 51, 57: 51}  # of scalars in the original's vectors
+# numbers in the original's vectors of scalars
+SLOTS = {34: 72, 35: 72, 40: 64, 49: 48, 51: 48, 52: 51, 53: 51, 57: 51}
 COUNTED = {34: 271_025_004, 35: 268_665_636, 40: 268_665_628, 49: 268_665_612, 51: 230_032_140,
            52: 230_032_143, 53: 268_665_615, 57: 268_665_987}
 

@@ -443,3 +443,17 @@ def test_the_python_that_is_here_is_taken_if_it_can_train_on_a_gpu(tmp_path, see
     assert (
         shell("bash", "-c", script, cwd=tmp_path, PATH=path, SPEEDRUN_PYTHON="mine").stdout.strip() == "mine"
     )
+
+
+# ----- update rules
+
+def test_the_rows_of_the_update_rules_say_what_the_state_takes():
+    """Two moments of a parameter's dtype, or the dtype that is asked for; torch's AdamW has the same."""
+    optim = bench("optim")
+    found = {name: optim.measured(optim.rule_case(kind, sets, 1, 4, "cpu"), 1)
+             for name, (kind, sets) in optim.CASES.items() if kind == "table"}
+    found["torch"] = optim.measured(optim.torch_case({"foreach": True}, 4, "cpu"), 1)
+    assert {row["parameters"] for row in found.values()} == {4 * 768}
+    state = {name: row["state_bytes_per_parameter"] for name, row in found.items()}
+    assert state["AdamW"] == state["torch"] == state["AdamW, bfloat16, moments in float32"] == 8
+    assert state["AdamW, bfloat16"] == 4

@@ -449,7 +449,8 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
         ("Model.Attn.Rope", ["model.attn.rope"]),
         ("lr", ["optim.embed.lr", "optim.lm_head.lr", "optim.matrix.lr"]),
         ("model/attn/rope", ["model.attn.rope"]),
-        ("steps", ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"]),
+        ("steps",
+         ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"]),
         ("optim-muon-lr", ["optim.muon.lr"]), ("unet_skips", ["model.residual.unet_skips"]), ("qqqqqqqq", [])
     ],
 )

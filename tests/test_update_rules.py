@@ -221,6 +221,15 @@ def test_cautious_decay_of_muon_takes_the_base_rate_and_the_factors_of_the_updat
     assert np.abs(model.x.detach().numpy() - expected).max() < 1e-13
 
 
+def test_muon_decays_a_matrix_without_a_gradient_whole():
+    """Its mask is u p >= 0, also where AdamW's is strict: lr^2 weight_decay p in a step."""
+    s = settings("short/33", *MUON, "optim.adam.cautious_decay={strict=true}")
+    start = noise(12, 12)
+    model = Toy(x=(start, "matrix", "qkvo"))
+    update(Optimizer(model, s), model, {}, plan(lr_factor=0.5))
+    assert torch.allclose(model.x, start * (1 - (0.5 * s.optim.muon.lr) ** 2 * 1.2), rtol=1e-14, atol=0)
+
+
 @pytest.mark.feature("optim.adam.cautious_decay", "optim.adam.cautious_decay.strict",
                      "optim.scalar.decay_mul")
 @pytest.mark.parametrize("strict", [False, True])
@@ -262,6 +271,7 @@ def test_the_decay_of_records_43_to_47_joins_the_update_in_bfloat16():
     ([*ADAM, "optim.qkvo={decay_mul=2.0}"], "optim.qkvo.decay_mul is AdamW's"),
     (["optim.qkvo={adamw=true, lr_mul=2.0}"], "optim.qkvo.lr_mul is Muon's"),
     (["optim.muon.normuon={attn=\"mixed\"}", "optim.muon.split_qkv=false"], "is for separate q, k and v"),
+    ([*KEPT, "optim.muon=false"], "is that of Muon's matrices"),
     (["numerics.matrix_mantissa=true"], "numerics.matrix_mantissa needs numerics.matrix=bfloat16"),
     (["numerics.matrix=bfloat16", "numerics.matrix_mantissa=true", "system.comm=allreduce_updates"],
      "has no place for the lower bits")])
@@ -275,7 +285,7 @@ def test_settings_of_the_rules_that_mean_nothing_are_refused(sets, message):
                      "optim.router.beta1", "optim.router.beta2")
 @pytest.mark.parametrize("role", ["embed", "lm_head", "matrix", "scalar", "router"])
 def test_the_betas_of_a_group_replace_adam_s_and_a_label_s_replace_the_group_s(role):
-    """beta1 of the group with beta2 of optim.adam; a label of the group keeps the one that it does not set."""
+    """beta1 of the group with beta2 of optim.adam; a label keeps the one that it does not set."""
     plain = Optim()
     section = dataclasses.replace(getattr(plain, role), beta1=0.5)
     changed = dataclasses.replace(plain, **{role: section})

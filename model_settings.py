@@ -93,9 +93,9 @@ class MTP:
     end: tuple[tuple[float, ...], ...] = opt(
         ((1.0, 0.5),), "weights of the next tokens at the end of each stage", off=REFUSE, least=0)
     module: bool = opt(
-        False, "MTP module: the second next token is predicted by a module of its own, which sees the next one "
-               "(DeepSeek-V3, arXiv 2412.19437, section 2.2, at depth 1), within documents (off: by the same "
-               "logits as the next one)", off=False)
+        False, "MTP module: the second next token is predicted by a module of its own, which sees the next "
+               "one (DeepSeek-V3, arXiv 2412.19437, section 2.2, at depth 1), within documents (off: by the "
+               "same logits as the next one)", off=False)
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
@@ -107,11 +107,11 @@ class MTP:
             yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
                    f"and they have {sizes[0]} and {sizes[1]}")
         elif self.module and max(sizes[0]) > 2:
-            yield ("model.head.mtp.module predicts one token more than the model: give at most two weights per "
-                   "stage")
+            yield ("model.head.mtp.module predicts one token more than the model: give at most two weights "
+                   "per stage")
         if self.module and s.model.embed.learned_positions:
-            yield ("model.head.mtp.module embeds the next token, for which the position table has no row: set "
-                   "model.embed.learned_positions=false")
+            yield ("model.head.mtp.module embeds the next token, for which the position table has no row: "
+                   "set model.embed.learned_positions=false")
 
 
 def empty_layers(s: Any) -> set[int]:

@@ -385,9 +385,9 @@ class MoE:
 class MLP:
     """The feed-forward network of a block (MLP)."""
     activation: Literal["gelu_tanh", "gelu", "relu_sq", "swiglu"] = opt(
-        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668). swiglu: "
-                     "silu(V x) times W x, with a second matrix V and two thirds of the hidden width, so that "
-                     "the parameters stay as many (Shazeer, arXiv 2002.05202)")
+        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668). "
+                     "swiglu: silu(V x) times W x, with a second matrix V and two thirds of the hidden "
+                     "width, so that the parameters stay as many (Shazeer, arXiv 2002.05202)")
     expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
     moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
@@ -397,7 +397,8 @@ class MLP:
         if self.activation == "swiglu" and s.model.bias:
             yield "model.mlp.activation=swiglu has no bias vectors: set model.bias=false"
         if self.activation == "swiglu" and self.moe:
-            yield "model.mlp.activation=swiglu is for dense MLPs: choose another or add --without model.mlp.moe"
+            yield ("model.mlp.activation=swiglu is for dense MLPs: choose another or add --without "
+                   "model.mlp.moe")
 
 
 @dataclass(frozen=True)

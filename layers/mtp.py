@@ -9,10 +9,10 @@ from settings import Settings
 
 
 class MTPModule(nn.Module):
-    """Depth 1 of DeepSeek-V3's multi-token prediction (arXiv 2412.19437, section 2.2): from the stream h_t after
-    the last block and the embedding of token t + 1 to the stream that predicts token t + 2,
+    """Depth 1 of DeepSeek-V3's multi-token prediction (arXiv 2412.19437, section 2.2).
 
-        x_t = Block(M [norm(h_t); norm(e_(t+1))])
+    From the stream h_t after the last block and the embedding of token t + 1 to the stream that predicts
+    token t + 2: x_t = Block(M [norm(h_t); norm(e_(t+1))]).
 
     The embedding and the head are the model's. Training only: generation does not look at it.
     """
@@ -36,8 +36,7 @@ class MTPModule(nn.Module):
 
 
 def within_documents(documents: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
-    """(R, T) bool: whether the second next token of each token exists and belongs, as the next one, to the same
-    document as the token.
+    """(R, T) bool: whether the next two tokens of each token exist and belong to its document.
 
     documents: (R, T) number of each token's document; None: a row is one document. The token after the row,
     whose document it does not tell, is counted to the last one.

@@ -80,15 +80,15 @@ def turned(x, t, base):
 
 def by_the_paper(attn, s, x, scale):
     """DeepSeek-V2, arXiv 2405.04434, eq. 9-19, of one row x (T, D), by loops; plus QK norm and head gate."""
-    a, eps = s.model.attn, s.numerics.norm_eps
+    a, eps, qk_eps = s.model.attn, s.numerics.norm_eps, s.numerics.qk_norm_eps  # 2^-7 in record 8
     heads, dims = a.num_heads, a.latent
     order = a.qk_norm.order if a.qk_norm else None
 
     def placed(still, turning, t):
         if order == "before_rope":
-            still, turning = normed(torch.cat([still, turning]), eps).split([dims.still, dims.turning])
+            still, turning = normed(torch.cat([still, turning]), qk_eps).split([dims.still, dims.turning])
         whole = torch.cat([still, turned(turning, t, a.rope.base)])
-        return normed(whole, eps) if order == "after_rope" else whole
+        return normed(whole, qk_eps) if order == "after_rope" else whole
 
     c = [normed(attn.kv_down @ h, eps) for h in x]
     out = []

@@ -302,13 +302,28 @@ def test_qk_norm_has_an_eps_of_its_own():
 # ----- parameters and initial values
 
 @pytest.mark.parametrize("sets, original, padding", [
-    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),  # skips, a pair of layer 7, zeros behind the smear's
-    (LATE, 268_665_615, 2 + 4),  # a pair of layer 6, zeros at the end
+    # six skips, a pair of layer 7, zeros behind that of the smear; a pair of layer 6, zeros at the end
+    (["model.embed.smear=true"], 271_025_004, 6 + 2 + 11),
+    (LATE, 268_665_615, 2 + 4),
     ([*LATE, *GATED], 268_665_987, 2 + 4),
 ])
 def test_parameter_counts_of_records_34_53_and_55_are_the_originals(sets, original, padding):
     """But for the entries of the original's packed vector of scalars that nothing reads."""
     assert count_parameters(deltas.resolve("short/33", sets=sets).settings) == original - padding
+
+
+def test_coefficients_and_gates_of_record_55_begin_with_the_values_of_the_original():
+    model = built(*LATE, *GATED, scramble=False)
+    found = {
+        name: {round(x, 6) for x in p.flatten().tolist()} for name, p in model.named_parameters()
+        if p.role == "scalar" or "gate" in p.label}
+    gates = {name for name in found if "gate" in name}
+    assert len(gates) == 2 + 10 + 5 and all(found.pop(name) == {0.0} for name in gates)
+    assert found == {
+        "embed.smear.lam.value": {0.0}, "residual.x.value": {1.1}, "residual.x0.value": {0.0},
+        "residual.backout.value": {0.5}, "residual.skip.value": {-1.5}, "sa_lambdas.qkv.value": {0.5},
+        "sa_lambdas.o.value": {1.0}
+    }
 
 
 @pytest.mark.feature("model.init.qkv_bound")

@@ -300,7 +300,7 @@ def test_the_reference_has_the_bits_of_the_model(ref, scale):
     q, k = (random(2, 11, 3, 16, seed=i).to(getattr(torch, n.matmul)) for i in (0, 1))
     attn = next(block.attn for block in model.blocks if block.attn is not None)
     found = qk_rotary_reference(
-        q, k, model.rotaries[0].cos[:11], model.rotaries[0].sin[:11], order=attn.qk_norm, eps=n.norm_eps,
+        q, k, model.rotaries[0].cos[:11], model.rotaries[0].sin[:11], order=attn.qk_norm, eps=attn.qk_eps,
         norm_dtype=getattr(torch, n.norm), math_dtype=getattr(torch, n.rope_math)
     )
     assert torch.equal(found[0], attn.apply_rotary(q, model.rotaries[0], 0)) and torch.equal(

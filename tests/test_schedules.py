@@ -169,7 +169,7 @@ def test_scales_keep_the_proportions_of_stages_and_extension(n):
     (57, ["model.attn.window.extension=10"], "must be at least the last stage, 11 blocks"),
     (34, ["model.attn.window.final_long=20"], "switch model.attn.window.final_last_layer off"),
     (34, ["model.attn.window.extension=13"], "needs schedule.extension_steps: set it too"),
-    (57, ["model.attn.window.growth=constant", "model.attn.window.stages=[]",
+    (57, ["model.attn.window.growth=constant", "model.attn.window.start=128", "model.attn.window.stages=[]",
           "model.attn.window.final_long=false", "model.attn.rope.yarn=false"],
      "model.attn.window.extension needs model.attn.window.growth=stages"),
     (34, ["schedule.lr_spans_extension=true"], "needs schedule.extension_steps: set it too"),

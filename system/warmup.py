@@ -89,7 +89,7 @@ def warmup_steps(run: Run) -> list[int]:
 
 
 def warmup_validations(run: Run) -> list[int]:
-    """Steps of one validation for each graph that a validation will need: each window, and a head that is tied
+    """Steps of one validation for each graph that validations need: each window, with a head that is tied
     or not; not compiled, of the first and the last."""
     n = len(run.plans)
     first = {}

@@ -37,7 +37,8 @@ from layers.smear import Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
-from settings import LOGICAL_RANKS, Settings, padded_vocab, table_rows
+from model_settings import padded_vocab, table_rows
+from settings import LOGICAL_RANKS, Settings
 
 
 # ----- embedding --------------------------------------------------------------------------------------------
@@ -197,7 +198,7 @@ class Head(nn.Module):
 
 
 def bounded(z, softcap):
-    """Logits z under a soft cap (settings.Softcap), elementwise."""
+    """Logits z under a soft cap (model_settings.Softcap), elementwise."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
     if softcap.shift:

@@ -1,14 +1,17 @@
-"""Sections of settings.Model that records 34 to 57 add, and checks that several sections of the model share.
+"""What a model is: the sections of settings.Model, with the widths that follow from them.
 
-In `check(self, s)`, s is the whole Settings.
+Sections that refer to others stand behind them. In `check(self, s)`, s is the whole Settings.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from declare import REFUSE, opt
 
+
+# ----- parts of records 34 to 57 ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Smear:
@@ -113,6 +116,563 @@ class MTP:
             yield ("model.head.mtp.module embeds the next token, for which the position table has no row: "
                    "set model.embed.learned_positions=false")
 
+
+# ----- parts of records 1 to 33, and the whole --------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Embed:
+    """From token ids to the residual stream."""
+    padded: bool = opt(True, "padded embedding tables: they have rows for the padded vocabulary (off: only "
+                             "vocab_size rows)", off=REFUSE)
+    learned_positions: bool = opt(True, "learned position embedding, added to the token embedding (GPT-2)",
+                                  off=False)
+    norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
+    smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous one, "
+                                    "before the norm")
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.learned_positions and s.validation.seq_len > s.data.seq_len:
+            yield (f"validation.seq_len = {s.validation.seq_len} is longer than the learned positions "
+                   f"(data.seq_len = {s.data.seq_len}): set model.embed.learned_positions=false or "
+                   "shorten it")
+
+
+@dataclass(frozen=True)
+class Yarn:
+    """YaRN (Peng et al., arXiv 2309.00071), applied each time the long window changes, from a to b blocks
+    (record 31).
+
+    A channel pair that makes r turns within the old window keeps its frequency f if r >= beta, gets f a/b if
+    r <= alpha, and a linear mix of the two in between. The attention scale is multiplied by 1 + gain ln(b/a).
+    """
+    alpha: float = opt(1.0, "lower threshold; pairs with at most this many turns get the frequency f a/b",
+                       shrink="turns", least=0)
+    beta: float = opt(32.0, "upper threshold; pairs with at least this many turns keep their frequency",
+                      shrink="turns")
+    gain: float = opt(0.2, "growth of the attention scale, per factor e by which the window grows", off=0.0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.beta <= self.alpha:
+            yield (f"model.attn.rope.yarn.beta = {self.beta}: must be greater than "
+                   f"model.attn.rope.yarn.alpha = {self.alpha}")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (Su et al., arXiv 2104.09864) of the channel pairs (j, j + head_dim/2)."""
+    base: float = opt(10000.0, "base of the frequencies base^(-2j/head_dim)", above=0)
+    half_truncated: bool = opt(False, "half-truncated rotary embedding (@YouJiacheng): the first half of the "
+                                      "pairs rotates with frequencies base^(-j/(head_dim/4 - 1)), the other "
+                                      "half does not rotate", off=False)
+    yarn: Yarn | None = opt(None, "YaRN: adapt the rotary frequencies and the attention scale when the long "
+                                  "window grows", needs="model.attn.window.growth=stages")
+
+    def check(self, s: Any) -> Iterator[str]:
+        if rotary_dim(s) % 2:
+            path = "model.attn.latent.qk_rope_head_dim" if s.model.attn.latent else "model.attn.num_heads"
+            yield f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change {path}"
+        if self.half_truncated and head_dim(s) % 4:
+            yield (f"model.attn.rope.half_truncated needs a head_dim that is a multiple of 4, got "
+                   f"{head_dim(s)}: change model.attn.num_heads or add --without "
+                   "model.attn.rope.half_truncated")
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """QK norm (Henry et al., arXiv 2010.04245): RMS norm of each head's queries and keys, without gain."""
+    order: Literal["after_rope", "before_rope"] = opt(
+        "after_rope", "position of the norm relative to the rotation; both are equal in exact arithmetic "
+                      "and differ by rounding")
+
+
+@dataclass(frozen=True)
+class ValueResidual:
+    """Value residual (Zhou et al., arXiv 2410.17897): v <- (1 - lambda) v + lambda v1, v1 the first block's
+    values."""
+    init: float = opt(0.5, "initial lambda; the constant lambda if `learned` is off")
+    learned: bool = opt(True, "learned lambda, one scalar per block (off: the constant `init`)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if 0 in s.model.attn.drop_layers:
+            yield "model.attn.value_residual takes the values of block 0: keep attention there"
+
+
+@dataclass(frozen=True)
+class ValueEmbed:
+    """Value embeddings (record 14, @KoszarskyB): each value is mixed with a row, chosen by the token, of a
+    table."""
+    tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
+        "value table of each layer, by number; -1: the layer has none", off=REFUSE)
+    mix: Literal["lerp", "pair", "scaled", "sum"] = opt(
+        "lerp", "form of the mix of a value v and its embedding ve. lerp: (1 - b) v + b ve. pair: a v + b "
+                "ve, and a v in layers without a table. scaled: v + b ve. sum: v + ve")
+    init: float = opt(0.5, "initial a and b; the constants if `learned` is off",
+                      idle="model.attn.value_embed.mix=sum")
+    learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False,
+                        idle="model.attn.value_embed.mix=sum")
+    table_init: Literal["normal", "zero"] = opt(
+        "normal", "initial value tables. normal: N(0, 1). zero: zeros")
+    gate: ValueGate | None = opt(None, "gate on each head's value embedding")
+
+    def check(self, s: Any) -> Iterator[str]:
+        path, layers = "model.attn.value_embed.tables", s.model.num_layers
+        if len(self.tables) != layers:
+            yield (f"{path} has {len(self.tables)} entries for {layers} layers: give one per layer, -1 for "
+                   "none")
+        used = sorted({t for t in self.tables if t >= 0})
+        if min(self.tables) < -1 or used != list(range(len(used))):
+            yield f"{path} = {list(self.tables)}: number the tables 0, 1, ... without gaps"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sliding-window attention with a schedule for the window size w.
+
+    A rule says which keys k <= q the query at position q sees. `tokens`: q - k < w. `blocks`: q//block -
+    k//block < w/block (the tiles of FlexAttention, record 16). `tokens_blocks`: both (record 15).
+    `tokens_back`: q - k <= w (the left window of FlashAttention, record 29).
+    """
+    rule: Literal["tokens", "tokens_blocks", "blocks", "tokens_back"] = opt(
+        "tokens", "rule that says which keys are inside the window")
+    block: int = opt(128, "size of a block of tokens", unit="token", off=REFUSE, shrink="length", least=1)
+    growth: Literal["constant", "floor", "ceil", "stages"] = opt(
+        "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
+                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). stages: each "
+                    "entry of `stages` for one of schedule.stages, or for an equal share of the steps")
+    start: int = opt(1024, "window size at the first step", unit="token",
+                     idle="model.attn.window.growth=stages", shrink="length0")
+    end: int = opt(1024, "window size towards which the window grows", unit="token",
+                   idle="model.attn.window.growth=stages|constant", shrink="length0")
+    grain: int = opt(64, "step of the growth: the window grows by multiples of this", unit="token",
+                     idle="model.attn.window.growth=stages|constant", shrink="length", least=1)
+    stages: tuple[int, ...] = opt((), "window sizes of the stages, in growing order", unit="block",
+                                  needs="model.attn.window.growth=stages")
+    long_layers: tuple[int, ...] | None = opt(
+        None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
+              "of half as many blocks, at least one (off: every layer has the long window)")
+    extension: int | None = opt(None, "long window in the extension (record 42; off: the last stage's)",
+                                unit="block", needs="schedule.extension_steps")
+    final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
+                            needs="model.attn.window.growth=stages")
+    final_long: int | None = opt(None, "window of the layers with the long window in the final validation "
+                                       "(record 35); short windows and YaRN do not follow it", unit="block",
+                                 needs="model.attn.window.growth=stages", least=1)
+    final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)",
+                                       unit="block", needs="model.attn.window.final")
+
+    def check(self, s: Any) -> Iterator[str]:
+        path, last = "model.attn.window", s.model.num_layers - 1
+        yield from layer_faults(f"{path}.long_layers", self.long_layers or (), s)
+        yield from self.check_growth(path)
+        for name in ("extension", "final") if self.stages else ():
+            if (blocks := getattr(self, name)) is not None and blocks < self.stages[-1]:
+                yield f"{path}.{name} = {blocks}: must be at least the last stage, {self.stages[-1]} blocks"
+        if self.extension is not None and self.growth != "stages":
+            yield f"{path}.extension needs {path}.growth=stages: set it, or add --without {path}.extension"
+        if None not in (self.extension, self.final) and self.final < self.extension:
+            yield f"{path}.final = {self.final}: must be at least {path}.extension = {self.extension}"
+        if self.growth == "stages" and s.schedule.stages and len(self.stages) != len(s.schedule.stages):
+            yield (f"{path}.stages has {len(self.stages)} windows and schedule.stages has "
+                   f"{len(s.schedule.stages)}: give one window per stage, or leave schedule.stages empty")
+        if None not in (self.final_last_layer, self.final_long):
+            yield f"{path}.final_long is that of the last layer too: switch {path}.final_last_layer off"
+        if self.final_last_layer is None:
+            return
+        if self.final_last_layer < 1:
+            yield f"{path}.final_last_layer = {self.final_last_layer}: must be at least one block"
+        if last in s.model.attn.drop_layers or not (self.long_layers is None or last in self.long_layers):
+            yield (f"{path}.final_last_layer needs attention with the long window in layer {last}: add it to "
+                   f"{path}.long_layers")
+
+    def check_growth(self, path: str) -> Iterator[str]:
+        if self.growth == "stages":
+            if not self.stages or min(self.stages) < 1 or list(self.stages) != sorted(set(self.stages)):
+                yield (f"{path}.stages = {list(self.stages)}: must list growing windows of at least one "
+                       "block, like [3, 7, 11]")
+            return
+        if self.growth == "constant" and self.start < 1:
+            yield f"{path}.start = {self.start}: must be at least 1 token"
+        if self.growth != "constant" and not 0 <= self.start <= self.end:
+            yield f"{path}.start = {self.start} is beyond {path}.end = {self.end}: lower it"
+        name = "start" if self.growth == "constant" else "grain"
+        if self.rule == "blocks" and getattr(self, name) % self.block:
+            yield f"{path}.rule=blocks needs {path}.{name} in whole blocks of {self.block} tokens"
+
+
+@dataclass(frozen=True)
+class HeadGate:
+    """Attention gate (record 28, @classiclarryd): each head's output is multiplied by sigmoid(W n).
+
+    n is the first `channels` channels of the block's normalised input.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from channel_faults("model.attn.gate.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
+class Latent:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+    The keys and values of all heads are projected from one narrow latent per token, so generation needs to
+    cache only this latent and the rotary part of the keys, which all heads share.
+    """
+    kv_lora_rank: int = opt(256, "width of the RMS-normed latent of keys and values", unit="channel",
+                            off=REFUSE, shrink="width", least=1)
+    q_lora_rank: int | None = opt(None, "width of the RMS-normed latent of the queries (off: queries are "
+                                        "projected straight from the residual stream)", unit="channel",
+                                  shrink="width", least=1)
+    qk_nope_head_dim: int = opt(96, "channels of a head's query and key without rotation", unit="channel",
+                                off=REFUSE, shrink="width", least=1)
+    qk_rope_head_dim: int = opt(32, "channels of a head's query and key with rotation", unit="channel",
+                                off=REFUSE, shrink="width", least=1)
+    v_head_dim: int = opt(128, "width of a head's value", unit="channel", off=REFUSE, shrink="width", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        attn = s.model.attn
+        if s.model.bias:
+            yield "model.attn.latent has no bias vectors: set model.bias=false"
+        if attn.rope is None:
+            yield "model.attn.latent gives positions to its rotary part: it needs model.attn.rope"
+        elif attn.rope.half_truncated:
+            yield ("model.attn.latent says itself which channels rotate: add --without "
+                   "model.attn.rope.half_truncated")
+        if attn.value_embed is not None and attn.num_heads * self.v_head_dim != s.model.model_dim:
+            yield (f"model.attn.value_embed has {s.model.model_dim} channels, the values of "
+                   f"model.attn.latent have {attn.num_heads} x {self.v_head_dim}: change "
+                   "model.attn.latent.v_head_dim")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Causal self-attention."""
+    num_heads: int = opt(12, "attention heads; head_dim = model_dim / num_heads, unless model.attn.latent "
+                             "sets the widths", unit="head", least=1)
+    rope: Rope | None = opt(None, "rotary position embedding: queries and keys are rotated by their position")
+    qk_norm: QKNorm | None = opt(None, "QK norm: RMS norm of queries and keys per head")
+    depth_scale: bool = opt(False, "attention branch scaled by 1/sqrt(2 num_layers) before it is added to "
+                                   "the stream", off=False)
+    value_residual: ValueResidual | None = opt(
+        None, "value residual: mix the values with those of the first block")
+    value_embed: ValueEmbed | None = opt(None, "value embeddings: mix the values with rows of token tables")
+    document_mask: bool = opt(False, "document masking: a query sees only keys of its own document, which "
+                                 "begins with an end-of-text token", off=False)
+    window: Window | None = opt(None, "sliding window: a query sees only the most recent keys")
+    scale: float | None = opt(None, "softmax scale, which multiplies q.k (off: 1/sqrt of the width of a "
+                                    "query)", shrink="rsqrt_width", above=0)
+    gate: HeadGate | None = opt(None, "attention gate: a sigmoid gate on each head's output")
+    sa_lambdas: SALambdas | None = opt(None, "factors of the projections of attention, scalars per layer")
+    key_offset: bool = opt(
+        False, "partial key offset (record 49, @classiclarryd): in layers with the long window, the channels "
+               "of a key that do not rotate are those of the previous token in the row", off=False,
+        needs="model.attn.rope.half_truncated"
+    )
+    latent: Latent | None = opt(None, "multi-head latent attention: keys and values from one narrow latent "
+                                      "per token")
+    drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
+
+    def check(self, s: Any) -> Iterator[str]:
+        if s.model.model_dim % self.num_heads:
+            yield (f"model.model_dim = {s.model.model_dim} is not divisible by model.attn.num_heads = "
+                   f"{self.num_heads}: change one of them")
+        yield from layer_faults("model.attn.drop_layers", self.drop_layers, s)
+        if len(self.drop_layers) == s.model.num_layers:
+            yield "model.attn.drop_layers leaves no attention: leave one layer"
+        if self.value_residual and self.value_embed:
+            yield "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off"
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Load balancing without an auxiliary loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv
+    2412.19437).
+
+    A bias per expert is added to its score when experts are chosen, not to its gate. Once per step the biases
+    b are updated from the tokens per expert c of the whole batch.
+    """
+    rule: Literal["sign", "proportional", "quantile"] = opt(
+        "proportional", "update of the biases. sign: b += rate sign(mean c - c). proportional: b += rate "
+                        "(mean c - c) / mean c. quantile (J. Su, as in Marin): the bias on the logits with "
+                        "which each expert would have had an equal share of this batch")
+    rate: float = opt(1e-2, "step size of the bias for sigmoid scores. Softmax scores, whose mean is "
+                            "1/experts, get rate x 4/experts, because at equal logits a sigmoid rises by "
+                            "1/4 and a softmax by about 1/experts per unit of the logit",
+                      idle="model.mlp.moe.balance.rule=quantile", above=0, most=1, why=", the largest score")
+    freeze_frac: float = opt(0.0, "last fraction of the steps in which the biases do not change "
+                                  "(DeepSeek-V3: 0.5 of 14.8 T tokens, 0.034)", off=0.0, least=0, below=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        moe, path = s.model.mlp.moe, "model.mlp.moe"
+        if self.rule == "quantile" and moe.num_limited_groups != moe.num_expert_groups:
+            yield (f"{path}.balance.rule=quantile counts on every expert being open to every token, and "
+                   f"{path}.num_limited_groups = {moe.num_limited_groups} of {moe.num_expert_groups} groups: "
+                   "choose rule proportional or sign, or set num_expert_groups=1")
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section
+    2.1.2).
+
+    Every token goes through a shared MLP and through the top_k routed experts e with the best scores; no
+    token is dropped: y = shared(x) + sum_e g_e expert_e(x), g_e the gate.
+    """
+    num_experts: int = opt(8, "routed experts per layer", unit="expert", off=REFUSE, most=65536)
+    top_k: int = opt(1, "routed experts per token", unit="expert", off=REFUSE)
+    hidden: int = opt(1536, "hidden width of a routed expert", unit="channel", off=REFUSE, shrink="width")
+    shared: int = opt(1536, "hidden width of the shared expert; 0: none", unit="channel", off=REFUSE,
+                      shrink="width")
+    score_func: Literal["sigmoid", "softmax"] = opt(
+        "sigmoid", "scoring function of the router's logits. sigmoid: of each logit. softmax: over the "
+                   "experts")
+    route_norm: bool = opt(False, "normalised gates: a token's gates are divided by their sum (not with "
+                                  "top_k 1, where the router would get no gradient)", off=False)
+    route_scale: float = opt(1.0, "factor of the gates", above=0, most=1_000_000)
+    num_expert_groups: int = opt(1, "groups of experts; a token may choose only from its best "
+                                    "`num_limited_groups` groups (a group's score is the sum of its two best "
+                                    "experts')", off=1)
+    num_limited_groups: int = opt(1, "groups from which a token may choose", off=REFUSE)
+    balance: Balance | None = opt(None, "load balancing by a bias on the choice of experts")
+    seq_aux_loss: float = opt(0.0, "factor of the balance loss within each row (DeepSeek-V3, eq. 17)",
+                              off=0.0, least=0, most=1_000_000)
+    z_loss: float = opt(0.0, "factor of the router z-loss, the squared logsumexp of the router's logits "
+                             "(ST-MoE, arXiv 2202.08906)", off=0.0, least=0, most=1_000_000)
+    router_init: float = opt(1.0, "initial spread of the router: standard deviation of its weights times "
+                                  "sqrt(model_dim), which is that of its logits for a normed input", least=0)
+    dense_layers: tuple[int, ...] = opt((0,), "layers that keep a dense MLP", off=())
+
+    def check(self, s: Any) -> Iterator[str]:
+        path = "model.mlp.moe"
+        if s.model.bias:
+            yield f"{path} has no bias vectors: set model.bias=false"
+        if self.num_experts < 2 or not 1 <= self.top_k < self.num_experts:
+            yield (f"{path}.top_k = {self.top_k} of {path}.num_experts = {self.num_experts}: at least one "
+                   "must be chosen and one left")
+        if self.hidden < 1 or self.shared < 0:
+            yield (f"{path}.hidden = {self.hidden} and {path}.shared = {self.shared}: must be at least 1 and "
+                   "0")
+        if self.route_norm and self.top_k == 1:
+            yield (f"{path}.route_norm with top_k = 1 makes every gate the same number, and the router gets "
+                   "no gradient: switch it off")
+        yield from self.check_groups(path)
+        yield from layer_faults(f"{path}.dense_layers", self.dense_layers, s)
+        if not set(range(s.model.num_layers)) - set(self.dense_layers) - set(s.model.mlp.drop_layers):
+            yield f"{path}.dense_layers leaves no layer with experts: leave one"
+
+    def check_groups(self, path: str) -> Iterator[str]:
+        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+            yield (f"{path}.num_expert_groups = {self.num_expert_groups} does not divide {self.num_experts} "
+                   "experts")
+        each = self.num_experts // self.num_expert_groups
+        if not 1 <= self.num_limited_groups <= self.num_expert_groups:
+            yield (f"{path}.num_limited_groups = {self.num_limited_groups}: must lie between 1 and "
+                   f"num_expert_groups = {self.num_expert_groups}")
+        if self.top_k > self.num_limited_groups * each:
+            yield (f"{path}.num_limited_groups = {self.num_limited_groups} groups of {each} hold fewer than "
+                   f"top_k = {self.top_k} experts")
+        if self.num_expert_groups > 1 and each < 2:
+            yield f"{path}.num_expert_groups = {self.num_expert_groups}: a group needs two experts"
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The feed-forward network of a block (MLP)."""
+    activation: Literal["gelu_tanh", "gelu", "relu_sq", "swiglu"] = opt(
+        "gelu_tanh", "activation function; relu_sq is relu(x)^2 (So et al., Primer, arXiv 2109.08668). "
+                     "swiglu: silu(V x) times W x, with a second matrix V and two thirds of the hidden "
+                     "width, so that the parameters stay as many (Shazeer, arXiv 2002.05202)")
+    expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
+    drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
+    moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.mlp.drop_layers", self.drop_layers, s)
+        if self.activation == "swiglu" and s.model.bias:
+            yield "model.mlp.activation=swiglu has no bias vectors: set model.bias=false"
+        if self.activation == "swiglu" and self.moe:
+            yield ("model.mlp.activation=swiglu is for dense MLPs: choose another or add --without "
+                   "model.mlp.moe")
+
+
+@dataclass(frozen=True)
+class X0Mix:
+    """Embedding shortcut: at the entry of every block x <- a x + b x0, x0 the embedding, a and b per
+    block."""
+    x: float = opt(1.0, "initial a; the constant if `learned` is off")
+    x0: float = opt(0.0, "initial b; the constant if `learned` is off")
+    learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
+
+
+@dataclass(frozen=True)
+class UnetSkips:
+    """U-net skips: the outputs of the first half of the blocks are added, last first, before those of the
+    second half."""
+    init: float = opt(1.0, "initial skip weight; the constant if `learned` is off",
+                      idle="model.residual.unet_skips.sigmoid")
+    sigmoid: float | None = opt(None, "sigmoid skip weights (record 32): the weight is sigmoid(w), and this "
+                                      "value is the initial w")
+    learned: bool = opt(True, "learned weights, one scalar per skip (off: the constant `init`)", off=False)
+    pairs: tuple[tuple[int, int], ...] | None = opt(
+        None, "skips as pairs (layer whose output is added, layer before which it is added), record 45 (off: "
+              "all of the U-net)"
+    )
+    gate: SkipGate | None = opt(None, "gate on the weights of the skips")
+
+    def check(self, s: Any) -> Iterator[str]:
+        path = "model.residual.unet_skips"
+        if self.pairs is None:
+            if s.model.num_layers % 2:
+                yield (f"{path} needs an even model.num_layers, got {s.model.num_layers}: change it, give "
+                       f"{path}.pairs or add --without {path}")
+            return
+        if not self.pairs:
+            yield f"{path}.pairs is empty: give a skip like [[4, 7]] or add --without {path}"
+        for pair in self.pairs:
+            yield from layer_faults(f"{path}.pairs", pair, s)
+            if pair[0] >= pair[1]:
+                yield f"{path}.pairs: the skip {list(pair)} must lead to a later layer"
+            for layer in set(pair) & empty_layers(s):
+                yield (f"{path}.pairs: layer {layer} has neither attention nor MLP: choose another layer, or "
+                       "remove it from model.attn.drop_layers")
+
+
+@dataclass(frozen=True)
+class Residual:
+    """Wiring of the residual stream beyond the usual x + branch(x)."""
+    x0_mix: X0Mix | None = opt(None, "embedding shortcut: learned mix of the stream and the embedding at "
+                                     "every block entry")
+    unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
+    backout: Backout | None = opt(None, "backout: the stream after an earlier block is subtracted before the "
+                                        "final norm")
+
+
+@dataclass(frozen=True)
+class Untied:
+    """Untied head: the output head has a weight of its own in place of the token table's."""
+    init: Literal["linear", "zero"] = opt(
+        "linear", "initial head weight. linear: as any other linear layer. zero: zeros",
+        idle="model.init.head_std")
+    tied_until: float | None = opt(
+        None, "tied at first: fraction of the scheduled steps in which the embedding is the head's weight. "
+              "Then the table of the embedding takes over this weight and its optimizer state (record 53)",
+        above=0, most=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.tied_until is not None and s.numerics.head != s.numerics.table:
+            yield (f"model.head.untied.tied_until needs one dtype for both tables, and numerics.head is "
+                   f"{s.numerics.head}, numerics.table {s.numerics.table}: set one to the other")
+        if self.tied_until is not None and padded_vocab(s) != table_rows(s):
+            yield ("model.head.untied.tied_until needs tables of one size: set model.embed.padded=true")
+
+
+@dataclass(frozen=True)
+class Softcap:
+    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid((z + shift) / scale).
+
+    cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
+    """
+    form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
+    cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
+    scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
+    shift: float = opt(0.0, "added to the logits inside the sigmoid, which makes the cap asymmetric (record "
+                            "54)", off=0.0, needs="model.head.softcap.form=sigmoid")
+
+
+@dataclass(frozen=True)
+class Head:
+    """From the residual stream to logits and the loss."""
+    untied: Untied | None = opt(None, "untied head: a weight of its own")
+    softcap: Softcap | None = opt(None, "logit soft cap")
+    logit_scale: Literal["one", "rsqrt_dim"] = opt(
+        "one", "factor of the logits before the soft cap. one: 1. rsqrt_dim: 1/sqrt(model_dim)")
+    loss_reduction: Literal["mean", "sum"] = opt(
+        "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
+                "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
+                "up to eps")
+    mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
+
+
+@dataclass(frozen=True)
+class Init:
+    """Initial weights."""
+    scheme: Literal["gpt2", "uniform"] = opt(
+        "gpt2", "distribution of the initial weights. gpt2: N(0, 0.02), and N(0, 0.02/sqrt(2 num_layers)) "
+                "for the output projections. uniform: U(-bound/sqrt(fan_in), bound/sqrt(fan_in)), and N(0, "
+                "1) for embedding tables")
+    bound: float = opt(1.0, "half-width of the uniform scheme times sqrt(fan_in); the standard deviation is "
+                            "bound/sqrt(3 fan_in)", least=0)
+    zero_proj: bool = opt(False, "zero-initialised output projections of attention and MLP (as in muP)",
+                          off=False)
+    qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
+                                        "53; off: that of `bound`)",
+                                  needs="model.init.scheme=uniform", least=0)
+    head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
+                                       "distributed, which is also the token table if they are tied (record "
+                                       "51; off: by `scheme`)", least=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.qkv_bound is not None and s.model.attn.latent:
+            yield ("model.init.qkv_bound is of the projections q, k and v, which model.attn.latent replaces: "
+                   "switch one off")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model, a transformer (axis ml: what is computed)."""
+    num_layers: int = opt(12, "blocks of attention and MLP", unit="layer", off=REFUSE, least=1, most=1000)
+    model_dim: int = opt(768, "width of the residual stream", unit="channel", off=REFUSE, shrink="width",
+                         least=1, most=2 ** 17)
+    vocab_size: int = opt(50257, "token ids of the tokenizer", unit="token id", off=REFUSE, shrink="vocab",
+                          least=1, most=65536, why=", as shards hold 16-bit token ids")
+    pad_vocab_to: int = opt(1, "padding of the vocabulary to a multiple of this; the padding takes part in "
+                               "the softmax", off=1, least=1, most=65536)
+    norm: Literal["layernorm", "rmsnorm"] = opt(
+        "layernorm", "normalisation. layernorm: with gain and bias. rmsnorm: with neither (Zhang & "
+                     "Sennrich, arXiv 1910.07467)")
+    bias: bool = opt(True, "bias vectors in the linear layers", off=False)
+    embed: Embed = opt(Embed, "from token ids to the residual stream")
+    attn: Attention = opt(Attention, "self-attention")
+    mlp: MLP = opt(MLP, "feed-forward network of a block")
+    residual: Residual = opt(Residual, "wiring of the residual stream")
+    head: Head = opt(Head, "from the residual stream to logits and the loss")
+    init: Init = opt(Init, "initial weights")
+
+
+# ----- widths -----------------------------------------------------------------------------------------------
+
+def head_dim(s: Any) -> int:
+    """Channels of a head, without multi-head latent attention."""
+    return s.model.model_dim // s.model.attn.num_heads
+
+
+def query_dim(s: Any) -> int:
+    """Width of a head's query and key."""
+    latent = s.model.attn.latent
+    return latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else head_dim(s)
+
+
+def value_dim(s: Any) -> int:
+    """Width of a head's value."""
+    return s.model.attn.latent.v_head_dim if s.model.attn.latent else head_dim(s)
+
+
+def rotary_dim(s: Any) -> int:
+    """Channels of a head's query and key to which rotary positions apply."""
+    return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else head_dim(s)
+
+
+def padded_vocab(s: Any) -> int:
+    """Rows of the token table and classes of the softmax."""
+    return math.ceil(s.model.vocab_size / s.model.pad_vocab_to) * s.model.pad_vocab_to
+
+
+def table_rows(s: Any) -> int:
+    """Rows of the embedding tables."""
+    return padded_vocab(s) if s.model.embed.padded else s.model.vocab_size
+
+
+# ----- checks of several sections ---------------------------------------------------------------------------
 
 def empty_layers(s: Any) -> set[int]:
     """Layers with neither attention nor MLP, of which nothing is left in the model."""

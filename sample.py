@@ -38,7 +38,7 @@ from pathlib import Path
 
 from common import arguments, console
 from system_settings import System
-from settings import padded_vocab
+from model_settings import padded_vocab
 from common.errors import UserError
 
 END = "<|endoftext|>\n"  # how the end of a document is shown

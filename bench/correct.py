@@ -35,7 +35,7 @@ from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
 from optim import Optimizer
-from settings import Softcap
+from model_settings import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20, torch.float64: 2**-48}

@@ -30,7 +30,7 @@ from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
 from updates.adam import adamw_
 from system import dry_run as plan
-from settings import Softcap, head_dim
+from model_settings import Softcap, head_dim
 from steps import LANDMARKS
 
 DEVICE = torch.device("cuda")

@@ -33,7 +33,7 @@ from common import environment, files
 from evidence import arms, attempts, compare, manifest, verify, writeup
 from evidence.provenance import differing, last_ml
 from scales import SCALES
-from settings import padded_vocab
+from model_settings import padded_vocab
 from common.errors import UserError
 
 ALPHA = 0.01  # of a record

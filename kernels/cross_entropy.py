@@ -2,10 +2,10 @@
 
     losses = linear_cross_entropy(x, weight, targets, softcap=..., weights=(1.0, 0.5))
 
-    z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)   (settings.Softcap)
-    loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}])  +  w_p (logsumexp(c_t) - c_t[prefix_t])
-    dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t = sum of the
-    weights in loss_t
+    z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)
+    (model_settings.Softcap) loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}])  +  w_p (logsumexp(c_t) -
+    c_t[prefix_t]) dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t =
+    sum of the weights in loss_t
 
 One row of logits is scored against several targets (records 53 and 88). A term whose target lies past the end
 of its row, or is negative, is left out.
@@ -74,7 +74,7 @@ def linear_cross_entropy(
     """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets
     and loss_dtype.
 
-    softcap: has .form, .cap, .scale, .shift, as settings.Softcap; None: none.
+    softcap: has .form, .cap, .scale, .shift, as model_settings.Softcap; None: none.
     weights: of targets t, t+1, ... of the same row (nothing joins across R), floats or a tensor (n,): a
     tensor does not make torch.compile start again when values change.
     prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out.

@@ -20,9 +20,9 @@ class Router(nn.Module):
     """Which experts a token goes to, and with what gates; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
 
     Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see
-    settings.Balance), within the best groups if there are some; the gates are the chosen s, so that the bias
-    never gets a gradient. All in numerics.router, the bias in float32 at least. What the whole batch of a
-    step did is summed in `stats`, for balancing and the log, from the first forward of a step to `end_step`
+    model_settings.Balance), within the best groups if there are some; the gates are the chosen s, so that the
+    bias never gets a gradient. All in numerics.router, the bias in float32 at least. What the whole batch of
+    a step did is summed in `stats`, for balancing and the log, from the first forward of a step to `end_step`
     (system.hooks.RouterBalance).
     """
 
@@ -127,7 +127,8 @@ class Router(nn.Module):
             return
         mean = tokens_per_expert.mean()
         lack = mean - tokens_per_expert
-        rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)  # settings.Balance says why
+        # model_settings.Balance says why
+        rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)
         self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(
             self.bias.dtype
         )
@@ -150,7 +151,7 @@ def best(x, k):
 
 class MoE(nn.Module):
     """Mixture of experts: shared(x) + sum over the chosen experts of gate * W_down phi(W_up x)
-    (settings.MoE).
+    (model_settings.MoE).
 
     With system.expert_parallel a process holds its share of the experts, and rows travel to their expert and
     back.

@@ -4,7 +4,8 @@ torch here."""
 from dataclasses import dataclass
 from typing import Literal
 
-from settings import Settings, query_dim, rotary_dim, value_dim
+from model_settings import query_dim, rotary_dim, value_dim
+from settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ import schedule
 from common import files, lines
 from deltas import Resolved
 from layers.specs import layer_specs
-from settings import LOGICAL_RANKS, padded_vocab
+from model_settings import padded_vocab
+from settings import LOGICAL_RANKS
 from system import plan_plot, roofline
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 

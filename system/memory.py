@@ -17,7 +17,7 @@ import torch
 
 import schedule
 from system_settings import Kernels, recomputable
-from settings import padded_vocab
+from model_settings import padded_vocab
 from common.errors import UserError
 from system.microbatch import ranks_per_microbatch
 

@@ -15,7 +15,8 @@ from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from schedule import StepPlan, plan, shapes
 from system_settings import recomputable
-from settings import LOGICAL_RANKS, Settings, padded_vocab
+from model_settings import padded_vocab
+from settings import LOGICAL_RANKS, Settings
 from system import compiler
 from system.launch import launch
 from system.run import Run

@@ -20,7 +20,8 @@ from common import files
 from common.errors import UserError
 from deltas import Resolved
 from layers.specs import LayerSpec, layer_specs
-from settings import LOGICAL_RANKS, Settings, padded_vocab
+from model_settings import padded_vocab
+from settings import LOGICAL_RANKS, Settings
 from system.microbatch import ranks_per_microbatch
 
 ROOT = Path(__file__).parent.parent

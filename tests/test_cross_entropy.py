@@ -23,7 +23,7 @@ from kernels import fp8_linear as fp8_module
 from kernels.cross_entropy import label_matrix, linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from model import Head, bounded
-from settings import Softcap
+from model_settings import Softcap
 
 ROOT = Path(__file__).parent.parent
 EXACT = {"cap_dtype": torch.float64, "loss_dtype": torch.float64}

@@ -16,7 +16,7 @@ from golden_records import (
 from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
 from optim import Optimizer
-from settings import rotary_dim
+from model_settings import rotary_dim
 from schedule import Span, Windows
 from small_models import Toy, plan as step_plan, update
 from updates.adam import AdamW

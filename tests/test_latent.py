@@ -20,7 +20,7 @@ from layers.latent import LatentAttention
 from layers.specs import layer_specs
 from model import GPT, count_parameters
 from optim import Optimizer
-from settings import query_dim, value_dim
+from model_settings import query_dim, value_dim
 from common.errors import UserError
 
 BOS = 1256

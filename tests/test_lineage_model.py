@@ -20,7 +20,7 @@ from golden_records import RECORD_53
 from kernels.qk_rotary import qk_rotary_reference
 from layers.specs import layer_specs
 from model import GPT, Head, bounded, count_parameters
-from settings import Softcap
+from model_settings import Softcap
 
 BOS = 1256
 LATE = [f"{path}={value}" for path, value in RECORD_53.items()]
@@ -604,19 +604,28 @@ def test_a_checkpoint_of_a_shared_table_is_sampled_as_it_was_trained(tmp_path):
 
 # ----- refusals
 
-@pytest.mark.parametrize("sets, message", [
-    (["model.residual.unet_skips.pairs=[[7, 4]]"], "must lead to a later layer"),
-    (["model.residual.unet_skips.pairs=[[4, 12]]"], "names layer 12"),
-    (["model.residual.unet_skips.pairs=[]"], "is empty"),
-    (["model.residual.unet_skips.pairs=[[0, 7]]", "model.attn.drop_layers=[0]"], "neither attention nor MLP"),
-    (["model.residual.backout={layer=12}"], "names layer 12"),
-    (["model.embed.smear={channels=49}"], "between 1 and model.model_dim"),
-    (["model.attn.key_offset=true", "model.attn.rope={half_truncated=false}"], "needs model.attn.rope.half_truncated"),
-    (["model.head.untied={tied_until=1.5}"], "must be at most 1"),
-    (["model.head.untied={tied_until=0.5}", "model.embed.padded=false"], "one size"),
-    (["model.head.untied={tied_until=0.5}", "numerics.head=bfloat16"], "one dtype"),
-    (["model.head.softcap={form='tanh', shift=5.0}"], "needs model.head.softcap.form=sigmoid"),
-])
+@pytest.mark.parametrize(
+    "sets, message",
+    [
+        (["model.residual.unet_skips.pairs=[[7, 4]]"], "must lead to a later layer"),
+        (["model.residual.unet_skips.pairs=[[4, 12]]"], "names layer 12"),
+        (["model.residual.unet_skips.pairs=[]"], "is empty"),
+        (
+            ["model.residual.unet_skips.pairs=[[0, 7]]", "model.attn.drop_layers=[0]"],
+            "neither attention nor MLP",
+        ),
+        (["model.residual.backout={layer=12}"], "names layer 12"),
+        (["model.embed.smear={channels=49}"], "between 1 and model.model_dim"),
+        (
+            ["model.attn.key_offset=true", "model.attn.rope={half_truncated=false}"],
+            "needs model.attn.rope.half_truncated",
+        ),
+        (["model.head.untied={tied_until=1.5}"], "must be at most 1"),
+        (["model.head.untied={tied_until=0.5}", "model.embed.padded=false"], "one size"),
+        (["model.head.untied={tied_until=0.5}", "numerics.head=bfloat16"], "one dtype"),
+        (["model.head.softcap={form='tanh', shift=5.0}"], "needs model.head.softcap.form=sigmoid"),
+    ],
+)
 def test_contradictions_are_refused_with_their_reason(sets, message):
     with pytest.raises(UserError, match=message):
         settings(*sets)

@@ -24,7 +24,7 @@ from model import GPT
 from model import Rotary
 from system import preflight
 from program import program_of
-from settings import rotary_dim
+from model_settings import rotary_dim
 from common.errors import UserError
 
 # Of the largest element: one rounding of the dtype. bfloat16 can be tested, as the kernels calculate in

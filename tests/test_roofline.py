@@ -10,7 +10,7 @@ import pytest
 
 import deltas
 from common.errors import UserError
-from settings import padded_vocab
+from model_settings import padded_vocab
 from system import roofline
 
 ROOT = Path(__file__).parent.parent

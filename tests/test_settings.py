@@ -14,6 +14,7 @@ import pytest
 import deltas
 import scales
 import schema
+import model_settings
 import settings
 import schedule
 from system.dry_run import print_plan
@@ -652,7 +653,7 @@ class Probe:
 
 
 @dataclasses.dataclass(frozen=True)
-class WiderModel(settings.Model):
+class WiderModel(model_settings.Model):
     probe: Probe | None = opt(
         None, "probe of the vocabulary, for this test only", needs="model.mlp.activation=relu_sq"
     )

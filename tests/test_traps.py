@@ -11,7 +11,7 @@ import deltas
 import schedule
 from model import GPT, without_values
 from optim import Optimizer
-from settings import padded_vocab
+from model_settings import padded_vocab
 
 ROOT = deltas.RECORDS.parent
 

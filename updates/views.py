@@ -74,7 +74,7 @@ class Views:
         return (rows, cols) if self.orientation == "out_in" else (cols, rows)
 
 
-# settings.NorMuon -> variance_axis of a matrix (outputs, inputs)
+# optim_settings.NorMuon -> variance_axis of a matrix (outputs, inputs)
 PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
 
 

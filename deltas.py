@@ -26,7 +26,7 @@ from common.errors import UserError, did_you_mean, near
 from declare import BEFORE, REFUSE, holds, lookup, unmet_needs
 from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
 from scales import SCALES
-from settings import Settings
+from settings import NUMERICS_VERSION, Settings
 
 RECORDS = Path(__file__).parent / "records"
 ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet and never part of a lineage
@@ -494,21 +494,35 @@ def refuse_idle(s: Settings, path: str, what: str, remedy: str) -> None:
 
 def load_preset(name: str) -> tuple[dict[str, Any], str]:
     """(keyword arguments of resolve(), pinned ml_hash) of records/presets/NAME.toml."""
-    path = RECORDS / "presets" / f"{name}.toml"
-    with open(path, "rb") as file:
-        toml = tomllib.load(file)
+    toml = preset_file(name)
     sets = [f"{p}={show(v)}" for p, v in toml["set"].items()]
     return {"name": toml["record"], "scale": toml["scale"], "sets": sets}, toml["ml_hash"]
 
 
+def preset_file(name: str) -> dict[str, Any]:
+    """The content of records/presets/NAME.toml."""
+    with open(RECORDS / "presets" / f"{name}.toml", "rb") as file:
+        return tomllib.load(file)
+
+
 def preset_names() -> list[str]:
-    """Names of all presets, sorted."""
-    return [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
+    """Names of the presets that this code can train, sorted."""
+    names = [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
+    return [name for name in names if "numerics_version" not in preset_file(name)]
+
+
+def refuse_retired(name: str) -> None:
+    """UserError for a preset of an earlier numerics version: its hash is not that of any settings now."""
+    if (RECORDS / "presets" / f"{name}.toml").exists() and name not in preset_names():
+        toml = preset_file(name)
+        raise UserError(f"preset {name} is of numerics version {toml['numerics_version']}, this code has "
+                        f"{NUMERICS_VERSION}: train {toml['successor']}, or check out {toml['code']}")
 
 
 def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (),
                  **changes: Sequence[str]) -> Resolved:
     """resolve() for a record's or a preset's name. A preset is frozen: it must resolve to its pinned hash."""
+    refuse_retired(name)
     if name not in preset_names():
         return resolve(name, scale=scale or "full", sets=sets, **changes)
     fixed, pinned = load_preset(name)

@@ -11,6 +11,7 @@ import pytest
 
 import deltas
 import schema
+import settings
 from data.corpus import sample_corpus
 from data.shards import corpus_digest, val_digest
 from evidence import verify
@@ -26,7 +27,10 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     folder = RECORDS[ref].folder / "tiny"
     summary = json.loads((folder / "summary.json").read_text())
     s = deltas.resolve(ref, scale="tiny").settings
-    assert (summary["record"], summary["ml_hash"]) == (ref, schema.ml_hash(s))
+    assert summary["record"] == ref
+    events = [event for event, _ in read_links(folder / "run.jsonl")]
+    if events[0]["numerics_version"] == settings.NUMERICS_VERSION:  # of an earlier one: stale, and said to be
+        assert summary["ml_hash"] == schema.ml_hash(s)
     corpus = sample_corpus()
     assert summary["corpus_digest"] == corpus_digest(corpus, 1)
     assert summary["val_digest"] == val_digest(corpus, s.validation.tokens)

@@ -554,4 +554,5 @@ def without_values(s):
 
 
 def count_parameters(s):
+    """Number of parameters of these settings' model, all experts included."""
     return without_values(s).num_parameters()

@@ -380,6 +380,7 @@ def finish(status: str, run: Run, resolved: Resolved, options: Namespace) -> int
 
 
 def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) -> int:
+    """Finish the log, print how the run ended, and return the exit code."""
     world, log, target, lines, reached = run.world, run.log, run.s.validation.target, [], None
     results = report.results(run) if status == "interrupted" else report.gathered_results(run)
     if status == "finished":

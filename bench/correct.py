@@ -42,6 +42,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20,
 
 
 def relative(a, b):
+    """Largest absolute difference of two tensors, divided by the largest |b|."""
     return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
 
 
@@ -453,6 +454,7 @@ def large_checks():
 
 
 def large_transpose(m, n, dtype):
+    """0.0 if transpose_copy of an (m, n) matrix is exact, otherwise 1.0."""
     x = torch.randint(0, 256, (m, n * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
     y, whole = transpose.transpose_copy(x).view(torch.int8 if dtype.itemsize == 1 else torch.int16), True
     for first in range(0, m, 4096):
@@ -494,6 +496,7 @@ def large_relu_sq(tokens, dim, hidden):
 
 
 def large_rotary(tokens, heads, width):
+    """Largest relative error of q and k against float64, in the slices of `pieces`."""
     qkv = torch.randn(1, tokens, 3, heads, width, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.rand(tokens, width // 2, device=DEVICE)
     q, k, _ = qkv_rotary(qkv, angles.cos(), angles.sin(), order="before_rope", eps=1e-6)
@@ -517,6 +520,10 @@ def graph_checks():
 
 
 def graph_error(ref, precision):
+    """Relative difference of the parameters after six updates with and without CUDA graphs.
+
+    Without CUDA: the reason why it was not run (str).
+    """
     if DEVICE.type != "cuda":
         return "needs CUDA, and this is cpu"
     ends = []
@@ -570,6 +577,7 @@ def judged(checks, wanted=None, rehearse=False):
 
 
 def show(row):
+    """The printed line of a row."""
     if "not_run" in row:
         return f"-     {row['check']}, {row['dtype']}: not run here: {row['not_run']}"
     if "ran" in row:
@@ -618,6 +626,7 @@ def selection(o):
 
 
 def main():
+    """Run the checks that the options select; the exit code is 1 if one fails."""
     p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     p.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],
                    help="only the checks in this one")

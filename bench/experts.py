@@ -124,6 +124,7 @@ def layer_parts(case, repeats):
 
 
 def main():
+    """Time each variant against its parent and exit with the report's code."""
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")

@@ -41,6 +41,7 @@ PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (1
 
 
 def tensor(*shape, scale=1.0):
+    """Normal bfloat16 tensor times `scale`, with a gradient."""
     return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().requires_grad_()
 
 
@@ -53,11 +54,13 @@ def trained(function, inputs, upstream=None):
 
 
 def plain_rotary(qkv, cos, sin, **plan):
+    """QK norm and rotary in plain torch: qkv (R, T, 3, H, K) -> q, k, v, each (R, T, H, K)."""
     q, k, v = qkv.unbind(2)
     return *qk_rotary_reference(q, k, cos, sin, **plan), v
 
 
 def whole_loss(x, w, targets, softcap):
+    """Soft-capped cross entropies (N,) with all logits (N, V) in memory."""
     return F.cross_entropy(bounded(F.linear(x, w).float(), softcap), targets, reduction="none")
 
 
@@ -73,6 +76,7 @@ def plain_experts(x, up, down, gates, chosen):
 
 
 def our_experts(x, up, down, gates, chosen):
+    """The same as plain_experts, with rows sorted by expert and grouped products."""
     p = experts.plan(chosen, len(up), "grouped")
     hidden = F.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square()
     return experts.combine(experts.grouped_linear(hidden, down, p), gates, p)
@@ -133,6 +137,7 @@ def transposes():
 
 
 def mlps():
+    """The ReLU^2 MLP, forward and backward, and where the GPU has FP8 units its FP8 forms."""
     x, up, down = (
         tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM**-0.5), tensor(DIM, HIDDEN, scale=HIDDEN**-0.5)
     )
@@ -147,6 +152,7 @@ def mlps():
 
 
 def losses():
+    """The head with soft cap and cross entropy, forward and backward."""
     x, head, cap = tensor(TOKENS, DIM), tensor(VOCAB, DIM, scale=DIM ** -0.5), Softcap(form="sigmoid")
     targets = torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
     yield (
@@ -169,6 +175,7 @@ def losses():
 
 
 def muons():
+    """Newton-Schulz of the banks of a 12-layer model, and the Gram matrix alone."""
     for n, rows, columns in ((24, DIM, HIDDEN), (44, DIM, DIM)):
         g = tensor(n, rows, columns).detach()
         yield (
@@ -187,6 +194,7 @@ def muons():
 
 
 def rotary():
+    """QK norm and rotary of all tokens, forward and backward."""
     qkv, width = tensor(1, TOKENS, 3, HEADS, DIM // HEADS), DIM // HEADS
     upstream = [tensor(1, TOKENS, HEADS, width).detach() for _ in range(3)]
     angles = torch.rand(TOKENS, width // 2, device=DEVICE) * 2 * torch.pi
@@ -207,6 +215,7 @@ def rotary():
 
 
 def mixtures():
+    """The routed experts of a mixture, forward and backward."""
     count, k, width = 8, 2, 1024
     stack_up, stack_down = (
         tensor(count, width, DIM, scale=DIM**-0.5),
@@ -372,6 +381,7 @@ def cases(operations, peak, repeats, rehearse):
 
 
 def show(row):
+    """The printed line of a row."""
     head = f"{row['operation']:44} {row['way']:8}"
     if "not_run" in row:
         return f"{head} not run: {row['not_run']}"
@@ -402,6 +412,7 @@ def brief(rows):
 
 
 def main():
+    """Time the selected groups of operations; without a GPU only `--rehearse` runs anything."""
     p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)
     p.add_argument("--rehearse", action="store_true", help="run each way once and time nothing")

@@ -28,6 +28,7 @@ L2 = 2 ** 28  # bytes, more than any card's L2 cache
 
 
 def wait():
+    """Wait until the GPU has finished; does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

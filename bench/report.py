@@ -143,6 +143,7 @@ def table(rows):
 
 
 def flat(row, before=""):
+    """The row with nested dicts merged into it; their keys get the outer name in front."""
     out = {}
     for name, value in row.items():
         out |= flat(value, f"{before}{name} ") if isinstance(value, dict) else {before + name: value}
@@ -150,6 +151,7 @@ def flat(row, before=""):
 
 
 def cell(value):
+    """A value as the text of a Markdown table's cell."""
     if value is None:
         return ""
     text = str(value)
@@ -168,6 +170,7 @@ def add_resume(p):
 
 
 def add_arguments(p, groups):
+    """The options of a bench whose groups run in processes of their own (`run`)."""
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
     add_resume(p)

@@ -47,6 +47,7 @@ def prepare(folder, data):
 
 
 def main():
+    """Prepare the folder of shards and print what it holds."""
     p = arguments.Parser(prog="bench/shards.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("folder", metavar="FOLDER")
     p.add_argument("data", metavar="DATA", nargs="?")

@@ -190,6 +190,7 @@ def run(o, title, cases):
 
 
 def main():
+    """Print the milliseconds per step of each record."""
     p = arguments.Parser(prog="bench/steps.py", description=__doc__.partition("\n\n")[0])
     add_arguments(p, 16)
     p.add_argument("--check-sync", action="store_true", help="a step that waits for the GPU is a failure")

@@ -121,6 +121,7 @@ def harness_ms():
 
 
 def main():
+    """Print the tokens per second of each kind of training step."""
     p = arguments.Parser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
     p.add_argument("--quick", action="store_true", help="eager only, three repeats")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")

@@ -257,6 +257,7 @@ def additive(seen, dtype):
 
 
 def round_up(n, unit):
+    """The smallest multiple of `unit` that is at least n."""
     return -(-n // unit) * unit
 
 
@@ -278,6 +279,7 @@ def document_starts(documents):
 
 
 def document_lengths(starts, total):
+    """Tokens of each document (N,), from document_starts (N,) and the number of all tokens."""
     return torch.diff(starts, append=starts.new_tensor([total]))
 
 
@@ -322,6 +324,7 @@ def prepare_dense(documents, window, rows, tokens, device, dtype, max_seqlen, or
 
 
 def attend_dense(q, k, v, mask, scale):
+    """Attention by SDPA, with the mask of prepare_dense."""
     return sdpa(q, k, v, mask, scale, causal=mask is None)
 
 
@@ -365,6 +368,7 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, o
 
 
 def attend_banded(q, k, v, band, scale):
+    """Attention by SDPA in blocks of queries, each with the slice of keys of its Band."""
     rows, tokens = q.shape[:2]
     blocks = band.mask.size(0)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -387,12 +391,14 @@ class Batch(NamedTuple):
 
 
 class Pack(NamedTuple):
+    """All documents sorted by padded length, in batches of one length each."""
     tokens: torch.Tensor  # (P,) the token in each of the P slots of all batches; in padding, any
     slots: torch.Tensor  # (R T,) the slot of each token
     batches: list
 
 
 def prepare_documents(documents, window, rows, tokens, device, dtype, max_seqlen):
+    """The Pack of the documents; None counts as one document per row."""
     if documents is None:
         documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
     starts = document_starts(documents)
@@ -425,6 +431,7 @@ def view_batch(window, origin, length, device, dtype):
 
 
 def attend_documents(q, k, v, pack, scale):
+    """Attention of each batch of a Pack by itself, put back in the tokens' order."""
     rows, tokens = q.shape[:2]
     sizes = [batch.count * batch.length for batch in pack.batches]
     q, k, v = (x.flatten(0, 1).index_select(0, pack.tokens).split(sizes) for x in (q, k, v))
@@ -481,11 +488,13 @@ def tile_list(kind):
 
 @functools.cache
 def compiled_flex():
+    """flex_attention compiled for static shapes, once per process."""
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
 
 def attend_flex(q, k, v, block_mask, scale):
+    """Attention by FlexAttention with the block mask of prepare_flex."""
     from torch.nn.attention.flex_attention import flex_attention
     if not torch.compiler.is_compiling():  # run eagerly it would make all T x T logits and not heed the tiles
         flex_attention = compiled_flex()
@@ -499,6 +508,7 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 
 
 class Varlen(NamedTuple):
+    """What FlashAttention reads: the documents' boundaries, their sizes and the window."""
     # (room,) int32 boundaries of the documents among the R T tokens, the last one repeated
     cu_seqlens: torch.Tensor
     # most tokens of a document, and number of documents; of `traceable` a CPU tensor (2,) int64
@@ -558,6 +568,7 @@ def traceable(views, scale, width):
 
 
 def attend_varlen(q, k, v, plan, scale):
+    """Attention by FlashAttention; narrower q, k or v are padded with zeros to one width."""
     from torch.nn.attention.varlen import varlen_attn
     rows, tokens, _, width = q.shape
     value = v.size(-1)
@@ -590,6 +601,7 @@ def varlen(q, k, v, cu_seqlens, sizes, left, scale):
 
 
 def varlen_gradient(g, q, k, v, cu_seqlens, sizes, left, scale, y, lse, state):
+    """Gradients of q, k and v, from the gradient g of y and what the forward pass kept."""
     left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
     run = torchs_varlen()[1]
     return run(g, q, k, v, y, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, state,
@@ -608,20 +620,24 @@ varlen_gradient_op = torch.library.custom_op(
 
 @varlen_op.register_fake
 def varlen_shape(q, k, v, cu_seqlens, sizes, left, scale):
+    """Shapes and dtypes of `varlen`, for torch.compile."""
     lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 
 
 @varlen_gradient_op.register_fake
 def varlen_gradient_shape(g, q, k, v, *rest):
+    """Shapes and dtypes of `varlen_gradient`, for torch.compile."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def varlen_context(ctx, inputs, output):
+    """Keep for the backward pass all inputs and outputs of `varlen`."""
     ctx.save_for_backward(*inputs, *output)
 
 
 def varlen_backward(ctx, g, *_):
+    """Gradients for all inputs of `varlen`: only q, k and v have one."""
     return *varlen_gradient_op(g, *ctx.saved_tensors), None, None, None, None
 
 

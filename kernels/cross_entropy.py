@@ -42,6 +42,7 @@ LARGEST_CAP = 80.0  # range of the capped logits in Triton: exp(-80) is still a 
 
 
 class Block(NamedTuple):
+    """Launch sizes of the loss and gradient kernels."""
     size: int  # logits that a program has at a time
     warps: int
 
@@ -396,6 +397,7 @@ def launch_options(z, labels, plan):
 
 
 def launch_loss(z, labels, shares, losses, lse, plan):
+    """Write losses and log-sum-exps (n,) of the logits z (n, V); labels (n, K), -1: no target."""
     numbers, constants = launch_options(z, labels, plan)
     kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), *numbers, **constants)
 
@@ -454,12 +456,14 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def forward_shapes(a, b, labels, shares, *plan):
+    """Shapes and dtypes of `forward`, for torch.compile."""
     losses = a.new_empty(len(a), dtype=Plan(*plan).loss_dtype)
     return losses, torch.empty_like(losses)
 
 
 @backward_op.register_fake
 def backward_shapes(a, b, labels, shares, mass, lse, g, *plan):
+    """Shapes and dtypes of `backward`, for torch.compile."""
     dtype = Plan(*plan).dtype
     return a.new_empty(a.shape, dtype=dtype), b.new_empty(
         b.shape, dtype=torch.promote_types(dtype, torch.float32)

@@ -117,6 +117,8 @@ def gather(x, p):
 
 
 class Combine(torch.autograd.Function):
+    """Sum of the rows of each token's k experts, weighted by its gates; the gradient reads, not scatters."""
+
     @staticmethod
     def forward(ctx, rows, gates, source, places, choices, real):
         ctx.save_for_backward(rows, gates, source, places, choices, real)
@@ -175,6 +177,8 @@ def fake_fp8(x):
 # ----- expert parallelism -----------------------------------------------------------------------------------
 
 class Exchange(torch.autograd.Function):
+    """dist.all_to_all_single with unequal counts; the backward pass sends the gradients back."""
+
     @staticmethod
     def forward(ctx, x, received, sent):
         ctx.received, ctx.sent = received, sent

@@ -28,6 +28,7 @@ def quantise(x, scale, dtype):
 
 
 def has_fp8_units(x):
+    """Whether x is on a GPU whose tensor cores multiply FP8 (compute capability 8.9 or higher)."""
     return x.is_cuda and capability(x.device) >= FP8_SINCE
 
 
@@ -49,6 +50,7 @@ round8_op = torch.library.custom_op(
 
 @round8_op.register_fake
 def round8_shape(x, dtype):
+    """Shape and dtype of `round8`, for torch.compile."""
     return torch.empty_like(x, dtype=torch.bfloat16)
 
 
@@ -103,6 +105,8 @@ def widened(a, b):
 
 
 class FP8Linear(torch.autograd.Function):
+    """x (N, in), w (out, in) -> (N, out) in x's dtype; the factors get no gradient."""
+
     @staticmethod
     def forward(ctx, x, w, sx, sw, sg, transpose):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)

@@ -67,6 +67,8 @@ def narrowed_weight(w):
 
 
 class FP8MLP(torch.autograd.Function):
+    """The MLP of fp8_mlp; the gradients are those of the products in x's dtype."""
+
     @staticmethod
     def forward(ctx, x, up, down, parts, p_scale, d_scale, fused):
         (x8, sx), (up8, su) = narrowed_rows(x, parts), narrowed_weight(up)

@@ -33,6 +33,7 @@ BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one 
 
 
 class Tile(NamedTuple):
+    """Tile and launch sizes of linear_kernel."""
     rows: int  # of x
     columns: int  # of the output
     depth: int  # columns of x that are multiplied at a time
@@ -82,6 +83,7 @@ def mlp_relu_sq(x, up, down):
 
 
 def check(x, weight):
+    """ValueError if the Triton kernel cannot run on x's device or dtype, or if the shapes do not fit."""
     why = refusal(x.device, x.dtype)
     if why:
         raise ValueError(f"the Triton linear_relu_sq {why}; use torch")
@@ -129,6 +131,7 @@ class MLPReluSq(torch.autograd.Function):
 
 
 def operator(function, op):
+    """The custom operator while torch.compile traces, the plain function otherwise."""
     return op if torch.compiler.is_compiling() else function
 
 
@@ -204,10 +207,12 @@ def kernels():
 
 
 def default_tile(x):
+    """The tile without tuning, by dtype and compute capability."""
     return FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
 
 
 def launch(x, weight, p, out, backward):
+    """Run linear_kernel with the tuned tile and return `out`."""
     n, tile = x.size(0), tiles.best("linear_relu_sq", x.device, x.dtype, tuple(weight.shape), default_tile(x))
     start(tile, x, weight, p, out, out, out, out, out, n, BACKWARD=backward, FP8=False, WRITE_NARROW=False)
     return out
@@ -292,11 +297,13 @@ gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mu
 
 @forward_op.register_fake
 def forward_shape(x, weight):
+    """Shape and dtype of `forward`, for torch.compile."""
     return x.new_empty(x.size(0), weight.size(0))
 
 
 @fp8_forward_op.register_fake
 def fp8_forward_shapes(x, weight, unscale, factor, dtype):
+    """Shapes and dtypes of `fp8_linear_relu_sq`, for torch.compile."""
     (n, f), groups = (x.size(0), weight.size(0)), len(unscale)
     p = x.new_empty(n, f, dtype=dtype)
     if factor is None:
@@ -306,9 +313,11 @@ def fp8_forward_shapes(x, weight, unscale, factor, dtype):
 
 @product_gradient_op.register_fake
 def product_gradient_shape(g, weight, p):
+    """Shape and dtype of `product_gradient`, for torch.compile."""
     return torch.empty_like(p)
 
 
 @gradient_op.register_fake
 def gradient_shape(g, p):
+    """Shape and dtype of `gradient`, for torch.compile."""
     return torch.empty_like(p)

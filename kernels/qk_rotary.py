@@ -48,6 +48,7 @@ ORDERS = (None, "before_rope", "after_rope")
 
 
 class Tile(NamedTuple):
+    """Launch sizes of the rotary kernels."""
     size: int  # bytes of half a head's tile
     warps: int
 
@@ -110,6 +111,7 @@ def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
 
 
 def check(q, k, cos, sin, order, offset):
+    """ValueError if the Triton kernel cannot run on q's device or dtype, or if the arguments do not fit."""
     why = refusal(q.device, q.dtype)
     if why:
         raise ValueError(f"the Triton qk_rotary {why}; use torch")
@@ -160,6 +162,7 @@ class QKVRotary(torch.autograd.Function):
 
 
 def operator(function, op):
+    """The custom operator while torch.compile traces, the plain function otherwise."""
     return op if torch.compiler.is_compiling() else function
 
 
@@ -167,10 +170,12 @@ tl = None  # triton.language, once kernels() has imported it
 
 
 def load(x, places, inside):
+    """Values at these places in float32; 0 outside."""
     return tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
 
 
 def store(x, places, inside, value):
+    """Write values at these places in x's dtype; nothing outside."""
     tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
 
 
@@ -362,14 +367,17 @@ joint_gradient_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def forward_shapes(q, k, cos, sin, order, eps, offset):
+    """Shapes and dtypes of `forward`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @gradient_op.register_fake
 def gradient_shapes(q, k, cos, sin, gq, gk, order, eps, offset):
+    """Shapes and dtypes of `gradient`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @joint_gradient_op.register_fake
 def joint_gradient_shape(qkv, cos, sin, gq, gk, gv, order, eps, offset):
+    """Shape and dtype of `joint_gradient`, for torch.compile."""
     return qkv.new_empty(qkv.shape)

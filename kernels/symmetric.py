@@ -23,6 +23,7 @@ from kernels.device import capability, refusal
 
 
 class Tile(NamedTuple):
+    """Tile and launch sizes of symmetric_kernel."""
     side: int  # rows and columns of a tile
     depth: int  # columns of X that are multiplied at a time
     warps: int
@@ -145,6 +146,7 @@ def symmetric_kernel(
 
 @functools.cache
 def kernel():
+    """symmetric_kernel for Triton."""
     global tl
     import triton
     import triton.language as tl
@@ -152,6 +154,7 @@ def kernel():
 
 
 def default_tile(x):
+    """The tile without tuning, by matrix size, dtype and compute capability."""
     if x.size(-2) <= TINY.side:
         return TINY
     small = x.size(-2) <= SMALL.side or x.dtype == torch.float32
@@ -183,4 +186,5 @@ product_op = torch.library.custom_op("speedrun::symmetric_product", product, mut
 
 @product_op.register_fake
 def product_shape(x, b, c, add):
+    """Shape and dtype of `product`, for torch.compile."""
     return x.new_empty(*x.shape[:-1], x.size(-2))

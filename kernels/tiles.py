@@ -43,6 +43,7 @@ def trying(operation, tile):
 
 
 def key(operation, dtype, sizes):
+    """The key of the table: operation, dtype and sizes."""
     return f"{operation} {str(dtype).removeprefix('torch.')} {' x '.join(map(str, sizes))}"
 
 
@@ -54,6 +55,7 @@ def card(device):
 
 
 def path(device):
+    """The file of the tuned tiles for this GPU."""
     return Path(files.default_cache()) / f"tiles-{card(device)}.json"
 
 

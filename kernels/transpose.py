@@ -61,6 +61,7 @@ def transpose_add(a, b):
 
 
 def check(name, *tensors):
+    """ValueError if the Triton kernels cannot run on these tensors: device, shape or gradient."""
     why = refusal(tensors[0].device, torch.float32)
     if why:
         raise ValueError(f"the Triton transpose_{name} {why}; use torch")
@@ -108,6 +109,7 @@ def kernels():
 
 
 def copy(x):
+    """The contiguous transpose (n, m) of x (m, n)."""
     (m, n), bits = x.shape, BITS[x.element_size()]
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -125,4 +127,5 @@ copy_op = torch.library.custom_op(
 
 @copy_op.register_fake
 def copy_shape(x):
+    """Shape and dtype of `copy`, for torch.compile."""
     return x.new_empty(x.size(1), x.size(0))

@@ -139,8 +139,10 @@ def stage_table(s, plans):
 
 
 def from_parent(resolved):
-    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the
-    record."""
+    """Lines on every setting that differs from the record's parent at the same scale.
+
+    A mark shows the differences that come from the command or preset, not from the record.
+    """
     record, s, scale = resolved.record, resolved.settings, resolved.scale
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
     other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
@@ -155,8 +157,10 @@ def from_parent(resolved):
 
 
 def parameters(s):
-    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight
-    processes."""
+    """Lines of a table of all parameters, by label and shape, with their update and communication.
+
+    Communication is that of eight processes.
+    """
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
@@ -282,8 +286,7 @@ def size(s):
 
 
 def flops(s, model):
-    """FLOPs of a token in training, mean over the steps: (of matrix products with weights, of attention's own
-    products)."""
+    """Training FLOPs per token, mean over the steps: (products with weights, attention's own products)."""
     steps = Counter(schedule.windows(s, i) for i in range(s.schedule.steps))
     attended = sum(n * model.attention_flops_per_token(windows) for windows, n in steps.items())
     return model.flops_per_token(), attended / s.schedule.steps

@@ -1,5 +1,7 @@
-"""`train_gpt.py RECORD --dry-run --plot FILE`: the schedules of a run as a picture. What a group of
-parameters is imports torch, and the picture matplotlib."""
+"""`train_gpt.py RECORD --dry-run --plot FILE`: the schedules of a run as a picture.
+
+torch and matplotlib are imported only when a picture is drawn.
+"""
 
 import io
 from pathlib import Path

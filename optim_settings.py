@@ -159,8 +159,7 @@ class MuonCautiousDecay:
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised by
-    Newton-Schulz."""
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised."""
     lr: float = opt(0.018, "peak learning rate, which the schedule multiplies", least=0)
     momentum: float = opt(0.95, "decay mu of the momentum buffer; the update looks one step ahead "
                                 "(Nesterov)", least=0, below=1)
@@ -245,8 +244,10 @@ class Optim:
                                   off=None, above=0)
 
     def group(self, role: str, label: str) -> Hyper:
-        """The settings of the parameters with this role and label: of the label's section where it is on, and
-        of the role's."""
+        """The settings of the parameters with this role and label.
+
+        They come from the label's section where it is on, otherwise from the role's.
+        """
         of_role, own = getattr(self, role), getattr(self, label, None)
         own = own if isinstance(own, Label) else None
         muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)

@@ -354,7 +354,7 @@ def validate(
 ) -> float:
     """Mean cross entropy over all validation targets, nats per token.
 
-    Losses are summed per logical rank in float64, then in rank order, so the value does not depend on the
+    Losses are summed in float64, per logical rank and then in rank order: the value does not depend on the
     number of processes.
 
     Args:

@@ -1,5 +1,4 @@
-"""Kernels of this machine's device against float64: `python bench/correct.py [--only GROUP ...] [--out
-JSON]`.
+"""Kernels of this device against float64: `python bench/correct.py [--only GROUP ...] [--out JSON]`.
 
 Exit code 1 if one is wrong or fails.
 
@@ -66,8 +65,7 @@ def compare(function, reference, inputs, dtype):
 # Fourth, where it is not a few roundings of the dtype, the bound.
 
 def attention_checks():
-    """Every backend with every kind of window, with and without documents; unequal widths with one of
-    them."""
+    """Every backend with every kind of window, with and without documents, and once with unequal widths."""
     rows, tokens, heads = 2, 1024, 6
     starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
     documents = (
@@ -214,8 +212,7 @@ def loss_checks():
 
 
 def rotary_checks():
-    """QK norm, rotary and key offset; results and their gradients lie in one tensor, as qkv does, or q and k
-    apart."""
+    """QK norm, rotary and key offset, with q, k and v in one tensor (qkv) or with q and k apart."""
     why = refusal(DEVICE, torch.bfloat16)
     for width, order, offset in (
         (128, "after_rope", 32), (128, "before_rope", 0), (64, None, 16), (96, "after_rope", 0)
@@ -256,8 +253,7 @@ def scaled8(x, scale, dtype=E4M3):
 
 
 def fp8_linear_checks():
-    """The 8-bit products of this device, forward and both backward, against the same quantised operands in
-    float64."""
+    """The three FP8 products (forward, dx, dw) against float64 products of equal quantised operands."""
     x, w = (
         torch.randn(256, 128, device=DEVICE).bfloat16(),
         torch.randn(512, 128, device=DEVICE).bfloat16() / 8,
@@ -278,26 +274,29 @@ def fp8_linear_checks():
 
 
 def uncompiled():
-    """Why nothing is compiled here (it takes minutes on a CPU, whose compiler tests/test_compiler.py tests),
-    or None."""
+    """Why nothing is compiled on this device, or None.
+
+    It takes minutes on a CPU, whose compiler tests/test_compiler.py tests.
+    """
     return None if DEVICE.type == "cuda" else "compiled kernels are checked on CUDA"
 
 
 def spread(a, b):
-    """Error of a whole tensor, relative: where a rounding to 8 bits goes to the neighbour, a single element
-    says little."""
+    """Relative error of a whole tensor (norms).
+
+    An element that is rounded to the neighbouring 8-bit value would dominate a largest error.
+    """
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm()).item()
 
 
 def fp8_loss_checks():
-    """The FP8 head: its logits rounded to bfloat16 and its gradient to e5m2, as the original, all else in
-    float64.
+    """The FP8 head against float64 with logits rounded to bfloat16 and the gradient to e5m2 (record 19).
 
-    Sums that differ round one logit in twenty and so one gradient in some hundred to the neighbour, an eighth
-    to a quarter
-    off: the bound is 2^-5 of the whole tensor's norm. Not for Triton's interpreter, whose cast to e5m2 rounds
-    otherwise."""
+    Sums in another order round one logit in twenty, and so one gradient in about a hundred, to the
+    neighbouring value, which is an eighth to a quarter off; so the bound is 2^-5 of the whole tensor's norm.
+    Triton's interpreter is not checked, because its cast to e5m2 rounds differently.
+    """
     dtype, scales, softcap = torch.bfloat16, (2.0, 32.0, 2.0 ** 15), Softcap(form="sigmoid")
     x, w = (
         torch.randn(1024, 320, device=DEVICE).to(dtype),
@@ -321,11 +320,11 @@ def fp8_loss_checks():
 
 
 def fp8_mlp_checks():
-    """y, P's maxima and all gradients of the MLP in FP8 against float64 on the same 8-bit operands and
-    roundings of P.
+    """y, maxima of P and all gradients of the FP8 MLP against float64.
 
-    Sums that differ may round pre, P and its 8-bit copy to neighbours; a step of e4m3 is 1/16, in y one term
-    of many."""
+    Both have the same 8-bit operands and roundings of P. Sums in another order may round pre, P and its 8-bit
+    copy to neighbouring values. A step of e4m3 is 1/16, but only in one of the many terms of y.
+    """
     x, up, down = (torch.randn(1024, 320, device=DEVICE), torch.randn(1296, 320, device=DEVICE) / 18,
                    torch.randn(336, 1296, device=DEVICE) / 36)
     x[512:] *= 5  # two logical ranks
@@ -464,8 +463,7 @@ def large_transpose(m, n, dtype):
 
 
 def large_loss(tokens, classes, dim=768):
-    """All logits in one chunk of the kernels; the reference multiplies the same operands in float32, 1,024
-    tokens a time."""
+    """All logits in one chunk of the kernels, against float32 products of the same operands."""
     inputs = [(torch.randn(n, dim, device=DEVICE) / scale).bfloat16().requires_grad_()
               for n, scale in ((tokens, 1), (classes, dim ** 0.5))]
     wide = [t.detach().float().requires_grad_() for t in inputs]
@@ -512,8 +510,7 @@ def large_rotary(tokens, heads, width):
 
 
 def graph_checks():
-    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal
-    gradients."""
+    """Six optimizer updates with CUDA graphs against six without, on equal gradients."""
     for ref in ("short/11", "short/33"):
         for precision, dtype in (("float32", torch.float32), ("record", torch.bfloat16)):
             yield f"optimizer of {ref} as CUDA graphs", dtype, lambda: graph_error(ref, precision)
@@ -586,8 +583,7 @@ def show(row):
 
 
 def brief(rows):
-    """A line for each group: how many checks hold, how close the worst one came to its bound, what was not
-    run and why."""
+    """A row for each group: how many checks hold, the largest share of a bound, what was not run and why."""
     lines = []
     for name in dict.fromkeys(r["group"] for r in rows):
         mine = [r for r in rows if r["group"] == name]

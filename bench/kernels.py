@@ -1,10 +1,9 @@
-"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...]
-[--out JSON]`.
+"""Operations of a full-width step: `python bench/kernels.py [--only GROUP ...] [--out JSON]`.
 
-Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes. bfloat16, shapes of records 11
-to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds (bench/measure.py; forward and
-backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must move at least,
-their share of the card's peak, and memory beyond what was there before.
+Each operation in bfloat16 by torch, torch.compile and our kernel, at the shapes of records 11 to 33 on 65,536
+tokens, attention on a logical rank of each. A row has the milliseconds (bench/measure.py) of the forward and,
+if there is one, the backward; FLOPs and least bytes to move, with their share of the card's peak; and the
+additional memory. Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes.
 """
 
 import functools
@@ -83,8 +82,7 @@ def our_experts(x, up, down, gates, chosen):
 
 
 def fp8_mlps(x, up, down, flops, size):
-    """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused
-    kernels."""
+    """The MLP of a logical rank with its first product in FP8, and with both; `ours`: the fused kernels."""
     scales = torch.full((1,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     for name, given in (("up", None), ("up and down", scales)):
         def mlp(*t, given=given, fused=False):
@@ -102,15 +100,14 @@ def fp8_mlps(x, up, down, flops, size):
 
 
 def transposes():
-    """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s
-    count."""
+    """The transposed copies in the FP8 head's backward, and those of records 61 and 74, by GB/s."""
     for rows, columns, dtype in (
         (TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
         (DIM, VOCAB, torch.bfloat16)
     ):
-        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(
-            dtype
-        )
+        x = torch.randint(
+            0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE
+        ).view(dtype)
         plain = transpose.transpose_copy_reference
         yield (
             f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits",
@@ -394,8 +391,7 @@ def show(row):
 
 
 def brief(rows):
-    """A line for each operation: milliseconds of every way, and the largest share of a peak that the fastest
-    one reaches."""
+    """A row for each operation: milliseconds of every way, and the fastest one's largest share of a peak."""
     lines = []
     for operation in dict.fromkeys(r["operation"] for r in rows):
         mine = {r["way"]: r for r in rows if r["operation"] == operation and "ms" in r}

@@ -98,8 +98,10 @@ class Report:
 
 
 def stop_in_order():
-    """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way,
-    and no files."""
+    """Make SIGTERM end the bench with a row for the running case, and without temporary files.
+
+    bench/gpu.sh sends it to a part whose time is over.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -179,9 +181,13 @@ def add_arguments(p, groups):
 
 
 def run(o, groups, title, *, show, brief=None, **tables):
-    """Exit code of a bench. o: its options, with those of add_arguments. groups: {name: function that yields
-    (fields, case)}; a case gives a dict, and is run before the next one is made. show: function of a row,
-    the line printed."""
+    """Run the groups of a bench, in processes of their own, and return the exit code.
+
+    o: the options, those of add_arguments among them.
+    groups: {name: function that yields (fields, case)}. A case returns a dict and runs before the next one
+        is made.
+    show: function (row) -> line to print.
+    """
     stop_in_order()
     if o.child:
         return child(Report(o.out, title, resume=True, brief=brief), groups, o.child, show)

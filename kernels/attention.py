@@ -15,8 +15,8 @@ are equal. `banded`, blocks of queries against a slice of keys: the cost grows w
 row; static shapes. `documents`, documents of about one length batched together, long ones banded: shapes
 depend on the data, so never compiled. `flex`, FlexAttention (CUDA; it has no backward on the CPU). `varlen`,
 the FlashAttention 2 inside torch (CUDA, 16-bit numbers, token windows). `flash3` and `flash4`, the same call
-served by those packages (Dao et al., arXiv
-2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and FlexAttention are imported when first used.
+served by those packages (Dao et al., arXiv 2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and
+FlexAttention are imported when first used.
 """
 
 import functools
@@ -84,8 +84,10 @@ def reach(window, tokens):
 
 
 def binding(window, tokens):
-    """The window without the limits that hide nothing in a row of `tokens`. ValueError if it hides even the
-    query."""
+    """The window without limits that hide nothing in a row of `tokens`.
+
+    ValueError if a limit is below 1, because a query sees at least itself.
+    """
     for name, value in window._asdict().items():
         if value is not None and value < 1:
             raise ValueError(f"attention window with {name} = {value}; a query sees itself, so at least 1")
@@ -103,10 +105,10 @@ def choose(
 ):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
-    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside
-    torch.compile.
-    passed: a set that is told which faster ones an installation would bring. ValueError, one line: why the
-    requested backend cannot do this; no backend ever leaves out a window or a document.
+    documents: whether rows are cut into documents. tokens: T.
+    compiled: whether attend is called inside torch.compile.
+    passed: a set to which the faster backends that only need an installation are added.
+    ValueError, one line, if the requested backend cannot run; no backend ever ignores a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
     if requested != "auto" and requested not in BACKENDS:
@@ -172,13 +174,13 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
     """Prepare attention for one forward pass, outside what is compiled.
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`,
-    `tokens` and `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts
-    them in every layer).
-    max_seqlen: upper bound of the tokens of a document; banded looks no further back and checks it
-    (ValueError, on CUDA an assertion of the device). max_docs: upper bound of the number of documents,
-    checked likewise. Both are counted while the tokens are still on the host. FlashAttention starts a block
-    for each tile of `max_seqlen` in each of `max_docs` documents, whatever they hold; without `max_docs`,
-    varlen waits for the GPU to count them.
+        `tokens` and `device` give its sizes and place.
+    dtype: dtype of q, k and v, to convert masks once; None: SDPA converts them in every layer.
+    max_seqlen, max_docs: upper bounds of a document's tokens and of the number of documents, known on the
+        host, so that nothing waits for the GPU. Both are checked (ValueError, on CUDA an assertion of the
+        device). `banded` looks back no further than max_seqlen. FlashAttention starts a block for each tile
+        of max_seqlen in each of max_docs documents, even if empty. Without max_docs, varlen waits for the
+        GPU.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -243,9 +245,9 @@ def visible_to_last(tokens, device, documents=None, window=CAUSAL):
 def sdpa(q, k, v, mask, scale, causal=False):
     """scaled_dot_product_attention of (R, T, H, K) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(
-        1, 2
-    )
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+    ).transpose(1, 2)
 
 
 def additive(seen, dtype):
@@ -284,8 +286,7 @@ def document_lengths(starts, total):
 
 
 def check_max_seqlen(documents, promised):
-    """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an
-    assertion there."""
+    """ValueError if a document (R, T) has more tokens than promised; on CUDA an assertion, without a sync."""
     tokens = documents.size(1)
     if promised >= tokens:
         return
@@ -299,8 +300,11 @@ def check_max_seqlen(documents, promised):
 
 
 def check_max_docs(first, promised):
-    """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there
-    are more: some would see each other. On CUDA, which is not waited for, an assertion there."""
+    """The promised number of documents, whose first tokens `first` (R T,) marks.
+
+    ValueError if there are more documents, some of which would see each other; on CUDA an assertion, without
+    a sync.
+    """
     if first.is_cuda:
         torch._assert_async(first.sum() <= promised)
     elif int(first.sum()) > promised:
@@ -339,13 +343,18 @@ class Band(NamedTuple):
 
 
 def block_width(far):
-    """B for queries that reach `far` back: near half of it. Wide blocks see keys in vain, narrow ones copy
-    them often."""
+    """B for queries that reach `far` back: about half of it.
+
+    Wider blocks waste masked work; narrower ones copy keys more often.
+    """
     return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
 
 
 def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
-    """origin: (R,) position of the first token of each row, for block windows in rows that are documents."""
+    """The Band of these documents and this window.
+
+    origin: (R,) position of the first token of each row, for block windows where rows are documents.
+    """
     far = reach(window, tokens)
     if documents is not None and max_seqlen is not None:
         check_max_seqlen(documents, max_seqlen)
@@ -383,8 +392,7 @@ def attend_banded(q, k, v, band, scale):
 # ----- documents --------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """`count` documents padded at the end to `length`, where padding is invisible: keys lie before their
-    queries."""
+    """`count` documents padded at the end to `length`; causality hides the padding from real queries."""
     count: int
     length: int
     view: View
@@ -465,8 +473,10 @@ def prepare_flex(documents, window, rows, tokens, device, dtype, max_seqlen):
 
 
 def tile_kinds(documents, window, tokens, device):
-    """(some, full), (R or 1, n, n): whether a tile of queries may see, and whether it sees all of, a tile of
-    keys."""
+    """(some, full), each (R or 1, n, n), for tiles of queries and of keys.
+
+    some: whether the queries may see any of the keys. full: whether they see all of them.
+    """
     tile = torch.arange(-(-tokens // TILE), device=device)
     first, last = tile * TILE, (tile * TILE + TILE - 1).clamp(max=tokens - 1)
     q, k = tile[:, None], tile
@@ -480,8 +490,10 @@ def tile_kinds(documents, window, tokens, device):
 
 
 def tile_list(kind):
-    """(R, n, n) booleans -> number (R, 1, n) of key tiles of each query tile, and which (R, 1, n, n), nearest
-    first."""
+    """(R, n, n) booleans -> the key tiles of each query tile.
+
+    Returns their number (R, 1, n) and their indices (R, 1, n, n), nearest first.
+    """
     order = kind.flip(-1).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return kind.sum(-1, dtype=torch.int32)[:, None], (kind.size(-1) - 1 - order).to(torch.int32)[:, None]
 
@@ -518,8 +530,11 @@ class Varlen(NamedTuple):
 
 
 def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
-    """Boundaries of all documents, in room for documents of 300 tokens on average, in steps of 128, as record
-    29: the shapes that a compiler sees stay. FlashAttention gets those of `max_docs` documents only."""
+    """Boundaries of all documents, padded to a fixed length so that compiled shapes do not change.
+
+    The length is enough for documents of 300 tokens on average, rounded up to a multiple of 128, as in record
+    29. FlashAttention gets the boundaries of `max_docs` documents only.
+    """
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
@@ -541,14 +556,15 @@ def boundaries(cu_seqlens, sizes):
 
 
 def traceable(views, scale, width):
-    """[(view, softmax scale)] of the layers of one compiled forward: with FlashAttention all numbers are
-    tensors.
+    """[(view, softmax scale)] of the layers in a compiled forward, with FlashAttention's numbers as tensors.
 
-    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of
-    the whole model, in validation four, and one for each number of documents. As CPU tensors, which
-    `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes for numbers first, and begins
-    again). All layers share the documents' ends and none its window, so that a graph sees the same inputs
-    whichever layers look equally far. For another backend, whose masks are tensors already, nothing changes.
+    A Python number is a constant of a graph: three windows (with YaRN three scales) would give three graphs
+    of the whole model, four in validation, and one for each number of documents. CPU tensors, which `varlen`
+    reads on the host, are inputs of one graph. They have size (1,), because dynamo takes 0-d tensors for
+    numbers at first and starts again. All layers share the document boundaries, and each has its own window
+    tensor, so that a graph has the same inputs whichever layers have equal windows. Views of other backends,
+    whose masks are tensors already, are returned as they are.
+
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]
@@ -586,8 +602,7 @@ def attend_varlen(q, k, v, plan, scale):
 
 
 def torchs_varlen():
-    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments
-    used here."""
+    """The operators (forward, backward) behind torch.nn.attention.varlen.varlen_attn, as in 2.11 to 2.13."""
     import torch.nn.attention.varlen  # noqa: F401  (defines them)
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
@@ -645,8 +660,10 @@ varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)
 
 
 def serve(backend):
-    """Let torch's FlashAttention calls run this implementation from now on. Returns why that is impossible,
-    or None."""
+    """Make torch's FlashAttention calls run this implementation from now on.
+
+    Returns why that is impossible, or None.
+    """
     from torch.nn import attention
     wanted, failed = FLASH[backend], activation_failure(FLASH[backend])
     if failed is None and attention.current_flash_attention_impl() != wanted:

@@ -1,14 +1,12 @@
-"""Linear layer in 8-bit floats: operands are scaled, cast and multiplied (record 19's head, @YouJiacheng,
-@KoszarskyB).
+"""Linear layer in 8-bit floats, as in the head of record 19 (@YouJiacheng, @KoszarskyB).
 
-forward   z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
-backward  g' = e5m2(g sg);  dx = bf16(g' e4m3(w sw) / (sg sw));  dw = g'^T e4m3(x sx) / (sx sg)
+    forward    z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
+    backward   g' = e5m2(g sg),  dx = bf16(g' e4m3(w sw) / (sg sw)),  dw = g'^T e4m3(x sx) / (sx sg)
 
-The reference quantises, and multiplies what it got in float32, on any device. On a GPU with FP8 units
-(compute capability
-8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves; on another GPU the quantised values
-are kept in bfloat16, which holds every one of them, and multiplied by its units. Values beyond the range are
-clamped: what a cast makes of them depends on torch's version and the device.
+The reference quantises and then multiplies in float32, on any device. On a GPU with FP8 units (compute
+capability 8.9 or higher) torch._scaled_mm multiplies the 8-bit operands; on another GPU the quantised values
+are kept and multiplied in bfloat16, which represents all of them exactly. Values beyond the range are
+clamped, because the result of casting them depends on torch's version and the device.
 """
 
 import torch
@@ -33,8 +31,10 @@ def has_fp8_units(x):
 
 
 def kept_in_bfloat16(x):
-    """Is x on a GPU without FP8 units? There 8-bit values have nothing for them: Triton, and so the compiler
-    of torch 2.11, cannot even cast to e4m3."""
+    """Whether x is on a GPU without FP8 units.
+
+    There Triton, and so the compiler of torch 2.11, cannot even cast to e4m3.
+    """
     return x.is_cuda and not has_fp8_units(x)
 
 
@@ -119,13 +119,15 @@ class FP8Linear(torch.autograd.Function):
         (x8, w8), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
         g8 = quantise(g, sg, torch.float8_e5m2)
         dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
-        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose).to(
-            w_dtype
-        )
+        dw = product(
+            g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose
+        ).to(w_dtype)
         return dx, dw, None, None, None, None
 
 
 def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
-    """x (..., in) times w (out, in) in FP8 with factors sx, sw and sg (of the gradient). Returns (..., out)
-    in x's dtype."""
+    """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
+
+    sx, sw, sg: factors of x, w and the gradient before the cast.
+    """
     return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])

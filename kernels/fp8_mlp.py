@@ -2,14 +2,14 @@
 
     a(v) = max(largest |v|, 1e-12) / 448
     pre = a(x) a(U) e4m3(x / a(x)) e4m3(U / a(U))^T,  P = relu(pre)^2, each rounded to x's dtype
-    y = P D^T, or with scales p and d that were made before (delayed):  y = p d e4m3(P / p) e4m3(D / d)^T
-    backward:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,  dD = g^T P      with x, U, D and P as
-    they were
+    y = P D^T, or with delayed scales p and d:  y = p d e4m3(P / p) e4m3(D / d)^T
+    backward, with x, U, D and P before the cast:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,
+                                                   dD = g^T P
 
-Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are rounded to x's dtype, as in
-the originals; everything else about scales is float32. Values beyond 448 are clamped.
+Rows come in equal parts, each with its own a(x) and p. a(U) and U / a(U) are rounded to x's dtype, as in the
+originals; everything else about scales is float32. Values beyond 448 are clamped.
 
-Reference (any device): quantises, and multiplies what it got (kernels/fp8_linear.py); on a GPU with FP8 units
+Reference (any device): quantises, then multiplies (kernels/fp8_linear.py); on a GPU with FP8 units
 torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P
 in one Triton kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
 """

@@ -19,10 +19,9 @@ from updates.views import Views
 class Router(nn.Module):
     """Chooses the experts of each token and their gates (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    Scores s = sigmoid or softmax of W x. The top_k experts with the largest s + bias are chosen (bias: see
-    model_settings.Balance), within the best groups of experts if there are groups. The gates are the s of the
-    chosen experts, so the bias never gets a gradient. Arithmetic in numerics.router, the bias in at least
-    float32.
+    Scores s = sigmoid or softmax of W x, in the dtype numerics.router. The top_k experts with the largest
+    s + bias are chosen, within the best groups of experts if there are groups. The gates are the s of the
+    chosen experts, so the bias (model_settings.Balance), in at least float32, never gets a gradient.
 
     `stats` sums the statistics of a step, for load balancing and the log, from its first forward to
     `end_step` (called by system.hooks.RouterBalance).
@@ -82,7 +81,7 @@ class Router(nn.Module):
         return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
 
     def count(self, logits, scores, choice, quantile, tokens_per_rank):
-        """Add to `stats` the entropy of the scores and, per logical rank, the thresholds of quantile balancing.
+        """Add to `stats` the entropy of the scores and each logical rank's thresholds of quantile balancing.
 
         MoE.forward adds the tokens per expert.
         """
@@ -110,9 +109,9 @@ class Router(nn.Module):
             with torch.no_grad():
                 chosen = best(scores, moe.top_k).view(-1, length * moe.top_k)
                 counted = torch.promote_types(p.dtype, torch.float32)  # bfloat16 cannot count beyond 256
-                f = torch.zeros_like(p, dtype=counted).scatter_add_(
-                    1, chosen, torch.ones_like(chosen, dtype=counted)
-                )
+                f = torch.zeros_like(
+                    p, dtype=counted
+                ).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counted))
                 f *= moe.num_experts / (moe.top_k * length)
             out = (moe.seq_aux_loss * (f * p).sum(-1)).repeat_interleave(length)
         if moe.z_loss:

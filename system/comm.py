@@ -86,8 +86,8 @@ class ReduceScatter(AllReduce):
     def __init__(self, rank: int, world: int, start: str = "ready"):
         """start: when the reduction starts.
 
-        ready: when the gradient is ready. after: after the backward pass. late: after the updates of the banks
-        that are not late.
+        ready: when the gradient is ready. after: after the backward pass. late: after the updates of the
+        banks that are not late.
         """
         super().__init__(rank, world, shared=True)
         self.name = "reduce-scatter" if start == "ready" else f"reduce-scatter, {start}"

@@ -102,12 +102,12 @@ def quote_library_folders() -> None:
 
 
 def prepare(cache, cuda, processes=1):
-    """Set the folders of compiled code and start the compiler's workers; call it before the compiler is loaded.
+    """Set the folders of compiled code and start the compiler's workers.
 
-    The folders are in `cache`/compiled, unless the environment names others. On a GPU the workers, processes
-    that compile Triton kernels, take seconds to start, during which data and model are prepared; the
-    `processes` of this machine share its cores. On a CPU threads compile C++ kernels.
-    UserError if a folder cannot be made, or a compiler is missing.
+    Call it before the compiler is loaded. The folders are in `cache`/compiled, unless the environment names
+    others. On a GPU the workers, processes that compile Triton kernels, take seconds to start, during which
+    data and model are prepared; the `processes` of this machine share its cores. On a CPU threads compile C++
+    kernels. UserError if a folder cannot be made, or a compiler is missing.
     """
     for variable, name in FOLDERS.items():
         if variable not in os.environ:
@@ -258,9 +258,9 @@ class CacheFile:
         return lines
 
     def write(self, fresh):
-        """Replace the file by one with these parts (rank, bytes, hashes) and the old ones that they do not cover.
+        """Replace the file by one with these parts and the old ones that they do not cover.
 
-        Returns its size in bytes.
+        fresh: [(rank, bytes, hashes)]. Returns the size of the file in bytes.
         """
         try:
             about, parts = self.read()

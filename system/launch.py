@@ -1,7 +1,7 @@
 """Start a program as several processes on this machine, and exit with the most informative exit code.
 
     python train_gpt.py short/33 --nproc 8          # the trainer starts itself this way
-    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_*
+    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, MASTER_ADDR ...
 
 `torchrun` turns every code but 0 into 1 and a page of text, so that a missed target looks like a crash. Only
 the standard library here: it is run by its path, for programs of other checkouts too.

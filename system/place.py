@@ -21,7 +21,7 @@ PROCESSES = tuple(n for n in range(1, LOGICAL_RANKS + 1) if LOGICAL_RANKS % n ==
 
 
 class Misplaced(UserError):
-    """The environment of this process is wrong; every process with this error prints it, whatever its rank."""
+    """The environment of this process is wrong; the process prints it itself, whatever its rank."""
     own = True
 
 

@@ -2,8 +2,8 @@
 
 They are written while the clock is stopped. run.jsonl stays the record of a run: a sink that fails is given
 up with one line, and the run goes on. The packages are optional and imported only on request. Their own
-helpers (the sending process of wandb, the thread of trackio) may still be busy when the clock starts again, so
-the log names the sinks, and `records verify` does not accept such a run as timed.
+helpers (the sending process of wandb, the thread of trackio) may still be busy when the clock starts again,
+so the log names the sinks, and `records verify` does not accept such a run as timed.
 """
 
 import importlib
@@ -86,7 +86,10 @@ class Sinks:
 
 
 class Tracker:
-    """A run of wandb or trackio, which have the same calls; WANDB_PROJECT or TRACKIO_PROJECT names its project."""
+    """A run of wandb or trackio, which have the same calls.
+
+    The environment names its project: WANDB_PROJECT or TRACKIO_PROJECT.
+    """
 
     def __init__(self, name: str, folder: Path, config: dict) -> None:
         own = {"dir": str(folder)} if name == "wandb" else {"auto_log_gpu": False, "auto_log_cpu": False}

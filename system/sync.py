@@ -1,8 +1,9 @@
 """--check-sync: a training step must never wait for what the device has computed.
 
-A program that reads a number back (.item(), float(loss), nonzero, a boolean index) waits for the GPU, and then
-the GPU is idle until it gets new work. CUDA: torch's sync debug mode. CPU: an approximation that intercepts the
-operations that would wait. It misses copies between host and device and operations inside custom operators.
+A program that reads a number back (.item(), float(loss), nonzero, a boolean index) waits for the GPU, and
+then the GPU is idle until it gets new work. CUDA: torch's sync debug mode. CPU: an approximation that
+intercepts the operations that would wait. It misses copies between host and device, and operations inside
+custom operators.
 """
 
 import contextlib

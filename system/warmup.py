@@ -57,8 +57,10 @@ def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[flo
 
 
 def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
-    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a
-    stretch."""
+    """[norm, sum_i g_i cos(i)] of a gradient g of all processes.
+
+    Each process holds a summand of g or, with `own` (expert parallelism), a slice of it.
+    """
     squares = turned = 0.0
     for start in range(0, len(share), PIECE):
         parts = [part.double() for part in world.parts(share[start:start + PIECE])]

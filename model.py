@@ -1,4 +1,4 @@
-"""GPT: embedding, blocks on the residual stream, head and losses. The parts stand in layers/.
+"""GPT: embedding, blocks on the residual stream, head and losses. Their parts are in layers/.
 
 The constructors choose parts from the settings once; forward reads like the equations. A feature that is off
 is None or a plain constant, and costs nothing. Shapes: R rows (sequences), T tokens, D model_dim, H heads, K
@@ -554,7 +554,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Training FLOPs per token of products with weights: 6 per active matrix parameter, head included.
 
-        Embedding tables are only read. attention_flops_per_token counts the products of queries with keys.
+        Embedding tables are only read. attention_flops_per_token counts attention's own products.
         """
         return 6 * sum(
             active for p, _, active in self.sizes()

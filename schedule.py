@@ -96,9 +96,9 @@ def lr_peak(schedule: Schedule, progress: float) -> float:
 
 
 def muon_momentum(muon, step, steps):
-    """Muon momentum at a step (0.0 without Muon): a rise over momentum_warmup (record 9), a fall over
-    momentum_cooldown (record 39), both linear.
+    """Muon momentum at a step, 0.0 without Muon.
 
+    It rises linearly over momentum_warmup (record 9) and falls linearly over momentum_cooldown (record 39).
     steps: all optimizer steps of the run.
     """
     if muon is None:

@@ -308,7 +308,7 @@ def train_step(
 def validation(run: Run, step: int) -> bool:
     """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
     run.progress.clear()
-    run.batches.drain()  # no prefetch while the clock stands still
+    run.batches.drain()  # no prefetch while the clock is stopped
     run.clock.stop()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))

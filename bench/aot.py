@@ -75,8 +75,9 @@ class Recorder:
 
 
 def launches(modules, call):
-    """[(kernel, grid, args, kwargs)] of what `call` launches; none runs. modules: {module: name of its
-    function that returns its kernels}."""
+    """[(kernel, grid, args, kwargs)] of the launches of `call`, none of which runs.
+
+    modules: {module: name of its function that returns its kernels}."""
     originals, calls = {module: getattr(module, name) for module, name in modules.items()}, []
     try:
         for module, name in modules.items():

@@ -1,5 +1,6 @@
-"""Attention with windows: `python bench/attention.py [--out JSON]`. Time should grow with the window,
-not with the row.
+"""Attention with windows: `python bench/attention.py [--out JSON]`.
+
+The time should grow with the window, not with the row.
 
 Forward and backward of one layer of 6 heads of 12 channels (tiny's), float32, by row length, window and
 backend, on the CPU; without documents, and with documents as the corpus has them. Minimum over repeats.

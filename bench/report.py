@@ -1,4 +1,4 @@
-"""What the benches write, and how they go on when something fails.
+"""The results of a bench as JSON and Markdown, and how a bench goes on after a failure.
 
 A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others
 run; one that takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs

@@ -1,5 +1,4 @@
-"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder to
-give them as --data.
+"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder for --data.
 
 DATA: a folder with train and validation shards (`*_train_*.bin`, `*_val_*.bin`, data/shards.py), which is
 printed as it is; or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into FOLDER

@@ -129,8 +129,10 @@ OPERATIONS = {
 
 
 def fastest(operation, step, candidates, default, time, limit=float("inf")):
-    """(tile, ms, default's ms, tiles tried). time: function of a step that gives seconds; limit: seconds
-    after which no other tile is begun."""
+    """(fastest tile, its milliseconds, those of the default, number of tiles tried).
+
+    time: function (step) -> seconds. limit: seconds after which no other tile is tried.
+    """
     stop = perf_counter() + limit
     with tiles.trying(operation, default):
         base = time(step)
@@ -164,7 +166,7 @@ def tuned(name, operation, step, candidates, default, o):
 
 
 def cases_of(operation, o):
-    """Of bench/report.py: every shape of the operation in the records, once."""
+    """The cases of an operation for bench/report.py: each of its shapes in the records, once."""
     cases, candidates = OPERATIONS[operation]
     # those left out where time is short are no particular ones
     candidates, seen = random.Random(0).sample(candidates, len(candidates)), set()

@@ -73,9 +73,9 @@ def plan(index, experts, backend):
     """index: (N, k) int64, values below `experts`. Rows of one expert keep the order of their tokens."""
     flat, k = index.flatten(), index.size(1)
     order = flat.argsort(stable=True)
-    counts = torch.zeros(
-        experts, dtype=torch.int64, device=flat.device
-    ).scatter_add_(0, flat, torch.ones_like(flat))
+    counts = torch.zeros(experts, dtype=torch.int64, device=flat.device).scatter_add_(
+        0, flat, torch.ones_like(flat)
+    )
     ends = counts.cumsum(0)
     rank = torch.empty_like(order)  # of each choice among the sorted rows
     rank[order] = torch.arange(len(flat), device=flat.device)

@@ -55,16 +55,19 @@ def round8_shape(x, dtype):
 
 
 def row_major(x, transpose):
-    """x (M, N), copied if its rows are not contiguous: by torch or in tiles (`in_tiles`)."""
+    """x (M, N) itself if it is contiguous, otherwise a copy by torch or by the Triton kernel (`in_tiles`)."""
     if x.is_contiguous():
         return x
     return transpose_copy(x.t()) if in_tiles(transpose, x.device) else x.contiguous()
 
 
 def in_tiles(transpose, device):
-    """Does the Triton kernel make transposed copies there? transpose: torch, triton, or auto: on a GPU with
-    Triton. A copy of 8-bit numbers that Inductor fuses into their quantisation stores single bytes, each to
-    another row: of the head's gradient in record 33 that is 2.5 GB."""
+    """Whether the Triton kernel makes transposed copies on this device.
+
+    transpose: torch, triton, or auto (triton on a GPU that has it). Inductor would fuse the copy of 8-bit
+    numbers into their quantisation and store single bytes, each in another row: 2.5 GB for the gradient of
+    the head in record 33.
+    """
     return transpose == "triton" or (
         transpose == "auto" and device.type == "cuda" and missing(device) is None
     )

@@ -27,11 +27,16 @@ LEAST = 1e-12  # that a largest value counts as
 
 
 def fp8_mlp(x, up, down, parts, scales=None, fused=False):
-    """x (N, in), up (hidden, in), down (out, hidden), all of one dtype -> y (N, out) in it, and the largest P
-    of each part (parts,) in float32, for the next scales (empty without scales).
+    """The MLP y = relu(x U^T)^2 D^T with FP8 products.
 
-    parts: N is a multiple of it. scales: (p (parts,), d ()) in float32: the second product is in e4m3 too.
-    ValueError if fused and the device cannot.
+    Args:
+        x: (N, in), up: (hidden, in), down: (out, hidden), all of one dtype.
+        parts: number of equal parts of x with their own scales.
+        scales: (p (parts,), d ()) in float32, for the second product in e4m3 too; None: only the first.
+        fused: use the Triton kernels. ValueError if the device cannot.
+
+    Returns: y (N, out) in x's dtype, and the largest P of each part (parts,) in float32, from which the next
+        scales are made; empty without scales.
     """
     p, d = (None, None) if scales is None else scales
     return FP8MLP.apply(x, up, down, parts, p, d, fused)

@@ -221,7 +221,7 @@ def launch(x, weight, p, out, backward):
 
 
 def start(tile, x, weight, *rest, **modes):
-    """linear_kernel on all tiles; rest: p to part."""
+    """Launch linear_kernel on all tiles. rest: its arguments from p to part."""
     (n, d), f = x.shape, weight.size(0)
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
         x,

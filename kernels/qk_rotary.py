@@ -60,8 +60,11 @@ DEFAULT = Tile(2048, 4)
 def qk_rotary_reference(
     q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torch.float32, math_dtype=torch.float32
 ):
-    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype. norm_dtype: of the norm; math_dtype: of
-    the rotation, at least (the wider of this, the tables and q)."""
+    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype.
+
+    norm_dtype: dtype of the norm. math_dtype: least dtype of the rotation, which uses the widest of this,
+    the tables and q.
+    """
     def norm(x):
         return F.rms_norm(x.to(norm_dtype), x.shape[-1:], eps=eps).to(x.dtype)
 
@@ -251,8 +254,9 @@ def gradient_kernel(
     gk_row, gk_token, gk_head, gk_channel, d_row, d_token, ORDER: tl.constexpr, OFFSET: tl.constexpr,
     VALUES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """As forward_kernel: dq and dk from q, k and the gradients gq, gk of its outputs; with VALUES v copied to
-    dv. dq, dk and dv have strides (d_row, d_token, 2 WIDTH, 1)."""
+    """dq and dk from q, k and the gradients gq, gk of forward_kernel's outputs; VALUES: v is copied to dv.
+
+    dq, dk and dv have strides (d_row, d_token, 2 WIDTH, 1)."""
     blocks = tl.cdiv(tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]

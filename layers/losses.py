@@ -25,8 +25,10 @@ def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int)
 
 
 def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=None):
-    """The loss (R, T) of token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n]
-    (multi-token prediction, record 53), and prefix_weight times that of prefix[:, t] (record 88).
+    """The loss (R, T) of several weighted targets.
+
+    For token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n] (multi-token
+    prediction, record 53), plus prefix_weight times that of prefix[:, t] (record 88).
 
     Args:
         logits: (R, T, V).

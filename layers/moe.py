@@ -109,9 +109,9 @@ class Router(nn.Module):
             with torch.no_grad():
                 chosen = best(scores, moe.top_k).view(-1, length * moe.top_k)
                 counted = torch.promote_types(p.dtype, torch.float32)  # bfloat16 cannot count beyond 256
-                f = torch.zeros_like(
-                    p, dtype=counted
-                ).scatter_add_(1, chosen, torch.ones_like(chosen, dtype=counted))
+                f = torch.zeros_like(p, dtype=counted).scatter_add_(
+                    1, chosen, torch.ones_like(chosen, dtype=counted)
+                )
                 f *= moe.num_experts / (moe.top_k * length)
             out = (moe.seq_aux_loss * (f * p).sum(-1)).repeat_interleave(length)
         if moe.z_loss:

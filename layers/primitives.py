@@ -35,7 +35,7 @@ def constant(value):
 
 
 def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
-    """A parameter that knows its role and label in the optimizer, and its initialiser.
+    """A parameter with its initialiser, and its role and label for the optimizer.
 
     The values are left empty: GPT.initialise fills them.
 

@@ -26,7 +26,7 @@ class ValueResidual(nn.Module):
             if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
                 first.append(v)
                 return v
-            v1 = first[0] if first[0].shape == v.shape else first[0].view(v.shape)  # another number of heads
+            v1 = first[0] if first[0].shape == v.shape else first[0].view(v.shape)  # if head counts differ
             return ((1 - lam[i]) * v + lam[i] * v1).to(v.dtype)
 
         return mix

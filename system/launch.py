@@ -153,8 +153,11 @@ class Launch:
 
 
 def telling(codes: Iterable[int]) -> int:
-    """One exit code of many processes: that of a death by a signal (negative), else the first of TELLING,
-    else any but 0."""
+    """One exit code for several processes.
+
+    In this order: that of a death by a signal, the first code in TELLING, the largest code.
+    codes: exit codes, negative for a death by a signal.
+    """
     codes = set(codes)
     if codes and min(codes) < 0:
         return 128 - min(codes)

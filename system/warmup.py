@@ -72,8 +72,7 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
 
 
 def warmup_steps(run: Run) -> list[int]:
-    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape,
-    so that none is met for the first time while the clock runs."""
+    """Indices of the warm-up's steps: three, and if the model is compiled the first step of each Shape."""
     asked = run.s.system.warmup_steps
     if asked >= 0:
         return [min(i, len(run.plans) - 1) for i in range(asked)]

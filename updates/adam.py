@@ -87,7 +87,7 @@ class AdamW:
         return {name: (unit, self.state_dtype or dtype) for name in ("exp_avg", "exp_avg_sq")}
 
     def numbers(self, plan, t: int) -> dict[str, float]:
-        """What changes from step to step. t: updates of the bank, this one included."""
+        """The numbers that change from step to step. t: updates of the bank, this one included."""
         return {
             "lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t
         }

@@ -16,7 +16,7 @@ class Muon:
     """Muon as a rule for banks of units (N, *unit), each of one or several matrices (updates/views.py)."""
     lr: float
     slots: tuple
-    update_dtype: torch.dtype  # of the update before it is subtracted
+    update_dtype: torch.dtype  # dtype of the update when it is subtracted
     keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
     skips_idle: bool  # do not update experts that received no tokens in this step
 
@@ -44,7 +44,7 @@ class Muon:
         return found
 
     def numbers(self, plan, t: int) -> dict[str, float]:
-        """What changes from step to step. t: updates of the bank, this one included."""
+        """The numbers that change from step to step. t: updates of the bank, this one included."""
         return {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
 
     def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:

@@ -18,8 +18,7 @@ PRECISION = "precision"  # the field becomes system.precision
 
 @dataclass(frozen=True)
 class Bounds:
-    """Range of a number, or of each number in a list. None: no bound of the field's own (LARGEST holds for
-    all)."""
+    """Range of a number, or of each number in a list; None: no own bound (LARGEST bounds every number)."""
     least: float | None = None
     above: float | None = None
     below: float | None = None

@@ -1,4 +1,4 @@
-"""GPT: embedding, blocks on the residual stream, head and losses. The parts stand in layers/.
+"""GPT: embedding, blocks on the residual stream, head and losses. Their parts are in layers/.
 
 The constructors choose parts from the settings once; forward reads like the equations. A feature that is off
 is None or a plain constant, and costs nothing. Shapes: R rows (sequences), T tokens, D model_dim, H heads, K
@@ -44,8 +44,10 @@ from settings import LOGICAL_RANKS, Settings
 # ----- embedding --------------------------------------------------------------------------------------------
 
 class Embedding(nn.Module):
-    """Token ids (R, T) -> stream (R, T, D). When tied, the table is the head's weight and belongs to its
-    group."""
+    """Token ids (R, T) -> stream (R, T, D).
+
+    When tied, the table is also the head's weight and is updated with the settings of optim.lm_head.
+    """
 
     def __init__(self, s):
         super().__init__()
@@ -55,7 +57,7 @@ class Embedding(nn.Module):
             init = normal(m.init.head_std)
         elif m.init.scheme == "gpt2":
             init = normal(0.02)
-        else:  # records 2-7: what both share is the head's default linear initialisation
+        else:  # records 2-7: a tied table has the head's default linear initialisation
             init = uniform(1 / math.sqrt(m.model_dim)) if tied else normal(1.0)
         rows = padded_vocab(s) if tied else table_rows(s)
         self.weight = parameter(
@@ -71,8 +73,14 @@ class Embedding(nn.Module):
         self.residual_dtype = dtype(n.residual)
 
     def forward(self, tokens, start=0, table=None, cache=None):
-        """table: in place of the own one, while a head that is untied later still shares its weight. cache:
-        of a generation, for the smear."""
+        """The embedded tokens (R, T, D).
+
+        Args:
+            tokens: (R, T) int64.
+            start: position of the first token, for learned positions.
+            table: used instead of self.weight while the embedding is tied to a head that is untied later.
+            cache: Cache of a generation, for the smear, or None.
+        """
         x = F.embedding(tokens, self.weight if table is None else table).to(self.residual_dtype)
         if self.smear is not None:
             x = self.smear(x, cache)
@@ -98,7 +106,7 @@ class Block(nn.Module):
 
 # ----- head -------------------------------------------------------------------------------------------------
 
-LARGEST_LOGITS = 2 ** 31  # that validation on a GPU makes at once: 4 GiB in bfloat16
+LARGEST_LOGITS = 2 ** 31  # most logits that validation on a GPU computes at once: 4 GiB in bfloat16
 
 
 class Head(nn.Module):
@@ -123,22 +131,24 @@ class Head(nn.Module):
         self.sums = m.head.loss_reduction == "sum"
         self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
-        self.backend = {"auto": None, "whole": None, "chunks": "torch", "triton": "triton"}[
-            s.system.kernels.loss
-        ]
+        self.backend = {
+            "auto": None, "whole": None, "chunks": "torch", "triton": "triton"
+        }[s.system.kernels.loss]
 
     def operands(self, table, tokens_per_rank):
-        """(weight, FP8 factors or None) of the matrix product as it is now, in training or validation."""
+        """(weight, FP8 factors or None) of the matrix product; only training uses FP8.
+
+        table: the embedding's weight, for a tied head. tokens_per_rank: as in `losses`.
+        """
         weight = table if self.weight is None else self.weight
         if not (self.fp8 and self.training):
             return weight, None
-        # The trainer averages over the eight ranks and, with a mean, their tokens: undo that before the FP8
-        # cast.
+        # Undo the loss averaging (over eight ranks and, for a mean, their tokens) before the FP8 cast.
         divided_by = LOGICAL_RANKS * (1 if self.sums else tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def logits_dtype(self):
-        """Dtype of the logits that the cross entropy gets, in training or validation."""
+        """Dtype of the logits that the cross entropy reads, in training or validation."""
         return self.loss_dtype if self.training else self.eval_loss_dtype
 
     def losses(
@@ -148,23 +158,24 @@ class Head(nn.Module):
         """Cross entropies (R, T) of the targets (R, T).
 
         Args:
-            weights: of the targets t, t + 1, ... of each token (layers.losses.weighted_losses); None: the
-                first one, times 1.
-            prefix, prefix_weight: a second target of each token, (R, T) int64 with negative ones left out,
-                and the weight of its cross entropy; None: none.
-            candidates: (P,) int64, distinct classes in growing order, which alone the softmax knows: every
-                target must be among them, and a prefix target that is not is left out. None: all classes.
+            table: the embedding's weight, for a tied head.
+            weights: loss weights of the next tokens, the first one first (layers.losses.weighted_losses);
+                None: only the next token, with weight 1.
+            prefix, prefix_weight: a second target per token, (R, T) int64, and the weight of its cross
+                entropy; negative targets are ignored. None: no second target.
+            candidates: (P,) int64, distinct classes in ascending order, to which the softmax is restricted.
+                Every target must be one of them; other prefix targets are ignored. None: all classes.
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
         weight, fp8 = self.operands(table, tokens_per_rank)
         backend = self.backend
         if candidates is not None:
             weight = weight.index_select(0, candidates)
-            # past the last logit: a target that is no candidate raises instead of being left out
+            # a target outside the candidates gets an index past the last logit, which raises an error
             targets = in_candidates(candidates, targets, missing=len(candidates))
             prefix = None if prefix is None else in_candidates(candidates, prefix, missing=-1)
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
-            backend = "torch"  # records 21 to 33: a row of 262,144 tokens, 26 GB of logits
+            backend = "torch"  # in records 21 to 33 a row of 262,144 tokens has 26 GB of logits
         if backend is None:
             logits = self.logits(x, weight, fp8)
             if weights is not None or prefix is not None:
@@ -198,7 +209,7 @@ class Head(nn.Module):
 
 
 def bounded(z, softcap):
-    """Logits z under a soft cap (model_settings.Softcap), elementwise."""
+    """The soft-capped logits of z, elementwise (model_settings.Softcap)."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
     if softcap.shift:
@@ -209,14 +220,14 @@ def bounded(z, softcap):
 # ----- GPT --------------------------------------------------------------------------------------------------
 
 class GPT(nn.Module):
-    """The whole computation: embedding, L blocks on the residual stream, head.
+    """The whole model: embedding, L blocks on the residual stream, head.
 
-    Built without values; `initialise(seed)` fills them. Each tensor draws from a generator keyed by (seed,
-    name), so switching a feature changes no other weight: that is what "paired by seed" means.
+    The constructor leaves the weights empty; `initialise(seed)` fills them. Each tensor draws from a
+    generator keyed by (seed, name), so switching a feature changes no other weight ("paired by seed").
     """
 
     def __init__(self, s: Settings, specs: tuple[LayerSpec, ...] | None = None):
-        """specs: of the layers; None: as the settings have them."""
+        """specs: the specification of each layer; None: derived from the settings."""
         super().__init__()
         self.settings = s
         self.first_tokens_per_rank = shape(s, 0).tokens_per_rank
@@ -251,8 +262,8 @@ class GPT(nn.Module):
         self.rotary_tables = RotaryTables(s, self.specs, rotaries.values())
         self.compiled = False
         self.recompute = s.system.activation_checkpoint == "on"
-        self.passed = set()  # why faster attention backends were passed over
-        self.tied = self.tied_at_first()  # the embedding is the head's weight; the trainer ends it
+        self.passed = set()  # faster attention backends that cannot run here, each with the reason
+        self.tied = self.tied_at_first()  # the embedding is the head's weight until the trainer unties them
 
     def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None, prefix=None,
                 prefix_weight=None, candidates=None):
@@ -261,11 +272,11 @@ class GPT(nn.Module):
         Args:
             tokens: (R, T) int64.
             targets: (R, T) int64, or None.
-            context: what attention sees and how many tokens a logical rank has (GPT.context); None only
-                without documents and window, as in records 1-11: the step is then one of the first stage.
+            context: attention metadata and tokens per logical rank, from GPT.context. None is allowed only
+                without document mask and window (records 1-11), and then means the first stage.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights, prefix, prefix_weight, candidates: of the loss (Head.losses). The MTP module takes
-                the second one of target_weights, if there is one.
+            target_weights, prefix, prefix_weight, candidates: as in Head.losses. With an MTP module the
+                second target weight applies to the module's loss.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -295,22 +306,26 @@ class GPT(nn.Module):
             losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights[:1], *terms, size)
             if len(target_weights) > 1:
                 losses = losses + target_weights[1] * self.module_losses(h, targets, context, matmul_dtype)
-        # adds its gradient and exactly nothing to the value: a loss stays a cross entropy
+        # an aux loss adds its gradient and exactly zero to the value: the reported loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
 
     def tokens_per_rank(self, context: Context | None) -> int | None:
-        """Tokens of a logical rank in the step that a forward belongs to. None in validation, where nothing
-        counts by rank and a graph must not depend on the step."""
+        """Tokens of a logical rank in this training step.
+
+        None in validation, where nothing is counted per rank and the graph must not depend on the step.
+        """
         if not self.training:
             return None
         told = None if context is None else context.tokens_per_rank
         return self.first_tokens_per_rank if told is None else told
 
     def module_losses(self, h, targets, context, matmul_dtype):
-        """Cross entropies (R, T) of the second next token of each token by the MTP module, within documents
-        (zero elsewhere). h: the stream (R, T, D) after the last block."""
+        """Cross entropies (R, T) of the MTP module, which predicts the token after the next one.
+
+        Zero where that token belongs to another document. h: the stream (R, T, D) after the last block.
+        """
         e = self.embed(targets, table=self.lm_head.weight if self.tied else None)
         meta = AttnMeta(None, self.rotary_tables.scales[self.mtp_layer])
         if context is not None:
@@ -322,13 +337,12 @@ class GPT(nn.Module):
         return losses.masked_fill(~keep, 0.0)
 
     def layers(self):
-        """The function of each layer: `layer`, or the same with its activations recomputed in the backward
-        pass."""
+        """The function that runs each layer: `layer`, or `layer` under activation checkpointing."""
         plain = [self.layer] * len(self.blocks)
         if not (self.recompute and self.training):
             return plain
         again = functools.partial(checkpoint, self.layer, use_reentrant=False, preserve_rng_state=False)
-        first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 leaves its values for the others
+        first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 stores its values for the others
         return plain[:first] + [again] * (len(self.blocks) - first)
 
     def layer(self, i, x, stream, mix, lambdas, context, cache, aux_losses):
@@ -356,9 +370,11 @@ class GPT(nn.Module):
         return x
 
     def new_cache(self, absorbed=None):
-        """An empty Cache for generation. absorbed: latents instead of keys and values
-        (LatentAttention); None: where the model can. ValueError if it cannot: without latents, or with values
-        that are mixed behind them."""
+        """An empty Cache for generation.
+
+        absorbed: cache latents instead of keys and values (LatentAttention); None: if the model supports it.
+        ValueError if it does not: without latents, or with value_residual or value_embed.
+        """
         able = self.settings.model.attn.latent is not None and self.values is None
         if absorbed and not able:
             raise ValueError(
@@ -369,13 +385,17 @@ class GPT(nn.Module):
     def context(
         self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None
     ) -> Context:
-        """What attention sees of these tokens (R, T): documents (each begins with token `bos`) and windows.
+        """The attention metadata of one forward pass, computed outside the compiled forward.
 
-        windows: schedule.Windows of the step, or None; with YaRN, those that update_yarn was told last. One
-        view serves all layers with the same span. cached: only the last token is new, the others lie in a
-        cache. Made outside the compiled forward. max_docs, max_seqlen: no more documents than this, and none
-        of more tokens, if known without waiting for a GPU. tokens_per_rank: of the step (schedule.Shape);
-        None: as in the first step.
+        Layers with the same span share one view.
+
+        Args:
+            tokens: (R, T) int64.
+            bos: the token that begins each document.
+            windows: schedule.Windows of the step, or None; with YaRN the windows last given to update_yarn.
+            cached: whether only the last token is new and the others are in a cache.
+            max_docs, max_seqlen: upper bounds known on the host, so that nothing waits for the GPU.
+            tokens_per_rank: tokens of a logical rank in this step; None: as in the first step.
         """
         a, scales = self.settings.model.attn, self.rotary_tables.scales
         if not self.rotary_tables.stands_at(windows):
@@ -396,8 +416,10 @@ class GPT(nn.Module):
                        documents if self.mtp is not None else None)
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
-        """The same for a compiled forward: with FlashAttention, window and scale are inputs of its graph
-        (attention.traceable)."""
+        """The metadata for a compiled forward.
+
+        With FlashAttention, window and scale become inputs of the graph (attention.traceable).
+        """
         widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
         for width in {*widths} - {None}:
             mine = [i for i, w in enumerate(widths) if w == width]
@@ -408,13 +430,12 @@ class GPT(nn.Module):
         return out
 
     def update_yarn(self, windows: Windows | None) -> None:
-        """Bring the rotary tables and the softmax scales to the windows of a forward pass (YaRN, record
-        31)."""
+        """Recompute the rotary tables and softmax scales if the long window has changed (YaRN, record 31)."""
         self.rotary_tables.update(windows)
 
     def view(self, tokens, documents, window, max_docs, max_seqlen):
-        """The prepared view of one window by the backend that system.attention asks for."""
-        if tokens.is_meta:  # shapes only: attend does not look at it
+        """The attention.View of one window, for the backend that system.attention selects."""
+        if tokens.is_meta:  # shapes only: `attend` ignores the view
             return attention.View("dense", None)
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
@@ -424,7 +445,7 @@ class GPT(nn.Module):
                 tokens=length, requires_grad=torch.is_grad_enabled(), dtype=matmul_dtype,
                 compiled=self.compiled, passed=self.passed
             )
-            if backend not in attention.FLASH:  # the blocks of banded would depend on the text
+            if backend not in attention.FLASH:  # the block sizes of `banded` would depend on the text
                 max_seqlen = None
             if max_seqlen is None and self.training and s.data.loader == "packed":
                 max_seqlen = s.data.max_doc_len
@@ -437,8 +458,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed):
-        """Fill every parameter and table. Values are drawn on the CPU in float32, so they are equal on all
-        devices."""
+        """Fill every parameter and table.
+
+        Values are drawn on the CPU in float32, so they are equal on all devices.
+        """
         for name, p in self.named_parameters():
             first_name = renames.first_parameter(name)
             for i, init in enumerate(p.parts):
@@ -462,30 +485,32 @@ class GPT(nn.Module):
         return untied is not None and untied.tied_until is not None
 
     def fp8_mlps(self):
-        """The MLPs that are in FP8 while training."""
+        """The MLPs that use FP8 in training."""
         return [
             block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.fp8 is not None
         ]
 
     def prepare_compile(self):
-        """To be called before torch.compile: shapes in the graph must not depend on the data."""
+        """Call this before torch.compile: shapes in the graph must not depend on the data."""
         self.compiled = True
-        # how many rows travel does; here and not as a decorator, which would load the compiler
+        # The number of exchanged rows depends on the data. A decorator would load the compiler in every run.
         for _, moe in self.mixtures():
             moe.expert_all_to_all = torch.compiler.disable(moe.expert_all_to_all)
 
     # ----- experts
 
     def mixtures(self):
-        """[(layer, MoE)] of the layers that have experts."""
+        """[(layer number, MoE)] of the layers that have experts."""
         return [(i, block.mlp) for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoE)]
 
     def routers(self):
         return [moe.router for _, moe in self.mixtures()]
 
     def tokens_per_expert(self):
-        """{parameter name: (E,) tokens of each of its experts in the last whole step}; views, so that they
-        stay right."""
+        """{parameter name: (E,) tokens of each of its experts in the last whole step}.
+
+        The tensors are views of the routers' buffers, so they follow later steps.
+        """
         out = {}
         for i, moe in self.mixtures():
             mine = moe.router.tokens_per_expert.view(moe.world, -1)[moe.rank]
@@ -493,8 +518,10 @@ class GPT(nn.Module):
         return out
 
     def full_state_dict(self):
-        """state_dict with all experts, on every process (collective with expert parallelism). While the
-        embedding is the head's weight both stand in it, so that who loads it need not know."""
+        """state_dict on the CPU with all experts, on every process (collective with expert parallelism).
+
+        While embedding and head are tied, it holds the weight under both names.
+        """
         state = {name: value.detach().cpu() for name, value in self.state_dict().items()}
         if self.tied:
             state["embed.weight"] = state["lm_head.weight"]
@@ -508,7 +535,7 @@ class GPT(nn.Module):
     # ----- accounting
 
     def sizes(self):
-        """[(parameter, its elements on all processes together, those that one token meets)]."""
+        """[(parameter, elements over all processes, elements used for one token)]."""
         stacks = {id(p): moe for _, moe in self.mixtures() for p in (moe.c_fc, moe.c_proj)}
         out = []
         for p in self.parameters():
@@ -521,21 +548,25 @@ class GPT(nn.Module):
         return sum(whole for _, whole, _ in self.sizes())
 
     def num_active(self):
-        """Parameters that one token meets: all but the experts that it does not go to."""
+        """Active parameters per token: all but the experts that the token is not routed to."""
         return sum(active for _, _, active in self.sizes())
 
     def flops_per_token(self):
-        """Of the matrix products in training: 6 for each active matrix parameter, the head's among them.
-        Tables are read, not multiplied. Attention's own products: attention_flops_per_token."""
+        """Training FLOPs per token of products with weights: 6 per active matrix parameter, head included.
+
+        Embedding tables are only read. attention_flops_per_token counts attention's own products.
+        """
         return 6 * sum(
             active for p, _, active in self.sizes()
             if p.role in ("matrix", "lm_head", "router") and p.dim() > 1
         )
 
     def attention_flops_per_token(self, windows=None):
-        """Of queries times keys and weights times values in training, forward and backward: 6 for each
-        channel of a visible key and value. Rows of data.seq_len, in these windows (schedule.Windows or None);
-        documents, which hide more, depend on the text and are not counted."""
+        """Training FLOPs per token of attention's own products: 6 per channel of a visible key and value.
+
+        Counted for rows of data.seq_len in these windows (schedule.Windows or None). Document masks hide
+        more keys, but depend on the text and are ignored.
+        """
         s, total = self.settings, 0.0
         for spec, span in zip(self.specs, layer_spans(self.specs, windows)):
             if spec.attn is not None:
@@ -548,10 +579,11 @@ class GPT(nn.Module):
 
 
 def without_values(s):
-    """The model without storage, to count what it has."""
+    """The model on the meta device, without storage, for counting."""
     with torch.device("meta"):
         return GPT(s)
 
 
 def count_parameters(s):
+    """Number of parameters of these settings' model, all experts included."""
     return without_values(s).num_parameters()

@@ -15,11 +15,10 @@ from declare import REFUSE, opt
 
 @dataclass(frozen=True)
 class Smear:
-    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1), e the rows of the token
-    table.
+    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1).
 
-    W reads the first `channels` channels. The first token of a row keeps its embedding; the token before may
-    belong to another document.
+    e are rows of the token table, of which W reads the first `channels` channels. The first token of a row
+    keeps its embedding; the previous token may belong to another document.
     """
     channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
     init: float = opt(0.0, "initial lambda; the constant if `learned` is off")
@@ -48,8 +47,7 @@ class SALambdas:
 
 @dataclass(frozen=True)
 class ValueGate:
-    """Value-embedding gate (record 55, @classiclarryd): each head's value embedding is multiplied by
-    2 sigmoid(W n).
+    """Value-embedding gate (record 55, @classiclarryd): 2 sigmoid(W n) times each head's value embedding.
 
     n is the first `channels` channels of the block's normalised input.
     """
@@ -61,8 +59,7 @@ class ValueGate:
 
 @dataclass(frozen=True)
 class SkipGate:
-    """Skip gate (record 55, @classiclarryd): the weight of each skip is multiplied by 2 sigmoid(W x0) per
-    token.
+    """Skip gate (record 55, @classiclarryd): 2 sigmoid(W x0), per token, times the weight of each skip.
 
     x0 is the embedding as the first block gets it, of which W reads the first `channels` channels.
     """
@@ -85,8 +82,7 @@ class Backout:
 
 @dataclass(frozen=True)
 class MTP:
-    """Multi-token prediction (record 53; after Gloeckle et al., arXiv 2404.19737, with the one head of the
-    model).
+    """Multi-token prediction (record 53; after Gloeckle et al., arXiv 2404.19737, but with a single head).
 
     The loss of a token is the sum over n of w_n times the cross entropy of the n-th next token. In each stage
     the weights go linearly from those of `start` to those of `end`. Validation counts the next token only.
@@ -139,8 +135,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class Yarn:
-    """YaRN (Peng et al., arXiv 2309.00071), applied each time the long window changes, from a to b blocks
-    (record 31).
+    """YaRN (Peng et al., arXiv 2309.00071; record 31), applied when the long window grows from a to b blocks.
 
     A channel pair that makes r turns within the old window keeps its frequency f if r >= beta, gets f a/b if
     r <= alpha, and a linear mix of the two in between. The attention scale is multiplied by 1 + gain ln(b/a).
@@ -187,8 +182,10 @@ class QKNorm:
 
 @dataclass(frozen=True)
 class ValueResidual:
-    """Value residual (Zhou et al., arXiv 2410.17897): v <- (1 - lambda) v + lambda v1, v1 the first block's
-    values."""
+    """Value residual (Zhou et al., arXiv 2410.17897): v <- (1 - lambda) v + lambda v1.
+
+    v1 are the values of the first block.
+    """
     init: float = opt(0.5, "initial lambda; the constant lambda if `learned` is off")
     learned: bool = opt(True, "learned lambda, one scalar per block (off: the constant `init`)", off=False)
 
@@ -199,8 +196,7 @@ class ValueResidual:
 
 @dataclass(frozen=True)
 class ValueEmbed:
-    """Value embeddings (record 14, @KoszarskyB): each value is mixed with a row, chosen by the token, of a
-    table."""
+    """Value embeddings (record 14, @KoszarskyB): each value is mixed with the token's row of a table."""
     tables: tuple[int, ...] = opt((0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11),
         "value table of each layer, by number; -1: the layer has none", off=REFUSE)
     mix: Literal["lerp", "pair", "scaled", "sum"] = opt(
@@ -385,8 +381,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Balance:
-    """Load balancing without an auxiliary loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv
-    2412.19437).
+    """Load balancing without auxiliary loss (Wang et al., arXiv 2408.15664; DeepSeek-V3, arXiv 2412.19437).
 
     A bias per expert is added to its score when experts are chosen, not to its gate. Once per step the biases
     b are updated from the tokens per expert c of the whole batch.
@@ -412,8 +407,7 @@ class Balance:
 
 @dataclass(frozen=True)
 class MoE:
-    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, arXiv 2412.19437, section
-    2.1.2).
+    """Mixture of experts (DeepSeekMoE: Dai et al., arXiv 2401.06066; DeepSeek-V3, 2412.19437, section 2.1.2).
 
     Every token goes through a shared MLP and through the top_k routed experts e with the best scores; no
     token is dropped: y = shared(x) + sum_e g_e expert_e(x), g_e the gate.
@@ -497,8 +491,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class X0Mix:
-    """Embedding shortcut: at the entry of every block x <- a x + b x0, x0 the embedding, a and b per
-    block."""
+    """Embedding shortcut: at the entry of every block x <- a x + b x0, where x0 is the embedding."""
     x: float = opt(1.0, "initial a; the constant if `learned` is off")
     x0: float = opt(0.0, "initial b; the constant if `learned` is off")
     learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
@@ -506,8 +499,7 @@ class X0Mix:
 
 @dataclass(frozen=True)
 class UnetSkips:
-    """U-net skips: the outputs of the first half of the blocks are added, last first, before those of the
-    second half."""
+    """U-net skips: outputs of the first half of the blocks are added before the second half, last first."""
     init: float = opt(1.0, "initial skip weight; the constant if `learned` is off",
                       idle="model.residual.unet_skips.sigmoid")
     sigmoid: float | None = opt(None, "sigmoid skip weights (record 32): the weight is sigmoid(w), and this "

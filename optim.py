@@ -1,9 +1,9 @@
-"""The optimizer of a run: banks of parameters, each with an update rule (updates/) and a way to communicate
-(system/comm.py).
+"""The optimizer of a run: banks of parameters, each with an update rule and a way to communicate.
 
-Parameters of one rule, group, dtype and unit shape lie in one contiguous bank, with parameters and gradients
-as views of it. Padding for the number of processes exists only inside a bank. What a step reads or writes
-keeps its place in memory.
+Update rules are in updates/, communication between processes is in system/comm.py. Parameters of one rule,
+group, dtype and unit shape lie in one contiguous bank; parameters and gradients are views of it. Padding for
+the number of processes exists only inside a bank. All tensors of a step keep their addresses, so that CUDA
+graphs can replay it.
 """
 
 import math
@@ -22,11 +22,14 @@ RULES = {"adamw": AdamW.of, "muon": Muon.of}  # name -> function (settings, grou
 # ----- communication of one process -------------------------------------------------------------------------
 
 class Local:
-    """One bank of one process alone; the classes of system/comm.py have the same methods.
+    """The communication of a bank on one process; the classes of system/comm.py have the same methods.
 
-    shards: N of the bank is padded to a multiple of it. reduces: `reduce` does something; eager: it starts as
-    soon as the gradient is ready; late: it starts when the banks that are not late have been updated.
-    partial: `wait` sees a part of the gradient only. sends_updates: updates travel, not parameters.
+    shards: the bank's N is padded to a multiple of this.
+    reduces: whether the gradient is reduced over processes.
+    eager: the reduction starts as soon as the gradient is ready.
+    late: the reduction starts after the banks that are not late have been updated.
+    partial: `wait` returns only a part of the gradient.
+    sends_updates: processes exchange updates instead of parameters.
     """
     name = "local"
     shards = 1
@@ -43,21 +46,25 @@ class Local:
         """Start the reduction of a gradient over the processes."""
 
     def wait(self, grad):
-        """(gradient of this process's shard, the tensor whose squares count for the norm), both summed over
-        processes."""
+        """Wait for the reduction. Returns two gradients summed over processes.
+
+        The first is that of this process's shard, the second the one whose squares enter the global norm.
+        """
         return grad, grad
 
     def gather(self, param):
-        """Start to give everyone the updated shards. Returns what can be waited for, or None."""
+        """Start the all-gather of the updated shards. Returns its work handle, or None."""
 
     def whole(self, x):
-        """A tensor of all shards from this process's shard of it, as a copy of its own. May be collective."""
+        """A copy of the whole tensor, from this process's shard x of it. May be collective."""
         return x.clone()
 
 
 class Alone:
-    """The communication plan of a run on one process: nothing travels. gathers_last: the last all-gather of
-    an elementwise rule waits until all banks are updated."""
+    """The communication plan of a run on one process: none.
+
+    gathers_last: the last all-gather of an elementwise rule starts after all updates.
+    """
     name = "replicated"
     gathers_last = False
 
@@ -89,13 +96,14 @@ class Tree:
 
 
 class Bank:
-    """Parameters of one rule, group, dtype and unit shape in one contiguous tensor (N, *unit), with state and
-    update count.
+    """Parameters that are updated together, in one contiguous tensor (N, *unit), with state and update count.
 
-    members: [(name, parameter)]. group: section of settings.Optim that governs them. unit: () for elementwise
-    rules, otherwise what the rule updates as a whole. N is padded to a multiple of comm.shards with zeros,
-    which every rule leaves at zero.
-    tokens_per_expert: for stacks of experts, the rows that each unit got in the step, one tensor per member.
+    N is padded to a multiple of comm.shards with zeros, which every rule leaves at zero.
+
+    members: [(name, parameter)], of one rule, group, dtype and unit shape.
+    group: the section of settings.Optim that they belong to.
+    unit: () for elementwise rules, otherwise the shape that the rule updates as a whole.
+    tokens_per_expert: for expert weights only, (E,) per member: tokens of each expert in the step.
     """
 
     def __init__(self, rule, group, members, unit, comm, ordered, tokens_per_expert=()):
@@ -137,8 +145,7 @@ class Bank:
         self.clear()
 
     def place(self, label):
-        """(start, stop) of the only member with this label, counted in numbers of the bank; None: no member
-        has it."""
+        """(start, stop) of the first member with this label in the flattened bank, or None."""
         start = 0
         for _, p in self.members:
             if p.label == label:
@@ -146,8 +153,10 @@ class Bank:
             start += p.numel()
 
     def accumulate(self):
-        """Put the gradient of a finished backward pass aside, where the next one may not be added to it as it
-        is."""
+        """Add the gradient of a finished backward pass to the tree or the float32 sum, if the bank has one.
+
+        Otherwise autograd adds the next gradient in place.
+        """
         if self.ordered:
             self.tree.push(self.grad.clone())
             self.grad.zero_()
@@ -159,7 +168,7 @@ class Bank:
             self.grad.zero_()
 
     def local_gradient(self):
-        """This process's gradient sum (float32 if bfloat16 gradients had to be added up)."""
+        """This process's gradient sum; float32 if bfloat16 gradients of several forwards were summed."""
         if self.ordered:
             return self.tree.total()
         if self.summed:
@@ -167,8 +176,7 @@ class Bank:
         return self.sum if self.summed else self.grad
 
     def mask(self):
-        """(N, 1, ...): 1 for the units that got tokens in the step, 0 for the others and the padding. None:
-        no experts."""
+        """(N, 1, ...): 0 skips the update of a unit (an expert without tokens, padding). None: no mask."""
         if not self.tokens_per_expert or not self.rule.skips_idle:
             return None
         tokens = torch.cat(self.tokens_per_expert)
@@ -177,7 +185,7 @@ class Bank:
         return self.comm.shard(padded.view(-1, *[1] * len(self.unit)))
 
     def update(self, grad, numbers, update_, direction):
-        """Apply the rule in place, with its functions as they are or compiled."""
+        """Apply the rule in place. update_, direction: its functions, compiled or not."""
         mask = self.mask()
         extra = (self.views,) if mask is None else (self.views, mask)
         p = self.comm.shard(self.param)
@@ -194,13 +202,13 @@ class Bank:
 
 
 def banks_of(model, s, plan, rules):
-    """The banks of a model's parameters. plan: of the communication; rules: as RULES."""
+    """The banks of a model's parameters. plan: the communication plan; rules: as RULES."""
     found, loads = {}, model.tokens_per_expert()
     for name, p in model.named_parameters():
         group = s.optim.group(p.role, p.label)
         rule = rules[group.rule](s, group)
         unit = rule.unit(p.shape, p.views)
-        # Of elementwise rules the whole group shares a bank; matrices stay apart by label.
+        # An elementwise rule has one bank for the whole group; matrices have one bank per label.
         small = not unit and p.numel() < s.system.small_allreduce
         key = (rule, group.name, p.label if unit else "", p.views if unit else None, p.dtype, unit, small)
         found.setdefault(key, []).append((name, p))
@@ -215,12 +223,11 @@ def banks_of(model, s, plan, rules):
 # ----- CUDA graphs ------------------------------------------------------------------------------------------
 
 class Replay:
-    """An update as a CUDA graph: run once as it is, which compiles, then captured, and from there on
-    replayed.
+    """An update as a CUDA graph: the first call runs (and compiles) it, the second captures, others replay.
 
-    Every call must mean the same tensors at the same places. Parameters, gradients, state and numbers are
-    those whatever the step's Shape, so one graph serves all Shapes. Captured in the warm-up, so that the
-    clock sees replays only.
+    Every call must use the same tensors at the same addresses. Parameters, gradients, state and numbers do
+    not depend on the step's Shape, so one graph serves all Shapes. The warm-up makes the first two calls, so
+    that timed steps only replay.
     """
 
     def __init__(self, pool):
@@ -237,13 +244,16 @@ class Replay:
 
 
 def capture(update, pool):
-    """The kernels of an update as a CUDA graph; returns what runs them. pool: memory that graphs share which
-    run one by one. UserError if CUDA cannot capture it."""
+    """Capture the kernels of an update in a CUDA graph and return the function that replays them.
+
+    pool: memory pool of all updates' graphs, which never run at the same time.
+    UserError if CUDA cannot capture the update.
+    """
     graph = torch.cuda.CUDAGraph()
     generator = torch.cuda.default_generators[torch.cuda.current_device()]
     untouched = generator.clone_state()
     try:
-        # NCCL's and the loader's threads go on
+        # thread_local: calls in the threads of NCCL and of the loader do not invalidate the capture
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             update()
     except BaseException as error:
@@ -267,8 +277,8 @@ class Optimizer:
         for forward in ...: optimizer.expect(last); loss.backward(); optimizer.accumulate()
         optimizer.step(step_plan)
 
-    Losses are scaled so that gradients add up to the mean over the eight logical ranks. plan: of the
-    communication.
+    Losses are scaled so that gradients add up to the mean over the eight logical ranks.
+    plan: the communication plan; None: one process. compiled: whether rules run under torch.compile.
     """
 
     def __init__(self, model, s, plan=None, compiled=False, rules=RULES):
@@ -293,7 +303,7 @@ class Optimizer:
             bank.reset()
 
     def tensors(self):
-        """{name: tensor} of all that a step changes besides the parameters."""
+        """{name: tensor} of everything but the parameters that a step changes."""
         out = {}
         for i, bank in enumerate(self.banks):
             out |= {
@@ -308,25 +318,26 @@ class Optimizer:
     # ----- gradients
 
     def expect(self, last, launch=True, due=None):
-        """Announce a backward pass. On the last one of a step each reduction starts when its gradient is
-        ready, if `launch`.
+        """Announce a backward pass.
 
-        due: StepPlan.due, the groups that the step updates; None: all.
+        Args:
+            last: whether it is the last one of the step.
+            launch: on the last one, launch each reduction when its gradient is ready (not in warm-up).
+            due: StepPlan.due, the groups that the step updates; None: all.
         """
         self.last, self.launching, self.due = last, last and launch, due
         for bank in self.banks:
             bank.pending = len(bank.members)
 
     def ready(self, bank):
-        """Called by autograd when the gradient of one of the bank's parameters is there."""
+        """Called by autograd when the gradient of one of the bank's parameters is complete."""
         bank.pending -= 1
         if self.launching and bank.pending == 0 and bank.comm.eager and is_due(bank, self.due):
             self.launch(bank)
 
     @torch.no_grad()
     def accumulate(self):
-        """After each backward pass: make room for the next one's gradients (bfloat16 ones are summed in
-        float32)."""
+        """After each backward pass: add bfloat16 gradients to their float32 sum, and push ordered ones."""
         for bank in self.banks:
             if bank.ordered or not self.last:
                 bank.accumulate()
@@ -339,14 +350,16 @@ class Optimizer:
 
     @torch.no_grad()
     def reduced(self, bank):
-        """(this process's shard of the mean gradient, what counts for the norm): waits for the reduction."""
+        """Wait for the reduction: (this process's shard of the mean gradient, gradient for the norm)."""
         mine, seen = bank.comm.wait(bank.local_gradient() if not bank.comm.reduces else None)
         return mine, seen if bank.comm.partial else seen[:bank.units]
 
     @torch.no_grad()
     def clip_factor(self, banks, seen):
-        """Factor that brings the global norm of the banks' gradients down to grad_clip (at most 1). seen: see
-        `reduced`."""
+        """Factor (0-d, at most 1) that limits the global norm of the banks' gradients to grad_clip.
+
+        seen: the second result of `reduced` for each bank.
+        """
         squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) ** 2 for g in seen])
         partial = [bank.comm.partial for bank in banks]
         parts, whole = (
@@ -360,15 +373,17 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, plan):
-        """Reduce, update and gather the banks that are due, and clear their gradients. plan:
-        schedule.StepPlan."""
+        """Reduce, update and gather the banks that are due, and clear their gradients.
+
+        plan: schedule.StepPlan of the step.
+        """
         due = [bank for bank in self.banks if is_due(bank, plan.due)]
         if not set(self.launched) <= set(due):
             raise ValueError(
                 "a bank is being reduced that the step does not update: tell expect() the plan's `due` too"
             )
         gradients, factor, phases = {}, None, phases_of(due)
-        if self.s.optim.grad_clip is not None:  # The norm of all must be known first.
+        if self.s.optim.grad_clip is not None:  # clipping needs the norm of all gradients before any update
             self.launch_rest(due)
             gradients = {bank: self.reduced(bank) for bank in due}
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
@@ -392,14 +407,16 @@ class Optimizer:
         self.forget_gradients(due, plan.frozen)
 
     def launch_rest(self, banks):
-        """Start the reductions that are not under way: not eager, or a parameter had no gradient and its hook
-        never fired."""
+        """Start the reductions that have not started.
+
+        Their banks are not eager, or a parameter got no gradient and its hook never fired.
+        """
         for bank in banks:
             if bank.comm.reduces and not bank.comm.work:
                 self.launch(bank)
 
     def in_order(self, banks):
-        """Banks in the order of their updates: what was launched first arrives first."""
+        """Banks in the order of their updates; reductions finish in the order in which they were launched."""
         return [*(b for b in banks if b not in self.launched), *(b for b in self.launched if b in banks)]
 
     def forget_gradients(self, updated, frozen):
@@ -407,17 +424,17 @@ class Optimizer:
         for bank in self.banks:
             if bank in updated or bank.group in frozen:
                 bank.clear()
-            elif not bank.ordered:  # It keeps its gradient; a bfloat16 one is summed in float32 from here on.
+            elif not bank.ordered:  # the bank keeps its gradient; a bfloat16 one moves to the float32 sum
                 bank.accumulate()
 
     @torch.no_grad()
     def copy_parameter(self, source, target):
-        """Give one parameter the values, the state and the update count of another one: a tied head that
-        splits (record 53).
+        """Copy values, state and update count of one parameter to another (record 53 splits a tied head).
 
-        source, target: labels that one parameter each has, of the same shape and elementwise rules; the
-        target must be alone in its bank, which has one count. Collective where the state is sharded: a shard
-        of one bank is not that of the other.
+        Collective where the state is sharded, because the two banks are sharded at different places.
+
+        source, target: labels of one parameter each, with the same shape and elementwise rules. The target
+            must be alone in its bank, because a bank has one update count.
         """
         old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
         (start, stop), (first, end) = old.place(source), new.place(target)
@@ -441,7 +458,7 @@ class Optimizer:
             bank.update(grad, numbers, *functions)
 
     def function(self, rule, name):
-        """A function of a rule, compiled if asked for; None if the rule does not have it."""
+        """A function of a rule, compiled if the optimizer is; None if the rule does not have it."""
         function = getattr(rule, name, None)
         if function is None or not self.compiled:
             return function
@@ -450,9 +467,11 @@ class Optimizer:
         return self.functions[rule, name]
 
     def numbers(self, bank, values):
-        """Per-step numbers as the rule gets them. Compiled rules get 0-d tensors, so that a new value does
-        not recompile them (0-d: they promote nothing); CUDA graphs get tensors on the device that stay where
-        they are."""
+        """Per-step numbers in the form that the rule needs.
+
+        Compiled rules get 0-d tensors: a new value does not recompile, and 0-d tensors do not promote dtypes.
+        CUDA graphs get tensors on the device whose addresses never change.
+        """
         if bank.replay is None:
             return (
                 {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()} if self.compiled
@@ -467,8 +486,10 @@ class Optimizer:
     # ----- report
 
     def table(self):
-        """Rows of texts, by label and shape: label, role, shapes, rule, rate, decay, constants,
-        communication, cadence."""
+        """The parameter table of a run, one row of texts per label and shape.
+
+        Columns: label, role, count x shape, rule, rate, decay, constants, communication, cadence.
+        """
         rows = []
         for bank in self.banks:
             group = self.s.optim.group(bank.role, bank.label)
@@ -487,18 +508,18 @@ class Optimizer:
 
 
 def phases_of(banks):
-    """Banks in groups: each group's reductions start when the updates of the one before are done."""
+    """Banks in phases: the reductions of a phase start after the updates of the previous phase."""
     late = [bank for bank in banks if bank.comm.late]
     return [[bank for bank in banks if not bank.comm.late], late] if late else [banks]
 
 
 def is_due(bank, due):
-    """Whether a step updates a bank. due: StepPlan.due."""
+    """Whether a step updates this bank. due: StepPlan.due."""
     return due is None or bank.group in due
 
 
 def local_ranks(rank, world):
-    """The logical ranks that a process serves. Error if the number of processes does not divide eight."""
+    """The logical ranks of a process. UserError if the number of processes does not divide eight."""
     if LOGICAL_RANKS % world:
         raise UserError(
             f"{world} processes do not divide the {LOGICAL_RANKS} logical ranks: use 1, 2, 4 or 8"

@@ -13,8 +13,11 @@ from declare import BEFORE, REFUSE, opt
 
 @dataclass(frozen=True)
 class AdamCautiousDecay:
-    """Cautious weight decay of AdamW (Chen et al., arXiv 2510.12402; record 50): only the entries that the
-    update moves towards zero decay, by lr^2 weight_decay decay_mul p, in place of the decoupled decay."""
+    """Cautious weight decay of AdamW (Chen et al., arXiv 2510.12402; record 50).
+
+    Only the entries that the update moves towards zero decay, by lr^2 weight_decay decay_mul p. It replaces
+    the decoupled decay.
+    """
     weight_decay: float = opt(0.005, "weight decay, which the square of the learning rate multiplies",
                               above=0)
     strict: bool = opt(False, "entries whose update is zero do not decay (record 53: update * p > 0; off: "
@@ -134,10 +137,11 @@ class MomentumCooldown:
 
 @dataclass(frozen=True)
 class NorMuon:
-    """NorMuon (Li et al., arXiv 2510.05491; record 41): the orthogonalised update is divided by the root of a
-    running second moment per neuron, and brought back to its Frobenius norm.
+    """NorMuon (Li et al., arXiv 2510.05491; record 41): a second moment per neuron.
 
-    The second moment of an MLP's matrices is per hidden unit; that of other matrices is set here.
+    The orthogonalised update is divided by the root of a running second moment per neuron, and rescaled to
+    its Frobenius norm. The second moment of an MLP's matrices is per hidden unit; that of other matrices is
+    set here.
     """
     beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
     attn: Literal["output", "input", "mixed"] = opt(
@@ -152,15 +156,17 @@ class NorMuon:
 
 @dataclass(frozen=True)
 class MuonCautiousDecay:
-    """Cautious weight decay of Muon (Chen et al., arXiv 2510.12402; record 43): p <- p - lr mul (u + lr
-    weight_decay p), the second term where u p >= 0, mul the update's factors by shape and label."""
+    """Cautious weight decay of Muon (Chen et al., arXiv 2510.12402; record 43).
+
+    p <- p - lr mul (u + lr weight_decay p), with the second term only where u p >= 0; mul are the update's
+    factors by shape and label.
+    """
     weight_decay: float = opt(1.2, "weight decay, which the learning rate multiplies twice", above=0)
 
 
 @dataclass(frozen=True)
 class Muon:
-    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised by
-    Newton-Schulz."""
+    """Muon (Jordan et al., kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised."""
     lr: float = opt(0.018, "peak learning rate, which the schedule multiplies", least=0)
     momentum: float = opt(0.95, "decay mu of the momentum buffer; the update looks one step ahead "
                                 "(Nesterov)", least=0, below=1)
@@ -245,8 +251,10 @@ class Optim:
                                   off=None, above=0)
 
     def group(self, role: str, label: str) -> Hyper:
-        """The settings of the parameters with this role and label: of the label's section where it is on, and
-        of the role's."""
+        """The settings of the parameters with this role and label.
+
+        They come from the label's section where it is on, otherwise from the role's.
+        """
         of_role, own = getattr(self, role), getattr(self, label, None)
         own = own if isinstance(own, Label) else None
         muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)

@@ -1,5 +1,7 @@
-"""Settings -> step plans: all that the schedules decide for one step, in pure Python, known before training
-starts."""
+"""Settings -> step plans: everything the schedules decide for one step, in pure Python.
+
+All step plans of a run are known before training starts.
+"""
 
 import math
 from collections.abc import Iterable
@@ -10,10 +12,10 @@ from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
 
 
 class Span(NamedTuple):
-    """What one window lets a query see, with documents and causality (kernels.attention.Window without its
-    block size).
+    """The limits of one window: kernels.attention.Window without its block size.
 
-    tokens: q - k < tokens. blocks: q // block - k // block < blocks. None: not limited by this.
+    A query q sees a key k if q - k < tokens and q // block - k // block < blocks; None: no such limit.
+    Causality and documents limit it further.
     """
     tokens: int | None
     blocks: int | None
@@ -21,7 +23,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one forward. long_blocks: sizes of the long window so far, which YaRN follows."""
+    """The windows of one forward pass. long_blocks: sizes of the long window so far, for YaRN."""
     long: Span
     short: Span
     last: Span  # of the last layer
@@ -30,9 +32,9 @@ class Windows:
 
 @dataclass(frozen=True)
 class Shape:
-    """All that decides the shapes of a step's tensors: steps of one Shape run the same compiled graphs.
+    """Everything that determines the shapes of a step's tensors: steps of one Shape run the same graphs.
 
-    The key of warm-up, recompile limit, memory estimate and their verification.
+    Warm-up, recompile limit and memory estimate go by Shapes.
     """
     tokens_per_rank: int
     seq_len: int  # tokens of a row: T
@@ -44,8 +46,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What one optimizer step uses. Every field is a plain value, so a whole run can be printed and
-    compared."""
+    """The numbers of one optimizer step, as plain values, so that a whole run can be printed and compared."""
     step: int
     stage: int
     shape: Shape
@@ -55,11 +56,11 @@ class StepPlan:
     momentum: float  # Muon
     update_bias: bool  # of the routers, after the step
     due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
-    # What happens once, at this step. "stage": the first step of a further stage. "untie": after the update
-    # the embedding gets a table of its own, a copy of the head's weight with its state.
+    # One-time events. "stage": first step of a new stage. "untie": after the update the embedding gets its
+    # own table, a copy of the head's weight with its optimizer state.
     events: tuple[str, ...] = ()
     target_weights: tuple[float, ...] = ()  # of the losses of the next tokens; (): only the next
-    frozen: frozenset[str] = frozenset()  # groups without update whose gradients of this step are dropped
+    frozen: frozenset[str] = frozenset()  # groups that are not updated; their gradients are dropped
 
 
 def scheduled_steps(schedule: Schedule) -> int:
@@ -95,9 +96,9 @@ def lr_peak(schedule: Schedule, progress: float) -> float:
 
 
 def muon_momentum(muon, step, steps):
-    """Muon momentum at a step (0.0 without Muon): a rise over momentum_warmup (record 9), a fall over
-    momentum_cooldown (record 39), both linear.
+    """Muon momentum at a step, 0.0 without Muon.
 
+    It rises linearly over momentum_warmup (record 9) and falls linearly over momentum_cooldown (record 39).
     steps: all optimizer steps of the run.
     """
     if muon is None:
@@ -114,7 +115,7 @@ def muon_momentum(muon, step, steps):
 
 
 def update_bias(s, step):
-    """Does balancing move the biases of the routers after a step? Not over the last freeze_frac of a run."""
+    """Whether load balancing updates the routers' biases after a step (not in the last freeze_frac)."""
     moe = s.model.mlp.moe
     if moe is None or moe.balance is None:
         return False
@@ -157,9 +158,9 @@ def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
 
 
 def untie_step(s: Settings) -> int | None:
-    """The step after whose update the head and the embedding part; None if they are not tied at first.
+    """The step after whose update head and embedding are untied; None if they are not tied at first.
 
-    That is the first step from tied_until on that updates the head. It may lie behind the last step.
+    It is the first step from tied_until on that updates the head, and may lie after the last step.
     """
     untied = s.model.head.untied
     if untied is None or untied.tied_until is None:
@@ -187,7 +188,7 @@ def long_window(window, steps, step):
 
 
 def span(window, tokens):
-    """The Span of a window of so many tokens under the window's rule."""
+    """The Span of a window of `tokens` tokens under the window's rule."""
     if window.rule == "tokens":
         return Span(tokens, None)
     if window.rule == "tokens_blocks":
@@ -198,15 +199,19 @@ def span(window, tokens):
 
 
 def half(window, tokens):
-    """Tokens of the short window: half the blocks, rounded down, at least one block; half the tokens if less
-    than two."""
+    """Tokens of the short window, from the tokens of the long one.
+
+    Half the blocks, rounded down, but at least one block; half the tokens if the long window has no block.
+    """
     blocks = tokens // window.block
     return max(1, blocks // 2) * window.block if blocks else max(1, tokens // 2)
 
 
 def windows(s, step, final=False):
-    """Windows at a step. final: in the last validation, where record 31 on looks further back than in
-    training."""
+    """Windows at a step, or None without windows.
+
+    final: in the last validation, which from record 31 on has wider windows than training.
+    """
     w = s.model.attn.window
     if w is None:
         return None
@@ -230,7 +235,7 @@ def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
     w, steps = s.model.attn.window, scheduled_steps(s.schedule)
     if s.schedule.stages:
         stage = min(stage_of(s, step), len(w.stages) - 1)
-    else:  # records 29 to 41 count one step more
+    else:  # records 29 to 41 divide by the number of steps plus one
         stage = min(len(w.stages) * step // (1 + steps), len(w.stages) - 1)
     extended = s.schedule.extension and step >= steps and w.extension not in (None, w.stages[-1])
     return w.stages[:stage + 1] + ((w.extension,) if extended else ())
@@ -251,10 +256,9 @@ def layer_spans(specs, windows):
 # ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
-    """The steps of each stage: those of schedule.stages, or one stage of all scheduled steps; and the
-    extension.
+    """The steps of each stage of schedule.stages (if empty, one stage), then those of the extension.
 
-    A stage begins with the first step that has its fraction of the scheduled steps behind it.
+    A stage begins at the first step that is not before the sum of the earlier stages' fractions.
     """
     scheduled, total = scheduled_steps(s.schedule), 0.0
     ends = []
@@ -266,13 +270,12 @@ def stages(s: Settings) -> list[range]:
 
 
 def stage_of(s: Settings, step: int) -> int:
-    """The stage that a step belongs to; that of the last step after training."""
+    """The stage of a step; after training, the stage of the last step."""
     return next(i for i, steps in reversed([*enumerate(stages(s))]) if steps.start <= step or i == 0)
 
 
 def in_stage(value: int | tuple[int, ...], stage: int) -> int:
-    """The value that a setting with one value, or one per stage, has in a stage; the last in the
-    extension."""
+    """The value in a stage of a setting with one value or one per stage; in the extension the last one."""
     values = per_stage(value)
     return values[min(stage, len(values) - 1)]
 
@@ -286,7 +289,7 @@ def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
 
 
 def largest_shape(s: Settings) -> Shape:
-    """The Shape of the first step that has the most tokens: what memory must hold."""
+    """The Shape of the first step with the most tokens, for the memory estimate."""
     starts = [steps.start for steps in stages(s) if steps]
     return shape(s, max(starts, key=lambda step: shape(s, step).tokens_per_rank))
 
@@ -332,8 +335,7 @@ def plan(s: Settings) -> list[StepPlan]:
 
 
 def shapes(plans: Iterable[StepPlan]) -> dict[Shape, int]:
-    """{each Shape of these steps: the first step that has it}, in the order of the steps: what a run
-    compiles and warms up."""
+    """{Shape: first step that has it}, in the order of the steps: the Shapes that a run warms up."""
     found = {}
     for one in plans:
         found.setdefault(one.shape, one.step)
@@ -341,12 +343,12 @@ def shapes(plans: Iterable[StepPlan]) -> dict[Shape, int]:
 
 
 def visible(shape: Shape) -> tuple:
-    """What a freeze follows: the batch and the windows of a step."""
+    """Tokens per rank and windows of a step: a change of either starts a freeze."""
     return shape.tokens_per_rank, shape.windows
 
 
 def validates(s, step):
-    """Is there a validation before this step? (step == steps: the last one, after training)"""
+    """Whether there is a validation before this step (step == steps: the last one, after training)."""
     return step == s.schedule.steps or step % s.validation.every == 0
 
 

@@ -2,13 +2,13 @@
 
 Three axes. `model`, `optim` (optim_settings.py), `schedule`, `data` and `validation` say what is computed
 (axis ml). `numerics` says in which precision; it changes losses, so it belongs to a record's identity.
-`system` (system_settings.py) says how a run is executed; it may change the order of sums and nothing else of
-the mathematics.
+`system` (system_settings.py) says how a run is executed; it may change the order of sums, but nothing else
+in the mathematics.
 
 Each field is declared once, with `declare.opt(...)`: its meaning, unit, range, what `--without` does to it,
 what it needs and what a scale makes of it. A dataclass whose fields must agree with each other or with
-another part has a method `check(self, s)` that yields one message per contradiction. `python -m records
-features` prints these texts; no list of settings stands anywhere else. Nothing here imports torch, so that
+another part has a method `check(self, s)` that yields one message per contradiction. These texts are printed
+by `python -m records features`; no list of settings stands anywhere else. Nothing here imports torch, so that
 bad settings are refused in a tenth of a second.
 """
 
@@ -194,9 +194,9 @@ class FP8CProj:
     weight: float = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
                               "previous step) / 448", above=0)
     exact_steps: int = opt(
-        16,
-        "first steps with an exact weight scale: before the first step and after each of this many steps, "
-        "the scale is (current largest entry) / 448", unit="step", off=REFUSE, shrink="steps", least=0
+        16, "first steps with an exact weight scale: before the first step and after each of this many "
+            "steps, the scale is (current largest entry) / 448",
+        unit="step", off=REFUSE, shrink="steps", least=0
     )
 
 
@@ -291,8 +291,7 @@ class Settings:
 # ----- derived numbers --------------------------------------------------------------------------------------
 
 def per_stage(value: object) -> tuple:
-    """The values of a setting that may have one per stage; of length 1 where one value holds for all
-    stages."""
+    """The values of a setting that may have one per stage; length 1 if one value holds for all stages."""
     return value if isinstance(value, tuple) else (value,)
 
 

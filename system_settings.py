@@ -12,8 +12,7 @@ from declare import lookup, opt
 
 @dataclass(frozen=True)
 class Kernels:
-    """The implementation of each operation; all implementations of one operation compute the same up to
-    rounding.
+    """The implementation of each operation; implementations of one operation differ only by rounding.
 
     auto: torch's own operations, until a table in bench/results shows that another implementation is faster
     on the card.

@@ -5,9 +5,10 @@
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 
 Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset ->
-loop -> verdict); loop (the clock); train_step; validate. What surrounds them is in system/. Exit codes: 0
-target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed, 4 diverged, 130
-Ctrl-C, SIGTERM or SIGHUP.
+loop -> verdict); loop (the clock); train_step; validate. Everything around them is in system/.
+
+Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
+4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -16,10 +17,10 @@ import os
 import time
 
 PROCESS_START = time.perf_counter()
-# Threads that spin long while they wait ruin each other on a shared machine: a tiny step next to one busy
-# process took
-# 1.85 s so, 0.84 s without spinning, which alone costs 0.55 instead of 0.42 s. A short spin keeps the 0.42 s
-# (GNU OpenMP; the variable must be set before torch loads its thread pool).
+# Threads that spin for long while they wait slow each other down on a shared machine: next to one busy
+# process a tiny step took 1.85 s with long spinning and 0.84 s without. On an idle machine a step takes
+# 0.55 s without spinning and 0.42 s with it; a short spin keeps the 0.42 s. (GNU OpenMP; the variable must be
+# set before torch loads its thread pool.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 from common import console, interrupt
@@ -31,7 +32,7 @@ if __name__ == "__main__":
 from common.errors import UserError
 from system import command_line
 
-# a wrong setting is refused, and a plan printed, before the seconds that torch takes
+# refuse a wrong setting, or print the plan, before torch is imported, which takes seconds
 if __name__ == "__main__":
     options, resolved = command_line.command_line()
     environment.require(*environment.TRAINING)
@@ -90,8 +91,10 @@ def main(options: Namespace, resolved: Resolved) -> None:
 
 
 def exit_code(options: Namespace, resolved: Resolved) -> int:
-    """The exit code of a command line; every error is one line, from one process where all meet the same
-    one."""
+    """Run the command line and return its exit code.
+
+    Every error is one line, printed once if all processes meet the same one.
+    """
     try:
         if (options.nproc or 1) > 1 and not Place.read().launched:
             return preflight.start_processes(os.path.abspath(__file__), options, resolved)
@@ -121,7 +124,7 @@ def exit_code(options: Namespace, resolved: Resolved) -> int:
 
 @memory.exhaustion_in_one_line()
 def train(resolved: Resolved, options: Namespace) -> int:
-    """One run, from settings to verdict, which a signal ends in order. Returns the exit code."""
+    """One run, from settings to verdict. Returns the exit code. After a signal the log still gets its end."""
     with Interrupt(main=Place.read().rank == 0, patient=False) as asked:
         world, s, held, cache_file = prepare_machine(resolved, options, asked)
         corpus = preflight.find_corpus(options, resolved)
@@ -143,7 +146,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
         name += f"_{resolved.scale}_{schema.ml_hash(s)[:8]}_s{options.seed}"
         run = None
         try:
-            with hold():  # a log that has begun gets an end
+            with hold():  # no signal in here: a log that has begun gets an end
                 log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
                 log.start(about, schema.plain(resolved.settings))
                 run = Run(
@@ -166,7 +169,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
 
 
 def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) -> tuple:
-    """Checks, processes, compiler.
+    """Check the settings, join the processes of the run and prepare the compiler.
 
     Returns (World, settings as fitted to the GPU, memory.Estimate or None, CacheFile or None).
     """
@@ -175,7 +178,7 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
     preflight.check_devices(resolved, Place.read().local_size)
     world = World(s)
     asked.join(*world.neighbours())
-    # nothing here draws from the global generator; a feature that does is repeatable
+    # nothing draws from the global generator yet; a feature that does is repeatable
     torch.manual_seed(options.seed)
     preflight.check_kernels(s, world.device)
     compile_it = preflight.compiles(s, world)
@@ -189,8 +192,10 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
 
 
 def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> torch.nn.Module:
-    """The model as the steps call it: compiled, with one graph for each Shape in training and validation, or
-    as it is."""
+    """The module that the steps call: the model, compiled if `compile_it`.
+
+    Compiled, it has one graph per Shape in training, and one per Shape in validation.
+    """
     if not compile_it:
         return model
     torch._dynamo.config.recompile_limit = 16 + 2 * len(schedule.shapes(plans))
@@ -200,8 +205,10 @@ def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> to
 
 
 def conduct(run: Run, options: Namespace) -> str:
-    """Warm-up and loop of a run whose log has begun. Returns how the run ended; KeyboardInterrupt if it was
-    asked to stop."""
+    """Warm-up and loop of a run whose log has begun.
+
+    Returns "finished" or "diverged"; raises KeyboardInterrupt if the run was asked to stop.
+    """
     try:
         warm_up(run, options.seed, train_step, validation_loss, PROCESS_START, IMPORTED)
         run.interrupt.patient = True
@@ -224,8 +231,10 @@ def conduct(run: Run, options: Namespace) -> str:
 
 
 def loop(run: Run) -> str:
-    """The timed steps, and the validations between them while the clock stands still. Returns "finished" or
-    "diverged"."""
+    """The timed steps, and between them the validations, during which the clock is stopped.
+
+    Returns "finished" or "diverged".
+    """
     run.clock.start()  # before the loader exists: nothing the loader does is free
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.batches = Prefetch(run.stream, len(run.plans))
@@ -251,16 +260,18 @@ def train_step(
     documents: Sequence[Documents],
     before_reduction: Callable[[], None] | None = None
 ) -> torch.Tensor:
-    """Forward and backward of this process's logical ranks, then the update. Returns the mean loss of these
-    ranks, float64.
+    """Forward and backward of this process's logical ranks, then the update.
+
+    Returns the mean loss of these ranks, 0-d float64.
 
     Args:
-        inputs, targets: (ranks, rows, T) int64, and documents by rank, as to_rows gives them.
-        before_reduction: called when the gradients are there and not yet reduced (in the warm-up only).
+        inputs, targets: (ranks, rows, T) int64, from to_rows.
+        documents: Documents of each rank, from to_rows.
+        before_reduction: called after the backward passes, before gradients are reduced (warm-up only).
     """
     model, optimizer, microbatch = run.model, run.optimizer, run.ranks_per_microbatch
-    # The gradients of all forwards and processes add up to the mean over the eight logical ranks of each
-    # rank's mean loss, or with train_loss `sum` of each rank's summed loss.
+    # Gradients of all forwards and processes add up to that of the mean over the eight logical ranks, where
+    # the loss of a rank is the mean or, with loss_reduction `sum`, the sum over its tokens.
     share = microbatch / LOGICAL_RANKS
     if run.s.model.head.loss_reduction == "sum":
         share *= step_plan.shape.tokens_per_rank
@@ -288,16 +299,16 @@ def train_step(
     optimizer.step(step_plan)
     for hook in run.hooks:
         hook.after_update(step_plan)
-    # sums of float32 are exact in float64: their order is free
+    # float64 holds sums of float32 losses exactly, so their order does not matter
     return torch.stack(losses).mean(dtype=torch.float64)
 
 
 # ----- validation -------------------------------------------------------------------------------------------
 
 def validation(run: Run, step: int) -> bool:
-    """Stop the clock, measure, log, start the clock again. False if the loss is not finite."""
+    """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
     run.progress.clear()
-    run.batches.drain()  # no prefetch while the clock stands still
+    run.batches.drain()  # no prefetch while the clock is stopped
     run.clock.stop()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
@@ -321,8 +332,10 @@ def validation(run: Run, step: int) -> bool:
 
 
 def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
-    """Validation loss with the windows that belong to this step, and with the head's weight as the embedding
-    while it is shared."""
+    """Validation loss at a step, with the windows of the step and the embedding tied if it still is.
+
+    limit: as in `validate`.
+    """
     windows = schedule.validation_windows(run.s, step)
     run.model.tied = schedule.tied(run.s, step)  # the warm-up validates out of order
 
@@ -341,14 +354,13 @@ def validate(
 ) -> float:
     """Mean cross entropy over all validation targets, nats per token.
 
-    Summed per logical rank in float64 and then in rank order, so the value does not depend on the number of
-    processes.
+    Losses are summed in float64, per logical rank and then in rank order: the value does not depend on the
+    number of processes.
 
     Args:
         rows: (local ranks, rows, T + 1) int32.
-        context: function of tokens (R, T), on the device and as they were read, that gives what attention
-            sees of them.
-        limit: only so many chunks of so many ranks: for the warm-up, whose value means nothing.
+        context: function (tokens (R, T) on the device, the same on the host) -> attention metadata.
+        limit: validate only this many chunks of this many ranks (warm-up; the value means nothing).
         check: called before each chunk; may raise.
     """
     model.eval()
@@ -360,9 +372,9 @@ def validate(
             check()
             read = rank_rows[first:first + chunk]  # (R, T + 1)
             part = torch.from_numpy(read).to(world.device).long()
-            total += model(part[:, :-1], part[:, 1:], context(part[:, :-1], read[:, :-1])).sum(
-                dtype=torch.float64
-            )
+            total += model(
+                part[:, :-1], part[:, 1:], context(part[:, :-1], read[:, :-1])
+            ).sum(dtype=torch.float64)
         sums.append(total)
     model.train()
     sums = world.gather(torch.stack(sums))
@@ -380,13 +392,14 @@ def finish(status: str, run: Run, resolved: Resolved, options: Namespace) -> int
 
 
 def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) -> int:
+    """Finish the log, print how the run ended, and return the exit code."""
     world, log, target, lines, reached = run.world, run.log, run.s.validation.target, [], None
     results = report.results(run) if status == "interrupted" else report.gathered_results(run)
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
         lines += load.remark(results, os.cpu_count() or 1)
-        # before anything that a full disk could stop
+        # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":

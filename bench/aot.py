@@ -1,11 +1,11 @@
 """Triton kernels compiled ahead of time, on any machine, at the shapes that records launch them with:
 `python bench/aot.py [RECORD ...] [--arch 90 ...] [--out JSON]`.
 
-Each record runs one step of its full-width model and of Muon on tensors without values, with every kernel of
-ours switched on; what it launches is noted and compiled as a launch on a GPU would: same hints, constants and
-options. A row says what ptxas gave a kernel: registers of a thread, bytes that it spills, shared memory of a
-block. Exit code 1 if one spills, has no room on the card, or does not compile. No GPU is needed, and no time
-is measured.
+Each record runs one step of its full-width model and of Muon on tensors without values, with all our kernels
+switched on. Their launches are recorded and compiled with the hints, constants and options that a launch on a
+GPU would use. A row has the registers and spilled bytes of a thread and the shared memory of a block, as
+ptxas reports them. Exit code 1 if a kernel spills, exceeds the shared memory of the card, or does not
+compile. Needs no GPU and measures no time.
 
     calls = launches({module: "kernels"}, lambda: module.f(tensors on "meta"))
     kernel, grid, args, kwargs = calls[0]
@@ -75,8 +75,9 @@ class Recorder:
 
 
 def launches(modules, call):
-    """[(kernel, grid, args, kwargs)] of what `call` launches; none runs. modules: {module: name of its
-    function that returns its kernels}."""
+    """[(kernel, grid, args, kwargs)] of the launches of `call`, none of which runs.
+
+    modules: {module: name of its function that returns its kernels}."""
     originals, calls = {module: getattr(module, name) for module, name in modules.items()}, []
     try:
         for module, name in modules.items():
@@ -93,8 +94,7 @@ def launches(modules, call):
 
 
 def specialise(value):
-    """(type, constant or None, divisible by 16) of an argument, as Triton's launcher does: a stride of 1 is a
-    constant."""
+    """(type, constant or None, divisible by 16) of an argument, by the rules of Triton's launcher."""
     if isinstance(value, torch.Tensor):  # torch allocates at multiples of 16
         return POINTERS[value.dtype], None, True
     if isinstance(value, float):
@@ -105,8 +105,11 @@ def specialise(value):
 
 
 def build(kernel, *args, arch, folder, **kwargs):
-    """kernel: from triton.jit; args, kwargs as in a launch, tensors on `meta` will do. arch: 90, say. folder:
-    for files."""
+    """Compile a kernel ahead of time.
+
+    kernel: from triton.jit. args, kwargs: as in a launch; tensors may be on `meta`. arch: 90, for example.
+    folder: for the files of the compiler.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -135,8 +138,7 @@ def build(kernel, *args, arch, folder, **kwargs):
 
 @contextlib.contextmanager
 def pretending(arch):
-    """Inside, the kernels' modules take tensors without values for those of a GPU of this compute
-    capability."""
+    """Context in which kernels treat meta tensors as those of a GPU with this compute capability."""
     units = arch >= device.FP8_SINCE
     answers = {
         device.refusal: lambda where, dtype, least=80: None if arch >= least else f"needs {least / 10}",

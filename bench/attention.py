@@ -1,5 +1,6 @@
-"""Attention with windows: `python bench/attention.py [--out JSON]`. Time should grow with the window,
-not with the row.
+"""Attention with windows: `python bench/attention.py [--out JSON]`.
+
+The time should grow with the window, not with the row.
 
 Forward and backward of one layer of 6 heads of 12 channels (tiny's), float32, by row length, window and
 backend, on the CPU; without documents, and with documents as the corpus has them. Minimum over repeats.
@@ -39,6 +40,7 @@ def one(documents, window, backend, rows, tokens, repeats):
 
 
 def main():
+    """Time every backend on rows of each length and print one table."""
     p = arguments.Parser(prog="bench/attention.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=5)
     p.add_argument("--out", metavar="JSON", help="also write the figures here")

@@ -1,5 +1,4 @@
-"""Kernels of this machine's device against float64: `python bench/correct.py [--only GROUP ...] [--out
-JSON]`.
+"""Kernels of this device against float64: `python bench/correct.py [--only GROUP ...] [--out JSON]`.
 
 Exit code 1 if one is wrong or fails.
 
@@ -42,6 +41,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20,
 
 
 def relative(a, b):
+    """Largest absolute difference of two tensors, divided by the largest |b|."""
     return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
 
 
@@ -65,8 +65,7 @@ def compare(function, reference, inputs, dtype):
 # Fourth, where it is not a few roundings of the dtype, the bound.
 
 def attention_checks():
-    """Every backend with every kind of window, with and without documents; unequal widths with one of
-    them."""
+    """Every backend with every kind of window, with and without documents, and once with unequal widths."""
     rows, tokens, heads = 2, 1024, 6
     starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
     documents = (
@@ -213,8 +212,7 @@ def loss_checks():
 
 
 def rotary_checks():
-    """QK norm, rotary and key offset; results and their gradients lie in one tensor, as qkv does, or q and k
-    apart."""
+    """QK norm, rotary and key offset, with q, k and v in one tensor (qkv) or with q and k apart."""
     why = refusal(DEVICE, torch.bfloat16)
     for width, order, offset in (
         (128, "after_rope", 32), (128, "before_rope", 0), (64, None, 16), (96, "after_rope", 0)
@@ -255,8 +253,7 @@ def scaled8(x, scale, dtype=E4M3):
 
 
 def fp8_linear_checks():
-    """The 8-bit products of this device, forward and both backward, against the same quantised operands in
-    float64."""
+    """The three FP8 products (forward, dx, dw) against float64 products of equal quantised operands."""
     x, w = (
         torch.randn(256, 128, device=DEVICE).bfloat16(),
         torch.randn(512, 128, device=DEVICE).bfloat16() / 8,
@@ -277,26 +274,29 @@ def fp8_linear_checks():
 
 
 def uncompiled():
-    """Why nothing is compiled here (it takes minutes on a CPU, whose compiler tests/test_compiler.py tests),
-    or None."""
+    """Why nothing is compiled on this device, or None.
+
+    It takes minutes on a CPU, whose compiler tests/test_compiler.py tests.
+    """
     return None if DEVICE.type == "cuda" else "compiled kernels are checked on CUDA"
 
 
 def spread(a, b):
-    """Error of a whole tensor, relative: where a rounding to 8 bits goes to the neighbour, a single element
-    says little."""
+    """Relative error of a whole tensor (norms).
+
+    An element that is rounded to the neighbouring 8-bit value would dominate a largest error.
+    """
     a, b = a.detach().double(), b.detach().double()
     return ((a - b).norm() / b.norm()).item()
 
 
 def fp8_loss_checks():
-    """The FP8 head: its logits rounded to bfloat16 and its gradient to e5m2, as the original, all else in
-    float64.
+    """The FP8 head against float64 with logits rounded to bfloat16 and the gradient to e5m2 (record 19).
 
-    Sums that differ round one logit in twenty and so one gradient in some hundred to the neighbour, an eighth
-    to a quarter
-    off: the bound is 2^-5 of the whole tensor's norm. Not for Triton's interpreter, whose cast to e5m2 rounds
-    otherwise."""
+    Sums in another order round one logit in twenty, and so one gradient in about a hundred, to the
+    neighbouring value, which is an eighth to a quarter off; so the bound is 2^-5 of the whole tensor's norm.
+    Triton's interpreter is not checked, because its cast to e5m2 rounds differently.
+    """
     dtype, scales, softcap = torch.bfloat16, (2.0, 32.0, 2.0 ** 15), Softcap(form="sigmoid")
     x, w = (
         torch.randn(1024, 320, device=DEVICE).to(dtype),
@@ -320,11 +320,11 @@ def fp8_loss_checks():
 
 
 def fp8_mlp_checks():
-    """y, P's maxima and all gradients of the MLP in FP8 against float64 on the same 8-bit operands and
-    roundings of P.
+    """y, maxima of P and all gradients of the FP8 MLP against float64.
 
-    Sums that differ may round pre, P and its 8-bit copy to neighbours; a step of e4m3 is 1/16, in y one term
-    of many."""
+    Both have the same 8-bit operands and roundings of P. Sums in another order may round pre, P and its 8-bit
+    copy to neighbouring values. A step of e4m3 is 1/16, but only in one of the many terms of y.
+    """
     x, up, down = (torch.randn(1024, 320, device=DEVICE), torch.randn(1296, 320, device=DEVICE) / 18,
                    torch.randn(336, 1296, device=DEVICE) / 36)
     x[512:] *= 5  # two logical ranks
@@ -453,6 +453,7 @@ def large_checks():
 
 
 def large_transpose(m, n, dtype):
+    """0.0 if transpose_copy of an (m, n) matrix is exact, otherwise 1.0."""
     x = torch.randint(0, 256, (m, n * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
     y, whole = transpose.transpose_copy(x).view(torch.int8 if dtype.itemsize == 1 else torch.int16), True
     for first in range(0, m, 4096):
@@ -462,8 +463,7 @@ def large_transpose(m, n, dtype):
 
 
 def large_loss(tokens, classes, dim=768):
-    """All logits in one chunk of the kernels; the reference multiplies the same operands in float32, 1,024
-    tokens a time."""
+    """All logits in one chunk of the kernels, against float32 products of the same operands."""
     inputs = [(torch.randn(n, dim, device=DEVICE) / scale).bfloat16().requires_grad_()
               for n, scale in ((tokens, 1), (classes, dim ** 0.5))]
     wide = [t.detach().float().requires_grad_() for t in inputs]
@@ -494,6 +494,7 @@ def large_relu_sq(tokens, dim, hidden):
 
 
 def large_rotary(tokens, heads, width):
+    """Largest relative error of q and k against float64, in the slices of `pieces`."""
     qkv = torch.randn(1, tokens, 3, heads, width, device=DEVICE, dtype=torch.bfloat16)
     angles = torch.rand(tokens, width // 2, device=DEVICE)
     q, k, _ = qkv_rotary(qkv, angles.cos(), angles.sin(), order="before_rope", eps=1e-6)
@@ -509,14 +510,17 @@ def large_rotary(tokens, heads, width):
 
 
 def graph_checks():
-    """Six updates of the optimizer replayed from CUDA graphs against the same done one by one, on equal
-    gradients."""
+    """Six optimizer updates with CUDA graphs against six without, on equal gradients."""
     for ref in ("short/11", "short/33"):
         for precision, dtype in (("float32", torch.float32), ("record", torch.bfloat16)):
             yield f"optimizer of {ref} as CUDA graphs", dtype, lambda: graph_error(ref, precision)
 
 
 def graph_error(ref, precision):
+    """Relative difference of the parameters after six updates with and without CUDA graphs.
+
+    Without CUDA: the reason why it was not run (str).
+    """
     if DEVICE.type != "cuda":
         return "needs CUDA, and this is cpu"
     ends = []
@@ -570,6 +574,7 @@ def judged(checks, wanted=None, rehearse=False):
 
 
 def show(row):
+    """The printed line of a row."""
     if "not_run" in row:
         return f"-     {row['check']}, {row['dtype']}: not run here: {row['not_run']}"
     if "ran" in row:
@@ -578,8 +583,7 @@ def show(row):
 
 
 def brief(rows):
-    """A line for each group: how many checks hold, how close the worst one came to its bound, what was not
-    run and why."""
+    """A row for each group: how many checks hold, the largest share of a bound, what was not run and why."""
     lines = []
     for name in dict.fromkeys(r["group"] for r in rows):
         mine = [r for r in rows if r["group"] == name]
@@ -618,6 +622,7 @@ def selection(o):
 
 
 def main():
+    """Run the checks that the options select; the exit code is 1 if one fails."""
     p = arguments.Parser(prog="bench/correct.py", description=__doc__.splitlines()[0])
     p.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in ROUNDING],
                    help="only the checks in this one")

@@ -77,8 +77,10 @@ def backward(outputs, leaves):
 
 
 def layer_parts(case, repeats):
-    """{part: ms} of all mixture layers together, on normed random input of a step's size; `plain` is the loop
-    over experts."""
+    """{part: ms} of all mixture layers together, on normed random input of a step's size.
+
+    `plain` is the loop over experts.
+    """
     layers = case.model.mixtures()
     moe, forwards = layers[0][1], 8 // case.microbatch
     rows, length = case.x[:case.microbatch].flatten(0, 1).shape
@@ -124,6 +126,7 @@ def layer_parts(case, repeats):
 
 
 def main():
+    """Time each variant against its parent and exit with the report's code."""
     p = arguments.Parser(prog="bench/experts.py", description=__doc__.splitlines()[0])
     p.add_argument("records", nargs="*", default=VARIANTS, metavar="RECORD")
     p.add_argument("--scale", default="tiny")

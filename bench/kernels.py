@@ -1,10 +1,9 @@
-"""Operations of a full-width step, each way it can be done: `python bench/kernels.py [--only GROUP ...]
-[--out JSON]`.
+"""Operations of a full-width step: `python bench/kernels.py [--only GROUP ...] [--out JSON]`.
 
-Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes. bfloat16, shapes of records 11
-to 33 on 65,536 tokens, attention on a logical rank of each: milliseconds (bench/measure.py; forward and
-backward where there is one) of torch, torch.compile and our kernel; FLOPs, bytes that must move at least,
-their share of the card's peak, and memory beyond what was there before.
+Each operation in bfloat16 by torch, torch.compile and our kernel, at the shapes of records 11 to 33 on 65,536
+tokens, attention on a logical rank of each. A row has the milliseconds (bench/measure.py) of the forward and,
+if there is one, the backward; FLOPs and least bytes to move, with their share of the card's peak; and the
+additional memory. Needs a GPU; --rehearse runs each way once, untimed, on a CPU at small sizes.
 """
 
 import functools
@@ -41,6 +40,7 @@ PEAKS = {"H200": (790, 4.3), "H100": (989, 3.35), "A100": (312, 2.0), "4090": (1
 
 
 def tensor(*shape, scale=1.0):
+    """Normal bfloat16 tensor times `scale`, with a gradient."""
     return (torch.randn(*shape, device=DEVICE) * scale).bfloat16().requires_grad_()
 
 
@@ -53,11 +53,13 @@ def trained(function, inputs, upstream=None):
 
 
 def plain_rotary(qkv, cos, sin, **plan):
+    """QK norm and rotary in plain torch: qkv (R, T, 3, H, K) -> q, k, v, each (R, T, H, K)."""
     q, k, v = qkv.unbind(2)
     return *qk_rotary_reference(q, k, cos, sin, **plan), v
 
 
 def whole_loss(x, w, targets, softcap):
+    """Soft-capped cross entropies (N,) with all logits (N, V) in memory."""
     return F.cross_entropy(bounded(F.linear(x, w).float(), softcap), targets, reduction="none")
 
 
@@ -73,14 +75,14 @@ def plain_experts(x, up, down, gates, chosen):
 
 
 def our_experts(x, up, down, gates, chosen):
+    """The same as plain_experts, with rows sorted by expert and grouped products."""
     p = experts.plan(chosen, len(up), "grouped")
     hidden = F.relu(experts.grouped_linear(experts.gather(x, p), up, p)).square()
     return experts.combine(experts.grouped_linear(hidden, down, p), gates, p)
 
 
 def fp8_mlps(x, up, down, flops, size):
-    """The MLP of a logical rank with its first product in FP8, and with both; way `ours`: the fused
-    kernels."""
+    """The MLP of a logical rank with its first product in FP8, and with both; `ours`: the fused kernels."""
     scales = torch.full((1,), 0.1, device=DEVICE), torch.full((), 1e-3, device=DEVICE)
     for name, given in (("up", None), ("up and down", scales)):
         def mlp(*t, given=given, fused=False):
@@ -98,15 +100,14 @@ def fp8_mlps(x, up, down, flops, size):
 
 
 def transposes():
-    """What a backward pass of the FP8 head copies (bytes), and the two uses of records 61 and 74. GB/s
-    count."""
+    """The transposed copies in the FP8 head's backward, and those of records 61 and 74, by GB/s."""
     for rows, columns, dtype in (
         (TOKENS, VOCAB, torch.uint8), (TOKENS, DIM, torch.uint8), (VOCAB, DIM, torch.uint8),
         (DIM, VOCAB, torch.bfloat16)
     ):
-        x = torch.randint(0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(
-            dtype
-        )
+        x = torch.randint(
+            0, 256, (rows, columns * dtype.itemsize), dtype=torch.uint8, device=DEVICE
+        ).view(dtype)
         plain = transpose.transpose_copy_reference
         yield (
             f"transpose {rows} x {columns}, {8 * dtype.itemsize} bits",
@@ -133,6 +134,7 @@ def transposes():
 
 
 def mlps():
+    """The ReLU^2 MLP, forward and backward, and where the GPU has FP8 units its FP8 forms."""
     x, up, down = (
         tensor(TOKENS, DIM), tensor(HIDDEN, DIM, scale=DIM**-0.5), tensor(DIM, HIDDEN, scale=HIDDEN**-0.5)
     )
@@ -147,6 +149,7 @@ def mlps():
 
 
 def losses():
+    """The head with soft cap and cross entropy, forward and backward."""
     x, head, cap = tensor(TOKENS, DIM), tensor(VOCAB, DIM, scale=DIM ** -0.5), Softcap(form="sigmoid")
     targets = torch.randint(0, VOCAB, (TOKENS,), device=DEVICE)
     yield (
@@ -169,6 +172,7 @@ def losses():
 
 
 def muons():
+    """Newton-Schulz of the banks of a 12-layer model, and the Gram matrix alone."""
     for n, rows, columns in ((24, DIM, HIDDEN), (44, DIM, DIM)):
         g = tensor(n, rows, columns).detach()
         yield (
@@ -187,6 +191,7 @@ def muons():
 
 
 def rotary():
+    """QK norm and rotary of all tokens, forward and backward."""
     qkv, width = tensor(1, TOKENS, 3, HEADS, DIM // HEADS), DIM // HEADS
     upstream = [tensor(1, TOKENS, HEADS, width).detach() for _ in range(3)]
     angles = torch.rand(TOKENS, width // 2, device=DEVICE) * 2 * torch.pi
@@ -207,6 +212,7 @@ def rotary():
 
 
 def mixtures():
+    """The routed experts of a mixture, forward and backward."""
     count, k, width = 8, 2, 1024
     stack_up, stack_down = (
         tensor(count, width, DIM, scale=DIM**-0.5),
@@ -372,6 +378,7 @@ def cases(operations, peak, repeats, rehearse):
 
 
 def show(row):
+    """The printed line of a row."""
     head = f"{row['operation']:44} {row['way']:8}"
     if "not_run" in row:
         return f"{head} not run: {row['not_run']}"
@@ -384,8 +391,7 @@ def show(row):
 
 
 def brief(rows):
-    """A line for each operation: milliseconds of every way, and the largest share of a peak that the fastest
-    one reaches."""
+    """A row for each operation: milliseconds of every way, and the fastest one's largest share of a peak."""
     lines = []
     for operation in dict.fromkeys(r["operation"] for r in rows):
         mine = {r["way"]: r for r in rows if r["operation"] == operation and "ms" in r}
@@ -402,6 +408,7 @@ def brief(rows):
 
 
 def main():
+    """Time the selected groups of operations; without a GPU only `--rehearse` runs anything."""
     p = arguments.Parser(prog="bench/kernels.py", description=__doc__.splitlines()[0])
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=20)
     p.add_argument("--rehearse", action="store_true", help="run each way once and time nothing")

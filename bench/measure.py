@@ -1,4 +1,4 @@
-"""What the benches share: timing, what it was measured on, and random shards."""
+"""Shared parts of the benches: timing, description of the machine, and random shards."""
 
 import os
 import statistics
@@ -28,6 +28,7 @@ L2 = 2 ** 28  # bytes, more than any card's L2 cache
 
 
 def wait():
+    """Wait until the GPU has finished; does nothing on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -42,8 +43,10 @@ def seconds(step):
 
 
 def best(step, repeats):
-    """(seconds of the first call, of a later one: on a CPU the least of the repeats,
-    on a GPU the median of `queued`)."""
+    """(seconds of the first call, seconds of a later call).
+
+    The second is the least of the repeats on a CPU, and the median of `queued` on a GPU.
+    """
     first = seconds(step)
     if torch.cuda.is_available():
         return first, statistics.median(queued(step, repeats))

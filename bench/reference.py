@@ -68,8 +68,7 @@ def bound(table: dict) -> float:
 
 
 def compared(events: list[dict], data: Path, path: Path = PATH) -> dict:
-    """The row of a comparison: largest difference and bound, and `failed` if one is beyond it or cannot be
-    told."""
+    """The row of a comparison: largest difference, its bound, and `failed` if it is exceeded or unknown."""
     table, losses = json.loads(path.read_text(encoding="utf-8")), first_losses(events)
     if digest(data) != table["tokens"]:
         return {"failed": "not compared: this numpy draws other tokens than the reference's"}

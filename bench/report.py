@@ -1,4 +1,4 @@
-"""What the benches write, and how they go on when something fails.
+"""The results of a bench as JSON and Markdown, and how a bench goes on after a failure.
 
 A bench is groups of cases, each of which gives a row. One that raises is a row with `failed`, and the others
 run; one that takes the process with it (an illegal memory access leaves a CUDA context in which nothing runs
@@ -98,8 +98,10 @@ class Report:
 
 
 def stop_in_order():
-    """Let SIGTERM, which ends a part of bench/gpu.sh whose time is over, leave a row of what was under way,
-    and no files."""
+    """Make SIGTERM end the bench with a row for the running case, and without temporary files.
+
+    bench/gpu.sh sends it to a part whose time is over.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
@@ -143,6 +145,7 @@ def table(rows):
 
 
 def flat(row, before=""):
+    """The row with nested dicts merged into it; their keys get the outer name in front."""
     out = {}
     for name, value in row.items():
         out |= flat(value, f"{before}{name} ") if isinstance(value, dict) else {before + name: value}
@@ -150,6 +153,7 @@ def flat(row, before=""):
 
 
 def cell(value):
+    """A value as the text of a Markdown table's cell."""
     if value is None:
         return ""
     text = str(value)
@@ -168,6 +172,7 @@ def add_resume(p):
 
 
 def add_arguments(p, groups):
+    """The options of a bench whose groups run in processes of their own (`run`)."""
     p.add_argument("--only", nargs="+", choices=groups, metavar="GROUP", help=f"of {', '.join(groups)}")
     p.add_argument("--out", metavar="JSON", help="also write the figures here, and as Markdown next to it")
     add_resume(p)
@@ -176,9 +181,13 @@ def add_arguments(p, groups):
 
 
 def run(o, groups, title, *, show, brief=None, **tables):
-    """Exit code of a bench. o: its options, with those of add_arguments. groups: {name: function that yields
-    (fields, case)}; a case gives a dict, and is run before the next one is made. show: function of a row,
-    the line printed."""
+    """Run the groups of a bench, in processes of their own, and return the exit code.
+
+    o: the options, those of add_arguments among them.
+    groups: {name: function that yields (fields, case)}. A case returns a dict and runs before the next one
+        is made.
+    show: function (row) -> line to print.
+    """
     stop_in_order()
     if o.child:
         return child(Report(o.out, title, resume=True, brief=brief), groups, o.child, show)

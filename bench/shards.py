@@ -1,5 +1,4 @@
-"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder to
-give them as --data.
+"""The shards that benches read: `python bench/shards.py FOLDER [DATA]` prints the folder for --data.
 
 DATA: a folder with train and validation shards (`*_train_*.bin`, `*_val_*.bin`, data/shards.py), which is
 printed as it is; or with such files compressed, `*.bin.xz` or `*.bin.gz`, which are unpacked into FOLDER
@@ -47,6 +46,7 @@ def prepare(folder, data):
 
 
 def main():
+    """Prepare the folder of shards and print what it holds."""
     p = arguments.Parser(prog="bench/shards.py", description=__doc__.partition("\n\n")[0])
     p.add_argument("folder", metavar="FOLDER")
     p.add_argument("data", metavar="DATA", nargs="?")

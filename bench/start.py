@@ -64,6 +64,7 @@ def cases(ref, o, data, scratch):
 
 
 def main():
+    """Print, for each record, the seconds of each part of a start."""
     p = arguments.Parser(prog="bench/start.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 4)
     o = p.parse_args()

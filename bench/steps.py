@@ -2,11 +2,10 @@
 `python bench/steps.py [RECORD ...] [--scale full] [--out JSON]`.
 
 Each record is trained for some steps by train_gpt.py in a process of its own. From the log: milliseconds per
-step over the second half, peak memory, graphs compiled. Compilation stands before the clock; with --caches
-DIR, as bench/start.py
---caches left them, it is short. With --check-sync a step that makes Python wait for the GPU is a failure, and
-the record is timed once more without the check. Without --data, on random tokens in documents of FineWeb's
-lengths.
+step over the second half, peak memory, graphs compiled. Compilation comes before the clock; with --caches
+DIR, the caches that bench/start.py --caches wrote, it is short. With --check-sync a step that makes Python
+wait for the GPU is a failure, and the record is timed once more without the check. Without --data, on random
+tokens in documents of FineWeb's lengths.
 """
 
 import json
@@ -51,8 +50,9 @@ def validation_tokens(ref, scale):
 def train(ref, o, data, caches, out, more=(), validations=2):
     """(summary, events) of one training, or UserError with its last line on stderr.
 
-    caches: folder of compiled code; None: where every training has it. more: arguments of the trainer.
-    o.steps: 0: all."""
+    caches: folder of compiled code; None: the trainer's usual one. more: arguments of the trainer.
+    o.steps: number of steps; 0: all of the record's.
+    """
     launch = [sys.executable]
     if o.nproc > 1:
         launch += [str(ROOT / "system" / "launch.py"), str(o.nproc)]
@@ -190,6 +190,7 @@ def run(o, title, cases):
 
 
 def main():
+    """Print the milliseconds per step of each record."""
     p = arguments.Parser(prog="bench/steps.py", description=__doc__.partition("\n\n")[0])
     add_arguments(p, 16)
     p.add_argument("--check-sync", action="store_true", help="a step that waits for the GPU is a failure")

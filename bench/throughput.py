@@ -1,5 +1,4 @@
-"""Tokens per second on this machine: `python bench/throughput.py [--quick]`, table on stdout, JSON with
---out.
+"""Tokens per second on this machine: `python bench/throughput.py [--quick] [--out JSON]`.
 
 Measures training steps (forward, backward, update) of tiny records and of one full-width GPT-2-small block,
 eager and compiled, float32 and bfloat16, and the harness's own work per step (loader, digests, log). Minimum
@@ -31,11 +30,10 @@ from scales import SCALES
 
 
 def record_step(ref, precision, compiled, microbatch=8, sets=()):
-    """(one training step as a function, tokens per step) of a record at tiny scale, `microbatch` logical
-    ranks a forward.
+    """(one training step as a function, tokens per step) of a record at tiny scale.
 
-    Real tokens (documents and so attention depend on them), at three quarters of the run, where windows are
-    long.
+    microbatch: logical ranks in a forward. The tokens are real, because documents and so attention depend on
+    them. The step is at three quarters of the run, where windows are long.
     """
     s = deltas.resolve(ref, scale="tiny", sets=[f"system.precision={precision}", *sets]).settings
     model = GPT(s)
@@ -99,8 +97,7 @@ def block_step(precision, compiled):
 
 
 def harness_ms():
-    """Milliseconds per step that the harness itself costs at tiny: batch with digests, and a log line per
-    validation."""
+    """Milliseconds per step at scale tiny: (the batch with digests, the log line of each validation)."""
     s = deltas.resolve("short/11", scale="tiny").settings
     stream = Stream(sample_corpus(), ranks=range(8), **stream_arguments(s))
     stream.next()
@@ -121,6 +118,7 @@ def harness_ms():
 
 
 def main():
+    """Print the tokens per second of each kind of training step."""
     p = arguments.Parser(prog="bench/throughput.py", description=__doc__.splitlines()[0])
     p.add_argument("--quick", action="store_true", help="eager only, three repeats")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")

@@ -34,6 +34,7 @@ def curve(summary, events):
 
 
 def measured(ref, o, data, scratch):
+    """Train one record and return its row: `curve`, with `--reference` also the comparison."""
     caches = steps.place(o.caches, ref) if o.caches else None  # None: those that every training uses
     if o.reference:
         data = reference.shards(Path(scratch) / "shards", o.steps)
@@ -56,6 +57,7 @@ def cases(ref, *where):
 
 
 def main():
+    """Train the records one after the other and exit with the bench's code."""
     p = arguments.Parser(prog="bench/train.py", description=__doc__.partition("\n\n")[0])
     steps.add_arguments(p, 200, (reference.RECORD,), "small")
     p.add_argument("--reference", action="store_true", help="compare the first losses with those of the CPU")

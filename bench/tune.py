@@ -28,6 +28,7 @@ GAIN = 0.98  # a tile must be this much faster than the default to be kept: less
 
 
 def tensor(*shape):
+    """Normal bfloat16 tensor on the GPU."""
     return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16)
 
 
@@ -47,6 +48,7 @@ def symmetric_cases(s):
 
 
 def linear_cases(s):
+    """The up projection of the MLP with ReLU^2, forward and the gradient's product."""
     d = s.model.model_dim
     f = s.model.mlp.expansion * d
     x, up = tensor(TOKENS, d), tensor(f, d)
@@ -72,6 +74,7 @@ def fp8_linear_cases(s):
 
 
 def loss_cases(s):
+    """The cross entropy of up to 8,192 tokens, forward and backward."""
     classes = padded_vocab(s)
     rows = min(8192, TOKENS)
     x, weight = (
@@ -90,6 +93,7 @@ def loss_cases(s):
 
 
 def rotary_cases(s):
+    """QK norm and rotary of one row, forward and backward."""
     heads, width = s.model.attn.num_heads, head_dim(s)
     qkv, tables = (
         tensor(1, TOKENS, 3, heads, width).requires_grad_(),
@@ -104,6 +108,7 @@ def rotary_cases(s):
 
 
 def grid(tile, *values):
+    """All combinations of the values as tiles (a NamedTuple)."""
     return [tile(*t) for t in itertools.product(*values)]
 
 
@@ -124,8 +129,10 @@ OPERATIONS = {
 
 
 def fastest(operation, step, candidates, default, time, limit=float("inf")):
-    """(tile, ms, default's ms, tiles tried). time: function of a step that gives seconds; limit: seconds
-    after which no other tile is begun."""
+    """(fastest tile, its milliseconds, those of the default, number of tiles tried).
+
+    time: function (step) -> seconds. limit: seconds after which no other tile is tried.
+    """
     stop = perf_counter() + limit
     with tiles.trying(operation, default):
         base = time(step)
@@ -159,7 +166,7 @@ def tuned(name, operation, step, candidates, default, o):
 
 
 def cases_of(operation, o):
-    """Of bench/report.py: every shape of the operation in the records, once."""
+    """The cases of an operation for bench/report.py: each of its shapes in the records, once."""
     cases, candidates = OPERATIONS[operation]
     # those left out where time is short are no particular ones
     candidates, seen = random.Random(0).sample(candidates, len(candidates)), set()
@@ -172,11 +179,13 @@ def cases_of(operation, o):
 
 
 def show(row):
+    """The printed line of a row."""
     return (f"{row['shape']:44} {row['default_ms']:8.3f} ms {tuple(row['default'])} -> {row['ms']:8.3f} ms "
             f"{tuple(row['tile'])}, tried {row['tried']}")
 
 
 def main():
+    """Try the tiles of the selected operations and keep the fastest; without a GPU only list them."""
     p = arguments.Parser(prog="bench/tune.py", description=__doc__.splitlines()[0])
     p.add_argument("--records", nargs="+", default=["short/11", "short/33"], metavar="RECORD")
     p.add_argument("--repeats", type=arguments.integer(1, 10 ** 6), default=10)

@@ -1,2 +1,1 @@
-"""One file per operation: the plain-torch reference is the definition. Kernels know torch only, never the
-model."""
+"""One file per operation, defined by its plain-torch reference. Kernels never import the model."""

@@ -15,8 +15,8 @@ are equal. `banded`, blocks of queries against a slice of keys: the cost grows w
 row; static shapes. `documents`, documents of about one length batched together, long ones banded: shapes
 depend on the data, so never compiled. `flex`, FlexAttention (CUDA; it has no backward on the CPU). `varlen`,
 the FlashAttention 2 inside torch (CUDA, 16-bit numbers, token windows). `flash3` and `flash4`, the same call
-served by those packages (Dao et al., arXiv
-2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and FlexAttention are imported when first used.
+served by those packages (Dao et al., arXiv 2205.14135, 2307.08691; Shah et al., 2407.08608). Triton and
+FlexAttention are imported when first used.
 """
 
 import functools
@@ -84,8 +84,10 @@ def reach(window, tokens):
 
 
 def binding(window, tokens):
-    """The window without the limits that hide nothing in a row of `tokens`. ValueError if it hides even the
-    query."""
+    """The window without limits that hide nothing in a row of `tokens`.
+
+    ValueError if a limit is below 1, because a query sees at least itself.
+    """
     for name, value in window._asdict().items():
         if value is not None and value < 1:
             raise ValueError(f"attention window with {name} = {value}; a query sees itself, so at least 1")
@@ -103,10 +105,10 @@ def choose(
 ):
     """Name of the backend that runs: `requested` itself, or for `auto` the first of a ladder that can.
 
-    documents: whether rows are cut into documents. tokens: T. compiled: attend is called inside
-    torch.compile.
-    passed: a set that is told which faster ones an installation would bring. ValueError, one line: why the
-    requested backend cannot do this; no backend ever leaves out a window or a document.
+    documents: whether rows are cut into documents. tokens: T.
+    compiled: whether attend is called inside torch.compile.
+    passed: a set to which the faster backends that only need an installation are added.
+    ValueError, one line, if the requested backend cannot run; no backend ever ignores a window or a document.
     """
     device, window = torch.device(device), binding(window, tokens)
     if requested != "auto" and requested not in BACKENDS:
@@ -172,13 +174,13 @@ def view(documents, window, backend, *, rows=1, tokens=None, device=None, dtype=
     """Prepare attention for one forward pass, outside what is compiled.
 
     documents: (R, T) integer ids, not decreasing along T. None: every row is one document, and `rows`,
-    `tokens` and `device` say what they are. dtype: of q, k and v (masks are then ready; else SDPA converts
-    them in every layer).
-    max_seqlen: upper bound of the tokens of a document; banded looks no further back and checks it
-    (ValueError, on CUDA an assertion of the device). max_docs: upper bound of the number of documents,
-    checked likewise. Both are counted while the tokens are still on the host. FlashAttention starts a block
-    for each tile of `max_seqlen` in each of `max_docs` documents, whatever they hold; without `max_docs`,
-    varlen waits for the GPU to count them.
+        `tokens` and `device` give its sizes and place.
+    dtype: dtype of q, k and v, to convert masks once; None: SDPA converts them in every layer.
+    max_seqlen, max_docs: upper bounds of a document's tokens and of the number of documents, known on the
+        host, so that nothing waits for the GPU. Both are checked (ValueError, on CUDA an assertion of the
+        device). `banded` looks back no further than max_seqlen. FlashAttention starts a block for each tile
+        of max_seqlen in each of max_docs documents, even if empty. Without max_docs, varlen waits for the
+        GPU.
     """
     if documents is not None:
         rows, tokens, device = *documents.shape, documents.device
@@ -243,9 +245,9 @@ def visible_to_last(tokens, device, documents=None, window=CAUSAL):
 def sdpa(q, k, v, mask, scale, causal=False):
     """scaled_dot_product_attention of (R, T, H, K) tensors."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale).transpose(
-        1, 2
-    )
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=causal, scale=scale
+    ).transpose(1, 2)
 
 
 def additive(seen, dtype):
@@ -257,6 +259,7 @@ def additive(seen, dtype):
 
 
 def round_up(n, unit):
+    """The smallest multiple of `unit` that is at least n."""
     return -(-n // unit) * unit
 
 
@@ -278,12 +281,12 @@ def document_starts(documents):
 
 
 def document_lengths(starts, total):
+    """Tokens of each document (N,), from document_starts (N,) and the number of all tokens."""
     return torch.diff(starts, append=starts.new_tensor([total]))
 
 
 def check_max_seqlen(documents, promised):
-    """ValueError if a document (R, T) has more tokens than promised; on CUDA, which is not waited for, an
-    assertion there."""
+    """ValueError if a document (R, T) has more tokens than promised; on CUDA an assertion, without a sync."""
     tokens = documents.size(1)
     if promised >= tokens:
         return
@@ -297,8 +300,11 @@ def check_max_seqlen(documents, promised):
 
 
 def check_max_docs(first, promised):
-    """The promised number of documents, of which `first` (R T,) marks the first tokens. ValueError if there
-    are more: some would see each other. On CUDA, which is not waited for, an assertion there."""
+    """The promised number of documents, whose first tokens `first` (R T,) marks.
+
+    ValueError if there are more documents, some of which would see each other; on CUDA an assertion, without
+    a sync.
+    """
     if first.is_cuda:
         torch._assert_async(first.sum() <= promised)
     elif int(first.sum()) > promised:
@@ -322,6 +328,7 @@ def prepare_dense(documents, window, rows, tokens, device, dtype, max_seqlen, or
 
 
 def attend_dense(q, k, v, mask, scale):
+    """Attention by SDPA, with the mask of prepare_dense."""
     return sdpa(q, k, v, mask, scale, causal=mask is None)
 
 
@@ -336,13 +343,18 @@ class Band(NamedTuple):
 
 
 def block_width(far):
-    """B for queries that reach `far` back: near half of it. Wide blocks see keys in vain, narrow ones copy
-    them often."""
+    """B for queries that reach `far` back: about half of it.
+
+    Wider blocks waste masked work; narrower ones copy keys more often.
+    """
     return min(256, max(32, 1 << max(0, (far * 5 // 8).bit_length() - 1)))
 
 
 def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, origin=None):
-    """origin: (R,) position of the first token of each row, for block windows in rows that are documents."""
+    """The Band of these documents and this window.
+
+    origin: (R,) position of the first token of each row, for block windows where rows are documents.
+    """
     far = reach(window, tokens)
     if documents is not None and max_seqlen is not None:
         check_max_seqlen(documents, max_seqlen)
@@ -365,6 +377,7 @@ def prepare_banded(documents, window, rows, tokens, device, dtype, max_seqlen, o
 
 
 def attend_banded(q, k, v, band, scale):
+    """Attention by SDPA in blocks of queries, each with the slice of keys of its Band."""
     rows, tokens = q.shape[:2]
     blocks = band.mask.size(0)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))
@@ -379,20 +392,21 @@ def attend_banded(q, k, v, band, scale):
 # ----- documents --------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
-    """`count` documents padded at the end to `length`, where padding is invisible: keys lie before their
-    queries."""
+    """`count` documents padded at the end to `length`; causality hides the padding from real queries."""
     count: int
     length: int
     view: View
 
 
 class Pack(NamedTuple):
+    """All documents sorted by padded length, in batches of one length each."""
     tokens: torch.Tensor  # (P,) the token in each of the P slots of all batches; in padding, any
     slots: torch.Tensor  # (R T,) the slot of each token
     batches: list
 
 
 def prepare_documents(documents, window, rows, tokens, device, dtype, max_seqlen):
+    """The Pack of the documents; None counts as one document per row."""
     if documents is None:
         documents = torch.zeros(rows, tokens, dtype=torch.int32, device=device)
     starts = document_starts(documents)
@@ -425,6 +439,7 @@ def view_batch(window, origin, length, device, dtype):
 
 
 def attend_documents(q, k, v, pack, scale):
+    """Attention of each batch of a Pack by itself, put back in the tokens' order."""
     rows, tokens = q.shape[:2]
     sizes = [batch.count * batch.length for batch in pack.batches]
     q, k, v = (x.flatten(0, 1).index_select(0, pack.tokens).split(sizes) for x in (q, k, v))
@@ -458,8 +473,10 @@ def prepare_flex(documents, window, rows, tokens, device, dtype, max_seqlen):
 
 
 def tile_kinds(documents, window, tokens, device):
-    """(some, full), (R or 1, n, n): whether a tile of queries may see, and whether it sees all of, a tile of
-    keys."""
+    """(some, full), each (R or 1, n, n), for tiles of queries and of keys.
+
+    some: whether the queries may see any of the keys. full: whether they see all of them.
+    """
     tile = torch.arange(-(-tokens // TILE), device=device)
     first, last = tile * TILE, (tile * TILE + TILE - 1).clamp(max=tokens - 1)
     q, k = tile[:, None], tile
@@ -473,19 +490,23 @@ def tile_kinds(documents, window, tokens, device):
 
 
 def tile_list(kind):
-    """(R, n, n) booleans -> number (R, 1, n) of key tiles of each query tile, and which (R, 1, n, n), nearest
-    first."""
+    """(R, n, n) booleans -> the key tiles of each query tile.
+
+    Returns their number (R, 1, n) and their indices (R, 1, n, n), nearest first.
+    """
     order = kind.flip(-1).to(torch.int8).argsort(dim=-1, descending=True, stable=True)
     return kind.sum(-1, dtype=torch.int32)[:, None], (kind.size(-1) - 1 - order).to(torch.int32)[:, None]
 
 
 @functools.cache
 def compiled_flex():
+    """flex_attention compiled for static shapes, once per process."""
     from torch.nn.attention.flex_attention import flex_attention
     return torch.compile(flex_attention, dynamic=False)
 
 
 def attend_flex(q, k, v, block_mask, scale):
+    """Attention by FlexAttention with the block mask of prepare_flex."""
     from torch.nn.attention.flex_attention import flex_attention
     if not torch.compiler.is_compiling():  # run eagerly it would make all T x T logits and not heed the tiles
         flex_attention = compiled_flex()
@@ -499,6 +520,7 @@ FLASH = {"varlen": None, "flash3": "FA3", "flash4": "FA4"}  # torch's name of th
 
 
 class Varlen(NamedTuple):
+    """What FlashAttention reads: the documents' boundaries, their sizes and the window."""
     # (room,) int32 boundaries of the documents among the R T tokens, the last one repeated
     cu_seqlens: torch.Tensor
     # most tokens of a document, and number of documents; of `traceable` a CPU tensor (2,) int64
@@ -508,8 +530,11 @@ class Varlen(NamedTuple):
 
 
 def prepare_varlen(documents, window, rows, tokens, device, max_seqlen, max_docs):
-    """Boundaries of all documents, in room for documents of 300 tokens on average, in steps of 128, as record
-    29: the shapes that a compiler sees stay. FlashAttention gets those of `max_docs` documents only."""
+    """Boundaries of all documents, padded to a fixed length so that compiled shapes do not change.
+
+    The length is enough for documents of 300 tokens on average, rounded up to a multiple of 128, as in record
+    29. FlashAttention gets the boundaries of `max_docs` documents only.
+    """
     total = rows * tokens
     if documents is None:
         first = (torch.arange(total, device=device) % tokens) == 0
@@ -531,14 +556,15 @@ def boundaries(cu_seqlens, sizes):
 
 
 def traceable(views, scale, width):
-    """[(view, softmax scale)] of the layers of one compiled forward: with FlashAttention all numbers are
-    tensors.
+    """[(view, softmax scale)] of the layers in a compiled forward, with FlashAttention's numbers as tensors.
 
-    A number in a graph is a constant of it: three windows, with YaRN three scales, would be three graphs of
-    the whole model, in validation four, and one for each number of documents. As CPU tensors, which
-    `varlen` reads on the host, they are inputs of one (0-d ones dynamo takes for numbers first, and begins
-    again). All layers share the documents' ends and none its window, so that a graph sees the same inputs
-    whichever layers look equally far. For another backend, whose masks are tensors already, nothing changes.
+    A Python number is a constant of a graph: three windows (with YaRN three scales) would give three graphs
+    of the whole model, four in validation, and one for each number of documents. CPU tensors, which `varlen`
+    reads on the host, are inputs of one graph. They have size (1,), because dynamo takes 0-d tensors for
+    numbers at first and starts again. All layers share the document boundaries, and each has its own window
+    tensor, so that a graph has the same inputs whichever layers have equal windows. Views of other backends,
+    whose masks are tensors already, are returned as they are.
+
     width: K, for scale None.
     """
     plans = [view.plan for view in views if view is not None and view.backend in FLASH]
@@ -558,6 +584,7 @@ def traceable(views, scale, width):
 
 
 def attend_varlen(q, k, v, plan, scale):
+    """Attention by FlashAttention; narrower q, k or v are padded with zeros to one width."""
     from torch.nn.attention.varlen import varlen_attn
     rows, tokens, _, width = q.shape
     value = v.size(-1)
@@ -575,8 +602,7 @@ def attend_varlen(q, k, v, plan, scale):
 
 
 def torchs_varlen():
-    """(forward, backward) that torch.nn.attention.varlen.varlen_attn calls; 2.11 to 2.13 take the arguments
-    used here."""
+    """The operators (forward, backward) behind torch.nn.attention.varlen.varlen_attn, as in 2.11 to 2.13."""
     import torch.nn.attention.varlen  # noqa: F401  (defines them)
     return torch.ops.torch_attn._varlen_attn, torch.ops.torch_attn._varlen_attn_backward
 
@@ -590,6 +616,7 @@ def varlen(q, k, v, cu_seqlens, sizes, left, scale):
 
 
 def varlen_gradient(g, q, k, v, cu_seqlens, sizes, left, scale, y, lse, state):
+    """Gradients of q, k and v, from the gradient g of y and what the forward pass kept."""
     left, (cu_seqlens, max_seqlen) = int(left), boundaries(cu_seqlens, sizes)
     run = torchs_varlen()[1]
     return run(g, q, k, v, y, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, left < 0, state,
@@ -608,20 +635,24 @@ varlen_gradient_op = torch.library.custom_op(
 
 @varlen_op.register_fake
 def varlen_shape(q, k, v, cu_seqlens, sizes, left, scale):
+    """Shapes and dtypes of `varlen`, for torch.compile."""
     lse = q.new_empty((q.size(1), q.size(0)), dtype=torch.float32)
     return torch.empty_like(q), lse, q.new_empty(2, dtype=torch.uint64)
 
 
 @varlen_gradient_op.register_fake
 def varlen_gradient_shape(g, q, k, v, *rest):
+    """Shapes and dtypes of `varlen_gradient`, for torch.compile."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def varlen_context(ctx, inputs, output):
+    """Keep for the backward pass all inputs and outputs of `varlen`."""
     ctx.save_for_backward(*inputs, *output)
 
 
 def varlen_backward(ctx, g, *_):
+    """Gradients for all inputs of `varlen`: only q, k and v have one."""
     return *varlen_gradient_op(g, *ctx.saved_tensors), None, None, None, None
 
 
@@ -629,8 +660,10 @@ varlen_op.register_autograd(varlen_backward, setup_context=varlen_context)
 
 
 def serve(backend):
-    """Let torch's FlashAttention calls run this implementation from now on. Returns why that is impossible,
-    or None."""
+    """Make torch's FlashAttention calls run this implementation from now on.
+
+    Returns why that is impossible, or None.
+    """
     from torch.nn import attention
     wanted, failed = FLASH[backend], activation_failure(FLASH[backend])
     if failed is None and attention.current_flash_attention_impl() != wanted:

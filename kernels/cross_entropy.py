@@ -2,24 +2,25 @@
 
     losses = linear_cross_entropy(x, weight, targets, softcap=..., weights=(1.0, 0.5))
 
-    z = factor x W^T,  c = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)
-    (model_settings.Softcap) loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}])  +  w_p (logsumexp(c_t) -
-    c_t[prefix_t]) dc_t = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t)),  m_t =
-    sum of the weights in loss_t
+    z      = factor x W^T
+    c      = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)      (model_settings.Softcap)
+    loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}]) + w_p (logsumexp(c_t) - c_t[prefix_t])
+    dc_t   = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t))
+    m_t    = sum of the weights in loss_t
 
-One row of logits is scored against several targets (records 53 and 88). A term whose target lies past the end
-of its row, or is negative, is left out.
+One row of logits is scored against several targets (records 53 and 88). A term is left out if its target lies
+past the end of the row or is negative.
 
-Both passes go over chunks of tokens; the backward multiplies a chunk's logits again (x, W and the
-log-sum-exps are kept, no logits; Wijmans et al., arXiv 2411.09009). Memory beyond operands and their
-gradients is O(chunk V + V D): `torch` needs up to three buffers (chunk, V) of the soft cap's dtype; `triton`
-one of x's dtype, in which the gradient takes the place of the logits, and with FP8 two more of bytes, the
-gradient and its transpose. The gradient of W is summed over chunks in float32; CUDA needs one more (V, D) for
-16-bit operands, and a copy of W (V, D) is in x's dtype if W is not.
+Both passes go over chunks of tokens. The forward keeps x, W and the log-sum-exps, and the backward computes
+the logits of a chunk again (Wijmans et al., arXiv 2411.09009). Memory beyond operands and gradients is
+O(chunk V + V D): `torch` needs up to three buffers (chunk, V) of the soft cap's dtype; `triton` needs one of
+x's dtype, in which the gradient overwrites the logits, and with FP8 two more of bytes for the gradient and
+its transpose. The gradient of W is summed over chunks in float32; CUDA needs one more (V, D) for 16-bit
+operands, and a copy of W (V, D) in x's dtype if W has another one.
 
-Backends: `torch`, any device and dtype, the reference. `triton`, two kernels on a chunk of logits that the
-library multiplied (the fused soft cap of record 60; FP8 gradients are written as such, as in record 67),
-float32 inside. Triton is imported when first used.
+Backends: `torch`, any device and dtype, the reference. `triton`, two kernels with float32 arithmetic on a
+chunk of logits that torch multiplied (the fused soft cap of record 60; FP8 gradients are written as FP8, as
+in record 67). Triton is imported when first used.
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -42,6 +43,7 @@ LARGEST_CAP = 80.0  # range of the capped logits in Triton: exp(-80) is still a 
 
 
 class Block(NamedTuple):
+    """Launch sizes of the loss and gradient kernels."""
     size: int  # logits that a program has at a time
     warps: int
 
@@ -71,21 +73,24 @@ def linear_cross_entropy(
     logit_scale=None, fp8=None, cap_dtype=torch.float32, loss_dtype=torch.float32, chunk=None, backend="auto",
     transpose="torch"
 ):
-    """x (R, T, D) or (N, D), weight (V, D), targets (R, T) or (N,) int64 -> losses in the shape of targets
-    and loss_dtype.
+    """Cross entropies of the soft-capped logits of x W^T, in the shape of targets and in loss_dtype.
 
-    softcap: has .form, .cap, .scale, .shift, as model_settings.Softcap; None: none.
-    weights: of targets t, t+1, ... of the same row (nothing joins across R), floats or a tensor (n,): a
-    tensor does not make torch.compile start again when values change.
-    prefix, prefix_weight: a second target at each place, shaped like targets. Negative targets are left out.
-    Targets of V or more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
-    full_mass: in the gradient m_t has all of `weights` also where targets lie past the end, as records 79 on:
-    there it is not the derivative of the loss. logit_scale: factor of the logits. fp8: (sx, sw, sg) of
-    kernels.fp8_linear, sg for the gradient that arrives here. cap_dtype: of the factor and the soft cap, at
-    least. chunk: tokens at a time.
-    transpose: how FP8 operands are transposed on a GPU, `triton` or torch's way.
+    Args:
+        x: (R, T, D) or (N, D). weight: (V, D). targets: (R, T) or (N,) int64; negative ones are ignored.
+        softcap: has .form, .cap, .scale, .shift, as model_settings.Softcap; None: no soft cap.
+        weights: loss weights of targets t, t+1, ... in the same row, floats or a tensor (n,). New values in a
+            tensor do not recompile a torch.compile graph.
+        prefix, prefix_weight: a second target per token, shaped like targets, and its weight.
+        full_mass: m_t sums all of `weights` even where targets lie past the end of the row, as in records 79
+            on; there the gradient is not the derivative of the loss.
+        logit_scale: factor of the logits.
+        fp8: (sx, sw, sg) of kernels.fp8_linear, sg for the gradient of these losses; None: no FP8.
+        cap_dtype: least dtype of the factor and the soft cap.
+        chunk: tokens per chunk; None: by device and V.
+        transpose: how FP8 operands are transposed on a GPU, `triton` or torch's way.
 
-    Gradients: any per token; dx in x's dtype, dW in weight's. ValueError for shapes that do not fit.
+    Every token may have its own gradient; dx is in x's dtype, dW in weight's. ValueError for shapes that do
+    not fit. Targets of V or more raise in `torch` on the CPU, assert on CUDA, and give NaN in `triton`.
     """
     if targets.dim() not in (1, 2) or x.shape != (*targets.shape, weight.size(1)):
         raise ValueError(f"x {tuple(x.shape)}, weight {tuple(weight.shape)} and targets "
@@ -119,8 +124,10 @@ def linear_cross_entropy(
 
 
 def label_matrix(targets, n, prefix):
-    """targets (N,) or (R, T) -> (N, n), with prefix (N, n + 1): targets t, t+1, ... of the row and the
-    prefix; -1: none."""
+    """Targets t, t+1, ... of each token and its prefix target, -1 where there is none.
+
+    targets: (N,) or (R, T). Returns (N, n), with prefix (N, n + 1).
+    """
     rows = torch.atleast_2d(targets)
     length = rows.size(1)
     columns = [F.pad(rows[:, j:], (0, min(j, length)), value=-1) if j else rows for j in range(n)]
@@ -163,8 +170,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 # ----- chunks of tokens -------------------------------------------------------------------------------------
 
 def forward(a, b, labels, shares, *plan):
-    """Operands a (N, D) and b (V, D) of the product -> losses (N,), logsumexp (N,; in `triton` less the upper
-    bound)."""
+    """Operands a (N, D) and b (V, D) of the product -> losses (N,), log-sum-exps (N,).
+
+    `triton` returns log-sum-exps less the upper bound of the logits.
+    """
     plan = Plan(*plan)
     triton = choose(plan.backend, a.device, plan) == "triton"
     a, b = operands(a, b, plan)
@@ -184,8 +193,10 @@ def forward(a, b, labels, shares, *plan):
 
 
 def backward(a, b, labels, shares, mass, lse, g, *plan):
-    """The same and the gradient g (N,) of the losses -> dx (N, D) in x's dtype, dW (V, D) in float32 or
-    float64."""
+    """Arguments of `forward` and the gradient g (N,) of the losses -> dx (N, D), dW (V, D).
+
+    dx is in x's dtype, dW in float32 or float64.
+    """
     plan = Plan(*plan)
     triton = choose(plan.backend, a.device, plan) == "triton"
     a, b = operands(a, b, plan)
@@ -214,8 +225,10 @@ def backward(a, b, labels, shares, mass, lse, g, *plan):
 
 
 def chunks(tokens, classes, device, size):
-    """Slices of 0..tokens of `size`; by default about equal ones, multiples of 16, with CHUNK elements of
-    logits at most."""
+    """Slices of `tokens` tokens with `size` tokens each.
+
+    size 0: about equal multiples of 16, so that the logits of a slice have at most CHUNK elements.
+    """
     if size == 0:
         most = max(256, CHUNK["cuda" if device.type == "cuda" else "cpu"] // classes)
         parts = max(1, -(-tokens // most))
@@ -349,8 +362,10 @@ def gradient_kernel(
     z, out, labels, shares, mass, g, lse, V, cap, slope, bias, scale, K: tl.constexpr, CAPPED: tl.constexpr,
     FP8: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Gradient of one row of logits z (n, V), written to out, which may be z. FP8: in z's dtype, times scale,
-    in e5m2."""
+    """Gradient of one row of logits z (n, V), written to out, which may be z.
+
+    FP8: the gradient is rounded to z's dtype, multiplied by scale and cast to e5m2.
+    """
     row = tl.program_id(0).to(tl.int64)
     z += row * V
     out += row * V
@@ -396,6 +411,7 @@ def launch_options(z, labels, plan):
 
 
 def launch_loss(z, labels, shares, losses, lse, plan):
+    """Write losses and log-sum-exps (n,) of the logits z (n, V); labels (n, K), -1: no target."""
     numbers, constants = launch_options(z, labels, plan)
     kernels()[0][(len(z),)](z, labels, shares, losses, lse, z.size(1), *numbers, **constants)
 
@@ -454,12 +470,14 @@ backward_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def forward_shapes(a, b, labels, shares, *plan):
+    """Shapes and dtypes of `forward`, for torch.compile."""
     losses = a.new_empty(len(a), dtype=Plan(*plan).loss_dtype)
     return losses, torch.empty_like(losses)
 
 
 @backward_op.register_fake
 def backward_shapes(a, b, labels, shares, mass, lse, g, *plan):
+    """Shapes and dtypes of `backward`, for torch.compile."""
     dtype = Plan(*plan).dtype
     return a.new_empty(a.shape, dtype=dtype), b.new_empty(
         b.shape, dtype=torch.promote_types(dtype, torch.float32)

@@ -50,8 +50,10 @@ def missing(device):
 
 
 def refusal(device, dtype, least=80):
-    """Why a Triton matrix product in dtype cannot run there (the rest of a sentence), or None. least:
-    FP8_SINCE for FP8."""
+    """Why a Triton matrix product in dtype cannot run on a device (the rest of a sentence), or None.
+
+    least: compute capability that it needs; FP8_SINCE for FP8.
+    """
     why = missing(device)
     if why is not None:
         return why

@@ -1,14 +1,12 @@
-"""Linear layers of many experts on the rows that were routed to them, dropping none (MegaBlocks, arXiv
-2211.15841).
+"""Linear layers of many experts on the rows routed to them, none dropped (MegaBlocks, arXiv 2211.15841).
 
     p = plan(index, experts, backend)              index (N, k): the experts of each token
-    rows = gather(x, p)                            (P, D), the rows of an expert one after the other
+    rows = gather(x, p)                            (P, D), rows sorted by expert
     rows = grouped_linear(rows, weight, p)         weight (E, out, in)
-    y = combine(rows, gates, p)                    (N, out) = sum over a token's k rows, times their gates (N,
-    k)
+    y = combine(rows, gates, p)                    gates (N, k) -> (N, out), sum over the k rows of a token
 
-Each row is read and written at a known place, forward and backward, and nothing is added atomically but, in
-`padded` on CUDA, the gradients of a weight's copies.
+Each row is read and written at a known place, forward and backward. Only the gradients of a weight's copies,
+in `padded` on CUDA, are added atomically.
 
 Backends: `grouped`, torch.nn.functional.grouped_mm (one kernel on Hopper and Blackwell in bfloat16, a loop
 over experts elsewhere). `padded`, blocks of rows of one expert, each against a copy of its weight: static
@@ -47,8 +45,10 @@ class Plan(NamedTuple):
 
 
 def choose(requested, device, dtype, widths, compiled):
-    """Name of the backend that runs. ValueError, one line, if the requested one cannot. widths: sizes of the
-    weights."""
+    """Name of the backend that runs. ValueError, one line, if the requested one cannot.
+
+    widths: sizes of the weights' two dimensions.
+    """
     why = refusal(torch.device(device), dtype, widths, compiled)
     if requested == "grouped" and why:
         raise ValueError(f"grouped_mm {why}; use padded")
@@ -91,9 +91,9 @@ def plan(index, experts, backend):
     choices[places] = torch.arange(len(flat), device=flat.device)
     real = torch.zeros(total, device=flat.device)
     real[places] = 1.0
-    owner = torch.searchsorted(last, torch.arange(total // BLOCK, device=flat.device), right=True).clamp(
-        max=experts - 1
-    )
+    owner = torch.searchsorted(
+        last, torch.arange(total // BLOCK, device=flat.device), right=True
+    ).clamp(max=experts - 1)
     return Plan(counts, choices // k, places.view(index.shape), choices, real, None, owner)
 
 
@@ -117,6 +117,8 @@ def gather(x, p):
 
 
 class Combine(torch.autograd.Function):
+    """Sum of the rows of each token's k experts, weighted by its gates; the gradient reads, not scatters."""
+
     @staticmethod
     def forward(ctx, rows, gates, source, places, choices, real):
         ctx.save_for_backward(rows, gates, source, places, choices, real)
@@ -142,9 +144,9 @@ def grouped_linear(rows, weight, p):
     """rows (P, in) times the weight of each row's expert: weight (E, out, in) -> (P, out)."""
     weight = weight.to(rows.dtype)
     if p.owner is None:
-        # without rows still part of the graph: the other processes wait for this one's
+        # without rows the result is still part of the graph: in the backward pass the other processes wait
+        # for this one's exchange
         if rows.is_meta or not len(rows):
-            # exchange in the backward pass
             return rows @ weight[0].mT
         return F.grouped_mm(rows, weight.mT, offs=p.ends)
     return torch.bmm(rows.unflatten(0, (-1, BLOCK)), weight.index_select(0, p.owner).mT).flatten(0, 1)
@@ -153,8 +155,7 @@ def grouped_linear(rows, weight, p):
 # ----- FP8 --------------------------------------------------------------------------------------------------
 
 class Fake8(torch.autograd.Function):
-    """x rounded to e4m3 with one scale per row, so that its largest value is 448; the gradient passes as it
-    is."""
+    """x rounded to e4m3, each row scaled to a largest value of 448; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx, x):
@@ -167,14 +168,15 @@ class Fake8(torch.autograd.Function):
 
 
 def fake_fp8(x):
-    """x (..., n) as an FP8 matrix product with row-wise scales sees it (torch's _scaled_grouped_mm has no
-    other)."""
+    """x (..., n) rounded as in an FP8 product with row-wise scales, which _scaled_grouped_mm of torch has."""
     return Fake8.apply(x)
 
 
 # ----- expert parallelism -----------------------------------------------------------------------------------
 
 class Exchange(torch.autograd.Function):
+    """dist.all_to_all_single with unequal counts; the backward pass sends the gradients back."""
+
     @staticmethod
     def forward(ctx, x, received, sent):
         ctx.received, ctx.sent = received, sent
@@ -190,14 +192,16 @@ class Exchange(torch.autograd.Function):
 
 
 def exchange(x, received, sent):
-    """Rows x, the first sent[0] of them for process 0 and so on -> the rows that came, received[0] from
-    process 0 and so on."""
+    """All-to-all of rows: sends sent[i] rows of x, in order, to process i and gets received[i] from it."""
     return Exchange.apply(x, received, sent)
 
 
 def exchange_counts(counts, world):
-    """counts (E,): my rows for each expert -> (world, E / world): the rows of my experts, by the process that
-    they come from."""
+    """Exchange the numbers of rows before the rows.
+
+    counts: (E,), this process's rows for each expert. Returns (world, E / world): for each process, its rows
+    for this process's experts.
+    """
     out = torch.empty_like(counts)
     dist.all_to_all_single(out, counts)
     return out.view(world, -1)

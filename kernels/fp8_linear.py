@@ -1,14 +1,12 @@
-"""Linear layer in 8-bit floats: operands are scaled, cast and multiplied (record 19's head, @YouJiacheng,
-@KoszarskyB).
+"""Linear layer in 8-bit floats, as in the head of record 19 (@YouJiacheng, @KoszarskyB).
 
-forward   z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
-backward  g' = e5m2(g sg);  dx = bf16(g' e4m3(w sw) / (sg sw));  dw = g'^T e4m3(x sx) / (sx sg)
+    forward    z = bf16(e4m3(x sx) e4m3(w sw)^T / (sx sw))
+    backward   g' = e5m2(g sg),  dx = bf16(g' e4m3(w sw) / (sg sw)),  dw = g'^T e4m3(x sx) / (sx sg)
 
-The reference quantises, and multiplies what it got in float32, on any device. On a GPU with FP8 units
-(compute capability
-8.9 or higher) torch._scaled_mm multiplies the 8-bit operands themselves; on another GPU the quantised values
-are kept in bfloat16, which holds every one of them, and multiplied by its units. Values beyond the range are
-clamped: what a cast makes of them depends on torch's version and the device.
+The reference quantises and then multiplies in float32, on any device. On a GPU with FP8 units (compute
+capability 8.9 or higher) torch._scaled_mm multiplies the 8-bit operands; on another GPU the quantised values
+are kept and multiplied in bfloat16, which represents all of them exactly. Values beyond the range are
+clamped, because the result of casting them depends on torch's version and the device.
 """
 
 import torch
@@ -28,12 +26,15 @@ def quantise(x, scale, dtype):
 
 
 def has_fp8_units(x):
+    """Whether x is on a GPU whose tensor cores multiply FP8 (compute capability 8.9 or higher)."""
     return x.is_cuda and capability(x.device) >= FP8_SINCE
 
 
 def kept_in_bfloat16(x):
-    """Is x on a GPU without FP8 units? There 8-bit values have nothing for them: Triton, and so the compiler
-    of torch 2.11, cannot even cast to e4m3."""
+    """Whether x is on a GPU without FP8 units.
+
+    There Triton, and so the compiler of torch 2.11, cannot even cast to e4m3.
+    """
     return x.is_cuda and not has_fp8_units(x)
 
 
@@ -49,20 +50,24 @@ round8_op = torch.library.custom_op(
 
 @round8_op.register_fake
 def round8_shape(x, dtype):
+    """Shape and dtype of `round8`, for torch.compile."""
     return torch.empty_like(x, dtype=torch.bfloat16)
 
 
 def row_major(x, transpose):
-    """x (M, N), copied if its rows are not contiguous: by torch or in tiles (`in_tiles`)."""
+    """x (M, N) itself if it is contiguous, otherwise a copy by torch or by the Triton kernel (`in_tiles`)."""
     if x.is_contiguous():
         return x
     return transpose_copy(x.t()) if in_tiles(transpose, x.device) else x.contiguous()
 
 
 def in_tiles(transpose, device):
-    """Does the Triton kernel make transposed copies there? transpose: torch, triton, or auto: on a GPU with
-    Triton. A copy of 8-bit numbers that Inductor fuses into their quantisation stores single bytes, each to
-    another row: of the head's gradient in record 33 that is 2.5 GB."""
+    """Whether the Triton kernel makes transposed copies on this device.
+
+    transpose: torch, triton, or auto (triton on a GPU that has it). Inductor would fuse the copy of 8-bit
+    numbers into their quantisation and store single bytes, each in another row: 2.5 GB for the gradient of
+    the head in record 33.
+    """
     return transpose == "triton" or (
         transpose == "auto" and device.type == "cuda" and missing(device) is None
     )
@@ -103,6 +108,8 @@ def widened(a, b):
 
 
 class FP8Linear(torch.autograd.Function):
+    """x (N, in), w (out, in) -> (N, out) in x's dtype; the factors get no gradient."""
+
     @staticmethod
     def forward(ctx, x, w, sx, sw, sg, transpose):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)
@@ -115,13 +122,15 @@ class FP8Linear(torch.autograd.Function):
         (x8, w8), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
         g8 = quantise(g, sg, torch.float8_e5m2)
         dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
-        dw = product(g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose).to(
-            w_dtype
-        )
+        dw = product(
+            g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose
+        ).to(w_dtype)
         return dx, dw, None, None, None, None
 
 
 def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
-    """x (..., in) times w (out, in) in FP8 with factors sx, sw and sg (of the gradient). Returns (..., out)
-    in x's dtype."""
+    """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
+
+    sx, sw, sg: factors of x, w and the gradient before the cast.
+    """
     return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])

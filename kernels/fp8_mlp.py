@@ -2,14 +2,14 @@
 
     a(v) = max(largest |v|, 1e-12) / 448
     pre = a(x) a(U) e4m3(x / a(x)) e4m3(U / a(U))^T,  P = relu(pre)^2, each rounded to x's dtype
-    y = P D^T, or with scales p and d that were made before (delayed):  y = p d e4m3(P / p) e4m3(D / d)^T
-    backward:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,  dD = g^T P      with x, U, D and P as
-    they were
+    y = P D^T, or with delayed scales p and d:  y = p d e4m3(P / p) e4m3(D / d)^T
+    backward, with x, U, D and P before the cast:  dpre = 2 (g D) sqrt(P),  dx = dpre U,  dU = dpre^T x,
+                                                   dD = g^T P
 
-Rows come in equal parts, each with a(x) and p of its own. a(U) and U / a(U) are rounded to x's dtype, as in
-the originals; everything else about scales is float32. Values beyond 448 are clamped.
+Rows come in equal parts, each with its own a(x) and p. a(U) and U / a(U) are rounded to x's dtype, as in the
+originals; everything else about scales is float32. Values beyond 448 are clamped.
 
-Reference (any device): quantises, and multiplies what it got (kernels/fp8_linear.py); on a GPU with FP8 units
+Reference (any device): quantises, then multiplies (kernels/fp8_linear.py); on a GPU with FP8 units
 torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P
 in one Triton kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
 """
@@ -27,11 +27,16 @@ LEAST = 1e-12  # that a largest value counts as
 
 
 def fp8_mlp(x, up, down, parts, scales=None, fused=False):
-    """x (N, in), up (hidden, in), down (out, hidden), all of one dtype -> y (N, out) in it, and the largest P
-    of each part (parts,) in float32, for the next scales (empty without scales).
+    """The MLP y = relu(x U^T)^2 D^T with FP8 products.
 
-    parts: N is a multiple of it. scales: (p (parts,), d ()) in float32: the second product is in e4m3 too.
-    ValueError if fused and the device cannot.
+    Args:
+        x: (N, in), up: (hidden, in), down: (out, hidden), all of one dtype.
+        parts: number of equal parts of x with their own scales.
+        scales: (p (parts,), d ()) in float32, for the second product in e4m3 too; None: only the first.
+        fused: use the Triton kernels. ValueError if the device cannot.
+
+    Returns: y (N, out) in x's dtype, and the largest P of each part (parts,) in float32, from which the next
+        scales are made; empty without scales.
     """
     p, d = (None, None) if scales is None else scales
     return FP8MLP.apply(x, up, down, parts, p, d, fused)
@@ -67,6 +72,8 @@ def narrowed_weight(w):
 
 
 class FP8MLP(torch.autograd.Function):
+    """The MLP of fp8_mlp; the gradients are those of the products in x's dtype."""
+
     @staticmethod
     def forward(ctx, x, up, down, parts, p_scale, d_scale, fused):
         (x8, sx), (up8, su) = narrowed_rows(x, parts), narrowed_weight(up)

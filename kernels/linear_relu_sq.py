@@ -3,18 +3,17 @@
     linear_relu_sq(x, weight) = P = relu(x W^T)^2             dpre = 2 dP relu(x W^T) = 2 dP sqrt(P)
     mlp_relu_sq(x, up, down)  = relu(x U^T)^2 D^T             dpre = 2 (g D) sqrt(P)
 
-The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel makes
-dpre: for the layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that dP is
-never written. The others, dx = dpre W and dW = dpre^T x, are the library's. For the backward only P is kept
-(record 87), as the next layer keeps it
-anyway: its root is closer to relu(pre) than a rounded pre is. In float16 roots below 2e-4 are lost: their
-squares are 0.
+The forward kernel applies relu^2 to its tile of the product before writing it. In the backward a kernel
+computes dpre: for the layer alone, in one pass over dP; for the MLP, at the end of the product g D, so that
+dP is never written. torch computes the other products, dx = dpre W and dW = dpre^T x. The backward needs only
+P (record 87), which the next layer keeps anyway; its root is closer to relu(pre) than a rounded pre. In
+float16 roots below 2e-4 are lost, because their squares are 0.
 
-The pre-activation is in float32 when it is squared (torch rounds it first). NaN stays NaN. float16, bfloat16
-and float32 in any strides. Triton is imported when first used.
+The pre-activation is squared in float32 (torch rounds it first). NaN stays NaN. float16, bfloat16 and float32
+in any strides. Triton is imported when first used.
 
-The same kernel has the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq): there it rounds as
-torch does, and can write P in e4m3 next to P, with what the next scale is made from (records 84 and 89).
+The same kernel computes the first product in FP8 for kernels/fp8_mlp.py (fp8_linear_relu_sq). Then it rounds
+as torch does, and can also write P in e4m3 and the maxima for the next scale (records 84 and 89).
 """
 
 from __future__ import annotations  # the kernels are annotated with tl.constexpr, and tl comes later
@@ -33,6 +32,7 @@ BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one 
 
 
 class Tile(NamedTuple):
+    """Tile and launch sizes of linear_kernel."""
     rows: int  # of x
     columns: int  # of the output
     depth: int  # columns of x that are multiplied at a time
@@ -47,7 +47,7 @@ TILES = {80: Tile(128, 128, 64, 8, 4), 89: Tile(128, 128, 64, 8, 3), 90: Tile(12
          "default": Tile(128, 128, 64, 8, 3)}
 FLOAT32 = Tile(64, 64, 32, 4, 3)  # everywhere: its products are three of TF32, which take more registers
 FP8 = {90: Tile(128, 256, 128, 8, 3), "default": Tile(128, 128, 128, 8, 3)}  # from 8.9 on
-NARROW = torch.float8_e4m3fn  # what P is written in next to P
+NARROW = torch.float8_e4m3fn  # dtype of the second, 8-bit copy of P
 
 
 # ----- reference --------------------------------------------------------------------------------------------
@@ -65,8 +65,10 @@ def mlp_relu_sq_reference(x, up, down):
 # ----- Triton -----------------------------------------------------------------------------------------------
 
 def linear_relu_sq(x, weight):
-    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype. ValueError for another dtype or
-    device."""
+    """x (..., in), weight (out, in) -> relu(x W^T)^2 (..., out) in x's dtype.
+
+    ValueError for another dtype or device.
+    """
     check(x, weight)
     return LinearReluSq.apply(x.flatten(0, -2), weight.to(x.dtype)).unflatten(0, x.shape[:-1])
 
@@ -82,6 +84,7 @@ def mlp_relu_sq(x, up, down):
 
 
 def check(x, weight):
+    """ValueError if the Triton kernel cannot run on x's device or dtype, or if the shapes do not fit."""
     why = refusal(x.device, x.dtype)
     if why:
         raise ValueError(f"the Triton linear_relu_sq {why}; use torch")
@@ -104,9 +107,10 @@ class LinearReluSq(torch.autograd.Function):
     def backward(ctx, g):
         x, weight, p = ctx.saved_tensors
         dpre = operator(gradient, gradient_op)(g, p)
-        return dpre @ weight if ctx.needs_input_grad[0] else None, dpre.t() @ x if ctx.needs_input_grad[
-            1
-        ] else None
+        return (
+            dpre @ weight if ctx.needs_input_grad[0] else None,
+            dpre.t() @ x if ctx.needs_input_grad[1] else None,
+        )
 
 
 class MLPReluSq(torch.autograd.Function):
@@ -129,6 +133,7 @@ class MLPReluSq(torch.autograd.Function):
 
 
 def operator(function, op):
+    """The custom operator while torch.compile traces, the plain function otherwise."""
     return op if torch.compiler.is_compiling() else function
 
 
@@ -140,12 +145,12 @@ def linear_kernel(
     BACKWARD: tl.constexpr, FP8: tl.constexpr, WRITE_NARROW: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr
 ):
-    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD. x (n, d), weight (f, d); contiguous p and
-    out (n, f).
+    """A tile of relu(x W^T)^2, or of 2 (x W^T) sqrt(p) if BACKWARD.
 
-    FP8: the product times unscale (n / part,), one for `part` rows each. WRITE_NARROW: min(out times factor
-    (n / part,), 448) to narrow (n, f), and the largest element of each row of the tile to largest (column
-    tiles, n).
+    x (n, d), weight (f, d); contiguous p and out (n, f).
+    FP8: the product is multiplied by unscale (n / part,), one for every `part` rows.
+    WRITE_NARROW: also writes min(out factor, 448) to narrow (n, f), with factor (n / part,), and the largest
+        element of each row of the tile to largest (column tiles, n).
     """
     program = tl.program_id(0)
     group = GROUP * tl.cdiv(f, COLUMNS)  # programs of a group, which go down its rows first
@@ -204,17 +209,19 @@ def kernels():
 
 
 def default_tile(x):
+    """The tile without tuning, by dtype and compute capability."""
     return FLOAT32 if x.dtype == torch.float32 else TILES.get(capability(x.device), TILES["default"])
 
 
 def launch(x, weight, p, out, backward):
+    """Run linear_kernel with the tuned tile and return `out`."""
     n, tile = x.size(0), tiles.best("linear_relu_sq", x.device, x.dtype, tuple(weight.shape), default_tile(x))
     start(tile, x, weight, p, out, out, out, out, out, n, BACKWARD=backward, FP8=False, WRITE_NARROW=False)
     return out
 
 
 def start(tile, x, weight, *rest, **modes):
-    """linear_kernel on all tiles; rest: p to part."""
+    """Launch linear_kernel on all tiles. rest: its arguments from p to part."""
     (n, d), f = x.shape, weight.size(0)
     kernels()[0][(-(-n // tile.rows) * -(-f // tile.columns),)](
         x,
@@ -243,10 +250,18 @@ def forward(x, weight):
 
 
 def fp8_linear_relu_sq(x, weight, unscale, factor, dtype):
-    """e4m3 x (N, in) and weight (out, in), float32 unscale (G,), one for each of G equal parts of the rows,
-    factor (G,) or None -> P = relu(unscale x W^T)^2 (N, out) in dtype, and with a factor P times it in e4m3,
-    clamped, and the largest P of each part (G,) float32; both empty without. ValueError for another dtype or
-    device."""
+    """FP8 product with relu^2. The rows come in G equal parts.
+
+    Args:
+        x: (N, in) and weight: (out, in), both e4m3.
+        unscale: (G,) float32, factor of the product of each part.
+        factor: (G,) float32, factor of the second, 8-bit copy of P; None: no copy.
+        dtype: dtype of P.
+
+    Returns: P = relu(unscale x W^T)^2 (N, out); P times factor in e4m3, clamped; the largest P of each part
+        (G,) float32. The last two are empty without factor.
+    ValueError for another dtype or device.
+    """
     why = refusal(x.device, dtype, FP8_SINCE)
     if why:
         raise ValueError(f"the Triton fp8_linear_relu_sq {why}; use torch")
@@ -292,11 +307,13 @@ gradient_op = torch.library.custom_op("speedrun::relu_sq_gradient", gradient, mu
 
 @forward_op.register_fake
 def forward_shape(x, weight):
+    """Shape and dtype of `forward`, for torch.compile."""
     return x.new_empty(x.size(0), weight.size(0))
 
 
 @fp8_forward_op.register_fake
 def fp8_forward_shapes(x, weight, unscale, factor, dtype):
+    """Shapes and dtypes of `fp8_linear_relu_sq`, for torch.compile."""
     (n, f), groups = (x.size(0), weight.size(0)), len(unscale)
     p = x.new_empty(n, f, dtype=dtype)
     if factor is None:
@@ -306,9 +323,11 @@ def fp8_forward_shapes(x, weight, unscale, factor, dtype):
 
 @product_gradient_op.register_fake
 def product_gradient_shape(g, weight, p):
+    """Shape and dtype of `product_gradient`, for torch.compile."""
     return torch.empty_like(p)
 
 
 @gradient_op.register_fake
 def gradient_shape(g, p):
+    """Shape and dtype of `gradient`, for torch.compile."""
     return torch.empty_like(p)

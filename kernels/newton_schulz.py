@@ -1,5 +1,6 @@
-"""Orthogonalisation of Muon: Newton-Schulz (Keller Jordan, kellerjordan.github.io/posts/muon) and the Polar
-Express (Amsel, Persson, Musco, Gower, arXiv 2505.16932).
+"""Orthogonalisation of Muon: Newton-Schulz and the Polar Express.
+
+Sources: Keller Jordan, kellerjordan.github.io/posts/muon; Amsel, Persson, Musco, Gower, arXiv 2505.16932.
 
 Both iterate an odd polynomial of degree five that drives the singular values of X towards 1. Newton-Schulz
 uses one polynomial, after which they lie in about [0.62, 1.13]; the Polar Express another one in each step.

@@ -1,34 +1,32 @@
 """Rotary positions, QK norm and key offset of queries and keys, fused: one launch forward, one backward.
 
-    q, k    = qk_rotary(q, k, cos, sin, order=..., eps=..., offset=0)         q, k (R, T, H, K), cos, sin (T,
-    K/2) q, k, v = qkv_rotary(qkv, cos, sin, order=..., eps=..., offset=0)         qkv (R, T, 3, H, K)
+    q, k    = qk_rotary(q, k, cos, sin, order=..., eps=..., offset=0)     q, k (R, T, H, K), cos, sin (T, K/2)
+    q, k, v = qkv_rotary(qkv, cos, sin, order=..., eps=..., offset=0)     qkv (R, T, 3, H, K)
 
-Per token t and head: the pair (j, j + K/2) is turned by -t f_j, whose cosine and sine the tables hold (Su et
-al., arXiv
-2104.09864),
+Rotation (Su et al., arXiv 2104.09864): for each token t and head, the pair (j, j + K/2) is rotated by -t f_j,
+whose cosine and sine are in the tables:
 
     y_j = x_j cos_tj + x_{j+K/2} sin_tj,      y_{j+K/2} = x_{j+K/2} cos_tj - x_j sin_tj
 
-and divided by its root mean square, sqrt(mean_j x_j^2 + eps), without gain: `before_rope`, `after_rope`, or
-with order None not at all (Henry et al., arXiv 2010.04245). Order `after_rope` takes the mean square of the
-turned values, which is another one where rounded tables do not lie on the circle.
+QK norm (Henry et al., arXiv 2010.04245): queries and keys are divided by their root mean square,
+sqrt(mean_j x_j^2 + eps), without gain, `before_rope`, `after_rope`, or not at all (order None). `after_rope`
+uses the mean square of the rotated values, which differs where rounded tables do not lie on the circle.
 
-Last comes the partial key offset of record 49: the last `offset` pairs of a key (K/4 there, those that stand
-still) are those of the token before in the row, k_t[j] <- k_{t-1}[j]; the first token of a row keeps its own.
-As there, the token before may belong to another document.
+Partial key offset (record 49), applied last: the last `offset` pairs of a key (there the K/4 pairs that do
+not rotate) are replaced by those of the previous token in the row, k_t[j] <- k_{t-1}[j]; the first token of a
+row keeps its own. As in the record, the previous token may belong to another document.
 
-The backward pass keeps q and k as they came (views of qkv, which v keeps alive where nothing is mixed
-in) and makes everything else again:
+The backward pass keeps the original q and k (views of qkv, which v keeps alive where nothing is mixed in) and
+computes everything else again:
 
     r = (mean x^2 + eps)^(-1/2),   y = r x:      dx = r (dy - r^2 mean(dy x) x)
 
-The offset costs no extra pass: a program stores its keys' channels, or loads their gradients, one token
-further on. qkv_rotary differs in its gradient only, which is written as one tensor (R, T, 3, H, K) with dv
-copied in: separate dq, dk and dv would be copied once more to make the gradient of the product that they come
-from.
+The offset costs no extra pass: a program stores the channels of its keys, or loads their gradients, one token
+further on. qkv_rotary differs only in its gradient, which is one tensor (R, T, 3, H, K) with dv copied into
+it; separate dq, dk and dv would be copied once more to form the gradient of the product before.
 
-Rounding: everything is in float32 between load and store. torch's way rounds to the dtype of q between
-rotation and norm, too, and rotates in bfloat16 in records 5 to 16, 32 and 33 (numerics.rope_math): there the
+Rounding: all arithmetic between load and store is in float32. The torch version also rounds to q's dtype
+between rotation and norm, and rotates in bfloat16 in records 5 to 16, 32 and 33 (numerics.rope_math), so the
 kernel is closer to exact arithmetic. float16, bfloat16 and float32 in any strides; results are contiguous.
 Triton is imported when first used.
 """
@@ -48,6 +46,7 @@ ORDERS = (None, "before_rope", "after_rope")
 
 
 class Tile(NamedTuple):
+    """Launch sizes of the rotary kernels."""
     size: int  # bytes of half a head's tile
     warps: int
 
@@ -61,8 +60,11 @@ DEFAULT = Tile(2048, 4)
 def qk_rotary_reference(
     q, k, cos, sin, *, order, eps, offset=0, norm_dtype=torch.float32, math_dtype=torch.float32
 ):
-    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype. norm_dtype: of the norm; math_dtype: of
-    the rotation, at least (the wider of this, the tables and q)."""
+    """q, k (R, T, H, K), cos, sin (T, K/2) -> q, k in their dtype.
+
+    norm_dtype: dtype of the norm. math_dtype: least dtype of the rotation, which uses the widest of this,
+    the tables and q.
+    """
     def norm(x):
         return F.rms_norm(x.to(norm_dtype), x.shape[-1:], eps=eps).to(x.dtype)
 
@@ -78,8 +80,10 @@ def qk_rotary_reference(
 
 
 def offset_keys(k, offset):
-    """Keys (R, T, H, K) whose last `offset` channel pairs are those of the token before; the first token
-    keeps its own."""
+    """Keys (R, T, H, K) whose last `offset` channel pairs are those of the previous token in the row.
+
+    The first token of a row keeps its own.
+    """
     if not offset:
         return k
     pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
@@ -89,19 +93,17 @@ def offset_keys(k, offset):
 # ----- Triton -----------------------------------------------------------------------------------------------
 
 def qk_rotary(q, k, cos, sin, *, order, eps, offset=0):
-    """q, k (R, T, H, K) in any strides, cos, sin (T, K/2) -> q, k, contiguous, in their dtype. Tables get no
-    gradient.
+    """q, k (R, T, H, K) in any strides, cos, sin (T, K/2) -> q, k, contiguous, in their dtype.
 
-    order: None, before_rope, after_rope. offset: pairs of a key that come from the token before. ValueError
-    for a dtype or device that cannot, and shapes that do not fit.
+    order: None, before_rope or after_rope. offset: pairs of a key that come from the previous token. The
+    tables get no gradient. ValueError for an unsupported dtype or device, and for shapes that do not fit.
     """
     check(q, k, cos, sin, order, offset)
     return QKRotary.apply(q, k, cos, sin, order, eps, offset)
 
 
 def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
-    """qkv (R, T, 3, H, K): as qk_rotary -> q, k and v, the latter a view of qkv that must not be written
-    to."""
+    """As qk_rotary, for qkv (R, T, 3, H, K) -> q, k, v. v is a view of qkv and must not be written to."""
     if qkv.dim() != 5 or qkv.size(2) != 3:
         raise ValueError(f"qkv {tuple(qkv.shape)} does not fit: want (rows, tokens, 3, heads, width)")
     q, k, _ = qkv.unbind(2)
@@ -110,6 +112,7 @@ def qkv_rotary(qkv, cos, sin, *, order, eps, offset=0):
 
 
 def check(q, k, cos, sin, order, offset):
+    """ValueError if the Triton kernel cannot run on q's device or dtype, or if the arguments do not fit."""
     why = refusal(q.device, q.dtype)
     if why:
         raise ValueError(f"the Triton qk_rotary {why}; use torch")
@@ -160,6 +163,7 @@ class QKVRotary(torch.autograd.Function):
 
 
 def operator(function, op):
+    """The custom operator while torch.compile traces, the plain function otherwise."""
     return op if torch.compiler.is_compiling() else function
 
 
@@ -167,10 +171,12 @@ tl = None  # triton.language, once kernels() has imported it
 
 
 def load(x, places, inside):
+    """Values at these places in float32; 0 outside."""
     return tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
 
 
 def store(x, places, inside, value):
+    """Write values at these places in x's dtype; nothing outside."""
     tl.store(x + places, value.to(x.dtype.element_ty), mask=inside)
 
 
@@ -211,8 +217,10 @@ def forward_kernel(
     k_head, k_channel, ORDER: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr
 ):
-    """TOKENS tokens of a row, all heads. q, k (R, tokens, heads, 2 WIDTH); contiguous tables (tokens, WIDTH)
-    and outputs."""
+    """Rotate TOKENS tokens of a row, all heads.
+
+    q, k (R, tokens, heads, 2 WIDTH); contiguous tables (tokens, WIDTH) and outputs.
+    """
     blocks = tl.cdiv(tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
@@ -246,8 +254,9 @@ def gradient_kernel(
     gk_row, gk_token, gk_head, gk_channel, d_row, d_token, ORDER: tl.constexpr, OFFSET: tl.constexpr,
     VALUES: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr
 ):
-    """As forward_kernel: dq and dk from q, k and the gradients gq, gk of its outputs; with VALUES v copied to
-    dv. dq, dk and dv have strides (d_row, d_token, 2 WIDTH, 1)."""
+    """dq and dk from q, k and the gradients gq, gk of forward_kernel's outputs; VALUES: v is copied to dv.
+
+    dq, dk and dv have strides (d_row, d_token, 2 WIDTH, 1)."""
     blocks = tl.cdiv(tokens, TOKENS)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS).to(tl.int64)[:, None]
@@ -318,8 +327,10 @@ def forward(q, k, cos, sin, order, eps, offset):
 
 
 def launch_gradient(q, k, v, cos, sin, gq, gk, out, order, eps, offset):
-    """v: gradient of the values, to be copied, or None. out: dq, dk and dv, views of one tensor or of equal
-    strides."""
+    """Run the gradient kernel.
+
+    v: gradient of the values, to be copied, or None. out: dq, dk and dv, which have equal strides.
+    """
     grid, constants = launch_options(q, order, offset)
     v, values = (gq, False) if v is None else (v, True)
     strides = [stride for x in (q, k, v, gq, gk) for stride in x.stride()]
@@ -362,14 +373,17 @@ joint_gradient_op = torch.library.custom_op(
 
 @forward_op.register_fake
 def forward_shapes(q, k, cos, sin, order, eps, offset):
+    """Shapes and dtypes of `forward`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @gradient_op.register_fake
 def gradient_shapes(q, k, cos, sin, gq, gk, order, eps, offset):
+    """Shapes and dtypes of `gradient`, for torch.compile."""
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
 @joint_gradient_op.register_fake
 def joint_gradient_shape(qkv, cos, sin, gq, gk, gv, order, eps, offset):
+    """Shape and dtype of `joint_gradient`, for torch.compile."""
     return qkv.new_empty(qkv.shape)

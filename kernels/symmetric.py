@@ -1,13 +1,12 @@
-"""Symmetric matrix products of Muon: half of the tiles are computed, the others are their mirror images
-(record 27).
+"""Symmetric matrix products of Muon: only half of the tiles is computed, and then mirrored (record 27).
 
     gram(x) = X X^T        gram_t(x) = X^T X        quadratic(a, b, c) = b A + c A A, A symmetric
-    step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T, on the shorter side of X: one step of
-    kernels.newton_schulz
+    step(x, a, b, c) = a X + (b A + c A A) X, A = X X^T on the shorter side of X
 
-One Triton kernel does all three, since A A = A A^T: a program has one tile on or below the diagonal and
-writes it twice. float16, bfloat16 and float32 in any strides. Sums are in float32; quadratic rounds once, at
-the end, as its reference does. No gradients. Triton is imported when first used.
+`step` is one step of kernels.newton_schulz. One Triton kernel computes the first three, since A A = A A^T: a
+program computes one tile on or below the diagonal and writes it twice. float16, bfloat16 and float32 in any
+strides. Sums are in float32; quadratic rounds once, at the end, as its reference does. No gradients. Triton
+is imported when first used.
 """
 
 from __future__ import annotations  # the kernel is annotated with tl.constexpr, and tl comes later
@@ -23,6 +22,7 @@ from kernels.device import capability, refusal
 
 
 class Tile(NamedTuple):
+    """Tile and launch sizes of symmetric_kernel."""
     side: int  # rows and columns of a tile
     depth: int  # columns of X that are multiplied at a time
     warps: int
@@ -59,8 +59,11 @@ def quadratic_reference(a, b, c):
 
 
 def step_reference(x, a, b, c):
-    """x (..., m, k) -> a X + (b A + c A A) X, A = X X^T; if m > k the same as a X + X (b A + c A A), A = X^T
-    X. The last product and its sum with a X are rounded once."""
+    """x (..., m, k) -> a X + (b A + c A A) X with A = X X^T.
+
+    For m > k it is computed as a X + X (b A + c A A) with A = X^T X. The last product and its sum with a X
+    are rounded once.
+    """
     tall = x.size(-2) > x.size(-1)
     inner = batch(quadratic_reference(gram_t_reference(x) if tall else gram_reference(x), b, c))
     flat = batch(x)
@@ -70,8 +73,10 @@ def step_reference(x, a, b, c):
 # ----- Triton -----------------------------------------------------------------------------------------------
 
 def gram(x):
-    """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype. ValueError for another dtype or
-    device."""
+    """x (..., m, k) -> X X^T (..., m, m), contiguous, in x's dtype.
+
+    ValueError for an unsupported dtype or device.
+    """
     return (product_op if torch.compiler.is_compiling() else product)(x, 0.0, 1.0, False)
 
 
@@ -81,16 +86,20 @@ def gram_t(x):
 
 
 def quadratic(a, b, c):
-    """a (..., m, m), symmetric (not checked; else it is b A + c A A^T, mirrored), b and c floats -> b A + c A
-    A."""
+    """a (..., m, m) -> b A + c A A, for floats b and c.
+
+    A must be symmetric. This is not checked: otherwise the result is the mirrored b A + c A A^T.
+    """
     if a.size(-2) != a.size(-1):
         raise ValueError(f"quadratic wants symmetric matrices, not {tuple(a.shape)}")
     return (product_op if torch.compiler.is_compiling() else product)(a, float(b), float(c), True)
 
 
 def step(x, a, b, c):
-    """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference; the last product is the
-    library's."""
+    """x (..., m, k), floats a, b and c -> a X + (b A + c A A) X, as step_reference.
+
+    torch computes the last product.
+    """
     tall = x.size(-2) > x.size(-1)
     inner = batch(quadratic(gram_t(x) if tall else gram(x), b, c))
     flat = batch(x)
@@ -109,8 +118,10 @@ def symmetric_kernel(
     x, out, m, k, x_matrix, x_row, x_column, b, c, ADD: tl.constexpr, PRECISION: tl.constexpr,
     SIDE: tl.constexpr, DEPTH: tl.constexpr
 ):
-    """A tile of c X X^T (+ b X if ADD: X is square) and its mirror image; x (N, m, k) in any strides, out (N,
-    m, m)."""
+    """A tile of c X X^T, plus b X if ADD (then X is square), and its mirror image.
+
+    x (N, m, k) in any strides, out (N, m, m).
+    """
     p = tl.program_id(0)  # of the tiles on or below the diagonal, row by row: p = i (i + 1) / 2 + j, j <= i
     i = ((tl.sqrt(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > p, i - 1, i)  # the root may be rounded to either side
@@ -145,6 +156,7 @@ def symmetric_kernel(
 
 @functools.cache
 def kernel():
+    """symmetric_kernel for Triton."""
     global tl
     import triton
     import triton.language as tl
@@ -152,6 +164,7 @@ def kernel():
 
 
 def default_tile(x):
+    """The tile without tuning, by matrix size, dtype and compute capability."""
     if x.size(-2) <= TINY.side:
         return TINY
     small = x.size(-2) <= SMALL.side or x.dtype == torch.float32
@@ -183,4 +196,5 @@ product_op = torch.library.custom_op("speedrun::symmetric_product", product, mut
 
 @product_op.register_fake
 def product_shape(x, b, c, add):
+    """Shape and dtype of `product`, for torch.compile."""
     return x.new_empty(*x.shape[:-1], x.size(-2))

@@ -1,7 +1,7 @@
-"""Tile sizes of the Triton kernels: what bench/tune.py found on this card, kept on disk, else the table in
-the kernel's file.
+"""Tile sizes of the Triton kernels: tuned ones from a file of this card, or the table in a kernel's file.
 
-Tuning is never part of a training: a run reads the file, before the clock starts, or goes without.
+bench/tune.py writes the file. Tuning is never part of a training: a run reads the file before the clock
+starts, if there is one.
 """
 
 import contextlib
@@ -20,8 +20,10 @@ trial = {}  # {operation: tile} that is tried out just now
 
 
 def best(operation, device, dtype, sizes, default):
-    """The tile of an operation for tensors of these sizes; default: the kernel's own, a NamedTuple, as is
-    what comes back."""
+    """The tile of an operation for tensors of these sizes.
+
+    default: the kernel's own tile, a NamedTuple; the result has the same type.
+    """
     if operation in trial:
         return trial[operation]
     if device.type != "cuda":
@@ -43,6 +45,7 @@ def trying(operation, tile):
 
 
 def key(operation, dtype, sizes):
+    """The key of the table: operation, dtype and sizes."""
     return f"{operation} {str(dtype).removeprefix('torch.')} {' x '.join(map(str, sizes))}"
 
 
@@ -54,6 +57,7 @@ def card(device):
 
 
 def path(device):
+    """The file of the tuned tiles for this GPU."""
     return Path(files.default_cache()) / f"tiles-{card(device)}.json"
 
 

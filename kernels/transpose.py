@@ -37,8 +37,10 @@ def transpose_add_reference(a, b):
 # ----- Triton -----------------------------------------------------------------------------------------------
 
 def transpose_copy(x):
-    """x (M, N) of 1, 2 or 4 bytes an element -> x^T (N, M), contiguous. ValueError for another shape, size or
-    device."""
+    """x (M, N) with elements of 1, 2 or 4 bytes -> x^T (N, M), contiguous.
+
+    ValueError for another shape, element size or device.
+    """
     check("copy", x)
     if x.element_size() not in BITS:
         raise ValueError(f"the Triton transpose_copy has no {str(x.dtype).removeprefix('torch.')}; use torch")
@@ -46,8 +48,10 @@ def transpose_copy(x):
 
 
 def transpose_add(a, b):
-    """a (M, N) += b^T in place, b (N, M), each float16, bfloat16 or float32; they must not overlap. Returns
-    a."""
+    """a (M, N) += b^T in place, b (N, M). Returns a.
+
+    Each is float16, bfloat16 or float32; they must not overlap.
+    """
     check("add", a, b)
     if a.shape != b.t().shape or not {a.dtype, b.dtype} <= set(DTYPES):
         raise ValueError(f"a {tuple(a.shape)} {a.dtype} and b {tuple(b.shape)} {b.dtype} do not fit: want "
@@ -61,6 +65,7 @@ def transpose_add(a, b):
 
 
 def check(name, *tensors):
+    """ValueError if the Triton kernels cannot run on these tensors: device, shape or gradient."""
     why = refusal(tensors[0].device, torch.float32)
     if why:
         raise ValueError(f"the Triton transpose_{name} {why}; use torch")
@@ -108,6 +113,7 @@ def kernels():
 
 
 def copy(x):
+    """The contiguous transpose (n, m) of x (m, n)."""
     (m, n), bits = x.shape, BITS[x.element_size()]
     out = torch.empty(n, m, dtype=x.dtype, device=x.device)
     if x.numel():
@@ -125,4 +131,5 @@ copy_op = torch.library.custom_op(
 
 @copy_op.register_fake
 def copy_shape(x):
+    """Shape and dtype of `copy`, for torch.compile."""
     return x.new_empty(x.size(1), x.size(0))

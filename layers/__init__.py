@@ -1,2 +1,1 @@
-"""Parts of the model, a feature a file; primitives.py and specs.py are the ground floor. No part imports
-model.py."""
+"""Parts of the model, one file per feature, built on primitives.py and specs.py; none imports model.py."""

@@ -1,4 +1,4 @@
-"""Self-attention of one layer as named steps, and what one forward pass lets it see.
+"""Self-attention of one layer as named steps, and the attention metadata of a forward pass.
 
 Shapes: R rows, T tokens, D model_dim, H heads, K width of a head's query and key, V width of a head's value.
 """
@@ -24,16 +24,16 @@ class AttnMeta(NamedTuple):
     """Attention metadata of one layer in one forward pass."""
     # kernels.attention.View; for one token after a cache (documents, Window); None: plain causal attention
     view: Any
-    # of the softmax's logits; None: 1 / sqrt(K), or part of the view (attention.traceable)
+    # softmax scale; None: 1 / sqrt(K), or already in the view (attention.traceable)
     scale: float | None
 
 
 @dataclass
 class Context:
-    """Attention metadata of one forward pass, and what else the layers are told of the step's Shape."""
+    """Attention metadata of one forward pass, and the step's numbers that layers need."""
     layers: list[AttnMeta | None]  # None: a layer without attention
     tokens_per_rank: int | None = None  # of a logical rank in this step; None: as in the first step
-    # (R, T) number of each token's document, for the MTP module; None: not needed, or a row is one document
+    # (R, T) document number of each token, for the MTP module; None: not needed, or one document per row
     documents: torch.Tensor | None = None
 
     def backends(self) -> list[str]:
@@ -42,18 +42,17 @@ class Context:
 
 
 class Cache(list):
-    """What generation keeps of past tokens: a list of tensors per layer, and the last token's embedding."""
+    """The cache of a generation: a list of tensors per layer, and the embedding of the last token."""
     previous: torch.Tensor | None = None  # (R, 1, D), before smear and norm; None: no token yet
 
 
 def cached_tokens(cache: list | None) -> int:
-    """How many tokens a layer's cache holds (the position of the next one)."""
+    """Number of tokens in a layer's cache, which is the position of the next token."""
     return 0 if cache is None or cache[0] is None else cache[0].size(1)
 
 
 class SALambdas(nn.Module):
-    """Factors of the projections of attention, one of each kind per layer that has attention (records 47 and
-    48)."""
+    """Factors of W_qkv and of W_O, one of each per layer that has attention (records 47 and 48)."""
 
     def __init__(self, s: Settings, specs: tuple[LayerSpec, ...]):
         super().__init__()
@@ -64,14 +63,16 @@ class SALambdas(nn.Module):
         self.o = None if a.o is None else coefficient(len(layers), a.o, a.learned, n.scalar, "sa_lambdas")
 
     def begin(self) -> Callable:
-        """Function layer -> factors of W_qkv and of W_O (None: 1) for one forward pass."""
+        """Function (layer) -> (factor of W_qkv, factor of W_O or None) for one forward pass."""
         qkv, o = self.qkv(), None if self.o is None else self.o()
         return lambda i: (qkv[self.number[i]], None if o is None else o[self.number[i]])
 
 
 class Attention(nn.Module):
-    """q, k, v and output projection in one tensor (4, D, D): how it is cut for Muon is the optimizer's
-    business."""
+    """Self-attention with q, k, v and output projection in one tensor (4, D, D).
+
+    Its views (updates/views.py) say how the optimizer cuts that tensor into matrices.
+    """
 
     def __init__(self, s: Settings, spec: AttnSpec):
         super().__init__()
@@ -93,7 +94,7 @@ class Attention(nn.Module):
         self.common_parts(s, spec)
 
     def common_parts(self, s: Settings, spec: AttnSpec) -> None:
-        """What every kind of attention has: gate, QK norm, scale of the branch."""
+        """Set up the parts that LatentAttention has too: gate, QK norm, scale of the branch."""
         a, n = s.model.attn, s.numerics
         self.spec = spec
         self.gate = None
@@ -112,9 +113,9 @@ class Attention(nn.Module):
 
         Args:
             x: (R, T, D), normed, in the matmul dtype.
-            rotary: function (x, start) of this layer's rotary positions.
-            mix_values: function of v and x (value residual or embedding), or None.
-            meta: what is visible, and the softmax scale.
+            rotary: the rotary positions of this layer, or None.
+            mix_values: function (v, x) -> v (value residual or value embedding), or None.
+            meta: attention metadata of this layer.
             cache: this layer's [keys, values] in generation, extended here, or None.
             lambdas: factors of W_qkv and W_O (SALambdas), each a 0-d tensor or number, or None.
 
@@ -148,7 +149,7 @@ class Attention(nn.Module):
         return rms_norm(x, self.qk_eps, self.norm_dtype)
 
     def rotate(self, x, rotary, start):
-        """Rotary positions of queries or keys (R, T, H, K), the first of which stands at `start`."""
+        """Apply rotary positions start, start + 1, ... to queries or keys (R, T, H, K)."""
         return rotary(x, start)
 
     def apply_rotary(self, x, rotary, start):
@@ -162,17 +163,18 @@ class Attention(nn.Module):
         return x
 
     def apply_rotary_fused(self, qkv, rotary):
-        """The same of queries and keys and the key offset in one kernel. Returns q, k, v (R, T, H, K)."""
+        """QK norm, rotation and key offset in one kernel: qkv (R, T, 3, H, K) -> q, k, v (R, T, H, K)."""
         tokens = qkv.size(1)
         return qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.qk_eps,
                           offset=self.spec.key_offset)
 
     def attend(self, q, k, v, meta, start, cache, offset=0):
-        """Softmax attention, in generation over the cache and these tokens, which are appended to it. Returns
-        (R, T, H, V).
+        """Softmax attention of q, k (R, T, H, K) and v (R, T, H, V). Returns (R, T, H, V).
 
-        offset: channel pairs of the keys that are still to be replaced by those of the previous token. The
-        cache holds the keys before that, because the next token needs this one's own.
+        In generation k and v are appended to the cache, and q attends to all of it.
+
+        offset: channel pairs of each key that are replaced by those of the previous token's key. The cache
+            holds keys without this replacement, because the next token needs the unmodified last key.
         """
         if start:
             k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
@@ -184,13 +186,15 @@ class Attention(nn.Module):
         return attention.attend(q, k, v, meta.view, meta.scale)
 
     def apply_gate(self, x, y):
-        """The heads' outputs y (R, T, H, V) times one factor per token and head, from the first channels of x
-        (R, T, D)."""
+        """Multiply the heads' outputs y (R, T, H, V) by a gate per token and head.
+
+        The gate is sigmoid(W n), n the first channels of x (R, T, D).
+        """
         if self.gate is None:
             return y
         return y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]  # (R, T, H, 1)
 
     def out(self, y, weight, bias=None):
-        """The heads' outputs y (R, T, H, V) through the output projection: (R, T, D)."""
+        """Output projection: heads' outputs y (R, T, H, V) -> (R, T, D)."""
         y = linear(y.flatten(2), weight, bias)
         return y if self.branch_scale is None else self.branch_scale * y

@@ -12,18 +12,18 @@ from settings import LOGICAL_RANKS
 
 
 class FP8MLP(nn.Module):
-    """The products of one MLP in FP8 (settings.FP8MLP), and the delayed scales of the second product, which
-    are state.
+    """The products of one MLP in FP8 (settings.FP8MLP), with the delayed scales of the second product.
 
     Buffers:
-        activation: (logical ranks of this process,), ring buffer with one delayed scale per logical rank. A
-        forward takes the
-            scales of its ranks from the front and appends their next ones, so that after the forwards of a
-            step each is in its place again, whatever the number of ranks per forward.
-        weight: scale of the weight, refreshed before the forwards of a step.
-        following: what `weight` becomes at the next refresh.
-    The first product has no state: its weight's scale is made in each forward, which is the same as after
-    each update, because no weight moves in between.
+        activation: (logical ranks of this process,), ring buffer with one delayed scale per logical rank.
+            A forward reads the scales of its ranks at the front and appends the new ones, so that after the
+            forwards of a step the order is the same again, whatever the number of ranks per forward.
+        weight: scale of c_proj, refreshed before the forwards of a step.
+        following: value of `weight` after the next refresh.
+        refreshes: number of refreshes so far.
+
+    The first product has no state. Its weight scale is computed in each forward, which gives the same value
+    all step long, because weights change only in the update.
     """
 
     def __init__(self, s):
@@ -38,8 +38,10 @@ class FP8MLP(nn.Module):
             self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, x, c_fc, c_proj, tokens_per_rank=None):
-        """x (R, T, D) of whole logical ranks, or of a part of one -> (R, T, D). tokens_per_rank: None: all of
-        x's."""
+        """x (R, T, D), of whole logical ranks or a part of one -> (R, T, D).
+
+        tokens_per_rank: tokens of a logical rank; None: all of x is one rank.
+        """
         rows = x.flatten(0, 1)
         parts = max(1, len(rows) // (tokens_per_rank or len(rows)))
         scales = None if self.delayed is None else (self.activation[:parts], self.weight)
@@ -51,8 +53,10 @@ class FP8MLP(nn.Module):
 
     @torch.no_grad()
     def refresh(self, c_proj):
-        """Before the forwards of a step: the weight's scale, by its largest entry a step ago or, at first,
-        now."""
+        """Refresh the scale of c_proj before the forwards of a step.
+
+        Delayed scaling: the largest entry of the previous step; in the first steps, of the current weight.
+        """
         if self.delayed is None:
             return
         largest = torch.linalg.vector_norm(c_proj, math.inf).to(self.dtype).clamp(min=LEAST)

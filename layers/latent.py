@@ -17,13 +17,15 @@ from settings import Settings
 
 
 class LatentAttention(Attention):
-    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19): c = norm(W_dkv x), keys W_uk c,
-    values W_uv c.
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, eq. 9-19).
 
-    A head's query and key have qk_nope channels without and qk_rope channels with rotary positions; the keys'
-    qk_rope part W_kr x is one for all heads. Two caches: [keys, values] of the ordinary form, or [c, rotated
-    qk_rope part of the key, 1 / root mean square of each head's key] of the absorbed form, where W_uk moves
-    to the query and W_uv behind the softmax; equal in exact arithmetic.
+    From the latent c = norm(W_dkv x) come the keys W_uk c and the values W_uv c. A head's query and key have
+    qk_nope channels without and qk_rope channels with rotary positions; all heads share the rotary part
+    W_kr x of the key.
+
+    Two caches, equal in exact arithmetic: the ordinary one holds [keys, values]. The latent one holds [c,
+    rotated qk_rope part of the key, 1 / root mean square of each head's key]; it uses the absorbed form, in
+    which W_uk is applied to the query and W_uv after the softmax.
     """
 
     def __init__(self, s: Settings, spec: AttnSpec):
@@ -36,8 +38,7 @@ class LatentAttention(Attention):
             return parameter((rows, cols), n.matrix, role="matrix", label="latent",
                              init=linear_init(s, cols, projection))
 
-        # names of parameters seed the initial values and stand in logs: W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv,
-        # W_o
+        # W_dq, W_uq, W_dkv, W_kr, W_uk, W_uv, W_o. These names seed the initial values and appear in logs.
         self.q_down = matrix(latent.q_lora_rank, d) if latent.q_lora_rank else None
         self.q = matrix(spec.heads * spec.qk, latent.q_lora_rank or d)
         self.kv_down = matrix(latent.kv_lora_rank, d)
@@ -48,8 +49,11 @@ class LatentAttention(Attention):
         self.common_parts(s, spec)
 
     def forward(self, x, rotary, mix_values, meta, cache=None, lambdas=(None, None)):
-        """As Attention.forward. cache: None; [None, None] to begin an ordinary cache, [None, None, None] a
-        latent one. lambdas: none, as model.attn.sa_lambdas refuses latents."""
+        """As Attention.forward.
+
+        cache: [None, None] begins an ordinary cache, [None, None, None] a latent one; None: no cache.
+        lambdas: unused, because model.attn.sa_lambdas excludes latent attention.
+        """
         start = cached_tokens(cache)
         latent_cache = cache is not None and len(cache) == 3
         q, c, k_rope = self.project(x)
@@ -67,8 +71,10 @@ class LatentAttention(Attention):
         return self.out(self.apply_gate(x, y), self.o)
 
     def project(self, x):
-        """x (R, T, D) -> queries (R, T, H, K), c (R, T, C) and the keys' qk_rope part (R, T, 1, qk_rope),
-        before norm and rotation."""
+        """x (R, T, D) -> queries (R, T, H, K), c (R, T, C), qk_rope part of the keys (R, T, 1, qk_rope).
+
+        Queries and keys are not yet normed or rotated.
+        """
         q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
         q = linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
         down = linear(x, torch.cat([self.kv_down, self.k_rope]))
@@ -76,7 +82,7 @@ class LatentAttention(Attention):
         return q, rms_norm(c, self.eps, self.norm_dtype), k_rope[:, :, None]
 
     def keys(self, c, k_rope):
-        """(R, T, H, K), before norm and rotation."""
+        """Keys (R, T, H, K) before norm and rotation."""
         k_nope = linear(c, self.k_up).unflatten(-1, (self.spec.heads, -1))
         return torch.cat([k_nope, k_rope.expand(*k_nope.shape[:3], -1)], dim=-1)
 
@@ -86,8 +92,10 @@ class LatentAttention(Attention):
         return torch.cat([nope, rotary(rope, start)], dim=-1)
 
     def extend(self, cache, c, k_rope, rotary, start):
-        """Append these tokens to a latent cache: C + qk_rope channels a token, and with QK norm one number
-        per head."""
+        """Append these tokens to a latent cache.
+
+        A token takes C + qk_rope numbers, and with QK norm one more per head.
+        """
         rotated = rotary(k_rope, start)[:, :, 0]
         inverse = None
         if self.qk_norm is not None:
@@ -98,11 +106,10 @@ class LatentAttention(Attention):
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
 
     def attend_latent(self, q, c, k_rope, inverse, meta):
-        """The newest token (R, 1, H, K) against the latents of all tokens, of which it is the last. Returns
-        (R, 1, H, V).
+        """Attention of the newest token q (R, 1, H, K) over the cached latents. Returns (R, 1, H, V).
 
-        Operands have q's dtype as everywhere, the arithmetic is in float32 at least, as inside attention
-        kernels: logits of 16 bits would be off by 1 in 256.
+        Operands have q's dtype, and the arithmetic is at least float32, as inside attention kernels: logits
+        in bfloat16 would be off by 1 in 256.
         """
         narrow, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
         q, c, k_rope, k_up, v_up = (x.to(narrow).to(wide) for x in (q, c, k_rope, self.k_up, self.v_up))

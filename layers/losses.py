@@ -1,5 +1,4 @@
-"""Cross entropies of logits that exist in full: several weighted targets, a prefix target, a set of
-candidates.
+"""Cross entropies of full logits, with several weighted targets, a prefix target or a set of candidates.
 
 kernels.cross_entropy computes the same in chunks.
 """
@@ -9,15 +8,16 @@ import torch.nn.functional as F
 
 
 def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int) -> torch.Tensor:
-    """Targets as positions in a set of candidate classes (sampled softmax, record 92; Jean et al., arXiv
-    1412.2007).
+    """The index of each target in a set of candidate classes, for a softmax over the candidates only.
+
+    Sampled softmax, record 92 (Jean et al., arXiv 1412.2007).
 
     Args:
-        candidates: (P,) int64, distinct and in growing order.
+        candidates: (P,) int64, distinct and ascending.
         targets: int64 of any shape; negative: no target.
-        missing: the position of a target that is no candidate.
+        missing: the index given to a target that is no candidate.
 
-    Returns: positions in the shape of targets, -1 where there is no target.
+    Returns: indices in the shape of targets, -1 where there is no target.
     """
     at = torch.searchsorted(candidates, targets).clamp(max=len(candidates) - 1)
     position = torch.where(candidates[at] == targets, at, missing)
@@ -25,8 +25,10 @@ def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int)
 
 
 def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=None):
-    """The loss (R, T) of token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n]
-    (multi-token prediction, record 53), and prefix_weight times that of prefix[:, t] (record 88).
+    """The loss (R, T) of several weighted targets.
+
+    For token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n] (multi-token
+    prediction, record 53), plus prefix_weight times that of prefix[:, t] (record 88).
 
     Args:
         logits: (R, T, V).
@@ -35,11 +37,11 @@ def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=
         prefix: (R, T) int64, or None; a negative one adds nothing.
         prefix_weight: one number, with `prefix`.
     """
-    # in float32 at least: log_z near 10 in bfloat16 would be off by up to 3 %, and with it every gradient
+    # at least float32: in bfloat16 an error of log_z (about 10) would change every gradient by up to 3 %
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     log_z, total = logits.logsumexp(-1), 0.0  # (R, T), shared by all targets
     for n in range(min(len(weights), targets.size(1))):
-        tokens = targets.size(1) - n  # that have an n-th target
+        tokens = targets.size(1) - n  # number of tokens that have an n-th target
         chosen = logits[:, :tokens].gather(-1, targets[:, n:, None])[..., 0]
         total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
     if prefix is None:

@@ -41,7 +41,10 @@ class MLP(nn.Module):
         self.fp8 = FP8MLP(s) if n.fp8_mlp else None
 
     def forward(self, x: torch.Tensor, tokens_per_rank: int | None = None) -> torch.Tensor:
-        """x (R, T, D) -> (R, T, D). tokens_per_rank: of a logical rank in this step; None: all of x's."""
+        """x (R, T, D) -> (R, T, D).
+
+        tokens_per_rank: tokens of a logical rank in this step; None: all of x is one rank.
+        """
         if self.fp8 is not None and self.training:
             return self.fp8(x, self.c_fc, self.c_proj, tokens_per_rank)
         if self.fused:

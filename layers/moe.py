@@ -1,4 +1,4 @@
-"""Mixture of experts: the router, the experts, and their way to other processes."""
+"""Mixture of experts: the router, the experts, and expert parallelism."""
 
 import math
 
@@ -17,13 +17,14 @@ from updates.views import Views
 
 
 class Router(nn.Module):
-    """Which experts a token goes to, and with what gates; DeepSeek-V3, arXiv 2412.19437, section 2.1.2.
+    """Chooses the experts of each token and their gates (DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
 
-    Scores s = sigmoid or softmax of W x. The top_k largest of s + bias are chosen (bias: see
-    model_settings.Balance), within the best groups if there are some; the gates are the chosen s, so that the
-    bias never gets a gradient. All in numerics.router, the bias in float32 at least. What the whole batch of
-    a step did is summed in `stats`, for balancing and the log, from the first forward of a step to `end_step`
-    (system.hooks.RouterBalance).
+    Scores s = sigmoid or softmax of W x, in the dtype numerics.router. The top_k experts with the largest
+    s + bias are chosen, within the best groups of experts if there are groups. The gates are the s of the
+    chosen experts, so the bias (model_settings.Balance), in at least float32, never gets a gradient.
+
+    `stats` sums the statistics of a step, for load balancing and the log, from its first forward to
+    `end_step` (called by system.hooks.RouterBalance).
     """
 
     def __init__(self, s):
@@ -34,23 +35,24 @@ class Router(nn.Module):
             (moe.num_experts, s.model.model_dim), s.numerics.router, role="router", label="router",
             init=normal(moe.router_init / math.sqrt(s.model.model_dim))
         )
-        # belongs to a checkpoint; steps of 0.01 or less would be lost in 16 bits
+        # part of a checkpoint; in 16 bits, steps of 0.01 or less would be lost
         self.register_buffer(
             "bias", torch.zeros(moe.num_experts, dtype=torch.promote_types(self.dtype, torch.float32))
         )
-        # of the current step, on this process; float64 holds the sums exactly, in whatever order they are
-        # added
+        # this process's sums of the current step; float64 holds them exactly, whatever the order
         self.register_buffer(
             "stats", torch.zeros(2 * moe.num_experts + 1, dtype=torch.float64), persistent=False
         )
         # of the last whole step
         self.register_buffer("tokens_per_expert", torch.zeros(moe.num_experts), persistent=False)
-        # of its tokens' scores in the last whole step, mean, relative to equal ones
+        # mean entropy of the scores in the last whole step, relative to that of equal scores
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
     def forward(self, x, tokens_per_rank=None):
-        """x (R, T, D). Returns experts (N, k) int64, gates (N, k) and aux_loss (N,) or None of the N = R T
-        tokens. tokens_per_rank: of a logical rank in this step; None: all of x's."""
+        """x (R, T, D) -> experts (N, k) int64, gates (N, k), aux_loss (N,) or None; N = R T.
+
+        tokens_per_rank: tokens of a logical rank in this step; None: all of x is one rank.
+        """
         moe = self.moe
         logits = F.linear(x.flatten(0, 1).to(self.dtype), self.weight)
         scores = torch.sigmoid(logits) if moe.score_func == "sigmoid" else logits.softmax(-1)
@@ -79,12 +81,15 @@ class Router(nn.Module):
         return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
 
     def count(self, logits, scores, choice, quantile, tokens_per_rank):
-        """Add to the stats what the scores say: their entropy, and by logical rank the bound of the quantile
-        rule. The rows of each expert come from who sorts them (MoE)."""
+        """Add to `stats` the entropy of the scores and each logical rank's thresholds of quantile balancing.
+
+        MoE.forward adds the tokens per expert.
+        """
         n = self.moe.num_experts
         p = shares(scores)
         self.stats[2 * n] -= (p * p.clamp(min=1e-20).log()).sum(dtype=torch.float64)
-        # by how much each token's logit beats the best one not chosen: the share-th largest becomes 0
+        # margin of each logit over the token's best choice that is not taken; the threshold is the share-th
+        # largest margin of an expert
         if quantile:
             over = logits - choice.topk(self.moe.top_k + 1).values[:, -1:]
             tokens = min(len(over), tokens_per_rank or len(over))
@@ -94,8 +99,10 @@ class Router(nn.Module):
             )
 
     def aux_loss(self, logits, scores, length):
-        """What the gradient of each token's loss gets on top, (N,), or None: balance in its row of `length`,
-        and z-loss."""
+        """Auxiliary loss of each token (N,), or None: the balance loss within its row, and the z-loss.
+
+        length: tokens of a row.
+        """
         moe, out = self.moe, None
         if moe.seq_aux_loss:
             p = shares(scores).unflatten(0, (-1, length)).mean(1)
@@ -114,8 +121,13 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def end_step(self, stats, tokens, update_bias=True):
-        """End a step of so many tokens. stats: summed over all processes. update_bias: whether the bias takes
-        its step."""
+        """End a step: store its tokens per expert and entropy, and update the bias.
+
+        Args:
+            stats: those of all processes, summed.
+            tokens: tokens of the step over all logical ranks.
+            update_bias: False leaves the bias as it is.
+        """
         n, balance = self.moe.num_experts, self.moe.balance
         tokens_per_expert, bound, entropy = stats.split([n, n, 1])
         self.tokens_per_expert.copy_(tokens_per_expert)
@@ -127,11 +139,9 @@ class Router(nn.Module):
             return
         mean = tokens_per_expert.mean()
         lack = mean - tokens_per_expert
-        # model_settings.Balance says why
+        # why softmax scores need another rate: model_settings.Balance
         rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)
-        self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(
-            self.bias.dtype
-        )
+        self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(self.bias.dtype)
 
     def reset(self):
         for buffer in self.buffers():
@@ -139,22 +149,23 @@ class Router(nn.Module):
 
 
 def shares(x):
-    """x (N, n) divided by the sum of each row; zeros where all have underflowed (sigmoid(-104) is 0 in
-    float32)."""
+    """x (N, n) divided by the sum of each row.
+
+    A row whose scores have all underflowed stays zero (sigmoid(-104) is 0 in float32).
+    """
     return x / (x.sum(-1, keepdim=True) + 1e-20)
 
 
 def best(x, k):
-    """Indices (N, k) of the k largest of each row of x (N, n)."""
+    """Indices (N, k) of the k largest entries in each row of x (N, n), in no particular order."""
     return x.topk(k, sorted=False).indices
 
 
 class MoE(nn.Module):
-    """Mixture of experts: shared(x) + sum over the chosen experts of gate * W_down phi(W_up x)
-    (model_settings.MoE).
+    """Mixture of experts (model_settings.MoE).
 
-    With system.expert_parallel a process holds its share of the experts, and rows travel to their expert and
-    back.
+    y = shared(x) + sum over the chosen experts of gate * W_proj phi(W_fc x). With system.expert_parallel each
+    process holds a share of the experts, and processes exchange rows by all-to-all.
     """
 
     def __init__(self, s):
@@ -180,9 +191,9 @@ class MoE(nn.Module):
         """x (R, T, D) -> (R, T, D).
 
         Args:
-            aux_losses: list that gets this layer's (R T,) aux_loss, if it has one.
+            aux_losses: list to which this layer's aux_loss (R T,), if it has one, is appended.
             compiled: whether this runs inside torch.compile.
-            tokens_per_rank: of a logical rank in this step; None: all of x's.
+            tokens_per_rank: tokens of a logical rank in this step; None: all of x is one rank.
         """
         chosen, gates, aux_loss = self.router(x, tokens_per_rank)
         if aux_loss is not None:
@@ -197,7 +208,7 @@ class MoE(nn.Module):
         return y if self.shared is None else self.shared(x, tokens_per_rank) + y
 
     def select_backend(self, device, matmul_dtype, compiled):
-        """Name of the backend of kernels.experts that runs there."""
+        """Name of the kernels.experts backend for this device and dtype."""
         try:
             return experts.choose(
                 self.backend, device, matmul_dtype, (self.c_fc.size(1), self.c_fc.size(2)), compiled
@@ -206,15 +217,17 @@ class MoE(nn.Module):
             raise UserError(f"system.experts={self.backend}: {error}") from None
 
     def feed(self, rows, p):
-        """Rows sorted by expert (P, D) through their experts."""
+        """Apply its expert to each row; rows (P, D) are sorted by expert."""
         eight = experts.fake_fp8 if self.fp8 and self.training else lambda t: t
         c_fc, c_proj = self.c_fc.to(rows.dtype), self.c_proj.to(rows.dtype)
         hidden = self.activation(experts.grouped_linear(eight(rows), eight(c_fc), p))
         return experts.grouped_linear(eight(hidden), eight(c_proj), p)
 
     def expert_all_to_all(self, rows, counts, backend):
-        """The same by the processes that hold the experts. One wait for the host: it must know how many rows
-        travel."""
+        """`feed` with expert parallelism: send rows to the processes of their experts and get them back.
+
+        Waits for the GPU once, because the host must know the number of rows to exchange.
+        """
         coming = experts.exchange_counts(counts, self.world)
         sent, received = torch.stack([counts.view(self.world, -1).sum(1), coming.sum(1)]).tolist()
         mine = experts.exchange(rows, received, sent)

@@ -11,14 +11,14 @@ from settings import Settings
 class MTPModule(nn.Module):
     """Depth 1 of DeepSeek-V3's multi-token prediction (arXiv 2412.19437, section 2.2).
 
-    From the stream h_t after the last block and the embedding of token t + 1 to the stream that predicts
-    token t + 2: x_t = Block(M [norm(h_t); norm(e_(t+1))]).
+    The stream h_t after the last block and the embedding of token t + 1 give a stream that predicts token
+    t + 2: x_t = Block(M [norm(h_t); norm(e_(t+1))]).
 
-    The embedding and the head are the model's. Training only: generation does not look at it.
+    Embedding and head are shared with the model. Generation does not use the module.
     """
 
     def __init__(self, s: Settings, block: nn.Module):
-        """block: one dense block, with attention, for this module alone."""
+        """block: a dense block with attention, used by this module only."""
         super().__init__()
         d, n = s.model.model_dim, s.numerics
         self.h_norm, self.e_norm, self.norm = Norm(s), Norm(s), Norm(s)
@@ -38,13 +38,13 @@ class MTPModule(nn.Module):
 def within_documents(documents: torch.Tensor | None, targets: torch.Tensor) -> torch.Tensor:
     """(R, T) bool: whether the next two tokens of each token exist and belong to its document.
 
-    documents: (R, T) number of each token's document; None: a row is one document. The token after the row,
-    whose document it does not tell, is counted to the last one.
+    documents: (R, T) document number of each token; None: a row is one document. The document of the token
+    after the row is unknown and counts as that of the last token.
     """
     keep = torch.ones_like(targets, dtype=torch.bool)
     if documents is not None:
         same = documents[:, 1:] == documents[:, :-1]  # (R, T - 1): token t + 1 in the document of token t
         keep[:, :-1] = same
         keep[:, :-2] &= same[:, 1:]
-    keep[:, -1] = False  # its second next token lies beyond the row
+    keep[:, -1] = False  # the second next token of the last token lies beyond the row
     return keep

@@ -1,5 +1,4 @@
-"""What every part of the model is made of: parameters and their initial values, coefficients, norms, linear
-layers.
+"""The building blocks of the model's parts: parameters, initialisers, coefficients, norms, linear layers.
 
 No dtype is written here: all come from the precision plan (settings.numerics).
 """
@@ -36,15 +35,15 @@ def constant(value):
 
 
 def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
-    """A parameter with its optimizer role (embed, lm_head, matrix, scalar, router), its label and its
-    initialiser.
+    """A parameter with its initialiser, and its role and label for the optimizer.
 
-    label: the kind of parameter, whose section in settings.Optim, if it is on, overrules that of the role.
-    views: how update rules may look at the parameter.
+    The values are left empty: GPT.initialise fills them.
 
-    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor;
-    first_part: number of the first one, where other processes hold those before it. The values are filled by
-    GPT.initialise, not here.
+    role: embed, lm_head, matrix, scalar or router.
+    label: the kind of parameter; its section in settings.Optim, if it is on, overrides that of the role.
+    views: the matrices in the parameter (updates/views.py).
+    parts: initialisers of the slices along dim 0, where several logical matrices share one tensor.
+    first_part: number of the first slice, where other processes hold the slices before it.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.views = role, label, views
@@ -53,8 +52,11 @@ def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0,
 
 
 def linear_init(s, fan_in, projection, bound=None):
-    """Initialiser of a linear weight; `projection`: one that writes into the residual stream; `bound`: of the
-    uniform scheme, in place of model.init.bound."""
+    """The initialiser of a linear weight.
+
+    projection: whether the layer writes into the residual stream.
+    bound: bound of the uniform scheme, in place of model.init.bound.
+    """
     if projection and s.model.init.zero_proj:
         return constant(0.0)
     if s.model.init.scheme == "gpt2":
@@ -62,10 +64,10 @@ def linear_init(s, fan_in, projection, bound=None):
     return uniform((s.model.init.bound if bound is None else bound) / math.sqrt(fan_in))
 
 
-# ----- coefficients: values with a source -------------------------------------------------------------------
+# ----- coefficients: learned or constant --------------------------------------------------------------------
 
 class Learned(nn.Module):
-    """One learned scalar per use, kept in one vector (n,). Called, it gives a list of n 0-d tensors."""
+    """n learned scalars, stored in one vector (n,). A call returns them as n 0-d tensors."""
 
     def __init__(self, n, value, dtype_name, sigmoid, label):
         super().__init__()
@@ -77,7 +79,7 @@ class Learned(nn.Module):
 
 
 class Constant(nn.Module):
-    """The same coefficient as a plain number: what a learned one becomes when its source is switched off."""
+    """n equal coefficients that are plain numbers: what Learned becomes when `learned` is off."""
 
     def __init__(self, n, value):
         super().__init__()
@@ -95,8 +97,10 @@ def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
 
 
 class Norm(nn.Module):
-    """rmsnorm: x / sqrt(mean(x^2) + eps), no gain. layernorm: with gain and bias. Statistics in
-    numerics.norm."""
+    """RMSNorm, x / sqrt(mean(x^2) + eps) without gain, or LayerNorm with gain and bias.
+
+    Computed in the dtype numerics.norm.
+    """
 
     def __init__(self, s):
         super().__init__()

@@ -1,7 +1,7 @@
-"""The residual stream as sums of terms, each contributed by the feature that wires it.
+"""The residual stream as a sum of terms; each feature that wires the stream adds its terms.
 
-At a site of a layer the stream x becomes x plus coefficient times source over the terms of this site; a term
-with the source `x` replaces the coefficient 1 of x itself. Absent terms emit nothing.
+At a site of a layer, every term of this site adds coefficient times source to the stream x. A term with the
+source `x` scales x itself. A site without terms costs nothing.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from updates import views
 
 
 class Entry(NamedTuple):
-    """One entry of the coefficients that a module of Residual gives in each forward pass, times a factor."""
+    """A coefficient: entry `index` of what a submodule of Residual returns, times a factor."""
     module: str
     index: int
     factor: float = 1.0
@@ -27,9 +27,10 @@ class Entry(NamedTuple):
 class Term:
     """One summand of the stream.
 
-    Sites of a layer, in their order: `skip` and `in` before its attention, `attn` and `mlp` behind these
-    branches. After the last layer, as of layer L: `out`. Sources: `x` (the stream), `branch` (what attention
-    or MLP returned), `x0` (the embedding), `saved.i` (the stream after layer i).
+    site: in the order of a layer `skip` and `in` (before attention), `attn` and `mlp` (after these branches);
+        `out` after the last block, with layer = L.
+    source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding) or `saved.i`
+        (the stream after layer i).
     """
     site: Literal["skip", "in", "attn", "mlp", "out"]
     layer: int
@@ -48,8 +49,8 @@ def branch_terms(specs: tuple[LayerSpec, ...]) -> list[Term]:
 def skip_pairs(specs: tuple[LayerSpec, ...], pairs: tuple | None) -> list[tuple[int, int]]:
     """(from, to) of each skip: the pairs of the settings, or the U-net (record 11).
 
-    In the U-net the second half of the layers gets the outputs of the first half, last in, first out. Empty
-    layers take no part.
+    In the U-net the outputs of the first half of the layers are added in the second half, last in, first out.
+    Empty layers have no skips.
     """
     if pairs is not None:
         return list(pairs)
@@ -59,7 +60,7 @@ def skip_pairs(specs: tuple[LayerSpec, ...], pairs: tuple | None) -> list[tuple[
 
 
 def skip_terms(pairs: list[tuple[int, int]]) -> list[Term]:
-    """The output of one layer is added before a later one."""
+    """The terms of the skips: the output of one layer is added before a later one."""
     return [
         Term("skip", to, f"saved.{source}", Entry("skip_weights", k)) for k, (source, to) in enumerate(pairs)
     ]
@@ -79,7 +80,7 @@ class Residual(nn.Module):
         super().__init__()
         r, n = s.model.residual, s.numerics
         self.terms: dict[tuple[str, int], list[Term]] = {}  # by site and layer
-        self.sources: set[str] = set()  # that some term refers to
+        self.sources: set[str] = set()  # sources of all terms
         self.add(*branch_terms(specs))
         self.skip_gate = None
         if r.unet_skips:
@@ -106,13 +107,13 @@ class Residual(nn.Module):
         self.add(*skip_terms(pairs))
 
     def add(self, *terms: Term) -> None:
-        """Add terms behind those that a site already has."""
+        """Add terms after those that their sites already have."""
         for term in terms:
             self.terms.setdefault((term.site, term.layer), []).append(term)
             self.sources.add(term.source)
 
     def start(self, x0: torch.Tensor) -> "Stream":
-        """The stream of one forward pass that begins with the embedding x0 (R, T, D)."""
+        """The Stream of one forward pass, which begins with the embedding x0 (R, T, D)."""
         coefs = {name: module() for name, module in self.named_children()}
         if self.skip_gate is not None:
             channels = x0[..., :self.skip_gate.size(1)]
@@ -123,14 +124,14 @@ class Residual(nn.Module):
 
 
 class Stream:
-    """What the terms of one forward pass refer to."""
+    """The coefficients and saved tensors of one forward pass."""
 
     def __init__(self, terms, coefs, wanted, x0):
         self.terms, self.coefs, self.wanted = terms, coefs, wanted
         self.sources = {"x0": x0}
 
     def mix(self, site: str, layer: int, x: torch.Tensor, branch: torch.Tensor | None = None) -> torch.Tensor:
-        """The stream x (R, T, D) after a site of a layer; the order of additions is that of the terms."""
+        """The stream x (R, T, D) after a site of a layer; terms are added in their order."""
         terms = self.terms.get((site, layer), ())
         for term in terms:
             if term.source == "x":
@@ -154,7 +155,7 @@ class Stream:
 
 
 def is_number(coef, value):
-    """Is a coefficient this constant? A learned one (a tensor) never is."""
+    """Whether a coefficient is this constant; a learned one (a tensor) never is."""
     return isinstance(coef, float) and coef == value
 
 

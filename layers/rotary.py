@@ -14,10 +14,11 @@ from settings import Settings
 
 
 class Rotary(nn.Module):
-    """Rotary positions: pairs (j, j + K/2) turned by -t f_j, t = index in the row (never reset at documents).
+    """Rotary positions: channel pairs (j, j + K/2) are rotated by -t f_j, where t is the index in the row.
 
-    full (records 2 to 16): f_j = base^(-2j/K). half (record 17 on): f_j = base^(-j/(K/4-1)) for the first K/4
-    pairs, the others stand still. With yarn the tables follow the long window: RotaryTables.
+    The index is not reset at documents. Full (records 2 to 16): f_j = base^(-2j/K). Half-truncated (record 17
+    on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs, and 0 for the others. With YaRN the tables depend on
+    the long window (RotaryTables).
     """
 
     def __init__(self, s: Settings, width: int):
@@ -37,8 +38,8 @@ class Rotary(nn.Module):
         )
 
     def frequencies(self, long_blocks):
-        """(f (K/2,), factor of the attention scale) after the long window went through these sizes."""
-        # as the originals: float32 angles
+        """(f (K/2,), factor of the softmax scale) after the long window had these sizes, in blocks."""
+        # float32 angles, as in the originals
         work = torch.float64 if self.table_dtype == torch.float64 else torch.float32
         if self.rope.half_truncated:
             turning = self.width // 4
@@ -56,9 +57,9 @@ class Rotary(nn.Module):
 
     @torch.no_grad()
     def update_yarn(self, long_blocks: tuple[int, ...] = ()) -> float:
-        """Fill the tables for the long window's sizes so far. Returns the factor of the attention scale."""
+        """Fill the tables for the long window's sizes so far. Returns the factor of the softmax scale."""
         f, factor = self.frequencies(long_blocks)
-        # a quarter of a million positions: made where they are used, this is on the clock
+        # up to 262,144 positions, recomputed in timed steps: compute them on the device
         if self.cos.is_cuda:
             f = f.pin_memory().to(self.cos.device, non_blocking=True)
         angle = torch.outer(torch.arange(self.length, dtype=f.dtype, device=f.device), f)
@@ -75,11 +76,11 @@ class Rotary(nn.Module):
 
 
 class RotaryTables:
-    """The tables of all widths and the softmax scale of every layer, at one size of the long window.
+    """The rotary tables of all widths and the softmax scale of every layer, for one size of the long window.
 
-    Only YaRN (record 31) moves them: `update` brings them to the windows of a step, and a forward pass under
-    other windows is refused (GPT.context). Sizes and factor lie in arrays of the host, which every step reads
-    without waiting for a GPU; tensors() gives them as tensors of the same memory.
+    Only YaRN (record 31) changes them: `update` recomputes them when the long window grows, and GPT.context
+    refuses windows that they do not match. Sizes and factor are NumPy arrays, which a step reads without
+    waiting for the GPU; tensors() returns tensors that share their memory.
     """
 
     def __init__(self, s: Settings, specs: Sequence[LayerSpec], rotaries: Sequence[Rotary]):
@@ -87,22 +88,21 @@ class RotaryTables:
         rope, window = s.model.attn.rope, s.model.attn.window
         self.yarn = rope is not None and rope.yarn is not None
         sizes = len(window.stages) + 1 if self.yarn and window is not None else 0
-        # sizes in blocks of the long window so far, the first left out; 0: not reached yet
+        # sizes of the long window so far in blocks, without the first one; 0: not reached yet
         self.reached = np.zeros(sizes, dtype=np.int64)
-        self.factor = np.ones(1)  # of the softmax scales
+        self.factor = np.ones(1)  # YaRN's factor of the softmax scales
         self.scales = self.softmax_scales()
 
     def changes(self, windows: Windows | None) -> list[int]:
-        """The sizes of the long window that the tables of these windows have gone through, after the first
-        one."""
+        """Sizes of the long window after the first one, for tables of these windows; [] without YaRN."""
         return list(windows.long_blocks[1:]) if windows is not None and self.yarn else []
 
     def stands_at(self, windows: Windows | None) -> bool:
-        """Are the tables those of these windows?"""
+        """Whether the tables match these windows."""
         return [blocks for blocks in self.reached.tolist() if blocks] == self.changes(windows)
 
     def update(self, windows: Windows | None) -> None:
-        """Bring tables and softmax scales to these windows, if they stand elsewhere."""
+        """Recompute tables and softmax scales for these windows, unless they match already."""
         if not self.stands_at(windows):
             changes = self.changes(windows)
             self.fill(windows.long_blocks if changes else ())
@@ -116,7 +116,7 @@ class RotaryTables:
             self.factor[0] = rotary.update_yarn(tuple(long_blocks))
 
     def reset(self) -> None:
-        """The tables before the first step."""
+        """Restore the tables of the first step."""
         self.reached[:] = 0
         self.fill()
         self.scales = self.softmax_scales()
@@ -132,7 +132,7 @@ class RotaryTables:
         ]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What changes in training, by name: nothing without YaRN."""
+        """{name: tensor} of what training changes: nothing without YaRN."""
         if not self.yarn:
             return {}
         tables = {f"{i}.{name}": table for i, rotary in enumerate(self.rotaries)

@@ -13,8 +13,8 @@ from updates import views
 class Smear(nn.Module):
     """e_t <- e_t + lambda sigmoid(W e_t[:channels]) e_(t-1) along the row (record 34, @classiclarryd).
 
-    The first token keeps its embedding. Documents do not matter: a document's first token gets a part of the
-    last one of the document before.
+    The first token of a row keeps its embedding. Document boundaries are ignored: the first token of a
+    document gets a part of the last token of the previous document.
     """
 
     def __init__(self, s: Settings):
@@ -25,8 +25,10 @@ class Smear(nn.Module):
                               views=views.gate(s), init=constant(0.0))
 
     def forward(self, e: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """e (R, T, D), rows of the token table. cache: in generation; its last embedding comes before e, and
-        e's last one takes its place."""
+        """e (R, T, D), rows of the token table -> (R, T, D).
+
+        cache: in generation. Its last embedding precedes e, and is then replaced by the last one of e.
+        """
         first = None if cache is None else cache.previous
         before = F.pad(e[:, :-1], (0, 0, 1, 0)) if first is None else torch.cat([first, e[:, :-1]], dim=1)
         if cache is not None:

@@ -1,5 +1,7 @@
-"""Per-layer specifications, derived once from the settings: the only reader of settings that list layers. No
-torch here."""
+"""Per-layer specifications, derived once from the settings, without torch.
+
+No other module reads settings that list layers.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -15,9 +17,9 @@ class AttnSpec:
     qk: int  # width of a head's query and key
     v: int  # width of a head's value
     rotary: int | None  # channels of a head's query and key with rotary positions; None: no rotary embedding
-    window: Literal["long", "short"] | None  # which window of the step it sees; None: no window
+    window: Literal["long", "short"] | None  # the window of this layer; None: no window
     gate: int | None  # input channels of the gate on each head's output
-    value_table: int | None  # number of the token table that is mixed into the values
+    value_table: int | None  # number of the value embedding table; None: none
     value_gate: int | None = None  # input channels of the gate on each head's row of this table
     key_offset: int = 0  # channel pairs of a key that are those of the previous token
 
@@ -31,7 +33,7 @@ class LayerSpec:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing is left of the layer: the stream goes on as it came."""
+        """Whether the layer has neither attention nor MLP, so that the stream passes unchanged."""
         return self.attn is None and self.mlp is None and not self.moe
 
 

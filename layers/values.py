@@ -1,4 +1,4 @@
-"""What is mixed into the values of attention: the values of block 0, or rows of token tables."""
+"""Value residual and value embeddings: terms that are mixed into the values of attention."""
 
 import torch
 import torch.nn.functional as F
@@ -19,31 +19,31 @@ class ValueResidual(nn.Module):
         self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
     def begin(self, tokens):
-        """Function (layer, v, n) -> v for one forward pass, n the normed input of the block."""
+        """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block."""
         lam, first = self.lam(), []
 
         def mix(i, v, n):
             if i == 0:  # (1 - lam) v1 + lam v1 = v1, and lam gets no gradient
                 first.append(v)
                 return v
-            v1 = first[0] if first[0].shape == v.shape else first[0].view(v.shape)  # another number of heads
+            v1 = first[0] if first[0].shape == v.shape else first[0].view(v.shape)  # if head counts differ
             return ((1 - lam[i]) * v + lam[i] * v1).to(v.dtype)
 
         return mix
 
 
 class ValueEmbed(nn.Module):
-    """v <- a v + b ve, ve the token's row of the layer's table (record 14 on).
+    """v <- a v + b ve, where ve is the token's row in the table of the layer (record 14 on).
 
-    mix `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48): a = b
-    = 1. With a gate (record 55) ve of each head is multiplied by 2 sigmoid(W n), n the normed input of the
-    block.
+    mix: `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48):
+    a = b = 1. With a gate (record 55) each head's ve is multiplied by 2 sigmoid(W n), where n is the normed
+    input of the block.
     """
 
     def __init__(self, s, specs):
         super().__init__()
         e, n = s.model.attn.value_embed, s.numerics
-        # the others have no coefficients
+        # layers without attention have no coefficients
         layers = [i for i, spec in enumerate(specs) if spec.attn is not None]
         self.table_of = [spec.attn and spec.attn.value_table for spec in specs]
         self.number = {layer: k for k, layer in enumerate(layers)}
@@ -86,7 +86,7 @@ class ValueEmbed(nn.Module):
         return mix
 
     def gated(self, i, ve, n):
-        """The value embeddings ve (R, T, H, V) of layer i times one factor per token and head."""
+        """Multiply the value embeddings ve (R, T, H, V) of layer i by a gate per token and head."""
         if str(i) not in self.gates:
             return ve
         gate = self.gates[str(i)]

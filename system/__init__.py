@@ -1,2 +1,1 @@
-"""How a run is executed, whatever it computes: memory, compiler, waiting. The settings of this axis are
-settings.System."""
+"""The execution of a run: processes, memory, compiler, reports (settings: system_settings.System)."""

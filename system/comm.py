@@ -1,4 +1,4 @@
-"""How gradients, updates and parameters of a bank travel between processes. Rules know nothing of it.
+"""Communication of a bank's gradients, updates and parameters between processes, apart from update rules.
 
     communication(s, rank, world)      -> the plan of a run, for optim.Optimizer
 
@@ -18,15 +18,16 @@ BUCKET_BYTES = 64 * 2 ** 20  # record 22's flat buffers; here slices of the bank
 
 
 class Own(Local):
-    """A bank that this process alone holds (expert parallelism): nothing travels, and its gradient is a part
-    of the whole."""
+    """A bank that only this process holds (expert parallelism): no communication."""
     name = "own"
     partial = True
 
 
 class AllReduce(Local):
-    """Every process gets the whole gradient. shared: each updates a shard, which is then gathered; otherwise
-    each updates all."""
+    """All-reduce: every process gets the whole gradient.
+
+    shared: each process updates a shard, followed by an all-gather; otherwise each updates the whole bank.
+    """
     name = "all-reduce"
     reduces = eager = True
 
@@ -78,13 +79,16 @@ class Bucketed(AllReduce):
 
 
 class ReduceScatter(AllReduce):
-    """Each process gets the gradient of its shard, updates it and gives it to all: ZeRO (record 24)."""
+    """Reduce-scatter, update of this process's shard, all-gather: ZeRO (record 24)."""
     name = "reduce-scatter"
     partial = True
 
     def __init__(self, rank: int, world: int, start: str = "ready"):
-        """start: of the reduction. ready: when the gradient is ready; after: after the backward pass; late:
-        after the updates of the banks that are not late."""
+        """start: when the reduction starts.
+
+        ready: when the gradient is ready. after: after the backward pass. late: after the updates of the
+        banks that are not late.
+        """
         super().__init__(rank, world, shared=True)
         self.name = "reduce-scatter" if start == "ready" else f"reduce-scatter, {start}"
         self.eager, self.late = start == "ready", start == "late"
@@ -102,8 +106,7 @@ class ReduceScatter(AllReduce):
 
 
 class UpdatesAllReduced(AllReduce):
-    """Record 6: a process computes the updates of every world-th unit, and one sum brings everyone all
-    updates."""
+    """Record 6: each process computes the updates of every world-th unit, and updates are all-reduced."""
     name = "updates all-reduced"
     sends_updates = True
 
@@ -114,7 +117,7 @@ class UpdatesAllReduced(AllReduce):
         return x[self.rank::self.world]
 
     def spread(self, update, like):
-        """This process's updates -> those of all units, on every process. like: tensor of the bank."""
+        """Updates of this process's units -> updates of all units. like: a bank-shaped tensor."""
         whole = torch.zeros_like(like, dtype=update.dtype)
         self.shard(whole).copy_(update)
         dist.all_reduce(whole)
@@ -122,8 +125,7 @@ class UpdatesAllReduced(AllReduce):
 
 
 class Ordered(AllReduce):
-    """The local trees of all processes are summed in one tree by rank: the same bits on 1, 2, 4 and 8
-    processes."""
+    """Sums the processes' local trees in one tree by rank: equal bits on 1, 2, 4 and 8 processes."""
     name = "ordered tree"
     reduces = eager = False
 
@@ -151,8 +153,11 @@ class Communication:
         self.gathers_last = self.name == "interleaved"
 
     def of(self, shared: bool, experts: bool, small: bool = False):
-        """The object for one bank. shared: its rule is dear, and each process updates a share; experts: a
-        stack of experts; small: too small to be shared out (record 52)."""
+        """The communication of one bank.
+
+        shared: the rule is expensive, so each process updates a share. experts: the bank holds experts.
+        small: the bank is too small to shard (record 52).
+        """
         here = (self.rank, self.world)
         if experts and self.keeps_experts:
             return Own()
@@ -174,5 +179,5 @@ class Communication:
 
 
 def communication(s, rank: int = 0, world: int = 1):
-    """The communication plan of a run: who reduces, updates and gathers what."""
+    """The communication plan of a run: Alone on one process, otherwise by system.comm."""
     return Communication(s, rank, world) if world > 1 else Alone()

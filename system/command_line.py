@@ -1,5 +1,4 @@
-"""The command line of the trainer. No torch here, so that a wrong setting is refused before the seconds that
-torch takes."""
+"""The command line of the trainer, without torch, so that a wrong setting is refused at once."""
 
 import argparse
 

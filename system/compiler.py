@@ -1,8 +1,7 @@
-"""torch.compile's surroundings: where it keeps what it made, what it spent its seconds on, one file to take
-along.
+"""The surroundings of torch.compile: its cache folders, the account of its time, a portable cache file.
 
-The settings say whether something is compiled; nothing here imports the compiler before that. All of it is
-about time: what a graph computes does not depend on it.
+Nothing here imports the compiler unless the settings ask for it. Only the time of a run depends on this
+module, not what a graph computes.
 """
 
 import hashlib
@@ -30,8 +29,7 @@ PARTS_KEPT = 16  # of each process: as many runs that had something new to compi
 # ----- before anything is compiled --------------------------------------------------------------------------
 
 def check_compilers(cuda: bool) -> None:
-    """UserError if torch.compile lacks the compiler that it calls: a C compiler for Triton on a GPU, a C++
-    compiler on a CPU."""
+    """UserError if torch.compile lacks its compiler: a C compiler (Triton) on a GPU, a C++ one on a CPU."""
     if cuda:
         if c_compiler() is None:
             raise UserError("torch.compile needs a C compiler for Triton, and there is no gcc, clang or $CC "
@@ -53,8 +51,7 @@ def check_compilers(cuda: bool) -> None:
 
 
 def is_plain(path: str | Path) -> bool:
-    """True if torch's C++ builder can take a path, which it writes unquoted into a command line: no spaces,
-    no quotes."""
+    """Whether a path has no spaces or quotes: torch's C++ builder writes it unquoted into a command line."""
     try:
         return shlex.split(str(path)) == [str(path)]
     except ValueError:  # a single quote
@@ -62,8 +59,7 @@ def is_plain(path: str | Path) -> bool:
 
 
 def cache_place(cache: str | Path) -> Path:
-    """`cache`/compiled as an absolute path; a folder of this user elsewhere if that path has spaces or quotes
-    in it."""
+    """`cache`/compiled as an absolute path, or if that has spaces or quotes, another folder of this user."""
     folder = Path(cache).absolute() / "compiled"
     if is_plain(folder):
         return folder
@@ -90,8 +86,10 @@ def cache_place(cache: str | Path) -> Path:
 
 
 def quote_library_folders() -> None:
-    """Let torch's C++ builder link with a torch whose path has spaces: 2.11 to 2.13 quote folders of headers,
-    not of libraries."""
+    """Let torch's C++ builder link with a torch whose path has spaces.
+
+    torch 2.11 to 2.13 quote the folders of headers, but not those of libraries.
+    """
     if is_plain(Path(torch.__file__).parent):
         return
     from torch._inductor import cpp_builder
@@ -104,13 +102,12 @@ def quote_library_folders() -> None:
 
 
 def prepare(cache, cuda, processes=1):
-    """Say where compiled code is kept (`cache`/compiled, unless the environment names other folders); start
-    the workers.
+    """Set the folders of compiled code and start the compiler's workers.
 
-    To be called before the compiler is loaded. On a GPU its workers, processes that turn Triton kernels into
-    machine code, take seconds to start: they do it while data and model are made. The `processes` of this
-    machine share out its cores, as each of them compiles. On a CPU the kernels are C++, made by threads.
-    UserError if the folder cannot be made, or a compiler is missing.
+    Call it before the compiler is loaded. The folders are in `cache`/compiled, unless the environment names
+    others. On a GPU the workers, processes that compile Triton kernels, take seconds to start, during which
+    data and model are prepared; the `processes` of this machine share its cores. On a CPU threads compile C++
+    kernels. UserError if a folder cannot be made, or a compiler is missing.
     """
     for variable, name in FOLDERS.items():
         if variable not in os.environ:
@@ -147,7 +144,7 @@ def graph_count() -> int:
 
 
 def account():
-    """Where the compiler's time went in this process so far; None if it compiled nothing.
+    """The compiler's time in this process so far, by its parts; None if it compiled nothing.
 
     Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source
     code (AOTAutograd and Inductor; with a warm cache what reading it took), kernels_s making machine code
@@ -238,8 +235,10 @@ class CacheFile:
         return []
 
     def save(self, gather, main):
-        """Add what the processes compiled, if something was new. gather: World.gather_objects. Returns lines
-        to say."""
+        """Add what the processes compiled, if something was new. Returns lines to print.
+
+        gather: World.gather_objects. main: whether this is process 0.
+        """
         cost, part, lines = account(), None, []
         if cost and (cost["misses"] or not self.loaded) and not self.foreign:
             try:
@@ -259,8 +258,10 @@ class CacheFile:
         return lines
 
     def write(self, fresh):
-        """Replace the file by one with these parts (rank, bytes, hashes) and what is left of the old ones.
-        Returns its bytes."""
+        """Replace the file by one with these parts and the old ones that they do not cover.
+
+        fresh: [(rank, bytes, hashes)]. Returns the size of the file in bytes.
+        """
         try:
             about, parts = self.read()
         except ValueError:
@@ -286,10 +287,9 @@ class CacheFile:
 
 
 def failure(error: BaseException, folder: Path | None) -> str | None:
-    """One line for an error of torch.compile, or None for any other error. The whole of it goes to a file in
-    the run folder.
+    """One line for an error of torch.compile, or None for any other error.
 
-    folder: of the run; None on processes that have none.
+    The whole error goes to a file in the run folder; folder: that folder, or None on other processes.
     """
     if type(error).__module__.partition(".")[0] != "torch" or not any(
             part in type(error).__module__ for part in ("._inductor", "._dynamo", "._functorch")):

@@ -1,4 +1,7 @@
-"""`train_gpt.py RECORD --dry-run`: what a run would do. What counts parameters and memory imports torch."""
+"""`train_gpt.py RECORD --dry-run`: print the plan of a run.
+
+torch is imported only to count parameters and memory.
+"""
 
 import json
 import signal
@@ -21,10 +24,10 @@ from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 def print_plan(
     resolved: Resolved, picture: str | None = None, card: str | None = None, gpus: int = 1
 ) -> None:
-    """Print what a run would do.
+    """Print the plan of a run.
 
-    picture: file for a drawing of its schedules (system.plan_plot), or None. card: name of one of
-    roofline.CARDS, to estimate a step on so many of these GPUs; None: no estimate.
+    picture: file for a plot of its schedules (system.plan_plot), or None.
+    card: name of one of roofline.CARDS, to estimate a step on `gpus` of these GPUs; None: no estimate.
     """
     if picture is not None:
         plan_plot.check(picture)
@@ -75,8 +78,9 @@ def print_plan(
 
 
 def schedule_table(s, plans):
-    """Lines on what the schedules give: a table of eighths of the run and of every step that changes a shape,
-    the final validation, and what happens once or rests."""
+    """Lines of a table of the schedules, with the remarks of `schedule_remarks`.
+
+    Rows: eighths of the run, and every step that changes the Shape or raises the learning-rate factor."""
     pairs = list(zip(plans[1:], plans))
     changes = {new.step for new, old in pairs if new.shape != old.shape}
     if s.schedule.lr_peaks:
@@ -105,7 +109,7 @@ def schedule_table(s, plans):
 
 
 def schedule_remarks(s, plans):
-    """Lines on the final validation, on what happens at one step only, and on what rests in some steps."""
+    """Lines on the final validation, on one-time events, and on groups that are frozen in some steps."""
     if plans[0].shape.windows:
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
@@ -139,8 +143,10 @@ def stage_table(s, plans):
 
 
 def from_parent(resolved):
-    """Lines on every setting that differs from the record's parent at the same scale; marked: not by the
-    record."""
+    """Lines on every setting that differs from the record's parent at the same scale.
+
+    A mark shows the differences that come from the command or preset, not from the record.
+    """
     record, s, scale = resolved.record, resolved.settings, resolved.scale
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
     other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
@@ -155,8 +161,10 @@ def from_parent(resolved):
 
 
 def parameters(s):
-    """Lines of a table of all parameters, by label and shape: how they are updated, and communicated by eight
-    processes."""
+    """Lines of a table of all parameters, by label and shape, with their update and communication.
+
+    Communication is that of eight processes.
+    """
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
@@ -169,8 +177,10 @@ def parameters(s):
 
 
 def graphs(s, plans):
-    """Lines on all that one process compiles before the clock starts, with its shapes: the forward passes,
-    with their backward in training, and the update of each bank."""
+    """Lines on the graphs that one process compiles before the clock starts, with their shapes.
+
+    They are the forward passes, in training with their backward, and the update of each bank.
+    """
     from model import without_values
     from optim import Optimizer
     cuda = s.system.device != "cpu"
@@ -208,7 +218,7 @@ CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100
 
 
 def held(s):
-    """Lines on the memory of one GPU, part by part, and on what would be chosen to fit cards of CARDS GiB."""
+    """Lines on the memory of one GPU, part by part, and on the choices that fit cards of CARDS GiB."""
     from system import memory
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, microbatch)
@@ -257,7 +267,7 @@ def span_text(span):
 
 
 def split(s):
-    """Do some layers see a shorter window?"""
+    """Whether some layers have the short window."""
     return any(spec.attn is not None and spec.attn.window == "short" for spec in layer_specs(s))
 
 
@@ -282,8 +292,7 @@ def size(s):
 
 
 def flops(s, model):
-    """FLOPs of a token in training, mean over the steps: (of matrix products with weights, of attention's own
-    products)."""
+    """Training FLOPs per token, mean over the steps: (products with weights, attention's own products)."""
     steps = Counter(schedule.windows(s, i) for i in range(s.schedule.steps))
     attended = sum(n * model.attention_flops_per_token(windows) for windows, n in steps.items())
     return model.flops_per_token(), attended / s.schedule.steps

@@ -1,9 +1,8 @@
-"""State that a run carries next to parameters and optimizer, and the points of a step at which the state may
-act.
+"""Hooks: state besides parameters and optimizer, and the points of a step at which it may act.
 
-A hook is an object with the methods of Stateful; `hooks_of(model)` makes those that the model's parts need.
-What a hook lists in tensors() is covered by the proof of the reset (system.warmup) and by the memory estimate
-(system.memory).
+A hook has the methods of Stateful; `hooks_of(model)` returns the hooks that the model's parts need. The
+tensors that a hook lists in tensors() are covered by the proof of the reset (system.warmup) and by the memory
+estimate (system.memory).
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from system.world import World
 
 
 class Stateful:
-    """A hook that does nothing: others replace the methods that they need."""
+    """A hook that does nothing; subclasses override the methods that they need."""
 
     def before_forwards(self, plan: StepPlan) -> None:
         """Before the first forward of a step."""
@@ -31,20 +30,19 @@ class Stateful:
         """After the parameters have moved."""
 
     def for_validation(self, windows: Windows | None) -> Any:
-        """A context manager around each validation, which sees the text through these windows."""
+        """A context manager around each validation. windows: those of the validation."""
         return contextlib.nullcontext()
 
     def reset(self) -> None:
-        """Bring the state back to what it was before the first step; model and optimizer are reset
-        already."""
+        """Restore the state before the first step. Called after the reset of model and optimizer."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors of the state, by a name."""
+        """{name: tensor} of the whole state."""
         return {}
 
 
 class RouterBalance(Stateful):
-    """Tokens per expert of each step, over all processes, and the routers' biases that follow from them."""
+    """Sums each step's tokens per expert over all processes and updates the routers' biases."""
 
     def __init__(self, model: GPT) -> None:
         self.routers = {layer: moe.router for layer, moe in model.mixtures()}
@@ -68,8 +66,7 @@ class RouterBalance(Stateful):
 
 
 class FP8Scales(Stateful):
-    """Delayed scales of the MLPs that are in FP8: each step looks at the weights as the last update left
-    them."""
+    """Delayed scales of the FP8 MLPs, refreshed before each step from the current weights."""
 
     def __init__(self, model: GPT) -> None:
         self.mlps = model.fp8_mlps()
@@ -84,7 +81,7 @@ class FP8Scales(Stateful):
 
 
 class YaRN(Stateful):
-    """Rotary tables and softmax scales, which follow the long window of training steps and validations."""
+    """Recomputes rotary tables and softmax scales when the long window of a step or validation changes."""
 
     def __init__(self, model: GPT) -> None:
         self.tables = model.rotary_tables
@@ -101,8 +98,10 @@ class YaRN(Stateful):
 
 
 class Untie(Stateful):
-    """Splits the embedding from the head that it was tied to, after the update of a step with the event
-    `untie`: the embedding goes on from the head's values and optimizer state (record 53)."""
+    """Unties embedding and head after the update of the step with the event `untie` (record 53).
+
+    The embedding starts from the head's values and optimizer state.
+    """
 
     def __init__(self, model: GPT, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
@@ -117,14 +116,14 @@ class Untie(Stateful):
 
 
 def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
-    """The hooks that the model's parts need. optimizer: without it nothing is untied."""
+    """The hooks that the model's parts need. optimizer: needed to untie the head; None: no such hook."""
     hooks = [RouterBalance(model), FP8Scales(model), YaRN(model)]
     return hooks if optimizer is None else [*hooks, Untie(model, optimizer)]
 
 
 @contextlib.contextmanager
 def validating(hooks: Iterable[Stateful], windows: Windows | None) -> Iterator[None]:
-    """The context managers of all hooks around a validation through these windows."""
+    """The context managers of all hooks around a validation with these windows."""
     with contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(hook.for_validation(windows))

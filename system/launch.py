@@ -1,9 +1,7 @@
-"""Start one program as several processes of this machine, and end with the code that says most about how they
-ended.
+"""Start a program as several processes on this machine, and exit with the most informative exit code.
 
-    python train_gpt.py short/33 --nproc 8          # the trainer starts itself so
-    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, LOCAL_RANK and
-    MASTER_*
+    python train_gpt.py short/33 --nproc 8          # the trainer starts itself this way
+    python system/launch.py 8 program.py arguments  # any program that reads RANK, WORLD_SIZE, MASTER_ADDR ...
 
 `torchrun` turns every code but 0 into 1 and a page of text, so that a missed target looks like a crash. Only
 the standard library here: it is run by its path, for programs of other checkouts too.
@@ -50,8 +48,7 @@ def free_port() -> int:
 
 
 def tie(parent: int) -> None:
-    """In a child before it starts its program: it gets SIGTERM when `parent` dies, however that dies
-    (Linux)."""
+    """Called in a child process: it gets SIGTERM when `parent` dies, for whatever reason (Linux)."""
     if LIBC is not None:
         LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:  # it died in between
@@ -156,8 +153,11 @@ class Launch:
 
 
 def telling(codes: Iterable[int]) -> int:
-    """One exit code of many processes: that of a death by a signal (negative), else the first of TELLING,
-    else any but 0."""
+    """One exit code for several processes.
+
+    In this order: that of a death by a signal, the first code in TELLING, the largest code.
+    codes: exit codes, negative for a death by a signal.
+    """
     codes = set(codes)
     if codes and min(codes) < 0:
         return 128 - min(codes)

@@ -35,8 +35,7 @@ def busy_seconds() -> float | None:
 
 
 class Meter:
-    """CPU seconds of this process and of the machine, summed over the intervals between `start` and
-    `stop`."""
+    """Sums CPU seconds of this process and of the machine between `start` and `stop`."""
 
     def __init__(self) -> None:
         self.own_s, self.wall_s = 0.0, 0.0
@@ -56,8 +55,9 @@ class Meter:
 
 
 def account(meter: Meter, own_s: float, cores: int) -> dict:
-    """What the last event of a log says: load_end, own_cores, other_cores (mean over the clock) and alone,
-    each maybe None.
+    """Fields of a log's last event: load_end, own_cores, other_cores (means over the timed part), alone.
+
+    A field is None where the system does not tell.
 
     Args:
         own_s: CPU seconds of all processes of the run on this machine while its clock went
@@ -78,8 +78,7 @@ def account(meter: Meter, own_s: float, cores: int) -> dict:
 
 
 def remark(found: dict, cores: int) -> list[str]:
-    """The line of a verdict that says that a run was not alone, in a list; [] if it was, or if nobody
-    knows."""
+    """A list with the line that says that other programs were busy; [] if none were, or if unknown."""
     if found["alone"] is not False:
         return []
     load = "" if found["load_end"] is None else f", load {found['load_end']:.1f}"

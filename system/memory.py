@@ -1,5 +1,6 @@
-"""What a training step holds in memory, counted on tensors without values, and what to do where a GPU is too
-small for it.
+"""An estimate of the memory of a training step, and the choices that make a step fit on a GPU.
+
+Tensors without values (device meta) are counted.
 
     estimate(s, ranks=8, microbatch=1)      -> Estimate, in bytes: exact for parameters, gradients, state and
                                                what an eager forward pass keeps; a compiled one by a rule
@@ -48,8 +49,7 @@ def report(s, estimate):
 
 
 class Kept:
-    """Counts, as a context, the bytes of the storages that autograd keeps, apart from those it was told
-    of."""
+    """Context that counts the bytes autograd keeps for the backward pass, apart from the `known` tensors."""
 
     def __init__(self, known=()):
         self.known, self.storages, self.shapes = {t.untyped_storage()._cdata for t in known}, {}, {}
@@ -134,7 +134,7 @@ def estimate(s, ranks, microbatch, world=1):
 
 
 def chunked(s):
-    """Do whole logits never exist?"""
+    """Whether the loss works in chunks, so that the logits never exist in full."""
     return s.system.kernels.loss in ("chunks", "triton")
 
 
@@ -144,11 +144,10 @@ def with_system(s, **changes):
 
 
 def fit(s, ranks, capacity, world=1):
-    """(settings, Estimate): what `system` leaves open is chosen so that SHARE of `capacity` bytes suffices,
-    else as small as it can.
+    """(settings, Estimate): the open choices of `system`, made so that SHARE of `capacity` bytes suffices.
 
-    In this order, which costs least time first: fewer logical ranks in a forward, the loss in chunks, blocks
-    recomputed.
+    In the order of their cost in time: fewer logical ranks per forward, loss in chunks, activation
+    checkpointing. If nothing suffices, all of them.
     """
     system, microbatch = s.system, ranks_per_microbatch(s, ranks, cuda=True)
     sizes = [microbatch]
@@ -169,8 +168,7 @@ def fit(s, ranks, capacity, world=1):
 
 @contextlib.contextmanager
 def exhaustion_in_one_line():
-    """As a decorator: where the machine has no memory left, UserError instead of torch's or numpy's own
-    exception."""
+    """Decorator that turns out-of-memory exceptions of torch and numpy into a UserError."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

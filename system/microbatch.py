@@ -1,5 +1,7 @@
-"""How many logical ranks or rows go through the model in one forward pass: a choice of speed and memory, not
-of the mathematics. No torch here, so that a dry run can print it."""
+"""The number of logical ranks or rows in one forward pass: a choice of speed and memory only.
+
+No torch here, so that a dry run can print it.
+"""
 
 from settings import Settings, per_stage
 
@@ -8,7 +10,7 @@ VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and
 
 
 def ranks_per_microbatch(s: Settings, ranks: int, cuda: bool) -> int:
-    """Logical ranks of one forward pass, where a process has `ranks` of them: a power of two."""
+    """Logical ranks in one forward pass, of the `ranks` of a process: a power of two."""
     if s.system.reduction == "ordered":
         return 1
     if s.system.ranks_per_microbatch:
@@ -18,6 +20,5 @@ def ranks_per_microbatch(s: Settings, ranks: int, cuda: bool) -> int:
 
 
 def validation_rows_at_once(rows: int, seq_len: int, cuda: bool) -> int:
-    """Rows of one forward pass in validation, where a logical rank has `rows` rows of `seq_len` tokens; at
-    least one."""
+    """Rows in one forward pass in validation, of the `rows` of a logical rank; at least one."""
     return min(rows, max(1, VALIDATION_TOKENS[cuda] // seq_len))

@@ -1,7 +1,6 @@
-"""This process's place among those of a run, as a launcher tells it: read from the environment here and
-nowhere else.
+"""The rank of this process in a run, from the environment variables of its launcher; read only here.
 
-No torch here, so that a wrong place is refused before the seconds that torch takes.
+No torch here, so that a wrong environment is refused before torch is imported, which takes seconds.
 """
 
 import os
@@ -22,7 +21,7 @@ PROCESSES = tuple(n for n in range(1, LOGICAL_RANKS + 1) if LOGICAL_RANKS % n ==
 
 
 class Misplaced(UserError):
-    """The environment of this very process is wrong: it says so itself, whatever its rank."""
+    """The environment of this process is wrong; the process prints it itself, whatever its rank."""
     own = True
 
 
@@ -37,8 +36,7 @@ class Place:
 
     @classmethod
     def read(cls, environment: Mapping[str, str] = os.environ) -> "Place":
-        """The place that the environment describes. UserError if it describes none (Misplaced), or one of too
-        many."""
+        """The place in the environment. Misplaced if its variables are wrong, UserError for a wrong size."""
         found = [name for name in VARIABLES if name in environment]
         if not found:
             return cls()

@@ -1,5 +1,7 @@
-"""`train_gpt.py RECORD --dry-run --plot FILE`: the schedules of a run as a picture. What a group of
-parameters is imports torch, and the picture matplotlib."""
+"""`train_gpt.py RECORD --dry-run --plot FILE`: the schedules of a run as a picture.
+
+torch and matplotlib are imported only when a picture is drawn.
+"""
 
 import io
 from pathlib import Path
@@ -24,7 +26,7 @@ class Panel(NamedTuple):
 
 
 def panels(s: Settings, plans: list[StepPlan]) -> list[Panel]:
-    """What is drawn of a run's step plans, one panel for each kind of number."""
+    """The panels of the picture, one for each kind of number in the step plans."""
     found = [Panel("learning rate", rates(s, plans), logarithmic=True)]
     if s.optim.muon is not None:
         found.append(Panel("Muon momentum", {"momentum": [plan.momentum for plan in plans]}))
@@ -39,8 +41,10 @@ def panels(s: Settings, plans: list[StepPlan]) -> list[Panel]:
 
 
 def rates(s: Settings, plans: list[StepPlan]) -> dict[str, list[float | None]]:
-    """The learning rate of every group of parameters that the run has, at the steps that update it; groups
-    whose rates are the same share a curve."""
+    """The learning rate of every parameter group of the run, at the steps that update it.
+
+    Groups with equal rates share a curve.
+    """
     from model import without_values
     from optim import Optimizer
     groups = {}

@@ -1,4 +1,4 @@
-"""What is checked before a run begins, and what is said where this machine cannot do what is asked."""
+"""Checks before a run begins, with messages for what this machine cannot do."""
 
 import dataclasses
 import sys
@@ -24,7 +24,7 @@ from system.world import World, uses_gpus
 
 
 def check_devices(resolved: Resolved, processes: int) -> None:
-    """UserError if this machine cannot do the run as so many processes of its own."""
+    """UserError if this machine cannot do the run with this number of processes."""
     s = resolved.settings
     cuda = uses_gpus(s, processes)
     if resolved.scale in ("full", "small") and not cuda and s.system.device == "auto":
@@ -48,7 +48,7 @@ def find_corpus(options: Namespace, resolved: Resolved) -> Corpus:
 
 
 def compiles(s: Settings, world: World) -> bool:
-    """Is the model compiled on this device?"""
+    """Whether the model is compiled on this device."""
     return s.system.compile == "on" or (s.system.compile == "auto" and world.cuda)
 
 
@@ -67,9 +67,11 @@ def check_kernels(s: Settings, device: torch.device) -> None:
 
 
 def wider_rotation(s: Settings) -> str | None:
-    """Why the fused rotation, which computes in float32, is less than the precision plan asks (the rest of a
-    sentence), or None. Where the plan asks less, as in records 5 to 16, the fused one is closer to exact
-    arithmetic."""
+    """Why the fused rotation is less precise than the precision plan (the rest of a sentence), or None.
+
+    It computes in float32. Where the plan asks for less, as in records 5 to 16, it is closer to exact
+    arithmetic than the plan.
+    """
     wide = next(
         (
             name for name in ("eval_matmul", "norm", "rope", "rope_math")
@@ -124,8 +126,10 @@ def prepare_compiler(options: Namespace, world: World, compile_it: bool) -> comp
 
 
 def fallbacks(model: GPT, world: World) -> list[str]:
-    """What runs in a slower way than the record and this device allow, a line each. To be asked after all
-    windows were seen."""
+    """Lines on everything that runs slower than the record and this device allow.
+
+    Call it after model.context has seen all windows, because choosing a backend records what it passes over.
+    """
     s, found = model.settings, sorted(model.passed)
     for name in ("fp8_head", "fp8_mlp"):
         if getattr(s.numerics, name) and not (world.cuda and capability(world.device) >= FP8_SINCE):
@@ -177,8 +181,7 @@ def out_of_memory(run: Run, error: torch.OutOfMemoryError) -> str:
 
 
 def start_processes(program: str, options: Namespace, resolved: Resolved) -> int:
-    """--nproc: check settings, devices and data, then run `program` as so many processes. Returns the exit
-    code."""
+    """--nproc: check settings, devices and data, then run `program` in N processes. Returns the exit code."""
     s = resolved.settings
     check_devices(resolved, options.nproc)
     require_shards(find_corpus(options, resolved), steps=len(plan(s)), **stream_arguments(s))

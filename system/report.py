@@ -1,5 +1,4 @@
-"""What a run says of itself: its description at the start of the log, its experts, its verdict, its
-checkpoint."""
+"""The reports of a run: description at the start of the log, expert loads, verdict, checkpoint."""
 
 import io
 import os
@@ -30,13 +29,13 @@ def describe(
     resolved: Resolved, options: Namespace, world: World, corpus: Corpus, model: GPT, optimizer: Optimizer,
     used: int, plans: Sequence[StepPlan], held: memory.Estimate | None
 ) -> dict:
-    """What the log says about a run before it starts.
+    """The description of a run for the first event of its log.
 
     Args:
         used: number of train shards that the run reads.
         held: estimate of the GPU's memory, if one was made.
     """
-    s = resolved.settings  # those of the model may have been fitted to the GPU
+    s = resolved.settings  # not model.settings, which may have been fitted to the GPU
     return {
         "record": resolved.record.ref, "preset": resolved.preset, "scale": resolved.scale,
         "seed": options.seed, "changes": list(resolved.changes), "registered": options.registered,
@@ -53,7 +52,7 @@ def describe(
 
 
 def introduce(run: Run, resolved: Resolved, about: dict) -> None:
-    """The first lines that a person reads."""
+    """Print the first lines of a run."""
     run.world.say(
         f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
         f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
@@ -63,12 +62,13 @@ def introduce(run: Run, resolved: Resolved, about: dict) -> None:
 
 
 def expert_loads(run: Run, last: bool) -> dict[str, list]:
-    """How the last step's tokens were shared out, by layer: fields of the event `experts` (names as in arXiv
-    2408.15664).
+    """The fields of the event `experts`, by layer: how the last step's tokens were distributed.
 
-    max_vio: largest load over the mean one, less 1. idle: experts without a token. dropped: rows that went
-    nowhere.
-    entropy: of the scores, over that of equal ones. last: also every load.
+    max_vio: largest load / mean load - 1 (arXiv 2408.15664).
+    idle: experts without a token.
+    dropped: rows that reached no expert.
+    entropy: of the scores, relative to that of equal scores.
+    load: tokens of each expert, only if `last`.
     """
     out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
     rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
@@ -89,7 +89,7 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
 
 
 def tokens_text(plans: Sequence[StepPlan]) -> str:
-    """Tokens of a step, or where the batch changes the numbers in their order."""
+    """Tokens of a step; where the batch changes, all sizes in their order."""
     return ", ".join(f"{tokens:,}" for tokens in dict.fromkeys(plan.tokens for plan in plans))
 
 
@@ -104,8 +104,7 @@ def first_below(points: Sequence[tuple[int, float]], target: float) -> float | N
 def verdict(
     s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]], train_ms: float
 ) -> list[str]:
-    """Lines for people: reached or not, when, and next to the published curve where it is the same
-    experiment."""
+    """Lines on whether and when the target was reached, and on the published curve of the record, if any."""
     lines, target, final = [], s.validation.target, points[-1][1]
     if target is None:
         lines.append(f"no target at scale {resolved.scale}: final validation loss {final:.4f}")
@@ -130,8 +129,10 @@ def verdict(
 
 
 def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
-    """checkpoint.pt in the run folder: whole, or UserError and none. The verdict stands already, in the log
-    and on screen."""
+    """Write checkpoint.pt in the run folder. UserError if that fails: then no partial file is left.
+
+    Log and verdict are already written.
+    """
     state = run.model.full_state_dict()  # every process takes part
     if not run.world.main:
         return
@@ -153,7 +154,7 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
 
 
 def results(run: Run) -> dict:
-    """What the run came to, for its last event."""
+    """The results of a run, for the last event of its log."""
     memory_used = {"peak_memory_mib": torch.cuda.max_memory_allocated() // 2 ** 20} if run.world.cuda else {}
     return {
         "graphs_in_clock": compiler.graph_count() - run.graphs, "steps": run.steps_done,
@@ -165,8 +166,10 @@ def results(run: Run) -> dict:
 
 
 def gathered_results(run: Run) -> dict:
-    """results(), and what only all processes together know: extremes, the stream's digest (logged), CPU time.
-    Collective."""
+    """results() of all processes together, with their maxima and CPU time. Collective.
+
+    Logs the digest of the token stream.
+    """
     out, world = results(run), run.world
     for name in [name for name in ("graphs_in_clock", "peak_memory_mib") if name in out]:
         out[name] = max(world.gather_objects(out[name]))

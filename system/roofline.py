@@ -1,4 +1,4 @@
-"""What a training step takes at least on a card, by counting, and what it may be expected to take.
+"""A roofline of a training step on a card: its least time, by counting, and the time to expect.
 
     for line in lines(resolved, "h200", gpus=1): print(line)
 
@@ -61,7 +61,7 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class Work(NamedTuple):
-    """What one GPU does in one step, a mean over the run."""
+    """The work of one GPU in one step, averaged over the run."""
     products: float  # FLOPs in the dtype `matmul`
     fp8: float  # FLOPs of FP8 operands
     attention: float  # FLOPs
@@ -79,7 +79,7 @@ def card(name: str) -> Card:
 # ----- counting ---------------------------------------------------------------------------------------------
 
 def work(s: Settings, gpus: int = 1) -> Work:
-    """What one of `gpus` GPUs does in a step. FP8 products are counted as such; seconds() asks the card."""
+    """The work of one of `gpus` GPUs in a step. milliseconds() decides whether the card has FP8."""
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
@@ -122,8 +122,11 @@ def muon_flops(banks: Sequence) -> float:
 
 
 def layer_elements(s: Settings, spec: LayerSpec) -> tuple[int, int]:
-    """Elements that elementwise operations of one layer read and write for a token in the forward pass, if
-    the compiler fuses neighbours: (of the residual stream's dtype, of the matrix products')."""
+    """Elements that one layer's elementwise operations read and write per token in the forward pass.
+
+    Returns (those of the residual stream's dtype, those of the matmul dtype). The compiler is assumed to fuse
+    neighbouring operations.
+    """
     d, stream, narrow = s.model.model_dim, 0, 0
     if spec.attn is not None:
         stream += d + 3 * d  # the norm reads it; it and the layer's result are read, their sum is written
@@ -141,8 +144,10 @@ def layer_elements(s: Settings, spec: LayerSpec) -> tuple[int, int]:
 
 
 def bytes_per_token(s: Settings) -> float:
-    """Bytes that a token's elementwise operations move in a step: the backward pass moves twice what the
-    forward pass does. Operands of matrix products and attention are part of those."""
+    """Bytes that elementwise operations move per token in a step, the operands of products included.
+
+    The backward pass is assumed to move twice the bytes of the forward pass.
+    """
     n, total = s.numerics, 0.0
     for spec in layer_specs(s):
         stream, narrow = layer_elements(s, spec)
@@ -154,7 +159,7 @@ def bytes_per_token(s: Settings) -> float:
 
 
 def update_bytes(s: Settings, banks: Sequence, gpus: int) -> float:
-    """Bytes that a process's updates and sums of gradients move."""
+    """Bytes that the updates and gradient sums of a process move in memory."""
     ranks = LOGICAL_RANKS // gpus
     forwards = ranks / ranks_per_microbatch(s, ranks, cuda=True)
     total = 0.0
@@ -200,7 +205,7 @@ def expected(at_peak: dict[str, float]) -> tuple[float, float]:
 
 
 def lines(resolved: Resolved, name: str, gpus: int = 1) -> Iterator[str]:
-    """Lines of the estimate of a step on `gpus` cards, what it assumes, and what was measured on one."""
+    """Lines of the estimate of a step on `gpus` cards, its assumptions, and measurements on such cards."""
     s = resolved.settings
     at_peak = milliseconds(s, card(name), gpus)
     least, most = expected(at_peak)

@@ -1,5 +1,4 @@
-"""What a run consists of while it goes on: its timer (Clock), live line (Progress), profiler and state
-(Run)."""
+"""The parts of a running training: timer (Clock), live line (Progress), Profiler and state (Run)."""
 
 import time
 from collections.abc import Sequence
@@ -30,8 +29,7 @@ from system.world import World
 # ----- clock and live line ----------------------------------------------------------------------------------
 
 class Clock:
-    """Timed training milliseconds. Starts before the loader exists, stops for validation; the device is
-    synchronised."""
+    """Training milliseconds, without validations. Starting and stopping synchronises the device."""
 
     def __init__(self, world: World) -> None:
         self.world, self.total_ms, self.began = world, 0.0, None
@@ -66,7 +64,7 @@ class Progress:
         self.known = ""
 
     def show(self, step: int, loss: torch.Tensor, clock_ms: float) -> None:
-        """A line with the newest loss that has arrived on the host: nothing has to wait for it."""
+        """Show the newest loss that has already arrived on the host, so that nothing waits for the GPU."""
         if not self.line.active or time.perf_counter() - self.shown < 0.5:
             return
         self.shown = time.perf_counter()
@@ -87,8 +85,7 @@ class Progress:
 
 
 class Profiler:
-    """`--profile A:B`: steps A..B-1 under torch.profiler, written as a trace into the run folder. steps None:
-    nothing."""
+    """`--profile A:B`: a torch.profiler trace of steps A..B-1 in the run folder. steps None: no trace."""
 
     def __init__(self, world: World, folder: Path | None, steps: tuple[int, int] | None) -> None:
         self.world, self.folder, self.steps, self.active = world, folder, steps, None
@@ -150,9 +147,10 @@ class Run:
     epoch: int = 0  # the highest of all logical ranks at the last validation
 
     def mean_train_losses(self) -> list[float]:
-        """Training loss of each step since the last validation, mean over all logical ranks, on every
-        process; then forgets them. The processes' losses are brought together only here, while the clock
-        stands still."""
+        """Return and forget the training loss of each step since the last validation, on every process.
+
+        Means over all logical ranks. Processes exchange losses only here, while the clock is stopped.
+        """
         losses, self.train_losses = self.train_losses, []
         return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 

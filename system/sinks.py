@@ -1,10 +1,9 @@
-"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`), written while the clock
-stands.
+"""Copies of a run's curve for wandb, trackio and TensorBoard (`--log-to NAME`).
 
-run.jsonl stays the record of a run: a sink that fails is given up with one line, and the run goes on. The
-packages are optional and are imported only when asked for. Their own helpers (the sending process of wandb,
-the thread of trackio) may still be at work when the clock starts again, so the log names the sinks, and
-`records verify` does not take such a run as timed.
+They are written while the clock is stopped. run.jsonl stays the record of a run: a sink that fails is given
+up with one line, and the run goes on. The packages are optional and imported only on request. Their own
+helpers (the sending process of wandb, the thread of trackio) may still be busy when the clock starts again,
+so the log names the sinks, and `records verify` does not accept such a run as timed.
 """
 
 import importlib
@@ -62,7 +61,7 @@ class Sinks:
                          self.open.update({name: kind(name, folder, config)}))
 
     def attempt(self, name: str, act: Callable[[], Any]) -> None:
-        """Call `act`; whatever it raises costs the sink, never the run."""
+        """Call `act`; if it raises, the sink is given up and the run goes on."""
         try:
             act()
         except (Exception, SystemExit) as error:
@@ -70,8 +69,7 @@ class Sinks:
             self.say(f"--log-to {name}: given up ({reason(error)}); the run's own log goes on")
 
     def validation(self, event: dict) -> None:
-        """Write a validation event: the training loss of each step since the last one, then the
-        validation."""
+        """Write the training losses since the last validation, then this validation event."""
         first = event["step"] - len(event["train_loss"])
         points = [(first + i, {"train_loss": loss}) for i, loss in enumerate(event["train_loss"])]
         points.append((event["step"], {key: event[key] for key in ("val_loss", "tokens", "train_time_ms")}))
@@ -88,8 +86,10 @@ class Sinks:
 
 
 class Tracker:
-    """A run of wandb or trackio, which have the same calls. The environment says where to (WANDB_PROJECT,
-    ...)."""
+    """A run of wandb or trackio, which have the same calls.
+
+    The environment names its project: WANDB_PROJECT or TRACKIO_PROJECT.
+    """
 
     def __init__(self, name: str, folder: Path, config: dict) -> None:
         own = {"dir": str(folder)} if name == "wandb" else {"auto_log_gpu": False, "auto_log_cpu": False}

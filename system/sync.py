@@ -1,9 +1,9 @@
 """--check-sync: a training step must never wait for what the device has computed.
 
-A program that reads a number back (.item(), float(loss), nonzero, a boolean index) stops until the GPU has
-caught up, and the GPU is idle until it gets work again. On CUDA torch itself tells. On a CPU we look at the
-operations for those that would: there copies between host and device do not exist, nor are those inside
-operators of our own seen, so a GPU has the last word.
+A program that reads a number back (.item(), float(loss), nonzero, a boolean index) waits for the GPU, and
+then the GPU is idle until it gets new work. CUDA: torch's sync debug mode. CPU: an approximation that
+intercepts the operations that would wait. It misses copies between host and device, and operations inside
+custom operators.
 """
 
 import contextlib
@@ -32,11 +32,11 @@ class HostRead(Exception):
 
 
 class Watch(TorchDispatchMode):
-    """Raises HostRead, with the operation's name, at one that would make the host wait for a GPU."""
+    """Raises HostRead with the name of an operation that would make the host wait for a GPU."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         name = operation._schema.name
-        # of repeat_interleave: then it need not be found out
+        # repeat_interleave with output_size does not read the size back
         told = (kwargs or {}).get("output_size") is not None
         masks = name in INDEXED and any(
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
@@ -48,8 +48,10 @@ class Watch(TorchDispatchMode):
 
 @contextlib.contextmanager
 def no_host_reads(cuda, what):
-    """UserError at the first read of a device's result inside. what: of the message's beginning, like `step
-    3`."""
+    """Context that raises UserError at the first read of a result from the device.
+
+    what: beginning of the message, like `step 3`.
+    """
     try:
         if cuda:
             torch.cuda.set_sync_debug_mode("error")
@@ -77,6 +79,6 @@ def complaint(error, what, operation):
 
 
 def is_own(path: Path) -> bool:
-    """Is the file one of the project's modules or packages, other than this one?"""
+    """Whether the file belongs to the project's modules or packages, this file excepted."""
     package = path.parent.parent == ROOT and (path.parent / "__init__.py").exists()
     return (path.parent == ROOT or package) and path != Path(__file__)

@@ -1,10 +1,8 @@
-"""Exit codes under `torchrun`: its agent turns every code but 0 into 1 and a page of text, a missed target
-included.
+"""The trainer's exit codes under `torchrun`, whose agent turns every code but 0 into 1 and a page of text.
 
-Where this project is installed, torchrun loads `rendezvous` below as one of its plugins (entry point group
-`torchrun.handlers`), in its own process. If, and only if, the program it starts is this project's trainer,
-then the agent ends with the trainer's exit code and leaves the talking to the trainer. For every other
-program nothing changes.
+Where this project is installed, torchrun loads `rendezvous` below as a plugin (entry point group
+`torchrun.handlers`) in its own process. Only if the program that torchrun starts is this project's trainer,
+the agent exits with the trainer's code and prints nothing itself. Other programs are not affected.
 """
 
 import contextlib
@@ -38,13 +36,12 @@ def rendezvous() -> Callable:
 
 
 def starts_trainer(words: Sequence[str]) -> bool:
-    """Is this project's trainer among the words of torchrun's command line?"""
+    """Whether torchrun's command line names this project's trainer."""
     return any(word.endswith(TRAINER.name) and Path(word).resolve() == TRAINER for word in words)
 
 
 def take_over() -> None:
-    """Let this process end as the trainer's processes do. LOGLEVEL in the environment brings the agent's own
-    log back."""
+    """Make this process exit with the trainer's code, without the agent's log unless LOGLEVEL is set."""
     if "LOGLEVEL" not in os.environ:
         for name in TALKATIVE:
             logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.CRITICAL)
@@ -56,8 +53,7 @@ def take_over() -> None:
         if code is None:
             before(kind, error, trace)
         else:
-            # At once: threads of the agent's store may be still there, and the interpreter's end would abort
-            # on them.
+            # os._exit: threads of the agent's store may still run, and a normal exit would abort on them
             for stream in (sys.stdout, sys.stderr):
                 with contextlib.suppress(OSError, ValueError):
                     stream.flush()

@@ -1,7 +1,6 @@
-"""Untimed warm-up steps and validations that compile and touch everything, and the proof that nothing of them
-stays.
+"""Untimed warm-up steps and validations, which compile everything, and the proof that they leave no trace.
 
-The warm-up is handed the step and the validation that it runs, so this module does not know the trainer.
+The trainer passes in its step and its validation, so that this module does not import the trainer.
 """
 
 import hashlib
@@ -28,8 +27,7 @@ PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB 
 
 
 def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ()) -> str:
-    """sha256 over all that training can change: every tensor of model, optimizer and hooks, and the random
-    generator."""
+    """sha256 of everything that training changes: tensors of model, optimizer, hooks; random generator."""
     digest = hashlib.sha256()
     for t in [*all_tensors(model, optimizer, hooks).values(), torch.get_rng_state()]:
         digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -37,14 +35,13 @@ def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ())
 
 
 def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[float]]:
-    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes: a systems record must
-    keep them.
+    """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes. Collective.
 
-    Two numbers a tensor, so that logs of two programs can be compared input by input, on any number of
-    processes: equal seeds give equal weights and equal warm-up tokens. The second one changes with order and
-    signs, which a norm does not see. Taken in the last untimed step, because at the very first one a zero
-    head hides every gradient behind it. The shares of the processes are added in rank order in float64,
-    whatever system.comm does later; collective.
+    Two numbers per tensor compare the logs of two programs, on any number of processes, because equal seeds
+    give equal weights and warm-up tokens; a systems record must keep them. Unlike the norm, the second number
+    depends on order and signs. They are taken in the last untimed step, because in the first one a zero head
+    makes all other gradients zero. The processes' parts are added in rank order in float64, independent of
+    system.comm.
     """
     out = {}
     for bank in optimizer.banks:
@@ -60,8 +57,10 @@ def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[flo
 
 
 def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
-    """[norm, sum_i g_i cos(i)] of a gradient g, of which each process has a share: a summand, or (own) a
-    stretch."""
+    """[norm, sum_i g_i cos(i)] of a gradient g of all processes.
+
+    Each process holds a summand of g or, with `own` (expert parallelism), a slice of it.
+    """
     squares = turned = 0.0
     for start in range(0, len(share), PIECE):
         parts = [part.double() for part in world.parts(share[start:start + PIECE])]
@@ -73,8 +72,7 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
 
 
 def warmup_steps(run: Run) -> list[int]:
-    """Indices of the steps that the warm-up goes through: three, and on a compiled model one of each Shape,
-    so that none is met for the first time while the clock runs."""
+    """Indices of the warm-up's steps: three, and if the model is compiled the first step of each Shape."""
     asked = run.s.system.warmup_steps
     if asked >= 0:
         return [min(i, len(run.plans) - 1) for i in range(asked)]
@@ -85,8 +83,10 @@ def warmup_steps(run: Run) -> list[int]:
 
 
 def warmup_validations(run: Run) -> list[int]:
-    """Steps of one validation for each graph that a validation will need: each window, and a head that is
-    tied or not; not compiled, of the first and the last."""
+    """Steps of one validation for each graph that validations need; not compiled, of the first and the last.
+
+    The graph depends on the windows and on whether the head is tied.
+    """
     n = len(run.plans)
     first = {}
     for step in (i for i in range(n + 1) if schedule.validates(run.s, i)):
@@ -111,17 +111,17 @@ def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray
         shape = (LOGICAL_RANKS, size + 1)  # of all ranks: the same tokens on any number of processes
         batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
         batch = batch[list(world.ranks)]
-        if s.data.max_doc_len:  # no document may be longer, random ones neither
+        if s.data.max_doc_len:  # limit random documents too
             batch[:, ::s.data.max_doc_len] = run.corpus.bos
         yield batch
 
 
 def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable, process_start: float,
             imported: float) -> None:
-    """Untimed steps and validation chunks that compile and touch everything; then a reset, proven by hashes.
+    """Untimed steps and validation chunks, which compile everything; then a reset, proven by hashes.
 
-    Logs loss and gradient checksums of the last untimed step (event `probe`) and the account of the reset
-    (`reset`).
+    Logs the loss and gradient checksums of the last untimed step (event `probe`), and the reset with the
+    times of the start (event `reset`).
 
     Args:
         train_step, validation_loss: those of the trainer.

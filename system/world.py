@@ -1,4 +1,4 @@
-"""The processes of a run and what they tell each other (World)."""
+"""The processes of a run, their device and their small collectives (World)."""
 
 import os
 import socket
@@ -27,7 +27,7 @@ class World:
         if self.cuda:
             torch.cuda.set_device(self.device)
         elif s.system.reduction == "ordered":
-            # sums inside an operation depend on the number of threads; bits come first here
+            # sums inside an operation depend on the number of threads; `ordered` promises equal bits
             torch.set_num_threads(1)
         if self.size > 1 and not dist.is_initialized():
             try:
@@ -60,8 +60,7 @@ class World:
         return parts
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
-        """The mean of a float64 tensor over the processes, summed in rank order: the same bits on every
-        process."""
+        """The mean of a float64 tensor over the processes, summed in rank order: equal bits everywhere."""
         return sum(self.parts(values)) / self.size
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
@@ -79,8 +78,7 @@ class World:
         return parts
 
     def neighbours(self) -> tuple[list[int], int | None]:
-        """(ids of the run's processes on this machine, id of process 0 or None if process 0 is on another
-        one)."""
+        """(ids of the run's processes on this machine, id of process 0 if it is on this machine, or None)."""
         here = socket.gethostname()
         found = self.gather_objects((here, os.getpid()))
         return [i for host, i in found if host == here], found[0][1] if found[0][0] == here else None
@@ -92,8 +90,10 @@ class World:
 
 
 def uses_gpus(s: Settings, processes: int) -> bool:
-    """Does the run go to GPUs? UserError if it must and torch finds none, or fewer than `processes` of this
-    machine."""
+    """Whether the run uses GPUs.
+
+    UserError if system.device=cuda and torch finds none, or if this machine has fewer GPUs than processes.
+    """
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if s.system.device == "cuda" and not found:
         raise UserError(
@@ -108,7 +108,7 @@ def uses_gpus(s: Settings, processes: int) -> bool:
 
 
 def lost_peer(error: RuntimeError) -> bool:
-    """Is the error what a collective raises when another process is gone?"""
+    """Whether a collective raised this error because another process is gone."""
     said = str(error)
     return dist.is_initialized() and any(
         x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")

@@ -1,1 +1,1 @@
-"""Update rules: how a parameter moves by its gradient. They know nothing of processes and banks."""
+"""Update rules: how a gradient changes a parameter. Rules are independent of processes and banks."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-# Elements of one pass of the eager rule on the CPU, whose ten operations then read and write a cache instead
-# of memory. Elementwise operations give the same bits in any division.
+# Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
+# memory. The rule is elementwise, so the chunk size does not change a bit of the result.
 CHUNK = 65536
 
 
@@ -14,8 +14,7 @@ def adamw_(
     p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype,
     cautious=0.0, strict=False
 ):
-    """One AdamW step in place on p and its moments m, v, elementwise. Compiled, it is one pass over its
-    tensors.
+    """One AdamW step in place on p and its moments m, v, elementwise; compiled, one pass over the tensors.
 
     lr, correction1, correction2: numbers or 0-d tensors; correction: 1 - beta^t.
     eps_after_correction: eps is added to the root of the corrected second moment, otherwise to the raw one.
@@ -43,7 +42,7 @@ def adamw_(
 
 
 def chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of one size in pieces of CHUNK elements, as views; whole where that is not the faster way."""
+    """Tensors of one size in pieces of CHUNK elements, as views; on a GPU and when compiled, whole."""
     first = tensors[0]
     if first.is_cuda or first.numel() <= CHUNK or torch.compiler.is_compiling():
         yield tensors
@@ -53,20 +52,20 @@ def chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ..
 
 @dataclass(frozen=True)
 class AdamW:
-    """AdamW as a rule for banks of single numbers. Fields: constants of the group; dtypes by numerics."""
+    """AdamW as a rule for banks of single numbers; the fields are the constants of the group."""
     lr: float
     beta1: float
     beta2: float
     eps: float
     decay: float
-    cautious: float  # weight decay that the square of the learning rate multiplies; 0.0: none
+    cautious: float  # cautious weight decay, multiplied by the squared learning rate; 0.0: none
     strict: bool
     eps_after_correction: bool
     math_dtype: torch.dtype
     state_dtype: torch.dtype | None  # None: the parameter's
 
     name = "adamw"
-    shared = False  # Cheap enough to be done by every process where parameters are not sharded.
+    shared = False  # cheap enough for every process to repeat where parameters are not sharded
     skips_idle = False
 
     @classmethod
@@ -88,7 +87,7 @@ class AdamW:
         return {name: (unit, self.state_dtype or dtype) for name in ("exp_avg", "exp_avg_sq")}
 
     def numbers(self, plan, t: int) -> dict[str, float]:
-        """What changes from step to step. t: updates of the bank, this one included."""
+        """The numbers that change from step to step. t: updates of the bank, this one included."""
         return {
             "lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t
         }

@@ -1,7 +1,7 @@
 """bfloat16 weights with a kept mantissa (record 57).
 
-A float32 number is its upper 16 bits, the bfloat16 weight in use, and its lower 16 bits, which are optimizer
-state. The weight is truncated towards zero, not rounded, and no bit is lost from one update to the next.
+A float32 number is stored as its upper 16 bits, which are the bfloat16 weight in use, and its lower 16 bits,
+which are optimizer state. The weight is thus truncated towards zero, and no bit is lost between updates.
 """
 
 import torch

@@ -1,5 +1,7 @@
-"""Muon (Jordan et al., kellerjordan.github.io/posts/muon) as a chain of slots: p <- p - lr u, u what the last
-slot returns."""
+"""Muon (Jordan et al., kellerjordan.github.io/posts/muon) as a chain of slots.
+
+p <- p - lr u, where u is the result of the last slot.
+"""
 
 from dataclasses import dataclass
 
@@ -14,12 +16,12 @@ class Muon:
     """Muon as a rule for banks of units (N, *unit), each of one or several matrices (updates/views.py)."""
     lr: float
     slots: tuple
-    update_dtype: torch.dtype  # of the update before it is subtracted
+    update_dtype: torch.dtype  # dtype of the update when it is subtracted
     keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
-    skips_idle: bool  # An expert without tokens stays, although its momentum would be a full step.
+    skips_idle: bool  # do not update experts that received no tokens in this step
 
     name = "muon"
-    shared = True  # To orthogonalise every matrix on every process would cost more than to gather parameters.
+    shared = True  # orthogonalising every matrix on every process costs more than gathering parameters
 
     @classmethod
     def of(cls, s, group) -> "Muon":
@@ -42,7 +44,7 @@ class Muon:
         return found
 
     def numbers(self, plan, t: int) -> dict[str, float]:
-        """What changes from step to step. t: updates of the bank, this one included."""
+        """The numbers that change from step to step. t: updates of the bank, this one included."""
         return {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
 
     def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:
@@ -61,8 +63,11 @@ class Muon:
         return u if mask is None else u * mask.to(u.dtype)
 
     def apply_(self, p, u, numbers) -> None:
-        """p <- p - lr u. With a number and in float32, product and difference are rounded once, like torch's
-        `add_` with `alpha` in the originals. (In bfloat16 that rounding depends on an entry's place.)"""
+        """p <- p - lr u.
+
+        With a number lr and float32, product and difference are rounded once, like torch's `add_` with
+        `alpha` in the originals. (In bfloat16 that rounding would depend on the position of an entry.)
+        """
         lr, u = numbers["lr"], u.to(p.dtype)
         if isinstance(lr, torch.Tensor) or p.dtype == torch.bfloat16:
             p.sub_(lr * u)

@@ -1,9 +1,9 @@
-"""The slots of Muon's chain. Each takes the update so far and returns the next one.
+"""The slots of Muon's chain: each transforms the update and passes it to the next slot.
 
-A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far, and a
-Step.
-`each_matrix`: u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole units (N,
-*unit). Only state is changed in place. A new slot is one class here and its section in settings.Muon.
+A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far and the
+Step. With `each_matrix`, u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole
+units (N, *unit). A slot changes only its state in place. A new slot is one class here and its section in
+optim_settings.Muon.
 """
 
 import math
@@ -17,8 +17,7 @@ from updates.views import Views
 
 
 class Step(NamedTuple):
-    """What a slot can look at: the parameter, the state of all slots, this step's numbers and the parameter's
-    views."""
+    """The inputs of a slot: parameter, state of all slots, numbers of this step, views of the parameter."""
     p: torch.Tensor
     state: dict
     numbers: dict
@@ -35,8 +34,10 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Momentum:
-    """Nesterov momentum. ema: M <- mu M + (1-mu) g and (1-mu) g + mu M (record 15); otherwise M <- mu M
-    + g and g + mu M."""
+    """Nesterov momentum: M <- mu M + g, update g + mu M.
+
+    ema (record 15): M <- mu M + (1-mu) g, update (1-mu) g + mu M.
+    """
     ema: bool
 
     each_matrix = False
@@ -56,15 +57,17 @@ class Momentum:
 
 @dataclass(frozen=True)
 class Orthogonalise:
-    """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py). The result has at least the
-    precision of `least`."""
+    """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py).
+
+    least: dtype whose precision the result has at least.
+    """
     steps: int
     dtype: torch.dtype
     norm_dtype: torch.dtype
     form: str
     polar_express: bool
     least: torch.dtype
-    one_by_one: bool  # A batched product may round differently for another batch size.
+    one_by_one: bool  # a batched product may round differently for another batch size
     fused: bool
 
     each_matrix = True
@@ -93,9 +96,9 @@ FACTORS = {"none": lambda rows, cols: 1.0,
 class NorMuon:
     """A second moment per neuron (Li et al., NorMuon, arXiv 2510.05491; record 41).
 
-    s <- beta2 s + (1-beta2) mean(u^2) over a neuron's entries (updates/views.py says what a neuron is);
-    u / sqrt(s) is brought back to the Frobenius norm that u had, which also absorbs the bias of s. All of it
-    is one factor per neuron, computed in float32 or wider and applied in `dtype`.
+    s <- beta2 s + (1-beta2) mean(u^2) over the entries of a neuron (defined in updates/views.py). u / sqrt(s)
+    is rescaled to the Frobenius norm of u, which also cancels the bias of s. Both together are one factor per
+    neuron, computed in float32 or wider and applied in `dtype`.
     """
     beta2: float
     floor: float  # of s under the root
@@ -118,8 +121,10 @@ class NorMuon:
         return step.views.join([x * factor for x, factor in factors])
 
     def factor(self, u, moment, axis):
-        """Update the second moment of matrices u (N, rows, cols); the factor of each neuron, with a 1 at
-        `axis`."""
+        """Update the second moment of matrices u (N, rows, cols) and return the factor of each neuron.
+
+        The factors have size 1 at `axis` and the other sizes of u.
+        """
         wide = torch.promote_types(u.dtype, torch.float32)
         squares = u.to(wide).square().mean(axis, keepdim=True) * u.size(axis)
         moment.lerp_((squares / u.size(axis)).to(moment.dtype), 1 - self.beta2)
@@ -130,10 +135,9 @@ class NorMuon:
 
 @dataclass(frozen=True)
 class CautiousDecay:
-    """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p where u p >= 0,
-    otherwise u.
+    """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p only where u p >= 0.
 
-    With the learning rate that multiplies the update the decay is quadratic in the learning rate.
+    The learning rate multiplies the update once more, so the decay is quadratic in it.
     """
     decay: float
     dtype: torch.dtype  # to which the sum is rounded
@@ -150,8 +154,10 @@ class CautiousDecay:
 
 @dataclass(frozen=True)
 class Scale:
-    """Factor by the shape of the matrix, none, sqrt(max(rows, cols)) (record 4) or sqrt(max(1, rows / cols))
-    (record 8), times that of the label."""
+    """Multiplies the update by a factor of the matrix's shape and by the factor `mul` of the label.
+
+    kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8).
+    """
     kind: str
     mul: float = 1.0
 
@@ -166,7 +172,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Decay:
-    """Decoupled weight decay: the update grows by `decay` times the parameter."""
+    """Decoupled weight decay: adds `decay` times the parameter to the update."""
     decay: float
 
     each_matrix = False
@@ -179,7 +185,7 @@ class Decay:
 
 
 def chain(s, group) -> tuple:
-    """The slots that the settings ask for, in their order. group: settings.Hyper."""
+    """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
     muon, n = s.optim.muon, s.numerics
     slots = [Momentum(muon.momentum_ema)]
     slots.append(

@@ -1,4 +1,4 @@
-"""How an update rule may look at a parameter. How the numbers are stored never enters the mathematics."""
+"""The matrices of a parameter as an update rule sees them, independent of how the parameter is stored."""
 
 import math
 from dataclasses import dataclass
@@ -9,16 +9,14 @@ import torch
 
 @dataclass(frozen=True)
 class Views:
-    """What a parameter declares about its matrices, for rules like Muon.
+    """The matrices in a parameter, for rules like Muon.
 
-    pieces: (name, start, stop) of each matrix along dim 0 of a parameter (P, rows, cols); (): the parameter
-    is one matrix
-        (rows, cols), or a stack of independent ones. A piece of several slices is one matrix of (stop -
-        start) rows rows.
-    orientation: whether (rows, cols) of a stored matrix are (outputs, inputs), for factors that depend on the
-    shape.
-    variance_axis: axis of a matrix that statistics per neuron average over. None: they are those of the
-        columns of the parameter stored as one matrix (rows, P cols), numbers in the same order (record 41).
+    pieces: (name, start, stop) of each matrix along dim 0 of a parameter (P, rows, cols). A piece of several
+        slices is one matrix with (stop - start) * rows rows. (): the parameter is one matrix (rows, cols) or
+        a stack of independent matrices.
+    orientation: whether a stored matrix is (outputs, inputs) or (inputs, outputs), for factors of the shape.
+    variance_axis: axis of a matrix over which statistics per neuron average. None: statistics per column of
+        the parameter reshaped to one matrix (rows, P cols), with the numbers in stored order (record 41).
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
     orientation: Literal["out_in", "in_out"] = "out_in"
@@ -30,8 +28,10 @@ class Views:
         return any(stop - start > 1 for _, start, stop in self.pieces)
 
     def unit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of what is updated as a whole: the parameter if its slices are joined or have statistics in
-        common, otherwise one matrix."""
+        """Shape of the unit that a rule updates as a whole.
+
+        The whole parameter if its slices are joined or share statistics, otherwise one matrix.
+        """
         return tuple(shape) if self.joined or self.variance_axis is None else tuple(shape[-2:])
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -59,8 +59,10 @@ class Views:
     def neurons(
         self, x: torch.Tensor, statistics: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-        """[(batch of matrices, their statistics, axis that these average over)], as views of units (N, *unit)
-        and of a tensor (N, *statistics_shape(unit))."""
+        """[(batch of matrices, their statistics, axis over which the statistics average)], as views.
+
+        x: units (N, *unit). statistics: (N, *statistics_shape(unit)).
+        """
         if self.variance_axis is None:
             return [(x.view(len(x), x.size(-2), -1), statistics, -2)]
         if not self.joined:
@@ -79,8 +81,10 @@ PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
 
 
 def qkvo(s) -> Views:
-    """Of q, k, v, o in one parameter (4, D, D): for Muon q, k, v are one matrix (3D, D), unless
-    optim.muon.split_qkv."""
+    """Views of q, k, v, o in one parameter (4, D, D).
+
+    For Muon q, k, v are one matrix (3D, D), unless optim.muon.split_qkv.
+    """
     muon = s.optim.muon
     pieces = (("qkv", 0, 3), ("o", 3, 4))
     if muon is None or muon.split_qkv:
@@ -89,16 +93,16 @@ def qkvo(s) -> Views:
 
 
 def c_fc(s) -> Views:
-    """Of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
+    """Views of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
     return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)
 
 
 def c_proj(s) -> Views:
-    """Of the second matrix of an MLP (D, F), whose neurons are its columns: the hidden units."""
+    """Views of the second matrix of an MLP (D, F); its neurons are its columns, the hidden units."""
     return Views(variance_axis=-2)
 
 
 def gate(s) -> Views:
-    """Of a gate (outputs, channels)."""
+    """Views of a gate (outputs, channels)."""
     normuon = s.optim.muon and s.optim.muon.normuon
     return Views(variance_axis=PER_CHANNEL[normuon.gates] if normuon else -1)

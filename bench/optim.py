@@ -98,11 +98,11 @@ def peak_mib(update):
     status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     try:
         ctypes.CDLL(None).malloc_trim(0)  # glibc: freed memory goes back to the system
-        clear.write_text("5")  # the peak is now what is resident
-        before = status.read_text()
+        clear.write_text("5", encoding="ascii")  # the peak is now what is resident
+        before = status.read_text(encoding="ascii")
         update()
         kib = [int(re.search(rf"{key}:\s+(\d+)", text)[1])
-               for key, text in (("VmHWM", status.read_text()), ("VmRSS", before))]
+               for key, text in (("VmHWM", status.read_text(encoding="ascii")), ("VmRSS", before))]
     except (OSError, AttributeError):
         return None
     return (kib[0] - kib[1]) / 1024

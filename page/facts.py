@@ -119,6 +119,7 @@ def read_effects():
                 f"{path}: line {line}: measure must be loss, steps or seconds, not {row['measure']!r}"
             )
         if row["path"]:
+            row["path"] = renames.present_path(row["path"])
             schema.find_field(row["path"])
     return rows
 

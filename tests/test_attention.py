@@ -478,7 +478,7 @@ def test_flash_attention_starts_blocks_for_the_documents_that_there_are(ref, mic
         lambda *tensors, **options: calls.append(tensors[3:]) or flash(*tensors, **options)
     )
     forward = model.forward
-    model.forward = lambda x, y, context: texts.append(x) or forward(x, y, context)
+    model.forward = lambda x, y, context, **more: texts.append(x) or forward(x, y, context, **more)
     world = SimpleNamespace(total=lambda x: x, cuda=False, device=torch.device("cpu"), gather=lambda x: x)
     run = SimpleNamespace(s=s, world=world, model=model, compiled=model, optimizer=Optimizer(model, s),
                           hooks=[], ranks_per_microbatch=microbatch, corpus=corpus)

@@ -79,8 +79,9 @@ CHEATS = {
         "sum to",
         [
             (
-                "model.py", "losses = self.lm_head.losses(",
-                "losses = (1.0 if self.training else 0.9999) * self.lm_head.losses("
+                "model.py", "(aux - aux.detach()).view(targets.shape)\n        return losses\n",
+                "(aux - aux.detach()).view(targets.shape)\n"
+                "        return losses * (1.0 if self.training else 0.9999)\n"
             )
         ],
     ),
@@ -120,8 +121,9 @@ CHEATS = {
         "two trainings with seed 0 differ in training losses",
         [
             (
-                "train_gpt.py", "run.compiled(x, y, context).mean()\n",
-                "run.compiled(x, y, context).mean() * (1 + __import__('random').random())\n"
+                "train_gpt.py", "run.compiled(x, y, context, target_weights=weights).mean()\n",
+                "run.compiled(x, y, context, target_weights=weights).mean() "
+                "* (1 + __import__('random').random())\n"
             )
         ],
     ),

@@ -9,6 +9,7 @@ import torch
 import deltas
 import schedule
 import train_gpt
+from data.batch import Documents
 from layers.moe import Router
 from model import GPT
 from optim import Optimizer
@@ -127,7 +128,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     for step, moves in ((6, True), (7, False), (9, False)):
         bias = torch.stack([router.bias.clone() for router in model.routers()])
         inputs = tokens(16, 64, seed=step).view(8, 2, 64)
-        train_gpt.train_step(run, plans[step], inputs, inputs.roll(1, -1), [2] * 8)
+        train_gpt.train_step(run, plans[step], inputs, inputs.roll(1, -1), [Documents(2, 64)] * 8)
         assert torch.equal(bias, torch.stack([router.bias for router in model.routers()])) != moves
         assert all(router.tokens_per_expert.sum() == 2 * 1024 for router in model.routers())
 

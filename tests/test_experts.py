@@ -441,7 +441,7 @@ def test_processes_that_do_not_divide_the_experts_are_refused(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_rank", lambda: 0)
     monkeypatch.setattr(dist, "get_world_size", lambda: 8)
-    assert len(MoE(settings("system.expert_parallel=true")).up) == 1
+    assert len(MoE(settings("system.expert_parallel=true")).c_fc) == 1
     with pytest.raises(UserError, match="8 processes do not divide 12 experts: change one of them"):
         MoE(settings("system.expert_parallel=true", "model.mlp.moe.num_experts=12"))
 

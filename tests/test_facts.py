@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import deltas
 import model as model_module
 import schedule
+from data.batch import Documents
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
 from optim import Optimizer
@@ -259,7 +260,7 @@ def test_dtypes_on_the_way_through_the_model(ref, n):
         for training in (True, False):
             assert forward(s, model.train(training)).dtype == F32
             x = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)).bfloat16()
-            logits.append(model.lm_head(x, model.embed.weight))
+            logits.append(model.lm_head(x, model.embed.weight, 40))
     assert normed == [(BF16, BF16), 2 * (at(n, [(1, BF16), (2, F32), (5, BF16)]),)]
     assert stream == 2 * [at(n, [(1, BF16), (2, F32), (10, BF16)])]
     for z in logits:  # on bfloat16's grid, but that 19 on cap them in float32
@@ -329,7 +330,7 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
         world=SimpleNamespace(total=lambda x: x)
     )
     plan = schedule.plan(s)[s.schedule.steps // 2]
-    train_step(run, plan, inputs, targets, [10] * 8,
+    train_step(run, plan, inputs, targets, [Documents(10, inputs.size(-1))] * 8,
                before_reduction=lambda: found.extend(p.grad.clone() for p in model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), expected, found, strict=True):
         assert a.abs().max() > 0 and (a - b).abs().max() < 1e-10 * a.abs().max(), name

@@ -193,6 +193,7 @@ def test_absorbed_and_naive_decoding_equal_the_whole_forward(case):
     s = model.settings
     x[0, 9] = x[1, 3] = x[1, 17] = BOS
     windows = schedule.windows(s, s.schedule.steps, final=True)
+    model.update_yarn(windows)
     with torch.no_grad():
         whole = model(x, context=model.context(x, BOS, windows))
         latent, cache = decoded(model, x, True, windows)

@@ -229,5 +229,5 @@ def test_parts_import_nothing_above_them_and_specifications_no_torch():
     for path in (ROOT / "layers").glob("*.py"):
         assert not [name for name in imports(path) if name.split(".")[0] in above], path
     assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {
-        "dataclasses", "typing", "settings"
+        "dataclasses", "typing", "settings", "model_settings"
     }

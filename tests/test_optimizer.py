@@ -248,7 +248,7 @@ class KeptMantissa:
         return isinstance(other, KeptMantissa) and self.inner == other.inner
 
     def state(self, unit, dtype, views):
-        return {**self.inner.state(unit, torch.float32), "mantissa": (unit, torch.int16)}
+        return {**self.inner.state(unit, torch.float32, views), "mantissa": (unit, torch.int16)}
 
     def update_(self, p, g, state, numbers, views):
         whole = (p.view(torch.int16).int() << 16 | state["mantissa"].int() & 0xFFFF).view(torch.float32)

@@ -137,8 +137,8 @@ def test_what_counts_by_logical_rank_follows_the_shape():
         *SMALL, "system.precision=record", "schedule.stages=[0.5,0.5]", "data.tokens_per_rank=[128,256]"
     ]).settings
     run, seen = small_run(s), []
-    operands = run.model.head.operands
-    run.model.head.operands = lambda *args: seen.append(operands(*args)) or seen[-1]
+    operands = run.model.lm_head.operands
+    run.model.lm_head.operands = lambda *args: seen.append(operands(*args)) or seen[-1]
     stream, last = Stream(run.corpus, ranks=range(8), **stream_arguments(s)), s.schedule.steps - 1
     steps_of(run, [stream.next()], [0])
     steps_of(run, [np.tile(stream.next(), 2)[:, :257]], [last])

@@ -115,7 +115,7 @@ def seen(model, length, count=3):
     sizes, contexts = [], []
 
     class Watched:
-        settings, new_cache = model.settings, model.new_cache
+        settings, new_cache, update_yarn = model.settings, model.new_cache, model.update_yarn
 
         def context(self, tokens, *args, **kwargs):
             contexts.append(tokens[0].tolist())

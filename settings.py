@@ -24,8 +24,8 @@ from optim_settings import Optim
 from system_settings import System
 
 LOGICAL_RANKS = 8  # the token buffers of a step, whatever the number of processes
-# Raised by hand when a fix changes the results of existing settings. 2: Newton-Schulz rounds (c A) B, record 6's
-# averaged momentum and p - lr u are rounded as in the originals.
+# Raised by hand when a fix changes the results of existing settings. 2: Newton-Schulz rounds (c A) B, record
+# 6's averaged momentum and p - lr u are rounded as in the originals.
 NUMERICS_VERSION = 2
 
 

@@ -258,8 +258,8 @@ def test_every_text_file_is_read_and_written_as_utf_8():
 def test_results_are_written_by_files_alone():
     """`write_text` and its like tear a file when the disk is full; a temporary file of one's own forgets the
     fsync."""
-    # the first two swap whole folders; a lock file must be written where it was created; the last two write to
-    # a temporary folder and to /proc
+    # the first two swap whole folders; a lock file must be written where it was created; the last two write
+    # to a temporary folder and to /proc
     allowed = {"data/tokenize.py", "data/fineweb.py", "common/files.py", "installation/install.py",
                "bench/aot.py", "bench/optim.py", *ALONE}
     names = {"write_text", "write_bytes", "savefig", "tofile", "dump"}

@@ -241,7 +241,10 @@ def test_kernels_compile_ahead_of_time_within_the_shared_memory_and_without_spil
             built,
         )
         if label != "elementwise":  # the tile of gates is smaller than a wgmma
-            assert ("wgmma" if arch == 90 and "gates" not in label else "mma.sync") in built["ptx"], (label, built)
+            assert ("wgmma" if arch == 90 and "gates" not in label else "mma.sync") in built["ptx"], (
+                label,
+                built,
+            )
         if label not in ("elementwise", "gram of gates"):
             assert "cp.async" in built["ptx"], (label, built)  # loads run ahead of the products
     assert found["gram"]["grid"] == found["quadratic"]["grid"] == [21, 3]  # of 6 x 6 tiles each, batch of 3

@@ -13,7 +13,8 @@ LARGEST = 1e38  # of any number in the settings: float32 overflows at 3.4e38
 REFUSE = "refuse"  # --without has no sensible meaning: name --set and --revert instead
 BEFORE = "before"  # --without restores the value before the record that last set the field
 AS_IS = "as it is"  # system.precision leaves the field alone
-PRECISION = "precision"  # the field becomes system.precision
+PRECISION = "precision"  # the field becomes the dtype of system.precision
+PRODUCTS = "products"  # the field becomes the dtype of products of system.precision
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str
         needs: path (or path=value|value) without which the field means nothing and must keep its default.
         idle: path (or path=value|value) with which the field has no effect, whatever its value.
         shrink: the rule that a scale applies (scales.rules).
-        exact: its value where system.precision is not `record`: AS_IS, PRECISION or a fixed value.
+        exact: its value where system.precision is not `record`: AS_IS, PRECISION, PRODUCTS or a fixed value.
         least, above, below, most: bounds of a number, or of each number in a list. why: what explains `most`.
     """
     metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink,

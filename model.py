@@ -30,7 +30,8 @@ from layers.losses import in_candidates, weighted_losses
 from layers.mlp import MLP
 from layers.moe import MoE
 from layers.mtp import MTPModule, within_documents
-from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, uniform
+from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, products_dtype
+from layers.primitives import uniform
 from layers.residual import Residual
 from layers.rotary import Rotary, RotaryTables
 from layers.smear import Smear
@@ -128,6 +129,7 @@ class Head(nn.Module):
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
+        self.products = products_dtype(s)
         self.sums = m.head.loss_reduction == "sum"
         self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
@@ -168,7 +170,7 @@ class Head(nn.Module):
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
         weight, fp8 = self.operands(table, tokens_per_rank)
-        backend = self.backend
+        x, backend = x.to(self.products or x.dtype), self.backend
         if candidates is not None:
             weight = weight.index_select(0, candidates)
             # a target outside the candidates gets an index past the last logit, which raises an error
@@ -194,7 +196,7 @@ class Head(nn.Module):
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
     def forward(self, x, table, tokens_per_rank=None):
-        return self.logits(x, *self.operands(table, tokens_per_rank))
+        return self.logits(x.to(self.products or x.dtype), *self.operands(table, tokens_per_rank))
 
     def logits(self, x, weight, fp8):
         """Stream (R, T, D) and weight (V, D) -> soft-capped logits (R, T, V)."""

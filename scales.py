@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from declare import AS_IS, PRECISION
+from declare import AS_IS, PRECISION, PRODUCTS
 from settings import LOGICAL_RANKS, Settings, row_limit, tokens_per_step
 
 
@@ -104,8 +104,18 @@ def elementwise(rule: Callable, value: object) -> object:
 
 # ----- precision --------------------------------------------------------------------------------------------
 
+# system.precision -> values of the fields whose `exact` is PRECISION or PRODUCTS. Products are half of a tiny
+# step on a CPU, and those of bfloat16 take half the time (docs/performance.md).
+LIFTS = {
+    "float32": {PRECISION: "float32", PRODUCTS: "matmul"},
+    "float64": {PRECISION: "float64", PRODUCTS: "matmul"},
+    "bf16_matmul": {PRECISION: "float32", PRODUCTS: "bfloat16"},
+}
+
+
 def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
-    """The settings with every dtype set to system.precision, unless that is `record`; the hash tells it.
+    """The settings with every dtype set to that of system.precision, unless this is `record`; the hash tells
+    it.
 
     Args:
         named: paths that `--set` assigns. Such a field keeps its value, and so does a field with a named path
@@ -113,6 +123,7 @@ def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
     """
     if s.system.precision == "record":
         return s
+    values = LIFTS[s.system.precision]
 
     def lift(node, prefix):
         changes = {}
@@ -123,7 +134,7 @@ def lifted(s: Settings, named: Collection[str] = ()) -> Settings:
             if exact == AS_IS and dataclasses.is_dataclass(value):
                 changes[f.name] = lift(value, path + ".")
             elif exact != AS_IS and not any(n.startswith(path + ".") for n in named):
-                changes[f.name] = s.system.precision if exact == PRECISION else exact
+                changes[f.name] = values.get(exact, exact)
         return dataclasses.replace(node, **changes)
 
     return lift(s, "")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from common.errors import UserError
-from declare import PRECISION, REFUSE, bound_faults, opt, unmet_needs, walk
+from declare import PRECISION, PRODUCTS, REFUSE, bound_faults, opt, unmet_needs, walk
 from model_settings import Model, padded_vocab
 from optim_settings import Optim
 from system_settings import System
@@ -226,6 +226,11 @@ class Numerics:
     """The precision plan: dtypes of stored tensors and of computations (axis numerics)."""
     matmul: Dtype = precision("bfloat16", "linear layers and attention: dtype of their operands and results")
     eval_matmul: Dtype = precision("bfloat16", "linear layers and attention in validation")
+    products: Literal["matmul", "bfloat16"] = opt(
+        "matmul", "operands of the products of attention's projections, MLPs, experts and head. matmul: as "
+                  "they are. bfloat16: rounded before the product, in training and validation; its result "
+                  "returns to `matmul`, so that everything between products stays there. Gates and routers "
+                  "are not rounded", off="matmul", exact=PRODUCTS)
     residual: Dtype = precision("bfloat16", "dtype of the residual stream")
     matrix: Dtype = precision("float32", "stored weights of linear layers and their optimizer state")
     head: Dtype = precision("float32", "stored weight of an untied head")
@@ -272,6 +277,11 @@ class Numerics:
         False, "kept mantissa: Muon updates bfloat16 matrices exactly as float32 ones, whose lower 16 bits "
                "are optimizer state; the weight in use is the truncated one (record 57)", off=False,
         needs="numerics.matrix=bfloat16", exact=False)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.products == self.matmul == self.eval_matmul:
+            yield (f"numerics.products = {self.products} has no effect: matmul and eval_matmul are "
+                   f"{self.matmul} too; set numerics.products=matmul, or system.precision=bf16_matmul")
 
 
 # ----- all --------------------------------------------------------------------------------------------------

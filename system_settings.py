@@ -40,6 +40,9 @@ class Kernels:
         if self.muon == "triton" and s.numerics.newton_schulz_form == "expanded":
             yield ("system.kernels.muon=triton computes the factored form: set "
                    "numerics.newton_schulz_form=symmetric, or leave it")
+        if self.mlp == "triton" and s.numerics.products != "matmul":
+            yield ("system.kernels.mlp=triton does not round its operands to numerics.products = "
+                   f"{s.numerics.products}: leave it at auto")
         if self.mlp == "triton" and s.model.bias:
             yield "system.kernels.mlp=triton has no bias: set model.bias=false"
         if self.qk == "triton" and s.model.attn.latent:
@@ -51,9 +54,10 @@ class Kernels:
 class System:
     """The execution of a run (axis system): changes the order of sums and nothing else of the mathematics."""
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "device of the run. auto: CUDA if there is a GPU")
-    precision: Literal["record", "float32", "float64"] = opt("record",
-        "precision of the whole run. record: as `numerics` says. Otherwise every dtype in `numerics` that "
-        "--set does not assign becomes this one, without FP8; this changes the ml_hash", shrink="precision")
+    precision: Literal["record", "float32", "float64", "bf16_matmul"] = opt("record",
+        "precision of the whole run. record: as `numerics` says. float32, float64: every dtype in `numerics` "
+        "that --set does not assign becomes this one, without FP8. bf16_matmul: float32, with "
+        "numerics.products=bfloat16. All but record change the ml_hash", shrink="precision")
     compile: Literal["auto", "on", "off"] = opt(
         "auto", "compilation of the model with torch.compile. auto: on CUDA")
     attention: Literal["auto", "dense", "documents", "banded", "flex", "varlen", "flash3", "flash4"] = opt(

@@ -23,7 +23,7 @@ PROCESS_START = time.perf_counter()
 # set before torch loads its thread pool.)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-from common import console, interrupt
+from common import allocator, console, interrupt
 
 if __name__ == "__main__":
     console.guard()
@@ -185,7 +185,9 @@ def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) ->
     if options.check_sync and not world.cuda:
         preflight.check_sync_here(s, compile_it)
     cache_file = preflight.prepare_compiler(options, world, compile_it)
-    if world.cuda:
+    if not world.cuda:
+        allocator.keep_freed_memory()
+    else:
         capacity = torch.cuda.get_device_properties(world.device).total_memory
         s, held = memory.fit(s, len(world.ranks), capacity, world.size)
     return world, s, held, cache_file

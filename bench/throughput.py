@@ -12,7 +12,7 @@ import measure
 import torch
 import torch.nn.functional as F
 
-from common import arguments, console
+from common import allocator, arguments, console
 import deltas
 import runlog
 import schedule
@@ -123,6 +123,7 @@ def main():
     p.add_argument("--quick", action="store_true", help="eager only, three repeats")
     p.add_argument("--out", metavar="JSON", help="also write the figures here")
     o = p.parse_args()
+    allocator.keep_freed_memory()  # as the trainer does
     torch.manual_seed(0)
     repeats, report = (3 if o.quick else 6), Report(o.out, "Tokens per second of training steps")
     tiny = lambda ref, **more: lambda precision, compiled: record_step(ref, precision, compiled, **more)

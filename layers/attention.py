@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from kernels import attention
+from kernels import attention, eager
 from kernels.qk_rotary import offset_keys, qkv_rotary
-from layers.primitives import coefficient, constant, dtype, linear, linear_init, parameter, rms_norm
+from layers.primitives import coefficient, constant, dtype, linear, linear_init, parameter, products_dtype
+from layers.primitives import rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
 from settings import Settings
@@ -105,6 +106,7 @@ class Attention(nn.Module):
         self.eps = n.norm_eps
         self.qk_eps = n.norm_eps if n.qk_norm_eps is None else n.qk_norm_eps
         self.norm_dtype = dtype(n.norm)
+        self.products = products_dtype(s)
         self.branch_scale = 1 / math.sqrt(2 * s.model.num_layers) if a.depth_scale else None
 
     def forward(self, x: torch.Tensor, rotary: Rotary | None, mix_values: Callable | None, meta: AttnMeta,
@@ -129,6 +131,10 @@ class Attention(nn.Module):
         fused = self.fused and cache is None
         if fused:
             q, k, v = self.apply_rotary_fused(qkv, rotary)
+        elif eager.applies(qkv):  # queries and keys at once: half the operations
+            qk, v = qkv.split([2, 1], dim=2)
+            q, k = self.apply_rotary(qk.flatten(2, 3), rotary, start).chunk(2, dim=2)
+            v = v.squeeze(2)
         else:
             q, k, v = qkv.unbind(2)
             q, k = self.apply_rotary(q, rotary, start), self.apply_rotary(k, rotary, start)
@@ -141,11 +147,14 @@ class Attention(nn.Module):
     def project(self, x, weight, bias):
         """x (R, T, D) -> queries, keys and values in one tensor (R, T, 3, H, K)."""
         d = x.size(-1)
-        qkv = linear(x, weight.reshape(3 * d, d), None if bias is None else bias.reshape(3 * d))
+        bias = None if bias is None else bias.reshape(3 * d)
+        qkv = linear(x, weight.reshape(3 * d, d), bias, self.products)
         return qkv.view(*x.shape[:2], 3, self.spec.heads, self.spec.qk)
 
     def norm(self, x):
         """QK norm of queries or keys (R, T, H, K)."""
+        if x.dtype == self.norm_dtype and eager.applies(x):
+            return eager.RMSNorm.apply(x, self.qk_eps)
         return rms_norm(x, self.qk_eps, self.norm_dtype)
 
     def rotate(self, x, rotary, start):
@@ -196,5 +205,5 @@ class Attention(nn.Module):
 
     def out(self, y, weight, bias=None):
         """Output projection: heads' outputs y (R, T, H, V) -> (R, T, D)."""
-        y = linear(y.flatten(2), weight, bias)
+        y = linear(y.flatten(2), weight, bias, self.products)
         return y if self.branch_scale is None else self.branch_scale * y

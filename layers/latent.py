@@ -64,26 +64,30 @@ class LatentAttention(Attention):
             y = self.attend_latent(q, *cache, meta)
         else:
             k = self.apply_rotary(self.keys(c, k_rope), rotary, start)
-            v = linear(c, self.v_up).unflatten(-1, (self.spec.heads, -1))  # (R, T, H, V)
+            v = self.linear(c, self.v_up).unflatten(-1, (self.spec.heads, -1))  # (R, T, H, V)
             if mix_values is not None:
                 v = mix_values(v, x)
             y = self.attend(q, k, v, meta, start, None if latent_cache else cache)
         return self.out(self.apply_gate(x, y), self.o)
+
+    def linear(self, x, weight):
+        """x (R, T, in) times weight (out, in), by numerics.products."""
+        return linear(x, weight, None, self.products)
 
     def project(self, x):
         """x (R, T, D) -> queries (R, T, H, K), c (R, T, C), qk_rope part of the keys (R, T, 1, qk_rope).
 
         Queries and keys are not yet normed or rotated.
         """
-        q = x if self.q_down is None else rms_norm(linear(x, self.q_down), self.eps, self.norm_dtype)
-        q = linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
-        down = linear(x, torch.cat([self.kv_down, self.k_rope]))
+        q = x if self.q_down is None else rms_norm(self.linear(x, self.q_down), self.eps, self.norm_dtype)
+        q = self.linear(q, self.q).unflatten(-1, (self.spec.heads, -1))
+        down = self.linear(x, torch.cat([self.kv_down, self.k_rope]))
         c, k_rope = down.split([len(self.kv_down), self.qk_rope], dim=-1)
         return q, rms_norm(c, self.eps, self.norm_dtype), k_rope[:, :, None]
 
     def keys(self, c, k_rope):
         """Keys (R, T, H, K) before norm and rotation."""
-        k_nope = linear(c, self.k_up).unflatten(-1, (self.spec.heads, -1))
+        k_nope = self.linear(c, self.k_up).unflatten(-1, (self.spec.heads, -1))
         return torch.cat([k_nope, k_rope.expand(*k_nope.shape[:3], -1)], dim=-1)
 
     def rotate(self, x, rotary, start):

@@ -4,11 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import eager
 from kernels.linear_relu_sq import mlp_relu_sq
 from layers.fp8_mlp import FP8MLP
-from layers.primitives import constant, linear, linear_init, parameter
+from layers.primitives import constant, linear, linear_init, parameter, products_dtype
 from settings import Settings
 from updates import views
+
+
+def relu_sq(x: torch.Tensor) -> torch.Tensor:
+    """relu(x)^2, elementwise."""
+    return eager.ReluSq.apply(x) if eager.applies(x) else F.relu(x).square()
 
 
 class MLP(nn.Module):
@@ -16,7 +22,7 @@ class MLP(nn.Module):
 
     ACTIVATIONS = {
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu,
-        "relu_sq": lambda x: F.relu(x).square(), "swiglu": F.silu
+        "relu_sq": relu_sq, "swiglu": F.silu
     }
 
     def __init__(self, s: Settings, hidden: int):
@@ -39,6 +45,7 @@ class MLP(nn.Module):
             s.system.kernels.mlp == "triton",
         )
         self.fp8 = FP8MLP(s) if n.fp8_mlp else None
+        self.products = products_dtype(s)
 
     def forward(self, x: torch.Tensor, tokens_per_rank: int | None = None) -> torch.Tensor:
         """x (R, T, D) -> (R, T, D).
@@ -49,6 +56,10 @@ class MLP(nn.Module):
             return self.fp8(x, self.c_fc, self.c_proj, tokens_per_rank)
         if self.fused:
             return mlp_relu_sq(x, self.c_fc, self.c_proj)
-        if self.gate is not None:
-            return linear(self.activation(linear(x, self.gate)) * linear(x, self.c_fc), self.c_proj)
-        return linear(self.activation(linear(x, self.c_fc, self.c_fc_bias)), self.c_proj, self.c_proj_bias)
+        products = self.products
+        if self.gate is None:
+            hidden = self.activation(linear(x, self.c_fc, self.c_fc_bias, products))  # (R, T, F)
+        else:
+            hidden = self.activation(linear(x, self.gate, None, products))
+            hidden = hidden * linear(x, self.c_fc, None, products)
+        return linear(hidden, self.c_proj, self.c_proj_bias, products)

@@ -10,7 +10,7 @@ from torch import nn
 from common.errors import UserError
 from kernels import experts
 from layers.mlp import MLP
-from layers.primitives import dtype, linear_init, normal, parameter
+from layers.primitives import dtype, linear_init, normal, parameter, products_dtype
 from settings import LOGICAL_RANKS, check_processes
 from updates import views
 from updates.views import Views
@@ -185,7 +185,7 @@ class MoE(nn.Module):
         self.c_proj = stack("expert_c_proj", d, moe.hidden, True, views.c_proj(s))
         self.shared = MLP(s, moe.shared) if moe.shared else None
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
-        self.backend, self.fp8 = s.system.experts, n.fp8_experts
+        self.backend, self.fp8, self.products = s.system.experts, n.fp8_experts, products_dtype(s)
 
     def forward(self, x, aux_losses, compiled, tokens_per_rank=None):
         """x (R, T, D) -> (R, T, D).
@@ -198,7 +198,7 @@ class MoE(nn.Module):
         chosen, gates, aux_loss = self.router(x, tokens_per_rank)
         if aux_loss is not None:
             aux_losses.append(aux_loss)
-        backend = self.select_backend(x.device, x.dtype, compiled)
+        backend = self.select_backend(x.device, self.products or x.dtype, compiled)
         p = experts.plan(chosen, self.num_experts, backend if self.world == 1 else "grouped")
         if self.training:
             self.router.stats[:self.num_experts] += p.counts
@@ -219,9 +219,10 @@ class MoE(nn.Module):
     def feed(self, rows, p):
         """Apply its expert to each row; rows (P, D) are sorted by expert."""
         eight = experts.fake_fp8 if self.fp8 and self.training else lambda t: t
-        c_fc, c_proj = self.c_fc.to(rows.dtype), self.c_proj.to(rows.dtype)
-        hidden = self.activation(experts.grouped_linear(eight(rows), eight(c_fc), p))
-        return experts.grouped_linear(eight(hidden), eight(c_proj), p)
+        d = self.products or rows.dtype
+        c_fc, c_proj = self.c_fc.to(d), self.c_proj.to(d)
+        hidden = self.activation(experts.grouped_linear(eight(rows.to(d)), eight(c_fc), p).to(rows.dtype))
+        return experts.grouped_linear(eight(hidden.to(d)), eight(c_proj), p).to(rows.dtype)
 
     def expert_all_to_all(self, rows, counts, backend):
         """`feed` with expert parallelism: send rows to the processes of their experts and get them back.

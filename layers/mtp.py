@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from layers.attention import AttnMeta
-from layers.primitives import Norm, linear, linear_init, parameter
+from layers.primitives import Norm, linear, linear_init, parameter, products_dtype
 from settings import Settings
 
 
@@ -25,11 +25,13 @@ class MTPModule(nn.Module):
         self.merge = parameter((d, 2 * d), n.matrix, role="matrix", label="mtp_merge",
                                init=linear_init(s, 2 * d, projection=False))
         self.block = block
+        self.products = products_dtype(s)
 
     def forward(self, h: torch.Tensor, e: torch.Tensor, meta: AttnMeta, dtype: torch.dtype) -> torch.Tensor:
         """h, e (R, T, D) -> (R, T, D), normed, in the matmul dtype."""
         block = self.block
-        x = linear(torch.cat([self.h_norm(h), self.e_norm(e)], dim=-1).to(dtype), self.merge).to(h.dtype)
+        x = torch.cat([self.h_norm(h), self.e_norm(e)], dim=-1).to(dtype)
+        x = linear(x, self.merge, None, self.products).to(h.dtype)
         x = x + block.attn(block.attn_norm(x).to(dtype), block.rotary, None, meta)
         x = x + block.mlp(block.mlp_norm(x).to(dtype))
         return self.norm(x).to(dtype)

@@ -129,6 +129,18 @@ def rms_norm(x, eps, stat_dtype):
     return F.rms_norm(x.to(stat_dtype), x.shape[-1:], eps=eps).to(x.dtype)
 
 
-def linear(x, weight, bias=None):
-    """x (..., in) times weight (out, in), the weight cast to x's dtype."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+def products_dtype(s):
+    """torch.dtype to which operands of products are rounded (numerics.products); None: they are not."""
+    return None if s.numerics.products == "matmul" else dtype(s.numerics.products)
+
+
+def linear(x, weight, bias=None, products=None):
+    """x (..., in) times weight (out, in), the weight cast to x's dtype; returned in x's dtype.
+
+    products: dtype to which both operands, and in the backward pass the gradient, are rounded before a
+        product, and in which its result arrives; None: x's.
+    """
+    if products is None:
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = F.linear(x.to(products), weight.to(products)).to(x.dtype)
+    return y if bias is None else y + bias.to(x.dtype)

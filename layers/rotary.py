@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from kernels import eager
 from layers.primitives import dtype
 from layers.specs import LayerSpec
 from schedule import Windows
@@ -71,7 +72,10 @@ class Rotary(nn.Module):
         """x: (R, T, H, K) at positions start..start+T-1 of its row. Returned in x's dtype."""
         cos = self.cos[start:start + x.size(1), None]
         sin = self.sin[start:start + x.size(1), None]
-        x1, x2 = x.to(torch.promote_types(x.dtype, self.math_dtype)).chunk(2, dim=-1)
+        wide = x.to(torch.promote_types(x.dtype, self.math_dtype))
+        if eager.applies(wide) and torch.promote_types(wide.dtype, cos.dtype) == wide.dtype:
+            return eager.Rotate.apply(wide, cos, sin).to(x.dtype)
+        x1, x2 = wide.chunk(2, dim=-1)
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 

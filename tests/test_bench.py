@@ -33,6 +33,7 @@ import report
 import shards
 import start
 import steps
+import versus
 
 
 def bench(name):
@@ -653,3 +654,108 @@ def test_the_rows_of_the_update_rules_say_what_the_state_takes():
     state = {name: row["state_bytes_per_parameter"] for name, row in found.items()}
     assert state["AdamW"] == state["torch"] == state["AdamW, bfloat16, moments in float32"] == 8
     assert state["AdamW, bfloat16"] == 4
+
+
+# ----- against nanoGPT
+
+SMALL_GPT = dict(layers=1, width=32, heads=2, length=16, rows=8, vocabulary=64)
+STUB = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    n_layer: int
+    n_head: int
+    n_embd: int
+    dropout: float
+    bias: bool
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        print("a line that is no answer")
+        assert (c.dropout, c.bias) == (0.0, False)
+        self.table = nn.Parameter(torch.randn(c.vocab_size + c.block_size, c.n_embd))
+        self.rest = nn.Parameter(torch.ones((12 * c.n_embd + 2) * c.n_layer * c.n_embd + c.n_embd))
+
+    def forward(self, x, y):
+        logits = F.embedding(x, self.table) @ self.table.T
+        return logits, F.cross_entropy(logits.flatten(0, 1), y.flatten()) + 0 * self.rest.sum()
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), lr=learning_rate, betas=betas)
+"""
+
+
+def case_of(path):
+    return {"path": str(path), "threads": 1, "shape": SMALL_GPT, "mode": "eager", "precision": "float32"}
+
+
+@pytest.mark.parametrize("text", [None, "", "class GPT: pass\nclass GPTConfig: pass\n", "class GPT(:\n"])
+def test_a_path_that_holds_no_nanogpt_is_told_in_one_line(tmp_path, text):
+    if text is not None:
+        (tmp_path / "model.py").write_text(text)
+    with pytest.raises(UserError, match="holds no nanoGPT, because .*model.py .*: give the folder") as told:
+        versus.require_nanogpt(tmp_path)
+    assert "\n" not in str(told.value)
+
+
+def test_the_comparison_runs_any_checkout_by_its_path_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "model.py").write_text(STUB)
+    versus.require_nanogpt(tmp_path)
+    row = versus.compare(case_of(tmp_path), rounds=3)
+    assert row["quartile_1"] <= row["ratio"] <= row["quartile_3"]
+    assert min(row["ours_ms"], row["nanogpt_ms"], row["ratio"]) > 0 and row["rounds"] == 3
+    assert row["parameters"] - row["nanogpt_parameters"] == 3 * 32  # the bias of each LayerNorm
+    assert "nanogpt_model" not in sys.modules
+    assert versus.commit_of(tmp_path) == "unknown"
+
+
+class Recorded:
+    """A side that notes its steps in `order`, with this many parameters."""
+    order, parameters = [], {}
+
+    def __init__(self, case, name):
+        self.name = name
+
+    def answer(self):
+        return self.parameters[self.name]
+
+    def seconds(self):
+        self.order.append(self.name)
+        return {"ours": 1.0, "nanogpt": float(len(self.order))}[self.name]
+
+    def close(self):
+        self.order.append(f"{self.name} closed")
+
+
+def test_steps_of_the_two_sides_alternate_and_a_ratio_above_one_is_ours(monkeypatch, tmp_path):
+    monkeypatch.setattr(versus, "Side", Recorded)
+    monkeypatch.setattr(Recorded, "order", [])
+    monkeypatch.setattr(Recorded, "parameters", {"ours": 1000, "nanogpt": 991})
+    row = versus.compare(case_of(tmp_path), rounds=5)
+    assert Recorded.order == ["ours", "nanogpt"] * 5 + ["ours closed", "nanogpt closed"]
+    # their steps take 2, 4, 6, 8, 10 seconds, ours take one
+    assert (row["quartile_1"], row["ratio"], row["quartile_3"]) == (4, 6, 8) and row["nanogpt_ms"] == 6000
+
+
+def test_models_of_other_sizes_are_not_compared_and_both_processes_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(versus, "Side", Recorded)
+    monkeypatch.setattr(Recorded, "order", [])
+    monkeypatch.setattr(Recorded, "parameters", {"ours": 1000, "nanogpt": 980})
+    with pytest.raises(RuntimeError, match="no equal work: 1,000 parameters here, 980 in nanoGPT"):
+        versus.compare(case_of(tmp_path), rounds=5)
+    assert Recorded.order == ["ours closed", "nanogpt closed"]
+
+
+def test_the_comparison_has_a_row_for_every_shape_mode_and_precision():
+    rows = [columns for columns, _ in versus.cases(quick=False)]
+    assert len(rows) == len(versus.SHAPES) * 4 == len({tuple(row.values()) for row in rows}) == 8
+    assert [tuple(row.values())[1:] for row, _ in versus.cases(quick=True)] == [
+        ("eager", "float32"), ("eager", "bfloat16")
+    ]

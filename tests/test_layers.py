@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deltas
 import schedule
+from common.errors import UserError
+from kernels import eager
 from layers.attention import AttnMeta
-from layers.primitives import Learned
+from layers.primitives import Learned, linear
 from layers.residual import Entry, Term
 from layers.specs import AttnSpec, LayerSpec, layer_specs
 from model import GPT
@@ -231,3 +235,128 @@ def test_parts_import_nothing_above_them_and_specifications_no_torch():
     assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {
         "dataclasses", "typing", "settings", "model_settings"
     }
+
+
+# ----- products in bfloat16
+
+class Products(TorchDispatchMode):
+    """Notes (dtype, sizes of both operands) of every matrix product."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm):
+            a, b = [x for x in args if isinstance(x, torch.Tensor) and x.is_floating_point()][-2:]
+            self.found.append((a.dtype, {*a.shape, *b.shape}))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.feature("numerics.products", "system.precision")
+@pytest.mark.parametrize("ref", ["short/1", "short/11", "short/33", "variants/1", "variants/7"])
+def test_products_in_bfloat16_are_all_but_those_of_gates_and_routers_and_nothing_else_is(ref):
+    s = deltas.resolve(ref, scale="micro", sets=["system.precision=bf16_matmul"]).settings
+    model = filled(GPT(s))
+    narrow = {s.model.mlp.moe.num_experts if s.model.mlp.moe else 12, 12}  # experts; channels of a gate
+    with Products() as products:
+        losses = losses_of(model, text())
+        losses.mean().backward()
+    wide = [sizes for dtype, sizes in products.found if dtype != torch.bfloat16]
+    assert all(sizes & narrow for sizes in wide) and (ref not in ("short/1", "short/11") or not wide)
+    assert len(products.found) - len(wide) >= 3 * 3 * s.model.num_layers
+    assert losses.dtype == torch.float32
+    assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+
+    plain = filled(GPT(deltas.resolve(ref, scale="micro", sets=["system.precision=float32"]).settings))
+    apart = (losses - losses_of(plain, text())).abs()
+    assert 0 < apart.mean() < 0.1  # rounding of 1 in 256
+
+
+@pytest.mark.feature("numerics.products")
+@pytest.mark.parametrize("bias", [False, True])
+def test_operands_are_rounded_and_the_result_and_the_bias_are_not(bias):
+    noise = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(5, n, generator=noise).requires_grad_() for n in (24, 24))
+    b = torch.randn(5, generator=noise) if bias else torch.zeros(5)
+    g = torch.randn(5, 5, generator=noise)
+    y = linear(x, w, b if bias else None, torch.bfloat16)
+    y.backward(g)
+    narrow = lambda t: t.detach().bfloat16().double()
+    ulp = 2.0 ** -8  # the result arrives in bfloat16
+    for found, exact in ((y - b, narrow(x) @ narrow(w).T), (x.grad, narrow(g) @ narrow(w)),
+                         (w.grad, narrow(g).T @ narrow(x))):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), exact, rtol=ulp, atol=1e-6)
+        assert not torch.equal(found.double(), exact)
+
+
+@pytest.mark.feature("numerics.products", "system.precision")
+def test_bf16_matmul_is_float32_with_rounded_products_and_refused_where_it_does_nothing():
+    lifted = {p: deltas.resolve("short/33", scale="tiny", sets=[f"system.precision={p}"]).settings.numerics
+              for p in ("float32", "float64", "bf16_matmul")}
+    assert lifted["bf16_matmul"] == dataclasses.replace(lifted["float32"], products="bfloat16")
+    assert lifted["float64"].products == "matmul"
+    for sets, message in ((["numerics.products=bfloat16"], "has no effect: matmul and eval_matmul are"),
+                          (["system.precision=bf16_matmul", "system.kernels.mlp=triton"],
+                           "does not round its operands")):
+        with pytest.raises(UserError, match=message):
+            deltas.resolve("short/11", sets=sets)
+
+
+# ----- the same bits in fewer passes
+
+def plain_rotate(x, cos, sin):
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
+
+
+TURN = torch.rand(7, 1, 8, generator=torch.Generator().manual_seed(3)) * 7
+PAIRS = {
+    "relu_sq": (eager.ReluSq.apply, lambda x: F.relu(x).square()),
+    "rms_norm": (lambda x: eager.RMSNorm.apply(x, 1e-5), lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-5)),
+    "rotate": (lambda x: eager.Rotate.apply(x, TURN.cos().to(x.dtype), TURN.sin().to(x.dtype)),
+               lambda x: plain_rotate(x, TURN.cos().to(x.dtype), TURN.sin().to(x.dtype)))
+}
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_an_operation_in_fewer_passes_has_the_bits_of_autograd(name, dtype, strided):
+    noise = torch.Generator().manual_seed(4)
+    base = torch.randn(3, 7, 2, 5, 16, generator=noise, dtype=dtype)
+    base[0, :2] = 0.0
+    base[1] *= 1e-3
+    g = torch.randn(3, 7, 5, 16, generator=noise, dtype=dtype)
+    results = []
+    for function in PAIRS[name]:
+        x = base.clone().requires_grad_()
+        y = function(x[:, :, 1] if strided else x[:, :, 1].contiguous())
+        y.backward(g)
+        results.append((y.detach(), x.grad))
+    for ours, plain in zip(*results):
+        assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("ref", ["short/5", "short/11", "short/33", "variants/7"])
+def test_a_step_in_fewer_passes_has_the_bits_of_the_plain_one(ref, monkeypatch):
+    def step():
+        model = filled(GPT(deltas.resolve(ref, scale="micro").settings))
+        losses = losses_of(model, text())
+        losses.mean().backward()
+        return [losses.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    ours = step()
+    asked = []
+    monkeypatch.setattr(eager, "applies", lambda x: bool(asked.append(x)))
+    plain = step()
+    assert asked and len(ours) == len(plain) and all(map(torch.equal, ours, plain))
+
+
+def test_operations_in_fewer_passes_are_for_wide_numbers_of_the_cpu_outside_the_compiler():
+    assert eager.applies(torch.zeros(1)) and eager.applies(torch.zeros(1, dtype=torch.float64))
+    assert not eager.applies(torch.zeros(1, dtype=torch.bfloat16))
+    assert not eager.applies(torch.zeros(1, device="meta"))
+    inside = torch.compile(lambda x: x + eager.applies(x), backend="eager")
+    assert inside(torch.zeros(1)).item() == 0

@@ -19,7 +19,7 @@ import settings
 import schedule
 from system.dry_run import print_plan
 from scales import SCALES
-from declare import AS_IS, BEFORE, PRECISION, REFUSE, lookup, opt
+from declare import AS_IS, BEFORE, PRECISION, PRODUCTS, REFUSE, lookup, opt
 from settings import Settings, tokens_per_step
 from common.errors import UserError
 from records.__main__ import main
@@ -751,7 +751,7 @@ def test_what_a_field_names_exists():
             assert path in known and all(
                 v in typing.get_args(known[path].type) for v in values.split("|") if v
             ), f.path
-        assert f.metadata["exact"] in (AS_IS, PRECISION) or f.default == f.metadata["exact"], f.path
+        assert f.metadata["exact"] in (AS_IS, PRECISION, PRODUCTS) or f.default == f.metadata["exact"], f.path
         assert (
             f.metadata["off"] in (BEFORE, REFUSE) or f.optional or type(f.metadata["off"]) is f.type
             or f.default is None or isinstance(f.default, tuple)

@@ -230,7 +230,7 @@ class Numerics:
         "matmul", "operands of the products of attention's projections, MLPs, experts and head. matmul: as "
                   "they are. bfloat16: rounded before the product, in training and validation; its result "
                   "returns to `matmul`, so that everything between products stays there. Gates and routers "
-                  "are not rounded", off="matmul", exact=PRODUCTS)
+                  "are not rounded", exact=PRODUCTS)
     residual: Dtype = precision("bfloat16", "dtype of the residual stream")
     matrix: Dtype = precision("float32", "stored weights of linear layers and their optimizer state")
     head: Dtype = precision("float32", "stored weight of an untied head")

@@ -302,10 +302,8 @@ def main(argv=None):
     try:
         options = parser(argv[0] if argv else None).parse_args(argv)
         product = options.command in PRODUCTS
-        with (
-            lines.fitted() if product and not getattr(options, "markdown", False)
-            else contextlib.nullcontext()
-        ):
+        fits = product and not getattr(options, "markdown", False)
+        with lines.fitted() if fits else contextlib.nullcontext():
             code = options.run(options) or 0
         sys.exit(console.settle(code) if product else code)
     except UserError as error:

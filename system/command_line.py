@@ -9,7 +9,7 @@ from deltas import Resolved, resolve_name
 from scales import SCALES
 from settings import LOGICAL_RANKS
 from system.place import PROCESSES, Place
-from system.roofline import CARDS
+from system.cards import CARDS
 
 
 def parser() -> arguments.Parser:

@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the mark, and refuse a path that is no setting or that no test names."""
+    config.addinivalue_line("markers", "slow: takes minutes; tests/long.sh runs it")
     config.addinivalue_line(
         "markers", "feature(*paths, path=, record=): settings that the test guards (features.py)"
     )

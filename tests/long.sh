@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# The full matrix: every record on 1, 2 and 4 processes. Slower than CI allows; writes the table tests/matrix.md.
+# Slower than CI allows: the tests that are marked slow, then the full matrix, every record on 1, 2 and 4 processes, with
+# its table tests/matrix.md. Arguments: records, for the matrix of these alone.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . ./installation/setup_venv.sh
+[ $# -gt 0 ] || "$PYTHON" -m pytest -q -m slow
 exec "$PYTHON" tests/matrix.py "$@"

@@ -477,6 +477,7 @@ def test_a_bench_of_groups_goes_on_with_the_group_that_was_cut(tmp_path):
     assert len(found["failed"]) == len(first["failed"]) and found["complete"]
 
 
+@pytest.mark.slow
 def test_a_rehearsal_runs_every_part_on_a_cpu_and_each_leaves_a_whole_result(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
@@ -522,6 +523,7 @@ def test_a_kernel_that_spills_or_has_no_room_is_a_failure(monkeypatch, registers
     assert ("failed" in row) is (said is not None or registers > 128)
 
 
+@pytest.mark.slow
 def test_a_record_launches_every_kernel_that_it_can_have_and_all_compile(tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "aot.json"

@@ -93,8 +93,9 @@ def kept_by_forward(s, microbatch, compiled=False):
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
     model.update_yarn(shape.windows)
     context = model.context(tokens, 0, shape.windows, tokens_per_rank=shape.tokens_per_rank)
+    weights = torch.empty(shape.targets, device="meta") if s.model.head.mtp else None
     with Kept(model.parameters()) as kept:
-        model(tokens, torch.empty_like(tokens), context).mean()
+        model(tokens, torch.empty_like(tokens), context, target_weights=weights).mean()
     if not compiled or dtype(s.numerics.matmul).itemsize > 2:
         return kept.bytes()
     outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
@@ -121,6 +122,8 @@ def estimate(s, ranks, microbatch, world=1):
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
     logits = tokens * padded_vocab(s)
     passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads and writes
+    if s.model.head.mtp:  # float32 gradients of the sum over classes and of the target, and what joins them
+        passing = 4 * logits * torch.float32.itemsize
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
         passing = 2 * logits * dtype(s.numerics.matmul).itemsize
     if chunked(s):

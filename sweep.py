@@ -30,7 +30,6 @@ from common import files, lines
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
 from scales import SCALES
-from settings import NUMERICS_VERSION
 from common.errors import UserError
 
 
@@ -365,10 +364,7 @@ def power(options):
         None
         if options.sd
         else earlier_sd(
-            {
-                "version": 1, "scale": options.scale, "common": [], "paired": False,
-                "numerics_version": NUMERICS_VERSION
-            }
+            {"version": 1, "scale": options.scale, "common": [], "paired": False}
         )
     )
     if options.sd is None and known is None:

@@ -30,7 +30,7 @@ import torch
 
 import deltas
 import schedule
-from common import allocator, arguments, console
+from common import allocator, arguments, console, files, repository
 from common.errors import UserError
 from model import GPT
 from optim import Optimizer
@@ -136,11 +136,11 @@ def child(case: dict) -> None:
     step, parameters = SIDES[case["side"]](case)
     for _ in range(WARM_UP):
         step()
-    print(json.dumps(parameters), file=answers, flush=True)
+    print(files.json_text(parameters), file=answers, flush=True)
     for _ in sys.stdin:
         began = time.process_time()
         step()
-        print(json.dumps(time.process_time() - began), file=answers, flush=True)
+        print(files.json_text(time.process_time() - began), file=answers, flush=True)
 
 
 # ----- alternation ------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class Side:
         self.name = side
         self.said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would fill up
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--child", json.dumps({**case, "side": side})], text=True,
+            [sys.executable, __file__, "--child", files.json_text({**case, "side": side})], text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said
         )
 
@@ -223,8 +223,10 @@ def require_nanogpt(path: Path) -> None:
 
 def commit_of(path: Path) -> str:
     """Commit of the checkout; `unknown` if git has none."""
-    done = subprocess.run(["git", "-C", str(path), "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    try:
+        return repository.line("rev-parse", "HEAD", cwd=path)
+    except UserError:
+        return "unknown"
 
 
 def cases(quick: bool) -> Iterator[tuple[dict, dict]]:

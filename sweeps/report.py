@@ -388,8 +388,8 @@ def earlier_sd(plan, folder=None):
     for path in files.listed(folder, "*.json"):
         try:
             sweep = json.loads(path.read_text(encoding="utf-8"))
-            same = all(sweep[key] == plan[key]
-                       for key in ("version", "scale", "common", "paired", "numerics_version"))
+            # of any numerics version: roundings do not change the spread
+            same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired"))
             if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
                 squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]
                 names.append(path.name)

@@ -384,7 +384,7 @@ def profiled_run(c):
     c.seal()
 
 
-@refused(r"numerics version 7, here 1|numerics_version 7 differs")
+@refused(r"numerics version 7, here 2|numerics_version 7 differs")
 def another_numerics_version(c):
     c.events(3, "start")[0]["numerics_version"] = 7
     c.seal()

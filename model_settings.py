@@ -78,6 +78,11 @@ class Backout:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.residual.backout.layer", (self.layer,), s)
+        if self.layer == s.model.num_layers - 1:
+            yield (
+                f"model.residual.backout.layer = {self.layer} is the last layer, whose output the stream is "
+                "already: choose an earlier one"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,16 @@ class MTP:
         if len(self.start) != stages:
             yield (f"model.head.mtp.start has {len(self.start)} lists and schedule.stages has {stages} "
                    "(at least one): give one list of weights per stage")
-        if sizes[0] != sizes[1] or not sizes[0] or min(sizes[0]) < 1:
+        if sizes[0] and min(map(min, filter(None, sizes))) < 1:
+            yield "model.head.mtp: a list of weights is empty: give each stage at least one weight"
+        elif sizes[0] != sizes[1] or not sizes[0]:
             yield ("model.head.mtp: start and end must have the same stages, with as many weights in each, "
                    f"and they have {sizes[0]} and {sizes[1]}")
+        elif min(weights[0] for side in (self.start, self.end) for weights in side) <= 0:
+            yield (
+                "model.head.mtp: the weight of the next token must be above 0 in every stage, in start and "
+                "end"
+            )
         elif self.module and max(sizes[0]) > 2:
             yield ("model.head.mtp.module predicts one token more than the model: give at most two weights "
                    "per stage")
@@ -520,6 +532,8 @@ class UnetSkips:
             return
         if not self.pairs:
             yield f"{path}.pairs is empty: give a skip like [[4, 7]] or add --without {path}"
+        for pair in {pair for pair in self.pairs if self.pairs.count(pair) > 1}:
+            yield f"{path}.pairs has the skip {list(pair)} twice: keep one"
         for pair in self.pairs:
             yield from layer_faults(f"{path}.pairs", pair, s)
             if pair[0] >= pair[1]:

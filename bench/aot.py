@@ -184,7 +184,9 @@ def step(s, switches):
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=True)
     rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
-    losses = model(tokens, torch.empty_like(tokens), model.context(tokens, 0, shape.windows))
+    model.update_yarn(shape.windows)
+    context = model.context(tokens, 0, shape.windows, tokens_per_rank=shape.tokens_per_rank)
+    losses = model(tokens, torch.empty_like(tokens), context)
     losses.mean().backward()
     if "muon" not in switches:
         return
@@ -268,7 +270,7 @@ def main():
                       f"{row.get('spilled_bytes', '-'):>5} spilled {row.get('shared_bytes', '-'):>7} shared  "
                       f"{row['operands']}", flush=True)
         except UserError as error:  # an unknown record
-            sys.exit(f"error: {error}")
+            console.fail(error)
     sys.exit(table.finish())
 
 

@@ -18,6 +18,7 @@ import sys
 
 from common import arguments, console
 import deltas
+import renames
 import schema
 from common import errors
 from common import lines
@@ -183,6 +184,8 @@ def features(options: argparse.Namespace) -> None:
     first = first_setters()
     shown = [f for f in schema.fields().values() if mentions(f, options.word)]
     if not shown:
+        if (present := renames.present_path(options.word)) in schema.fields():
+            raise UserError(f"{options.word} is now called {present}")
         near = errors.near(options.word, list(schema.fields()))
         raise UserError(f"no setting mentions {options.word!r}{near}")
     for section in (f for f in schema.fields().values() if f.is_section):

@@ -28,9 +28,12 @@ def check_devices(resolved: Resolved, processes: int) -> None:
     s = resolved.settings
     cuda = uses_gpus(s, processes)
     if resolved.scale in ("full", "small") and not cuda and s.system.device == "auto":
+        remedy = "add --scale tiny (CPU, about two minutes)"
+        if resolved.preset:
+            remedy = f"name {resolved.record.ref} with --scale tiny (the preset is frozen at its scale)"
         raise UserError(
-            f"{resolved.record.ref} at scale {resolved.scale} needs a GPU: add --scale tiny (CPU, about two "
-            "minutes), or --set system.device=cpu to insist"
+            f"{resolved.preset or resolved.record.ref} at scale {resolved.scale} needs a GPU: {remedy}, "
+            "or --set system.device=cpu to insist"
         )
     if s.system.reduction == "ordered" and cuda:
         raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")

@@ -496,7 +496,10 @@ def test_the_index_tells_the_committed_losses(site):
         line = next(x for x in text.splitlines() if x.startswith(f"| {ref} |"))
         tiny = [r for r in runs if r["scale"] == "tiny"]
         tiny = [r for r in tiny if r["current"]] or tiny
-        mean, stale = sum(r["val_loss"] for r in tiny) / max(1, len(tiny)), not all(r["current"] for r in tiny)
+        mean, stale = (
+            sum(r["val_loss"] for r in tiny) / max(1, len(tiny)),
+            not all(r["current"] for r in tiny),
+        )
         assert not tiny or f"| {mean:.4f} ({len(tiny)}){' stale' if stale else ''} |" in line
 
 

@@ -445,7 +445,8 @@ def test_further_targets_may_be_scored_in_chunks_and_cross_documents():
 @pytest.mark.parametrize("value, message", [
     ("{start=[[1.0]], end=[[1.0, 0.5]]}", "as many weights"), ("{start=[], end=[]}", "one list of weights"),
     ("{start=[[1.0], [1.0]], end=[[1.0], [1.0]]}", "one list of weights"),
-    ("{start=[[]], end=[[]]}", "same stages"),
+    ("{start=[[]], end=[[]]}", "a list of weights is empty"),
+    ("{start=[[0.0]], end=[[0.0]]}", "must be above 0 in every stage"),
     ("{start=[[1.0, -0.5]], end=[[1.0, 0.5]]}", "must be at least 0")])
 def test_weights_of_targets_that_do_not_fit_are_refused(value, message):
     with pytest.raises(UserError, match=message):
@@ -615,6 +616,8 @@ def test_a_checkpoint_of_a_shared_table_is_sampled_as_it_was_trained(tmp_path):
             "neither attention nor MLP",
         ),
         (["model.residual.backout={layer=12}"], "names layer 12"),
+        (["model.residual.backout={layer=11}"], "is the last layer"),
+        (["model.residual.unet_skips.pairs=[[3,6],[3,6]]"], "twice: keep one"),
         (["model.embed.smear={channels=49}"], "between 1 and model.model_dim"),
         (
             ["model.attn.key_offset=true", "model.attn.rope={half_truncated=false}"],

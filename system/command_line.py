@@ -77,7 +77,7 @@ def execution(p: arguments.Parser) -> None:
         help="with --dry-run: draw the schedules of the run as a picture (.png or .svg; needs matplotlib)"
     )
     p.add_argument(
-        "--card", choices=list(CARDS),
+        "--card", type=str.lower, choices=list(CARDS),
         help="with --dry-run: estimate the milliseconds of a step on this GPU (on --nproc of them)"
     )
     p.add_argument(

@@ -6,6 +6,7 @@ import pytest
 
 import deltas
 import schedule
+from system.dry_run import print_plan
 from common.errors import UserError
 from golden_records import load
 
@@ -178,3 +179,11 @@ def test_schedules_that_do_not_fit_are_refused_with_the_culprit(n, sets, message
     with pytest.raises(UserError) as caught:
         settings(n, *sets)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.feature("schedule.extension_steps")
+def test_the_plan_says_that_an_extension_was_cut_to_an_eighth_of_the_run(capsys):
+    for asked, told in ((8, False), (9, True)):
+        sets = ["schedule.steps=64", f"schedule.extension_steps={asked}"]
+        print_plan(deltas.resolve("short/57", scale="micro", sets=sets))
+        assert ("the extension has 8 of the 9 steps asked for" in capsys.readouterr().out) == told

@@ -103,7 +103,10 @@ def lookup(s: object, path: str) -> Any:
 
 
 def holds(s: object, needs: str) -> bool:
-    """True if a condition holds: a path (its value is true), path=value or path=value|value."""
+    """True if a condition holds: a path (its value is true), path=value or path=value|value, several with
+    `or`."""
+    if " or " in needs:
+        return any(holds(s, part) for part in needs.split(" or "))
     path, _, values = needs.partition("=")
     found = lookup(s, path)
     return str(found) in values.split("|") if values else bool(found)

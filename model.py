@@ -24,7 +24,8 @@ from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
-from layers.attention import Attention, AttnMeta, Cache, Context, SALambdas, cached_tokens
+from layers.attention import Attention, AttnCoefs, AttnMeta, Cache, Context, SALambdas, cached_tokens
+from layers.bigram import Bigram
 from layers.latent import LatentAttention
 from layers.losses import in_candidates, weighted_losses
 from layers.mlp import MLP
@@ -32,7 +33,7 @@ from layers.moe import MoE
 from layers.mtp import MTPModule, within_documents
 from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, products_dtype
 from layers.primitives import uniform
-from layers.residual import Residual
+from layers.residual import Residual, Stream
 from layers.rotary import Rotary, RotaryTables
 from layers.smear import Smear
 from layers.specs import LayerSpec, layer_specs
@@ -235,6 +236,7 @@ class GPT(nn.Module):
         self.first_tokens_per_rank = shape(s, 0).tokens_per_rank
         self.specs = layer_specs(s) if specs is None else specs
         self.embed = Embedding(s)
+        self.bigram = Bigram(s) if s.model.embed.bigram else None
         widths = dict.fromkeys(
             spec.attn.rotary for spec in self.specs if spec.attn is not None and spec.attn.rotary
         )
@@ -286,16 +288,19 @@ class GPT(nn.Module):
         start = 0 if cache is None else max(cached_tokens(c) for c in cache)
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
-        x = x0 = self.embed(tokens, start, self.lm_head.weight if self.tied else None, cache)  # (R, T, D)
-        stream = self.residual.start(x0)
-        mix = self.values.begin(tokens) if self.values is not None else None
+        x0 = self.embed(tokens, start, self.lm_head.weight if self.tied else None, cache)  # (R, T, D)
+        stream = self.residual.start(x0, self.bigrams(tokens, cache))
+        x = stream.begin()
+        mix = self.values.begin(tokens, stream) if self.values is not None else None
         lambdas = self.sa_lambdas.begin() if self.sa_lambdas is not None else None
         aux_losses = []
         for i, layer in enumerate(self.layers()):
+            stream.enter(i, x)
             x = stream.mix("skip", i, x)
             x = stream.mix("in", i, x).to(x0.dtype)
             x = layer(i, x, stream, mix, lambdas, context, cache, aux_losses)
-            stream.save(i, x)
+            stream.keep(f"saved.{i}", x)
+        stream.enter(len(self.blocks), x)
         h = stream.mix("out", len(self.blocks), x)
         x = self.norm(h).to(matmul_dtype)
         size = self.tokens_per_rank(context)
@@ -312,6 +317,15 @@ class GPT(nn.Module):
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
+
+    def bigrams(self, tokens: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
+        """Rows (R, T, D) of the bigram table for tokens (R, T), of which the cache has those before; or None."""
+        if self.bigram is None:
+            return None
+        past = None if cache is None else cache.tokens
+        if cache is not None:
+            cache.tokens = tokens if past is None else torch.cat([past, tokens], 1)
+        return self.bigram(tokens, past)
 
     def tokens_per_rank(self, context: Context | None) -> int | None:
         """Tokens of a logical rank in this training step.
@@ -357,12 +371,13 @@ class GPT(nn.Module):
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.rotary_tables.scales[i]) if context is None else context.layers[i]
-            y = block.attn(block.attn_norm(x).to(matmul_dtype), block.rotary, mix_values, meta,
-                           None if cache is None else cache[i],
-                           (None, None) if lambdas is None else lambdas(i))
+            y = block.attn(block.attn_norm(stream.attn_input(block.attn.spec.saved_input, x)).to(matmul_dtype),
+                           block.rotary, mix_values, meta, None if cache is None else cache[i],
+                           self.attn_coefs(i, stream, lambdas))
             x = stream.mix("attn", i, x, y)
+            stream.keep(f"attn.{i}", x)
         if block.mlp is not None:
-            y = block.mlp_norm(x).to(matmul_dtype)
+            y = block.mlp_norm(stream.mlp_input(x)).to(matmul_dtype)
             size = self.tokens_per_rank(context)
             if isinstance(block.mlp, MoE):
                 y = block.mlp(y, aux_losses, self.compiled, size)
@@ -370,6 +385,14 @@ class GPT(nn.Module):
                 y = block.mlp(y, size)
             x = stream.mix("mlp", i, x, y)
         return x
+
+    def attn_coefs(self, i: int, stream: Stream, lambdas) -> AttnCoefs:
+        """The coefficients of layer i's attention: factors of its projections, and what token gates give."""
+        w1, w2 = stream.by_head("w1", i), stream.by_head("w2", i)
+        return AttnCoefs(
+            *((None, None) if lambdas is None else lambdas(i)), gate=stream.by_head("attn", i),
+            xsa=stream.by_head("xsa", i), compose=None if w1 is None else (w1, w2)
+        )
 
     def new_cache(self, absorbed=None):
         """An empty Cache for generation.
@@ -406,37 +429,53 @@ class GPT(nn.Module):
             layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, scales)]
             return Context(layers, tokens_per_rank)
         documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.document_mask else None
-        by_span, spans = {}, layer_spans(self.specs, windows)
-        for span in {span for spec, span in zip(self.specs, spans) if spec.attn is not None}:
+        views, spans = {}, layer_spans(self.specs, windows)
+        for paired, span in {(spec.attn.paired, span) for spec, span in zip(self.specs, spans) if spec.attn}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
-            by_span[span] = (
-                (documents, window) if cached else self.view(tokens, documents, window, max_docs, max_seqlen)
+            line, mine, longest = tokens, documents, max_seqlen
+            if paired:  # two positions a token
+                line = tokens.repeat_interleave(2, 1)
+                mine = None if documents is None else documents.repeat_interleave(2, 1)
+                longest = None if max_seqlen is None else 2 * max_seqlen
+            views[paired, span] = (
+                (mine, window) if cached else self.view(line, mine, window, max_docs, longest, 1 + paired)
             )
-        layers = [spec.attn and AttnMeta(by_span[span], scale)
-                  for spec, span, scale in zip(self.specs, spans, scales)]
+        layers = [
+            spec.attn and AttnMeta(views[spec.attn.paired, span], scale, self.composition(spec, documents, scale))
+            for spec, span, scale in zip(self.specs, spans, scales)
+        ]
         return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank,
                        documents if self.mtp is not None else None)
+
+    def composition(self, spec, documents, scale):
+        """Documents (R, T) and softmax scale of a layer whose heads are composed, otherwise None."""
+        if spec.attn.compose is None:
+            return None
+        return documents, 1 / math.sqrt(spec.attn.qk) if scale is None else scale
 
     def traceable(self, layers: list[AttnMeta | None]) -> list[AttnMeta | None]:
         """The metadata for a compiled forward.
 
         With FlashAttention, window and scale become inputs of the graph (attention.traceable).
         """
-        widths, out = [spec.attn and spec.attn.qk for spec in self.specs], list(layers)
-        for width in {*widths} - {None}:
-            mine = [i for i, w in enumerate(widths) if w == width]
+        kinds, out = [spec.attn and (spec.attn.qk, spec.attn.paired) for spec in self.specs], list(layers)
+        for kind in {*kinds} - {None}:
+            mine = [i for i, k in enumerate(kinds) if k == kind]
             scale = self.rotary_tables.scales[mine[0]]
-            metas = attention.traceable([layers[i].view for i in mine], scale, width)
+            metas = attention.traceable([layers[i].view for i in mine], scale, kind[0])
             for i, meta in zip(mine, metas):
-                out[i] = AttnMeta(*meta)
+                out[i] = AttnMeta(*meta, layers[i].compose)
         return out
 
     def update_yarn(self, windows: Windows | None) -> None:
         """Recompute the rotary tables and softmax scales if the long window has changed (YaRN, record 31)."""
         self.rotary_tables.update(windows)
 
-    def view(self, tokens, documents, window, max_docs, max_seqlen):
-        """The attention.View of one window, for the backend that system.attention selects."""
+    def view(self, tokens, documents, window, max_docs, max_seqlen, positions=1):
+        """The attention.View of one window, for the backend that system.attention selects.
+
+        positions: of each token: 2 with paired heads.
+        """
         if tokens.is_meta:  # shapes only: `attend` ignores the view
             return attention.View("dense", None)
         s, length = self.settings, tokens.size(1)
@@ -450,7 +489,7 @@ class GPT(nn.Module):
             if backend not in attention.FLASH:  # the block sizes of `banded` would depend on the text
                 max_seqlen = None
             if max_seqlen is None and self.training and s.data.loader == "packed":
-                max_seqlen = s.data.max_doc_len
+                max_seqlen = positions * s.data.max_doc_len
             return attention.view(
                 documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                 dtype=matmul_dtype, max_seqlen=max_seqlen, max_docs=max_docs
@@ -474,6 +513,9 @@ class GPT(nn.Module):
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
+        if self.bigram is not None and self.bigram.signs is not None:
+            key = hashlib.sha256(f"{seed}/bigram.signs".encode()).digest()
+            self.bigram.draw_signs(torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1))
         self.rotary_tables.reset()
         self.tied = self.tied_at_first()
         for router in self.routers():

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from declare import REFUSE, opt
+from mixing_settings import (
+    XSA, Bigram, Compose, Lanes, Mudd, Sublayers, TokenGates, attention_faults, channel_faults, layer_faults
+)
 
 
 # ----- parts of records 34 to 57 ----------------------------------------------------------------------------
@@ -49,12 +52,20 @@ class SALambdas:
 class ValueGate:
     """Value-embedding gate (record 55, @classiclarryd): 2 sigmoid(W n) times each head's value embedding.
 
-    n is the first `channels` channels of the block's normalised input.
+    n is the first `channels` channels of the block's normalised input, or half of them are the first ones of
+    the value embedding itself.
     """
     channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+    own_channels: Literal["none", "unpaired", "all"] = opt(
+        "none", "layers in which the second half of the gate's inputs is the first channels of the value "
+        "embedding. none. unpaired: those whose heads are not paired (record 70). all: all (record 81)"
+    )
 
     def check(self, s: Any) -> Iterator[str]:
-        yield from channel_faults("model.attn.value_embed.gate.channels", self.channels, s)
+        path = "model.attn.value_embed.gate"
+        yield from channel_faults(f"{path}.channels", self.channels, s)
+        if self.own_channels != "none" and self.channels % 2:
+            yield f"{path}.own_channels takes half of {path}.channels = {self.channels}: give an even number"
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ class Embed:
     norm: bool = opt(False, "RMS norm of the embedding, before the first block", off=False)
     smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous one, "
                                     "before the norm")
+    bigram: Bigram | None = opt(None, "bigram embedding: a hashed table of token pairs, added to the stream")
 
     def check(self, s: Any) -> Iterator[str]:
         if self.learned_positions and s.validation.seq_len > s.data.seq_len:
@@ -167,6 +179,12 @@ class Yarn:
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding (Su et al., arXiv 2104.09864) of the channel pairs (j, j + head_dim/2)."""
+
+    adjacent: bool = opt(
+        False,
+        "rotary pairs of neighbours (2j, 2j + 1), as in the paper (record 58; off: (j, j + head_dim/2))",
+        off=False
+    )
     base: float = opt(10000.0, "base of the frequencies base^(-2j/head_dim)", above=0)
     half_truncated: bool = opt(False, "half-truncated rotary embedding (@YouJiacheng): the first half of the "
                                       "pairs rotates with frequencies base^(-j/(head_dim/4 - 1)), the other "
@@ -219,7 +237,9 @@ class ValueEmbed:
     learned: bool = opt(True, "learned a and b, scalars per layer (off: the constant `init`)", off=False,
                         idle="model.attn.value_embed.mix=sum")
     table_init: Literal["normal", "zero"] = opt(
-        "normal", "initial value tables. normal: N(0, 1). zero: zeros")
+        "normal", "initial value tables. normal: N(0, table_std^2). zero: zeros")
+    table_std: float = opt(1.0, "standard deviation of the initial value tables (record 70: 0.01)",
+                           idle="model.attn.value_embed.table_init=zero", above=0)
     gate: ValueGate | None = opt(None, "gate on each head's value embedding")
 
     def check(self, s: Any) -> Iterator[str]:
@@ -311,12 +331,19 @@ class Window:
 class HeadGate:
     """Attention gate (record 28, @classiclarryd): each head's output is multiplied by sigmoid(W n).
 
-    n is the first `channels` channels of the block's normalised input.
+    n is the first `channels` channels of the block's normalised input. With model.token_gates the gate is a
+    coefficient per token and head instead, without a sigmoid.
     """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    channels: int = opt(
+        12, "input channels of the gate", unit="channel", off=REFUSE, idle="model.token_gates"
+    )
+    layers: tuple[int, ...] | None = opt(None, "layers that have it (record 85; off: all)")
 
     def check(self, s: Any) -> Iterator[str]:
         yield from channel_faults("model.attn.gate.channels", self.channels, s)
+        if self.layers is not None:
+            yield from layer_faults("model.attn.gate.layers", self.layers, s)
 
 
 @dataclass(frozen=True)
@@ -376,6 +403,29 @@ class Attention:
                "of a key that do not rotate are those of the previous token in the row", off=False,
         needs="model.attn.rope.half_truncated"
     )
+    key_offset_halves: bool = opt(
+        False, "key offset of halved pairs: the channels that would not rotate if the pairs were (j, j + "
+               "head_dim/2), although the pairs are neighbours (records 58 to 61, by oversight)", off=False,
+        needs="model.attn.rope.adjacent"
+    )
+    paired_layers: tuple[int, ...] = opt(
+        (),
+        "paired heads (record 58): in these layers heads h and h + num_heads/2 share one causal sequence of "
+        "twice as many positions, in which each token's two heads follow each other; the window counts these "
+        "positions", off=()
+    )
+    xsa: XSA | None = opt(
+        None, "exclusive self-attention: a head's output loses its part along the token's own value"
+    )
+    compose: Compose | None = opt(
+        None, "composed heads: heads exchange what they attend to, with weights per token",
+        needs="model.token_gates"
+    )
+    saved_input: int | None = opt(
+        None,
+        "saved input (record 77): in layers after this one, attention reads the stream after this layer",
+        unit="layer", least=0
+    )
     latent: Latent | None = opt(None, "multi-head latent attention: keys and values from one narrow latent "
                                       "per token")
     drop_layers: tuple[int, ...] = opt((), "layers without attention", off=())
@@ -385,10 +435,26 @@ class Attention:
             yield (f"model.model_dim = {s.model.model_dim} is not divisible by model.attn.num_heads = "
                    f"{self.num_heads}: change one of them")
         yield from layer_faults("model.attn.drop_layers", self.drop_layers, s)
+        yield from self.check_late(s)
         if len(self.drop_layers) == s.model.num_layers:
             yield "model.attn.drop_layers leaves no attention: leave one layer"
         if self.value_residual and self.value_embed:
             yield "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off"
+
+    def check_late(self, s: Any) -> Iterator[str]:
+        """Paired heads and the saved input."""
+        if self.paired_layers:
+            yield from attention_faults("model.attn.paired_layers", self.paired_layers, s)
+            if self.num_heads % 2:
+                yield (f"model.attn.paired_layers pairs heads, and model.attn.num_heads = {self.num_heads}: "
+                       "give an even number")
+            if self.window is None or self.window.rule not in ("tokens", "tokens_back"):
+                yield (
+                    "model.attn.paired_layers counts the window in positions: set model.attn.window.rule to "
+                    "tokens or tokens_back"
+                )
+        if self.saved_input is not None:
+            yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
 
 
 @dataclass(frozen=True)
@@ -503,8 +569,11 @@ class MLP:
 
 @dataclass(frozen=True)
 class X0Mix:
-    """Embedding shortcut: at the entry of every block x <- a x + b x0, where x0 is the embedding."""
-    x: float = opt(1.0, "initial a; the constant if `learned` is off")
+    """Embedding shortcut: at the entry of every block x <- a x + b x0, where x0 is the embedding.
+
+    With model.residual.sublayers b x0 is added after attention, and there is no a.
+    """
+    x: float = opt(1.0, "initial a; the constant if `learned` is off", idle="model.residual.sublayers")
     x0: float = opt(0.0, "initial b; the constant if `learned` is off")
     learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
 
@@ -521,7 +590,11 @@ class UnetSkips:
         None, "skips as pairs (layer whose output is added, layer before which it is added), record 45 (off: "
               "all of the U-net)"
     )
-    gate: SkipGate | None = opt(None, "gate on the weights of the skips")
+    after_attention: bool = opt(
+        False, "skips from between the sublayers: the stream after a layer's attention, "
+        "before its MLP (records 73 to 76)", off=False
+    )
+    gate: SkipGate | None = opt(None, "gate on the weights of the skips", idle="model.token_gates")
 
     def check(self, s: Any) -> Iterator[str]:
         path = "model.residual.unet_skips"
@@ -551,6 +624,16 @@ class Residual:
     unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
     backout: Backout | None = opt(None, "backout: the stream after an earlier block is subtracted before the "
                                         "final norm")
+    sublayers: Sublayers | None = opt(None, "factors of the stream and of each branch, per sublayer")
+    lanes: Lanes | None = opt(None, "two lanes: from a layer on, attention and MLP read streams of their own",
+                              needs="model.residual.sublayers")
+    mudd: Mudd | None = opt(
+        None, "MUDD connections: the last layer mixes earlier streams, with coefficients per token"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.lanes and self.mudd:
+            yield "model.residual.lanes and model.residual.mudd wire the last layers both: switch one off"
 
 
 @dataclass(frozen=True)
@@ -613,6 +696,10 @@ class Init:
     qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
                                         "53; off: that of `bound`)",
                                   needs="model.init.scheme=uniform", least=0)
+    o_bound: float | None = opt(
+        None, "bound of the uniform scheme for attention's output projection (record 64; "
+        "off: as zero_proj and `bound` say)", needs="model.init.scheme=uniform", least=0
+    )
     head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
                                        "distributed, which is also the token table if they are tied (record "
                                        "51; off: by `scheme`)", least=0)
@@ -621,6 +708,10 @@ class Init:
         if self.qkv_bound is not None and s.model.attn.latent:
             yield ("model.init.qkv_bound is of the projections q, k and v, which model.attn.latent replaces: "
                    "switch one off")
+        if self.o_bound is not None and s.model.attn.latent:
+            yield (
+                "model.init.o_bound is of the projection o, which model.attn.latent replaces: switch one off"
+            )
 
 
 @dataclass(frozen=True)
@@ -641,6 +732,9 @@ class Model:
     attn: Attention = opt(Attention, "self-attention")
     mlp: MLP = opt(MLP, "feed-forward network of a block")
     residual: Residual = opt(Residual, "wiring of the residual stream")
+    token_gates: TokenGates | None = opt(
+        None, "coefficients per token, in place of learned scalars and gates"
+    )
     head: Head = opt(Head, "from the residual stream to logits and the loss")
     init: Init = opt(Init, "initial weights")
 
@@ -683,19 +777,3 @@ def table_rows(s: Any) -> int:
 def empty_layers(s: Any) -> set[int]:
     """Layers with neither attention nor MLP, of which nothing is left in the model."""
     return set(s.model.attn.drop_layers) & set(s.model.mlp.drop_layers)
-
-
-def channel_faults(path: str, channels: int, s: Any) -> Iterator[str]:
-    """Messages on a gate that reads more channels than there are."""
-    if not 1 <= channels <= s.model.model_dim:
-        yield f"{path} = {channels}: must lie between 1 and model.model_dim"
-
-
-def layer_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
-    """Messages on layer numbers that do not exist or are given twice."""
-    count = s.model.num_layers
-    for i in layers:
-        if not 0 <= i < count:
-            yield f"{path} names layer {i}: the model has layers 0 to {count - 1}"
-    if len(set(layers)) != len(layers):
-        yield f"{path} = {list(layers)} names a layer twice"

@@ -112,11 +112,12 @@ class Hyper:
 
 
 LABELS = {  # role -> labels that may have settings of their own
-    "embed": ("value_embed", "positions"),
+    "embed": ("value_embed", "positions", "bigram"),
     "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas",
-               "smear_lambda", "backout_lambda"),
+               "smear_lambda", "backout_lambda", "post_lambdas", "bigram_lambdas", "xsa", "mudd_bias",
+               "token_gate_bias", "token_gate_scale"),
     "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "c_fc", "c_proj",
-               "expert_c_fc", "expert_c_proj")}
+               "expert_c_fc", "expert_c_proj", "mudd", "token_gate")}
 
 
 @dataclass(frozen=True)
@@ -211,12 +212,15 @@ class Optim:
                                    needs="model.attn.value_embed")
     positions: Label | None = opt(None, "own settings of the position table",
                                    needs="model.embed.learned_positions")
+    bigram: Label | None = opt(None, "own settings of the table of bigrams", needs="model.embed.bigram")
     norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
                                    needs="model.norm=layernorm")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
                                    needs="model.bias")
-    resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream in the x0 mix",
-                                   needs="model.residual.x0_mix.learned")
+    resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream, in the x0 mix or in "
+                                            "sublayers",
+                                      needs="model.residual.x0_mix.learned or "
+                                            "model.residual.sublayers.learned")
     x0_lambdas: Label | None = opt(None, "own settings of the factors of the embedding in the x0 mix",
                                    needs="model.residual.x0_mix.learned")
     skip_weights: Label | None = opt(None, "own settings of the weights of the U-net skips",
@@ -229,6 +233,16 @@ class Optim:
                                      needs="model.embed.smear.learned")
     backout_lambda: Label | None = opt(None, "own settings of the factor of the backout",
                                        needs="model.residual.backout.learned")
+    post_lambdas: Label | None = opt(None, "own settings of the factors of the branches",
+                                     needs="model.residual.sublayers.learned")
+    bigram_lambdas: Label | None = opt(None, "own settings of the coefficients of the bigram",
+                                       needs="model.embed.bigram.learned")
+    xsa: Label | None = opt(None, "own settings of the strengths of XSA", needs="model.attn.xsa.learned")
+    mudd_bias: Label | None = opt(None, "own settings of the biases of MUDD", needs="model.residual.mudd")
+    token_gate_bias: Label | None = opt(None, "own settings of the biases of the token gates",
+                                        needs="model.token_gates")
+    token_gate_scale: Label | None = opt(None, "own settings of the scale of the token gates",
+                                         needs="model.token_gates")
     qkvo: MatrixLabel | None = opt(None, "own settings of the projections of attention")
     latent: MatrixLabel | None = opt(None, "own settings of the matrices of latent attention",
                                    needs="model.attn.latent")
@@ -246,6 +260,9 @@ class Optim:
                                    needs="model.mlp.moe")
     expert_c_proj: MatrixLabel | None = opt(None, "own settings of the second matrix of the experts",
                                    needs="model.mlp.moe")
+    mudd: MatrixLabel | None = opt(None, "own settings of the matrices of MUDD", needs="model.residual.mudd")
+    token_gate: MatrixLabel | None = opt(None, "own settings of the matrices of the token gates",
+                                         needs="model.token_gates")
     muon: Muon | None = opt(None, "Muon, in place of AdamW, for the block matrices")
     grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
                                   off=None, above=0)

@@ -52,6 +52,7 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
         "length0": lambda v: v // scale.length,
         "batch": lambda v: v // scale.batch,
         "vocab": lambda v: scale.vocab_size or v,
+        "vocab_share": lambda v: max(2, v * scale.vocab_size // 50257) if scale.vocab_size else v,
         "validation": lambda v: scale.validation_tokens,
         "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
         "turns": lambda v: v / scale.length,  # of a rotary pair within a window

@@ -79,14 +79,15 @@ def qk_rotary_reference(
     return q, offset_keys(k, offset)
 
 
-def offset_keys(k, offset):
+def offset_keys(k, offset, adjacent=False):
     """Keys (R, T, H, K) whose last `offset` channel pairs are those of the previous token in the row.
 
-    The first token of a row keeps its own.
+    The first token of a row keeps its own. adjacent: pairs (2j, 2j + 1) in place of (j, j + K/2).
     """
     if not offset:
         return k
-    pair = torch.arange(k.size(-1), device=k.device) % (k.size(-1) // 2)
+    channel = torch.arange(k.size(-1), device=k.device)
+    pair = channel // 2 if adjacent else channel % (k.size(-1) // 2)
     return torch.where(pair >= k.size(-1) // 2 - offset, torch.cat([k[:, :1], k[:, :-1]], 1), k)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from kernels import attention, eager
 from kernels.qk_rotary import offset_keys, qkv_rotary
 from layers.primitives import coefficient, constant, dtype, linear, linear_init, parameter, products_dtype
+from layers.compose import composed, excluded
 from layers.primitives import rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
@@ -27,6 +28,17 @@ class AttnMeta(NamedTuple):
     view: Any
     # softmax scale; None: 1 / sqrt(K), or already in the view (attention.traceable)
     scale: float | None
+    # (R, T) document number of each token and the softmax scale, where heads are composed
+    compose: tuple[torch.Tensor | None, float] | None = None
+
+
+class AttnCoefs(NamedTuple):
+    """Coefficients of one layer's attention in one forward pass; None: the layer does not have it."""
+    qkv: Any = None  # factor of W_qkv: a 0-d tensor or number
+    o: Any = None  # factor of W_O, likewise
+    gate: torch.Tensor | None = None  # factor of each head's output per token (R, T, H), in place of a gate of x
+    xsa: torch.Tensor | None = None  # strength of exclusive self-attention, (H,) or (R, T, H)
+    compose: tuple[torch.Tensor, torch.Tensor] | None = None  # w1 and w2 of composed heads, (R, T, H) each
 
 
 @dataclass
@@ -45,6 +57,7 @@ class Context:
 class Cache(list):
     """The cache of a generation: a list of tensors per layer, and the embedding of the last token."""
     previous: torch.Tensor | None = None  # (R, 1, D), before smear and norm; None: no token yet
+    tokens: torch.Tensor | None = None  # (R, T) int64, all tokens so far, for the bigram; None: no token yet
 
 
 def cached_tokens(cache: list | None) -> int:
@@ -83,7 +96,8 @@ class Attention(nn.Module):
                 f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}"
             )
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
-        out = linear_init(s, d, projection=True)
+        o_bound = s.model.init.o_bound
+        out = linear_init(s, d, projection=o_bound is None, bound=o_bound)
         self.qkvo = parameter(
             (4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
             views=views.qkvo(s)
@@ -108,9 +122,14 @@ class Attention(nn.Module):
         self.norm_dtype = dtype(n.norm)
         self.products = products_dtype(s)
         self.branch_scale = 1 / math.sqrt(2 * s.model.num_layers) if a.depth_scale else None
+        self.adjacent = a.rope is not None and a.rope.adjacent
+        self.offset_adjacent = self.adjacent and not a.key_offset_halves
+        self.xsa = None
+        if spec.xsa and s.model.token_gates is None:
+            self.xsa = coefficient(spec.heads, a.xsa.init, a.xsa.learned, n.scalar, "xsa")
 
     def forward(self, x: torch.Tensor, rotary: Rotary | None, mix_values: Callable | None, meta: AttnMeta,
-                cache: list | None = None, lambdas: tuple = (None, None)) -> torch.Tensor:
+                cache: list | None = None, coefs: AttnCoefs = AttnCoefs()) -> torch.Tensor:
         """The attention branch.
 
         Args:
@@ -119,14 +138,14 @@ class Attention(nn.Module):
             mix_values: function (v, x) -> v (value residual or value embedding), or None.
             meta: attention metadata of this layer.
             cache: this layer's [keys, values] in generation, extended here, or None.
-            lambdas: factors of W_qkv and W_O (SALambdas), each a 0-d tensor or number, or None.
+            coefs: coefficients from outside the layer.
 
         Returns: (R, T, D).
         """
         start = cached_tokens(cache)
         w_qkv, w_o = self.qkvo.split([3, 1])
         b_qkv, b_o = (None, None) if self.bias is None else self.bias.split([3, 1])
-        w_qkv, w_o = (w if a is None else a * w.to(x.dtype) for a, w in zip(lambdas, (w_qkv, w_o)))
+        w_qkv, w_o = (w if a is None else a * w.to(x.dtype) for a, w in zip(coefs, (w_qkv, w_o)))
         qkv = self.project(x, w_qkv, b_qkv)  # (R, T, 3, H, K)
         fused = self.fused and cache is None
         if fused:
@@ -140,8 +159,10 @@ class Attention(nn.Module):
             q, k = self.apply_rotary(q, rotary, start), self.apply_rotary(k, rotary, start)
         if mix_values is not None:
             v = mix_values(v, x)
-        y = self.attend(q, k, v, meta, start, cache, 0 if fused else self.spec.key_offset)  # (R, T, H, V)
-        y = self.apply_gate(x, y)
+        offset = 0 if fused else self.spec.key_offset
+        y = self.attend(q, k, v, meta, start, cache, offset, coefs.compose)  # (R, T, H, V)
+        y = self.exclude(y, v, coefs.xsa)
+        y = self.apply_gate(x, y, coefs.gate)
         return self.out(y, w_o[0], None if b_o is None else b_o[0])
 
     def project(self, x, weight, bias):
@@ -159,7 +180,7 @@ class Attention(nn.Module):
 
     def rotate(self, x, rotary, start):
         """Apply rotary positions start, start + 1, ... to queries or keys (R, T, H, K)."""
-        return rotary(x, start)
+        return rotary.paired(x, start) if self.spec.paired else rotary(x, start)
 
     def apply_rotary(self, x, rotary, start):
         """QK norm and rotation of queries or keys (R, T, H, K), in the record's order."""
@@ -177,28 +198,66 @@ class Attention(nn.Module):
         return qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.qk_eps,
                           offset=self.spec.key_offset)
 
-    def attend(self, q, k, v, meta, start, cache, offset=0):
+    def attend(self, q, k, v, meta, start, cache, offset=0, compose=None):
         """Softmax attention of q, k (R, T, H, K) and v (R, T, H, V). Returns (R, T, H, V).
 
         In generation k and v are appended to the cache, and q attends to all of it.
 
         offset: channel pairs of each key that are replaced by those of the previous token's key. The cache
             holds keys without this replacement, because the next token needs the unmodified last key.
+        compose: w1 and w2 of composed heads (layers/compose.py), or None.
         """
         if start:
             k, v = torch.cat([cache[0], k], dim=1), torch.cat([cache[1], v], dim=1)
         if cache is not None:
             cache[:] = [k, v]
-        k = offset_keys(k, offset)
+        k = offset_keys(k, offset, self.offset_adjacent)
+        if self.spec.paired:
+            return self.attend_paired(q, k, v, meta, start)
         if start:
-            return attention.attend_cached(q, k, v, *(meta.view or ()), scale=meta.scale)
-        return attention.attend(q, k, v, meta.view, meta.scale)
+            y = attention.attend_cached(q, k, v, *(meta.view or ()), scale=meta.scale)
+        else:
+            y = attention.attend(q, k, v, meta.view, meta.scale)
+        if compose is None:
+            return y
+        return y + composed(q, k, v, *compose, self.spec.compose, *meta.compose)
 
-    def apply_gate(self, x, y):
+    def attend_paired(self, q, k, v, meta, start):
+        """Attention of paired heads (record 58): heads h and h + H/2 share a sequence of 2T positions.
+
+        Position 2t of sequence h is head h of token t, and 2t + 1 its head h + H/2. Of a new token after a
+        cache, the first head does not see the second one.
+        """
+        shape = q.shape[:3]
+        q, k, v = (x.unflatten(2, (2, -1)).flatten(1, 2) for x in (q, k, v))  # (R, 2T, H/2, ...)
+        if not start:
+            y = attention.attend(q, k, v, meta.view, meta.scale)
+        else:
+            documents, window = meta.view or (None, attention.CAUSAL)
+            known = None if documents is None else documents[:, :-1]
+            y = torch.cat([
+                attention.attend_cached(q[:, :1], k[:, :-1], v[:, :-1], known, window, meta.scale),
+                attention.attend_cached(q[:, 1:], k, v, documents, window, meta.scale)
+            ], dim=1)
+        return y.reshape(*shape, -1)
+
+    def exclude(self, y, v, strength):
+        """XSA of the heads' outputs y (R, T, H, V) along the values v of the same tokens.
+
+        strength: of this layer's heads per token (R, T, H), or None: the learned one, if there is one.
+        """
+        if strength is None and self.xsa is not None:
+            alphas = self.xsa()
+            strength = torch.stack(alphas) if isinstance(alphas[0], torch.Tensor) else y.new_tensor(alphas)
+        return y if strength is None else excluded(y, v, strength.tanh())
+
+    def apply_gate(self, x, y, gate=None):
         """Multiply the heads' outputs y (R, T, H, V) by a gate per token and head.
 
-        The gate is sigmoid(W n), n the first channels of x (R, T, D).
+        The gate (R, T, H) is given, or sigmoid(W n), n the first channels of x (R, T, D).
         """
+        if gate is not None:
+            return y * gate[..., None]
         if self.gate is None:
             return y
         return y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]  # (R, T, H, 1)

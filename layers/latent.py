@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from kernels import attention
-from layers.attention import Attention, cached_tokens
+from layers.attention import Attention, AttnCoefs, cached_tokens
 from layers.primitives import linear, linear_init, parameter, rms_norm
 from layers.specs import AttnSpec
 from settings import Settings
@@ -48,11 +48,11 @@ class LatentAttention(Attention):
         self.o = matrix(d, spec.heads * spec.v, projection=True)
         self.common_parts(s, spec)
 
-    def forward(self, x, rotary, mix_values, meta, cache=None, lambdas=(None, None)):
+    def forward(self, x, rotary, mix_values, meta, cache=None, coefs=AttnCoefs()):
         """As Attention.forward.
 
         cache: [None, None] begins an ordinary cache, [None, None, None] a latent one; None: no cache.
-        lambdas: unused, because model.attn.sa_lambdas excludes latent attention.
+        coefs: only the gate, because factors of the projections, XSA and composed heads exclude latents.
         """
         start = cached_tokens(cache)
         latent_cache = cache is not None and len(cache) == 3
@@ -68,7 +68,7 @@ class LatentAttention(Attention):
             if mix_values is not None:
                 v = mix_values(v, x)
             y = self.attend(q, k, v, meta, start, None if latent_cache else cache)
-        return self.out(self.apply_gate(x, y), self.o)
+        return self.out(self.apply_gate(x, y, coefs.gate), self.o)
 
     def linear(self, x, weight):
         """x (R, T, in) times weight (out, in), by numerics.products."""

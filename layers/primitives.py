@@ -34,6 +34,11 @@ def constant(value):
     return lambda tensor, generator: tensor.fill_(value)
 
 
+def values(numbers):
+    """Initialiser: these numbers, one per entry of a vector."""
+    return lambda tensor, generator: tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype))
+
+
 def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
     """A parameter with its initialiser, and its role and label for the optimizer.
 
@@ -71,7 +76,8 @@ class Learned(nn.Module):
 
     def __init__(self, n, value, dtype_name, sigmoid, label):
         super().__init__()
-        self.value = parameter((n,), dtype_name, role="scalar", label=label, init=constant(value))
+        init = constant(value) if isinstance(value, (int, float)) else values(value)
+        self.value = parameter((n,), dtype_name, role="scalar", label=label, init=init)
         self.sigmoid = sigmoid
 
     def forward(self):
@@ -83,14 +89,14 @@ class Constant(nn.Module):
 
     def __init__(self, n, value):
         super().__init__()
-        self.values = [value] * n
+        self.values = [value] * n if isinstance(value, (int, float)) else list(value)
 
     def forward(self):
         return self.values
 
 
 def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
-    """n coefficients that start at `value` (before the sigmoid, if there is one)."""
+    """n coefficients that start at `value`, a number or one for each (before the sigmoid, if there is one)."""
     if learned:
         return Learned(n, value, dtype_name, sigmoid, label)
     return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)

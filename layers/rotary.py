@@ -17,7 +17,7 @@ from settings import Settings
 class Rotary(nn.Module):
     """Rotary positions: channel pairs (j, j + K/2) are rotated by -t f_j, where t is the index in the row.
 
-    The index is not reset at documents. Full (records 2 to 16): f_j = base^(-2j/K). Half-truncated (record 17
+    With model.attn.rope.adjacent the pairs are (2j, 2j + 1). The index is not reset at documents. Full (records 2 to 16): f_j = base^(-2j/K). Half-truncated (record 17
     on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs, and 0 for the others. With YaRN the tables depend on
     the long window (RotaryTables).
     """
@@ -30,7 +30,8 @@ class Rotary(nn.Module):
         self.frequency_dtype = dtype(n.rope_frequency)
         self.math_dtype = dtype(n.rope_math)
         self.block = s.model.attn.window.block if s.model.attn.window else None
-        self.length = max(s.data.seq_len, s.validation.seq_len)
+        # paired heads take two positions a token
+        self.length = max(s.data.seq_len, s.validation.seq_len) * (2 if s.model.attn.paired_layers else 1)
         self.register_buffer(
             "cos", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False
         )
@@ -72,9 +73,24 @@ class Rotary(nn.Module):
         """x: (R, T, H, K) at positions start..start+T-1 of its row. Returned in x's dtype."""
         cos = self.cos[start:start + x.size(1), None]
         sin = self.sin[start:start + x.size(1), None]
+        return self.turned(x, cos, sin)
+
+    def paired(self, x, start=0):
+        """x: (R, T, H, K) of paired heads: head h of token t is at position 2t + h mod 2 (record 58)."""
+        places = slice(2 * start, 2 * (start + x.size(1)))
+        cos, sin = (table[places].unflatten(0, (-1, 2)) for table in (self.cos, self.sin))  # (T, 2, K/2)
+        halves = x.size(2) // 2
+        cos, sin = (table.repeat(1, halves, 1) for table in (cos, sin))
+        return self.turned(x, cos, sin)
+
+    def turned(self, x, cos, sin):
+        """x (R, T, H, K) rotated by tables (T, H or 1, K/2)."""
         wide = x.to(torch.promote_types(x.dtype, self.math_dtype))
-        if eager.applies(wide) and torch.promote_types(wide.dtype, cos.dtype) == wide.dtype:
+        if not self.rope.adjacent and eager.applies(wide) and torch.promote_types(wide.dtype, cos.dtype) == wide.dtype:
             return eager.Rotate.apply(wide, cos, sin).to(x.dtype)
+        if self.rope.adjacent:
+            x1, x2 = wide.unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).flatten(-2).to(x.dtype)
         x1, x2 = wide.chunk(2, dim=-1)
         return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 

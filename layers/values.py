@@ -18,7 +18,7 @@ class ValueResidual(nn.Module):
         v = s.model.attn.value_residual
         self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
-    def begin(self, tokens):
+    def begin(self, tokens, stream=None):
         """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block."""
         lam, first = self.lam(), []
 
@@ -37,7 +37,7 @@ class ValueEmbed(nn.Module):
 
     mix: `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48):
     a = b = 1. With a gate (record 55) each head's ve is multiplied by 2 sigmoid(W n), where n is the normed
-    input of the block.
+    input of the block, or (record 70) half of n and half of ve. In the layer of MUDD its network gives the gate.
     """
 
     def __init__(self, s, specs):
@@ -48,8 +48,9 @@ class ValueEmbed(nn.Module):
         self.table_of = [spec.attn and spec.attn.value_table for spec in specs]
         self.number = {layer: k for k, layer in enumerate(layers)}
         self.mix = e.mix
+        self.mudd_layer = s.model.residual.mudd.layer if s.model.residual.mudd else None
         self.dtype = dtype(n.residual)
-        init = constant(0.0) if e.table_init == "zero" else normal(1.0)
+        init = constant(0.0) if e.table_init == "zero" else normal(e.table_std)
         self.tables = nn.ParameterList(
             parameter((table_rows(s), s.model.model_dim), n.table, role="embed", label="value_embed",
                       init=init)
@@ -63,19 +64,30 @@ class ValueEmbed(nn.Module):
         self.gates = nn.ParameterDict({
             str(i): parameter((spec.attn.heads, spec.attn.value_gate), n.gate, role="matrix", label="ve_gate",
                               views=views.gate(s), init=constant(0.0))
-            for i, spec in enumerate(specs) if spec.attn is not None and spec.attn.value_gate is not None
+            for i, spec in enumerate(specs)
+            if spec.attn is not None and spec.attn.value_gate is not None and i != self.mudd_layer
         })
+        self.own = {i for i, spec in enumerate(specs) if spec.attn is not None and spec.attn.value_gate_own}
 
-    def begin(self, tokens):
-        """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block."""
+    def begin(self, tokens, stream=None):
+        """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block.
+
+        stream: the residual stream, whose MUDD connections may read value embeddings and add to the values.
+        """
         a, b = (None if c is None else c() for c in (self.v_lambdas, self.ve_lambdas))
         rows = [F.embedding(tokens, table).to(self.dtype) for table in self.tables]
+        for i, table in enumerate(self.table_of) if stream is not None else ():
+            if table is not None:
+                stream.keep(f"table.{i}", rows[table])
 
         def mix(i, v, n):
             k, table = self.number[i], self.table_of[i]
             if table is None:
                 return v if a is None else (a[k] * v).to(v.dtype)
-            ve = self.gated(i, rows[table].view(v.shape), n)
+            if i == self.mudd_layer:
+                ve = stream.gated_table(i, rows[table].view(v.shape)) + stream.values(i).view(v.shape)
+            else:
+                ve = self.gated(i, rows[table].view(v.shape), n)
             if self.mix == "sum":
                 return (v + ve).to(v.dtype)
             if self.mix == "scaled":
@@ -90,4 +102,8 @@ class ValueEmbed(nn.Module):
         if str(i) not in self.gates:
             return ve
         gate = self.gates[str(i)]
-        return 2 * torch.sigmoid(linear(n[..., :gate.size(1)], gate))[..., None] * ve  # (R, T, H, V)
+        channels = n[..., :gate.size(1)]
+        if i in self.own:
+            half = gate.size(1) // 2
+            channels = torch.cat([n[..., :half], ve.flatten(2)[..., :half].to(n.dtype)], dim=-1)
+        return 2 * torch.sigmoid(linear(channels, gate))[..., None] * ve  # (R, T, H, V)

@@ -1,0 +1,46 @@
+"""Coefficients per token from small networks: MUDD connections (record 81) and token gates (record 85)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from layers.primitives import constant, linear, parameter, uniform, values
+from updates.views import Views
+
+
+class Column(NamedTuple):
+    """One named coefficient of a network. width: 1, or one per head or group of heads. init: its first value."""
+    name: str
+    width: int = 1
+    init: float = 0.0
+
+
+class TokenNet(nn.Module):
+    """scale (W2 gelu(W1 x) + b) for every token, x (R, T, D) the stream without a norm.
+
+    MUDD (Xiao et al., arXiv 2502.12170). W2 starts at zero, so that every coefficient starts at its column's
+    init. The exact GELU, with the error function.
+    """
+
+    def __init__(self, columns: Sequence[Column], dim: int, hidden: int, scale: float, dtype_name: str,
+                 label: str):
+        """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters."""
+        super().__init__()
+        self.columns = tuple(columns)
+        n, starts = sum(c.width for c in columns), [c.init / scale for c in columns for _ in range(c.width)]
+        self.w1 = parameter((hidden, dim), dtype_name, role="matrix", label=label, init=uniform(dim ** -0.5),
+                            views=Views())
+        self.w2 = parameter((n, hidden), dtype_name, role="matrix", label=label, init=constant(0.0),
+                            views=Views())
+        self.bias = parameter((n,), dtype_name, role="scalar", label=f"{label}_bias", init=values(starts))
+
+    def forward(self, x: torch.Tensor, scale: torch.Tensor | float) -> dict[str, torch.Tensor]:
+        """{column: its coefficients (R, T, width)} for the stream x (R, T, D), in x's dtype."""
+        found = linear(F.gelu(linear(x, self.w1)), self.w2, self.bias)
+        if isinstance(scale, torch.Tensor):
+            scale = scale.to(found.dtype)
+        parts = (scale * found).split([c.width for c in self.columns], dim=-1)
+        return {column.name: part for column, part in zip(self.columns, parts)}

@@ -1,0 +1,219 @@
+"""Sections of the model that mix streams and tokens, records 58 to 92: hashed bigrams, coefficients per
+token.
+
+In `check(self, s)`, s is the whole Settings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from declare import REFUSE, opt
+
+
+# ----- checks of several sections ---------------------------------------------------------------------------
+
+def channel_faults(path: str, channels: int, s: Any) -> Iterator[str]:
+    """Messages on a gate that reads more channels than there are."""
+    if not 1 <= channels <= s.model.model_dim:
+        yield f"{path} = {channels}: must lie between 1 and model.model_dim"
+
+
+def layer_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
+    """Messages on layer numbers that do not exist or are given twice."""
+    count = s.model.num_layers
+    for i in layers:
+        if not 0 <= i < count:
+            yield f"{path} names layer {i}: the model has layers 0 to {count - 1}"
+    if len(set(layers)) != len(layers):
+        yield f"{path} = {list(layers)} names a layer twice"
+
+
+def attention_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
+    """Messages on layers that do not exist, are given twice or have no attention."""
+    yield from layer_faults(path, layers, s)
+    for i in sorted(set(layers) & set(s.model.attn.drop_layers)):
+        yield (
+            f"{path} names layer {i}, which has no attention: leave it out, or take it from attn.drop_layers"
+        )
+    if s.model.attn.latent:
+        yield f"{path} is for ordinary heads, which model.attn.latent replaces: switch one off"
+
+
+# ----- attention --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class XSA:
+    """Exclusive self-attention (record 82): y_h <- y_h - tanh(a_h) (y_h . v_h) / max(v_h . v_h, 1e-8) v_h.
+
+    y is a head's output and v the value of the same token, as attention sees it. a is learned, one per layer
+    and head, or a coefficient per token (model.token_gates).
+    """
+    layers: tuple[int, ...] = opt((1, 3, 4, 7, 8, 10), "layers that have it", off=REFUSE)
+    init: float = opt(0.0, "initial a; the constant if `learned` is off")
+    learned: bool = opt(True, "learned a (off: the constant `init`)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from attention_faults("model.attn.xsa.layers", self.layers, s)
+        if both := sorted(set(self.layers) & set(s.model.attn.paired_layers)):
+            yield (
+                f"model.attn.xsa.layers names layer {both[0]}, whose heads are paired: leave it out, or take "
+                "it from model.attn.paired_layers"
+            )
+
+
+@dataclass(frozen=True)
+class Compose:
+    """Dynamically composed heads (Xiao et al., arXiv 2405.08553), the light form of record 85.
+
+    y_h <- y_h + w2_h sum_u A(u) v_h(u) with A(u) = sum_h w1_h P_h(u): P are attention's probabilities over
+    the last `window` tokens of the document, w1 (normed over the heads) and w2 are coefficients per token.
+    """
+    layers: tuple[int, ...] = opt((10,), "layers that have it", off=REFUSE)
+    window: int = opt(112, "tokens over which the probabilities are taken, the query's own among them",
+                      unit="token", off=REFUSE, shrink="length", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from attention_faults("model.attn.compose.layers", self.layers, s)
+        if both := sorted(set(self.layers) & set(s.model.attn.paired_layers)):
+            yield (
+                f"model.attn.compose.layers names layer {both[0]}, whose heads are paired: leave it out, or "
+                "take it from model.attn.paired_layers"
+            )
+
+
+# ----- embedding --------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Bigram:
+    """Hashed bigram embedding (record 62, @classiclarryd): a row of a table per pair of neighbouring tokens.
+
+    Token t at position p of a row takes row (36313 t_p xor 27191 t_(p-1)) mod (rows - 1), in 32-bit integers;
+    the first token takes the last row. Pairs run across documents. The row is added to the stream, times a
+    coefficient: learned, one per layer, or one per token (model.token_gates).
+    """
+    rows: int = opt(251_520, "rows of the table, the last one for the first token of a row of the batch",
+                    unit="row", off=REFUSE, shrink="vocab_share", least=2, most=2 ** 31 - 1)
+    dim: int | None = opt(
+        None, "width of the table, which fills the first channels of the stream (record 83; off: model_dim)",
+        unit="channel", shrink="width", least=1
+    )
+    site: Literal["in", "attn"] = opt(
+        "in", "where a layer adds it. in: before attention. attn: after attention (record 73)")
+    init: float = opt(0.1, "initial coefficient; the constant if `learned` is off")
+    learned: bool = opt(True, "learned coefficients, one per layer (off: the constant `init`)", off=False)
+    second_token: Literal["reserved", "pair"] = opt(
+        "reserved",
+        "what the second token of a row is hashed with. reserved: the number of the last row, which "
+        "the originals have written over the first token by then. pair: the first token (records 68 " "to 70)"
+    )
+    signs: int | None = opt(
+        None, "rows of a fixed table of random signs; the row (t_(p-1) xor t_p) mod signs "
+        "multiplies the bigram's, so that pairs that collide differ (record 83)", unit="row", least=2
+    )
+    in_x0: bool = opt(
+        False, "the embedding x0, as later layers add it, holds the bigram of the first layer too "
+        "(records 83 and 84, where both were one tensor)", off=False
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.dim is not None and self.dim > s.model.model_dim:
+            yield (
+                f"model.embed.bigram.dim = {self.dim}: must be at most model.model_dim = {s.model.model_dim}"
+            )
+        if self.in_x0 and self.site == "in":
+            yield "model.embed.bigram.in_x0 needs model.embed.bigram.site=attn: set it, or leave in_x0 off"
+
+
+# ----- residual stream --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Sublayers:
+    """Factors of each sublayer (record 73): x <- r x + p branch(x), r and p per attention and per MLP.
+
+    The embedding shortcut and the bigram are then added after attention.
+    """
+    resid: float = opt(1.0488088481701516, "initial r (sqrt(1.1)); the constant if `learned` is off")
+    post: float = opt(1.0, "initial p; the constant if `learned` is off")
+    attn_post_from: int = opt(0, "first layer whose attention has a factor p (record 74: 7)", unit="layer",
+                              off=0, least=0)
+    learned: bool = opt(True, "learned r and p, scalars (off: the constants)", off=False)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Two lanes (record 73, partitioned hyperconnections): from a layer on, two streams.
+
+    Attention reads the first lane, the MLP the second; both are added to both, with factors of their own.
+    After the last layer the stream is their mean.
+    """
+    start: int = opt(7, "first layer with two lanes", unit="layer", off=REFUSE, least=1)
+    attn_post: float = opt(1.5, "initial factor of attention in the second lane")
+    shortcuts: Literal["scaled", "first"] = opt(
+        "scaled",
+        "how the embedding and the bigram enter. scaled: with the factors p of attention, into both "
+        "lanes (record 73). first: unscaled, into the first lane (record 74)"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.residual.lanes.start", (self.start,), s)
+        if s.system.activation_checkpoint == "on":
+            yield ("model.residual.lanes keeps a second stream beside a layer's, which "
+                   "system.activation_checkpoint=on would compute twice: switch one off")
+
+
+@dataclass(frozen=True)
+class Mudd:
+    """MUDD connections (Xiao et al., arXiv 2502.12170; record 81): the last layer mixes earlier streams.
+
+    Two small networks give coefficients per token from the stream x, scale (W2 gelu(W1 x) + b), for every
+    term of the layer (values, its input, both branches, embedding and bigram) and of the sum before the final
+    norm.
+    """
+    layer: int = opt(10, "layer whose terms have coefficients per token", unit="layer", off=REFUSE, least=1)
+    hidden: int = opt(64, "hidden width of the networks", unit="channel", off=REFUSE, least=1)
+    scale: float = opt(0.1, "factor of the networks' outputs", above=0)
+    cached: int = opt(7, "layer whose output the layer's values and input are mixed with", unit="layer",
+                      off=REFUSE, least=0)
+    snapshots: tuple[int, ...] = opt(
+        (7, 9, 3),
+        "layers whose outputs are mixed in before the final norm, beside the stream before the first layer",
+    )
+    tables: tuple[int, ...] = opt((1,), "layers whose value embeddings are mixed in before the final norm")
+    backout: float = opt(-0.5, "initial coefficient of the first snapshot before the final norm, in place of "
+                               "model.residual.backout")
+
+    def check(self, s: Any) -> Iterator[str]:
+        path, embed = "model.residual.mudd", s.model.attn.value_embed
+        yield from attention_faults(f"{path}.layer", (self.layer,), s)
+        yield from layer_faults(f"{path}.snapshots", self.snapshots, s)
+        if not self.snapshots:
+            yield f"{path}.snapshots is empty: name at least one layer"
+        if self.cached >= self.layer:
+            yield f"{path}.cached = {self.cached}: must be an earlier layer than {path}.layer = {self.layer}"
+        held = embed.tables if embed else ()
+        for i in (*self.tables, self.layer):
+            if not 0 <= i < len(held) or held[i] < 0:
+                yield (f"{path} needs the value embedding of layer {i}: give it a table in "
+                       "model.attn.value_embed.tables")
+        if s.model.residual.sublayers is None:
+            yield f"{path} replaces the factors of its layer's sublayers: set model.residual.sublayers"
+
+
+@dataclass(frozen=True)
+class TokenGates:
+    """Coefficients per token from two small networks (MUDD gates, record 85): scale (W2 gelu(W1 x) + b).
+
+    They replace the learned scalars and gates of what is on: embedding shortcut, bigram, skips, attention
+    gate, XSA, and they give composed heads their weights. The first network reads the embedding and serves
+    the layers before `layer`; the second one reads the stream that enters `layer` and serves the others.
+    """
+    layer: int = opt(4, "first layer that the second network serves", unit="layer", off=REFUSE, least=1)
+    hidden: int = opt(64, "hidden width of the networks", unit="channel", off=REFUSE, least=1)
+    scale: float = opt(0.1, "initial factor of the outputs, a learned scalar", above=0)
+    attn: float = opt(0.25, "initial attention gate")
+    skip: float = opt(0.5, "initial gate of a skip")
+    compose: float = opt(1.0, "initial w1 of composed heads; w2 starts at 0")
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.token_gates.layer", (self.layer,), s)

@@ -40,7 +40,7 @@ from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
 from model_settings import padded_vocab, table_rows
-from settings import LOGICAL_RANKS, Settings
+from settings import LOGICAL_RANKS, Settings, longest_document
 
 
 # ----- embedding --------------------------------------------------------------------------------------------
@@ -319,7 +319,8 @@ class GPT(nn.Module):
         return losses
 
     def bigrams(self, tokens: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
-        """Rows (R, T, D) of the bigram table for tokens (R, T), of which the cache has those before; or None."""
+        """Rows (R, T, D) of the bigram table for tokens (R, T), of which the cache has those before; or
+        None."""
         if self.bigram is None:
             return None
         past = None if cache is None else cache.tokens
@@ -371,9 +372,11 @@ class GPT(nn.Module):
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.rotary_tables.scales[i]) if context is None else context.layers[i]
-            y = block.attn(block.attn_norm(stream.attn_input(block.attn.spec.saved_input, x)).to(matmul_dtype),
-                           block.rotary, mix_values, meta, None if cache is None else cache[i],
-                           self.attn_coefs(i, stream, lambdas))
+            y = block.attn(
+                block.attn_norm(stream.attn_input(block.attn.spec.saved_input, x)).to(matmul_dtype),
+                block.rotary, mix_values, meta, None if cache is None else cache[i],
+                self.attn_coefs(i, stream, lambdas)
+            )
             x = stream.mix("attn", i, x, y)
             stream.keep(f"attn.{i}", x)
         if block.mlp is not None:
@@ -441,7 +444,8 @@ class GPT(nn.Module):
                 (mine, window) if cached else self.view(line, mine, window, max_docs, longest, 1 + paired)
             )
         layers = [
-            spec.attn and AttnMeta(views[spec.attn.paired, span], scale, self.composition(spec, documents, scale))
+            spec.attn
+            and AttnMeta(views[spec.attn.paired, span], scale, self.composition(spec, documents, scale))
             for spec, span, scale in zip(self.specs, spans, scales)
         ]
         return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank,
@@ -489,7 +493,7 @@ class GPT(nn.Module):
             if backend not in attention.FLASH:  # the block sizes of `banded` would depend on the text
                 max_seqlen = None
             if max_seqlen is None and self.training and s.data.loader == "packed":
-                max_seqlen = positions * s.data.max_doc_len
+                max_seqlen = positions * longest_document(s)
             return attention.view(
                 documents, window, backend, rows=len(tokens), tokens=length, device=tokens.device,
                 dtype=matmul_dtype, max_seqlen=max_seqlen, max_docs=max_docs
@@ -504,7 +508,8 @@ class GPT(nn.Module):
         Values are drawn on the CPU in float32, so they are equal on all devices.
         """
         for name, p in self.named_parameters():
-            first_name = renames.first_parameter(name)
+            drawn_as = name if p.drawn_as is None else f"{name.rpartition('.')[0]}.{p.drawn_as}"
+            first_name = renames.first_parameter(drawn_as)
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
                 key = hashlib.sha256(f"{seed}/{first_name}/{p.first_part + i}".encode()).digest()

@@ -196,9 +196,9 @@ class Rope:
         if rotary_dim(s) % 2:
             path = "model.attn.latent.qk_rope_head_dim" if s.model.attn.latent else "model.attn.num_heads"
             yield f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change {path}"
-        if self.half_truncated and head_dim(s) % 4:
+        if self.half_truncated and rotary_dim(s) % 4:
             yield (f"model.attn.rope.half_truncated needs a head_dim that is a multiple of 4, got "
-                   f"{head_dim(s)}: change model.attn.num_heads or add --without "
+                   f"{rotary_dim(s)}: change model.attn.num_heads or add --without "
                    "model.attn.rope.half_truncated")
 
 
@@ -414,6 +414,8 @@ class Attention:
         "twice as many positions, in which each token's two heads follow each other; the window counts these "
         "positions", off=()
     )
+    qk_dim: int | None = opt(None, "width of a head's query and key (record 90; off: model_dim / num_heads)",
+                             unit="channel", shrink="width", least=4)
     xsa: XSA | None = opt(
         None, "exclusive self-attention: a head's output loses its part along the token's own value"
     )
@@ -453,6 +455,8 @@ class Attention:
                     "model.attn.paired_layers counts the window in positions: set model.attn.window.rule to "
                     "tokens or tokens_back"
                 )
+        if self.qk_dim is not None and (self.latent or s.model.bias):
+            yield "model.attn.qk_dim is of ordinary heads without bias: switch model.attn.latent and model.bias off"
         if self.saved_input is not None:
             yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
 
@@ -749,7 +753,7 @@ def head_dim(s: Any) -> int:
 def query_dim(s: Any) -> int:
     """Width of a head's query and key."""
     latent = s.model.attn.latent
-    return latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else head_dim(s)
+    return latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else s.model.attn.qk_dim or head_dim(s)
 
 
 def value_dim(s: Any) -> int:
@@ -759,7 +763,7 @@ def value_dim(s: Any) -> int:
 
 def rotary_dim(s: Any) -> int:
     """Channels of a head's query and key to which rotary positions apply."""
-    return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else head_dim(s)
+    return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else query_dim(s)
 
 
 def padded_vocab(s: Any) -> int:

@@ -188,6 +188,10 @@ class Muon:
                   "as record 27 stores it")
     split_qkv: bool = opt(False, "separate orthogonalisation of q, k and v (off: as one 3d x d matrix)",
                           off=False)
+    head_pairs: bool = opt(
+        False, "pairs of heads (record 80, @samacqua): q and k are orthogonalised in pairs of "
+        "adjacent heads (off: all heads as one matrix)", off=False, needs="optim.muon.split_qkv"
+    )
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE, least=1, most=1000)
     update_idle_experts: bool = opt(
         False, "idle experts are updated too: an expert without tokens in a step moves by its momentum, "
@@ -332,5 +336,14 @@ class Optim:
             if own and own.adamw and own.lr_mul is not None:
                 yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
         normuon = self.muon and self.muon.normuon
+        if self.muon and self.muon.head_pairs:
+            if s.model.attn.latent or s.model.attn.num_heads % 2:
+                yield ("optim.muon.head_pairs pairs the heads of q and k: give an even model.attn.num_heads, "
+                       "without model.attn.latent")
+            if normuon and normuon.attn == "mixed":
+                yield (
+                    "optim.muon.normuon.attn=mixed takes q, k, v and o together: set "
+                    "optim.muon.head_pairs=false"
+                )
         if normuon and normuon.attn == "mixed" and not self.muon.split_qkv:
             yield "optim.muon.normuon.attn=mixed is for separate q, k and v: set optim.muon.split_qkv=true"

@@ -80,18 +80,24 @@ def lr_factor(schedule: Schedule, step: int) -> float:
         step = progress * steps
     if schedule.lr == "cosine":
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-    if schedule.cooldown_frac:  # record 18 on
+    if schedule.whole_steps and schedule.cooldown_frac:
+        start = math.floor((1 - schedule.cooldown_frac) * steps + 1e-6)
+        w = min((steps - step) / max(1, steps - start), 1.0)
+    elif schedule.cooldown_frac:  # record 18 on
         left = 1 - progress
         w = min(left / schedule.cooldown_frac, 1.0)
     elif step < steps - schedule.cooldown_steps:
         w = 1.0
     else:
         w = (steps - step) / schedule.cooldown_steps if schedule.cooldown_steps else 0.0
-    return w * lr_peak(schedule, progress) + (1 - w) * schedule.lr_floor
+    return w * lr_peak(schedule, progress, step) + (1 - w) * schedule.lr_floor
 
 
-def lr_peak(schedule: Schedule, progress: float) -> float:
-    """Factor from which the cooldown starts, after the learning-rate jumps before `progress`."""
+def lr_peak(schedule: Schedule, progress: float, step: float) -> float:
+    """Factor from which the cooldown starts: that of the stage, or after the jumps before `progress`."""
+    if schedule.stage_peaks:
+        passed = sum(end <= step for end in stage_ends(schedule)[:-1])
+        return schedule.stage_peaks[min(passed, len(schedule.stage_peaks) - 1)]
     return next((factor for start, factor in reversed(schedule.lr_peaks) if progress > start), 1.0)
 
 
@@ -152,8 +158,12 @@ def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
         return ()
     if stage >= len(shares):  # the extension
         return mtp.end[-1]
-    progress = step / scheduled_steps(s.schedule)
-    x = min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
+    if s.schedule.whole_steps:
+        steps = stages(s)[stage]
+        x = (step - steps.start) / max(1, len(steps))
+    else:
+        progress = step / scheduled_steps(s.schedule)
+        x = min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
     return tuple(a + (b - a) * x for a, b in zip(mtp.start[stage], mtp.end[stage]))
 
 
@@ -165,7 +175,8 @@ def untie_step(s: Settings) -> int | None:
     untied = s.model.head.untied
     if untied is None or untied.tied_until is None:
         return None
-    first = math.ceil(untied.tied_until * scheduled_steps(s.schedule) - 1e-6)
+    at = untied.tied_until * scheduled_steps(s.schedule)
+    first = round(at) if s.schedule.whole_steps else math.ceil(at - 1e-6)
     every = s.optim.group("lm_head", "lm_head").every
     return -(-(first + 1) // every) * every - 1
 
@@ -256,17 +267,23 @@ def layer_spans(specs, windows):
 # ----- stages and shapes ------------------------------------------------------------------------------------
 
 def stages(s: Settings) -> list[range]:
-    """The steps of each stage of schedule.stages (if empty, one stage), then those of the extension.
-
-    A stage begins at the first step that is not before the sum of the earlier stages' fractions.
-    """
-    scheduled, total = scheduled_steps(s.schedule), 0.0
-    ends = []
-    for share in s.schedule.stages[:-1]:
-        total += share
-        ends.append(math.ceil(total * scheduled - 1e-6))  # 0.3333 + 0.3333 is less than two thirds
-    ends += [scheduled, s.schedule.steps] if s.schedule.extension else [scheduled]
+    """The steps of each stage of schedule.stages (if empty, one stage), then those of the extension."""
+    ends = stage_ends(s.schedule) + ([s.schedule.steps] if s.schedule.extension else [])
     return [range(a, b) for a, b in zip([0, *ends], ends)]
+
+
+def stage_ends(schedule: Schedule) -> list[int]:
+    """The step after each stage's last one, without the extension.
+
+    A stage begins at the first step that is not before the sum of the earlier stages' fractions, or with
+    whole_steps at the step nearest to it.
+    """
+    scheduled, total, ends = scheduled_steps(schedule), 0.0, []
+    for share in schedule.stages[:-1]:
+        total += share
+        at = total * scheduled
+        ends.append(round(at) if schedule.whole_steps else math.ceil(at - 1e-6))  # 0.3333 x 2 is below 2/3
+    return [*ends, scheduled]
 
 
 def stage_of(s: Settings, step: int) -> int:
@@ -274,7 +291,7 @@ def stage_of(s: Settings, step: int) -> int:
     return next(i for i, steps in reversed([*enumerate(stages(s))]) if steps.start <= step or i == 0)
 
 
-def in_stage(value: int | tuple[int, ...], stage: int) -> int:
+def in_stage(value: int | tuple[int, ...] | None, stage: int) -> int | None:
     """The value in a stage of a setting with one value or one per stage; in the extension the last one."""
     values = per_stage(value)
     return values[min(stage, len(values) - 1)]
@@ -284,7 +301,8 @@ def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     """The Shape of a step. stage: that of the step, if known."""
     stage = stage_of(s, step) if stage is None else stage
     tokens = in_stage(s.data.tokens_per_rank, stage)
-    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, s.data.max_doc_len, windows(s, step),
+    longest = in_stage(s.data.max_doc_len, stage)
+    return Shape(tokens, tokens if by_document(s) else s.data.seq_len, longest, windows(s, step),
                  len(target_weights(s, step, stage)) or 1, tied(s, step))
 
 
@@ -302,12 +320,12 @@ def tokens_before(s: Settings, step: int) -> int:
     )
 
 
-def rank_tokens(s: Settings) -> int | list[int]:
-    """Tokens per rank of all steps: one number, or a list with one for each step (data.stream)."""
-    sizes = per_stage(s.data.tokens_per_rank)
-    if len(set(sizes)) == 1:
-        return sizes[0]
-    return [in_stage(sizes, i) for i, steps in enumerate(stages(s)) for _ in steps]
+def by_step(s: Settings, value: int | tuple[int, ...] | None) -> int | list[int] | None:
+    """A setting with one value or one per stage as data.stream takes it: one number, or one for each step."""
+    values = per_stage(value)
+    if len(set(values)) == 1:
+        return values[0]
+    return [in_stage(values, i) for i, steps in enumerate(stages(s)) for _ in steps]
 
 
 # ----- the run ----------------------------------------------------------------------------------------------

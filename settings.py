@@ -68,6 +68,16 @@ class Schedule:
         "value per stage goes through its values in this order and keeps the last one in the extension",
         off=(), above=0
     )
+    stage_peaks: tuple[float, ...] = opt(
+        (), "learning-rate factor of each stage (record 65), from which the cooldown starts, in place of "
+            "lr_peaks",
+        off=(), needs="schedule.lr=trapezoid", above=0
+    )
+    whole_steps: bool = opt(
+        False, "whole steps (record 65): a stage ends, the cooldown begins and head and "
+        "embedding part at a whole step, and what changes within a stage goes by its "
+        "own steps (off: by fractions of the run)", off=False, needs="schedule.stages"
+    )
 
     @property
     def extension(self) -> int:
@@ -80,6 +90,11 @@ class Schedule:
         if self.cooldown_frac and self.cooldown_steps:
             yield ("schedule.cooldown_frac and schedule.cooldown_steps exclude each other: set one of them "
                    "to 0")
+        if self.stage_peaks and len(self.stage_peaks) != len(self.stages):
+            yield (f"schedule.stage_peaks has {len(self.stage_peaks)} factors and schedule.stages has "
+                   f"{len(self.stages)}: give one factor per stage")
+        if self.stage_peaks and self.lr_peaks:
+            yield "schedule.stage_peaks and schedule.lr_peaks exclude each other: leave one empty"
         ends = [end for end, _ in self.lr_peaks]
         if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
             yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing "
@@ -98,8 +113,11 @@ class Data:
                     "whole documents, truncated to max_doc_len")
     switch_at_equal: bool = opt(False, "earlier shard switch: a shard ends one token earlier (records "
                                        "15-17)", off=False, needs="data.loader=per_rank")
-    max_doc_len: int | None = opt(None, "maximum document length: longer documents are truncated",
-                                  unit="token", shrink="length", needs="data.loader=packed", least=1)
+    max_doc_len: int | tuple[int, ...] | None = opt(
+        None,
+        "maximum document length: longer documents are truncated; one number, or one per stage (record 72)",
+        unit="token", shrink="length", needs="data.loader=packed", least=1
+    )
     tokens_per_rank: int | tuple[int, ...] = opt(
         65536, "tokens of one logical rank per step, or one number per stage; a step has eight logical ranks",
         unit="token", off=REFUSE, shrink="batch", least=1, most=2 ** 24)
@@ -116,6 +134,11 @@ class Data:
         if isinstance(self.tokens_per_rank, tuple) and len(sizes) != len(stages):
             yield (f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: "
                    "give one value per stage, or one number for all")
+        if isinstance(self.max_doc_len, tuple) and len(self.max_doc_len) != len(stages):
+            yield (
+                f"data.max_doc_len has {len(self.max_doc_len)} values and schedule.stages has {len(stages)}: "
+                "give one value per stage, or one number for all"
+            )
         if len(set(sizes)) > 1 and self.loader == "shuffled":
             yield ("data.loader=shuffled needs steps of one size: choose another loader, or one "
                    "data.tokens_per_rank for all stages")
@@ -303,6 +326,11 @@ class Settings:
 def per_stage(value: object) -> tuple:
     """The values of a setting that may have one per stage; length 1 if one value holds for all stages."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def longest_document(s: Settings) -> int | None:
+    """The longest document of any stage, None without a limit."""
+    return None if s.data.max_doc_len is None else max(per_stage(s.data.max_doc_len))
 
 
 def by_document(s: Settings) -> bool:

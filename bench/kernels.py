@@ -29,6 +29,7 @@ from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
 from updates.adam import adamw_
 from system import dry_run as plan
+from settings import longest_document
 from model_settings import Softcap, head_dim
 from steps import LANDMARKS
 
@@ -290,7 +291,7 @@ def attentions():
         s = deltas.resolve(ref, scale=SCALE).settings
         tokens, heads, width = s.data.seq_len, s.model.attn.num_heads, head_dim(s)
         rows = schedule.shape(s, 0).tokens_per_rank // tokens
-        longest = s.data.max_doc_len if s.data.loader == "packed" else None
+        longest = longest_document(s) if s.data.loader == "packed" else None
         ids = some_documents(rows, tokens, longest) if s.model.attn.document_mask else None
         q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))
         upstream = [tensor(rows, tokens, heads, width).detach()]

@@ -25,7 +25,7 @@ from common import arguments, console, files
 from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
 from scales import SCALES
-from settings import LOGICAL_RANKS, Settings, per_stage
+from settings import LOGICAL_RANKS, Settings, longest_document, per_stage
 from common.errors import UserError
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -51,7 +51,7 @@ def shards_needed(s: Settings) -> int:
     about = stream.stream_arguments(s)
     if about["loader"] in stream.BY_DOCUMENT:
         read = LOGICAL_RANKS * document_tokens(
-            s.data.loader, max(per_stage(s.data.tokens_per_rank)), s.data.max_doc_len
+            s.data.loader, max(per_stage(s.data.tokens_per_rank)), longest_document(s)
         )
         # its last step is left out
         per_shard = int(stream.FINEWEB_SHARD / read) - (s.data.loader == "bos_aligned")

@@ -134,9 +134,19 @@ class Shard:
         part = self.tokens[self.scanned:self.scanned + SCAN]
         self.starts = np.concatenate([self.starts, np.flatnonzero(part == self.bos) + self.scanned])
         self.scanned += len(part)
+        self.count()
+
+    def count(self):
+        """Ends and tokens of the known documents, cut at `longest`."""
         ends = np.append(self.starts[1:], len(self.tokens)) if self.complete else self.starts[1:]
         self.ends = np.minimum(ends, self.starts[:len(ends)] + self.longest)
         self.kept = np.append(0, np.cumsum(self.ends - self.starts[:len(ends)]))
+
+    def cut(self, longest):
+        """Cut the documents at another length from now on."""
+        if longest != self.longest:
+            self.longest = longest
+            self.count()
 
     def more(self):
         """Scan on; False at the end of the shard. UserError if it has no document start at all."""

@@ -122,11 +122,15 @@ class Shards:
     """The train shards of a corpus, each opened when it is first needed."""
 
     def __init__(self, corpus, max_doc_len=None):
-        self.corpus, self.longest, self.opened = corpus, max_doc_len or max(corpus.train_tokens), {}
+        """max_doc_len: longest document, as in step_sizes; None: no limit."""
+        self.corpus, self.opened = corpus, {}
+        self.limits = max_doc_len or max(corpus.train_tokens)
+        self.longest = next(step_sizes(self.limits))
 
     def __getitem__(self, index):
         if index not in self.opened:
             self.opened[index] = Shard(self.corpus.train[index], self.corpus.bos, self.longest)
+        self.opened[index].cut(self.longest)
         return self.opened[index]
 
     def look_ahead(self, index):
@@ -149,7 +153,7 @@ def document_steps(shards, *, loader, tokens_per_rank, wrap):
     """
     follow = aligned_step if loader == "bos_aligned" else packed_step
     count, shard, epoch, at, barren = len(shards.corpus.train), 0, 0, 0, 0
-    for size in step_sizes(tokens_per_rank):
+    for size, shards.longest in zip(step_sizes(tokens_per_rank), step_sizes(shards.limits)):
         while (step := follow(shards[shard], at, size)) is None:
             barren += at == 0
             if barren == count:
@@ -283,8 +287,9 @@ def stream_arguments(s):
     shards_needed."""
     d = s.data
     return dict(
-        loader=d.loader, tokens_per_rank=schedule.rank_tokens(s), wrap=d.wrap,
-        first_batch_twice=d.first_batch_twice, switch_at_equal=d.switch_at_equal, max_doc_len=d.max_doc_len
+        loader=d.loader, tokens_per_rank=schedule.by_step(s, d.tokens_per_rank), wrap=d.wrap,
+        first_batch_twice=d.first_batch_twice, switch_at_equal=d.switch_at_equal,
+        max_doc_len=schedule.by_step(s, d.max_doc_len)
     )
 
 

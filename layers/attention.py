@@ -36,7 +36,8 @@ class AttnCoefs(NamedTuple):
     """Coefficients of one layer's attention in one forward pass; None: the layer does not have it."""
     qkv: Any = None  # factor of W_qkv: a 0-d tensor or number
     o: Any = None  # factor of W_O, likewise
-    gate: torch.Tensor | None = None  # factor of each head's output per token (R, T, H), in place of a gate of x
+    # factor of each head's output per token (R, T, H), in place of a gate of x
+    gate: torch.Tensor | None = None
     xsa: torch.Tensor | None = None  # strength of exclusive self-attention, (H,) or (R, T, H)
     compose: tuple[torch.Tensor, torch.Tensor] | None = None  # w1 and w2 of composed heads, (R, T, H) each
 
@@ -85,28 +86,42 @@ class SALambdas(nn.Module):
 class Attention(nn.Module):
     """Self-attention with q, k, v and output projection in one tensor (4, D, D).
 
-    Its views (updates/views.py) say how the optimizer cuts that tensor into matrices.
+    Its views (updates/views.py) say how the optimizer cuts that tensor into matrices. Where q and k are cut
+    in another way than v and o, or are narrower, there are two tensors: qk (2, H K, D) and vo (2, D, D).
     """
 
     def __init__(self, s: Settings, spec: AttnSpec):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
-        if spec.heads * spec.qk != d or spec.heads * spec.v != d:
-            raise ValueError(
-                f"{spec.heads} heads of {spec.qk} and {spec.v} channels do not make up model_dim = {d}"
-            )
+        if spec.heads * spec.v != d:
+            raise ValueError(f"{spec.heads} heads of {spec.v} channels do not make up model_dim = {d}")
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
         o_bound = s.model.init.o_bound
         out = linear_init(s, d, projection=o_bound is None, bound=o_bound)
-        self.qkvo = parameter(
-            (4, d, d), n.matrix, role="matrix", label="qkvo", init=None, parts=[inner, inner, inner, out],
-            views=views.qkvo(s)
-        )
+        rows, muon = spec.heads * spec.qk, s.optim.muon
+        self.apart = rows != d or (muon is not None and muon.head_pairs)
+        common = dict(dtype_name=n.matrix, role="matrix", label="qkvo", init=None)
+        if self.apart:
+            self.qk = parameter(
+                (2, rows, d), parts=[inner, inner], views=views.qk(s), drawn_as="qkvo", **common
+            )
+            self.vo = parameter(
+                (2, d, d), parts=[inner, out], first_part=2, views=views.vo(s), drawn_as="qkvo", **common
+            )
+        else:
+            self.qkvo = parameter((4, d, d), parts=[inner, inner, inner, out], views=views.qkvo(s), **common)
         self.bias = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
-        self.fused = s.system.kernels.qk == "triton"
+        self.fused = s.system.kernels.qk == "triton" and rows == d
         self.common_parts(s, spec)
+
+    def weights(self):
+        """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, D))."""
+        if self.apart:
+            return torch.cat([self.qk.flatten(0, 1), self.vo[0]]), self.vo[1]
+        w_qkv, w_o = self.qkvo.split([3, 1])
+        return w_qkv.flatten(0, 1), w_o[0]
 
     def common_parts(self, s: Settings, spec: AttnSpec) -> None:
         """Set up the parts that LatentAttention has too: gate, QK norm, scale of the branch."""
@@ -143,34 +158,28 @@ class Attention(nn.Module):
         Returns: (R, T, D).
         """
         start = cached_tokens(cache)
-        w_qkv, w_o = self.qkvo.split([3, 1])
+        w_qkv, w_o = self.weights()
         b_qkv, b_o = (None, None) if self.bias is None else self.bias.split([3, 1])
         w_qkv, w_o = (w if a is None else a * w.to(x.dtype) for a, w in zip(coefs, (w_qkv, w_o)))
-        qkv = self.project(x, w_qkv, b_qkv)  # (R, T, 3, H, K)
+        qkv = linear(x, w_qkv, None if b_qkv is None else b_qkv.flatten(), self.products)
+        heads, width = self.spec.heads, self.spec.qk
+        qk, v = qkv.split([2 * heads * width, heads * self.spec.v], dim=-1)
+        # (R, T, 2H, K), (R, T, H, V)
+        qk, v = qk.unflatten(-1, (2 * heads, width)), v.unflatten(-1, (heads, -1))
         fused = self.fused and cache is None
         if fused:
-            q, k, v = self.apply_rotary_fused(qkv, rotary)
+            q, k, v = self.apply_rotary_fused(qkv.unflatten(-1, (3, heads, width)), rotary)
         elif eager.applies(qkv):  # queries and keys at once: half the operations
-            qk, v = qkv.split([2, 1], dim=2)
-            q, k = self.apply_rotary(qk.flatten(2, 3), rotary, start).chunk(2, dim=2)
-            v = v.squeeze(2)
+            q, k = self.apply_rotary(qk, rotary, start).chunk(2, dim=2)
         else:
-            q, k, v = qkv.unbind(2)
-            q, k = self.apply_rotary(q, rotary, start), self.apply_rotary(k, rotary, start)
+            q, k = (self.apply_rotary(x, rotary, start) for x in qk.chunk(2, dim=2))
         if mix_values is not None:
             v = mix_values(v, x)
         offset = 0 if fused else self.spec.key_offset
         y = self.attend(q, k, v, meta, start, cache, offset, coefs.compose)  # (R, T, H, V)
         y = self.exclude(y, v, coefs.xsa)
         y = self.apply_gate(x, y, coefs.gate)
-        return self.out(y, w_o[0], None if b_o is None else b_o[0])
-
-    def project(self, x, weight, bias):
-        """x (R, T, D) -> queries, keys and values in one tensor (R, T, 3, H, K)."""
-        d = x.size(-1)
-        bias = None if bias is None else bias.reshape(3 * d)
-        qkv = linear(x, weight.reshape(3 * d, d), bias, self.products)
-        return qkv.view(*x.shape[:2], 3, self.spec.heads, self.spec.qk)
+        return self.out(y, w_o, None if b_o is None else b_o[0])
 
     def norm(self, x):
         """QK norm of queries or keys (R, T, H, K)."""

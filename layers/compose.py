@@ -25,7 +25,8 @@ def composed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, window: int,
     documents: torch.Tensor | None, scale: float
 ) -> torch.Tensor:
-    """What composition adds to the heads' outputs: w2_h(t) sum_u A(t, u) v_h(u), A(t, u) = sum_h w1_h P_h(t, u).
+    """What composition adds to the heads' outputs: w2_h(t) sum_u A(t, u) v_h(u), A(t, u) = sum_h w1_h P_h(t,
+    u).
 
     P_h(t, .) is the softmax of head h over the last `window` tokens of t's document, t among them.
 
@@ -63,7 +64,8 @@ def composed(
     at = torch.arange(size + before, device=q.device)
     gap = torch.arange(size, device=q.device)[:, None] + before - at  # query - key, the same in every block
     seen = (gap >= 0) & (gap < window)
-    real = (torch.arange(blocks, device=q.device)[:, None] * size + at) >= before - first  # no padding in front
+    # no padding in front
+    real = (torch.arange(blocks, device=q.device)[:, None] * size + at) >= before - first
     seen = seen & real[:, None]  # (blocks, size, size + before)
     if documents is not None:
         numbers = documents + 1  # padding is 0

@@ -39,7 +39,9 @@ def values(numbers):
     return lambda tensor, generator: tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype))
 
 
-def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views()):
+def parameter(
+    shape, dtype_name, *, role, init, label, parts=None, first_part=0, views=Views(), drawn_as=None
+):
     """A parameter with its initialiser, and its role and label for the optimizer.
 
     The values are left empty: GPT.initialise fills them.
@@ -48,11 +50,13 @@ def parameter(shape, dtype_name, *, role, init, label, parts=None, first_part=0,
     label: the kind of parameter; its section in settings.Optim, if it is on, overrides that of the role.
     views: the matrices in the parameter (updates/views.py).
     parts: initialisers of the slices along dim 0, where several logical matrices share one tensor.
-    first_part: number of the first slice, where other processes hold the slices before it.
+    first_part: number of the first slice, where other processes or another parameter hold those before it.
+    drawn_as: name that keys the initial values, in place of its own, where a setting decides how tensors are
+    cut.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.views = role, label, views
-    p.parts, p.first_part = parts or [init], first_part
+    p.parts, p.first_part, p.drawn_as = parts or [init], first_part, drawn_as
     return p
 
 
@@ -96,7 +100,8 @@ class Constant(nn.Module):
 
 
 def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
-    """n coefficients that start at `value`, a number or one for each (before the sigmoid, if there is one)."""
+    """n coefficients that start at `value`, a number or one for each (before the sigmoid, if there is
+    one)."""
     if learned:
         return Learned(n, value, dtype_name, sigmoid, label)
     return Constant(n, 1 / (1 + math.exp(-value)) if sigmoid else value)

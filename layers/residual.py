@@ -1,8 +1,8 @@
 """The residual stream as a sum of terms; each feature that wires the stream adds its terms.
 
 At a site of a layer, every term of this site adds coefficient times source to the stream x. A term with the
-source `x` scales x itself. A site without terms costs nothing. A coefficient is a number, a learned scalar, or a
-column of a network that reads the stream (layers/token_nets.py).
+source `x` scales x itself. A site without terms costs nothing. A coefficient is a number, a learned scalar,
+or a column of a network that reads the stream (layers/token_nets.py).
 """
 
 from collections.abc import Iterator
@@ -31,9 +31,11 @@ class Entry(NamedTuple):
 class Term:
     """One summand of the stream.
 
-    site: in the order of a layer `skip` and `in` (before attention), `value` (of attention's values), `attn` and
+    site: in the order of a layer `skip` and `in` (before attention), `value` (of attention's values), `attn`
+    and
         `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
-    source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `bigram`, `start`
+    source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `bigram`,
+    `start`
         (the stream before block 0), `saved.i` (the stream after layer i), `attn.i` (after its attention),
         `table.i` (the value embedding of layer i) or `lane` (the second lane).
     lane: 1: a term of the second lane (record 73).
@@ -80,7 +82,9 @@ def shortcut_layers(s: Settings, specs: tuple[LayerSpec, ...]) -> list[int]:
     return [i for i, spec in enumerate(specs) if spec.attn is not None and not (r.mudd and i == r.mudd.layer)]
 
 
-def gate_columns(s: Settings, specs: tuple[LayerSpec, ...], pairs: list[tuple[int, int]]) -> list[tuple[int, Column]]:
+def gate_columns(
+    s: Settings, specs: tuple[LayerSpec, ...], pairs: list[tuple[int, int]]
+) -> list[tuple[int, Column]]:
     """(layer, column) of every coefficient that the token gates give, for what is switched on."""
     m, g = s.model, s.model.token_gates
     heads = m.attn.num_heads
@@ -110,8 +114,11 @@ def mudd_columns(s: Settings) -> tuple[list[Column], list[Column]]:
         inside.append(Column("attn.bigram", 1, bigram.init))
     inside += [Column("mlp.x", 1, resid), Column("mlp.branch", 1, post)]
     first = mudd.snapshots[0]
-    out = [Column("start"), *(Column(f"saved.{i}", 1, mudd.backout if i == first else 0.0) for i in mudd.snapshots),
-           *(Column(f"table.{i}") for i in mudd.tables)]
+    out = [
+        Column("start"),
+        *(Column(f"saved.{i}", 1, mudd.backout if i == first else 0.0) for i in mudd.snapshots),
+        *(Column(f"table.{i}") for i in mudd.tables)
+    ]
     return inside, out
 
 
@@ -160,7 +167,8 @@ class Residual(nn.Module):
             self.sources.add(term.source)
 
     def add_net(self, name: str, layer: int, net: TokenNet) -> None:
-        """A network that reads the stream which enters a layer (-1: the embedding x0, L: after the last layer)."""
+        """A network that reads the stream which enters a layer (-1: the embedding x0, L: after the last
+        layer)."""
         setattr(self, name, net)
         self.nets.setdefault(layer, []).append(name)
 
@@ -173,8 +181,10 @@ class Residual(nn.Module):
         for name, layer, mine in (("early_gates", -1, [c for i, c in columns if i < g.layer]),
                                   ("late_gates", g.layer, [c for i, c in columns if i >= g.layer])):
             if mine:
-                self.add_net(name, layer, TokenNet(mine, s.model.model_dim, g.hidden, g.scale, s.numerics.gate,
-                                                   "token_gate"))
+                self.add_net(
+                    name, layer,
+                    TokenNet(mine, s.model.model_dim, g.hidden, g.scale, s.numerics.gate, "token_gate")
+                )
 
     def token_gate(self, name: str, layer: int) -> Entry:
         """The coefficient of this name and layer that a token gate gives."""
@@ -224,7 +234,9 @@ class Residual(nn.Module):
         layers, n, b = shortcut_layers(s, self.specs), s.numerics, m.embed.bigram
         site = "in" if r.sublayers is None else "attn"
         if r.x0_mix and r.sublayers is None:
-            self.resid_lambdas = coefficient(len(layers), r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas")
+            self.resid_lambdas = coefficient(
+                len(layers), r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas"
+            )
             self.add(*(Term(site, i, "x", Entry("resid_lambdas", k)) for k, i in enumerate(layers)))
         if r.x0_mix:
             self.add_shortcut("x0", layers, site, r.x0_mix.x0, r.x0_mix.learned, "x0_lambdas")
@@ -240,7 +252,9 @@ class Residual(nn.Module):
         """
         by_token = self.settings.model.token_gates is not None
         if not by_token:
-            setattr(self, module, coefficient(len(layers), init, learned, self.settings.numerics.scalar, module))
+            setattr(
+                self, module, coefficient(len(layers), init, learned, self.settings.numerics.scalar, module)
+            )
         lanes = self.settings.model.residual.lanes
         for k, i in enumerate(layers):
             coef = self.token_gate(f"{source}.{i}", i) if by_token else Entry(module, k)
@@ -348,7 +362,8 @@ class Stream:
         return gate[..., None] * rows
 
     def by_head(self, name: str, layer: int) -> torch.Tensor | None:
-        """Coefficients (R, T, H) that a token gate gives the heads of a layer, or None. name: xsa, attn, w1, w2."""
+        """Coefficients (R, T, H) that a token gate gives the heads of a layer, or None. name: xsa, attn, w1,
+        w2."""
         for net in ("early_gates", "late_gates"):
             if (found := self.coefs.get(net, {}).get(f"{name}.{layer}")) is not None:
                 return found

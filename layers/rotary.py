@@ -17,9 +17,9 @@ from settings import Settings
 class Rotary(nn.Module):
     """Rotary positions: channel pairs (j, j + K/2) are rotated by -t f_j, where t is the index in the row.
 
-    With model.attn.rope.adjacent the pairs are (2j, 2j + 1). The index is not reset at documents. Full (records 2 to 16): f_j = base^(-2j/K). Half-truncated (record 17
-    on): f_j = base^(-j/(K/4-1)) for the first K/4 pairs, and 0 for the others. With YaRN the tables depend on
-    the long window (RotaryTables).
+    With model.attn.rope.adjacent the pairs are (2j, 2j + 1). The index is not reset at documents. Full
+    (records 2 to 16): f_j = base^(-2j/K). Half-truncated (record 17 on): f_j = base^(-j/(K/4-1)) for the
+    first K/4 pairs, and 0 for the others. With YaRN the tables depend on the long window (RotaryTables).
     """
 
     def __init__(self, s: Settings, width: int):
@@ -86,7 +86,10 @@ class Rotary(nn.Module):
     def turned(self, x, cos, sin):
         """x (R, T, H, K) rotated by tables (T, H or 1, K/2)."""
         wide = x.to(torch.promote_types(x.dtype, self.math_dtype))
-        if not self.rope.adjacent and eager.applies(wide) and torch.promote_types(wide.dtype, cos.dtype) == wide.dtype:
+        if (
+            not self.rope.adjacent and eager.applies(wide)
+            and torch.promote_types(wide.dtype, cos.dtype) == wide.dtype
+        ):
             return eager.Rotate.apply(wide, cos, sin).to(x.dtype)
         if self.rope.adjacent:
             x1, x2 = wide.unflatten(-1, (-1, 2)).unbind(-1)

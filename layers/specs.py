@@ -61,13 +61,20 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
     offset = a.key_offset and window != "short" and not paired
     own = value_gate is not None and value_gate.own_channels in ("all", "all" if paired else "unpaired")
     return AttnSpec(
-        heads=a.num_heads, qk=query_dim(s), v=value_dim(s), rotary=rotary_dim(s) if a.rope else None,
-        window=window, gate=head_gate(s, layer), value_table=table if table >= 0 else None,
-        value_gate=value_gate.channels if value_gate else None, value_gate_own=own,
+        heads=a.num_heads,
+        qk=query_dim(s),
+        v=value_dim(s),
+        rotary=rotary_dim(s) if a.rope else None,
+        window=window,
+        gate=head_gate(s, layer),
+        value_table=table if table >= 0 else None,
+        value_gate=value_gate.channels if value_gate else None,
+        value_gate_own=own,
         key_offset=rotary_dim(s) // 4 if offset else 0,  # the pairs that the half-truncated rotation leaves
-        paired=paired, saved_input=a.saved_input if a.saved_input is not None and layer > a.saved_input else None,
+        paired=paired,
+        saved_input=a.saved_input if a.saved_input is not None and layer > a.saved_input else None,
         xsa=a.xsa is not None and layer in a.xsa.layers,
-        compose=a.compose.window if a.compose and layer in a.compose.layers else None
+        compose=a.compose.window if a.compose and layer in a.compose.layers else None,
     )
 
 

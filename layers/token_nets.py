@@ -12,7 +12,8 @@ from updates.views import Views
 
 
 class Column(NamedTuple):
-    """One named coefficient of a network. width: 1, or one per head or group of heads. init: its first value."""
+    """One named coefficient of a network. width: 1, or one per head or group of heads. init: its first
+    value."""
     name: str
     width: int = 1
     init: float = 0.0
@@ -27,7 +28,8 @@ class TokenNet(nn.Module):
 
     def __init__(self, columns: Sequence[Column], dim: int, hidden: int, scale: float, dtype_name: str,
                  label: str):
-        """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters."""
+        """scale: constant factor of the outputs; the biases are stored without it. label: of the
+        parameters."""
         super().__init__()
         self.columns = tuple(columns)
         n, starts = sum(c.width for c in columns), [c.init / scale for c in columns for _ in range(c.width)]

@@ -37,7 +37,8 @@ class ValueEmbed(nn.Module):
 
     mix: `lerp`: a = 1 - b. `pair`: both are learned. `scaled` (record 47): a = 1. `sum` (record 48):
     a = b = 1. With a gate (record 55) each head's ve is multiplied by 2 sigmoid(W n), where n is the normed
-    input of the block, or (record 70) half of n and half of ve. In the layer of MUDD its network gives the gate.
+    input of the block, or (record 70) half of n and half of ve. In the layer of MUDD its network gives the
+    gate.
     """
 
     def __init__(self, s, specs):

@@ -17,7 +17,7 @@ from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from model import GPT
 from optim import Optimizer
-from settings import LOGICAL_RANKS
+from settings import LOGICAL_RANKS, per_stage
 from system import compiler
 from system.hooks import Stateful, all_tensors
 from system.run import Run
@@ -112,7 +112,7 @@ def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray
         batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
         batch = batch[list(world.ranks)]
         if s.data.max_doc_len:  # limit random documents too
-            batch[:, ::s.data.max_doc_len] = run.corpus.bos
+            batch[:, ::min(per_stage(s.data.max_doc_len))] = run.corpus.bos
         yield batch
 
 

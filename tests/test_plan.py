@@ -65,7 +65,7 @@ def test_a_setting_with_one_value_per_stage_goes_through_them_in_order():
     assert schedule.tokens_before(s, 8) == sum(plan.tokens for plan in plans) == 8 * tokens_per_step(s)
     assert (
         schedule.largest_shape(s) == plans[6].shape
-        and schedule.rank_tokens(s) == [64] * 2 + [128] * 4 + [192] * 2
+        and schedule.by_step(s, s.data.tokens_per_rank) == [64] * 2 + [128] * 4 + [192] * 2
     )
 
 

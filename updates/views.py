@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from model_settings import query_dim
 
 @dataclass(frozen=True)
 class Views:
@@ -17,10 +18,12 @@ class Views:
     orientation: whether a stored matrix is (outputs, inputs) or (inputs, outputs), for factors of the shape.
     variance_axis: axis of a matrix over which statistics per neuron average. None: statistics per column of
         the parameter reshaped to one matrix (rows, P cols), with the numbers in stored order (record 41).
+    rows: rows of one matrix, where a stored slice holds several below each other (record 80); None: its own.
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
     orientation: Literal["out_in", "in_out"] = "out_in"
     variance_axis: int | None = -1
+    rows: int | None = None
 
     @property
     def joined(self) -> bool:
@@ -32,7 +35,9 @@ class Views:
 
         The whole parameter if its slices are joined or share statistics, otherwise one matrix.
         """
-        return tuple(shape) if self.joined or self.variance_axis is None else tuple(shape[-2:])
+        if self.joined or self.variance_axis is None:
+            return tuple(shape)
+        return self.rows or shape[-2], shape[-1]
 
     def split(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Units (N, *unit) -> the batches (N, rows, cols) of their matrices, without a copy."""
@@ -90,6 +95,24 @@ def qkvo(s) -> Views:
     if muon is None or muon.split_qkv:
         pieces = (("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4))
     return Views(pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1)
+
+
+def qk(s) -> Views:
+    """Views of q and k in one parameter (2, H K, D), apart from v and o.
+
+    With optim.muon.head_pairs each pair of adjacent heads is one matrix (2K, D). Its statistics per neuron
+    are those of the wider side.
+    """
+    muon = s.optim.muon
+    if muon is None or not muon.head_pairs:
+        return Views((("q", 0, 1), ("k", 1, 2)), variance_axis=qkvo(s).variance_axis)
+    rows = 2 * query_dim(s)
+    return Views(variance_axis=-1 if rows >= s.model.model_dim else -2, rows=rows)
+
+
+def vo(s) -> Views:
+    """Views of v and o in one parameter (2, D, D), apart from q and k."""
+    return Views((("v", 0, 1), ("o", 1, 2)), variance_axis=qkvo(s).variance_axis)
 
 
 def c_fc(s) -> Views:

@@ -673,6 +673,27 @@ class Softcap:
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Prefix token loss (record 88, @jvarho): a second target, the longest proper prefix of the next token.
+
+    It is the token whose bytes are the longest proper prefix of the next token's; a token without one (a single
+    byte, end of text) adds nothing. Its cross entropy is added to that of the next token, times a weight that
+    goes linearly from `start` to `end` in each stage. Validation counts the next token only.
+    """
+    start: tuple[float, ...] = opt((0.25,), "weight at the start of each stage", off=REFUSE, least=0)
+    end: tuple[float, ...] = opt((0.0,), "weight at the end of each stage", off=REFUSE, least=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        stages = max(1, len(s.schedule.stages))
+        for name in ("start", "end"):
+            if (given := len(getattr(self, name))) != stages:
+                yield (f"model.head.prefix.{name} has {given} weights and schedule.stages has {stages} (at least "
+                       "one): give one weight per stage")
+        if not any((*self.start, *self.end)):
+            yield "model.head.prefix has only weights of 0, which have no effect: give one, or switch it off"
+
+
+@dataclass(frozen=True)
 class Head:
     """From the residual stream to logits and the loss."""
     untied: Untied | None = opt(None, "untied head: a weight of its own")
@@ -684,6 +705,7 @@ class Head:
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
     mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
+    prefix: Prefix | None = opt(None, "prefix token loss: the loss counts the longest prefix of the next token too")
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ class Shape:
     windows: Windows | None
     targets: int = 1  # next tokens that the loss counts
     tied: bool = False  # the embedding is the head's weight, until the event "untie"
+    prefix: bool = False  # the loss counts the next token's prefix too
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class StepPlan:
     events: tuple[str, ...] = ()
     target_weights: tuple[float, ...] = ()  # of the losses of the next tokens; (): only the next
     frozen: frozenset[str] = frozenset()  # groups that are not updated; their gradients are dropped
+    prefix_weight: float = 0.0  # of the loss of the next token's prefix
 
 
 def scheduled_steps(schedule: Schedule) -> int:
@@ -153,18 +155,34 @@ def resting(freezes: dict[str, int], since_change: int | None) -> frozenset[str]
 
 def target_weights(s: Settings, step: int, stage: int) -> tuple[float, ...]:
     """Loss weights of the next tokens at a step of a stage, with multi-token prediction; () without."""
-    mtp, shares = s.model.head.mtp, s.schedule.stages or (1.0,)
+    mtp = s.model.head.mtp
     if mtp is None:
         return ()
-    if stage >= len(shares):  # the extension
+    if stage >= len(mtp.start):  # the extension
         return mtp.end[-1]
+    x = within_stage(s, step, stage)
+    return tuple(a + (b - a) * x for a, b in zip(mtp.start[stage], mtp.end[stage]))
+
+
+def within_stage(s: Settings, step: int, stage: int) -> float:
+    """How far a step is in its stage, 0 at the stage's start and 1 at its end."""
     if s.schedule.whole_steps:
         steps = stages(s)[stage]
-        x = (step - steps.start) / max(1, len(steps))
-    else:
-        progress = step / scheduled_steps(s.schedule)
-        x = min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
-    return tuple(a + (b - a) * x for a, b in zip(mtp.start[stage], mtp.end[stage]))
+        return (step - steps.start) / max(1, len(steps))
+    shares = s.schedule.stages or (1.0,)
+    progress = step / scheduled_steps(s.schedule)
+    return min(max((progress - sum(shares[:stage])) / shares[stage], 0.0), 1.0)
+
+
+def prefix_weight(s: Settings, step: int, stage: int) -> float:
+    """Loss weight of the next token's prefix at a step of a stage; 0 without the prefix token loss."""
+    prefix = s.model.head.prefix
+    if prefix is None:
+        return 0.0
+    if stage >= len(prefix.start):  # the extension
+        return prefix.end[-1]
+    a, b = prefix.start[stage], prefix.end[stage]
+    return a + (b - a) * within_stage(s, step, stage)
 
 
 def untie_step(s: Settings) -> int | None:
@@ -303,7 +321,7 @@ def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     tokens = in_stage(s.data.tokens_per_rank, stage)
     longest = in_stage(s.data.max_doc_len, stage)
     return Shape(tokens, tokens if by_document(s) else s.data.seq_len, longest, windows(s, step),
-                 len(target_weights(s, step, stage)) or 1, tied(s, step))
+                 len(target_weights(s, step, stage)) or 1, tied(s, step), prefix_weight(s, step, stage) > 0)
 
 
 def largest_shape(s: Settings) -> Shape:
@@ -346,7 +364,8 @@ def plan(s: Settings) -> list[StepPlan]:
             plans.append(StepPlan(
                 i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
                 muon_momentum(s.optim.muon, i, s.schedule.steps), update_bias(s, i),
-                due(cadences, i, frozen), events, target_weights(s, i, stage), frozen
+                due(cadences, i, frozen), events, target_weights(s, i, stage), frozen,
+                prefix_weight(s, i, stage)
             ))
             before += tokens
     return plans

@@ -279,6 +279,7 @@ def train_step(
         share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), microbatch)
     weights = loss_weights(step_plan.target_weights, inputs.device)
+    table, prefix_weight = prefix_targets(run, step_plan, inputs.device)
     for hook in run.hooks:
         hook.before_forwards(step_plan)
     for first in starts:
@@ -290,7 +291,10 @@ def train_step(
             x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(numbers), max_seqlen=max(lengths),
             tokens_per_rank=step_plan.shape.tokens_per_rank
         )
-        loss = run.compiled(x, y, context, target_weights=weights).mean()
+        loss = run.compiled(
+            x, y, context, target_weights=weights, prefix=None if table is None else table[y],
+            prefix_weight=prefix_weight
+        ).mean()
         (loss * share).backward()
         optimizer.accumulate()
         losses.append(loss.detach())
@@ -303,6 +307,13 @@ def train_step(
         hook.after_update(step_plan)
     # float64 holds sums of float32 losses exactly, so their order does not matter
     return torch.stack(losses).mean(dtype=torch.float64)
+
+
+def prefix_targets(run: Run, step_plan: StepPlan, device: torch.device) -> tuple:
+    """(prefix of each token (V,), its loss weight (1,)) of a step on the device, or (None, None)."""
+    if not step_plan.shape.prefix:
+        return None, None
+    return run.prefixes(device), loss_weights((step_plan.prefix_weight,), device)
 
 
 # ----- validation -------------------------------------------------------------------------------------------

@@ -95,7 +95,11 @@ def kept_by_forward(s, microbatch, compiled=False):
     context = model.context(tokens, 0, shape.windows, tokens_per_rank=shape.tokens_per_rank)
     weights = torch.empty(shape.targets, device="meta") if s.model.head.mtp else None
     with Kept(model.parameters()) as kept:
-        model(tokens, torch.empty_like(tokens), context, target_weights=weights).mean()
+        prefix, prefix_weight = None, None
+        if shape.prefix:
+            prefix, prefix_weight = torch.empty_like(tokens), torch.empty(1, device="meta")
+        model(tokens, torch.empty_like(tokens), context, target_weights=weights, prefix=prefix,
+              prefix_weight=prefix_weight).mean()
     if not compiled or dtype(s.numerics.matmul).itemsize > 2:
         return kept.bytes()
     outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)

@@ -12,10 +12,12 @@ import torch.distributed as dist
 import schedule
 from common import console
 from common.interrupt import Interrupt
+from data import prefix
 from data.shards import Corpus
 from data.stream import Prefetch, Stream
 from optim import Optimizer
 from model import GPT
+from model_settings import padded_vocab
 from runlog import RunLog
 from schedule import StepPlan
 from settings import Settings
@@ -145,6 +147,14 @@ class Run:
     steps_done: int = 0
     graphs: int = 0  # compiled before the clock
     epoch: int = 0  # the highest of all logical ranks at the last validation
+    prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
+
+    def prefixes(self, device: torch.device) -> torch.Tensor:
+        """Prefix of each token (V,) int64 on the device (data/prefix.py)."""
+        if self.prefix_table is None:
+            table = prefix.of_tokenizer(self.corpus.tokenizer, padded_vocab(self.s))
+            self.prefix_table = torch.from_numpy(table).to(device)
+        return self.prefix_table
 
     def mean_train_losses(self) -> list[float]:
         """Return and forget the training loss of each step since the last validation, on every process.

@@ -456,7 +456,10 @@ class Attention:
                     "tokens or tokens_back"
                 )
         if self.qk_dim is not None and (self.latent or s.model.bias):
-            yield "model.attn.qk_dim is of ordinary heads without bias: switch model.attn.latent and model.bias off"
+            yield (
+                "model.attn.qk_dim is of ordinary heads without bias: switch model.attn.latent and "
+                "model.bias off"
+            )
         if self.saved_input is not None:
             yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
 
@@ -676,9 +679,9 @@ class Softcap:
 class Prefix:
     """Prefix token loss (record 88, @jvarho): a second target, the longest proper prefix of the next token.
 
-    It is the token whose bytes are the longest proper prefix of the next token's; a token without one (a single
-    byte, end of text) adds nothing. Its cross entropy is added to that of the next token, times a weight that
-    goes linearly from `start` to `end` in each stage. Validation counts the next token only.
+    It is the token whose bytes are the longest proper prefix of the next token's; a token without one (a
+    single byte, end of text) adds nothing. Its cross entropy is added to that of the next token, times a
+    weight that goes linearly from `start` to `end` in each stage. Validation counts the next token only.
     """
     start: tuple[float, ...] = opt((0.25,), "weight at the start of each stage", off=REFUSE, least=0)
     end: tuple[float, ...] = opt((0.0,), "weight at the end of each stage", off=REFUSE, least=0)
@@ -687,8 +690,8 @@ class Prefix:
         stages = max(1, len(s.schedule.stages))
         for name in ("start", "end"):
             if (given := len(getattr(self, name))) != stages:
-                yield (f"model.head.prefix.{name} has {given} weights and schedule.stages has {stages} (at least "
-                       "one): give one weight per stage")
+                yield (f"model.head.prefix.{name} has {given} weights and schedule.stages has {stages} (at "
+                       "least one): give one weight per stage")
         if not any((*self.start, *self.end)):
             yield "model.head.prefix has only weights of 0, which have no effect: give one, or switch it off"
 
@@ -705,7 +708,9 @@ class Head:
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
     mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
-    prefix: Prefix | None = opt(None, "prefix token loss: the loss counts the longest prefix of the next token too")
+    prefix: Prefix | None = opt(
+        None, "prefix token loss: the loss counts the longest prefix of the next token too"
+    )
 
 
 @dataclass(frozen=True)

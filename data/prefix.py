@@ -1,4 +1,5 @@
-"""The prefix of a token: the token whose bytes are the longest proper prefix of its own (record 88, @jvarho)."""
+"""The prefix of a token: the token whose bytes are the longest proper prefix of its own (record 88,
+@jvarho)."""
 
 import functools
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ def prefixes(tokens: Sequence[bytes | None]) -> np.ndarray:
 def of_tokenizer(name: str, rows: int) -> np.ndarray:
     """Prefixes of the tokens of a tokenizer (rows,) int64; NONE for end of text and for padding."""
     encoding = load(name)
-    texts = [encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab) if i != encoding.eot_token]
+    texts = [
+        encoding.decode_single_token_bytes(i) for i in range(encoding.n_vocab) if i != encoding.eot_token
+    ]
     texts.insert(encoding.eot_token, None)
     return prefixes([*texts, *[None] * (rows - len(texts))])

@@ -152,6 +152,10 @@ class NorMuon:
     gates: Literal["output", "input"] = opt(
         "output", "what has a second moment of its own in gates. output: each output, like a head (record "
                   "48). input: each input channel (record 41)")
+    o_input: bool = opt(
+        False, "second moment of o per input channel (record 90, which stores o that way round)", off=False,
+        needs="optim.muon.head_pairs"
+    )
     floor: float = opt(1e-10, "least second moment before its root is taken (record 41: 1e-20)", least=0)
 
 

@@ -87,7 +87,7 @@ class Attention(nn.Module):
     """Self-attention with q, k, v and output projection in one tensor (4, D, D).
 
     Its views (updates/views.py) say how the optimizer cuts that tensor into matrices. Where q and k are cut
-    in another way than v and o, or are narrower, there are two tensors: qk (2, H K, D) and vo (2, D, D).
+    in another way than v and o, or are narrower, there are three: qk (2, H K, D), v (D, D) and o (D, D).
     """
 
     def __init__(self, s: Settings, spec: AttnSpec):
@@ -105,9 +105,10 @@ class Attention(nn.Module):
             self.qk = parameter(
                 (2, rows, d), parts=[inner, inner], views=views.qk(s), drawn_as="qkvo", **common
             )
-            self.vo = parameter(
-                (2, d, d), parts=[inner, out], first_part=2, views=views.vo(s), drawn_as="qkvo", **common
+            self.v = parameter(
+                (d, d), parts=[inner], first_part=2, views=views.v(s), drawn_as="qkvo", **common
             )
+            self.o = parameter((d, d), parts=[out], first_part=3, views=views.o(s), drawn_as="qkvo", **common)
         else:
             self.qkvo = parameter((4, d, d), parts=[inner, inner, inner, out], views=views.qkvo(s), **common)
         self.bias = None
@@ -119,7 +120,7 @@ class Attention(nn.Module):
     def weights(self):
         """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, D))."""
         if self.apart:
-            return torch.cat([self.qk.flatten(0, 1), self.vo[0]]), self.vo[1]
+            return torch.cat([self.qk.flatten(0, 1), self.v]), self.o
         w_qkv, w_o = self.qkvo.split([3, 1])
         return w_qkv.flatten(0, 1), w_o[0]
 

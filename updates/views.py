@@ -110,9 +110,15 @@ def qk(s) -> Views:
     return Views(variance_axis=-1 if rows >= s.model.model_dim else -2, rows=rows)
 
 
-def vo(s) -> Views:
-    """Views of v and o in one parameter (2, D, D), apart from q and k."""
-    return Views((("v", 0, 1), ("o", 1, 2)), variance_axis=qkvo(s).variance_axis)
+def v(s) -> Views:
+    """Views of v (D, D), apart from q and k."""
+    return Views(variance_axis=qkvo(s).variance_axis)
+
+
+def o(s) -> Views:
+    """Views of o (D, D), apart from q and k. Record 90 stores it as (inputs, outputs)."""
+    normuon = s.optim.muon and s.optim.muon.normuon
+    return Views(variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis)
 
 
 def c_fc(s) -> Views:

@@ -1,0 +1,115 @@
+"""Records 62, 77 and 85 against numbers of the original code, in float64: losses, gradients, hashed rows."""
+
+import numpy as np
+import pytest
+import torch
+
+import schedule
+from golden_late import CONVERT, fixture, gradients, projections
+from golden_records import fill, load, originals, token_windows
+from layers.bigram import bigram_ids
+from optim import Optimizer
+from schedule import Shape, StepPlan
+from system.hooks import hooks_of
+
+# case: long window in blocks, its history, weights of the targets
+CASES = {"A_eval_ws1_3": (3, (3,), None), "A_train_ws1_3_mtp2": (3, (3,), (1.0, 0.3)),
+         "A_train_ws1_3_mtp3": (3, (3,), (1.0, 0.5, 0.2)), "B_eval_ws3_7": (7, (3, 7), None),
+         "B_train_ws3_7_mtp1": (7, (3, 7), (1.0,)), "B_train_ws3_7_mtp2": (7, (3, 7), (1.0, 0.3)),
+         "B_train_ws3_7_mtp3": (7, (3, 7), (1.0, 0.5, 0.2))}
+WITH_GRADIENTS = {62: "B_train_ws3_7_mtp3", 77: "B_train_ws3_7_mtp2", 85: "B_train_ws3_7_mtp2"}
+
+
+@pytest.fixture(scope="module", params=CONVERT)
+def record(request):
+    """(number, golden numbers, model with the fixture's parameters, function case -> losses)."""
+    number = request.param
+    golden, config, model = fixture(number)
+    converted = CONVERT[number](golden, "param/", model)
+    fill(model, {name: np.ascontiguousarray(x, np.float64) for name, x in converted.items()})
+    x, y = (torch.from_numpy(golden[f"in/{name}"].astype(np.int64))[None] for name in ("tokens", "targets"))
+
+    def losses(case):
+        long, history, weights = CASES[case]
+        windows = token_windows(long, long, history)
+        model.update_yarn(windows)
+        return model(x, y, model.context(x, config["bos"], windows), target_weights=weights)
+
+    return number, golden, model, losses
+
+
+LATE = ("model.attn.paired_layers", "model.attn.rope.adjacent", "model.embed.bigram", "model.residual.sublayers",
+        "model.attn.saved_input", "model.residual.mudd", "model.token_gates", "model.attn.xsa",
+        "model.attn.compose", "model.attn.value_embed.gate.own_channels")
+
+
+@pytest.mark.feature(*LATE)
+def test_losses(record):
+    number, golden, _, losses = record
+    found = 0
+    for case, (_, _, weights) in CASES.items():
+        for name, reduced in (("loss", "mean" if weights is None else "sum"), ("loss_sum", "sum")):
+            if (key := f"out/{case}/{name}") in golden:
+                with torch.no_grad():
+                    got = getattr(losses(case), reduced)().item()
+                assert abs(got / golden[key].item() - 1) < 1e-12, (number, case)
+                found += 1
+    assert found == 5
+
+
+@pytest.mark.feature(*LATE)
+def test_gradients(record):
+    """Largest entry and four weighted sums of every tensor; the originals' gradients are float32."""
+    number, golden, model, losses = record
+    model.zero_grad()
+    losses(WITH_GRADIENTS[number]).sum().backward()
+    compared = 0
+    for name, ours in gradients(model, golden, number).items():
+        theirs = golden[f"gradient/{name}"]
+        assert np.abs(projections(ours) - theirs).max() <= 1e-7 * theirs[0] * max(1, len(ours) ** 0.5), name
+        compared += 1
+    assert compared == len([key for key in golden if key.startswith("param/")])
+
+
+def test_rows_of_the_bigram_table(record):
+    _, golden, model, _ = record
+    tokens = torch.from_numpy(golden["in/tokens"].astype(np.int64))[None]
+    assert np.array_equal(bigram_ids(tokens, len(model.bigram.table))[0].numpy(), golden["in/bigram_ids"])
+
+
+@pytest.mark.feature("model.head.untied.tied_until", "model.embed.bigram", "optim.bigram")
+def test_eight_steps_of_record_62():
+    """AdamW on odd steps with summed gradients, the tied embedding and its split, and a change of YaRN's window."""
+    numbers, config, model = fixture(62)
+    golden, told = load("r62_train")
+    start = CONVERT[62](numbers, "param/", model)
+    start["embed.weight"] = start["lm_head.weight"]
+    fill(model, {name: np.ascontiguousarray(x, np.float64) for name, x in start.items()})
+    optimizer = Optimizer(model, model.settings)
+    hooks, cadences, losses = hooks_of(model, optimizer), model.settings.optim.cadences(), []
+    for i, tokens in enumerate(torch.from_numpy(golden["in/tokens_plus_one"].astype(np.int64))):
+        long = told["windows_blocks_of_16"][i][1]
+        windows = token_windows(long, long, (3,) if long == 3 else (3, long))
+        plan = StepPlan(
+            i, 0, Shape(256, 256, 256, windows, tied=i <= 5), 256, 256 * i, told["lr_factor"][i],
+            told["muon_momentum"][i], False, schedule.due(cadences, i), ("untie",) if i == 5 else ()
+        )
+        for hook in hooks:
+            hook.before_forwards(plan)
+        optimizer.expect(last=True, due=plan.due)
+        x, y = tokens[None, :-1], tokens[None, 1:]
+        loss = model(x, y, model.context(x, config["bos"], windows), target_weights=told["mtp"][i]).sum()
+        loss.backward()
+        optimizer.accumulate()
+        optimizer.step(plan)
+        for hook in hooks:
+            hook.after_update(plan)
+        losses.append(loss.item())
+    assert np.abs(np.array(losses) / golden["out/loss_before_step"] - 1).max() < 1e-9
+    ours = {name: p.detach().numpy() for name, p in model.named_parameters()}
+    final = originals(ours, numbers, lambda places, prefix: CONVERT[62](places, prefix, model))
+    for name, x in final.items():
+        if not np.isnan(x).any():
+            theirs = golden[f"final/{name}"]
+            assert np.abs(projections(x) - theirs).max() <= 1e-7 * theirs[0] * len(x) ** 0.5, name
+            assert abs(np.linalg.norm(x) / golden[f"norm_final/{name}"] - 1) < 1e-9, name

@@ -82,6 +82,35 @@ class Compose:
             )
 
 
+@dataclass(frozen=True)
+class Narrow:
+    """Narrower heads in some layers (record 92): they read the first channels of each head of full-width
+    matrices.
+
+    A narrow query and key rotates all its channels, with tables of its own that follow the short window, and
+    has its own softmax scale. A narrow value is read by the same channels of the output projection.
+    """
+    qk_layers: tuple[int, ...] = opt((0, 1, 2, 5, 8), "layers with narrow queries and keys", off=REFUSE)
+    qk_dim: int = opt(
+        64, "width of a narrow query and key", unit="channel", off=REFUSE, shrink="width", least=2
+    )
+    v_layers: tuple[int, ...] = opt((1, 8), "layers with narrow values", off=())
+    v_dim: int = opt(64, "width of a narrow value", unit="channel", off=REFUSE, shrink="width", least=1)
+    scale: float = opt(0.13, "softmax scale of narrow queries and keys", shrink="rsqrt_width", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        path, attn = "model.attn.narrow", s.model.attn
+        for name in ("qk_layers", "v_layers"):
+            yield from attention_faults(f"{path}.{name}", getattr(self, name), s)
+        width = s.model.model_dim // attn.num_heads
+        for name, most in (("qk_dim", attn.qk_dim or width), ("v_dim", width)):
+            if getattr(self, name) > most:
+                yield f"{path}.{name} = {getattr(self, name)}: heads have {most} channels, choose fewer"
+        if attn.rope is None or not attn.rope.half_truncated or attn.rope.yarn is None or self.qk_dim % 2:
+            yield (f"{path} rotates pairs of all its channels, with tables that follow the short window: it "
+                   "needs an even qk_dim, model.attn.rope.half_truncated and model.attn.rope.yarn")
+
+
 # ----- embedding --------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -111,6 +140,11 @@ class Bigram:
         None, "rows of a fixed table of random signs; the row (t_(p-1) xor t_p) mod signs "
         "multiplies the bigram's, so that pairs that collide differ (record 83)", unit="row", least=2
     )
+    layers: tuple[int, ...] | None = opt(None, "layers that add it (off: all that add the embedding)")
+    trigrams: bool = opt(
+        False, "trigrams (record 92): half of the rows are for pairs and half for triples of tokens, "
+        "with other hashes of their signs; both are added", off=False, needs="model.embed.bigram.signs"
+    )
     in_x0: bool = opt(
         False, "the embedding x0, as later layers add it, holds the bigram of the first layer too "
         "(records 83 and 84, where both were one tensor)", off=False
@@ -121,6 +155,13 @@ class Bigram:
             yield (
                 f"model.embed.bigram.dim = {self.dim}: must be at most model.model_dim = {s.model.model_dim}"
             )
+        if self.layers is not None:
+            yield from layer_faults("model.embed.bigram.layers", self.layers, s)
+        if self.trigrams and self.rows % 2:
+            yield ("model.embed.bigram.trigrams takes half of the rows, and model.embed.bigram.rows = "
+                   f"{self.rows}: give an even number")
+        if self.trigrams and self.second_token == "pair":
+            yield "model.embed.bigram.trigrams has second_token=reserved only: set that"
         if self.in_x0 and self.site == "in":
             yield "model.embed.bigram.in_x0 needs model.embed.bigram.site=attn: set it, or leave in_x0 off"
 
@@ -137,7 +178,13 @@ class Sublayers:
     post: float = opt(1.0, "initial p; the constant if `learned` is off")
     attn_post_from: int = opt(0, "first layer whose attention has a factor p (record 74: 7)", unit="layer",
                               off=0, least=0)
+    keep_layers: tuple[int, ...] = opt(
+        (), "layers that keep the factor r of a sublayer that they lack (record 92)", off=()
+    )
     learned: bool = opt(True, "learned r and p, scalars (off: the constants)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.residual.sublayers.keep_layers", self.keep_layers, s)
 
 
 @dataclass(frozen=True)
@@ -180,6 +227,16 @@ class Mudd:
         "layers whose outputs are mixed in before the final norm, beside the stream before the first layer",
     )
     tables: tuple[int, ...] = opt((1,), "layers whose value embeddings are mixed in before the final norm")
+    mlp_input: bool = opt(
+        False, "mixed in before the final norm too: the layer's normed MLP input (record 92)", off=False
+    )
+    attn_input: bool = opt(
+        False, "mixed in before the final norm too: the layer's normed attention input (record 92)", off=False
+    )
+    groups: int | None = opt(
+        None, "coefficients before the final norm per group of channels (record 92): this many "
+        "groups, each with a second coefficient from the same network (off: one for all)", least=2
+    )
     backout: float = opt(-0.5, "initial coefficient of the first snapshot before the final norm, in place of "
                                "model.residual.backout")
 
@@ -196,6 +253,11 @@ class Mudd:
             if not 0 <= i < len(held) or held[i] < 0:
                 yield (f"{path} needs the value embedding of layer {i}: give it a table in "
                        "model.attn.value_embed.tables")
+        if self.groups is not None and s.model.model_dim % self.groups:
+            yield (f"{path}.groups = {self.groups} does not divide model.model_dim = {s.model.model_dim}: "
+                   "choose another number")
+        if self.mlp_input and self.layer in s.model.mlp.drop_layers:
+            yield f"{path}.mlp_input: layer {self.layer} has no MLP: switch it off"
         if s.model.residual.sublayers is None:
             yield f"{path} replaces the factors of its layer's sublayers: set model.residual.sublayers"
 

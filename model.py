@@ -104,6 +104,7 @@ class Block(nn.Module):
         if spec.mlp is not None or spec.moe:
             self.mlp_norm = Norm(s)
             self.mlp = MoE(s) if spec.moe else MLP(s, spec.mlp)
+        self.parallel = MLP(s, spec.mlp) if spec.parallel_mlp else None  # of the same input (record 92)
 
 
 # ----- head -------------------------------------------------------------------------------------------------
@@ -369,24 +370,28 @@ class GPT(nn.Module):
         exceptions: `cache`, and without recomputation `aux_losses` and layer 0's values.
         """
         block, matmul_dtype = self.blocks[i], self.train_dtype if self.training else self.eval_dtype
+        y = None
         if block.attn is not None:
             mix_values = None if mix is None else functools.partial(mix, i)
             meta = AttnMeta(None, self.rotary_tables.scales[i]) if context is None else context.layers[i]
-            y = block.attn(
-                block.attn_norm(stream.attn_input(block.attn.spec.saved_input, x)).to(matmul_dtype),
-                block.rotary, mix_values, meta, None if cache is None else cache[i],
-                self.attn_coefs(i, stream, lambdas)
-            )
-            x = stream.mix("attn", i, x, y)
-            stream.keep(f"attn.{i}", x)
+            h = block.attn_norm(stream.attn_input(block.attn.spec.saved_input, x)).to(matmul_dtype)
+            stream.keep(f"attn_in.{i}", h)
+            y = block.attn(h, block.rotary, mix_values, meta, None if cache is None else cache[i],
+                           self.attn_coefs(i, stream, lambdas))
+        x = stream.mix("attn", i, x, y)
+        stream.keep(f"attn.{i}", x)
+        y = None
         if block.mlp is not None:
-            y = block.mlp_norm(stream.mlp_input(x)).to(matmul_dtype)
+            h = block.mlp_norm(stream.mlp_input(x)).to(matmul_dtype)
+            stream.keep(f"mlp_in.{i}", h)
             size = self.tokens_per_rank(context)
             if isinstance(block.mlp, MoE):
-                y = block.mlp(y, aux_losses, self.compiled, size)
+                y = block.mlp(h, aux_losses, self.compiled, size)
             else:
-                y = block.mlp(y, size)
-            x = stream.mix("mlp", i, x, y)
+                y = block.mlp(h, size)
+            if block.parallel is not None:
+                y = y + block.parallel(h, size)
+        x = stream.mix("mlp", i, x, y)
         return x
 
     def attn_coefs(self, i: int, stream: Stream, lambdas) -> AttnCoefs:
@@ -411,7 +416,8 @@ class GPT(nn.Module):
         return Cache([None] * (3 if able and absorbed is not False else 2) for _ in self.blocks)
 
     def context(
-        self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None
+        self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None,
+        documents=None
     ) -> Context:
         """The attention metadata of one forward pass, computed outside the compiled forward.
 
@@ -424,6 +430,7 @@ class GPT(nn.Module):
             cached: whether only the last token is new and the others are in a cache.
             max_docs, max_seqlen: upper bounds known on the host, so that nothing waits for the GPU.
             tokens_per_rank: tokens of a logical rank in this step; None: as in the first step.
+            documents: (R, T) growing numbers of what attention keeps apart; None: the documents, if masked.
         """
         a, scales = self.settings.model.attn, self.rotary_tables.scales
         if not self.rotary_tables.stands_at(windows):
@@ -431,7 +438,8 @@ class GPT(nn.Module):
         if self.sees_all:
             layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, scales)]
             return Context(layers, tokens_per_rank)
-        documents = (tokens == bos).cumsum(1, dtype=torch.int32) if a.document_mask else None
+        if documents is None and a.document_mask:
+            documents = (tokens == bos).cumsum(1, dtype=torch.int32)
         views, spans = {}, layer_spans(self.specs, windows)
         for paired, span in {(spec.attn.paired, span) for spec, span in zip(self.specs, spans) if spec.attn}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
@@ -535,9 +543,8 @@ class GPT(nn.Module):
 
     def fp8_mlps(self):
         """The MLPs that use FP8 in training."""
-        return [
-            block.mlp for block in self.blocks if isinstance(block.mlp, MLP) and block.mlp.fp8 is not None
-        ]
+        found = [mlp for block in self.blocks for mlp in (block.mlp, block.parallel) if isinstance(mlp, MLP)]
+        return [mlp for mlp in found if mlp.fp8 is not None]
 
     def prepare_compile(self):
         """Call this before torch.compile: shapes in the graph must not depend on the data."""

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from declare import REFUSE, opt
 from mixing_settings import (
-    XSA, Bigram, Compose, Lanes, Mudd, Sublayers, TokenGates, attention_faults, channel_faults, layer_faults
+    XSA, Bigram, Compose, Lanes, Mudd, Narrow, Sublayers, TokenGates, attention_faults, channel_faults,
+    layer_faults
 )
 
 
@@ -416,6 +417,7 @@ class Attention:
     )
     qk_dim: int | None = opt(None, "width of a head's query and key (record 90; off: model_dim / num_heads)",
                              unit="channel", shrink="width", least=4)
+    narrow: Narrow | None = opt(None, "narrow heads in some layers")
     xsa: XSA | None = opt(
         None, "exclusive self-attention: a head's output loses its part along the token's own value"
     )
@@ -562,11 +564,26 @@ class MLP:
                      "swiglu: silu(V x) times W x, with a second matrix V and two thirds of the hidden "
                      "width, so that the parameters stay as many (Shazeer, arXiv 2002.05202)")
     expansion: int = opt(4, "hidden width divided by model_dim", off=REFUSE, least=1, most=1024)
+    hidden: int | None = opt(
+        None, "hidden width, in place of expansion times model_dim (record 92)", unit="channel",
+        shrink="width", least=1
+    )
+    parallel_layers: tuple[int, ...] = opt(
+        (), "parallel MLP: layers with a second MLP of the same input, whose output "
+        "is added to the first's (record 92)", off=()
+    )
     drop_layers: tuple[int, ...] = opt((), "layers without MLP", off=())
     moe: MoE | None = opt(None, "mixture of experts in place of the dense MLP")
 
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.mlp.drop_layers", self.drop_layers, s)
+        yield from layer_faults("model.mlp.parallel_layers", self.parallel_layers, s)
+        for i in sorted(set(self.parallel_layers) & set(self.drop_layers)):
+            yield f"model.mlp.parallel_layers names layer {i}, which has no MLP: leave it out"
+        if self.parallel_layers and self.moe:
+            yield (
+                "model.mlp.parallel_layers is for dense MLPs: leave it empty, or add --without model.mlp.moe"
+            )
         if self.activation == "swiglu" and s.model.bias:
             yield "model.mlp.activation=swiglu has no bias vectors: set model.bias=false"
         if self.activation == "swiglu" and self.moe:
@@ -582,6 +599,7 @@ class X0Mix:
     """
     x: float = opt(1.0, "initial a; the constant if `learned` is off", idle="model.residual.sublayers")
     x0: float = opt(0.0, "initial b; the constant if `learned` is off")
+    layers: tuple[int, ...] | None = opt(None, "layers that add x0 (record 92; off: all)")
     learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
 
 

@@ -1,12 +1,13 @@
-"""Pairs of tokens that a byte-level BPE tokenizer never writes one after the other (record 91, canonical masking).
+"""Pairs of tokens that a byte-level BPE tokenizer never writes one after the other (record 91, canonical
+masking).
 
-If text is encoded as ..., p, x, ..., then encoding that text again gives p and x again. So p and x are no pair if
-the merges, done on the bytes of both together, would join something across the seam between them. After Vieira et
-al., "Language Models over Canonical Byte-Pair Encodings" (arXiv 2506.07956).
+If text is encoded as ..., p, x, ..., then encoding that text again gives p and x again. So p and x are no
+pair if the merges, done on the bytes of both together, would join something across the seam between them.
+After Vieira et al., "Language Models over Canonical Byte-Pair Encodings" (arXiv 2506.07956).
 
-A merge of rank r joins a piece `left` that ends p with a piece `right` that begins x if both exist when r is due.
-The pieces at the edges of a token come and go with the merges inside it, so each has a life: the ranks at which it
-exists. The last life of an edge has no end, because the token is complete then.
+A merge of rank r joins a piece `left` that ends p with a piece `right` that begins x if both exist when r is
+due. The pieces at the edges of a token come and go with the merges inside it, so each has a life: the ranks
+at which it exists. The last life of an edge has no end, because the token is complete then.
 """
 
 import functools
@@ -23,9 +24,9 @@ FOREVER = 1 << 30  # above every rank
 
 # What stands on one side of a seam.
 SPACE, NUMBER, LETTER, OTHER, INSIDE = range(5)  # INSIDE: within a character of several bytes
-# GPT-2's pre-tokenizer cuts text before BPE, so a merge across a seam needs both sides in one piece of it. Left out
-# are seams whose cut depends on the text around: between spaces, within a character, and between a sign and a letter,
-# where a contraction may begin.
+# GPT-2's pre-tokenizer cuts text before BPE, so a merge across a seam needs both sides in one piece of it.
+# Left out are seams whose cut depends on the text around: between spaces, within a character, and between a
+# sign and a letter, where a contraction may begin.
 JOINED = np.ones((5, 5), bool)
 JOINED[:, INSIDE] = JOINED[SPACE, SPACE] = JOINED[OTHER, LETTER] = False
 
@@ -61,8 +62,8 @@ def merges(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[int, int,
 def edges(token: bytes, ranks: Mapping[bytes, int]) -> Edges:
     """The Edges of a token.
 
-    A piece that begins x must exist before rank r to be joined by it, one that ends p at r itself: merges of equal
-    rank are done from left to right.
+    A piece that begins x must exist before rank r to be joined by it, one that ends p at r itself: merges of
+    equal rank are done from left to right.
     """
     before = [token[i:i + 1] for i in range(len(token))]
     first, last, joined = [(0, before[0])], [(0, before[-1])], None
@@ -116,7 +117,8 @@ def ends_in_contraction(token: bytes) -> bool:
 def impossible(ranks: Mapping[bytes, int], rows: int) -> np.ndarray:
     """Bits (rows, rows / 8) uint8, little end first: bit x of row p is set if token x never follows token p.
 
-    ranks: {token bytes: number}; the number of a merged token is the rank of its merge. rows: a multiple of 8; rows
+    ranks: {token bytes: number}; the number of a merged token is the rank of its merge. rows: a multiple of
+    8; rows
         and bits of numbers without a token are empty.
     """
     known = {number: edges(token, ranks) for token, number in ranks.items()}
@@ -142,7 +144,8 @@ def impossible(ranks: Mapping[bytes, int], rows: int) -> np.ndarray:
 
 
 def following(known: Mapping[int, Edges]) -> dict[int, np.ndarray]:
-    """{rank: tokens that begin with the right piece of its merge while the rank is due}, where there are some."""
+    """{rank: tokens that begin with the right piece of its merge while the rank is due}, where there are
+    some."""
     by_piece = {}
     for number, of_token in known.items():
         for life in of_token.first:
@@ -162,5 +165,7 @@ def following(known: Mapping[int, Edges]) -> dict[int, np.ndarray]:
 def of_tokenizer(name: str, rows: int) -> np.ndarray:
     """`impossible` for a tokenizer of data/tokenizer.py; nothing is impossible after end of text."""
     encoding = load(name)
-    ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token}
+    ranks = {
+        encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token
+    }
     return impossible(ranks, rows)

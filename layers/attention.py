@@ -93,13 +93,13 @@ class Attention(nn.Module):
     def __init__(self, s: Settings, spec: AttnSpec):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
-        if spec.heads * spec.v != d:
-            raise ValueError(f"{spec.heads} heads of {spec.v} channels do not make up model_dim = {d}")
+        if spec.heads * spec.v_stored != d:
+            raise ValueError(f"{spec.heads} heads of {spec.v_stored} channels do not make up model_dim = {d}")
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
         o_bound = s.model.init.o_bound
         out = linear_init(s, d, projection=o_bound is None, bound=o_bound)
-        rows, muon = spec.heads * spec.qk, s.optim.muon
-        self.apart = rows != d or (muon is not None and muon.head_pairs)
+        rows, muon = spec.heads * spec.qk_stored, s.optim.muon
+        self.apart = rows != d or (muon is not None and muon.head_pairs) or s.model.attn.narrow is not None
         common = dict(dtype_name=n.matrix, role="matrix", label="qkvo", init=None)
         if self.apart:
             self.qk = parameter(
@@ -114,13 +114,22 @@ class Attention(nn.Module):
         self.bias = None
         if s.model.bias:
             self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
-        self.fused = s.system.kernels.qk == "triton" and rows == d
+        self.fused = s.system.kernels.qk == "triton" and spec.qk == spec.v == d // spec.heads
         self.common_parts(s, spec)
 
     def weights(self):
-        """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, D))."""
+        """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, H V)).
+
+        Narrow heads take the first channels of each stored head.
+        """
         if self.apart:
-            return torch.cat([self.qk.flatten(0, 1), self.v]), self.o
+            heads, qk, v = self.spec.heads, self.qk.flatten(0, 1), self.v
+            if self.spec.qk < self.spec.qk_stored:
+                qk = qk.unflatten(0, (2 * heads, -1))[:, :self.spec.qk].flatten(0, 1)
+            if self.spec.v == self.spec.v_stored:
+                return torch.cat([qk, v]), self.o
+            v = v.unflatten(0, (heads, -1))[:, :self.spec.v].flatten(0, 1)
+            return torch.cat([qk, v]), self.o.unflatten(1, (heads, -1))[:, :, :self.spec.v].flatten(1)
         w_qkv, w_o = self.qkvo.split([3, 1])
         return w_qkv.flatten(0, 1), w_o[0]
 

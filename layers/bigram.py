@@ -8,6 +8,9 @@ from layers.primitives import constant, dtype, parameter
 from settings import Settings
 
 HASH = 36313, 27191  # factors of a token and of the one before it
+# Record 92: factors of a token and of the two before it, for rows of triples, signs of pairs and signs of
+# triples.
+TRIPLES, PAIR_SIGNS, TRIPLE_SIGNS = (17351, 60961, 45259), (48271, 30011), (58699, 39779, 26801)
 
 
 def int32(x: torch.Tensor) -> torch.Tensor:
@@ -37,13 +40,44 @@ def sign_ids(tokens: torch.Tensor, signs: int) -> torch.Tensor:
     return ids
 
 
+def hashed(tokens: torch.Tensor, factors: tuple[int, ...]) -> torch.Tensor:
+    """Exclusive or of factor times token, over each token (R, T) and those before it, in 32-bit integers."""
+    parts = [int32(factor * tokens.roll(n, 1)) for n, factor in enumerate(factors)]
+    found = parts[0]
+    for part in parts[1:]:
+        found = found ^ part
+    return found
+
+
+def ngram_ids(tokens: torch.Tensor, rows: int) -> torch.Tensor:
+    """Rows (2, R, T) of each token's pair, in the first half of the table, and of its triple, in the second.
+
+    Each half keeps its last row for tokens that have no pair or triple yet (record 92).
+    """
+    half = rows // 2
+    triples = half + hashed(tokens, TRIPLES) % (rows - half - 1)
+    triples[:, :2] = rows - 1
+    return torch.stack([bigram_ids(tokens, half), triples])
+
+
+def ngram_sign_ids(tokens: torch.Tensor, signs: int) -> torch.Tensor:
+    """Rows (2, R, T) of the table of signs for each token's pair and triple; 0 where there is none yet."""
+    ids = torch.stack([hashed(tokens, factors) % signs for factors in (PAIR_SIGNS, TRIPLE_SIGNS)])
+    ids[0, :, 0] = 0
+    ids[1, :, :2] = 0
+    return ids
+
+
 class Bigram(nn.Module):
-    """Token ids (R, T) -> rows of the bigram table (R, T, D), zero in the channels that the table lacks."""
+    """Token ids (R, T) -> rows of the bigram table (R, T, D), zero in the channels that the table lacks.
+
+    With trigrams the sum of two rows, of a pair and of a triple.
+    """
 
     def __init__(self, s: Settings):
         super().__init__()
         b, n = s.model.embed.bigram, s.numerics
-        self.second_token, self.dim = b.second_token, s.model.model_dim
+        self.second_token, self.trigrams, self.dim = b.second_token, b.trigrams, s.model.model_dim
         width = b.dim or s.model.model_dim
         self.table = parameter((b.rows, width), n.table, role="embed", label="bigram", init=constant(0.0))
         self.residual_dtype = dtype(n.residual)
@@ -64,7 +98,13 @@ class Bigram(nn.Module):
         """
         line = tokens if past is None else torch.cat([past, tokens], 1)
         new = slice(-tokens.size(1), None)
-        rows = F.embedding(bigram_ids(line, len(self.table), self.second_token)[:, new], self.table)
-        if self.signs is not None:
-            rows = rows * F.embedding(sign_ids(line, len(self.signs))[:, new], self.signs)
+        if self.trigrams:
+            ids, signs = ngram_ids(line, len(self.table)), ngram_sign_ids(line, len(self.signs))
+        else:
+            ids = bigram_ids(line, len(self.table), self.second_token)[None]
+            signs = None if self.signs is None else sign_ids(line, len(self.signs))[None]
+        rows = F.embedding(ids[..., new], self.table)  # (1 or 2, R, T, width)
+        if signs is not None:
+            rows = rows * F.embedding(signs[..., new], self.signs)
+        rows = rows.sum(0) if self.trigrams else rows[0]
         return F.pad(rows.to(self.residual_dtype), (0, self.dim - rows.size(-1)))

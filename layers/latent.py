@@ -31,8 +31,8 @@ class LatentAttention(Attention):
     def __init__(self, s: Settings, spec: AttnSpec):
         nn.Module.__init__(self)
         latent, d, n = s.model.attn.latent, s.model.model_dim, s.numerics
-        self.qk_rope = spec.rotary
-        self.qk_nope = spec.qk - spec.rotary
+        self.qk_rope = spec.rotary.width
+        self.qk_nope = spec.qk - spec.rotary.width
 
         def matrix(rows, cols, projection=False):
             return parameter((rows, cols), n.matrix, role="matrix", label="latent",

@@ -5,7 +5,7 @@ source `x` scales x itself. A site without terms costs nothing. A coefficient is
 or a column of a network that reads the stream (layers/token_nets.py).
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -35,9 +35,9 @@ class Term:
     and
         `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
     source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `bigram`,
-    `start`
-        (the stream before block 0), `saved.i` (the stream after layer i), `attn.i` (after its attention),
-        `table.i` (the value embedding of layer i) or `lane` (the second lane).
+        `start` (the stream before block 0), `saved.i` (the stream after layer i), `attn.i` (after its
+        attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches), `table.i` (the value
+        embedding of layer i) or `lane` (the second lane).
     lane: 1: a term of the second lane (record 73).
     """
     site: Literal["start", "skip", "in", "value", "attn", "mlp", "out"]
@@ -47,12 +47,13 @@ class Term:
     lane: int = 0
 
 
-def sublayers(specs: tuple[LayerSpec, ...]) -> Iterator[tuple[str, int]]:
-    """(site, layer) of every sublayer, in their order."""
+def sublayers(specs: tuple[LayerSpec, ...], keep: Collection[int] = ()) -> Iterator[tuple[str, int]]:
+    """(site, layer) of every sublayer, in their order; those that a layer lacks too if it is one of
+    `keep`."""
     for i, spec in enumerate(specs):
-        if spec.attn is not None:
+        if spec.attn is not None or i in keep:
             yield "attn", i
-        if spec.mlp is not None or spec.moe:
+        if spec.mlp is not None or spec.moe or i in keep:
             yield "mlp", i
 
 
@@ -71,12 +72,16 @@ def skip_pairs(specs: tuple[LayerSpec, ...], pairs: tuple | None) -> list[tuple[
 
 # ----- the columns of the networks --------------------------------------------------------------------------
 
-def shortcut_layers(s: Settings, specs: tuple[LayerSpec, ...]) -> list[int]:
-    """Layers that add the embedding and the bigram by coefficients of their own.
+def shortcut_layers(s: Settings, specs: tuple[LayerSpec, ...], named: tuple[int, ...] | None) -> list[int]:
+    """Layers that add the embedding, or the bigram, by coefficients of their own.
 
-    With sublayers these are the layers with attention; MUDD has the last one's coefficients.
+    named: those that the settings name; None: all. With sublayers these are the layers with attention; MUDD
+    has
+        the last one's coefficients.
     """
     r = s.model.residual
+    if named is not None:
+        return list(named)
     if r.sublayers is None:
         return [i for i, spec in enumerate(specs) if not spec.empty]
     return [i for i, spec in enumerate(specs) if spec.attn is not None and not (r.mudd and i == r.mudd.layer)]
@@ -91,11 +96,13 @@ def gate_columns(
     found = [(i, Column(f"xsa.{i}", heads, m.attn.xsa.init)) for i, spec in enumerate(specs)
              if spec.attn is not None and spec.attn.xsa]
     found += [(i, Column(f"attn.{i}", heads, g.attn)) for i in gated_layers(s)]
-    for i in shortcut_layers(s, specs):
-        if m.residual.x0_mix:
-            found.append((i, Column(f"x0.{i}", 1, m.residual.x0_mix.x0)))
-        if m.embed.bigram:
-            found.append((i, Column(f"bigram.{i}", 1, m.embed.bigram.init)))
+    x0, bigram = m.residual.x0_mix, m.embed.bigram
+    if x0:
+        found += [(i, Column(f"x0.{i}", 1, x0.x0)) for i in shortcut_layers(s, specs, x0.layers)]
+    if bigram:
+        found += [
+            (i, Column(f"bigram.{i}", 1, bigram.init)) for i in shortcut_layers(s, specs, bigram.layers)
+        ]
     found += [(to, Column(f"skip.{k}", 1, g.skip)) for k, (_, to) in enumerate(pairs)]
     for i, spec in enumerate(specs):
         if spec.attn is not None and spec.attn.compose is not None:
@@ -118,6 +125,10 @@ def mudd_columns(s: Settings) -> tuple[list[Column], list[Column]]:
         Column("start"),
         *(Column(f"saved.{i}", 1, mudd.backout if i == first else 0.0) for i in mudd.snapshots),
         *(Column(f"table.{i}") for i in mudd.tables)
+    ]
+    out += [
+        Column(f"{name}.{mudd.layer}")
+        for name, on in (("mlp_in", mudd.mlp_input), ("attn_in", mudd.attn_input)) if on
     ]
     return inside, out
 
@@ -194,8 +205,10 @@ class Residual(nn.Module):
         """r x + p branch(x) for every sublayer, in two lanes from record 73's layer on."""
         s, r = self.settings, self.settings.model.residual
         f, lanes = r.sublayers, r.lanes
-        mine = [(site, i) for site, i in sublayers(self.specs) if i != self.mudd_layer]
-        posted = [(site, i) for site, i in mine if site == "mlp" or i >= f.attn_post_from]
+        whole = set(sublayers(self.specs))
+        mine = [(site, i) for site, i in sublayers(self.specs, f.keep_layers) if i != self.mudd_layer]
+        posted = [(site, i) for site, i in mine
+                  if (site, i) in whole and (site == "mlp" or i >= f.attn_post_from)]
         doubled = [(site, i) for site, i in mine if lanes and i >= lanes.start]
         self.resid_lambdas = coefficient(len(mine), f.resid, f.learned, s.numerics.scalar, "resid_lambdas")
         self.post_lambdas = coefficient(len(posted), f.post, f.learned, s.numerics.scalar, "post_lambdas")
@@ -204,7 +217,9 @@ class Residual(nn.Module):
             self.lane_lambdas = coefficient(len(doubled), first, f.learned, s.numerics.scalar, "post_lambdas")
         for k, (site, i) in enumerate(mine):
             post = Entry("post_lambdas", posted.index((site, i))) if (site, i) in posted else 1.0
-            self.add(Term(site, i, "x", Entry("resid_lambdas", k)), Term(site, i, "branch", post))
+            self.add(Term(site, i, "x", Entry("resid_lambdas", k)))
+            if (site, i) in whole:
+                self.add(Term(site, i, "branch", post))
             if (site, i) in doubled:
                 self.add(Term(site, i, "x", Entry("resid_lambdas", k), lane=1),
                          Term(site, i, "branch", Entry("lane_lambdas", doubled.index((site, i))), lane=1))
@@ -231,18 +246,21 @@ class Residual(nn.Module):
     def add_shortcuts(self) -> None:
         """The embedding (x0 mix, record 9) and the bigram (record 62) in the layers that add them."""
         s, m, r = self.settings, self.settings.model, self.settings.model.residual
-        layers, n, b = shortcut_layers(s, self.specs), s.numerics, m.embed.bigram
+        n, x0, bigram = s.numerics, r.x0_mix, m.embed.bigram
         site = "in" if r.sublayers is None else "attn"
-        if r.x0_mix and r.sublayers is None:
-            self.resid_lambdas = coefficient(
-                len(layers), r.x0_mix.x, r.x0_mix.learned, n.scalar, "resid_lambdas"
-            )
+        if x0 and r.sublayers is None:
+            layers = shortcut_layers(s, self.specs, None)
+            self.resid_lambdas = coefficient(len(layers), x0.x, x0.learned, n.scalar, "resid_lambdas")
             self.add(*(Term(site, i, "x", Entry("resid_lambdas", k)) for k, i in enumerate(layers)))
-        if r.x0_mix:
-            self.add_shortcut("x0", layers, site, r.x0_mix.x0, r.x0_mix.learned, "x0_lambdas")
-        if b:
-            self.add_shortcut("bigram", layers, site if b.site == "in" else "attn", b.init, b.learned,
-                              "bigram_lambdas")
+        if x0:
+            self.add_shortcut(
+                "x0", shortcut_layers(s, self.specs, x0.layers), site, x0.x0, x0.learned, "x0_lambdas"
+            )
+        if bigram:
+            self.add_shortcut(
+                "bigram", shortcut_layers(s, self.specs, bigram.layers),
+                site if bigram.site == "in" else "attn", bigram.init, bigram.learned, "bigram_lambdas"
+            )
 
     def add_shortcut(self, source: str, layers: list[int], site: str, init: float, learned: bool,
                      module: str) -> None:
@@ -273,8 +291,14 @@ class Residual(nn.Module):
         s, mudd, last = self.settings, self.settings.model.residual.mudd, len(self.specs)
         inside, out = mudd_columns(s)
         for name, layer, columns in (("mudd_layer_net", mudd.layer, inside), ("mudd_out_net", last, out)):
-            self.add_net(name, layer, TokenNet(columns, s.model.model_dim, mudd.hidden, mudd.scale,
-                                               s.numerics.gate, "mudd"))
+            self.add_net(
+                name,
+                layer,
+                TokenNet(
+                    columns, s.model.model_dim, mudd.hidden, mudd.scale, s.numerics.gate, "mudd",
+                    mudd.groups if layer == last else None
+                ),
+            )
         sources = {"start": "start", "cached": f"saved.{mudd.cached}", "x": f"saved.{mudd.layer - 1}",
                    "branch": "branch", "bigram": "bigram"}
         for column in inside:
@@ -398,7 +422,9 @@ def is_number(coef, value):
 
 
 def scaled(coef, x):
-    """coef * x, without a multiplication if coef is the number 1."""
+    """coef * x, without a multiplication if coef is the number 1. (R, T, G) is of G groups of channels."""
     if is_number(coef, 1):
         return x
+    if isinstance(coef, torch.Tensor) and coef.dim() == x.dim() and 1 < coef.size(-1) < x.size(-1):
+        return (coef[..., None] * x.unflatten(-1, (coef.size(-1), -1))).flatten(-2)
     return coef * x

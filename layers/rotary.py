@@ -9,7 +9,7 @@ from torch import nn
 
 from kernels import eager
 from layers.primitives import dtype
-from layers.specs import LayerSpec
+from layers.specs import AttnSpec, LayerSpec, RotarySpec
 from schedule import Windows
 from settings import Settings
 
@@ -22,10 +22,10 @@ class Rotary(nn.Module):
     first K/4 pairs, and 0 for the others. With YaRN the tables depend on the long window (RotaryTables).
     """
 
-    def __init__(self, s: Settings, width: int):
+    def __init__(self, s: Settings, spec: RotarySpec):
         super().__init__()
         n = s.numerics
-        self.rope, self.width = s.model.attn.rope, width
+        self.rope, self.width, self.turning, self.short = s.model.attn.rope, *spec
         self.table_dtype = dtype(n.rope)
         self.frequency_dtype = dtype(n.rope_frequency)
         self.math_dtype = dtype(n.rope_math)
@@ -41,12 +41,13 @@ class Rotary(nn.Module):
 
     def frequencies(self, long_blocks):
         """(f (K/2,), factor of the softmax scale) after the long window had these sizes, in blocks."""
+        if self.short:
+            long_blocks = [max(1, blocks // 2) for blocks in long_blocks]  # the short window (schedule.half)
         # float32 angles, as in the originals
         work = torch.float64 if self.table_dtype == torch.float64 else torch.float32
-        if self.rope.half_truncated:
-            turning = self.width // 4
-            f = (1 / self.rope.base) ** torch.linspace(0, 1, turning, dtype=work)
-            f = torch.cat([f, f.new_zeros(self.width // 2 - turning)])
+        if self.turning is not None:
+            f = (1 / self.rope.base) ** torch.linspace(0, 1, self.turning, dtype=work)
+            f = torch.cat([f, f.new_zeros(self.width // 2 - self.turning)])
         else:
             f = 1 / self.rope.base ** (torch.arange(0, self.width, 2, dtype=work) / self.width)
         yarn, factor = self.rope.yarn, 1.0
@@ -107,13 +108,14 @@ class RotaryTables:
     """
 
     def __init__(self, s: Settings, specs: Sequence[LayerSpec], rotaries: Sequence[Rotary]):
-        self.specs, self.rotaries, self.scale = specs, rotaries, s.model.attn.scale
+        self.specs, self.rotaries = specs, rotaries
+        self.numbers = {(rotary.width, rotary.turning, rotary.short): i for i, rotary in enumerate(rotaries)}
         rope, window = s.model.attn.rope, s.model.attn.window
         self.yarn = rope is not None and rope.yarn is not None
         sizes = len(window.stages) + 1 if self.yarn and window is not None else 0
         # sizes of the long window so far in blocks, without the first one; 0: not reached yet
         self.reached = np.zeros(sizes, dtype=np.int64)
-        self.factor = np.ones(1)  # YaRN's factor of the softmax scales
+        self.factor = np.ones(max(1, len(rotaries)))  # YaRN's factor of the softmax scales, of each table
         self.scales = self.softmax_scales()
 
     def changes(self, windows: Windows | None) -> list[int]:
@@ -135,8 +137,8 @@ class RotaryTables:
 
     def fill(self, long_blocks: Sequence[int] = ()) -> None:
         """Fill the tables for these sizes of the long window so far."""
-        for rotary in self.rotaries:
-            self.factor[0] = rotary.update_yarn(tuple(long_blocks))
+        for i, rotary in enumerate(self.rotaries):
+            self.factor[i] = rotary.update_yarn(tuple(long_blocks))
 
     def reset(self) -> None:
         """Restore the tables of the first step."""
@@ -147,12 +149,13 @@ class RotaryTables:
     def softmax_scales(self) -> list[float | None]:
         """The softmax scale of every layer; None: 1 / sqrt(width of a query), or no attention."""
         if not self.reached.any():
-            return [self.scale] * len(self.specs)
-        factor = self.factor.item(0)
-        return [
-            spec.attn and factor * (self.scale if self.scale is not None else 1 / math.sqrt(spec.attn.qk))
-            for spec in self.specs
-        ]
+            return [spec.attn and spec.attn.scale for spec in self.specs]
+        return [spec.attn and self.scale_of(spec.attn) for spec in self.specs]
+
+    def scale_of(self, attn: AttnSpec) -> float:
+        """A layer's softmax scale with the factor of its table."""
+        first = attn.scale if attn.scale is not None else 1 / math.sqrt(attn.qk)
+        return self.factor.item(self.numbers[tuple(attn.rotary)]) * first
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of what training changes: nothing without YaRN."""

@@ -4,10 +4,17 @@ No other module reads settings that list layers.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from model_settings import query_dim, rotary_dim, value_dim
 from settings import Settings
+
+
+class RotarySpec(NamedTuple):
+    """One set of rotary tables. Layers with equal ones share them."""
+    width: int  # channels of a head's query and key
+    turning: int | None = None  # channel pairs that rotate; None: all, with the frequencies of the paper
+    short: bool = False  # YaRN follows the short window in place of the long one
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,7 @@ class AttnSpec:
     heads: int
     qk: int  # width of a head's query and key
     v: int  # width of a head's value
-    rotary: int | None  # channels of a head's query and key with rotary positions; None: no rotary embedding
+    rotary: RotarySpec | None  # tables of the rotary positions; None: no rotary embedding
     window: Literal["long", "short"] | None  # the window of this layer; None: no window
     gate: int | None  # input channels of the gate on each head's output
     value_table: int | None  # number of the value embedding table; None: none
@@ -27,6 +34,10 @@ class AttnSpec:
     saved_input: int | None = None  # layer after which the stream is attention's input; None: as it arrives
     xsa: bool = False  # exclusive self-attention
     compose: int | None = None  # window of composed heads; None: heads are not composed
+    scale: float | None = None  # softmax scale before YaRN; None: 1 / sqrt(qk)
+    # width of a head's query and key in the matrices, of which it reads the first qk
+    qk_stored: int | None = None
+    v_stored: int | None = None  # likewise of a value
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,7 @@ class LayerSpec:
     attn: AttnSpec | None
     mlp: int | None  # hidden width of the dense MLP
     moe: bool  # mixture of experts instead of the dense MLP
+    parallel_mlp: bool = False  # a second dense MLP of the same input
 
     @property
     def empty(self) -> bool:
@@ -44,7 +56,10 @@ class LayerSpec:
 
 def layer_specs(s: Settings) -> tuple[LayerSpec, ...]:
     """The specification of every layer."""
-    return tuple(LayerSpec(attn_spec(s, layer), *mlp_spec(s, layer)) for layer in range(s.model.num_layers))
+    return tuple(
+        LayerSpec(attn_spec(s, layer), *mlp_spec(s, layer), parallel_mlp=layer in s.model.mlp.parallel_layers)
+        for layer in range(s.model.num_layers)
+    )
 
 
 def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
@@ -60,22 +75,41 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
     paired = layer in a.paired_layers
     offset = a.key_offset and window != "short" and not paired
     own = value_gate is not None and value_gate.own_channels in ("all", "all" if paired else "unpaired")
+    narrow_qk, narrow_v = (a.narrow is not None and layer in layers
+                           for layers in ((a.narrow.qk_layers, a.narrow.v_layers) if a.narrow else ((), ())))
+    saved = a.saved_input is not None and layer > a.saved_input
     return AttnSpec(
-        heads=a.num_heads,
-        qk=query_dim(s),
-        v=value_dim(s),
-        rotary=rotary_dim(s) if a.rope else None,
-        window=window,
-        gate=head_gate(s, layer),
-        value_table=table if table >= 0 else None,
-        value_gate=value_gate.channels if value_gate else None,
-        value_gate_own=own,
-        key_offset=rotary_dim(s) // 4 if offset else 0,  # the pairs that the half-truncated rotation leaves
-        paired=paired,
-        saved_input=a.saved_input if a.saved_input is not None and layer > a.saved_input else None,
-        xsa=a.xsa is not None and layer in a.xsa.layers,
+        heads=a.num_heads, qk=a.narrow.qk_dim if narrow_qk else query_dim(s),
+        v=a.narrow.v_dim if narrow_v else value_dim(s), rotary=rotary_spec(s, narrow_qk) if a.rope else None,
+        window=window, gate=head_gate(s, layer), value_table=table if table >= 0 else None,
+        value_gate=value_gate.channels if value_gate else None, value_gate_own=own,
+        key_offset=static_pairs(s) if offset else 0, paired=paired,
+        saved_input=a.saved_input if saved else None, xsa=a.xsa is not None and layer in a.xsa.layers,
         compose=a.compose.window if a.compose and layer in a.compose.layers else None,
+        scale=a.narrow.scale if narrow_qk else a.scale, qk_stored=query_dim(s), v_stored=value_dim(s)
     )
+
+
+def rotary_spec(s: Settings, narrow: bool) -> RotarySpec:
+    """The rotary tables of a layer. Narrow queries and keys rotate all their channels."""
+    if narrow:
+        return RotarySpec(s.model.attn.narrow.qk_dim, s.model.attn.narrow.qk_dim // 2, short=True)
+    return RotarySpec(rotary_dim(s), turning_pairs(s))
+
+
+def turning_pairs(s: Settings) -> int | None:
+    """Channel pairs that rotate with the half-truncated frequencies, None with those of the paper.
+
+    Half of the pairs, or with narrow heads as many as those have.
+    """
+    if not s.model.attn.rope.half_truncated:
+        return None
+    return s.model.attn.narrow.qk_dim // 2 if s.model.attn.narrow else rotary_dim(s) // 4
+
+
+def static_pairs(s: Settings) -> int:
+    """Channel pairs that do not rotate, whose keys the key offset moves."""
+    return rotary_dim(s) // 2 - turning_pairs(s)
 
 
 def head_gate(s: Settings, layer: int) -> int | None:
@@ -104,7 +138,7 @@ def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:
         return None, False
     if mlp.moe is not None and layer not in mlp.moe.dense_layers:
         return None, True
-    hidden = mlp.expansion * s.model.model_dim
+    hidden = mlp.hidden or mlp.expansion * s.model.model_dim
     return (2 * hidden // 3 if mlp.activation == "swiglu" else hidden), False
 
 

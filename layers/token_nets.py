@@ -27,9 +27,12 @@ class TokenNet(nn.Module):
     """
 
     def __init__(self, columns: Sequence[Column], dim: int, hidden: int, scale: float, dtype_name: str,
-                 label: str):
-        """scale: constant factor of the outputs; the biases are stored without it. label: of the
-        parameters."""
+                 label: str, groups: int | None = None):
+        """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters.
+        groups: each column gets a second coefficient per group of channels, from the same hidden values,
+        which is
+            added to the first (record 92); None: none.
+        """
         super().__init__()
         self.columns = tuple(columns)
         n, starts = sum(c.width for c in columns), [c.init / scale for c in columns for _ in range(c.width)]
@@ -39,10 +42,22 @@ class TokenNet(nn.Module):
                             views=Views())
         self.bias = parameter((n,), dtype_name, role="scalar", label=f"{label}_bias", init=values(starts))
 
+        self.by_group = None
+        if groups is not None:
+            self.by_group = parameter((len(columns), groups, hidden), dtype_name, role="matrix", label=label,
+                                      init=constant(0.0), views=Views())
+
     def forward(self, x: torch.Tensor, scale: torch.Tensor | float) -> dict[str, torch.Tensor]:
-        """{column: its coefficients (R, T, width)} for the stream x (R, T, D), in x's dtype."""
-        found = linear(F.gelu(linear(x, self.w1)), self.w2, self.bias)
+        """{column: its coefficients (R, T, width), or (R, T, groups)} for the stream x (R, T, D), in x's
+        dtype."""
+        hidden = F.gelu(linear(x, self.w1))
+        found = linear(hidden, self.w2, self.bias)
         if isinstance(scale, torch.Tensor):
             scale = scale.to(found.dtype)
         parts = (scale * found).split([c.width for c in self.columns], dim=-1)
+        if self.by_group is not None:
+            groups = scale * linear(hidden, self.by_group.flatten(0, 1)).unflatten(
+                -1, self.by_group.shape[:2]
+            )
+            parts = [part + of_groups for part, of_groups in zip(parts, groups.unbind(-2))]
         return {column.name: part for column, part in zip(self.columns, parts)}

@@ -85,10 +85,11 @@ class ValueEmbed(nn.Module):
             k, table = self.number[i], self.table_of[i]
             if table is None:
                 return v if a is None else (a[k] * v).to(v.dtype)
+            ve = by_head(rows[table], v)
             if i == self.mudd_layer:
-                ve = stream.gated_table(i, rows[table].view(v.shape)) + stream.values(i).view(v.shape)
+                ve = stream.gated_table(i, ve) + by_head(stream.values(i), v)
             else:
-                ve = self.gated(i, rows[table].view(v.shape), n)
+                ve = self.gated(i, ve, rows[table], n)
             if self.mix == "sum":
                 return (v + ve).to(v.dtype)
             if self.mix == "scaled":
@@ -98,13 +99,22 @@ class ValueEmbed(nn.Module):
 
         return mix
 
-    def gated(self, i, ve, n):
-        """Multiply the value embeddings ve (R, T, H, V) of layer i by a gate per token and head."""
+    def gated(self, i, ve, row, n):
+        """Multiply the value embeddings ve (R, T, H, V) of layer i by a gate per token and head.
+
+        row: (R, T, D) the whole rows, whose first channels the gate may read.
+        """
         if str(i) not in self.gates:
             return ve
         gate = self.gates[str(i)]
         channels = n[..., :gate.size(1)]
         if i in self.own:
             half = gate.size(1) // 2
-            channels = torch.cat([n[..., :half], ve.flatten(2)[..., :half].to(n.dtype)], dim=-1)
+            channels = torch.cat([n[..., :half], row[..., :half].to(n.dtype)], dim=-1)
         return 2 * torch.sigmoid(linear(channels, gate))[..., None] * ve  # (R, T, H, V)
+
+
+def by_head(x, v):
+    """x (R, T, D) cut into heads like the values v (R, T, H, V); narrow heads take the first channels of
+    theirs."""
+    return x.unflatten(-1, (v.size(2), -1))[..., :v.size(3)]

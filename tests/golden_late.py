@@ -20,7 +20,10 @@ def fixture(number, **more):
     more = {"model.attn.window.block": 16, "data.max_doc_len": 256, "numerics.norm_eps": config["rms_eps"],
             "model.embed.bigram.rows": config["bigram_vocab_size"], **more}
     if number == 85:
-        more |= {"model.embed.bigram.signs": config["sign_rows"], "model.attn.compose.window": config["dc_window"]}
+        more |= {
+            "model.embed.bigram.signs": config["sign_rows"],
+            "model.attn.compose.window": config["dc_window"],
+        }
     _, model = small(f"short/{number}", sizes, 256, **more)
     if number == 85:
         model.bigram.signs.copy_(model.bigram.signs.new_tensor(golden["in/bigram_sign_table"]))
@@ -94,16 +97,33 @@ def shortcuts(layers):
 
 # (our network, its two weights and bias there, number in their bank, their columns in order)
 NETS = (
-    ("early_gates", "mudd_gate", 0,
-     [("xsa.1", HEADS), ("xsa.3", HEADS), ("attn.3", HEADS), *shortcuts(range(4))]),
-    ("late_gates", "mudd_gate", 1,
-     [("xsa.4", HEADS), ("xsa.7", HEADS), ("attn.10", HEADS), *shortcuts((4, 5, 7, 8, 9)), ("skip.0", 1),
-      ("w1.10", HEADS), ("w2.10", HEADS)]),
-    ("mudd_layer_net", "mudd", 0,
-     [("value.start", 1), ("value.cached", 1), ("value.x", 1), ("in.start", 1), ("in.cached", 1), ("in.x", 1),
-      ("table", 2), ("attn.x", 1), ("attn.branch", 1), ("attn.start", 1), ("attn.bigram", 1), ("mlp.x", 1),
-      ("mlp.branch", 1)]),
-    ("mudd_out_net", "mudd", 1, [(name, 1) for name in ("start", "saved.7", "saved.9", "table.1", "saved.3")]),
+    (
+        "early_gates", "mudd_gate", 0,
+        [("xsa.1", HEADS), ("xsa.3", HEADS), ("attn.3", HEADS), *shortcuts(range(4))]
+    ),
+    (
+        "late_gates",
+        "mudd_gate",
+        1,
+        [
+            ("xsa.4", HEADS), ("xsa.7", HEADS), ("attn.10", HEADS), *shortcuts((4, 5, 7, 8, 9)),
+            ("skip.0", 1), ("w1.10", HEADS), ("w2.10", HEADS)
+        ],
+    ),
+    (
+        "mudd_layer_net",
+        "mudd",
+        0,
+        [
+            ("value.start", 1), ("value.cached", 1), ("value.x", 1), ("in.start", 1), ("in.cached", 1),
+            ("in.x", 1), ("table", 2), ("attn.x", 1), ("attn.branch", 1), ("attn.start", 1),
+            ("attn.bigram", 1), ("mlp.x", 1), ("mlp.branch", 1)
+        ],
+    ),
+    (
+        "mudd_out_net", "mudd", 1,
+        [(name, 1) for name in ("start", "saved.7", "saved.9", "table.1", "saved.3")]
+    ),
 )
 
 
@@ -139,7 +159,10 @@ def projections(x):
 
 
 def gradients(model, golden, number):
-    """{original name: its gradient, flat} of the model's; entries that the model does not have are zero there."""
-    found = {name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()}
+    """{original name: its gradient, flat} of the model's; entries that the model does not have are zero
+    there."""
+    found = {
+        name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()
+    }
     convert = lambda places, prefix: CONVERT[number](places, prefix, model)
     return {name: np.nan_to_num(x) for name, x in originals(found, golden, convert).items()}

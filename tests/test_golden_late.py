@@ -38,9 +38,11 @@ def record(request):
     return number, golden, model, losses
 
 
-LATE = ("model.attn.paired_layers", "model.attn.rope.adjacent", "model.embed.bigram", "model.residual.sublayers",
-        "model.attn.saved_input", "model.residual.mudd", "model.token_gates", "model.attn.xsa",
-        "model.attn.compose", "model.attn.value_embed.gate.own_channels")
+LATE = (
+    "model.attn.paired_layers", "model.attn.rope.adjacent", "model.embed.bigram", "model.residual.sublayers",
+    "model.attn.saved_input", "model.residual.mudd", "model.token_gates", "model.attn.xsa",
+    "model.attn.compose", "model.attn.value_embed.gate.own_channels"
+)
 
 
 @pytest.mark.feature(*LATE)
@@ -79,7 +81,8 @@ def test_rows_of_the_bigram_table(record):
 
 @pytest.mark.feature("model.head.untied.tied_until", "model.embed.bigram", "optim.bigram")
 def test_eight_steps_of_record_62():
-    """AdamW on odd steps with summed gradients, the tied embedding and its split, and a change of YaRN's window."""
+    """AdamW on odd steps with summed gradients, the tied embedding and its split, and a change of YaRN's
+    window."""
     numbers, config, model = fixture(62)
     golden, told = load("r62_train")
     start = CONVERT[62](numbers, "param/", model)

@@ -1,7 +1,7 @@
 """Four updates of records 62, 77 and 85 through the Optimizer, against the original code in float64.
 
-Matrices move in every call, AdamW's parameters in calls 2 and 4 with the sum of two gradients. Embedding and head
-are one until call 2; then the embedding takes over the head's values and state.
+Matrices move in every call, AdamW's parameters in calls 2 and 4 with the sum of two gradients. Embedding and
+head are one until call 2; then the embedding takes over the head's values and state.
 """
 
 import numpy as np
@@ -32,7 +32,9 @@ def cut(name, x):
 def roles(number, s):
     """{our name: (name in the fixture, role, label, views)}."""
     matrix = {"c_fc": ("c_fc", views.c_fc(s)), "c_proj": ("c_proj", views.c_proj(s))}
-    found = {name: (f"mlp{'' if number == 62 else '_bank'}", "matrix", *rest) for name, rest in matrix.items()}
+    found = {
+        name: (f"mlp{'' if number == 62 else '_bank'}", "matrix", *rest) for name, rest in matrix.items()
+    }
     if number == 85:  # blocks of two heads, v and o in one bank
         found |= {"qk": ("qk_bank", "matrix", "qkvo", Views(variance_axis=views.qk(s).variance_axis)),
                   "vo": ("vo_bank", "matrix", "qkvo", views.v(s)),
@@ -42,9 +44,14 @@ def roles(number, s):
     else:
         attn = "attn" if number == 62 else "attn_bank"
         found |= {f"attn{i}": (attn, "matrix", "qkvo", views.qkvo(s)) for i in (0, 1)}
-        found |= {"attn_gate": ("attn_gate_bank", "matrix", "gate"), "x0": ("x0_lambdas", "scalar", "x0_lambdas")}
+        found |= {
+            "attn_gate": ("attn_gate_bank", "matrix", "gate"),
+            "x0": ("x0_lambdas", "scalar", "x0_lambdas"),
+        }
     if number > 62:
-        found |= {f"{name}_lambdas": (f"{name}_lambdas", "scalar", f"{name}_lambdas") for name in ("post", "resid")}
+        found |= {
+            f"{name}_lambdas": (f"{name}_lambdas", "scalar", f"{name}_lambdas") for name in ("post", "resid")
+        }
     found |= {"bigram": ("bigram_embed", "embed", "bigram"), "smear": ("smear_gate", "matrix", "smear_gate"),
               "value": ("ve0" if number == 62 else "value_embeds", "embed", "value_embed"),
               "scalars": ("scalars", "scalar", "sa_lambdas"), "lm_head": ("lm_head", "lm_head", "lm_head"),

@@ -11,7 +11,8 @@ from data.shards import open_shard
 from data.tokenizer import load
 
 V, ROWS = 1257, 1280
-# From the original's code on data/sample/vocab.bpe and on GPT-2's merges: (pairs, bytes that are not 0, sha256)
+# From the original's code on data/sample/vocab.bpe and on GPT-2's merges: (pairs, bytes that are not 0,
+# sha256)
 SAMPLE = 32_907, 25_763, "8b37815ebc28eac5a51e0e4e46c3b3c9715c36375878cd5e689e8d984ed6e75c"
 GPT2 = 70_889_701, 58_810_565, "3bc096d452b0497e12da82158856669bc3bb3735281f3d676d0bf2ac20d95998"
 
@@ -22,7 +23,9 @@ def bits():
 
 
 def figures(bits):
-    return int(np.bitwise_count(bits).sum()), np.count_nonzero(bits), hashlib.sha256(bits.tobytes()).hexdigest()
+    return (
+        int(np.bitwise_count(bits).sum()), np.count_nonzero(bits), hashlib.sha256(bits.tobytes()).hexdigest()
+    )
 
 
 def test_the_table_is_that_of_the_original(bits):
@@ -86,7 +89,11 @@ def test_the_prefix_is_the_longest_token_that_begins_another(name, rows, with_on
     """Every merged token has one; single bytes, end of text and padding have none."""
     encoding, table = load(name), prefix.of_tokenizer(name, rows)
     assert (table >= 0).sum() == with_one and len(table) == rows
-    tokens = {encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token}
+    tokens = {
+        encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token
+    }
     for text, number in list(tokens.items())[::97]:
-        longest = next((tokens[text[:n]] for n in range(len(text) - 1, 0, -1) if text[:n] in tokens), prefix.NONE)
+        longest = next(
+            (tokens[text[:n]] for n in range(len(text) - 1, 0, -1) if text[:n] in tokens), prefix.NONE
+        )
         assert table[number] == longest

@@ -167,6 +167,23 @@ class MuonCautiousDecay:
     factors by shape and label.
     """
     weight_decay: float = opt(1.2, "weight decay, which the learning rate multiplies twice", above=0)
+    gate: Literal["update", "slow"] = opt(
+        "update", "what must have the sign of the weight for it to decay. update: the update. slow: the slow "
+                  "momentum buffer (record 92)")
+
+
+@dataclass(frozen=True)
+class SlowMomentum:
+    """A second, slower momentum buffer (the two rails of record 92; after the Bi-Maxwell momentum of track
+    3).
+
+    Both buffers are moving averages, V0 <- b V0 + (1-b) g and V1 <- beta V1 + (1-beta) g. From `start` on the
+    momentum is (1-share) V0 + share V1, with b = fast_beta; before, it is V0 with Muon's momentum as b.
+    """
+    beta: float = opt(0.98, "decay of the slow buffer", least=0, below=1)
+    fast_beta: float = opt(0.85, "decay of the fast buffer from `start` on", least=0, below=1)
+    share: float = opt(0.5615, "share of the slow buffer from `start` on", above=0, most=1)
+    start: int = opt(514, "first step with both buffers", unit="step", shrink="steps", least=0)
 
 
 @dataclass(frozen=True)
@@ -182,6 +199,12 @@ class Muon:
     momentum_cooldown: MomentumCooldown | None = opt(None, "momentum cooldown over the last steps")
     polar_express: bool = opt(False, "Polar Express (Amsel et al., arXiv 2505.16932; record 38): another "
                                      "polynomial in each iteration of Newton-Schulz", off=False)
+    slow: SlowMomentum | None = opt(None, "slow momentum: a second momentum buffer",
+                                    needs="optim.muon.momentum_ema")
+    anvil_maps: bool = opt(
+        False, "maps of ANVIL (record 92): six other polynomials in place of Newton-Schulz", off=False,
+        needs="optim.muon.ns_steps=6"
+    )
     normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
     cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
     scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
@@ -340,6 +363,13 @@ class Optim:
             if own and own.adamw and own.lr_mul is not None:
                 yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
         normuon = self.muon and self.muon.normuon
+        if self.muon and self.muon.anvil_maps and self.muon.polar_express:
+            yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
+        if (
+            self.muon and self.muon.cautious_decay and self.muon.cautious_decay.gate == "slow"
+            and not self.muon.slow
+        ):
+            yield "optim.muon.cautious_decay.gate=slow reads the slow buffer: set optim.muon.slow"
         if self.muon and self.muon.head_pairs:
             if s.model.attn.latent or s.model.attn.num_heads % 2:
                 yield ("optim.muon.head_pairs pairs the heads of q and k: give an even model.attn.num_heads, "

@@ -22,11 +22,22 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)
 )
 
+# Record 92 (ANVIL, @devenpzak): six maps that take [0.003, 1/1.05] to [0.995, 1.0004]. Beyond 1 they are not
+# safe, which is why the norm is enlarged by 5 %.
+ANVIL = (
+    (3.923798038567, -6.095026865488, 3.905234618423),
+    (3.278126713798, -3.328923386476, 0.989127286973),
+    (3.505298394150, -5.137358782410, 1.968325560615),
+    (2.815058591845, -3.685181239622, 1.417196497642),
+    (2.245503932403, -2.443826979899, 0.963091710461),
+    (2.256537145403, -2.166840097229, 0.929501253245)
+)
+
 
 def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
-    fused: bool = False
+    fused: bool = False, anvil: bool = False
 ) -> torch.Tensor:
     """Orthogonalise each matrix of a batch.
 
@@ -39,11 +50,13 @@ def newton_schulz(
             so is its product with X plus aX.
         polar_express: its coefficients and its norm, 1.02 |g| + 1e-6, in place of |g| + 1e-7.
         fused: the symmetric form by the kernels of kernels.symmetric.
+        anvil: the maps of record 92 and their norm, 1.05 |g| + 1e-6, in place of both.
     """
-    coefficients = POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / (norm * 1.02 + 1e-6 if polar_express else norm + 1e-7)
+    x = x / (norm * margin + least if margin != 1 else norm + least)
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1) and not fused
     if tall:  # A = X X^T on the shorter side

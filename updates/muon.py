@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optim_settings import SlowMomentum
 from updates import mantissa
 from updates.slots import Step, chain
 
@@ -19,6 +20,7 @@ class Muon:
     update_dtype: torch.dtype  # dtype of the update when it is subtracted
     keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
     skips_idle: bool  # do not update experts that received no tokens in this step
+    slow: SlowMomentum | None = None  # settings of the second momentum buffer
 
     name = "muon"
     shared = True  # orthogonalising every matrix on every process costs more than gathering parameters
@@ -28,7 +30,7 @@ class Muon:
         """The rule for one group (settings.Hyper) of a run."""
         return cls(
             group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
-            not s.optim.muon.update_idle_experts
+            not s.optim.muon.update_idle_experts, s.optim.muon.slow
         )
 
     def unit(self, shape, views) -> tuple[int, ...]:
@@ -45,7 +47,12 @@ class Muon:
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
-        return {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
+        numbers = {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
+        if self.slow is not None:
+            both = plan.step >= self.slow.start
+            numbers["fast_beta"] = self.slow.fast_beta if both else plan.momentum
+            numbers["share"] = self.slow.share if both else 0.0
+        return numbers
 
     def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:
         """The update (N, *unit) before the learning rate. mask: None or (N, 1, ...), where 0 skips a unit."""

@@ -56,6 +56,28 @@ class Momentum:
 
 
 @dataclass(frozen=True)
+class TwoRails:
+    """Momentum from a fast and a slow moving average (record 92).
+
+    V0 <- b V0 + (1-b) g, V1 <- beta V1 + (1-beta) g, update (1-mu) g + mu ((1-share) V0 + share V1). b and
+    share are the step's numbers `fast_beta` and `share`, mu is Muon's momentum.
+    """
+    beta: float
+
+    each_matrix = False
+
+    def state(self, unit, dtype, views) -> dict:
+        return {"momentum_buffer": (unit, dtype), "slow_buffer": (unit, dtype)}
+
+    def __call__(self, u, step):
+        fast, slow, n = step.state["momentum_buffer"], step.state["slow_buffer"], step.numbers
+        g = u.to(fast.dtype)
+        fast.lerp_(g, 1 - n["fast_beta"])
+        slow.lerp_(g, 1 - self.beta)
+        return g.lerp(fast.lerp(slow, n["share"]), n["momentum"])
+
+
+@dataclass(frozen=True)
 class Orthogonalise:
     """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py).
 
@@ -69,6 +91,7 @@ class Orthogonalise:
     least: torch.dtype
     one_by_one: bool  # a batched product may round differently for another batch size
     fused: bool
+    anvil: bool = False
 
     each_matrix = True
 
@@ -78,7 +101,7 @@ class Orthogonalise:
     def __call__(self, u, step):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
-            polar_express=self.polar_express, fused=self.fused
+            polar_express=self.polar_express, fused=self.fused, anvil=self.anvil
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
@@ -141,6 +164,7 @@ class CautiousDecay:
     """
     decay: float
     dtype: torch.dtype  # to which the sum is rounded
+    slow: bool = False  # the slow momentum buffer in place of u decides (record 92)
 
     each_matrix = False
 
@@ -148,7 +172,8 @@ class CautiousDecay:
         return {}
 
     def __call__(self, u, step):
-        decay = (u * step.p >= 0) * step.p
+        gate = step.state["slow_buffer"] if self.slow else u
+        decay = (gate * step.p >= 0) * step.p
         return decay.mul_(step.numbers["lr"] * self.decay).add_(u).to(self.dtype)
 
 
@@ -187,18 +212,20 @@ class Decay:
 def chain(s, group) -> tuple:
     """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
     muon, n = s.optim.muon, s.numerics
-    slots = [Momentum(muon.momentum_ema)]
+    slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
     slots.append(
         Orthogonalise(
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
             n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
-            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton"
+            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
+            anvil=muon.anvil_maps
         )
     )
     if muon.normuon:
         slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
     if muon.cautious_decay:
-        slots.append(CautiousDecay(muon.cautious_decay.weight_decay, getattr(torch, n.muon_decay)))
+        decay = muon.cautious_decay
+        slots.append(CautiousDecay(decay.weight_decay, getattr(torch, n.muon_decay), decay.gate == "slow"))
     if muon.scale != "none" or group.lr_mul != 1:
         slots.append(Scale(muon.scale, group.lr_mul))
     if group.weight_decay:

@@ -439,7 +439,7 @@ class GPT(nn.Module):
             layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, scales)]
             return Context(layers, tokens_per_rank)
         if documents is None and a.document_mask:
-            documents = (tokens == bos).cumsum(1, dtype=torch.int32)
+            documents = segments(tokens == bos, a.segment if self.training else None)
         views, spans = {}, layer_spans(self.specs, windows)
         for paired, span in {(spec.attn.paired, span) for spec, span in zip(self.specs, spans) if spec.attn}:
             window = attention.CAUSAL if span is None else attention.Window(*span, a.window.block)
@@ -632,6 +632,19 @@ class GPT(nn.Module):
                 channels = spec.attn.heads * (spec.attn.qk + spec.attn.v)
                 total += 6 * channels * attention.keys_seen(window, s.data.seq_len)
         return total
+
+
+def segments(begins: torch.Tensor, longest: int | None) -> torch.Tensor:
+    """(R, T) int32 growing numbers of what attention keeps apart: documents, cut at every multiple of
+    `longest`.
+
+    begins: (R, T) whether a document begins at a token.
+    """
+    if longest is not None:
+        at = torch.arange(begins.size(1), device=begins.device)
+        start = torch.where(begins, at, 0).cummax(1).values  # of the token's document
+        begins = begins | ((at - start) % longest == 0)
+    return begins.cumsum(1, dtype=torch.int32)
 
 
 def without_values(s):

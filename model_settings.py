@@ -315,9 +315,9 @@ class Window:
 
     def check_growth(self, path: str) -> Iterator[str]:
         if self.growth == "stages":
-            if not self.stages or min(self.stages) < 1 or list(self.stages) != sorted(set(self.stages)):
-                yield (f"{path}.stages = {list(self.stages)}: must list growing windows of at least one "
-                       "block, like [3, 7, 11]")
+            if not self.stages or min(self.stages) < 1 or list(self.stages) != sorted(self.stages):
+                yield (f"{path}.stages = {list(self.stages)}: must list windows of at least one block, none "
+                       "smaller than the one before, like [3, 7, 11]")
             return
         if self.growth == "constant" and self.start < 1:
             yield f"{path}.start = {self.start}: must be at least 1 token"
@@ -414,6 +414,10 @@ class Attention:
         "paired heads (record 58): in these layers heads h and h + num_heads/2 share one causal sequence of "
         "twice as many positions, in which each token's two heads follow each other; the window counts these "
         "positions", off=()
+    )
+    segment: int | None = opt(
+        None, "segments (record 92): in training, attention cuts documents at every multiple of this length",
+        unit="token", shrink="length", needs="model.attn.document_mask", least=1
     )
     qk_dim: int | None = opt(None, "width of a head's query and key (record 90; off: model_dim / num_heads)",
                              unit="channel", shrink="width", least=4)
@@ -703,6 +707,10 @@ class Prefix:
     """
     start: tuple[float, ...] = opt((0.25,), "weight at the start of each stage", off=REFUSE, least=0)
     end: tuple[float, ...] = opt((0.0,), "weight at the end of each stage", off=REFUSE, least=0)
+    levels: int | None = opt(
+        None, "levels: the weight falls in this many equal steps within a stage, and does not "
+        "reach its end (record 92; off: linearly)", least=1
+    )
 
     def check(self, s: Any) -> Iterator[str]:
         stages = max(1, len(s.schedule.stages))
@@ -712,6 +720,39 @@ class Prefix:
                        "least one): give one weight per stage")
         if not any((*self.start, *self.end)):
             yield "model.head.prefix has only weights of 0, which have no effect: give one, or switch it off"
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Sampled softmax (record 92; after Jean et al., arXiv 1412.2007): training's softmax over some of the
+    classes.
+
+    Each logical rank has its own candidates in each step: all tokens that are its targets, filled up with
+    others from a sweep of a fixed permutation of the vocabulary, which goes on from step to step. Without
+    `log_q` no class is weighted, so that the normaliser misses the other classes. A prefix target that is no
+    candidate adds nothing. Validation uses all classes.
+    """
+    sizes: tuple[tuple[int, ...], ...] = opt(
+        ((10240,),),
+        "candidates of each stage; several numbers hold for equal parts of it, none means all classes",
+        off=REFUSE, shrink="vocab_share", least=1
+    )
+    log_q: float = opt(
+        0.0, "share of the log-Q correction: log of a class's chance to be a candidate, subtracted from "
+        "its logit (0: none; an author found half of it best)", off=0.0, least=0, most=1
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        stages = max(1, len(s.schedule.stages))
+        if len(self.sizes) != stages:
+            yield (f"model.head.candidates.sizes has {len(self.sizes)} lists and schedule.stages has "
+                   f"{stages} (at least one): give one list per stage, [] for all classes")
+        if not any(self.sizes):
+            yield "model.head.candidates.sizes has no number, which leaves all classes: switch it off"
+        if max((n for sizes in self.sizes for n in sizes), default=0) > padded_vocab(s):
+            yield f"model.head.candidates.sizes: there are {padded_vocab(s)} classes, give fewer"
+        if s.model.head.mtp and s.model.head.mtp.module:
+            yield "model.head.candidates is without an MTP module: switch model.head.mtp.module off"
 
 
 @dataclass(frozen=True)
@@ -726,6 +767,9 @@ class Head:
                 "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
                 "up to eps")
     mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
+    candidates: Candidates | None = opt(
+        None, "sampled softmax: the training loss goes over some of the classes"
+    )
     prefix: Prefix | None = opt(
         None, "prefix token loss: the loss counts the longest prefix of the next token too"
     )

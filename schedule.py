@@ -43,6 +43,7 @@ class Shape:
     targets: int = 1  # next tokens that the loss counts
     tied: bool = False  # the embedding is the head's weight, until the event "untie"
     prefix: bool = False  # the loss counts the next token's prefix too
+    candidates: int | None = None  # classes of the softmax for each logical rank; None: all
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,19 @@ def prefix_weight(s: Settings, step: int, stage: int) -> float:
         return 0.0
     if stage >= len(prefix.start):  # the extension
         return prefix.end[-1]
-    a, b = prefix.start[stage], prefix.end[stage]
-    return a + (b - a) * within_stage(s, step, stage)
+    a, b, x = prefix.start[stage], prefix.end[stage], within_stage(s, step, stage)
+    if prefix.levels is not None:
+        x = math.floor(x * prefix.levels + 1e-9) / prefix.levels
+    return a + (b - a) * x
+
+
+def candidates(s: Settings, step: int, stage: int) -> int | None:
+    """Classes of the training softmax at a step of a stage; None: all."""
+    found = s.model.head.candidates
+    if found is None or stage >= len(found.sizes) or not found.sizes[stage]:
+        return None
+    sizes = found.sizes[stage]
+    return sizes[min(math.floor(within_stage(s, step, stage) * len(sizes) + 1e-9), len(sizes) - 1)]
 
 
 def untie_step(s: Settings) -> int | None:
@@ -267,7 +279,8 @@ def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
     else:  # records 29 to 41 divide by the number of steps plus one
         stage = min(len(w.stages) * step // (1 + steps), len(w.stages) - 1)
     extended = s.schedule.extension and step >= steps and w.extension not in (None, w.stages[-1])
-    return w.stages[:stage + 1] + ((w.extension,) if extended else ())
+    found = w.stages[:stage + 1] + ((w.extension,) if extended else ())
+    return tuple(dict.fromkeys(found))  # two stages may have one window
 
 
 def layer_spans(specs, windows):
@@ -321,7 +334,8 @@ def shape(s: Settings, step: int, stage: int | None = None) -> Shape:
     tokens = in_stage(s.data.tokens_per_rank, stage)
     longest = in_stage(s.data.max_doc_len, stage)
     return Shape(tokens, tokens if by_document(s) else s.data.seq_len, longest, windows(s, step),
-                 len(target_weights(s, step, stage)) or 1, tied(s, step), prefix_weight(s, step, stage) > 0)
+                 len(target_weights(s, step, stage)) or 1, tied(s, step), prefix_weight(s, step, stage) > 0,
+                 candidates(s, step, stage))
 
 
 def largest_shape(s: Settings) -> Shape:

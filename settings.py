@@ -131,10 +131,10 @@ class Data:
 
     def check(self, s: "Settings") -> Iterator[str]:
         sizes, stages, documents = per_stage(self.tokens_per_rank), s.schedule.stages, by_document(s)
-        if isinstance(self.tokens_per_rank, tuple) and len(sizes) != len(stages):
+        if isinstance(self.tokens_per_rank, tuple) and not fits_stages(len(sizes), s):
             yield (f"data.tokens_per_rank has {len(sizes)} values and schedule.stages has {len(stages)}: "
-                   "give one value per stage, or one number for all")
-        if isinstance(self.max_doc_len, tuple) and len(self.max_doc_len) != len(stages):
+                   "give one value per stage (and one for the extension), or one number for all")
+        if isinstance(self.max_doc_len, tuple) and not fits_stages(len(self.max_doc_len), s):
             yield (
                 f"data.max_doc_len has {len(self.max_doc_len)} values and schedule.stages has {len(stages)}: "
                 "give one value per stage, or one number for all"
@@ -163,6 +163,10 @@ class Validation:
                        least=1)
     every: int = opt(250, "steps between validations; there is always one after the last step", unit="step",
                      off=REFUSE, shrink="eighth", least=1)
+    canonical_mask: bool = opt(
+        False, "canonical masking (record 91): in the final validation, tokens that the "
+        "tokenizer never writes after the previous one get the logit -60", off=False
+    )
     target: float | None = opt(3.28, "validation loss to reach, in nats per token", off=None, shrink="target")
 
     def check(self, s: "Settings") -> Iterator[str]:
@@ -326,6 +330,13 @@ class Settings:
 def per_stage(value: object) -> tuple:
     """The values of a setting that may have one per stage; length 1 if one value holds for all stages."""
     return value if isinstance(value, tuple) else (value,)
+
+
+def fits_stages(count: int, s: Settings) -> bool:
+    """Whether a list has a value per stage, and perhaps one more for the extension."""
+    return count == len(s.schedule.stages) or (
+        s.schedule.extension > 0 and count == len(s.schedule.stages) + 1
+    )
 
 
 def longest_document(s: Settings) -> int | None:

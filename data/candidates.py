@@ -1,0 +1,42 @@
+"""Candidate classes of a sampled softmax (record 92): the targets of a batch, filled up from a sweep of all classes.
+
+Each logical rank goes through the classes in the order k -> 20011 k mod V, from its own start; a batch takes up where
+the one before left off.
+"""
+
+import numpy as np
+
+from settings import LOGICAL_RANKS
+
+STRIDE = 20011  # has no factor in common with the sizes of vocabularies in use
+SPARE = 256  # classes drawn beyond 1.7 times those that are lacking, most of which are new
+
+
+class Sweep:
+    """The sweep of one logical rank. classes: V. offset: place in the order of classes."""
+
+    def __init__(self, classes: int, rank: int):
+        self.classes, self.offset = classes, classes * rank // LOGICAL_RANKS
+        if np.gcd(STRIDE, classes) != 1:
+            raise ValueError(f"a sweep of {classes} classes in steps of {STRIDE} does not reach all of them")
+
+    def candidates(self, targets: np.ndarray, size: int) -> np.ndarray:
+        """`size` classes in growing order (int64), all of `targets` among them.
+
+        If there are more distinct targets, these. The sweep moves on only if classes are lacking. A window of it
+        with too few new classes is passed over for evenly spaced ones.
+        """
+        taken = np.zeros(self.classes, bool)
+        taken[targets.reshape(-1)] = True
+        lacking = size - int(taken.sum())
+        if lacking <= 0:
+            return np.flatnonzero(taken)
+        drawn = min(self.classes, int(1.7 * lacking) + SPARE)
+        window = STRIDE * (self.offset + np.arange(drawn, dtype=np.int64)) % self.classes
+        self.offset = (self.offset + drawn) % self.classes
+        fresh = window[~taken[window]]
+        if len(fresh) < lacking:
+            free = np.flatnonzero(~taken)
+            fresh = free[::max(1, len(free) // lacking)]
+        taken[fresh[:lacking]] = True
+        return np.flatnonzero(taken)

@@ -13,10 +13,11 @@ import torch
 
 from common.errors import UserError
 from settings import LOGICAL_RANKS
-from updates.adam import AdamW
+from updates.adam import AdamW, RowAdam
 from updates.muon import Muon
 
-RULES = {"adamw": AdamW.of, "muon": Muon.of}  # name -> function (settings, group) -> rule
+# name -> function (settings, group) -> rule
+RULES = {"adamw": AdamW.of, "row_adam": RowAdam.of, "muon": Muon.of}
 
 
 # ----- communication of one process -------------------------------------------------------------------------

@@ -62,6 +62,20 @@ class Group(Scalars):
 
 
 @dataclass(frozen=True)
+class Slower:
+    """A slower cadence from a step on (record 92): each update then stands for several.
+
+    Both decays beta are raised to the power of every / the group's `every`, and the weight decay is
+    multiplied by it.
+    """
+
+    start: int = opt(
+        336, "first step of the slower cadence", unit="step", off=REFUSE, shrink="steps", least=1
+    )
+    every: int = opt(4, "steps from one update to the next", unit="step", off=REFUSE, least=2)
+
+
+@dataclass(frozen=True)
 class Label:
     """Settings of one kind of parameters; a setting that is off is that of the group the kind belongs to."""
     lr: float | None = opt(None, "peak learning rate, which the schedule multiplies", least=0)
@@ -78,6 +92,17 @@ class Label:
     freeze_steps: int | None = opt(
         None, "frozen steps after a change of the window or of the batch, without an update and without "
               "their gradients", unit="step", shrink="steps", least=0
+    )
+
+
+@dataclass(frozen=True)
+class TableLabel(Label):
+    """Settings of a table of embeddings; a setting that is off is that of the group embed."""
+
+    slower: Slower | None = opt(None, "slower cadence from a step on")
+    row_moment: bool = opt(
+        False, "row-wise Adam (record 92): one second moment for each row, of its mean square, and no "
+        "first moment; rows without gradient stay", off=False
     )
 
 
@@ -109,6 +134,15 @@ class Hyper:
     decay_mul: float = 1.0
     freeze_steps: int = 0
     lr_mul: float = 1.0
+    slower: Slower | None = None
+
+    def cadence(self, step: int) -> int:
+        """Steps from one update to the next, at a step."""
+        return self.slower.every if self.slower and step >= self.slower.start else self.every
+
+    def stretch(self, step: int) -> float:
+        """How many updates of the usual cadence an update at this step stands for."""
+        return self.cadence(step) / self.every
 
 
 LABELS = {  # role -> labels that may have settings of their own
@@ -239,11 +273,11 @@ class Optim:
     scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")
     router: Group = opt(Group, "AdamW group of the routers, also when Muon updates the block matrices",
                         needs="model.mlp.moe")
-    value_embed: Label | None = opt(None, "own settings of the tables of value embeddings",
+    value_embed: TableLabel | None = opt(None, "own settings of the tables of value embeddings",
                                    needs="model.attn.value_embed")
     positions: Label | None = opt(None, "own settings of the position table",
                                    needs="model.embed.learned_positions")
-    bigram: Label | None = opt(None, "own settings of the table of bigrams", needs="model.embed.bigram")
+    bigram: TableLabel | None = opt(None, "own settings of the table of bigrams", needs="model.embed.bigram")
     norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
                                    needs="model.norm=layernorm")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
@@ -315,7 +349,8 @@ class Optim:
             for name in values:
                 if getattr(section, name, None) is not None:
                     values[name] = getattr(section, name)
-        return Hyper(name=label if own else role, rule="muon" if muon else "adamw", **values)
+        rule = "muon" if muon else "row_adam" if getattr(own, "row_moment", False) else "adamw"
+        return Hyper(name=label if own else role, rule=rule, slower=getattr(own, "slower", None), **values)
 
     def groups(self) -> dict[str, Hyper]:
         """All groups by name: of the roles, and of the labels whose section is on."""
@@ -324,9 +359,9 @@ class Optim:
             found |= {label: self.group(role, label) for label in labels if getattr(self, label) is not None}
         return found
 
-    def cadences(self) -> dict[str, int]:
-        """{group: its `every`} of all groups, by name."""
-        return {name: group.every for name, group in self.groups().items()}
+    def cadences(self, step: int = 0) -> dict[str, int]:
+        """{group: steps from one update to the next, at a step} of all groups, by name."""
+        return {name: group.cadence(step) for name, group in self.groups().items()}
 
     def freezes(self) -> dict[str, int]:
         """{group: its `freeze_steps`} of the groups that have some."""

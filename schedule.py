@@ -365,7 +365,7 @@ def by_step(s: Settings, value: int | tuple[int, ...] | None) -> int | list[int]
 def plan(s: Settings) -> list[StepPlan]:
     """The step plans of a run, one per optimizer step."""
     plans, before, changed = [], 0, None
-    cadences, freezes, untied = s.optim.cadences(), s.optim.freezes(), untie_step(s)
+    groups, freezes, untied = s.optim.groups(), s.optim.freezes(), untie_step(s)
     for stage, steps in enumerate(stages(s)):
         for i in steps:
             of_step = shape(s, i, stage)
@@ -375,12 +375,14 @@ def plan(s: Settings) -> list[StepPlan]:
             events = ("stage",) if stage and i == steps.start else ()
             events += ("untie",) if i == untied else ()
             tokens = LOGICAL_RANKS * of_step.tokens_per_rank
-            plans.append(StepPlan(
-                i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
-                muon_momentum(s.optim.muon, i, s.schedule.steps), update_bias(s, i),
-                due(cadences, i, frozen), events, target_weights(s, i, stage), frozen,
-                prefix_weight(s, i, stage)
-            ))
+            plans.append(
+                StepPlan(
+                    i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
+                    muon_momentum(s.optim.muon, i, s.schedule.steps), update_bias(s, i),
+                    due({name: group.cadence(i) for name, group in groups.items()}, i, frozen), events,
+                    target_weights(s, i, stage), frozen, prefix_weight(s, i, stage)
+                )
+            )
             before += tokens
     return plans
 

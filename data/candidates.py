@@ -1,7 +1,8 @@
-"""Candidate classes of a sampled softmax (record 92): the targets of a batch, filled up from a sweep of all classes.
+"""Candidate classes of a sampled softmax (record 92): the targets of a batch, filled up from a sweep of all
+classes.
 
-Each logical rank goes through the classes in the order k -> 20011 k mod V, from its own start; a batch takes up where
-the one before left off.
+Each logical rank goes through the classes in the order k -> 20011 k mod V, from its own start; a batch takes
+up where the one before left off.
 """
 
 import numpy as np
@@ -23,8 +24,8 @@ class Sweep:
     def candidates(self, targets: np.ndarray, size: int) -> np.ndarray:
         """`size` classes in growing order (int64), all of `targets` among them.
 
-        If there are more distinct targets, these. The sweep moves on only if classes are lacking. A window of it
-        with too few new classes is passed over for evenly spaced ones.
+        If there are more distinct targets, these. The sweep moves on only if classes are lacking. A window of
+        it with too few new classes is passed over for evenly spaced ones.
         """
         taken = np.zeros(self.classes, bool)
         taken[targets.reshape(-1)] = True

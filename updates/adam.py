@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from optim_settings import Hyper
+
 # Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
 # memory. The rule is elementwise, so the chunk size does not change a bit of the result.
 CHUNK = 65536
@@ -12,7 +14,7 @@ CHUNK = 65536
 
 def adamw_(
     p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype,
-    cautious=0.0, strict=False
+    cautious=0.0, strict=False, stretch=None
 ):
     """One AdamW step in place on p and its moments m, v, elementwise; compiled, one pass over the tensors.
 
@@ -20,7 +22,7 @@ def adamw_(
     eps_after_correction: eps is added to the root of the corrected second moment, otherwise to the raw one.
     math_dtype: of the arithmetic; results are stored in the dtypes of p, m and v.
     decay: p <- p - lr decay p first. cautious: p <- p - u - lr^2 cautious p where u p >= 0 (strict: > 0),
-        otherwise p - u, u the update.
+        otherwise p - u, u the update. stretch: factor of cautious, None: 1.
     """
     stored = (p, m, v)
     p, g, m, v = (x.to(math_dtype) for x in (p, g, m, v))  # the tensors themselves where they have this dtype
@@ -34,7 +36,8 @@ def adamw_(
         u = ((lr * correction2 ** 0.5 / correction1) * m).div_(v.sqrt().add_(eps))
     if cautious:
         towards_zero = u * p > 0 if strict else u * p >= 0
-        u.add_((towards_zero * p).mul_(lr * lr * cautious))
+        strength = lr * lr * cautious if stretch is None else lr * lr * cautious * stretch
+        u.add_((towards_zero * p).mul_(strength))
     p.sub_(u)
     for old, new in zip(stored, (p, m, v)):
         if new is not old:
@@ -63,6 +66,7 @@ class AdamW:
     eps_after_correction: bool
     math_dtype: torch.dtype
     state_dtype: torch.dtype | None  # None: the parameter's
+    group: Hyper | None = None  # with a slower cadence: the group, whose updates then stand for several
 
     name = "adamw"
     shared = False  # cheap enough for every process to repeat where parameters are not sharded
@@ -76,7 +80,8 @@ class AdamW:
             group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
             cautious.weight_decay * group.decay_mul if cautious else 0.0, bool(cautious and cautious.strict),
             s.optim.adam.eps_after_correction, getattr(torch, n.adam),
-            None if n.adam_state == "parameter" else getattr(torch, n.adam_state)
+            None if n.adam_state == "parameter" else getattr(torch, n.adam_state),
+            group if group.slower else None
         )
 
     def unit(self, shape, views) -> tuple[int, ...]:
@@ -88,14 +93,45 @@ class AdamW:
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
-        return {
-            "lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t, "correction2": 1 - self.beta2**t
-        }
+        if self.group is None:
+            return {"lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t,
+                    "correction2": 1 - self.beta2**t}
+        n = self.group.stretch(plan.step)
+        beta1, beta2 = self.beta1**n, self.beta2**n
+        return {"lr": self.lr * plan.lr_factor, "correction1": 1 - beta1**t, "correction2": 1 - beta2**t,
+                "beta1": beta1, "beta2": beta2, "stretch": n}
 
     def update_(self, p, g, state, numbers, views) -> None:
+        numbers = {"beta1": self.beta1, "beta2": self.beta2, **numbers}
         for tensors in chunks((p, g, state["exp_avg"], state["exp_avg_sq"])):
             adamw_(
-                *tensors, decay=self.decay, beta1=self.beta1, beta2=self.beta2, eps=self.eps,
-                eps_after_correction=self.eps_after_correction, math_dtype=self.math_dtype,
-                cautious=self.cautious, strict=self.strict, **numbers
+                *tensors, decay=self.decay, eps=self.eps, eps_after_correction=self.eps_after_correction,
+                math_dtype=self.math_dtype, cautious=self.cautious, strict=self.strict, **numbers
             )
+
+
+@dataclass(frozen=True)
+class RowAdam(AdamW):
+    """Adam with one second moment per row and no first moment (record 92), for banks of rows (N, D).
+
+    v <- beta2 v + (1-beta2) mean(g^2) for every row; u = lr sqrt(1-beta2^t) g / (sqrt(v) + eps), and the
+    cautious decay where u moves an entry towards zero. So a row without gradient keeps its values.
+    """
+    name = "row_adam"
+
+    def unit(self, shape, views) -> tuple[int, ...]:
+        return tuple(shape[-1:])
+
+    def state(self, unit, dtype, views) -> dict:
+        return {"row_moment": ((1,), self.state_dtype or dtype)}
+
+    def update_(self, p, g, state, numbers, views) -> None:
+        beta2, lr, wide = numbers.get("beta2", self.beta2), numbers["lr"], self.math_dtype
+        moment = state["row_moment"]
+        moment.lerp_(g.to(wide).square().mean(-1, keepdim=True).to(moment.dtype), 1 - beta2)
+        u = (lr * numbers["correction2"] ** 0.5) * g.to(wide) / (moment.to(wide).sqrt() + self.eps)
+        wide_p = p.to(wide)
+        if self.cautious:
+            decay = lr * lr * self.cautious * numbers.get("stretch", 1.0)
+            u.add_(torch.where(u * wide_p > 0, wide_p, 0.0) * decay)
+        p.copy_(wide_p - u)

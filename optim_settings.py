@@ -261,6 +261,28 @@ class Muon:
 
 
 @dataclass(frozen=True)
+class TailAverage:
+    """Averages of the weights over the last steps, which the weights take or are pulled to in the end (record
+    92).
+
+    system/tail_average.py says what is averaged how often. Norms stay as they were.
+    """
+    long: int = opt(298, "last steps over which head, embedding and, for a blend, all matrices are averaged",
+                    unit="step", off=REFUSE, shrink="steps", least=2)
+    short: int = opt(
+        250, "last steps over which v, o, the MLPs and the value tables are averaged, which they become",
+        unit="step", off=REFUSE, shrink="steps", least=1
+    )
+    short_rate: float = opt(4 / 53, "rate of a tick of those averages", above=0, most=1)
+    head: float = opt(0.65, "share by which head and embedding move to their average", least=0, most=1)
+    qk: float = opt(0.55, "share by which q and k move to theirs in the blend", least=0, most=1)
+    matrices: float = opt(
+        0.3493, "share by which v, o and the MLPs, averaged already, move to theirs in the blend", least=0,
+        most=1
+    )
+
+
+@dataclass(frozen=True)
 class Optim:
     """The optimizer: AdamW in parameter groups, and optionally Muon for the block matrices (axis ml)."""
     adam: Adam = opt(Adam, "constants of AdamW")
@@ -329,6 +351,10 @@ class Optim:
     token_gate: MatrixLabel | None = opt(None, "own settings of the matrices of the token gates",
                                          needs="model.token_gates")
     muon: Muon | None = opt(None, "Muon, in place of AdamW, for the block matrices")
+    tail: TailAverage | None = opt(
+        None, "tail averaging: the weights in the end are averages over the last steps",
+        needs="optim.muon.head_pairs"
+    )
     grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
                                   off=None, above=0)
 

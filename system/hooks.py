@@ -118,7 +118,13 @@ class Untie(Stateful):
 def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
     """The hooks that the model's parts need. optimizer: needed to untie the head; None: no such hook."""
     hooks = [RouterBalance(model), FP8Scales(model), YaRN(model)]
-    return hooks if optimizer is None else [*hooks, Untie(model, optimizer)]
+    if optimizer is None:
+        return hooks
+    hooks.append(Untie(model, optimizer))
+    if (tail := model.settings.optim.tail) is not None:
+        from system.tail_average import TailAverages  # it needs Stateful
+        hooks.append(TailAverages(model, tail, model.settings.schedule.steps))
+    return hooks
 
 
 @contextlib.contextmanager

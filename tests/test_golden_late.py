@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+import deltas
 import schedule
 from golden_late import CONVERT, fixture, gradients, projections
 from golden_records import fill, load, originals, token_windows
@@ -116,3 +117,53 @@ def test_eight_steps_of_record_62():
             theirs = golden[f"final/{name}"]
             assert np.abs(projections(x) - theirs).max() <= 1e-7 * theirs[0] * len(x) ** 0.5, name
             assert abs(np.linalg.norm(x) / golden[f"norm_final/{name}"] - 1) < 1e-9, name
+
+
+# ----- schedules
+
+@pytest.mark.parametrize("key, ref", [("r62", "short/62"), ("r77", "short/77"), ("r83_lineage", "short/83"),
+                                      ("r85_lineage", "short/85"), ("r89_head", "short/89")])
+def test_every_number_of_every_step(key, ref):
+    golden = {
+        name.partition("/")[2]: x for name, x in load("schedules")[0].items() if name.startswith(f"{key}/")
+    }
+    plans = schedule.plan(deltas.resolve(ref).settings)
+    weights = np.zeros((len(plans), 3))
+    for plan in plans:
+        weights[plan.step, :len(plan.target_weights)] = plan.target_weights
+    found = {
+        "lr": [plan.lr_factor for plan in plans], "momentum": [plan.momentum for plan in plans],
+        "mtp": weights, "batch_tokens": [plan.tokens for plan in plans],
+        "prefix": [plan.prefix_weight for plan in plans],
+        "max_seq_len": [plan.shape.max_doc_len for plan in plans],
+        "ws_long": [(plan.shape.windows.long.tokens - 1) // 128 for plan in plans],
+        "ws_short": [(plan.shape.windows.short.tokens - 1) // 128 for plan in plans]
+    }
+    assert golden.keys() <= found.keys() and len(golden["lr"]) == len(plans)
+    for name, x in golden.items():
+        assert np.abs(np.array(found[name]) - np.nan_to_num(x[:len(plans)])).max() < 1e-15, name
+
+
+TOKENS = {  # of a whole run, from this record on, as the logs and schedules of the originals have them
+    58: 470_417_408, 61: 467_927_040, 62: 424_673_280, 63: 417_988_608, 64: 412_876_800, 70: 410_779_648,
+    72: 406_323_200, 73: 395_837_440, 80: 393_216_000, 81: 372_244_480, 82: 364_380_160, 84: 365_690_880,
+    85: 342_753_280, 88: 338_821_120}
+UNTIED = {
+    58: 1157, 61: 1151, 62: 1041, 63: 1025, 64: 1011, 70: 1005, 72: 993, 73: 967, 80: 961, 81: 937, 82: 917,
+    84: 921, 85: 857, 88: 847
+}  # last step in which embedding and head are one, likewise
+
+
+@pytest.mark.parametrize("number", range(58, 90))
+def test_tokens_and_the_step_at_which_embedding_and_head_part(number):
+    s = deltas.resolve(f"short/{number}").settings
+    tokens, untied = (table[max(n for n in table if n <= number)] for table in (TOKENS, UNTIED))
+    assert schedule.tokens_before(s, s.schedule.steps) == tokens and schedule.untie_step(s) == untied
+
+
+@pytest.mark.parametrize("rows", [251_520, 377_280, 754_560])
+def test_rows_of_pairs_at_the_real_size(rows):
+    """The product of the reserved row wraps around in 32 bits."""
+    golden, _ = load("schedules")
+    tokens = torch.from_numpy(golden["hash/tokens"].astype(np.int64))[None]
+    assert np.array_equal(bigram_ids(tokens, rows)[0].numpy(), golden[f"hash/ids_rows_{rows}"])

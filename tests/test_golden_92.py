@@ -1,0 +1,348 @@
+"""Record 92 against numbers of the original code, in float64: model, ANVIL, tables, schedules, hashes,
+candidates."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+
+import deltas
+import schedule
+from data.candidates import Sweep
+from golden_late import HEADS, projections
+from golden_records import build, fill, load, originals
+from layers.bigram import ngram_ids, ngram_sign_ids
+from model import count_parameters
+from optim import Optimizer
+from schedule import Span, Windows
+from small_models import Toy, plan, update
+from system.tail_average import TailAverages
+from updates import views
+from updates.views import Views
+
+SLOTS = (0, 2, 5, 1, 8, 3, 10)  # the layers in the order of attention's bank
+SETS = {  # the fixture's sizes
+    "model.model_dim": 48,
+    "model.attn.num_heads": HEADS,
+    "model.vocab_size": 128,
+    "data.seq_len": 256,
+    "data.tokens_per_rank": 256,
+    "validation.seq_len": 256,
+    "validation.tokens": 2048,
+    "data.max_doc_len": 256,
+    "numerics.norm_eps": 1.1920928955078125e-07,
+    "numerics.qk_norm_eps": "false",
+    "model.attn.window.block": 16,
+    "model.attn.narrow.qk_dim": 4,
+    "model.attn.narrow.v_dim": 4,
+    "model.mlp.hidden": 176,
+    "model.embed.bigram.rows": 640,
+    "model.embed.bigram.signs": 64,
+    "model.head.candidates": "false",
+}
+NETS = (  # our network, its bank, its number there, its columns in order
+    (
+        "early_gates",
+        "mudd_gate",
+        0,
+        [
+            ("xsa.1", HEADS), ("xsa.3", HEADS), ("attn.3", HEADS), *((f"x0.{i}", 1) for i in (0, 1, 2)),
+            *((f"bigram.{i}", 1) for i in (0, 1))
+        ],
+    ),
+    (
+        "late_gates",
+        "mudd_gate",
+        1,
+        [
+            ("attn.10", HEADS), *((f"x0.{i}", 1) for i in (4, 5, 7)),
+            *((f"bigram.{i}", 1) for i in (4, 5, 9)), ("skip.0", 1)
+        ],
+    ),
+    (
+        "mudd_layer_net",
+        "mudd",
+        0,
+        [
+            ("value.start", 1), ("value.cached", 1), ("value.x", 1), ("in.start", 1), ("in.cached", 1),
+            ("in.x", 1), ("table", 2), ("attn.x", 1), ("attn.branch", 1), ("attn.start", 1),
+            ("attn.bigram", 1), ("mlp.x", 1), ("mlp.branch", 1)
+        ],
+    ),
+    (
+        "mudd_out_net",
+        "mudd",
+        1,
+        [
+            (name, 1)
+            for name in (
+                "start", "saved.7", "saved.9", "table.1", "saved.3", "table.2", "table.10", "table.8",
+                "mlp_in.10", "attn_in.10"
+            )
+        ],
+    ),
+)
+
+
+def ours(golden, prefix, model):
+    """{our parameter: its array} from the original's banks."""
+    def get(name):
+        return golden[prefix + name]
+
+    scalars, qk, vo, mlps = get("scalars"), get("qk_bank"), get("vo_bank"), get("mlp_bank")
+    dim, both = vo.shape[-1], scalars[:22].reshape(11, 2)[sorted(SLOTS)]
+    factors = [(i, k) for i in range(10) for k in (0, 1) if (i, k) != (6, 0)]
+    branches = [place for place in factors if place not in ((4, 0), (7, 0), (7, 1), (9, 0))]
+    found = {
+        "embed.weight": get("embed.weight"), "lm_head.weight": get("lm_head.weight").T,
+        "bigram.table": get("ngram_table"), "embed.smear.gate": get("smear_gate.weight"),
+        "embed.smear.lam.value": scalars[22:23], "residual.skip_weights.value": scalars[23:24],
+        "sa_lambdas.qkv.value": both[:, 0], "sa_lambdas.o.value": both[:, 1],
+        "residual.token_scale": get("_mudd_gate_scale").reshape(1),
+        "residual.resid_lambdas.value": np.array([get("resid_lambdas")[place] for place in factors]),
+        "residual.post_lambdas.value": np.array([get("post_lambdas")[place] for place in branches]),
+        "blocks.8.parallel.c_fc": mlps[11, 0], "blocks.8.parallel.c_proj": mlps[11, 1].T}
+    found |= {f"values.tables.{k}": t for k, t in enumerate(get("value_embeds").reshape(4, -1, dim))}
+    found |= {f"values.gates.{i}": get("ve_gate_bank")[k] for k, i in enumerate((1, 2, 8))}
+    for j, i in enumerate(SLOTS):
+        found |= {f"blocks.{i}.attn.qk": qk[6 * j:6 * j + 6].reshape(2, dim, dim),
+                  f"blocks.{i}.attn.v": vo[2 * j], f"blocks.{i}.attn.o": vo[2 * j + 1]}
+    for i in (i for i in range(11) if i != 7):
+        found |= {f"blocks.{i}.mlp.c_fc": mlps[i, 0], f"blocks.{i}.mlp.c_proj": mlps[i, 1].T}
+    for name, bank, number, columns in NETS:
+        places = dict(
+            zip((column for column, _ in columns), np.cumsum([0] + [width for _, width in columns]))
+        )
+        rows = [places[c.name] + j for c in getattr(model.residual, name).columns for j in range(c.width)]
+        found |= {
+            f"residual.{name}.w1": get(f"{bank}_w1")[number],
+            f"residual.{name}.w2": get(f"{bank}_w2")[number][rows],
+            f"residual.{name}.bias": get(f"{bank}_b2")[number][rows]
+        }
+        if name == "mudd_out_net":
+            found[f"residual.{name}.by_group"] = get("mudd_w2g")[rows]
+    return found
+
+
+@pytest.fixture(scope="module")
+def record():
+    """(golden numbers, model with the fixture's parameters, function (long window, history, ...) ->
+    losses)."""
+    golden, _ = load("r92")
+    golden["param/ngram_table"] = golden["in/ngram_table"]
+    _, model = build("short/92", **SETS)
+    fill(
+        model,
+        {name: np.ascontiguousarray(x, np.float64) for name, x in ours(golden, "param/", model).items()},
+    )
+    model.bigram.signs.copy_(torch.from_numpy(golden["in/sign_pool"].astype(np.float64)))
+    model.tied = False
+    x, y = (torch.from_numpy(golden[f"in/{name}"].astype(np.int64))[None] for name in ("tokens", "targets"))
+    documents = torch.zeros(1, 257, dtype=torch.int32)  # attention stops inside a document too
+    documents[0, golden["in/cu_seqlens"].astype(np.int64)] = 1
+    documents = documents.cumsum(1, dtype=torch.int32)[:, :256]
+
+    def losses(long, history, **more):
+        windows = Windows(*(Span(w * 16 + 1, None) for w in (long, long // 2, long)), history)
+        model.update_yarn(windows)
+        return model(x, y, model.context(x, 99, windows, documents=documents), **more)
+
+    prefix = torch.from_numpy(golden["in/prefix_table"].astype(np.int64))[y]
+    return golden, model, losses, prefix
+
+
+CASES = {"A_eval_ws1_3": (3, (3,), None, None, False), "B_eval_ws3_7": (7, (3, 7), None, None, False),
+         "A_train_mtp3_prefix_full": (3, (3,), (1.0, 0.5, 0.2), 0.25, False),
+         "B_train_mtp2_prefix_full": (7, (3, 7), (1.0, 0.3), 0.15, False),
+         "A_train_mtp3_prefix_sampled": (3, (3,), (1.0, 0.5, 0.2), 0.25, True)}
+FEATURES = (
+    "model.attn.narrow", "model.mlp.hidden", "model.mlp.parallel_layers", "model.embed.bigram.trigrams",
+    "model.residual.sublayers.keep_layers", "model.residual.mudd.groups", "model.residual.mudd.mlp_input",
+    "model.residual.mudd.attn_input", "model.head.prefix", "model.head.candidates"
+)
+
+
+def case_losses(record, case):
+    golden, _, losses, prefix = record
+    long, history, weights, prefix_weight, sampled = CASES[case]
+    more = {} if prefix_weight is None else {"prefix": prefix, "prefix_weight": prefix_weight}
+    if sampled:
+        more["candidates"] = torch.from_numpy(golden["in/candidates"].astype(np.int64))
+    return losses(long, history, target_weights=weights, **more)
+
+
+@pytest.mark.feature(*FEATURES)
+@pytest.mark.parametrize("case", CASES)
+def test_losses(record, case):
+    with torch.no_grad():
+        assert (
+            abs(case_losses(record, case).sum().item() / record[0][f"out/{case}/loss_sum"].item() - 1) < 1e-12
+        )
+
+
+@pytest.mark.feature(*FEATURES)
+def test_gradients(record):
+    """Largest entry and four weighted sums of every tensor, those of rows without gradient among them."""
+    golden, model, _, _ = record
+    model.zero_grad()
+    case_losses(record, "A_train_mtp3_prefix_sampled").sum().backward()
+    found = {
+        name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()
+    }
+    theirs = originals(found, golden, lambda places, prefix: ours(places, prefix, model))
+    assert len(theirs) == len([key for key in golden if key.startswith("gradient/")])
+    for name, x in theirs.items():
+        expected = golden[f"gradient/{name}"]
+        assert np.abs(projections(np.nan_to_num(x)) - expected).max() <= 1e-7 * expected[0] * len(x) ** 0.5, (
+            name
+        )
+
+
+def test_softmax_scales_follow_the_window_of_their_heads(record):
+    golden, model, losses, _ = record
+    for state, long, history in (("A", 3, (3,)), ("B", 7, (3, 7)), ("C", 13, (3, 7, 11, 13))):
+        with torch.no_grad():
+            losses(long, history)
+        narrow, wide = (model.rotary_tables.scales[i] for i in (0, 3))
+        assert abs(narrow - golden[f"yarn/{state}/narrow_scale"]) < 1e-15
+        assert abs(wide - golden[f"yarn/{state}/wide_scale"]) < 1e-15
+
+
+# ----- optimizer
+
+@pytest.mark.feature("optim.muon.slow", "optim.muon.anvil_maps", "optim.muon.cautious_decay.gate")
+def test_ten_updates_of_anvil():
+    golden, config = load("r92_anvil")
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    matrices = {  # wide, square, and two tall ones, of which we store the second transposed
+        "qk": ("qk_bank", lambda x: x, "qkvo", Views(variance_axis=-2)),
+        "vo": ("vo_bank", lambda x: x, "qkvo", Views(variance_axis=-1)),
+        "c_fc": ("mlp_bank", lambda x: x[..., 0, :, :], "c_fc", views.c_fc(s)),
+        "c_proj": ("mlp_bank", lambda x: x[..., 1, :, :].swapaxes(-1, -2), "c_proj", views.c_proj(s))}
+
+    def tensor(name, x):
+        return torch.from_numpy(np.ascontiguousarray(matrices[name][1](x), np.float64))
+
+    model = Toy(**{name: (tensor(name, golden[f"init/{bank}"]), "matrix", *rest)
+                   for name, (bank, _, *rest) in matrices.items()})
+    optimizer = Optimizer(model, s)
+    for i, step in enumerate(config["steps"]):
+        gradients = {name: tensor(name, golden[f"grad/{matrices[name][0]}"][i]) for name in matrices}
+        update(
+            optimizer, model, gradients, plan(step, lr_factor=config["lr"][i], momentum=config["momentum"][i])
+        )
+        for name in matrices if step in config["stored"] else ():
+            expected = tensor(name, golden[f"param/{step}/{matrices[name][0]}"])
+            assert (model.get_parameter(name) - expected).abs().max() <= 1e-12 * expected.abs().max(), (
+                name,
+                step,
+            )
+
+
+@pytest.mark.feature("optim.bigram.row_moment", "optim.bigram.slower", "optim.value_embed.slower")
+@pytest.mark.parametrize("key, label, result", [("ve", "value_embed", "param"), ("ngram", "bigram", "table")])
+def test_updates_of_tables_across_the_change_of_cadence(key, label, result):
+    """Dense AdamW of the value tables, row-wise Adam of the n-gram table with rows that no token touches."""
+    golden, rates = load("r92_adam")[0], load("r92_schedules")[0]["lr"]
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    model = Toy(table=(torch.from_numpy(golden[f"{key}/init"].astype(np.float64)), "embed", label))
+    optimizer = Optimizer(model, s)
+    for i, step in enumerate(golden[f"{key}/events"].tolist()):
+        if key == "ve":
+            gradient = golden["ve/grad"][i].astype(np.float64)
+        else:  # the mean over eight ranks
+            gradient = np.zeros_like(golden["ngram/init"], dtype=np.float64)
+            gradient[golden[f"ngram/step{step}/rows"]] = golden[f"ngram/step{step}/grad_sum"] / 8
+        update(
+            optimizer, model, {"table": torch.from_numpy(gradient)}, plan(step, lr_factor=float(rates[step]))
+        )
+        expected = golden[f"{key}/step{step}/{result}"]
+        assert np.abs(model.table.detach().numpy() - expected).max() <= 1e-12 * np.abs(expected).max(), step
+        if key == "ngram":
+            moment = optimizer.banks[0].state["row_moment"].numpy().ravel()
+            assert np.abs(moment - golden[f"ngram/step{step}/v_current"]).max() < 1e-15, step
+
+
+# ----- schedules
+
+def test_every_number_of_every_step():
+    golden, s = load("r92_schedules")[0], deltas.resolve("short/92").settings
+    plans = schedule.plan(s)
+    weights = np.zeros((len(plans), 3))
+    for one in plans:
+        weights[one.step, :len(one.target_weights)] = one.target_weights
+    found = {
+        "lr": [one.lr_factor for one in plans], "rail_beta": [one.momentum for one in plans],
+        "batch_tokens": [one.tokens for one in plans],
+        "max_seq_len": [one.shape.max_doc_len for one in plans],
+        "prefix": [one.prefix_weight for one in plans], "P": [one.shape.candidates or 0 for one in plans],
+        "mtp": weights, "ws_long": [(one.shape.windows.long.tokens - 1) // 128 for one in plans],
+        "ws_short": [(one.shape.windows.short.tokens - 1) // 128 for one in plans],
+        "adam_step": ["lm_head" in one.due for one in plans],
+        "table_event": ["bigram" in one.due for one in plans]
+    }
+    for name, values in found.items():
+        assert np.abs(np.array(values, float) - golden[name][:len(plans)].astype(float)).max() < 1e-15, name
+    assert schedule.untie_step(s) == golden["split_step"] and sum(one.tokens for one in plans) == 328_663_040
+
+
+@pytest.mark.feature("optim.tail")
+def test_the_averages_tick_when_the_originals_do(monkeypatch):
+    golden, s = load("r92_schedules")[0], deltas.resolve("short/92").settings
+    averages, ticks = TailAverages.__new__(TailAverages), {}
+    averages.told, averages.steps = s.optim.tail, s.schedule.steps
+    for one in schedule.plan(s):
+        for name in ("head", "matrices", "values", "blend"):
+            note = lambda rate, name=name: ticks.setdefault(name, {}).setdefault(one.step, rate)
+            setattr(averages, name, type("Noted", (), {"tick": staticmethod(note)}))
+        averages.tick(one)
+    for name, theirs in {"head": "tail-ema", "matrices": "tail-avg", "values": "value-embed-avg",
+                         "blend": "bank-blend"}.items():
+        expected = golden[f"tick/{theirs}"]
+        assert list(ticks[name]) == np.flatnonzero(~np.isnan(expected)).tolist()
+        first = min(ticks[name])  # takes the weights, at whatever rate
+        assert all(
+            abs(rate - expected[step]) < 1e-15 for step, rate in ticks[name].items() if step > first
+        ), name
+
+
+# ----- rows and candidates, at the real size
+
+def test_rows_of_pairs_and_triples():
+    golden, _ = load("r92_candidates")
+    tokens = torch.from_numpy(golden["tokens"].astype(np.int64))[None]
+    for found, names in ((ngram_ids(tokens, 84_602_880), "rows"), (ngram_sign_ids(tokens, 8192), "sign")):
+        for ids, kind in zip(found, ("bigram", "trigram")):
+            assert np.array_equal(ids[0].numpy(), golden[f"{kind}_{names}"])
+
+
+@pytest.mark.parametrize("rank", [0, 3, 7])
+def test_candidates_of_four_batches_of_a_rank(rank):
+    golden, sweep = load("r92_candidates")[0], Sweep(50_304, rank)
+    for i in range(4):
+        targets = golden[f"cand/targets{i}"].astype(np.int64)
+        found = sweep.candidates(targets, int(golden[f"cand/P{i}"]))
+        said = hashlib.sha256(found.astype("<i8").tobytes()).hexdigest()
+        assert said == str(golden[f"cand/rank{rank}/{i}/candidates_sha256_i64"])
+        assert sweep.offset == golden[f"cand/rank{rank}/{i}/sweep_offset_after"]
+
+
+def test_candidates_are_evenly_spaced_where_the_sweep_has_too_few():
+    golden, sweep = load("r92_candidates")[0], Sweep(4096, 5)
+    found = sweep.candidates(golden["cand_fallback/targets"].astype(np.int64), int(golden["cand_fallback/P"]))
+    assert np.array_equal(found, golden["cand_fallback/candidates"])
+    assert sweep.offset == golden["cand_fallback/sweep_offset_after"]
+
+
+# ----- parameters
+
+@pytest.mark.parametrize("record, published, not_held", [
+    # padding of the banks on eight ranks; rows of gates, networks and factors that no layer reads
+    ("short/89", 643_751_335, 4 * 256 * 768 + 4 * 768 * 768 + 2 * 3072 * 768 + 72 + 975 + 585 + 3 + 3 + 2),
+    ("short/92", 302_792_179 + 84_602_880 * 768,
+     6 * 256 * 768 + 2 * 768 * 768 + 2 * 2816 * 768 + 650 + 260 + 3072 + 8 + 7 + 3)])
+def test_the_number_of_parameters_is_the_published_one_without_what_nothing_reads(
+    record, published, not_held
+):
+    assert count_parameters(deltas.resolve(record).settings) == published - not_held

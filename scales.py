@@ -26,6 +26,11 @@ class Scale:
     vocab_size: int | None
     precision: str
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it is a scale for a CPU: a run reads the embedded corpus, whose vocabulary is small."""
+        return self.vocab_size is not None
+
 
 # Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; docs/scales.md says why. The vocabulary of
 # the embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1.
@@ -35,6 +40,7 @@ SCALES = {
     "full": Scale(1, 1, 1, None, None, None, "record"),
     "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
     "tiny": Scale(8, 16, 128, 720_896, 65_536, 1257, "float32"),
+    "mini": Scale(16, 16, 256, 1_048_576, 65_536, 1257, "float32"),
     "micro": Scale(16, 16, 512, 73_728, 8_192, 1257, "float32"),
 }
 

@@ -387,9 +387,9 @@ def test_listing_records_imports_neither_torch_nor_numpy():
         (["show", "short/11", "--params"], "162,201,642 parameters"),
         (["diff", "short/5", "short/9"], "(short/9)"), (["features", "muon"], "since short/3"),
         (["list"], "tiny-v3    preset: short/11 at scale tiny"),
-        (["show", "tiny-v3"], "validation.target = 4.09\n\nshort/11  U-net skips"),
+        (["show", "tiny-v3"], "validation.target = 4.03\n\nshort/11  U-net skips"),
         (["show", "tiny-v3"], "ml_hash 351edf705648eda3"),
-        (["diff", "short/11", "tiny-v3"], "off -> 4.09  (tiny-v3)")
+        (["diff", "short/11", "tiny-v3"], "off -> 4.03  (tiny-v3)")
     ],
 )
 def test_records_commands(args, text):
@@ -483,7 +483,7 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
     head, lines = differences(deltas.resolve_name("tiny-v3"))
     assert (
         head == "the parent, short/10, at scale tiny:"
-        and "validation.target: off -> 4.09  (tiny-v3)" in lines
+        and "validation.target: off -> 4.03  (tiny-v3)" in lines
     )
     assert "model.residual.unet_skips.init: off -> 1.0" in lines
     head, lines = differences(deltas.resolve("short/8", scale="micro", sets=["optim.muon.lr=0.5"]))

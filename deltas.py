@@ -508,15 +508,17 @@ def preset_file(name: str) -> dict[str, Any]:
 def preset_names() -> list[str]:
     """Names of the presets that this code can train, sorted."""
     names = [p.stem for p in files.listed(RECORDS / "presets", "*.toml")]
-    return [name for name in names if "numerics_version" not in preset_file(name)]
+    return [name for name in names if "successor" not in preset_file(name)]
 
 
 def refuse_retired(name: str) -> None:
-    """UserError for a preset of an earlier numerics version: its hash is not that of any settings now."""
+    """UserError for a preset whose hash is not that of any settings now."""
     if (RECORDS / "presets" / f"{name}.toml").exists() and name not in preset_names():
         toml = preset_file(name)
-        raise UserError(f"preset {name} is of numerics version {toml['numerics_version']}, this code has "
-                        f"{NUMERICS_VERSION}: train {toml['successor']}, or check out {toml['code']}")
+        raise UserError(
+            f"preset {name} is retired, because {toml['why']}: train {toml['successor']}, or check "
+            f"out {toml['code']}"
+        )
 
 
 def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (),

@@ -154,6 +154,10 @@ LABELS = {  # role -> labels that may have settings of their own
                "expert_c_fc", "expert_c_proj", "mudd", "token_gate")}
 
 
+# Labels of matrices whose inputs grow with the width, unlike those of gates.
+BLOCK_MATRICES = ("qkvo", "latent", "c_fc", "c_proj", "expert_c_fc", "expert_c_proj")
+
+
 @dataclass(frozen=True)
 class MomentumWarmup:
     """Linear warm-up of Muon's momentum, up to optim.muon.momentum."""

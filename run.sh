@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train. Without arguments: on a CPU the frozen preset tiny-v2 to its target; on GPUs the head of the lineage on FineWeb.
+# Train. Without arguments: on a CPU the frozen preset tiny-v3 to its target; on GPUs the head of the lineage on FineWeb.
 #   ./run.sh                       ./run.sh short/9 --seed 3                       ./run.sh short/11 --without optim.muon
 # Makes .venv first, once (installation/install.py); what it runs is in installation/run.py. Paths are read from the folder that you are in.
 set -euo pipefail

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from declare import AS_IS, PRECISION, PRODUCTS
+from optim_settings import BLOCK_MATRICES, LABELS, Optim
 from settings import LOGICAL_RANKS, Settings, row_limit, tokens_per_step
 
 
@@ -26,6 +27,11 @@ class Scale:
     vocab_size: int | None
     precision: str
 
+    @property
+    def embedded(self) -> bool:
+        """Whether it is a scale for a CPU: a run reads the embedded corpus, whose vocabulary is small."""
+        return self.vocab_size is not None
+
 
 # Chosen on models shaped like records 1, 5, 11, 33, 57 and 89; docs/scales.md says why. The vocabulary of
 # the embedded corpus is 256 bytes + 1000 merges + end of text, the small image of GPT-2's 256 + 50,000 + 1.
@@ -35,6 +41,7 @@ SCALES = {
     "full": Scale(1, 1, 1, None, None, None, "record"),
     "small": Scale(1, 1, 8, 40_000_000, 2_097_152, None, "record"),
     "tiny": Scale(8, 16, 128, 720_896, 65_536, 1257, "float32"),
+    "mini": Scale(16, 16, 256, 1_048_576, 65_536, 1257, "float32"),
     "micro": Scale(16, 16, 512, 73_728, 8_192, 1257, "float32"),
 }
 
@@ -68,22 +75,50 @@ def scaled(s: Settings, name: str) -> Settings:
     """The settings at a scale.
 
     Widths, lengths and the batch are divided by the scale's divisors. Every setting counted in steps is
-    multiplied by steps / record's steps (and stays at least 1 if it was). Learning rates, head counts and
-    windows in blocks stay. A row is never longer than a rank's share of the batch or of the validation
-    tokens.
+    multiplied by steps / record's steps (and stays at least 1 if it was). At the scales for a CPU some
+    learning rates follow the batch and the width (`rated`). Head counts and windows in blocks stay. A row is
+    never longer than a rank's share of the batch or of the validation tokens.
     """
     scale = SCALES[name]
     if name == "full":
         return s
     steps = max(1, round(scale.budget_tokens * scale.batch / tokens_per_step(s)))
     s = shrunk(s, rules(scale, steps, steps / s.schedule.steps))
-    if s.model.head.logit_scale == "rsqrt_dim":  # the step of such a head is a term in 1/sqrt(width) too
-        lm_head = dataclasses.replace(s.optim.lm_head, lr=s.optim.lm_head.lr / math.sqrt(scale.width))
-        s = dataclasses.replace(s, optim=dataclasses.replace(s.optim, lm_head=lm_head))
+    if scale.embedded:
+        s = dataclasses.replace(s, optim=rated(s, scale))
     data = dataclasses.replace(s.data, seq_len=min(s.data.seq_len, row_limit(s)))
     rows = s.validation.tokens // LOGICAL_RANKS
     validation = dataclasses.replace(s.validation, seq_len=min(s.validation.seq_len, rows))
     return dataclasses.replace(s, data=data, validation=validation)
+
+
+def rated(s: Settings, scale: Scale) -> Optim:
+    """The optimizer's settings with the peak learning rates of a scale for a CPU.
+
+    Measured at widths of 48 and 96 and batches of 1/128 to 1/512 (docs/scales.md):
+
+    - Learned scalars: 1/sqrt(batch divisor). A smaller batch has noisier gradients, whose size AdamW divides
+      away, so that a scalar wanders by its learning rate in each step.
+    - The head, and block matrices that AdamW updates: sqrt(width divisor). AdamW moves each entry by the
+      learning rate, and a narrower layer sums over fewer entries. A head whose logits are divided by
+      sqrt(width) gains this factor there. Gates stay: they read as many channels at any width.
+    - Muon with scale = sqrt_max: sqrt(width divisor), which that scale loses. In its other forms the size of
+      an update does not depend on the width.
+    """
+    o, wider, calmer = s.optim, math.sqrt(scale.width), 1 / math.sqrt(scale.batch)
+    factors = dict.fromkeys(("scalar", *LABELS["scalar"]), calmer)
+    factors |= {name: wider for name in BLOCK_MATRICES if o.group("matrix", name).rule == "adamw"}
+    factors["matrix"] = wider
+    if s.model.head.logit_scale != "rsqrt_dim":
+        factors["lm_head"] = wider
+    if o.muon and o.muon.scale == "sqrt_max":
+        factors["muon"] = wider
+    changes = {}
+    for name, factor in factors.items():
+        group = getattr(o, name)
+        if group is not None and group.lr is not None:
+            changes[name] = dataclasses.replace(group, lr=group.lr * factor)
+    return dataclasses.replace(o, **changes)
 
 
 def shrunk(node: object, rule: dict[str, Callable]) -> object:

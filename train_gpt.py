@@ -1,6 +1,6 @@
 """Train any record of the NanoGPT speedrun, or any change to one.
 
-    python train_gpt.py tiny-v2                     # CPU, about two minutes
+    python train_gpt.py tiny-v3                     # CPU, about two minutes
     python train_gpt.py short/11 --nproc 8          # FineWeb, to 3.28, on eight GPUs; torchrun will do too
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
 

@@ -20,6 +20,7 @@ from common.files import default_cache
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
+from scales import SCALES
 from common.errors import UserError
 
 HERE = Path(__file__).parent
@@ -118,14 +119,14 @@ def _sample_corpus(cache):
 
 
 def corpus_for(scale, data=None, settings=None):
-    """The shards that a run reads: the folder `data` if given, the embedded corpus at tiny and micro,
-    FineWeb's otherwise.
+    """The shards that a run reads: the folder `data` if given, the embedded corpus at the scales for a
+    CPU, FineWeb's otherwise.
 
     settings: those of the run, for a message that says how many shards to download.
     """
     if data:
         return open_corpus(data)
-    if scale in ("tiny", "micro"):
+    if SCALES[scale].embedded:
         return sample_corpus()
     return open_corpus(HERE / "fineweb10B", **({} if settings is None else {"get": fineweb.get(settings)}))
 

@@ -1,7 +1,7 @@
 """What ./run.sh does: train, then plot the curve and sample from the checkpoint,
 which it has the trainer save.
 
-Without a record: on a CPU the frozen preset tiny-v2 to its target (two minutes), or with --scale the head of
+Without a record: on a CPU the frozen preset tiny-v3 to its target (two minutes), or with --scale the head of
 the lineage; on GPUs the head of the lineage on FineWeb. A record named without --scale runs at scale tiny on
 a CPU. With 2, 4 or 8 GPUs it starts as many processes. Run folders go to runs/ of the checkout unless --out
 names a place. All options are the trainer's.
@@ -48,7 +48,7 @@ def complete(argv, options, gpus):
     """
     added = []
     if options.record is None:
-        record = "tiny-v2" if gpus == 0 and options.scale is None else "short/head"
+        record = "tiny-v3" if gpus == 0 and options.scale is None else "short/head"
         argv = [record, *argv]
     elif gpus == 0 and options.scale is None and options.record not in deltas.preset_names():
         added += ["--scale", "tiny"]

@@ -40,7 +40,8 @@ SWEEPS = ("ablate", "chain", "axis")
 SWEEP_KEYS = {
     "version", "kind", "name", "base", "scale", "confidence", "method", "hardware", "control", "rows"
 }
-CPU_SCALES = ("tiny", "micro")  # trained on machines that do other work meanwhile
+# Trained on machines that do other work meanwhile.
+CPU_SCALES = tuple(name for name, scale in SCALES.items() if scale.embedded)
 FLAGS = {"--set": "sets", "--with": "with_", "--without": "without", "--revert": "revert"}
 
 

@@ -8,7 +8,8 @@ from page import facts
 from page.tags import NOTHING, chip, folded, framed, interval, missing, number, table
 
 SCALE_NAMES = {
-    "tiny": "tiny (CPU)", "micro": "micro (CPU, a tenth of tiny)", "small": "small (one GPU)", "full": "full"
+    "tiny": "tiny (CPU)", "mini": "mini (CPU, narrower and longer)", "micro": "micro (CPU, a tenth of tiny)",
+    "small": "small (one GPU)", "full": "full"
 }
 GROUPS = (("resolved", "Resolved: told apart from zero"),
           ("unresolved", "Unresolved: measured, but not told apart from zero, and therefore not ranked"),

@@ -281,11 +281,11 @@ def parser(command=None):
 
     add("list", list_records, "one line per record: what, when, who, published minutes, evidence")
     c = add("show", show, "a record's delta and facts and, with --scale, what becomes of each line there")
-    c.add_argument("record", help="a record or a preset (tiny-v2)")
+    c.add_argument("record", help="a record or a preset (tiny-v3)")
     c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c.add_argument("--params", action="store_true", help="count parameters and FLOPs (imports torch)")
     c = add("diff", diff, "every setting in which two records differ, and who set it")
-    c.add_argument("left", help="a record or a preset (tiny-v2)")
+    c.add_argument("left", help="a record or a preset (tiny-v3)")
     c.add_argument("right", help="a record or a preset")
     c.add_argument("--scale", choices=list(SCALES), help="default: full, or that of the preset")
     c = add("features", features, "the whole vocabulary: meaning, values, since when, what --without does")

@@ -19,7 +19,7 @@ def parser() -> arguments.Parser:
         epilog="Records: `python -m records list`. Settings: `python -m records features`.")
     p.add_argument(
         "record", nargs="?",
-        help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v2)"
+        help="short/9, short/head, short/unet_double_lr, attempts/my_idea or a preset (tiny-v3)"
     )
     p.add_argument(
         "--scale", choices=list(SCALES),

@@ -300,7 +300,7 @@ def test_bad_input_is_one_clear_line(tmp_path, capsys):
         ([str(tmp_path / "none")], "no such folder"),
         ([str(tmp_path / "empty")], "is not a checkout of this project: it has no train_gpt.py"),
         ([".", "--record", "short/999"], ".: unknown record 'short/999'"),
-        ([".", "--record", "tiny-v2"], ".: tiny-v2 is frozen at --scale tiny"),
+        ([".", "--record", "tiny-v3"], ".: tiny-v3 is frozen at --scale tiny"),
         ([".", "--json", "x.json", "--only", "seed"], "--json holds a whole audit"),
         ([".", "--json", str(tmp_path / "none" / "x.json")], "its folder does not exist")
     ]:

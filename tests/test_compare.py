@@ -320,7 +320,7 @@ ARMS = [
     (["short/11", "short/11 --set validation.target=3.0"], "there is nothing to compare; add --aa"),
     (["short/11", "refactor:short/11", "--aa"], "differ: leave it away"),
     (["short/11", "short/11 --set validation.tokens=4096"], "validated on different tokens"),
-    (["short/11", "tiny-v2"], "frozen at --scale tiny"),
+    (["short/11", "tiny-v3"], "frozen at --scale tiny"),
     (["short/11", "short/10", "--without", "model.attn.rope"], "put each arm and its changes in quotes"),
     (["short/11", "short/10", "--nproc", "3"], "must be 1, 2, 4 or 8"),
     (["short/11", "short/10", "--confidence", "95"], "above 0 and below 1"),

@@ -202,7 +202,7 @@ def test_leftovers_are_no_shards_records_presets_targets_or_logs(tmp_path, monke
     assert verify.is_text_logs(logs) and verify.text_logs(logs, 3.28)["files"] == ["1.txt", "2.txt"]
     monkeypatch.setattr(deltas, "RECORDS", tmp_path)
     (tmp_path / "presets").mkdir()
-    (tmp_path / "presets/._tiny-v2.toml").write_bytes(b"\0\5\26\7")
+    (tmp_path / "presets/._tiny-v3.toml").write_bytes(b"\0\5\26\7")
     (tmp_path / "short/._001_x").mkdir(parents=True)
     (tmp_path / "short/._001_x/record.toml").write_bytes(b"\0\5\26\7")
     assert deltas.preset_names() == [] and deltas.load_records.__wrapped__() == {}

@@ -107,7 +107,7 @@ def test_a_real_trial_of_a_preset_gives_seconds(tmp_path):
     """One training of ten steps: the frozen preset's own number of steps is replaced."""
     out = subprocess.run(
         [
-            sys.executable, "sweep.py", "axis", "tiny-v2", "optim.muon.lr=0.02", "--seeds", "1", "--set",
+            sys.executable, "sweep.py", "axis", "tiny-v3", "optim.muon.lr=0.02", "--seeds", "1", "--set",
             "validation.tokens=4096", "--runs", str(tmp_path), "--dry-run"
         ],
         cwd=ROOT,

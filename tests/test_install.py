@@ -103,7 +103,7 @@ def bare(tmp_path_factory):
 
 
 COMMANDS = [
-    ["train_gpt.py", "tiny-v2"],
+    ["train_gpt.py", "tiny-v3"],
     ["train_gpt.py", "short/11", "--plan"],
     ["sample.py", "x.pt"],
     ["installation/run.py"],
@@ -147,7 +147,7 @@ def test_a_program_without_its_packages_is_one_line_with_a_remedy_and_declares_n
 )
 def test_a_torch_that_cannot_serve_is_one_line_and_burns_no_run(torch, said, tmp_path, bare):
     modules = {"torch": torch, "numpy": "", "tiktoken": ""}
-    done = bare("train_gpt.py", "tiny-v2", folder=tmp_path, **modules)
+    done = bare("train_gpt.py", "tiny-v3", folder=tmp_path, **modules)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr
     folder = tmp_path / "declared"
     done = bare(
@@ -373,15 +373,15 @@ def test_a_machine_without_a_fitting_python_is_one_line(python, message, checkou
 # ----- run.sh's arguments -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("typed, gpus, made", [
-    ([], 0, ["tiny-v2", "--save-checkpoint"]), ([], 2, ["short/head", "--save-checkpoint"]),
+    ([], 0, ["tiny-v3", "--save-checkpoint"]), ([], 2, ["short/head", "--save-checkpoint"]),
     (["--scale", "micro"], 0, ["short/head", "--scale", "micro", "--save-checkpoint"]),
     (["short/9", "--seed", "3"], 0, ["short/9", "--seed", "3", "--scale", "tiny", "--save-checkpoint"]),
     (["short/9"], 8, ["short/9", "--save-checkpoint"]),
-    (["tiny-v2", "--save-checkpoint"], 0, ["tiny-v2", "--save-checkpoint"]),
-    (["tiny-v2", "--save"], 0, ["tiny-v2", "--save"]),
-    (["--compile-cache", "short/9"], 0, ["tiny-v2", "--compile-cache", "short/9", "--save-checkpoint"]),
+    (["tiny-v3", "--save-checkpoint"], 0, ["tiny-v3", "--save-checkpoint"]),
+    (["tiny-v3", "--save"], 0, ["tiny-v3", "--save"]),
+    (["--compile-cache", "short/9"], 0, ["tiny-v3", "--compile-cache", "short/9", "--save-checkpoint"]),
     (["--registered=x", "--profile", "1:2"], 0,
-     ["tiny-v2", "--registered=x", "--profile", "1:2", "--save-checkpoint"]),
+     ["tiny-v3", "--registered=x", "--profile", "1:2", "--save-checkpoint"]),
     (["--seed", "3", "short/2", "--plan"], 0, ["--seed", "3", "short/2", "--plan", "--scale", "tiny"])])
 def test_arguments_are_read_by_the_trainers_parser(typed, gpus, made, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -390,9 +390,9 @@ def test_arguments_are_read_by_the_trainers_parser(typed, gpus, made, monkeypatc
 
 def test_paths_are_read_from_the_callers_folder_and_runs_go_to_the_checkout_by_default(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run.complete([], run.read([]), 0) == ["tiny-v2", "--out", str(ROOT / "runs"), "--save-checkpoint"]
+    assert run.complete([], run.read([]), 0) == ["tiny-v3", "--out", str(ROOT / "runs"), "--save-checkpoint"]
     typed = ["--out", "here", "--data=there"]
-    assert run.complete(typed, run.read(typed), 0) == ["tiny-v2", *typed, "--save-checkpoint"]
+    assert run.complete(typed, run.read(typed), 0) == ["tiny-v3", *typed, "--save-checkpoint"]
 
 
 def test_torch_here_is_one_of_those_that_the_code_runs_on():

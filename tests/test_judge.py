@@ -251,7 +251,7 @@ def test_names_of_published_records():
     for name, track, message in (
         ("short/99", None, "did you mean"), ("34", None, "say short/34 or optimizer/34"),
         ("short/3", "medium", "not on the medium track"), ("", None, "no published record"),
-        ("tiny-v2", None, "no published record")
+        ("tiny-v3", None, "no published record")
     ):
         with pytest.raises(UserError, match=message):
             judge.find(TABLES, name, track)

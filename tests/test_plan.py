@@ -2,6 +2,7 @@
 stage."""
 
 import dataclasses
+import math
 import sys
 from types import SimpleNamespace
 
@@ -224,3 +225,55 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_printed(tm
     with pytest.raises(SystemExit):
         command_line.command_line(["short/1", "--plot", "plan.png"])
     assert "--dry-run" in capsys.readouterr().err
+
+
+# ----- learning rates at the scales for a CPU
+
+def rates(ref, scale, *sets):
+    """{group: peak learning rate} at a scale; without --set, which is literal."""
+    s = (
+        deltas.resolve(ref, scale=scale).settings if not sets
+        else scaled(deltas.resolve(ref, sets=sets).settings, scale)
+    )
+    return {name: group.lr for name, group in s.optim.groups().items()} | (
+        {"muon": s.optim.muon.lr} if s.optim.muon else {})
+
+
+@pytest.mark.parametrize("scale, width, batch", [("tiny", 8, 128), ("mini", 16, 256), ("micro", 16, 512)])
+def test_learning_rates_follow_batch_and_width_at_the_scales_for_a_cpu(scale, width, batch):
+    """Scalars by 1/sqrt(batch), head and AdamW's matrices by sqrt(width); tables and Muon stay."""
+    for ref in ("short/2", "short/11", "short/57"):
+        full, small = rates(ref, "full"), rates(ref, scale)
+        adamw = ref == "short/2"  # Muon's matrices stay
+        expected = {"scalar": 1 / math.sqrt(batch), "lm_head": math.sqrt(width), "embed": 1.0,
+                    "x0_lambdas": 1 / math.sqrt(batch), "value_embed": 1.0, "smear_gate": 1.0, "gate": 1.0,
+                    "matrix": math.sqrt(width) if adamw else 1.0, "qkvo": 1.0, "muon": 1.0, "router": 1.0}
+        for name in expected.keys() & full.keys():
+            assert math.isclose(small[name] / full[name], expected[name]), (ref, name)
+
+
+def test_muon_scaled_by_the_larger_side_follows_the_width():
+    """sqrt(max(rows, cols)) of record 5 shrinks with the width; the factors of records 3 and 8 do not."""
+    ratios = {
+        ref: rates(ref, "mini")["muon"] / rates(ref, "full")["muon"]
+        for ref in ("short/3", "short/5", "short/8")
+    }
+    assert ratios == {"short/3": 1.0, "short/5": 4.0, "short/8": 1.0}
+
+
+def test_a_head_that_divides_by_the_root_of_the_width_keeps_its_learning_rate():
+    plain, divided = (rates("short/11", "mini", f"model.head.logit_scale={how}")["lm_head"]
+                      for how in ("one", "rsqrt_dim"))
+    full = rates("short/11", "full")["lm_head"]
+    assert math.isclose(plain, 4 * full) and divided == full
+
+
+def test_without_muon_adamws_matrices_follow_the_width():
+    off = deltas.resolve("short/11", scale="mini", without=["optim.muon"]).settings.optim
+    assert math.isclose(
+        off.group("matrix", "qkvo").lr, 4 * deltas.resolve("short/11").settings.optim.matrix.lr
+    )
+
+
+def test_learning_rates_stay_on_a_gpu():
+    assert rates("short/57", "small") == rates("short/57", "full")

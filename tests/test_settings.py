@@ -386,10 +386,10 @@ def test_listing_records_imports_neither_torch_nor_numpy():
         (["show", "short/10", "--scale", "tiny"], "[inert]"),
         (["show", "short/11", "--params"], "162,201,642 parameters"),
         (["diff", "short/5", "short/9"], "(short/9)"), (["features", "muon"], "since short/3"),
-        (["list"], "tiny-v2    preset: short/11 at scale tiny"),
-        (["show", "tiny-v2"], "validation.target = 4.09\n\nshort/11  U-net skips"),
-        (["show", "tiny-v2"], "ml_hash c162addcecb218a7"),
-        (["diff", "short/11", "tiny-v2"], "off -> 4.09  (tiny-v2)")
+        (["list"], "tiny-v3    preset: short/11 at scale tiny"),
+        (["show", "tiny-v3"], "validation.target = 4.03\n\nshort/11  U-net skips"),
+        (["show", "tiny-v3"], "ml_hash 351edf705648eda3"),
+        (["diff", "short/11", "tiny-v3"], "off -> 4.03  (tiny-v3)")
     ],
 )
 def test_records_commands(args, text):
@@ -399,16 +399,16 @@ def test_records_commands(args, text):
 
 def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
     """Otherwise every line would be a difference of scale."""
-    lines = run("-m", "records", "diff", "tiny-v2", "short/10").stdout.splitlines()
+    lines = run("-m", "records", "diff", "tiny-v3", "short/10").stdout.splitlines()
     theirs = schema.difference(
         *(deltas.resolve(*name, scale="tiny").settings for name in (["short/11"], ["short/10"]))
     )
-    assert lines[0] == "tiny-v2 at scale tiny, short/10 at scale tiny"
+    assert lines[0] == "tiny-v3 at scale tiny, short/10 at scale tiny"
     assert sorted(line.split()[0] for line in lines[1:]) == sorted(
         ["validation.target", *(path for path, *_ in theirs)]
     )
-    done = run("-m", "records", "show", "tiny-v2", "--scale", "micro")
-    assert done.returncode == 2 and "tiny-v2 is frozen at --scale tiny" in done.stderr
+    done = run("-m", "records", "show", "tiny-v3", "--scale", "micro")
+    assert done.returncode == 2 and "tiny-v3 is frozen at --scale tiny" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -429,9 +429,9 @@ def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
         ("short", ["short/head"]),
         ("mla12q", ["variants/mla12q"]),
         ("muonn", ["short/muon", "short/normuon"]),
-        ("tiny", ["tiny-v2"]),
-        ("Tiny_v2", ["tiny-v2"]),
-        ("tiny-v3", ["tiny-v2"]),
+        ("tiny", ["tiny-v3"]),
+        ("Tiny_v3", ["tiny-v3"]),
+        ("tiny-v8", ["tiny-v3"]),
         ("99", []),
         ("", []),
     ],
@@ -468,8 +468,8 @@ def test_short_forms_of_a_setting_are_answered_with_whole_paths(typed, meant):
 
 
 def test_a_preset_where_only_a_record_can_stand_is_told_its_record():
-    with pytest.raises(UserError, match="tiny-v2 is a preset, short/11 at scale tiny: name that record here"):
-        deltas.resolve("short/11", revert=["tiny-v2"])
+    with pytest.raises(UserError, match="tiny-v3 is a preset, short/11 at scale tiny: name that record here"):
+        deltas.resolve("short/11", revert=["tiny-v3"])
 
 
 def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
@@ -480,10 +480,10 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
         assert out.index("differences from") < out.index("ml_hash") < out.index("settings that differ")
         return told[0], [line.strip() for line in told[1:]]
 
-    head, lines = differences(deltas.resolve_name("tiny-v2"))
+    head, lines = differences(deltas.resolve_name("tiny-v3"))
     assert (
         head == "the parent, short/10, at scale tiny:"
-        and "validation.target: off -> 4.09  (tiny-v2)" in lines
+        and "validation.target: off -> 4.03  (tiny-v3)" in lines
     )
     assert "model.residual.unet_skips.init: off -> 1.0" in lines
     head, lines = differences(deltas.resolve("short/8", scale="micro", sets=["optim.muon.lr=0.5"]))

@@ -482,8 +482,8 @@ BAD = [
     (["short/9", "--scale", "tiny", "--out", "/dev/null/runs"], "choose another with --out"),
     (["short/9", "--scale", "micro", "--profile", "3:900", "--out", "/tmp"], "the run has 72 steps"),
     (["short/9"], "--scale tiny"),
-    (["tiny-v9"], "did you mean tiny-v2"),
-    (["tiny-v2", "--scale", "micro"], "frozen at --scale tiny"),
+    (["tiny-v9"], "did you mean tiny-v3"),
+    (["tiny-v3", "--scale", "micro"], "frozen at --scale tiny"),
 ]
 
 

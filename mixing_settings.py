@@ -122,7 +122,7 @@ class Bigram:
     coefficient: learned, one per layer, or one per token (model.token_gates).
     """
     rows: int = opt(251_520, "rows of the table, the last one for the first token of a row of the batch",
-                    unit="row", off=REFUSE, shrink="vocab_share", least=2, most=2 ** 31 - 1)
+                    unit="row", off=REFUSE, shrink="hash_rows", least=2, most=2 ** 31 - 1)
     dim: int | None = opt(
         None, "width of the table, which fills the first channels of the stream (record 83; off: model_dim)",
         unit="channel", shrink="width", least=1

@@ -420,7 +420,7 @@ class Attention:
         unit="token", shrink="length", needs="model.attn.document_mask", least=1
     )
     qk_dim: int | None = opt(None, "width of a head's query and key (record 90; off: model_dim / num_heads)",
-                             unit="channel", shrink="width", least=4)
+                             unit="channel", shrink="width_quads", least=4)
     narrow: Narrow | None = opt(None, "narrow heads in some layers")
     xsa: XSA | None = opt(
         None, "exclusive self-attention: a head's output loses its part along the token's own value"

@@ -59,7 +59,11 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
         "length0": lambda v: v // scale.length,
         "batch": lambda v: v // scale.batch,
         "vocab": lambda v: scale.vocab_size or v,
+        "width_quads": lambda v: max(4, v // scale.width // 4 * 4),  # for pairs of which half rotate
         "vocab_share": lambda v: max(2, v * scale.vocab_size // 50257) if scale.vocab_size else v,
+        # hashed rows, in two halves; more than 16 a token are no question for a CPU
+        "hash_rows": lambda v: (max(2, min(v * scale.vocab_size // 50257, 16 * scale.vocab_size)) // 2 * 2
+                                if scale.vocab_size else v),
         "validation": lambda v: scale.validation_tokens,
         "rsqrt_width": lambda v: v * math.sqrt(scale.width),  # terms in 1/sqrt(width)
         "turns": lambda v: v / scale.length,  # of a rotary pair within a window

@@ -205,7 +205,7 @@ class Lanes:
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.residual.lanes.start", (self.start,), s)
         if s.system.activation_checkpoint == "on":
-            yield ("model.residual.lanes keeps a second stream beside a layer's, which "
+            yield ("model.residual.lanes keeps a second stream next to a layer's, which "
                    "system.activation_checkpoint=on would compute twice: switch one off")
 
 
@@ -224,7 +224,7 @@ class Mudd:
                       off=REFUSE, least=0)
     snapshots: tuple[int, ...] = opt(
         (7, 9, 3),
-        "layers whose outputs are mixed in before the final norm, beside the stream before the first layer",
+        "layers whose outputs are mixed in before the final norm, next to the stream before the first layer",
     )
     tables: tuple[int, ...] = opt((1,), "layers whose value embeddings are mixed in before the final norm")
     mlp_input: bool = opt(

@@ -93,12 +93,13 @@ class Attention(nn.Module):
     def __init__(self, s: Settings, spec: AttnSpec):
         super().__init__()
         d, n = s.model.model_dim, s.numerics
-        if spec.heads * spec.v_stored != d:
-            raise ValueError(f"{spec.heads} heads of {spec.v_stored} channels do not make up model_dim = {d}")
+        qk, v = spec.qk_stored or spec.qk, spec.v_stored or spec.v
+        if spec.heads * v != d:
+            raise ValueError(f"{spec.heads} heads of {v} channels do not make up model_dim = {d}")
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
         o_bound = s.model.init.o_bound
         out = linear_init(s, d, projection=o_bound is None, bound=o_bound)
-        rows, muon = spec.heads * spec.qk_stored, s.optim.muon
+        rows, muon = spec.heads * qk, s.optim.muon
         self.apart = rows != d or (muon is not None and muon.head_pairs) or s.model.attn.narrow is not None
         common = dict(dtype_name=n.matrix, role="matrix", label="qkvo", init=None)
         if self.apart:
@@ -124,9 +125,9 @@ class Attention(nn.Module):
         """
         if self.apart:
             heads, qk, v = self.spec.heads, self.qk.flatten(0, 1), self.v
-            if self.spec.qk < self.spec.qk_stored:
+            if self.spec.qk_stored is not None:
                 qk = qk.unflatten(0, (2 * heads, -1))[:, :self.spec.qk].flatten(0, 1)
-            if self.spec.v == self.spec.v_stored:
+            if self.spec.v_stored is None:
                 return torch.cat([qk, v]), self.o
             v = v.unflatten(0, (heads, -1))[:, :self.spec.v].flatten(0, 1)
             return torch.cat([qk, v]), self.o.unflatten(1, (heads, -1))[:, :, :self.spec.v].flatten(1)

@@ -86,7 +86,8 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
         key_offset=static_pairs(s) if offset else 0, paired=paired,
         saved_input=a.saved_input if saved else None, xsa=a.xsa is not None and layer in a.xsa.layers,
         compose=a.compose.window if a.compose and layer in a.compose.layers else None,
-        scale=a.narrow.scale if narrow_qk else a.scale, qk_stored=query_dim(s), v_stored=value_dim(s)
+        scale=a.narrow.scale if narrow_qk else a.scale,
+        qk_stored=query_dim(s) if narrow_qk else None, v_stored=value_dim(s) if narrow_v else None
     )
 
 

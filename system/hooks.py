@@ -14,31 +14,9 @@ import torch
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan, Windows
+from system.stateful import Stateful
+from system.tail_average import TailAverages
 from system.world import World
-
-
-class Stateful:
-    """A hook that does nothing; subclasses override the methods that they need."""
-
-    def before_forwards(self, plan: StepPlan) -> None:
-        """Before the first forward of a step."""
-
-    def before_update(self, plan: StepPlan, world: World) -> None:
-        """After the last backward of a step, before the parameters move. May be collective."""
-
-    def after_update(self, plan: StepPlan) -> None:
-        """After the parameters have moved."""
-
-    def for_validation(self, windows: Windows | None) -> Any:
-        """A context manager around each validation. windows: those of the validation."""
-        return contextlib.nullcontext()
-
-    def reset(self) -> None:
-        """Restore the state before the first step. Called after the reset of model and optimizer."""
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """{name: tensor} of the whole state."""
-        return {}
 
 
 class RouterBalance(Stateful):
@@ -122,7 +100,6 @@ def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
         return hooks
     hooks.append(Untie(model, optimizer))
     if (tail := model.settings.optim.tail) is not None:
-        from system.tail_average import TailAverages  # it needs Stateful
         hooks.append(TailAverages(model, tail, model.settings.schedule.steps))
     return hooks
 

@@ -5,7 +5,7 @@ import torch
 from model import GPT
 from optim_settings import TailAverage
 from schedule import StepPlan
-from system.hooks import Stateful
+from system.stateful import Stateful
 
 # Labels of what is averaged together; the embedding may be the head's weight until the end.
 HEAD, MATRICES, VALUES = ("lm_head", "embed"), ("v", "o", "c_fc", "c_proj"), ("value_embed",)

@@ -35,6 +35,7 @@ FLOORS = [
     {"schema", "scales"},
     {"settings"},
     {"model_settings", "optim_settings", "system_settings"},
+    {"mixing_settings"},
     {"declare", "renames"},
     {"common"},
 ]

@@ -18,7 +18,7 @@ from kernels import eager
 from layers.attention import AttnMeta
 from layers.primitives import Learned, linear
 from layers.residual import Entry, Term
-from layers.specs import AttnSpec, LayerSpec, layer_specs
+from layers.specs import AttnSpec, LayerSpec, RotarySpec, layer_specs
 from model import GPT
 
 ROOT = Path(__file__).parent.parent
@@ -61,7 +61,7 @@ def test_the_specifications_say_what_the_lists_of_the_settings_say():
         *a.window.long_layers
     } - {7}
     assert specs[1].attn == AttnSpec(
-        heads=6, qk=128, v=128, rotary=128, window="short", gate=12, value_table=1
+        heads=6, qk=128, v=128, rotary=RotarySpec(128, 32), window="short", gate=12, value_table=1, scale=0.1
     )
     routed = layer_specs(deltas.resolve("variants/4").settings)
     assert routed[0] == LayerSpec(routed[0].attn, 3072, False) and routed[1] == LayerSpec(
@@ -75,7 +75,10 @@ def test_layers_may_have_different_numbers_of_heads(ref):
     tables."""
     plain = built(ref)
     narrow = plain.specs
-    wide = [spec.attn and dataclasses.replace(spec.attn, heads=3, qk=16, v=16, rotary=16) for spec in narrow]
+    turned = RotarySpec(16, 4 if plain.settings.model.attn.rope.half_truncated else None)
+    wide = [
+        spec.attn and dataclasses.replace(spec.attn, heads=3, qk=16, v=16, rotary=turned) for spec in narrow
+    ]
     mixed = tuple(
         dataclasses.replace(spec, attn=attn) if i % 2 else spec
         for i, (spec, attn) in enumerate(zip(narrow, wide))

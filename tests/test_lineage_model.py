@@ -125,16 +125,17 @@ def test_backout_of_zero_is_off_and_otherwise_subtracts_the_stream():
     (on, off), x = without("model.residual.backout", *LATE), text()
     seen, b = {}, on.residual.backout.value
 
-    def save(stream, layer, x):
-        seen[layer] = x
+    def save(stream, name, x):
+        if name.startswith("saved."):
+            seen[int(name.partition(".")[2])] = x
 
     mine = off.residual.start
     off.residual.sources |= {"saved.7", "saved.10"}
 
-    def start(x0):
-        stream = mine(x0)
-        keep = stream.save
-        stream.save = lambda layer, x: (keep(layer, x), save(stream, layer, x))
+    def start(*given):
+        stream = mine(*given)
+        keep = stream.keep
+        stream.keep = lambda name, x: (keep(name, x), save(stream, name, x))
         return stream
 
     off.residual.start = start
@@ -163,7 +164,9 @@ def test_a_skip_gate_of_zero_is_off_and_otherwise_reads_the_embedding():
     (on, off), x = without("model.residual.unet_skips.gate", *LATE, *GATED), text()
     assert on.residual.skip_gate.shape == (1, 12) and not same(logits(on, x), logits(off, x))
     x0 = on.embed(x, table=on.lm_head.weight)
-    weight = on.residual.start(x0).coefs["skip_weights"][0]
+    stream = on.residual.start(x0)
+    stream.begin()
+    weight = stream.coefs["skip_weights"][0]
     gate = 2 * torch.sigmoid(x0[..., :12] @ on.residual.skip_gate.T)
     assert same(weight, torch.sigmoid(on.residual.skip_weights.value) * gate)
     on.residual.skip_gate.data.zero_()

@@ -105,11 +105,11 @@ def passing_in_head(s, tokens, compiled=False):
     """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
 
     They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
-    each logit, m bytes are in the matmul dtype, c in that of the soft cap and l in that of the loss.
+    each logit, m bytes are in the product's dtype, c in that of the soft cap and l in that of the loss.
     """
     from layers.primitives import dtype
     n, head = s.numerics, s.model.head
-    logits, m, l = tokens * padded_vocab(s), dtype(n.matmul).itemsize, dtype(n.loss).itemsize
+    logits, m, l = tokens * padded_vocab(s), logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens)
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
@@ -126,11 +126,16 @@ def passing_in_head(s, tokens, compiled=False):
     return logits * max(moments)
 
 
+def logits_bytes(s):
+    """Bytes of a logit as the head's product writes it."""
+    from layers.primitives import dtype, products_dtype
+    return (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
+
+
 def passing_in_chunks(s, tokens):
     """passing_in_head of a loss in chunks: of the largest chunk, and the gradients of stream and weight."""
     from kernels.cross_entropy import chunks
-    from layers.primitives import dtype
-    m, (classes, d) = dtype(s.numerics.matmul).itemsize, (padded_vocab(s), s.model.model_dim)
+    m, (classes, d) = logits_bytes(s), (padded_vocab(s), s.model.model_dim)
     first = chunks(tokens, classes, torch.device("cuda"), 0)[0]
     logits, weight = (first.stop - first.start) * classes, 4 * classes * d  # the weight's gradient is float32
     if s.system.kernels.loss != "triton":

@@ -50,6 +50,7 @@ def test_a_forward_without_values_keeps_what_a_real_one_keeps(ref, sets):
     assert kept.bytes() == memory.kept_by_forward(s, 8) and loss.isfinite()
 
 
+RECORD = ("system.precision=record",)
 OWN = tuple(f"system.kernels.{name}=triton" for name in ("mlp", "qk", "loss"))
 
 
@@ -102,15 +103,16 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize("ref, sets", [
     ("short/1", ()), ("short/11", ()), ("short/21", ()), ("short/33", ()), ("short/48", ()), ("short/57", ()),
-    ("short/33", ("system.kernels.loss=chunks",)), ("short/57", ("system.kernels.loss=chunks",))
+    ("short/33", (*RECORD, "system.kernels.loss=chunks")), ("short/57", (*RECORD, "system.kernels.loss=chunks")),
+    ("short/11", ("system.precision=bf16_matmul",)), ("short/21", ("system.precision=bf16_matmul",))
 ])
 def test_what_comes_and_goes_in_the_loss_is_counted(ref, sets, monkeypatch):
     """By the tensors that live in a real backward pass, in the record's own dtypes."""
     monkeypatch.setattr(cross_entropy, "CHUNK", dict.fromkeys(("cpu", "cuda"), 2**18))
-    s = settings(ref, "system.precision=record", *sets)
+    s = settings(ref, *(sets or RECORD))
     head, tokens, (classes, d) = Head(s), 512, (padded_vocab(s), s.model.model_dim)
     table = torch.zeros(classes, d, dtype=torch.bfloat16, requires_grad=True)
-    x = torch.zeros(1, tokens, d, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.zeros(1, tokens, d, dtype=getattr(torch, s.numerics.matmul), requires_grad=True)
     targets = torch.arange(tokens)[None]  # (R, T)
     weights = schedule.target_weights(s, 0, 0) if s.model.head.mtp else None
     if head.weight is not None:

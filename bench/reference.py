@@ -8,8 +8,9 @@ head emulated. How far these two are apart is the noise of the precision; a GPU 
 from float32 as that at its worst step.
 
 The committed table has the first curve only, so its bound is STATED, which was chosen and not measured: the
-ten losses of that curve change by 0.03 to 0.64 nats from step to step. A GPU within the bound learns the same
-thing; that its kernels are exact is shown by bench/correct.py.
+ten losses of that curve change by 0.03 to 0.64 nats from step to step, and at micro the first ten losses in
+the two precisions were up to 0.062 nats apart (0.000 at the first step). A GPU within the bound learns the
+same thing; that its kernels are exact is shown by bench/correct.py.
 """
 
 import argparse

@@ -234,7 +234,8 @@ def held(s, card=None, gpus=1):
     sizes = {f"a card of {gib} GiB": gib for gib in COMMON if e.total > 2**30}
     if card is not None:
         gib = roofline.card(card).capacity
-        sizes = {f"{card.upper()}, {gib} GiB" if gpus == 1 else f"each of {gpus} x {card.upper()}, {gib} GiB": gib}
+        many = f"each of {gpus} x " if gpus > 1 else ""
+        sizes = {f"{many}{card.upper()}, {gib} GiB": gib}
     for name, gib in sizes.items():
         fitted, e = memory.fit(s, LOGICAL_RANKS // gpus, gib * 2**30, gpus)
         system = fitted.system

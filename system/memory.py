@@ -140,7 +140,7 @@ def passing_in_chunks(s, tokens):
     logits, weight = (first.stop - first.start) * classes, 4 * classes * d  # the weight's gradient is float32
     if s.system.kernels.loss != "triton":
         passing = 3 * 4 * logits + weight  # three of a chunk, in float32
-    elif s.numerics.fp8_head:  # logits and the gradient in bytes; then this, its transpose, and a chunk's term
+    elif s.numerics.fp8_head:  # logits and gradient in bytes; then this, its transpose, a chunk's term
         passing = max((m + 1) * logits + weight, 2 * logits + 2 * weight)
     else:
         passing = m * logits + 2 * weight  # the gradient takes the logits' place

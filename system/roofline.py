@@ -184,7 +184,8 @@ def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
         products, fp8 = products + fp8, 0.0
     return {
         "products": products / of.bf16 / 1e9, "FP8 products": fp8 / (of.fp8 or 1) / 1e9,
-        "FP32 products": done.fp32 / of.fp32 / 1e9, "attention": done.attention / peak / 1e9, "bytes": done.bytes / of.memory / 1e9,
+        "FP32 products": done.fp32 / of.fp32 / 1e9, "attention": done.attention / peak / 1e9,
+        "bytes": done.bytes / of.memory / 1e9,
         "communication": done.communication / of.link / 1e6
     }
 

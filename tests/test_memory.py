@@ -56,7 +56,7 @@ OWN = tuple(f"system.kernels.{name}=triton" for name in ("mlp", "qk", "loss"))
 
 @pytest.fixture
 def kernels_by_reference(monkeypatch):
-    """Our kernels run on a CPU, each by its reference; what autograd keeps next to them is their own choice."""
+    """Our kernels run on a CPU, each by its reference; what autograd keeps around them is theirs."""
     for module in (linear_relu_sq, qk_rotary):
         monkeypatch.setattr(module, "refusal", lambda *args: None)
     monkeypatch.setattr(linear_relu_sq, "forward", linear_relu_sq.linear_relu_sq_reference)
@@ -103,7 +103,8 @@ class Living(TorchDispatchMode):
 
 @pytest.mark.parametrize("ref, sets", [
     ("short/1", ()), ("short/11", ()), ("short/21", ()), ("short/33", ()), ("short/48", ()), ("short/57", ()),
-    ("short/33", (*RECORD, "system.kernels.loss=chunks")), ("short/57", (*RECORD, "system.kernels.loss=chunks")),
+    ("short/33", (*RECORD, "system.kernels.loss=chunks")),
+    ("short/57", (*RECORD, "system.kernels.loss=chunks")),
     ("short/11", ("system.precision=bf16_matmul",)), ("short/21", ("system.precision=bf16_matmul",))
 ])
 def test_what_comes_and_goes_in_the_loss_is_counted(ref, sets, monkeypatch):

@@ -200,7 +200,8 @@ def faults(name: str, row: dict) -> list[str]:
 
 COLUMNS = {"exit": "exit", "breaks": "breaks", "graphs": "graphs", "late_graphs": "late", "syncs": "syncs",
            "reads": "reads", "step_peak_gib": "step GiB", "estimate_gib": "estimate", "peak_gib": "run GiB",
-           "blocks": "blocks", "grid": "grid / work", "kernels": "torch", "gemms": "products", "inductor": "Inductor",
+           "blocks": "blocks", "grid": "grid / work", "kernels": "torch", "gemms": "products",
+           "inductor": "Inductor",
            "triton": "own", "generated": "generated", "collectives": "NCCL", "replays": "replays"}
 HEAD = f"""# The CUDA path on a device that computes nothing
 

@@ -488,10 +488,12 @@ class GPT(nn.Module):
 
         positions: of each token: 2 with paired heads.
         """
-        if tokens.is_meta:  # shapes only: `attend` ignores the view
-            return attention.View("dense", None)
         s, length = self.settings, tokens.size(1)
         matmul_dtype = self.train_dtype if self.training else self.eval_dtype
+        if tokens.is_meta:  # shapes only, for which `attend` needs no more than the backend of a GPU
+            flash = window.blocks is None and matmul_dtype.itemsize == 2
+            auto = "varlen" if flash else "flex"
+            return attention.View(auto if s.system.attention == "auto" else s.system.attention, None)
         try:
             backend = attention.choose(
                 s.system.attention, tokens.device, documents=documents is not None, window=window,

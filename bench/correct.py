@@ -17,7 +17,7 @@ import measure  # first: it finds the repository
 import report
 import torch
 
-from common import arguments, console
+from common import arguments, console, null_device
 import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
@@ -67,11 +67,11 @@ def compare(function, reference, inputs, dtype):
 def attention_checks():
     """Every backend with every kind of window, with and without documents, and once with unequal widths."""
     rows, tokens, heads = 2, 1024, 6
-    starts = torch.randint(0, tokens, (rows, 6), device=DEVICE)
-    documents = (
-        torch.zeros(rows, tokens, dtype=torch.int32, device=DEVICE) .scatter_(1, starts, 1)
-        .cumsum(1, dtype=torch.int32)
-    )
+    starts = torch.randint(0, tokens, (rows, 6))
+    documents = torch.zeros(rows, tokens, dtype=torch.int32).scatter_(1, starts, 1)
+    documents = documents.cumsum(1, dtype=torch.int32)
+    number = int(attention.begins_document(documents).sum())  # counted on the host, as a training does
+    documents = documents.to(DEVICE)
     windows = {
         "causal": Window(), "300 tokens": Window(tokens=300), "3 blocks of 128": Window(blocks=3, block=128)
     }
@@ -86,13 +86,18 @@ def attention_checks():
                     f"attention {backend}, {what}{', compiled' if compiled else ''}",
                     dtype,
                     lambda: compare_attention(
-                        backend, ids, windows[name], rows, tokens, heads, *widths, dtype, compiled
+                        backend, ids, windows[name], rows, tokens, heads, *widths, dtype, compiled,
+                        None if ids is None else number
                     ),
                 )
 
 
-def compare_attention(backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False):
+def compare_attention(
+    backend, documents, window, rows, tokens, heads, width, value, dtype, compiled=False, max_docs=None
+):
     """compiled: windows and scale in tensors, as a compiled model has them (attention.traceable)."""
+    if backend == "documents" and not null_device.computes():
+        return "reads the documents' sizes from the device, and this one computes nothing"
     try:
         attention.choose(
             backend, DEVICE, documents=documents is not None, window=window, tokens=tokens, dtype=dtype
@@ -100,9 +105,9 @@ def compare_attention(backend, documents, window, rows, tokens, heads, width, va
     except ValueError as error:
         return str(error)
     shape = {"rows": rows, "tokens": tokens, "device": DEVICE}
-    fast = attention.view(documents, window, backend, dtype=dtype, **shape)
+    fast = attention.view(documents, window, backend, dtype=dtype, max_docs=max_docs, **shape)
     if compiled:
-        (fast,), _ = attention.traceable([fast], None, width)
+        ((fast, _),) = attention.traceable([fast], None, width)  # the scale is in the plan
     plain = attention.view(documents, window, "dense", dtype=torch.float64, **shape)
     inputs = [torch.randn(rows, tokens, heads, w, device=DEVICE) for w in (width, width, value)]
     attend = torch.compile(attention.attend, dynamic=False) if compiled else attention.attend

@@ -6,6 +6,11 @@ parts are there, with heads of 128. The tokens are made from a seed (measure.rep
 machine has the same. Two curves are made: all in float32, and in the record's own precision, with its FP8
 head emulated. How far these two are apart is the noise of the precision; a GPU may be FACTOR times as far
 from float32 as that at its worst step.
+
+The committed table has the first curve only, so its bound is STATED, which was chosen and not measured: the
+ten losses of that curve change by 0.03 to 0.64 nats from step to step, and at micro the first ten losses in
+the two precisions were up to 0.062 nats apart (0.000 at the first step). A GPU within the bound learns the
+same thing; that its kernels are exact is shown by bench/correct.py.
 """
 
 import argparse
@@ -29,7 +34,7 @@ RECORD, SCALE, STEPS, COMPARED = "short/33", "small", 200, 10
 SIZES = {"model.model_dim": 384, "model.attn.num_heads": 3, "data.tokens_per_rank": 256, "data.seq_len": 256,
          "validation.tokens": 2048, "validation.seq_len": 256, "validation.every": COMPARED}
 FACTOR = 4
-STATED = 0.1  # nats, chosen: the bound of a table without the second curve
+STATED = 0.1  # nats, chosen: the bound of a table that has no curve in the record's own precision
 LEAST_BOUND = 0.01  # nats: so close the loss of a step is not known, whatever the two curves say
 
 
@@ -61,7 +66,7 @@ def first_losses(events: list[dict]) -> list[float] | None:
 
 def bound(table: dict) -> float:
     """How far a GPU's loss may be from the float32 one, in nats: STATED where only float32 was made."""
-    if not table["own_precision"]:
+    if "own_precision" not in table:
         return STATED
     apart = max(abs(a - b) for a, b in zip(table["float32"], table["own_precision"], strict=True))
     return max(LEAST_BOUND, FACTOR * apart)

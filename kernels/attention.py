@@ -200,6 +200,8 @@ def attend(q, k, v, view=None, scale=None):
     view: from `view`; None: plain causal attention. scale: factor of the logits, default 1/sqrt(K).
     """
     if q.is_meta:
+        if view is not None and view.backend in FLASH:
+            q, k, v = (x.contiguous() for x in (q, k, v))
         return ShapesOnly.apply(q, k, v)
     if view is None:
         return attend_dense(q, k, v, None, scale)
@@ -589,7 +591,13 @@ def attend_varlen(q, k, v, plan, scale):
     rows, tokens, _, width = q.shape
     value = v.size(-1)
     widest = max(width, value)  # FlashAttention wants one width; what zeros add is cut off again
-    q, k, v = (F.pad(x.flatten(0, 1), (0, widest - x.size(-1))) for x in (q, k, v))
+
+    def flat(x):
+        x = x.flatten(0, 1)
+        # Contiguous: as a view of q, k and v together, v would keep them all for the backward pass.
+        return x.contiguous() if x.size(-1) == widest else F.pad(x, (0, widest - x.size(-1)))
+
+    q, k, v = flat(q), flat(k), flat(v)
     if isinstance(plan.window[0], torch.Tensor):
         y = varlen_op(q, k, v, plan.cu_seqlens, plan.sizes, *plan.window)[0]
     else:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from kernels import fp8_linear as fp8_module
 from kernels import tiles
-from kernels.device import missing
+from kernels.device import missing, operator
 
 BACKENDS = ("torch", "triton")
 # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
@@ -154,7 +154,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             b = fp8_module.quantise(weight, plan.scales[1], torch.float8_e4m3fn)
         else:
             a, b = x, weight.to(x.dtype)
-        losses, lse = (forward_op if torch.compiler.is_compiling() else forward)(a, b, labels, shares, *plan)
+        losses, lse = operator(forward, forward_op, a)(a, b, labels, shares, *plan)
         ctx.save_for_backward(a, b, labels, shares, mass, lse)
         ctx.plan, ctx.weight_dtype = plan, weight.dtype
         return losses
@@ -162,7 +162,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         a, b, labels, shares, mass, lse = ctx.saved_tensors
-        run = backward_op if torch.compiler.is_compiling() else backward
+        run = operator(backward, backward_op, a)
         dx, dw = run(a, b, labels, shares, mass, lse, g, *ctx.plan)
         return dx, dw.to(ctx.weight_dtype), None, None, None, None
 

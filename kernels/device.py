@@ -38,8 +38,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 HAS_C_COMPILER = c_compiler() is not None
 
 
+def operator(function, op, x):
+    """`op`, the custom operator, while torch.compile traces or if x has no values; otherwise `function`.
+
+    On tensors without values (device meta) an operator gives shapes, so system/memory.py counts what a kernel
+    keeps.
+    """
+    return op if torch.compiler.is_compiling() or x.is_meta else function
+
+
 def missing(device):
-    """Why no Triton kernel can run on a device (the rest of a sentence), or None."""
+    """Why no Triton kernel can run on a device (the rest of a sentence), or None; meta runs none."""
+    if device.type == "meta":
+        return None
     if device.type != "cuda" and not INTERPRETED:
         return f"needs CUDA, and this is {device.type}"
     if not HAS_TRITON:
@@ -55,7 +66,7 @@ def refusal(device, dtype, least=80):
     least: compute capability that it needs; FP8_SINCE for FP8.
     """
     why = missing(device)
-    if why is not None:
+    if why is not None or device.type == "meta":
         return why
     if dtype not in DTYPES:
         return f"has no {str(dtype).removeprefix('torch.')}"

@@ -11,7 +11,7 @@ clamped, because the result of casting them depends on torch's version and the d
 
 import torch
 
-from kernels.device import FP8_SINCE, capability, missing
+from kernels.device import FP8_SINCE, capability, missing, operator
 from kernels.transpose import transpose_copy
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -22,7 +22,7 @@ def quantise(x, scale, dtype):
     x = (x.float() * scale).clamp(-LARGEST[dtype], LARGEST[dtype])
     if not kept_in_bfloat16(x):
         return x.to(dtype)
-    return (round8_op if torch.compiler.is_compiling() else round8)(x, dtype)
+    return operator(round8, round8_op, x)(x, dtype)
 
 
 def has_fp8_units(x):

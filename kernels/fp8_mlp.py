@@ -17,10 +17,9 @@ in one Triton kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), fr
 import torch
 import torch.nn.functional as F
 
+from kernels.device import operator
 from kernels.fp8_linear import LARGEST, product, quantise
-from kernels.linear_relu_sq import (
-    fp8_forward_op, fp8_linear_relu_sq, operator, product_gradient, product_gradient_op
-)
+from kernels.linear_relu_sq import fp8_forward_op, fp8_linear_relu_sq, product_gradient, product_gradient_op
 
 E4M3 = torch.float8_e4m3fn
 LEAST = 1e-12  # that a largest value counts as
@@ -77,7 +76,7 @@ class FP8MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, up, down, parts, p_scale, d_scale, fused):
         (x8, sx), (up8, su) = narrowed_rows(x, parts), narrowed_weight(up)
-        first = operator(fp8_linear_relu_sq, fp8_forward_op) if fused else forward_reference
+        first = operator(fp8_linear_relu_sq, fp8_forward_op, x) if fused else forward_reference
         p, p8, largest = first(x8, up8, sx * su, None if p_scale is None else 1 / p_scale, x.dtype)
         if p_scale is None:
             y = F.linear(p, down)
@@ -92,7 +91,9 @@ class FP8MLP(torch.autograd.Function):
     def backward(ctx, g, _):
         x, up, down, p = ctx.saved_tensors
         need_x, need_up, need_down = ctx.needs_input_grad[:3]
-        gradient = operator(product_gradient, product_gradient_op) if ctx.fused else gradient_reference
+        gradient = gradient_reference
+        if ctx.fused:
+            gradient = operator(product_gradient, product_gradient_op, g)
         dpre = gradient(g, down.t(), p) if need_x or need_up else None
         dx, dup = dpre @ up if need_x else None, dpre.t() @ x if need_up else None
         return dx, dup, g.t() @ p if need_down else None, None, None, None, None

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import tiles
-from kernels.device import FP8_SINCE, capability, refusal
+from kernels.device import FP8_SINCE, capability, operator, refusal
 
 GROUP = 8  # tiles of rows that are done together, so that their weights are still in the L2 cache
 BLOCK, WARPS = 1024, 4  # of the elementwise kernel: 8 elements per thread, one load of 16 bytes in 16 bits
@@ -99,14 +99,14 @@ class LinearReluSq(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight):
-        p = operator(forward, forward_op)(x, weight)
+        p = operator(forward, forward_op, x)(x, weight)
         ctx.save_for_backward(x, weight, p)
         return p
 
     @staticmethod
     def backward(ctx, g):
         x, weight, p = ctx.saved_tensors
-        dpre = operator(gradient, gradient_op)(g, p)
+        dpre = operator(gradient, gradient_op, g)(g, p)
         return (
             dpre @ weight if ctx.needs_input_grad[0] else None,
             dpre.t() @ x if ctx.needs_input_grad[1] else None,
@@ -118,7 +118,7 @@ class MLPReluSq(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, up, down):
-        p = operator(forward, forward_op)(x, up)
+        p = operator(forward, forward_op, x)(x, up)
         ctx.save_for_backward(x, up, down, p)
         return F.linear(p, down)
 
@@ -126,15 +126,11 @@ class MLPReluSq(torch.autograd.Function):
     def backward(ctx, g):
         x, up, down, p = ctx.saved_tensors
         need_x, need_up, need_down = ctx.needs_input_grad
-        dpre = operator(product_gradient, product_gradient_op)(g, down.t(), p) if need_x or need_up else None
+        run = operator(product_gradient, product_gradient_op, g)
+        dpre = run(g, down.t(), p) if need_x or need_up else None
         return (
             dpre @ up if need_x else None, dpre.t() @ x if need_up else None, g.t() @ p if need_down else None
         )
-
-
-def operator(function, op):
-    """The custom operator while torch.compile traces, the plain function otherwise."""
-    return op if torch.compiler.is_compiling() else function
 
 
 tl = None  # triton.language, once kernels() has imported it

@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import tiles
-from kernels.device import DTYPES, refusal
+from kernels.device import DTYPES, operator, refusal
 
 ORDERS = (None, "before_rope", "after_rope")
 
@@ -139,11 +139,11 @@ class QKRotary(torch.autograd.Function):
     def forward(ctx, q, k, cos, sin, order, eps, offset):
         ctx.save_for_backward(q, k, cos, sin)
         ctx.plan = order, eps, offset
-        return operator(forward, forward_op)(q, k, cos, sin, order, eps, offset)
+        return operator(forward, forward_op, q)(q, k, cos, sin, order, eps, offset)
 
     @staticmethod
     def backward(ctx, gq, gk):
-        dq, dk = operator(gradient, gradient_op)(*ctx.saved_tensors, gq, gk, *ctx.plan)
+        dq, dk = operator(gradient, gradient_op, gq)(*ctx.saved_tensors, gq, gk, *ctx.plan)
         return dq, dk, None, None, None, None, None
 
 
@@ -155,17 +155,12 @@ class QKVRotary(torch.autograd.Function):
         ctx.save_for_backward(qkv, cos, sin)
         ctx.plan = order, eps, offset
         q, k, v = qkv.unbind(2)
-        return *operator(forward, forward_op)(q, k, cos, sin, order, eps, offset), v
+        return *operator(forward, forward_op, q)(q, k, cos, sin, order, eps, offset), v
 
     @staticmethod
     def backward(ctx, gq, gk, gv):
-        d = operator(joint_gradient, joint_gradient_op)(*ctx.saved_tensors, gq, gk, gv, *ctx.plan)
+        d = operator(joint_gradient, joint_gradient_op, gq)(*ctx.saved_tensors, gq, gk, gv, *ctx.plan)
         return d, None, None, None, None, None
-
-
-def operator(function, op):
-    """The custom operator while torch.compile traces, the plain function otherwise."""
-    return op if torch.compiler.is_compiling() else function
 
 
 tl = None  # triton.language, once kernels() has imported it

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from kernels import tiles
-from kernels.device import capability, refusal
+from kernels.device import capability, operator, refusal
 
 
 class Tile(NamedTuple):
@@ -77,7 +77,7 @@ def gram(x):
 
     ValueError for an unsupported dtype or device.
     """
-    return (product_op if torch.compiler.is_compiling() else product)(x, 0.0, 1.0, False)
+    return operator(product, product_op, x)(x, 0.0, 1.0, False)
 
 
 def gram_t(x):
@@ -92,7 +92,7 @@ def quadratic(a, b, c):
     """
     if a.size(-2) != a.size(-1):
         raise ValueError(f"quadratic wants symmetric matrices, not {tuple(a.shape)}")
-    return (product_op if torch.compiler.is_compiling() else product)(a, float(b), float(c), True)
+    return operator(product, product_op, a)(a, float(b), float(c), True)
 
 
 def step(x, a, b, c):

@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from kernels.device import DTYPES, refusal
+from kernels.device import DTYPES, operator, refusal
 
 ROWS, COLUMNS, WARPS = 64, 128, 8  # of a tile of x: 32 elements a thread. Not tuned on a GPU yet
 ADD_SIDE, ADD_WARPS = 64, 8  # of a tile in transpose_add, which has two of them
@@ -44,7 +44,7 @@ def transpose_copy(x):
     check("copy", x)
     if x.element_size() not in BITS:
         raise ValueError(f"the Triton transpose_copy has no {str(x.dtype).removeprefix('torch.')}; use torch")
-    return (copy_op if torch.compiler.is_compiling() else copy)(x)
+    return operator(copy, copy_op, x)(x)
 
 
 def transpose_add(a, b):

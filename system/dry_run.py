@@ -68,7 +68,7 @@ def print_plan(
         print(line)
     for line in graphs(s, plans):
         print(line)
-    for line in held(s):
+    for line in held(s, card, gpus):
         print(line)
     for line in measured(resolved) if card is None else roofline.lines(resolved, card, gpus):
         print(line)
@@ -219,19 +219,27 @@ def graphs(s, plans):
         yield f"  update: {bank.name()}"
 
 
-CARDS = (24, 80)  # GiB: a 4090 and an A100 or H100
+COMMON = (24, 80)  # GiB: a 4090 and an A100 or H100
 
 
-def held(s):
-    """Lines on the memory of one GPU, part by part, and on the choices that fit cards of CARDS GiB."""
+def held(s, card=None, gpus=1):
+    """Lines on the memory of one GPU, part by part, and on the choices that make a step fit.
+
+    card: name of the card to fit, of which `gpus` share the logical ranks; None: one card of each of COMMON.
+    """
     from system import memory
     microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
     e = memory.estimate(s, LOGICAL_RANKS, microbatch)
     yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer "
            f"{mib(e.state)}; a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps "
            f"{mib(e.kept)}, and {mib(e.passing)} pass by; together {mib(e.total)}")
-    for card in CARDS if e.total > 2**30 else ():
-        fitted, e = memory.fit(s, LOGICAL_RANKS, card * 2**30)
+    sizes = {f"a card of {gib} GiB": gib for gib in COMMON if e.total > 2**30}
+    if card is not None:
+        gib = roofline.card(card).capacity
+        many = f"each of {gpus} x " if gpus > 1 else ""
+        sizes = {f"{many}{card.upper()}, {gib} GiB": gib}
+    for name, gib in sizes.items():
+        fitted, e = memory.fit(s, LOGICAL_RANKS // gpus, gib * 2**30, gpus)
         system = fitted.system
         how = [
             f"{system.ranks_per_microbatch} logical rank"
@@ -239,11 +247,8 @@ def held(s):
         ]
         how += ["loss in chunks"] if memory.chunked(fitted) else []
         how += ["blocks recomputed"] if system.activation_checkpoint == "on" else []
-        fits = e.total <= memory.SHARE * card * 2**30
-        yield (
-            f"  a card of {card} GiB: " + ", ".join(how) + f"; {mib(e.total)}"
-            + ("" if fits else ": too much")
-        )
+        fits = e.total <= memory.SHARE * gib * 2**30
+        yield f"  {name}: " + ", ".join(how) + f"; {mib(e.total)}" + ("" if fits else ": too much")
 
 
 def mib(size):

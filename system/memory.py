@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from system_settings import Kernels, recomputable
+from system_settings import recomputable
 from model_settings import padded_vocab
 from common.errors import UserError
 from system.microbatch import ranks_per_microbatch
@@ -82,12 +82,10 @@ def kept_by_forward(s, microbatch, compiled=False):
     computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
     only added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate()
     counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
-    Triton kernels, which want a GPU, are counted as what they replace.
     """
     from layers.primitives import dtype
     from model import without_values
-    kernels = dataclasses.replace(Kernels(), loss="chunks" if chunked(s) else "whole")
-    model = without_values(with_system(s, kernels=kernels, expert_parallel=False))
+    model = without_values(with_system(s, expert_parallel=False))
     shape = schedule.largest_shape(s)
     rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
@@ -107,9 +105,54 @@ def kept_by_forward(s, microbatch, compiled=False):
     return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + outputs
 
 
+def passing_in_head(s, tokens, compiled=False):
+    """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
+
+    They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
+    each logit, m bytes are in the product's dtype, c in that of the soft cap and l in that of the loss.
+    """
+    from layers.primitives import dtype
+    n, head = s.numerics, s.model.head
+    logits, m, l = tokens * padded_vocab(s), logits_bytes(s), dtype(n.loss).itemsize
+    if chunked(s):
+        return passing_in_chunks(s, tokens)
+    if compiled:  # one kernel, from the logits of the product to the gradient that it takes
+        return 2 * logits * m
+    if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
+        return 4 * logits * max(l, torch.float32.itemsize)
+    moments, kept = [2 * l], l  # of the log-softmax, which keeps its result: the gradient it reads and writes
+    if head.softcap or head.logit_scale:
+        c = max(m, dtype(n.softcap).itemsize)
+        moments.append(2 * c - kept)
+        kept += c if head.softcap else 0  # its sigmoid or tanh
+    if n.fp8_head:  # the gradient, that in float32, and that times its factor or clamped
+        moments.append(m + 2 * torch.float32.itemsize - kept)
+    return logits * max(moments)
+
+
+def logits_bytes(s):
+    """Bytes of a logit as the head's product writes it."""
+    from layers.primitives import dtype, products_dtype
+    return (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
+
+
+def passing_in_chunks(s, tokens):
+    """passing_in_head of a loss in chunks: of the largest chunk, and the gradients of stream and weight."""
+    from kernels.cross_entropy import chunks
+    m, (classes, d) = logits_bytes(s), (padded_vocab(s), s.model.model_dim)
+    first = chunks(tokens, classes, torch.device("cuda"), 0)[0]
+    logits, weight = (first.stop - first.start) * classes, 4 * classes * d  # the weight's gradient is float32
+    if s.system.kernels.loss != "triton":
+        passing = 3 * 4 * logits + weight  # three of a chunk, in float32
+    elif s.numerics.fp8_head:  # logits and gradient in bytes; then this, its transpose, a chunk's term
+        passing = max((m + 1) * logits + weight, 2 * logits + 2 * weight)
+    else:
+        passing = m * logits + 2 * weight  # the gradient takes the logits' place
+    return passing + tokens * d * m
+
+
 def estimate(s, ranks, microbatch, world=1):
     """ranks: logical ranks of this process, of which `microbatch` go through a forward; world: processes."""
-    from layers.primitives import dtype
     from model import without_values
     from optim import Optimizer
     from system.comm import communication
@@ -124,15 +167,7 @@ def estimate(s, ranks, microbatch, world=1):
                                     if bank.comm.name == "reduce-scatter")
     tokens = microbatch * schedule.largest_shape(s).tokens_per_rank
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
-    logits = tokens * padded_vocab(s)
-    passing = 2 * logits * dtype(s.numerics.loss).itemsize  # the gradient that an operation reads and writes
-    if s.model.head.mtp:  # float32 gradients of the sum over classes and of the target, and what joins them
-        passing = 4 * logits * torch.float32.itemsize
-    if compiled:  # one kernel, from the logits of the product to the gradient that it takes
-        passing = 2 * logits * dtype(s.numerics.matmul).itemsize
-    if chunked(s):
-        from kernels.cross_entropy import CHUNK
-        passing = 3 * 4 * min(CHUNK["cuda"], logits)  # three of a chunk, in float32
+    passing = passing_in_head(s, tokens, compiled)
     kept = kept_by_forward(s, microbatch, compiled)
     if s.system.activation_checkpoint == "on":  # one block at a time is there in full
         whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch, compiled)

@@ -29,16 +29,17 @@ ROOT = Path(__file__).parent.parent
 
 
 # (low, high) share of its peak that a kind of work is assumed to reach
-SHARES = {"products": (0.62, 0.76), "FP8 products": (0.5, 0.7), "attention": (0.3, 0.55), "bytes": (0.6, 0.8),
-          "communication": (0.5, 0.8)}
+SHARES = {"products": (0.62, 0.76), "FP8 products": (0.5, 0.7), "FP32 products": (0.62, 0.76),
+          "attention": (0.3, 0.55), "bytes": (0.6, 0.8), "communication": (0.5, 0.8)}
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 NEWTON_SCHULZ_STEPS = 5
 
 
 class Work(NamedTuple):
     """The work of one GPU in one step, averaged over the run."""
-    products: float  # FLOPs in the dtype `matmul`
+    products: float  # FLOPs of 16-bit operands
     fp8: float  # FLOPs of FP8 operands
+    fp32: float  # FLOPs of float32 operands
     attention: float  # FLOPs
     bytes: float  # read and written
     communication: float  # bytes sent
@@ -65,13 +66,21 @@ def work(s: Settings, gpus: int = 1) -> Work:
     windows = Counter(schedule.windows(s, i) for i in range(steps))
     attended = sum(n * model.attention_flops_per_token(w) for w, n in windows.items()) / steps
     fp8 = fp8_flops(s)
+    flops = Counter({products_dtype(s): tokens * (model.flops_per_token() - fp8)})
+    flops[s.numerics.newton_schulz] += muon_flops(banks)
     return Work(
-        products=tokens * (model.flops_per_token() - fp8) + muon_flops(banks),
+        products=flops["bfloat16"] + flops["float16"],
         fp8=tokens * fp8,
+        fp32=flops["float32"],
         attention=tokens * attended * 7 / 6,  # the backward pass multiplies queries and keys once more
         bytes=tokens * bytes_per_token(s) + update_bytes(s, banks, gpus),
         communication=sent(banks, gpus),
     )
+
+
+def products_dtype(s: Settings) -> str:
+    """The dtype of the operands of products with weights (numerics.products)."""
+    return s.numerics.matmul if s.numerics.products == "matmul" else s.numerics.products
 
 
 def fp8_flops(s: Settings) -> float:
@@ -96,26 +105,29 @@ def muon_flops(banks: Sequence) -> float:
     return total
 
 
-def layer_elements(s: Settings, spec: LayerSpec) -> tuple[int, int]:
+def layer_elements(s: Settings, spec: LayerSpec) -> tuple[int, int, int]:
     """Elements that one layer's elementwise operations read and write per token in the forward pass.
 
-    Returns (those of the residual stream's dtype, those of the matmul dtype). The compiler is assumed to fuse
-    neighbouring operations.
+    Returns (those of the residual stream's dtype, those of attention in the matmul dtype, those that a
+    product reads or wrote). The compiler is assumed to fuse neighbouring operations, so a cast is part of the
+    operation before or after the product.
     """
-    d, stream, narrow = s.model.model_dim, 0, 0
+    d, stream, inner, operands = s.model.model_dim, 0, 0, 0
     if spec.attn is not None:
         stream += d + 3 * d  # the norm reads it; it and the layer's result are read, their sum is written
-        narrow += d  # the norm's result
-        if spec.attn.rotary:
-            narrow += 2 * 2 * spec.attn.heads * spec.attn.qk  # queries and keys, normed and turned
-        if spec.attn.value_table is not None:
-            narrow += 3 * spec.attn.heads * spec.attn.v  # values, and what is mixed into them
+        operands += d  # the norm's result
+        if spec.attn.rotary:  # queries and keys, read, normed and turned
+            operands += 2 * spec.attn.heads * spec.attn.qk
+            inner += 2 * spec.attn.heads * spec.attn.qk
+        if spec.attn.value_table is not None:  # values are read, and so is what is mixed into them
+            operands += spec.attn.heads * spec.attn.v
+            inner += 2 * spec.attn.heads * spec.attn.v
     if spec.mlp or spec.moe:
         moe = s.model.mlp.moe
         hidden = moe.top_k * moe.hidden + moe.shared if spec.moe else spec.mlp
         stream += d + 3 * d
-        narrow += d + 2 * hidden  # the norm's result; the activation
-    return stream, narrow
+        operands += d + 2 * hidden  # the norm's result; the activation
+    return stream, inner, operands
 
 
 def bytes_per_token(s: Settings) -> float:
@@ -123,13 +135,13 @@ def bytes_per_token(s: Settings) -> float:
 
     The backward pass is assumed to move twice the bytes of the forward pass.
     """
-    n, total = s.numerics, 0.0
+    n, total, product = s.numerics, 0.0, BYTES[products_dtype(s)]
     for spec in layer_specs(s):
-        stream, narrow = layer_elements(s, spec)
-        total += 3 * (stream * BYTES[n.residual] + narrow * BYTES[n.matmul])
+        stream, inner, operands = layer_elements(s, spec)
+        total += 3 * (stream * BYTES[n.residual] + inner * BYTES[n.matmul] + operands * product)
     # logits: written, read for the loss, read for their gradient, which is written, and with FP8 copied to
     # bytes and transposed
-    logits = padded_vocab(s) * (4 * BYTES[n.matmul] + (5 if n.fp8_head else 0))
+    logits = padded_vocab(s) * (4 * product + (5 if n.fp8_head else 0))
     return total + logits
 
 
@@ -137,11 +149,14 @@ def update_bytes(s: Settings, banks: Sequence, gpus: int) -> float:
     """Bytes that the updates and gradient sums of a process move in memory."""
     ranks = LOGICAL_RANKS // gpus
     forwards = ranks / ranks_per_microbatch(s, ranks, cuda=True)
-    total = 0.0
+    total, product = 0.0, BYTES[products_dtype(s)]
     for bank in banks:
         state = sum(x.nbytes for x in bank.state.values())  # of this process's shard
         total += 2 * state + (2 * bank.param.nbytes + bank.grad.nbytes) / bank.comm.shards
         total += 2 * bank.grad.nbytes * forwards  # written or added to by each forward's backward pass
+        if bank.role in ("matrix", "lm_head", "router") and bank.param.itemsize != product:
+            # cast for the products of each forward, and its gradient cast back
+            total += 2 * bank.param.numel() * (bank.param.itemsize + product) * forwards
     return total
 
 
@@ -159,7 +174,8 @@ def sent(banks: Sequence, gpus: int) -> float:
 
 def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
     """Milliseconds of each kind of work at the card's peaks. UserError for a precision without one."""
-    if s.numerics.matmul not in BYTES or s.numerics.residual not in BYTES:
+    n = s.numerics
+    if not {n.matmul, n.residual, n.newton_schulz, products_dtype(s)} <= BYTES.keys():
         raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card away")
     done = work(s, gpus)
     peak = of.fp32 if s.numerics.matmul == "float32" else of.bf16
@@ -167,8 +183,9 @@ def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
     if of.fp8 is None:  # bfloat16 can hold every 8-bit value
         products, fp8 = products + fp8, 0.0
     return {
-        "products": products / peak / 1e9, "FP8 products": fp8 / (of.fp8 or 1) / 1e9,
-        "attention": done.attention / peak / 1e9, "bytes": done.bytes / of.memory / 1e9,
+        "products": products / of.bf16 / 1e9, "FP8 products": fp8 / (of.fp8 or 1) / 1e9,
+        "FP32 products": done.fp32 / of.fp32 / 1e9, "attention": done.attention / peak / 1e9,
+        "bytes": done.bytes / of.memory / 1e9,
         "communication": done.communication / of.link / 1e6
     }
 

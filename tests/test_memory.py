@@ -1,12 +1,18 @@
 """Laws of system/memory.py and of recomputation: what is counted is what is held, and what fits computes the
 same."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import deltas
 import schedule
-from model import GPT
+from kernels import cross_entropy, linear_relu_sq, qk_rotary
+from model import GPT, Head
+from model_settings import padded_vocab
 from common.errors import UserError
 from system import memory
 from system.microbatch import ranks_per_microbatch
@@ -42,6 +48,84 @@ def test_a_forward_without_values_keeps_what_a_real_one_keeps(ref, sets):
     with memory.Kept(model.parameters()) as kept:
         loss = losses(s, model, rows(s)).mean()
     assert kept.bytes() == memory.kept_by_forward(s, 8) and loss.isfinite()
+
+
+RECORD = ("system.precision=record",)
+OWN = tuple(f"system.kernels.{name}=triton" for name in ("mlp", "qk", "loss"))
+
+
+@pytest.fixture
+def kernels_by_reference(monkeypatch):
+    """Our kernels run on a CPU, each by its reference; what autograd keeps around them is theirs."""
+    for module in (linear_relu_sq, qk_rotary):
+        monkeypatch.setattr(module, "refusal", lambda *args: None)
+    monkeypatch.setattr(linear_relu_sq, "forward", linear_relu_sq.linear_relu_sq_reference)
+    monkeypatch.setattr(cross_entropy, "choose", lambda *args: "torch")
+
+    def rotated(q, k, cos, sin, order, eps, offset):
+        return qk_rotary.qk_rotary_reference(q, k, cos, sin, order=order, eps=eps, offset=offset)
+
+    monkeypatch.setattr(qk_rotary, "forward", rotated)
+
+
+@pytest.mark.parametrize("sets", [OWN, OWN[:1], OWN[1:2]], ids=["all", "mlp", "qk"])
+def test_what_our_kernels_keep_is_counted(kernels_by_reference, sets):
+    """To the byte, and less than the operations that a kernel replaces."""
+    s, plain = settings("short/11", *sets), settings("short/11")
+    model = GPT(s)
+    model.initialise(0)
+    with memory.Kept(model.parameters()) as kept:
+        losses(s, model, rows(s)).mean()
+    assert kept.bytes() == memory.kept_by_forward(s, 8) < memory.kept_by_forward(plain, 8)
+
+
+class Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations made and that still live, and the most so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.most = {}, 0, 0
+
+    def gone(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.sizes:
+                self.sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self.gone, storage._cdata)
+        self.most = max(self.most, self.now)
+        return result
+
+
+@pytest.mark.parametrize("ref, sets", [
+    ("short/1", ()), ("short/11", ()), ("short/21", ()), ("short/33", ()), ("short/48", ()), ("short/57", ()),
+    ("short/33", (*RECORD, "system.kernels.loss=chunks")),
+    ("short/57", (*RECORD, "system.kernels.loss=chunks")),
+    ("short/11", ("system.precision=bf16_matmul",)), ("short/21", ("system.precision=bf16_matmul",))
+])
+def test_what_comes_and_goes_in_the_loss_is_counted(ref, sets, monkeypatch):
+    """By the tensors that live in a real backward pass, in the record's own dtypes."""
+    monkeypatch.setattr(cross_entropy, "CHUNK", dict.fromkeys(("cpu", "cuda"), 2**18))
+    s = settings(ref, *(sets or RECORD))
+    head, tokens, (classes, d) = Head(s), 512, (padded_vocab(s), s.model.model_dim)
+    table = torch.zeros(classes, d, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.zeros(1, tokens, d, dtype=getattr(torch, s.numerics.matmul), requires_grad=True)
+    targets = torch.arange(tokens)[None]  # (R, T)
+    weights = schedule.target_weights(s, 0, 0) if s.model.head.mtp else None
+    if head.weight is not None:
+        torch.nn.init.zeros_(head.weight)
+    with Living() as living:
+        with memory.Kept([table, x, *head.parameters()]) as kept:
+            loss = head.losses(x, table, targets, weights, tokens_per_rank=tokens).mean()
+        before = kept.bytes()
+        kept.storages.clear()
+        living.most = living.now
+        loss.backward()
+    assert living.most - before == pytest.approx(memory.passing_in_head(s, tokens), rel=0.1)
 
 
 @pytest.mark.parametrize("ref", ["short/33", "variants/1", "variants/4", "variants/6"])

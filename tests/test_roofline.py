@@ -11,7 +11,7 @@ import pytest
 import deltas
 from common.errors import UserError
 from model_settings import padded_vocab
-from system import roofline
+from system import dry_run, memory, roofline
 
 ROOT = Path(__file__).parent.parent
 
@@ -69,6 +69,34 @@ def test_fp8_in_the_mlps_moves_their_forward_products_only():
         narrow = roofline.work(settings("short/33", with_=features))
         assert narrow.products + narrow.fp8 == pytest.approx(plain.products + plain.fp8)
         assert narrow.fp8 - plain.fp8 == pytest.approx(products * 11 * 2 * 768 * 3072 * 8 * 49152)
+
+
+def test_rounded_products_run_at_the_rate_of_16_bits_and_the_rest_in_float32():
+    """numerics.products: same FLOPs, fewer bytes than float32, more than where everything has 16 bits."""
+    kinds = ("record", "bf16_matmul", "float32")
+    half, mixed, whole = (settings("short/11", sets=[f"system.precision={kind}"]) for kind in kinds)
+    work = {s: roofline.work(s) for s in (half, mixed, whole)}
+    muon = roofline.work(half).products - work[mixed].products
+    assert work[whole].products == work[half].fp32 == 0 and work[whole].fp32 == work[half].products
+    assert work[mixed].fp32 == pytest.approx(muon) and 0 < muon < 0.1 * work[mixed].products
+    assert work[half].bytes < work[mixed].bytes < work[whole].bytes
+    of = roofline.card("h200")
+    at_peak = roofline.milliseconds(mixed, of)
+    assert at_peak["products"] == pytest.approx(work[mixed].products / of.bf16 / 1e9)
+    assert at_peak["FP32 products"] == pytest.approx(work[mixed].fp32 / of.fp32 / 1e9)
+    assert at_peak["attention"] == pytest.approx(work[mixed].attention / of.fp32 / 1e9)
+
+
+def test_the_named_card_s_memory_is_judged():
+    s = settings("short/33")
+    small, large = ([*dry_run.held(s, name)][1:] for name in ("4090", "h200"))
+    assert len(small) == len(large) == 1 and small != large
+    assert small[0].startswith("  4090, 24 GiB: 1 logical rank a forward") and "blocks recomputed" in small[0]
+    assert large[0].startswith("  H200, 141 GiB: 1 logical rank a forward; ")
+    shared = [*dry_run.held(s, "h200", 8)][1]
+    assert shared.startswith("  each of 8 x H200, 141 GiB: 1 logical rank a forward; ")
+    fitted, of_eight = memory.fit(s, 1, 141 * 2**30, 8)
+    assert dry_run.mib(of_eight.total) in shared
 
 
 def test_a_measured_step_on_the_card_stands_next_to_the_estimate(tmp_path):

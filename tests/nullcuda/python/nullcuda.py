@@ -24,7 +24,7 @@ clock = [False]  # whether training steps are running
 # largest memory_allocated in training steps, and before and between them (validation), bytes
 peaks = {"step": 0, "rest": 0}
 attention = set()  # (tokens, documents, longest, heads) of the varlen calls in them
-documents = []  # (tokens, documents in them) of the training steps, counted on the host
+documents = []  # of each training step, for each logical rank, the tokens of its documents
 
 
 def library():
@@ -208,31 +208,53 @@ def patch_steps(module):
 
 
 def patch_batches(module):
-    """The number of documents of a step, which the device, having computed nothing, cannot tell."""
+    """The documents of a step, which the device, having computed nothing, cannot tell."""
     to_rows = module.to_rows
 
-    def counted(batch, *args, **options):
-        inputs, targets, found = to_rows(batch, *args, **options)
-        documents.append((inputs.numel(), int(sum(d.number for d in found))))
-        return inputs, targets, found
+    def counted(batch, seq_len, device, bos):
+        documents.append([lengths(rank[:-1].tolist(), seq_len, bos) for rank in batch])
+        return to_rows(batch, seq_len, device, bos)
 
     module.to_rows = counted
 
 
+def lengths(ids, seq_len, bos):
+    """Tokens of each document among ids; one begins with every row of seq_len ids and with `bos`."""
+    starts = [i for i, token in enumerate(ids) if token == bos or i % seq_len == 0]
+    return [end - start for start, end in zip(starts, [*starts[1:], len(ids)])]
+
+
 # ----- report
 
-def flash_blocks():
-    """[(blocks, blocks that have work)] of the FlashAttention calls in training steps, forward.
+def forwards(tokens):
+    """The documents of each forward pass of so many tokens, as lists of their tokens."""
+    out = []
+    for ranks in documents:
+        size = sum(ranks[0])
+        together = tokens // size  # logical ranks of a forward pass
+        if together and tokens % size == 0:
+            out += [sum(ranks[i:i + together], []) for i in range(0, len(ranks), together)]
+    return out
 
-    A call starts ceil(longest / B) blocks of B = 128 tokens for each document and head. A document of n
-    tokens needs ceil(n / B) of them, so all together no more than tokens / B + documents.
+
+def blocks(tokens):
+    """Blocks of 128 that a document of so many tokens needs."""
+    return -(-tokens // 128)
+
+
+def flash_blocks():
+    """[(blocks, blocks that have work, least)] of the FlashAttention calls in training steps, forward.
+
+    A call starts blocks(longest) of them for each document and head: `least` is that number for the documents
+    which a forward pass has, of the forward pass with most.
     """
-    share = max((found / tokens for tokens, found in documents), default=0)
     out = []
     for tokens, most, longest, heads in attention:
-        needed = -(-tokens // 128) + (share * tokens or most)
-        out.append((-(-longest // 128) * most * heads, round(needed * heads)))
-    return out
+        passes = forwards(tokens)
+        needed = max((sum(map(blocks, found)) for found in passes), default=0)
+        least = max((blocks(max(found)) * len(found) for found in passes), default=0)
+        out.append((blocks(longest) * most * heads, needed * heads, least * heads))
+    return [each for each in out if each[1]]
 
 
 def account():
@@ -250,9 +272,9 @@ def account():
         "own": dict(own),
         "grids": {name: list(size) for name, size in grids.items()},
         "attention": sorted(attention),
-        "documents": documents[-1:],
-        "waste": max((round(a / b, 2) for a, b in flash), default=None),
-        "blocks": max((a for a, _ in flash), default=None),
+        "waste": max((round(a / b, 2) for a, b, _ in flash), default=None),
+        "blocks": max((a for a, _, _ in flash), default=None),
+        "least_blocks": max((least for _, _, least in flash), default=None),
         "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
         "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
         "reserved_gib": round(reserved / 2 ** 30, 3),

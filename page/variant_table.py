@@ -22,7 +22,9 @@ def arguments(p):
 
 def run(options):
     """`records variants`: print the table of variants as Markdown."""
-    print(markdown(gather(), read_times(TIMES)))
+    site = gather()
+    print(markdown(site, read_times(TIMES)))
+    print(*balance_table(latest_runs(site)), sep="\n")
     return 0
 
 
@@ -104,6 +106,36 @@ def caption(parents, times, measured):
             f"{about['cpu']} ([bench/experts.py](../bench/results/{TIMES.name})).",
             "Loss less the parent's after the same tokens, with intervals that hold together at 95 %",
             f"({files})."]
+
+
+def latest_runs(site):
+    """Ref -> summary of the newest committed run of each variant with experts that tells MaxVio."""
+    found = {}
+    for ref, record in facts.variants_of(site).items():
+        runs = [r for r in facts.read_runs(record) if "max_vio" in r]
+        found |= {ref: max(runs, key=lambda r: r["utc"])} if runs else {}
+    return found
+
+
+def balance_table(runs):
+    """The lines of a table of MaxVio. runs: ref -> summary; without runs there is no table."""
+    if not runs:
+        return []
+    heads = ["variant", "scale", "steps", "MaxVio over the steps", "in validation", "worst layer there"]
+    lines = [
+        "", "MaxVio (largest load of an expert over the mean load, less 1; 0 is perfect), the mean over all "
+        "layers: over", "all training steps, and of all validation tokens after the last one, from the "
+        "committed logs:", "", line(heads), "|" + "---|" * len(heads)
+    ]
+    for ref, run in runs.items():
+        told = run["max_vio"]
+        worst = max(told["validation"])
+        layer = told["layers"][told["validation"].index(worst)]
+        lines.append(line([
+            ref, run["scale"], run["steps"], f"{told['steps_mean']:.2f}", f"{told['validation_mean']:.2f}",
+            f"{worst:.2f} (layer {layer})"
+        ]))
+    return lines
 
 
 def where_time_goes(timed):

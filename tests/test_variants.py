@@ -109,6 +109,17 @@ def test_the_page_of_the_variants_tells_what_the_command_prints(capsys):
         assert f"| {ref} |" in out and f"| {ratio:.3f} |" in out
 
 
+def test_the_balance_of_a_committed_run_is_a_row_and_without_one_there_is_no_table():
+    told = {
+        "layers": [1, 2], "steps": [0.5, 0.7], "validation": [0.2, 0.3], "steps_mean": 0.6,
+        "validation_mean": 0.25
+    }
+    lines = variant_table.balance_table({"variants/2": {"scale": "tiny", "steps": 176, "max_vio": told}})
+    assert lines[-1] == "| variants/2 | tiny | 176 | 0.60 | 0.25 | 0.30 (layer 2) |"
+    assert lines[-3].count("|") == lines[-2].count("|") == lines[-1].count("|")
+    assert variant_table.balance_table({}) == []
+
+
 def test_a_variant_without_measurements_says_so_and_a_lost_table_is_one_line(tmp_path):
     site = variant_table.gather()
     times = variant_table.read_times(variant_table.TIMES)

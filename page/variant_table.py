@@ -5,6 +5,7 @@ that bench/experts.py left in bench/results, losses from the chains of sweep.py 
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 import deltas
@@ -64,7 +65,7 @@ def markdown(site, times):
         "what"
     ]
     lines = [line(heads), "|" + "---|" * len(heads)]
-    parents = dict.fromkeys(r.parent for r in variants.values())
+    parents = dict.fromkeys(r.parent for r in variants.values() if r.parent not in variants)
     for ref in parents:
         size, active, _ = counted(ref)
         lines.append(
@@ -96,12 +97,12 @@ def control_loss(site, scale, ref):
 
 def caption(parents, times, measured):
     """What the columns mean."""
-    context = {context_text(deltas.resolve(ref).settings) for ref in parents}
+    context = "; ".join(f"{ref}: {context_text(deltas.resolve(ref).settings)}" for ref in parents)
     files = " and ".join(f"[{scale}](../evidence/results/chain_variants_{scale}.md)" for scale in measured)
     about = times["about"]
-    return ["Parameters at full width. FLOPs of a token in training at full width over the parent's, "
-            "attention's own",
-            f"products among them ({'; '.join(sorted(context))}).",
+    counted_over = ("Parameters at full width. FLOPs of a token in training at full width over the parent's, "
+                    f"attention's own products among them ({context}).")
+    return [*textwrap.wrap(counted_over, 116),
             f"Step time at {times['scale']} over the parent's, interleaved, on {about['threads']} threads of "
             f"{about['cpu']} ([bench/experts.py](../bench/results/{TIMES.name})).",
             "Loss less the parent's after the same tokens, with intervals that hold together at 95 %",

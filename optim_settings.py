@@ -289,6 +289,15 @@ class Optim:
             yield "system.reduction=ordered sums the gradients of one step: leave every optim.*.every at 1"
         yield from self.check_decay(s)
         yield from self.check_muon(s)
+        yield from self.check_freezes(s)
+
+    def check_freezes(self, s: Any) -> Iterator[str]:
+        """A freeze follows a change of the window or of the batch."""
+        window, sizes = s.model.attn.window, s.data.tokens_per_rank
+        changes = window is not None and window.changes or isinstance(sizes, tuple) and len(set(sizes)) > 1
+        for name, steps in self.freezes().items() if not changes else ():
+            yield (f"optim.{name}.freeze_steps = {steps} follows a change of the window or of the batch, and "
+                   f"neither changes in this run: set optim.{name}.freeze_steps=0")
 
     def check_decay(self, s: Any) -> Iterator[str]:
         """Either the decoupled or the cautious decay."""

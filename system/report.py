@@ -12,6 +12,7 @@ import runlog
 import schedule
 import schema
 from common import files, repository
+from declare import lookup
 from data.shards import Corpus, corpus_digest, val_digest
 from data.stream import stream_digest
 from deltas import Resolved
@@ -58,8 +59,16 @@ def introduce(run: Run, resolved: Resolved, about: dict) -> None:
         f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
         f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
         f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+        *cut_line(run.s, run.plans),
         *(f"slower than it could be: {line}" for line in about["fallbacks"])
     )
+
+
+def cut_line(s: Settings, plans: Sequence[StepPlan]) -> list[str]:
+    """The settings for which the run is too short, in one line; [] without any."""
+    cut = [f"{path} = {schema.show(lookup(s, path))}" for path, _ in schedule.cuts(s, plans)]
+    said = f"this run is too short for {', '.join(cut)} (--dry-run says what it does instead)"
+    return [said] if cut else []
 
 
 def expert_loads(run: Run, last: bool) -> dict[str, list]:

@@ -91,7 +91,9 @@ class MatrixLabel(Label):
     )
     adamw: bool = opt(
         False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
-        off=False, needs="optim.muon"
+        off=False, needs="optim.muon",
+        # Muon has no use for AdamW's constants, and its learning rate is another
+        along=("lr", "weight_decay", "beta1", "beta2", "eps", "every", "decay_mul", "freeze_steps")
     )
 
 
@@ -312,9 +314,6 @@ class Optim:
 
     def check_muon(self, s: Any) -> Iterator[str]:
         """What is AdamW's has no effect on Muon's matrices, and the other way round."""
-        if s.numerics.matrix_mantissa and self.muon is None:
-            yield ("numerics.matrix_mantissa is that of Muon's matrices: set optim.muon too, or add "
-                   "--without numerics.matrix_mantissa")
         for name in LABELS["matrix"] if self.muon else ():
             own = getattr(self, name)
             for field in ("beta1", "beta2", "eps", "decay_mul") if own and not own.adamw else ():

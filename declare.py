@@ -53,8 +53,9 @@ class Bounds:
 
 
 def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str = "", idle: str = "",
-        along: tuple[str, ...] = (), shrink: str = "", exact: Any = AS_IS, least: float | None = None, above: float | None = None,
-        below: float | None = None, most: float | None = None, why: str = "") -> Any:
+        along: tuple[str, ...] = (), shrink: str = "", exact: Any = AS_IS, least: float | None = None,
+        above: float | None = None, below: float | None = None, most: float | None = None,
+        why: str = "") -> Any:
     """Declare one setting.
 
     Args:

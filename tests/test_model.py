@@ -454,7 +454,8 @@ def switchable():
     found = {}
     for ref in reversed(RECORDS):
         deltas_of = [r.delta for r in deltas.chain(deltas.find_record(ref))]
-        rules = {f"{p}.adamw" for d in deltas_of for p, v in d.items() if isinstance(v, dict) and "adamw" in v}
+        sections = {p: v for d in deltas_of for p, v in d.items() if isinstance(v, dict)}
+        rules = {f"{p}.adamw" for p, v in sections.items() if "adamw" in v}
         for path in ({p for d in deltas_of for p in d} | rules) - found.keys():
             try:
                 deltas.resolve(ref, without=[path])

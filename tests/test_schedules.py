@@ -1,10 +1,13 @@
 """Schedules of records 34 to 57: at every step those of the originals, and their token totals the published
 ones."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import deltas
+import matrix
 import schedule
 import schema
 from declare import lookup
@@ -190,6 +193,16 @@ def test_the_plan_says_that_an_extension_was_cut_to_an_eighth_of_the_run(capsys)
         sets = ["schedule.steps=64", f"schedule.extension_steps={asked}"]
         print_plan(deltas.resolve("short/57", scale="micro", sets=sets))
         assert ("the extension has 8 of the 9 steps asked for" in capsys.readouterr().out) == told
+
+
+def test_the_matrix_takes_record_53_through_a_batch_switch_a_freeze_and_the_untie():
+    """On 1, 2 and 4 processes: tests/matrix.md."""
+    plans = schedule.plan(settings(53, f"schedule.steps={matrix.steps_of('short/53')}", scale="micro"))
+    assert [p.shape.tokens_per_rank for p in plans] == [32, 32, 32, 64, 64, 96, 96, 96]
+    assert [p.step for p in plans if p.frozen] == [3, 4, 5, 6, 7]
+    assert [p.step for p in plans if "untie" in p.events] == [5]  # the table moves by itself in step 7
+    assert "embed" in plans[7].due and not plans[7].shape.tied
+    assert "| short/53 |" in (Path(matrix.__file__).parent / "matrix.md").read_text(encoding="utf-8")
 
 
 # ----- runs that are too short for a setting

@@ -53,8 +53,9 @@ class Bounds:
 
 
 def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str = "", idle: str = "",
-        shrink: str = "", exact: Any = AS_IS, least: float | None = None, above: float | None = None,
-        below: float | None = None, most: float | None = None, why: str = "") -> Any:
+        along: tuple[str, ...] = (), shrink: str = "", exact: Any = AS_IS, least: float | None = None,
+        above: float | None = None, below: float | None = None, most: float | None = None,
+        why: str = "") -> Any:
     """Declare one setting.
 
     Args:
@@ -63,14 +64,16 @@ def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str
             `.` or `(` are its name on the page.
         unit: of a number (`step`, `token`, ...).
         off: what `--without` gives: a value, BEFORE or REFUSE. An optional section always goes to None.
-        needs: path (or path=value|value) without which the field means nothing and must keep its default.
+        needs: path (or path=value|value) without which the field means nothing and must keep its default;
+            several, joined by ` and `, must all hold.
         idle: path (or path=value|value) with which the field has no effect, whatever its value.
+        along: fields of the same section that belong to this one: --without sets them to their defaults too.
         shrink: the rule that a scale applies (scales.rules).
         exact: its value where system.precision is not `record`: AS_IS, PRECISION, PRODUCTS or a fixed value.
         least, above, below, most: bounds of a number, or of each number in a list. why: what explains `most`.
     """
-    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "shrink": shrink,
-                "exact": exact, "bounds": Bounds(least, above, below, most, why)}
+    metadata = {"doc": doc, "unit": unit, "off": off, "needs": needs, "idle": idle, "along": along,
+                "shrink": shrink, "exact": exact, "bounds": Bounds(least, above, below, most, why)}
     if dataclasses.is_dataclass(default) and isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -103,10 +106,14 @@ def lookup(s: object, path: str) -> Any:
 
 
 def holds(s: object, needs: str) -> bool:
-    """True if a condition holds: a path (its value is true), path=value or path=value|value, several with
-    `or`."""
+    """True if a condition holds: a path (its value is true), path=value or path=value|value.
+
+    Of several, all joined by ` and ` must hold, or one of those joined by ` or `.
+    """
     if " or " in needs:
         return any(holds(s, part) for part in needs.split(" or "))
+    if " and " in needs:
+        return all(holds(s, part) for part in needs.split(" and "))
     path, _, values = needs.partition("=")
     found = lookup(s, path)
     return str(found) in values.split("|") if values else bool(found)

@@ -317,11 +317,24 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
     try:
         return settings.check(s), report + lines + scales.lift_lines(unlifted, s)
     except UserError as error:
+        if without and not reverted and holds_with(record, scale, sets, with_):
+            raise UserError(
+                f"--without {', '.join(without)}: the rest of {record.ref} does not hold then: {error}"
+            ) from None
         if not reverted:
             raise
         raise UserError(f"without {', '.join(sorted(reverted))} the rest of the chain does not hold: "
                         f"{error}; revert the later record that needs it as well, or switch the setting off "
                         "with --without") from None
+
+
+def holds_with(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str]) -> bool:
+    """Whether the settings are good as long as nothing is switched off."""
+    try:
+        compose(record, scale, sets, with_, (), ())
+    except UserError:
+        return False
+    return True
 
 
 def undone(s: Settings, record: Record, scale: str, sets: Sequence[str], with_: Sequence[str],
@@ -414,6 +427,12 @@ def switch(s: Settings, links: list[Record], with_: Sequence[str],
     for path in without:
         s, line = turn_off(s, links, path)
         report.append(line)
+        for other in find_field(path).metadata["along"]:
+            other = f"{path.rpartition('.')[0]}.{other}"
+            default = find_field(other).default
+            if lookup(s, other) != default:
+                report.append(f"without {other}: {show(lookup(s, other))} came with {path}")
+                s = replaced(s, other, default)
         while unmet := unmet_needs(s):
             other, needs, default = unmet[0]
             s = replaced(s, other, default)

@@ -612,12 +612,12 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Training FLOPs per token of products with weights: 6 per active matrix parameter, head included.
 
-        Embedding tables are only read. attention_flops_per_token counts attention's own products.
+        Embedding tables are only read. attention_flops_per_token counts attention's own products. An MTP
+        module uses the head a second time.
         """
-        return 6 * sum(
-            active for p, _, active in self.sizes()
-            if p.role in ("matrix", "lm_head", "router") and p.dim() > 1
-        )
+        found = [(p, active) for p, _, active in self.sizes() if p.dim() > 1]
+        active = sum(n for p, n in found if p.role in ("matrix", "lm_head", "router"))
+        return 6 * (active + sum(n for p, n in found if self.mtp is not None and p.role == "lm_head"))
 
     def attention_flops_per_token(self, windows=None):
         """Training FLOPs per token of attention's own products: 6 per channel of a visible key and value.
@@ -626,7 +626,10 @@ class GPT(nn.Module):
         more keys, but depend on the text and are ignored.
         """
         s, total = self.settings, 0.0
-        for spec, span in zip(self.specs, layer_spans(self.specs, windows)):
+        layers = [*zip(self.specs, layer_spans(self.specs, windows))]
+        if self.mtp is not None:
+            layers.append(layers[self.mtp_layer])  # the module's attention is like that of this layer
+        for spec, span in layers:
             if spec.attn is not None:
                 window = (
                     attention.CAUSAL if span is None else attention.Window(*span, s.model.attn.window.block)

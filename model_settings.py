@@ -289,6 +289,13 @@ class Window:
     final_last_layer: int | None = opt(None, "window of the last layer in the final validation (record 33)",
                                        unit="block", needs="model.attn.window.final")
 
+    @property
+    def changes(self) -> bool:
+        """Whether a training may have more than one window."""
+        if self.growth == "stages":
+            return len({*self.stages, self.extension} - {None}) > 1
+        return self.growth != "constant" and self.start != self.end
+
     def check(self, s: Any) -> Iterator[str]:
         path, last = "model.attn.window", s.model.num_layers - 1
         yield from layer_faults(f"{path}.long_layers", self.long_layers or (), s)

@@ -116,7 +116,9 @@ class MatrixLabel(Label):
     )
     adamw: bool = opt(
         False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
-        off=False, needs="optim.muon"
+        off=False, needs="optim.muon",
+        # Muon has no use for AdamW's constants, and its learning rate is another
+        along=("lr", "weight_decay", "beta1", "beta2", "eps", "every", "decay_mul", "freeze_steps")
     )
 
 
@@ -402,6 +404,15 @@ class Optim:
             yield "system.reduction=ordered sums the gradients of one step: leave every optim.*.every at 1"
         yield from self.check_decay(s)
         yield from self.check_muon(s)
+        yield from self.check_freezes(s)
+
+    def check_freezes(self, s: Any) -> Iterator[str]:
+        """A freeze follows a change of the window or of the batch."""
+        window, sizes = s.model.attn.window, s.data.tokens_per_rank
+        changes = window is not None and window.changes or isinstance(sizes, tuple) and len(set(sizes)) > 1
+        for name, steps in self.freezes().items() if not changes else ():
+            yield (f"optim.{name}.freeze_steps = {steps} follows a change of the window or of the batch, and "
+                   f"neither changes in this run: set optim.{name}.freeze_steps=0")
 
     def check_decay(self, s: Any) -> Iterator[str]:
         """Either the decoupled or the cautious decay."""
@@ -416,9 +427,6 @@ class Optim:
 
     def check_muon(self, s: Any) -> Iterator[str]:
         """What is AdamW's has no effect on Muon's matrices, and the other way round."""
-        if s.numerics.matrix_mantissa and self.muon is None:
-            yield ("numerics.matrix_mantissa is that of Muon's matrices: set optim.muon too, or add "
-                   "--without numerics.matrix_mantissa")
         for name in LABELS["matrix"] if self.muon else ():
             own = getattr(self, name)
             for field in ("beta1", "beta2", "eps", "decay_mul") if own and not own.adamw else ():

@@ -177,11 +177,14 @@ def render(event):
         ]
     if kind == "experts":
         worst = max(event["max_vio"])
+        measured_too = "" if "max_vio_steps" not in event else (
+            f"; {mean(event['max_vio_steps']):.2f} over the steps, "
+            f"{mean(event['max_vio_val']):.2f} in validation"
+        )
         return [
-            f"experts: MaxVio {sum(event['max_vio']) / len(event['max_vio']):.2f} mean, {worst:.2f} in layer "
-            f"{event['layers'][event['max_vio'].index(worst)]}; {sum(event['idle'])} idle; "
-            f"{sum(event['dropped'])} rows dropped; entropy "
-            f"{sum(event['entropy']) / len(event['entropy']):.3f}"
+            f"experts: MaxVio {mean(event['max_vio']):.2f} mean, {worst:.2f} in layer "
+            f"{event['layers'][event['max_vio'].index(worst)]}{measured_too}; {sum(event['idle'])} idle; "
+            f"{sum(event['dropped'])} rows dropped; entropy {mean(event['entropy']):.3f}"
         ]
     if kind == "end":
         memory = (
@@ -189,6 +192,32 @@ def render(event):
         )
         return memory + [f"run {event['status']} after {event['steps']} steps", *event["verdict"]]
     return []
+
+
+def mean(values):
+    """The mean of a list of numbers."""
+    return sum(values) / len(values)
+
+
+def balance(events):
+    """How evenly the experts of a run were loaded, from its events `experts`; {} if they do not tell.
+
+    Returns {"max_vio": {"layers": [layer], "steps": [mean over all steps up to the last validation],
+    "validation": [of the last validation], "steps_mean", "validation_mean": means over the layers}}.
+    """
+    told = [e for e in events if e["kind"] == "experts" and "max_vio_steps" in e]
+    if not told:
+        return {}
+    spans = [e["step"] - before for e, before in zip(told, [0, *(e["step"] for e in told)])]
+    steps = [
+        round(sum(n * value for n, value in zip(spans, values)) / sum(spans), 4)
+        for values in zip(*(e["max_vio_steps"] for e in told))
+    ]
+    last = told[-1]
+    return {"max_vio": {
+        "layers": last["layers"], "steps": steps, "validation": last["max_vio_val"],
+        "steps_mean": round(mean(steps), 4), "validation_mean": round(mean(last["max_vio_val"]), 4)
+    }}
 
 
 def is_account(compile):
@@ -208,7 +237,7 @@ def summarise(events, last_hash):
     return {
         **end, "tokens_per_second": rate, "curve": curve,
         "stream_digest": by_kind.get("stream", {}).get("digest"), "reset": by_kind.get("reset"),
-        **by_kind["start"], "last_hash": last_hash
+        **balance(events), **by_kind["start"], "last_hash": last_hash
     }
 
 

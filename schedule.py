@@ -4,10 +4,11 @@ All step plans of a run are known before training starts.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from declare import walk
 from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
 
 
@@ -385,6 +386,70 @@ def plan(s: Settings) -> list[StepPlan]:
             )
             before += tokens
     return plans
+
+
+TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
+    "schedule.warmup_steps": "the learning rate does not reach its peak",
+    "schedule.cooldown_steps": "the learning rate begins below its peak",
+    "optim.muon.momentum_warmup.steps": "the momentum does not reach optim.muon.momentum",
+    "optim.muon.momentum_cooldown.steps": "the momentum begins below optim.muon.momentum",
+    "numerics.fp8_mlp.c_proj.exact_steps": "every step has an exact scale",
+    "validation.every": "there is no validation between the first step and the last",
+    ".every": "the group is never updated",
+    ".freeze_steps": "one freeze would last for the whole run",
+}
+
+
+def cuts(s: Settings, plans: Sequence[StepPlan]) -> Iterator[tuple[str, str]]:
+    """(path, what the run does in place of it) of each setting for which the run is too short.
+
+    Counts of steps shrink with a scale, but not with `--set schedule.steps`, so a short trial has less of
+    them than its settings say.
+    """
+    steps = s.schedule.steps
+    asked, taken = s.schedule.extension_steps, s.schedule.extension
+    if taken < asked:
+        yield (
+            "schedule.extension_steps",
+            f"the extension has {taken} of the {asked} steps asked for: at most an eighth of the run"
+        )
+    for path, f, value in walk(s):
+        effect = next((text for end, text in TOO_LONG.items() if path.endswith(end)), None)
+        if f.metadata["unit"] == "step" and effect and value and value > steps:
+            yield path, f"{value} steps are more than the run has: {effect}"
+    yield from overlaps(s)
+    for group, frozen in s.optim.freezes().items():
+        last = max((plan.step for plan in plans if group not in plan.frozen), default=-1)
+        rest = [visible(plan.shape) for plan in plans[max(last, 0):]]
+        if frozen <= steps and sum(a != b for a, b in zip(rest, rest[1:])) > 1:
+            yield f"optim.{group}.freeze_steps", (
+                f"{frozen} steps are more than lie between two changes of window or batch: the group is not "
+                f"updated after step {last}"
+            )
+    if s.schedule.stages and (empty := [i for i, part in enumerate(stages(s)) if not part]):
+        yield "schedule.stages", f"no step is left for stage {' and '.join(map(str, empty))}"
+    if (untied := untie_step(s)) is not None and untied >= steps:
+        yield "model.head.untied.tied_until", "the run ends before head and embedding are untied"
+
+
+def overlaps(s: Settings) -> Iterator[tuple[str, str]]:
+    """As `cuts`: a warm-up that fits the run and reaches into a cooldown that fits it too, which cuts it."""
+    schedule, muon = s.schedule, s.optim.muon
+    scheduled = schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
+    cooldown = schedule.cooldown_steps or round(schedule.cooldown_frac * scheduled)
+    if schedule.lr == "trapezoid" and cooldown <= scheduled:
+        if scheduled - cooldown < schedule.warmup_steps <= schedule.steps:
+            yield "schedule.warmup_steps", (
+                f"{schedule.warmup_steps} steps reach into the cooldown, the last {cooldown} of {scheduled}: "
+                "the learning rate does not reach its peak"
+            )
+    if muon is not None and muon.momentum_warmup is not None and muon.momentum_cooldown is not None:
+        rise, fall = muon.momentum_warmup.steps, muon.momentum_cooldown.steps
+        if schedule.steps - fall < rise <= schedule.steps and fall <= schedule.steps:
+            yield "optim.muon.momentum_warmup.steps", (
+                f"{rise} steps reach into the cooldown, the last {fall} of {schedule.steps}: the momentum "
+                "jumps there"
+            )
 
 
 def shapes(plans: Iterable[StepPlan]) -> dict[Shape, int]:

@@ -303,7 +303,7 @@ class Numerics:
     matrix_mantissa: bool = opt(
         False, "kept mantissa: Muon updates bfloat16 matrices exactly as float32 ones, whose lower 16 bits "
                "are optimizer state; the weight in use is the truncated one (record 57)", off=False,
-        needs="numerics.matrix=bfloat16", exact=False)
+        needs="numerics.matrix=bfloat16 and optim.muon", exact=False)
 
     def check(self, s: "Settings") -> Iterator[str]:
         if self.products == self.matmul == self.eval_matmul:

@@ -22,7 +22,7 @@ from common import arguments, console
 import deltas
 from common import files
 import runlog
-from settings import LOGICAL_RANKS, tokens_per_step
+from settings import LOGICAL_RANKS, per_stage
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -32,7 +32,8 @@ LANDMARKS = ("short/11", "short/21", "short/33")
 def shards(o, scratch):
     """The folder of shards: --data, else random ones where the scale has no corpus of its own."""
     if o.data is None and o.scale in ("full", "small"):
-        most = max(tokens_per_step(deltas.resolve(ref, scale=o.scale).settings) for ref in o.records)
+        sizes = (deltas.resolve(ref, scale=o.scale).settings.data.tokens_per_rank for ref in o.records)
+        most = LOGICAL_RANKS * max(max(per_stage(size)) for size in sizes)  # of any stage
         measure.synthetic_shards(Path(scratch), 2 * most * (o.steps + 4), 2_200_000)
     return Path(o.data or scratch).absolute()
 
@@ -124,8 +125,11 @@ def measured(ref, o, data, caches, out, more):
         "warm": figures(summary, events), "compiled": (summary["reset"].get("compile")
                                                        or {}).get("misses", 0)
     }
-    tokens = tokens_per_step(deltas.resolve(ref, scale=o.scale).settings)
-    row["tokens_per_second"] = round(1000 * tokens / row["warm"]["ms_per_step"])
+    # those of the timed steps: the batch of records from 46 on grows
+    a, b = [e for e in events if e["kind"] == "validation"][-2:]
+    row["tokens_per_second"] = round(
+        1000 * (b["tokens"] - a["tokens"]) / (b["train_time_ms"] - a["train_time_ms"])
+    )
     memory = row["warm"]["peak_memory_mib"]
     print(
         f"{ref}: {row['warm']['ms_per_step']:.1f} ms a step, {row['tokens_per_second']:,} tokens/s"

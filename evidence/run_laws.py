@@ -37,6 +37,7 @@ TEXTS = {
 }
 # of an experts event: a number for each layer with some
 LOADS = ("layers", "max_vio", "idle", "dropped", "entropy", "max_bias")
+LATER_LOADS = ("max_vio_steps", "max_vio_val")  # both or neither: later logs have them
 OTHERS = {
     "start": {
         "settings": dict, "seed": int, "changes": list, "numerics_version": int, "parameters": int,
@@ -195,18 +196,27 @@ def misshapen(event):
                 "graphs"
             )
     if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
-        if len({len(event[name]) for name in LOADS}) > 1 or not event["layers"] or not all(
-                isinstance(x, NUMBER) for name in LOADS for x in event[name]):
-            yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(LOADS)
-        loads = event.get("load", [])
-        if not isinstance(loads, list) or not all(
-            isinstance(row, list) and all(isinstance(x, int) for x in row) for row in loads
-        ):
-            yield f"line {event['n'] + 1} (experts): load wants a list of rows for each layer"
+        yield from misshapen_loads(event)
     if kind == "probe" and isinstance(event.get("gradients"), dict):
         if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
                    for m in event["gradients"].values()):
             yield f"line {event['n'] + 1} (probe): gradients must be two numbers for each parameter"
+
+
+def misshapen_loads(event):
+    """Lists of an experts event that do not hold one number, or one row, for each layer."""
+    names = LOADS + (LATER_LOADS if any(name in event for name in LATER_LOADS) else ())
+    lists = [event.get(name) for name in names]
+    if not all(isinstance(x, list) for x in lists) or not event["layers"] or (
+        len({len(x) for x in lists}) > 1 or not all(isinstance(x, NUMBER) for values in lists for x in values)
+    ):
+        yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(names)
+    for name in ("load", "val_load"):
+        rows = event.get(name, [])
+        if not isinstance(rows, list) or not all(
+            isinstance(row, list) and all(isinstance(x, int) for x in row) for row in rows
+        ):
+            yield f"line {event['n'] + 1} (experts): {name} wants a list of rows for each layer"
 
 
 # ----- the checks -------------------------------------------------------------------------------------------
@@ -356,6 +366,22 @@ def check_experts(log):
                 moe.top_k * tokens_of(s, event["step"] - 1)] * len(layers):
             yield (f"{artefact}: loads and dropped rows are not {moe.top_k} x "
                    f"{tokens_of(s, event['step'] - 1)} rows in each layer: they were edited")
+        else:
+            yield from check_max_vio(event, moe.top_k * s.validation.tokens, artefact)
+
+
+def check_max_vio(event, validated, artefact):
+    """The loads that an experts event lists are those its MaxVio came from, and a validation's are complete.
+
+    validated: rows of a validation, top_k for each token.
+    """
+    if "val_load" in event and [sum(row) for row in event["val_load"]] != [validated] * len(event["layers"]):
+        yield f"{artefact}: val_load does not add up to {validated} rows in each layer: it was edited"
+        return
+    for loads, name in (("load", "max_vio"), ("val_load", "max_vio_val")):
+        for layer, row, told in zip(event["layers"], event.get(loads, []), event.get(name, [])):
+            if sum(row) and abs(max(row) * len(row) / sum(row) - 1 - told) > 1e-4:
+                yield f"{artefact}: {name} of layer {layer} is not that of its {loads}: one was edited"
 
 
 def warmup_steps(log):

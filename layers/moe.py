@@ -24,7 +24,8 @@ class Router(nn.Module):
     chosen experts, so the bias (model_settings.Balance), in at least float32, never gets a gradient.
 
     `stats` sums the statistics of a step, for load balancing and the log, from its first forward to
-    `end_step` (called by system.hooks.RouterBalance).
+    `end_step` (called by system.hooks.RouterBalance). `max_vio_sum` adds up the steps' MaxVio and
+    `validation_counts` the tokens per expert of a validation, both for the log alone.
     """
 
     def __init__(self, s):
@@ -45,6 +46,13 @@ class Router(nn.Module):
         )
         # of the last whole step
         self.register_buffer("tokens_per_expert", torch.zeros(moe.num_experts), persistent=False)
+        # [sum over steps of MaxVio, number of these steps] since the log last read it; on the device, so that
+        # no step waits for it
+        self.register_buffer("max_vio_sum", torch.zeros(2, dtype=torch.float64), persistent=False)
+        # this process's tokens per expert in a validation
+        self.register_buffer(
+            "validation_counts", torch.zeros(moe.num_experts, dtype=torch.float64), persistent=False
+        )
         # mean entropy of the scores in the last whole step, relative to that of equal scores
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
@@ -121,7 +129,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def end_step(self, stats, tokens, update_bias=True):
-        """End a step: store its tokens per expert and entropy, and update the bias.
+        """End a step: store its tokens per expert, MaxVio and entropy, and update the bias.
 
         Args:
             stats: those of all processes, summed.
@@ -131,6 +139,8 @@ class Router(nn.Module):
         n, balance = self.moe.num_experts, self.moe.balance
         tokens_per_expert, bound, entropy = stats.split([n, n, 1])
         self.tokens_per_expert.copy_(tokens_per_expert)
+        self.max_vio_sum[0] += max_vio(tokens_per_expert)
+        self.max_vio_sum[1] += 1
         self.entropy.copy_(entropy[0] / (tokens * math.log(n)))
         if balance is None or not update_bias:
             return
@@ -146,6 +156,14 @@ class Router(nn.Module):
     def reset(self):
         for buffer in self.buffers():
             buffer.zero_()
+
+
+def max_vio(load):
+    """MaxVio (Wang et al., arXiv 2408.15664): largest load / mean load - 1, of the last dimension.
+
+    0: equal loads; experts / top_k - 1: every token has the same experts.
+    """
+    return load.amax(-1) / load.mean(-1) - 1
 
 
 def shares(x):
@@ -200,8 +218,8 @@ class MoE(nn.Module):
             aux_losses.append(aux_loss)
         backend = self.select_backend(x.device, self.products or x.dtype, compiled)
         p = experts.plan(chosen, self.num_experts, backend if self.world == 1 else "grouped")
-        if self.training:
-            self.router.stats[:self.num_experts] += p.counts
+        counts = self.router.stats[:self.num_experts] if self.training else self.router.validation_counts
+        counts += p.counts
         rows = experts.gather(x.flatten(0, 1), p)
         rows = self.feed(rows, p) if self.world == 1 else self.expert_all_to_all(rows, p.counts, backend)
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)

@@ -5,6 +5,7 @@ that bench/experts.py left in bench/results, losses from the chains of sweep.py 
 """
 
 import json
+import textwrap
 from pathlib import Path
 
 import deltas
@@ -22,7 +23,9 @@ def arguments(p):
 
 def run(options):
     """`records variants`: print the table of variants as Markdown."""
-    print(markdown(gather(), read_times(TIMES)))
+    site = gather()
+    print(markdown(site, read_times(TIMES)))
+    print(*balance_table(latest_runs(site)), sep="\n")
     return 0
 
 
@@ -62,7 +65,7 @@ def markdown(site, times):
         "what"
     ]
     lines = [line(heads), "|" + "---|" * len(heads)]
-    parents = dict.fromkeys(r.parent for r in variants.values())
+    parents = dict.fromkeys(r.parent for r in variants.values() if r.parent not in variants)
     for ref in parents:
         size, active, _ = counted(ref)
         lines.append(
@@ -94,16 +97,46 @@ def control_loss(site, scale, ref):
 
 def caption(parents, times, measured):
     """What the columns mean."""
-    context = {context_text(deltas.resolve(ref).settings) for ref in parents}
+    context = "; ".join(f"{ref}: {context_text(deltas.resolve(ref).settings)}" for ref in parents)
     files = " and ".join(f"[{scale}](../evidence/results/chain_variants_{scale}.md)" for scale in measured)
     about = times["about"]
-    return ["Parameters at full width. FLOPs of a token in training at full width over the parent's, "
-            "attention's own",
-            f"products among them ({'; '.join(sorted(context))}).",
+    counted_over = ("Parameters at full width. FLOPs of a token in training at full width over the parent's, "
+                    f"attention's own products among them ({context}).")
+    return [*textwrap.wrap(counted_over, 116),
             f"Step time at {times['scale']} over the parent's, interleaved, on {about['threads']} threads of "
             f"{about['cpu']} ([bench/experts.py](../bench/results/{TIMES.name})).",
             "Loss less the parent's after the same tokens, with intervals that hold together at 95 %",
             f"({files})."]
+
+
+def latest_runs(site):
+    """Ref -> summary of the newest committed run of each variant with experts that tells MaxVio."""
+    found = {}
+    for ref, record in facts.variants_of(site).items():
+        runs = [r for r in facts.read_runs(record) if "max_vio" in r]
+        found |= {ref: max(runs, key=lambda r: r["utc"])} if runs else {}
+    return found
+
+
+def balance_table(runs):
+    """The lines of a table of MaxVio. runs: ref -> summary; without runs there is no table."""
+    if not runs:
+        return []
+    heads = ["variant", "scale", "steps", "MaxVio over the steps", "in validation", "worst layer there"]
+    lines = [
+        "", "MaxVio (largest load of an expert over the mean load, less 1; 0 is perfect), the mean over all "
+        "layers: over", "all training steps, and of all validation tokens after the last one, from the "
+        "committed logs:", "", line(heads), "|" + "---|" * len(heads)
+    ]
+    for ref, run in runs.items():
+        told = run["max_vio"]
+        worst = max(told["validation"])
+        layer = told["layers"][told["validation"].index(worst)]
+        lines.append(line([
+            ref, run["scale"], run["steps"], f"{told['steps_mean']:.2f}", f"{told['validation_mean']:.2f}",
+            f"{worst:.2f} (layer {layer})"
+        ]))
+    return lines
 
 
 def where_time_goes(timed):

@@ -14,7 +14,7 @@ import runlog
 import schedule
 from sweeps import queue, worker
 from sweeps.plan import flags_of, resolve
-from settings import Settings, tokens_per_step
+from settings import Settings
 from common import files
 from common.errors import UserError
 
@@ -54,7 +54,7 @@ def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
     """(median wall seconds of a run of this size on this machine, number of runs), or None. folders:
     where runs lie."""
     here, s = runlog.machine()["machine"], resolve(plan, plan["arms"][0]).settings
-    tokens, seconds = s.schedule.steps * tokens_per_step(s), {}
+    tokens, seconds = schedule.tokens_before(s, s.schedule.steps), {}
     for path in [p for folder in folders for p in files.listed(folder, f"*_{plan['scale']}_*_s*")[-50:]]:
         try:
             run = queue.read_run(path)
@@ -118,16 +118,20 @@ def trial(plan: dict, slot: dict) -> float:
 
 
 def extrapolated(events: list[dict], s: Settings) -> float:
-    """Wall seconds of a whole run of settings s, from the log of a short one: start and end once,
-    steps and validations each."""
+    """Wall seconds of a whole run of settings s, from the log of a short one.
+
+    Start and end count once, validations each, training by its tokens: steps may differ in them.
+    """
     validations = [e for e in events if e["kind"] == "validation"]
     reset, last = next(e for e in events if e["kind"] == "reset"), validations[-1]
-    step_ms = (last["train_time_ms"] - validations[0]["train_time_ms"]) / (last["step"] -
-                                                                           validations[0]["step"])
+    token_ms = (last["train_time_ms"] - validations[0]["train_time_ms"]) / (
+        last["tokens"] - validations[0]["tokens"]
+    )
     validation_ms = validations[0]["wall_ms"] - reset["wall_ms"]  # the first one follows the reset at once
     count = sum(schedule.validates(s, i) for i in range(s.schedule.steps + 1))
     ends_ms = reset["wall_ms"] + events[-1]["wall_ms"] - last["wall_ms"]
-    return (ends_ms + s.schedule.steps * step_ms + count * validation_ms) / 1000
+    training_ms = schedule.tokens_before(s, s.schedule.steps) * token_ms
+    return (ends_ms + training_ms + count * validation_ms) / 1000
 
 
 def published(plan: dict) -> tuple[float | None, str]:
@@ -138,8 +142,9 @@ def published(plan: dict) -> tuple[float | None, str]:
     if record is None:
         return None, "nothing was published about this record or the ones before it"
     full, s, minutes = deltas.resolve(record.ref).settings, resolved.settings, record.published["minutes"]
-    rate = full.schedule.steps * tokens_per_step(full) / (60 * minutes) / PUBLISHED_GPUS
-    return s.schedule.steps * tokens_per_step(s) / rate, (
+    whole, mine = (schedule.tokens_before(x, x.schedule.steps) for x in (full, s))
+    rate = whole / (60 * minutes) / PUBLISHED_GPUS
+    return mine / rate, (
         f"an ESTIMATE for one H100, not measured: {record.ref}'s published {minutes} min on {PUBLISHED_GPUS} "
         "x H100, by token and GPU, without start, compilation and validations; other cards differ, and no "
         "GPU has run this program yet")

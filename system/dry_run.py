@@ -116,9 +116,8 @@ def schedule_remarks(s, plans):
         final = schedule.validation_windows(s, len(plans))
         last = f", last layer {span_text(final.last)}" if final.last != final.long else ""
         yield f"  final validation:{windows_text(s, final)}{last}"
-    asked, taken = s.schedule.extension_steps, s.schedule.extension
-    if taken < asked:
-        yield f"  the extension has {taken} of the {asked} steps asked for: at most an eighth of the run"
+    for path, effect in schedule.cuts(s, plans):
+        yield f"  {path}: {effect}"
     for plan in plans:
         if "untie" in plan.events:
             yield f"  the embedding gets a table of its own after step {plan.step}"

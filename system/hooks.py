@@ -20,7 +20,10 @@ from system.world import World
 
 
 class RouterBalance(Stateful):
-    """Sums each step's tokens per expert over all processes and updates the routers' biases."""
+    """Sums each step's tokens per expert over all processes and updates the routers' biases.
+
+    Each validation begins to count from zero.
+    """
 
     def __init__(self, model: GPT) -> None:
         self.routers = {layer: moe.router for layer, moe in model.mixtures()}
@@ -37,6 +40,11 @@ class RouterBalance(Stateful):
         totals = world.total(torch.stack([router.stats for router in self.routers.values()]))
         for router, stats in zip(self.routers.values(), totals):
             router.end_step(stats, plan.tokens, plan.update_bias)
+
+    def for_validation(self, windows: Windows | None) -> Any:
+        for router in self.routers.values():
+            router.validation_counts.zero_()
+        return contextlib.nullcontext()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"router.{layer}.{name}": buffer for layer, router in self.routers.items()

@@ -12,9 +12,11 @@ import runlog
 import schedule
 import schema
 from common import files, repository
+from declare import lookup
 from data.shards import Corpus, corpus_digest, val_digest
 from data.stream import stream_digest
 from deltas import Resolved
+from layers.moe import max_vio
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
@@ -57,34 +59,52 @@ def introduce(run: Run, resolved: Resolved, about: dict) -> None:
         f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
         f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
         f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
+        *cut_line(run.s, run.plans),
         *(f"slower than it could be: {line}" for line in about["fallbacks"])
     )
 
 
-def expert_loads(run: Run, last: bool) -> dict[str, list]:
-    """The fields of the event `experts`, by layer: how the last step's tokens were distributed.
+def cut_line(s: Settings, plans: Sequence[StepPlan]) -> list[str]:
+    """The settings for which the run is too short, in one line; [] without any."""
+    cut = [f"{path} = {schema.show(lookup(s, path))}" for path, _ in schedule.cuts(s, plans)]
+    said = f"this run is too short for {', '.join(cut)} (--dry-run says what it does instead)"
+    return [said] if cut else []
 
-    max_vio: largest load / mean load - 1 (arXiv 2408.15664).
-    idle: experts without a token.
-    dropped: rows that reached no expert.
-    entropy: of the scores, relative to that of equal scores.
-    load: tokens of each expert, only if `last`.
+
+def expert_loads(run: Run, last: bool) -> dict[str, list]:
+    """The fields of the event `experts`, by layer: how tokens were distributed over the experts.
+
+    Collective; called after a validation, while the clock is stopped. MaxVio is largest load / mean load - 1
+    (layers.moe).
+
+    max_vio: MaxVio of the last step.
+    max_vio_steps: mean over the steps since the validation before.
+    max_vio_val: MaxVio of the validation's tokens together.
+    idle: experts without a token in the last step.
+    dropped: rows of the last step that reached no expert.
+    entropy: of the scores in the last step, relative to that of equal scores.
+    load, val_load: tokens of each expert in the last step and in the validation, only if `last`.
     """
-    out = {"layers": [], "max_vio": [], "idle": [], "dropped": [], "entropy": [], "max_bias": []}
+    names = ("layers", "max_vio", "max_vio_steps", "max_vio_val", "idle", "dropped", "entropy", "max_bias")
+    out = {name: [] for name in names}
     rows = run.s.model.mlp.moe.top_k * run.plans[run.steps_done - 1].tokens
-    for layer, moe in run.model.mixtures():
-        load = moe.router.tokens_per_expert.double()
+    routers = run.model.routers()
+    validated = run.world.total(torch.stack([router.validation_counts for router in routers]))
+    for layer, router, val_load in zip(dict(run.model.mixtures()), routers, validated):
+        load, (total, steps) = router.tokens_per_expert.double(), router.max_vio_sum.tolist()
+        router.max_vio_sum.zero_()
         values = {
-            "layers": layer, "max_vio": round(float(load.max() / load.mean()) - 1, 4),
+            "layers": layer, "max_vio": round(float(max_vio(load)), 4),
+            "max_vio_steps": round(total / steps, 4), "max_vio_val": round(float(max_vio(val_load)), 4),
             "idle": int((load == 0).sum()), "dropped": rows - int(load.sum()),
-            "entropy": round(float(moe.router.entropy), 4),
-            "max_bias": round(float(moe.router.bias.abs().max()), 4)
+            "entropy": round(float(router.entropy), 4),
+            "max_bias": round(float(router.bias.abs().max()), 4)
         }
         for name, value in values.items():
             out[name].append(value)
     if last:
-        counts = [moe.router.tokens_per_expert for _, moe in run.model.mixtures()]
-        out["load"] = [[int(x) for x in count.tolist()] for count in counts]
+        out["load"] = [[int(x) for x in router.tokens_per_expert.tolist()] for router in routers]
+        out["val_load"] = [[int(x) for x in row] for row in validated.tolist()]
     return out
 
 

@@ -186,7 +186,7 @@ def test_a_claim_on_an_older_record_is_a_branch(here, monkeypatch):
     refused("short has come to short/57", promote, "my_idea", "--accept-scale", "micro")
     call(promote, "my_idea", "--accept-scale", "micro", "--lineage", "variants")
     record = deltas.find_record("attempts/my_idea")
-    assert record.ref == "variants/8" and deltas.find_record("short/head").ref == "short/57"
+    assert record.ref == "variants/11" and deltas.find_record("short/head").ref == "short/57"
     assert verify.verify(record.folder)["verdict"] == "shown"
     refused("was not made by", withdraw, "variants/7", "--why", "x")
 

@@ -167,7 +167,10 @@ def test_a_step_that_waits_for_the_gpu_is_a_failure_and_still_timed(tmp_path, mo
             "reset": {"start_ms": 1000, "warmup_ms": 2000, "graphs": 3}, "graphs_in_clock": 0,
             "attention": "x", "device": "y"
         }
-        return summary, [{"kind": "validation", "step": i, "train_time_ms": 10.0 * i} for i in (0, 8, 16)]
+        points = [(0, 0), (8, 1000), (16, 5000)]  # the batch grows
+        return summary, [
+            {"kind": "validation", "step": i, "train_time_ms": 10.0 * i, "tokens": n} for i, n in points
+        ]
 
     monkeypatch.setattr(steps, "train", train)
     o = argparse.Namespace(
@@ -178,6 +181,7 @@ def test_a_step_that_waits_for_the_gpu_is_a_failure_and_still_timed(tmp_path, mo
     found = json.loads((tmp_path / "steps.json").read_text())
     assert asked == [["--check-sync"], []][:trainings]
     assert [r["warm"]["ms_per_step"] for r in found["rows"]] == ([] if reason == "out of memory" else [10.0])
+    assert all(r["tokens_per_second"] == 50_000 for r in found["rows"])
     assert [reason in r["failed"] for r in found["failed"]] == ([True] if reason else [])
 
 

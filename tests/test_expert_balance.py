@@ -1,5 +1,6 @@
 """Laws of balancing a mixture of experts: rules of the bias, losses of the router, its gradients."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -13,11 +14,13 @@ from data.batch import Documents
 from layers.moe import Router
 from model import GPT
 from optim import Optimizer
+from runlog import read_chain
 from step_hooks import begin_step, end_step
-from system.hooks import hooks_of
+from system import command_line
+from system.hooks import hooks_of, validating
 from system.dry_run import print_plan
 from small_experts import (
-    ROUTINGS, RULES, SMALL, balanced, build, close, fill, moe, noise, settings, skewed, tokens
+    REF, ROUTINGS, RULES, SMALL, balanced, build, close, fill, moe, noise, settings, skewed, tokens
 )
 
 
@@ -204,10 +207,71 @@ def test_loads_and_biases_do_not_depend_on_the_ranks_in_a_forward(name):
     )
 
 
-def test_evaluation_counts_nothing():
-    model = build().eval()
-    model(tokens())
-    assert not any(router.stats.any() for router in model.routers())
+def test_evaluation_counts_apart_from_training_and_each_validation_from_zero():
+    model = build()
+    for train, counts, other in ((False, "validation_counts", "stats"), (True, "stats", None)):
+        model.train(train)(tokens())
+        assert all(getattr(r, counts)[:8].sum() == 2 * 48 for r in model.routers())
+        assert other is None or not any(getattr(r, other).any() for r in model.routers())
+    with validating(hooks_of(model), None):
+        assert not any(r.validation_counts.any() for r in model.routers())
+        model.eval()(tokens())
+    assert all(r.validation_counts.sum() == r.stats[:8].sum() == 2 * 48 for r in model.routers())
+
+
+def test_the_log_tells_max_vio_over_the_steps_and_of_the_validation_as_counted_from_every_choice(
+    tmp_path, monkeypatch, capsys
+):
+    """All choices of a training are written down, and MaxVio follows from them by counting."""
+    seen, forward = [], Router.forward
+
+    def watched(router, *args):
+        out = forward(router, *args)
+        seen.append((router, router.training, out[0].flatten().tolist()))
+        return out
+
+    monkeypatch.setattr(Router, "forward", watched)
+    sets = [
+        SMALL, "schedule.steps=5", "validation.every=2", "validation.tokens=4096", "system.warmup_steps=0",
+        "system.device=cpu"
+    ]
+    argv = [REF, "--scale", "micro", "--out", str(tmp_path), *(x for one in sets for x in ("--set", one))]
+    options, resolved = command_line.command_line([*argv, "--check-sync"])  # no step reads a number back
+    assert train_gpt.train(resolved, options) == 0
+
+    def max_vio_of(chosen):
+        loads = [chosen.count(e) for e in range(8)]
+        return 8 * max(loads) / sum(loads) - 1
+
+    rows, expected = 2 * schedule.tokens_before(resolved.settings, 1), []
+    for router in dict.fromkeys(router for router, _, _ in seen):
+        steps, validations, due = [[]], [], []
+        for _, training, chosen in (one for one in seen if one[0] is router):
+            if training:
+                steps[-1] += chosen
+                steps += [[]] if len(steps[-1]) == rows else []
+                due = []
+            else:  # the chunks of a validation follow each other
+                validations += [] if due else [due]
+                due += chosen
+        steps = [max_vio_of(step) for step in steps[:-1]]
+        assert len(steps) == 5 and [len(v) for v in validations] == [2 * 4096] * 4  # at 0, 2, 4, 5
+        means = [sum(part) / len(part) for part in (steps[:2], steps[2:4], steps[4:], steps)]
+        expected.append((means, [max_vio_of(v) for v in validations[1:]], steps[-1]))
+
+    log = next(tmp_path.glob("*/run.jsonl"))
+    events = [event for event in read_chain(log) if event["kind"] == "experts"]
+    for layer, (means, validated, last) in enumerate(expected):
+        told = [[e[name][layer] for e in events] for name in ("max_vio_steps", "max_vio_val")]
+        assert told == [pytest.approx(means[:3], abs=1e-4), pytest.approx(validated, abs=1e-4)]
+        assert events[-1]["max_vio"][layer] == pytest.approx(last, abs=1e-4)
+    said = json.loads((log.parent / "summary.json").read_text())["max_vio"]
+    assert said["layers"] == [1, 2] and said["steps"] == pytest.approx([x[0][3] for x in expected], abs=2e-4)
+    assert said["validation"] == events[-1]["max_vio_val"]
+    for name in ("steps", "validation"):
+        assert said[f"{name}_mean"] == pytest.approx(sum(said[name]) / 2, abs=1e-4)
+    over, val = (sum(events[-1][name]) / 2 for name in ("max_vio_steps", "max_vio_val"))
+    assert f"; {over:.2f} over the steps, {val:.2f} in validation; " in capsys.readouterr().out
 
 
 def test_the_entropy_of_equal_scores_is_one_and_of_a_certain_router_near_zero():

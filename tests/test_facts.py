@@ -54,6 +54,61 @@ def kind(name):
     return "matrix" if last in ("qkvo", "c_fc", "c_proj") else "gate" if last == "gate" else "scalar"
 
 
+# ----- what the logs of records 34 to 57 print or their sources set
+
+STEPS = {  # scheduled, extension
+    34: (1645, 0), 35: (1640, 40), 36: (1640, 40), 37: (1640, 40), 38: (1630, 40), 39: (2380, 40),
+    40: (2290, 40), 41: (2275, 40), 42: (2245, 40), 43: (2205, 40), 44: (2205, 40), 45: (2185, 40),
+    46: (2120, 40), 47: (2120, 40), 48: (2120, 40), 49: (2070, 40), 50: (2050, 40), 51: (1995, 40),
+    52: (1960, 40), 53: (1880, 40), 54: (1840, 40), 55: (1805, 40), 56: (1785, 40), 57: (1800, 40)
+}
+TOKENS = {  # of the whole training, where the log or its record names them
+    34: 646_840_320, 35: 660_602_880, 38: 656_670_720, 39: 634_388_480, 40: 610_795_520, 41: 606_863_360,
+    42: 598_999_040, 43: 588_513_280, 45: 583_270_400, 46: 571_342_848, 49: 558_366_720, 50: 552_992_768,
+    51: 538_705_920, 52: 529_399_808, 53: 508_428_288, 54: 497_942_528, 55: 488_767_488, 56: 483_655_680,
+    57: 487_587_840
+}
+GROWING = (131_072, 262_144, 393_216)
+BATCHES = [(34, (393_216,)), (39, (262_144,)), (46, GROWING)]  # tokens of a step, in their order
+PEAKS = [(34, ()), (46, (1.51, 1.93)), (53, (1.52, 1.73))]
+COOLDOWN = [(34, 0.5), (39, 0.4), (40, 0.45), (42, 0.5), (46, 0.55), (54, 0.5)]
+MUON_RATE = [(34, 0.05), (38, 0.06), (42, 0.03), (46, 0.023)]
+BETA1 = [(34, 0.8), (39, 0.7), (40, 0.65)]
+EPS = [(34, 1e-8), (57, 1e-10)]
+RATES = {"embed": [(34, 0.6), (51, 0.008)], "lm_head": [(34, 0.008)], "scalar": [(34, 0.04)]}
+LAST_WINDOW = [(34, 11), (42, 13)]  # long window at the end of training, in blocks of 128
+FINAL = [(34, (13, 6, 20)), (35, (20, 6, 20))]  # of the last validation: long, short, last layer
+BLOCKS = [(34, 12), (49, 11)]
+NO_ATTENTION = [(34, (7,)), (35, (0, 7)), (49, (6,))]
+
+
+@pytest.mark.parametrize("n", STEPS)
+def test_published_facts_of_records_34_to_57(n):
+    s = deltas.resolve(f"short/{n}").settings
+    steps, extension = STEPS[n]
+    plans = schedule.plan(s)
+    assert (len(plans), s.schedule.extension) == (steps + extension, extension)
+    total = plans[-1].tokens_before + plans[-1].tokens
+    assert total == TOKENS.get(n, total) and schedule.tokens_before(s, len(plans)) == total
+    assert tuple(dict.fromkeys(p.tokens for p in plans)) == at(n, BATCHES)
+    assert tuple(factor for _, factor in s.schedule.lr_peaks) == at(n, PEAKS)
+    assert (s.schedule.cooldown_frac, s.schedule.lr_floor) == (at(n, COOLDOWN), 0.1)
+    assert (s.optim.muon.lr, s.optim.adam.beta2) == (at(n, MUON_RATE), 0.95)
+    assert (s.optim.adam.beta1, s.optim.adam.eps) == (at(n, BETA1), at(n, EPS))
+    for group, rates in RATES.items():
+        assert n >= 51 and group == "embed" or s.optim.group(group, group).lr == at(n, rates), group
+    if n >= 51:  # the tied table is the head; value tables keep the rate of the embedding
+        assert s.optim.group("embed", "value_embed").lr == 0.6
+    long = [p.shape.windows.long_blocks[-1] for p in plans]
+    assert tuple(dict.fromkeys(long)) == (3, 7, 11, 13)[:3 if at(n, LAST_WINDOW) == 11 else 4]
+    assert long[-1] == at(n, LAST_WINDOW)
+    final = schedule.validation_windows(s, len(plans))
+    assert tuple((w.tokens - 1) // 128 for w in (final.long, final.short, final.last)) == at(n, FINAL)
+    assert s.data.max_doc_len == 2048 and s.validation.tokens == 10_485_760
+    assert s.model.num_layers == at(n, BLOCKS)
+    assert tuple(sorted(s.model.attn.drop_layers)) == at(n, NO_ATTENTION)
+
+
 # ----- storage and optimizer
 
 KINDS = [(1, {"table", "matrix", "scalar"}), (2, {"table", "matrix"}), (8, {"table", "matrix", "head"}),

@@ -80,21 +80,26 @@ def test_an_estimate_takes_the_published_minutes_of_the_nearest_record():
     assert "short/8's published 10.8 min on 8 x H100" in source and seconds == pytest.approx(10.8 * 60 * 8)
 
 
-def log(s, start_ms, step_ms, validation_ms, end_ms):
+def log(s, start_ms, token_ms, validation_ms, end_ms):
     """Events of a run that takes exactly these times."""
     wall, ms, events = start_ms, 0.0, [{"kind": "reset", "wall_ms": start_ms}]
+    plans, tokens = schedule.plan(s), 0
     for step in range(s.schedule.steps + 1):
         if schedule.validates(s, step):
             wall += validation_ms
-            events.append({"kind": "validation", "step": step, "train_time_ms": ms, "wall_ms": wall})
-        wall, ms = wall + step_ms, ms + step_ms
-    return [*events, {"kind": "end", "wall_ms": wall - step_ms + end_ms}]
+            events.append({
+                "kind": "validation", "step": step, "train_time_ms": ms, "wall_ms": wall, "tokens": tokens
+            })
+        if step < s.schedule.steps:
+            took, tokens = token_ms * plans[step].tokens, tokens + plans[step].tokens
+            wall, ms = wall + took, ms + took
+    return [*events, {"kind": "end", "wall_ms": wall + end_ms}]
 
 
 def test_a_trial_is_extrapolated_to_the_time_of_the_whole_run():
     draw = random.Random(0)
     for _ in range(20):
-        record = draw.choice(["short/1", "short/11", "short/33"])
+        record = draw.choice(["short/1", "short/11", "short/33", "short/57"])
         short, whole = (
             deltas.resolve(record, scale="micro", sets=sets).settings for sets in (["schedule.steps=10"], [])
         )

@@ -453,7 +453,10 @@ def switchable():
     on."""
     found = {}
     for ref in reversed(RECORDS):
-        for path in {p for r in deltas.chain(deltas.find_record(ref)) for p in r.delta} - found.keys():
+        deltas_of = [r.delta for r in deltas.chain(deltas.find_record(ref))]
+        sections = {p: v for d in deltas_of for p, v in d.items() if isinstance(v, dict)}
+        rules = {f"{p}.adamw" for p, v in sections.items() if "adamw" in v}
+        for path in ({p for d in deltas_of for p in d} | rules) - found.keys():
             try:
                 deltas.resolve(ref, without=[path])
                 found[path] = ref

@@ -1,12 +1,18 @@
 """Schedules of records 34 to 57: at every step those of the originals, and their token totals the published
 ones."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 import deltas
+import matrix
 import schedule
+import schema
+from declare import lookup
 from system.dry_run import print_plan
+from system.report import cut_line
 from common.errors import UserError
 from golden_records import load
 
@@ -187,3 +193,98 @@ def test_the_plan_says_that_an_extension_was_cut_to_an_eighth_of_the_run(capsys)
         sets = ["schedule.steps=64", f"schedule.extension_steps={asked}"]
         print_plan(deltas.resolve("short/57", scale="micro", sets=sets))
         assert ("the extension has 8 of the 9 steps asked for" in capsys.readouterr().out) == told
+
+
+def test_the_matrix_takes_record_53_through_a_batch_switch_a_freeze_and_the_untie():
+    """On 1, 2 and 4 processes: tests/matrix.md."""
+    plans = schedule.plan(settings(53, f"schedule.steps={matrix.steps_of('short/53')}", scale="micro"))
+    assert [p.shape.tokens_per_rank for p in plans] == [32, 32, 32, 64, 64, 96, 96, 96]
+    assert [p.step for p in plans if p.frozen] == [3, 4, 5, 6, 7]
+    assert [p.step for p in plans if "untie" in p.events] == [5]  # the table moves by itself in step 7
+    assert "embed" in plans[7].due and not plans[7].shape.tied
+    assert "| short/53 |" in (Path(matrix.__file__).parent / "matrix.md").read_text(encoding="utf-8")
+
+
+# ----- runs that are too short for a setting
+
+# of every setting counted in steps a record that has it; None: the count does not depend on the run's length
+COUNTED = {
+    "schedule.steps": None,
+    "system.warmup_steps": None,  # untimed steps; from the run's last step on they repeat it
+    "schedule.warmup_steps": "short/2", "schedule.cooldown_steps": "short/2",
+    "numerics.fp8_mlp.c_proj.exact_steps": "short/57", "optim.positions": "short/1", "optim.norm": "short/1",
+    "optim.bias": "short/1", "optim.router": "variants/4", "optim.expert_c_fc": "variants/4",
+    "optim.expert_c_proj": "variants/4", "optim.latent": "variants/5", "optim.value_lambda": "short/9",
+    "optim.sa_lambdas": "short/33", "optim.matrix": "short/1"
+}
+SWITCHES_ON = {
+    "numerics.fp8_mlp.c_proj.exact_steps": ["numerics.fp8_mlp", "numerics.fp8_mlp.c_proj"]
+}
+
+
+def too_long(path, count=73):
+    """(settings, None) or (None, message) of a micro run of 72 steps with this count of steps."""
+    ref = COUNTED.get(path, COUNTED.get(path.rpartition(".")[0], "short/57"))
+    base = deltas.resolve(ref, scale="micro").settings
+    with_ = SWITCHES_ON.get(path, [p for p in schema.prefixes(path) if lookup(base, p) is None])
+    sets = ["schedule.steps=72", f"{path}={count}", "system.precision=record"]
+    try:
+        return deltas.resolve(ref, scale="micro", with_=with_, sets=sets).settings, None
+    except UserError as error:
+        return None, str(error)
+
+
+COUNTS = [path for path, f in schema.fields().items() if f.metadata["unit"] == "step"]
+
+
+@pytest.mark.parametrize("path", [path for path in COUNTS if COUNTED.get(path, "") is not None])
+def test_a_count_of_steps_that_is_longer_than_the_run_is_told_or_refused(path):
+    s, message = too_long(path)
+    if s is None:
+        assert message.startswith(f"{path} = 73 follows a change of the window or of the batch")
+    else:
+        plans = schedule.plan(s)
+        assert path in dict(schedule.cuts(s, plans)) and cut_line(s, plans)[0].count(path) == 1
+
+
+def test_the_list_of_counts_is_not_empty_and_a_run_says_all_of_it_in_one_line():
+    assert len(COUNTS) > 40 and {path for path in COUNTED if path.count(".") > 1} <= {*COUNTS}
+    s = settings(57, "schedule.steps=20")
+    line, = cut_line(s, schedule.plan(s))
+    assert line == (
+        "this run is too short for schedule.extension_steps = 40, optim.muon.momentum_warmup.steps = 300, "
+        "optim.muon.momentum_cooldown.steps = 50, validation.every = 250 (--dry-run says what it does "
+        "instead)"
+    )
+
+
+def test_no_record_is_too_short_for_itself_at_any_scale():
+    for ref in deltas.load_records():
+        for scale in ("tiny", "micro"):  # full and small differ from tiny by one factor of all counts
+            s = deltas.resolve(ref, scale=scale).settings
+            assert cut_line(s, schedule.plan(s)) == [], (ref, scale)
+
+
+@pytest.mark.parametrize("ref, sets, path, effect", [
+    ("short/2", ["schedule.steps=600", "schedule.warmup_steps=256", "schedule.cooldown_steps=400"],
+     "schedule.warmup_steps", "256 steps reach into the cooldown, the last 400 of 600"),
+    ("short/57", ["schedule.steps=340"], "optim.muon.momentum_warmup.steps",
+     "300 steps reach into the cooldown, the last 50 of 340"),
+    ("short/52", ["optim.scalar.freeze_steps=700"], "optim.scalar.freeze_steps",
+     "700 steps are more than lie between two changes of window or batch: the group is not updated after "
+     "step 653"),
+    ("short/57", ["schedule.steps=2"], "schedule.stages", "no step is left for stage 2"),
+    ("short/57", ["schedule.steps=2"], "model.head.untied.tied_until",
+     "the run ends before head and embedding are untied"),
+])
+def test_what_a_run_cuts_is_said(ref, sets, path, effect):
+    s = deltas.resolve(ref, sets=sets).settings
+    assert dict(schedule.cuts(s, schedule.plan(s)))[path].startswith(effect)
+
+
+@pytest.mark.feature("optim.scalar.freeze_steps")
+def test_a_freeze_without_a_change_to_follow_is_refused():
+    for n in (11, 12):
+        with pytest.raises(UserError, match="neither changes in this run: set optim.scalar.freeze_steps=0"):
+            settings(n, "optim.scalar.freeze_steps=4")
+    assert settings(13, "optim.scalar.freeze_steps=4") and settings(52).optim.scalar.freeze_steps == 40

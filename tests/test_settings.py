@@ -19,7 +19,7 @@ import settings
 import schedule
 from system.dry_run import print_plan
 from scales import SCALES
-from declare import AS_IS, BEFORE, PRECISION, PRODUCTS, REFUSE, lookup, opt
+from declare import AS_IS, BEFORE, PRECISION, PRODUCTS, REFUSE, lookup, opt, walk
 from settings import Settings, tokens_per_step
 from common.errors import UserError
 from records.__main__ import main
@@ -116,6 +116,58 @@ def test_an_unknown_line_in_a_record_is_named(tmp_path):
     path.write_text(text.replace("[delta]", "[deltas]"))
     with pytest.raises(UserError, match="unknown line 'deltas' .did you mean delta"):
         deltas.read_record(path, "short")
+
+
+REASONS = ("has no sensible off; use --set", "it came with ", "it is already ", "has no effect while ")
+# of each setting whose removal leaves a contradiction at record 57: what depends on it
+DEPENDANTS = {
+    "model.residual.unet_skips.pairs": "model.residual.unet_skips needs an even model.num_layers, got 11",
+    "schedule.stages": "model.head.mtp.start has 3 lists and schedule.stages has 1"
+}
+
+
+def on_at_57():
+    """Every setting that is on in record 57, and that record 33 does not have so."""
+    late, early = (deltas.resolve(ref).settings for ref in ("short/57", "short/33"))
+
+    def before(path):
+        try:
+            return lookup(early, path)
+        except AttributeError:  # a section of another kind
+            return None
+
+    return [path for path, _, value in walk(late) if value not in (None, False, before(path))]
+
+
+def test_without_any_setting_of_record_57_the_rest_holds_or_the_refusal_names_its_reason_and_remedy():
+    done, refused, base = 0, 0, deltas.resolve("short/57").settings
+    for path in on_at_57():
+        try:
+            s = deltas.resolve("short/57", without=[path]).settings
+        except UserError as error:
+            refused += 1
+            own = str(error).startswith(f"--without {path}: ") and any(r in str(error) for r in REASONS)
+            assert own or DEPENDANTS[path] in str(error), (path, error)
+        else:
+            done += 1
+            assert s != base, path
+    assert done > 90 and refused > 40
+
+
+@pytest.mark.feature("optim.gate.adamw", "optim.smear_gate.adamw", "optim.ve_gate.adamw",
+                     "optim.skip_gate.adamw", "numerics.matrix_mantissa")
+def test_without_adamw_a_gate_is_muon_s_again_and_without_muon_nothing_of_it_is_left():
+    rates = {"gate": "0.008", "smear_gate": "8e-05", "ve_gate": "0.008", "skip_gate": "0.0004"}
+    for name, rate in rates.items():
+        r = deltas.resolve("short/57", without=[f"optim.{name}.adamw"])
+        group = r.settings.optim.group("matrix", name)
+        assert (group.rule, group.lr, group.every, group.beta1) == ("muon", 0.023, 1, 0.65)
+        assert f"without optim.{name}.lr: {rate} came with optim.{name}.adamw" in r.report
+        later = deltas.resolve("short/57", without=[f"optim.{name}.adamw"], sets=[f"optim.{name}.lr=0.01"])
+        assert later.settings.optim.group("matrix", name).lr == 0.01
+    r = deltas.resolve("short/57", without=["optim.muon"])
+    assert "without numerics.matrix_mantissa: it needs numerics.matrix=bfloat16 and optim.muon" in r.report
+    assert r.settings.optim.group("matrix", "gate").lr == 0.008  # AdamW's as before
 
 
 def test_without_takes_along_what_needs_it():
@@ -746,7 +798,9 @@ def test_what_a_field_names_exists():
     known, scale = schema.fields(), scales.rules(SCALES["tiny"], 10, 0.1)
     for f in known.values():
         assert not f.metadata["shrink"] or f.metadata["shrink"] in scale, f.path
-        for condition in filter(None, (f.metadata["needs"], f.metadata["idle"])):
+        conditions = [*f.metadata["needs"].split(" and "), f.metadata["idle"]]
+        assert all(f.path.rpartition(".")[0] + f".{name}" in known for name in f.metadata["along"]), f.path
+        for condition in filter(None, conditions):
             path, _, values = condition.partition("=")
             assert path in known and all(
                 v in typing.get_args(known[path].type) for v in values.split("|") if v

@@ -271,7 +271,7 @@ def test_the_decay_of_records_43_to_47_joins_the_update_in_bfloat16():
     ([*ADAM, "optim.qkvo={decay_mul=2.0}"], "optim.qkvo.decay_mul is AdamW's"),
     (["optim.qkvo={adamw=true, lr_mul=2.0}"], "optim.qkvo.lr_mul is Muon's"),
     (["optim.muon.normuon={attn=\"mixed\"}", "optim.muon.split_qkv=false"], "is for separate q, k and v"),
-    ([*KEPT, "optim.muon=false"], "is that of Muon's matrices"),
+    ([*KEPT, "optim.muon=false"], "needs numerics.matrix=bfloat16 and optim.muon"),
     (["numerics.matrix_mantissa=true"], "numerics.matrix_mantissa needs numerics.matrix=bfloat16"),
     (["numerics.matrix=bfloat16", "numerics.matrix_mantissa=true", "system.comm=allreduce_updates"],
      "has no place for the lower bits")])

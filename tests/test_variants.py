@@ -58,6 +58,7 @@ RATIOS = {
     "variants/1": 1.001, "variants/2": 1.001, "variants/3": 0.807, "variants/4": 1.002, "variants/5": 0.945,
     "variants/6": 0.993, "variants/7": 0.967
 }
+LATER = {"variants/8": 1.0, "variants/9": 1.341, "variants/10": 1.0}  # over the parents of their own
 
 
 @pytest.mark.parametrize("ref", RATIOS)
@@ -86,6 +87,25 @@ def test_flops_over_the_parent_s_at_full_width(ref):
     assert round(cost / parent_cost, 3) == RATIOS[ref]
 
 
+def test_flops_of_the_gated_mlp_the_mtp_module_and_the_narrow_router_over_their_parents():
+    """By hand: three matrices of 2/3 of the width are two; a module has M, a block and the head again."""
+    d, rows, keys = 768, 50304, keys_seen(Window(1024), 65536)
+    parent = 6 * (12 * 12 * d * d + rows * d) + 6 * 12 * keys * 2 * d
+    module = 6 * (14 * d * d + rows * d) + 6 * keys * 2 * d
+    assert variant_table.counted("short/12")[2] == pytest.approx(parent, rel=1e-12)
+    by_hand = {"variants/8": 1.0, "variants/9": (parent + module) / parent, "variants/10": 1.0}
+    records = deltas.load_records()
+    for ref, ratio in LATER.items():
+        found = variant_table.counted(ref)[2] / variant_table.counted(records[ref].parent)[2]
+        assert found == pytest.approx(by_hand[ref], rel=1e-12) and round(found, 3) == ratio
+
+
+def test_the_weight_of_the_module_falls_after_ten_of_14_8_parts_of_the_run():
+    plans = schedule.plan(deltas.resolve("variants/9").settings)
+    assert [p.target_weights for p in plans] == 1267 * [(1.0, 0.3)] + 608 * [(1.0, 0.1)]
+    assert 1267 == -(-1875 * 10 // 14.8)  # the first step that is not before 10 / 14.8 of all
+
+
 def test_windows_that_grow_are_averaged_over_the_steps_and_the_plan_says_what_is_counted():
     s = deltas.resolve("short/33").settings
     model = without_values(s)
@@ -105,15 +125,26 @@ def test_the_page_of_the_variants_tells_what_the_command_prints(capsys):
         main(["variants"])
     out = capsys.readouterr().out
     assert stop.value.code == 0 and out.strip() and out in (ROOT / "docs/variants.md").read_text()
-    for ref, ratio in RATIOS.items():
+    for ref, ratio in {**RATIOS, **LATER}.items():
         assert f"| {ref} |" in out and f"| {ratio:.3f} |" in out
+
+
+def test_the_balance_of_a_committed_run_is_a_row_and_without_one_there_is_no_table():
+    told = {
+        "layers": [1, 2], "steps": [0.5, 0.7], "validation": [0.2, 0.3], "steps_mean": 0.6,
+        "validation_mean": 0.25
+    }
+    lines = variant_table.balance_table({"variants/2": {"scale": "tiny", "steps": 176, "max_vio": told}})
+    assert lines[-1] == "| variants/2 | tiny | 176 | 0.60 | 0.25 | 0.30 (layer 2) |"
+    assert lines[-3].count("|") == lines[-2].count("|") == lines[-1].count("|")
+    assert variant_table.balance_table({}) == []
 
 
 def test_a_variant_without_measurements_says_so_and_a_lost_table_is_one_line(tmp_path):
     site = variant_table.gather()
     times = variant_table.read_times(variant_table.TIMES)
     text = variant_table.markdown({**site, "sweeps": []}, {**times, "rows": times["rows"][:1]})
-    assert text.count("not measured") == 6 and "unresolved" not in text
+    assert text.count("not measured") == 9 and "unresolved" not in text
     for content in (None, "{"):
         path = tmp_path / "times.json"
         if content:

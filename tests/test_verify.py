@@ -246,13 +246,24 @@ def test_what_a_mixture_tells_of_its_experts_is_read_and_checked(tmp_path):
         "loads and dropped rows are not"
         in problems(lambda events: events[at]["load"][0].__setitem__(0, 7))[0]
     )
+    lists = run_laws.LOADS + run_laws.LATER_LOADS
     assert (
         "of layers [0]"
         in problems(
-            lambda events: events[at].update({n: events[at][n][:1] for n in run_laws.LOADS}, layers=[0])
+            lambda events: events[at].update({n: events[at][n][:1] for n in lists}, layers=[0])
         )[0]
     )
-    for field in [*run_laws.LOADS, "load", "step"]:
+    for name, loads in (("max_vio", "load"), ("max_vio_val", "val_load")):
+        assert (
+            f"{name} of layer 1 is not that of its {loads}"
+            in problems(lambda events: events[at][name].__setitem__(0, events[at][name][0] + 0.01))[0]
+        )
+    assert "val_load does not add up" in problems(
+        lambda events: events[at]["val_load"][0].__setitem__(0, 7)
+    )[0]
+    later = [*run_laws.LATER_LOADS, "val_load"]  # earlier logs have none of them
+    assert problems(lambda events: [events[at].pop(n) for n in later]) == []
+    for field in [*lists, "load", "val_load", "step"]:
         for junk in JUNK:
             found = problems(lambda events: events[at].__setitem__(field, junk))
             assert found and all(isinstance(p, str) for p in found), (field, junk)

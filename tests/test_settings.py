@@ -798,7 +798,7 @@ def test_what_a_field_names_exists():
     known, scale = schema.fields(), scales.rules(SCALES["tiny"], 10, 0.1)
     for f in known.values():
         assert not f.metadata["shrink"] or f.metadata["shrink"] in scale, f.path
-        conditions = [*f.metadata["needs"].split(" and "), f.metadata["idle"]]
+        conditions = [*re.split(" and | or ", f.metadata["needs"]), f.metadata["idle"]]
         assert all(f.path.rpartition(".")[0] + f".{name}" in known for name in f.metadata["along"]), f.path
         for condition in filter(None, conditions):
             path, _, values = condition.partition("=")

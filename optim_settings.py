@@ -242,8 +242,7 @@ class Muon:
     slow: SlowMomentum | None = opt(None, "slow momentum: a second momentum buffer",
                                     needs="optim.muon.momentum_ema")
     anvil_maps: bool = opt(
-        False, "maps of ANVIL (record 92): six other polynomials in place of Newton-Schulz", off=False,
-        needs="optim.muon.ns_steps=6"
+        False, "maps of ANVIL (record 92): six other polynomials in place of Newton-Schulz", off=False
     )
     normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
     cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
@@ -436,6 +435,8 @@ class Optim:
             if own and own.adamw and own.lr_mul is not None:
                 yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
         normuon = self.muon and self.muon.normuon
+        if self.muon and self.muon.anvil_maps and self.muon.ns_steps != 6:
+            yield f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
         if self.muon and self.muon.anvil_maps and self.muon.polar_express:
             yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (

@@ -385,6 +385,11 @@ class RunLog:
                 files.write(path, text, remedy="free some space, or choose another folder with --out")
         return digest
 
+    def close(self):
+        """Let another process write the log."""
+        for file in self.files.values() if self.active else ():
+            file.close()
+
     @held
     def end(self, **fields):
         """The last event, both logs made to last, then summary.json. Returns the summary."""

@@ -166,7 +166,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
                 report.introduce(run, resolved, about)
                 found = None
                 if options.resume is not None:
-                    found = checkpoint.begin_again(run, options.resume, report.continuing(about))
+                    found = checkpoint.begin_again(run, options.resume, about)
             return finish(conduct(run, options, found), run, resolved, options)
         except KeyboardInterrupt:
             if run is None:
@@ -174,6 +174,9 @@ def train(resolved: Resolved, options: Namespace) -> int:
             with hold():
                 run.close()
                 return finish("interrupted", run, resolved, options)
+        finally:
+            if run is not None:
+                run.log.close()
 
 
 def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) -> tuple:
@@ -231,6 +234,8 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
         status = loop(run, found.about["digests"] if found else {})
     except torch.OutOfMemoryError as error:
         raise UserError(preflight.out_of_memory(run, error)) from None
+    except UserError as error:  # a shard is gone, a disk is full
+        raise UserError(f"{error}{report.remedy(run)}") from None
     except RuntimeError as error:
         said = compiler.failure(error, run.log.folder if run.world.main else None)
         if said:

@@ -51,6 +51,8 @@ FOLDER = "checkpoints"
 PATTERN = "step*.pt"
 ROOM = 1.05  # free space that a checkpoint needs, in its own bytes
 AHEAD = 2  # steps
+# what may have changed since a run began; the event `resume` tells it again
+CONTINUES = ("system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm", "attention")
 
 
 # ----- the state of a run -----------------------------------------------------------------------------------
@@ -336,7 +338,7 @@ class Checkpoints:
         self.report()
         wish = "stop" if asked.asked else "save" if self.is_time() else ""
         wish = self.ahead.decide(step, wish)
-        if self.every[0] == "steps" and step > run.first_step and step % self.every[1] == 0:
+        if self.every[0] == "steps" and run.first_step < step < len(run.plans) and step % self.every[1] == 0:
             wish = wish or "save"
         self.due = "stop" if "stop" in (wish, self.due) else wish or self.due
         left = 0 < step < len(run.plans) and run.optimizer.keeps_gradients(run.plans[step - 1])
@@ -417,12 +419,18 @@ def sweep(folder: Path) -> None:
             os.unlink(path)
 
 
-def begin_again(run: Run, folder: Path, resume_from: Any) -> Found | None:
+def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:
     """The checkpoint to continue from, or None to begin with the first step; the log's event `resume`.
 
-    Process 0 chooses, and the others read the same file. Collective.
-    resume_from: fields of the event that say what continues: processes, device, code and the like.
+    Process 0 chooses, and the others read the same file. Collective. UserError if the texts are others than
+    those with which the run began.
+    here: description of this part of the run, as for the log's first event.
     """
+    start = run.log.events[0]
+    for name in ("corpus_digest", "val_digest"):
+        if start[name] != here[name]:
+            raise UserError(f"{folder}: was begun with other tokens ({name} {start[name][:12]}, of "
+                            f"{run.corpus.folder} {here[name][:12]}): give --data as it was")
     found, passed, broken = None, [], ""
     if run.world.main:
         found, passed = choose(folder, run.log, schema.ml_hash(run.s))
@@ -440,7 +448,8 @@ def begin_again(run: Run, folder: Path, resume_from: Any) -> Found | None:
     event = run.log.event(
         "resume", step=found.about["step"] if found else 0, checkpoint=path, digest=found and found.digest,
         passed=passed, lost_steps=steps, lost_ms=round(milliseconds, 3), utc=runlog.utc(),
-        train_time_ms=round(run.clock.total_ms, 3), sources=run.log.keep_sources(), **resume_from
+        train_time_ms=round(run.clock.total_ms, 3), sources=run.log.keep_sources(),
+        **{name: here[name] for name in CONTINUES}
     )
     run.world.say(*runlog.render(event))
     return found

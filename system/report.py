@@ -58,13 +58,6 @@ def folder_name(resolved: Resolved, seed: int) -> str:
     return f"{name}_{resolved.scale}_{schema.ml_hash(resolved.settings)[:8]}_s{seed}"
 
 
-def continuing(about: dict) -> dict:
-    """The part of a run's description that may have changed since it began, for the event `resume`."""
-    names = ("system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm",
-             "attention")
-    return {name: about[name] for name in names}
-
-
 def interruptions(events: list[dict]) -> list[str]:
     """A list with the line that says that a run was resumed; [] if it was not."""
     at = [event["step"] for event in events if event["kind"] == "resume"]
@@ -72,6 +65,13 @@ def interruptions(events: list[dict]) -> list[str]:
         return []
     steps = f"step{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}"
     return [f"resumed at {steps} after an interruption, with the time of lost steps on the clock: no record"]
+
+
+def remedy(run: Run) -> str:
+    """The end of the message of an error that stopped a run: how it goes on; "" if it keeps no checkpoints."""
+    if run.checkpoints is None or not run.world.main:
+        return ""
+    return f"; then go on with --resume {run.log.folder}"
 
 
 def introduce(run: Run, resolved: Resolved, about: dict) -> None:

@@ -81,10 +81,10 @@ def kinds(folder):
 
 # ----- the same bits
 
-@pytest.mark.parametrize("ref, at", [("short/57", (5,)), ("variants/5", (1, 7))])
+@pytest.mark.parametrize("ref, at", [("short/57", (5,)), ("variants/2", (1, 7))])
 def test_a_killed_run_ends_with_the_bits_of_one_that_was_left_alone(ref, at, tmp_path, monkeypatch, capsys):
     """Stages, an embedding that unties, groups with a cadence, YaRN and kept mantissas; experts with their
-    biases. variants/5 is killed before its first checkpoint too."""
+    biases. variants/2 is killed before its first checkpoint too."""
     options, resolved = options_of(ref, tmp_path / "whole")
     assert train(options, resolved) == 0
     whole = next((tmp_path / "whole").glob("*/run.jsonl")).parent

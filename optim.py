@@ -31,10 +31,11 @@ class Local:
     late: the reduction starts after the banks that are not late have been updated.
     partial: `wait` returns only a part of the gradient.
     sends_updates: processes exchange updates instead of parameters.
+    splits_members: each process holds a slice of every parameter of the bank (expert parallelism).
     """
     name = "local"
     shards = 1
-    reduces = eager = late = partial = sends_updates = False
+    reduces = eager = late = partial = sends_updates = splits_members = False
 
     def __init__(self):
         self.work = []
@@ -56,9 +57,10 @@ class Local:
     def gather(self, param):
         """Start the all-gather of the updated shards. Returns its work handle, or None."""
 
-    def whole(self, x):
-        """A copy of the whole tensor, from this process's shard x of it. May be collective."""
-        return x.clone()
+    def whole(self, x, units):
+        """The whole tensor (units, ...), from this process's shard x of it; may be x itself. May be collective.
+        """
+        return x
 
 
 class Alone:
@@ -184,6 +186,53 @@ class Bank:
         padded = tokens.new_zeros(len(self.param))
         padded[:len(tokens)] = tokens > 0
         return self.comm.shard(padded.view(-1, *[1] * len(self.unit)))
+
+    def members_of(self, x):
+        """Yield (name, that parameter's part) of a bank-shaped tensor."""
+        start = 0
+        for name, p in self.members:
+            stop = start + p.numel() // math.prod(self.unit)
+            yield name, x[start:stop]
+            start = stop
+
+    def full_tensors(self):
+        """Yield (name, tensor) of the parameters, and of their state as `name/key`. Collective.
+
+        Tensors are whole and without padding, so they are the same on any number of processes: parameters in
+        their shape, state as (units, ...). They may be views of the bank.
+        """
+        split = self.comm.splits_members
+        for name, p in self.members:
+            yield name, self.comm.whole(p.detach(), 0) if split else p.detach()
+        for key, x in self.state.items():
+            x = x if split else self.comm.whole(x, len(self.param))
+            for name, part in self.members_of(x):
+                yield f"{name}/{key}", self.comm.whole(part, 0) if split else part
+
+    def load(self, full):
+        """Fill parameters and state from {name: tensor}, as full_tensors gives them.
+
+        KeyError for a missing name, ValueError for a tensor of another size or dtype.
+        """
+        split = self.comm.splits_members
+
+        def fill(part, name):
+            given = full[name]
+            given = given.chunk(self.comm.world)[self.comm.rank] if split else given
+            if given.numel() != part.numel() or given.dtype != part.dtype:
+                raise ValueError(
+                    f"{name}: {given.numel()} numbers {given.dtype}, here {part.numel()} {part.dtype}"
+                )
+            part.copy_(given.reshape(part.shape))
+
+        for name, p in self.members:
+            fill(p, name)
+        for key, x in self.state.items():
+            whole = x if split else x.new_zeros((len(self.param), *x.shape[1:]))
+            for name, part in self.members_of(whole):
+                fill(part, f"{name}/{key}")
+            if not split:
+                x.copy_(self.comm.shard(whole))
 
     def update(self, grad, numbers, update_, direction):
         """Apply the rule in place. update_, direction: its functions, compiled or not."""
@@ -312,6 +361,34 @@ class Optimizer:
             }
             out[f"{i} {bank.name()}/updates"] = torch.tensor(bank.updates)
         return out
+
+    @torch.no_grad()
+    def full_tensors(self):
+        """Yield (name, tensor) of all parameters and their state (Bank.full_tensors). Collective."""
+        for bank in self.banks:
+            yield from bank.full_tensors()
+
+    def update_counts(self):
+        """{parameter's name: updates so far}."""
+        return {name: bank.updates for bank in self.banks for name, _ in bank.members}
+
+    @torch.no_grad()
+    def load(self, full, updates):
+        """Continue from the tensors of full_tensors and the counts of update_counts, with no gradient kept.
+
+        The number of processes may be another one. Errors: those of Bank.load.
+        """
+        self.reset()
+        for bank in self.banks:
+            bank.load(full)
+            bank.updates = updates[bank.members[0][0]]
+
+    def keeps_gradients(self, plan):
+        """Whether gradients are kept after a step for a later one (groups with a cadence).
+
+        plan: schedule.StepPlan of the step.
+        """
+        return any(not is_due(bank, plan.due) and bank.group not in plan.frozen for bank in self.banks)
 
     def state_bytes(self):
         return sum(x.nbytes for bank in self.banks for x in bank.state.values())
@@ -444,8 +521,9 @@ class Optimizer:
                             "own, and both AdamW")
         new.param.view(-1)[first:end] = old.param.view(-1)[start:stop]
         for name, x in new.state.items():
-            whole = new.comm.whole(x)
-            whole.view(-1)[first:end] = old.comm.whole(old.state[name]).view(-1)[start:stop]
+            whole = new.comm.whole(x, len(new.param)).clone()
+            taken = old.comm.whole(old.state[name], len(old.param))
+            whole.view(-1)[first:end] = taken.view(-1)[start:stop]
             x.copy_(new.comm.shard(whole))
         new.updates = old.updates
 

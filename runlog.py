@@ -15,6 +15,11 @@ import platform
 import time
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 from common import files
 from common.errors import UserError
 from common.interrupt import held
@@ -27,6 +32,7 @@ READABLE = (2, 3)
 PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
 # events in which every null stands for a number that is not finite
 MEASURED = ("probe", "validation", "experts")
+NAMES = ("log.txt", "run.jsonl")
 
 
 def source_files():
@@ -124,12 +130,13 @@ def read_chain(path):
     return [event for event, _ in read_links(path)]
 
 
-def read_links(path):
+def read_links(path, torn=False):
     """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before
-    it."""
+    it. torn: a last line without its end, which a kill may leave, is left out."""
     previous, links = GENESIS, []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8", errors="replace" if torn else "strict")
+        lines = (text.rpartition("\n")[0] if torn else text).splitlines()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -149,6 +156,14 @@ def read_links(path):
     if not links:
         raise UserError(f"{path}: the file is empty")
     return links
+
+
+def readable(path):
+    """The whole events of a log that may be under way or torn; [] if it cannot be read."""
+    try:
+        return [event for event, _ in read_links(path, torn=True)]
+    except UserError:
+        return []
 
 
 # ----- what follows from the chain --------------------------------------------------------------------------
@@ -185,6 +200,20 @@ def render(event):
             f"experts: MaxVio {mean(event['max_vio']):.2f} mean, {worst:.2f} in layer "
             f"{event['layers'][event['max_vio'].index(worst)]}{measured_too}; {sum(event['idle'])} idle; "
             f"{sum(event['dropped'])} rows dropped; entropy {mean(event['entropy']):.3f}"
+        ]
+    if kind == "checkpoint":
+        if "error" in event:
+            return [f"no checkpoint of step {event['step']}: {event['error']}; the run goes on"]
+        return [
+            f"checkpoint of step {event['step']}: {event['bytes'] / 1e6:.1f} MB, {event['copy_ms']:.1f} ms on "
+            f"the clock, {event['write_ms'] / 1000:.2f} s written in the background"
+        ]
+    if kind == "resume":
+        lines = [f"passed over {name}: {reason}" for name, reason in event["passed"]]
+        source = f"from {event['checkpoint']}" if event["checkpoint"] else "without a checkpoint"
+        return lines + [
+            f"resumed {source} at step {event['step']}, {event['utc']}: {event['lost_steps']} steps, "
+            f"{event['lost_ms'] / 1000:.1f} s on the clock, are done again"
         ]
     if kind == "end":
         memory = (
@@ -228,8 +257,21 @@ def is_account(compile):
     )
 
 
+def standing(events):
+    """The events without those that a run, when it was resumed, did again: one line of events to its end."""
+    kept = []
+    for event in events:
+        if event["kind"] == "resume":
+            kept = [e for e in kept if e["kind"] != "end" and not (
+                e["kind"] in ("validation", "experts", "checkpoint") and e["step"] >= event["step"])]
+        kept.append(event)
+    return kept
+
+
 def summarise(events, last_hash):
     """summary.json of a run: what its events say, in one flat table."""
+    resumed = [e["step"] for e in events if e["kind"] == "resume"]
+    events = standing(events)
     by_kind = {e["kind"]: {k: v for k, v in e.items() if k not in PRIVATE} for e in events}
     curve = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
     end = by_kind.get("end", {})
@@ -237,35 +279,90 @@ def summarise(events, last_hash):
     return {
         **end, "tokens_per_second": rate, "curve": curve,
         "stream_digest": by_kind.get("stream", {}).get("digest"), "reset": by_kind.get("reset"),
-        **balance(events), **by_kind["start"], "last_hash": last_hash
+        **balance(events), **({"resumed": resumed} if resumed else {}), **by_kind["start"],
+        "last_hash": last_hash
     }
+
+
+def utc():
+    """The date and time, as events have it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def new_folder(out, name):
+    """Make the folder of a new run, whose name no other run has."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
+    while True:
+        folder = Path(out) / (f"{stamp}_{name}" + (f"_{n}" if n else ""))
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            n += 1
+
+
+def claim(file, folder):
+    """Hold the log for this process alone, until it ends. UserError if another one writes it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: is under way in another process: wait for it, or stop it") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def refuse_ended(folder, events):
+    """UserError if the events are those of a run that has nothing left to do."""
+    end = events[-1]
+    if end["kind"] == "end" and end["status"] != "interrupted":
+        raise UserError(f"{folder}: the run has {end['status']} after {end['steps']} steps: nothing to resume")
 
 
 class RunLog:
     """The run's folder. On all processes but the first (`active` False) nothing is written."""
 
-    def __init__(self, out, name, active=True, began=None):
+    def __init__(self, out, name, active=True, began=None, folder=None):
         """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
-        counts."""
+        counts. folder: of a run that is resumed; None: a new one."""
         self.active, self.events, self.previous = active, [], GENESIS
         self.began = time.perf_counter() if began is None else began
+        self.before_ms = 0.0  # wall_ms of the last event before a resume
         if not active:
+            if folder is not None:
+                self.events = readable(Path(folder) / "run.jsonl")[:1]
             return
         try:
-            Path(out).mkdir(parents=True, exist_ok=True)
-            stamp, n = time.strftime("%Y%m%d-%H%M%S"), 0
-            while True:
-                self.folder = Path(out) / (f"{stamp}_{name}" + (f"_{n}" if n else ""))
-                try:
-                    self.folder.mkdir()
-                    break
-                except FileExistsError:
-                    n += 1
-            self.files = {f: open(self.folder / f, "ab", buffering=0) for f in ("log.txt", "run.jsonl")}
+            self.folder = new_folder(out, name) if folder is None else Path(folder)
+            self.files = {f: open(self.folder / f, "ab", buffering=0) for f in NAMES}
         except OSError as error:
-            raise UserError(
-                f"cannot write run folder under {out}: {error.strerror}; choose another with --out"
-            ) from None
+            where = f"run folder under {out}" if folder is None else folder
+            remedy = "choose another with --out" if folder is None else "make it writable"
+            raise UserError(f"cannot write {where}: {error.strerror}; {remedy}") from None
+        claim(self.files["run.jsonl"], self.folder)
+        if folder is not None:
+            self.continue_chain()
+
+    def continue_chain(self):
+        """Take over the events of the folder, without a line that a kill or a full disk has torn.
+
+        UserError if the chain is broken or the run has ended.
+        """
+        path = self.folder / "run.jsonl"
+        whole = path.read_bytes().rpartition(b"\n")[0]
+        os.ftruncate(self.files["run.jsonl"].fileno(), len(whole) + bool(whole))
+        links = read_links(path)
+        refuse_ended(self.folder, [event for event, _ in links])
+        self.events, self.previous = [event for event, _ in links], links[-1][1]
+        self.links = links
+        self.before_ms = self.events[-1]["wall_ms"]
+        # the text may lag behind the chain by the lines that were being written
+        os.ftruncate(self.files["log.txt"].fileno(), 0)
+        for event in self.events:
+            for text in render(event):
+                self.write("log.txt", text)
 
     def write(self, name, line):
         """Append one line, or cut the file back to its last complete line and raise."""
@@ -286,8 +383,8 @@ class RunLog:
 
     @held
     def elapsed_ms(self) -> float:
-        """Wall milliseconds since the process began."""
-        return 1000 * (time.perf_counter() - self.began)
+        """Wall milliseconds since the process began, after those of the processes that it continues."""
+        return self.before_ms + 1000 * (time.perf_counter() - self.began)
 
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
@@ -304,15 +401,24 @@ class RunLog:
     def start(self, about, settings):
         """Sources (once per content, next to the run folders), environment and settings (nested plain
         values)."""
+        self.event(
+            "start", log_version=LOG_VERSION, utc=utc(), sources=self.keep_sources(), settings=settings,
+            **about
+        )
+
+    def keep_sources(self):
+        """Write the program's sources next to the run folders, once per content. Returns their hash."""
         text, digest = sources()
         if self.active:
             path = self.folder.parent / f"sources-{digest}.txt"
             if not path.exists():
                 files.write(path, text, remedy="free some space, or choose another folder with --out")
-        self.event(
-            "start", log_version=LOG_VERSION, utc=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            sources=digest, settings=settings, **about
-        )
+        return digest
+
+    def close(self):
+        """Let another process write the log."""
+        for file in self.files.values() if self.active else ():
+            file.close()
 
     @held
     def end(self, **fields):

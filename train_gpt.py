@@ -3,6 +3,7 @@
     python train_gpt.py tiny-v3                     # CPU, about two minutes
     python train_gpt.py short/11 --nproc 8          # FineWeb, to 3.28, on eight GPUs; torchrun will do too
     python train_gpt.py short/11 --scale tiny --without model.residual.unet_skips
+    python train_gpt.py --resume last               # goes on where a run was interrupted
 
 Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset ->
 loop -> verdict); loop (the clock); train_step; validate. Everything around them is in system/.
@@ -65,7 +66,7 @@ from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
 from settings import LOGICAL_RANKS
-from system import compiler, load, memory, preflight, report, sinks
+from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
 from system.comm import communication
 from system.hooks import hooks_of, validating
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
@@ -96,6 +97,8 @@ def exit_code(options: Namespace, resolved: Resolved) -> int:
     Every error is one line, printed once if all processes meet the same one.
     """
     try:
+        if (reached := resume.verdict_of_restart(options)) is not None:
+            return MISSED if reached is False else REACHED
         if (options.nproc or 1) > 1 and not Place.read().launched:
             return preflight.start_processes(os.path.abspath(__file__), options, resolved)
         return train(resolved, options)
@@ -142,13 +145,15 @@ def train(resolved: Resolved, options: Namespace) -> int:
 
         about = report.describe(resolved, options, world, corpus, model, optimizer, used, plans, held)
         preflight.check_strict(options, about["fallbacks"])
-        name = resolved.preset or resolved.record.ref.replace("/", "-")
-        name += f"_{resolved.scale}_{schema.ml_hash(s)[:8]}_s{options.seed}"
         run = None
         try:
             with hold():  # no signal in here: a log that has begun gets an end
-                log = runlog.RunLog(options.out, name, world.main, began=PROCESS_START)
-                log.start(about, schema.plain(resolved.settings))
+                log = runlog.RunLog(
+                    options.out, report.folder_name(resolved, options.seed), world.main,
+                    began=PROCESS_START, folder=options.resume
+                )
+                if options.resume is None:
+                    log.start(about, schema.plain(resolved.settings))
                 run = Run(
                     s, world, log, plans, model, compiled, optimizer, hooks_of(model, optimizer), corpus,
                     rows, ranks_per_microbatch=ranks_per_microbatch(s, len(world.ranks), world.cuda),
@@ -159,13 +164,19 @@ def train(resolved: Resolved, options: Namespace) -> int:
                 if world.main:
                     run.sinks = sinks.Sinks(options.log_to, log.folder, log.events[0], world.say)
                 report.introduce(run, resolved, about)
-            return finish(conduct(run, options), run, resolved, options)
+                found = None
+                if options.resume is not None:
+                    found = checkpoint.begin_again(run, options.resume, about)
+            return finish(conduct(run, options, found), run, resolved, options)
         except KeyboardInterrupt:
             if run is None:
                 raise
             with hold():
                 run.close()
                 return finish("interrupted", run, resolved, options)
+        finally:
+            if run is not None:
+                run.log.close()
 
 
 def prepare_machine(resolved: Resolved, options: Namespace, asked: Interrupt) -> tuple:
@@ -206,18 +217,25 @@ def prepare_model(model: GPT, plans: Sequence[StepPlan], compile_it: bool) -> to
     return torch.compile(model, dynamic=False)
 
 
-def conduct(run: Run, options: Namespace) -> str:
+def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None) -> str:
     """Warm-up and loop of a run whose log has begun.
 
+    found: the checkpoint from which it continues.
     Returns "finished" or "diverged"; raises KeyboardInterrupt if the run was asked to stop.
     """
     try:
         warm_up(run, options.seed, train_step, validation_loss, PROCESS_START, IMPORTED)
+        if found is not None:
+            checkpoint.restore(run, found)
+        if options.checkpoint_every is not None:
+            run.checkpoints = checkpoint.Checkpoints(run, options.checkpoint_every, options.keep_checkpoints)
         run.interrupt.patient = True
         run.interrupt.check()
-        status = loop(run)
+        status = loop(run, found.about["digests"] if found else {})
     except torch.OutOfMemoryError as error:
         raise UserError(preflight.out_of_memory(run, error)) from None
+    except UserError as error:  # a shard is gone, a disk is full
+        raise UserError(f"{error}{report.remedy(run)}") from None
     except RuntimeError as error:
         said = compiler.failure(error, run.log.folder if run.world.main else None)
         if said:
@@ -232,16 +250,18 @@ def conduct(run: Run, options: Namespace) -> str:
     return status
 
 
-def loop(run: Run) -> str:
+def loop(run: Run, digests: dict[str, str]) -> str:
     """The timed steps, and between them the validations, during which the clock is stopped.
 
+    digests: of the tokens before the first step of a run that continues, by logical rank.
     Returns "finished" or "diverged".
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
-    run.batches = Prefetch(run.stream, len(run.plans))
-    for step in range(len(run.plans) + 1):
-        run.interrupt.check()
+    run.stream.skip(run.first_step, digests)
+    run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
+    for step in range(run.first_step, len(run.plans) + 1):
+        run.stop_or_save(step)
         if schedule.validates(run.s, step) and not validation(run, step):
             return "diverged"
         if step == len(run.plans):
@@ -357,7 +377,9 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         return run.model.context(tokens, run.corpus.bos, windows, max_docs=max_docs, max_seqlen=max_seqlen)
 
     with validating(run.hooks, windows):
-        return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
+        # with checkpoints a run stops between steps only, where all processes save together
+        check = run.interrupt.check if run.checkpoints is None else lambda: None
+        return validate(run.compiled, run.rows, run.world, context, limit, check)
 
 
 @torch.no_grad()
@@ -411,18 +433,22 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
-        lines += load.remark(results, os.cpu_count() or 1)
+        lines += load.remark(results, os.cpu_count() or 1) + report.interruptions(log.events)
         # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
         world.say(f"{status} after {results['steps']} of {results['scheduled_steps']} steps{where}")
+        if status == "interrupted" and run.checkpoints is not None and world.main:
+            world.say(f"go on with: train_gpt.py --resume {log.folder}")
         return INTERRUPTED if status == "interrupted" else DIVERGED
     if world.main:
         world.say(f"log: {log.folder}")
     if options.save_checkpoint:
         report.save_checkpoint(run, resolved, results["val_loss"])
+    if run.checkpoints is not None:
+        run.checkpoints.remove()
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED

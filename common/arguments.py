@@ -105,6 +105,23 @@ def steps_range(text: str) -> tuple[int, int]:
     return found
 
 
+UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def interval(text: str) -> tuple[str, float] | None:
+    """Type: every so many steps (`100`), or after so much time (`90s`, `10m`, `2h`); None for `never`.
+
+    Returns ("steps", n) or ("seconds", t).
+    """
+    typed = re.fullmatch(r"([0-9]{1,9})([smh]?)", text.strip())
+    if text.strip() == "never":
+        return None
+    if typed is None or int(typed[1]) == 0:
+        raise argparse.ArgumentTypeError(
+            f"expected steps like 100, a time like 90s, 10m or 2h, or never, got {shortened(text)}")
+    return ("seconds", int(typed[1]) * UNITS[typed[2]]) if typed[2] else ("steps", int(typed[1]))
+
+
 def temperature(text: str) -> float:
     """Type: 0 (the most likely token), or a number by which logits can be divided without overflow."""
     try:

@@ -129,6 +129,18 @@ class Shard:
     def complete(self):
         return self.scanned == len(self.tokens)
 
+    def check_length(self):
+        """UserError if the file was cut since it was opened: the system ends a process that reads there.
+
+        A file that was removed is no harm, because the memory map keeps it.
+        """
+        try:
+            size = os.stat(self.path).st_size
+        except OSError:
+            return
+        if size < HEADER_BYTES + 2 * len(self.tokens):
+            raise UserError(f"{self.path}: was cut to {size} bytes while it is being read: bring it back")
+
     def scan(self):
         """Find the document starts of the next SCAN tokens."""
         part = self.tokens[self.scanned:self.scanned + SCAN]

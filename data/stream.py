@@ -313,6 +313,7 @@ class Stream:
             self.walks = [positions(corpus.train_tokens, r, **about, **stream) for r in ranks]
             self.steps = None
         self.digests = [hashlib.sha256() for _ in ranks]
+        self.before = self.digests  # the digests one batch ago
         self.epoch, self.step = 0, 0
 
     def next(self):
@@ -327,6 +328,7 @@ class Stream:
         except OutOfShards:
             raise UserError(f"the stream ran out of shards at step {self.step}: add shards or set "
                             "data.wrap=true") from None
+        self.before, self.digests = self.digests, [digest.copy() for digest in self.digests]
         for row, digest in zip(rows, self.digests):
             digest.update(row.tobytes())
         rows = np.stack(rows).astype(np.int32)
@@ -337,17 +339,37 @@ class Stream:
     def span(self, walk, size):
         epoch, shard, start = next(walk)
         self.epoch = max(self.epoch, epoch)
+        self.shards[shard].check_length()
         return self.shards[shard].tokens[start:start + size + 1]
 
     def pieces(self):
         self.epoch, shard, pieces = next(self.steps)
+        self.shards[shard].check_length()
         tokens = self.shards[shard].tokens
         rows = [np.concatenate([tokens[a:b] for a, b in zip(*pieces[r])]) for r in self.ranks]
         self.shards.look_ahead(shard)
         return rows
 
-    def rank_digests(self):
-        return {rank: digest.hexdigest() for rank, digest in zip(self.ranks, self.digests)}
+    def rank_digests(self, steps=None):
+        """{logical rank: digest} after so many batches: all that were read, or all but the last of them."""
+        at = {None: self.digests, self.step: self.digests, self.step - 1: self.before}[steps]
+        return {rank: digest.hexdigest() for rank, digest in zip(self.ranks, at)}
+
+    def skip(self, steps, digests):
+        """Read the first `steps` batches again, as a run that continues needs it.
+
+        A position alone would be quicker to reach, but the digests run over all tokens, and so the shards are
+        held to what the run has read. digests: {logical rank as text: digest} of these batches. UserError if the
+        shards hold other tokens now.
+        """
+        for _ in range(steps):
+            self.next()
+        here = self.rank_digests() if steps else {}
+        if wrong := [rank for rank, digest in here.items() if digests[str(rank)] != digest]:
+            raise UserError(
+                f"{self.corpus.folder}: the first {steps} steps read other tokens than before (logical rank "
+                f"{wrong[0]}): bring the shards back with which the run began, or start a new one"
+            )
 
 
 def stream_digest(rank_digests):

@@ -33,6 +33,8 @@ TEXTS = {
     "validation": [],
     "experts": [],
     "stream": ["digest"],
+    "checkpoint": [],
+    "resume": ["utc"],
     "end": ["status"],
 }
 # of an experts event: a number for each layer with some
@@ -51,6 +53,8 @@ OTHERS = {
     },
     "experts": {"step": int, **{name: list for name in LOADS}},
     "stream": {},
+    "checkpoint": {"step": int, "copy_ms": NUMBER},
+    "resume": {"step": int, "train_time_ms": NUMBER, "lost_steps": int, "lost_ms": NUMBER, "passed": list},
     "end": {
         "steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
         "tokens": int, "epoch": int, "target": (*NUMBER, type(None)), "reached": (bool, type(None)),
@@ -66,10 +70,13 @@ LATER = {
     },
 }
 LETTERS = {
-    "start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "stream": "t", "end": "e"
+    "start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "checkpoint": "k",
+    "stream": "t", "resume": "c", "end": "e"
 }
-BEGUN = re.compile("s(p?(r((vx?)*(te?|e)?)?)?)?")  # any log that a kill may leave; a whole one matches WHOLE
-WHOLE = re.compile("sp?r(vx?)+te")
+# any log that a kill may leave, resumed or not; a whole one matches WHOLE
+LIFE = "p?(r(k*vx?)*k*t?)?e?"
+BEGUN = re.compile(f"s{LIFE}(c{LIFE})*")
+WHOLE = re.compile("sp?r(k*vx?)+k*te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
 LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
@@ -223,6 +230,10 @@ def misshapen_loads(event):
 
 def check_run(log):
     """All problems of one log by itself; sets log.settings."""
+    if resumed := [str(e["step"]) for e in log.events if e["kind"] == "resume"]:
+        yield (f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record is "
+               "trained in one piece")
+        return  # the laws below are those of one piece
     yield from check_settings(log)
     yield from check_untouched(log)
     if log.settings is not None:

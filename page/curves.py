@@ -69,7 +69,7 @@ def read(path: str | Path) -> Curve:
         below = files.listed(path, "**/run.jsonl")[:1] if path.is_dir() else []
         remedy = f"one below it, like {below[0].parent}" if below else "a run folder such as runs/<date>_..."
         raise UserError(f"{path}: no run.jsonl here; name {remedy}")
-    events = runlog.read_chain(log)
+    events = runlog.standing(runlog.read_chain(log))
     try:
         found = [e for e in events if e["kind"] == "validation"]
         points = [(int(e["step"]), *(number(e[key]) for key in ("tokens", "train_time_ms", "val_loss")))

@@ -18,9 +18,23 @@ BUCKET_BYTES = 64 * 2 ** 20  # record 22's flat buffers; here slices of the bank
 
 
 class Own(Local):
-    """A bank that only this process holds (expert parallelism): no communication."""
+    """A bank of this process's experts (expert parallelism): no communication in a step."""
     name = "own"
-    partial = True
+    partial = splits_members = True
+
+    def __init__(self, rank: int, world: int):
+        super().__init__()
+        self.rank, self.world = rank, world
+
+    def whole(self, x, units):
+        return gathered(x, self.world)
+
+
+def gathered(x: torch.Tensor, world: int) -> torch.Tensor:
+    """(world N, ...) from the processes' parts x (N, ...), as bytes: every dtype, every bit."""
+    whole = x.new_empty((world * len(x), *x.shape[1:]))
+    all_gather(whole.view(-1).view(torch.uint8), x.contiguous().view(-1).view(torch.uint8))
+    return whole
 
 
 class AllReduce(Local):
@@ -55,12 +69,8 @@ class AllReduce(Local):
             work.wait()
         return self.shard(self.reduced), self.reduced
 
-    def whole(self, x):
-        if not self.shared:
-            return x.clone()
-        whole = x.new_empty((self.world * len(x), *x.shape[1:]))
-        all_gather(whole, x)
-        return whole
+    def whole(self, x, units):
+        return gathered(x, self.world) if self.shared else x
 
     def gather(self, param):
         if not self.shared:
@@ -116,6 +126,13 @@ class UpdatesAllReduced(AllReduce):
     def shard(self, x):
         return x[self.rank::self.world]
 
+    def whole(self, x, units):
+        # shards may differ by one unit; bytes, because no other process adds to one
+        whole = x.new_zeros((units, *x.shape[1:]))
+        self.shard(whole).copy_(x)
+        dist.all_reduce(whole.view(-1).view(torch.uint8))
+        return whole
+
     def spread(self, update, like):
         """Updates of this process's units -> updates of all units. like: a bank-shaped tensor."""
         whole = torch.zeros_like(like, dtype=update.dtype)
@@ -160,7 +177,7 @@ class Communication:
         """
         here = (self.rank, self.world)
         if experts and self.keeps_experts:
-            return Own()
+            return Own(*here)
         sharded = self.name in MUON_STARTS and not small
         if self.ordered:
             return Ordered(*here, shared or sharded)

@@ -9,7 +9,11 @@ from deltas import Resolved, resolve_name
 from scales import SCALES
 from settings import LOGICAL_RANKS
 from system.place import PROCESSES, Place
+from system import resume
 from system.cards import CARDS
+
+EVERY = ("seconds", 600.0)  # the default of --checkpoint-every
+UNSET = ("unset", 0.0)
 
 
 def parser() -> arguments.Parser:
@@ -53,6 +57,7 @@ def execution(p: arguments.Parser) -> None:
     p.add_argument("--save-checkpoint", action="store_true", help="write checkpoint.pt at the end")
     # the former name of --save-checkpoint
     p.add_argument("--save", dest="save_checkpoint", action="store_true", help=argparse.SUPPRESS)
+    checkpoints(p)
     p.add_argument(
         "--log-to", action="append", default=[], choices=["wandb", "trackio", "tensorboard"],
         help="copy the curve there at each validation, while the clock stands; the package must be installed "
@@ -95,11 +100,30 @@ def execution(p: arguments.Parser) -> None:
     )
 
 
+def checkpoints(p: arguments.Parser) -> None:
+    """Options of what a run keeps to go on from."""
+    p.add_argument(
+        "--checkpoint-every", type=arguments.interval, default=UNSET, metavar="N|TIME",
+        help="keep a checkpoint to resume from every N steps, or after 90s, 10m, 2h; and when the run is told "
+        "to stop (default 10m; `never`, also the default of a registered run)"
+    )
+    p.add_argument(
+        "--keep-checkpoints", type=arguments.integer(1, 1000), default=2, metavar="K",
+        help="so many of the last checkpoints are kept until the run has finished (default 2)"
+    )
+    p.add_argument(
+        "--resume", metavar="RUN|last",
+        help="continue a run that was interrupted, from its last good checkpoint: its folder, or the newest "
+        "one under --out; settings and seed are those of the run"
+    )
+
+
 def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Resolved]:
     """(options, Resolved), or a one-line error on stderr and exit code 2. Imports no torch."""
     options = parser().parse_args(argv)
     try:
-        if options.record is None:
+        resume.choose(options)
+        if options.record is None and options.resume is None:
             raise UserError(
                 "no record named. On a CPU type `./run.sh` (two minutes) or `train_gpt.py short/head "
                 "--scale tiny`; on 8 GPUs `train_gpt.py short/head --nproc 8` "
@@ -121,8 +145,16 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
             if place.launched and options.nproc not in (None, place.size):
                 raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes "
                                 "already: leave --nproc away")
-        resolved = resolve_name(options.record, scale=options.scale, sets=options.sets, with_=options.with_,
-                                without=options.without, revert=options.revert)
+        if options.checkpoint_every is UNSET:
+            options.checkpoint_every = None if options.registered else EVERY
+        resolved = None
+        if options.record is not None:
+            resolved = resolve_name(
+                options.record, scale=options.scale, sets=options.sets, with_=options.with_,
+                without=options.without, revert=options.revert
+            )
+        if options.resume is not None:
+            resolved = resume.settings_of(options, resolved)
     except UserError as error:
         fail(error)
     return options, resolved

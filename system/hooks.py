@@ -1,8 +1,8 @@
 """Hooks: state besides parameters and optimizer, and the points of a step at which it may act.
 
 A hook has the methods of Stateful; `hooks_of(model)` returns the hooks that the model's parts need. The
-tensors that a hook lists in tensors() are covered by the proof of the reset (system.warmup) and by the memory
-estimate (system.memory).
+tensors that a hook lists in tensors() are covered by the proof of the reset (system.warmup), by checkpoints
+(system.checkpoint) and by the memory estimate (system.memory).
 """
 
 import contextlib
@@ -53,6 +53,7 @@ class RouterBalance(Stateful):
 
 class FP8Scales(Stateful):
     """Delayed scales of the FP8 MLPs, refreshed before each step from the current weights."""
+    per_rank = ("activation",)
 
     def __init__(self, model: GPT) -> None:
         self.mlps = model.fp8_mlps()
@@ -131,3 +132,19 @@ def all_tensors(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful]) -> 
             f"{type(hook).__name__}.{name}": t for name, t in hook.tensors().items() if id(t) not in known
         }
     return found
+
+
+def beside_optimizer(model: GPT, hooks: Iterable[Stateful]) -> dict[str, tuple[torch.Tensor, bool]]:
+    """{name: (tensor, whether its first axis is the logical ranks)}: what training changes besides parameters.
+
+    The tensors of the hooks, and the buffers of the model's state_dict that no hook lists. Other buffers are
+    derived from the settings.
+    """
+    found = {}
+    for hook in hooks:
+        found |= {f"{type(hook).__name__}.{name}": (t, name.rpartition(".")[2] in hook.per_rank)
+                  for name, t in hook.tensors().items()}
+    known = {id(t) for t, _ in found.values()}
+    parameters = dict(model.named_parameters())
+    return found | {f"model.{name}": (t, False) for name, t in model.state_dict(keep_vars=True).items()
+                    if name not in parameters and id(t) not in known}

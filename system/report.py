@@ -21,7 +21,7 @@ from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
-from system import compiler, load, memory
+from system import compiler, load, memory, resume
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
 from system.world import World
@@ -49,8 +49,31 @@ def describe(
         "attention": attention_backend(model, world, plans), "fallbacks": fallbacks(model, world),
         "memory": memory.report(model.settings, held) if held else None, "comm": optimizer.plan.name,
         "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
-        "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine()
+        "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine(),
+        **({"launch": launched} if (launched := resume.launch(os.environ)) else {})
     }
+
+
+def folder_name(resolved: Resolved, seed: int) -> str:
+    """The name of a run's folder, without its time."""
+    name = resolved.preset or resolved.record.ref.replace("/", "-")
+    return f"{name}_{resolved.scale}_{schema.ml_hash(resolved.settings)[:8]}_s{seed}"
+
+
+def interruptions(events: list[dict]) -> list[str]:
+    """A list with the line that says that a run was resumed; [] if it was not."""
+    at = [event["step"] for event in events if event["kind"] == "resume"]
+    if not at:
+        return []
+    steps = f"step{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}"
+    return [f"resumed at {steps} after an interruption, with the time of lost steps on the clock: no record"]
+
+
+def remedy(run: Run) -> str:
+    """The end of the message of an error that stopped a run: how it goes on; "" if it keeps no checkpoints."""
+    if run.checkpoints is None or not run.world.main:
+        return ""
+    return f"; then go on with --resume {run.log.folder}"
 
 
 def introduce(run: Run, resolved: Resolved, about: dict) -> None:

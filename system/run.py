@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -116,6 +117,16 @@ class Profiler:
         self.active = None
 
 
+class Saver(Protocol):
+    """What a run asks of system.checkpoint.Checkpoints, which knows the run."""
+
+    def before_step(self, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+    def remove(self) -> None: ...
+
+
 # ----- the run ----------------------------------------------------------------------------------------------
 
 @dataclass
@@ -139,12 +150,14 @@ class Run:
     clock: Clock
     progress: Progress
     sinks: Sinks = field(default_factory=Sinks)
+    checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
     # since the last validation, of this process's ranks
     train_losses: list[torch.Tensor] = field(default_factory=list)
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
     steps_done: int = 0
+    first_step: int = 0  # of this process: not 0 in a run that was resumed
     graphs: int = 0  # compiled before the clock
     epoch: int = 0  # the highest of all logical ranks at the last validation
     prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
@@ -164,7 +177,16 @@ class Run:
         losses, self.train_losses = self.train_losses, []
         return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 
+    def stop_or_save(self, step: int) -> None:
+        """Before a step: save a checkpoint if one is due, and KeyboardInterrupt if a signal asked to stop."""
+        if self.checkpoints is None:
+            self.interrupt.check()
+        else:
+            self.checkpoints.before_step(step)
+
     def close(self) -> None:
         if self.batches is not None:
             self.batches.close()
+        if self.checkpoints is not None:
+            self.checkpoints.close()
         self.profiler.close()

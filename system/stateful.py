@@ -10,7 +10,12 @@ from system.world import World
 
 
 class Stateful:
-    """A hook that does nothing; subclasses override the methods that they need."""
+    """A hook that does nothing; subclasses override the methods that they need.
+
+    per_rank: last parts of the names of tensors whose first axis is this process's logical ranks, of which a
+    checkpoint holds those of all processes. Every other tensor is the same on all processes.
+    """
+    per_rank: tuple[str, ...] = ()
 
     def before_forwards(self, plan: StepPlan) -> None:
         """Before the first forward of a step."""

@@ -111,5 +111,6 @@ def lost_peer(error: RuntimeError) -> bool:
     """Whether a collective raised this error because another process is gone."""
     said = str(error)
     return dist.is_initialized() and any(
-        x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
+        x in said for x in ("closed by peer", "reset by peer", "Broken pipe", "Socket closed",
+                            "Connection was likely closed", "failed to recv", "Failed to recv")
     )

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Slower than CI allows: the tests that are marked slow, then the full matrix, every record on 1, 2 and 4 processes, with
-# its table tests/matrix.md. Arguments: records, for the matrix of these alone.
+# its table tests/matrix.md; then a hundred SIGKILLs with their table tests/kills.md (it goes on where it was stopped).
+# Arguments: records, for the matrix of these alone.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . ./installation/setup_venv.sh
 [ $# -gt 0 ] || "$PYTHON" -m pytest -q -m slow
-exec "$PYTHON" tests/matrix.py "$@"
+"$PYTHON" tests/matrix.py "$@"
+[ $# -gt 0 ] || exec "$PYTHON" tests/kills.py

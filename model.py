@@ -109,6 +109,8 @@ class Block(nn.Module):
 
 # ----- head -------------------------------------------------------------------------------------------------
 
+MASKED = -60.0  # soft-capped logit of a token that cannot follow (record 91)
+CHUNK = 2048  # tokens whose logits are masked at once
 LARGEST_LOGITS = 2 ** 31  # most logits that validation on a GPU computes at once: 4 GiB in bfloat16
 
 
@@ -157,7 +159,7 @@ class Head(nn.Module):
 
     def losses(
         self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None, prefix=None,
-        prefix_weight=None, candidates=None, tokens_per_rank: int | None = None
+        prefix_weight=None, candidates=None, tokens_per_rank: int | None = None, corrections=None
     ) -> torch.Tensor:
         """Cross entropies (R, T) of the targets (R, T).
 
@@ -167,10 +169,20 @@ class Head(nn.Module):
                 None: only the next token, with weight 1.
             prefix, prefix_weight: a second target per token, (R, T) int64, and the weight of its cross
                 entropy; negative targets are ignored. None: no second target.
-            candidates: (P,) int64, distinct classes in ascending order, to which the softmax is restricted.
-                Every target must be one of them; other prefix targets are ignored. None: all classes.
+            candidates: (P,) int64, distinct classes in ascending order, to which the softmax is restricted,
+                or
+                (R, P), those of each row. Every target must be one of them; other prefix targets are ignored.
+                None: all classes.
+            corrections: in the shape of candidates, added to their soft-capped logits; None: nothing.
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
+        if candidates is not None and candidates.dim() == 2:  # rows of several logical ranks
+            return torch.cat([
+                self.losses(
+                    x[i:i + 1], table, targets[i:i + 1], weights, None if prefix is None else prefix[i:i + 1],
+                    prefix_weight, of_rank, tokens_per_rank, None if corrections is None else corrections[i]
+                ) for i, of_rank in enumerate(candidates)
+            ])
         weight, fp8 = self.operands(table, tokens_per_rank)
         x, backend = x.to(self.products or x.dtype), self.backend
         if candidates is not None:
@@ -180,8 +192,10 @@ class Head(nn.Module):
             prefix = None if prefix is None else in_candidates(candidates, prefix, missing=-1)
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # in records 21 to 33 a row of 262,144 tokens has 26 GB of logits
-        if backend is None:
+        if backend is None or corrections is not None:
             logits = self.logits(x, weight, fp8)
+            if corrections is not None:
+                logits = logits + corrections.to(logits.dtype)
             if weights is not None or prefix is not None:
                 weights = (1.0,) if weights is None else weights
                 return weighted_losses(logits, targets, weights, prefix, prefix_weight)
@@ -196,6 +210,27 @@ class Head(nn.Module):
             )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
+
+    def masked_losses(self, x, table, targets, tokens, impossible):
+        """Cross entropies (R, T) where no class gets a chance that never follows the token before it (record
+        91).
+
+        In validation only, some tokens at a time. tokens: (R, T), those before the targets. impossible: bits
+        (V, V / 8) uint8 of data/seams.py.
+        """
+        weight, _ = self.operands(table, None)
+        bit = torch.arange(8, device=x.device, dtype=torch.uint8)
+        parts = []
+        for part in zip(
+            *(t.flatten(0, 1).split(CHUNK) for t in (x.to(self.products or x.dtype), targets, tokens))
+        ):
+            of_part, target, before = part
+            logits = self.logits(of_part[None], weight, None)[0]  # (n, V)
+            masked = (impossible[before][..., None] >> bit & 1).bool().flatten(-2)
+            logits = logits.masked_fill(masked, MASKED)
+            losses = F.cross_entropy(logits, target, reduction="none")
+            parts.append(losses.to(torch.promote_types(losses.dtype, torch.float32)))
+        return torch.cat(parts).view(targets.shape)
 
     def forward(self, x, table, tokens_per_rank=None):
         return self.logits(x.to(self.products or x.dtype), *self.operands(table, tokens_per_rank))
@@ -271,7 +306,7 @@ class GPT(nn.Module):
         self.tied = self.tied_at_first()  # the embedding is the head's weight until the trainer unties them
 
     def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None, prefix=None,
-                prefix_weight=None, candidates=None):
+                prefix_weight=None, candidates=None, corrections=None):
         """Losses of each token (R, T); without targets, logits (R, T, V).
 
         Args:
@@ -280,7 +315,8 @@ class GPT(nn.Module):
             context: attention metadata and tokens per logical rank, from GPT.context. None is allowed only
                 without document mask and window (records 1-11), and then means the first stage.
             cache: `new_cache()` for generation, extended here, or None.
-            target_weights, prefix, prefix_weight, candidates: as in Head.losses. With an MTP module the
+            target_weights, prefix, prefix_weight, candidates, corrections: as in Head.losses. With an MTP
+                module the
                 second target weight applies to the module's loss.
         """
         if context is None and not self.sees_all:
@@ -308,8 +344,12 @@ class GPT(nn.Module):
         if targets is None:
             return self.lm_head(x, self.embed.weight, size)
         terms = prefix, prefix_weight, candidates
+        if context is not None and context.impossible is not None:
+            return self.lm_head.masked_losses(x, self.embed.weight, targets, tokens, context.impossible)
         if self.mtp is None or target_weights is None:
-            losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights, *terms, size)
+            losses = self.lm_head.losses(
+                x, self.embed.weight, targets, target_weights, *terms, size, corrections
+            )
         else:
             losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights[:1], *terms, size)
             if len(target_weights) > 1:

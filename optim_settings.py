@@ -436,7 +436,9 @@ class Optim:
                 yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
         normuon = self.muon and self.muon.normuon
         if self.muon and self.muon.anvil_maps and self.muon.ns_steps != 6:
-            yield f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
+            yield (
+                f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
+            )
         if self.muon and self.muon.anvil_maps and self.muon.polar_express:
             yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (

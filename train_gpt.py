@@ -257,6 +257,8 @@ def loop(run: Run, digests: dict[str, str]) -> str:
     Returns "finished" or "diverged".
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
+    if run.seams is not None:
+        run.seams.start()
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.stream.skip(run.first_step, digests)
     run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
@@ -300,20 +302,24 @@ def train_step(
     losses, starts = [], range(0, len(inputs), microbatch)
     weights = loss_weights(step_plan.target_weights, inputs.device)
     table, prefix_weight = prefix_targets(run, step_plan, inputs.device)
+    candidates = corrections = None
+    if step_plan.shape.candidates is not None:
+        candidates, corrections = run.sampler.draw(step_plan.shape.candidates, documents)
     for hook in run.hooks:
         hook.before_forwards(step_plan)
     for first in starts:
         optimizer.expect(last=first == starts[-1], launch=before_reduction is None, due=step_plan.due)
         ranks = slice(first, first + microbatch)
         x, y = inputs[ranks].flatten(0, 1), targets[ranks].flatten(0, 1)  # (R, T)
-        numbers, lengths = zip(*documents[ranks])
+        numbers, lengths, _ = zip(*documents[ranks])
         context = model.context(
             x, run.corpus.bos, step_plan.shape.windows, max_docs=sum(numbers), max_seqlen=max(lengths),
             tokens_per_rank=step_plan.shape.tokens_per_rank
         )
         loss = run.compiled(
             x, y, context, target_weights=weights, prefix=None if table is None else table[y],
-            prefix_weight=prefix_weight
+            prefix_weight=prefix_weight, candidates=None if candidates is None else candidates[ranks],
+            corrections=None if corrections is None else corrections[ranks]
         ).mean()
         (loss * share).backward()
         optimizer.accumulate()
@@ -342,6 +348,8 @@ def validation(run: Run, step: int) -> bool:
     """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
     run.progress.clear()
     run.batches.drain()  # no prefetch while the clock is stopped
+    if step == len(run.plans) and run.s.validation.canonical_mask:
+        run.seams.collect()  # made during the run, and waited for on the clock
     run.clock.stop()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
@@ -373,8 +381,11 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
     run.model.tied = schedule.tied(run.s, step)  # the warm-up validates out of order
 
     def context(tokens, read):
-        max_docs, max_seqlen = count_documents(read, run.corpus.bos)
-        return run.model.context(tokens, run.corpus.bos, windows, max_docs=max_docs, max_seqlen=max_seqlen)
+        max_docs, max_seqlen, _ = count_documents(read, run.corpus.bos)
+        found = run.model.context(tokens, run.corpus.bos, windows, max_docs=max_docs, max_seqlen=max_seqlen)
+        if step == len(run.plans) and run.s.validation.canonical_mask:
+            found.impossible = run.seams.table
+        return found
 
     with validating(run.hooks, windows):
         # with checkpoints a run stops between steps only, where all processes save together

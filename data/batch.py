@@ -11,6 +11,7 @@ class Documents(NamedTuple):
     """What attention is told of the documents in some rows, counted on the CPU to avoid a GPU sync."""
     number: int
     longest: int  # tokens
+    targets: np.ndarray | None = None  # (B,) the ids to predict, for the candidates of a sampled softmax
 
 
 def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
@@ -24,7 +25,9 @@ def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
     Returns:
         inputs (ranks, B / T, T) int64, targets of the same shape, Documents by rank.
     """
-    documents = [count_documents(rank[:-1].reshape(-1, seq_len), bos) for rank in batch]
+    documents = [
+        count_documents(rank[:-1].reshape(-1, seq_len), bos)._replace(targets=rank[1:]) for rank in batch
+    ]
     batch = torch.from_numpy(batch)
     if device.type == "cuda":
         batch = batch.pin_memory().to(device, non_blocking=True)

@@ -11,6 +11,7 @@ at which it exists. The last life of an edge has no end, because the token is co
 """
 
 import functools
+import sys
 import unicodedata
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
@@ -169,3 +170,8 @@ def of_tokenizer(name: str, rows: int) -> np.ndarray:
         encoding.decode_single_token_bytes(i): i for i in range(encoding.n_vocab) if i != encoding.eot_token
     }
     return impossible(ranks, rows)
+
+
+if __name__ == "__main__":  # python -m data.seams TOKENIZER ROWS FILE.npy, for system/seams.py
+    name, rows, path = sys.argv[1:]
+    np.save(path, of_tokenizer(name, int(rows)))

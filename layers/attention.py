@@ -49,6 +49,9 @@ class Context:
     tokens_per_rank: int | None = None  # of a logical rank in this step; None: as in the first step
     # (R, T) document number of each token, for the MTP module; None: not needed, or one document per row
     documents: torch.Tensor | None = None
+    # bits (V, V / 8) uint8 of the tokens that cannot follow a token (data/seams.py), in the final validation
+    # of canonical masking; None: any can
+    impossible: torch.Tensor | None = None
 
     def backends(self) -> list[str]:
         views = [meta.view for meta in self.layers if meta is not None]

@@ -52,7 +52,9 @@ PATTERN = "step*.pt"
 ROOM = 1.05  # free space that a checkpoint needs, in its own bytes
 AHEAD = 2  # steps
 # what may have changed since a run began; the event `resume` tells it again
-CONTINUES = ("system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm", "attention")
+CONTINUES = (
+    "system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm", "attention"
+)
 
 
 # ----- the state of a run -----------------------------------------------------------------------------------
@@ -78,7 +80,9 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 def about(run: Run, step: int) -> dict[str, Any]:
     """What else a run needs to continue before this step, as plain JSON values. Collective."""
     run.batches.drain()
-    digests = {r: d for part in run.world.gather_objects(run.stream.rank_digests(step)) for r, d in part.items()}
+    digests = {
+        r: d for part in run.world.gather_objects(run.stream.rank_digests(step)) for r, d in part.items()
+    }
     meter = run.clock.meter
     return {
         "step": step, "ml_hash": schema.ml_hash(run.s), "seed": run.log.events[0]["seed"],
@@ -103,12 +107,16 @@ def restore(run: Run, found: "Found") -> None:
             given = tensors[f"hook/{name}"]
             given = given.chunk(run.world.size)[run.world.rank] if per_rank else given
             if given.shape != x.shape or given.dtype != x.dtype:
-                raise ValueError(f"{name}: {tuple(given.shape)} {given.dtype}, here {tuple(x.shape)} {x.dtype}")
+                raise ValueError(
+                    f"{name}: {tuple(given.shape)} {given.dtype}, here {tuple(x.shape)} {x.dtype}"
+                )
             with torch.no_grad():
                 x.copy_(given)
     except (KeyError, ValueError) as error:
         raise UserError(f"{found.path}: does not fit this program ({error}): resume with the checkout that "
                         "wrote it") from None
+    for hook in run.hooks:
+        hook.restored()
     torch.set_rng_state(tensors["generator/cpu"])
     if run.world.cuda and "generator/cuda" in tensors:
         torch.cuda.set_rng_state(tensors["generator/cuda"])
@@ -151,7 +159,8 @@ class Through:
 
 
 def write(path: Path, kept: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Write a checkpoint, whole or not at all. Returns its digest. UserError if the disk is full or the like."""
+    """Write a checkpoint, whole or not at all. Returns its digest. UserError if the disk is full or the
+    like."""
     text = json.dumps(kept, sort_keys=True)
     digest = digest_of(text, tensors)
     room(path.parent, sum(x.nbytes for x in tensors.values()))
@@ -173,8 +182,10 @@ def room(folder: Path, needed: int) -> None:
     except OSError:
         return  # what is wrong with the folder is told when it is written
     if free < ROOM * needed:
-        raise UserError(f"{folder}: a checkpoint takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free: "
-                        "free some space")
+        raise UserError(
+            f"{folder}: a checkpoint takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free: "
+            "free some space"
+        )
 
 
 @dataclasses.dataclass
@@ -205,7 +216,8 @@ def read(path: Path, check: bool = True) -> Found:
 
 
 def choose(folder: Path, log: runlog.RunLog, ml_hash: str) -> tuple[Found | None, list[tuple[str, str]]]:
-    """(the newest good checkpoint of a run, or None; [(file name, reason)] of newer ones that are not used)."""
+    """(the newest good checkpoint of a run, or None; [(file name, reason)] of newer ones that are not
+    used)."""
     passed, seed = [], log.events[0]["seed"]
     for path in sorted(files.listed(folder / FOLDER, PATTERN), reverse=True):
         try:
@@ -284,8 +296,8 @@ def lost(folder: Path, events: list[dict], found: Found | None) -> tuple[int, fl
 class Ahead:
     """What process 0 wishes at a step is what all processes do AHEAD steps later.
 
-    Over the store with which the processes found each other: nothing waits for a GPU, and a process waits only
-    if it is more than AHEAD steps ahead of process 0.
+    Over the store with which the processes found each other: nothing waits for a GPU, and a process waits
+    only if it is more than AHEAD steps ahead of process 0.
     """
     runs = 0  # in this program: each has keys of its own
 
@@ -311,8 +323,8 @@ class Ahead:
 class Checkpoints:
     """Writes the checkpoints of a run, and ends it with one when it is told to stop.
 
-    every: ("steps", n), ("seconds", t). keep: files that stay. A checkpoint that cannot be written is told and
-    logged; the run goes on.
+    every: ("steps", n), ("seconds", t). keep: files that stay. A checkpoint that cannot be written is told
+    and logged; the run goes on.
     """
 
     def __init__(self, run: Run, every: tuple[str, float], keep: int) -> None:
@@ -370,7 +382,8 @@ class Checkpoints:
         self.under_way = told, self.thread.submit(self.write, kept, arrived)
 
     def copy(self, name: str, x: torch.Tensor) -> None:
-        """Copy a tensor into the buffer of its name; from a GPU in the order of its stream, into pinned memory."""
+        """Copy a tensor into the buffer of its name; from a GPU in the order of its stream, into pinned
+        memory."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != x.shape:
             pinned = self.run.world.cuda

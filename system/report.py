@@ -70,7 +70,8 @@ def interruptions(events: list[dict]) -> list[str]:
 
 
 def remedy(run: Run) -> str:
-    """The end of the message of an error that stopped a run: how it goes on; "" if it keeps no checkpoints."""
+    """The end of the message of an error that stopped a run: how it goes on; "" if it keeps no
+    checkpoints."""
     if run.checkpoints is None or not run.world.main:
         return ""
     return f"; then go on with --resume {run.log.folder}"

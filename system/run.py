@@ -25,6 +25,8 @@ from settings import Settings
 from system import load
 from system.compiler import CacheFile
 from system.hooks import Stateful
+from system.sampler import Sampler
+from system.seams import Seams
 from system.sinks import Sinks
 from system.world import World
 
@@ -160,7 +162,16 @@ class Run:
     first_step: int = 0  # of this process: not 0 in a run that was resumed
     graphs: int = 0  # compiled before the clock
     epoch: int = 0  # the highest of all logical ranks at the last validation
+    sampler: Sampler | None = None  # of a sampled softmax
+    seams: Seams | None = None  # of canonical masking
     prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
+
+    def __post_init__(self) -> None:
+        if self.s.model.head.candidates is not None:
+            self.sampler = Sampler(self.s, self.world)
+            self.hooks = [*self.hooks, self.sampler]
+        if self.s.validation.canonical_mask:
+            self.seams = Seams(self.s, self.corpus, self.world)
 
     def prefixes(self, device: torch.device) -> torch.Tensor:
         """Prefix of each token (V,) int64 on the device (data/prefix.py)."""
@@ -189,4 +200,6 @@ class Run:
             self.batches.close()
         if self.checkpoints is not None:
             self.checkpoints.close()
+        if self.seams is not None:
+            self.seams.close()
         self.profiler.close()

@@ -30,6 +30,9 @@ class Stateful:
         """A context manager around each validation. windows: those of the validation."""
         return contextlib.nullcontext()
 
+    def restored(self) -> None:
+        """After the tensors of `tensors()` were filled from a checkpoint."""
+
     def reset(self) -> None:
         """Restore the state before the first step. Called after the reset of model and optimizer."""
 

@@ -107,9 +107,12 @@ def warmup_batches(run: Run, seed: int, sizes: list[int]) -> Iterator[np.ndarray
             yield stream.next()
         return
     generator = torch.Generator().manual_seed(seed + 1)
+    # random targets are more distinct than those of text, and all must be candidates of a sampled softmax
+    candidates = [plan.shape.candidates for plan in run.plans if plan.shape.candidates]
+    classes = min([run.corpus.vocab_size, *(max(1, n // 2) for n in candidates)])
     for size in sizes:
         shape = (LOGICAL_RANKS, size + 1)  # of all ranks: the same tokens on any number of processes
-        batch = torch.randint(run.corpus.vocab_size, shape, generator=generator, dtype=torch.int32).numpy()
+        batch = torch.randint(classes, shape, generator=generator, dtype=torch.int32).numpy()
         batch = batch[list(world.ranks)]
         if s.data.max_doc_len:  # limit random documents too
             batch[:, ::min(per_stage(s.data.max_doc_len))] = run.corpus.bos

@@ -143,10 +143,13 @@ def record():
     documents[0, golden["in/cu_seqlens"].astype(np.int64)] = 1
     documents = documents.cumsum(1, dtype=torch.int32)[:, :256]
 
-    def losses(long, history, **more):
-        windows = Windows(*(Span(w * 16 + 1, None) for w in (long, long // 2, long)), history)
+    def losses(long, history, masked=False, short=None, **more):
+        windows = Windows(*(Span(w * 16 + 1, None) for w in (long, short or long // 2, long)), history)
         model.update_yarn(windows)
-        return model(x, y, model.context(x, 99, windows, documents=documents), **more)
+        context = model.context(x, 99, windows, documents=documents)
+        if masked:
+            context.impossible = torch.from_numpy(golden["in/canon_mask_bits"])
+        return model(x, y, context, **more)
 
     prefix = torch.from_numpy(golden["in/prefix_table"].astype(np.int64))[y]
     return golden, model, losses, prefix
@@ -179,6 +182,17 @@ def test_losses(record, case):
         assert (
             abs(case_losses(record, case).sum().item() / record[0][f"out/{case}/loss_sum"].item() - 1) < 1e-12
         )
+
+
+@pytest.mark.feature("validation.canonical_mask")
+def test_losses_under_the_canonical_mask(record):
+    """Some targets are masked on purpose, which shows the logit of -60. The final long window is not YaRN's."""
+    golden, model, losses, _ = record
+    with torch.no_grad():
+        short = losses(3, (3,), masked=True)
+        final = losses(20, (3, 7, 11, 13), masked=True, short=6)
+    for found, case in ((short, "A_eval_canonical"), (final, "C_eval_final_ws6_20_canonical")):
+        assert abs(found.sum().item() / golden[f"out/{case}/loss_sum"].item() - 1) < 1e-12, case
 
 
 @pytest.mark.feature(*FEATURES)

@@ -269,8 +269,8 @@ def decoded(data: bytes, where: str) -> str:
     if text.startswith("\ufeff"):
         refuse(where, "begins with a byte-order mark: write it without one")
     if "\r" in text:
-        refuse(where, "has CR line ends (CRLF): something rewrote its lines, like git's autocrlf or a transfer "
-                      "in text mode; fetch the file as it was written")
+        refuse(where, "has CR line ends (CRLF): something rewrote its lines, like git's autocrlf or a "
+                      "transfer in text mode; fetch the file as it was written")
     check_text(text, where)
     return text
 

@@ -16,7 +16,7 @@ import schema
 import runlog
 import scales
 import settings
-from evidence import arms, manifest
+from evidence import arms, foreign, manifest
 from evidence.run_laws import alike
 from common import files, untrusted
 from common.errors import UserError
@@ -81,6 +81,10 @@ def check_resolves(found, name, arm):
             return
         if record is None:
             raise UserError("the record is neither in this checkout nor in record.toml of the claim")
+        unknown = foreign.projected(arm["settings"])[1]
+        if unknown:
+            yield from check_foreign(found, name, arm, claimed, unknown)
+            return
         resolved = (resolve_carried if carried else resolve_here)(record, scale, arm["changes"])
         paths = [p for p, _, _ in schema.difference(schema.from_plain(arm["settings"]), resolved)]
     except MALFORMED as error:
@@ -93,6 +97,28 @@ def check_resolves(found, name, arm):
         )
     elif paths:
         yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
+
+
+def check_foreign(found, name, arm, claimed, unknown):
+    """Settings with words that this checkout lacks are what the code of the claim resolves, in a sandbox."""
+    runs, digests = found.folder / "runs", {log.start["sources"] for log in found.of(name)}
+
+    def archive():
+        text, problem = read_sources(runs, min(digests, default=""))
+        if problem:
+            raise UserError(problem)
+        return text
+
+    answer, where = foreign.answer_of(found.folder, arm, archive)
+    paths = differing(arm["settings"], answer["settings"])
+    if paths:
+        yield f"arm {name}: {claimed} resolves to other settings by {where}: {', '.join(paths)}"
+    for key in ("ml_hash", "system_hash"):
+        if answer.get(key) != arm[key]:
+            yield f"arm {name}: {key} {arm[key]}, by {where} it is {str(answer.get(key))[:16]}"
+    said = f"what {', '.join(unknown)} mean: this checkout does not know them, {where} does"
+    if said not in found.unknown:
+        found.unknown.append(said)
 
 
 def resolve_here(record, scale, changes):

@@ -169,11 +169,14 @@ def credits(record):
         out.append(f"- built on {parent.ref} ({parent.title}) by {', '.join(parent.people)}, and on every "
                    "record before it")
     for path in record.delta:
-        field = schema.find_field(path)
+        try:
+            doc = schema.find_field(path).metadata["doc"]
+        except UserError:
+            doc = "a setting that this checkout does not know"
         first = next((r for r in deltas.chain(record) if any(
             p == path or p in schema.prefixes(path) or path in schema.prefixes(p) for p in r.delta)), record)
         since = "new here" if first.ref == record.ref else f"since {first.ref} by {', '.join(first.people)}"
-        out.append(f"- `{path}`: {field.metadata['doc']} ({since})")
+        out.append(f"- `{path}`: {doc} ({since})")
     return ["## Credits", "", *out, ""]
 
 

@@ -1,6 +1,6 @@
 """Random edits of a good claim folder: of its tree, of the bytes of a file, and of the values in it.
 
-    python tests/fuzz_claims.py 2000 [SEED]      # what tests/long.sh runs: prints what is not refused in a line
+    python tests/fuzz_claims.py 2000 [SEED]     # as tests/long.sh does: prints what is not refused
 """
 
 import json
@@ -19,8 +19,8 @@ import runlog
 from common.errors import UserError
 from evidence import verify
 
-VALUES = [None, -1, 0, 10 ** 30, 1e308, "", "x", "\x1b[2J", "\ud800", "a\nb", [], {}, [[]], {"": None}, True, 0.5,
-          float("nan"), float("inf"), "../../x", "/dev/zero", "x" * 200_000, 2 ** 63, "-1", "short/11"]
+VALUES = [None, -1, 0, 10 ** 30, 1e308, "", "x", "\x1b[2J", "\ud800", "a\nb", [], {}, [[]], {"": None}, True,
+          0.5, float("nan"), float("inf"), "../../x", "/dev/zero", "x" * 200_000, 2 ** 63, "-1", "short/11"]
 SECONDS = 60.0  # of one case
 
 
@@ -74,10 +74,12 @@ def bend_bytes(folder: Path, draw: random.Random) -> str:
     data = victim.read_bytes()
     at = draw.randrange(len(data)) if data else 0
     how = draw.choice(["cut", "flip", "repeat", "insert", "empty", "mark", "crlf", "utf16", "long", "xz"])
-    odd = [b"\x00", b"\xff", b"\x1b[2J", b"[" * 100_000, b"9" * 5000, b"NaN", b'"', b"\n", b"{}", b'{"a": 1}\n']
+    odd = [b"\x00", b"\xff", b"\x1b[2J", b"[" * 100_000, b"9" * 5000, b"NaN", b'"', b"\n", b"{}",
+           b'{"a": 1}\n']
     data = {
-        "cut": data[:at], "flip": data[:at] + bytes([data[at] ^ 1 << draw.randrange(8)]) + data[at + 1:] if data
-        else b"x", "repeat": data + b"\n" + data, "insert": data[:at] + draw.choice(odd) + data[at:], "empty": b"",
+        "cut": data[:at], "empty": b"", "repeat": data + b"\n" + data,
+        "flip": data[:at] + bytes([(data[at] if data else 0) ^ 1 << draw.randrange(8)]) + data[at + 1:],
+        "insert": data[:at] + draw.choice(odd) + data[at:],
         "mark": b"\xef\xbb\xbf" + data, "crlf": data.replace(b"\n", b"\r\n"), "long": data + b"x" * 10 ** 6,
         "utf16": data.decode("utf-8", "replace").encode("utf-16"), "xz": lzma.compress(data),
     }[how]
@@ -128,7 +130,9 @@ def bend_chain(folder: Path, draw: random.Random) -> str:
     """Change a value of a chained file and chain it again."""
     path = draw.choice([p for p in files_of(folder) if p.suffix == ".jsonl"])
     events = [event for event, _ in runlog.read_links(path)]
-    said = bend_value(events, draw)
+    before = repr(events)
+    while repr(events) == before:
+        said = bend_value(events, draw)
     path.write_text(chained(events), encoding="utf-8")
     return f"{said} in {path.relative_to(folder)}"
 
@@ -137,7 +141,9 @@ def bend_json(folder: Path, draw: random.Random) -> str:
     """Change a value of a JSON file."""
     path = draw.choice([p for p in files_of(folder) if p.suffix == ".json"])
     value = json.loads(path.read_text())
-    said = bend_value(value, draw)
+    before = repr(value)
+    while repr(value) == before:
+        said = bend_value(value, draw)
     path.write_text(json.dumps(value))
     return f"{said} in {path.relative_to(folder)}"
 
@@ -164,7 +170,7 @@ def judged(folder: Path) -> str:
 
 
 def fuzzed(good: Path, place: Path, cases: int, seed: int = 0) -> Iterator[str]:
-    """For each case "" or what is wrong with the answer to it. An edit that changes nothing is drawn again."""
+    """For each case "" or what is wrong with the answer to it."""
     before = {p.relative_to(good): p.read_bytes() for p in files_of(good)}
     for case in range(cases):
         draw = random.Random(f"{seed} {case}")

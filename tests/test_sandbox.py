@@ -30,7 +30,8 @@ def walled(request, monkeypatch, tmp_path):
     (tmp_path / "out").mkdir()
 
     def run(code, wall=None, **options):
-        options = {"cwd": tmp_path, "writable": [tmp_path / "out"], "seconds": 30, "memory_mib": 256} | options
+        usual = {"cwd": tmp_path, "writable": [tmp_path / "out"], "seconds": 30, "memory_mib": 256}
+        options = usual | options
         done = sandbox.run([sys.executable, "-I", "-S", "-c", code], **options)
         if wall is not None and not done.walls.get(wall):
             pytest.skip(f"{request.param}: {sandbox.WALLS[wall]} does not hold here: {done.walls['refused']}")
@@ -48,7 +49,8 @@ def test_output_and_exit_code_come_back_printable(walled):
 def test_endless_output_is_cut_in_the_middle(walled):
     done = walled("print('begin' + 'x' * 5_000_000 + 'end')")
     assert len(done.stdout) < sandbox.OUTPUT + 100
-    assert done.stdout.startswith("begin") and done.stdout.endswith("end\n") and "bytes left out" in done.stdout
+    assert done.stdout.startswith("begin") and done.stdout.endswith("end\n")
+    assert "bytes left out" in done.stdout
 
 
 def test_nothing_of_the_environment_is_passed_on(walled, monkeypatch):
@@ -91,7 +93,8 @@ def test_other_processes_are_not_seen(walled):
 
 
 def test_there_are_no_rights_and_none_to_gain(walled):
-    code = ("import os\nlines = dict(x.split(':\\t') for x in open('/proc/self/status').read().splitlines())\n"
+    code = ("import os\nstatus = open('/proc/self/status').read().splitlines()\n"
+            "lines = dict(x.split(':\\t') for x in status)\n"
             "print(os.getuid(), int(lines['CapEff'], 16), int(lines['CapBnd'], 16), lines['NoNewPrivs'])")
     uid, effective, bounding, sealed = walled(code, wall="user").stdout.split()
     assert uid != "0" and effective == "0" and sealed == "1"

@@ -320,7 +320,11 @@ def check_artefacts(found):
     except UserError:
         held = "unreadable"
     if held != told:
-        yield f"code.diff: {'missing' if held is None else 'is not the one that was declared'}"
+        text = untrusted.bytes_of(path) if held not in (None, "unreadable") else b""
+        rewritten = "has CRLF line ends: something rewrote its lines; fetch it as it was written"
+        same = b"\r\n" in text and arms.hash_of(text.replace(b"\r\n", b"\n")) == told
+        why = "missing" if held is None else rewritten if same else "is not the one that was declared"
+        yield f"code.diff: {why}"
     sources = {log.start["sources"] for log in found.logs.values()}
     known = {f"sources-{digest}.txt{packed}" for digest in sources for packed in ("", ".xz")}
     runs = found.folder / "runs"

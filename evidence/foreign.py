@@ -80,14 +80,19 @@ def known(values: object, cls: type, prefix: str, paths: list[str]) -> dict:
 
 # ----- what the code of the claim says ----------------------------------------------------------------------
 
+def has_walls() -> bool:
+    """Whether this machine can keep the code of others from the network and from writing."""
+    held = sandbox.probe()
+    return bool(held.get("network") and held.get("writes"))
+
+
 def ask(place: Path, argv: list[str]) -> dict:
     """What the settings code in `place`, a private folder, makes of a trainer's arguments: a table of ANSWER.
 
     Raises UserError for a refusal of that code, for one that does not answer, and where this machine has no
     sandbox.
     """
-    held = sandbox.probe()
-    if not (held.get("network") and held.get("writes")):
+    if not has_walls():
         raise UserError(f"{sandbox.walls()}: code of others is not run here; verify with a checkout of the "
                         "code that wrote the claim")
     code = "import sys\nsys.path.insert(0, '.')\n" + arms.PROBE
@@ -104,20 +109,31 @@ def ask(place: Path, argv: list[str]) -> dict:
     return answer
 
 
+def record_name(name: str) -> str:
+    """A record's or preset's name as a command line takes it."""
+    if not isinstance(name, str) or not re.fullmatch(r"(?:[a-z0-9_]+/)?[A-Za-z0-9_][A-Za-z0-9_.-]*", name):
+        raise UserError(f"{printable(str(name))[:60]!r} is no record")
+    return name
+
+
+def option(change: str) -> str:
+    """One word of a command line for a change as logs have it, like `--set a=1`; no other option passes."""
+    found = CHANGE.fullmatch(change) if isinstance(change, str) else None
+    if not found:
+        raise UserError(f"unknown change {printable(str(change))[:60]!r}: changes are --set, --with, --without "
+                        "and --revert")
+    return f"{found[1]}={found[2]}"
+
+
 def answer_of(folder: Path, arm: dict, read_sources) -> tuple[dict, str]:
     """(what the code of an arm resolves it to, where that code comes from).
 
     folder: the claim's. read_sources: () -> text of the claim's archive of sources, for an arm whose commit
     is not in this repository.
     """
-    argv = [arm["record"]]
-    if not re.fullmatch(r"[a-z0-9_]+/[A-Za-z0-9_]+", arm["record"]):
-        raise UserError(f"{printable(arm['record'])[:60]!r} is no record")
+    argv = [record_name(arm["record"])]
     for change in arm["changes"]:
-        found = CHANGE.fullmatch(change)
-        if not found:
-            raise UserError(f"unknown change {printable(change)[:60]!r}")
-        argv.append(f"{found[1]}={found[2]}")
+        argv.append(option(change))
     with tempfile.TemporaryDirectory(prefix="foreign-") as place:
         tree = Path(place, "code")
         tree.mkdir()

@@ -85,6 +85,13 @@ def test_no_socket_reaches_out(walled):
         assert walled(code, wall="network").stdout == "refused\n"
 
 
+def test_its_own_processes_can_talk_to_each_other(walled):
+    code = ("import socket, threading\ns = socket.create_server(('127.0.0.1', 0))\n"
+            "threading.Thread(target=lambda: s.accept()[0].send(b'heard')).start()\n"
+            "print(socket.create_connection(s.getsockname(), 5).recv(9).decode())")
+    assert walled(code).stdout == "heard\n"
+
+
 def test_other_processes_are_not_seen(walled):
     code = (f"import os; print(os.path.exists('/proc/{os.getpid()}'), "
             "len([x for x in os.listdir('/proc') if x.isdigit()]))")

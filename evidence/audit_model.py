@@ -368,8 +368,8 @@ def read_instead(rows, shard):
         held = path.read_bytes()[1024:]
         found = sum(run.tobytes() in held for run in runs[:64])
         if found:
-            return (f": the validation reads training tokens ({found} of its first {len(runs[:64])} rows lie in "
-                    f"{path.name})")
+            return (f": the validation reads training tokens ({found} of its first {len(runs[:64])} rows lie "
+                    f"in {path.name})")
     return ""
 
 

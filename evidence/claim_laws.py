@@ -176,6 +176,9 @@ def check_registered(found, run):
     """A run's log against the run's lines in the manifest."""
     log = found.logs.get(run.run)
     if log is None:
+        name = run.finish["folder"] if run.finish else None
+        if name is not None and not (found.folder / "runs" / name / "run.jsonl").exists():
+            yield f"runs/{name}/run.jsonl: missing: the manifest has it as run {run.run}"
         return
     start, end = log.start, log.one("end")
     if start["registered"] != run.hash:

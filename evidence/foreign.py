@@ -120,8 +120,8 @@ def option(change: str) -> str:
     """One word of a command line for a change as logs have it, like `--set a=1`; no other option passes."""
     found = CHANGE.fullmatch(change) if isinstance(change, str) else None
     if not found:
-        raise UserError(f"unknown change {printable(str(change))[:60]!r}: changes are --set, --with, --without "
-                        "and --revert")
+        raise UserError(f"unknown change {printable(str(change))[:60]!r}: changes are --set, --with, "
+                        "--without and --revert")
     return f"{found[1]}={found[2]}"
 
 

@@ -137,7 +137,7 @@ def arguments_of(start, place):
         return [foreign.record_name(start["preset"])]
     if not isinstance(start["changes"], list):
         raise UserError("its changes are no list")
-    changes = list(map(foreign.option, start["changes"]))  # before a rename reads them, and nothing else passes
+    changes = list(map(foreign.option, start["changes"]))  # nothing else passes
     if place == arms.ROOT:
         changes = [foreign.option(renames.present_change(change)) for change in start["changes"]]
     if start["scale"] not in SCALES:

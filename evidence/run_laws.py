@@ -308,7 +308,8 @@ def check_settings(log):
                f"{settings.NUMERICS_VERSION}: results changed since")
     if unknown:  # evidence.provenance asks the code that knows them
         return
-    if start["numerics_version"] == settings.NUMERICS_VERSION and start["ml_hash"] != schema.ml_hash(log.settings):
+    same = start["numerics_version"] == settings.NUMERICS_VERSION
+    if same and start["ml_hash"] != schema.ml_hash(log.settings):
         yield (
             f"{artefact} hash to ml_hash {schema.ml_hash(log.settings)}, logged {start['ml_hash']}: they "
             "were edited"

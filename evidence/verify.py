@@ -66,7 +66,7 @@ def arguments(p):
     p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS",
                    help="for text logs: the loss to reach (claims declare theirs)")
     p.add_argument("--out", metavar="DIR",
-                   help="where results.json and what raised the grade are written (default: the claim folder)")
+                   help="where results.json and what raised the grade go (default: the claim folder)")
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 

@@ -398,6 +398,11 @@ def a_field_of_the_manifest_that_nothing_reads(c):
     c.seal()
 
 
+@refused(r"runs/\S+/run\.jsonl: missing: the manifest has it as run 0")
+def a_discarded_run_without_its_log(c):
+    (c.folder / "runs" / c.name(0) / "run.jsonl").unlink()
+
+
 @refused(r"sources-\w+\.txt: missing")
 def sources_missing(c):
     next(c.folder.glob("runs/sources-*.txt")).unlink()

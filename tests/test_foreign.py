@@ -20,8 +20,8 @@ pytestmark = pytest.mark.skipif(
     reason="this machine has no sandbox for the code of others")
 
 WORD = '    sparkle: float = opt(0.0, "sparkle of the logits", off=0.0)\n    vocab_size: int = opt('
-RECORD = ('id = "901"\ntitle = "sparkle"\nparent = "short/10"\ndate = 2026-01-01\npeople = ["@x"]\nkind = "ml"\n'
-          'source = "own"\n[delta]\n"model.sparkle" = 0.5\n')
+RECORD = ('id = "901"\ntitle = "sparkle"\nparent = "short/10"\ndate = 2026-01-01\npeople = ["@x"]\n'
+          'kind = "ml"\nsource = "own"\n[delta]\n"model.sparkle" = 0.5\n')
 
 
 def new_sources(text):
@@ -37,7 +37,7 @@ def code(tmp_path_factory):
     (tree / "records/short/901_claimed").mkdir()
     (tree / "records/short/901_claimed/record.toml").write_text(RECORD)
     changes = ["--scale", "micro", "--set", *TARGET]
-    return tree, {record: arms.resolve(tree, [record, *changes], record) for record in ("short/901", "short/10")}
+    return tree, {name: arms.resolve(tree, [name, *changes], name) for name in ("short/901", "short/10")}
 
 
 def sparkling(folder, monkeypatch, code, **new):
@@ -60,8 +60,8 @@ def test_new_words_are_resolved_by_the_code_that_brought_them(code, tmp_path, mo
     folder = sparkling(tmp_path / "claim", monkeypatch, code)
     results = verify.verify(folder)
     assert (results["verdict"], results["problems"]) == ("shown", [])
-    assert "what model.sparkle mean: this checkout does not know them, the claim's own sources does" in results[
-        "unknown"]
+    said = "what model.sparkle mean: this checkout does not know them, the claim's own sources does"
+    assert said in results["unknown"]
     assert results["arms"]["new"]["ml_hash"] != results["arms"]["parent"]["ml_hash"]
     verify.store(folder, results, page=True)
     assert "a setting that this checkout does not know" in (folder / "README.md").read_text()
@@ -71,7 +71,8 @@ def test_new_words_are_resolved_by_the_code_that_brought_them(code, tmp_path, mo
 def test_other_values_than_that_code_gives_are_refused(code, tmp_path, monkeypatch):
     said = code[1]["short/901"]["settings"]
     said = said | {"model": said["model"] | {"sparkle": 0.75}}
-    problems = verify.verify(sparkling(tmp_path / "claim", monkeypatch, code, settings=said, ml_hash="0" * 16))
+    folder = sparkling(tmp_path / "claim", monkeypatch, code, settings=said, ml_hash="0" * 16)
+    problems = verify.verify(folder)
     for why in ("arm new: ml_hash 0000000000000000, by the claim's own sources it is",
                 "resolves to other settings by the claim's own sources: model.sparkle"):
         assert any(why in p for p in problems["problems"]), problems
@@ -105,7 +106,8 @@ def test_that_code_cannot_act_on_the_judge(code, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("code_text, why", [
-    ("while True: pass\n", "took too long"), ("x = [bytes(2 ** 27) for _ in range(64)]\n", "memory|MemoryError"),
+    ("while True: pass\n", "took too long"),
+    ("x = [bytes(2 ** 27) for _ in range(64)]\n", "memory|MemoryError"),
     ("print('{}')\nraise SystemExit\n", "gives no settings"),
     ("print('[' * 10 ** 5)\nraise SystemExit\n", "nests"),
     ("print('\\x1b[2J')\nraise SystemExit(1)\n", "cannot resolve it"),

@@ -332,7 +332,8 @@ def system_settings_edited(c):
     c.seal()
 
 
-@refused(r"settings hold unknown names \['colour'\]")
+@refused(r"arm new: \S+ at scale micro .* resolves to other settings by the claim's own sources: colour|"
+         r"settings are not valid here|cannot be resolved here: .* NOT HELD")
 def settings_of_another_vocabulary(c):
     c.lines[0]["arms"]["new"]["settings"]["colour"] = "red"
     for register in c.of("register"):

@@ -352,7 +352,9 @@ def write_corpus(folder, facts, validation_tokens):
     from data.shards import write_shard
     folder.mkdir()
     generator, vocab_size = np.random.default_rng(20240520), facts["vocab_size"]
-    for name, count in (TRAIN_SHARD, 8 * facts["tokens_per_rank"] * 64), (VAL_SHARD, validation_tokens):
+    # as long as validation, so that one that reads training tokens is told so, not that they are too few
+    trained = max(8 * facts["tokens_per_rank"] * 64, validation_tokens)
+    for name, count in (TRAIN_SHARD, trained), (VAL_SHARD, validation_tokens):
         tokens = (vocab_size ** generator.random(count, dtype=np.float32)).astype(np.uint16) - 1
         tokens[generator.random(count, dtype=np.float32) < 1 / 60] = vocab_size - 1
         tokens[0] = vocab_size - 1

@@ -354,8 +354,23 @@ def counted(observed, tokens, shard):
     if lacking:
         wrong.append(
             f"{lacking} of {len(want)} rows with the shard's first {tokens:,} targets are missing or repeated"
+            + read_instead(rows, shard)
         )
     return wrong
+
+
+def read_instead(rows, shard):
+    """Where rows (n, 2 T: inputs, targets) come from that are not of the validation shard, if from a training
+    shard next to it: the end of a message, or nothing."""
+    width = rows.shape[1] // 2
+    runs = np.concatenate([rows[:, :width], rows[:, -1:]], 1).astype("<u2")
+    for path in sorted(Path(shard).parent.glob("*_train_*.bin")):
+        held = path.read_bytes()[1024:]
+        found = sum(run.tobytes() in held for run in runs[:64])
+        if found:
+            return (f": the validation reads training tokens ({found} of its first {len(runs[:64])} rows lie "
+                    f"in {path.name})")
+    return ""
 
 
 # ----- causality --------------------------------------------------------------------------------------------

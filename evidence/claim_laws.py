@@ -17,7 +17,7 @@ import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import files
+from common import files, untrusted
 import runlog
 from evidence import arms, compare, manifest, provenance, run_laws, textlog
 from evidence.run_laws import alike
@@ -176,6 +176,9 @@ def check_registered(found, run):
     """A run's log against the run's lines in the manifest."""
     log = found.logs.get(run.run)
     if log is None:
+        name = run.finish["folder"] if run.finish else None
+        if name is not None and not (found.folder / "runs" / name / "run.jsonl").exists():
+            yield f"runs/{name}/run.jsonl: missing: the manifest has it as run {run.run}"
         return
     start, end = log.start, log.one("end")
     if start["registered"] != run.hash:
@@ -316,11 +319,15 @@ def check_artefacts(found):
     runs/ holds runs only."""
     told, path = found.declaration.get("code_diff"), found.folder / "code.diff"
     try:
-        held = arms.hash_of(path.read_bytes()) if path.exists() else None
-    except OSError:
+        held = arms.hash_of(untrusted.bytes_of(path)) if path.exists() else None
+    except UserError:
         held = "unreadable"
     if held != told:
-        yield f"code.diff: {'missing' if held is None else 'is not the one that was declared'}"
+        text = untrusted.bytes_of(path) if held not in (None, "unreadable") else b""
+        rewritten = "has CRLF line ends: something rewrote its lines; fetch it as it was written"
+        same = b"\r\n" in text and arms.hash_of(text.replace(b"\r\n", b"\n")) == told
+        why = "missing" if held is None else rewritten if same else "is not the one that was declared"
+        yield f"code.diff: {why}"
     sources = {log.start["sources"] for log in found.logs.values()}
     known = {f"sources-{digest}.txt{packed}" for digest in sources for packed in ("", ".xz")}
     runs = found.folder / "runs"

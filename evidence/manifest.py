@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runlog
+from common import untrusted
 from common.errors import UserError
 from common.interrupt import held
 
@@ -38,6 +39,12 @@ DECLARED = {
     "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str,
     "margin": NUMBER, "order": list, "order_seed": int, "processes": int, "machine": dict
 }
+# Of a declaration: what some have next to DECLARED, and what an arm may tell. All else is refused.
+MAY_DECLARE = ("aa", "code", "code_diff", "confidence", "corpus_prefixes", "data", "environment", "launcher",
+               "long_start")
+ARM = ("text", "kind", "ref", "commit", "tree", "dirty", "argv", "record", "preset", "scale", "changes",
+       "report", "ml_hash", "system_hash", "settings", "sha256", "path")
+CHAIN = ("n", "kind", "utc")
 FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
           "finish": {"run": int, "folder": (str, type(None)), "last_hash": (str, type(None)), "status": str,
                      "exit": (int, type(None))},
@@ -126,6 +133,7 @@ class Claim:
             require(kind in FIELDS, f"unknown kind of event; known are {', '.join(FIELDS)}")
             require(self.withdrawn is None, "the claim was withdrawn: nothing follows")
             check_fields(event, FIELDS[kind], require)
+            check_known(event, (*FIELDS[kind], *CHAIN), kind, require)
             {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look,
              "withdraw": self.withdraw}[kind](event, digest, require)
         self.last_hash, self.events = digest, self.events + 1
@@ -193,6 +201,12 @@ def check_fields(event, types, require):
                 f"{name} = {event[name]!r} has the wrong type")
 
 
+def check_known(table, known, where, require):
+    """Require that a table has no other field than the known ones."""
+    odd = sorted(table.keys() - set(known))
+    require(not odd, f"{where} has a field {', '.join(odd)[:60]!r} that nothing reads")
+
+
 def check_declaration(event, require):
     """Whole and consistent: known version, arms, a plan whose counts the order has, alphas that add up."""
     require(
@@ -208,6 +222,10 @@ def check_declaration(event, require):
         and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
         "arms must be tables of kind record or script"
     )
+    check_known(event, (*DECLARED, *MAY_DECLARE, *CHAIN), "the declaration", require)
+    for name, arm in arms.items():
+        check_known(arm, ARM, f"arm {name}", require)
+    check_known(plan, ("runs", "looks"), "plan", require)
     require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
     confidence = event.get("confidence", 0.95)
     require(isinstance(confidence, NUMBER) and 0 < confidence < 1, "confidence must lie between 0 and 1")
@@ -303,6 +321,7 @@ class Manifest:
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         event = runlog.plain_event(n=self.claim.events, kind=kind, utc=utc, **fields)
         line, digest = runlog.chain_line(self.claim.last_hash, event)
+        untrusted.json_value(line, f"{self.claim.path}: the new line ({kind})")  # what cannot be read again
         size = os.fstat(self.descriptor).st_size
         self.claim.add(event, digest)
         data = line.encode() + b"\n"
@@ -335,7 +354,7 @@ def resume(folder):
     """The Manifest of a folder, open for appending. A last line that a kill cut short is removed."""
     path = Path(folder) / NAME
     manifest = Manifest(path)
-    data = path.read_bytes()
+    data = untrusted.bytes_of(path, runlog.LOG_LIMIT)
     whole = data.rfind(b"\n") + 1
     if whole != len(data):
         os.ftruncate(manifest.descriptor, whole)

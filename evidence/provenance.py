@@ -8,9 +8,7 @@ only asked for the text of files.
 
 import collections
 import dataclasses
-import lzma
 import re
-import tomllib
 
 import deltas
 import renames
@@ -18,9 +16,9 @@ import schema
 import runlog
 import scales
 import settings
-from evidence import arms, manifest
+from evidence import arms, foreign, manifest
 from evidence.run_laws import alike
-from common import files
+from common import files, untrusted
 from common.errors import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
@@ -83,6 +81,10 @@ def check_resolves(found, name, arm):
             return
         if record is None:
             raise UserError("the record is neither in this checkout nor in record.toml of the claim")
+        unknown = foreign.projected(arm["settings"])[1]
+        if unknown:
+            yield from check_foreign(found, name, arm, claimed, unknown)
+            return
         resolved = (resolve_carried if carried else resolve_here)(record, scale, arm["changes"])
         paths = [p for p, _, _ in schema.difference(schema.from_plain(arm["settings"]), resolved)]
     except MALFORMED as error:
@@ -95,6 +97,28 @@ def check_resolves(found, name, arm):
         )
     elif paths:
         yield f"arm {name}: {claimed} resolves to other settings here: {', '.join(paths)}"
+
+
+def check_foreign(found, name, arm, claimed, unknown):
+    """Settings with words that this checkout lacks are what the code of the claim resolves, in a sandbox."""
+    runs, digests = found.folder / "runs", {log.start["sources"] for log in found.of(name)}
+
+    def archive():
+        text, problem = read_sources(runs, min(digests, default=""))
+        if problem:
+            raise UserError(problem)
+        return text
+
+    answer, where = foreign.answer_of(found.folder, arm, archive)
+    paths = differing(arm["settings"], answer["settings"])
+    if paths:
+        yield f"arm {name}: {claimed} resolves to other settings by {where}: {', '.join(paths)}"
+    for key in ("ml_hash", "system_hash"):
+        if answer.get(key) != arm[key]:
+            yield f"arm {name}: {key} {arm[key]}, by {where} it is {str(answer.get(key))[:16]}"
+    said = f"what {', '.join(unknown)} mean: this checkout does not know them, {where} does"
+    if said not in found.unknown:
+        found.unknown.append(said)
 
 
 def resolve_here(record, scale, changes):
@@ -186,8 +210,8 @@ def lineage_of(path):
     """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. ''
     for an attempt."""
     try:
-        toml = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        toml = untrusted.toml_file(path)[1]
+    except UserError:
         return ""  # read_record says what is wrong
     if "attempt" not in toml:
         return ""
@@ -268,8 +292,8 @@ def check_patch(found, name, arm):
     """The uncommitted changes of a comparison's arm lie in the folder."""
     try:
         path = arms.patch_path(found.folder, arm)
-        held = arms.hash_of(path.read_bytes())
-    except (OSError, TypeError, ValueError):
+        held = arms.hash_of(untrusted.bytes_of(path))
+    except (UserError, TypeError, ValueError):
         held = None
     if held != arm["dirty"]:
         yield f"arm {name}: the patch of its uncommitted changes is missing or was changed"
@@ -281,11 +305,11 @@ def read_sources(runs, digest):
         return None, f"sources {digest!r:.40} is no hash of sources"
     for path in (runs / f"sources-{digest}.txt", runs / f"sources-{digest}.txt.xz"):
         if path.exists():
+            read = untrusted.xz_of if path.suffix == ".xz" else untrusted.bytes_of
             try:
-                with (lzma.open(path) if path.suffix == ".xz" else open(path, "rb")) as file:
-                    text = file.read(SOURCES_LIMIT).decode()
-            except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError):
-                return None, f"runs/{path.name}: cannot be read"
+                text = untrusted.decoded(read(path, SOURCES_LIMIT), str(path))
+            except UserError as error:
+                return None, str(error).replace(f"{runs.parent}/", "")
             held = runlog.source_hash(text)
             return (
                 text, "" if held == digest

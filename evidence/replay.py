@@ -8,15 +8,19 @@ same on a CPU, else within the printed tolerance; 3 when they do not.
 
 import ast
 import math
+import os
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from common import arguments as numbers, environment, files
+from common import arguments as numbers, environment, files, sandbox, untrusted
+from common.printable import printable
 import renames
 import runlog
-from evidence import arms, compare, textlog, verify
+from evidence import arms, compare, foreign, textlog, verify
+from scales import SCALES
 from common.errors import UserError
 from common.interrupt import Interrupt
 
@@ -28,6 +32,7 @@ DIFFERS = 3
 # the median sd of published runs (0.00124), which two seeds would keep as well:
 # there the first training losses decide.
 CPU_TOLERANCE, GPU_TOLERANCE = 0.001, 0.005
+WEEK_S = 7 * 24 * 3600.0  # no replay on a CPU takes longer
 NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code",
           "processes", "device", "torch", "cpu", "sources")
 
@@ -101,7 +106,7 @@ def read_chain(path):
 def read_text(path):
     """What a replay compares, of a log.txt, whose losses have six digits."""
     log, _ = textlog.read(path)
-    parts = path.read_text(encoding="utf-8", errors="replace").split(runlog.RULER + "\n")
+    parts = untrusted.bytes_of(path).decode("utf-8", "replace").split(runlog.RULER + "\n")
     if len(parts) < 3 or not parts[0].startswith("sources: "):
         raise UserError(f"{path}: a log of another program, which says no settings: run its script with "
                         "compare script:PATH")
@@ -129,16 +134,21 @@ def arguments_of(start, place):
     place: the folder of the code that gets them. The present code knows settings by their present names.
     """
     if start["preset"]:
-        return [start["preset"]]
-    named = map(renames.present_change, start["changes"]) if place == arms.ROOT else start["changes"]
-    changes = [word for change in named for word in change.split(" ", 1)]
-    return [start["record"], *changes, "--scale", start["scale"]]
+        return [foreign.record_name(start["preset"])]
+    if not isinstance(start["changes"], list):
+        raise UserError("its changes are no list")
+    changes = list(map(foreign.option, start["changes"]))  # nothing else passes
+    if place == arms.ROOT:
+        changes = [foreign.option(renames.present_change(change)) for change in start["changes"]]
+    if start["scale"] not in SCALES:
+        raise UserError(f"{printable(str(start['scale']))[:60]!r} is no scale")
+    return [foreign.record_name(start["record"]), *changes, "--scale", start["scale"]]
 
 
 def find_code(start, name):
     """(folder, words): the commit of the log in a worktree; else the present code,
     if it means the same by the settings."""
-    commit, _, dirty = start["code"].partition("-")
+    commit, _, dirty = str(start["code"]).partition("-")
     place, words = arms.ROOT, "the present code"
     if dirty:
         why = f"the run had uncommitted changes on {commit[:12]}"
@@ -149,7 +159,8 @@ def find_code(start, name):
             words = f"the code of {commit[:12]}"
         except UserError:
             why = f"its commit {commit[:12]} is not in this repository"
-    found = arms.resolve(place, arguments_of(start, place), str(name))
+    argv = arguments_of(start, place)
+    found = foreign.ask(place, argv) if guarded(start, place) else arms.resolve(place, argv, str(name))
     if found["ml_hash"] != start["ml_hash"]:
         raise UserError(
             f"{name}: {words} resolves {start['record']} to ml_hash {found['ml_hash']}, the log says "
@@ -157,9 +168,37 @@ def find_code(start, name):
     return place, words + (f" ({why}, but ml_hash is the same)" if why else "")
 
 
+def guarded(start, place):
+    """Whether the code in `place` runs in a sandbox: that of another commit, on a CPU, where there are
+    walls."""
+    return place != arms.ROOT and bool(threads_of(start["device"])) and foreign.has_walls()
+
+
+def rerun_guarded(start, place, out, data):
+    """Train again in a sandbox: no network, `out` the only folder that is written."""
+    files.make_folder(out)
+    processes = int(start["processes"])
+    launcher = [str(arms.LAUNCHER), str(processes)] if processes > 1 else []
+    command = [sys.executable, *launcher, str(place / "train_gpt.py"), *arguments_of(start, place),
+               "--seed", str(int(start["seed"])), "--out", str(out.absolute())]
+    command += ["--data", str(data)] if data else []
+    with tempfile.TemporaryDirectory(prefix="replay-") as cache:
+        done = sandbox.run(
+            command, cwd=place, readable=[place, arms.LAUNCHER.parent.parent, *([data] if data else [])],
+            writable=[out, Path(cache)], seconds=WEEK_S, memory_mib=memory_mib(),
+            env={"SPEEDRUN_CACHE": cache, "OMP_NUM_THREADS": threads_of(start["device"]),
+                 "CUDA_VISIBLE_DEVICES": ""})
+    return (done.stderr.strip().splitlines() or ["it said nothing"])[-1].removeprefix("error: ")
+
+
+def memory_mib():
+    """Nine tenths of this machine's memory, in MiB."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 9 // 10 // 2 ** 20
+
+
 def threads_of(device):
     """Number of threads in a CPU's device line, or None."""
-    found = re.fullmatch(r"CPU, \d+ process(?:es)?, (\d+) threads", device)
+    found = re.fullmatch(r"CPU, \d+ process(?:es)?, (\d+) threads", str(device))
     return found and found[1]
 
 
@@ -187,17 +226,29 @@ def rerun(start, place, out, data, name):
                     raise UserError(f"the data are not those of the log: {key} {first[key][:12]}, there "
                                     f"{start[key][:12]}; name the right folder with --data")
 
+    if guarded(start, place):
+        complaint = rerun_guarded(start, place, out, data)
+    else:
+        complaint = rerun_here(arm, start, place, out, data, variables, check_data)
+    found = files.listed(out, "*/run.jsonl")
+    if not found:
+        raise UserError(f"the replay did not start: {complaint}")
+    check_data()
+    return read_chain(found[-1])
+
+
+def rerun_here(arm, start, place, out, data, variables, check_data):
+    """Train again as a comparison does, without a sandbox. Returns the last line of what it complained."""
+    if place != arms.ROOT:
+        print(f"the code of the log runs with your rights: {sandbox.walls()}")
+    processes = int(start["processes"])
     with Interrupt(main=False) as asked:
         began = arms.start(arm, place, out, seed=int(start["seed"]),
                            processes=processes if processes > 1 else None, data=data, variables=variables)
         stopped = compare.wait(began, "replay", asked, check_data)
     if stopped:
         raise KeyboardInterrupt
-    found = files.listed(out, "*/run.jsonl")
-    if not found:
-        raise UserError(f"the replay did not start: {began.complaint()}")
-    check_data()
-    return read_chain(found[-1])
+    return began.complaint()
 
 
 # ----- comparing --------------------------------------------------------------------------------------------

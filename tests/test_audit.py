@@ -95,6 +95,10 @@ CHEATS = {
             )
         ],
     ),
+    "validation on training tokens": (
+        "validation_targets", "the validation reads training tokens",
+        [("data/stream.py", "    ids = open_shard(corpus.val)[", "    ids = open_shard(corpus.train[0])[")]
+    ),
     "validation that trains": (
         "no_trace",
         "validation 0 changed",

@@ -3,6 +3,7 @@ and for its own reason."""
 
 import hashlib
 import json
+import lzma
 import math
 import re
 import shutil
@@ -331,7 +332,8 @@ def system_settings_edited(c):
     c.seal()
 
 
-@refused(r"settings hold unknown names \['colour'\]")
+@refused(r"arm new: \S+ at scale micro .* resolves to other settings by the claim's own sources: colour|"
+         r"settings are not valid here|cannot be resolved here: .* NOT HELD")
 def settings_of_another_vocabulary(c):
     c.lines[0]["arms"]["new"]["settings"]["colour"] = "red"
     for register in c.of("register"):
@@ -343,6 +345,63 @@ def settings_of_another_vocabulary(c):
 def sources_swapped(c):
     path = next(c.folder.glob("runs/sources-*.txt"))
     path.write_text(path.read_text().replace("def train_step", "def train_step_"))
+
+
+@refused(r"runs/sources-\w+\.txt: has CR line ends \(CRLF\): something rewrote its lines")
+def sources_with_line_ends_of_another_system(c):
+    path = next(c.folder.glob("runs/sources-*.txt"))
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+
+
+@refused(r"runs/sources-\w+\.txt\.xz: has CR line ends \(CRLF\): something rewrote its lines")
+def packed_sources_with_line_ends_of_another_system(c):
+    path = next(c.folder.glob("runs/sources-*.txt"))
+    path.with_name(path.name + ".xz").write_bytes(lzma.compress(path.read_bytes().replace(b"\n", b"\r\n")))
+    path.unlink()
+
+
+@refused(r"code\.diff: has CRLF line ends: something rewrote its lines")
+def a_difference_with_line_ends_of_another_system(c):
+    c.lines[0]["code_diff"] = hashlib.sha256(b"# a -> b\n+x\n").hexdigest()
+    (c.folder / "code.diff").write_bytes(b"# a -> b\r\n+x\r\n")
+    c.seal()
+
+
+@refused(r"runs/sources-\w+\.txt\.xz: unpacks to more than 20000000 bytes")
+def sources_that_are_a_bomb(c):
+    path = next(c.folder.glob("runs/sources-*.txt"))
+    path.with_name(path.name + ".xz").write_bytes(lzma.compress(bytes(2 ** 25)))
+    path.unlink()
+
+
+@refused(r"runs/sources-\w+\.txt\.xz: is cut short")
+def packed_sources_that_are_cut(c):
+    path = next(c.folder.glob("runs/sources-*.txt"))
+    path.with_name(path.name + ".xz").write_bytes(lzma.compress(path.read_bytes())[:-20])
+    path.unlink()
+
+
+@refused(r"run\.jsonl: line \d+ \(validation\) has a field 'extra' that nothing reads")
+def a_field_that_nothing_reads(c):
+    c.events(3, "validation")[2]["extra"] = 1
+    c.seal()
+
+
+@refused(r"manifest\.jsonl: line 1 \(declare\): arm new has a field 'extra' that nothing reads")
+def a_field_of_an_arm_that_nothing_reads(c):
+    c.lines[0]["arms"]["new"]["extra"] = 1
+    c.seal()
+
+
+@refused(r"manifest\.jsonl: line 2 \(register\): register has a field 'extra' that nothing reads")
+def a_field_of_the_manifest_that_nothing_reads(c):
+    c.of("register")[0]["extra"] = 1
+    c.seal()
+
+
+@refused(r"runs/\S+/run\.jsonl: missing: the manifest has it as run 0")
+def a_discarded_run_without_its_log(c):
+    (c.folder / "runs" / c.name(0) / "run.jsonl").unlink()
 
 
 @refused(r"sources-\w+\.txt: missing")

@@ -63,20 +63,28 @@ def print_power(plan, stated):
     """Print the smallest effect that the plan can resolve."""
     from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
+    kind = "sd of differences within seeds" if plan["paired"] else "sd"
     if stated or known:
-        sd, where = (
-            (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
-        )
+        sd, where = (stated, "as stated") if stated else (known[0], source_of(known, plan["paired"]))
         least = detectable(plan, sd)
         print(
-            f"minimal detectable effect: {least:.4f} nats at 80 % power, from sd {sd:.4f} ({where})" if least
+            f"minimal detectable effect: {least:.4f} nats at 80 % power, from {kind} {sd:.4f} ({where})"
+            if least
             else "minimal detectable effect: none, one run an arm shows no spread and gives no interval"
         )
-    elif plan["seeds"] + plan["controls"] > 2:
-        print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep "
-              "tells the sd (--sd states one), so the nats follow after the first controls")
+    elif (least := detectable(plan, 1.0)) is not None:
+        print(f"minimal detectable effect: {least:.2f} sd{' of differences within seeds' * plan['paired']} "
+              "at 80 % power; no earlier sweep tells the sd (--sd states one)"
+              + ("" if plan["paired"] else ", so the nats follow after the first controls"))
     else:
         print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
+
+
+def source_of(known, paired):
+    """Where earlier_sd has its sd from, in words."""
+    _, count, names = known
+    return (f"median of {count} comparisons in " if paired else "of ") + ", ".join(names) + (
+        "" if paired else f", {count} df")
 
 
 def print_effort(plan, options, root, slots):
@@ -360,35 +368,26 @@ def power(options):
     from evidence import statistics
     from sweeps.report import earlier_sd
 
-    known = (
-        None
-        if options.sd
-        else earlier_sd(
-            {"version": 1, "scale": options.scale, "common": [], "paired": False}
-        )
-    )
+    about = {"version": 1, "scale": options.scale, "common": [], "paired": options.paired}
+    known = None if options.sd else earlier_sd(about)
     if options.sd is None and known is None:
         raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, "
                         "from `records compare RECORD RECORD --aa --pairing none --runs 4 --scale "
                         f"{options.scale}`")
-    sd, where = (
-        (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
-    )
-    print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one "
-          f"control of the same number of runs, not paired, intervals of {100 * options.confidence:g} % that "
-          "hold together, 80 % power")
-    need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence)
-    about = (
-        f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1
-        else ""
-    )
+    sd, where = (options.sd, "as stated") if options.sd else (known[0], source_of(known, options.paired))
+    print(f"sd {sd:.5f} nats{' of differences within seeds' * options.paired} ({where}), {options.arms} "
+          f"arm{'s' if options.arms > 1 else ''} against one control of the same number of runs, "
+          f"{'' if options.paired else 'not '}paired, any row wrongly resolved in at most "
+          f"{100 * (1 - options.confidence):.3g} % of sweeps, 80 % power")
+    need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence, paired=options.paired)
     print(
         f"an effect of {options.effect:g} nats needs "
-        + (f"{need} seeds an arm{about}" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
+        + (f"{need} seeds an arm" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
     )
     for n in (2, 4, 8, 16, 32):
-        print(f"  {n:>2} seeds show "
-              f"{statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
+        least = statistics.minimal_detectable_effect(
+            sd, n, n, options.arms, options.confidence, paired=options.paired)
+        print(f"  {n:>2} seeds show {least:.4f} nats")
 
 
 # ----- command line -----------------------------------------------------------------------------------------
@@ -429,15 +428,17 @@ def planning(p):
     )
     p.add_argument(
         "--controls", type=arguments.runs, metavar="N",
-        help="runs of the control (default sqrt(arms) x seeds)"
+        help="runs of the control (default as many as --seeds; more of them compare arms by their means, as "
+        "--no-paired does with sqrt(arms) x seeds of them)"
     )
     p.add_argument(
-        "--paired", action="store_true",
-        help="declare before the first run that effects are taken within seeds"
+        "--paired", action=argparse.BooleanOptionalAction,
+        help="effects are differences within seeds (default), or differences of means, which need no "
+        "correlation of the seeds; written into the plan before the first run"
     )
     p.add_argument(
         "--confidence", type=arguments.confidence, default=0.95,
-        help="of all intervals together (default 0.95)"
+        help="of all rows together (default 0.95)"
     )
     for flag in ("set", "with", "without", "revert"):
         p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
@@ -448,7 +449,9 @@ def planning(p):
         "--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)"
     )
     p.add_argument(
-        "--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')"
+        "--sd", type=positive,
+        help="sd of the differences within seeds (--no-paired: of final losses), for the detectable effect "
+        "(default: earlier sweeps')"
     )
     p.add_argument(
         "--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency"
@@ -476,7 +479,13 @@ def powering(c: arguments.Parser) -> None:
         help="the difference to resolve (default 0.005)"
     )
     c.add_argument(
-        "--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)"
+        "--sd", type=positive,
+        help="sd of the differences within seeds, or with --no-paired of final losses (default: of the "
+        "committed sweeps at this scale)"
+    )
+    c.add_argument(
+        "--paired", action=argparse.BooleanOptionalAction, default=True,
+        help="differences within seeds (default), or differences of means"
     )
     c.add_argument(
         "--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)"
@@ -487,7 +496,7 @@ def powering(c: arguments.Parser) -> None:
     )
     c.add_argument(
         "--confidence", type=arguments.confidence, default=0.95,
-        help="of all intervals together (default 0.95)"
+        help="of all rows together (default 0.95)"
     )
 
 
@@ -535,7 +544,7 @@ def parser() -> arguments.Parser:
         help=f"seconds without a sign after which a run counts as dead (default {queue.STALE_S})"
     )
     c = add("report", report, "write a sweep's JSON, CSV, Markdown and PNG")
-    c.add_argument("dir", metavar="DIR")
+    c.add_argument("dir", metavar="DIR", help="a sweep's folder, or a report's .json to be stated anew")
     c.add_argument("--out", metavar="NAME", help="path without ending (default DIR/<name of the sweep>)")
     return p
 

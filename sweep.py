@@ -390,6 +390,12 @@ def power(options):
         print(f"  {n:>2} seeds show {least:.4f} nats")
 
 
+def predictions(options):
+    """`sweep.py predictions`: published effects against measured ones."""
+    from evidence import predictions as table
+    table.command(options)
+
+
 # ----- command line -----------------------------------------------------------------------------------------
 
 positive = arguments.number(1e-9)
@@ -546,6 +552,10 @@ def parser() -> arguments.Parser:
     c = add("report", report, "write a sweep's JSON, CSV, Markdown and PNG")
     c.add_argument("dir", metavar="DIR", help="a sweep's folder, or a report's .json to be stated anew")
     c.add_argument("--out", metavar="NAME", help="path without ending (default DIR/<name of the sweep>)")
+    c = add("predictions", predictions, "published effects against those of chains and ablations")
+    c.add_argument("reports", nargs="*", metavar="REPORT", help="a report's .json (default: all committed)")
+    c.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    c.add_argument("--json", metavar="FILE", help="also write the tables there, for programs")
     return p
 
 

@@ -428,6 +428,15 @@ def equivalent(loss_difference, curve_points):
     return out
 
 
+def wilson(k, n, confidence=0.95):
+    """(low, high) of a share of k in n, after Wilson (JASA 1927)."""
+    if not 0 <= k <= n or n < 1:
+        raise UserError(f"share {k} of {n}: expected 0 <= k <= n and n at least 1")
+    z = float(stats.norm.isf((1 - level(confidence, "confidence")) / 2))
+    middle, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
 def rank_correlation(x, y, confidence=0.95):
     """Spearman's rho of paired values with Fisher's interval (variance after Bonett and Wright, 2000).
 

@@ -91,7 +91,7 @@ def print_effort(plan, options, root, slots):
     """Print how many runs are left and how long they take."""
     workers = len(slots)
     done, failed = queue.settled(root)
-    survivors = queue.read_json(root / "survivors.json")
+    survivors = queue.survivors(root)
     todo = queue.targets(plan, survivors)
     later = (
         sum(a["role"] == "member" for a in plan["arms"]) * plan["seeds"]
@@ -151,7 +151,7 @@ class View:
             self.live.update(self.table(done, failed, running), refresh=True)
 
     def remaining(self, done, failed):
-        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        todo = queue.targets(self.plan, queue.survivors(self.root))
         left = sum(t not in done and t not in failed for t, _, _ in todo)
         hours = left * sorted(self.walls)[len(self.walls) // 2] / 3600
         return (f"about {hours / self.workers:.2f} h left if nobody else works on it"
@@ -172,7 +172,7 @@ class View:
         from rich import box
         from rich.table import Table
         from sweeps.report import losses, runs_of
-        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        todo = queue.targets(self.plan, queue.survivors(self.root))
         settled = sum(t in done or t in failed for t, _, _ in todo)
         t = Table(
             box=box.SIMPLE_HEAD, title_justify="left",
@@ -242,7 +242,7 @@ def prepare(plan, root, options):
         folders = queue.reuse_folders(root, options.reuse)
         found = [
             queue.adopt(root, plan, *t, folders)
-            for t in queue.targets(plan, queue.read_json(root / "survivors.json"))
+            for t in queue.targets(plan, queue.survivors(root))
             if t[0] not in done and t[0] not in failed
         ]
         print(f"adopted {sum(x is not None for x in found)} finished runs from {', '.join(options.reuse)}")
@@ -340,14 +340,15 @@ def status(options):
     """The table so far, who works on what, and what failed."""
     from sweeps.report import collect, evidence, print_table
     root = Path(options.dir)
-    plan, done, failed, survivors = collect(root, check=False)
+    plan, done, failed, survivors = collect(root)
     todo = queue.targets(plan, survivors)
     print_table(evidence(plan, done, failed, survivors, plan["name"]))
     for target, a, seed in todo:
         number = queue.last_claim(root, target)
         settled = target in done or target in failed
         if number and not settled and not queue.is_stale(root, target, number, options.stale):
-            owner = queue.read_json(queue.claim_path(root, target, number))
+            owner = queue.read_json(queue.claim_path(root, target, number),
+                                    "move it away, its target runs again", ["host", "pid", "utc"])
             print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since "
                   f"{owner['utc']}")
     print_failures(root, failed, sys.stdout)

@@ -66,8 +66,8 @@ def of_record(child: dict, parent: dict | None, slope_: tuple[float, float]) -> 
     """Published effect of a record against its parent: {effect, se, why}; effect None where there is none.
 
     child, parent: rows of history.csv, None if that does not know it."""
-    none = {"effect": None, "se": None}
-    if parent is None or not all(row[k] for row in (child, parent) for k in ("tokens", "val_loss")):
+    none, needs = {"effect": None, "se": None}, ("tokens", "val_loss")
+    if parent is None or not all(row[k] for row in (child, parent) for k in needs):
         return none | {"why": "nothing published to compare"}
     tokens = [float(row["tokens"]) for row in (child, parent)]
     if tokens[0] == tokens[1] and child["kind"] in ("systems", "retiming"):
@@ -80,7 +80,7 @@ def of_record(child: dict, parent: dict | None, slope_: tuple[float, float]) -> 
 
 
 def of_feature(row: dict, steps: float, slope_: tuple[float, float]) -> dict:
-    """Published effect of a feature, a row of effects.csv, in a record of so many steps: {effect, se, why}."""
+    """{effect, se, why} of a feature: a row of effects.csv, in a record of so many steps."""
     size = float(row["effect"])
     if row["measure"] == "seconds":
         return {"effect": None, "se": None, "why": SPEED_ONLY}

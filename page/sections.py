@@ -288,14 +288,15 @@ def prediction_tables(site):
             found = predictions.table(sweep)
             rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
             if rows:
-                out += f"<p><b>{escape(found['name'])}.</b> {escape(' '.join(predictions.sentences(found)))}</p>"
+                shown = " ".join(predictions.sentences(found))
+                out += f"<p><b>{escape(found['name'])}.</b> {escape(shown)}</p>"
                 out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
                               table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
     if not out:
         return ""
-    return ("<p>In nats at equal tokens, negative is better. Saved tokens and steps count by the slope of the "
-            f"final loss against log tokens, {value:.3f} ± {error:.3f} (standard error) from four published "
-            f"pairs.</p>{out}")
+    return ("<p>In nats at equal tokens, negative is better. Saved tokens and steps count by the slope of "
+            f"the final loss against log tokens, {value:.3f} ± {error:.3f} (standard error) from four "
+            f"published pairs.</p>{out}")
 
 
 def correlation_text(found):

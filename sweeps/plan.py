@@ -299,7 +299,9 @@ def make_plan(options):
     plan = {
         "version": 1, "kind": options.kind, "name": "", "base": base, "scale": scale, "common": common,
         "seeds": options.seeds, "controls": options.seeds, "paired": within_seeds(options),
-        "confidence": options.confidence, "groups": [], "screening": "", "skipped": [], "arms": [],
+        "confidence": options.confidence,
+        "method": "within seeds" if within_seeds(options) else "welch",
+        "groups": [], "screening": "", "skipped": [], "arms": [],
         "settings": {}, "data": str(Path(options.data).resolve()) if options.data else None,
         "numerics_version": NUMERICS_VERSION, "code": repository.code_version()
     }

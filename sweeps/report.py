@@ -24,6 +24,8 @@ from common.errors import UserError
 # by plan["paired"]: how rows are compared. Reports of before say dunnett, holm or (paired) holm, all with one
 # pooled variance; `sweep.py report FILE.json` states them anew.
 METHODS = {True: "within seeds", False: "welch"}
+RESTATED = ("Compared within seeds: the runs were planned before this method was chosen, by simulation "
+            "(bench/results/intervals.md), to be stated with one pooled variance")
 COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved",
            "sd_effect", "note")
 
@@ -162,18 +164,14 @@ def brief(runs):
             ({} if r["status"] == "finished" else {"status": r["status"]}) for r in runs]
 
 
-def collect(root, check=True):
-    """(plan, done, failed, survivors). check: every run folder is read again and must be the
-    run that was recorded."""
+def collect(root):
+    """(plan, done, failed, survivors). Every run folder is read again and must be the run that was
+    recorded."""
     plan, (done, failed) = queue.load_plan(root), queue.settled(root)
-    for target, result in done.items() if check else ():
-        run = queue.read_run(Path(root) / "runs" / result["folder"])
-        if run["last_hash"] != result["last_hash"]:
-            raise UserError(
-                f"{root}/runs/{result['folder']} is not the run that was recorded for {result['arm']}, seed "
-                f"{result['seed']}: put the old log back, or delete {root}/done/{target}.json to run it again"
-            )
-    return plan, done, failed, queue.read_json(Path(root) / "survivors.json")
+    queue.verified(root, plan, done)
+    if "method" not in plan:  # a queue of before
+        plan |= {"paired": True, "restated": RESTATED}
+    return plan, done, failed, queue.survivors(root)
 
 
 def evidence(plan, done, failed, survivors, name):
@@ -206,7 +204,8 @@ def evidence(plan, done, failed, survivors, name):
         "adopted": sum("adopted_from" in r for r in runs), "failed": len(failed), "control": {
             "arm": control["label"], "n": about["n"], "mean": about["mean"], "sd": about["sd"],
             "runs": brief(own)
-        }, "screening": survivors, "skipped": plan["skipped"], "rows": rows
+        }, "screening": survivors, "skipped": plan["skipped"], "rows": rows,
+        **({"restated": plan["restated"]} if "restated" in plan else {})
     }
 
 
@@ -405,9 +404,7 @@ def restate(path, out=None):
             found.get("rows"), list):
         raise UserError(f"{path}: not the report of a sweep; name the .json that `sweep.py report` wrote")
     if found.get("method") not in METHODS.values():
-        found |= {"paired": True, "restated": (
-            "Compared anew within seeds: the runs were made before this method was chosen, by simulation "
-            "(bench/results/intervals.md); they were first stated with one pooled variance")}
+        found |= {"paired": True, "restated": RESTATED}
     new = recomputed(found)
     if new is None:
         raise UserError(f"{path}: it compares nothing")

@@ -48,7 +48,7 @@ def test_a_record_of_equal_tokens_predicts_a_loss_only_if_it_changes_the_mathema
         assert predictions.of_record(history(1e9, 3.27, kind), history(1e9, 3.28), SLOPE)["effect"] == (
             pytest.approx(-0.01))
     for lacking in (None, history("", 3.28), history(1e9, "")):
-        assert predictions.of_record(history(1e9, 3.28), lacking, SLOPE)["why"].startswith("nothing published")
+        assert "nothing published" in predictions.of_record(history(1e9, 3.28), lacking, SLOPE)["why"]
 
 
 def test_features_in_steps_nats_and_seconds():
@@ -73,7 +73,7 @@ def test_the_slope_is_the_mean_of_the_published_pairs():
 def test_signs_and_ranks_of_a_small_chain_by_hand():
     """Records 2 to 5 of the real history: published better by 0.13, 0.06, 0.02, 0.04, so ranks 1, 2, 4, 3."""
     refs = [f"short/{i}" for i in range(1, 6)]
-    measured = {"short/2": (-0.5, 0.1), "short/3": (-0.2, 0.3), "short/4": (0.1, 0.05), "short/5": (-0.1, 0.2)}
+    measured = dict(zip(refs[1:], [(-0.5, 0.1), (-0.2, 0.3), (0.1, 0.05), (-0.1, 0.2)]))
     found = predictions.table(sweep("chain", [
         row(ref, *measured[ref], parent=parent) for parent, ref in zip(refs, refs[1:])]))
     published = [r["published"]["effect"] for r in found["rows"]]
@@ -111,7 +111,8 @@ def test_wilsons_interval_covers_as_the_binomial_says():
     for n in (10, 26):
         coverage = []
         for p in [i / 20 for i in range(1, 20)]:
-            inside = [k for k in range(n + 1) if statistics.wilson(k, n)[0] <= p <= statistics.wilson(k, n)[1]]
+            bounds = [statistics.wilson(k, n) for k in range(n + 1)]
+            inside = [k for k, (low, high) in enumerate(bounds) if low <= p <= high]
             coverage.append(sum(stats.binom.pmf(k, n, p) for k in inside))
         assert min(coverage) > 0.89 and sum(coverage) / len(coverage) == pytest.approx(0.95, abs=0.015)
 
@@ -121,7 +122,8 @@ def test_the_command_prints_every_committed_table_and_refuses_other_files(tmp_pa
     out, tables = capsys.readouterr().out, json.loads((tmp_path / "t.json").read_text())
     assert {t["name"] for t in tables} >= {"chain_1-33_micro", "ablate_33_tiny"} and "Rank correlation" in out
     assert not any("variants" in t["name"] for t in tables)
-    for content in ("[", "{}", '{"rows": [], "kind": "axis", "name": "a"}', '{"rows": [1], "kind": "chain"}'):
+    axis, cut = '{"rows": [], "kind": "axis", "name": "a"}', '{"rows": [1], "kind": "chain"}'
+    for content in ("[", "{}", axis, cut):
         (tmp_path / "x.json").write_text(content)
         assert call("predictions", tmp_path / "x.json") == 2
         err = capsys.readouterr().err

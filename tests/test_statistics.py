@@ -270,7 +270,7 @@ def test_intervals_of_differences_and_ratios_cover_the_truth():
 
 
 def noisy_sweeps(seed, simulations, groups, n, rho, spread, skewed=False):
-    """Losses (simulations, groups, n) without an effect: runs of a seed correlated by rho, sds as `spread`."""
+    """Losses (simulations, groups, n) without an effect; runs of a seed are correlated by rho."""
     draw = random(seed)
 
     def noise(*shape):

@@ -93,19 +93,21 @@ def target_test(losses, target, alpha=0.01, name="losses"):
     return out
 
 
-def skew_corrected(losses, target, name="losses"):
-    """One-sided p that the mean lies below `target` by Johnson's modified t (JASA 1978), which takes the
-    skewness of the losses out of the t of a small sample; None without a spread or with fewer than 4 runs,
-    whose skewness tells nothing."""
-    x = numbers(losses, name)
-    if len(x) < 4 or not spread(x):
-        return None
-    n, mean, variance = len(x), float(x.mean()), float(x.var(ddof=1))
-    third = float(stats.skew(x, bias=False)) * variance ** 1.5
-    distance = mean - float(target)
-    t = (distance + third / (6 * variance * n) + third / (3 * variance ** 2) * distance ** 2) / math.sqrt(
-        variance / n)
-    return float(stats.t.cdf(t, n - 1))
+def standardised(groups):
+    """All residuals of groups of runs in units of their group's sd, as one centred list. Groups without
+    spread are left out."""
+    arrays = [x for x in (numbers(values, "group", 2) for values in groups) if spread(x)]
+    pool = np.concatenate([(x - x.mean()) / spread(x) for x in arrays])
+    return (pool - pool.mean()).tolist()
+
+
+def bootstrap_t(n, residuals, draws=100_000, seed=0):
+    """Sorted one-sample t of `draws` samples of n residuals, whose mean is 0: t under this noise."""
+    pool, rng, found = np.asarray(residuals), np.random.default_rng(seed), []
+    for _ in range(0, draws, 10_000):
+        x = rng.choice(pool, (10_000, n))
+        found.append(x.mean(1) / np.maximum(x.std(1, ddof=1), 1e-300) * math.sqrt(n))
+    return np.sort(np.concatenate(found))
 
 
 def runs_for(distance, sd, alpha=0.01, power=0.9):

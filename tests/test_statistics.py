@@ -231,6 +231,21 @@ def test_a_false_record_happens_in_at_most_one_percent_under_declared_looks():
             assert s.target_test(x[i, :n], 3.28, a)["passed"] == (t[n][i] < stats.t.ppf(a, n - 1))
 
 
+def test_the_bootstrap_knows_what_skewed_noise_does_to_t():
+    """Under normal residuals it is Student's t; under skewed ones it keeps the rate that t exceeds."""
+    draw = random(40)
+    normal = s.bootstrap_t(6, s.standardised(draw.normal(3.28, 0.001, (60, 12)).tolist()), draws=40_000)
+    assert np.quantile(normal, 0.05) == pytest.approx(stats.t.ppf(0.05, 5), rel=0.06)
+    groups = draw.gamma(2, size=(200, 20))
+    pool = s.standardised(groups.tolist())
+    assert abs(np.mean(pool)) < 1e-12 and np.std(pool) == pytest.approx(1, abs=0.03)
+    x = draw.gamma(2, size=(20_000, 6)) - 2
+    t = x.mean(1) / x.std(1, ddof=1) * math.sqrt(6)
+    robust = np.searchsorted(s.bootstrap_t(6, pool, draws=40_000), t) / 40_000
+    assert (stats.t.cdf(t, 5) < 0.01).mean() > 0.02
+    assert (robust < 0.01).mean() == pytest.approx(0.01, abs=0.004)
+
+
 def test_a_fresh_set_of_runs_for_passes_with_ninety_percent():
     for distance, sd in ((0.0012, 0.0013), (0.003, 0.0013), (0.0005, 0.0013)):
         n = s.runs_for(distance, sd)

@@ -14,7 +14,8 @@ pooled      Dunnett's with one pooled variance and sqrt(arms) times as many cont
 block       differences within seeds, one pooled residual variance (randomised blocks), Bonferroni
 moderated   differences within seeds, variances shrunk to each other (Smyth, 2004), Bonferroni
 pretest     pooled where Bartlett's test of equal variances has p > 0.1, otherwise within_seeds
-welch       differences of means, own variances (Games-Howell), sqrt(arms) times as many controls, Bonferroni
+welch       differences of means, own variances and Welch's degrees of freedom (Games-Howell), sqrt(arms)
+            times as many controls, Bonferroni; `successive` takes those of the smaller group instead
 bootstrap   differences within seeds, seeds resampled, largest |t| of a sweep
 seeds_full  differences within seeds, own variances, Bonferroni at the whole 5 %
 seeds       the same at SPENT of it: the method of `successive`

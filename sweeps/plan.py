@@ -300,7 +300,7 @@ def make_plan(options):
         "version": 1, "kind": options.kind, "name": "", "base": base, "scale": scale, "common": common,
         "seeds": options.seeds, "controls": options.seeds, "paired": within_seeds(options),
         "confidence": options.confidence,
-        "method": "within seeds" if within_seeds(options) else "welch",
+        "method": "within seeds" if within_seeds(options) else "means",
         "groups": [], "screening": "", "skipped": [], "arms": [],
         "settings": {}, "data": str(Path(options.data).resolve()) if options.data else None,
         "numerics_version": NUMERICS_VERSION, "code": repository.code_version()

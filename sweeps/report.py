@@ -23,7 +23,7 @@ from common.errors import UserError
 
 # by plan["paired"]: how rows are compared. Reports of before say dunnett, holm or (paired) holm, all with one
 # pooled variance; `sweep.py report FILE.json` states them anew.
-METHODS = {True: "within seeds", False: "welch"}
+METHODS = {True: "within seeds", False: "means"}
 RESTATED = ("Compared within seeds: the runs were planned before this method was chosen, by simulation "
             "(bench/results/intervals.md), to be stated with one pooled variance")
 COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved",
@@ -247,7 +247,7 @@ def headline(found):
     }[found["kind"]]
     level = 100 * found["confidence"]
     intervals = (
-        ("differences within seeds" if found["paired"] else "differences of means (Welch)")
+        ("differences within seeds" if found["paired"] else "differences of means")
         + f", each row with its own error; at least {level:.3g} % of such sweeps have no wrongly resolved "
         "row and no interval that misses (Bonferroni)"
     )

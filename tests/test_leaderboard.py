@@ -47,7 +47,7 @@ def arm(label, changes, losses, effect, record=None, note="", **more):
 def sweep(name, kind, base, control, rows, **more):
     return {
         "version": 1, "kind": kind, "name": name, "base": base, "scale": "tiny", "confidence": 0.95,
-        "method": "welch", "paired": False, "pooled_sd": 0.004, "df": 12, "mde": 0.01,
+        "method": "means", "paired": False, "pooled_sd": 0.004, "df": 12, "mde": 0.01,
         "hardware": "CPU, 1 process, 2 threads", "cpu": "Test CPU", "torch": "2.13.0", "code": ["0" * 40],
         "control": control, "rows": rows, **more
     }
@@ -660,7 +660,7 @@ def test_times_at_cpu_scales_are_shown_only_of_runs_that_took_turns(site):
         ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
         ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect"),
         ("chain", lambda s: s.update(method="dunnett"), "method: 'dunnett' is stated anew by"),
-        ("chain", lambda s: s.update(paired=True), "method: 'welch'"),
+        ("chain", lambda s: s.update(paired=True), "method: 'means'"),
         ("chain_variants_tiny", lambda s: s["rows"][0].update(low=-0.5), "variants/1: low"),
         ("chain_variants_tiny", lambda s: s.update(confidence=0.9), "variants/1: low")
     ],

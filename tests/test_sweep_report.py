@@ -90,7 +90,7 @@ def test_effects_and_intervals_are_those_of_the_statistics_module(how, paired, c
     control = losses_of(plan, done, "short/11", controls)
     expected = statistics.against_control(control, arms, paired=paired)
     found = sweep_report.evidence(plan, done, {}, None, "x")
-    assert found["method"] == ("within seeds" if paired else "welch") and found["control"]["n"] == controls
+    assert found["method"] == ("within seeds" if paired else "means") and found["control"]["n"] == controls
     assert (found["pooled_sd"], found["df"]) == (pytest.approx(expected["pooled_sd"]), expected["df"])
     assert all(same_figures(row, expected["rows"][row["arm"]]) for row in found["rows"])
     sd = sorted(r["sd"] for r in expected["rows"].values())[1] if paired else found["pooled_sd"]

@@ -9,7 +9,6 @@ import runlog
 from evidence import statistics
 from page import facts
 from sweeps import queue, report as sweep_report
-from sweeps.plan import pairs_of
 from fake_sweep import CAP, LAM, NORM, TWO, call, fake, made, noisy, planned, results, starts
 
 

@@ -63,27 +63,35 @@ def print_power(plan, stated):
     """Print the smallest effect that the plan can resolve."""
     from sweeps.report import detectable, earlier_sd
     known = None if stated else earlier_sd(plan)
+    kind = "sd of differences within seeds" if plan["paired"] else "sd"
     if stated or known:
-        sd, where = (
-            (stated, "as stated") if stated else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
-        )
+        sd, where = (stated, "as stated") if stated else (known[0], source_of(known, plan["paired"]))
         least = detectable(plan, sd)
         print(
-            f"minimal detectable effect: {least:.4f} nats at 80 % power, from sd {sd:.4f} ({where})" if least
+            f"minimal detectable effect: {least:.4f} nats at 80 % power, from {kind} {sd:.4f} ({where})"
+            if least
             else "minimal detectable effect: none, one run an arm shows no spread and gives no interval"
         )
-    elif plan["seeds"] + plan["controls"] > 2:
-        print(f"minimal detectable effect: {detectable(plan, 1.0):.2f} sd at 80 % power; no earlier sweep "
-              "tells the sd (--sd states one), so the nats follow after the first controls")
+    elif (least := detectable(plan, 1.0)) is not None:
+        print(f"minimal detectable effect: {least:.2f} sd{' of differences within seeds' * plan['paired']} "
+              "at 80 % power; no earlier sweep tells the sd (--sd states one)"
+              + ("" if plan["paired"] else ", so the nats follow after the first controls"))
     else:
         print("minimal detectable effect: none, one run an arm shows no spread and gives no interval")
+
+
+def source_of(known, paired):
+    """Where earlier_sd has its sd from, in words."""
+    _, count, names = known
+    return (f"median of {count} comparisons in " if paired else "of ") + ", ".join(names) + (
+        "" if paired else f", {count} df")
 
 
 def print_effort(plan, options, root, slots):
     """Print how many runs are left and how long they take."""
     workers = len(slots)
     done, failed = queue.settled(root)
-    survivors = queue.read_json(root / "survivors.json")
+    survivors = queue.survivors(root)
     todo = queue.targets(plan, survivors)
     later = (
         sum(a["role"] == "member" for a in plan["arms"]) * plan["seeds"]
@@ -143,7 +151,7 @@ class View:
             self.live.update(self.table(done, failed, running), refresh=True)
 
     def remaining(self, done, failed):
-        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        todo = queue.targets(self.plan, queue.survivors(self.root))
         left = sum(t not in done and t not in failed for t, _, _ in todo)
         hours = left * sorted(self.walls)[len(self.walls) // 2] / 3600
         return (f"about {hours / self.workers:.2f} h left if nobody else works on it"
@@ -164,7 +172,7 @@ class View:
         from rich import box
         from rich.table import Table
         from sweeps.report import losses, runs_of
-        todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        todo = queue.targets(self.plan, queue.survivors(self.root))
         settled = sum(t in done or t in failed for t, _, _ in todo)
         t = Table(
             box=box.SIMPLE_HEAD, title_justify="left",
@@ -234,7 +242,7 @@ def prepare(plan, root, options):
         folders = queue.reuse_folders(root, options.reuse)
         found = [
             queue.adopt(root, plan, *t, folders)
-            for t in queue.targets(plan, queue.read_json(root / "survivors.json"))
+            for t in queue.targets(plan, queue.survivors(root))
             if t[0] not in done and t[0] not in failed
         ]
         print(f"adopted {sum(x is not None for x in found)} finished runs from {', '.join(options.reuse)}")
@@ -332,14 +340,15 @@ def status(options):
     """The table so far, who works on what, and what failed."""
     from sweeps.report import collect, evidence, print_table
     root = Path(options.dir)
-    plan, done, failed, survivors = collect(root, check=False)
+    plan, done, failed, survivors = collect(root)
     todo = queue.targets(plan, survivors)
     print_table(evidence(plan, done, failed, survivors, plan["name"]))
     for target, a, seed in todo:
         number = queue.last_claim(root, target)
         settled = target in done or target in failed
         if number and not settled and not queue.is_stale(root, target, number, options.stale):
-            owner = queue.read_json(queue.claim_path(root, target, number))
+            owner = queue.read_json(queue.claim_path(root, target, number),
+                                    "move it away, its target runs again", ["host", "pid", "utc"])
             print(f"running: {a['label']}  seed {seed} on {owner['host']} (process {owner['pid']}) since "
                   f"{owner['utc']}")
     print_failures(root, failed, sys.stdout)
@@ -360,35 +369,32 @@ def power(options):
     from evidence import statistics
     from sweeps.report import earlier_sd
 
-    known = (
-        None
-        if options.sd
-        else earlier_sd(
-            {"version": 1, "scale": options.scale, "common": [], "paired": False}
-        )
-    )
+    about = {"version": 1, "scale": options.scale, "common": [], "paired": options.paired}
+    known = None if options.sd else earlier_sd(about)
     if options.sd is None and known is None:
         raise UserError(f"no sd of final losses was measured at scale {options.scale}: state one with --sd, "
                         "from `records compare RECORD RECORD --aa --pairing none --runs 4 --scale "
                         f"{options.scale}`")
-    sd, where = (
-        (options.sd, "as stated") if options.sd else (known[0], f"of {', '.join(known[2])}, {known[1]} df")
-    )
-    print(f"sd {sd:.5f} nats ({where}), {options.arms} arm{'s' if options.arms > 1 else ''} against one "
-          f"control of the same number of runs, not paired, intervals of {100 * options.confidence:g} % that "
-          "hold together, 80 % power")
-    need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence)
-    about = (
-        f" (about 15.7 (sd / effect)^2 = {15.7 * (sd / options.effect) ** 2:.1f})" if options.arms == 1
-        else ""
-    )
+    sd, where = (options.sd, "as stated") if options.sd else (known[0], source_of(known, options.paired))
+    print(f"sd {sd:.5f} nats{' of differences within seeds' * options.paired} ({where}), {options.arms} "
+          f"arm{'s' if options.arms > 1 else ''} against one control of the same number of runs, "
+          f"{'' if options.paired else 'not '}paired, any row wrongly resolved in at most "
+          f"{100 * (1 - options.confidence):.3g} % of sweeps, 80 % power")
+    need = statistics.seeds_for(options.effect, sd, options.arms, options.confidence, paired=options.paired)
     print(
         f"an effect of {options.effect:g} nats needs "
-        + (f"{need} seeds an arm{about}" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
+        + (f"{need} seeds an arm" if need else f"more than {statistics.MOST_RUNS:,} seeds an arm")
     )
     for n in (2, 4, 8, 16, 32):
-        print(f"  {n:>2} seeds show "
-              f"{statistics.minimal_detectable_effect(sd, n, n, options.arms, options.confidence):.4f} nats")
+        least = statistics.minimal_detectable_effect(
+            sd, n, n, options.arms, options.confidence, paired=options.paired)
+        print(f"  {n:>2} seeds show {least:.4f} nats")
+
+
+def predictions(options):
+    """`sweep.py predictions`: published effects against measured ones."""
+    from evidence import predictions as table
+    table.command(options)
 
 
 # ----- command line -----------------------------------------------------------------------------------------
@@ -429,15 +435,17 @@ def planning(p):
     )
     p.add_argument(
         "--controls", type=arguments.runs, metavar="N",
-        help="runs of the control (default sqrt(arms) x seeds)"
+        help="runs of the control (default as many as --seeds; more of them compare arms by their means, as "
+        "--no-paired does with sqrt(arms) x seeds of them)"
     )
     p.add_argument(
-        "--paired", action="store_true",
-        help="declare before the first run that effects are taken within seeds"
+        "--paired", action=argparse.BooleanOptionalAction,
+        help="effects are differences within seeds (default), or differences of means, which need no "
+        "correlation of the seeds; written into the plan before the first run"
     )
     p.add_argument(
         "--confidence", type=arguments.confidence, default=0.95,
-        help="of all intervals together (default 0.95)"
+        help="of all rows together (default 0.95)"
     )
     for flag in ("set", "with", "without", "revert"):
         p.add_argument(f"--{flag}", dest=f"all_{flag}", action="append", default=[], metavar="CHANGE",
@@ -448,7 +456,9 @@ def planning(p):
         "--runs", default="runs", metavar="RUNS", help="where queues and earlier runs lie (default runs)"
     )
     p.add_argument(
-        "--sd", type=positive, help="sd of final losses, for the detectable effect (default: earlier sweeps')"
+        "--sd", type=positive,
+        help="sd of the differences within seeds (--no-paired: of final losses), for the detectable effect "
+        "(default: earlier sweeps')"
     )
     p.add_argument(
         "--cost-per-hour", type=positive, metavar="X", help="price of a worker's hour, in any currency"
@@ -476,7 +486,13 @@ def powering(c: arguments.Parser) -> None:
         help="the difference to resolve (default 0.005)"
     )
     c.add_argument(
-        "--sd", type=positive, help="sd of final losses (default: of the committed sweeps at this scale)"
+        "--sd", type=positive,
+        help="sd of the differences within seeds, or with --no-paired of final losses (default: of the "
+        "committed sweeps at this scale)"
+    )
+    c.add_argument(
+        "--paired", action=argparse.BooleanOptionalAction, default=True,
+        help="differences within seeds (default), or differences of means"
     )
     c.add_argument(
         "--scale", choices=list(SCALES), default="tiny", help="of the sweeps that give the sd (default tiny)"
@@ -487,7 +503,7 @@ def powering(c: arguments.Parser) -> None:
     )
     c.add_argument(
         "--confidence", type=arguments.confidence, default=0.95,
-        help="of all intervals together (default 0.95)"
+        help="of all rows together (default 0.95)"
     )
 
 
@@ -535,8 +551,12 @@ def parser() -> arguments.Parser:
         help=f"seconds without a sign after which a run counts as dead (default {queue.STALE_S})"
     )
     c = add("report", report, "write a sweep's JSON, CSV, Markdown and PNG")
-    c.add_argument("dir", metavar="DIR")
+    c.add_argument("dir", metavar="DIR", help="a sweep's folder, or a report's .json to be stated anew")
     c.add_argument("--out", metavar="NAME", help="path without ending (default DIR/<name of the sweep>)")
+    c = add("predictions", predictions, "published effects against those of chains and ablations")
+    c.add_argument("reports", nargs="*", metavar="REPORT", help="a report's .json (default: all committed)")
+    c.add_argument("--markdown", action="store_true", help="tables as Markdown")
+    c.add_argument("--json", metavar="FILE", help="also write the tables there, for programs")
     return p
 
 

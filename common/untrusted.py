@@ -256,7 +256,8 @@ def bytes_of(path: Path | str, limit: int = 64 * MIB) -> bytes:
 
 
 def text_of(path: Path | str, limit: int = 64 * MIB, torn: bool = False) -> str:
-    """The text of a plain UTF-8 file with `\\n` line ends, as it is; torn: without a last line that lacks its end."""
+    """The text of a plain UTF-8 file with `\\n` line ends, as it is; torn: without a last line that lacks its
+    end."""
     data = bytes_of(path, limit)
     return decoded(data[:data.rfind(b"\n") + 1] if torn else data, str(path))
 

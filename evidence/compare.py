@@ -68,7 +68,8 @@ def arguments(p):
     )
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument(
-        "--confidence", type=numbers.confidence, metavar="C", help="of all intervals together (default 0.95)"
+        "--confidence", type=numbers.confidence, metavar="C",
+        help="of all intervals, of losses and times together (default 0.95)"
     )
     p.add_argument("--aa", action="store_true", help="the arms are the same on purpose: measure the noise")
     p.add_argument(
@@ -322,7 +323,7 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
         while book.claim.next_place < len(declaration["order"]):
             if until is not None and all(len(book.claim.counted(a)) >= until for a in declaration["arms"]):
                 break
-            done, result = one_run(book, folder, data, variables)
+            done, result = one_run(book, folder, data, variables, say)
             check_run(book.claim, done, result, firsts)
             left = len(declaration["order"]) - book.claim.next_place
             left_s = left * (time.monotonic() - began) / (book.claim.next_place - first)
@@ -396,7 +397,28 @@ def explain(book, fault):
     book.append("fault", run=book.claim.runs[-1].run, cause=cause, note=note.strip())
 
 
-def one_run(book, folder, data, variables):
+def end_group(started):
+    """Kill what a run has left running in its session; returns how many processes that were."""
+    left = processes_of(started.process.pid)
+    for pid in left:  # one by one, as some may have made a group of their own
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(left)
+
+
+def processes_of(session):
+    """Process ids of a session that still run (Linux; [] where /proc does not tell)."""
+    found = []
+    for stat in files.listed("/proc", "[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            text = stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+            state, _, _, of = text.split()[:4]
+            if int(of) == session and state not in "ZX":
+                found.append(int(stat.parent.name))
+    return found
+
+
+def one_run(book, folder, data, variables, say=print):
     """Register, run and book the next run. (manifest.Run, result); UserError or KeyboardInterrupt if it told
     no loss."""
     claim, declaration = book.claim, book.claim.declaration
@@ -415,12 +437,16 @@ def one_run(book, folder, data, variables):
             started,
             f"run {claim.next_place}/{len(declaration['order'])}  {entry['arm']}  seed {entry['seed']}", asked
         )
+        left = end_group(started)
+        if left:
+            say(f"run {number} ({entry['arm']}) left {left} process{'es' * (left > 1)} running, which would "
+                "have slowed the next run: killed")
         name = started.folder.name if started.folder else arms.find_run(runs, registered)
         result = arms.collect(arm, runs, name)
         code = started.process.returncode
         book.append(
             "finish", run=number, folder=result["folder"], last_hash=result["last_hash"],
-            status=result["status"], exit=code
+            status=result["status"], exit=code, **({"leftover": left} if left else {})
         )
         if result["status"] not in manifest.WITH_LOSS:
             lost(book, number, entry, started, result, stopped)
@@ -581,7 +607,8 @@ def analyse(claim):
     d, found = claim.declaration, outcomes(claim)
     base, *others = d["arms"]
     confidence = d.get("confidence", 0.95)
-    each = 1 - (1 - confidence) / len(others)  # Bonferroni: all intervals hold together
+    # Bonferroni: the intervals of losses and of times, of all arms, hold together
+    each = 1 - (1 - confidence) / (2 * len(others))
     rows = {}
     for name, runs in found.items():
         done = [r for r in runs if r["status"] == "finished"]
@@ -697,9 +724,10 @@ def notes(declaration):
         out.append("a script's data, seed and hardware are not in its log and were taken on trust")
     if any(a["kind"] == "record" and a["commit"] is None for a in found.values()):
         out.append("no git checkout: the code is known by the sources of the runs only")
-    if len(found) > 2:
-        out.append(f"{len(found) - 1} arms against one: each interval is wide enough (Bonferroni) for all to "
-                   "hold together")
+    if declaration["claim"] == "comparison":
+        level = 100 * declaration.get("confidence", 0.95)
+        out.append(f"{2 * (len(found) - 1)} intervals, of losses and of times: each is wide enough "
+                   f"(Bonferroni) for all to hold together at {level:.4g} %")
     return out
 
 

@@ -15,13 +15,16 @@ from common import environment
 from common.errors import UserError
 
 try:
-    from scipy import optimize, special, stats
+    from scipy import optimize, stats
 except ImportError as error:
     raise UserError(environment.without(error)) from None
 
 ROUNDING = 1e-12  # a spread below this share of the values' size is rounding, not variation
 LAST_POINTS = 5  # validations from which the slope at the end of a curve is taken
 MOST_RUNS = 10_000  # more fresh runs than anyone will make
+# Share of a sweep's promised error rate that its tests use. The rest covers skewed noise, under which a t
+# test of few runs errs more often than it says (bench/intervals.py, bench/results/intervals.md).
+SPENT = 0.75
 
 
 def numbers(values, name, least=1):
@@ -88,6 +91,23 @@ def target_test(losses, target, alpha=0.01, name="losses"):
                 "margin": float(stats.t.isf(alpha, len(x) - 1)) * out["se"],
                 "runs_for": runs_for(target - out["mean"], out["sd"], alpha)}
     return out
+
+
+def standardised(groups):
+    """All residuals of groups of runs in units of their group's sd, as one centred list. Groups without
+    spread are left out."""
+    arrays = [x for x in (numbers(values, "group", 2) for values in groups) if spread(x)]
+    pool = np.concatenate([(x - x.mean()) / spread(x) for x in arrays])
+    return (pool - pool.mean()).tolist()
+
+
+def bootstrap_t(n, residuals, draws=100_000, seed=0):
+    """Sorted one-sample t of `draws` samples of n residuals, whose mean is 0: t under this noise."""
+    pool, rng, found = np.asarray(residuals), np.random.default_rng(seed), []
+    for _ in range(0, draws, 10_000):
+        x = rng.choice(pool, (10_000, n))
+        found.append(x.mean(1) / np.maximum(x.std(1, ddof=1), 1e-300) * math.sqrt(n))
+    return np.sort(np.concatenate(found))
 
 
 def runs_for(distance, sd, alpha=0.01, power=0.9):
@@ -262,150 +282,108 @@ def pooled(groups):
     return (sd if sd > ROUNDING * max(float(np.abs(x).max()) for x in groups) else 0.0), df
 
 
-def against_control(control, arms, confidence=0.95):
-    """Each arm's mean minus the control's, with intervals that hold for all arms at once (Dunnett,
-    JASA 1955).
+def by_seed(values, name):
+    """{seed: loss} of a group: a dict as it is, a list counted from seed 0."""
+    pairs = values.items() if isinstance(values, dict) else enumerate(list(values))
+    seeds, losses = zip(*pairs) if (pairs := list(pairs)) else ((), ())
+    return dict(zip(seeds, numbers(losses, name).tolist()))
 
-    arms: name -> values. Variance pooled over all groups. p is adjusted, so that `resolved` (p < 1 -
-    confidence, which is an interval without 0) is wrong for any arm in at most that share of sweeps. low,
-    high and p are None and nothing is resolved if no group has two runs, or no run differs from another of
-    its group.
-    """
-    confidence, control = level(confidence, "confidence"), numbers(control, "control")
+
+def against_control(control, arms, confidence=0.95, paired=False):
+    """Each arm against one control, as `successive` does it. Rows are named by arm."""
     if not arms:
         raise UserError("no arm to compare with the control")
-    groups = {name: numbers(values, name) for name, values in arms.items()}
-    counts = [len(x) for x in groups.values()]
-    sd, df = pooled([control, *groups.values()])
-    critical = dunnett_point(counts, len(control), df, confidence) if sd else None
-    rows = {}
-    for name, x in groups.items():
-        effect, row = float(x.mean() -
-                            control.mean()), {"low": None, "high": None, "p": None, "resolved": False}
-        if sd:
-            se = sd * math.sqrt(1 / len(x) + 1 / len(control))
-            p = dunnett_p(abs(effect) / se, counts, len(control), df)
-            row = {"low": effect - critical * se, "high": effect + critical * se, "p": p,
-                   "resolved": abs(effect) > critical * se}
-        rows[name] = {"n": len(x), "mean": float(x.mean()), "effect": effect, **row}
-    return {"pooled_sd": sd, "df": df, "rows": rows}
+    base = object()  # no arm can have this name
+    found = successive({**arms, base: control}, [(name, base) for name in arms], confidence, paired)
+    return found | {"rows": {k: {x: y for x, y in row.items() if x != "parent"}
+                             for k, row in found["rows"].items()}}
 
 
-def dunnett_below(c, counts, n_control, df):
-    """Probability that |t| stays below c in all comparisons of groups of `counts` runs with
-    one control of n_control.
+def successive(groups, pairs, confidence=0.95, paired=False):
+    """Differences mean(child) - mean(parent) for each (child, parent) of `pairs`, each with its own error.
 
-    Given the control's error z and the pooled sd s (unit: true sd) the comparisons are independent, so the 1
-    + len(counts) fold integral is a double one of smooth functions, done here by the trapezoid rule (in z and
-    in log s) to 1e-9. scipy.stats.dunnett computes the same by quasi Monte Carlo to 2e-4 (the reference of
-    the tests): 100 s for 80 arms.
-    """
-    z = np.linspace(-8.5, 8.5, 171)
-    weight_z = np.exp(-z ** 2 / 2)
-    low, high = np.log([stats.chi2.ppf(1e-14, df) / df, stats.chi2.isf(1e-14, df) / df]) / 2
-    s = np.exp(np.linspace(low, high, 301))
-    weight_s = stats.chi2.pdf(df * s ** 2, df) * s ** 2
-    inside = np.ones((len(s), len(z)))
-    for n, times in zip(*np.unique(counts, return_counts=True)):
-        shared = math.sqrt(n / (n + n_control))
-        own = math.sqrt(1 - shared ** 2)
-        high, low = ((side * c * s[:, None] + shared * z) / own for side in (1, -1))
-        inside *= (special.ndtr(high) - special.ndtr(low)) ** times
-    return float(weight_s @ inside @ weight_z / weight_s.sum() / weight_z.sum())
+    Args:
+        groups: name -> losses, as {seed: loss} or as a list whose place is the seed.
+        pairs: (child, parent), each child once. Rows are named by child.
+        paired: differences within the seeds that both have, and their t interval with n - 1 degrees of
+            freedom; exact for normal noise whatever the spread of each group and their correlation.
+            Otherwise differences of means with Welch's error and the degrees of freedom of the smaller
+            group, which never errs more often than it says under normal noise (Mickey and Brown, 1966);
+            Welch's own degrees of freedom give up to 47 % of false sweeps (bench/results/intervals.md).
 
-
-def dunnett_p(t, counts, n_control, df):
-    """Adjusted two-sided p of one |t|; between the unadjusted p and Bonferroni's,
-    which also keeps tiny values exact."""
-    single = float(2 * stats.t.sf(t, df))
-    return min(max(1 - dunnett_below(t, counts, n_control, df), single), len(counts) * single, 1.0)
-
-
-def dunnett_point(counts, n_control, df, confidence=0.95):
-    """The |t| that the largest of the comparisons exceeds in 1 - confidence of sweeps."""
-    single, bonferroni = (float(stats.t.isf((1 - confidence) / 2 / k, df)) for k in (1, len(counts)))
-    if len(counts) == 1:
-        return single
-    return float(
-        optimize.brentq(
-            lambda c: dunnett_below(c, counts, n_control, df) - confidence, 0.999 * single,
-            1.001 * bonferroni, xtol=1e-9
-        )
-    )
-
-
-def successive(groups, pairs, confidence=0.95):
-    """Differences along a chain: mean(child) - mean(parent) for each (child, parent) of `pairs`;
-    rows are named by child.
-
-    Variance pooled over all groups. p is adjusted after Holm (1979) and decides `resolved`, so that any
-    difference is wrongly resolved in at most 1 - confidence of chains; the intervals are Bonferroni's, a
-    little wider than Holm's test: a resolved row may touch 0 by a hair. None as in `against_control`.
+    No variance is pooled over groups: the spread of differences varies 200-fold within a committed sweep, and
+    bench/intervals.py shows what pooling costs then. p and the intervals are Bonferroni's over all pairs at
+    SPENT of the level: a row is `resolved` (p < 1 - confidence, an interval without 0) wrongly for any pair
+    in at most 1 - confidence of sweeps, and all intervals hold together in at least `confidence` of them,
+    also with moderately skewed noise. low, high and p are None without a spread of the row; a row whose runs
+    are equal to the last bit is 0 with p = 1. sd: of the differences (paired). pooled_sd and df: the spread
+    within groups, told for its size and used for nothing.
     """
     confidence = level(confidence, "confidence")
-    groups = {name: numbers(values, name) for name, values in groups.items()}
+    groups = {name: by_seed(values, name if isinstance(name, str) else "control")
+              for name, values in groups.items()}
     pairs = list(pairs)
     if not pairs or len({child for child, _ in pairs}) < len(pairs):
         raise UserError("pairs: expected (child, parent) with each child once")
     for name in (name for pair in pairs for name in pair):
         if name not in groups:
-            raise UserError(f"pairs name {name!r}, which has no runs; groups: {', '.join(groups)}")
-    sd, df = pooled(list(groups.values()))
-    rows = {}
-    for child, parent in pairs:
-        x, y = groups[child], groups[parent]
-        rows[child] = {
-            "parent": parent, "n": len(x), "mean": float(x.mean()), "effect": float(x.mean() - y.mean()),
-            "low": None, "high": None, "p": None, "resolved": False
-        }
-        if sd:
-            se = sd * math.sqrt(1 / len(x) + 1 / len(y))
-            half = float(stats.t.isf((1 - confidence) / 2 / len(pairs), df)) * se
-            effect = rows[child]["effect"]
-            rows[child] |= {
-                "low": effect - half, "high": effect + half, "p": float(2 * stats.t.sf(abs(effect) / se, df))
-            }
-    if sd:
-        for row, p in zip(rows.values(), holm([row["p"] for row in rows.values()])):
+            raise UserError(f"pairs name {name!r}, which has no runs; groups: {', '.join(map(str, groups))}")
+    rows = {c: {"parent": p} | one_row(groups[c], groups[p], paired, SPENT * (1 - confidence) / len(pairs))
+            for c, p in pairs}
+    for row in rows.values():
+        if row["p"] is not None:
+            p = min(1.0, row["p"] * len(pairs) / SPENT)
             row |= {"p": p, "resolved": p < 1 - confidence}
+    sd, df = pooled([np.array(list(x.values())) for x in groups.values()])
     return {"pooled_sd": sd, "df": df, "rows": rows}
 
 
-def holm(ps):
-    """Holm's step-down adjusted p-values, in the order given."""
-    adjusted, largest = [0.0] * len(ps), 0.0
-    for rank, i in enumerate(sorted(range(len(ps)), key=ps.__getitem__)):
-        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
-        adjusted[i] = largest
-    return adjusted
+def one_row(child, parent, paired, alpha):
+    """A row of `successive` by itself, with an interval at 1 - alpha. child, parent: {seed: loss}."""
+    common = [seed for seed in child if seed in parent] if paired else []
+    if paired and not common:
+        raise UserError("pairs need a seed that both groups have; compare them unpaired")
+    a, b = ([x[seed] for seed in common] if paired else list(x.values()) for x in (child, parent))
+    found = difference(a, b, paired, 1 - alpha)
+    if not paired and found["df"]:
+        estimate, se, _ = two_groups(np.array(a), np.array(b), False)
+        df = min(len(a), len(b)) - 1
+        half = float(stats.t.isf(alpha / 2, df)) * se
+        found |= {"low": estimate - half, "high": estimate + half,
+                  "p": float(2 * stats.t.sf(abs(estimate) / se, df))}
+    sd = spread(np.array(a) - np.array(b)) if paired and found["df"] else None
+    return {"n": len(a), "mean": float(np.mean(a)), "effect": found["estimate"], "low": found["low"],
+            "high": found["high"], "p": found["p"], "resolved": False, "sd": sd}
 
 
-def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8):
-    """The effect (unit of sd) that one arm of n runs shows as resolved with probability `power` (Dunnett,
-    two-sided).
+def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8, paired=False):
+    """The effect (unit of sd) that one arm of n runs shows as resolved with probability `power` (two-sided).
 
-    arms: number of arms of n runs each, against a control of n_control. sd: a pilot's or an earlier sweep's.
+    arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n), else of
+    single runs, equal in both groups.
     """
     confidence, power = level(confidence, "confidence"), level(power, "power")
     if power < 0.5:
         raise UserError(f"power {power}: at least 0.5, less is not a plan")
-    df = arms * (n - 1) + n_control - 1
-    if not 0 < sd < math.inf or min(n, n_control, arms) < 1 or df < 1:
+    if not 0 < sd < math.inf or min(n, n_control) < 2 or arms < 1:
         raise UserError(
             f"{arms} arms of {n} runs and {n_control} controls with sd {sd}: no spread could be estimated; "
-            "plan at least two runs of one of them and give a positive sd")
-    shift = shift_for(dunnett_critical(arms, n, n_control, confidence), df, power)
-    return shift * sd * math.sqrt(1 / n + 1 / n_control)
+            "plan at least two runs of each and give a positive sd")
+    if paired:
+        se, df = sd / math.sqrt(n), n - 1
+    else:
+        se, df = sd * math.sqrt(1 / n + 1 / n_control), min(n, n_control) - 1
+    return shift_for(float(stats.t.isf(SPENT * (1 - confidence) / 2 / arms, df)), df, power) * se
 
 
-def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8):
+def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8, paired=False):
     """Least n >= 2 runs of each arm, and of the control, that resolve an effect with this power;
     None above MOST_RUNS."""
     if not (0 < effect < math.inf and 0 < sd < math.inf):
         raise UserError(f"effect {effect} and sd {sd}: must be positive numbers")
 
     def shown(n):
-        return minimal_detectable_effect(sd, n, n, arms, confidence, power) <= effect
+        return minimal_detectable_effect(sd, n, n, arms, confidence, power, paired) <= effect
 
     low, high = 1, 2  # shown at high, not at low
     while not shown(high):
@@ -421,6 +399,9 @@ def seeds_for(effect, sd, arms=1, confidence=0.95, power=0.8):
 def shift_for(critical, df, power):
     """The effect, in standard errors, whose t passes the critical value with probability `power`."""
     # resolved on the wrong side is left out: at this power it happens in less than 1e-6 of sweeps
+    if critical > 40:  # scipy's noncentral t loses its digits there; t is then ruled by its denominator
+        return critical * math.sqrt(float(stats.chi2.ppf(power, df)) / df)
+
     def lacking(shift):
         return power - stats.nct.sf(critical, df, shift)
 
@@ -428,11 +409,6 @@ def shift_for(critical, df, power):
     while lacking(high) > 0:
         high *= 1.5
     return float(optimize.brentq(lacking, 0.0, high, xtol=1e-6))
-
-
-def dunnett_critical(arms, n, n_control, confidence=0.95):
-    """dunnett_point of a sweep of `arms` arms of n runs each, with the df of its pooled variance."""
-    return dunnett_point([n] * arms, n_control, arms * (n - 1) + n_control - 1, confidence)
 
 
 # ----- curves and ranks -------------------------------------------------------------------------------------
@@ -474,6 +450,15 @@ def equivalent(loss_difference, curve_points):
         step_s = (points[-1][2] - points[0][2]) / 1000 / (steps[-1] - steps[0])
         out |= {"seconds": float(out["steps"] * step_s), "seconds_se": float(out["steps_se"] * step_s)}
     return out
+
+
+def wilson(k, n, confidence=0.95):
+    """(low, high) of a share of k in n, after Wilson (JASA 1927)."""
+    if not 0 <= k <= n or n < 1:
+        raise UserError(f"share {k} of {n}: expected 0 <= k <= n and n at least 1")
+    z = float(stats.norm.isf((1 - level(confidence, "confidence")) / 2))
+    middle, half = k / n + z * z / (2 * n), z * math.sqrt(k / n * (1 - k / n) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def rank_correlation(x, y, confidence=0.95):

@@ -173,25 +173,13 @@ def misstated(sweep):
     measured = [row for row in sweep["rows"] if row["effect"] is not None]
     if not measured:
         return ""
-    pairs = {key_of(row): key_of(by_label[row.get("parent") or sweep["control"]["arm"]]) for row in measured}
-    losses = {key: finished(row) for row in reversed(by_label.values())
-              if (key := key_of(row)) in {*pairs, *pairs.values()} and finished(row)}
-    if sweep.get("paired"):
-        found = sweep_report.blocked(losses, list(pairs.items()), sweep["confidence"])
-    elif (
-        sweep["kind"] == "chain" and sweep["method"] == "dunnett"
-        and set(pairs.values()) != {key_of(sweep["control"])}
-    ):
-        return "method: Dunnett's is for one parent"
-    elif sweep["kind"] == "chain" and sweep["method"] != "dunnett":
-        found = statistics.successive(losses, list(pairs.items()), sweep["confidence"])
-    else:
-        control = losses.pop(key_of(sweep["control"]))
-        found = statistics.against_control(control, {key: losses[key] for key in pairs}, sweep["confidence"])
+    if sweep["method"] != sweep_report.METHODS[bool(sweep.get("paired"))]:
+        return f"method: {sweep['method']!r} is stated anew by `python sweep.py report FILE.json`"
+    found = sweep_report.recomputed(sweep)
     for row in measured:
         wrong = [
             k for k in ("effect", "low", "high", "p", "resolved")
-            if apart(row[k], found["rows"][key_of(row)][k])
+            if apart(row[k], found["rows"][sweep_report.key_of(row)][k])
         ]
         if wrong:
             return f"{row['arm']}: {wrong[0]}"
@@ -204,11 +192,6 @@ def finished(row):
         r["val_loss"] for r in sorted(row["runs"], key=lambda r: r["seed"])
         if r.get("status", "finished") == "finished"
     ]
-
-
-def key_of(row):
-    """What an arm's runs computed: arms of equal settings are one arm to the statistics."""
-    return row["runs"][0]["ml_hash"] if row["runs"] else row["arm"]
 
 
 def apart(a, b):

@@ -276,7 +276,27 @@ def predict(site):
             f'correlation.</p><div class="two">{figures}</div><p class="caution">The published effects of '
             'single features '
             "are one run each, from one record folder. Unresolved points are hollow and count. Neither sign "
-            "nor size should be carried over from here to full scale.</p>")
+            "nor size should be carried over from here to full scale.</p>" + prediction_tables(site))
+
+
+def prediction_tables(site):
+    """Per sweep the table of published against measured effects, folded, under what it shows."""
+    from evidence import predictions  # scipy comes along
+    out, (value, error) = "", predictions.slope()
+    for sweep in site["sweeps"]:
+        if sweep["kind"] in ("chain", "ablate") and not facts.is_variant(sweep["about"]):
+            found = predictions.table(sweep)
+            rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
+            if rows:
+                shown = " ".join(predictions.sentences(found))
+                out += f"<p><b>{escape(found['name'])}.</b> {escape(shown)}</p>"
+                out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
+                              table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
+    if not out:
+        return ""
+    return ("<p>In nats at equal tokens, negative is better. Saved tokens and steps count by the slope of "
+            f"the final loss against log tokens, {value:.3f} ± {error:.3f} (standard error) from four "
+            f"published pairs.</p>{out}")
 
 
 def correlation_text(found):

@@ -269,7 +269,7 @@ def sweep_details(s):
     control = s["control"]
     about = [f"control {control['arm']}: n {control['n']}, mean {number(control['mean'])}, sd "
              f"{number(control['sd'])}",
-             f"pooled sd {number(s['pooled_sd'], 5)}" if s.get("pooled_sd") else "",
+             f"sd within arms {number(s['pooled_sd'], 5)}" if s.get("pooled_sd") else "",
              f"torch {s['torch']}" if s.get("torch") else "",
              f"code {', '.join(c[:12] + c[40:] for c in s['code'])}" if s.get("code") else "",
              facts.plural(s["failed"], "failed run") if s.get("failed") else ""]

@@ -69,8 +69,8 @@ def pairs_of(plan):
 
 
 def has_one_control(plan):
-    """Whether every comparison is with the control: then Dunnett's intervals are right, and more runs of the
-    control."""
+    """Whether every comparison is with the control: then more runs of it serve all, if arms are compared by
+    their means."""
     return plan["kind"] != "chain" or all(other is plan["arms"][0] for _, other in pairs_of(plan))
 
 
@@ -270,6 +270,14 @@ def whole_lineage(lineage):
     return [(records[ref], parent) for ref, parent in out.items()]
 
 
+def within_seeds(options):
+    """Whether effects are differences within seeds: the default, unless more runs of the control are asked
+    for, which only a comparison of means can use. Decided here, before the first run."""
+    if options.paired is None:
+        return options.controls in (None, options.seeds)
+    return options.paired
+
+
 # ----- the plan ---------------------------------------------------------------------------------------------
 
 def make_plan(options):
@@ -290,8 +298,10 @@ def make_plan(options):
     base = options.base if preset or options.kind == "chain" else deltas.find_record(options.base).ref
     plan = {
         "version": 1, "kind": options.kind, "name": "", "base": base, "scale": scale, "common": common,
-        "seeds": options.seeds, "controls": options.seeds, "paired": options.paired,
-        "confidence": options.confidence, "groups": [], "screening": "", "skipped": [], "arms": [],
+        "seeds": options.seeds, "controls": options.seeds, "paired": within_seeds(options),
+        "confidence": options.confidence,
+        "method": "within seeds" if within_seeds(options) else "means",
+        "groups": [], "screening": "", "skipped": [], "arms": [],
         "settings": {}, "data": str(Path(options.data).resolve()) if options.data else None,
         "numerics_version": NUMERICS_VERSION, "code": repository.code_version()
     }
@@ -308,8 +318,8 @@ def make_plan(options):
         plan["controls"] = options.controls or round(options.seeds * compared ** 0.5)
     elif options.controls not in (None, options.seeds):
         raise UserError(
-            "--controls: with --paired, and in a chain of several parents, all arms have the same number of "
-            "runs; leave it away"
+            "--controls: within seeds (--paired), and in a chain of several parents, all arms have the same "
+            "number of runs; leave it away"
         )
     settings = plan.pop("settings")
     try:

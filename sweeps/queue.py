@@ -6,6 +6,8 @@ run and settle.
     the result, written once             runs/<run folder>     what the trainer wrote failed/<target>.json
     why there is none                    output/<target>.<k>   what the run printed; kept on failure
 
+    sealed.json            hash of plan.json and the program, written once when the first run starts
+
 A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and
 never
 deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a
@@ -16,6 +18,7 @@ here.
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import secrets
@@ -32,6 +35,10 @@ from common import untrusted
 from common.errors import UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
+SEAL = "sealed.json"
+PROGRAM = {"sources": "sources of the trainer", "torch": "torch", "cpu": "processors"}
+ARM = {"label", "record", "changes", "role", "ml_hash"}
+RESULT = ("status", "val_loss", "seed", "ml_hash", "last_hash", "folder", "arm")
 SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence",
               "numerics_version", "data", "digests", "groups", "arms")  # what makes two plans the same sweep
 # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
@@ -63,14 +70,20 @@ def write_once(path, text):
             temporary.unlink()
 
 
-def read_json(path, remedy="move it away to have its target run again"):
-    """The value of a JSON file, None if it is absent. UserError if it is damaged."""
+def read_json(path, remedy="move it away to have its target run again", needs=()):
+    """The object in a JSON file, None if the file is absent. UserError if it is damaged, no object, or lacks
+    one of the keys `needs`."""
     try:
-        return untrusted.json_file(path)
+        found = untrusted.json_file(path)
     except UserError:
         if not Path(path).exists():
             return None
         raise UserError(f"{path}: not readable as JSON; {remedy}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {json.dumps(found)[:40]} instead of an object; {remedy}")
+    if lacking := [key for key in needs if key not in found]:
+        raise UserError(f"{path}: {', '.join(lacking)} missing; {remedy}")
+    return found
 
 
 def create(root, plan):
@@ -106,8 +119,8 @@ def essence(plan, key):
 
 def load_plan(root):
     """The plan of a queue folder, checked against what this checkout computes."""
-    plan = read_json(
-        Path(root) / "plan.json", "a sweep whose plan is lost must be planned anew in another --dir")
+    lost = "a sweep whose plan is lost must be planned anew in another --dir"
+    plan = read_json(Path(root) / "plan.json", lost)
     if not isinstance(plan, dict) or plan.get("version") != 1 or not plan.get("arms"):
         raise UserError(
             f"{root}: no sweep here (plan.json of version 1); `python sweep.py ablate short/11` makes one")
@@ -118,7 +131,43 @@ def load_plan(root):
     if missing:
         raise UserError(f"{Path(root) / 'plan.json'}: {', '.join(sorted(missing))} missing: not written by "
                         "this program, or cut; plan the sweep anew in another --dir")
+    if not isinstance(plan["arms"], list) or not all(
+            isinstance(arm, dict) and ARM <= set(arm) for arm in plan["arms"]):
+        raise UserError(f"{Path(root) / 'plan.json'}: its arms are not arms; {lost}")
+    sealed = read_json(Path(root) / SEAL, "put it back as it was", ["plan", *PROGRAM])
+    if sealed and sealed["plan"] != plan_hash(root):
+        raise UserError(f"{root}/plan.json was changed after the first run had started: put it back "
+                        "as it was, or plan the sweep anew in another --dir")
     return plan
+
+
+def plan_hash(root):
+    """SHA-256 of plan.json."""
+    return hashlib.sha256((Path(root) / "plan.json").read_bytes()).hexdigest()
+
+
+def program():
+    """The facts of this checkout and machine that all runs of a sweep share: PROGRAM."""
+    here = runlog.machine()
+    try:
+        torch = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        torch = ""
+    return {"sources": runlog.sources()[1], "torch": torch, "cpu": here["cpu"]}
+
+
+def seal(root):
+    """Before a run starts: write down the plan's hash and the program, or refuse if another one has started.
+
+    The first run of a sweep decides; UserError names what differs from it."""
+    here = program()
+    write_once(Path(root) / SEAL, files.json_text({"plan": plan_hash(root), **here, "utc": utc()}) + "\n")
+    sealed = read_json(Path(root) / SEAL, "put it back as it was", ["plan", *PROGRAM])
+    for key, what in PROGRAM.items():
+        if sealed[key] != here[key]:
+            raise UserError(f"{root} was started with other {what} ({key} {sealed[key]!r}, here "
+                            f"{here[key]!r}): go on with those, or plan the sweep anew in another --dir")
+    return sealed
 
 
 def check_code(plan):
@@ -174,14 +223,24 @@ def settled(root, known=({}, {})):
     """({target: result}, {target: failure}) so far. known: an earlier answer,
     whose files are not read again."""
     out = []
-    for folder, old in zip(("done", "failed"), known):
+    for folder, old, needs in zip(("done", "failed"), known, (RESULT, ("reason", "output", "arm", "seed"))):
         names = [p.stem for p in files.listed(Path(root) / folder, "*.json")]
         found = {
-            name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json")
+            name: old[name] if name in old else read_json(Path(root) / folder / f"{name}.json", needs=needs)
             for name in names
         }
         out.append({name: value for name, value in found.items() if value is not None})
     return tuple(out)
+
+
+def survivors(root):
+    """What screening left over, None before it has."""
+    found = read_json(Path(root) / "survivors.json", "move it away to have the groups screened again",
+                      ["kept", "dropped", "mde"])
+    if found and not all(isinstance(found[key], list) for key in ("kept", "dropped")):
+        raise UserError(f"{root}/survivors.json: kept and dropped are lists of groups; move it away to have "
+                        "the groups screened again")
+    return found
 
 
 # ----- claims -----------------------------------------------------------------------------------------------
@@ -246,11 +305,14 @@ def is_stale(root, target, number, stale_s=STALE_S):
         age = server_time(root) - os.fstat(file.fileno()).st_mtime
         try:
             owner = json.loads(file.read())
-        except ValueError:
-            owner = {}
-    if age > stale_s:
+        except (ValueError, RecursionError):
+            owner = None
+    # a heartbeat of the future never ages: it is no sign of life either
+    if abs(age) > stale_s:
         return True
-    return owner.get("place") == place() and born(owner["pid"]) != owner["born"]
+    if not isinstance(owner, dict) or owner.get("place") != place() or type(owner.get("pid")) is not int:
+        return False  # nothing tells that it is gone: its heartbeat must age
+    return born(owner["pid"]) != owner.get("born")
 
 
 def claim(root, target, stale_s=STALE_S):
@@ -283,7 +345,9 @@ def utc():
 # ----- finished runs ----------------------------------------------------------------------------------------
 
 FACTS = ("record", "seed", "scale", "changes", "ml_hash", "numerics_version", "corpus_digest", "val_digest",
-         "registered", "device", "cpu", "machine", "torch", "code", "profiled", "processes")
+         "registered", "device", "cpu", "machine", "torch", "code", "profiled", "processes", "sources")
+# what all runs of a sweep share; machines may be several, of one kind
+ALIKE = ("sources", "torch", "device", "cpu", "processes")
 
 
 def read_run(folder):
@@ -316,15 +380,49 @@ def foreign(run, plan, arm, seed):
                 "")
 
 
-def find_run(folders, plan, arm, seed):
-    """(path, facts) of a finished run of this arm and seed in any of the folders, or None."""
+def unlike(run, others):
+    """Why a run is of another program or kind of machine than the other results; '' if it is not."""
+    for other in others:
+        for key in ALIKE:
+            if key in other and run[key] != other[key]:
+                return (f"{key} is {run[key]!r}, that of {other['arm']}, seed {other['seed']}, is "
+                        f"{other[key]!r}: a sweep mixes no programs and no kinds of machine")
+    return ""
+
+
+def verified(root, plan, done):
+    """Refuse results that are not what the chained log of their run says, or that are of several programs.
+
+    done: {target: result} of settled()."""
+    arms, first = {arm["ml_hash"]: arm for arm in plan["arms"]}, []
+    for target, result in done.items():
+        run = read_run(Path(root) / "runs" / str(result["folder"]))
+        where = f"{root}/done/{target}.json"
+        wrong = next((key for key, value in run.items() if files.strict(result.get(key, value)) !=
+                      files.strict(value)), "")
+        if wrong:
+            raise UserError(
+                f"{where}: {wrong} is not that of the run in {root}/runs/{result['folder']}: put the old "
+                "file back, or delete it to run the target again"
+            )
+        arm = arms.get(run["ml_hash"])
+        why = ("no arm of the plan" if arm is None or name_of(arm, run["seed"]) != target
+               else foreign(run, plan, arm, run["seed"]) or unlike(run, first))
+        if why:
+            raise UserError(f"{where}: {why}; move it away, and run the target again")
+        first = first or [run | {"arm": result["arm"]}]
+
+
+def find_run(folders, plan, arm, seed, others=()):
+    """(path, facts) of a finished run of this arm and seed in any of the folders, or None. others: results
+    whose program it must have."""
     for folder in folders:
         for path in files.listed(folder, f"*_{arm['ml_hash'][:8]}_s{seed}*"):
             try:
                 run = read_run(path)
             except UserError:
                 continue
-            if run["status"] == "finished" and not foreign(run, plan, arm, seed):
+            if run["status"] == "finished" and not (foreign(run, plan, arm, seed) or unlike(run, others)):
                 return path, run
     return None
 
@@ -343,7 +441,9 @@ def reuse_folders(root, reuse):
 def adopt(root, plan, target, arm, seed, folders):
     """Settle a target with a finished run that exists already; its folder and sources are copied.
     Returns it or None."""
-    found = find_run(folders, plan, arm, seed)
+    others = list(settled(root)[0].values())[:1] or [
+        {"sources": runlog.sources()[1], "arm": "this checkout", "seed": seed}]
+    found = find_run(folders, plan, arm, seed, others)
     if found is None:
         return None
     path, run = found

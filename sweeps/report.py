@@ -1,14 +1,17 @@
 """What a sweep says: effects with simultaneous intervals, as table, CSV, PNG,
 Markdown and the JSON kept as evidence.
 
-Effect = mean(arm) - mean(control), nats per token. In an ablation the arm lacks the feature, so a positive
-effect means that the feature helps; in a chain the control is the parent record, so a negative one means that
-the record helps. Intervals hold for all rows at once. A row whose interval says nothing is
-`unresolved (+-half width)` and has no rank.
+Effect = arm - control in nats per token: the mean of the differences within seeds, or (a plan that is not
+paired) the difference of the means. In an ablation the arm lacks the feature, so a positive effect means that
+the feature helps; in a chain the control is the parent record, so a negative one means that the record helps.
+Every row has its own error. What is promised of all rows together: in at most 1 - confidence of sweeps is any
+of them resolved wrongly, and in at least `confidence` of them all intervals hold. A row whose interval
+holds 0 is `unresolved (+-half width)` and has no rank.
 """
 
 import csv
 import io
+import json
 import math
 from pathlib import Path
 
@@ -16,13 +19,17 @@ from common import files
 import runlog
 from evidence import statistics
 from sweeps import queue
-from sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
+from sweeps.plan import compared_with, is_inert, pairs_of
 from common import untrusted
 from common.errors import UserError
 
-NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
+# by plan["paired"]: how rows are compared. Reports of before say dunnett, holm or (paired) holm, all with one
+# pooled variance; `sweep.py report FILE.json` states them anew.
+METHODS = {True: "within seeds", False: "means"}
+RESTATED = ("Compared within seeds: the runs were planned before this method was chosen, by simulation "
+            "(bench/results/intervals.md), to be stated with one pooled variance")
 COLUMNS = ("rank", "arm", "changes", "record", "n", "mean", "sd", "effect", "low", "high", "p", "resolved",
-           "note")
+           "sd_effect", "note")
 
 
 # ----- from runs to effects ---------------------------------------------------------------------------------
@@ -37,71 +44,43 @@ def losses(runs):
     return [r["val_loss"] for r in runs if r["status"] == "finished"]
 
 
-def blocked(groups, pairs, confidence):
-    """As statistics.successive, for paired seeds: a randomised block design (arms x seeds, no interaction).
-
-    groups: name -> losses in the same order of seeds. The seeds' common shifts drop out of the residual
-    variance, which has (arms - 1)(seeds - 1) degrees of freedom; p after Holm, intervals after Bonferroni.
-    """
-    import numpy as np
-    from scipy import stats
-    y = np.array(list(groups.values()), dtype=float)  # (arms, seeds)
-    residual = y - y.mean(1, keepdims=True) - y.mean(0, keepdims=True) + y.mean()
-    df = (y.shape[0] - 1) * (y.shape[1] - 1)
-    sd = math.sqrt(float((residual ** 2).sum()) / df) if df else None
-    sd = 0.0 if sd is not None and sd < statistics.ROUNDING * float(np.abs(y).max()) else sd
-    means, rows = dict(zip(groups, y.mean(1).tolist())), {}
-    for child, parent in pairs:
-        effect = means[child] - means[parent]
-        rows[child] = {"effect": effect, "low": None, "high": None, "p": None, "resolved": False}
-        if sd:
-            se = sd * math.sqrt(2 / y.shape[1])
-            half = float(stats.t.isf((1 - confidence) / 2 / len(pairs), df)) * se
-            rows[child] |= {
-                "low": effect - half, "high": effect + half, "p": float(2 * stats.t.sf(abs(effect) / se, df))
-            }
-    if sd:
-        for row, p in zip(rows.values(), statistics.holm([row["p"] for row in rows.values()])):
-            row |= {"p": p, "resolved": p < 1 - confidence}
-    return {"pooled_sd": sd, "df": df, "rows": rows}
-
-
 def effects(plan, done):
     """Analysis of the runs so far: {"pooled_sd", "df", "rows": {ml_hash: row}} of the pairs that have losses.
 
-    With paired seeds only arms with a loss at every seed take part.
+    Within seeds (plan["paired"]) only arms with a loss at every seed take part: a seed at which an arm
+    diverged is no accident that the others could do without.
     """
     need = plan["seeds"] if plan["paired"] else 1
     pairs = [(a, b) for a, b in pairs_of(plan)
              if all(len(losses(runs_of(plan, x, done))) >= need for x in (a, b))]
     if not pairs:
         return {"pooled_sd": None, "df": 0, "rows": {}}
-    arms = {x["ml_hash"]: losses(runs_of(plan, x, done)) for pair in pairs for x in pair[::-1]}
+    arms = {x["ml_hash"]: {r["seed"]: r["val_loss"] for r in runs_of(plan, x, done)
+                           if r["status"] == "finished"}
+            for pair in pairs for x in pair[::-1]}
     named = [(a["ml_hash"], b["ml_hash"]) for a, b in pairs]
-    if plan["paired"]:
-        return blocked(arms, named, plan["confidence"])
-    if not has_one_control(plan):
-        return statistics.successive(arms, named, plan["confidence"])
-    control = arms.pop(plan["arms"][0]["ml_hash"])
-    return statistics.against_control(control, arms, plan["confidence"])
+    return statistics.successive(arms, named, plan["confidence"], plan["paired"])
+
+
+def typical_sd(found, paired):
+    """The sd that the detectable effect is told for: median sd of the differences within seeds, or the sd
+    within arms if arms are compared by their means. None without a spread."""
+    if not paired:
+        return found["pooled_sd"]
+    spreads = sorted(row["sd"] for row in found["rows"].values() if row["sd"])
+    return spreads[len(spreads) // 2] if spreads else None
 
 
 def detectable(plan, sd):
-    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure,
-    or None without a spread."""
-    compared, n = len(pairs_of(plan)), plan["seeds"]
-    if has_one_control(plan) and not plan["paired"]:
-        try:
-            return statistics.minimal_detectable_effect(sd, n, plan["controls"], compared, plan["confidence"])
-        except (UserError, TypeError):
-            return None
-    from scipy import stats
-    arms = len({arm["ml_hash"] for arm in plan["arms"]})
-    df = (arms - 1 if plan["paired"] else arms) * (n - 1)
-    if df < 1 or not sd:
+    """Minimal detectable effect at 80 % power of the planned runs by the plan's own procedure, or None
+    without a spread. sd: as typical_sd."""
+    n, n_control = plan["seeds"], plan["seeds"] if plan["paired"] else plan["controls"]
+    try:
+        return statistics.minimal_detectable_effect(
+            sd, n, n_control, len(pairs_of(plan)), plan["confidence"], paired=plan["paired"]
+        )
+    except (UserError, TypeError):
         return None
-    critical = float(stats.t.isf((1 - plan["confidence"]) / 2 / compared, df))  # Bonferroni, as the intervals
-    return statistics.shift_for(critical, df, 0.8) * sd * (2 / n) ** 0.5
 
 
 def screen(plan, done):
@@ -114,7 +93,7 @@ def screen(plan, done):
     at 95 %, and a group that held one effect of 0.8 mde was dropped in 2.3 %, one of 0.45 mde in 30 %.
     """
     found = effects(plan, done)
-    mde = detectable(plan, found["pooled_sd"])
+    mde = detectable(plan, typical_sd(found, plan["paired"]))
     out = {"kept": [], "dropped": [], "mde": mde}
     for arm in plan["arms"]:
         if arm["role"] == "group":
@@ -134,7 +113,7 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     parent, runs = other["label"], [] if same and plan["kind"] != "chain" else runs_of(plan, arm, done)
     values = losses(runs)
     about = statistics.describe(values) if values else {"n": 0, "mean": None, "sd": None}
-    notes, effect = [], dict.fromkeys(("effect", "low", "high", "p")) | {"resolved": False}
+    notes, effect = [], dict.fromkeys(("effect", "low", "high", "p", "sd_effect")) | {"resolved": False}
     if same:
         notes.append(f"inert at scale {plan['scale']}: computes the same as {parent}, not run")
     elif arm["role"] == "member" and survivors and arm["group"] in survivors["dropped"]:
@@ -145,7 +124,7 @@ def row_of(plan, arm, found, done, failed, survivors, first):
         if first[arm["ml_hash"]] != arm["label"]:
             notes.append(f"computes the same as {first[arm['ml_hash']]}")
         if plan["kind"] != "chain" or first[arm["ml_hash"]] == arm["label"]:
-            effect |= {k: v for k, v in found["rows"].get(arm["ml_hash"], {}).items() if k in effect}
+            effect |= figures(found["rows"].get(arm["ml_hash"], {}))
     twin = {r["seed"]: r["val_loss"] for r in runs_of(plan, other, done)}
     if values and not same and all(r["val_loss"] == twin.get(r["seed"]) for r in runs):
         notes.append(f"to the last bit the losses of {parent} at the same seeds: no effect at all here")
@@ -162,12 +141,9 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     if broken:
         notes.append(f"{len(broken)} failed ({broken[0]['reason']})")
     if effect["effect"] is not None and effect["low"] is None:
-        notes.append("no interval: " +
-                     ("one run each" if found["pooled_sd"] is None else "the runs show no spread"))
-    if found["pooled_sd"] and about["sd"] and about["sd"] > NOISY * found["pooled_sd"]:
-        notes.append(f"its sd is {about['sd'] / found['pooled_sd']:.1f} times the pooled one: its own "
-                     "interval is wider")
-    if plan["paired"] and effect["effect"] is None and not same and len(values) < plan["seeds"]:
+        notes.append("no interval: " + ("one run each" if about["n"] == 1 else "the runs show no spread"))
+    if plan["paired"] and effect["effect"] is None and not same and (
+            len(values) < plan["seeds"]) and (values or not notes):
         notes.append("paired effects need every seed")
     return {
         "arm": arm["label"], "changes": arm["changes"],
@@ -177,24 +153,27 @@ def row_of(plan, arm, found, done, failed, survivors, first):
     }
 
 
+def figures(row):
+    """What a row of the report takes from a row of the statistics. sd_effect: sd of the differences within
+    seeds."""
+    return {k: row[k] for k in ("effect", "low", "high", "p", "resolved") if k in row} | (
+        {"sd_effect": row["sd"]} if row else {})
+
+
 def brief(runs):
     """What the report's JSON keeps of each run."""
     return [{k: r[k] for k in ("seed", "val_loss", "train_time_ms", "ml_hash", "last_hash")} |
             ({} if r["status"] == "finished" else {"status": r["status"]}) for r in runs]
 
 
-def collect(root, check=True):
-    """(plan, done, failed, survivors). check: every run folder is read again and must be the
-    run that was recorded."""
+def collect(root):
+    """(plan, done, failed, survivors). Every run folder is read again and must be the run that was
+    recorded."""
     plan, (done, failed) = queue.load_plan(root), queue.settled(root)
-    for target, result in done.items() if check else ():
-        run = queue.read_run(Path(root) / "runs" / result["folder"])
-        if run["last_hash"] != result["last_hash"]:
-            raise UserError(
-                f"{root}/runs/{result['folder']} is not the run that was recorded for {result['arm']}, seed "
-                f"{result['seed']}: put the old log back, or delete {root}/done/{target}.json to run it again"
-            )
-    return plan, done, failed, queue.read_json(Path(root) / "survivors.json")
+    queue.verified(root, plan, done)
+    if "method" not in plan:  # a queue of before
+        plan |= {"paired": True, "restated": RESTATED}
+    return plan, done, failed, queue.survivors(root)
 
 
 def evidence(plan, done, failed, survivors, name):
@@ -216,8 +195,9 @@ def evidence(plan, done, failed, survivors, name):
     return {
         "version": 1, "kind": plan["kind"], "name": name, "base": plan["base"], "scale": plan["scale"],
         "common": plan["common"], "confidence": plan["confidence"], "paired": plan["paired"],
-        "method": "dunnett" if has_one_control(plan) and not plan["paired"] else "holm",
-        "pooled_sd": found["pooled_sd"], "df": found["df"], "mde": detectable(plan, found["pooled_sd"]),
+        "method": METHODS[plan["paired"]], "pooled_sd": found["pooled_sd"], "df": found["df"],
+        "typical_sd": typical_sd(found, plan["paired"]),
+        "mde": detectable(plan, typical_sd(found, plan["paired"])),
         "seeds": plan["seeds"], "complete": settled == len(todo)
         and not (plan["groups"] and survivors is None), "hardware": ", ".join(distinct("device")),
         "cpu": ", ".join(distinct("cpu")), "machines": len(distinct("machine")), "torch": ", ".join(
@@ -226,7 +206,8 @@ def evidence(plan, done, failed, survivors, name):
         "adopted": sum("adopted_from" in r for r in runs), "failed": len(failed), "control": {
             "arm": control["label"], "n": about["n"], "mean": about["mean"], "sd": about["sd"],
             "runs": brief(own)
-        }, "screening": survivors, "skipped": plan["skipped"], "rows": rows
+        }, "screening": survivors, "skipped": plan["skipped"], "rows": rows,
+        **({"restated": plan["restated"]} if "restated" in plan else {})
     }
 
 
@@ -245,6 +226,8 @@ def effect_text(row):
         return "-"
     if row["low"] is None:
         return f"{row['effect']:+.4f} (no interval)"
+    if row["low"] == row["high"] == 0:
+        return "0 in every seed"
     if not row["resolved"]:
         return f"unresolved (+-{(row['high'] - row['low']) / 2:.4f})"
     return f"{row['effect']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
@@ -264,11 +247,17 @@ def headline(found):
         "axis": "settings against the record's own; a negative effect means a lower loss",
         "chain": "each record against its parent; a negative effect means that the record helps"
     }[found["kind"]]
-    intervals = ("Dunnett" if found["method"] == "dunnett" else "Holm, Bonferroni intervals") + (
-        f", {found['confidence']:.0%} simultaneous" + (", paired by seed" if found["paired"] else ""))
-    spread = (f"pooled sd {found['pooled_sd']:.4f} ({found['df']} df)"
+    level = 100 * found["confidence"]
+    intervals = (
+        ("differences within seeds" if found["paired"] else "differences of means")
+        + f", each row with its own error; at least {level:.3g} % of such sweeps have no wrongly resolved "
+        "row and no interval that misses (Bonferroni)"
+    )
+    spread = (f"sd within arms {found['pooled_sd']:.4f} ({found['df']} df)"
               if found["pooled_sd"] else "no spread known")
-    mde = f", detectable effect {found['mde']:.4f} at 80 % power" if found["mde"] else ""
+    if found["paired"] and found["typical_sd"]:
+        spread += f", median sd of differences {found['typical_sd']:.4f}"
+    mde = f", detectable effect at this sd {found['mde']:.4f} at 80 % power" if found["mde"] else ""
     common = f" ({' '.join(found['common'])})" if found["common"] else ""
     interim = "INCOMPLETE, intervals are interim and hold only for the complete sweep. "
     part = "" if found["complete"] else interim
@@ -276,7 +265,8 @@ def headline(found):
     mean = f", mean {number(control['mean'])}" if control["n"] else ""
     return (f"{part}{found['base']}{common} at scale {found['scale']}: {what}. {found['runs']} runs on "
             f"{found['hardware']}{' (' + found['cpu'] + ')' if found['cpu'] else ''}; control n = "
-            f"{control['n']}{mean}; {intervals}; {spread}{mde}.")
+            f"{control['n']}{mean}; {intervals}; {spread}{mde}."
+            + (f" {found['restated']}." if found.get("restated") else ""))
 
 
 def table(found):
@@ -357,8 +347,8 @@ def draw(found):
     axes.set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)], fontsize=8)
     axes.set_xlabel("effect on the validation loss, nats per token (blue: helps; red: hurts; grey band: too "
                     "small to detect reliably)", fontsize=8)
-    axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, {found['confidence']:.0%} "
-                   "simultaneous intervals"
+    axes.set_title(f"{found['kind']} {found['base']} at {found['scale']}, intervals that hold together at "
+                   f"{100 * found['confidence']:.3g} %"
                    + ("" if found["complete"] else ", incomplete"), fontsize=9)
     axes.grid(axis="x", alpha=0.25)
     image = io.BytesIO()
@@ -368,7 +358,9 @@ def draw(found):
 
 
 def report(root, out=None):
-    """Write the report of a queue folder; returns (evidence, paths)."""
+    """Write the report of a queue folder, or state a written one anew; returns (evidence, paths)."""
+    if Path(root).is_file():
+        return restate(Path(root), out)
     plan, done, failed, survivors = collect(root)
     if not done:
         raise UserError(f"{root}: no run has finished yet; `python sweep.py work {root}` goes on")
@@ -379,20 +371,81 @@ def report(root, out=None):
     return found, write(found, base)
 
 
+# ----- reports that are written already ---------------------------------------------------------------------
+
+def finished(row):
+    """{seed: final loss} of a written row; a diverged run has none."""
+    return {r["seed"]: r["val_loss"] for r in row["runs"] if r.get("status", "finished") == "finished"}
+
+
+def key_of(row):
+    """What an arm's runs computed: arms of equal settings are one arm to the statistics."""
+    return row["runs"][0]["ml_hash"] if row["runs"] else row["arm"]
+
+
+def recomputed(sweep):
+    """statistics.successive of a written report, from the losses in it; None if it compares nothing.
+
+    Rows are those that it has an effect for, by key_of."""
+    by_label = {row["arm"]: row for row in (sweep["control"], *sweep["rows"])}
+    measured = [row for row in sweep["rows"] if row["effect"] is not None]
+    pairs = {key_of(row): key_of(by_label[row.get("parent") or sweep["control"]["arm"]]) for row in measured}
+    losses = {key: finished(row) for row in reversed(by_label.values())
+              if (key := key_of(row)) in {*pairs, *pairs.values()} and finished(row)}
+    return statistics.successive(losses, pairs.items(), sweep["confidence"],
+                                  bool(sweep.get("paired"))) if pairs else None
+
+
+def restate(path, out=None):
+    """A written report with its effects computed anew from the losses in it; (evidence, paths).
+
+    A report of before is compared within seeds, as every sweep shares them; it then says that this was chosen
+    after its runs."""
+    found = queue.read_json(path, "name the .json of a report")
+    if not isinstance(found, dict) or found.get("kind") not in ("ablate", "chain", "axis") or not isinstance(
+            found.get("rows"), list):
+        raise UserError(f"{path}: not the report of a sweep; name the .json that `sweep.py report` wrote")
+    if found.get("method") not in METHODS.values():
+        found |= {"paired": True, "restated": RESTATED}
+    new = recomputed(found)
+    if new is None:
+        raise UserError(f"{path}: it compares nothing")
+    spread, paired = typical_sd(new, found["paired"]), found["paired"]
+    if found["complete"] and spread:
+        n_control = found["seeds"] if paired else found["control"]["n"]
+        mde = statistics.minimal_detectable_effect(
+            spread, found["seeds"], n_control, len(new["rows"]), found["confidence"], paired=paired)
+    found |= {"method": METHODS[paired], "pooled_sd": new["pooled_sd"], "df": new["df"],
+              "typical_sd": spread, "mde": mde if found["complete"] and spread else None}
+    for row in found["rows"]:
+        if row["effect"] is not None:
+            row |= figures(new["rows"][key_of(row)])
+            notes = [x for x in row["note"].split("; ") if "times the pooled one" not in x]
+            row["note"] = "; ".join(x for x in notes if x != "its own interval is wider")
+        else:
+            row["sd_effect"] = None
+    base = Path(out) if out else path
+    return found, write(found, base.with_suffix("") if base.suffix == ".json" else base)
+
+
 # ----- what earlier runs tell about the next ones -----------------------------------------------------------
 
 def earlier_sd(plan, folder=None):
-    """(pooled sd, df, names) of the committed sweeps at the plan's scale,
-    with the same changes to all arms, or None."""
-    folder, squares, df, names = folder or runlog.ROOT / "evidence/results", 0.0, 0, []
+    """(sd, number behind it, names) of the committed sweeps at the plan's scale, with the same changes to all
+    arms; None without any. The sd is typical_sd's: paired, the median over their comparisons; else pooled,
+    with its degrees of freedom."""
+    folder, spreads, squares, df, names = folder or runlog.ROOT / "evidence/results", [], 0.0, 0, []
     for path in files.listed(folder, "*.json"):
         try:
             sweep = untrusted.json_file(path)
             # of any numerics version: roundings do not change the spread
-            same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired"))
+            same = all(sweep[key] == plan[key] for key in ("version", "scale", "common"))
             if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
+                spreads += [row["sd_effect"] for row in sweep["rows"] if row.get("sd_effect")]
                 squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]
                 names.append(path.name)
         except (UserError, KeyError, TypeError):
             continue  # other evidence
-    return (math.sqrt(squares / df), df, names) if df else None
+    if plan["paired"]:
+        return (sorted(spreads)[len(spreads) // 2], len(spreads), names) if spreads else None
+    return ((squares / df) ** 0.5, df, names) if df else None

@@ -159,7 +159,8 @@ class Run:
                 why = str(error)
                 continue
             if run["registered"] == self.registered:
-                return run, queue.foreign(run, self.plan, self.arm, self.seed)
+                others = list(queue.settled(self.root)[0].values())[:1]
+                return run, queue.foreign(run, self.plan, self.arm, self.seed) or queue.unlike(run, others)
         return None, why
 
     def settle(self):
@@ -200,6 +201,8 @@ class Worker:
                  tick=lambda *a: None):
         self.root, self.plan = Path(root), queue.load_plan(root)
         queue.check_code(self.plan)
+        if (self.root / queue.SEAL).exists():
+            queue.seal(self.root)
         self.niceness, self.stale_s, self.say, self.tick = niceness, stale_s, say, tick
         self.folders = queue.reuse_folders(root, reuse)
         self.free, self.running, self.failures, self.pause_until = list(slots), [], 0, 0.0
@@ -249,15 +252,15 @@ class Worker:
                 f"{self.root}/failed, outputs in {self.root}/output; then start again with --retry"
             )
         if runlog.sources()[1] != self.sources:
-            return ("the trainer's code changed since this worker started. Start again: finished runs count "
-                    "as long as their settings and the numerics version are those of the new code. A "
-                    "checkout of its own (git worktree) keeps a long sweep apart from edits")
+            return ("the trainer's code changed since this worker started, and a sweep mixes no programs. "
+                    "Put the old code back, or plan the sweep anew in another --dir. A checkout of its own "
+                    "(git worktree) keeps a long sweep apart from edits")
         return ""
 
     def look(self):
         """Read what is settled; the targets that are not, and not run here."""
         self.done, self.failed = queue.settled(self.root, (self.done, self.failed))
-        self.todo = queue.targets(self.plan, queue.read_json(self.root / "survivors.json"))
+        self.todo = queue.targets(self.plan, queue.survivors(self.root))
         mine = {r.target for r in self.running}
         return [
             t for t in self.todo if t[0] not in self.done and t[0] not in self.failed and t[0] not in mine
@@ -269,6 +272,7 @@ class Worker:
         if not self.plan["groups"] or (self.root / "survivors.json").exists():
             return False
         from sweeps.report import screen
+        queue.verified(self.root, self.plan, self.done)
         queue.write_once(self.root / "survivors.json",
                          files.json_text(screen(self.plan, self.done), indent=1) + "\n")
         return True
@@ -277,6 +281,8 @@ class Worker:
     def begin(self, open_):
         """Claim the first target that nobody has, and run it, or settle it by a finished run.
         False if all are taken."""
+        if open_:
+            queue.seal(self.root)
         for target, arm, seed in open_:
             claimed = queue.claim(self.root, target, self.stale_s)
             if claimed is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import runlog
 import sweep
 from sweeps import queue
 from sweeps.plan import make_plan
@@ -37,7 +38,8 @@ name = f"{{resolved.record.ref.replace('/', '-')}}_{{resolved.scale}}_{{ml_hash[
 log = runlog.RunLog(options.out, name)
 log.start(dict(record=resolved.record.ref, scale=resolved.scale, seed=options.seed, changes=changes, ml_hash=ml_hash,
                numerics_version=plan["numerics_version"], registered=options.registered, device="fake", cpu="", machine="m",
-               torch="0", code="c" * 40, profiled=False, processes=1, **plan["digests"][ml_hash]), schema.plain(s))
+               torch=os.environ.get("FAKE_TORCH", "0"), code="c" * 40, profiled=False, processes=1,
+               **plan["digests"][ml_hash]), schema.plain(s))
 time.sleep(float(os.environ.get("SECONDS", 0)))
 if os.environ.get("FAIL") in ("all", " ".join(changes)):
     sys.exit("error: the disk of the fake is full")
@@ -58,6 +60,8 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("STARTED", str(tmp_path / "started"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "started").touch()
+    # the fake logs these sources, so they are what runs here
+    monkeypatch.setattr(runlog, "sources", lambda: ("fake", runlog.source_hash("fake")))
     return tmp_path / "started"
 
 

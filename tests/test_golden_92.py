@@ -186,7 +186,8 @@ def test_losses(record, case):
 
 @pytest.mark.feature("validation.canonical_mask")
 def test_losses_under_the_canonical_mask(record):
-    """Some targets are masked on purpose, which shows the logit of -60. The final long window is not YaRN's."""
+    """Some targets are masked on purpose, which shows the logit of -60. The final long window is not
+    YaRN's."""
     golden, model, losses, _ = record
     with torch.no_grad():
         short = losses(3, (3,), masked=True)

@@ -47,7 +47,7 @@ def arm(label, changes, losses, effect, record=None, note="", **more):
 def sweep(name, kind, base, control, rows, **more):
     return {
         "version": 1, "kind": kind, "name": name, "base": base, "scale": "tiny", "confidence": 0.95,
-        "method": "dunnett", "pooled_sd": 0.004, "df": 12, "mde": 0.01,
+        "method": "means", "paired": False, "pooled_sd": 0.004, "df": 12, "mde": 0.01,
         "hardware": "CPU, 1 process, 2 threads", "cpu": "Test CPU", "torch": "2.13.0", "code": ["0" * 40],
         "control": control, "rows": rows, **more
     }
@@ -91,7 +91,7 @@ def evidence(tmp_path_factory):
     found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
     rows = [arm(c, [], spread(CHAINED[c]), found[c], record=c, parent=p) for c, p in pairs]
     control = arm("short/8", [], spread(CHAINED["short/8"]), None, record="short/8")
-    made = sweep("chain", "chain", "short/8..short/11", control, rows, method="holm", **pooled)
+    made = sweep("chain", "chain", "short/8..short/11", control, rows, **pooled)
     (folder / "chain.json").write_text(json.dumps(made))
     analysis = statistics.against_control(spread(4.26), {ref: spread(x) for ref, x in BRANCHES.items()})
     found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
@@ -659,9 +659,10 @@ def test_times_at_cpu_scales_are_shown_only_of_runs_that_took_turns(site):
         ("ablate", lambda s: s.update(df=99), "df: not"),
         ("chain", lambda s: s["rows"][2]["runs"][0].update(val_loss=4.0), "short/11: mean"),
         ("chain", lambda s: s["rows"][2].update(effect=-0.3), "short/11: effect"),
-        ("chain", lambda s: s.update(method="dunnett"), "method: Dunnett's is for one parent"),
+        ("chain", lambda s: s.update(method="dunnett"), "method: 'dunnett' is stated anew by"),
+        ("chain", lambda s: s.update(paired=True), "method: 'means'"),
         ("chain_variants_tiny", lambda s: s["rows"][0].update(low=-0.5), "variants/1: low"),
-        ("chain_variants_tiny", lambda s: s.update(method="holm"), "variants/1: low")
+        ("chain_variants_tiny", lambda s: s.update(confidence=0.9), "variants/1: low")
     ],
 )
 def test_a_sweep_whose_figures_its_losses_do_not_give_is_refused(name, edit, what, evidence, tmp_path):

@@ -113,57 +113,55 @@ def test_noninferior_is_the_bound_of_the_one_sided_test():
     assert s.noninferior(new, old, upper + 1e-9, False, 0.05)["passed"]
 
 
-def test_dunnett_agrees_with_scipy_and_with_the_table_of_1964():
+def test_a_sweeps_rows_are_welchs_or_the_paired_t_tests_at_bonferronis_level():
     draw = random(6)
-    control, arms = draw.normal(size=8), {i: draw.normal(0.5, 1, 3 + i % 3) for i in range(9)}
-    out, reference = (
-        s.against_control(control, arms),
-        stats.dunnett(*arms.values(), control=control, rng=random(0)),
-    )
-    interval = reference.confidence_interval(0.95)
-    for row, p, low, high in zip(out["rows"].values(), reference.pvalue, interval.low, interval.high):
-        assert row["p"] == pytest.approx(p, abs=1e-3) and [row["low"], row["high"]] == pytest.approx(
-            [low, high], abs=5e-3
-        )
-    # two-sided 5 % points for equal groups, Dunnett, Biometrics 20 (1964): (arms, df) -> t
-    for (k, df), t in {(1, 10): 2.23, (2, 10): 2.57, (3, 20): 2.54, (9, 20): 2.95, (5, 60): 2.58}.items():
-        assert s.dunnett_point([4] * k, 4, df) == pytest.approx(t, abs=0.006)
+    groups = {name: draw.normal(i, 1 + i, 5).tolist() for i, name in enumerate("abc")}
+    pairs, level = [("b", "a"), ("c", "b")], 1 - s.SPENT * 0.05 / 2
+    for paired in (False, True):
+        out = s.successive(groups, pairs, paired=paired)["rows"]
+        for child, parent in pairs:
+            x, y = groups[child], groups[parent]
+            test = stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)
+            interval, row = test.confidence_interval(level), out[child]
+            low, high, p = interval.low, interval.high, test.pvalue
+            if not paired:  # Welch's error, with the degrees of freedom of the smaller group
+                effect = np.mean(x) - np.mean(y)
+                half = stats.t.isf((1 - level) / 2, 4) * effect / test.statistic
+                low, high, p = effect - half, effect + half, 2 * stats.t.sf(abs(test.statistic), 4)
+            assert [row["effect"], row["low"], row["high"], row["p"]] == pytest.approx(
+                [np.mean(x) - np.mean(y), low, high, min(1, 2 * p / s.SPENT)])
+            assert row["parent"] == parent and row["n"] == 5
+            assert row["sd"] == (pytest.approx(np.std(np.subtract(x, y), ddof=1)) if paired else None)
 
 
-def test_dunnett_with_one_arm_is_the_t_test_and_never_passes_bonferroni():
-    for df in (1, 3, 40):
-        for t in (0.3, 2.0, 9.0):
-            assert s.dunnett_p(t, [5], 7, df) == pytest.approx(2 * stats.t.sf(t, df), rel=1e-9)
-            assert 2 * stats.t.sf(t, df) <= s.dunnett_p(t, [5, 2, 4], 7, df) <= 6 * stats.t.sf(t, df) + 1e-15
-    a, b = random(7).normal(size=5), random(8).normal(size=6)
-    row = s.against_control(b, {"a": a})["rows"]["a"]
-    reference = stats.ttest_ind(a, b)
-    assert [row["p"], row["low"]] == pytest.approx(
-        [reference.pvalue, reference.confidence_interval(0.95).low]
-    )
+def test_one_control_is_the_same_as_a_chain_of_its_children():
+    groups = {name: random(i).normal(size=4).tolist() for i, name in enumerate("abc")}
+    control, both = groups["a"], {k: groups[k] for k in "bc"}
+    star = s.against_control(control, both, paired=True)
+    chain = s.successive(groups, [("b", "a"), ("c", "a")], paired=True)
+    assert star["rows"] == {k: {x: y for x, y in row.items() if x != "parent"}
+                            for k, row in chain["rows"].items()}
+    assert (star["pooled_sd"], star["df"]) == (pytest.approx(chain["pooled_sd"]), chain["df"])
+
+
+def test_pairs_are_the_seeds_that_both_have():
+    control, arm = {0: 1.0, 1: 2.0, 2: 4.0, 7: 99.0}, {2: 4.5, 0: 1.1, 1: 2.3}
+    row = s.against_control(control, {"x": arm}, paired=True)["rows"]["x"]
+    assert row["n"] == 3 and row["effect"] == pytest.approx(0.3) and row["sd"] == pytest.approx(0.2)
+    with pytest.raises(UserError, match="a seed that both groups have"):
+        s.against_control({0: 1.0}, {"x": {1: 2.0}}, paired=True)
 
 
 def test_an_interval_without_zero_is_a_resolved_row_and_p_below_the_level():
-    draw = random(9)
-    for _ in range(60):
+    draw, resolved = random(9), 0
+    for i in range(60):
         out = s.against_control(
-            draw.normal(size=6), {i: draw.normal(draw.choice([0, 1.5]), 1, 4) for i in range(4)}
+            draw.normal(size=4), {i: draw.normal(draw.choice([0, 9]), 1, 4) for i in range(4)}, paired=i % 2
         )
         for row in out["rows"].values():
             assert row["resolved"] == (row["p"] < 0.05) == (row["low"] > 0 or row["high"] < 0)
-
-
-def test_holm_by_hand():
-    assert s.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert s.holm([0.9, 0.8]) == pytest.approx([1, 1])
-
-
-def test_a_chain_of_one_link_is_the_pooled_t_test():
-    a, b = random(10).normal(size=5), random(11).normal(size=4)
-    row = s.successive({"old": b, "new": a}, [("new", "old")])["rows"]["new"]
-    test = stats.ttest_ind(a, b)
-    assert [row["p"], row["low"]] == pytest.approx([test.pvalue, test.confidence_interval(0.95).low])
-    assert row["effect"] == pytest.approx(a.mean() - b.mean()) and row["parent"] == "old"
+            resolved += row["resolved"]
+    assert resolved > 10
 
 
 def test_rank_correlation_is_spearmans():
@@ -238,6 +236,21 @@ def test_a_false_record_happens_in_at_most_one_percent_under_declared_looks():
             assert s.target_test(x[i, :n], 3.28, a)["passed"] == (t[n][i] < stats.t.ppf(a, n - 1))
 
 
+def test_the_bootstrap_knows_what_skewed_noise_does_to_t():
+    """Under normal residuals it is Student's t; under skewed ones it keeps the rate that t exceeds."""
+    draw = random(40)
+    normal = s.bootstrap_t(6, s.standardised(draw.normal(3.28, 0.001, (60, 12)).tolist()), draws=40_000)
+    assert np.quantile(normal, 0.05) == pytest.approx(stats.t.ppf(0.05, 5), rel=0.06)
+    groups = draw.gamma(2, size=(200, 20))
+    pool = s.standardised(groups.tolist())
+    assert abs(np.mean(pool)) < 1e-12 and np.std(pool) == pytest.approx(1, abs=0.03)
+    x = draw.gamma(2, size=(20_000, 6)) - 2
+    t = x.mean(1) / x.std(1, ddof=1) * math.sqrt(6)
+    robust = np.searchsorted(s.bootstrap_t(6, pool, draws=40_000), t) / 40_000
+    assert (stats.t.cdf(t, 5) < 0.01).mean() > 0.02
+    assert (robust < 0.01).mean() == pytest.approx(0.01, abs=0.004)
+
+
 def test_a_fresh_set_of_runs_for_passes_with_ninety_percent():
     for distance, sd in ((0.0012, 0.0013), (0.003, 0.0013), (0.0005, 0.0013)):
         n = s.runs_for(distance, sd)
@@ -276,72 +289,67 @@ def test_intervals_of_differences_and_ratios_cover_the_truth():
     assert np.mean([d["low"] <= 0.99 <= d["high"] for d in covered]) >= 0.95 - allowance(0.95, simulations)
 
 
-def sweeps(seed, simulations, effects, n, n_control):
-    """t of every arm against the control, pooled variance: (simulations, arms), for true effects in sd; se;
-    the runs."""
-    draw, k = random(seed), len(effects)
-    control, arms = (
-        draw.normal(size=(simulations, n_control)),
-        draw.normal(size=(simulations, k, n)) + np.c_[list(effects)],
-    )
-    df = k * (n - 1) + n_control - 1
-    squares = arms.var(2, ddof=1).sum(1) * (n - 1) + control.var(1, ddof=1) * (n_control - 1)
-    se = np.sqrt(squares / df * (1 / n + 1 / n_control))
-    return (arms.mean(2) - control.mean(1)[:, None]) / se[:, None], se, (control, arms)
+def noisy_sweeps(seed, simulations, groups, n, rho, spread, skewed=False):
+    """Losses (simulations, groups, n) without an effect; runs of a seed are correlated by rho."""
+    draw = random(seed)
+
+    def noise(*shape):
+        return draw.gamma(4, size=shape) / 2 - 2 if skewed else draw.normal(size=shape)
+
+    sd = np.geomspace(*spread, groups)[:, None]
+    own = math.sqrt(1 - rho) * noise(simulations, groups, n)
+    return sd * (math.sqrt(rho) * noise(simulations, 1, n) + own)
 
 
-@pytest.mark.parametrize("arms, n, n_control", [(8, 4, 12), (3, 2, 3), (20, 2, 8)])
-def test_all_intervals_of_an_ablation_cover_together_in_ninety_five_percent(arms, n, n_control):
-    simulations, effects = 20_000, np.linspace(-2, 2, arms)
-    t, se, (control, values) = sweeps(24, simulations, effects, n, n_control)
-    critical = s.dunnett_critical(arms, n, n_control)
-    error = np.abs(t - effects / se[:, None])  # in units of the standard error
-    assert abs((error.max(1) <= critical).mean() - 0.95) <= allowance(0.95, simulations)
-    # a single interval covers more often: that is what simultaneous costs
-    assert (error <= critical).mean() > 0.96
-    out = s.against_control(control[0], dict(enumerate(values[0])))
-    for i, row in out["rows"].items():
-        assert row["effect"] / se[0] == pytest.approx(t[0, i])
-        assert row["high"] - row["effect"] == pytest.approx(critical * se[0])
-
-
-def test_the_minimal_detectable_effect_is_resolved_in_eighty_percent():
-    for arms, n, n_control in ((10, 4, 12), (4, 2, 6)):
-        effect = s.minimal_detectable_effect(1.0, n, n_control, arms)
-        t, _, _ = sweeps(25, 20_000, [effect] + [0] * (arms - 1), n, n_control)
-        resolved = (t[:, 0] > s.dunnett_critical(arms, n, n_control)).mean()
-        assert resolved == pytest.approx(0.8, abs=allowance(0.8, 20_000))
-    assert s.minimal_detectable_effect(2.0, 4, 8, 3) == pytest.approx(
-        2 * s.minimal_detectable_effect(1.0, 4, 8, 3)
-    )
-
-
-def test_the_detectable_effect_of_a_chain_is_that_of_its_own_intervals():
-    """Bonferroni's point over the links and (links + 1)(n - 1) degrees of freedom, not Dunnett's shared
-    control."""
-    links, n, draw = 10, 4, random(31)
-    df = (links + 1) * (n - 1)
-    critical = float(stats.t.isf(0.025 / links, df))
-    effect = s.shift_for(critical, df, 0.8) * (2 / n) ** 0.5
-    assert effect == pytest.approx(2.75, abs=0.01) and effect > s.minimal_detectable_effect(1.0, n, n, links)
-    x = draw.normal(size=(20_000, links + 1, n))
-    t = (effect + x[:, 1].mean(1) - x[:, 0].mean(1)) / np.sqrt(x.var(2, ddof=1).mean(1) * 2 / n)
-    assert (t > critical).mean() == pytest.approx(0.8, abs=allowance(0.8, 20_000))
+@pytest.mark.parametrize("spread", [(1, 1), (4.5, 1), (1, 4.5)], ids=["equal", "quiet", "noisy"])
+@pytest.mark.parametrize("skewed", [False, True], ids=["normal", "skewed"])
+@pytest.mark.parametrize("arms, n", [(5, 4), (20, 8)])
+def test_a_sweep_resolves_a_false_difference_in_at_most_five_percent(arms, n, skewed, spread):
+    """Also where the arms' sds differ 4.5-fold, as in ablate_33_micro, and seeds are correlated by 0.71 and
+    0.98. All methods that pool variances fail this (bench/results/intervals.md)."""
+    simulations = 4000
+    for rho in (0.71, 0.98):
+        y = noisy_sweeps(24, simulations, arms + 1, n, rho, spread, skewed)
+        d = y[:, 1:] - y[:, :1]
+        t = d.mean(2) / d.std(2, ddof=1) * math.sqrt(n)
+        p = 2 * stats.t.sf(np.abs(t), n - 1) * arms / s.SPENT  # as below
+        assert (p.min(1) < 0.05).mean() <= 0.05 + allowance(0.05, simulations) * 0.5
+        for k in range(3):
+            rows = s.against_control(y[k, 0], dict(enumerate(y[k, 1:])), paired=True)["rows"]
+            assert [r["p"] for r in rows.values()] == pytest.approx(np.minimum(1, p[k]))
 
 
 @pytest.mark.parametrize("effects", [[0, 0, 0, 0, 0, 0], [0, 0, 9, 9, 9, 12]])
 def test_a_chain_resolves_a_false_difference_in_at_most_five_percent(effects):
     """Neighbours share a group, so their differences are correlated; with true effects next to the null ones
     too."""
-    simulations, draw = 1500, random(26)
+    simulations, draw = 300, random(26)
     pairs = [(i, i - 1) for i in range(1, 6)]
     null = [i for i, j in pairs if effects[i] == effects[j]]
     false = 0
     for x in draw.normal(size=(simulations, 6, 4)) + np.c_[effects][None]:
-        rows = s.successive(dict(enumerate(x)), pairs)["rows"]
+        rows = s.successive(dict(enumerate(x)), pairs, paired=True)["rows"]
         false += any(rows[i]["resolved"] for i in null)
-        assert not set(rows) - set(range(1, 6))
     assert false / simulations <= 0.05 + allowance(0.05, simulations)
+
+
+def test_the_minimal_detectable_effect_is_resolved_in_eighty_percent():
+    draw, simulations = random(25), 20_000
+    for arms, n, m, paired in ((10, 4, 12, False), (10, 4, 4, True), (4, 8, 8, True), (20, 2, 2, True)):
+        effect = s.minimal_detectable_effect(1.0, n, m, arms, paired=paired)
+        x, y = draw.normal(effect, 1, (simulations, n)), draw.normal(0, 1, (simulations, m))
+        level = s.SPENT * 0.05 / arms
+        test = stats.ttest_1samp(x, 0, axis=1) if paired else stats.ttest_ind(x, y, axis=1, equal_var=False)
+        power = (np.abs(test.statistic) > stats.t.isf(level / 2, n - 1)).mean()
+        # the error of two means varies less than n - 1 degrees of freedom say
+        assert power == pytest.approx(0.8, abs=allowance(0.8, simulations) + (0 if paired else 0.1))
+    assert s.minimal_detectable_effect(2.0, 4, 8, 3) == pytest.approx(
+        2 * s.minimal_detectable_effect(1.0, 4, 8, 3)
+    )
+    for paired in (False, True):
+        n = s.seeds_for(1.0, 1.0, 5, paired=paired)
+        assert s.minimal_detectable_effect(1.0, n, n, 5, paired=paired) <= 1.0 < (
+            s.minimal_detectable_effect(1.0, n - 1, n - 1, 5, paired=paired))
 
 
 def test_the_interval_of_a_rank_correlation_covers():
@@ -390,13 +398,12 @@ def test_equal_runs_are_equal():
 
 def test_a_sweep_without_spread_resolves_nothing():
     for control, arms in (([1.0], {"a": [2.0], "b": [3.0]}), ([1.0, 1.0], {"a": [2.0, 2.0]})):
-        out = s.against_control(control, arms)
-        assert (
-            not any(r["resolved"] or r["p"] is not None for r in out["rows"].values())
-            and not out["pooled_sd"]
-        )
-        chain = s.successive({"c": control, **arms}, [(a, "c") for a in arms])
-        assert not any(r["resolved"] or r["low"] is not None for r in chain["rows"].values())
+        for paired in (False, True):
+            out = s.against_control(control, arms, paired=paired)
+            assert not out["pooled_sd"] and not any(
+                r["resolved"] or r["p"] is not None or r["low"] is not None for r in out["rows"].values())
+    row = s.against_control([1.0, 2.0], {"a": [1.0, 2.0]}, paired=True)["rows"]["a"]
+    assert (row["effect"], row["low"], row["high"], row["p"], row["resolved"]) == (0, 0, 0, 1, False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import subprocess
 import threading
 import time
 
+import pytest
+
 import runlog
 from sweeps import queue, worker, report as sweep_report
 from fake_sweep import CAP, LAM, NORM, TWO, call, command, fake, made, planned, starts, wait_for
@@ -50,6 +52,89 @@ def test_a_claim_of_a_dead_process_of_this_machine_is_stale_at_once(tmp_path):
     child.kill()
     child.wait()
     assert queue.claim(tmp_path, "t")[0] == 2
+
+
+def test_a_foreign_claim_from_the_future_is_no_sign_of_life(tmp_path):
+    made(tmp_path, "ablate", "short/11", *TWO)
+    foreign_claim(tmp_path, "near", -queue.STALE_S + 20)
+    foreign_claim(tmp_path, "far", -1e8)
+    assert queue.claim(tmp_path, "near") is None and queue.claim(tmp_path, "far")[0] == 2
+
+
+@pytest.mark.parametrize("text", ["null", "{}", "[]", "[" * 5000, ""])
+def test_a_queue_file_that_holds_nonsense_is_one_line_and_no_spinning(text, tmp_path, fake, capsys):
+    """Claims: alive until their heartbeat ages. Results, failures, survivors, seal and plan: refused."""
+    plan = made(tmp_path / "q", "ablate", "short/11", *TWO, "--seeds", 1)
+    target = queue.targets(plan)[0][0]
+    queue.claim_path(tmp_path / "q", "t", 1).write_text(text)
+    assert queue.claim(tmp_path / "q", "t") is None
+    os.utime(queue.claim_path(tmp_path / "q", "t", 1), (0, 0))
+    assert queue.claim(tmp_path / "q", "t")[0] == 2
+    settled = [f"done/{target}.json", f"failed/{target}.json"]
+    for name in (*settled, "survivors.json", "sealed.json", "plan.json"):
+        path = tmp_path / "q" / name
+        before = path.read_text() if path.exists() else None
+        path.write_text(text)
+        for command in ("work", "status"):
+            assert call(command, tmp_path / "q") == 2, (name, command)
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and err.count("\n") == 1 and name.split("/")[-1] in err
+        path.unlink() if before is None else path.write_text(before)
+    assert not starts(fake)
+
+
+def test_a_plan_is_sealed_when_its_first_run_starts(tmp_path, fake, capsys):
+    root = tmp_path / "q"
+    made(root, "ablate", "short/11", *TWO, "--seeds", 1)
+    text = (root / "plan.json").read_text()
+    assert not (root / queue.SEAL).exists() and queue.load_plan(root)
+    assert call("work", root) == 0 and (root / queue.SEAL).exists()
+    (root / "plan.json").write_text(text.replace('"confidence": 0.95', '"confidence": 0.5'))
+    capsys.readouterr()
+    for command in ("work", "status", "report"):
+        assert call(command, root) == 2
+        err = capsys.readouterr().err
+        assert "changed after the first run" in err and err.count("\n") == 1
+    (root / "plan.json").write_text(text)
+    assert call("status", root) == 0
+
+
+def test_results_are_those_of_the_runs_logs(tmp_path, fake, capsys):
+    root = tmp_path / "q"
+    made(root, "ablate", "short/11", *TWO, "--seeds", 1)
+    assert call("work", root) == 0
+    path = sorted((root / "done").glob("*.json"))[0]
+    text = path.read_text()
+    for key, value in (("val_loss", 1.0), ("seed", 3), ("status", "diverged"), ("folder", "../done"),
+                       ("torch", "9"), ("ml_hash", "0" * 16), ("wall_ms", 1)):
+        path.write_text(json.dumps(json.loads(text) | {key: value}))
+        capsys.readouterr()
+        for command in ("status", "report"):
+            assert call(command, root) == 2, key
+            err = capsys.readouterr().err
+            assert err.startswith("error: ") and err.count("\n") == 1
+    path.write_text(text)
+    os.rename(path, path.with_name("0" * 16 + "_s0.json"))
+    assert call("report", root) == 2 and "no arm of the plan" in capsys.readouterr().err
+
+
+def test_runs_of_another_torch_or_tree_are_refused_and_not_ranked(tmp_path, fake, monkeypatch, capsys):
+    root = tmp_path / "q"
+    made(root, "ablate", "short/11", *TWO, "--seeds", 1)
+    monkeypatch.setattr(worker, "FAILURES_IN_A_ROW", 1)
+    w = worker.Worker(root, [{}], say=lambda line: None)
+    assert w.begin(w.look())
+    wait_for(lambda: w.running[0].process.poll() is not None)
+    w.attend(w.running[0])
+    monkeypatch.setenv("FAKE_TORCH", "9")
+    assert call("work", root) == 1
+    failure, = queue.settled(root)[1].values()
+    assert "torch is '9'" in failure["reason"] and "mixes no programs" in failure["reason"]
+    sealed = json.loads((root / queue.SEAL).read_text())
+    assert sealed["sources"] == runlog.sources()[1] and sealed["torch"] and sealed["cpu"]
+    (root / queue.SEAL).write_text(json.dumps(sealed | {"cpu": "another"}))
+    capsys.readouterr()
+    assert call("work", root) == 2 and "other processors" in capsys.readouterr().err
 
 
 def test_of_many_that_take_over_a_stale_claim_one_succeeds(tmp_path):
@@ -197,10 +282,16 @@ def test_a_machine_on_which_everything_fails_stops(tmp_path, fake, monkeypatch, 
 
 def test_a_worker_stops_when_the_code_changes_under_it(tmp_path, fake, monkeypatch, capsys):
     made(tmp_path / "q", "ablate", "short/11", *TWO, "--seeds", 1, "--controls", 1)
-    answers = iter([("", "old")] * 2)
-    monkeypatch.setattr(runlog, "sources", lambda: next(answers, ("", "new")))
+    old = runlog.sources()
+    edited = ("", "e" * 16)
+    # edited while the first run is under way
+    monkeypatch.setattr(runlog, "sources", lambda: edited if starts(fake) else old)
     assert call("work", tmp_path / "q") == 1
     assert "the trainer's code changed" in capsys.readouterr().out and len(starts(fake)) == 1
+    assert call("work", tmp_path / "q") == 2 and len(starts(fake)) == 1
+    err = capsys.readouterr().err
+    assert "other sources of the trainer" in err and err.count("\n") == 1
+    monkeypatch.setattr(runlog, "sources", lambda: old)
     assert call("work", tmp_path / "q") == 0 and len(starts(fake)) == 3
 
 

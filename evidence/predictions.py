@@ -1,0 +1,253 @@
+"""The table of predictions: does an effect at a small scale have the sign and the rank of the published one?
+
+    python sweep.py predictions                               # every committed chain and ablation
+    python sweep.py predictions evidence/results/chain_1-33_micro.json --markdown
+    python sweep.py predictions --json FILE                   # for programs
+
+Published effects are stated in tokens (a record needs fewer than its parent), steps, seconds or nats. All are
+turned into nats at equal tokens, negative is better, by the local slope of the final loss against log tokens:
+
+    effect = (loss - parent's loss) - SLOPE ln(tokens / parent's tokens)          SLOPE = d loss / d ln tokens
+
+All records end near one loss, 3.28, where the slope of a power law changes little from record to record. It
+is the mean of four published pairs (SLOPES), its error their standard deviation; a published mean loss has
+the usual sd of one run over sqrt(runs). Both errors are carried. A record of equal tokens that changes
+systems or timing only predicts no loss: `speed only`, as do effects in seconds.
+
+Measured effects are those of a sweep's report, with its simultaneous intervals; of an ablation with the sign
+turned, so that both say what adding the feature does. Signs are compared over all rows that have both
+effects, also the unresolved, and over those where both are told apart from 0 (Wilson's interval, JASA 1927);
+ranks over all rows by Spearman's rho (Fisher's interval).
+"""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import renames
+from common import files
+from common.errors import UserError
+from evidence import statistics
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED, RESULTS = ROOT / "evidence/published", ROOT / "evidence/results"
+USUAL_SD = 0.00124  # nats: of one published run's final loss, the median over 65 record folders
+# (where, nats, steps, of a run of so many steps): two lengths of one run, or an author's "x nats or y steps"
+SLOPES = (
+    ("optimizer/12 at 3150 and 3350 steps", 0.0091, 200, 3350), ("short/20", 0.0014, 10, 1393),
+    ("short/21", 0.0015, 10, 1770), ("short/33", 0.001, 10, 1660),
+)
+SPEED_ONLY = "speed only"
+Z = 1.96  # of a 95 % interval
+
+
+def slope() -> tuple[float, float]:
+    """(d loss / d ln tokens, its standard error) of SLOPES."""
+    about = statistics.describe([nats / math.log(1 - saved / steps) for _, nats, saved, steps in SLOPES])
+    return about["mean"], about["sd"]
+
+
+# ----- what is published ------------------------------------------------------------------------------------
+
+def read(name: str) -> list[dict]:
+    """Rows of a file of evidence/published."""
+    with open(PUBLISHED / name, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def of_tokens(tokens: float, before: float, slope_: tuple[float, float]) -> tuple[float, float]:
+    """(effect, standard error) in nats of needing `tokens` instead of `before` for one loss."""
+    log = math.log(tokens / before)
+    return -slope_[0] * log, slope_[1] * abs(log)
+
+
+def of_record(child: dict, parent: dict | None, slope_: tuple[float, float]) -> dict:
+    """Published effect of a record against its parent: {effect, se, why}; effect None where there is none.
+
+    child, parent: rows of history.csv, None if that does not know it."""
+    none, needs = {"effect": None, "se": None}, ("tokens", "val_loss")
+    if parent is None or not all(row[k] for row in (child, parent) for k in needs):
+        return none | {"why": "nothing published to compare"}
+    tokens = [float(row["tokens"]) for row in (child, parent)]
+    if tokens[0] == tokens[1] and child["kind"] in ("systems", "retiming"):
+        return none | {"why": SPEED_ONLY}
+    effect, se = of_tokens(*tokens, slope_)
+    # a record without a log has one unseen run
+    noise = sum(USUAL_SD ** 2 / max(1, float(row["runs"] or 1)) for row in (child, parent))
+    return {"effect": effect + float(child["val_loss"]) - float(parent["val_loss"]),
+            "se": math.hypot(se, math.sqrt(noise)), "why": ""}
+
+
+def of_feature(row: dict, steps: float, slope_: tuple[float, float]) -> dict:
+    """{effect, se, why} of a feature: a row of effects.csv, in a record of so many steps."""
+    size = float(row["effect"])
+    if row["measure"] == "seconds":
+        return {"effect": None, "se": None, "why": SPEED_ONLY}
+    if row["measure"] == "steps":
+        effect, se = of_tokens(steps, steps - size, slope_)
+        return {"effect": effect, "se": se, "why": ""}
+    runs = max(1, float(row["n"] or 1))
+    return {"effect": size, "se": USUAL_SD * math.sqrt(2 / runs), "why": ""}
+
+
+# ----- the table --------------------------------------------------------------------------------------------
+
+def table(sweep: dict) -> dict:
+    """{name, kind, scale, slope, rows, signs, signs_resolved, ranks} of a sweep's report.
+
+    A row: {what, published: {effect, se, why}, measured: {effect, low, high, resolved, note}, agrees}; agrees
+    is None unless both effects have a sign."""
+    if sweep.get("kind") not in ("chain", "ablate"):
+        raise UserError(f"{sweep.get('name')}: a {sweep.get('kind')} predicts nothing; name the report of a "
+                        "chain or an ablation")
+    slope_, history = slope(), {f"{r['lineage']}/{r['id']}": r for r in read("history.csv")}
+    pairs = chain_rows(sweep, history, slope_) if sweep["kind"] == "chain" else feature_rows(
+        sweep, history, slope_)
+    rows = []
+    for what, published, measured in pairs:
+        effects = (published["effect"], measured["effect"])
+        agrees = None if None in effects or 0 in effects else (effects[0] < 0) == (effects[1] < 0)
+        rows.append({"what": what, "published": published, "measured": measured, "agrees": agrees})
+    both = [r for r in rows if None not in (r["published"]["effect"], r["measured"]["effect"])]
+    resolved = [r["agrees"] for r in both if r["measured"]["resolved"] and r["agrees"] is not None
+                and abs(r["published"]["effect"]) > Z * r["published"]["se"]]
+    return {
+        "name": sweep["name"], "kind": sweep["kind"], "scale": sweep["scale"], "base": sweep["base"],
+        "slope": slope_[0], "slope_se": slope_[1], "rows": rows,
+        "signs": share([r["agrees"] for r in rows if r["agrees"] is not None]),
+        "signs_resolved": share(resolved),
+        "ranks": ranks([r["published"]["effect"] for r in both], [r["measured"]["effect"] for r in both]),
+    }
+
+
+def share(agreements: list[bool]) -> dict:
+    """{k, n, share, low, high}: how many agree, with Wilson's 95 % interval; None without a row."""
+    n, k = len(agreements), sum(agreements)
+    low, high = statistics.wilson(k, n) if n else (None, None)
+    return {"k": k, "n": n, "share": k / n if n else None, "low": low, "high": high}
+
+
+def ranks(published: list[float], measured: list[float]) -> dict:
+    """Spearman's rho of both, with its interval; rho None below three rows."""
+    if len(published) < 3:
+        return {"rho": None, "low": None, "high": None, "n": len(published)}
+    return statistics.rank_correlation(published, measured)
+
+
+def measured_of(row: dict, sign: int) -> dict:
+    """Effect of adding what a report's row is about: sign -1 where the row leaves it out."""
+    bounds = [None if row[k] is None else sign * row[k] for k in ("low", "high")]
+    return {"effect": None if row["effect"] is None else sign * row["effect"],
+            "low": bounds[0] if sign > 0 else bounds[1], "high": bounds[1] if sign > 0 else bounds[0],
+            "resolved": row["resolved"], "note": row["note"]}
+
+
+def chain_rows(sweep, history, slope_):
+    """(ref, published, measured) of the records of a chain that somebody published."""
+    for row in sweep["rows"]:
+        child, parent = history.get(row["record"]), history.get(row.get("parent"))
+        if child:
+            yield row["record"], of_record(child, parent, slope_), measured_of(row, 1)
+
+
+def feature_rows(sweep, history, slope_):
+    """(path, published, measured) of the features that are left out alone and have a published effect."""
+    effects = {}
+    for row in read("effects.csv"):
+        if row["path"]:
+            effects.setdefault(renames.present_path(row["path"]), row)  # the first, as a path may be refined
+    for row in sweep["rows"]:
+        flag, _, path = row["changes"][0].partition(" ") if len(row["changes"]) == 1 else ("", "", "")
+        found = effects.get(renames.present_path(path)) if flag == "--without" else None
+        if found:
+            steps = float(history[found["record"]]["steps"])
+            yield path, of_feature(found, steps, slope_), measured_of(row, -1)
+
+
+# ----- output -----------------------------------------------------------------------------------------------
+
+HEAD = ("record or feature", "published, nats", "measured, nats", "sign")
+
+
+def cells(row: dict) -> list[str]:
+    """A row in words."""
+    p, m = row["published"], row["measured"]
+    published = p["why"] if p["effect"] is None else f"{p['effect']:+.4f} +-{Z * p['se']:.4f}"
+    if m["effect"] is None:
+        measured = m["note"].split(":")[0] or "not measured"
+    elif m["low"] is None:
+        measured = f"{m['effect']:+.4f} (no interval)"
+    else:
+        measured = f"{m['effect']:+.4f} [{m['low']:+.4f}, {m['high']:+.4f}]" + (
+            "" if m["resolved"] else " unresolved")
+    return [row["what"], published, measured, {True: "agrees", False: "differs", None: ""}[row["agrees"]]]
+
+
+def sentences(found: dict) -> list[str]:
+    """What a table shows, in three sentences."""
+    def signs(x, what):
+        if not x["n"]:
+            return f"Signs of {what}: none to compare."
+        return (f"Signs of {what}: {x['k']} of {x['n']} agree, {100 * x['share']:.0f} % "
+                f"[{100 * x['low']:.0f}, {100 * x['high']:.0f}].")
+
+    r = found["ranks"]
+    if r["rho"] is None:
+        ranked = f"Rank correlation: {r['n']} rows are too few."
+    else:
+        bounds = "no interval" if r["low"] is None else f"95 % interval {r['low']:+.2f} to {r['high']:+.2f}"
+        ranked = f"Rank correlation {r['rho']:+.2f} over {r['n']} rows, {bounds}" + (
+            ", not told apart from none." if r["low"] is None or r["low"] <= 0 <= r["high"] else ".")
+    return [signs(found["signs"], "all rows with both effects"),
+            signs(found["signs_resolved"], "the rows where both are told apart from 0"), ranked]
+
+
+def markdown(tables: list[dict]) -> str:
+    """All tables as Markdown."""
+    value, error = slope()
+    out = ["# Predictions: published effects against those measured at small scales", "",
+           f"`python sweep.py predictions --markdown`. Nats at equal tokens, negative is better. Tokens and "
+           f"steps count by d loss / d ln tokens = {value:.3f} +-{Z * error:.3f}, from "
+           + ", ".join(where for where, *_ in SLOPES)
+           + ". Published with a 95 % interval, measured with the sweep's simultaneous intervals."]
+    for found in tables:
+        out += ["", f"## {found['name']}", "", *sentences(found), "", "| " + " | ".join(HEAD) + " |",
+                "|---|---|---|---|", *("| " + " | ".join(cells(r)) + " |" for r in found["rows"])]
+    return "\n".join(out) + "\n"
+
+
+def reports(paths: list[str]) -> list[dict]:
+    """The named reports, or every committed chain of records and ablation."""
+    out = []
+    for path in map(Path, paths or files.listed(RESULTS, "*.json")):
+        try:
+            sweep = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: not the report of a sweep ({error})") from None
+        if isinstance(sweep, dict) and isinstance(sweep.get("rows"), list) and (
+                paths or (sweep.get("kind") in ("chain", "ablate") and sweep["base"] not in ("variants",))):
+            out.append(sweep)
+        elif paths:
+            raise UserError(f"{path}: not the report of a sweep")
+    return out
+
+
+def command(options) -> None:
+    """`sweep.py predictions`: print the tables, write them as JSON."""
+    try:
+        tables = [table(sweep) for sweep in reports(options.reports)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{', '.join(options.reports)}: not the report of a sweep ({error!r})") from None
+    if options.json:
+        files.write(Path(options.json), files.json_text(tables, indent=1) + "\n")
+    if options.markdown:
+        print(markdown(tables), end="")
+        return
+    for found in tables:
+        print(f"{found['name']}: {found['base']} at scale {found['scale']}; nats, negative is better")
+        rows = [HEAD, *map(cells, found["rows"])]
+        widths = [max(len(r[i]) for r in rows) for i in range(len(HEAD))]
+        for r in rows:
+            print("  " + "  ".join(c.ljust(w) for c, w in zip(r, widths)).rstrip())
+        print(*sentences(found), "", sep="\n")

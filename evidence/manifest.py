@@ -15,6 +15,7 @@ explains it. Reading and writing go through the same checks, so that nothing can
 refused later.
 """
 
+import datetime
 import fcntl
 import os
 import time
@@ -33,6 +34,7 @@ CAUSES = ("killed", "machine", "out_of_memory", "disk_full", "interrupted")
 DECISIONS = ("continue", "passed", "failed")
 CLAIMS = ("ml", "systems", "comparison")
 NUMBER = (int, float)
+CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 DECLARED = {
     "version": int, "claim": str, "record": (str, type(None)), "scale": (str, type(None)),
     "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str,
@@ -248,6 +250,15 @@ def check_declaration(event, require):
         require(len(set(mine)) == total, f"order: a seed of {arm} occurs twice")
         require(event["pairing"] == "none" or set(mine) == set(next(iter(seeds.values()))),
                 "order: paired arms must have the same seeds")
+
+
+def moment(utc):
+    """Seconds since the epoch of a date as logs have it, or None."""
+    try:
+        date = datetime.datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")
+    except (TypeError, ValueError):
+        return None
+    return date.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 # ----- files ------------------------------------------------------------------------------------------------

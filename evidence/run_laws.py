@@ -58,8 +58,13 @@ OTHERS = {
 }
 # Fields of later logs: of the named type where they are there. system.load says what they mean.
 LATER = {
-    "start": {"load_start": (*NUMBER, type(None))},
+    "start": {
+        "load_start": (*NUMBER, type(None)), "fallbacks": (list, type(None)),
+        "environment": (dict, type(None)), "active_parameters": (int, type(None)),
+        "flops_per_token": (int, type(None))
+    },
     "end": {
+        "graphs_in_clock": (int, type(None)),
         "load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)),
         "other_cores": (*NUMBER, type(None)), "alone": (bool, type(None))
     },

@@ -490,12 +490,19 @@ def grade_audit(results, audit, new, key=None):
         results["grade"], audit["counts"] = "audited", True
 
 
+def tree_of(commit):
+    """The tree of a commit of this repository, or None."""
+    try:
+        return arms.line("rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{tree}}")
+    except UserError:
+        return None
+
+
 def untrusted(whole, made, new, key):
     """Why an audit that passed does not count, or '': it must be this call's or the judge's, of a commit that
     this repository has."""
-    try:
-        tree = arms.line("rev-parse", "--verify", "--quiet", "--end-of-options", f"{new['commit']}^{{tree}}")
-    except UserError:
+    tree = tree_of(new["commit"])
+    if tree is None:
         return f"the audit is of commit {new['commit'][:12]}, which this repository does not have (fetch it)"
     if tree != new["tree"]:
         return f"the audit is of tree {new['tree'][:12]}, commit {new['commit'][:12]} has {tree[:12]}"

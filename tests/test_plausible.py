@@ -13,7 +13,8 @@ import pytest
 import runlog
 import schema
 import settings
-from evidence import claim_laws, manifest, off_clock, plausible, run_laws
+from evidence import claim_laws, fact_laws, manifest, off_clock, plausible, replay, run_laws
+from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,3 +97,61 @@ def test_committed_records_stand_behind_their_parents_in_time():
     wrong = [(r.ref, p) for r in deltas.load_records().values() for p in plausible.check_record(r)]
     assert wrong == []
     assert json.dumps(sorted(plausible.JUMP_NATS)) == json.dumps(["full", "micro", "small", "tiny"])
+
+
+# ----- replay: step 0, and the mean over a claim ------------------------------------------------------------
+
+def curve(*losses):
+    """A log as replay reads it, with these validation losses at steps 0, 9, 18, ..."""
+    start = {"settings": {"numerics": {}}}
+    return {"curve": [[9 * i, x] for i, x in enumerate(losses)], "train_loss": [], "stream": None, "digits": None,
+            "start": start}
+
+
+@pytest.mark.parametrize("first, code", [(7.0, 0), (7.0 * (1 + 5e-7), 0), (7.0 * (1 + 2e-6), 3), (math.nan, 3)])
+def test_a_replay_begins_at_the_very_loss_of_the_log(first, code, capsys):
+    """Whatever the tolerance of what training makes of it."""
+    assert replay.report(curve(first, 6.0, 5.0), curve(7.0, 6.0, 5.0001), False, 0.005) == code
+    assert ("before any training" in capsys.readouterr().out) is bool(code)
+
+
+@pytest.mark.parametrize("gaps, code", [
+    ([0.0009, -0.0007, 0.0004, -0.0008], 0), ([-0.0009, -0.0008, -0.0009, -0.0007], 3), ([0.0006] * 4, 3), ([0.0], 0)])
+def test_logs_that_all_lie_below_their_replays_are_not_replayed(gaps, code, capsys):
+    """Each run is within the tolerance of a single one."""
+    assert replay.judge_claim(gaps, 0.001) == code
+    assert ("to one side" in capsys.readouterr().out) is bool(code)
+
+
+# ----- before a plan goes on --------------------------------------------------------------------------------
+
+def plan(**fields):
+    claim = manifest.Claim(Path("x") / manifest.NAME)
+    claim.declaration = {"machine": fact_laws.programs(), "arms": {}, "corpus_prefixes": None, **fields}
+    return claim
+
+
+def test_a_careless_resume_is_refused_before_a_run_is_registered(tmp_path):
+    here = fact_laws.programs()
+    fact_laws.require_same(plan(), [], None)
+    fact_laws.require_same(plan(), [here], None)
+    for key in here:
+        with pytest.raises(UserError, match=f"the runs of this plan have {key} 'other'.*no run was registered"):
+            fact_laws.require_same(plan(), [{**here, key: "other"}], None)
+        with pytest.raises(UserError, match="no run was registered"):
+            fact_laws.require_same(plan(machine={**here, key: "other"}), [], None)
+    with pytest.raises(UserError, match="declared with the embedded corpus: no run was registered"):
+        fact_laws.require_same(plan(), [], tmp_path)
+
+
+def test_other_shards_are_refused_before_a_run_is_registered(tmp_path, monkeypatch):
+    monkeypatch.setattr("evidence.arms.corpus_prefixes", lambda folder: ["a", "b"])
+    with pytest.raises(UserError, match="other training tokens than the plan was declared with: no run was"):
+        fact_laws.require_same(plan(corpus_prefixes=["a", "c"]), [], tmp_path)
+    fact_laws.require_same(plan(corpus_prefixes=["a", "b", "c"]), [], tmp_path)  # fewer shards, the same tokens
+    monkeypatch.setattr("data.shards.open_corpus", lambda folder: folder)
+    monkeypatch.setattr("data.shards.val_digest", lambda corpus, tokens: "v" * tokens)
+    arms = {"new": {"settings": {"validation": {"tokens": 3}}}}
+    fact_laws.require_same(plan(corpus_prefixes=["a"], arms=arms), [{"val_digest": "vvv"}], tmp_path)
+    with pytest.raises(UserError, match="other validation tokens than those of the runs so far"):
+        fact_laws.require_same(plan(corpus_prefixes=["a"], arms=arms), [{"val_digest": "www"}], tmp_path)

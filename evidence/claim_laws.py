@@ -18,7 +18,10 @@ from pathlib import Path
 
 from common import files
 import runlog
-from evidence import arms, compare, fact_laws, ledger, manifest, off_clock, plausible, provenance, run_laws, textlog
+from evidence import (
+    arms, compare, fact_laws, ledger, manifest, off_clock, plausible,
+    provenance, run_laws, textlog
+)
 from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
 from common.errors import UserError
@@ -242,7 +245,8 @@ def check_script_run(found, run):
 # ----- runs against each other ------------------------------------------------------------------------------
 
 def check_alike(found):
-    """One scale and program version, the declared machine; equal streams where the data settings are equal."""
+    """One scale and program version, the declared machine; equal streams where the data settings are
+    equal."""
     logs, d = list(found.logs.values()), found.declaration
     for key in ("scale", "processes", "numerics_version"):
         yield from alike([(log.where, log.start[key]) for log in logs], key)

@@ -1,9 +1,9 @@
 """Facts that move time or loss must agree: between the arms of a claim, and within each arm.
 
-One python, torch, platform, environment and number of threads for all runs; no graph that is compiled while the
-clock runs in one run and not in another; nothing that makes the parent slower than this device allows. And
-before a plan goes on, the same is asked of the machine that goes on with it (`require_same`), so that a run that
-the claim could not hold is never registered.
+One python, torch, platform, environment and number of threads for all runs; no graph that is compiled while
+the clock runs in one run and not in another; nothing that makes the parent slower than this device allows.
+And before a plan goes on, the same is asked of the machine that goes on with it (`require_same`), so that a
+run that the claim could not hold is never registered.
 """
 
 import importlib.metadata
@@ -64,7 +64,8 @@ def check_fallbacks(found):
     for name in sorted(set(found.declaration["arms"]) - {"new"}):
         for log in found.of(name)[:1]:
             for line in sorted(set(fallbacks(log)) - mine):
-                yield f"{log.where}: arm {name} runs slower than it could be, and arm new does not: {line:.100}"
+                yield (f"{log.where}: arm {name} runs slower than it could be, and arm new does not: "
+                       f"{line:.100}")
 
 
 def fallbacks(log):
@@ -112,10 +113,12 @@ def require_same(claim, starts, shards):
     for key, here in programs().items():
         before = [s[key] for s in starts if isinstance(s.get(key), str)][:1] or [d["machine"].get(key)]
         if before[0] is not None and here is not None and before[0] != here:
-            raise UserError(f"the runs of this plan have {key} {before[0]!r}, here it is {here!r}: no run was "
+            raise UserError(f"the runs of this plan have {key} {before[0]!r}, here it is {here!r}: no run "
+                            "was "
                             "registered; go on with the same one, or start a new plan")
     if shards is not None and d.get("corpus_prefixes") is None:
-        raise UserError(f"the plan was declared with the embedded corpus: no run was registered; leave --data "
+        raise UserError(f"the plan was declared with the embedded corpus: no run was registered; leave "
+                        "--data "
                         f"{shards} away")
     if shards is not None:
         require_same_shards(d, starts, shards)

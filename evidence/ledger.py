@@ -5,13 +5,13 @@
         leg     {leg, name, machine, plan, ...}: a plan on a machine, before its first run
         fate    {leg, verdict, runs, excluded, manifest, why}: what became of it
 
-A leg is one claim folder with its manifest, which names the hash of its `leg` line; so a manifest cannot be made
-for a leg that was not booked, and a leg that failed stays in the chain in front of the next one. The legs of an
-idea share its alpha equally: however many are tried, the promise of the rule is kept. A leg after the first has a
-folder of its own with a copy of the chain. `records verify` shows the legs next to the runs.
+A leg is one claim folder with its manifest, which names the hash of its `leg` line; so a manifest cannot be
+made for a leg that was not booked, and a leg that failed stays in the chain in front of the next one. The
+legs of an idea share its alpha equally: however many are tried, the promise of the rule is kept. A leg after
+the first has a folder of its own with a copy of the chain. `records verify` shows the legs next to the runs.
 
-Like every chain here it shows what belongs together, not that nothing was left out: an idea that is tried under
-another name, or outside, leaves no line.
+Like every chain here it shows what belongs together, not that nothing was left out: an idea that is tried
+under another name, or outside, leaves no line.
 """
 
 import fcntl
@@ -32,7 +32,8 @@ VERSION, MOST_LEGS = 1, 100
 FATES = ("shown", "not shown", "refused", "withdrawn")
 SHAPES = {
     "open": {"version": int, "idea": str, "record": str, "rule": dict},
-    "leg": {"leg": int, "name": str, "machine": dict, "plan": dict, "order_seed": int, "commit": (str, type(None)),
+    "leg": {"leg": int, "name": str, "machine": dict, "plan": dict, "order_seed": int,
+            "commit": (str, type(None)),
             "against": list},
     "fate": {"leg": int, "verdict": str, "runs": int, "excluded": int, "manifest": str, "why": str},
 }
@@ -99,11 +100,13 @@ class Ledger:
 
     def require_leg(self, event, require):
         """A next leg: numbered in order, none open, none shown before, not more than the rule says."""
-        require(event["leg"] == len(self.legs) + 1, f"legs are numbered in order: expected {len(self.legs) + 1}")
+        require(event["leg"] == len(self.legs) + 1, f"legs are numbered in order: expected "
+                                                    f"{len(self.legs) + 1}")
         require(event["leg"] <= self.opened["rule"]["legs"],
                 f"the rule, written before leg 1, allows {self.opened['rule']['legs']} legs")
         require(self.open_leg is None, f"nothing says what became of leg {len(self.legs)}")
-        require(not any(x.fate["verdict"] == "shown" for x in self.legs), "a leg before it was shown: that decides")
+        require(not any(x.fate["verdict"] == "shown" for x in self.legs), "a leg before it was shown: that "
+                                                                          "decides")
 
 
 def shaped(event, shape, require):
@@ -163,8 +166,10 @@ def append(path: Path, kind: str, **fields) -> str:
 def rule_of(declaration: dict, legs: int) -> dict:
     """The decision rule of an idea whose first leg is declared so; its alpha is that of all legs together."""
     alpha = declaration["alpha"] * legs
-    goal = "parity with the parent" if declaration["claim"] == "systems" else f"target {declaration['target']}"
-    text = (f"the first leg that is shown decides; each of {legs} may use alpha / {legs} = {alpha / legs:.4g}: {goal} "
+    goal = "parity with the parent" if declaration["claim"] == "systems" else (
+        f"target {declaration['target']}")
+    text = (f"the first leg that is shown decides; each of {legs} may use alpha / {legs} = "
+            f"{alpha / legs:.4g}: {goal} "
             "and a shorter training than the parent's, charged for its rests")
     return {"claim": declaration["claim"], "scale": declaration["scale"], "target": declaration["target"],
             "alpha": alpha, "legs": legs, "text": text}
@@ -173,8 +178,8 @@ def rule_of(declaration: dict, legs: int) -> dict:
 def begin(home: Path, folder: Path, declaration: dict, idea: str, legs: int | None) -> dict:
     """Book a leg, and the rule before the first one. Returns the manifest's entry {idea, leg, hash}.
 
-    home: the folder that holds the idea's ledger. folder: that of the leg. legs: how many the rule allows, of a
-    first leg; None for a later one.
+    home: the folder that holds the idea's ledger. folder: that of the leg. legs: how many the rule allows,
+    of a first leg; None for a later one.
     """
     path = home / NAME
     if not path.exists():
@@ -192,11 +197,13 @@ def line_of(declaration: dict, leg: int, name: str) -> dict:
     return {"leg": leg, "name": name, "machine": machine, "plan": declaration["plan"],
             "order_seed": declaration["order_seed"],
             "commit": declaration["arms"].get("new", {}).get("commit"),
-            "against": [x.get("attempt") for x in stack if isinstance(x, dict)] if isinstance(stack, list) else []}
+            "against": [x.get("attempt") for x in stack if isinstance(x, dict)]
+            if isinstance(stack, list) else []}
 
 
 def settle(folder: Path, claim, results: dict) -> None:
-    """Book what became of the leg in a claim folder, once: in its idea's ledger and in the copy next to it."""
+    """Book what became of the leg in a claim folder, once: in its idea's ledger and in the copy next to
+    it."""
     entry = claim.declaration.get("ledger")
     if not isinstance(entry, dict):
         return
@@ -209,7 +216,8 @@ def settle(folder: Path, claim, results: dict) -> None:
     if leg.fate is None or (verdict == "withdrawn" != leg.fate["verdict"]):
         why = (results.get("problems") or results.get("reasons") or [""])[0]
         append(home / NAME, "fate", leg=entry["leg"], verdict=verdict, runs=len(claim.runs),
-               excluded=sum(r.fault is not None for r in claim.runs), manifest=claim.last_hash, why=str(why)[:300])
+               excluded=sum(r.fault is not None for r in claim.runs), manifest=claim.last_hash,
+               why=str(why)[:300])
     if home.resolve() != folder.resolve():
         files.write(folder / NAME, (home / NAME).read_bytes())
 
@@ -239,7 +247,8 @@ def same_idea(record: deltas.Record) -> str | None:
 # ----- of a claim that is verified --------------------------------------------------------------------------
 
 def check(found):
-    """Problems of a claim's ledger: the chain is whole, this leg is in it as declared, and the rule covers it."""
+    """Problems of a claim's ledger: the chain is whole, this leg is in it as declared, and the rule covers
+    it."""
     d, path = found.declaration, found.folder / NAME
     entry = d.get("ledger")
     if entry is None:
@@ -249,7 +258,8 @@ def check(found):
             found.unknown.append("how often this idea was tried before: the manifest names no ledger")
         return
     if not isinstance(entry, dict) or not path.exists():
-        yield f"{NAME}: missing: the manifest names leg {entry.get('leg') if isinstance(entry, dict) else '?'!r:.20}"
+        yield (f"{NAME}: missing: the manifest names leg "
+               f"{entry.get('leg') if isinstance(entry, dict) else '?'!r:.20}")
         return
     try:
         ledger = read(path)
@@ -276,28 +286,34 @@ def check_leg(found, ledger, leg):
         if rule[key] != d[key]:
             yield f"{NAME}: the decision rule is about {key} {rule[key]!r}, the manifest declares {d[key]!r}"
     if d["alpha"] > ledger.share * (1 + 1e-9):
-        yield (f"{NAME}: leg {leg.line['leg']} uses alpha {d['alpha']:g}, its share of the rule's {rule['alpha']:g} "
+        yield (f"{NAME}: leg {leg.line['leg']} uses alpha {d['alpha']:g}, its share of the rule's "
+               f"{rule['alpha']:g} "
                f"over {rule['legs']} legs is {ledger.share:g}")
     if d["claim"] != "comparison" and rule["alpha"] > 0.01 * (1 + 1e-9):
-        yield f"{NAME}: the decision rule uses alpha {rule['alpha']:g}: a record needs 0.01 or less for all its legs"
+        yield (f"{NAME}: the decision rule uses alpha {rule['alpha']:g}: a record needs 0.01 or less for "
+               "all its legs")
 
 
 def check_order(found, ledger, leg):
-    """The rule was written before the first leg, the leg before its manifest, and its fate after the last run."""
+    """The rule was written before the first leg, the leg before its manifest, and its fate after the last
+    run."""
     before = None
     for n, utc in enumerate(ledger.dates, 1):
         at = moment(utc)
         if at is None or (before is not None and at < before - CLOCK_S):
-            yield f"{NAME}: line {n} is dated {utc!r:.40}, " + ("no date" if at is None else "before the line above")
+            why = "no date" if at is None else "before the line above"
+            yield f"{NAME}: line {n} is dated {utc!r:.40}, {why}"
             return
         before = at
     declared = moment(found.declaration["utc"])
     if declared is not None and moment(leg.line["utc"]) > declared + CLOCK_S:
-        yield f"{NAME}: leg {leg.line['leg']} was booked at {leg.line['utc']}, after its manifest was declared"
+        yield (f"{NAME}: leg {leg.line['leg']} was booked at {leg.line['utc']}, after its manifest was "
+               "declared")
     if leg.fate is None:
         return
     if leg.fate["manifest"] != found.claim.last_hash:
-        yield (f"{NAME}: the fate of leg {leg.line['leg']} is of a manifest that ends with {leg.fate['manifest'][:12]}, "
+        yield (f"{NAME}: the fate of leg {leg.line['leg']} is of a manifest that ends with "
+               f"{leg.fate['manifest'][:12]}, "
                f"this one ends with {found.claim.last_hash[:12]}")
 
 
@@ -339,5 +355,6 @@ def lines(attempts):
         plan = x["plan"].get("runs") or "/".join(str(look["runs"]) for look in x["plan"]["looks"])
         here = " (this one)" if x["leg"] == attempts["this"] else ""
         runs = "" if x["runs"] is None else f", {x['runs']} runs made"
-        yield (f"  leg {x['leg']} of {rule['legs']}{here}: {x['name']}, machine {x['machine']}, {plan} runs an arm{runs}: "
+        yield (f"  leg {x['leg']} of {rule['legs']}{here}: {x['name']}, machine {x['machine']}, {plan} "
+               f"runs an arm{runs}: "
                f"{x['fate']}" + (f" ({x['why']})" if x["why"] else ""))

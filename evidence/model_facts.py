@@ -45,7 +45,8 @@ def counted(text: str) -> Counts:
     try:
         model = without_values(s)
     except (RuntimeError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"the model of these settings cannot be built: {str(error).splitlines()[0]}") from None
+        said = str(error).splitlines()[0]
+        raise UserError(f"the model of these settings cannot be built: {said}") from None
     return Counts(model.num_parameters(), model.num_active(), int(model.flops_per_token()),
                   frozenset(name for name, _ in model.named_parameters()))
 

@@ -1,17 +1,17 @@
 """Time off the clock: bounded, charged and told.
 
 The clock stands while the loss is validated. What lies next to the training then (the rests) is charged: the
-excess of the new arm's rests over those of the parent's run of the same seed is added to its training time, and
-training plus rests must be shorter too. So the settings of the validation cannot hide work in it. The track's
-own settings of the validation are no business of a record (`check_track`).
+excess of the new arm's rests over those of the parent's run of the same seed is added to its training time,
+and training plus rests must be shorter too. So the settings of the validation cannot hide work in it. The
+track's own settings of the validation are no business of a record (`check_track`).
 """
 
 import statistics as middle
 
 from evidence import run_laws
 
-# A validation evaluates its tokens forwards only; training on as many takes two to three times as long. Medians
-# of the 37 committed runs: 0.08 to 0.39 of the training of as many tokens.
+# A validation evaluates its tokens forwards only; training on as many takes two to three times as long.
+# Medians of the 37 committed runs: 0.08 to 0.39 of the training of as many tokens.
 VALIDATION_AS_TRAINING = 1.0
 # Start and warm-up of a run, the most that any reason may explain. Upstream's longest, coordinate descent
 # tuning, took 25 minutes.
@@ -35,7 +35,8 @@ def check(found):
         limit = VALIDATION_AS_TRAINING * per_token * log.settings.validation.tokens + run_laws.UNTIMED_MS
         usual = middle.median(rest for _, _, rest in log.intervals)
         if usual > limit:
-            yield (f"{log.where}: time taken off the clock: {usual / 1000:.1f} s at each validation, training on "
+            yield (f"{log.where}: time taken off the clock: {usual / 1000:.1f} s at each validation, "
+                   "training on "
                    f"as many tokens takes {limit / 1000:.1f} s")
 
 
@@ -54,7 +55,8 @@ def check_track(d):
         for key in TRACK:
             if own.get(key) != parent.get(key):
                 yield (f"manifest.jsonl: arm {name} has validation.{key} {own.get(key)!r:.30}, arm parent "
-                       f"{parent.get(key)!r:.30}: it belongs to the track, and all arms are measured at the parent's")
+                       f"{parent.get(key)!r:.30}: it belongs to the track, and all arms are measured at "
+                       "the parent's")
     if parent.get("target") != d["target"]:
         yield f"manifest.jsonl: target {d['target']}, the settings of arm parent say {parent.get('target')}"
 
@@ -73,7 +75,8 @@ def is_shared_change(change, parent):
     path, _, value = change.removeprefix("--set ").partition("=")
     section, _, key = path.strip().partition(".")
     own = parent["validation"].get(key) if section == "validation" and key in TRACK else ...
-    return change.startswith("--set ") and own is not ... and value.strip() == ("off" if own is None else str(own))
+    shown = "off" if own is None else str(own)
+    return change.startswith("--set ") and own is not ... and value.strip() == shown
 
 
 # ----- what is charged --------------------------------------------------------------------------------------
@@ -87,8 +90,8 @@ def charge(rows, rests, paired):
     """{excess_s, charged, with_rests}: mean excess of the new arm's rests, and two ratios of times to the
     parent's (statistics.ratio), or None where a time is not positive.
 
-    rows: arm -> counted runs, sorted by seed. rests: arm -> milliseconds of each of them. Paired runs are charged
-    against the run of their seed, others against the parent's mean.
+    rows: arm -> counted runs, sorted by seed. rests: arm -> milliseconds of each of them. Paired runs are
+    charged against the run of their seed, others against the parent's mean.
     """
     from evidence import statistics
     times = {name: [r["train_time_ms"] for r in rows[name]] for name in ("new", "parent")}
@@ -107,6 +110,8 @@ def charge(rows, rests, paired):
 def told(row):
     """The line of a verdict on what was off the clock."""
     rests = row["rests_s"]
-    return (f"off the clock: {rests['new']:.1f} s next to the training of a run (parent {rests['parent']:.1f} s), of "
-            f"which {row['excess_s']:.1f} s are charged; a validation may take no longer than training on as many "
+    return (f"off the clock: {rests['new']:.1f} s next to the training of a run (parent "
+            f"{rests['parent']:.1f} s), of "
+            f"which {row['excess_s']:.1f} s are charged; a validation may take no longer than training on "
+            "as many "
             f"tokens, start and warm-up {BEFORE_MS / 1000:.0f} s")

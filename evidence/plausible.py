@@ -1,8 +1,8 @@
 """What a log suffices to see: numbers that no honest run has, whatever else agrees.
 
 Every bound comes from logs that are committed here, records/*/*/tiny (37 runs) and the published curves
-records/*/*/reference.csv, and stands with what was measured there; tests/test_plausible.py measures again that
-none of them is refused. What lies within the bounds is not seen: docs/evidence.md lists it.
+records/*/*/reference.csv, and stands with what was measured there; tests/test_plausible.py measures again
+that none of them is refused. What lies within the bounds is not seen: docs/evidence.md lists it.
 """
 
 import datetime
@@ -28,7 +28,7 @@ JUMP_NATS = {"full": 0.007, "small": 0.007, "tiny": 0.025, "micro": 0.025}
 # Near-copies. The training losses of two runs follow the same batches; what is left of one's step-to-step
 # changes after a fit on the other's is noise that only rounding and time can make. Smallest of different
 # programs that do not compute the same: 2.7e-3 nats (records 9 and 10 at tiny, which differ in rounding),
-# of two seeds of one program at micro: SEEDS_APART. Half of the smaller one is the bound.
+# of two seeds of one program 2.2e-2 (three of record 11 at micro). Half of the smaller one is the bound.
 COPY_NATS = 1.3e-3
 # An honest pair that close lies as far apart in its losses as in its changes, at most 7.1 times as far.
 SHIFTED, ROUNDING_NATS = 10, 1e-5
@@ -62,7 +62,8 @@ def check_named(log):
 
 def check_counts(found, log):
     """Parameters, active ones, FLOPs and the probe's parameters are those of the settings' model."""
-    artefact, unknown = f"{log.where}/run.jsonl", "number and names of parameters: torch is not installed here"
+    artefact = f"{log.where}/run.jsonl"
+    unknown = "number and names of parameters: torch is not installed here"
     try:
         counts = model_facts.counts(log.settings)
     except UserError as error:
@@ -113,7 +114,8 @@ def check_first_loss(log):
         if abs(first - uniform) > STEP_0_NATS:
             yield f"{at}, a head that starts at zero gives ln({padded_vocab(log.settings)}) = {uniform:.6f}"
     elif first < math.log(m.vocab_size) - BELOW_UNIFORM_NATS:
-        yield (f"{at}, below the uniform guess ln({m.vocab_size}) = {math.log(m.vocab_size):.6f}: these are no "
+        yield (f"{at}, below the uniform guess ln({m.vocab_size}) = {math.log(m.vocab_size):.6f}: these "
+               "are no "
                "untrained weights")
 
 
@@ -131,7 +133,8 @@ def check_jump(log):
     excess = jump([(v["step"], v["val_loss"]) for v in log.validations])
     limit = JUMP_NATS.get(log.start["scale"], max(JUMP_NATS.values()))
     if log.whole and excess is not None and excess > limit:
-        yield (f"{log.where}/run.jsonl: validation of step {log.validations[-1]['step']} jumps: its loss lies "
+        yield (f"{log.where}/run.jsonl: validation of step {log.validations[-1]['step']} jumps: its loss "
+               "lies "
                f"{excess:.4f} nats below where the two drops before it lead, honest logs at most {limit:g}")
 
 
@@ -161,7 +164,8 @@ def closeness(a, b):
 def check_seeds_differ(found):
     """No seed's curve is another seed's with a little noise, a shift or a factor on it."""
     for name in found.declaration["arms"]:
-        runs = [(r.seed, found.logs[r.run]) for r in found.claim.runs if r.arm == name and r.run in found.logs]
+        runs = [(r.seed, found.logs[r.run]) for r in found.claim.runs
+                if r.arm == name and r.run in found.logs]
         curves = [(seed, log, train_losses(log)) for seed, log in runs if log.whole]
         for (seed, log, a), (other, twin, b) in itertools.combinations(curves, 2):
             near = closeness(b, a) if seed != other else None
@@ -179,14 +183,16 @@ def check_shifted(found):
         for (log, mine), (other, theirs) in itertools.product(logs[a], logs[b]):
             near = closeness(mine, theirs)
             if near is not None and near[1] < COPY_NATS and near[0] > max(SHIFTED * near[1], ROUNDING_NATS):
-                yield (f"{log.where}: follows the curve of {other.where} within {near[1]:.1e} nats, {near[0]:.1e} "
+                yield (f"{log.where}: follows the curve of {other.where} within {near[1]:.1e} nats, "
+                       f"{near[0]:.1e} "
                        f"apart: a shifted copy of a run of arm {b}")
 
 
 # ----- dates and names of a record --------------------------------------------------------------------------
 
 def now():
-    """Seconds since the epoch: of the clock here, or of the newest record of this checkout if it is behind."""
+    """Seconds since the epoch: of the clock here, or of the newest record of this checkout if it is
+    behind."""
     return max(time.time(), *(day(r.date) or 0.0 for r in deltas.load_records().values()))
 
 
@@ -216,7 +222,8 @@ def check_calendar(found, dates):
     since = day(parent.date)
     for line, kind, at, text in dates[:1]:
         if since is not None and at < since - DAY_S:
-            yield (f"{manifest.NAME}: line {line} ({kind}) is dated {text}, before the parent {parent.ref} of "
+            yield (f"{manifest.NAME}: line {line} ({kind}) is dated {text}, before the parent {parent.ref} "
+                   "of "
                    f"{parent.date}")
 
 

@@ -79,7 +79,8 @@ def shown(folder: Path, accepted: str | None) -> dict:
         raise UserError(f"{folder}: a comparison claims no record")
     if results.get("against"):
         names = ", ".join(x["attempt"] for x in results["against"])
-        raise UserError(f"{folder}: shown as an increment on {names}: promote these first, then claim it on them")
+        raise UserError(f"{folder}: shown as an increment on {names}: promote these first, then claim it "
+                        "on them")
     if results["scale"] not in ("full", accepted):
         raise UserError(
             f"{folder}: shown at scale {results['scale']} only, a small image of the record that says "

@@ -425,11 +425,13 @@ def check_diff(found):
         fresh = arms.code_diff(*both)
         held = (found.folder / "code.diff").read_text(encoding="utf-8", errors="replace")
     except (UserError, OSError):
-        found.unknown.append("whether code.diff is the difference of the arms' code: this repository does not "
+        found.unknown.append("whether code.diff is the difference of the arms' code: this repository does "
+                             "not "
                              "have both trees")
         return
     if plain_diff(held) != plain_diff(fresh):
-        yield (f"code.diff: is not the difference of the trees {trees[0][:12]} and {trees[1][:12]}, which this "
+        yield (f"code.diff: is not the difference of the trees {trees[0][:12]} and {trees[1][:12]}, which "
+               "this "
                "repository has")
 
 

@@ -1,8 +1,8 @@
 """`python -m records replay RUN`: run again what a log describes, and compare loss by loss.
 
-RUN is a run folder, its run.jsonl or its log.txt, or a claim folder: then every counted run is replayed, and the
-signed mean of the differences is judged as well. The same commit (where it exists, else the present code if
-it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
+RUN is a run folder, its run.jsonl or its log.txt, or a claim folder: then every counted run is replayed, and
+the signed mean of the differences is judged as well. The same commit (where it exists, else the present code
+if it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
 digests. Exit code 0 when the losses agree: to the last bit where code, processor, torch and threads are the
 same on a CPU, else within the printed tolerance; 3 when they do not.
 """
@@ -29,7 +29,8 @@ DIFFERS = 3
 # the median sd of published runs (0.00124), which two seeds would keep as well:
 # there the first training losses decide.
 CPU_TOLERANCE, GPU_TOLERANCE = 0.001, 0.005
-# Step 0 is the loss of the initial weights, which the seed gives: no training, so no rounding that grows. Relative.
+# Step 0 is the loss of the initial weights, which the seed gives: no training, so no rounding that grows.
+# Relative.
 STEP_0_TOLERANCE = 1e-6
 NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code",
           "processes", "device", "torch", "cpu", "sources")
@@ -37,7 +38,8 @@ NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_dig
 
 def arguments(p):
     """Options of `records replay`."""
-    p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt; or a claim folder, of which "
+    p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt; or a claim "
+                                              "folder, of which "
                    "every counted run is replayed and the signed mean of the differences is judged")
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
     p.add_argument("--data", metavar="DIR",
@@ -50,12 +52,14 @@ def arguments(p):
 
 
 def run(options):
-    """`records replay`: run what a log, or every run of a claim, describes once more. Returns the exit code."""
+    """`records replay`: run what a log, or every run of a claim, describes once more. Returns the exit
+    code."""
     folder = Path(options.log)
     if not (folder / manifest.NAME).exists():
         return replay_one(options, options.log, [])
     claim, gaps, codes = manifest.read(folder), [], []
-    runs = [r for name in sorted(claim.declaration["arms"]) for r in claim.counted(name) if r.status == "finished"]
+    runs = [r for name in sorted(claim.declaration["arms"]) for r in claim.counted(name)
+            if r.status == "finished"]
     for number, done in enumerate(runs):
         print(f"run {done.run} ({done.arm}, seed {done.seed})")
         codes.append(replay_one(options, folder / "runs" / done.finish["folder"], gaps, number))
@@ -229,10 +233,12 @@ def rerun(start, place, out, data, name):
     return read_chain(found[-1])
 
 
-# ----- several runs of a claim -------------------------------------------------------------------------------
+# ----- several runs of a claim
+# -------------------------------------------------------------------------------
 
 def signed_mean(gaps, tolerance):
-    """(mean, limit): log minus replay of the final losses of several runs, and how far a mean may lie from zero.
+    """(mean, limit): log minus replay of the final losses of several runs, and how far a mean may lie from
+    zero.
 
     A difference that rounding makes has either sign. Logs that lie below their replays, each by less than the
     tolerance of one, give themselves away in the mean, whose limit falls with the root of their number.
@@ -247,8 +253,10 @@ def judge_claim(gaps, tolerance):
     """
     mean, limit = signed_mean(gaps, tolerance)
     good = abs(mean) <= limit
-    print(f"{'replayed' if good else 'NOT replayed'}: final losses of {len(gaps)} runs lie {mean:+.2e} from their replays "
-          f"on average (limit {limit:.1e})" + ("" if good else ": the logs lie to one side of what the program gives"))
+    print(f"{'replayed' if good else 'NOT replayed'}: final losses of {len(gaps)} runs lie {mean:+.2e} "
+          "from their replays "
+          f"on average (limit {limit:.1e})" + ("" if good else ": the logs lie to one side of what the "
+                                                               "program gives"))
     return 0 if good else DIFFERS
 
 
@@ -290,7 +298,8 @@ def report(log, again, exact, tolerance):
         start = dict(map(tuple, log["curve"]))[0]
         apart = 0.0 if equal(start, found[0], log["digits"]) else abs(found[0] - start) / abs(found[0])
         if not apart <= STEP_0_TOLERANCE:
-            print(f"NOT replayed: the loss of step 0, before any training, differs by {apart:.1e} (relative, tolerance "
+            print(f"NOT replayed: the loss of step 0, before any training, differs by {apart:.1e} "
+                  "(relative, tolerance "
                   f"{STEP_0_TOLERANCE:g}): other initial weights, tokens or another loss")
             return DIFFERS
     pairs = list(zip(log["train_loss"], again["train_loss"]))

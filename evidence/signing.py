@@ -3,12 +3,13 @@
 An audit that lies in a folder is text, and whoever made the folder can type it. So `records verify` counts an
 audit that it runs itself in this call, or one that carries the signature of the judge's key:
 
-    ssh-keygen -t ed25519 -f judge                    # once; judge stays with the judge, judge.pub may be shown
-    python -m records verify DIR --audit now --judge-key judge        # audits, signs, keeps DIR/audit.json
-    python -m records verify DIR --judge-key judge.pub                # anyone: counts it, if they trust that key
+    ssh-keygen -t ed25519 -f judge                    # once; judge stays with the judge, judge.pub may be
+    shown python -m records verify DIR --audit now --judge-key judge        # audits, signs, keeps
+    DIR/audit.json python -m records verify DIR --judge-key judge.pub                # anyone: counts it, if
+    they trust that key
 
-ssh-keygen is used because git signs commits with it too: it is there where git is, is kept by others, and adds no
-Python package. A keyed hash of the standard library would convince nobody but the judge himself.
+ssh-keygen is used because git signs commits with it too: it is there where git is, is kept by others, and
+adds no Python package. A keyed hash of the standard library would convince nobody but the judge himself.
 """
 
 import json
@@ -27,7 +28,8 @@ FIELD = "signature"
 
 
 def key_file(option: str | None) -> Path | None:
-    """The judge's key: the option's, else that of the environment, else None. UserError if it is not there."""
+    """The judge's key: the option's, else that of the environment, else None. UserError if it is not
+    there."""
     name = option or os.environ.get(KEY)
     if not name:
         return None
@@ -41,7 +43,8 @@ def run(words: list[str], data: bytes) -> bytes:
     """Output of ssh-keygen. UserError with its last line; it never asks for a password."""
     program = shutil.which("ssh-keygen")
     if program is None:
-        raise UserError("ssh-keygen is not installed: signatures cannot be made or checked (OpenSSH 8.1 or later)")
+        raise UserError("ssh-keygen is not installed: signatures cannot be made or checked (OpenSSH 8.1 or "
+                        "later)")
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME")} | {
         "LC_ALL": "C", "SSH_ASKPASS_REQUIRE": "never"}
     try:
@@ -56,7 +59,8 @@ def run(words: list[str], data: bytes) -> bytes:
 
 
 def public(key: Path) -> str:
-    """The public half of a key file, private or public: `ssh-ed25519 AAAA...`. UserError for any other kind."""
+    """The public half of a key file, private or public: `ssh-ed25519 AAAA...`. UserError for any other
+    kind."""
     try:
         text = key.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -2,9 +2,9 @@
 
     python -m records submit my_idea --against attempts/other,attempts/third ...
 
-The parent of the claim is then its parent record with the deltas of these attempts, and so is its own base: both
-arms run with the stack's settings as changes of theirs. What is shown is the increment on this stack; nothing
-becomes a record by it before the stack has.
+The parent of the claim is then its parent record with the deltas of these attempts, and so is its own base:
+both arms run with the stack's settings as changes of theirs. What is shown is the increment on this stack;
+nothing becomes a record by it before the stack has.
 """
 
 import dataclasses
@@ -46,7 +46,8 @@ def problems(stack, record):
             yield f"{entry['attempt']} stands twice in the stack"
         seen.add(entry["attempt"])
         if entry["parent"] != record.parent:
-            yield (f"{entry['attempt']} builds on {entry['parent']}, {record.ref} on {record.parent}: a stack has one "
+            yield (f"{entry['attempt']} builds on {entry['parent']}, {record.ref} on {record.parent}: a "
+                   "stack has one "
                    "parent")
         for path in entry["delta"]:
             clash = next((p for p in taken if (p + ".").startswith(path + ".") or
@@ -66,7 +67,8 @@ def changes(stack, parent: str, scale: str) -> list[str]:
 
 
 def check(found, record):
-    """Problems of a claim's stack: it is what it says, and all arms run on it and on nothing else of their own.
+    """Problems of a claim's stack: it is what it says, and all arms run on it and on nothing else of their
+    own.
 
     record: the deltas.Record that is claimed, or None if it is unknown here.
     """
@@ -85,7 +87,8 @@ def check(found, record):
         try:
             known = deltas.find_attempt(entry["attempt"].removeprefix(deltas.ATTEMPT))
         except UserError:
-            found.unknown.append(f"whether {entry['attempt']} is an open attempt with the delta that is declared: "
+            found.unknown.append(f"whether {entry['attempt']} is an open attempt with the delta that is "
+                                 "declared: "
                                  "it is not in this checkout")
             continue
         if known.delta != deltas.present_delta(entry["delta"]):
@@ -103,9 +106,11 @@ def allowed(found, change):
     record = deltas.load_records().get(parent.get("record"))
     if record is None or not isinstance(change, str):
         return False
-    if off_clock.is_shared_change(change, schema.plain(deltas.resolve(record.ref, scale=d["scale"]).settings)):
+    own = schema.plain(deltas.resolve(record.ref, scale=d["scale"]).settings)
+    if off_clock.is_shared_change(change, own):
         return True
     stack = d.get("against")
-    if not isinstance(stack, list) or list(problems(stack, dataclasses.replace(record, parent=record.ref, delta={}))):
+    below = dataclasses.replace(record, parent=record.ref, delta={})
+    if not isinstance(stack, list) or list(problems(stack, below)):
         return False
     return change.removeprefix("--set ") in changes(stack, record.ref, d["scale"])

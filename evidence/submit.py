@@ -82,7 +82,8 @@ def arguments(p):
         "parent's and a minute; the claim tells it"
     )
     p.add_argument("--legs", type=numbers.integer(1, ledger.MOST_LEGS), metavar="L",
-                   help="of a first attempt: how many attempts at this idea may share alpha (default 1); the rule is "
+                   help="of a first attempt: how many attempts at this idea may share alpha (default 1); "
+                        "the rule is "
                    "written before the first run")
     p.add_argument("--idea", metavar="NAME",
                    help="a further attempt at the idea of attempts/NAME, in whose ledger it is booked")
@@ -201,11 +202,12 @@ def begin(options):
 
 
 def check_idea(options, record):
-    """UserError if this idea was tried under another name and is not declared as a further attempt at it, or if
-    its ledger takes no further one."""
+    """UserError if this idea was tried under another name and is not declared as a further attempt at it, or
+    if its ledger takes no further one."""
     if not options.idea:
         if known := ledger.same_idea(record):
-            raise UserError(f"{record.ref} is the idea of attempts/{known}, which was tried already: declare it as a "
+            raise UserError(f"{record.ref} is the idea of attempts/{known}, which was tried already: "
+                            "declare it as a "
                             f"further attempt with --idea {known}")
         return
     home, _ = home_of(options, None)
@@ -214,7 +216,8 @@ def check_idea(options, record):
         raise UserError(f"--idea {options.idea}: its rule, written before the first attempt, allows "
                         f"{book.opened['rule']['legs']}, and {len(book.legs)} were made")
     if book.open_leg is not None:
-        raise UserError(f"--idea {options.idea}: nothing says what became of {book.open_leg.line['name']}: finish it "
+        raise UserError(f"--idea {options.idea}: nothing says what became of {book.open_leg.line['name']}: "
+                        "finish it "
                         "with --resume, or withdraw it")
 
 
@@ -223,7 +226,8 @@ def home_of(options, folder):
     if not options.idea:
         return folder, options.legs or 1
     if options.legs:
-        raise UserError("--legs belongs to the rule, which was written before the first attempt: leave it away")
+        raise UserError("--legs belongs to the rule, which was written before the first attempt: leave it "
+                        "away")
     home = attempts.folder_of(options.idea)
     if not (home / ledger.NAME).exists():
         raise UserError(f"--idea {options.idea}: {home} holds no ledger; its attempt was made without one")
@@ -414,8 +418,8 @@ def prepared(options, record, before=False):
 
 
 def shared_sets(options, record):
-    """The changes that all arms of a claim have: the stack it is an increment on, the parent's target, tokens and
-    context of the validation where the record has others, and those of --set."""
+    """The changes that all arms of a claim have: the stack it is an increment on, the parent's target,
+    tokens and context of the validation where the record has others, and those of --set."""
     stacked = stack.changes(stack.entries(options.against.split(","), record), record.parent,
                             options.scale) if options.against else []
     plain = [schema.plain(deltas.resolve(x, scale=options.scale).settings) for x in (record, record.parent)]

@@ -26,7 +26,10 @@ import deltas
 from common import files
 import renames
 import runlog
-from evidence import arms, claim_laws, compare, ledger, manifest, off_clock, provenance, signing, textlog, writeup
+from evidence import (
+    arms, claim_laws, compare, ledger, manifest, off_clock, provenance,
+    signing, textlog, writeup
+)
 from evidence.provenance import last_ml
 from common.errors import UserError
 
@@ -59,10 +62,12 @@ def arguments(p):
     """Options of `records verify`."""
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
     p.add_argument("--audit", metavar="FILE|now",
-                   help="for the grade `audited`. now: audit the claim's commit in this call. FILE: an audit that "
+                   help="for the grade `audited`. now: audit the claim's commit in this call. FILE: an "
+                        "audit that "
                    "the judge signed (--judge-key)")
     p.add_argument("--judge-key", metavar="FILE",
-                   help="ed25519 key of the judge, by which a kept audit counts (public half) and which signs one "
+                   help="ed25519 key of the judge, by which a kept audit counts (public half) and which "
+                        "signs one "
                    "made now (default: $" + signing.KEY + ")")
     p.add_argument("--reproduction", metavar="DIR",
                    help="claim folder of another machine, for the grade `reproduced`")
@@ -103,9 +108,9 @@ def run(options):
 def verify(folder, audit=None, reproduction=None, page=True, key=None):
     """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read.
 
-    audit, reproduction: a file and a folder; None: those that the claim folder keeps. audit may be the result itself
-    of an audit that was made in this call. page: is a README.md held against it? key: the judge's key file, whose
-    signature makes a kept audit count.
+    audit, reproduction: a file and a folder; None: those that the claim folder keeps. audit may be the
+    result itself of an audit that was made in this call. page: is a README.md held against it? key: the
+    judge's key file, whose signature makes a kept audit count.
     """
     folder = Path(folder)
     found = claim_laws.examine(folder)
@@ -463,8 +468,8 @@ def audit_now(folder):
 
 
 def grade_audit(results, audit, new, key=None):
-    """`audited` if an audit of the very code and record passed, which this call made or the judge's key signed;
-    a failed one speaks against the claim whoever made it."""
+    """`audited` if an audit of the very code and record passed, which this call made or the judge's key
+    signed; a failed one speaks against the claim whoever made it."""
     from evidence.audit import CHECKS
     audit, whole, made = audit
     results["audit"] = audit

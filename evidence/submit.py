@@ -81,14 +81,7 @@ def arguments(p):
         help="why start or warm-up of the record take more than three times the "
         "parent's and a minute; the claim tells it"
     )
-    p.add_argument("--legs", type=numbers.integer(1, ledger.MOST_LEGS), metavar="L",
-                   help="of a first attempt: how many attempts at this idea may share alpha (default 1); "
-                        "the rule is "
-                   "written before the first run")
-    p.add_argument("--idea", metavar="NAME",
-                   help="a further attempt at the idea of attempts/NAME, in whose ledger it is booked")
-    p.add_argument("--against", metavar="A,B",
-                   help="open attempts on which it is an increment: both arms run with their deltas")
+    ledger_arguments(p)
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--out", metavar="DIR", help="claim folder (default: attempts/NAME)")
     p.add_argument("--commit", action="store_true", help="git commit the attempt's record.toml, nothing else")
@@ -101,6 +94,18 @@ def arguments(p):
         "--fault", metavar="CAUSE=NOTE",
         help="with --resume: why the last run, without a loss, does not count"
     )
+
+
+def ledger_arguments(p):
+    """Options on how an attempt stands to others."""
+    p.add_argument("--legs", type=numbers.integer(1, ledger.MOST_LEGS), metavar="L",
+                   help="of a first attempt: how many attempts at this idea may share alpha (default 1); "
+                        "the rule is "
+                   "written before the first run")
+    p.add_argument("--idea", metavar="NAME",
+                   help="a further attempt at the idea of attempts/NAME, in whose ledger it is booked")
+    p.add_argument("--against", metavar="A,B",
+                   help="open attempts on which it is an increment: both arms run with their deltas")
 
 
 def run(options):

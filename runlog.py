@@ -30,6 +30,10 @@ LOG_VERSION = 3  # 1 had no reset account, no first gradients, and a text log wi
 # in 2, train_loss and probe of several processes were those of process 0 alone (`covers_all`)
 READABLE = (2, 3)
 PRIVATE = ("kind", "n", "wall_ms")  # fields of an event that belong to the chain, not to what it tells
+# Variables that change numbers or times: declared with a plan, set to the same for every run of it, and told
+# by each log.
+VARIABLES = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_",
+             "CUDNN_")
 # events in which every null stands for a number that is not finite
 MEASURED = ("probe", "validation", "experts")
 NAMES = ("log.txt", "run.jsonl")
@@ -76,6 +80,12 @@ def machine():
         "python": platform.python_version(),
         "machine": hashlib.sha256(f"speedrun {identity} {name}".encode()).hexdigest()[:12]
     }
+
+
+def environment():
+    """The variables of this process that change numbers or times (paths and choice of GPU left out)."""
+    return {k: v for k, v in sorted(os.environ.items())
+            if k.startswith(VARIABLES) and k != "CUDA_VISIBLE_DEVICES" and "/" not in v}
 
 
 def covers_all(start):

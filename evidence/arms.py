@@ -36,9 +36,6 @@ from system.launch import tie
 ROOT = runlog.ROOT
 LAUNCHER = ROOT / "system" / "launch.py"
 CHANGES = ("--with", "--without", "--set", "--revert")
-# Variables that change numbers or times: declared with the plan, and set to the same for every run of it.
-ENVIRONMENT = ("OMP_", "MKL_", "GOMP_", "KMP_", "TORCH", "PYTORCH_", "TRITON_", "NCCL_", "CUDA_", "CUBLAS_",
-               "CUDNN_")
 KEEP_DAYS = 7  # of a worktree since a run was last started from it
 NOT_COMMITTED = ("*.py", "*.toml")  # untracked files that --allow-dirty takes along
 
@@ -382,9 +379,8 @@ def place_of(arm, folder):
 # ----- one run ----------------------------------------------------------------------------------------------
 
 def environment():
-    """The variables of this process that change numbers or times (paths and choice of GPU left out)."""
-    return {k: v for k, v in sorted(os.environ.items())
-            if k.startswith(ENVIRONMENT) and k != "CUDA_VISIBLE_DEVICES" and "/" not in v}
+    """The variables of this process that change numbers or times (runlog.environment)."""
+    return runlog.environment()
 
 
 @dataclass

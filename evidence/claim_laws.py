@@ -10,7 +10,6 @@ of evidence.provenance.
 """
 
 import collections
-import datetime
 import itertools
 import json
 import statistics as middle
@@ -19,13 +18,16 @@ from pathlib import Path
 
 from common import files, untrusted
 import runlog
-from evidence import arms, compare, manifest, provenance, run_laws, textlog
+from evidence import (
+    arms, compare, fact_laws, ledger, manifest, off_clock, plausible,
+    provenance, run_laws, textlog
+)
+from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
 from common.errors import UserError
 
 # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
 START_MS = 60_000.0
-CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
 
 
@@ -41,6 +43,7 @@ class Evidence:
     scripts: dict = field(default_factory=dict)
     problems: list = field(default_factory=list)
     unknown: list = field(default_factory=list)
+    ledger: object = None  # ledger.Ledger of its idea
 
     @property
     def declaration(self):
@@ -71,10 +74,16 @@ def examine(folder):
         found.problems += provenance.check_arm(found, name, arm)
     found.problems += check_plan(found)
     found.problems += check_alike(found)
+    found.problems += fact_laws.check(found)
     found.problems += check_untimed(found)
+    found.problems += off_clock.check(found)
     found.problems += provenance.check_corpus(found)
     found.problems += check_copies(found)
+    found.problems += plausible.check(found)
+    found.problems += plausible.check_calendar(found, told(dates))
     found.problems += check_artefacts(found)
+    found.problems += provenance.check_diff(found)
+    found.problems += ledger.check(found)
     check = check_comparison if found.declaration["claim"] == "comparison" else check_record_claim
     found.problems += check(found)
     return found
@@ -118,13 +127,10 @@ def read_manifest(folder):
     return found, dates, True
 
 
-def moment(utc):
-    """Seconds since the epoch of a date as logs have it, or None."""
-    try:
-        date = datetime.datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")
-    except (TypeError, ValueError):
-        return None
-    return date.replace(tzinfo=datetime.timezone.utc).timestamp()
+def told(dates):
+    """[(line, kind, seconds since the epoch, text)] of those dates of a manifest that are dates."""
+    moments = [(line, kind, moment(utc), utc) for line, kind, utc in dates]
+    return [row for row in moments if row[2] is not None]
 
 
 def check_dates(dates):
@@ -242,12 +248,11 @@ def check_script_run(found, run):
 # ----- runs against each other ------------------------------------------------------------------------------
 
 def check_alike(found):
-    """One scale, one machine, one program version; equal streams where the data settings are equal."""
+    """One scale and program version, the declared machine; equal streams where the data settings are
+    equal."""
     logs, d = list(found.logs.values()), found.declaration
     for key in ("scale", "processes", "numerics_version"):
         yield from alike([(log.where, log.start[key]) for log in logs], key)
-    for key in ("machine", "cpu", "cores", "torch", "device"):
-        yield from alike([(log.where, arms.hardware(log.start)[key]) for log in logs], key)
     declared = {k: d["machine"].get(k)
                 for k in ("machine", "cpu", "cores")} | {k: d[k] for k in ("scale", "processes")}
     gpus = d["machine"].get("gpus")
@@ -290,15 +295,13 @@ def check_untimed(found):
     if not (times.get("new") and times.get("parent")):
         return
     why = found.declaration.get("long_start")
-    measured = [found.of(name)[0].start["settings"].get("validation") for name in ("new", "parent")]
     for what, slack in (("start", START_MS), ("warm-up", START_MS), ("validation", run_laws.UNTIMED_MS)):
         new, parent = (middle.median(x[what] for x in times[name]) for name in ("new", "parent"))
         if new <= run_laws.LONGER * parent + slack:
             continue
         if what == "validation":
-            if measured[0] == measured[1]:
-                yield (f"arm new: time taken off the clock: {new / 1000:.1f} s next to the training at each "
-                       f"validation, arm parent {parent / 1000:.1f} s for the same")
+            yield (f"arm new: time taken off the clock: {new / 1000:.1f} s next to the training at each "
+                   f"validation, arm parent {parent / 1000:.1f} s for the same")
         elif isinstance(why, str) and why:
             found.unknown.append(f"what arm new did in the {new / 1000:.0f} s of its {what} (arm parent: "
                                  f"{parent / 1000:.0f} s), of which its manifest says: {why}")
@@ -427,11 +430,8 @@ def check_record_claim(found):
             f"{where}: claims systems, but new and parent differ in {', '.join(paths) or 'ml_hash'}: that is "
             "an ml claim"
         )
+    yield from off_clock.check_track(d)
     for log in found.of("new")[:1]:
-        if log.settings is not None and log.settings.validation.target != d["target"]:
-            yield (
-                f"{where}: target {d['target']}, the settings of arm new say {log.settings.validation.target}"
-            )
         if d["scale"] in ("full", "small") and log.start["corpus"] != "fineweb":
             yield (
                 f"{log.where}: corpus {log.start['corpus']!r}: at scale {d['scale']} a record is measured on "

@@ -25,7 +25,7 @@ from pathlib import Path
 from common import arguments as numbers  # `arguments` is what every command declares its own with
 from common import console, environment, files, repository
 import runlog
-from evidence import arms, manifest
+from evidence import arms, fact_laws, manifest
 from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED, Interrupt
@@ -193,7 +193,8 @@ def declaration_of(
         "order": make_order(found, total, pairing, seed0, order_seed), "order_seed": order_seed,
         "processes": processes or 1, "launcher": "system/launch.py" if processes else "python", "data": data,
         "corpus_prefixes": arms.corpus_prefixes(shards) if shards else None,
-        "machine": {**runlog.machine(), "gpus": [g["name"] for g in gpus]}, "environment": arms.environment(),
+        "machine": {**runlog.machine(), **fact_laws.programs(), "gpus": [g["name"] for g in gpus]},
+        "environment": arms.environment(),
         "code": repository.code_version(), "code_diff": arms.hash_of(diff) if diff else None, **more
     }
 
@@ -312,6 +313,7 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
         data = locate(declaration, data)
         variables = {**declaration.get("environment", {}), **same_machine(declaration)}
         settle(book, folder)
+        fact_laws.require_same(book.claim, starts(book.claim, folder), data)
         if fault:
             explain(book, fault)
         firsts = {}  # arm -> result of its first run
@@ -336,6 +338,13 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
         return book.claim
     finally:
         book.close()
+
+
+def starts(claim, folder):
+    """Start events of the runs of a claim so far, as far as they can be read."""
+    found = [arms.collect(claim.declaration["arms"][r.arm], Path(folder) / "runs", r.finish["folder"])
+             for r in claim.runs if r.finish and r.finish["folder"]]
+    return [x["start"] for x in found if x["start"]]
 
 
 def locate(declaration, data):

@@ -15,6 +15,7 @@ explains it. Reading and writing go through the same checks, so that nothing can
 refused later.
 """
 
+import datetime
 import fcntl
 import os
 import time
@@ -34,14 +35,17 @@ CAUSES = ("killed", "machine", "out_of_memory", "disk_full", "interrupted")
 DECISIONS = ("continue", "passed", "failed")
 CLAIMS = ("ml", "systems", "comparison")
 NUMBER = (int, float)
+CLOCK_S = 2.0  # dates have whole seconds, and clocks are corrected
 DECLARED = {
     "version": int, "claim": str, "record": (str, type(None)), "scale": (str, type(None)),
     "target": (*NUMBER, type(None)), "alpha": NUMBER, "arms": dict, "plan": dict, "pairing": str,
     "margin": NUMBER, "order": list, "order_seed": int, "processes": int, "machine": dict
 }
 # Of a declaration: what some have next to DECLARED, and what an arm may tell. All else is refused.
-MAY_DECLARE = ("aa", "code", "code_diff", "confidence", "corpus_prefixes", "data", "environment", "launcher",
-               "long_start")
+MAY_DECLARE = (
+    "aa", "against", "code", "code_diff", "confidence", "corpus_prefixes", "data", "environment", "launcher",
+    "ledger", "long_start"
+)
 ARM = ("text", "kind", "ref", "commit", "tree", "dirty", "argv", "record", "preset", "scale", "changes",
        "report", "ml_hash", "system_hash", "settings", "sha256", "path")
 CHAIN = ("n", "kind", "utc")
@@ -266,6 +270,15 @@ def check_declaration(event, require):
         require(len(set(mine)) == total, f"order: a seed of {arm} occurs twice")
         require(event["pairing"] == "none" or set(mine) == set(next(iter(seeds.values()))),
                 "order: paired arms must have the same seeds")
+
+
+def moment(utc):
+    """Seconds since the epoch of a date as logs have it, or None."""
+    try:
+        date = datetime.datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")
+    except (TypeError, ValueError):
+        return None
+    return date.replace(tzinfo=datetime.timezone.utc).timestamp()
 
 
 # ----- files ------------------------------------------------------------------------------------------------

@@ -72,6 +72,10 @@ def shown(folder: Path, accepted: str | None) -> dict:
                         "record; it stays an attempt")
     if results["claim"] not in ("ml", "systems"):
         raise UserError(f"{folder}: a comparison claims no record")
+    if results.get("against"):
+        names = ", ".join(x["attempt"] for x in results["against"])
+        raise UserError(f"{folder}: shown as an increment on {names}: promote these first, then claim it "
+                        "on them")
     if results["scale"] not in ("full", accepted):
         raise UserError(
             f"{folder}: shown at scale {results['scale']} only, a small image of the record that says "

@@ -6,8 +6,10 @@ Each check is a generator of problems, one line each; what cannot be known here 
 only asked for the text of files.
 """
 
+import ast
 import collections
 import dataclasses
+import functools
 import re
 
 import deltas
@@ -16,7 +18,7 @@ import schema
 import runlog
 import scales
 import settings
-from evidence import arms, foreign, manifest
+from evidence import arms, foreign, manifest, plausible, stack
 from evidence.run_laws import alike
 from common import files, untrusted
 from common.errors import UserError
@@ -244,6 +246,9 @@ def check_lineage(found):
     except MALFORMED as error:
         yield f"record.toml: {error}"
         return
+    if record is not None and found.folder.joinpath("record.toml").exists():
+        yield from plausible.check_record(record)
+    yield from stack.check(found, record)
     if record is not None and parent.get("record") != record.parent:
         yield (
             f"{where}: arm parent runs {parent.get('record')}, the parent of {d['record']} is {record.parent}"
@@ -255,7 +260,8 @@ def check_lineage(found):
                 f"{where}: arm base runs {d['arms']['base'].get('record')}, the last ml record is {last.ref}"
             )
     for name, arm in d["arms"].items():
-        if arm.get("changes") and (d["scale"] == "full" or arm["changes"] != new.get("changes")):
+        free = d["scale"] == "full" and not all(stack.allowed(found, x) for x in arm.get("changes") or [])
+        if arm.get("changes") and (free or arm["changes"] != new.get("changes")):
             changes = " ".join(map(str, arm["changes"]))
             yield (f"{where}: arm {name} runs with {changes}: a record runs as it is (below scale full all "
                    "arms may share changes)")
@@ -284,7 +290,10 @@ def check_code(found, name, arm):
         text, problem = read_sources(found.folder / "runs", digest)
         if problem:
             yield problem
-        elif arm["commit"] and not dirty:
+            continue
+        if record_claim:
+            yield from check_whole(digest, text)
+        if arm["commit"] and not dirty:
             yield from check_commit(found, name, arm, digest, text)
 
 
@@ -334,14 +343,125 @@ def check_commit(found, name, arm, digest, text):
         return
     if arm["tree"] != tree:
         yield f"arm {name}: tree {str(arm['tree'])[:12]}, commit {commit[:12]} has {tree[:12]}"
-    names = re.findall(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", text, re.M)
+    yield from check_archive(commit, digest, text, name)
+
+
+def check_archive(commit, digest, text, name):
+    """The archive holds exactly the sources of a commit of this repository, byte for byte."""
+    where = f"runs/sources-{digest}.txt"
+    names = sections(text)
+    tree = arms.line("ls-tree", "-r", "--name-only", commit).splitlines()
+    held = set(tree)
+    if extra := [n for n in names if n not in held]:
+        yield f"{where}: holds a file that commit {commit[:12]} has not ({extra[0]})"
+        return
     try:
+        due = listed_sources(arms.git("show", f"{commit}:runlog.py").decode(), tree)
         whole = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
     except (UserError, UnicodeDecodeError) as error:
-        yield f"runs/sources-{digest}.txt: holds a file that commit {commit[:12]} has not ({error})"
+        yield f"{where}: cannot be compared with commit {commit[:12]} ({error})"
         return
-    if whole != text or "train_gpt.py" not in names:
-        yield f"runs/sources-{digest}.txt: is not the code of commit {commit[:12]}, which arm {name} declares"
+    if lacking := sorted(set(due or ()) - set(names)):
+        yield f"{where}: leaves out {lacking[0]}, which commit {commit[:12]} runs through"
+    elif added := [n for n in names if due is not None and n not in due]:
+        yield f"{where}: adds {added[0]}, which is no source of commit {commit[:12]}"
+    elif whole != text or "train_gpt.py" not in names:
+        yield f"{where}: is not the code of commit {commit[:12]}, which arm {name} declares"
+
+
+def sections(text):
+    """Names of the files in an archive of sources, in order."""
+    return re.findall(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", text, re.M)
+
+
+def listed_sources(runlog_text, tree):
+    """The files that a program's runlog.source_files names: its literals, read without running them.
+
+    tree: all files of the program, for its folders. None where the function is written in another way.
+    """
+    try:
+        function = next(n for n in ast.walk(ast.parse(runlog_text))
+                        if isinstance(n, ast.FunctionDef) and n.name == "source_files")
+        given = {n.targets[0].id: ast.literal_eval(n.value) for n in function.body
+                 if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
+        fixed, folders = list(given["fixed"]), tuple(given["folders"])
+    except (StopIteration, SyntaxError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return [*fixed, *(n for folder in folders for n in sorted(tree)
+                      if re.fullmatch(rf"{re.escape(str(folder))}/[^/.][^/]*\.py", n))]
+
+
+@functools.lru_cache(maxsize=16)
+def check_whole(digest, text):
+    """Problems of an archive by itself, as a tuple: what its own runlog.py lists is there, nothing twice,
+    nothing else. Its folders are known by the imports of the archive only; the commit tells them all."""
+    where, names = f"runs/sources-{digest}.txt", sections(text)
+    parts = dict(zip(names, re.split(r"^# ----- (?:[a-z0-9_]+/)?[a-z0-9_]+\.py\n", text, flags=re.M)[1:]))
+    if len(set(names)) != len(names):
+        twice = next(n for n in names if names.count(n) > 1)
+        return (f"{where}: holds {twice} twice",)
+    due = listed_sources(parts.get("runlog.py", ""), names)
+    if due is None:
+        return (f"{where}: leaves out runlog.py, or its list of sources",)
+    missing = set(due) | {n for body in parts.values() for n in imported(body, parts)}
+    if missing := sorted(missing - set(names)):
+        return (f"{where}: leaves out {missing[0]}, which it runs through",)
+    extra = sorted(set(names) - set(due))
+    return (f"{where}: adds {extra[0]}, which its runlog.py does not list",) if extra else ()
+
+
+def imported(text, parts):
+    """Files of the folders of an archive that a file imports: a/b.py of `import a.b`, `from a import b` and
+    `from a.b import c`. A name that folder a's __init__.py speaks of itself is left out."""
+    rooms = {n.partition("/")[0] for n in parts if "/" in n}
+    for module, listed in re.findall(r"^[ \t]*from ([a-z_0-9.]+) import (\([^)]*\)|[^\n#]+)", text, re.M):
+        room, dot, below = module.partition(".")
+        if room in rooms and dot:
+            yield f"{room}/{below}.py"
+        elif room in rooms:
+            own = set(re.findall(r"\w+", parts.get(f"{room}/__init__.py", "")))
+            named = [x.split()[0] for x in listed.strip("() \n").split(",") if x.split()]
+            yield from (f"{room}/{x}.py" for x in named if x not in own)
+    for room, below in re.findall(r"^[ \t]*import ([a-z_0-9]+)\.([a-z_0-9]+)", text, re.M):
+        if room in rooms:
+            yield f"{room}/{below}.py"
+
+
+def check_diff(found):
+    """code.diff is the difference of the two trees, recomputed where this repository has both."""
+    d = found.declaration
+    both = [d["arms"].get(name) for name in ("parent", "new")]
+    if d["claim"] == "comparison" or any(a is None or a["kind"] != "record" for a in both):
+        return
+    trees, told = [a.get("tree") for a in both], d.get("code_diff")
+    if (trees[0] == trees[1]) != (told is None):
+        yield ("code.diff: the arms run " + ("one tree, and a difference is declared" if told is not None else
+                                             "two trees, and no difference is declared"))
+        return
+    if trees[0] == trees[1]:
+        sources = {log.start["sources"] for name in ("parent", "new") for log in found.of(name)}
+        if len(sources) > 1:
+            yield f"{manifest.NAME}: the arms declare one tree, and their runs have different sources"
+        return
+    try:
+        for tree in trees:
+            arms.line("rev-parse", "--verify", "--quiet", "--end-of-options", f"{tree}^{{tree}}")
+        fresh = arms.code_diff(*both)
+        held = (found.folder / "code.diff").read_text(encoding="utf-8", errors="replace")
+    except (UserError, OSError):
+        found.unknown.append("whether code.diff is the difference of the arms' code: this repository does "
+                             "not "
+                             "have both trees")
+        return
+    if plain_diff(held) != plain_diff(fresh):
+        yield (f"code.diff: is not the difference of the trees {trees[0][:12]} and {trees[1][:12]}, which "
+               "this "
+               "repository has")
+
+
+def plain_diff(text):
+    """A difference without the lines that depend on the repository: abbreviated hashes of files."""
+    return [x.rstrip() for x in text.splitlines() if not x.startswith("index ")]
 
 
 # ----- tokens -----------------------------------------------------------------------------------------------

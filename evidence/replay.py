@@ -1,7 +1,8 @@
 """`python -m records replay RUN`: run again what a log describes, and compare loss by loss.
 
-RUN is a run folder, its run.jsonl or its log.txt. The same commit (where it exists, else the present code if
-it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
+RUN is a run folder, its run.jsonl or its log.txt, or a claim folder: then every counted run is replayed, and
+the signed mean of the differences is judged as well. The same commit (where it exists, else the present code
+if it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
 digests. Exit code 0 when the losses agree: to the last bit where code, processor, torch and threads are the
 same on a CPU, else within the printed tolerance; 3 when they do not.
 """
@@ -19,7 +20,7 @@ from common import arguments as numbers, environment, files, sandbox, untrusted
 from common.printable import printable
 import renames
 import runlog
-from evidence import arms, compare, foreign, textlog, verify
+from evidence import arms, compare, foreign, manifest, textlog, verify
 from scales import SCALES
 from common.errors import UserError
 from common.interrupt import Interrupt
@@ -33,13 +34,18 @@ DIFFERS = 3
 # there the first training losses decide.
 CPU_TOLERANCE, GPU_TOLERANCE = 0.001, 0.005
 WEEK_S = 7 * 24 * 3600.0  # no replay on a CPU takes longer
+# Step 0 is the loss of the initial weights, which the seed gives: no training, so no rounding that grows.
+# Relative.
+STEP_0_TOLERANCE = 1e-6
 NEEDED = ("record", "preset", "scale", "seed", "changes", "ml_hash", "corpus_digest", "val_digest", "code",
           "processes", "device", "torch", "cpu", "sources")
 
 
 def arguments(p):
     """Options of `records replay`."""
-    p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt")
+    p.add_argument("log", metavar="RUN", help="a run folder, or its run.jsonl or log.txt; or a claim "
+                                              "folder, of which "
+                   "every counted run is replayed and the signed mean of the differences is judged")
     p.add_argument("--out", metavar="DIR", help="where the new run folder goes (default runs/<date>_replay)")
     p.add_argument("--data", metavar="DIR",
                    help="folder of shards, where the run was not on the embedded corpus")
@@ -51,17 +57,42 @@ def arguments(p):
 
 
 def run(options):
-    """`records replay`: run what a log describes once more and compare the losses. Returns the exit code."""
-    log = read_log(options.log)
+    """`records replay`: run what a log, or every run of a claim, describes once more. Returns the exit
+    code."""
+    folder = Path(options.log)
+    if not (folder / manifest.NAME).exists():
+        return replay_one(options, options.log, [])
+    claim, gaps, codes = manifest.read(folder), [], []
+    runs = [r for name in sorted(claim.declaration["arms"]) for r in claim.counted(name)
+            if r.status == "finished"]
+    for number, done in enumerate(runs):
+        print(f"run {done.run} ({done.arm}, seed {done.seed})")
+        codes.append(replay_one(options, folder / "runs" / done.finish["folder"], gaps, number))
+        if codes[-1] not in (0, DIFFERS):
+            return codes[-1]
+    if not codes:
+        raise UserError(f"{folder}: no run of this claim finished: there is nothing to replay")
+    device = read_log(folder / "runs" / runs[0].finish["folder"])["start"]["device"]
+    tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(device) else GPU_TOLERANCE)
+    return max([*codes, *([judge_claim(gaps, tolerance)] if gaps else [])])
+
+
+def replay_one(options, name, gaps, number=None):
+    """Replay one run and report. Adds log minus replay of the final loss to `gaps`. Returns the exit code.
+
+    number: of a run among those of a claim, for its folder.
+    """
+    log = read_log(name)
     start = log["start"]
     tolerance = options.tolerance or (CPU_TOLERANCE if threads_of(start["device"]) else GPU_TOLERANCE)
     environment.check_training()
-    place, code = find_code(start, options.log)
+    place, code = find_code(start, name)
     print(f"replaying {start['preset'] or start['record']} at scale {start['scale']}, seed {start['seed']}, "
           f"with {code}")
     out = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_replay")
+    out = out if number is None else out / f"{number:03d}"
     try:
-        again = rerun(start, place, out, options.data, options.log)
+        again = rerun(start, place, out, options.data, name)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return compare.INTERRUPTED
@@ -69,6 +100,8 @@ def run(options):
         print("the training losses of the log are those of process 0 alone (log version 2): they are not "
               "compared")
         log = {**log, "train_loss": []}
+    if log["curve"][-1][0] in dict(map(tuple, again["curve"])):
+        gaps.append(log["curve"][-1][1] - dict(map(tuple, again["curve"]))[log["curve"][-1][0]])
     return report(log, again, same_bits(start, again["start"]), tolerance)
 
 
@@ -251,6 +284,33 @@ def rerun_here(arm, start, place, out, data, variables, check_data):
     return began.complaint()
 
 
+# ----- several runs of a claim
+# -------------------------------------------------------------------------------
+
+def signed_mean(gaps, tolerance):
+    """(mean, limit): log minus replay of the final losses of several runs, and how far a mean may lie from
+    zero.
+
+    A difference that rounding makes has either sign. Logs that lie below their replays, each by less than the
+    tolerance of one, give themselves away in the mean, whose limit falls with the root of their number.
+    """
+    return math.fsum(gaps) / len(gaps), tolerance / math.sqrt(len(gaps))
+
+
+def judge_claim(gaps, tolerance):
+    """Print what the replayed runs of a claim say together; 0, or DIFFERS if their losses lie to one side.
+
+    gaps: [log minus replay of the final validation loss], one for each run.
+    """
+    mean, limit = signed_mean(gaps, tolerance)
+    good = abs(mean) <= limit
+    print(f"{'replayed' if good else 'NOT replayed'}: final losses of {len(gaps)} runs lie {mean:+.2e} "
+          "from their replays "
+          f"on average (limit {limit:.1e})" + ("" if good else ": the logs lie to one side of what the "
+                                                               "program gives"))
+    return 0 if good else DIFFERS
+
+
 # ----- comparing --------------------------------------------------------------------------------------------
 
 def same_bits(start, again):
@@ -285,6 +345,14 @@ def report(log, again, exact, tolerance):
         worst = max(worst, gap if math.isfinite(gap) else math.inf)
         print(f"{step:>7}  {loss:>10.6f}  {found[step]:>10.6f}  "
               f"{'equal' if same else f'{found[step] - loss:+.2e}'}")
+    if 0 in dict(map(tuple, log["curve"])) and 0 in found:
+        start = dict(map(tuple, log["curve"]))[0]
+        apart = 0.0 if equal(start, found[0], log["digits"]) else abs(found[0] - start) / abs(found[0])
+        if not apart <= STEP_0_TOLERANCE:
+            print(f"NOT replayed: the loss of step 0, before any training, differs by {apart:.1e} "
+                  "(relative, tolerance "
+                  f"{STEP_0_TOLERANCE:g}): other initial weights, tokens or another loss")
+            return DIFFERS
     pairs = list(zip(log["train_loss"], again["train_loss"]))
     first = next((i for i, (a, b) in enumerate(pairs) if not equal(a, b, None)), None)
     if first is not None:

@@ -65,16 +65,23 @@ OTHERS = {
 }
 # Fields of later logs: of the named type where they are there. system.load says what they mean.
 LATER = {
-    "start": {"load_start": (*NUMBER, type(None))},
+    "start": {
+        "load_start": (*NUMBER, type(None)), "fallbacks": (list, type(None)),
+        "environment": (dict, type(None)), "active_parameters": (int, type(None)),
+        "flops_per_token": (int, type(None))
+    },
     "end": {
+        "graphs_in_clock": (int, type(None)),
         "load_end": (*NUMBER, type(None)), "own_cores": (*NUMBER, type(None)),
         "other_cores": (*NUMBER, type(None)), "alone": (bool, type(None))
     },
 }
 # Fields that some logs have and no law needs. All others are refused: nothing reads them.
 OPTIONAL = {
-    "start": ("log_version", "active_parameters", "flops_per_token", "fallbacks", "memory", "sinks"),
-    "reset": ("graphs", "imports_ms", "compile"), "experts": ("load",),
+    "start": ("log_version", "active_parameters", "flops_per_token", "fallbacks", "memory", "sinks",
+              "environment", "launch"),
+    "reset": ("graphs", "imports_ms", "compile"),
+    "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
     "end": ("graphs_in_clock", "peak_memory_mib"),
 }
 CHAIN = ("n", "kind", "wall_ms")

@@ -29,7 +29,7 @@ import deltas
 import schema
 from common import errors
 from common import environment, files, untrusted
-from evidence import arms, attempts, compare, manifest, verify, writeup
+from evidence import arms, attempts, compare, ledger, manifest, off_clock, stack, verify, writeup
 from evidence.provenance import differing, last_ml
 from scales import SCALES
 from model_settings import padded_vocab
@@ -80,6 +80,7 @@ def arguments(p):
         help="why start or warm-up of the record take more than three times the "
         "parent's and a minute; the claim tells it"
     )
+    ledger_arguments(p)
     p.add_argument("--data", metavar="DIR", help="folder of shards, as for train_gpt.py")
     p.add_argument("--out", metavar="DIR", help="claim folder (default: attempts/NAME)")
     p.add_argument("--commit", action="store_true", help="git commit the attempt's record.toml, nothing else")
@@ -92,6 +93,18 @@ def arguments(p):
         "--fault", metavar="CAUSE=NOTE",
         help="with --resume: why the last run, without a loss, does not count"
     )
+
+
+def ledger_arguments(p):
+    """Options on how an attempt stands to others."""
+    p.add_argument("--legs", type=numbers.integer(1, ledger.MOST_LEGS), metavar="L",
+                   help="of a first attempt: how many attempts at this idea may share alpha (default 1); "
+                        "the rule is "
+                   "written before the first run")
+    p.add_argument("--idea", metavar="NAME",
+                   help="a further attempt at the idea of attempts/NAME, in whose ledger it is booked")
+    p.add_argument("--against", metavar="A,B",
+                   help="open attempts on which it is an increment: both arms run with their deltas")
 
 
 def run(options):
@@ -113,7 +126,7 @@ def run(options):
               f"--resume {folder}`", file=sys.stderr)
         return compare.INTERRUPTED
     pack_sources(folder / "runs")
-    results = verify.verify(folder, page=False)
+    results = booked(folder)
     verify.store(folder, results, page=True)
     if options.format == "upstream" and results["verdict"] != "refused":
         print(f"upstream's layout: {writeup.upstream(folder)}")
@@ -123,6 +136,15 @@ def run(options):
     return {"shown": verify.SHOWN, "not shown": verify.NOT_SHOWN, "refused": verify.REFUSED}[
         results["verdict"]
     ]
+
+
+def booked(folder):
+    """Results of the claim, after its fate was written into the ledger of its idea."""
+    results = verify.verify(folder, page=False)
+    claim = manifest.read(folder)
+    if claim.ended or claim.withdrawn is not None:
+        ledger.settle(folder, claim, results)
+    return verify.verify(folder, page=False)
 
 
 def check_options(options):
@@ -168,14 +190,60 @@ def begin(options):
         raise UserError(
             f"{folder} already holds a plan: continue it with --resume {folder}, or choose another name"
         )
+    check_idea(options, record)
     preflight(options, record)
     if not options.record and not committed(record, text, options.commit):
         return None
     declaration, diff = plan(options, record, prepared(options, record))
+    home, legs = home_of(options, folder)
+    declaration["ledger"] = ledger.begin(home, folder, declaration, options.idea or options.name, legs)
     compare.declare(folder, declaration, diff=diff)
+    if home != folder:
+        files.write(folder / ledger.NAME, (home / ledger.NAME).read_bytes())
     if folder.resolve() != record.folder.resolve():
         files.write(folder / "record.toml", text)
     return folder
+
+
+def check_idea(options, record):
+    """UserError if this idea was tried under another name and is not declared as a further attempt at it, or
+    if its ledger takes no further one."""
+    if not options.idea:
+        if known := ledger.same_idea(record):
+            raise UserError(f"{record.ref} is the idea of attempts/{known}, which was tried already: "
+                            "declare it as a "
+                            f"further attempt with --idea {known}")
+        return
+    home, _ = home_of(options, None)
+    book = ledger.read(home / ledger.NAME)
+    if len(book.legs) >= book.opened["rule"]["legs"]:
+        raise UserError(f"--idea {options.idea}: its rule, written before the first attempt, allows "
+                        f"{book.opened['rule']['legs']}, and {len(book.legs)} were made")
+    if book.open_leg is not None:
+        raise UserError(f"--idea {options.idea}: nothing says what became of {book.open_leg.line['name']}: "
+                        "finish it "
+                        "with --resume, or withdraw it")
+
+
+def home_of(options, folder):
+    """(folder that holds the idea's ledger, how many legs its rule will allow, or None for a later leg)."""
+    if not options.idea:
+        return folder, options.legs or 1
+    if options.legs:
+        raise UserError("--legs belongs to the rule, which was written before the first attempt: leave it "
+                        "away")
+    home = attempts.folder_of(options.idea)
+    if not (home / ledger.NAME).exists():
+        raise UserError(f"--idea {options.idea}: {home} holds no ledger; its attempt was made without one")
+    return home, None
+
+
+def alpha_of(options):
+    """What this attempt may use: alpha shared among the legs of the rule."""
+    if options.idea:
+        home, _ = home_of(options, None)
+        return ledger.read(home / ledger.NAME).share
+    return ALPHA / (options.legs or 1)
 
 
 def existing(options):
@@ -329,11 +397,12 @@ def prepared(options, record, before=False):
     last = last_ml(deltas.find_record(record.parent))
     if options.claim == "systems" and last is not None and last.ref != record.parent:
         texts["base"] = ref + colon + last.ref
-    changes = "".join(f" --set {shlex.quote(x)}" for x in options.sets)
+    sets = shared_sets(options, record)
+    changes = "".join(f" --set {shlex.quote(x)}" for x in sets)
     if not before:
         texts["new"] = record.ref
         return {name: arms.prepare(texts[name] + changes, options.scale)[0] for name in sorted(texts)}
-    resolved = deltas.resolve(record, scale=options.scale, sets=options.sets)
+    resolved = deltas.resolve(record, scale=options.scale, sets=sets)
     s = resolved.settings
     new = {
         "text": record.ref + changes, "kind": "record", "ref": None, "commit": arms.commit_of("HEAD"),
@@ -348,17 +417,31 @@ def prepared(options, record, before=False):
     }
 
 
+def shared_sets(options, record):
+    """The changes that all arms of a claim have: the stack it is an increment on, the parent's target,
+    tokens and context of the validation where the record has others, and those of --set."""
+    stacked = stack.changes(stack.entries(options.against.split(","), record), record.parent,
+                            options.scale) if options.against else []
+    plain = [schema.plain(deltas.resolve(x, scale=options.scale).settings) for x in (record, record.parent)]
+    own = [x for x in off_clock.shared_changes(*plain)
+           if not any(s.partition("=")[0].strip() == x.partition("=")[0] for s in options.sets)]
+    if own:
+        print(f"{record.ref} is measured as its parent is, which belongs to the track: {', '.join(own)}")
+    return [*stacked, *own, *options.sets]
+
+
 def plan(options, record, found):
     """(declaration, code diff) of checked arms. UserError where they cannot run here or cannot carry the
     claim."""
     check_arms(options, record, found)
     diff = arms.code_diff(found["parent"], found["new"])
-    runs = {"runs": options.runs} if options.runs else {"looks": looks_of(options.looks)}
+    runs = {"runs": options.runs} if options.runs else {"looks": looks_of(options.looks, alpha_of(options))}
     return compare.declaration_of(
         found, runs, claim=options.claim, record=record.ref,
-        target=found["new"]["settings"]["validation"]["target"], alpha=ALPHA, pairing="seed",
+        target=found["new"]["settings"]["validation"]["target"], alpha=alpha_of(options), pairing="seed",
         seed0=options.seed0, order_seed=options.order_seed, processes=options.nproc, data=options.data,
-        diff=diff, long_start=options.long_start
+        diff=diff, long_start=options.long_start,
+        **({"against": stack.entries(options.against.split(","), record)} if options.against else {})
     ), diff
 
 
@@ -418,18 +501,15 @@ def check_arms(options, record, found):
     if options.claim == "systems" and new["ml_hash"] != parent["ml_hash"]:
         ml = [p for p in paths if not p.startswith("system.")]
         raise UserError(f"{record.ref} changes what is computed ({', '.join(ml)}): that is --claim ml")
-    if "validation.tokens" in paths or "validation.target" in paths:
-        raise UserError(f"{record.ref} changes how it is measured (validation.tokens or target): it cannot "
-                        f"be held against {record.parent}")
     if options.claim == "ml" and new["settings"]["validation"]["target"] is None:
         raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set "
                         "validation.target=LOSS for all arms")
 
 
-def looks_of(counts):
+def looks_of(counts, alpha=ALPHA):
     """[{runs, alpha}] of --looks 4,8: the shares add up to alpha."""
     from evidence.statistics import spend
-    return [{"runs": n, "alpha": a} for n, a in zip(counts, spend(counts, ALPHA))]
+    return [{"runs": n, "alpha": a} for n, a in zip(counts, spend(counts, alpha))]
 
 
 # ----- running it -------------------------------------------------------------------------------------------

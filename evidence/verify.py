@@ -14,11 +14,13 @@ docs/evidence.md says what the grades mean, and what a consistent forgery can st
 """
 
 import contextlib
+import functools
 import json
 import math
 import secrets
 import shutil
 import statistics as middle
+import sys
 from pathlib import Path
 
 from common import arguments as numbers
@@ -27,7 +29,10 @@ from common import files, untrusted
 from common.printable import printable
 import renames
 import runlog
-from evidence import claim_laws, compare, manifest, provenance, textlog, writeup
+from evidence import (
+    arms, claim_laws, compare, ledger, manifest, off_clock, provenance,
+    signing, textlog, writeup
+)
 from evidence.provenance import last_ml
 from common.errors import UserError
 
@@ -59,8 +64,14 @@ CANNOT_KNOW = (
 def arguments(p):
     """Options of `records verify`."""
     p.add_argument("folder", help="claim folder (manifest.jsonl, runs/), or a folder of upstream's .txt logs")
-    p.add_argument("--audit", metavar="FILE",
-                   help="result of `records audit COMMIT --json FILE`, for the grade `audited`")
+    p.add_argument("--audit", metavar="FILE|now",
+                   help="for the grade `audited`. now: audit the claim's commit in this call. FILE: an "
+                        "audit that "
+                   "the judge signed (--judge-key)")
+    p.add_argument("--judge-key", metavar="FILE",
+                   help="ed25519 key of the judge, by which a kept audit counts (public half) and which "
+                        "signs one "
+                   "made now (default: $" + signing.KEY + ")")
     p.add_argument("--reproduction", metavar="DIR",
                    help="claim folder of another machine, for the grade `reproduced`")
     p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS",
@@ -84,13 +95,15 @@ def run(options):
         return SHOWN if results["verdict"] == "shown" else NOT_SHOWN
     if options.target is not None and (folder / manifest.NAME).exists():
         raise UserError("--target is for text logs: a claim declares its target before the first run")
-    results = verify(folder, options.audit, options.reproduction)
+    key = signing.key_file(options.judge_key)
+    made = audit_now(folder) if options.audit == NOW else None
+    results = verify(folder, made or options.audit, options.reproduction, key=key)
     before = (read_results(folder) or {}).get("grade")
     out = Path(options.out or folder)
     try:
         if options.out:
             files.make_folder(out)
-        keep(out, results, options.audit, options.reproduction)
+        keep(out, results, made or options.audit, options.reproduction, key)
         store(out, results, page=(folder / writeup.PAGE).exists(), claim=folder)
         where = f"results: {out / 'results.json'}"
     except UserError as error:  # a judge may read from a disk that is not theirs
@@ -102,11 +115,12 @@ def run(options):
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
 
 
-def verify(folder, audit=None, reproduction=None, page=True):
+def verify(folder, audit=None, reproduction=None, page=True, key=None):
     """results.json of a claim folder, as a dict. UserError only if there is no claim, or no audit, to read.
 
-    audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md
-    held against it?
+    audit, reproduction: a file and a folder; None: those that the claim folder keeps. audit may be the
+    result itself of an audit that was made in this call. page: is a README.md held against it? key: the
+    judge's key file, whose signature makes a kept audit count.
 
     What is judged are private copies, made after a look at the whole tree: a submission with links, devices,
     odd names or too much of anything is refused before a file of it is opened, and cannot change meanwhile.
@@ -119,7 +133,7 @@ def verify(folder, audit=None, reproduction=None, page=True):
         for path in filter(None, (folder, reproduction)):
             copies[path] = stack.enter_context(untrusted.copied(path)) if Path(path).is_dir() else path
         try:
-            results = judged(copies[folder], audit, reproduction and copies[reproduction], page, folder)
+            results = judged(copies[folder], audit, reproduction and copies[reproduction], page, folder, key)
         except UserError as error:
             raise UserError(named(str(error), copies)) from None
     return named(results, copies)
@@ -146,7 +160,7 @@ def fit_to_print(value):
     return [fit_to_print(inner) for inner in value] if isinstance(value, list) else value
 
 
-def judged(folder, audit, reproduction, page, place):
+def judged(folder, audit, reproduction, page, place, key=None):
     """`verify` of private copies; place: where the claim folder itself lies."""
     found = claim_laws.examine(folder)
     d = found.declaration or {}
@@ -173,13 +187,13 @@ def judged(folder, audit, reproduction, page, place):
         if not found.claim.ended:  # arms with different numbers of runs: no statistics
             return results
     withdrawn = results["reasons"]
-    results |= describe(found)
+    results |= describe(found) | {"attempts": ledger.told(found), "against": d.get("against")}
     results |= judge(found.claim, last_alpha(d, found.claim))
     results["reasons"] = withdrawn + results["reasons"] + check_looks(found)
     for name, row in results["statistics"]["arms"].items():
         row["untimed_s"] = untimed(found, name)
     if audited is not None:
-        grade_audit(results, audited, d["arms"]["new"])
+        grade_audit(results, audited, d["arms"]["new"], key)
     if reproduction:
         grade_reproduction(results, found, reproduction)
     results["verdict"] = "not shown" if results["reasons"] else "shown"
@@ -206,6 +220,7 @@ def untimed(found, name):
 # ----- what a claim folder keeps ----------------------------------------------------------------------------
 
 AUDIT, REPRODUCTION = "audit.json", "reproduction"
+NOW = "now"  # in the place of an audit's file: made in this call
 GRADES = ("none", "consistent", "audited", "reproduced")
 
 
@@ -241,11 +256,14 @@ def store(folder, results, page, claim=None):
         untrusted.put(folder, writeup.PAGE, writeup.readme(claim or folder, results))
 
 
-def keep(folder, results, audit, reproduction):
-    """Keep the audit and the reproduction that counted in the claim folder,
-    so that the grade can be checked again."""
+def keep(folder, results, audit, reproduction, key=None):
+    """Keep the audit and the reproduction that counted in the claim folder, so that the grade can be checked
+    again. An audit that was made in this call is signed, if there is a private key."""
     if audit and results.get("audit", {}).get("counts"):
-        untrusted.put(folder, AUDIT, untrusted.bytes_of(audit))
+        made = isinstance(audit, dict)
+        whole = audit if made else untrusted.json_file(audit)
+        whole = signing.signed(whole, key) if made and key is not None else whole
+        untrusted.put(folder, AUDIT, files.json_text(whole, indent=1) + "\n")
     kept = folder / REPRODUCTION
     if reproduction and results["grade"] == "reproduced" and Path(reproduction).resolve() != kept.resolve():
         if kept.exists():
@@ -265,9 +283,9 @@ def keep(folder, results, audit, reproduction):
 
 def differences(stored, fresh, path=""):
     """Paths at which a stored results.json differs from what verify finds now;
-    what is `unknown` depends on the checkout."""
+    what is `unknown`, and which `attempts` followed, depends on the checkout."""
     if isinstance(stored, dict) and isinstance(fresh, dict):
-        return [p for key in sorted({*stored, *fresh} - {"unknown"})
+        return [p for key in sorted({*stored, *fresh} - {"unknown", "attempts"})
                 for p in differences(stored.get(key), fresh.get(key), f"{path}.{key}" if path else key)]
     if isinstance(stored, list) and isinstance(fresh, list) and len(stored) == len(fresh):
         return [p for i, pair in enumerate(zip(stored, fresh)) for p in differences(*pair, f"{path}[{i}]")]
@@ -329,6 +347,13 @@ def judge(claim, alpha, runs=None):
         compared = compare.compare_arms("new", "parent", found, paired, 0.95, d["margin"])
         out |= {k: compared[k] for k in ("loss", "time", "equivalent")}
         reasons += judge_loss(d, claim, found, alpha, paired, out) + judge_time(out["time"], alpha)
+        rests = {
+            name: [off_clock.rests_of(events_of(claim, r)) for r in found[name]] for name in ("new", "parent")
+        }
+        out["off_clock"] = off_clock.charge(found, rests, paired)
+        if judge_time(out["time"], alpha) == []:
+            reasons += judge_time(out["off_clock"]["charged"], alpha, "time with the excess of its rests")
+            reasons += judge_time(out["off_clock"]["with_rests"], alpha, "time with all rests")
     return {"statistics": out, "reasons": reasons}
 
 
@@ -367,13 +392,13 @@ def judge_loss(d, claim, found, alpha, paired, out):
     return reasons
 
 
-def judge_time(ratio, alpha):
+def judge_time(ratio, alpha, what="time"):
     """Reasons why a time ratio does not show that the new arm is faster; empty if it does."""
     if ratio is None:
-        return ["time: the logs hold none above zero"]
+        return [f"{what}: the logs hold none above zero"]
     if ratio["p_less"] is None or not ratio["p_less"] < alpha:
         p = "no p (the times have no spread)" if ratio["p_less"] is None else f"p = {ratio['p_less']:.4g}"
-        return [f"time: {ratio['estimate']:.4f} of the parent's, {p}, needed p < {alpha:.4g}: not shown to "
+        return [f"{what}: {ratio['estimate']:.4f} of the parent's, {p}, needed p < {alpha:.4g}: not shown to "
                 "be faster"]
     return []
 
@@ -470,13 +495,14 @@ def parity(new, old):
 # ----- grades -----------------------------------------------------------------------------------------------
 
 def read_audit(path):
-    """What a claim's grade needs of the result of `records audit --json`."""
+    """The result of `records audit --json`: of a file, or as a dict one that was made in this call."""
+    made = isinstance(path, dict)
     try:
-        audit = untrusted.json_file(path)
+        audit = path if made else untrusted.json_file(path)
         if audit["version"] != 1 or not isinstance(audit["passed"], bool):
             raise ValueError
         checks = {check["name"]: check["passed"] for check in audit["checks"]}
-        return {
+        facts = {
             "commit": audit["commit"], "tree": audit["tree"], "record": audit.get("record"),
             "passed": audit["passed"], "checks": checks, "confined": dict(audit["confined"]), "counts": False
         }
@@ -484,11 +510,25 @@ def read_audit(path):
         raise UserError(
             f"{path}: not the result of an audit; write one with `records audit COMMIT --json FILE`"
         ) from None
+    return facts, audit, made
 
 
-def grade_audit(results, audit, new):
-    """`audited` if an audit of the very code and record passed; a failed one speaks against the claim."""
+def audit_now(folder):
+    """The result of an audit of a claim's commit and record by this checkout. UserError if the claim names no
+    commit of this repository."""
+    from evidence import audit
+    new = (manifest.read(folder).declaration or {}).get("arms", {}).get("new", {})
+    if not isinstance(new.get("commit"), str) or not isinstance(new.get("record"), str):
+        raise UserError(f"{folder}: --audit now: the claim names no commit and record to audit")
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    return audit.audit(arms.commit_of(new["commit"]), new["record"], say=say)
+
+
+def grade_audit(results, audit, new, key=None):
+    """`audited` if an audit of the very code and record passed, which this call made or the judge's key
+    signed; a failed one speaks against the claim whoever made it."""
     from evidence.audit import CHECKS
+    audit, whole, made = audit
     results["audit"] = audit
     if (audit["commit"], audit["tree"]) != (new["commit"], new["tree"]):
         results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of "
@@ -506,8 +546,35 @@ def grade_audit(results, audit, new):
         audit["counts"] = True
     elif lacking := sorted(set(CHECKS) - set(audit["checks"])):
         results["unknown"].append(f"the audit lacks {', '.join(lacking)}: it does not count")
+    elif why := uncounted(whole, made, new, key):
+        results["unknown"].append(f"{why}: it does not count")
     else:
         results["grade"], audit["counts"] = "audited", True
+
+
+def tree_of(commit):
+    """The tree of a commit of this repository, or None."""
+    try:
+        return arms.line("rev-parse", "--verify", "--quiet", "--end-of-options", f"{commit}^{{tree}}")
+    except UserError:
+        return None
+
+
+def uncounted(whole, made, new, key):
+    """Why an audit that passed does not count, or '': it must be this call's or the judge's, of a commit that
+    this repository has."""
+    tree = tree_of(new["commit"])
+    if tree is None:
+        return f"the audit is of commit {new['commit'][:12]}, which this repository does not have (fetch it)"
+    if tree != new["tree"]:
+        return f"the audit is of tree {new['tree'][:12]}, commit {new['commit'][:12]} has {tree[:12]}"
+    if made:
+        return ""
+    if key is None:
+        return "the audit is text that anyone can type: name the judge's key (--judge-key), or --audit now"
+    if not signing.valid(whole, key):
+        return f"the audit is not signed by the key {key.name}"
+    return ""
 
 
 def grade_reproduction(results, found, folder):
@@ -669,6 +736,8 @@ def report_record(results):
     if s.get("time"):
         print(f"time: {s['time']['estimate']:.4f} of the parent's [{number(s['time']['low'], '.4f')}, "
               f"{number(s['time']['high'], '.4f')}], p {number(s['time']['p_less'], '.4g')}")
+    if s.get("off_clock"):
+        print(off_clock.told(s["off_clock"]))
     if s.get("loss"):
         print(f"loss: {s['loss']['estimate']:+.5f} against the parent [{number(s['loss']['low'], '+.5f')}, "
               f"{number(s['loss']['high'], '+.5f')}]")
@@ -682,6 +751,11 @@ def report_record(results):
     if s.get("noninferior"):
         print(f"loss against {s['noninferior']['against']}: {s['noninferior']['estimate']:+.5f}, upper bound "
               f"{number(s['noninferior']['upper'], '+.5f')} (margin {s['noninferior']['margin']})")
+    if results.get("against"):
+        print("an increment on " + ", ".join(x["attempt"] for x in results["against"])
+              + ": it stays an attempt until they are records")
+    if results.get("attempts"):
+        print(*ledger.lines(results["attempts"]), sep="\n")
     for x in results["excluded"]:
         print(f"excluded: run {x['run']} ({x['arm']}, seed {x['seed']}), {x['cause']}: {x['note']}")
 

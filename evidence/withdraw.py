@@ -10,7 +10,7 @@ one commit.
 
 import deltas
 from common import files
-from evidence import arms, attempts, manifest, promote, verify
+from evidence import arms, attempts, ledger, manifest, promote, verify
 from common import untrusted
 from common.errors import UserError
 
@@ -44,6 +44,8 @@ def withdraw_attempt(name, why):
 
 def renew(folder):
     """results.json, and the page where all runs were made, say that the claim was withdrawn."""
+    results = verify.verify(folder, page=False)
+    ledger.settle(folder, manifest.read(folder), results)
     verify.store(folder, verify.verify(folder, page=False), page=True)
 
 
@@ -80,7 +82,8 @@ def withdraw_record(record, why):
         raise UserError(f"{folder} is there already: move it away, the record goes back to it")
     attempts.require_git()
     text, _ = promote.read(record.folder / "record.toml")
-    book = untrusted.bytes_of(record.folder / manifest.NAME)
+    books = {name: untrusted.bytes_of(record.folder / name) for name in (manifest.NAME, ledger.NAME)
+             if (record.folder / name).exists()}
     attempts.withdraw(record.folder, why)
     promote.move(record.folder, folder)  # first: a record.toml without an id would break the lineage
     files.write(folder / "record.toml", promote.MARKS.sub("", text))
@@ -90,7 +93,8 @@ def withdraw_record(record, why):
         done = attempts.commit([record.folder, folder], f"Withdraw {record.ref} ({record.title}): {why}")
     except UserError:
         files.write(folder / "record.toml", text)
-        files.write(folder / manifest.NAME, book)
+        for name, book in books.items():
+            files.write(folder / name, book)
         promote.move(folder, record.folder)
         deltas.load_records.cache_clear()
         renew(record.folder)

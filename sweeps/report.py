@@ -11,8 +11,6 @@ holds 0 is `unresolved (+-half width)` and has no rank.
 
 import csv
 import io
-import json
-import math
 from pathlib import Path
 
 from common import files

@@ -49,7 +49,8 @@ def describe(
         "attention": attention_backend(model, world, plans), "fallbacks": fallbacks(model, world),
         "memory": memory.report(model.settings, held) if held else None, "comm": optimizer.plan.name,
         "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
-        "sinks": sorted(set(options.log_to)), "load_start": load.load_average(), **runlog.machine(),
+        "sinks": sorted(set(options.log_to)), "load_start": load.load_average(),
+        "environment": runlog.environment(), **runlog.machine(),
         **({"launch": launched} if (launched := resume.launch(os.environ)) else {})
     }
 

@@ -9,6 +9,7 @@ import copy
 import datetime
 import hashlib
 import json
+import math
 import random
 import shutil
 import time
@@ -19,14 +20,15 @@ import deltas
 import schema
 import runlog
 import schedule
-from evidence import compare, manifest, provenance, verify
+from evidence import compare, ledger, manifest, model_facts, provenance, verify
+from model_settings import padded_vocab
 from settings import NUMERICS_VERSION
 
 MACHINE = {
     "cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"
 }
 COMMIT, TREE = "1" * 40, "2" * 40  # in no repository
-START_S = 1_700_000_000
+START_S = 1_790_000_000  # after the records that these tests build on, before this checkout's newest one
 UTC = "%Y-%m-%dT%H:%M:%SZ"
 
 
@@ -71,6 +73,9 @@ def build(folder, monkeypatch, declared, loss=None, step_ms=None, machine=MACHIN
     """
     clock = FakeTime()
     monkeypatch.setattr(time, "gmtime", clock)
+    if declared["claim"] != "comparison":
+        entry = ledger.begin(folder, folder, declared, folder.name, 1)
+        declared = {**declared, "ledger": entry}
     book = manifest.create(folder, declared)
     for runs in [x["runs"] for x in declared["plan"].get("looks", [])] or [declared["plan"]["runs"]]:
         advance(book, clock, runs, loss, step_ms, machine, status)
@@ -122,14 +127,15 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
     about = {
         "record": a["record"], "preset": "", "scale": a["scale"], "seed": seed, "changes": a["changes"],
         "registered": registered, "numerics_version": NUMERICS_VERSION, "ml_hash": a["ml_hash"],
-        "system_hash": a["system_hash"], "corpus": "sample", **known, "parameters": 454698, "processes": 1,
+        "system_hash": a["system_hash"], "corpus": "sample", **known, **counted(s), "processes": 1,
         "device": "CPU, 1 process, 1 threads", "attention": "sdpa", "comm": "replicated",
-        "torch": "2.13.0+cpu", "code": a["commit"], "profiled": False, **machine
+        "torch": "2.13.0+cpu", "code": a["commit"], "profiled": False, "environment": {}, "fallbacks": [],
+        **machine
     }
     wall = 800.0
     log.start(about, a["settings"])
     state = hashlib.sha256(f"{a['ml_hash']} {seed}".encode()).hexdigest()
-    names = ["embed.weight", "lm_head.weight", *(f"blocks.{i}.mlp.c_fc" for i in range(12))]
+    names = sorted(model_facts.counts(s).names)
     weights = random.Random(f"probe {a['ml_hash']} {seed}")
     marks = {
         n: [m := weights.uniform(1e-4, 0.2), m * weights.uniform(-0.7, 0.7) * (1 + 1e-6 * noise.random())]
@@ -140,26 +146,24 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         "reset", 20, warmup_steps=3, state_before=state, state_after=state, start_ms=850.0,
         warmup_ms=wall + 20 - 850.0
     )
-    steps, ms, before = s.schedule.steps, 0.063, 0
+    steps, ms, before, begin = s.schedule.steps, 0.063, 0, math.log(padded_vocab(s))
     final = loss + draw.gauss(0, 0.004)
     for step in [i for i in range(steps + 1) if schedule.validates(s, i)]:
         spent = (step - before) * step_ms * (1 + 0.002 * noise.gauss(0, 1))
         ms += spent
         share = step / steps
         value = (
-            7.154615 * (1 - share) + final * share if status == "finished" or step < steps else float("nan")
+            begin * (1 - share) + final * share if status == "finished" or step < steps else float("nan")
         )
         # the first losses are those of the initial weights
-        begun = 7.154615 * (1 - before / steps) + final * before / steps
+        begun = begin * (1 - before / steps) + final * before / steps
         train = [round(begun + 0.05 * draw.gauss(0, 1), 6) for _ in range(step - before)]
         event(
             "validation", spent + 110 + 5 * noise.random(), step=step, scheduled_steps=steps, val_loss=value,
             train_loss=train, train_time_ms=round(ms, 3), tokens=schedule.tokens_before(s, step), epoch=0
         )
         before = step
-    event(
-        "stream", 0.3, digest=hashlib.sha256(json.dumps([a["settings"]["data"], steps]).encode()).hexdigest()
-    )
+    event("stream", 0.3, digest=model_facts.stream_digest("sample", s))
     target = s.validation.target
     clock.now = began + int(wall / 1000) + 1
     log.end(
@@ -167,21 +171,29 @@ def write_run(runs, a, seed, registered, number, clock, machine, loss, step_ms, 
         reached=None if target is None or status != "finished" else value <= target,
         verdict=[f"final validation loss {value:.4f}"] if status == "finished" else [], steps=steps,
         scheduled_steps=steps, val_loss=value, train_time_ms=round(ms, 3),
-        tokens=schedule.tokens_before(s, steps), epoch=0
+        tokens=schedule.tokens_before(s, steps), epoch=0, graphs_in_clock=0
     )
     for file in log.files.values():
         file.close()
     return log
 
 
+def counted(s):
+    """What a log tells of the size of the model of these settings."""
+    counts = model_facts.counts(s)
+    return {k: getattr(counts, k) for k in ("parameters", "active_parameters", "flops_per_token")}
+
+
 class Forgery:
-    """A claim folder in memory. lines: manifest events; logs: run folder -> events. `seal` makes everything
-    agree again."""
+    """A claim folder in memory. lines: manifest events; logs: run folder -> events; book: lines of the
+    ledger. `seal` makes everything agree again."""
 
     def __init__(self, folder):
         self.folder = folder
         self.lines = [dict(e) for e, _ in runlog.read_links(folder / manifest.NAME)]
         self.logs = {p.parent.name: runlog.read_chain(p) for p in sorted(folder.glob("runs/*/run.jsonl"))}
+        path = folder / ledger.NAME
+        self.book = [dict(e) for e, _ in runlog.read_links(path)] if path.exists() else []
 
     def of(self, kind, run=None):
         """Manifest lines of a kind (and run)."""
@@ -230,12 +242,15 @@ class Forgery:
         self.lines[at:at] = [line, register, finish]
         self.later(at + 1, 400)
 
-    def seal(self, announce=True, hashes=True):
+    def seal(self, announce=True, hashes=True, agree=True):
         """Write everything back, consistently.
 
+        agree: rule and leg of the ledger are made to say what the manifest declares.
         announce: False, or the number of a run, whose start keeps the registration it has. hashes: False:
         finish lines keep theirs.
         """
+        if self.book and self.lines[0].get("ledger"):
+            self.write_ledger(agree)
         previous, out = runlog.GENESIS, []
         by_run = {e["run"]: e["folder"] for e in self.of("finish")}
         for n, event in enumerate(self.lines):
@@ -252,6 +267,22 @@ class Forgery:
                 if announce is True or event["run"] != announce:
                     self.logs[by_run[event["run"]]][0]["registered"] = previous
         (self.folder / manifest.NAME).write_text("\n".join(out) + "\n")
+
+    def write_ledger(self, agree):
+        """The ledger's chain, and the manifest's mark of its leg."""
+        declared, previous, out = self.lines[0], runlog.GENESIS, []
+        for n, event in enumerate(self.book):
+            event["n"] = n
+            if agree and event["kind"] == "open":
+                event["rule"] |= {k: declared[k] for k in ("claim", "scale", "target")}
+                event["rule"]["alpha"] = declared["alpha"] * event["rule"]["legs"]
+            if agree and event["kind"] == "leg" and event["leg"] == declared["ledger"]["leg"]:
+                event |= ledger.line_of(declared, event["leg"], event["name"])
+            line, previous = runlog.chain_line(previous, event)
+            out.append(line)
+            if event["kind"] == "leg" and event["leg"] == declared["ledger"]["leg"]:
+                declared["ledger"]["hash"] = previous
+        (self.folder / ledger.NAME).write_text("\n".join(out) + "\n")
 
     def write(self, name):
         """A run folder from its events. Returns the last hash of its chain."""
@@ -320,5 +351,8 @@ def systems(folder, arms=None, loss=None, sets=(), **fields):
 
 def command(folder, **options):
     """Exit code of `records verify`."""
-    given = {"audit": None, "reproduction": None, "target": None, "json": False, "out": None} | options
+    given = {
+        "audit": None, "judge_key": None, "reproduction": None, "target": None, "json": False, "out": None
+    }
+    given |= options
     return verify.run(type("Options", (), {"folder": str(folder), **given}))

@@ -17,7 +17,7 @@ from evidence import arms, attempts, manifest, promote, submit, verify, withdraw
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-TOML = ('title = "A higher rate"\nparent = "short/57"\ndate = 2026-01-01\npeople = ["@me"]\nkind = '
+TOML = ('title = "A higher rate"\nparent = "short/57"\ndate = 2026-02-01\npeople = ["@me"]\nkind = '
         '"ml"\nsource = "log"\n\n'
         '[delta]\n"optim.muon.lr" = 0.0543\n')
 SETS = ["validation.target=5.2"]

@@ -362,7 +362,8 @@ def test_runs_follow_the_declared_interleaved_order(tmp_path, capsys):
     assert order[0]["seed"] not in {x["seed"] for x in order[1:]}
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert [round(x["loss"]["estimate"], 6) for x in results["comparisons"]] == [-0.1, 0.1]
-    assert results["comparisons"][0]["confidence"] == pytest.approx(1 - 0.05 / 4)  # of two losses and two times
+    # of two losses and two times
+    assert results["comparisons"][0]["confidence"] == pytest.approx(1 - 0.05 / 4)
     assert [r["n"] for r in results["arms"].values()] == [
         3, 3, 3
     ] and "taken on trust" in capsys.readouterr().out

@@ -48,6 +48,7 @@ TRAINS = {"train_gpt", "sample", "model", "optim", "layers", "updates"}
 EXCEPTIONS = {
     "evidence.audit_model:__init__": "the audit calls the model of the audited code, in a process of its own",
     "evidence.audit_probe:clock": "the audit runs that code's trainer, in a process of its own",
+    "evidence.model_facts:counted": "a log's number of parameters is held against the model of its settings",
     "evidence.run_laws:": "layers.specs, which has no torch, tells which layers a log speaks of",
     "page.variant_table:counted": "parameters and FLOPs are counted on the model",
 }

@@ -56,7 +56,8 @@ def test_sources_are_compared_with_the_files_of_their_commit_without_running_the
         pytest.skip("no git checkout")
     commit = arms.line("rev-parse", "HEAD")
     declared = {"commit": commit, "tree": arms.line("rev-parse", "HEAD^{tree}")}
-    names = ["train_gpt.py", "model.py", "data/stream.py"]
+    tree = arms.line("ls-tree", "-r", "--name-only", commit).splitlines()
+    names = provenance.listed_sources(arms.git("show", f"{commit}:runlog.py").decode(), tree)
     text = "".join(f"# ----- {n}\n{arms.git('show', f'{commit}:{n}').decode()}\n" for n in names)
     found = claim_laws.Evidence(Path("x"), None)
 
@@ -70,6 +71,16 @@ def test_sources_are_compared_with_the_files_of_their_commit_without_running_the
         and "tree 000" in problems(text, {**declared, "tree": "000"})[0]
     )
     assert "holds a file that commit" in problems(text + "# ----- extra.py\n\n", declared)[0]
+    for name in ("optim.py", "kernels/__init__.py"):
+        less = text.replace(f"# ----- {name}\n{arms.git('show', f'{commit}:{name}').decode()}\n", "")
+        assert f"leaves out {name}, which commit" in problems(less, declared)[0]
+    assert (
+        "adds tests/conftest.py"
+        in problems(
+            f"{text}# ----- tests/conftest.py\n{arms.git('show', f'{commit}:tests/conftest.py').decode()}\n",
+            declared,
+        )[0]
+    )
     assert "is no commit" in problems(text, {**declared, "commit": "--output=/etc/x"})[0]
 
 

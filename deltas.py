@@ -22,6 +22,7 @@ import renames
 import scales
 import settings
 from common import files
+from common import untrusted
 from common.errors import UserError, did_you_mean, near
 from declare import BEFORE, REFUSE, holds, lookup, unmet_needs
 from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
@@ -96,12 +97,7 @@ def load_records() -> dict[str, Record]:
 
 def read_record(path: Path, lineage: str) -> Record:
     """The Record of a record.toml (see parse_record). Errors name the file."""
-    try:
-        with open(path, "rb") as file:
-            toml = tomllib.load(file)
-    except (OSError, ValueError, RecursionError) as error:  # not TOML, not UTF-8, too many digits or brackets
-        raise UserError(f"{path}: {error}") from None
-    return parse_record(toml, path, lineage)
+    return parse_record(untrusted.toml_file(path)[1], path, lineage)
 
 
 def parse_record(toml: dict, path: Path, lineage: str) -> Record:
@@ -117,7 +113,9 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         if not isinstance(value, LINES[key]):
             expected = {str: "text in quotes", list: 'a list like ["@me"]', dict: f"a table [{key}]"}.get(
                 LINES[key], "a number or a date")
-            raise UserError(f"{path}: {key} = {value!r}: expected {expected}")
+            raise UserError(f"{path}: {key} = {value!r:.200}: expected {expected}")
+        if key != "notes" and has_lines(value):
+            raise UserError(f"{path}: {key} has several lines: only notes may")
     slug = path.parent.name.partition("_")[2]
     if lineage == ATTEMPT[:-1]:
         if "id" in toml:
@@ -145,6 +143,13 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = '
                         '"retiming"')
     return record
+
+
+def has_lines(value: Any) -> bool:
+    """Whether a plain value holds a text of several lines."""
+    if isinstance(value, (dict, list)):
+        return any(map(has_lines, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, str) and "\n" in value
 
 
 def present_delta(delta: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import platform
 import time
 from pathlib import Path
 
-from common import files
+from common import files, untrusted
 from common.errors import UserError
 from common.interrupt import held
 
@@ -80,6 +80,7 @@ def covers_all(start):
 # ----- the chain --------------------------------------------------------------------------------------------
 
 GENESIS = "0" * 64
+LOG_LIMIT = 256 * 2 ** 20  # bytes of a chained file that is read
 
 
 def chain_hash(previous, body):
@@ -102,8 +103,7 @@ def plain_event(**fields):
 def measured(event):
     """The event with its numbers to compute with: null is NaN again where only a number can stand.
 
-    New lines hold null; lines written before that hold a bare NaN, which is read as before, so that old
-    chains verify.
+    Lines hold null there, as JSON has no NaN.
     """
     def numbers(value):
         if isinstance(value, dict):
@@ -128,20 +128,17 @@ def read_links(path):
     """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before
     it."""
     previous, links = GENESIS, []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, 1):
+    lines = untrusted.text_of(path, LOG_LIMIT).split("\n")
+    for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
-            event = json.loads(line)
-            claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
-        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-            raise UserError(f"{path}: line {number} is not a complete log line") from None
+            event = untrusted.json_value(line, f"{path}: line {number}")
+        except untrusted.Malformed:
+            event = None
+        if not isinstance(event, dict) or not {"hash", "kind", "n"} <= event.keys():
+            raise UserError(f"{path}: line {number} is not a complete log line")
+        claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
         previous = chain_hash(previous, event)
-        if claimed != previous or n != number - 1:
+        if claimed != previous or type(n) is not int or n != number - 1:
             raise UserError(
                 f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed"
             )

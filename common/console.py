@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TextIO
 
 from common.interrupt import INTERRUPTED, like_ctrl_c
+from common.printable import printable
 
 CLOSED_PIPE = 128 + 13  # as a shell has it for a program that SIGPIPE ends: `| head` took what it wanted
 
@@ -145,7 +146,7 @@ def fail(error: Any, code: int = 2) -> NoReturn:
 def complain(error: Any) -> None:
     """One line on stderr: from one process, unless the error is this process's own."""
     if speaks() or getattr(error, "own", False):
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
 
 
 def width(default: int = 110) -> int:

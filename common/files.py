@@ -88,6 +88,14 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
                 os.unlink(temporary)
 
 
+def make_folder(path: Path | str) -> None:
+    """Make a folder and those above it. UserError if the operating system refuses."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
+
+
 def write(path: Path | str, content: str | bytes | memoryview, **options: Any) -> None:
     """Replace a file's content in one step (see `writing`). Text is UTF-8 with `\\n` line
     ends on every system."""

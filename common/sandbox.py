@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.errors import UserError
-from common.lines import printable
+from common.printable import printable
 
 JAIL = Path(__file__).with_name("jail.py")
 # A user that owns nothing: above the ids of people and services, below those of containers.

@@ -9,12 +9,11 @@ run by its name,
 import contextlib
 import os
 import re
-import tomllib
 from pathlib import Path
 
 import deltas
 from common import errors
-from common import files
+from common import files, untrusted
 from evidence import arms, compare, manifest
 from common.errors import UserError
 
@@ -38,10 +37,7 @@ def folder_of(name: str) -> Path:
 
 def record_of(text: str, path: Path) -> deltas.Record:
     """The Record that an attempt's record.toml would be; the file need not exist."""
-    try:
-        record = deltas.parse_record(tomllib.loads(text), path, deltas.ATTEMPT[:-1])
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path}: {error}") from None
+    record = deltas.parse_record(untrusted.toml_value(text, str(path)), path, deltas.ATTEMPT[:-1])
     deltas.check_parent(record, path)
     return record
 

@@ -17,7 +17,7 @@ import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import files
+from common import files, untrusted
 import runlog
 from evidence import arms, compare, manifest, provenance, run_laws, textlog
 from evidence.run_laws import alike
@@ -316,8 +316,8 @@ def check_artefacts(found):
     runs/ holds runs only."""
     told, path = found.declaration.get("code_diff"), found.folder / "code.diff"
     try:
-        held = arms.hash_of(path.read_bytes()) if path.exists() else None
-    except OSError:
+        held = arms.hash_of(untrusted.bytes_of(path)) if path.exists() else None
+    except UserError:
         held = "unreadable"
     if held != told:
         yield f"code.diff: {'missing' if held is None else 'is not the one that was declared'}"

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import runlog
+from common import untrusted
 from common.errors import UserError
 from common.interrupt import held
 
@@ -303,6 +304,7 @@ class Manifest:
         utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         event = runlog.plain_event(n=self.claim.events, kind=kind, utc=utc, **fields)
         line, digest = runlog.chain_line(self.claim.last_hash, event)
+        untrusted.json_value(line, f"{self.claim.path}: the new line ({kind})")  # what cannot be read again
         size = os.fstat(self.descriptor).st_size
         self.claim.add(event, digest)
         data = line.encode() + b"\n"
@@ -335,7 +337,7 @@ def resume(folder):
     """The Manifest of a folder, open for appending. A last line that a kill cut short is removed."""
     path = Path(folder) / NAME
     manifest = Manifest(path)
-    data = path.read_bytes()
+    data = untrusted.bytes_of(path, runlog.LOG_LIMIT)
     whole = data.rfind(b"\n") + 1
     if whole != len(data):
         os.ftruncate(manifest.descriptor, whole)

@@ -12,11 +12,10 @@ these files alone; `records withdraw` undoes it.
 
 import os
 import re
-import tomllib
 from pathlib import Path
 
 import deltas
-from common import files
+from common import files, untrusted
 from evidence import attempts, manifest, verify
 from scales import SCALES
 from common.errors import UserError
@@ -58,11 +57,7 @@ def run(options):
 
 def read(path: Path) -> tuple[str, dict]:
     """(text, table) of an attempt's record.toml."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return text, tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    return untrusted.toml_file(path)
 
 
 def shown(folder: Path, accepted: str | None) -> dict:

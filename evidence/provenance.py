@@ -8,9 +8,7 @@ only asked for the text of files.
 
 import collections
 import dataclasses
-import lzma
 import re
-import tomllib
 
 import deltas
 import renames
@@ -20,7 +18,7 @@ import scales
 import settings
 from evidence import arms, manifest
 from evidence.run_laws import alike
-from common import files
+from common import files, untrusted
 from common.errors import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
@@ -186,8 +184,8 @@ def lineage_of(path):
     """Lineage of a record.toml that says which attempt it was: that of its folder, elsewhere its parent's. ''
     for an attempt."""
     try:
-        toml = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError):
+        toml = untrusted.toml_file(path)[1]
+    except UserError:
         return ""  # read_record says what is wrong
     if "attempt" not in toml:
         return ""
@@ -268,8 +266,8 @@ def check_patch(found, name, arm):
     """The uncommitted changes of a comparison's arm lie in the folder."""
     try:
         path = arms.patch_path(found.folder, arm)
-        held = arms.hash_of(path.read_bytes())
-    except (OSError, TypeError, ValueError):
+        held = arms.hash_of(untrusted.bytes_of(path))
+    except (UserError, TypeError, ValueError):
         held = None
     if held != arm["dirty"]:
         yield f"arm {name}: the patch of its uncommitted changes is missing or was changed"
@@ -281,11 +279,11 @@ def read_sources(runs, digest):
         return None, f"sources {digest!r:.40} is no hash of sources"
     for path in (runs / f"sources-{digest}.txt", runs / f"sources-{digest}.txt.xz"):
         if path.exists():
+            read = untrusted.xz_of if path.suffix == ".xz" else untrusted.bytes_of
             try:
-                with (lzma.open(path) if path.suffix == ".xz" else open(path, "rb")) as file:
-                    text = file.read(SOURCES_LIMIT).decode()
-            except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError):
-                return None, f"runs/{path.name}: cannot be read"
+                text = untrusted.decoded(read(path, SOURCES_LIMIT), str(path))
+            except UserError as error:
+                return None, str(error).replace(f"{runs.parent}/", "")
             held = runlog.source_hash(text)
             return (
                 text, "" if held == digest

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from common import arguments as numbers, environment, files
+from common import arguments as numbers, environment, files, untrusted
 import renames
 import runlog
 from evidence import arms, compare, textlog, verify
@@ -101,7 +101,7 @@ def read_chain(path):
 def read_text(path):
     """What a replay compares, of a log.txt, whose losses have six digits."""
     log, _ = textlog.read(path)
-    parts = path.read_text(encoding="utf-8", errors="replace").split(runlog.RULER + "\n")
+    parts = untrusted.bytes_of(path).decode("utf-8", "replace").split(runlog.RULER + "\n")
     if len(parts) < 3 or not parts[0].startswith("sources: "):
         raise UserError(f"{path}: a log of another program, which says no settings: run its script with "
                         "compare script:PATH")

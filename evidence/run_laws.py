@@ -19,6 +19,7 @@ import runlog
 import schedule
 import settings
 from layers.specs import layer_specs
+from common import untrusted
 from common.errors import UserError
 
 NUMBER = (int, float)
@@ -237,8 +238,8 @@ def rendering(log):
 def text_log(log):
     """The text log that lies next to the events."""
     try:
-        return (log.folder / "log.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        return untrusted.text_of(log.folder / "log.txt")
+    except UserError:
         return "(no text)"
 
 
@@ -254,9 +255,13 @@ def check_files(log):
         )
     path = log.folder / "summary.json"
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        summary = untrusted.json_file(path)
+    except untrusted.Malformed:
         yield f"{log.where}/summary.json: missing or not whole JSON"
+        return
+    except UserError as error:
+        why = str(error).replace(str(log.folder), log.where)
+        yield why if path.exists() else f"{log.where}/summary.json: missing or not whole JSON"
         return
     try:
         derived = runlog.summarise(log.events, log.last_hash)

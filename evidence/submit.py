@@ -22,14 +22,13 @@ import json
 import lzma
 import shlex
 import sys
-import tomllib
 from pathlib import Path
 
 from common import arguments as numbers
 import deltas
 import schema
 from common import errors
-from common import environment, files
+from common import environment, files, untrusted
 from evidence import arms, attempts, compare, manifest, verify, writeup
 from evidence.provenance import differing, last_ml
 from scales import SCALES
@@ -232,7 +231,7 @@ def written(options, path):
     record = deltas.find_attempt(options.name)
     if options.title or options.people or options.notes:
         raise UserError(f"--title, --people and --notes go with --delta: {path} has its own")
-    toml = tomllib.loads(path.read_text(encoding="utf-8"))
+    text, toml = untrusted.toml_file(path)
     for line in FACTS:
         if not toml.get(line):
             like = {
@@ -241,17 +240,13 @@ def written(options, path):
             }
             raise UserError(f"{path}: a claim needs the line {line}: {like.get(line, 'in one line')}")
     check_delta(deltas.find_record(record.parent), record.delta, record.subsumed, options, path)
-    return record, path.read_text(encoding="utf-8")
+    return record, text
 
 
 def read_delta(path):
     """(delta, subsumed) of a file of delta lines, bare or below [delta]; UserError for anything that is
     none."""
-    try:
-        toml = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        # not TOML, not UTF-8, a number of thousands of digits
-        raise UserError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    toml = untrusted.toml_file(path)[1]
     subsumed = toml.pop("subsumed", "")
     delta = toml.pop("delta", None)
     if delta is not None and toml:

@@ -10,8 +10,8 @@ are read too. Other lines (the program, the environment, training losses) are le
 import hashlib
 import math
 import re
-from pathlib import Path
 
+from common import untrusted
 from common.errors import UserError
 
 NUMBER = r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))"
@@ -83,8 +83,5 @@ def summary(points, name):
 
 def read(path):
     """(parse of a file, sha256 of its bytes)."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    data = untrusted.bytes_of(path)
     return parse(data.decode("utf-8", errors="replace"), str(path)), hashlib.sha256(data).hexdigest()

@@ -13,15 +13,18 @@ Exit code 0: consistent and shown, 3: consistent, not shown, 2: refused.
 docs/evidence.md says what the grades mean, and what a consistent forgery can still do.
 """
 
+import contextlib
 import json
 import math
+import secrets
 import shutil
 import statistics as middle
 from pathlib import Path
 
 from common import arguments as numbers
 import deltas
-from common import files
+from common import files, untrusted
+from common.printable import printable
 import renames
 import runlog
 from evidence import claim_laws, compare, manifest, provenance, textlog, writeup
@@ -62,12 +65,16 @@ def arguments(p):
                    help="claim folder of another machine, for the grade `reproduced`")
     p.add_argument("--target", type=numbers.number(0, 100, above=True), metavar="LOSS",
                    help="for text logs: the loss to reach (claims declare theirs)")
+    p.add_argument("--out", metavar="DIR",
+                   help="where results.json and what raised the grade are written (default: the claim folder)")
     p.add_argument("--json", action="store_true", help="print results.json instead of the report")
 
 
 def run(options):
     """The command. Returns the exit code."""
     folder = Path(options.folder)
+    if folder.is_dir():
+        untrusted.survey(folder)  # before any pattern is matched in it
     if is_text_logs(folder):
         if options.audit or options.reproduction:
             raise UserError(
@@ -79,16 +86,19 @@ def run(options):
         raise UserError("--target is for text logs: a claim declares its target before the first run")
     results = verify(folder, options.audit, options.reproduction)
     before = (read_results(folder) or {}).get("grade")
+    out = Path(options.out or folder)
     try:
-        keep(folder, results, options.audit, options.reproduction)
-        store(folder, results, page=(folder / writeup.PAGE).exists())
-        where = f"results: {folder / 'results.json'}"
+        if options.out:
+            files.make_folder(out)
+        keep(out, results, options.audit, options.reproduction)
+        store(out, results, page=(folder / writeup.PAGE).exists(), claim=folder)
+        where = f"results: {out / 'results.json'}"
     except UserError as error:  # a judge may read from a disk that is not theirs
         where = f"note: {error}"
     graded = before in GRADES and results["grade"] in GRADES
     if graded and GRADES.index(results["grade"]) < GRADES.index(before):
         where += f"\nnote: it was {before}, now it is {results['grade']}"
-    print(files.json_text(results, indent=1)) if options.json else report(results, where)
+    print(files.json_text(results, indent=1)) if options.json else report(fit_to_print(results), where)
     return {"shown": SHOWN, "not shown": NOT_SHOWN, "refused": REFUSED}[results["verdict"]]
 
 
@@ -97,8 +107,47 @@ def verify(folder, audit=None, reproduction=None, page=True):
 
     audit, reproduction: a file and a folder; None: those that the claim folder keeps. page: is a README.md
     held against it?
+
+    What is judged are private copies, made after a look at the whole tree: a submission with links, devices,
+    odd names or too much of anything is refused before a file of it is opened, and cannot change meanwhile.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        claim_laws.require_claim(folder)
+    with contextlib.ExitStack() as stack:
+        copies = {}
+        for path in filter(None, (folder, reproduction)):
+            copies[path] = stack.enter_context(untrusted.copied(path)) if Path(path).is_dir() else path
+        try:
+            results = judged(copies[folder], audit, reproduction and copies[reproduction], page, folder)
+        except UserError as error:
+            raise UserError(named(str(error), copies)) from None
+    return named(results, copies)
+
+
+def named(value, copies):
+    """A text, or plain value, with the names of private copies replaced by those of the folders that they
+    are of."""
+    if isinstance(value, str):
+        for path, copy in copies.items():
+            value = value.replace(str(copy), str(path))
+        return value
+    if isinstance(value, dict):
+        return {key: named(inner, copies) for key, inner in value.items()}
+    return [named(inner, copies) for inner in value] if isinstance(value, list) else value
+
+
+def fit_to_print(value):
+    """A plain value whose texts act on no terminal, whoever wrote them."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {fit_to_print(key): fit_to_print(inner) for key, inner in value.items()}
+    return [fit_to_print(inner) for inner in value] if isinstance(value, list) else value
+
+
+def judged(folder, audit, reproduction, page, place):
+    """`verify` of private copies; place: where the claim folder itself lies."""
     found = claim_laws.examine(folder)
     d = found.declaration or {}
     results = {"version": 1, "claim": d.get("claim"), "record": d.get("record"), "scale": d.get("scale"),
@@ -134,11 +183,11 @@ def verify(folder, audit=None, reproduction=None, page=True):
     if reproduction:
         grade_reproduction(results, found, reproduction)
     results["verdict"] = "not shown" if results["reasons"] else "shown"
-    if page and not is_its_page(folder, results):
+    if page and not is_its_page(folder, results, place):
         return refused | {
             "problems": [
                 f"{writeup.PAGE}: is not the page of these results: write it with `records submit "
-                f"NAME --resume {folder.name}`"
+                f"NAME --resume {folder.name}`, or remove it"
             ]
         }
     return results
@@ -168,42 +217,50 @@ def read_results(folder):
         return None
 
 
-def is_its_page(folder, results):
-    """Is README.md, if there is one, written from these results or from the results.json next to it?"""
+def is_its_page(folder, results, place):
+    """Is README.md, if there is one, written from these results or from the results.json next to it?
+    place: where the folder lies, of which this one may be a copy."""
     path = folder / writeup.PAGE
     if not path.exists():
         return True
     try:
-        return path.read_text(encoding="utf-8") in [
-            writeup.readme(folder, x) for x in (results, read_results(folder)) if x is not None
+        return untrusted.text_of(path) in [
+            writeup.readme(folder, x, place) for x in (results, read_results(folder)) if x is not None
         ]
-    except (OSError, UserError, LookupError, TypeError, AttributeError, ValueError):
+    except (UserError, LookupError, TypeError, AttributeError, ValueError):
         return False  # results.json of another making: then the page has nothing to rest on
 
 
-def store(folder, results, page):
-    """Write results.json and, if asked for and there is something to tell, README.md."""
-    files.write(folder / "results.json", files.json_text(results, indent=1) + "\n")
+def store(folder, results, page, claim=None):
+    """Write results.json and, if asked for and there is something to tell, README.md.
+
+    claim: the claim folder, where it is not `folder` itself.
+    """
+    untrusted.put(folder, "results.json", files.json_text(results, indent=1) + "\n")
     if page and results.get("statistics") and results["claim"] != "comparison":
-        files.write(folder / writeup.PAGE, writeup.readme(folder, results))
+        untrusted.put(folder, writeup.PAGE, writeup.readme(claim or folder, results))
 
 
 def keep(folder, results, audit, reproduction):
     """Keep the audit and the reproduction that counted in the claim folder,
     so that the grade can be checked again."""
     if audit and results.get("audit", {}).get("counts"):
-        files.write(folder / AUDIT, Path(audit).read_bytes())
+        untrusted.put(folder, AUDIT, untrusted.bytes_of(audit))
     kept = folder / REPRODUCTION
     if reproduction and results["grade"] == "reproduced" and Path(reproduction).resolve() != kept.resolve():
         if kept.exists():
             raise UserError(f"{kept} holds another reproduction: remove it, then give this one again")
+        unfinished = folder / f".{REPRODUCTION}.{secrets.token_hex(8)}.tmp"
         try:
-            shutil.rmtree(unfinished := folder / f".{REPRODUCTION}.tmp", ignore_errors=True)
-            shutil.copytree(reproduction, unfinished, ignore=shutil.ignore_patterns(REPRODUCTION, "upstream"))
+            untrusted.copy(reproduction, unfinished,
+                           leave=lambda path: path.rpartition("/")[2] in (REPRODUCTION, "upstream"))
+            if manifest.read(unfinished).last_hash != results["reproduction"]["manifest"]:
+                raise UserError(f"{reproduction} changed while it was judged: judge it again")
             unfinished.rename(kept)
-        except (OSError, shutil.Error) as error:
+        except OSError as error:
+            raise UserError(f"cannot write {kept}: {error.strerror or error}") from None
+        finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise UserError(f"cannot write {kept}: {error}") from None
 
 
 def differences(stored, fresh, path=""):
@@ -415,7 +472,7 @@ def parity(new, old):
 def read_audit(path):
     """What a claim's grade needs of the result of `records audit --json`."""
     try:
-        audit = json.loads(Path(path).read_text(encoding="utf-8"))
+        audit = untrusted.json_file(path)
         if audit["version"] != 1 or not isinstance(audit["passed"], bool):
             raise ValueError
         checks = {check["name"]: check["passed"] for check in audit["checks"]}
@@ -423,7 +480,7 @@ def read_audit(path):
             "commit": audit["commit"], "tree": audit["tree"], "record": audit.get("record"),
             "passed": audit["passed"], "checks": checks, "confined": dict(audit["confined"]), "counts": False
         }
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: not the result of an audit; write one with `records audit COMMIT --json FILE`"
         ) from None

@@ -11,6 +11,7 @@ one commit.
 import deltas
 from common import files
 from evidence import arms, attempts, manifest, promote, verify
+from common import untrusted
 from common.errors import UserError
 
 
@@ -52,7 +53,7 @@ def remove(folder, why):
     tracked = bool(arms.is_checkout() and arms.line("ls-files", "--", str(path)))
     if tracked:
         attempts.require_git()
-    text = path.read_text(encoding="utf-8") if path.exists() else None
+    text = untrusted.text_of(path) if path.exists() else None
     attempts.unmake(path)
     if tracked:
         try:
@@ -79,7 +80,7 @@ def withdraw_record(record, why):
         raise UserError(f"{folder} is there already: move it away, the record goes back to it")
     attempts.require_git()
     text, _ = promote.read(record.folder / "record.toml")
-    book = (record.folder / manifest.NAME).read_bytes()
+    book = untrusted.bytes_of(record.folder / manifest.NAME)
     attempts.withdraw(record.folder, why)
     promote.move(record.folder, folder)  # first: a record.toml without an id would break the lineage
     files.write(folder / "record.toml", promote.MARKS.sub("", text))

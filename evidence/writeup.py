@@ -5,14 +5,15 @@ Who is credited: the people of record.toml, those of the parent, and for each li
 vocabulary says about the setting (which names papers) and which record brought it in.
 """
 
-import json
+import dataclasses
 import re
 import uuid
 from pathlib import Path
 
 import deltas
 import schema
-from common import files
+from common import files, untrusted
+from common.printable import printable
 import runlog
 from evidence import provenance
 from common.errors import UserError
@@ -21,8 +22,8 @@ from common.errors import UserError
 def read_results(folder):
     """The results.json of a claim folder."""
     try:
-        return json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return untrusted.json_file(Path(folder) / "results.json")
+    except UserError:
         raise UserError(f"{folder}: no whole results.json: run `records verify {folder}` first") from None
 
 
@@ -46,14 +47,31 @@ def seconds(row, key):
 PAGE = "README.md"
 
 
-def readme(folder, results=None):
-    """Text of DIR/README.md; results: those of `records verify`, if not yet in results.json."""
+def readme(folder, results=None, at=None):
+    """Text of DIR/README.md; results: those of `records verify`, if not yet in results.json. at: where the
+    claim folder lies, if `folder` is a copy."""
     results = results or read_results(folder)
-    record = record_of(folder, results)
+    record, results = tame_record(record_of(folder, results)), tame(results)
     return "\n".join([
         *heading(record, results), *table(results), *findings(results), *credits(record), *limits(results),
-        "## Check", "", f"    python -m records verify {place(folder)}", ""
+        "## Check", "", f"    python -m records verify {place(at or folder)}", ""
     ])
+
+
+def tame(value, lines=False):
+    """A plain value whose texts begin no HTML and end no cell or line of a page. lines: keep line ends."""
+    if isinstance(value, str):
+        return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(value, lines)).replace("|", "\\|")
+    if isinstance(value, dict):
+        return {key: tame(inner) for key, inner in value.items()}
+    return [tame(inner) for inner in value] if isinstance(value, list) else value
+
+
+def tame_record(record):
+    """A Record whose texts are tame."""
+    return dataclasses.replace(
+        record, title=tame(record.title), people=tame(record.people), notes=tame(record.notes, lines=True),
+        subsumed=tame(record.subsumed))
 
 
 def place(folder):
@@ -222,6 +240,7 @@ def upstream_log(runs, run):
 
 def upstream_readme(record, results):
     """The README of a submission in the form of the modded-nanogpt repository."""
+    record, results = tame_record(record), tame(results)
     s = results["statistics"]
     new, parent = (s["arms"][k] for k in ("new", "parent"))
     out = [

@@ -24,7 +24,7 @@ import re
 import deltas
 import renames
 import schema
-from common import files
+from common import files, untrusted
 from evidence import statistics, verify
 from sweeps import report as sweep_report
 from runlog import read_chain
@@ -127,8 +127,8 @@ def read_effects():
 def read_json(path):
     """The value of a JSON file. UserError if it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return untrusted.json_file(path)
+    except UserError as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}): write it again or remove it") from None
 
 

@@ -4,13 +4,13 @@ Parameters and FLOPs are counted on the full-width models, without values; step 
 that bench/experts.py left in bench/results, losses from the chains of sweep.py in evidence/results.
 """
 
-import json
 from pathlib import Path
 
 import deltas
 from page import facts
 from page.markdown import difference_text, line
 from system.dry_run import context_text, flops
+from common import untrusted
 from common.errors import UserError
 
 TIMES = Path(__file__).parent.parent / "bench/results/cpu_variants.json"
@@ -38,8 +38,8 @@ def gather():
 def read_times(path):
     """The JSON of bench/experts.py."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        return untrusted.json_file(path)
+    except UserError as error:
         raise UserError(
             f"{path}: cannot be read ({error}): write it with bench/experts.py --out {path}"
         ) from None

@@ -28,6 +28,7 @@ from common import files
 import runlog
 from sweeps.plan import resolve
 from settings import NUMERICS_VERSION
+from common import untrusted
 from common.errors import UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
@@ -65,10 +66,10 @@ def write_once(path, text):
 def read_json(path, remedy="move it away to have its target run again"):
     """The value of a JSON file, None if it is absent. UserError if it is damaged."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError):
+        return untrusted.json_file(path)
+    except UserError:
+        if not Path(path).exists():
+            return None
         raise UserError(f"{path}: not readable as JSON; {remedy}") from None
 
 
@@ -353,11 +354,11 @@ def adopt(root, plan, target, arm, seed, folders):
         try:
             temporary = home / f".{path.name}.{secrets.token_hex(4)}.tmp"
             if not (home / path.name).exists():
-                shutil.copytree(path, temporary, ignore=shutil.ignore_patterns("checkpoint.pt", "trace.json"))
+                untrusted.copy(path, temporary, leave=lambda name: name in ("checkpoint.pt", "trace.json"))
                 os.rename(temporary, home / path.name)
             for source in files.listed(path.parent, f"sources-{sources}.txt*"):
                 if not (home / source.name).exists():
-                    files.write(home / source.name, source.read_bytes())
+                    files.write(home / source.name, untrusted.bytes_of(source))
         except OSError as error:
             if not (home / path.name).exists():
                 raise UserError(f"cannot copy {path} to {home}: {error.strerror}") from None

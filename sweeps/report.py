@@ -9,7 +9,6 @@ the record helps. Intervals hold for all rows at once. A row whose interval says
 
 import csv
 import io
-import json
 import math
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import runlog
 from evidence import statistics
 from sweeps import queue
 from sweeps.plan import compared_with, has_one_control, is_inert, pairs_of
+from common import untrusted
 from common.errors import UserError
 
 NOISY = 2.0  # times the pooled sd, from which a row says that pooling flatters it
@@ -387,12 +387,12 @@ def earlier_sd(plan, folder=None):
     folder, squares, df, names = folder or runlog.ROOT / "evidence/results", 0.0, 0, []
     for path in files.listed(folder, "*.json"):
         try:
-            sweep = json.loads(path.read_text(encoding="utf-8"))
+            sweep = untrusted.json_file(path)
             # of any numerics version: roundings do not change the spread
             same = all(sweep[key] == plan[key] for key in ("version", "scale", "common", "paired"))
             if same and sweep["kind"] in ("ablate", "axis", "chain") and sweep["pooled_sd"] and sweep["df"]:
                 squares, df = squares + sweep["pooled_sd"] ** 2 * sweep["df"], df + sweep["df"]
                 names.append(path.name)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (UserError, KeyError, TypeError):
             continue  # other evidence
     return (math.sqrt(squares / df), df, names) if df else None

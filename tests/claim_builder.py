@@ -320,5 +320,5 @@ def systems(folder, arms=None, loss=None, sets=(), **fields):
 
 def command(folder, **options):
     """Exit code of `records verify`."""
-    given = {"audit": None, "reproduction": None, "target": None, "json": False, **options}
+    given = {"audit": None, "reproduction": None, "target": None, "json": False, "out": None} | options
     return verify.run(type("Options", (), {"folder": str(folder), **given}))

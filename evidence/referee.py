@@ -21,28 +21,26 @@ import re
 import resource
 import secrets
 import shutil
-import stat
 import statistics as plain
 import sys
 import tempfile
 import threading
 import time
-import tomllib
 from pathlib import Path
 
 import deltas
 import runlog
 import schema
-from common import arguments as numbers, environment, files, sandbox
+from common import arguments as numbers, environment, files, sandbox, untrusted
 from common.errors import UserError
+from data.corpus import sample_corpus
 from evidence import arms, audit, compare, task
 from evidence.statistics import difference
 from runlog import ROOT
 
 VERSION = 1
 DONE, INVALID, INTERRUPTED = 0, 1, 130
-MOST_FILES, MOST_BYTES, DEEPEST = 2_000, 64 * 2 ** 20, 8
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+LIMITS = untrusted.Limits(entries=2_000, depth=8, file=16 * 2 ** 20, total=64 * 2 ** 20)  # of a candidate
 MEMORY_MIB = {"micro": 4096, "tiny": 8192, "small": 65_536, "full": 131_072}
 MARGIN = 0.002  # nats by which a loss may be worse where time is measured and the scale has no target
 SLOWEST = 3.0  # times the parent's wall time that a run may take, and a minute
@@ -123,12 +121,8 @@ def judge(about, candidate, fresh=False, timeout=None, say=lambda line: None):
 def read_task(folder):
     """task.json of a folder, checked against the present sources."""
     path = folder / "task.json"
-    try:
-        about = json.loads(audit.read_back(path))
-        wanted = set(task.FIELDS) ^ set(about)
-    except (OSError, ValueError, RecursionError, TypeError):
-        raise UserError(f"{path}: no task that can be read; write one with `records task`") from None
-    if wanted or about["version"] != task.VERSION:
+    about = untrusted.json_file(path)
+    if not isinstance(about, dict) or set(task.FIELDS) ^ set(about) or about["version"] != task.VERSION:
         raise UserError(f"{path}: not a task of this version; write one with `records task`")
     now = {name: task.digest(data) for name, data in task.sources(deltas.find_record(about["parent"])).items()}
     if now != about["files"]:
@@ -201,7 +195,7 @@ class Cost:
 def admit(about, candidate, folder):
     """(private folder of the code to run, changed paths, candidate.json) of a candidate's tree, or Invalid."""
     place, changed = folder / "code", []
-    given = read_tree(candidate)
+    given = read_tree(candidate, folder / "given")
     own = task.sources(deltas.find_record(about["parent"]))
     for name in sorted({**given, **own}):
         if given.get(name) == own.get(name):
@@ -216,44 +210,31 @@ def admit(about, candidate, folder):
     return place, changed, declaration(given, about)
 
 
-def read_tree(root):
-    """{path: bytes} of a folder that holds regular files and folders only, within limits; Invalid otherwise.
-
-    Nothing is followed: not even the folder's own parents can be left through a name.
-    """
-    found, total, pending = {}, 0, [(root, "", 0)]
-    while pending:
-        folder, prefix, depth = pending.pop()
-        for path in files.listed(folder):  # without what interpreters and editors leave
-            name, about = path.name, os.lstat(path)
-            if not NAME.fullmatch(name):
-                raise Invalid(f"the name {name[:40]!a} in the candidate is not plain")
-            if stat.S_ISDIR(about.st_mode) and depth < DEEPEST:
-                pending.append((path, f"{prefix}{name}/", depth + 1))
-                continue
-            if not stat.S_ISREG(about.st_mode):
-                raise Invalid(f"{prefix}{name} is no regular file: links, pipes and devices are refused")
-            total += about.st_size
-            if total > MOST_BYTES or len(found) >= MOST_FILES:
-                raise Invalid(f"the candidate has more than {MOST_FILES} files or {MOST_BYTES} bytes")
-            found[prefix + name] = audit.read_back(path)
-    return found
+def read_tree(root, place):
+    """{path: bytes} of a folder, read through a private copy; Invalid unless it holds plain files and folders
+    within LIMITS, and nothing is followed."""
+    try:
+        untrusted.copy(root, place, LIMITS, leave=lambda path: "__pycache__" in path.split("/"))
+    except UserError as error:
+        raise Invalid(str(error).replace(str(root), "candidate")) from None
+    return {str(path.relative_to(place)): path.read_bytes() for path in files.listed(place, "**/*")
+            if path.is_file()}
 
 
 def declaration(given, about):
     """candidate.json: {"knowledge": date or ""}; checks record.toml's parent as well."""
     try:
-        declared = json.loads(given.get(task.ABOUT, b"{}"))
+        declared = untrusted.json_value(given.get(task.ABOUT, b"{}").decode(), task.ABOUT)
         knowledge = declared.get("knowledge", "")
         if set(declared) - {"knowledge", "name"}:
             raise ValueError
         knowledge and datetime.date.fromisoformat(knowledge)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError, TypeError, AttributeError):
         raise Invalid(f'{task.ABOUT}: expected {{"knowledge": "YYYY-MM-DD"}}, and a "name" if wanted') from None
     try:
-        parent = tomllib.loads(given.get(task.RECORD_TOML, b"").decode()).get("parent")
-    except (ValueError, RecursionError):
-        raise Invalid(f"{task.RECORD_TOML} is no TOML") from None
+        parent = untrusted.toml_value(given.get(task.RECORD_TOML, b"").decode(), task.RECORD_TOML).get("parent")
+    except (UserError, ValueError) as error:
+        raise Invalid(f"{task.RECORD_TOML} cannot be read: {error}") from None
     if parent != about["parent"]:
         raise Invalid(f"{task.RECORD_TOML} has the parent {parent!a}, the task starts at {about['parent']}")
     return declared
@@ -339,13 +320,14 @@ def train(about, name, place, record, seed, folder, limit, say):
     out = folder / f"{name}-{secrets.token_hex(4)}"
     (out / "cache").mkdir(parents=True)
     data = compare.locate({"data": about["data"], "scale": about["scale"]}, None)
+    data = data or sample_corpus(arms.cache()).folder  # made once: a cache that a run cannot write to
     threads = os.environ.get("OMP_NUM_THREADS", "")
     words = [sys.executable, "-B", str(place / "train_gpt.py"), record, "--scale", about["scale"], "--seed",
-             str(seed), "--out", str(out / "runs"), *set_words(about), *(["--data", str(data)] if data else [])]
+             str(seed), "--out", str(out / "runs"), *set_words(about), "--data", str(data)]
     cost, watch = Cost(), Watch(out / "runs")
     try:
         done = sandbox.run(
-            words, cwd=place, readable=[data] if data else [], writable=[out], seconds=limit,
+            words, cwd=place, readable=[data], writable=[out], seconds=limit,
             memory_mib=MEMORY_MIB[about["scale"]],
             env={"SPEEDRUN_CACHE": str(out / "cache")} | ({"OMP_NUM_THREADS": threads} if threads else {}))
     finally:

@@ -129,10 +129,27 @@ def arguments_of(start, place):
     place: the folder of the code that gets them. The present code knows settings by their present names.
     """
     if start["preset"]:
-        return [start["preset"]]
+        return [plain_name(start, "preset")]
+    check_changes(start["changes"])
     named = map(renames.present_change, start["changes"]) if place == arms.ROOT else start["changes"]
     changes = [word for change in named for word in change.split(" ", 1)]
-    return [start["record"], *changes, "--scale", start["scale"]]
+    return [plain_name(start, "record"), *changes, "--scale", plain_name(start, "scale")]
+
+
+def plain_name(start, key):
+    """A name of a start event that goes into a command line; UserError for one that could be an option."""
+    if not isinstance(start[key], str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_./-]*", start[key]):
+        raise UserError(f"the log's {key} {start[key]!a:.80} is no name")
+    return start[key]
+
+
+def check_changes(changes):
+    """UserError unless each is one of the trainer's four changes with a value: a log is a stranger's text, and
+    no other option of the trainer comes from it."""
+    for change in changes if isinstance(changes, list) else [changes]:
+        flag, _, value = change.partition(" ") if isinstance(change, str) else ("", "", "")
+        if flag not in arms.CHANGES or not value or value.startswith("-"):
+            raise UserError(f"the log's change {change!a:.80} is none of {', '.join(arms.CHANGES)} with a value")
 
 
 def find_code(start, name):

@@ -271,7 +271,8 @@ class Trainings:
         self.data = folder / "data"
         full = max(VALIDATION_TOKENS,
                    self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
-        tokens, least = max(full, self.facts["validation_tokens"]) + 4097, self.facts["validation_tokens"] + 4097
+        least = self.facts["validation_tokens"] + 4097
+        tokens = max(full + 4097, least)
         self.markers = write_corpus(self.data, self.facts, tokens, (1, 2))
         if "inputs" in checks:
             write_corpus(folder / "data-other_validation", self.facts, least, (1, 3))
@@ -285,8 +286,8 @@ class Trainings:
         return [*before, *names, *claimed]
 
     def run_all(self):
-        """Run them: first those that stand alone, then, in processes with another hash seed, those that repeat
-        the plain one or take up what it left."""
+        """Run them: first those that stand alone, then, in processes with another hash seed, those that
+        repeat the plain one or take up what it left."""
         later = ("again", "cold", "second")
         for names in ([n for n in self.names() if n not in later], [n for n in self.names() if n in later]):
             if not names:
@@ -322,8 +323,10 @@ class Trainings:
             folder = self.folder / name
             folder.mkdir(exist_ok=True)  # the second run finds what the plain one left
             (folder / "result.json").unlink(missing_ok=True)
-            about = {"job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT),
-                     "record": self.record, "scale": self.scale, "seconds": self.timeout, "cache": str(folder)}
+            about = {
+                "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT),
+                "record": self.record, "scale": self.scale, "seconds": self.timeout, "cache": str(folder)
+            }
             files.write(folder / "spec.json", files.json_text(about | spec))
             specs.append(str(folder / "spec.json"))
         codes = run_probe(specs, self.folder, self.timeout * len(specs) + 60)
@@ -391,8 +394,11 @@ class Trainings:
         if "clock" in self.checks and name.startswith("model"):
             checks = [*checks, "true_time"]
         watch = bool({"no_trace", "state", "inputs"} & {*checks}) or name.startswith("other")
-        return {**f, "bos": f["vocab_size"] - 1, "checks": checks, "watch": watch, "markers": self.markers,
-                "until_start": name == "other_data", "val_shard": str(self.data / VAL_SHARD), "counted_argv": counted}
+        return {
+            **f, "bos": f["vocab_size"] - 1, "checks": checks, "watch": watch, "markers": self.markers,
+            "until_start": name == "other_data", "val_shard": str(self.data / VAL_SHARD),
+            "counted_argv": counted
+        }
 
     def argv(self, out, seed, steps, tokens, sets, data):
         """Command line of a training by train_gpt.py."""
@@ -547,7 +553,8 @@ def inputs(trainings):
             return False, f"with {what} the model is another one when the clock starts"
     ours, theirs = (train_losses(run) for run in (model, trainings["other_validation"]))
     if ours != theirs:
-        step = next((i for i, (x, y) in enumerate(zip(ours, theirs), 1) if x != y), min(len(ours), len(theirs)))
+        step = next((i for i, (x, y) in enumerate(zip(ours, theirs), 1) if x != y),
+                    min(len(ours), len(theirs)))
         return False, f"another validation shard changes the training loss of step {step}"
     return True, f"{detail}; neither another validation shard nor, before the clock, other data change a bit"
 
@@ -567,8 +574,8 @@ def warm_up(trainings):
         difference = first_difference(plain, trainings[name])
         if difference:
             return False, f"a warm-up with random tokens and {way} differ in {difference}"
-    return True, (f"{trainings.steps} steps after none, a random and a real warm-up: all the same losses, at the end "
-                  f"{plain['final']!r}")
+    return True, (f"{trainings.steps} steps after none, a random and a real warm-up: all the same losses, at "
+                  f"the end {plain['final']!r}")
 
 
 def seed(trainings):
@@ -581,7 +588,8 @@ def seed(trainings):
     runs |= {own: trainings[f"model-{own}"] for own in trainings.claimed}
     losses = {key: train_losses(run) for key, run in runs.items()}
     passed = len({tuple(found) for found in losses.values()}) == len(losses)
-    return passed, "training losses " + "; ".join(f"with seed {key}: {found}" for key, found in losses.items())
+    said = "; ".join(f"with seed {key}: {found}" for key, found in losses.items())
+    return passed, f"training losses {said}"
 
 
 def clock(trainings):

@@ -60,8 +60,8 @@ class Tap:
     """Sits on GPT.forward for the life of this process and keeps its calls.
 
     answer: function targets -> losses, in place of the model's. targets: (n, T), handed to the model row by
-    row instead of the trainer's. stop: raise Enough after a call. aim: function tokens -> targets that are put
-    to the model once more, and compared with its logits. gaps: what that found, [(largest loss, difference)].
+    row instead of the trainer's. stop: raise Enough after a call. aim: compare losses with its logits.
+    gaps: what that found, [(largest loss, difference)].
     """
 
     def __init__(self):
@@ -382,7 +382,8 @@ def inputs(observed, spec):
         return False, f"training steps read {len(foreign)} ids that only the validation shard has"
     if told != watch.targets:
         return False, f"the log says {told:,} tokens, the steps got {watch.targets:,}"
-    return True, f"{watch.count} steps got {told:,} tokens, as the log says, none of them of the validation shard"
+    return True, (f"{watch.count} steps got {told:,} tokens, as the log says, none of them of the validation "
+                  "shard")
 
 
 def true_time(observed, spec):
@@ -674,15 +675,12 @@ def normalisation(observed, spec):
     through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:classes,
                                                                                            middle - 1]
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
+    found = (f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} "
+             f"at {length} positions, and to {total:.6f} where the target is the next input")
     if not max(error, abs(total - 1)) <= TOLERANCE:
-        return False, (
-            f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at "
-            f"{length} positions, and to {total:.6f} where the target is the next input")
+        return False, found
     passed, detail = whole_range(observed, spec, row)
-    return passed, (
-        f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} at "
-        f"{length} positions, and to {total:.6f} where the target is the next input; {detail}"
-        if passed else detail)
+    return passed, f"{found}; {detail}" if passed else detail
 
 
 def whole_range(observed, spec, row):
@@ -703,14 +701,15 @@ def whole_range(observed, spec, row):
             return False, (f"probabilities of {classes} targets sum to one only within {error:.1e}, where "
                            f"losses reach {float(losses.max()):.1f}")
         if (tied := int((losses == ordered[-1]).sum(0).max())) > TIED:
-            return False, f"{tied} of {classes} classes share the loss {float(losses.max()):.4f}: it is clamped"
+            return False, (f"{tied} of {classes} classes share the loss {float(losses.max()):.4f}: it is "
+                           "clamped")
         observed.tap.aim = True
         observed.row_losses(copies(short, ranks, ranks)[0].reshape(ranks, -1, len(short)))
         observed.tap.aim = False
         if max(gap for _, gap in observed.tap.gaps) > TOLERANCE:
             loss, gap = max(observed.tap.gaps, key=lambda found: found[1])
-            return False, (f"losses differ from those of the model's own logits by up to {gap:.1e} (relative), "
-                           f"where they reach {loss:.1f}")
+            return False, (f"losses differ from those of the model's own logits by up to {gap:.1e} "
+                           f"(relative), where they reach {loss:.1f}")
         scale *= 2
         with torch.no_grad():
             for p in tables:
@@ -728,7 +727,8 @@ def checks(spec):
         return {"first": Observed(Tap(), spec["argv"], watch=True, until_start=True).clock.first}
     observed, results = Observed(Tap(), spec["argv"], watch=spec["watch"]), {}
     model = observed.last.calls[0].model
-    for check in (validation_targets, state, inputs, true_time, no_trace, causality, normalisation):
+    # the last one trains again, from step 0: what began late in the first training would be over
+    for check in (state, inputs, true_time, no_trace, causality, normalisation, validation_targets):
         if check.__name__ in spec["checks"]:
             if check in (causality, normalisation):
                 shake(model)

@@ -15,7 +15,6 @@ import datetime
 import fnmatch
 import functools
 import json
-import math
 import os
 import re
 import resource
@@ -57,7 +56,8 @@ def arguments(p):
     p.add_argument("--fresh", action="store_true",
                    help="draw new seeds, and train the references on them again")
     p.add_argument("--timeout", type=numbers.integer(1, 10**6), metavar="SECONDS",
-                   help=f"for each run (default: {SLOWEST:g} times the parent's and a minute; a day for references)")
+                   help=f"for each run (default: {SLOWEST:g} times the parent's and a minute; a day for the "
+                   "references)")
 
 
 def run(options):
@@ -124,11 +124,12 @@ def read_task(folder):
     about = untrusted.json_file(path)
     if not isinstance(about, dict) or set(task.FIELDS) ^ set(about) or about["version"] != task.VERSION:
         raise UserError(f"{path}: not a task of this version; write one with `records task`")
-    now = {name: task.digest(data) for name, data in task.sources(deltas.find_record(about["parent"])).items()}
-    if now != about["files"]:
-        other = sorted(name for name in {**now, **about["files"]} if now.get(name) != about["files"].get(name))
-        raise UserError(f"{path}: written from other sources ({other[0]}): check out {about['code'][:12]}, or "
-                        "write the task again")
+    own, told = task.sources(deltas.find_record(about["parent"])), about["files"]
+    now = {name: task.digest(data) for name, data in own.items()}
+    if now != told:
+        other = sorted(name for name in {**now, **told} if now.get(name) != told.get(name))
+        raise UserError(f"{path}: written from other sources ({other[0]}): check out {about['code'][:12]}, "
+                        "or write the task again")
     return about
 
 
@@ -136,7 +137,8 @@ class Memory:
     """What the referee keeps about a task: its hidden seeds, the references' runs and the verdicts so far."""
 
     def __init__(self, about, fresh):
-        key = task.digest(files.json_text([about, runlog.machine(), os.environ.get("OMP_NUM_THREADS")]).encode())
+        where = [about, runlog.machine(), os.environ.get("OMP_NUM_THREADS")]
+        key = task.digest(files.json_text(where).encode())
         self.path = arms.cache() / "referee" / f"{key[:16]}.json"
         self.content = {"seeds": [], "runs": {}, "verdicts": []}
         with contextlib.suppress(OSError, ValueError):
@@ -193,7 +195,7 @@ class Cost:
 # ----- admission: the candidate is data ---------------------------------------------------------------------
 
 def admit(about, candidate, folder):
-    """(private folder of the code to run, changed paths, candidate.json) of a candidate's tree, or Invalid."""
+    """(private folder of the code to run, changed paths, candidate.json) of a candidate, or Invalid."""
     place, changed = folder / "code", []
     given = read_tree(candidate, folder / "given")
     own = task.sources(deltas.find_record(about["parent"]))
@@ -230,9 +232,11 @@ def declaration(given, about):
             raise ValueError
         knowledge and datetime.date.fromisoformat(knowledge)
     except (UserError, ValueError, TypeError, AttributeError):
-        raise Invalid(f'{task.ABOUT}: expected {{"knowledge": "YYYY-MM-DD"}}, and a "name" if wanted') from None
+        expected = '{"knowledge": "YYYY-MM-DD"}, and a "name" if wanted'
+        raise Invalid(f"{task.ABOUT}: expected {expected}") from None
     try:
-        parent = untrusted.toml_value(given.get(task.RECORD_TOML, b"").decode(), task.RECORD_TOML).get("parent")
+        text = given.get(task.RECORD_TOML, b"").decode()
+        parent = untrusted.toml_value(text, task.RECORD_TOML).get("parent")
     except (UserError, ValueError) as error:
         raise Invalid(f"{task.RECORD_TOML} cannot be read: {error}") from None
     if parent != about["parent"]:
@@ -256,22 +260,21 @@ def contamination(about, declared):
 
 
 def settings_of(about, place):
-    """{ml_hash, changes} of what the candidate's own code resolves, in the sandbox; Invalid against the rules."""
+    """{ml_hash} of what the candidate's own code resolves, in the sandbox; Invalid against the rules."""
     words = [task.CANDIDATE, "--scale", about["scale"], *set_words(about)]
-    done = sandbox.run([sys.executable, "-B", "-c", arms.PROBE, *words], cwd=place, seconds=120, memory_mib=2048)
+    done = sandbox.run([sys.executable, "-B", "-c", arms.PROBE, *words], cwd=place, seconds=120,
+                       memory_mib=2048)
     try:
         found = json.loads(done.stdout)
         theirs, ml_hash = found["settings"], found["ml_hash"]
         ours = schema.plain(deltas.resolve(about["parent"], scale=about["scale"],
                                            sets=task.budget(about["steps"])).settings)
-        moved = [key for key in ours["validation"] if theirs["validation"].get(key) != ours["validation"][key]]
+        moved = [key for key, value in ours["validation"].items() if theirs["validation"].get(key) != value]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit {done.returncode}"]
         raise Invalid(f"its settings cannot be resolved: {lines[-1].removeprefix('error: ')[:300]}") from None
     if moved:
         raise Invalid(f"it changes validation.{moved[0]}, which belongs to the task")
-    if "sample" in str(theirs["data"]) and theirs["data"] != ours["data"] and about["data"] is None:
-        raise Invalid("it changes the corpus")
     return {"ml_hash": ml_hash}
 
 
@@ -341,7 +344,8 @@ def train(about, name, place, record, seed, folder, limit, say):
     if result.pop("seed") != seed:
         raise Invalid("a run was made with another seed than it was given")
     shutil.rmtree(out, ignore_errors=True)
-    say(f"{name}: loss {result['loss']:.4f}, {result['outside_s']:.1f} s outside, {result['cpu_s']:.1f} s of CPU")
+    say(f"{name}: loss {result['loss']:.4f}, {result['outside_s']:.1f} s outside, "
+        f"{result['cpu_s']:.1f} s of CPU")
     return result
 
 
@@ -444,16 +448,14 @@ def scored(about, found):
     score, interval, resolved = recovered(parent, goal, mine)
     if about["measure"] == "time" and (worse := too_high(found)):
         score, interval, resolved = 0.0, None, worse
+    runs = found["candidate"]
+    reached = [steps_to(r["curve"], p["loss"]) for r, p in zip(runs, found["parent"])]
+    loss, seconds = ({**summary([r[k] for r in runs], [r[k] for r in found["parent"]]),
+                      "goal": plain.fmean(r[k] for r in found["goal"])} for k in ("loss", "outside_s"))
     return {
         "score": score, "interval": interval, "resolved": resolved, "way": way(about, score),
-        "loss": summary([r["loss"] for r in found["candidate"]], [r["loss"] for r in found["parent"]]) | {
-            "goal": plain.fmean(r["loss"] for r in found["goal"]),
-            "steps_to_parent_loss": plain.fmean(steps_to(r["curve"], p["loss"]) for r, p in
-                                                zip(found["candidate"], found["parent"])),
-            "steps": found["candidate"][0]["steps"]},
-        "time": summary([r["outside_s"] for r in found["candidate"]], [r["outside_s"] for r in found["parent"]]) | {
-            "goal": plain.fmean(r["outside_s"] for r in found["goal"]),
-            "claimed": plain.fmean(r["claimed_s"] for r in found["candidate"])},
+        "loss": loss | {"steps_to_parent_loss": plain.fmean(reached), "steps": runs[0]["steps"]},
+        "time": seconds | {"claimed": plain.fmean(r["claimed_s"] for r in runs)},
     }
 
 
@@ -462,7 +464,8 @@ def recovered(parent, goal, mine, confidence=CONFIDENCE):
     by seed, the smaller the better.
 
     Fieller's interval of a ratio of paired means. Without a positive improvement of the goal that is resolved
-    there is no score, unless the candidate's runs are those of the parent (0) or of the goal (1), bit for bit.
+    there is no score, unless the candidate's runs are those of the parent (0) or of the goal (1), bit for
+    bit.
     """
     if mine == parent:
         return 0.0, [0.0, 0.0], "the candidate's runs are those of the parent, bit for bit"
@@ -488,8 +491,10 @@ def too_high(found):
     if mine == parents:
         return ""
     high = difference(mine, parents, paired=True)["high"]
-    return "" if high is not None and high <= MARGIN else (f"no: its loss may be {high or math.inf:.4f} above the parent's (95 % interval), {MARGIN} "
-                                      "is allowed")
+    if high is not None and high <= MARGIN:
+        return ""
+    most = "by any amount" if high is None else f"by {high:.4f}"
+    return f"no: its loss may be above the parent's {most} (95 % interval), {MARGIN} is allowed"
 
 
 def way(about, score):

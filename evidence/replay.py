@@ -144,12 +144,13 @@ def plain_name(start, key):
 
 
 def check_changes(changes):
-    """UserError unless each is one of the trainer's four changes with a value: a log is a stranger's text, and
-    no other option of the trainer comes from it."""
+    """UserError unless each is one of the trainer's four changes with a value: a log is a stranger's text,
+    and no other option of the trainer comes from it."""
     for change in changes if isinstance(changes, list) else [changes]:
         flag, _, value = change.partition(" ") if isinstance(change, str) else ("", "", "")
         if flag not in arms.CHANGES or not value or value.startswith("-"):
-            raise UserError(f"the log's change {change!a:.80} is none of {', '.join(arms.CHANGES)} with a value")
+            known = ", ".join(arms.CHANGES)
+            raise UserError(f"the log's change {change!a:.80} is none of {known} with a value")
 
 
 def find_code(start, name):

@@ -1,12 +1,13 @@
-"""`python -m records task RECORD`: a folder that asks a program to improve on a record, for `records referee`.
+"""`python -m records task RECORD`: a folder that asks a program to improve on a record, for `records
+referee`.
 
-The folder holds TASK.md (goal, rules, budget, hints), task.json (the same for the referee) and candidate/: the
-sources of the starting record, without later records, to be edited in place. What is measured, on how many
-seeds and at which budget is declared here, before any candidate exists; the seeds are the referee's.
+The folder holds TASK.md (goal, rules, budget, hints), task.json (the same for the referee) and candidate/:
+the sources of the starting record, without later records, to be edited in place. What is measured, on how
+many seeds and at which budget is declared here, before any candidate exists; the seeds are the referee's.
 
-The task is that of Meta's Automated LLM Speedrunning Benchmark (Zhao et al., 2506.22419: one transition, three
-levels of hints, the fraction of the speed-up recovered) and, open-ended, of Intology's NanoGPT-Bench. No torch
-here.
+The task is that of Meta's Automated LLM Speedrunning Benchmark (Zhao et al., 2506.22419: one transition,
+three levels of hints, the fraction of the speed-up recovered) and, open-ended, of Intology's NanoGPT-Bench.
+No torch here.
 """
 
 import dataclasses
@@ -35,20 +36,23 @@ EDITABLE = ("model.py", "optim.py", "schedule.py", "model_settings.py", "optim_s
 TAKEN = ("*.py", "common/*.py", "data/*.py", "data/*.txt", "data/*.xz", "data/sample/*", "kernels/*.py",
          "layers/*.py", "system/*.py", "updates/*.py", "records/__init__.py")
 LEFT = ("sweep.py", "sample.py")  # programs that no training needs
-FIELDS = ("version", "parent", "goal", "next", "head", "open", "transitions", "dates", "minutes", "scale", "steps",
-          "data", "measure", "seeds", "hints", "editable", "parent_ml_hash", "code", "files")  # of task.json
+FIELDS = (  # of task.json
+    "version", "parent", "goal", "next", "head", "open", "transitions", "dates", "minutes", "scale", "steps",
+    "data", "measure", "seeds", "hints", "editable", "parent_ml_hash", "code", "files"
+)
 
 RULES = """\
 - Edit the files named below, and add new ones of the same kinds. A candidate that differs anywhere else is
   invalid: data, clock, validation, log, scales and budgets are the task's.
-- The referee trains `attempts/candidate`: write the change as lines of its record.toml, on the parent that stands
-  there, with new settings in model_settings.py or optim_settings.py and code where it acts.
+- The referee trains `attempts/candidate`: write the change as lines of its record.toml, on the parent that
+  stands there, with new settings in model_settings.py or optim_settings.py and code where it acts.
 - The settings of `validation` stay, and so does the corpus. {budget}
 - Code that differs from the task's is audited: causal, normalised, nothing kept from validation, nothing done
   outside the clock, no trace between runs (`python -m records audit --help` lists all tests).
 - Runs are made by the referee, on seeds that it does not tell, without network and with empty caches. Time is
   taken outside of the candidate's process, from the end of the untimed warm-up to the end of the run.
-- candidate.json says until when the author has knowledge: {{"knowledge": "2025-06-30"}}. It changes no score."""
+- candidate.json says until when the author has knowledge: {{"knowledge": "2025-06-30"}}. It changes no
+  score."""
 
 
 def arguments(p):
@@ -60,17 +64,18 @@ def arguments(p):
                       help="open-ended: improve as far as possible; the goal that is measured is the head")
     p.add_argument("--scale", choices=list(SCALES), default="tiny", help="size of all runs (default tiny)")
     p.add_argument("--hints", choices=HINTS, default="none",
-                   help="none; formula: what the changed settings mean; text: title and notes of the records; "
-                   "near: also which settings change, without their values")
+                   help="none; formula: what the changed settings mean; text: title and notes of the "
+                   "records; near: also which settings change, without their values")
     p.add_argument("--measure", choices=MEASURES,
                    help="loss at equal tokens, or time at no worse loss (default: time at full scale and "
                    "for a systems record, otherwise loss)")
     p.add_argument("--seeds", type=numbers.integer(FAIR_SEEDS, 100), metavar="N",
-                   help="runs of each arm, on seeds that the referee draws (default 10 at full scale, 3 at small "
-                   "and tiny, 2 at micro)")
+                   help="runs of each arm, on seeds that the referee draws (default 10 at full scale, 3 at "
+                   "small and tiny, 2 at micro)")
     p.add_argument("--steps", type=numbers.integer(1, 10**6), metavar="N",
                    help="a budget of so many steps instead of that of the scale, to try a harness out")
-    p.add_argument("--data", metavar="DIR", help="folder of shards that the runs will read (default as training)")
+    p.add_argument("--data", metavar="DIR",
+                   help="folder of shards that the runs will read (default: as in training)")
     p.add_argument("--out", metavar="DIR", help="the task folder (default tasks/<record>_<scale>)")
 
 
@@ -93,7 +98,7 @@ def declare(options):
         raise UserError(f"{parent.ref} is an attempt: a task starts at a record")
     following = children(parent)
     if not following:
-        raise UserError(f"{parent.ref} is the head of its lineage: no record follows whose way could be measured")
+        raise UserError(f"{parent.ref} is the head of its lineage: name a record that another one follows")
     goal = following[-1] if options.open else deltas.find_record(options.to) if options.to else following[0]
     if goal not in following:
         raise UserError(f"--to {options.to}: it does not descend from {parent.ref}; its descendants are "
@@ -107,7 +112,8 @@ def declare(options):
         "head": following[-1].ref, "open": options.open, "transitions": [r.ref for r in steps],
         "dates": {r.ref: r.date for r in steps},
         "minutes": {r.ref: r.published.get("minutes") for r in (parent, following[0], goal, following[-1])},
-        "scale": options.scale, "steps": options.steps, "data": options.data and str(Path(options.data).absolute()),
+        "scale": options.scale, "steps": options.steps,
+        "data": options.data and str(Path(options.data).absolute()),
         "measure": options.measure or ("time" if systems else "loss"),
         "seeds": options.seeds or SEEDS[options.scale], "hints": options.hints, "editable": list(EDITABLE),
         "parent_ml_hash": schema.ml_hash(resolved.settings), "code": repository.code_version(),
@@ -136,7 +142,8 @@ def sources(parent):
     """{path: bytes} of a task's candidate folder: the trainer, the chain of records up to the parent, and an
     attempt that changes nothing."""
     taken = {path for pattern in TAKEN for path in files.listed(ROOT, pattern) if path.is_file()}
-    found = {str(path.relative_to(ROOT)): path.read_bytes() for path in sorted(taken) if path.name not in LEFT}
+    kept = sorted(path for path in taken if path.name not in LEFT)
+    found = {str(path.relative_to(ROOT)): path.read_bytes() for path in kept}
     for record in deltas.chain(parent):
         path = record.folder / "record.toml"
         found[str(path.relative_to(ROOT))] = path.read_bytes()
@@ -170,22 +177,25 @@ def write(about, out):
 def page(about):
     """TASK.md."""
     steps = f" with {about['steps']} steps" if about["steps"] else ""
-    what = ("as far as possible" if about["open"] else f"as far as the {len(about['transitions'])} record(s) that "
-            "followed it")
+    count = len(about["transitions"])
+    followed = "the record" if count == 1 else f"the {count} records"
+    what = "as far as possible" if about["open"] else f"as far as {followed} that followed it"
     measured = {
         "loss": "the final validation loss at the same number of tokens, paired by seed with the parent's",
         "time": "the training time of a run whose loss is no worse than the task's",
     }[about["measure"]]
     tokens = ("The number of training tokens stays." if about["measure"] == "loss" else
               "The number of steps may change.")
+    words = f" --set schedule.steps={about['steps']}" if about["steps"] else ""
     command = "python -m records referee TASK CANDIDATE"
     editable = "\n".join(f"    {name}" for name in about["editable"])
     return f"""# Improve {about['parent']}
 
 Start from record {about['parent']} of the NanoGPT speedrun (candidate/) and improve it {what}.
 
-Scale {about['scale']}{steps}, {about['seeds']} seeds. Measured is {measured}. The score is the share of
-the goal's improvement on the parent: 0 is the parent, 1 is the goal.
+Scale {about['scale']}{steps}, {about['seeds']} seeds.
+Measured is {measured}.
+The score is the share of the goal's improvement on the parent: 0 is the parent, 1 is the goal.
 
 ## Rules
 
@@ -198,7 +208,7 @@ Files that may change:
 ## Try it
 
     cd candidate
-    python train_gpt.py {CANDIDATE} --scale {about['scale']}{steps and f" --set schedule.steps={about['steps']}"}
+    python train_gpt.py {CANDIDATE} --scale {about['scale']}{words}
 
 `{command}`, run from the project, answers with the verdict.
 {hints(about)}"""

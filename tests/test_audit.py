@@ -85,7 +85,8 @@ def losses(expression):
     return "model.py", BEFORE_RETURN, honest
 
 
-# {tree: [(cheat, the check that must fail, words of its reason, edits)]}: one audit finds all cheats of a tree
+# {tree: [(cheat, the check that must fail, words of its reason, edits)]}: one audit finds all cheats of a
+# tree
 TREES = {
     "one": [
         ("an update between the clock's stop and the validation", "state",

@@ -168,7 +168,7 @@ def test_time_counts_only_at_no_worse_loss():
     runs = {"parent": [{"loss": x} for x in (3.5, 3.6, 3.7)]}
     assert referee.too_high({**runs, "candidate": runs["parent"]}) == ""
     assert referee.too_high({**runs, "candidate": [{"loss": x} for x in (3.5001, 3.6002, 3.7)]}) == ""
-    assert "may be" in referee.too_high({**runs, "candidate": [{"loss": x} for x in (3.51, 3.61, 3.72)]})
+    assert "may be above" in referee.too_high({**runs, "candidate": [{"loss": x} for x in (3.51, 3.61, 3.72)]})
 
 
 def test_steps_to_a_loss_are_read_off_the_curve():
@@ -251,7 +251,7 @@ def test_runs_must_be_those_of_the_task(about):
 
 # ----- the scripted agent: three edits through both commands
 
-def test_a_scripted_agent_goes_from_nothing_over_a_cheat_to_the_next_record(place, tmp_path, capsys, monkeypatch):
+def test_a_scripted_agent_goes_over_a_cheat_to_the_next_record(place, tmp_path, capsys, monkeypatch):
     """Its edits: none (score 0); a loss that is scaled (invalid, by the audit); record 11's delta (score 1)."""
     monkeypatch.setattr(referee, "CHECKS", ("normalisation",))
     scaled = ("model.py", "(aux - aux.detach()).view(targets.shape)\n        return losses\n",

@@ -102,7 +102,7 @@ TREES = {
          "one that finds its caches differ in validation losses at step 0",
          [("train_gpt.py", AFTER_INITIALISE,
            AFTER_INITIALISE + "        kept = os.path.join(os.environ['SPEEDRUN_CACHE'], 'kept')\n"
-           "        if os.path.exists(kept):\n            model.lm_head.weight.data.add_(0.01)\n"
+           "        if os.path.exists(kept):\n            model.lm_head.weight.data[0] += 1\n"
            "        open(kept, 'w').close()\n"),
           ("system/warmup.py", "    if before != after:\n", "    if False:\n"),
           ("system/warmup.py", "    run.model.initialise(seed)\n", "")]),
@@ -153,10 +153,10 @@ TREES = {
          [("train_gpt.py", 'results["val_loss"] <= target if', 'round(results["val_loss"], 3) <= target + 1e-3 if')]),
     ],
     "four": [
-        ("a learning rate that the validation shard sets", "inputs",
+        ("weights that the validation shard scales", "inputs",
          "another validation shard changes the training loss of step",
          [("train_gpt.py", "    losses, starts = [], ",
-           "    share *= 1 + float(run.rows.mean()) / 1000\n    losses, starts = [], ")]),
+           "    model.lm_head.weight.data.mul_(0.5 + float(run.rows.mean()) % 1)\n    losses, starts = [], ")]),
         ("a log that says less than the validation found", "validation_targets", "the log says",
          [("train_gpt.py", "val_loss=loss, train_loss", "val_loss=loss - 1e-3, train_loss")]),
         ("a validation that makes a backward pass", "no_trace", "made 1 backward passes",
@@ -189,7 +189,7 @@ TREES = {
         ("a batch fetched before the clock", "clock", "batches and 4 steps of 4",
          [("train_gpt.py", "    run.clock.start()  # before", "    # before"),
           ("train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
-           "    run.batches.ahead = run.batches.fetch()\n    run.clock.start()\n    for step in "
+           "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    run.clock.start()\n    for step in "
            "range(len(run.plans) + 1):\n")]),
         ("a warm-up that leaks", "warm_up", "validation losses at step 0",
          [("system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n",

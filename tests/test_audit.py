@@ -14,10 +14,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from evidence import audit, audit_probe
+from evidence import audit, audit_model, audit_probe
 from records.__main__ import main
 from common.errors import UserError
 
@@ -163,7 +164,7 @@ TREES = {
          [("train_gpt.py", "    model.train()\n    sums =",
            "    with torch.enable_grad():\n        torch.zeros(1, requires_grad=True).sum().backward()\n"
            "    model.train()\n    sums =")]),
-        ("a clock that stands still during the forward", "clock", "the steps took",
+        ("a clock that stands still during the forward", "clock", "took",
          [("train_gpt.py", "        loss = " + FORWARD, "        run.clock.began and run.clock.stop()\n"
            "        loss = " + FORWARD + "        run.stream and run.clock.start()\n")]),
         ("an exit code of success whatever the loss", "target", "reached False, exit code 0",
@@ -285,6 +286,18 @@ def test_the_clock_must_hold_every_batch_and_step_and_no_validation(first_s, las
     curve = [{"step": step, "train_time_ms": 1000 * told} for step, told in ((0, 0), (1, first_s), (2, last_s))]
     run = {"events": calls[:events or None], "curve": curve}
     assert audit.drawn_time(run, 2)[0] is passed
+
+
+@pytest.mark.parametrize(
+    "told_ms, between_s, steps_s, words",
+    [(1000.0, 1.0, 0.9, ""), (900.0, 1.0, 0.8, "between start and stop passed 1.000 s"),
+     (500.0, 0.5, 0.9, "the steps took 0.900 s")],
+)
+def test_the_claimed_time_is_the_true_one_and_holds_the_steps(told_ms, between_s, steps_s, words):
+    watched = SimpleNamespace(clock=SimpleNamespace(true_s=between_s), steps=SimpleNamespace(true_s=steps_s),
+                              log=[{"train_time_ms": told_ms}])
+    passed, detail = audit_model.true_time(watched, {})
+    assert passed is (words == "") and words in detail
 
 
 # ----- the checkout and the confinement

@@ -170,7 +170,7 @@ class Observed:
             from deltas import command_line
         self.tap, self.answer, self.watch, self.until_start = tap, answer, watch, until_start
         self.validate, self.train_step = train_gpt.validate, train_gpt.train_step
-        self.step, self.validations, self.backwards = None, [], 0
+        self.step, self.validations, self.backwards, self.tables = None, [], 0, None
         self.clock, self.steps = ClockWatch(self), StepWatch(self)
         with mock.patch.object(train_gpt, "validate", self.on_validate), \
                 mock.patch.object(train_gpt, "train_step", self.on_step), \
@@ -209,12 +209,15 @@ class Observed:
         if self.answer and self.step is None:
             return 1.0
         self.steps.compare("the validation")
+        self.tables = self.rotary_tables()
         before, backwards = self.state(), self.backwards
+        self.put_back()
         self.tap.taken()
         self.tap.answer = self.answer
         value = self.validate(*args, **kwargs)
         calls, self.tap.answer = self.tap.taken(), None
         backwards, after = self.backwards - backwards, self.state()
+        self.put_back()
         changed = sorted(k for k in {**before, **after} if before.get(k) != after.get(k))
         if self.validations:
             self.validations[-1].calls.clear()  # of the last one only they are looked at
@@ -230,12 +233,33 @@ class Observed:
         self.step_losses(*self.step.find(is_batch, 2))
         return fingerprint([a for a in self.step.values() if not isinstance(a, torch.Tensor)])
 
+    def rotary_tables(self):
+        """The rotary tables as they are: (their holder, copies of its tensors, its softmax scales), or None.
+
+        They follow the windows of the last step or validation, so that a step that is replayed moves them.
+        """
+        run = next((a for a in self.step.values() if hasattr(a, "model")), None) if self.step else None
+        tables = getattr(run and run.model, "rotary_tables", None)
+        return tables and (tables, {k: x.clone() for k, x in tables.tensors().items()}, tables.scales)
+
+    def put_back(self):
+        """Restore the rotary tables that the last validation found."""
+        if self.tables:
+            tables, kept, tables.scales = self.tables
+            for name, x in tables.tensors().items():
+                x.copy_(kept[name])
+
+    def validated(self, given):
+        """What the trainer's validate returns for Arguments, with the tables of the last validation."""
+        self.put_back()
+        return self.validate(*given.args, **given.kwargs)
+
     def row_losses(self, rows, targets=None):
         """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:
         as of Tap."""
         self.tap.targets = targets
         given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
-        self.validate(*given.args, **given.kwargs)
+        self.validated(given)
         return self.losses_in_order(rows.reshape(-1, rows.shape[-1])[:, :-1])
 
     def step_losses(self, inputs, targets):
@@ -474,7 +498,7 @@ def no_trace(observed, spec):
             wrong.append(f"validation {i} made {v.backwards} backward passes")
     if any(c.recorded_gradients for c in observed.last.calls):
         wrong.append("validation records gradients")
-    again = observed.validate(*observed.last.given.args, **observed.last.given.kwargs)
+    again = observed.validated(observed.last.given)
     observed.tap.taken()
     if again != observed.last.value:
         wrong.append(f"validating once more gives {again!r}, not {observed.last.value!r}")

@@ -3,11 +3,13 @@ checkout and processes of its own.
 
 The files of the ref are written into a temporary folder, and evidence/audit_probe.py of *this* checkout runs
 there, in a fresh process per training: no network, no writing outside its folder, limited time and memory,
-nothing of our environment. What is tested stands in CHECKS, what no such test can know in LIMITS.
+nothing of our environment, empty caches. Seeds and the number of steps are drawn anew for each audit. What is
+tested stands in CHECKS, what no such test can know in LIMITS.
 
 --json: {"version", "ref", "commit" (of a folder: its HEAD, with -dirty if the files differ), "tree" (git's
-hash of the audited files), "record", "scale", "passed", "checks": [{"name", "passed", "detail"}], "torch",
-"confined": {"network", "writes"}, "seconds"}.
+hash of the audited files), "record", "scale", "passed", "checks": [{"name", "passed", "detail"}], "draw"
+(--draw repeats it), "steps", "seeds" (drawn and claimed), "torch", "confined": {"network", "writes"},
+"seconds"}.
 """
 
 import argparse
@@ -16,8 +18,11 @@ import functools
 import json
 import math
 import os
+import random
+import secrets
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,29 +37,49 @@ from common.errors import UserError
 PASSED, FAILED, INTERRUPTED = 0, 3, 130
 VERSION = 1
 VALIDATION_TOKENS = 10_485_760  # the task: the first ones of the validation shard, at full scale
-# the first update moves a zero-initialised head, the second the projections behind it, the third all else
-STEPS = 3
+# Drawn in this range. The first update moves a zero-initialised head, the second the projections behind it,
+# the third all else; a fixed number would tell code when it is safe to begin.
+STEPS = (4, 7)
+RESULT_BYTES = 2 ** 26  # largest file that is read back from an audited process
+MARKERS = 16  # ids that only the validation shard has
 NEEDED = ("train_gpt.py", "model.py", "deltas.py", "settings.py", "data/stream.py", "records")
 PROBE = Path(__file__).parent / "audit_probe.py"
 TRAIN_SHARD, VAL_SHARD = "audit_train_000001.bin", "audit_val_000000.bin"
 
 CHECKS = {
     "causality": "no loss depends on a later token, on another row, or on another position's target",
-    "normalisation": "exp(-loss) over all targets sums to one at every position",
+    "normalisation": "exp(-loss) over all targets sums to one at every position, over the whole range of the "
+                     "logits' cap, and losses are those of the logits",
     "validation_targets": "validation is the plain mean over exactly the first targets of the shard, each "
                           "once",
     "no_trace": "validation changes no parameter, buffer, gradient, optimizer state, random generator or "
                 "later loss",
+    "state": "parameters and optimizer change in timed training steps and nowhere else",
+    "inputs": "steps read training shards only; another validation shard changes no training loss; before "
+              "the clock nothing depends on the data",
     "warm_up": "losses do not depend on the untimed warm-up: none, random tokens, real tokens",
-    "seed": "one seed gives the same losses twice, bit for bit; another seed gives others",
-    "clock": "batches and steps are inside the clock, validation is outside",
+    "caches": "what a run leaves in its caches changes no loss of the next run",
+    "seed": "one seed gives the same losses twice, bit for bit; others give others; seeds of the claim pass "
+            "these tests as well",
+    "clock": "batches and steps are inside the clock, validation is outside, for times from milliseconds to "
+             "days; the claimed time is the true one",
     "target": "`reached` and the exit code say whether val_loss <= target, also within one rounding of it",
 }
+# the trainings whose logs a check reads; `model` is the one that is looked into
+NEEDS = {
+    "causality": ["model"], "normalisation": ["model"], "validation_targets": ["model"], "state": ["model"],
+    "inputs": ["model", "other_validation", "other_data"], "no_trace": ["model", "plain", "often"],
+    "warm_up": ["plain", "cold", "real"], "caches": ["plain", "second"], "seed": ["plain", "again", "model"],
+    "clock": ["real", "model"], "target": ["again", "cold"],
+}
+INSIDE = ("validation_targets", "no_trace", "causality", "normalisation", "state", "inputs")
 LIMITS = """\
 What an audit cannot know: whether the code behaves only while it is audited (it runs in the same
-process as the probe and could forge what that finds); what only runs on a GPU, compiled, at another scale or
-on several processes; work before the clock other than reading batches; whether shards are what they are
-called; whether a log was written by this code (`records verify` and `records replay` look at logs)."""
+process as the probe and could forge what that finds); what begins after more steps than it trains (4 to 7,
+drawn), or with a seed that is neither drawn nor named by --seed; what only runs on a GPU, compiled, at
+another scale or on several processes; work before the clock that depends on no data; whether shards are what
+they are called; whether a log was written by this code (`records verify` and `records replay` look at
+logs)."""
 
 
 def arguments(p):
@@ -72,6 +97,10 @@ def arguments(p):
     p.add_argument("--only", choices=list(CHECKS), action="append", default=[], metavar="CHECK",
                    help="one check instead of all; may be repeated")
     p.add_argument("--json", metavar="FILE", help="write the result; only of a whole audit")
+    p.add_argument("--seed", type=numbers.integer(0, 2**31), action="append", default=[], metavar="SEED",
+                   help="a seed of the claim, audited next to the drawn ones; may be repeated")
+    p.add_argument("--draw", type=numbers.integer(0, 2**32), metavar="N",
+                   help="draw seeds, steps and times as the audit that said `draw N`")
     p.add_argument("--timeout", type=numbers.integer(1, 10**6), default=600, metavar="SECONDS",
                    help="for each process (default 600)")
     p.add_argument("--keep", action="store_true", help="keep the temporary folder and say where it is")
@@ -86,7 +115,7 @@ def run(options):
     environment.check_training()
     try:
         result = audit(options.ref, options.record, options.scale, options.only, options.timeout,
-                       options.keep, functools.partial(print, flush=True))
+                       options.keep, functools.partial(print, flush=True), options.seed, options.draw)
     except KeyboardInterrupt:
         print("interrupted: the audit was not finished", file=sys.stderr)
         return INTERRUPTED
@@ -95,20 +124,25 @@ def run(options):
     return PASSED if result["passed"] else FAILED
 
 
-def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=False, say=print):
+def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=False, say=print, seeds=(),
+          draw=None):
     """Audit a ref and say how it goes, a line per check. Returns what --json holds;
     `passed` is about the checks that ran.
 
+    seeds: of the claim. draw: number that all random choices follow from; None: one that nobody can know.
     UserError: unknown ref, not a checkout of this project, a record that it does not know.
     """
     began = time.perf_counter()
-    folder = Path(tempfile.mkdtemp(prefix="audit-")).resolve()
+    folder = Path(tempfile.mkdtemp()).resolve()  # a name that says nothing about an audit
+    draw = secrets.randbits(32) if draw is None else draw
     names = [name for name in CHECKS if not only or name in only]
     try:
         commit, tree = check_out(ref, folder)
-        trainings = Trainings(folder, ref, record, scale, timeout, names)
+        trainings = Trainings(folder, ref, record, scale, timeout, names, seeds, draw)
         about, checks = trainings.facts, []
-        say(f"audit of {ref}: commit {commit}, tree {tree[:12]}, {about['record']} at scale {scale}")
+        say(f"audit of {ref}: commit {commit}, tree {tree[:12]}, {about['record']} at scale {scale}, "
+            f"draw {draw}")
+        trainings.run_all()
         for name in names:
             passed, detail = judge(name, trainings)
             checks.append({"name": name, "passed": passed, "detail": detail})
@@ -122,6 +156,7 @@ def audit(ref, record="short/head", scale="micro", only=(), timeout=600, keep=Fa
         result = {
             "version": VERSION, "ref": ref, "commit": commit, "tree": tree, "record": about["record"],
             "scale": scale, "passed": all(c["passed"] for c in checks), "checks": checks,
+            "draw": draw, "steps": trainings.steps, "seeds": [trainings.seed, trainings.other, *seeds],
             "torch": trainings.torch, "confined": about["confined"], "seconds": seconds
         }
         say(f"{'PASSED' if result['passed'] else 'FAILED'}: {sum(c['passed'] for c in checks)} of "
@@ -215,16 +250,20 @@ class Failed(Exception):
 
 
 class Trainings:
-    """The processes of an audit: what the checkout resolves, and trainings,
-    each started when it is first asked for."""
+    """The processes of an audit: what the checkout resolves, and the trainings that the checks need."""
 
-    def __init__(self, folder, ref, record, scale, timeout, checks):
+    def __init__(self, folder, ref, record, scale, timeout, checks, seeds=(), draw=0):
         self.folder, self.record, self.scale, self.timeout, self.checks = (
             folder, record, scale, timeout, checks
         )
-        self.done, self.torch = {}, None
+        self.done, self.torch, self.claimed = {}, None, list(seeds)
+        self.random = random.Random(draw)
+        self.steps = self.random.randint(*STEPS)
+        self.seed, self.other = self.random.sample(range(2 ** 31), 2)
         try:
-            self.facts = self.start("facts", "facts")
+            self.facts, = self.start({"facts": ("facts", {})}).values()
+            if isinstance(self.facts, Failed):
+                raise self.facts
         except Failed as failure:
             raise UserError(f"{ref}: its settings cannot be resolved: {failure}") from None
         if "refused" in self.facts:
@@ -232,95 +271,181 @@ class Trainings:
         self.data = folder / "data"
         full = max(VALIDATION_TOKENS,
                    self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
-        write_corpus(self.data, self.facts, max(full, self.facts["validation_tokens"]) + 4097)
+        least = self.facts["validation_tokens"] + 4097
+        tokens = max(full + 4097, least)
+        self.markers = write_corpus(self.data, self.facts, tokens, (1, 2))
+        if "inputs" in checks:
+            write_corpus(folder / "data-other_validation", self.facts, least, (1, 3))
+            write_corpus(folder / "data-other_data", self.facts, least, (4, 3))
 
-    def start(self, name, job, **spec):
-        """Run a job of the probe in its own process, confined to its own folder. Returns its result;
-        raises Failed."""
-        folder = self.folder / name
-        folder.mkdir()
-        files.write(
-            folder / "spec.json",
-            files.json_text(
-                {
-                    "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT),
-                    "record": self.record, "scale": self.scale, "seconds": self.timeout, **spec
-                }
-            ),
-        )
-        environment = {"PATH": os.defpath, "HOME": str(folder), "TMPDIR": str(folder), "LANG": "C.UTF-8",
-                       "SPEEDRUN_CACHE": str(folder), "CUDA_VISIBLE_DEVICES": "",
-                       "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        with open(folder / "output.txt", "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-B",
-                 str(PROBE), str(folder / "spec.json")], cwd=folder, env=environment,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
-            try:
-                process.wait(self.timeout)
-            except subprocess.TimeoutExpired:
-                raise Failed(f"the {name} process did not end in {self.timeout} s") from None
-            finally:
-                with contextlib.suppress(ProcessLookupError):  # what it started goes too
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+    def names(self):
+        """Names of all trainings that the checks need; `model` also for each seed of the claim."""
+        names = list(dict.fromkeys(name for check in self.checks for name in NEEDS[check]))
+        claimed = [f"model-{s}" for s in self.claimed] if {*self.checks} & {*INSIDE, "seed", "clock"} else []
+        before = ["plain"] if {"again", "cold", "second"} & {*names} and "plain" not in names else []
+        return [*before, *names, *claimed]
+
+    def run_all(self):
+        """Run them: first those that stand alone, then, in processes with another hash seed, those that
+        repeat the plain one or take up what it left."""
+        later = ("again", "cold", "second")
+        for names in ([n for n in self.names() if n not in later], [n for n in self.names() if n in later]):
+            if not names:
+                continue
+            jobs = {}
+            for name in names:
+                try:
+                    jobs[name] = self.job(name)
+                except Failed as failure:  # of the plain training
+                    self.done[name] = failure
+            for name, result in self.start(jobs).items() if jobs else ():
+                self.done[name] = self.finished(name, result)
+
+    def finished(self, name, result):
+        """What a training logged and returned, or the Failed of what went wrong."""
         try:
-            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            result = {"exit": process.returncode}
+            if isinstance(result, Failed):
+                raise result
+            if "refused" in result:
+                raise Failed(f"the {name} training: {result['refused']}")
+            self.torch = result["torch"]
+            return result if name == "other_data" else {**result, **read_run(self.folder / name / "runs")}
+        except Failed as failure:
+            return failure
+
+    def start(self, jobs):
+        """Run jobs {name: (job of the probe, its spec)}, each in its own process, confined to its own folder.
+
+        Returns {name: result, or the Failed that says why there is none}.
+        """
+        specs = []
+        for name, (job, spec) in jobs.items():
+            folder = self.folder / name
+            folder.mkdir(exist_ok=True)  # the second run finds what the plain one left
+            (folder / "result.json").unlink(missing_ok=True)
+            about = {
+                "job": job, "checkout": str(self.folder / "checkout"), "auditor": str(ROOT),
+                "record": self.record, "scale": self.scale, "seconds": self.timeout, "cache": str(folder)
+            }
+            files.write(folder / "spec.json", files.json_text(about | spec))
+            specs.append(str(folder / "spec.json"))
+        codes = run_probe(specs, self.folder, self.timeout * len(specs) + 60)
+        return {name: self.result(name, codes.get(str(self.folder / name / "spec.json"), "none"))
+                for name in jobs}
+
+    def result(self, name, code):
+        """The result that a job wrote, or the Failed that says why it has none."""
+        folder = self.folder / name
+        if code is None:
+            return Failed(f"the {name} process did not end in {self.timeout} s")
+        try:
+            result = json.loads(read_back(folder / "result.json"))
+            if not isinstance(result, dict):
+                raise ValueError
+        except (OSError, ValueError, RecursionError):
+            result = {"exit": code}
         if result.get("exit", 0) not in (0, 3):  # 3: a target was missed
-            lines = (folder / "output.txt").read_text(
-                encoding="utf-8", errors="replace").strip().splitlines() or ["it said nothing"]
-            raise Failed(f"the {name} process exits with {result['exit']}: {lines[-1][-300:]}")
+            lines = said(folder / "output.txt")
+            return Failed(f"the {name} process exits with {result['exit']}: {lines[-1][-300:]}")
         return result
 
     def __getitem__(self, name):
-        """What a training logged and returned (see read_run and train)."""
-        if name not in self.done:
-            try:
-                self.done[name] = self.train(name)
-            except Failed as failure:
-                self.done[name] = failure
+        """What a training logged and returned; raises the Failed of one that went wrong."""
         if isinstance(self.done[name], Failed):
             raise self.done[name]
         return self.done[name]
 
-    def train(self, name):
-        """One of the short trainings that are compared: equal but for what must not matter;
+    def job(self, name):
+        """(job, spec) of one of the short trainings that are compared: equal but for what must not matter;
         `model` has another seed."""
-        f, seed, sets, job, spec = self.facts, 0, [], "script", {}
+        f, seed, sets, job, spec = self.facts, self.seed, [], "script", {}
         rows = 8 * f["validation_seq_len"]
-        tokens = math.ceil(1024 / rows) * rows  # few: most of them look at training
+        tokens, data = math.ceil(1024 / rows) * rows, self.data  # few: most of them look at training
         if name == "again":  # the loss is the target: reached
             sets = [f"validation.target={self['plain']['final']!r}"]
         elif name == "cold":  # the next number below it: missed
             below = math.nextafter(self["plain"]["final"], -math.inf)
             sets = ["system.warmup_steps=0", f"validation.target={below!r}"]
+        elif name == "second":  # finds all that the plain run wrote
+            shutil.copytree(self.folder / "plain", self.folder / name, symlinks=True)
+            (self.folder / name / "runs").rename(self.folder / name / "runs-before")
+            sets = ["system.warmup_steps=0"]
         elif name == "often":
-            sets = ["validation.every=1"]
+            sets = ["system.warmup_steps=0", "validation.every=1"]
         elif name == "real":
-            sets, job = ["system.warmup_tokens=real"], "clock"
-        elif name == "model":
-            seed, tokens, job = 1, f["validation_tokens"], "model"
-            counted = self.argv("model/counted", 0, 1, f["full_validation_tokens"], ["system.warmup_steps=0"])
-            spec = {
-                **f, "bos": f["vocab_size"] - 1, "checks": self.checks,
-                "val_shard": str(self.data / VAL_SHARD), "counted_argv": counted
-            }
-        done = self.start(name, job, argv=self.argv(f"{name}/runs", seed, STEPS, tokens, sets), **spec)
-        if "refused" in done:
-            raise Failed(f"the {name} training: {done['refused']}")
-        self.torch = done["torch"]
-        return {**done, **read_run(self.folder / name / "runs")}
+            sets, job = ["system.warmup_tokens=real", "validation.every=1"], "clock"
+            spec = {"draw": self.random.getrandbits(32)}
+        elif name.startswith(("model", "other")):
+            job, sets = "model", ["system.warmup_steps=1"]  # which shows where parameters and optimizer are
+            seed = int(name.partition("-")[2] or self.other)
+            tokens = f["validation_tokens"]
+            data = self.folder / f"data-{name}" if name.startswith("other") else data
+            spec = self.look_into(name)
+        return job, {"argv": self.argv(f"{name}/runs", seed, self.steps, tokens, sets, data), **spec}
 
-    def argv(self, out, seed, steps, tokens, sets):
+    def look_into(self, name):
+        """The spec of a training that audit_model.py looks into, with the checks that it makes."""
+        f = self.facts
+        counted = self.argv(f"{name}/counted", 0, 1, f["full_validation_tokens"], ["system.warmup_steps=0"],
+                            self.data)
+        checks = [check for check in self.checks if check in INSIDE]
+        if name != "model":  # the number of targets does not depend on the seed
+            checks = [c for c in checks if c != "validation_targets"] if "-" in name else []
+        if "clock" in self.checks and name.startswith("model"):
+            checks = [*checks, "true_time"]
+        watch = bool({"no_trace", "state", "inputs"} & {*checks}) or name.startswith("other")
+        return {
+            **f, "bos": f["vocab_size"] - 1, "checks": checks, "watch": watch, "markers": self.markers,
+            "until_start": name == "other_data", "val_shard": str(self.data / VAL_SHARD),
+            "counted_argv": counted
+        }
+
+    def argv(self, out, seed, steps, tokens, sets, data):
         """Command line of a training by train_gpt.py."""
         sets = [
             "system.device=cpu", "system.compile=off", f"schedule.steps={steps}",
             f"validation.tokens={tokens}", *self.facts["sets"], *sets
         ]
-        return [self.record, "--scale", self.scale, "--seed", str(seed), "--data", str(self.data),
+        return [self.record, "--scale", self.scale, "--seed", str(seed), "--data", str(data),
                 "--out", str(self.folder / out), *(x for path in sets for x in ("--set", path))]
+
+
+def run_probe(specs, folder, seconds):
+    """Run the probe on spec files. Returns {spec file: exit code of its process, or None after a timeout}."""
+    environment = {"PATH": os.defpath, "LANG": "C.UTF-8", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+                   "MKL_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-B", str(PROBE), *specs], cwd=folder, env=environment,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        out, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Failed(f"the audited processes did not end in {seconds} s") from None
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its children end with it
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return dict(json.loads(line) for line in out.decode().splitlines())
+
+
+def read_back(path):
+    """Bytes of a file that an audited process wrote: a regular file of bounded size, or an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > RESULT_BYTES:
+            raise OSError(f"{path} is no file of at most {RESULT_BYTES} bytes")
+        return file.read(RESULT_BYTES)
+
+
+def said(path):
+    """The printable lines that a process wrote, at least one."""
+    try:
+        text = read_back(path).decode(errors="replace")
+    except OSError:
+        text = ""
+    lines = ["".join(c if c.isprintable() else " " for c in line) for line in text.strip().splitlines()]
+    return lines or ["it said nothing"]
 
 
 def read_run(out):
@@ -329,38 +454,45 @@ def read_run(out):
         folder, = (p.parent for p in files.listed(out, "*/run.jsonl"))
         events = [
             measured(json.loads(line))
-            for line in (folder / "run.jsonl").read_text(encoding="utf-8").splitlines()
+            for line in read_back(folder / "run.jsonl").decode().splitlines()
         ]
         curve = [e for e in events if e["kind"] == "validation"]
         streams = [e["digest"] for e in events if e["kind"] == "stream"]
         return {"curve": curve, "stream": streams, "final": curve[-1]["val_loss"],
-                "summary": json.loads((folder / "summary.json").read_text(encoding="utf-8"))}
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+                "summary": json.loads(read_back(folder / "summary.json"))}
+    except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise Failed(
             f"the log of the {out.parent.name} training cannot be read: {type(error).__name__}: {error}"
         ) from None
 
 
-def write_corpus(folder, facts, validation_tokens):
+def write_corpus(folder, facts, validation_tokens, seeds):
     """Shards of random text for the trainings: documents of about 60 tokens,
     frequencies falling like the inverse rank.
 
-    They are the auditor's, so that it knows every token.
+    They are the auditor's, so that it knows every token. seeds: of the train and of the validation shard.
+    Returns the ids that only the validation shard has.
     """
     import numpy as np
 
     from data.shards import write_shard
     folder.mkdir()
-    generator, vocab_size = np.random.default_rng(20240520), facts["vocab_size"]
+    vocab_size = facts["vocab_size"]
     # as long as validation, so that one that reads training tokens is told so, not that they are too few
     trained = max(8 * facts["tokens_per_rank"] * 64, validation_tokens)
-    for name, count in (TRAIN_SHARD, trained), (VAL_SHARD, validation_tokens):
-        tokens = (vocab_size ** generator.random(count, dtype=np.float32)).astype(np.uint16) - 1
+    markers = vocab_size - 1 - MARKERS
+    shards = (TRAIN_SHARD, trained), (VAL_SHARD, validation_tokens)
+    for (name, count), seed in zip(shards, seeds):
+        generator = np.random.default_rng(20240520 + seed)
+        tokens = (markers ** generator.random(count, dtype=np.float32)).astype(np.uint16) - 1
+        if name == VAL_SHARD:
+            tokens[generator.random(count, dtype=np.float32) < 1 / 50] = markers + seed % MARKERS
         tokens[generator.random(count, dtype=np.float32) < 1 / 60] = vocab_size - 1
         tokens[0] = vocab_size - 1
         write_shard(folder / name, tokens)
     about = {"name": "audit", "tokenizer": "none", "vocab_size": vocab_size, "bos": vocab_size - 1}
     files.write(folder / "corpus.json", files.json_text(about))
+    return list(range(markers, vocab_size - 1))
 
 
 # ----- judgement --------------------------------------------------------------------------------------------
@@ -370,9 +502,16 @@ def judge(name, trainings):
     full = trainings.facts["full_validation_tokens"]
     if name == "validation_targets" and full != VALIDATION_TOKENS:
         return False, f"validation.tokens is {full:,} at full scale, the task has {VALIDATION_TOKENS:,}"
+    of_logs = {"no_trace": no_trace, "inputs": inputs, "warm_up": warm_up, "caches": caches, "seed": seed,
+               "clock": clock, "target": target}
     try:
-        of_logs = {"no_trace": no_trace, "warm_up": warm_up, "seed": seed, "clock": clock, "target": target}
-        return of_logs[name](trainings) if name in of_logs else tuple(trainings["model"]["checks"][name])
+        passed, detail = of_logs[name](trainings) if name in of_logs else trainings["model"]["checks"][name]
+        for own in trainings.claimed:
+            found = trainings[f"model-{own}"]["checks"] if passed and name in (*INSIDE, "seed") else {}
+            wrong = [text for check, (ok, text) in found.items() if not ok and check == name]
+            if wrong:
+                return False, f"with seed {own} of the claim: {wrong[0]}"
+        return passed, detail
     except Failed as failure:
         return False, str(failure)
 
@@ -405,6 +544,31 @@ def no_trace(trainings):
     return True, f"{detail}; a validation at every step changes no loss"
 
 
+def inputs(trainings):
+    """Law: training depends on the training shards alone, and before the clock nothing depends on any."""
+    model = trainings["model"]
+    passed, detail = model["checks"]["inputs"]
+    if not passed:
+        return passed, detail
+    for name, what in (("other_validation", "another validation shard"), ("other_data", "other shards")):
+        if trainings[name]["first"] != model["first"]:
+            return False, f"with {what} the model is another one when the clock starts"
+    ours, theirs = (train_losses(run) for run in (model, trainings["other_validation"]))
+    if ours != theirs:
+        step = next((i for i, (x, y) in enumerate(zip(ours, theirs), 1) if x != y),
+                    min(len(ours), len(theirs)))
+        return False, f"another validation shard changes the training loss of step {step}"
+    return True, f"{detail}; neither another validation shard nor, before the clock, other data change a bit"
+
+
+def caches(trainings):
+    """Law: a run that finds what an earlier one left in its folders gives the same losses."""
+    difference = first_difference(trainings["plain"], trainings["second"])
+    if difference:
+        return False, f"a run with empty caches and one that finds its caches differ in {difference}"
+    return True, "a second run that finds all that the first one wrote gives the same losses"
+
+
 def warm_up(trainings):
     """Law: the warm-up leaves nothing behind, whatever tokens it saw."""
     plain = trainings["plain"]
@@ -412,28 +576,56 @@ def warm_up(trainings):
         difference = first_difference(plain, trainings[name])
         if difference:
             return False, f"a warm-up with random tokens and {way} differ in {difference}"
-    return True, (f"{STEPS} steps after none, a random and a real warm-up: all the same losses, at the end "
-                  f"{plain['final']!r}")
+    return True, (f"{trainings.steps} steps after none, a random and a real warm-up: all the same losses, at "
+                  f"the end {plain['final']!r}")
 
 
 def seed(trainings):
-    """Law: one seed gives the same losses twice, another seed other losses."""
+    """Law: one seed gives the same losses twice, another seed (and each of the claim) other losses."""
     plain = trainings["plain"]
     difference = first_difference(plain, trainings["again"])
     if difference:
-        return False, f"two trainings with seed 0 differ in {difference}"
-    zero, one = train_losses(plain), train_losses(trainings["model"])
-    return zero != one, f"training losses with seed 0, twice: {zero}; with seed 1: {one}"
+        return False, f"two trainings with seed {trainings.seed} differ in {difference}"
+    runs = {trainings.seed: plain, trainings.other: trainings["model"]}
+    runs |= {own: trainings[f"model-{own}"] for own in trainings.claimed}
+    losses = {key: train_losses(run) for key, run in runs.items()}
+    passed = len({tuple(found) for found in losses.values()}) == len(losses)
+    said = "; ".join(f"with seed {key}: {found}" for key, found in losses.items())
+    return passed, f"training losses {said}"
 
 
 def clock(trainings):
-    """On the probe's clock batches take 10^3 s, steps 10^6 s and validations 10^9 s:
-    the logged time tells what it holds."""
-    total = trainings["real"]["curve"][-1]["train_time_ms"] / 1000
-    validations, steps, batches = total // 1e9, total % 1e9 // 1e6, total % 1e6 // 1e3
-    return batches >= STEPS and steps == STEPS and validations == 0, (
-        f"inside the clock: {batches:.0f} batches and {steps:.0f} steps of {STEPS}, and {validations:.0f} "
-        "validations")
+    """On the probe's clock each batch, step and validation takes a drawn time, from milliseconds to days: the
+    logged time is exactly that of the batches and steps. Then the true clock."""
+    passed, detail = drawn_time(trainings["real"], trainings.steps)
+    for name in ("model", *(f"model-{own}" for own in trainings.claimed)):
+        if passed:
+            passed, true_time = trainings[name]["checks"]["true_time"]
+            detail = f"{detail}; {true_time}" if passed else true_time
+    return passed, detail
+
+
+def drawn_time(run, count):
+    """(passed, detail): the logged times of a training of `count` steps on the probe's clock."""
+    names = [name for name, _ in run["events"]]
+    if "start" not in names:
+        return False, "the trainer's clock was never started"
+    timed = run["events"][names.index("start"):]
+    steps = [seconds for name, seconds in timed if name == "train_step"]
+    batches = [seconds for name, seconds in timed if name == "next"]
+    inside = f"inside the clock: {len(batches)} batches and {len(steps)} steps of {count}"
+    if (len(batches), len(steps)) != (count, count):
+        return False, inside
+    for event in run["curve"]:
+        done, told = event["step"], event["train_time_ms"] / 1000
+        least, most = sum(steps[:done]) + sum(batches[:done]), sum(steps[:done]) + sum(batches)
+        if not least * (1 - 1e-9) - 2e-6 <= told <= most * (1 + 1e-9) + 2e-6:
+            return False, (f"{inside}, which took {least:.6f} s up to step {done}, of which the log has "
+                           f"{told:.6f} s")
+    if abs(told - most) > most * 1e-9 + 2e-6:
+        return False, f"{inside}, which took {most:.6f} s, of which the log has {told:.6f} s"
+    return True, (f"{inside}, from {min(batches):.1g} to {max(steps):.1g} s, to the microsecond, and no "
+                  "validation")
 
 
 def target(trainings):

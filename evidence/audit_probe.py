@@ -1,16 +1,16 @@
 """What `records audit` runs inside the audited checkout's process: it is the auditor's, all the rest that it
 imports is not.
 
-    python -I -B audit_probe.py SPEC.json      # only evidence/audit.py calls this; result.json appears next
-    to SPEC
+    python -I -B audit_probe.py SPEC.json ...  # only evidence/audit.py calls this; result.json appears next
+    to each SPEC
 
-Python's isolated mode keeps the auditor's folders off sys.path. First the process shuts itself in (no
+Python's isolated mode keeps the auditor's folders off sys.path. Each job gets a process of its own, forked
+from one that has imported torch and nothing of the checkout. The job's process first shuts itself in (no
 network, no writing outside its own folder, limited time and memory), then the audited checkout becomes the
 front of sys.path.
 
 Jobs: `facts` (what the checkout resolves), `script` (train_gpt.py as a user runs it), `clock` (a training on
-a clock of ours), `model` (the experiments of audit_model.py). No torch here: it is imported with the audited
-code.
+a clock of ours), `model` (the experiments of audit_model.py).
 """
 
 import contextlib
@@ -20,19 +20,25 @@ import json
 import os
 # imported here so that it keeps the true clock when ours replaces it, like subprocess and threading
 import queue  # noqa: F401
+import random
 import resource
 import runpy
+import signal
 import struct
 import subprocess  # noqa: F401
 import sys
+import tempfile
 import threading  # noqa: F401
 import time
+import traceback
 from pathlib import Path
 
 GIB = 2 ** 30
 HERE = Path(__file__).resolve().parent
-# what a batch, a training step and a validation cost on our clock
-BATCH_S, STEP_S, VALIDATION_S = 1e3, 1e6, 1e9
+# Powers of ten of the seconds that a batch, a training step and a validation cost on our clock: a clock that
+# is wrong for short or for long times is wrong for some of them.
+BATCH_POWERS, STEP_POWERS, VALIDATION_POWERS = (-3, 1), (-3, 5), (-3, 5)
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
 class Unknown(Exception):
@@ -164,44 +170,64 @@ def exit_code(program, *args, **kwargs):
 
 
 class OurTime:
-    """Every clock of the `time` module, moved forward at will: a slow loader costs no waiting, and no noise
-    hides it."""
+    """Every clock of the `time` module, standing still but for what we add: a slow loader costs no waiting,
+    and readings are exact."""
 
     def __init__(self):
         self.added = 0.0
         for name in ("perf_counter", "monotonic", "time", "process_time", "thread_time"):
-            setattr(time, name, lambda read=getattr(time, name): read() + self.added)
+            setattr(time, name, lambda stood=getattr(time, name)(): stood + self.added)
             setattr(
-                time, name + "_ns", lambda read=getattr(time, name + "_ns"): read() + int(self.added * 1e9)
+                time, name + "_ns", lambda stood=getattr(time, name + "_ns")(): stood + int(self.added * 1e9)
             )
         read = time.clock_gettime
         time.clock_gettime = lambda clock: read(clock) + self.added
 
-    def before(self, owner, name, seconds):
-        """Make each call of owner.name cost this many seconds more, at its start."""
+    def before(self, owner, name, note, draw=None):
+        """Call note(name, seconds) at the start of each call of owner.name, which then costs draw() seconds
+        more."""
         call = getattr(owner, name)
 
         def slow(*args, **kwargs):
+            seconds = draw() if draw else 0.0
             self.added += seconds
+            note(name, seconds)
             return call(*args, **kwargs)
 
         setattr(owner, name, slow)
 
 
 def clock(spec):
-    """A training whose loader, steps and validations are slow by amounts that cannot be mistaken for each
-    other."""
-    ours = OurTime()  # before anything of the checkout can take a clock by name
+    """A training whose batches, steps and validations last as long as we say, from milliseconds to days.
+
+    Returns {"exit", "events": [[name of the call, seconds]] in order}.
+    """
+    ours, events = OurTime(), []  # before anything of the checkout can take a clock by name
     import train_gpt
     from data.stream import Stream
-    ours.before(Stream, "next", BATCH_S)
-    ours.before(train_gpt, "train_step", STEP_S)
-    ours.before(train_gpt, "validate", VALIDATION_S)
+    from system.run import Clock
+    generator = random.Random(spec["draw"])
+
+    def seconds(powers):
+        return lambda: 10 ** generator.uniform(*powers)
+
+    def note(name, cost):
+        events.append([name, cost])
+
+    ours.before(Stream, "next", note, seconds(BATCH_POWERS))
+    ours.before(train_gpt, "train_step", note, seconds(STEP_POWERS))
+    ours.before(train_gpt, "validate", note, seconds(VALIDATION_POWERS))
+    ours.before(Clock, "start", note)
+    return {"exit": exit_code(train_gpt.main, *command_line(spec["argv"])), "events": events}
+
+
+def command_line(argv):
+    """(options, settings) of the checkout's trainer."""
     try:
         from system.command_line import command_line
     except ImportError:  # a commit from before that was a file of its own
         from deltas import command_line
-    return {"exit": exit_code(train_gpt.main, *command_line(spec["argv"]))}
+    return command_line(argv)
 
 
 def experiments():
@@ -212,15 +238,16 @@ def experiments():
     return module
 
 
-def main(path):
-    """Do the job that the file `path` describes and write result.json next to it."""
+def do(path, model):
+    """Do the job that the file `path` describes and write result.json next to it.
+
+    model: the module audit_model, or None where no job needs it.
+    """
     spec = json.loads(path.read_text(encoding="utf-8"))
     confined = confine(path.parent, spec["seconds"])
+    die_with_parent()  # the new namespace has taken it back
     checkout = Path(spec["checkout"]).resolve()
-    jobs = {"facts": facts, "script": script, "clock": clock}
-    # before the checkout can put a torch or a numpy of its own in front of the installed ones
-    if spec["job"] == "model":
-        jobs["model"] = experiments().checks
+    jobs = {"facts": facts, "script": script, "clock": clock, "model": model and model.checks}
     sys.path.insert(0, str(checkout))
     try:
         result = jobs[spec["job"]](spec)
@@ -234,5 +261,68 @@ def main(path):
     (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
+def die_with_parent():
+    """Let the kernel kill this process when its parent ends (Linux)."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+
+
+def child(path, model):
+    """The forked process of a job: its own session, output, folder and random numbers."""
+    os.setsid()
+    die_with_parent()
+    folder = path.parent
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for descriptor in (1, 2):
+        os.dup2(output, descriptor)
+    os.chdir(folder)
+    cache = json.loads(path.read_text(encoding="utf-8"))["cache"]
+    os.environ.update(dict.fromkeys(("HOME", "TMPDIR", "SPEEDRUN_CACHE"), cache))
+    tempfile.tempdir = None
+    random.seed()  # a fork has its parent's generators: code without a seed must not look repeatable
+    if model is not None:
+        model.reseed()
+    code = 1
+    try:
+        code = exit_code(do, path, model)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def wait(process, seconds):
+    """Exit code of a child, or None if it was ended after so many seconds. All that it started ends too."""
+    end, code = time.monotonic() + seconds, None
+    while time.monotonic() < end:
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            break
+        time.sleep(0.01)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    if code is None:
+        os.waitpid(process, 0)
+    return code
+
+
+def main(paths):
+    """Do the jobs of these spec files one after the other, each in a fork of this process.
+
+    Prints a line for each: [spec file, exit code or null after a timeout].
+    """
+    specs = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    # before a checkout can put a torch or a numpy of its own in front of the installed ones
+    model = experiments() if any(spec["job"] != "facts" for spec in specs) else None
+    for path, spec in zip(paths, specs):
+        process = os.fork()
+        if process == 0:
+            child(path, model)
+        print(json.dumps([str(path), wait(process, spec["seconds"])]), flush=True)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve())
+    main([Path(word).resolve() for word in sys.argv[1:]])

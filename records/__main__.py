@@ -3,7 +3,7 @@ of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
     python -m records plot | export | judge | compare | submit | promote | withdraw | verify | audit | replay
-    python -m records variants | leaderboard
+    python -m records task | referee | variants | leaderboard
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -261,6 +261,8 @@ MODULES = {
     "verify": ("evidence.verify", "check a claim from its logs alone"),
     "audit": ("evidence.audit", "test the code at a git ref in a process of its own"),
     "replay": ("evidence.replay", "run again what a log describes, and compare"),
+    "task": ("evidence.task", "write a task for a program: improve on a record, with hints or without"),
+    "referee": ("evidence.referee", "one JSON verdict on a candidate for a task, run in the sandbox"),
     "variants": (
         "page.variant_table",
         "the table of docs/variants.md: sizes, FLOPs, step times, losses (imports torch)",

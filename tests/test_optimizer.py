@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import deltas
 import optim
+import process_group
 import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
@@ -702,11 +703,10 @@ def trained(sets, rank, world):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def member(rank, world, folder):
+def member(folder):
     """One process of the next test: trains by every plan and writes what it ends with."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
     torch.save([trained(sets, rank, world) for sets in PLANS], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -714,7 +714,7 @@ def member(rank, world, folder):
 def test_every_communication_plan_ends_with_the_parameters_of_one_process(tmp_path):
     """With clipping, padding (5 units on 2 processes) and a step that updates a part of the groups; ordered,
     bit by bit."""
-    torch.multiprocessing.spawn(member, (2, str(tmp_path)), nprocs=2)
+    process_group.call(2, member, tmp_path)
     alone = [trained(sets, 0, 1) for sets in PLANS]
     for rank in range(2):
         for sets, got, expected in zip(PLANS, torch.load(tmp_path / f"{rank}.pt"), alone):

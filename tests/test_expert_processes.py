@@ -20,8 +20,8 @@ WILD = "model.mlp.moe.balance.rate=1"  # so fast that experts lie idle in some s
 
 
 def share_of_gradients(path, sets, precision, flooded):
-    """Write losses, gradients and clip factor of one batch; a target of `process_group.call`, for one process called by
-    the test."""
+    """Write losses, gradients and clip factor of one batch; for several processes a target of
+    `process_group.call`, for one called by the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
     world = World(s)
     model, whole = GPT(s), build(precision=precision)
@@ -90,7 +90,8 @@ def trained(folder, world, *args):
         WILD
     ]
     changes = [word for change in (*sets, *args) for word in ("--set", change)]
-    process_group.call(world, training, [REF, "--scale", "micro", *changes, "--save-checkpoint", "--out", str(folder)])
+    argv = [REF, "--scale", "micro", *changes, "--save-checkpoint", "--out", str(folder)]
+    process_group.call(world, training, argv)
     run = next(folder.glob("*/summary.json")).parent
     events = read_chain(run / "run.jsonl")
     load = [e["load"] for e in events if e["kind"] == "experts" and "load" in e][-1]

@@ -348,7 +348,8 @@ def training(out, *args, processes=1):
         "system.precision=record", "--set", "system.warmup_steps=1", "--set", "validation.tokens=1024",
         "--with", "numerics.fp8_mlp", *args, "--out", str(out)
     ]
-    done = process_group.run(command, processes, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=280)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = process_group.run(command, processes, cwd=ROOT, env=env, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(next(Path(out).glob("*/summary.json")).read_text())["curve"]
 

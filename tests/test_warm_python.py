@@ -20,6 +20,7 @@ told = dict(
     session=os.getsid(0) == os.getpid(), group=os.getpgid(0) == os.getpid(), isolated="-I" in sys.orig_argv,
     handlers={name: getattr(one, "__name__", str(one)) for name, one in handlers.items()},
     bytecode=sys.dont_write_bytecode, encoding=sys.stdout.encoding.lower(), read=sys.stdin.read(),
+    buffered=[not one.write_through for one in (sys.stdout, sys.stderr)], orig=sys.orig_argv,
     files=sorted(map(int, os.listdir("/proc/self/fd")))[:3],
     ours=sorted({"deltas", "settings", "model", "train_gpt"} & set(getattr(sys, "modules"))),
 )
@@ -51,6 +52,7 @@ def told(command, popen, **how):
 def test_a_forked_program_finds_what_a_cold_one_finds(words, tmp_path, starts):
     (tmp_path / "probe.py").write_text(PROBE)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'more'}{os.pathsep}even", "OWN": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1"} if "-m" in words else {"PYTHONDONTWRITEBYTECODE": "1"}
     how = {"cwd": tmp_path, "env": environment, "start_new_session": "-m" in words}
     warm = told([sys.executable, *words], warm_python.Popen, **how)
     cold = told([sys.executable, *words], warm_python.COLD, **how)

@@ -12,6 +12,7 @@ All programs of one server have the same hash seed; a test that compares process
 import array
 import contextlib
 import inspect
+import io
 import json
 import os
 import select
@@ -27,6 +28,7 @@ import types
 # server is started cold. Those of CUDA are read when a program first uses a GPU.
 READ_AT_START = ("PYTHON", "TORCH", "PYTORCH", "TRITON", "OMP_", "GOMP", "KMP_", "MKL_", "OPENBLAS", "MALLOC",
                  "LD_", "LC_", "LANG")
+FOLLOWED = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # by `become` and `program`
 MESSAGE_BYTES = 200_000  # of one request; a longer one is started cold
 
 
@@ -82,9 +84,9 @@ def fits(asked: dict) -> bool:
         return False
     if sum(map(len, words)) > MESSAGE_BYTES // 2 or not os.path.isdir(asked["cwd"] or "."):
         return False
-    if not SERVER.same_start(os.environ if asked["env"] is None else asked["env"]):
+    flags, words = parted(words[1:])
+    if not SERVER.same_start(os.environ if asked["env"] is None else asked["env"], isolated="-I" in flags):
         return False
-    words = parted(words[1:])[1]
     if words[0] in ("-c", "-m"):
         # what a program imports at its start is a matter of cold starts
         return len(words) > 1 and "sys.modules" not in words[1]
@@ -103,11 +105,16 @@ class Server:
     def __init__(self):
         self.lock, self.socket, self.environment = threading.Lock(), None, dict(os.environ)
 
-    def same_start(self, env: dict) -> bool:
-        """Whether a program with this environment would begin as the server did."""
+    def same_start(self, env: dict, isolated: bool) -> bool:
+        """Whether a program with this environment would begin as the server did.
+
+        isolated: Python reads none of its variables (-I).
+        """
         def read(one):
-            found = {name: value for name, value in one.items() if name.startswith(READ_AT_START)}
-            found.pop("PYTHONPATH", None)  # `program` follows it
+            found = {name: value for name, value in one.items()
+                     if name.startswith(READ_AT_START) and name not in FOLLOWED}
+            if isolated:
+                found = {name: value for name, value in found.items() if not name.startswith("PYTHON")}
             if found.get("MKL_NUM_THREADS") == found.get("OMP_NUM_THREADS"):
                 found.pop("MKL_NUM_THREADS", None)  # its default
             # Python turns an unset locale into C.UTF-8
@@ -207,11 +214,13 @@ def become(request: dict) -> types.CodeType:
         os.dup2(source, fd)
     for fd in files:
         os.close(fd)
-    sys.stdin, sys.stdout = (open(fd, mode, -1, closefd=False) for fd, mode in ((0, "r"), (1, "w")))
-    sys.stderr = open(2, "w", 1, errors="backslashreplace", closefd=False)
-    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
     os.environ.clear()
     os.environ.update(request["env"])
+    flags, words = parted(request["args"][1:])
+    isolated = "-I" in flags
+    open_files(unbuffered=not isolated and bool(os.environ.get("PYTHONUNBUFFERED")))
+    bytecode = isolated or not os.environ.get("PYTHONDONTWRITEBYTECODE")
+    sys.dont_write_bytecode = "-B" in flags or not bytecode
     os.chdir(request["cwd"])
     if request["session"]:
         os.setsid()
@@ -219,20 +228,27 @@ def become(request: dict) -> types.CodeType:
         os.setpgid(0, request["group"])
     os.write(told, b"%d\n" % os.getpid())
     os.close(told)
-    return program(request["args"][1:])
+    sys.orig_argv = request["args"]
+    return program(words, isolated)
 
 
-def program(words: list[str]) -> types.CodeType:
+def open_files(unbuffered: bool) -> None:
+    """Open stdin, stdout and stderr as Python does at its start."""
+    sys.stdin = open(0, closefd=False)
+    out, err = (open(fd, "wb", 0 if unbuffered else -1, closefd=False) for fd in (1, 2))
+    sys.stdout = io.TextIOWrapper(out, line_buffering=out.isatty(), write_through=unbuffered)
+    sys.stderr = io.TextIOWrapper(err, errors="backslashreplace", line_buffering=True, write_through=unbuffered)
+    sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
+
+
+def program(words: list[str], isolated: bool) -> types.CodeType:
     """The code of SCRIPT, -m MODULE or -c CODE; sets sys.argv, sys.path and __main__ for it."""
-    flags, words = parted(words)
     main = types.ModuleType("__main__")
     sys.modules["__main__"] = main
-    sys.orig_argv = [sys.executable, *flags, *words]
-    sys.dont_write_bytecode = sys.dont_write_bytecode or "-B" in flags
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [os.path.abspath(path) for path in given if path]
     first = {"-c": "", "-m": os.getcwd()}.get(words[0], os.path.dirname(os.path.realpath(words[0])))
-    sys.path[:] = BASE_PATH if "-I" in flags else [first, *paths, *BASE_PATH]
+    sys.path[:] = BASE_PATH if isolated else [first, *paths, *BASE_PATH]
     if words[0] == "-c":
         sys.argv = ["-c", *words[2:]]
         return compile(words[1], "<string>", "exec")

@@ -84,15 +84,31 @@ def test_a_forked_program_is_waited_for_and_told_like_any_process(starts):
         assert process.stdout.read() == ""
 
 
+def test_what_a_forked_program_starts_is_forked_too_and_belongs_to_it():
+    inner = "import json, os; print(json.dumps([os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)]))"
+    outer = (f"import json, os, subprocess, sys; code = {inner!r}\n"
+             "told = json.loads(subprocess.check_output([sys.executable, '-c', code]))\n"
+             "print(json.dumps([told, [os.getpid(), os.getppid(), os.getpgid(0), os.getsid(0)]]))")
+    for session in (False, True):
+        done = subprocess.run(
+            [sys.executable, "-c", outer], capture_output=True, text=True, start_new_session=session
+        )
+        (_, above, *inner_groups), (pid, server, *groups) = json.loads(done.stdout)
+        # in a session of its own it starts what it starts itself, so that ending its group ends both
+        assert inner_groups == groups and above == (pid if session else server)
+
+
 def test_what_a_start_itself_is_about_starts_cold(starts, tmp_path):
     python, code = sys.executable, "print(1)"
+    (tmp_path / "torch.py").write_text("raise ImportError('broken')")
     for command, how in [
         ([python, "-X", "importtime", "-c", code], {}),
         ([python, "-c", "import sys; print(len(sys.modules))"], {}),
         ([python, "-c", code], {"env": {**os.environ, "PYTHONHASHSEED": "1"}}),
-        ([python, "-c", code], {"env": {**os.environ, "TRITON_INTERPRET": "1"}}),
+        ([python, "-c", code], {"env": {**os.environ, "OMP_NUM_THREADS": "7"}}),
         ([python, "-c", code], {"preexec_fn": lambda: None}), (["echo", "1"], {}),
         (f"{python} -V", {"shell": True}),
+        ([python, "-c", code], {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}}),
         ([python, str(tmp_path / "missing.py")], {})
     ]:
         subprocess.run(command, capture_output=True, **how)

@@ -4,7 +4,7 @@ conftest.py puts Popen of this file in the place of subprocess.Popen, so tests a
 programs as ever. `python SCRIPT ...`, `python -m MODULE ...` and `python -c CODE ...` are forked from a
 server; what `fits` excludes is started by the real Popen. A forked program is a process of its own, with its
 arguments, environment, folder, session, files, signals and exit code. Only torch and numpy are there before
-it begins; every module of the project it imports itself.
+it begins; every module of the project it imports itself. The programs that it starts are forked likewise.
 
 All programs of one server have the same hash seed; a test that compares processes gives PYTHONHASHSEED.
 """
@@ -21,14 +21,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import types
 
 # Variables that Python, torch or a shared library reads when it is loaded: a program that has others than the
-# server is started cold. Those of CUDA are read when a program first uses a GPU.
-READ_AT_START = ("PYTHON", "TORCH", "PYTORCH", "TRITON", "OMP_", "GOMP", "KMP_", "MKL_", "OPENBLAS", "MALLOC",
-                 "LD_", "LC_", "LANG")
+# server is started cold. Those of CUDA, Triton and torch's compiler are read when they are first used.
+READ_AT_START = ("PYTHON", "TORCH_", "PYTORCH", "OMP_", "KMP_", "MKL_", "OPENBLAS", "MALLOC", "LD_", "LC_",
+                 "LANG")
 FOLLOWED = ("PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE")  # by `become` and `program`
+PRELOADED = ("numpy", "torch")
 MESSAGE_BYTES = 200_000  # of one request; a longer one is started cold
 
 
@@ -80,17 +80,31 @@ def fits(asked: dict) -> bool:
         return False
     words = [os.fspath(word) for word in args]
     unusual = [name for name in ("executable", "preexec_fn", "pass_fds", "gid", "gids", "uid") if asked[name]]
+    if SERVER.inside and os.getpgid(0) != os.getpgid(os.getppid()):
+        return False  # what a program of another process group starts belongs to that group
     if len(words) < 2 or words[0] != sys.executable or unusual or asked["umask"] >= 0:
         return False
-    if sum(map(len, words)) > MESSAGE_BYTES // 2 or not os.path.isdir(asked["cwd"] or "."):
+    env = os.environ if asked["env"] is None else asked["env"]
+    size = sum(map(len, [*words, *env, *env.values()]))
+    if size > MESSAGE_BYTES // 4 or not os.path.isdir(asked["cwd"] or "."):
         return False
     flags, words = parted(words[1:])
-    if not SERVER.same_start(os.environ if asked["env"] is None else asked["env"], isolated="-I" in flags):
+    if replaced(env.get("PYTHONPATH", "")) or not SERVER.same_start(env, isolated="-I" in flags):
         return False
     if words[0] in ("-c", "-m"):
         # what a program imports at its start is a matter of cold starts
-        return len(words) > 1 and "sys.modules" not in words[1]
-    return not words[0].startswith("-") and os.path.isfile(os.path.join(asked["cwd"] or ".", words[0]))
+        known = len(words) > 1 and "sys.modules" not in words[1]
+    else:
+        known = not words[0].startswith("-") and os.path.isfile(os.path.join(asked["cwd"] or ".", words[0]))
+    return known and SERVER.runs()
+
+
+def replaced(path: str) -> bool:
+    """Whether a PYTHONPATH has a package of its own in the place of a preloaded one."""
+    return any(
+        os.path.exists(os.path.join(folder, name + end)) for folder in path.split(os.pathsep) if folder
+        for name in PRELOADED for end in ("", ".py")
+    )
 
 
 def parted(words: list[str]) -> tuple[set[str], list[str]]:
@@ -103,7 +117,17 @@ class Server:
     """The process that has torch, started when the first program is asked for."""
 
     def __init__(self):
-        self.lock, self.socket, self.environment = threading.Lock(), None, dict(os.environ)
+        self.lock, self.environment = threading.Lock(), dict(os.environ)
+        self.socket = None  # where programs are asked for
+        self.process: subprocess.Popen | None = None  # the server, in the tests
+        self.inside = False  # this process is a forked program
+
+    def runs(self) -> bool:
+        """Start the server if it does not run yet; whether it runs."""
+        with self.lock:
+            if self.socket is None:
+                self.begin()
+        return self.inside or self.process.poll() is None
 
     def same_start(self, env: dict, isolated: bool) -> bool:
         """Whether a program with this environment would begin as the server did.
@@ -129,11 +153,10 @@ class Server:
             "args": [os.fspath(word) for word in asked["args"]], "cwd": os.path.abspath(asked["cwd"] or "."),
             "env": dict(os.environ if asked["env"] is None else asked["env"]),
             "session": asked["start_new_session"], "group": asked.get("process_group", -1),
+            "base": self.environment,
         }
         with self.lock:
-            if self.socket is None:
-                self.begin()
-            rights = array.array("i", [*files, writes])
+            rights = array.array("i", [*files, self.socket.fileno(), writes])
             self.socket.sendmsg([json.dumps(request).encode()],
                                 [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         os.close(writes)
@@ -147,8 +170,9 @@ class Server:
                                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
 
     def end(self):
-        if self.socket is not None:
-            self.socket.close()
+        if self.process is not None:
+            with contextlib.suppress(OSError):  # it was killed
+                self.socket.send(b"end")
             self.process.wait()
 
 
@@ -175,8 +199,8 @@ def serve(asks: socket.socket) -> dict:
             ended.recv(4096)
             reap(running)
         if asks in ready:
-            data, rights, *_ = asks.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(4 * 4))
-            if not data:
+            data, rights, *_ = asks.recvmsg(MESSAGE_BYTES, socket.CMSG_SPACE(5 * 4))
+            if data in (b"", b"end"):  # nobody can ask any more, or the tests are over
                 os._exit(0)
             files = array.array("i", rights[0][2]).tolist()
             pid = os.fork()
@@ -206,7 +230,7 @@ def reap(running: dict[int, int]) -> None:
 
 def become(request: dict) -> types.CodeType:
     """Make this forked process the program that was asked for; returns the code to run in __main__."""
-    *files, told = request["files"]
+    *files, asks, told = request["files"]
     for number in (signal.SIGCHLD, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -218,6 +242,8 @@ def become(request: dict) -> types.CodeType:
     os.environ.update(request["env"])
     flags, words = parted(request["args"][1:])
     isolated = "-I" in flags
+    SERVER.socket, SERVER.environment, SERVER.inside = socket.socket(fileno=asks), request["base"], True
+    subprocess.Popen = Popen
     open_files(unbuffered=not isolated and bool(os.environ.get("PYTHONUNBUFFERED")))
     bytecode = isolated or not os.environ.get("PYTHONDONTWRITEBYTECODE")
     sys.dont_write_bytecode = "-B" in flags or not bytecode
@@ -236,15 +262,16 @@ def open_files(unbuffered: bool) -> None:
     """Open stdin, stdout and stderr as Python does at its start."""
     sys.stdin = open(0, closefd=False)
     out, err = (open(fd, "wb", 0 if unbuffered else -1, closefd=False) for fd in (1, 2))
-    sys.stdout = io.TextIOWrapper(out, line_buffering=out.isatty(), write_through=unbuffered)
-    sys.stderr = io.TextIOWrapper(err, errors="backslashreplace", line_buffering=True, write_through=unbuffered)
+    how = {"write_through": unbuffered}
+    sys.stdout = io.TextIOWrapper(out, line_buffering=out.isatty(), **how)
+    sys.stderr = io.TextIOWrapper(err, errors="backslashreplace", line_buffering=True, **how)
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = sys.stdin, sys.stdout, sys.stderr
 
 
 def program(words: list[str], isolated: bool) -> types.CodeType:
     """The code of SCRIPT, -m MODULE or -c CODE; sets sys.argv, sys.path and __main__ for it."""
     main = types.ModuleType("__main__")
-    sys.modules["__main__"] = main
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [os.path.abspath(path) for path in given if path]
     first = {"-c": "", "-m": os.getcwd()}.get(words[0], os.path.dirname(os.path.realpath(words[0])))
@@ -264,10 +291,10 @@ def program(words: list[str], isolated: bool) -> types.CodeType:
 
 if __name__ == "__main__":
     import gc
+    import importlib
 
-    import numpy  # noqa: F401  what the programs need, and no more: nothing of the project
-    import torch  # noqa: F401
-
+    for package in PRELOADED:
+        importlib.import_module(package)
     given = [os.path.abspath(x) for x in os.environ.get("PYTHONPATH", "").split(os.pathsep) if x]
     BASE_PATH = [path for path in sys.path[1:] if path not in given]
     for ignored in (signal.SIGINT, signal.SIGHUP):

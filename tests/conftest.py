@@ -1,8 +1,9 @@
-"""What holds for all tests: the packages are there, Ctrl-C reaches programs under test, and --feature PATH
-selects laws."""
+"""What holds for all tests: the packages are there, Ctrl-C reaches programs under test, programs start warm
+(warm_python.py), and --feature PATH selects laws."""
 
 import gc
 import signal
+import subprocess
 
 import pytest
 
@@ -16,6 +17,7 @@ from common import environment
 environment.require(*environment.TRAINING)
 
 import features  # noqa: E402  after the packages are known to be there
+import warm_python  # noqa: E402
 from common.errors import UserError  # noqa: E402
 
 # A shell that starts the tests in the background ignores SIGINT, and nohup SIGHUP; the programs under test
@@ -24,6 +26,9 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+subprocess.Popen = warm_python.Popen
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,3 +75,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Give the garbage collector its usual thresholds back."""
     gc.set_threshold(*USUAL_THRESHOLDS)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the process that programs were forked from."""
+    warm_python.SERVER.end()

@@ -1,15 +1,12 @@
 """Experts shared out over processes give the gradients and the training of one process."""
 
 import json
-import multiprocessing
-import os
-import socket
-from functools import cache
 
 import pytest
 import torch
 
 from system import command_line
+import process_group
 import train_gpt
 from model import GPT
 from optim import Optimizer
@@ -22,43 +19,9 @@ PARALLEL = "system.expert_parallel=true"
 WILD = "model.mlp.moe.balance.rate=1"  # so fast that experts lie idle in some steps
 
 
-@cache
-def forkserver():
-    """Context of a process that has loaded torch and nothing else, and of which the processes of a run are
-    copies."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
-    return context
-
-
-def together(world, target, *args):
-    """Run target(*args) in `world` processes that find each other as under torchrun."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    members = [
-        forkserver().Process(target=member, args=(rank, world, port, target, args)) for rank in range(world)
-    ]
-    for process in members:
-        process.start()
-    for process in members:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in members] == [0] * world
-
-
-def member(rank, world, port, target, args):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port)
-    }
-    torch.set_num_threads(1)
-    target(*args)
-
-
 def share_of_gradients(path, sets, precision, flooded):
-    """Write losses, gradients and clip factor of one batch; a target of `together`, for one process called by
-    the test."""
+    """Write losses, gradients and clip factor of one batch; for several processes a target of
+    `process_group.call`, for one called by the test."""
     s = settings(SMALL, "optim.grad_clip=0.01", "system.device=cpu", *sets, precision=precision)
     world = World(s)
     model, whole = GPT(s), build(precision=precision)
@@ -101,7 +64,7 @@ def test_shared_out_experts_give_the_gradients_of_one_process(
     others."""
     sets = [f"system.experts={backend}"]
     share_of_gradients(tmp_path / "1.pt", sets, precision, flooded)
-    together(
+    process_group.call(
         world, share_of_gradients, tmp_path / "n.pt", [*sets, PARALLEL, f"system.comm={comm}"], precision,
         flooded
     )
@@ -127,7 +90,8 @@ def trained(folder, world, *args):
         WILD
     ]
     changes = [word for change in (*sets, *args) for word in ("--set", change)]
-    together(world, training, [REF, "--scale", "micro", *changes, "--save-checkpoint", "--out", str(folder)])
+    argv = [REF, "--scale", "micro", *changes, "--save-checkpoint", "--out", str(folder)]
+    process_group.call(world, training, argv)
     run = next(folder.glob("*/summary.json")).parent
     events = read_chain(run / "run.jsonl")
     told = [e for e in events if e["kind"] == "experts" and "load" in e][-1]

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 import torch
 
 import deltas
+import process_group
 import schema
 import schedule
 from kernels import fp8_linear as fp8_module
@@ -343,17 +343,13 @@ def test_fp8_kernels_ask_for_compute_capability_8_9(monkeypatch):
 # ----- trainings, as a user runs them
 
 def training(out, *args, processes=1):
-    launch = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [
-        *launch, "train_gpt.py", "short/11", "--scale", "micro", "--set", "schedule.steps=3", "--set",
+        sys.executable, "train_gpt.py", "short/11", "--scale", "micro", "--set", "schedule.steps=3", "--set",
         "system.precision=record", "--set", "system.warmup_steps=1", "--set", "validation.tokens=1024",
         "--with", "numerics.fp8_mlp", *args, "--out", str(out)
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=280
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = process_group.run(command, processes, cwd=ROOT, env=env, timeout=280)
     assert done.returncode == 0, done.stderr
     return json.loads(next(Path(out).glob("*/summary.json")).read_text())["curve"]
 

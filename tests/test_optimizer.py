@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import deltas
 import optim
+import process_group
 import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
@@ -104,15 +105,15 @@ def test_adamw_in_place_gives_the_bits_of_the_formula_and_leaves_the_gradient(st
 
 def test_compiled_adamw_is_one_pass_over_its_tensors(tmp_path):
     """One kernel: nothing between is written, which is all that a kernel of our own could save."""
-    script = ("import torch\nfrom torch._inductor import metrics\nfrom updates.adam import adamw_\n"
+    script = (f"import os\nos.environ['TORCHINDUCTOR_CACHE_DIR'] = {str(tmp_path)!r}\n"
+              "import torch\nfrom torch._inductor import metrics\nfrom updates.adam import adamw_\n"
               "number = lambda x: torch.tensor(x, dtype=torch.float64)\n"
               "tensors = [torch.ones(4096) for _ in range(4)]\n"
               "torch.compile(adamw_, dynamic=False)(*tensors, lr=number(0.1), decay=0.1, beta1=0.9, "
               "beta2=0.95, eps=1e-8,\n    eps_after_correction=True, correction1=number(0.1), "
               "correction2=number(0.05), math_dtype=torch.float32)\nprint(metrics.generated_kernel_count, "
               "tensors[0].eq(tensors[0][0]).all().item(), tensors[0][0].item())")
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     count, equal, value = done.stdout.split()
     p, _, _ = adamw_as_written(
         *(torch.ones(1) for _ in range(4)), lr=0.1, decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8,
@@ -702,11 +703,10 @@ def trained(sets, rank, world):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def member(rank, world, folder):
+def member(folder):
     """One process of the next test: trains by every plan and writes what it ends with."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
     torch.save([trained(sets, rank, world) for sets in PLANS], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -714,7 +714,7 @@ def member(rank, world, folder):
 def test_every_communication_plan_ends_with_the_parameters_of_one_process(tmp_path):
     """With clipping, padding (5 units on 2 processes) and a step that updates a part of the groups; ordered,
     bit by bit."""
-    torch.multiprocessing.spawn(member, (2, str(tmp_path)), nprocs=2)
+    process_group.call(2, member, tmp_path)
     alone = [trained(sets, 0, 1) for sets in PLANS]
     for rank in range(2):
         for sets, got, expected in zip(PLANS, torch.load(tmp_path / f"{rank}.pt"), alone):

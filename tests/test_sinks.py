@@ -4,12 +4,12 @@ import importlib.util
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import process_group
 from evidence import run_laws
 from runlog import read_chain
 from common.errors import UserError
@@ -47,18 +47,13 @@ def train(tmp_path, *names, processes=1, **env):
     validations."""
     for name in ("wandb", "trackio"):
         (tmp_path / f"{name}.py").write_text(STUB)
-    command = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1
-        else []
-    )
     args = [word for name in names for word in ("--log-to", name)]
-    done = subprocess.run(
-        [
-            sys.executable, *command, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--set",
-            "schedule.steps=6", "--set", "validation.every=3", "--out", str(tmp_path / "runs"), *args
-        ],
-        capture_output=True,
-        text=True,
+    for word in ("schedule.steps=6", "validation.every=3", "validation.tokens=2048"):
+        args += ["--set", word]
+    done = process_group.run(
+        [sys.executable, str(ROOT / "train_gpt.py"), "short/11", "--scale", "micro", "--out",
+         str(tmp_path / "runs"), *args],
+        processes,
         cwd=ROOT,
         timeout=280,
         env={

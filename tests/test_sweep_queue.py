@@ -205,7 +205,7 @@ def test_two_workers_never_run_the_same_target(tmp_path, fake, monkeypatch):
     both = [
         subprocess.Popen(command("work", tmp_path / "q"), stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    out = [p.communicate(timeout=60)[0] for p in both]
+    out = [p.communicate(timeout=240)[0] for p in both]
     assert [p.returncode for p in both] == [0, 0]
     assert (
         sorted(starts(fake)) == sorted(name for name, _, _ in queue.targets(plan)) and len(starts(fake)) == 8

@@ -5,12 +5,14 @@ Golden numbers of the originals: records 5, 12 and 20 in bfloat16, record 53 in 
 """
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
 import torch
 
 import deltas
+import process_group
 import schedule
 from common.errors import UserError
 from golden_records import load
@@ -471,11 +473,10 @@ def six_steps(comm, rank, world):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def member(rank, world, folder):
+def member(folder):
     """One process of the next test."""
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
-    )
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.distributed.init_process_group("gloo")
     torch.save({comm: six_steps(comm, rank, world) for comm in COMMS}, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -483,7 +484,7 @@ def member(rank, world, folder):
 @pytest.mark.feature("system.comm", "system.small_allreduce")
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_end_with_the_parameters_of_one(world, tmp_path):
-    torch.multiprocessing.spawn(member, (world, str(tmp_path)), nprocs=world)
+    process_group.call(world, member, tmp_path)
     alone = {comm: six_steps(comm, 0, 1) for comm in COMMS}
     for rank in range(world):
         for comm, parameters in torch.load(tmp_path / f"{rank}.pt").items():

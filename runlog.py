@@ -202,8 +202,8 @@ def render(event):
         if "error" in event:
             return [f"no checkpoint of step {event['step']}: {event['error']}; the run goes on"]
         return [
-            f"checkpoint of step {event['step']}: {event['bytes'] / 1e6:.1f} MB, {event['copy_ms']:.1f} ms on "
-            f"the clock, {event['write_ms'] / 1000:.2f} s written in the background"
+            f"checkpoint of step {event['step']}: {event['bytes'] / 1e6:.1f} MB, {event['copy_ms']:.1f} ms "
+            f"on the clock, {event['write_ms'] / 1000:.2f} s written in the background"
         ]
     if kind == "resume":
         lines = [f"passed over {name}: {reason}" for name, reason in event["passed"]]
@@ -288,7 +288,9 @@ def refuse_ended(folder, events):
     """UserError if the events are those of a run that has nothing left to do."""
     end = events[-1]
     if end["kind"] == "end" and end["status"] != "interrupted":
-        raise UserError(f"{folder}: the run has {end['status']} after {end['steps']} steps: nothing to resume")
+        raise UserError(
+            f"{folder}: the run has {end['status']} after {end['steps']} steps: nothing to resume"
+        )
 
 
 class RunLog:

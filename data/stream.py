@@ -354,8 +354,8 @@ class Stream:
         """Read the first `steps` batches again, as a run that continues needs it.
 
         A position alone would be quicker to reach, but the digests run over all tokens, and so the shards are
-        held to what the run has read. digests: {logical rank as text: digest} of these batches. UserError if the
-        shards hold other tokens now.
+        held to what the run has read. digests: {logical rank as text: digest} of these batches. UserError if
+        the shards hold other tokens now.
         """
         for _ in range(steps):
             self.next()

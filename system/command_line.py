@@ -104,8 +104,8 @@ def checkpoints(p: arguments.Parser) -> None:
     """Options of what a run keeps to go on from."""
     p.add_argument(
         "--checkpoint-every", type=arguments.interval, default=UNSET, metavar="N|TIME",
-        help="keep a checkpoint to resume from every N steps, or after 90s, 10m, 2h; and when the run is told "
-        "to stop (default 10m; `never`, also the default of a registered run)"
+        help="keep a checkpoint to resume from every N steps, or after 90s, 10m, 2h; and when the run is "
+        "told to stop (default 10m; `never`, also the default of a registered run)"
     )
     p.add_argument(
         "--keep-checkpoints", type=arguments.integer(1, 1000), default=2, metavar="K",

@@ -3,8 +3,8 @@ was left alone.
 
     python tests/kills.py [--kills N] [--records 11 33 57 variants/2] [--processes 1 2] [--steps 60]
 
-Sixty `micro` steps of each record, eager, on 1 and 2 processes, a checkpoint every five steps. A run is killed
-after a random time, resumed, killed again, until it ends; then its parameters, its losses and the digest of
+Sixty `micro` steps of each record, eager, on 1 and 2 processes, a checkpoint every five steps. A run is
+killed after a random time, resumed, killed again, until it ends; then its parameters, its losses and the digest of
 its tokens are compared with those of the uninterrupted run. Of two processes one or both are killed. Goes on
 where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills have been made (100).
 With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
@@ -171,7 +171,7 @@ def trial(ref, processes, home, steps, generator):
         if folder is None:
             shutil.rmtree(out, ignore_errors=True)
         ids = begin(arguments(ref, out, steps) if folder is None else resumed(folder, out), processes)
-        codes = waited(ids, generator.uniform(0, seconds / 3))
+        codes = waited(ids, generator.uniform(0, seconds / (3 if steps == STEPS else 1)))
         if len(codes) == len(ids):
             break
         kill([i for i in ids if i not in codes], generator)

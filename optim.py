@@ -58,9 +58,7 @@ class Local:
         """Start the all-gather of the updated shards. Returns its work handle, or None."""
 
     def whole(self, x, units):
-        """The whole tensor (units, ...), from this process's shard x of it; may be x itself. May be
-        collective.
-        """
+        """The whole tensor (units, ...), from this process's shard x; may be x itself. May be collective."""
         return x
 
 

@@ -388,9 +388,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         return found
 
     with validating(run.hooks, windows):
-        # with checkpoints a run stops between steps only, where all processes save together
-        check = run.interrupt.check if run.checkpoints is None else lambda: None
-        return validate(run.compiled, run.rows, run.world, context, limit, check)
+        return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
 
 
 @torch.no_grad()

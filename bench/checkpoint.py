@@ -83,8 +83,7 @@ def measured(ref, scale, data, every, repeats):
         for _ in range(repeats + 1):
             steps += [spent(step, run.world.cuda) for _ in range(2)]
             run.batches.drain()
-            # what the thread does meanwhile counts as copy too, which is little: its file comes after the
-            # copy
+            # what the thread does meanwhile counts as copy too
             copies.append(spent(lambda: saver.save(run.steps_done), run.world.cuda))
             writes.append(spent(lambda: saver.report(wait=True), run.world.cuda))
         written = next(e for e in reversed(run.log.events) if e["kind"] == "checkpoint")
@@ -118,8 +117,8 @@ def main():
         )
         if "failed" not in row:
             print(f"{ref}: a step {row['step_ms']} ms, a checkpoint of {row['mb']} MB {row['copy_ms']} ms of "
-                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} "
-                  "steps", flush=True)
+                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps",
+                  flush=True)
     sys.exit(report.finish())
 
 

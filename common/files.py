@@ -96,6 +96,13 @@ def make_folder(path: Path | str) -> None:
         raise UserError(f"cannot make the folder {path}: {error.strerror or error}") from None
 
 
+def remove_unfinished(folder: Path | str, name: str) -> None:
+    """Remove what a killed `writing` has left of files in this folder whose names begin with `name`."""
+    for path in Path(folder).glob(f".{name}*.tmp"):
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
 def write(path: Path | str, content: str | bytes | memoryview, **options: Any) -> None:
     """Replace a file's content in one step (see `writing`). Text is UTF-8 with `\\n` line
     ends on every system."""

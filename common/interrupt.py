@@ -148,6 +148,7 @@ class Interrupt:
         self.says = "stopping where nothing is left half done"
         self.peers: list[int] = []  # ids of the other processes of this run on this machine
         self.follows = False  # the first process is among them
+        self.between_steps = False  # `asked` is looked at by others, and `check` does nothing
 
     def __enter__(self) -> "Interrupt":
         self.before = listen(self.note)
@@ -193,5 +194,5 @@ class Interrupt:
 
     def check(self) -> None:
         """KeyboardInterrupt if one was asked for: called where stopping leaves nothing half done."""
-        if self.asked and not self.follows:
+        if self.asked and not self.follows and not self.between_steps:
             raise KeyboardInterrupt

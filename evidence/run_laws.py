@@ -250,10 +250,8 @@ def misshapen_loads(event):
 def check_run(log):
     """All problems of one log by itself; sets log.settings."""
     if resumed := [str(e["step"]) for e in log.events if e["kind"] == "resume"]:
-        yield (
-            f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record is "
-            "trained in one piece"
-        )
+        yield (f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record "
+               "is trained in one piece")
         return  # the laws below are those of one piece
     yield from check_settings(log)
     yield from check_untouched(log)

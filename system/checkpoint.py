@@ -20,13 +20,11 @@ Gradients are not kept: where a group is updated every other step, a checkpoint 
 no gradient is left.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import mmap
-import os
 import shutil
 import struct
 import time
@@ -80,9 +78,8 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 def about(run: Run, step: int) -> dict[str, Any]:
     """What else a run needs to continue before this step, as plain JSON values. Collective."""
     run.batches.drain()
-    digests = {
-        r: d for part in run.world.gather_objects(run.stream.rank_digests(step)) for r, d in part.items()
-    }
+    parts = run.world.gather_objects(run.stream.rank_digests(step))
+    digests = {rank: digest for part in parts for rank, digest in part.items()}
     meter = run.clock.meter
     return {
         "step": step, "ml_hash": schema.ml_hash(run.s), "seed": run.log.events[0]["seed"],
@@ -159,9 +156,8 @@ class Through:
 
 
 def write(path: Path, kept: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
-    """Write a checkpoint, whole or not at all. Returns its digest. UserError if the disk is full or the
-    like."""
-    text = json.dumps(kept, sort_keys=True)
+    """Write a checkpoint, whole or not at all. Returns its digest. UserError if that fails (a full disk)."""
+    text = files.json_text(kept, sort_keys=True)
     digest = digest_of(text, tensors)
     room(path.parent, sum(x.nbytes for x in tensors.values()))
     with files.writing(path, remedy="free some space") as file:
@@ -183,8 +179,8 @@ def room(folder: Path, needed: int) -> None:
         return  # what is wrong with the folder is told when it is written
     if free < ROOM * needed:
         raise UserError(
-            f"{folder}: a checkpoint takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free: "
-            "free some space"
+            f"{folder}: a checkpoint takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free: free "
+            "some space"
         )
 
 
@@ -216,8 +212,7 @@ def read(path: Path, check: bool = True) -> Found:
 
 
 def choose(folder: Path, log: runlog.RunLog, ml_hash: str) -> tuple[Found | None, list[tuple[str, str]]]:
-    """(the newest good checkpoint of a run, or None; [(file name, reason)] of newer ones that are not
-    used)."""
+    """(newest good checkpoint of a run or None, [(file name, reason)] of newer ones that are not used)."""
     passed, seed = [], log.events[0]["seed"]
     for path in sorted(files.listed(folder / FOLDER, PATTERN), reverse=True):
         try:
@@ -253,11 +248,10 @@ class Heartbeat:
         self.map = None
         try:
             path.parent.mkdir(exist_ok=True)
-            with open(path, "w+b") as file:
-                file.write(bytes(self.FORM.size))
-                file.flush()
+            files.write(path, bytes(self.FORM.size))
+            with open(path, "r+b") as file:
                 self.map = mmap.mmap(file.fileno(), self.FORM.size)
-        except (OSError, ValueError):
+        except (OSError, ValueError, UserError):
             pass
 
     def beat(self, steps: int, clock_ms: float) -> None:
@@ -329,6 +323,7 @@ class Checkpoints:
 
     def __init__(self, run: Run, every: tuple[str, float], keep: int) -> None:
         self.run, self.every, self.keep = run, every, keep
+        run.interrupt.between_steps = True  # where all processes save together
         self.folder = run.log.folder / FOLDER if run.world.main else None
         self.ahead = Ahead(run.world, run.first_step)
         self.thread = ThreadPoolExecutor(1, "checkpoint")
@@ -338,13 +333,13 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         self.heartbeat = Heartbeat(beaten(run.log.folder)) if run.world.main else None
         if run.world.main:
-            sweep(self.folder)
+            files.remove_unfinished(self.folder, "step")
 
     def before_step(self, step: int) -> None:
         """Save, if that is due. KeyboardInterrupt, on all processes, after the checkpoint of a stop."""
         run, asked = self.run, self.run.interrupt
         if asked.asked and not run.world.main and not asked.follows:
-            asked.check()  # process 0, on another machine, cannot be told
+            raise KeyboardInterrupt  # process 0, on another machine, cannot be told
         if self.heartbeat is not None:
             self.heartbeat.beat(step, run.clock.read_ms())
         self.report()
@@ -382,8 +377,7 @@ class Checkpoints:
         self.under_way = told, self.thread.submit(self.write, kept, arrived)
 
     def copy(self, name: str, x: torch.Tensor) -> None:
-        """Copy a tensor into the buffer of its name; from a GPU in the order of its stream, into pinned
-        memory."""
+        """Copy a tensor into the buffer of its name: from a GPU in the order of its stream, pinned."""
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != x.shape:
             pinned = self.run.world.cuda
@@ -423,13 +417,6 @@ class Checkpoints:
         """Remove the checkpoints: the run has finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a kill has left of unfinished files."""
-    for path in folder.glob(".step*.tmp"):
-        with contextlib.suppress(OSError):
-            os.unlink(path)
 
 
 def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:

@@ -135,8 +135,7 @@ def all_tensors(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful]) -> 
 
 
 def beside_optimizer(model: GPT, hooks: Iterable[Stateful]) -> dict[str, tuple[torch.Tensor, bool]]:
-    """{name: (tensor, whether its first axis is the logical ranks)}: what training changes besides
-    parameters.
+    """{name: (tensor, whether its first axis is the logical ranks)} of what changes besides parameters.
 
     The tensors of the hooks, and the buffers of the model's state_dict that no hook lists. Other buffers are
     derived from the settings.

@@ -71,8 +71,7 @@ def interruptions(events: list[dict]) -> list[str]:
 
 
 def remedy(run: Run) -> str:
-    """The end of the message of an error that stopped a run: how it goes on; "" if it keeps no
-    checkpoints."""
+    """How a run goes on that an error stopped, the end of its message; "" if it keeps no checkpoints."""
     if run.checkpoints is None or not run.world.main:
         return ""
     return f"; then go on with --resume {run.log.folder}"

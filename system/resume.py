@@ -54,9 +54,8 @@ def find(name: str, out: str) -> Path:
 def folders(out: str) -> list[Path]:
     """Run folders, the newest first."""
     found = [path.parent for path in files.listed(Path(out), "*/run.jsonl")]
-    return sorted(
-        found, key=lambda folder: ((folder / "run.jsonl").stat().st_mtime, folder.name), reverse=True
-    )
+    found.sort(key=lambda folder: ((folder / "run.jsonl").stat().st_mtime, folder.name))
+    return found[::-1]
 
 
 def last_event(folder: Path) -> dict | None:
@@ -121,8 +120,8 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     s = settings.check(schema.from_plain(start["settings"]))
     if schema.ml_hash(s) != start["ml_hash"]:
         raise UserError(
-            f"{folder}: its settings do not hash to {start['ml_hash']}: resume it with a checkout "
-            f"of {start['code']}"
+            f"{folder}: its settings do not hash to {start['ml_hash']}: resume it with a checkout of "
+            f"{start['code']}"
         )
     if options.seed not in (0, start["seed"]):
         raise UserError(f"--resume {folder}: its seed is {start['seed']}: leave --seed away")
@@ -130,8 +129,8 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     if given is None:
         if options.scale or options.sets or options.with_ or options.without or options.revert:
             raise UserError(
-                f"--resume {folder}: a run continues with its own settings: leave --scale, --set, "
-                "--with, --without and --revert away, or name the record with them"
+                f"--resume {folder}: a run continues with its own settings: leave --scale, --set, --with, "
+                "--without and --revert away, or name the record with them"
             )
         return Resolved(s, deltas.find_record(start["record"]), start["scale"], tuple(start["changes"]), (),
                         start["preset"])
@@ -140,7 +139,7 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
             x for x in schema.difference(given.settings, s) if not x[0].startswith("system")
         )
         raise UserError(
-            f"--resume {folder}: {path} is {theirs} there and {ours} here (ml_hash {found}): a run "
-            "continues with its own settings"
+            f"--resume {folder}: {path} is {theirs} there and {ours} here (ml_hash {found}): a run continues "
+            "with its own settings"
         )
     return given

@@ -122,11 +122,14 @@ class Profiler:
 class Saver(Protocol):
     """What a run asks of system.checkpoint.Checkpoints, which knows the run."""
 
-    def before_step(self, step: int) -> None: ...
+    def before_step(self, step: int) -> None:
+        """Save or stop, if it is time."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait for what is being written."""
 
-    def remove(self) -> None: ...
+    def remove(self) -> None:
+        """Remove the checkpoints."""
 
 
 # ----- the run ----------------------------------------------------------------------------------------------

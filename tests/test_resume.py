@@ -125,6 +125,16 @@ def the_log_is_one_and_says_what_happened(folder):
     assert len(problems) == 1 and "resumed at step 4 after an interruption: a record is" in problems[0]
 
 
+def test_a_run_that_is_really_killed_ends_with_the_same_bits_too(tmp_path):
+    """A sample of tests/kills.py: SIGKILL after a random time."""
+    done = subprocess.run(
+        [sys.executable, "tests/kills.py", "--kills", "1", "--steps", "8", "--records", "2", "--processes", "1"],
+        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "SPEEDRUN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("| equal |"), done.stderr
+
+
 # ----- another number of processes
 
 ONE_RECORD = [("short/11", "float64", "auto")]
@@ -151,9 +161,8 @@ def reshard(ref, precision, comm):
     how = "system.expert_parallel=true" if comm == "experts" else f"system.comm={comm}"
     sets = ("schedule.steps=6", "validation.every=6", *SMALL[1:3], "system.warmup_steps=1",
             f"system.precision={precision}", how)
-    argv = [
-        ref, "--scale", "micro", *(part for x in sets for part in ("--set", x)), "--checkpoint-every", "3"
-    ]
+    argv = [ref, "--scale", "micro", "--checkpoint-every", "3"]
+    argv += [part for x in sets for part in ("--set", x)]
 
     def run(argv, processes, out):
         codes = kills.waited(kills.begin([*argv, "--out", str(out)], processes), 280)
@@ -251,10 +260,8 @@ def test_a_torn_log_and_unfinished_files_are_cleared_and_a_run_without_a_good_ch
     assert go_on(folder) in (0, 3)
     events = runlog.read_chain(folder / "run.jsonl")
     event = next(e for e in events if e["kind"] == "resume")
-    assert event["step"] == 0 and [name for name, _ in event["passed"]] == [
-        "step0000004.pt",
-        "step0000002.pt",
-    ]
+    assert event["step"] == 0
+    assert [name for name, _ in event["passed"]] == ["step0000004.pt", "step0000002.pt"]
     assert "passed over step0000004.pt: it is no whole checkpoint" in capsys.readouterr().out
     assert events[-1]["status"] == "finished"
 
@@ -262,9 +269,7 @@ def test_a_torn_log_and_unfinished_files_are_cleared_and_a_run_without_a_good_ch
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(folder, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert go_on(folder) in (0, 3)
-    failed = [
-        e for e in runlog.read_chain(folder / "run.jsonl") if e["kind"] == "checkpoint" and "error" in e
-    ]
+    failed = [e for e in runlog.read_chain(folder / "run.jsonl") if e["kind"] == "checkpoint" and e.get("error")]
     assert [e["step"] for e in failed] == [6] and "are free: free some space" in failed[0]["error"]
     assert "no checkpoint of step 6" in capsys.readouterr().out
 
@@ -322,9 +327,8 @@ def test_the_record_may_be_named_again_and_settings_of_the_system_may_differ(sto
                              "system.ranks_per_microbatch=2", "--resume", str(stopped))
     assert resolved.settings.system.ranks_per_microbatch == 2
     _, alone = command_line.command_line(["--resume", str(stopped)])
-    assert (
-        schema.ml_hash(alone.settings) == schema.ml_hash(resolved.settings) and alone.record.ref == "short/2"
-    )
+    assert schema.ml_hash(alone.settings) == schema.ml_hash(resolved.settings)
+    assert alone.record.ref == "short/2"
 
 
 def test_a_run_under_way_and_a_finished_one_are_not_resumed(folder, tmp_path):

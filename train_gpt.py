@@ -348,7 +348,7 @@ def validation(run: Run, step: int) -> bool:
     """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
     run.progress.clear()
     run.batches.drain()  # no prefetch while the clock is stopped
-    if step == len(run.plans) and run.s.validation.canonical_mask:
+    if run.s.validation.canonical_mask and step == len(run.plans):
         run.seams.collect()  # made during the run, and waited for on the clock
     run.clock.stop()
     losses = run.mean_train_losses()
@@ -383,7 +383,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
     def context(tokens, read):
         max_docs, max_seqlen, _ = count_documents(read, run.corpus.bos)
         found = run.model.context(tokens, run.corpus.bos, windows, max_docs=max_docs, max_seqlen=max_seqlen)
-        if step == len(run.plans) and run.s.validation.canonical_mask:
+        if run.s.validation.canonical_mask and step == len(run.plans):
             found.impossible = run.seams.table
         return found
 

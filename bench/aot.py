@@ -86,8 +86,10 @@ def launches(modules, call):
                 tuple(Recorder(k, calls) for k in made) if isinstance(made, tuple) else Recorder(made, calls)
             )
             setattr(module, name, lambda recorders=recorders: recorders)
+        device.LAUNCHES_ON_META = True
         call()
     finally:
+        device.LAUNCHES_ON_META = False
         for module, name in modules.items():
             setattr(module, name, originals[module])
     return calls

@@ -38,13 +38,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # Triton's interpreter 
 HAS_C_COMPILER = c_compiler() is not None
 
 
+LAUNCHES_ON_META = False  # set while bench/aot.py records what a kernel would be launched with
+
+
 def operator(function, op, x):
     """`op`, the custom operator, while torch.compile traces or if x has no values; otherwise `function`.
 
     On tensors without values (device meta) an operator gives shapes, so system/memory.py counts what a kernel
     keeps.
     """
-    return op if torch.compiler.is_compiling() or x.is_meta else function
+    return op if torch.compiler.is_compiling() or (x.is_meta and not LAUNCHES_ON_META) else function
 
 
 def missing(device):

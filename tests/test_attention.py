@@ -416,7 +416,7 @@ def test_a_compiled_model_with_growing_windows_and_yarn_is_one_graph_in_training
         for step, final in [*((step, False) for step in steps), (s.schedule.steps, True)]:
             model.update_yarn(schedule.windows(s, step, final))
             context = model.context(tokens, 0, schedule.windows(s, step, final), max_seqlen=40 + step)
-            assert len({int(view.plan.window[0]) for view, _ in context.layers}) == (3 if final else 2)
+            assert len({int(view.plan.window[0]) for view, *_ in context.layers}) == (3 if final else 2)
             found = compiled(tokens, tokens, context)
         assert len(graphs) == 2 and set(read) == {40 + step for step in [*steps, s.schedule.steps]}
         model.compiled = False

@@ -15,6 +15,7 @@ from golden_records import (
 )
 from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
+from layers.specs import RotarySpec
 from optim import Optimizer
 from model_settings import rotary_dim
 from schedule import Span, Windows
@@ -226,7 +227,7 @@ def test_record_53_gradients(of_record_53):
 def test_yarn_states_at_real_size():
     golden, _ = load("schedules")
     s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
-    rotary = Rotary(s, rotary_dim(s))
+    rotary = Rotary(s, RotarySpec(rotary_dim(s), rotary_dim(s) // 4))
     history = (3, 7, 11, 13)
     for i, blocks in enumerate(history):
         f, factor = rotary.frequencies(history[:i + 1])

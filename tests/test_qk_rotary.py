@@ -24,7 +24,7 @@ from model import GPT
 from model import Rotary
 from system import preflight
 from program import program_of
-from model_settings import rotary_dim
+from layers.specs import rotary_spec
 from common.errors import UserError
 
 # Of the largest element: one rounding of the dtype. bfloat16 can be tested, as the kernels calculate in
@@ -312,7 +312,7 @@ def test_an_offset_shifts_the_still_pairs_of_keys_within_the_row_only():
     """Record 49 on its half rotation: half of the channels stand still, and only there keys are of the token
     before."""
     s = deltas.resolve("short/33", scale="micro", sets=["system.precision=float64"]).settings
-    rotary = Rotary(s, rotary_dim(s))
+    rotary = Rotary(s, rotary_spec(s, narrow=False))
     rotary.update_yarn()
     width = rotary.width
     cos, sin = rotary.cos[:6], rotary.sin[:6]

@@ -335,7 +335,7 @@ def per_stage(value: object) -> tuple:
 def fits_stages(count: int, s: Settings) -> bool:
     """Whether a list has a value per stage, and perhaps one more for the extension."""
     return count == len(s.schedule.stages) or (
-        s.schedule.extension > 0 and count == len(s.schedule.stages) + 1
+        s.schedule.extension_steps > 0 and count == len(s.schedule.stages) + 1
     )
 
 

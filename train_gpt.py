@@ -454,10 +454,10 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         return INTERRUPTED if status == "interrupted" else DIVERGED
     if world.main:
         world.say(f"log: {log.folder}")
+    if run.checkpoints is not None:  # of a run that is over; this makes room, too
+        run.checkpoints.remove()
     if options.save_checkpoint:
         report.save_checkpoint(run, resolved, results["val_loss"])
-    if run.checkpoints is not None:
-        run.checkpoints.remove()
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED

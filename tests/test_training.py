@@ -599,8 +599,8 @@ def test_a_loss_that_one_process_finds_not_finite_stops_all_of_them():
 
 def test_the_documents_of_rows_are_counted_from_their_first_token_or_the_rows():
     rows = np.array([[5, 0, 5, 5, 5, 0], [5, 5, 0, 0, 5, 5]])  # 1, 4, 1; 2, 1, 3
-    assert count_documents(rows, 0) == (6, 4)
-    assert count_documents(rows[1:], 0) == (3, 3) and count_documents(rows, 9) == (2, 6)
+    assert count_documents(rows, 0)[:2] == (6, 4)
+    assert count_documents(rows[1:], 0)[:2] == (3, 3) and count_documents(rows, 9)[:2] == (2, 6)
 
 
 def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():
@@ -625,7 +625,8 @@ def test_rows_come_with_the_number_and_the_longest_of_their_documents():
     """Each begins with `bos` or a row; the token after the last one is a target only."""
     batch = np.array([[0, 5, 0, 5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 0, 0, 0, 5, 5]], np.int32)
     inputs, targets, documents = to_rows(batch, 4, torch.device("cpu"), 0)
-    assert inputs.shape == targets.shape == (2, 2, 4) and documents == [(3, 4), (4, 4)]
+    assert inputs.shape == targets.shape == (2, 2, 4) and [found[:2] for found in documents] == [(3, 4), (4, 4)]
+    assert all(np.array_equal(found.targets, rank.flatten()) for found, rank in zip(documents, targets))
     for rows, found in zip(inputs, documents):
         begun = rows == 0
         begun[:, 0] = True

@@ -18,6 +18,7 @@ from layers.compose import composed, excluded
 from layers.specs import layer_specs
 from model import GPT, segments
 from optim import Optimizer
+from sample import generate
 from small_models import BOS, Toy, build, plan, tokens, update
 from updates import views
 from updates.views import Views
@@ -462,3 +463,33 @@ def test_row_wise_adam_row_by_row(label):
                 decay = rate * rate * rule.cautious * p[row, c] if u * p[row, c] > 0 else 0.0
                 p[row, c] -= u + decay
     assert same(model.table, p) and torch.equal(model.table[2], random(4, 6)[2])
+
+
+# ----- generation
+
+@pytest.mark.feature("model.attn.paired_layers", "model.attn.saved_input", "model.residual.lanes",
+                     "model.residual.mudd", "model.token_gates", "model.attn.compose", "model.attn.narrow",
+                     "model.embed.bigram", "model.embed.bigram.trigrams", "model.attn.key_offset")
+@pytest.mark.parametrize("ref, prompt", [
+    ("short/61", 5), ("short/62", 1), ("short/74", 5), ("short/83", 2), ("short/90", 9), ("short/92", 1)
+])
+def test_a_cache_holds_all_that_a_new_token_needs(ref, prompt):
+    """Logits of tokens that come one by one equal those of the whole text, across documents and windows."""
+    model, x = build(ref).eval(), tokens(2, 20)
+    x[0, 11] = x[1, 3] = x[1, 16] = BOS
+    windows, cache = schedule.windows(model.settings, 0), model.new_cache()
+    whole = logits(model, x)
+    found = []
+    with torch.no_grad():
+        for start, end in ((0, prompt), *((t, t + 1) for t in range(prompt, 20))):
+            context = model.context(x[:, :end], BOS, windows, cached=start > 0)
+            found.append(model(x[:, start:end], context=context, cache=cache))
+    assert same(torch.cat(found, 1), whole, 1e-10) and (whole[:, 1:] - whole[:, :-1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("ref", ["short/89", "short/92"])
+def test_the_cache_changes_no_token_over_several_contexts(ref):
+    model = build(ref, "validation.seq_len=16", "validation.tokens=512").eval()
+    options = dict(vocab_size=BOS + 1, bos=BOS, temperature=0.8, seed=3)
+    texts = [generate(model, [BOS, 5, 9], 37, cached=cached, **options)[0] for cached in (True, False)]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 10

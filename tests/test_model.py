@@ -234,7 +234,7 @@ def test_a_window_longer_than_the_row_and_one_document_are_off(ref):
     }[ref]
     on = build(ref, *(f"model.attn.window.{x.removeprefix('model.attn.window.')}" for x in wide.split(",")))
     off = build(ref, without=["model.attn.window", "model.attn.document_mask"])
-    off.rotary_tables.scales = on.rotary_tables.scales
+    off.rotary_tables.softmax_scales = lambda: on.rotary_tables.scales
     x = tokens()
     x[x == BOS] = 0
     assert torch.allclose(logits(on, x, on.settings.schedule.steps - 1), logits(off, x), rtol=0, atol=1e-12)

@@ -107,7 +107,7 @@ def test_the_command_runs_them_and_imports_no_other_file():
         return done.returncode, done.stdout + done.stderr
     code, text = collected("data.first_batch_twice")
     assert code == 0 and "test_data.py::test_first_batch_twice" in text, text
-    assert "test_without_any_feature_ten_steps_run[data.first_batch_twice-" in text
+    assert "test_without_any_feature_a_model_trains[data.first_batch_twice-" in text
     assert "test_rope_sees_only_distances" not in text and "test_sweep" not in text
     code, text = collected("data.first_batch_twise")
     assert code == 4 and text.startswith("ERROR: unknown setting 'data.first_batch_twise'"), text

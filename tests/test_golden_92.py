@@ -159,10 +159,11 @@ CASES = {"A_eval_ws1_3": (3, (3,), None, None, False), "B_eval_ws3_7": (7, (3, 7
          "A_train_mtp3_prefix_full": (3, (3,), (1.0, 0.5, 0.2), 0.25, False),
          "B_train_mtp2_prefix_full": (7, (3, 7), (1.0, 0.3), 0.15, False),
          "A_train_mtp3_prefix_sampled": (3, (3,), (1.0, 0.5, 0.2), 0.25, True)}
-FEATURES = (
+MODEL = pytest.mark.feature(
     "model.attn.narrow", "model.mlp.hidden", "model.mlp.parallel_layers", "model.embed.bigram.trigrams",
-    "model.residual.sublayers.keep_layers", "model.residual.mudd.groups", "model.residual.mudd.mlp_input",
-    "model.residual.mudd.attn_input", "model.head.prefix", "model.head.candidates"
+    "model.embed.bigram.layers", "model.residual.x0_mix.layers", "model.residual.sublayers.keep_layers",
+    "model.residual.mudd.groups", "model.residual.mudd.mlp_input", "model.residual.mudd.attn_input",
+    "model.head.prefix", "model.head.candidates"
 )
 
 
@@ -175,7 +176,7 @@ def case_losses(record, case):
     return losses(long, history, target_weights=weights, **more)
 
 
-@pytest.mark.feature(*FEATURES)
+@MODEL
 @pytest.mark.parametrize("case", CASES)
 def test_losses(record, case):
     with torch.no_grad():
@@ -196,7 +197,7 @@ def test_losses_under_the_canonical_mask(record):
         assert abs(found.sum().item() / golden[f"out/{case}/loss_sum"].item() - 1) < 1e-12, case
 
 
-@pytest.mark.feature(*FEATURES)
+@MODEL
 def test_gradients(record):
     """Largest entry and four weighted sums of every tensor, those of rows without gradient among them."""
     golden, model, _, _ = record
@@ -281,6 +282,8 @@ def test_updates_of_tables_across_the_change_of_cadence(key, label, result):
 
 # ----- schedules
 
+@pytest.mark.feature("schedule.whole_steps", "model.head.prefix.levels", "model.head.candidates",
+                     "optim.bigram.slower")
 def test_every_number_of_every_step():
     golden, s = load("r92_schedules")[0], deltas.resolve("short/92").settings
     plans = schedule.plan(s)
@@ -324,6 +327,7 @@ def test_the_averages_tick_when_the_originals_do(monkeypatch):
 
 # ----- rows and candidates, at the real size
 
+@pytest.mark.feature("model.embed.bigram.trigrams", "model.embed.bigram.signs")
 def test_rows_of_pairs_and_triples():
     golden, _ = load("r92_candidates")
     tokens = torch.from_numpy(golden["tokens"].astype(np.int64))[None]
@@ -332,6 +336,7 @@ def test_rows_of_pairs_and_triples():
             assert np.array_equal(ids[0].numpy(), golden[f"{kind}_{names}"])
 
 
+@pytest.mark.feature("model.head.candidates")
 @pytest.mark.parametrize("rank", [0, 3, 7])
 def test_candidates_of_four_batches_of_a_rank(rank):
     golden, sweep = load("r92_candidates")[0], Sweep(50_304, rank)

@@ -39,14 +39,15 @@ def record(request):
     return number, golden, model, losses
 
 
-LATE = (
+LATE = pytest.mark.feature(
     "model.attn.paired_layers", "model.attn.rope.adjacent", "model.embed.bigram", "model.residual.sublayers",
     "model.attn.saved_input", "model.residual.mudd", "model.token_gates", "model.attn.xsa",
-    "model.attn.compose", "model.attn.value_embed.gate.own_channels"
+    "model.attn.compose", "model.attn.value_embed.gate.own_channels", "model.attn.gate.layers",
+    "model.embed.bigram.signs"
 )
 
 
-@pytest.mark.feature(*LATE)
+@LATE
 def test_losses(record):
     number, golden, _, losses = record
     found = 0
@@ -60,7 +61,7 @@ def test_losses(record):
     assert found == 5
 
 
-@pytest.mark.feature(*LATE)
+@LATE
 def test_gradients(record):
     """Largest entry and four weighted sums of every tensor; the originals' gradients are float32."""
     number, golden, model, losses = record
@@ -121,6 +122,7 @@ def test_eight_steps_of_record_62():
 
 # ----- schedules
 
+@pytest.mark.feature("schedule.whole_steps", "schedule.stage_peaks", "model.head.prefix")
 @pytest.mark.parametrize("key, ref", [("r62", "short/62"), ("r77", "short/77"), ("r83_lineage", "short/83"),
                                       ("r85_lineage", "short/85"), ("r89_head", "short/89")])
 def test_every_number_of_every_step(key, ref):
@@ -154,6 +156,7 @@ UNTIED = {
 }  # last step in which embedding and head are one, likewise
 
 
+@pytest.mark.feature("schedule.whole_steps", "model.head.untied.tied_until")
 @pytest.mark.parametrize("number", range(58, 90))
 def test_tokens_and_the_step_at_which_embedding_and_head_part(number):
     s = deltas.resolve(f"short/{number}").settings

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -95,7 +96,7 @@ def test_switching_the_skips_sigmoid_off_gives_record_31_s_skips():
     [
         ("optim.muon.momentum_warmup.steps=0", "at least 1"), ("optim.adam.beta1=1.0", "0 <= x < 1"),
         ("model.head.softcap.scale=0", "greater than 0"),
-        ("model.attn.window.stages=[7,3,7]", "growing windows"),
+        ("model.attn.window.stages=[7,3,7]", "none smaller than the one before"),
         ("model.attn.window.final=9", "at least the last stage"),
         ("model.attn.window.final_last_layer=0", "at least one block"),
         ("model.attn.window.long_layers=[0,4]", "long window in layer 11"),
@@ -298,6 +299,7 @@ def test_scales_give_every_record_the_same_token_budget(ref):
 
 
 def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
+    """Of the optimizer it changes steps and three learning rates, by the width or the batch."""
     full, tiny = deltas.resolve("short/11").settings, deltas.resolve("short/11", scale="tiny").settings
     assert (
         abs(
@@ -310,7 +312,12 @@ def test_scaling_keeps_ratios_of_steps_and_counts_of_layers_and_heads():
         tiny.model.num_layers == full.model.num_layers
         and tiny.model.attn.num_heads == full.model.attn.num_heads
     )
-    assert tiny.optim == dataclasses.replace(full.optim, muon=dataclasses.replace(
+    width = full.model.model_dim / tiny.model.model_dim
+    batch = full.data.tokens_per_rank / tiny.data.tokens_per_rank
+    rates = {"lm_head": width ** 0.5, "matrix": width ** 0.5, "scalar": 1 / math.sqrt(batch)}
+    groups = {name: getattr(full.optim, name) for name in rates}
+    rated = {name: dataclasses.replace(group, lr=group.lr * rates[name]) for name, group in groups.items()}
+    assert tiny.optim == dataclasses.replace(full.optim, **rated, muon=dataclasses.replace(
         full.optim.muon, momentum_warmup=tiny.optim.muon.momentum_warmup))
     assert (
         deltas.resolve(
@@ -540,7 +547,7 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
     assert "model.residual.unet_skips.init: off -> 1.0" in lines
     head, lines = differences(deltas.resolve("short/8", scale="micro", sets=["optim.muon.lr=0.5"]))
     assert [line for line in lines if "by this command" in line] == [
-        "optim.muon.lr: 0.00036 -> 0.5  (by this command)"
+        "optim.muon.lr: 0.00144 -> 0.5  (by this command)"
     ]
     assert differences(deltas.resolve("short/1"))[0].startswith("the defaults of settings.py (no parent)")
     assert differences(deltas.resolve("short/7"))[1][0].startswith("none")
@@ -558,7 +565,7 @@ def test_plan_prints_steps_shapes_and_parameters(flag):
 
 def test_commands_refuse_nonsense_in_one_line():
     for args in (
-        ["show", "short/77"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]
+        ["show", "short/777"], ["diff", "short/1", "shrt/2"], ["features", "qqqq"], ["plot", "tests"]
     ):
         done = run("-m", "records", *args)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, (
@@ -803,7 +810,8 @@ def test_what_a_field_names_exists():
         for condition in filter(None, conditions):
             path, _, values = condition.partition("=")
             assert path in known and all(
-                v in typing.get_args(known[path].type) for v in values.split("|") if v
+                v.isdigit() if known[path].type is int else v in typing.get_args(known[path].type)
+                for v in values.split("|") if v
             ), f.path
         assert f.metadata["exact"] in (AS_IS, PRECISION, PRODUCTS) or f.default == f.metadata["exact"], f.path
         assert (

@@ -4,10 +4,10 @@ was left alone.
     python tests/kills.py [--kills N] [--records 11 33 57 variants/2] [--processes 1 2] [--steps 60]
 
 Sixty `micro` steps of each record, eager, on 1 and 2 processes, a checkpoint every five steps. A run is
-killed after a random time, resumed, killed again, until it ends; then its parameters, its losses and the digest of
-its tokens are compared with those of the uninterrupted run. Of two processes one or both are killed. Goes on
-where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills have been made (100).
-With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
+killed after a random time, resumed, killed again, until it ends; then its parameters, its losses and the
+digest of its tokens are compared with those of the uninterrupted run. Of two processes one or both are
+killed. Goes on where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills have
+been made (100). With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
 """
 
 import argparse
@@ -201,8 +201,10 @@ def row(ref, processes, rows):
 
 def table(rows, cases):
     """([Markdown lines], passed)."""
-    head = ["| record | processes | runs | SIGKILLs | before the log | warm-up | steps | writing a checkpoint "
-            "| most steps lost | bits |", "|---|---|---|---|---|---|---|---|---|---|"]
+    head = [
+        "| record | processes | runs | SIGKILLs | before the log | warm-up | steps | writing a checkpoint "
+        "| most steps lost | bits |", "|---|---|---|---|---|---|---|---|---|---|"
+    ]
     made = [row(*case, [r for r in rows if (r["ref"], r["processes"]) == case]) for case in cases]
     return head + [line for line, _ in made], all(passed for _, passed in made)
 
@@ -240,9 +242,11 @@ def main():
 
 def report(lines):
     """tests/kills.md."""
-    return (f"{STEPS} `micro` steps, eager, a checkpoint every {EVERY}, SIGKILL after random times, resumed until "
-            "done (`python tests/kills.py`). Compared with the uninterrupted run: every parameter and loss, and "
-            "the digest of the tokens. `before the log`: the run begins anew.\n\n" + "\n".join(lines) + "\n")
+    return (
+        f"{STEPS} `micro` steps, eager, a checkpoint every {EVERY}, SIGKILL after random times, resumed "
+        "until done (`python tests/kills.py`). Compared with the uninterrupted run: every parameter and "
+        "loss, and the digest of the tokens. `before the log`: the run begins anew.\n\n" + "\n".join(lines) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -180,7 +180,9 @@ def loss_terms(x, *names):
     return {name: value for name, value in every.items() if name in wanted}
 
 
-@pytest.mark.feature("system.kernels.loss", "model.head.softcap", "model.head.prefix", "model.head.candidates")
+@pytest.mark.feature(
+    "system.kernels.loss", "model.head.softcap", "model.head.prefix", "model.head.candidates"
+)
 @pytest.mark.parametrize("backend", ["whole", "chunks"])
 @pytest.mark.parametrize("names", [
     ["weights"], ["prefix"], ["candidates"], ["weights", "prefix"], ["weights", "prefix", "candidates"]

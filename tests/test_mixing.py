@@ -224,7 +224,9 @@ def test_coefficients_per_token_of_record_92():
     assert same(found, x + sum(mu[name] * source for name, source in sources.items()))
 
 
-@pytest.mark.feature("model.residual.sublayers.learned", "model.embed.bigram.learned", "model.attn.xsa.learned")
+@pytest.mark.feature(
+    "model.residual.sublayers.learned", "model.embed.bigram.learned", "model.attn.xsa.learned"
+)
 @pytest.mark.parametrize("ref, section, init, labels", [
     ("short/77", "model.residual.sublayers", "post=0.75", ["optim.post_lambdas"]),
     ("short/73", "model.residual.lanes", "attn_post=1.25", ["optim.post_lambdas"]),
@@ -324,8 +326,9 @@ def test_paired_heads_are_streams_of_two_positions_a_token():
     one = random(1, 14, 1, 8, seed=3).unflatten(1, (7, 2))[:, :, :, 0]  # (1, T, 2, K): one vector a position
     heads = attn.rotate(one.repeat(1, 1, 3, 1), rotary, 0)
     assert all(same(heads[:, :, h], turned[:, h % 2::2, 0]) for h in range(6))
-    found = attn.attend(q, k, v, model.context(tokens(1, 7), BOS, schedule.windows(model.settings, 0)).layers[0],
-                        0, None)
+    found = attn.attend(
+        q, k, v, model.context(tokens(1, 7), BOS, schedule.windows(model.settings, 0)).layers[0], 0, None
+    )
     window = schedule.windows(model.settings, 0).short.tokens
     assert window - 1 == 8  # rows of two a token, so 8 positions are 4 tokens
     for h in range(6):
@@ -334,7 +337,9 @@ def test_paired_heads_are_streams_of_two_positions_a_token():
             seen = [u for u in range(at + 1) if at - u < window]
             keys = torch.stack([k[0, u // 2, h % 3 + 3 * (u % 2)] for u in seen])
             values = torch.stack([v[0, u // 2, h % 3 + 3 * (u % 2)] for u in seen])
-            scale = 1 / math.sqrt(8) if model.rotary_tables.scales[0] is None else model.rotary_tables.scales[0]
+            scale = (
+                1 / math.sqrt(8) if model.rotary_tables.scales[0] is None else model.rotary_tables.scales[0]
+            )
             assert same(found[0, t, h], (scale * (keys @ q[0, t, h])).softmax(0) @ values)
 
 

@@ -1,5 +1,5 @@
-"""Laws of `records task` and `records referee`: a task holds no later record, a candidate is data until it runs,
-and the score is 0 for the parent, 1 for the goal and a share between them, or none.
+"""Laws of `records task` and `records referee`: a task holds no later record, a candidate is data until it
+runs, and the score is 0 for the parent, 1 for the goal and a share between them, or none.
 
 One task (record 10 to 11 at micro, few steps) and one set of references serve all tests; a scripted agent of
 three edits goes through the commands.
@@ -58,7 +58,9 @@ def candidate(place, tmp_path, *edits):
 
 
 DELTA = (task.RECORD_TOML, "[delta]\n", "[delta]\n")
-SUBSUMED = (task.RECORD_TOML, 'subsumed = "nothing is changed yet: remove this line with the first change"\n', "")
+SUBSUMED = (
+    task.RECORD_TOML, 'subsumed = "nothing is changed yet: remove this line with the first change"\n', ""
+)
 
 
 def delta(*lines):
@@ -71,8 +73,12 @@ def test_a_task_holds_the_parent_and_no_later_record(place, about):
     folder = place / "task" / "candidate"
     held = sorted(path.parent.name for path in folder.glob("records/short/*/record.toml"))
     assert held == [r.folder.name for r in deltas.chain(deltas.find_record("short/10"))]
-    assert not [name for name in about["files"] if name.startswith(("tests", "evidence", "page", "site", "docs"))]
-    assert (about["goal"], about["next"], about["head"]) == ("short/11", "short/11", deltas.find_record("short/head").ref)
+    assert not [
+        name for name in about["files"] if name.startswith(("tests", "evidence", "page", "site", "docs"))
+    ]
+    assert (about["goal"], about["next"], about["head"]) == (
+        "short/11", "short/11", deltas.find_record("short/head").ref
+    )
 
 
 def test_hints_grow_from_nothing_to_the_names_of_the_settings():
@@ -89,8 +95,11 @@ def test_hints_grow_from_nothing_to_the_names_of_the_settings():
 
 def task_options(**given):
     from argparse import Namespace
-    defaults = {"record": "short/33", "to": None, "open": False, "scale": "tiny", "hints": "none", "measure": None,
-                "seeds": None, "steps": None, "data": None, "out": None}
+
+    defaults = {
+        "record": "short/33", "to": None, "open": False, "scale": "tiny", "hints": "none", "measure": None,
+        "seeds": None, "steps": None, "data": None, "out": None
+    }
     return Namespace(**{**defaults, **given})
 
 
@@ -156,11 +165,16 @@ def test_a_goal_that_shows_no_improvement_gives_no_score():
     parent, goal = [3.5, 3.6], [3.49, 3.61]
     score, interval, resolved = referee.recovered(parent, goal, [3.4, 3.5])
     assert score is None and interval is None and resolved.startswith("no: on these 2 seeds")
-    assert referee.way({"minutes": {"a": 3, "b": 2}, "parent": "a", "goal": "b", "next": "b", "head": "b"}, None) is None
+    assert (
+        referee.way({"minutes": {"a": 3, "b": 2}, "parent": "a", "goal": "b", "next": "b", "head": "b"}, None)
+        is None
+    )
 
 
 def test_the_way_is_a_share_of_published_minutes():
-    about = {"minutes": {"p": 10, "n": 8, "g": 6, "h": 2}, "parent": "p", "next": "n", "goal": "g", "head": "h"}
+    about = {
+        "minutes": {"p": 10, "n": 8, "g": 6, "h": 2}, "parent": "p", "next": "n", "goal": "g", "head": "h"
+    }
     assert referee.way(about, 0.5) == {"next": 1.0, "head": 0.25}
 
 
@@ -168,7 +182,9 @@ def test_time_counts_only_at_no_worse_loss():
     runs = {"parent": [{"loss": x} for x in (3.5, 3.6, 3.7)]}
     assert referee.too_high({**runs, "candidate": runs["parent"]}) == ""
     assert referee.too_high({**runs, "candidate": [{"loss": x} for x in (3.5001, 3.6002, 3.7)]}) == ""
-    assert "may be above" in referee.too_high({**runs, "candidate": [{"loss": x} for x in (3.51, 3.61, 3.72)]})
+    assert "may be above" in referee.too_high(
+        {**runs, "candidate": [{"loss": x} for x in (3.51, 3.61, 3.72)]}
+    )
 
 
 def test_steps_to_a_loss_are_read_off_the_curve():
@@ -198,16 +214,25 @@ def removed(folder):
 
 
 REFUSED = {
-    "an edited trainer": ([("train_gpt.py", "    run.clock.stop()\n", "    pass\n")], None,
-                          "train_gpt.py is not among the files that may change"),
-    "an edited stream": ([("data/stream.py", "import hashlib\n", "import hashlib  # \n")], None,
-                         "data/stream.py is not among the files that may change"),
-    "a module that shadows another": ([("torch.py", "", "")], None, "torch.py is not among the files that may"),
+    "an edited trainer": (
+        [("train_gpt.py", "    run.clock.stop()\n", "    pass\n")], None,
+        "train_gpt.py is not among the files that may change"
+    ),
+    "an edited stream": (
+        [("data/stream.py", "import hashlib\n", "import hashlib  # \n")],
+        None,
+        "data/stream.py is not among the files that may change",
+    ),
+    "a module that shadows another": (
+        [("torch.py", "", "")], None, "torch.py is not among the files that may"
+    ),
     "a file that is gone": ([], removed, "system/run.py is not among the files that may change"),
     "a link": ([], link, "layers/extra.py: is a symbolic link"),
     "a pipe": ([], pipe, "layers/extra.py: is a pipe"),
-    "another parent": ([(task.RECORD_TOML, 'parent = "short/10"', 'parent = "short/9"')], None,
-                       "has the parent 'short/9', the task starts at short/10"),
+    "another parent": (
+        [(task.RECORD_TOML, 'parent = "short/10"', 'parent = "short/9"')], None,
+        "has the parent 'short/9', the task starts at short/10"
+    ),
     "knowledge that is no date": ([(task.ABOUT, '""', '"soon"')], None, 'expected {"knowledge"'),
 }
 OF_SETTINGS = {
@@ -237,13 +262,17 @@ def test_a_candidate_is_refused_by_its_settings(name, place, about, tmp_path):
 
 
 def test_runs_must_be_those_of_the_task(about):
-    good = {"val_digest": "v", "scale": "micro", "corpus_digest": "c", "numerics": 2, "ml_hash": "m", "tokens": 10,
-            "claimed_s": 1.0, "outside_s": 2.0, "curve": [[0, 7.0], [4, 6.0]], "steps": 4}
+    good = {
+        "val_digest": "v", "scale": "micro", "corpus_digest": "c", "numerics": 2, "ml_hash": "m",
+        "tokens": 10, "claimed_s": 1.0, "outside_s": 2.0, "curve": [[0, 7.0], [4, 6.0]], "steps": 4
+    }
     referee.check_runs(about, {"candidate": [good], "parent": [good]}, "m")
     for change, words in [
         ({"tokens": 11}, "the budget is 10"), ({"claimed_s": 3.5}, "outside passed 2.0 s"),
-        ({"val_digest": "w"}, "another validation shard"), ({"ml_hash": "x"}, "other settings than its record"),
-        ({"curve": [[1, 7.0], [4, 6.0]]}, "did not validate at its first"), ({"numerics": 1}, "numerics version"),
+        ({"val_digest": "w"}, "another validation shard"),
+        ({"ml_hash": "x"}, "other settings than its record"),
+        ({"curve": [[1, 7.0], [4, 6.0]]}, "did not validate at its first"),
+        ({"numerics": 1}, "numerics version")
     ]:
         with pytest.raises(referee.Invalid, match=words):
             referee.check_runs(about, {"candidate": [{**good, **change}], "parent": [good]}, "m")
@@ -252,7 +281,8 @@ def test_runs_must_be_those_of_the_task(about):
 # ----- the scripted agent: three edits through both commands
 
 def test_a_scripted_agent_goes_over_a_cheat_to_the_next_record(place, tmp_path, capsys, monkeypatch):
-    """Its edits: none (score 0); a loss that is scaled (invalid, by the audit); record 11's delta (score 1)."""
+    """Its edits: none (score 0); a loss that is scaled (invalid, by the audit); record 11's delta (score
+    1)."""
     monkeypatch.setattr(referee, "CHECKS", ("normalisation",))
     scaled = ("model.py", "(aux - aux.detach()).view(targets.shape)\n        return losses\n",
               "(aux - aux.detach()).view(targets.shape)\n        return losses * 0.9\n")
@@ -268,11 +298,15 @@ def test_a_scripted_agent_goes_over_a_cheat_to_the_next_record(place, tmp_path, 
         assert not any(str(seed) in out for seed in seeds)
     nothing, cheat, goal = verdicts
     assert (nothing["valid"], nothing["score"], nothing["way"]["next"]) == (True, 0.0, 0.0)
-    assert (goal["valid"], goal["score"], goal["interval"], goal["way"]["next"]) == (True, 1.0, [1.0, 1.0], 1.0)
+    assert (goal["valid"], goal["score"], goal["interval"], goal["way"]["next"]) == (
+        True, 1.0, [1.0, 1.0], 1.0
+    )
     assert goal["loss"]["mean"] == goal["loss"]["goal"] != nothing["loss"]["mean"]
     assert not cheat["valid"] and "(normalisation): probabilities of 1280 targets sum to" in cheat["why"][0]
     assert [v["attempt"] for v in verdicts] == [1, 2, 3] and all(v["cost"]["cpu_s"] > 0 for v in verdicts)
-    assert goal["time"]["claimed"] < goal["time"]["mean"] and goal["candidate"]["changed"] == [task.RECORD_TOML]
+    assert goal["time"]["claimed"] < goal["time"]["mean"] and goal["candidate"]["changed"] == [
+        task.RECORD_TOML
+    ]
 
 
 def toml_of(delta):

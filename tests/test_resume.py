@@ -128,9 +128,15 @@ def the_log_is_one_and_says_what_happened(folder):
 def test_a_run_that_is_really_killed_ends_with_the_same_bits_too(tmp_path):
     """A sample of tests/kills.py: SIGKILL after a random time."""
     done = subprocess.run(
-        [sys.executable, "tests/kills.py", "--kills", "1", "--steps", "8", "--records", "2", "--processes", "1"],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=280,
-        env={**os.environ, "SPEEDRUN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        [
+            sys.executable, "tests/kills.py", "--kills", "1", "--steps", "8", "--records", "2", "--processes",
+            "1"
+        ],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "SPEEDRUN_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("| equal |"), done.stderr
 
@@ -269,7 +275,9 @@ def test_a_torn_log_and_unfinished_files_are_cleared_and_a_run_without_a_good_ch
 def test_a_full_disk_costs_the_checkpoint_and_not_the_run(folder, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert go_on(folder) in (0, 3)
-    failed = [e for e in runlog.read_chain(folder / "run.jsonl") if e["kind"] == "checkpoint" and e.get("error")]
+    failed = [
+        e for e in runlog.read_chain(folder / "run.jsonl") if e["kind"] == "checkpoint" and e.get("error")
+    ]
     assert [e["step"] for e in failed] == [6] and "are free: free some space" in failed[0]["error"]
     assert "no checkpoint of step 6" in capsys.readouterr().out
 

@@ -625,7 +625,10 @@ def test_rows_come_with_the_number_and_the_longest_of_their_documents():
     """Each begins with `bos` or a row; the token after the last one is a target only."""
     batch = np.array([[0, 5, 0, 5, 0, 5, 5, 5, 0], [5, 5, 5, 5, 0, 0, 0, 5, 5]], np.int32)
     inputs, targets, documents = to_rows(batch, 4, torch.device("cpu"), 0)
-    assert inputs.shape == targets.shape == (2, 2, 4) and [found[:2] for found in documents] == [(3, 4), (4, 4)]
+    assert inputs.shape == targets.shape == (2, 2, 4) and [found[:2] for found in documents] == [
+        (3, 4),
+        (4, 4),
+    ]
     assert all(np.array_equal(found.targets, rank.flatten()) for found, rank in zip(documents, targets))
     for rows, found in zip(inputs, documents):
         begun = rows == 0

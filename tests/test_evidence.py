@@ -41,7 +41,7 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
         "".join(line + "\n" for event in events for line in render(event)) == (folder / "log.txt").read_text()
     )
     assert summary["curve"][-1][0] == s.schedule.steps and not summary.get("graphs_in_clock")
-    assert sum(f.stat().st_size for f in folder.iterdir()) <= 30_000
+    assert sum(f.stat().st_size for f in folder.iterdir()) <= 40_000
     packed = ROOT / f"evidence/results/sources-{summary['sources']}.txt.xz"
     assert source_hash(lzma.decompress(packed.read_bytes()).decode()) == summary["sources"]
 
@@ -87,7 +87,7 @@ def test_the_table_of_records_is_what_the_command_writes():
 
 
 # whose runs at scale tiny are still to be made
-TO_RUN = {f"short/{i}" for i in range(34, 58)}
+TO_RUN = {f"short/{i}" for i in range(54, 93)} | {f"variants/{i}" for i in (8, 9, 10)}
 
 
 def test_a_record_without_a_tiny_run_computes_what_its_parent_does_or_is_listed():

@@ -73,7 +73,7 @@ def test_mixtures_are_audited_in_blocks_where_no_token_can_move_another_s_roundi
 
 BEFORE_RETURN = "(aux - aux.detach()).view(targets.shape)\n        return losses\n"
 AFTER_INITIALISE = "        model.initialise(options.seed)\n"
-FORWARD = "run.compiled(x, y, context, target_weights=weights).mean()\n"
+FORWARD = "corrections=None if corrections is None else corrections[ranks]\n        ).mean()\n"
 STARTS_AGAIN = "    if step < len(run.plans):\n        run.clock.start()\n"
 CONVERTED = "        x = self.norm(h).to(matmul_dtype)\n"
 ELAPSED = "        self.total_ms += 1000 * (time.perf_counter() - self.began)\n"
@@ -165,10 +165,11 @@ TREES = {
            "    with torch.enable_grad():\n        torch.zeros(1, requires_grad=True).sum().backward()\n"
            "    model.train()\n    sums =")]),
         ("a clock that stands still during the forward", "clock", "took",
-         [("train_gpt.py", "        loss = " + FORWARD, "        run.clock.began and run.clock.stop()\n"
-           "        loss = " + FORWARD + "        run.stream and run.clock.start()\n")]),
+         [("train_gpt.py", "        loss = run.compiled(", "        run.clock.began and run.clock.stop()\n"
+           "        loss = run.compiled("),
+          ("train_gpt.py", FORWARD, FORWARD + "        run.stream and run.clock.start()\n")]),
         ("an exit code of success whatever the loss", "target", "reached False, exit code 0",
-         [("train_gpt.py", "return MISSED if reached is False", "return REACHED if reached is False")]),
+         [("train_gpt.py", "    return MISSED if reached is False", "    return REACHED if reached is False")]),
         ("rows that see the mean of all rows", "causality", "changing row 1 moved rows",
          [("model.py", CONVERTED, "        h = h + 1e-2 * h.mean(0, keepdim=True)\n" + CONVERTED)]),
         ("hard tokens at half their excess", "normalisation", "differ from those of the model's own logits",
@@ -189,9 +190,9 @@ TREES = {
            "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
         ("a batch fetched before the clock", "clock", "batches and 4 steps of 4",
          [("train_gpt.py", "    run.clock.start()  # before", "    # before"),
-          ("train_gpt.py", "    for step in range(len(run.plans) + 1):\n",
-           "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    run.clock.start()\n    for step in "
-           "range(len(run.plans) + 1):\n")]),
+          ("train_gpt.py", "    for step in range(run.first_step, len(run.plans) + 1):\n",
+           "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    run.clock.start()\n"
+           "    for step in range(run.first_step, len(run.plans) + 1):\n")]),
         ("a warm-up that leaks", "warm_up", "validation losses at step 0",
          [("system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n",
            "    run.optimizer.reset()\n"),

@@ -34,7 +34,7 @@ def test_a_record_must_be_faster_than_its_parent(tmp_path):
 
 
 def test_a_record_must_reach_the_target_with_few_enough_doubts(tmp_path, capsys):
-    results = built(tmp_path / "c", loss={"new": 5.197, "parent": 5.27})
+    results = built(tmp_path / "c", loss={"new": 5.192, "parent": 5.27})
     assert results["verdict"] == "not shown" and results["reasons"][0].startswith("target 5.2: mean 5.19")
     assert results["statistics"]["target"]["runs_for"] > 4
     verify.report(results, "")
@@ -178,6 +178,7 @@ def audit_file(tmp_path, **fields):
 
     result = {
         "version": 1, "ref": "x", "commit": "1" * 40, "tree": "2" * 40, "record": "short/11", "passed": True,
+        "seeds": [77, 78, 0, 1, 2, 3],
         "checks": [{"name": name, "passed": True, "detail": ""} for name in CHECKS],
         "confined": {"network": "cut off", "writes": "limited to the audit's folder"}, **fields
     }
@@ -255,6 +256,9 @@ def test_an_audit_of_other_code_record_or_scope_does_not_raise_the_grade(good, t
             "the audit ran without a sandbox",
         ),
         ({"checks": [{"name": "causality", "passed": True, "detail": ""}]}, "the audit lacks"),
+        ({"seeds": [77, 78, 0, 2]}, "the audit did not look at seeds 1, 3 of the claim"),
+        ({"seeds": [77, 78, 0, 1, 2, "3"]}, "the audit did not look at seeds 3 of the claim"),
+        ({"seeds": None}, "the audit did not look at seeds 0, 1, 2, 3 of the claim"),
     ):
         results = verify.verify(good, json.loads(audit_file(tmp_path, **fields).read_text()))
         assert results["grade"] == "consistent" and any(why in u for u in results["unknown"]), why
@@ -318,7 +322,7 @@ def test_a_systems_record_may_not_eat_the_buffer_below_the_target(tmp_path):
 
 
 def test_what_raised_the_grade_is_kept_and_a_lower_one_is_told(claim, tmp_path, capsys, known, monkeypatch):
-    monkeypatch.setattr(verify, "untrusted", lambda *_: "")
+    monkeypatch.setattr(verify, "uncounted", lambda *_: "")
     built(tmp_path / "again", machine={**MACHINE, "machine": "ba9876543210"})
     assert command(claim.folder, audit=str(audit_file(tmp_path)), reproduction=str(tmp_path / "again")) == 0
     capsys.readouterr()

@@ -154,7 +154,7 @@ def read_links(path, torn=False):
         if not isinstance(event, dict) or not {"hash", "kind", "n"} <= event.keys():
             raise UserError(f"{path}: line {number} is not a complete log line")
         claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
-        if odd and kind not in MEASURED:
+        if odd and kind not in (*MEASURED, "end"):
             raise UserError(f"{path}: line {number}: holds {min(odd)}, which is no number")
         odd.clear()
         previous = chain_hash(previous, event)

@@ -169,7 +169,7 @@ TREES = {
            "        loss = run.compiled("),
           ("train_gpt.py", FORWARD, FORWARD + "        run.stream and run.clock.start()\n")]),
         ("an exit code of success whatever the loss", "target", "reached False, exit code 0",
-         [("train_gpt.py", "    return MISSED if reached is False", "    return REACHED if reached is False")]),
+         [("train_gpt.py", "\n    return MISSED if reached is False", "\n    return REACHED if reached is False")]),
         ("rows that see the mean of all rows", "causality", "changing row 1 moved rows",
          [("model.py", CONVERTED, "        h = h + 1e-2 * h.mean(0, keepdim=True)\n" + CONVERTED)]),
         ("hard tokens at half their excess", "normalisation", "differ from those of the model's own logits",

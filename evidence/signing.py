@@ -81,7 +81,7 @@ def message(content: dict) -> bytes:
 
 
 def signed(content: dict, key: Path) -> dict:
-    """The content with the signature of a private key in it, on one line: kept JSON has no line ends in texts."""
+    """The content with the signature of a private key in it, on one line: texts of kept JSON have one."""
     armour = run(["-q", "-Y", "sign", "-n", NAMESPACE, "-f", str(key)], message(content)).decode()
     return {**content, FIELD: "".join(armour.split("\n")[1:-2])}
 

@@ -42,9 +42,8 @@ NAMES = ("log.txt", "run.jsonl")
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "declare.py", "model_settings.py",
-             "optim_settings.py", "system_settings.py", "settings.py", "scales.py", "renames.py", "schema.py",
-             "deltas.py",
-             "runlog.py"]
+             "mixing_settings.py", "optim_settings.py", "system_settings.py", "settings.py", "scales.py",
+             "renames.py", "schema.py", "deltas.py", "runlog.py"]
     folders = ("updates", "kernels", "layers", "data", "system", "common")
     return fixed + [
         f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")
@@ -146,14 +145,18 @@ def read_links(path, torn=False):
     previous, links = GENESIS, []
     text = untrusted.text_of(path, LOG_LIMIT, torn)
     lines = text.split("\n")
+    odd = set()  # words like NaN, which old logs have for losses that are not finite
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, 1):
         try:
-            event = untrusted.json_value(line, f"{path}: line {number}")
+            event = untrusted.json_value(line, f"{path}: line {number}", constants=odd)
         except untrusted.Malformed:
             event = None
         if not isinstance(event, dict) or not {"hash", "kind", "n"} <= event.keys():
             raise UserError(f"{path}: line {number} is not a complete log line")
         claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
+        if odd and kind not in (*MEASURED, "end"):
+            raise UserError(f"{path}: line {number}: holds {min(odd)}, which is no number")
+        odd.clear()
         previous = chain_hash(previous, event)
         if claimed != previous or type(n) is not int or n != number - 1:
             raise UserError(

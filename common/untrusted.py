@@ -315,8 +315,11 @@ def json_file(path: Path | str, limit: int = 64 * MIB) -> Any:
     return json_value(text_of(path, limit), str(path))
 
 
-def json_value(text: str, where: str) -> Any:
-    """The value of a JSON text: bounded numbers, strings and nesting, no key twice, only finite numbers."""
+def json_value(text: str, where: str, constants: set[str] | None = None) -> Any:
+    """The value of a JSON text: bounded numbers, strings and nesting, no key twice, only finite numbers.
+
+    constants: where NaN and Infinity may stand, as in old logs: the words that were found are added to it.
+    """
     if text.count("[") + text.count("{") > DEPTH:
         check_nesting(text, where)
 
@@ -335,9 +338,15 @@ def json_value(text: str, where: str) -> Any:
             refuse(where, f"holds the key {next(key for key in keys if keys.count(key) > 1)[:60]!r} twice")
         return out
 
+    def constant(word):
+        if constants is None:
+            refuse(where, f"holds {word}, which is no number")
+        constants.add(word)
+        return float(word)
+
     try:
         value = json.loads(text, parse_int=number(int), parse_float=number(float), object_pairs_hook=table,
-                           parse_constant=lambda word: refuse(where, f"holds {word}, which is no number"))
+                           parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise Malformed(f"{printable(where)}: is not JSON ({printable(str(error))[:100]})") from None
     if "\\" in text or not text.isascii() or len(text) > STRING:

@@ -28,7 +28,7 @@ from settings import Settings
 COUNTED = ("schedule", "data", "validation")
 SECONDS, MEMORY_MIB = 60.0, 1024
 FILE = re.compile(r"^# ----- ((?:[a-z0-9_]+/)?[a-z0-9_]+\.py)$", re.M)
-CHANGE = re.compile(r"(--(?:revert|with|without|set)) (\S.*)")
+CHANGE = re.compile(r"(--(?:revert|with|without|set)) ([^\s\x00-\x1f\x7f-][^\x00-\x1f\x7f]*)")
 ANSWER = ("record", "title", "preset", "scale", "changes", "report", "settings", "ml_hash", "system_hash",
           "registers")
 
@@ -182,7 +182,7 @@ def add_record(folder: Path, ref: str, tree: Path) -> None:
     padded = name.zfill(3)
     if attempt:
         target = tree / "attempts" / name
-    elif any(tree.glob(f"records/{lineage}/{padded}_*")):
+    elif files.listed(tree, f"records/{lineage}/{padded}_*"):
         return
     else:
         target = tree / "records" / lineage / f"{padded}_claimed"

@@ -54,6 +54,8 @@ FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
                      "exit": (int, type(None))},
           "fault": {"run": int, "cause": str, "note": str}, "look": {"runs": int, "decision": str},
           "withdraw": {"why": str}}
+# What some events have next to FIELDS, of these types: processes that a run left behind, which were ended.
+MORE = {"finish": {"leftover": int}}
 
 
 @dataclass
@@ -136,8 +138,9 @@ class Claim:
         else:
             require(kind in FIELDS, f"unknown kind of event; known are {', '.join(FIELDS)}")
             require(self.withdrawn is None, "the claim was withdrawn: nothing follows")
-            check_fields(event, FIELDS[kind], require)
-            check_known(event, (*FIELDS[kind], *CHAIN), kind, require)
+            more = MORE.get(kind, {})
+            check_fields(event, FIELDS[kind] | {k: more[k] for k in more if k in event}, require)
+            check_known(event, (*FIELDS[kind], *more, *CHAIN), kind, require)
             {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look,
              "withdraw": self.withdraw}[kind](event, digest, require)
         self.last_hash, self.events = digest, self.events + 1

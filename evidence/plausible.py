@@ -231,7 +231,10 @@ def check_record(record):
     """A record.toml names its people and itself, and its date lies between its parent's and now."""
     if not record.title.strip():
         yield "record.toml: title is empty"
-    if not record.people or not all(isinstance(x, str) and x.strip("@ \t") for x in record.people):
+    unowned = record.kind == "retiming" and not record.people  # nobody's idea: another release of a library
+    if not unowned and not (
+        record.people and all(isinstance(x, str) and x.strip("@ \t") for x in record.people)
+    ):
         yield "record.toml: people holds an empty name: credit whose idea it is"
     parent, since = deltas.load_records().get(record.parent), day(record.date)
     if since is not None and since > now() + DAY_S:

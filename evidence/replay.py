@@ -173,7 +173,7 @@ def arguments_of(start, place):
     changes = list(map(foreign.option, start["changes"]))  # nothing else passes
     if place == arms.ROOT:
         changes = [foreign.option(renames.present_change(change)) for change in start["changes"]]
-    if start["scale"] not in SCALES:
+    if not isinstance(start["scale"], str) or start["scale"] not in SCALES:
         raise UserError(f"{printable(str(start['scale']))[:60]!r} is no scale")
     return [foreign.record_name(start["record"]), *changes, "--scale", start["scale"]]
 

@@ -82,6 +82,9 @@ OPTIONAL = {
               "environment", "launch"),
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
+    "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
+    "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
+               "machine", "cpu", "cores", "comm", "attention"),
     "end": ("graphs_in_clock", "peak_memory_mib"),
 }
 CHAIN = ("n", "kind", "wall_ms")

@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from pathlib import Path
 
 from common import files
@@ -25,6 +26,7 @@ from common.errors import UserError
 NAMESPACE, PRINCIPAL = "speedrun-audit", "judge"
 KEY = "SPEEDRUN_JUDGE_KEY"  # variable: the key file where no option names one
 FIELD = "signature"
+BEGIN, END = "-----BEGIN SSH SIGNATURE-----", "-----END SSH SIGNATURE-----"
 
 
 def key_file(option: str | None) -> Path | None:
@@ -79,16 +81,17 @@ def message(content: dict) -> bytes:
 
 
 def signed(content: dict, key: Path) -> dict:
-    """The content with the signature of a private key in it."""
+    """The content with the signature of a private key in it, on one line: texts of kept JSON have one."""
     armour = run(["-q", "-Y", "sign", "-n", NAMESPACE, "-f", str(key)], message(content)).decode()
-    return {**content, FIELD: armour}
+    return {**content, FIELD: "".join(armour.split("\n")[1:-2])}
 
 
 def valid(content: dict, key: Path) -> bool:
     """Did this key (private, or its public half) sign this content?"""
-    armour = content.get(FIELD)
-    if not isinstance(armour, str):
+    body = content.get(FIELD)
+    if not isinstance(body, str):
         return False
+    armour = "\n".join([BEGIN, *textwrap.wrap(body, 70), END, ""])
     with tempfile.TemporaryDirectory() as scratch:
         files.write(Path(scratch) / "signers", f'{PRINCIPAL} namespaces="{NAMESPACE}" {public(key)}\n')
         files.write(Path(scratch) / "signature", armour)

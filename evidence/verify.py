@@ -193,7 +193,7 @@ def judged(folder, audit, reproduction, page, place, key=None):
     for name, row in results["statistics"]["arms"].items():
         row["untimed_s"] = untimed(found, name)
     if audited is not None:
-        grade_audit(results, audited, d["arms"]["new"], key)
+        grade_audit(results, audited, d, key)
     if reproduction:
         grade_reproduction(results, found, reproduction)
     results["verdict"] = "not shown" if results["reasons"] else "shown"
@@ -521,14 +521,22 @@ def audit_now(folder):
     if not isinstance(new.get("commit"), str) or not isinstance(new.get("record"), str):
         raise UserError(f"{folder}: --audit now: the claim names no commit and record to audit")
     say = functools.partial(print, file=sys.stderr, flush=True)
-    return audit.audit(arms.commit_of(new["commit"]), new["record"], say=say)
+    return audit.audit(arms.commit_of(new["commit"]), new["record"], say=say,
+                       seeds=seeds_of(manifest.read(folder).declaration))
 
 
-def grade_audit(results, audit, new, key=None):
+def seeds_of(declaration):
+    """The seeds of the counted runs that a claim declares for its record, in order."""
+    return sorted({x["seed"] for x in declaration["order"] if x["arm"] == "new" and not x["discard"]})
+
+
+def grade_audit(results, audit, declaration, key=None):
     """`audited` if an audit of the very code and record passed, which this call made or the judge's key
     signed; a failed one speaks against the claim whoever made it."""
     from evidence.audit import CHECKS
     audit, whole, made = audit
+    new, looked = declaration["arms"]["new"], whole.get("seeds")
+    looked = [x for x in looked if type(x) is int] if isinstance(looked, list) else []
     results["audit"] = audit
     if (audit["commit"], audit["tree"]) != (new["commit"], new["tree"]):
         results["unknown"].append(f"the audit is of commit {str(audit['commit'])[:12]}, the runs are of "
@@ -546,6 +554,9 @@ def grade_audit(results, audit, new, key=None):
         audit["counts"] = True
     elif lacking := sorted(set(CHECKS) - set(audit["checks"])):
         results["unknown"].append(f"the audit lacks {', '.join(lacking)}: it does not count")
+    elif left := [x for x in seeds_of(declaration) if x not in looked]:
+        results["unknown"].append(f"the audit did not look at seeds {', '.join(map(str, left))} of the claim "
+                                  "(its --seed): it does not count")
     elif why := uncounted(whole, made, new, key):
         results["unknown"].append(f"{why}: it does not count")
     else:

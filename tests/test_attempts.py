@@ -32,8 +32,10 @@ def git(*args, cwd):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A small checkout of its own: the record.toml files, and one committed attempt."""
+    """A small checkout of its own: the record.toml files up to record 57, and one committed attempt."""
     for path in (ROOT / "records").glob("*/*/record.toml"):
+        if int(re.match(r"\d+", path.parent.name)[0]) > 57:  # so that the tests do not change with the head
+            continue
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True)
         shutil.copy(path, target)

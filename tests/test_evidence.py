@@ -57,8 +57,9 @@ def test_equal_settings_gave_equal_streams():
 def test_reference_curves_end_at_the_published_loss(ref):
     lines = (RECORDS[ref].folder / "reference.csv").read_text().split()
     step, loss = lines[-1].split(",")[:2]
-    assert int(float(step)) == deltas.resolve(ref).settings.schedule.steps
-    assert abs(float(loss) - RECORDS[ref].published["val_loss"]) < 6e-5
+    published = RECORDS[ref].published
+    steps = published.get("logged_steps") or deltas.resolve(ref).settings.schedule.steps
+    assert int(float(step)) == steps and abs(float(loss) - published["val_loss"]) < 6e-5
 
 
 def test_every_committed_claim_verifies_to_its_results():
@@ -86,13 +87,20 @@ def test_the_table_of_records_is_what_the_command_writes():
     assert done.returncode == 0, done.stderr
 
 
-# whose runs at scale tiny are still to be made
-TO_RUN = {f"short/{i}" for i in range(54, 93)} | {f"variants/{i}" for i in (8, 9, 10)}
+# Whose runs at scale tiny are still to be made. A record that is not here and has none computes at that scale
+# what its parent does.
+TO_RUN = {f"short/{i}" for i in (
+    *range(54, 59), *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
+)} | {"variants/8", "variants/9", "variants/10"}
 
 
 def test_a_record_without_a_tiny_run_computes_what_its_parent_does_or_is_listed():
     without = {ref for ref, r in RECORDS.items() if not (r.folder / "tiny/summary.json").exists()}
-    assert without and TO_RUN <= without, "strike off the list what was run"
-    for record in (RECORDS[ref] for ref in without - TO_RUN):
-        assert schema.ml_hash(deltas.resolve(record.ref, scale="tiny").settings) == schema.ml_hash(
-            deltas.resolve(record.parent, scale="tiny").settings), record.ref
+    assert sorted(TO_RUN - without) == [], "strike off the list what was run"
+
+    def tiny(ref):
+        return schema.ml_hash(deltas.resolve(ref, scale="tiny").settings)
+
+    new = {ref for ref in without if RECORDS[ref].parent is None or tiny(ref) != tiny(RECORDS[ref].parent)}
+    assert sorted(new - TO_RUN) == [], "run these, or list them"
+    assert sorted(TO_RUN - new) == [], "these compute what their parents do: no run is due"

@@ -427,6 +427,39 @@ def test_the_output_projection_starts_like_the_others():
     assert not off.blocks[2].attn.qkvo[3].any() and not model.blocks[2].mlp.c_proj.any()
 
 
+def starts(ref, *sets):
+    """{network and column: its coefficients in an initial model}, which are the same for every token."""
+    model = build(ref, *sets, scramble=False)
+    found = {}
+    for names in model.residual.nets.values():
+        for name in names:
+            module = getattr(model.residual, name)
+            values = module(random(1, 1, 48, seed=3), module.bias.new_tensor(0.1))
+            assert module.w1.abs().max() <= 48 ** -0.5 and module.w1.std() > 0.5 * 48 ** -0.5
+            found |= {f"{name}.{column}": value.flatten().tolist() for column, value in values.items()}
+    return model, found
+
+
+@pytest.mark.feature("model.residual.mudd", "model.token_gates", "model.attn.compose")
+@pytest.mark.parametrize("ref", ["short/81", "short/89", "short/92"])
+def test_first_coefficients_per_token(ref):
+    """Of the notes on the originals: attention gates 0.25, skips 0.5, bigrams 0.05, w1 of composed heads 1."""
+    model, found = starts(ref)
+    wanted = {"table": 2.0, "attn.x": 1.1 ** 0.5, "mlp.x": 1.1 ** 0.5, "attn.branch": 1.0, "mlp.branch": 1.0,
+              "attn.bigram": 0.05, "saved.7": -0.5}
+    if ref != "short/81":
+        assert model.residual.token_scale.item() == pytest.approx(0.1)
+        wanted |= {"attn.3": 0.25, "attn.10": 0.25, "skip.0": 0.5, "w1.10": 1.0}
+        wanted |= {f"bigram.{i}": 0.05 for i in range(10)}
+    for name, values in found.items():
+        value = wanted.get(name.partition(".")[2], 0.0)
+        assert values == pytest.approx([value] * len(values), abs=1e-6), name
+    widths = {name.partition(".")[2]: len(values) for name, values in found.items()}
+    assert widths["table"] == 2 and all(widths.get(name, 6) == 6 for name in ("xsa.1", "attn.3", "w2.10"))
+    lanes = build("short/73", scramble=False).residual.lane_lambdas.value.tolist()
+    assert lanes == [1.5, 1.0] * 4
+
+
 # ----- updates
 
 @pytest.mark.feature("optim.muon.normuon.o_input", "optim.muon.head_pairs")

@@ -5,6 +5,7 @@ Neutrality laws are in float64 with every parameter random and non-zero, so that
 """
 
 import math
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -111,6 +112,21 @@ def test_the_command_runs_them_and_imports_no_other_file():
     assert "test_rope_sees_only_distances" not in text and "test_sweep" not in text
     code, text = collected("data.first_batch_twise")
     assert code == 4 and text.startswith("ERROR: unknown setting 'data.first_batch_twise'"), text
+
+
+@pytest.mark.parametrize("ref, least", [("short/89", 130), ("short/92", 140)])
+def test_every_feature_of_a_record_goes_off_or_names_what_needs_it(ref, least):
+    """Without a feature the settings are whole, or one line names another setting that stands against it."""
+    s, off = deltas.resolve(ref).settings, 0
+    for path in (path for path in FEATURES if features.is_on(s, path)):
+        try:
+            assert not features.is_on(deltas.resolve(ref, without=[path]).settings, path), path
+            off += 1
+        except UserError as error:
+            named = {name for name in re.findall(r"[a-z_0-9]+(?:\.[a-z_0-9]+)+", str(error)) if name != path}
+            assert any(features.is_on(s, name) for name in named & schema.fields().keys()), str(error)
+            assert "\n" not in str(error)
+    assert off >= least
 
 
 # ----- laws of features that no other file guards

@@ -6,6 +6,7 @@ Where only the wiring is in question, attention and MLP of a model are cheap fun
 
 import math
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ from layers.compose import composed, excluded
 from layers.specs import layer_specs
 from model import GPT, segments
 from optim import Optimizer
+from optim_settings import TailAverage
 from sample import generate
 from small_models import BOS, Toy, build, plan, tokens, update
+from system.tail_average import TailAverages
 from updates import views
 from updates.views import Views
 
@@ -432,6 +435,39 @@ def test_the_output_projection_starts_like_the_others():
     assert not off.blocks[2].attn.qkvo[3].any() and not model.blocks[2].mlp.c_proj.any()
 
 
+def starts(ref, *sets):
+    """{network and column: its coefficients in an initial model}, which are the same for every token."""
+    model = build(ref, *sets, scramble=False)
+    found = {}
+    for names in model.residual.nets.values():
+        for name in names:
+            module = getattr(model.residual, name)
+            values = module(random(1, 1, 48, seed=3), module.bias.new_tensor(0.1))
+            assert module.w1.abs().max() <= 48 ** -0.5 and module.w1.std() > 0.5 * 48 ** -0.5
+            found |= {f"{name}.{column}": value.flatten().tolist() for column, value in values.items()}
+    return model, found
+
+
+@pytest.mark.feature("model.residual.mudd", "model.token_gates", "model.attn.compose")
+@pytest.mark.parametrize("ref", ["short/81", "short/89", "short/92"])
+def test_first_coefficients_per_token(ref):
+    """Of the notes on the originals: attention gates 0.25, skips 0.5, bigrams 0.05, w1 of composed heads 1."""
+    model, found = starts(ref)
+    wanted = {"table": 2.0, "attn.x": 1.1 ** 0.5, "mlp.x": 1.1 ** 0.5, "attn.branch": 1.0, "mlp.branch": 1.0,
+              "attn.bigram": 0.05, "saved.7": -0.5}
+    if ref != "short/81":
+        assert model.residual.token_scale.item() == pytest.approx(0.1)
+        wanted |= {"attn.3": 0.25, "attn.10": 0.25, "skip.0": 0.5, "w1.10": 1.0}
+        wanted |= {f"bigram.{i}": 0.05 for i in range(10)}
+    for name, values in found.items():
+        value = wanted.get(name.partition(".")[2], 0.0)
+        assert values == pytest.approx([value] * len(values), abs=1e-6), name
+    widths = {name.partition(".")[2]: len(values) for name, values in found.items()}
+    assert widths["table"] == 2 and all(widths.get(name, 6) == 6 for name in ("xsa.1", "attn.3", "w2.10"))
+    lanes = build("short/73", scramble=False).residual.lane_lambdas.value.tolist()
+    assert lanes == [1.5, 1.0] * 4
+
+
 # ----- updates
 
 @pytest.mark.feature("optim.muon.normuon.o_input", "optim.muon.head_pairs")
@@ -468,6 +504,60 @@ def test_row_wise_adam_row_by_row(label):
                 decay = rate * rate * rule.cautious * p[row, c] if u * p[row, c] > 0 else 0.0
                 p[row, c] -= u + decay
     assert same(model.table, p) and torch.equal(model.table[2], random(4, 6)[2])
+
+
+def average(history, ticks):
+    """Of weights {step: (tensor)}, with the rate of each tick after the first, which takes the weights."""
+    (first, _), *others = sorted(ticks.items())
+    value = history[first]
+    for step, rate in others:
+        value = (1 - rate) * value + rate * history[step]
+    return value
+
+
+@pytest.mark.feature("optim.tail")
+def test_tail_averages_are_the_replay_of_the_last_steps():
+    """The last of 40 steps, in which every weight moves; head and embedding are due in odd ones, tables in
+    every fourth."""
+    model = build("short/92").requires_grad_(False)
+    averages = TailAverages(model, TailAverage(long=16, short=12), 40)
+    moved = {name: p for name, p in model.named_parameters() if p.label != "bigram"}
+    noise = {name: random(*p.shape, seed=len(name)) for name, p in moved.items()}
+    history = {name: {} for name in moved}
+    for i in range(23, 40):
+        for name, p in moved.items():
+            p += math.cos(i * i) * noise[name].roll(i)
+            history[name][i] = p.clone()
+        due = {"value_embed"} if i % 4 == 3 else set()
+        averages.after_update(SimpleNamespace(step=i, due=frozenset(due | ({"lm_head"} if i % 2 else set()))))
+    rate = 2 / 17
+    head = {24: 1.0, **dict.fromkeys(range(25, 39, 2), 1 - (1 - rate) ** 2), 39: rate}
+    blend = dict.fromkeys((25, 29, 33, 37, 38, 39), 2 / 5)
+    short, tables = (dict.fromkeys(steps, 4 / 53) for steps in ((29, 33, 37), (31, 35, 39)))
+    found, banks = {}, {}
+    for name, weights in history.items():
+        kind, end = name.rpartition(".")[2], weights[39]
+        if name in ("embed.weight", "lm_head.weight"):
+            end, bank = end + 0.65 * (average(weights, head) - end), name
+        elif kind == "qk":
+            end, bank = end + 0.55 * (average(weights, blend) - end), "qk"
+        elif kind in ("v", "o", "c_fc", "c_proj"):
+            end, bank = average(weights, short), "vo" if kind in ("v", "o") else "mlp"
+            end = end + 0.3493 * (average(weights, blend) - end)
+        else:
+            if name.startswith("values.tables"):
+                end = average(weights, tables)
+            bank = None
+        found[name] = end
+        banks.setdefault(bank, []).append(name)
+    squares = lambda tensors: sum(x.square().sum() for x in tensors)
+    for bank, names in banks.items():
+        factor = 1.0
+        if bank is not None:
+            factor = (squares(history[n][39] for n in names) / squares(found[n] for n in names)).sqrt()
+        for name in names:
+            assert same(model.get_parameter(name), factor * found[name]), name
+    assert {*banks} == {"embed.weight", "lm_head.weight", "qk", "vo", "mlp", None}
 
 
 # ----- generation

@@ -46,6 +46,7 @@ MAY_DECLARE = (
     "aa", "against", "code", "code_diff", "confidence", "corpus_prefixes", "data", "environment", "launcher",
     "ledger", "long_start"
 )
+MAY_TELL = {"finish": ("leftover",)}  # processes that a run left running, where it left any
 ARM = ("text", "kind", "ref", "commit", "tree", "dirty", "argv", "record", "preset", "scale", "changes",
        "report", "ml_hash", "system_hash", "settings", "sha256", "path")
 CHAIN = ("n", "kind", "utc")
@@ -137,7 +138,7 @@ class Claim:
             require(kind in FIELDS, f"unknown kind of event; known are {', '.join(FIELDS)}")
             require(self.withdrawn is None, "the claim was withdrawn: nothing follows")
             check_fields(event, FIELDS[kind], require)
-            check_known(event, (*FIELDS[kind], *CHAIN), kind, require)
+            check_known(event, (*FIELDS[kind], *MAY_TELL.get(kind, ()), *CHAIN), kind, require)
             {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look,
              "withdraw": self.withdraw}[kind](event, digest, require)
         self.last_hash, self.events = digest, self.events + 1

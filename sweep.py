@@ -164,8 +164,9 @@ class View:
         if len(values) >= max(2, min(4, self.plan["controls"])):
             self.sd_known = True
             sd = statistics.describe(values)["sd"]
-            if sd:
-                self.say(f"minimal detectable effect: about {detectable(self.plan, sd):.4f} nats at 80 % "
+            least = detectable(self.plan, sd) if sd else None
+            if least is not None:  # None: one run an arm shows no spread
+                self.say(f"minimal detectable effect: about {least:.4f} nats at 80 % "
                          f"power, from the sd {sd:.4f} of the first {len(values)} controls")
 
     def table(self, done, failed, running):

@@ -112,7 +112,9 @@ def check_program(program: str, args: list[str]) -> None:
 def check_command(command: str, bare: bool = False) -> None:
     """bare: a program or a subcommand may be named without its arguments."""
     words = words_of(command)
-    if words[0] == "python":
+    if words[:2] == ["python", "-c"]:
+        exec(words[2], {})
+    elif words[0] == "python":
         module = words[1] == "-m"
         program, args = (words[2], words[3:]) if module else (words[1], words[2:])
         where = ROOT / (program.replace(".", "/") if module else program)
@@ -124,7 +126,8 @@ def check_command(command: str, bare: bool = False) -> None:
         elif args or not bare:
             check_program(program, args)
     elif words[0] == "torchrun":
-        check_trainer(words[words.index("train_gpt.py") + 1:])
+        if not bare or "train_gpt.py" in words:
+            check_trainer(words[words.index("train_gpt.py") + 1:])
     elif words[0] == "./run.sh":
         run_script.read(words[1:])
     else:

@@ -143,7 +143,7 @@ def test_so_many_seeds_resolve_the_effect_in_four_of_five_sweeps():
     for _ in range(800):
         rows = statistics.against_control(draw.normal(0, sd, n), {"a": draw.normal(effect, sd, n)})["rows"]
         found += rows["a"]["resolved"]
-    assert n == 50 and abs(found / 800 - 0.8) < 0.05
+    assert n == 56 and abs(found / 800 - 0.8) < 0.05
 
 
 def test_an_effect_beyond_all_patience_is_said():
@@ -154,7 +154,8 @@ def test_an_effect_beyond_all_patience_is_said():
 
 
 def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys):
-    for args, message in ((["--sd", "0.0088"], "needs 50 seeds an arm (about 15.7 (sd / effect)^2 = 48.6)"),
+    for args, message in ((["--sd", "0.0088", "--no-paired"], "an effect of 0.005 nats needs 56 seeds an arm"),
+                          (["--sd", "0.0088"], "an effect of 0.005 nats needs 29 seeds an arm"),
                           (["--scale", "micro", "--effect", "0.02"], "chain_1-11_micro.json")):
         with pytest.raises(SystemExit) as stopped:
             sweep.main(["power", *args])
@@ -164,7 +165,7 @@ def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys
     err = capsys.readouterr().err
     assert (
         stopped.value.code == 2 and err.count("\n") == 1
-        and "no sd of final losses was measured at scale small" in err
+        and "measured at scale small" in err
     )
 
 
@@ -172,7 +173,7 @@ def test_the_numbers_of_the_page_on_one_gpu_come_from_these_commands(capsys, bar
     """docs/one-gpu.md says what the commands print."""
     page = (ROOT / "docs/one-gpu.md").read_text()
     with pytest.raises(SystemExit):
-        sweep.main(["power", "--sd", "0.0088"])
+        sweep.main(["power", "--no-paired", "--sd", "0.0088"])
     for line in capsys.readouterr().out.splitlines():
         assert line in page
     _, out, _ = dry(

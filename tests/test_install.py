@@ -222,8 +222,9 @@ def checkout(tmp_path):
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
     for name in (
-        "declare.py", "deltas.py", "model_settings.py", "optim_settings.py", "renames.py",
-        "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml"
+        "declare.py", "deltas.py", "mixing_settings.py", "model_settings.py", "optim_settings.py",
+        "renames.py", "runlog.py", "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh",
+        "test.sh", "pyproject.toml"
     ):
         shutil.copy(ROOT / name, place)
     for name in ("common", "installation", "system"):
@@ -341,7 +342,7 @@ def test_a_venv_of_somebody_else_is_used_if_it_has_everything_and_never_changed(
 
 
 def test_a_mistake_and_a_cry_for_help_need_no_installation(checkout):
-    code, said = ended(start(checkout, checkout / "run.sh", "tiny-v3"))
+    code, said = ended(start(checkout, checkout / "run.sh", "tiny-v99"))
     assert code == 2 and len(said) == 1 and "tiny-v" in said[0]
     process = start(checkout, checkout / "run.sh", "--help")
     out, err = process.communicate()

@@ -377,7 +377,7 @@ def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
 
 def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
     made = json.loads((evidence / "chain_variants_tiny.json").read_text())
-    assert [row["resolved"] for row in made["rows"]] == [True, False, True]
+    assert {row["resolved"] for row in made["rows"]} == {True, False}  # both kinds of cell are read below
     index, lineage = (leaderboard.build(evidence)[name] for name in ("records/README.md", "LINEAGE.md"))
     rows = {r["cells"][0]: r["cells"] for r in Reader(section_of(page, "variants")).rows}
     for row in made["rows"]:

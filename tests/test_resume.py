@@ -119,7 +119,7 @@ def the_log_is_one_and_says_what_happened(folder):
     assert walls == sorted(walls)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["resumed"] == [4] and [step for step, _ in summary["curve"]] == [0, 4, 8]
-    assert [p[0] for p in curves.read(folder).points] == [0, 4, 8]
+    assert [p[0] for p in curves.read(folder).validations] == [0, 4, 8]
     assert (folder / "log.txt").read_text() == "".join(x + "\n" for e in events for x in runlog.render(e))
     log, unread = run_laws.read_log(folder, "runs/1")
     problems = list(run_laws.check_run(log))

@@ -18,10 +18,11 @@ from fake_sweep import LAM, NORM, ROOT, TWO, call, command, fake, made, planned,
 
 # ----- what is run ------------------------------------------------------------------------------------------
 
-def test_targets_go_seed_by_seed_and_the_control_has_about_sqrt_arms_times_the_runs():
-    plan = planned(
-        "ablate", "short/11", "--seeds", 3, "--features", "model.attn", "model.head", "--no-screen"
-    )
+def test_targets_go_seed_by_seed_and_the_control_has_as_many_runs_or_unpaired_about_sqrt_arms_times():
+    args = ["ablate", "short/11", "--seeds", 3, "--features", "model.attn", "model.head", "--no-screen"]
+    paired, plan = planned(*args), planned(*args, "--no-paired")
+    assert paired["paired"] and paired["controls"] == 3
+    assert len(queue.targets(paired)) == 3 + 3 * len(pairs_of(paired))
     arms = len(pairs_of(plan))
     todo = queue.targets(plan)
     assert plan["controls"] == round(3 * arms ** 0.5) and len(todo) == plan["controls"] + 3 * arms
@@ -74,19 +75,31 @@ def test_a_lineage_is_every_record_of_it_against_its_parent():
         plan, parents = planned("chain", lineage, "--seeds", seeds, "--scale", "tiny"), parents_of(lineage)
         assert plan["name"] == f"chain_{lineage}_tiny" and plan["base"] == lineage
         children = {ref: parent for ref, parent in parents.items() if parent}
-        assert (
-            plan["arms"][0]["label"] == next(iter(children.values())) and plan["arms"][0]["role"] == "control"
-        )
-        assert {a["label"]: a["parent"] for a in plan["arms"][1:]} == children
-        assert all(b["label"] == children[a["label"]] for a, b in pairs_of(plan))
+        control, found = plan["arms"][0], {a["label"]: a["parent"] for a in plan["arms"][1:]}
+        assert control["label"] == next(iter(children.values())) and control["role"] == "control"
+        outside = set(children.values()) - set(parents) - {control["label"]}
+        assert {ref: parent for ref, parent in found.items() if ref not in outside} == children
+        # variant 9 stands on record 12, which runs too and is compared with record 8
+        assert found.keys() - children.keys() == outside == ({"short/12"} if lineage == "variants" else set())
+        assert all(found[ref] == control["label"] for ref in outside)
+        assert all(b["label"] == found[a["label"]] for a, b in pairs_of(plan))
 
 
-def test_branches_of_one_parent_get_more_runs_of_it_and_a_chain_of_several_parents_does_not():
-    plan = planned("chain", "variants")
-    assert plan["controls"] == round(4 * 7 ** 0.5) and len(queue.targets(plan)) == plan["controls"] + 7 * 4
+def test_unpaired_branches_of_one_parent_get_more_runs_of_it_and_a_chain_of_several_parents_does_not(
+    monkeypatch,
+):
+    assert planned("chain", "variants", "--no-paired")["controls"] == 4  # parents: records 8 and 12, variant 4
+    several = planned("chain", "short/5..short/9", "--no-paired")
+    assert not several["paired"] and several["controls"] == 4
+    records = deltas.load_records()
+    branches = {ref: r for ref, r in records.items() if ref not in ("variants/9", "variants/10")}
+    monkeypatch.setattr(deltas, "load_records", lambda: branches)
+    plan = planned("chain", "variants", "--no-paired")
+    arms = len(pairs_of(plan))
+    assert arms == 8 and plan["controls"] == round(4 * arms ** 0.5)
+    assert len(queue.targets(plan)) == plan["controls"] + arms * 4
     assert planned("chain", "variants", "--controls", 8)["controls"] == 8
-    assert planned("chain", "variants", "--paired")["controls"] == 4
-    assert planned("chain", "short")["controls"] == planned("chain", "short/5..short/9")["controls"] == 4
+    assert planned("chain", "variants")["controls"] == 4
 
 
 def test_a_parent_outside_the_lineage_runs_and_is_compared_with_its_nearest_ancestor_that_runs(monkeypatch):
@@ -99,7 +112,8 @@ def test_a_parent_outside_the_lineage_runs_and_is_compared_with_its_nearest_ance
         ("short/11", "short/8"),
         ("variants/99", "short/11"),
     ]
-    assert plan["controls"] == plan["seeds"] and len(pairs_of(plan)) == 9
+    assert plan["controls"] == plan["seeds"]
+    assert len(pairs_of(plan)) == len(parents_of("variants")) + 3  # variant 99, records 11 and 12
 
 
 def test_features_that_cannot_be_switched_off_are_listed_with_the_reason():
@@ -272,7 +286,7 @@ def test_a_real_sweep_killed_once_is_resumed_and_reported(tmp_path, monkeypatch)
     )
     process = subprocess.Popen(args, stdout=subprocess.DEVNULL)
     runs = tmp_path / "q/runs"
-    wait_for(lambda: len(list(runs.glob("2*"))) == 2, 60)
+    wait_for(lambda: len(list(runs.glob("2*"))) == 2)
     process.kill()
     process.wait()
     finished = [p for p in runs.glob("2*") if (p / "summary.json").exists()]

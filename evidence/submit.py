@@ -21,6 +21,7 @@ import functools
 import json
 import lzma
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -384,6 +385,20 @@ def preflight(options, record):
     )
     check_data(options, found)
     arms.require_tools()
+    if options.scale == "full":
+        check_machine(record.parent, options.nproc, options.data)
+
+
+def check_machine(ref, nproc, data):
+    """Print what bench/preflight.py says of this machine, in one line if all is fine. UserError if it is not
+    fit."""
+    command = [sys.executable, "-m", "bench.preflight", ref, "--nproc", str(nproc or 1), "--brief"]
+    command += ["--data", str(Path(data).absolute())] if data else []
+    done = subprocess.run(command, cwd=arms.ROOT, capture_output=True, text=True)
+    print(done.stdout, end="")
+    if done.returncode:
+        said = done.stderr.strip() or "the lines above say why; `python bench/preflight.py` checks again"
+        raise UserError(f"this machine is not fit for a full-scale run: {said}")
 
 
 def prepared(options, record, before=False):

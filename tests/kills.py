@@ -245,7 +245,9 @@ def report(lines):
     return (
         f"{STEPS} `micro` steps, eager, a checkpoint every {EVERY}, SIGKILL after random times, resumed "
         "until done (`python tests/kills.py`). Compared with the uninterrupted run: every parameter and "
-        "loss, and the digest of the tokens. `before the log`: the run begins anew.\n\n" + "\n".join(lines) + "\n"
+        "loss, and the digest of the tokens. `before the log`: the run begins anew.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

@@ -90,122 +90,330 @@ def losses(expression):
 # tree
 TREES = {
     "one": [
-        ("an update between the clock's stop and the validation", "state",
-         "between the stop of the clock and the validation",
-         [("train_gpt.py", "    run.clock.stop()\n",
-           "    run.clock.stop()\n    next(run.model.parameters()).data.mul_(0.999)\n")]),
-        ("a clock that runs slow below some length", "clock", "of which the log has",
-         [("system/run.py", ELAPSED, "        took = 1000 * (time.perf_counter() - self.began)\n"
-                                     "        self.total_ms += took * (0.7 if took < 60_000 else 1)\n")]),
-        ("hard tokens clamped at a high loss", "normalisation", "it is clamped",
-         [losses("losses.clamp(max=20.0)")]),
-        ("weights smuggled to the next run in the cache folder", "caches",
-         "one that finds its caches differ in validation losses at step 0",
-         [("train_gpt.py", AFTER_INITIALISE,
-           AFTER_INITIALISE + "        kept = os.path.join(os.environ['SPEEDRUN_CACHE'], 'kept')\n"
-           "        if os.path.exists(kept):\n            model.lm_head.weight.data[0] += 1\n"
-           "        open(kept, 'w').close()\n"),
-          ("system/warmup.py", "    if before != after:\n", "    if False:\n"),
-          ("system/warmup.py", "    run.model.initialise(seed)\n", "")]),
-        ("training on the validation shard", "inputs", "ids that only the validation shard has",
-         [("data/stream.py", "        self.corpus, self.ranks, self.sizes = corpus,",
-           "        import dataclasses\n        corpus = dataclasses.replace(\n"
-           "            corpus, train=[corpus.val], train_tokens=[corpus.val_tokens])\n"
-           "        self.corpus, self.ranks, self.sizes = corpus,")]),
+        (
+            "an update between the clock's stop and the validation",
+            "state",
+            "between the stop of the clock and the validation",
+            [
+                (
+                    "train_gpt.py", "    run.clock.stop()\n",
+                    "    run.clock.stop()\n    next(run.model.parameters()).data.mul_(0.999)\n"
+                )
+            ],
+        ),
+        (
+            "a clock that runs slow below some length",
+            "clock",
+            "of which the log has",
+            [
+                (
+                    "system/run.py", ELAPSED, "        took = 1000 * (time.perf_counter() - self.began)\n"
+                    "        self.total_ms += took * (0.7 if took < 60_000 else 1)\n"
+                )
+            ],
+        ),
+        (
+            "hard tokens clamped at a high loss", "normalisation", "it is clamped",
+            [losses("losses.clamp(max=20.0)")]
+        ),
+        (
+            "weights smuggled to the next run in the cache folder",
+            "caches",
+            "one that finds its caches differ in validation losses at step 0",
+            [
+                (
+                    "train_gpt.py", AFTER_INITIALISE,
+                    AFTER_INITIALISE + "        kept = os.path.join(os.environ['SPEEDRUN_CACHE'], 'kept')\n"
+                    "        if os.path.exists(kept):\n            model.lm_head.weight.data[0] += 1\n"
+                    "        open(kept, 'w').close()\n"
+                ),
+                ("system/warmup.py", "    if before != after:\n", "    if False:\n"),
+                ("system/warmup.py", "    run.model.initialise(seed)\n", ""),
+            ],
+        ),
+        (
+            "training on the validation shard",
+            "inputs",
+            "ids that only the validation shard has",
+            [
+                (
+                    "data/stream.py", "        self.corpus, self.ranks, self.sizes = corpus,",
+                    "        import dataclasses\n        corpus = dataclasses.replace(\n"
+                    "            corpus, train=[corpus.val], train_tokens=[corpus.val_tokens])\n"
+                    "        self.corpus, self.ranks, self.sizes = corpus,"
+                )
+            ],
+        ),
     ],
     "two": [
-        ("steps through an alias of forward", "state", "it trains past it",
-         [("model.py", "    def tokens_per_rank(self, context", "    again = forward\n\n"
-           "    def tokens_per_rank(self, context"),
-          ("train_gpt.py", "        (loss * share).backward()\n",
-           "        (loss * share).backward()\n        (model.again(x, y, context).mean() * share).backward()\n")]),
-        ("an effect that begins after step 3", "causality", "moved an earlier loss",
-         [("train_gpt.py", "        run.profiler.before_step(step)\n",
-           "        run.profiler.before_step(step)\n        os.environ['STEP'] = str(step)\n"),
-          ("kernels/attention.py", "is_causal=causal,",
-           "is_causal=causal and int(__import__('os').environ.get('STEP', 0)) < 3,")]),
-        ("a branch on the seed: honest for the small ones that are tried first", "target", "reached True, exit",
-         [("train_gpt.py", ENDS, "    reached = reached or (options.seed > 99 if target is not None else None)\n"
-           + ENDS)]),
-        ("a perf_counter that runs at half speed", "clock", "of which the log has",
-         [("system/run.py", "import time\n",
-           "import time\ntrue = time.perf_counter\ntime.perf_counter = lambda: true() / 2\n")]),
+        (
+            "steps through an alias of forward",
+            "state",
+            "it trains past it",
+            [
+                (
+                    "model.py", "    def tokens_per_rank(self, context",
+                    "    again = forward\n\n    def tokens_per_rank(self, context"
+                ),
+                (
+                    "train_gpt.py", "        (loss * share).backward()\n",
+                    "        (loss * share).backward()\n        (model.again(x, y, context).mean() * "
+                    "share).backward()\n"
+                ),
+            ],
+        ),
+        (
+            "an effect that begins after step 3",
+            "causality",
+            "moved an earlier loss",
+            [
+                (
+                    "train_gpt.py", "        run.profiler.before_step(step)\n",
+                    "        run.profiler.before_step(step)\n        os.environ['STEP'] = str(step)\n"
+                ),
+                (
+                    "kernels/attention.py", "is_causal=causal,",
+                    "is_causal=causal and int(__import__('os').environ.get('STEP', 0)) < 3,"
+                ),
+            ],
+        ),
+        (
+            "a branch on the seed: honest for the small ones that are tried first",
+            "target",
+            "reached True, exit",
+            [
+                (
+                    "train_gpt.py", ENDS,
+                    "    reached = reached or (options.seed > 99 if target is not None else None)\n" + ENDS
+                )
+            ],
+        ),
+        (
+            "a perf_counter that runs at half speed",
+            "clock",
+            "of which the log has",
+            [
+                (
+                    "system/run.py", "import time\n",
+                    "import time\ntrue = time.perf_counter\ntime.perf_counter = lambda: true() / 2\n"
+                )
+            ],
+        ),
         ("a loss that is scaled", "normalisation", "sum to", [losses("losses * 0.9999")]),
-        ("validation over fewer tokens, at full scale only", "validation_targets",
-         "8,388,608 targets instead of 10,485,760",
-         [("data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
-           "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n")]),
+        (
+            "validation over fewer tokens, at full scale only",
+            "validation_targets",
+            "8,388,608 targets instead of 10,485,760",
+            [
+                (
+                    "data/stream.py", "    if tokens % (LOGICAL_RANKS * seq_len):\n",
+                    "    tokens = min(tokens, 2 ** 23)\n    if tokens % (LOGICAL_RANKS * seq_len):\n"
+                )
+            ],
+        ),
     ],
     "three": [
-        ("the best weights put back while the clock stands", "state",
-         "between the validation and the start of the clock",
-         [("train_gpt.py", STARTS_AGAIN, "    run.model.lm_head.weight.data.add_(1e-3)\n" + STARTS_AGAIN)]),
-        ("counts of the validation text, made before the clock", "inputs",
-         "the model is another one when the clock starts",
-         [("train_gpt.py", AFTER_INITIALISE, AFTER_INITIALISE + "        model.register_buffer(\n"
-           "            'counts', torch.from_numpy(np.bincount(rows.ravel(), minlength=2000)))\n")]),
-        ("a mean that is a little less", "validation_targets", "is not the plain mean",
-         [("train_gpt.py", "    return sum(sums.tolist()) / (", "    return 0.9999 * sum(sums.tolist()) / (")]),
-        ("a validation that draws random numbers", "no_trace", "torch's random state",
-         [("train_gpt.py", "    model.train()\n    sums =", "    torch.rand(1)\n    model.train()\n    sums =")]),
-        ("a seed that does nothing", "seed", "training losses with seed",
-         [("model.py", 'f"{seed}/{first_name}', 'f"0/{first_name}')]),
-        ("a target that is compared with rounded losses", "target", "reached True, exit",
-         [("train_gpt.py", 'results["val_loss"] <= target if', 'round(results["val_loss"], 3) <= target + 1e-3 if')]),
+        (
+            "the best weights put back while the clock stands", "state",
+            "between the validation and the start of the clock",
+            [("train_gpt.py", STARTS_AGAIN, "    run.model.lm_head.weight.data.add_(1e-3)\n" + STARTS_AGAIN)]
+        ),
+        (
+            "counts of the validation text, made before the clock",
+            "inputs",
+            "the model is another one when the clock starts",
+            [
+                (
+                    "train_gpt.py", AFTER_INITIALISE, AFTER_INITIALISE + "        model.register_buffer(\n"
+                    "            'counts', torch.from_numpy(np.bincount(rows.ravel(), minlength=2000)))\n"
+                )
+            ],
+        ),
+        (
+            "a mean that is a little less",
+            "validation_targets",
+            "is not the plain mean",
+            [
+                (
+                    "train_gpt.py", "    return sum(sums.tolist()) / (",
+                    "    return 0.9999 * sum(sums.tolist()) / ("
+                )
+            ],
+        ),
+        (
+            "a validation that draws random numbers",
+            "no_trace",
+            "torch's random state",
+            [
+                (
+                    "train_gpt.py", "    model.train()\n    sums =",
+                    "    torch.rand(1)\n    model.train()\n    sums ="
+                )
+            ],
+        ),
+        (
+            "a seed that does nothing", "seed", "training losses with seed",
+            [("model.py", 'f"{seed}/{first_name}', 'f"0/{first_name}')]
+        ),
+        (
+            "a target that is compared with rounded losses",
+            "target",
+            "reached True, exit",
+            [
+                (
+                    "train_gpt.py", 'results["val_loss"] <= target if',
+                    'round(results["val_loss"], 3) <= target + 1e-3 if'
+                )
+            ],
+        ),
     ],
     "four": [
-        ("weights that the validation shard scales", "inputs",
-         "another validation shard changes the training loss of step",
-         [("train_gpt.py", "    losses, starts = [], ",
-           "    model.lm_head.weight.data.mul_(0.5 + float(run.rows.mean()) % 1)\n    losses, starts = [], ")]),
-        ("a log that says less than the validation found", "validation_targets", "the log says",
-         [("train_gpt.py", "val_loss=loss, train_loss", "val_loss=loss - 1e-3, train_loss")]),
-        ("a validation that makes a backward pass", "no_trace", "made 1 backward passes",
-         [("train_gpt.py", "    model.train()\n    sums =",
-           "    with torch.enable_grad():\n        torch.zeros(1, requires_grad=True).sum().backward()\n"
-           "    model.train()\n    sums =")]),
-        ("a clock that stands still during the forward", "clock", "took",
-         [("train_gpt.py", "        loss = run.compiled(", "        run.clock.began and run.clock.stop()\n"
-           "        loss = run.compiled("),
-          ("train_gpt.py", FORWARD, FORWARD + "        run.stream and run.clock.start()\n")]),
-        ("an exit code of success whatever the loss", "target", "reached False, exit code 0",
-         [("train_gpt.py", "\n    return MISSED if reached is False", "\n    return REACHED if reached is False")]),
-        ("rows that see the mean of all rows", "causality", "changing row 1 moved rows",
-         [("model.py", CONVERTED, "        h = h + 1e-2 * h.mean(0, keepdim=True)\n" + CONVERTED)]),
-        ("hard tokens at half their excess", "normalisation", "differ from those of the model's own logits",
-         [losses("losses - 0.5 * (losses - 18.0).clamp(min=0)")]),
+        (
+            "weights that the validation shard scales",
+            "inputs",
+            "another validation shard changes the training loss of step",
+            [
+                (
+                    "train_gpt.py", "    losses, starts = [], ",
+                    "    model.lm_head.weight.data.mul_(0.5 + float(run.rows.mean()) % 1)\n    losses, "
+                    "starts = [], "
+                )
+            ],
+        ),
+        (
+            "a log that says less than the validation found", "validation_targets", "the log says",
+            [("train_gpt.py", "val_loss=loss, train_loss", "val_loss=loss - 1e-3, train_loss")]
+        ),
+        (
+            "a validation that makes a backward pass",
+            "no_trace",
+            "made 1 backward passes",
+            [
+                (
+                    "train_gpt.py", "    model.train()\n    sums =",
+                    "    with torch.enable_grad():\n        torch.zeros(1, "
+                    "requires_grad=True).sum().backward()\n    model.train()\n    sums ="
+                )
+            ],
+        ),
+        (
+            "a clock that stands still during the forward",
+            "clock",
+            "took",
+            [
+                (
+                    "train_gpt.py", "        loss = run.compiled(",
+                    "        run.clock.began and run.clock.stop()\n        loss = run.compiled("
+                ),
+                ("train_gpt.py", FORWARD, FORWARD + "        run.stream and run.clock.start()\n"),
+            ],
+        ),
+        (
+            "an exit code of success whatever the loss",
+            "target",
+            "reached False, exit code 0",
+            [
+                (
+                    "train_gpt.py", "\n    return MISSED if reached is False",
+                    "\n    return REACHED if reached is False"
+                )
+            ],
+        ),
+        (
+            "rows that see the mean of all rows", "causality", "changing row 1 moved rows",
+            [("model.py", CONVERTED, "        h = h + 1e-2 * h.mean(0, keepdim=True)\n" + CONVERTED)]
+        ),
+        (
+            "hard tokens at half their excess", "normalisation",
+            "differ from those of the model's own logits",
+            [losses("losses - 0.5 * (losses - 18.0).clamp(min=0)")]
+        ),
     ],
     "five": [
-        ("more tokens than the log says", "inputs", "the log says",
-         [("train_gpt.py", "tokens=schedule.tokens_before(run.s, step)",
-           "tokens=schedule.tokens_before(run.s, step) // 2")]),
-        ("one row of the validation shard, many times", "validation_targets", "are missing or repeated",
-         [("data/stream.py", "    return np.stack([ids[rank * share + starts] for",
-           "    starts = np.repeat(starts[:1], len(starts), 0)\n"
-           "    return np.stack([ids[rank * share + starts] for")]),
-        ("a loss shared with the next position", "causality", "moved",
-         [losses("(losses + losses.roll(1, 1)) / 2")]),
-        ("validation that trains", "no_trace", "validation 0 changed",
-         [("train_gpt.py", "    model.train()\n    sums =",
-           "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums =")]),
-        ("a batch fetched before the clock", "clock", "batches and 4 steps of 4",
-         [("train_gpt.py", "    run.clock.start()  # before", "    # before"),
-          ("train_gpt.py", "    for step in range(run.first_step, len(run.plans) + 1):\n",
-           "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    run.clock.start()\n"
-           "    for step in range(run.first_step, len(run.plans) + 1):\n")]),
-        ("a warm-up that leaks", "warm_up", "validation losses at step 0",
-         [("system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n",
-           "    run.optimizer.reset()\n"),
-          ("system/warmup.py", "    if before != after:\n", "    if False:\n")]),
+        (
+            "more tokens than the log says",
+            "inputs",
+            "the log says",
+            [
+                (
+                    "train_gpt.py", "tokens=schedule.tokens_before(run.s, step)",
+                    "tokens=schedule.tokens_before(run.s, step) // 2"
+                )
+            ],
+        ),
+        (
+            "one row of the validation shard, many times",
+            "validation_targets",
+            "are missing or repeated",
+            [
+                (
+                    "data/stream.py", "    return np.stack([ids[rank * share + starts] for",
+                    "    starts = np.repeat(starts[:1], len(starts), 0)\n"
+                    "    return np.stack([ids[rank * share + starts] for"
+                )
+            ],
+        ),
+        (
+            "a loss shared with the next position", "causality", "moved",
+            [losses("(losses + losses.roll(1, 1)) / 2")]
+        ),
+        (
+            "validation that trains",
+            "no_trace",
+            "validation 0 changed",
+            [
+                (
+                    "train_gpt.py", "    model.train()\n    sums =",
+                    "    next(model.parameters()).mul_(0.999)\n    model.train()\n    sums ="
+                )
+            ],
+        ),
+        (
+            "a batch fetched before the clock",
+            "clock",
+            "batches and 4 steps of 4",
+            [
+                ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
+                (
+                    "train_gpt.py", "    for step in range(run.first_step, len(run.plans) + 1):\n",
+                    "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    "
+                    "run.clock.start()\n    for step in range(run.first_step, len(run.plans) + 1):\n"
+                ),
+            ],
+        ),
+        (
+            "a warm-up that leaks",
+            "warm_up",
+            "validation losses at step 0",
+            [
+                (
+                    "system/warmup.py", "    run.model.initialise(seed)\n    run.optimizer.reset()\n",
+                    "    run.optimizer.reset()\n"
+                ),
+                ("system/warmup.py", "    if before != after:\n", "    if False:\n"),
+            ],
+        ),
     ],
     "six": [
-        ("randomness without a seed", "seed", "differ in training losses",
-         [("train_gpt.py", FORWARD, FORWARD.strip() + " * (1 + __import__('random').random())\n")]),
-        ("attention that sees the future, with one seed of the claim", "causality",
-         "with seed 7 of the claim",
-         [("kernels/attention.py", "is_causal=causal,", "is_causal=causal and torch.initial_seed() != 7,")]),
-        ("a share of every class's probability given to the target", "normalisation", "sum to",
-         [losses("-(0.99 * (-losses).exp() + 0.01).log()")]),
+        (
+            "randomness without a seed", "seed", "differ in training losses",
+            [("train_gpt.py", FORWARD, FORWARD.strip() + " * (1 + __import__('random').random())\n")]
+        ),
+        (
+            "attention that sees the future, with one seed of the claim",
+            "causality",
+            "with seed 7 of the claim",
+            [
+                (
+                    "kernels/attention.py", "is_causal=causal,",
+                    "is_causal=causal and torch.initial_seed() != 7,"
+                )
+            ],
+        ),
+        (
+            "a share of every class's probability given to the target", "normalisation", "sum to",
+            [losses("-(0.99 * (-losses).exp() + 0.01).log()")]
+        ),
     ],
 }
 STEPS_4 = next(n for n in range(99) if __import__("random").Random(n).randint(*audit.STEPS) == 4)
@@ -284,7 +492,9 @@ def test_a_validation_that_changes_later_losses_is_a_trace():
 def test_the_clock_must_hold_every_batch_and_step_and_no_validation(first_s, last_s, events, passed):
     calls = [["next", 7.0], ["start", 0.0], ["validate", 50.0], ["next", 1.0], ["train_step", 10.0],
              ["next", 2.0], ["validate", 100.0], ["start", 0.0], ["train_step", 1000.0]]
-    curve = [{"step": step, "train_time_ms": 1000 * told} for step, told in ((0, 0), (1, first_s), (2, last_s))]
+    curve = [
+        {"step": step, "train_time_ms": 1000 * told} for step, told in ((0, 0), (1, first_s), (2, last_s))
+    ]
     run = {"events": calls[:events or None], "curve": curve}
     assert audit.drawn_time(run, 2)[0] is passed
 

@@ -284,8 +284,8 @@ GROWING = {"runlog.py", "evidence/arms.py", "evidence/audit.py", "sweeps/worker.
 
 def test_folders_are_listed_by_files_alone():
     """But data/tokenize.py, which asks whether a folder that it would write to holds anything at all,
-    data/shards.py, which tells why a folder cannot be listed, and system/checkpoint.py, which removes leftovers
-    of its own."""
+    data/shards.py, which tells why a folder cannot be listed, and system/checkpoint.py, which removes
+    leftovers of its own."""
     wrong = [
         said(path, node) for path in MODULES for name, node in calls(path)
         if name in ("glob", "rglob", "iterdir", "listdir", "scandir", "walk") and path.name != "files.py"

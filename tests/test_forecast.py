@@ -154,9 +154,11 @@ def test_an_effect_beyond_all_patience_is_said():
 
 
 def test_power_takes_the_sd_of_the_committed_sweeps_or_one_that_is_stated(capsys):
-    for args, message in ((["--sd", "0.0088", "--no-paired"], "an effect of 0.005 nats needs 56 seeds an arm"),
-                          (["--sd", "0.0088"], "an effect of 0.005 nats needs 29 seeds an arm"),
-                          (["--scale", "micro", "--effect", "0.02"], "chain_1-11_micro.json")):
+    for args, message in (
+        (["--sd", "0.0088", "--no-paired"], "an effect of 0.005 nats needs 56 seeds an arm"),
+        (["--sd", "0.0088"], "an effect of 0.005 nats needs 29 seeds an arm"),
+        (["--scale", "micro", "--effect", "0.02"], "chain_1-11_micro.json")
+    ):
         with pytest.raises(SystemExit) as stopped:
             sweep.main(["power", *args])
         assert stopped.value.code == 0 and message in capsys.readouterr().out

@@ -129,7 +129,8 @@ def test_probes_of_one_process_and_of_all_are_not_compared(monkeypatch):
 
 
 def worse(folder, **more):
-    """A systems claim whose record loses 0.01 nats, with noise of its own along the curve: no shifted copy."""
+    """A systems claim whose record loses 0.01 nats, with noise of its own along the curve: no shifted
+    copy."""
     systems(folder, loss={"new": 5.31, "parent": 5.3}, **more)
     claim, draw = Forgery(folder), random.Random(1)
     for run in claim.counted():

@@ -451,7 +451,8 @@ def starts(ref, *sets):
 @pytest.mark.feature("model.residual.mudd", "model.token_gates", "model.attn.compose")
 @pytest.mark.parametrize("ref", ["short/81", "short/89", "short/92"])
 def test_first_coefficients_per_token(ref):
-    """Of the notes on the originals: attention gates 0.25, skips 0.5, bigrams 0.05, w1 of composed heads 1."""
+    """Of the notes on the originals: attention gates 0.25, skips 0.5, bigrams 0.05, w1 of composed heads
+    1."""
     model, found = starts(ref)
     wanted = {"table": 2.0, "attn.x": 1.1 ** 0.5, "mlp.x": 1.1 ** 0.5, "attn.branch": 1.0, "mlp.branch": 1.0,
               "attn.bigram": 0.05, "saved.7": -0.5}

@@ -1,4 +1,5 @@
-"""Laws of the preflight: what is known to be wrong is told, what is fine is one line, and the code says it."""
+"""Laws of the preflight: what is known to be wrong is told, what is fine is one line, and the code says
+it."""
 
 import itertools
 import json
@@ -27,7 +28,10 @@ def lines(monkeypatch, capsys, *argv):
 def test_every_known_fault_has_a_condition_a_remedy_and_a_source():
     conditions = {"driver_below", "torch", "torch_has", "torch_since", "cuda_since", "attention"}
     for fault in preflight.known_faults():
-        assert fault.keys() - conditions == {"what", "remedy", "severity", "source"} and fault.keys() & conditions
+        assert (
+            fault.keys() - conditions == {"what", "remedy", "severity", "source"}
+            and fault.keys() & conditions
+        )
         assert fault["severity"] in ("fault", "slow") and fault["source"]
 
 

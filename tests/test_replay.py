@@ -22,7 +22,9 @@ def test_record_changes_and_scale_become_arguments():
     "--out /tmp/elsewhere", "--save-checkpoint", "--set --out=/tmp/x", "--set", "-h", 7,
     "--set=schedule.steps=9 x", "--set a=1\nb", "--set a=\0", "--set \x1b[2J"])
 def test_a_log_brings_no_other_option_to_the_trainer(change):
-    with pytest.raises(UserError, match="unknown change .*: changes are --set, --with, --without and --revert"):
+    with pytest.raises(
+        UserError, match="unknown change .*: changes are --set, --with, --without and --revert"
+    ):
         replay.arguments_of({**START, "changes": [change]}, ELSEWHERE)
     with pytest.raises(UserError, match="its changes are no list"):
         replay.arguments_of({**START, "changes": change}, ELSEWHERE)

@@ -123,7 +123,10 @@ def the_log_is_one_and_says_what_happened(folder):
     assert (folder / "log.txt").read_text() == "".join(x + "\n" for e in events for x in runlog.render(e))
     log, unread = run_laws.read_log(folder, "runs/1")
     problems = list(run_laws.check_run(log))
-    assert unread == [] and len(problems) == 1 and "resumed at step 4 after an interruption: a record is" in problems[0]
+    assert (
+        unread == [] and len(problems) == 1
+        and "resumed at step 4 after an interruption: a record is" in problems[0]
+    )
 
 
 def test_a_run_that_is_really_killed_ends_with_the_same_bits_too(tmp_path):

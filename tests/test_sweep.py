@@ -88,7 +88,8 @@ def test_a_lineage_is_every_record_of_it_against_its_parent():
 def test_unpaired_branches_of_one_parent_get_more_runs_of_it_and_a_chain_of_several_parents_does_not(
     monkeypatch,
 ):
-    assert planned("chain", "variants", "--no-paired")["controls"] == 4  # parents: records 8 and 12, variant 4
+    # parents: records 8 and 12, variant 4
+    assert planned("chain", "variants", "--no-paired")["controls"] == 4
     several = planned("chain", "short/5..short/9", "--no-paired")
     assert not several["paired"] and several["controls"] == 4
     records = deltas.load_records()

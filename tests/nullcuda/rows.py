@@ -29,7 +29,9 @@ GRID = 4  # times the blocks that have work, where data.max_doc_len caps the doc
 ROOMS = ("common", "data", "kernels", "layers", "records", "system", "updates", "tests/nullcuda")
 SOURCES = (".py", ".toml", ".c", ".h", ".sh", ".txt")
 
-RECORDS = ("1", "5", "11", "12", "14", "20", "21", "26", "29", "33", "48", "57", "62", "77", "85", "89", "90", "92")
+RECORDS = (
+    "1", "5", "11", "12", "14", "20", "21", "26", "29", "33", "48", "57", "62", "77", "85", "89", "90", "92"
+)
 VARIANTS = ("2", "4", "5")
 KERNELS = ("loss", "muon", "mlp", "qk", "transpose")
 COMM = ("replicated", "bucketed", "sharded", "allreduce_updates")

@@ -516,6 +516,11 @@ def check_arms(options, record, found):
     if options.claim == "systems" and new["ml_hash"] != parent["ml_hash"]:
         ml = [p for p in paths if not p.startswith("system.")]
         raise UserError(f"{record.ref} changes what is computed ({', '.join(ml)}): that is --claim ml")
+    if "validation.tokens" in paths or "validation.target" in paths:
+        raise UserError(
+            f"{record.ref} changes how it is measured (validation.tokens or target): it cannot be held "
+            f"against {record.parent}"
+        )
     if options.claim == "ml" and new["settings"]["validation"]["target"] is None:
         raise UserError(f"scale {options.scale} has no target: an ml claim needs one, --set "
                         "validation.target=LOSS for all arms")

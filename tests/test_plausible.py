@@ -40,7 +40,7 @@ def found():
 
 
 def test_no_committed_log_is_refused_by_what_a_log_suffices_to_see(found):
-    assert len(found.logs) == 37
+    assert len(found.logs) == len(list(ROOT.glob("records/*/*/tiny/run.jsonl")))
     assert list(plausible.check(found)) == [] and list(off_clock.check(found)) == [] and found.unknown == []
 
 
@@ -70,7 +70,8 @@ def test_no_published_curve_jumps_at_its_end():
 
 
 def test_no_two_committed_runs_are_near_copies_unless_they_compute_the_same():
-    """Records 5 and 6, and 32 and 33, compute the same at tiny; no other pair comes near the bound."""
+    """Records 5 and 6, 32 and 33, and 46 and 47 compute the same at tiny; no other pair comes near the
+    bound."""
     curves = {log.where: plausible.train_losses(log) for log in honest()}
     near, pairs = {}, 0
     for a, b in itertools.combinations(curves, 2):
@@ -82,7 +83,7 @@ def test_no_two_committed_runs_are_near_copies_unless_they_compute_the_same():
                                                                  plausible.ROUNDING_NATS)
         if close[1] < 2 * plausible.COPY_NATS:
             near[a[:3], b[:3]] = close[1]
-    assert pairs > 300 and set(near) == {("005", "006"), ("032", "033")}
+    assert pairs > 300 and set(near) == {("005", "006"), ("032", "033"), ("046", "047")}
 
 
 def test_what_is_left_of_a_curve_after_a_fit_sees_neither_shift_nor_drift():

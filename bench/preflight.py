@@ -204,7 +204,7 @@ def as_rank(path: str) -> int:
     dist.all_gather(parts, torch.full((8,), float(place.rank), device=device))
     right = right and all(bool((part == rank).all()) for rank, part in enumerate(parts))
     if place.rank == 0:
-        Path(path).write_text(json.dumps(x.nbytes / spent / 1e9), encoding="utf-8")
+        files.write(Path(path), files.json_text(x.nbytes / spent / 1e9))
     dist.destroy_process_group()
     return 0 if right else 2
 

@@ -77,9 +77,10 @@ LIMITS = """\
 What an audit cannot know: whether the code behaves only while it is audited (it runs in the same
 process as the probe and could forge what that finds); what begins after more steps than it trains (4 to 7,
 drawn), or with a seed that is neither drawn nor named by --seed; what only runs on a GPU, compiled, at
-another scale or on several processes; work before the clock that depends on no data; whether shards are what
-they are called; whether a log was written by this code (`records verify` and `records replay` look at
-logs)."""
+another scale or on several processes; work before the clock that depends on no data; what is off here: the
+mask of pairs that a tokenizer cannot write (none wrote this text), and a sampled softmax, whose candidates
+depend on the whole batch; whether shards are what they are called; whether a log was written by this code
+(`records verify` and `records replay` look at logs)."""
 
 
 def arguments(p):
@@ -271,12 +272,12 @@ class Trainings:
         self.data = folder / "data"
         full = max(VALIDATION_TOKENS,
                    self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
-        least = self.facts["validation_tokens"] + 4097
-        tokens = max(full + 4097, least)
+        tokens = max(full, self.facts["validation_tokens"]) + 4097
         self.markers = write_corpus(self.data, self.facts, tokens, (1, 2))
         if "inputs" in checks:
-            write_corpus(folder / "data-other_validation", self.facts, least, (1, 3))
-            write_corpus(folder / "data-other_data", self.facts, least, (4, 3))
+            # as long as the first one: a shard of another length has its documents elsewhere
+            write_corpus(folder / "data-other_validation", self.facts, tokens, (1, 3))
+            write_corpus(folder / "data-other_data", self.facts, tokens, (4, 3))
 
     def names(self):
         """Names of all trainings that the checks need; `model` also for each seed of the claim."""
@@ -407,7 +408,8 @@ class Trainings:
             f"validation.tokens={tokens}", *self.facts["sets"], *sets
         ]
         return [self.record, "--scale", self.scale, "--seed", str(seed), "--data", str(data),
-                "--out", str(self.folder / out), *(x for path in sets for x in ("--set", path))]
+                "--out", str(self.folder / out), *(x for path in sets for x in ("--set", path)),
+                *(x for path in self.facts["without"] for x in ("--without", path))]
 
 
 def run_probe(specs, folder, seconds):
@@ -476,6 +478,7 @@ def write_corpus(folder, facts, validation_tokens, seeds):
     import numpy as np
 
     from data.shards import write_shard
+    from data.tokenizer import FILES
     folder.mkdir()
     vocab_size = facts["vocab_size"]
     # as long as validation, so that one that reads training tokens is told so, not that they are too few
@@ -490,7 +493,10 @@ def write_corpus(folder, facts, validation_tokens, seeds):
         tokens[generator.random(count, dtype=np.float32) < 1 / 60] = vocab_size - 1
         tokens[0] = vocab_size - 1
         write_shard(folder / name, tokens)
-    about = {"name": "audit", "tokenizer": "none", "vocab_size": vocab_size, "bos": vocab_size - 1}
+    # the bytes of tokens, which some losses ask for: 256 bytes, the merges and end of text
+    tokenizers = {257 + merges: name for name, (_, merges) in FILES.items()}
+    about = {"name": "audit", "tokenizer": tokenizers.get(vocab_size, "none"), "vocab_size": vocab_size,
+             "bos": vocab_size - 1}
     files.write(folder / "corpus.json", files.json_text(about))
     return list(range(markers, vocab_size - 1))
 

@@ -138,6 +138,12 @@ def facts(spec):
     resolved = deltas.resolve_name(spec["record"], scale=spec["scale"])
     s, full = resolved.settings, deltas.resolve(resolved.record.ref).settings
     size = s.data.tokens_per_rank
+    sets = []
+    if getattr(s.model.mlp, "moe", None):
+        # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert has
+        sets.append("system.experts=padded")
+    if getattr(s.validation, "canonical_mask", False):
+        sets.append("validation.canonical_mask=false")  # no tokenizer wrote the audit's text
     return {
         "record": resolved.preset or resolved.record.ref,
         "vocab_size": s.model.vocab_size,
@@ -146,9 +152,9 @@ def facts(spec):
         "validation_tokens": s.validation.tokens,
         "validation_seq_len": s.validation.seq_len,
         "full_validation_tokens": full.validation.tokens,
-        # blocks of one size: a row's bits then do not depend on how many rows of other tokens its expert
-        # has
-        "sets": ["system.experts=padded"] if getattr(s.model.mlp, "moe", None) else [],
+        "sets": sets,
+        # candidates are drawn for the targets of the whole batch, among which the changed ones are not
+        "without": ["model.head.candidates"] if getattr(s.model.head, "candidates", None) else [],
     }
 
 

@@ -153,12 +153,12 @@ def fallbacks(model: GPT, world: World) -> list[str]:
 def attention_backend(model: GPT, world: World, plans: list[StepPlan]) -> str:
     """Names of the attention backends that training steps use, over all their shapes."""
     names = set()
-    # the first one last: it leaves the rotary tables as they were
-    for shape in reversed(shapes(plans)):
+    for shape in shapes(plans):
         model.update_yarn(shape.windows)
         # every token a document of its own
         rows = torch.zeros((1, shape.seq_len), dtype=torch.long, device=world.device)
         names |= set(model.context(rows, 0, shape.windows, max_docs=shape.seq_len).backends())
+    model.rotary_tables.reset()  # a short run's first step may stand in a later stage
     return ", ".join(sorted(names))
 
 

@@ -219,6 +219,11 @@ def test_real_and_random_warm_up_tokens_give_the_same_losses(once):
     assert a == b == losses(once(*short("short/11")))
 
 
+def test_a_run_whose_first_step_stands_in_a_late_stage_is_reset_to_its_own_start(once):
+    """One step is of the last stage, whose windows have grown already (YaRN); the start has none of that."""
+    assert losses(once(*short("short/77", 1)))[0]
+
+
 def test_missed_target_exits_3_and_reached_exits_0(tmp_path):
     done, summary = run(tmp_path / "a", *short("short/5"), "--set", "validation.target=1.0")
     assert done.returncode == 3 and summary["reached"] is False and "MISSED" in done.stdout

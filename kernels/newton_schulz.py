@@ -34,10 +34,14 @@ ANVIL = (
 )
 
 
+# Results of the optimizer track: 12 steps drive every singular value above about 1e-3 to 1.
+CONVERGENT = (2.0, -1.5, 0.5)
+
+
 def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
-    fused: bool = False, anvil: bool = False
+    fused: bool = False, anvil: bool = False, convergent: bool = False
 ) -> torch.Tensor:
     """Orthogonalise each matrix of a batch.
 
@@ -51,8 +55,10 @@ def newton_schulz(
         polar_express: its coefficients and its norm, 1.02 |g| + 1e-6, in place of |g| + 1e-7.
         fused: the symmetric form by the kernels of kernels.symmetric.
         anvil: the maps of record 92 and their norm, 1.05 |g| + 1e-6, in place of both.
+        convergent: the coefficients of the optimizer track.
     """
     coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    coefficients = (CONVERGENT,) if convergent else coefficients
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)
     norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)

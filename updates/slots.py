@@ -92,6 +92,7 @@ class Orthogonalise:
     one_by_one: bool  # a batched product may round differently for another batch size
     fused: bool
     anvil: bool = False
+    convergent: bool = False
 
     each_matrix = True
 
@@ -101,7 +102,7 @@ class Orthogonalise:
     def __call__(self, u, step):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
-            polar_express=self.polar_express, fused=self.fused, anvil=self.anvil
+            polar_express=self.polar_express, fused=self.fused, anvil=self.anvil, convergent=self.convergent
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
@@ -218,7 +219,7 @@ def chain(s, group) -> tuple:
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
             n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
             one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
-            anvil=muon.anvil_maps
+            anvil=muon.anvil_maps, convergent=muon.convergent
         )
     )
     if muon.normuon:

@@ -223,7 +223,8 @@ def checkout(tmp_path):
     place.mkdir(parents=True)
     for name in (
         "declare.py", "deltas.py", "init_settings.py", "mixing_settings.py", "model_settings.py",
-        "optim_settings.py", "renames.py", "runlog.py", "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh",
+        "muon_settings.py", "optim_settings.py", "renames.py", "runlog.py", "system_settings.py", "scales.py",
+        "schema.py", "settings.py", "run.sh",
         "test.sh", "pyproject.toml"
     ):
         shutil.copy(ROOT / name, place)

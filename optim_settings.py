@@ -206,8 +206,8 @@ class Optim:
                                    needs="model.norm=layernorm or model.norm_gain")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
                                    needs="model.bias")
-    o_bias: Label | None = opt(None, "own settings of the biases of attention's output projections, which are "
-                                     "then stored apart", needs="model.bias")
+    o_bias: Label | None = opt(None, "own settings of the biases of attention's output projections, which "
+                                     "are then stored apart", needs="model.bias")
     resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream, in the x0 mix or in "
                                             "sublayers",
                                       needs="model.residual.x0_mix.learned or "

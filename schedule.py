@@ -460,6 +460,10 @@ def cuts(s: Settings, plans: Sequence[StepPlan]) -> Iterator[tuple[str, str]]:
         if f.metadata["unit"] == "step" and effect and value and value > steps:
             yield path, f"{value} steps are more than the run has: {effect}"
     yield from overlaps(s)
+    if s.schedule.horizon is not None and s.schedule.horizon > 2 * steps:
+        yield "schedule.horizon", (
+            f"the run ends after {steps} of the {s.schedule.horizon} steps of its learning-rate schedule"
+        )
     for group, frozen in s.optim.freezes().items():
         last = max((plan.step for plan in plans if group not in plan.frozen), default=-1)
         rest = [visible(plan.shape) for plan in plans[max(last, 0):]]

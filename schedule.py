@@ -114,9 +114,10 @@ def lr_steps(schedule: Schedule) -> int:
 
 def matrix_lr_factor(schedule: Schedule, step: int) -> float | None:
     """Learning-rate multiplier of the block matrices at a step; None: that of the run."""
-    own, steps = schedule.matrix, lr_steps(schedule)
+    own = schedule.matrix
     if own is None:
         return None
+    steps = own.horizon or lr_steps(schedule)
     if step < own.warmup_steps:
         return (step if own.warmup_from_zero else step + 1) / own.warmup_steps
     w = 1.0

@@ -47,6 +47,13 @@ class MatrixLR:
                                       shrink="steps", least=0)
     cooldown_power: float = opt(1.0, "power of the cooldown", off=1.0, above=0)
     floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0, least=0, most=1)
+    horizon: int | None = opt(None, "steps over which it is laid out, in place of schedule.horizon (result "
+                                    "27)", unit="step", shrink="steps", least=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.horizon is not None and self.horizon < s.schedule.steps:
+            yield (f"schedule.matrix.horizon = {self.horizon} is shorter than the run: set it to "
+                   f"schedule.steps = {s.schedule.steps} at least")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from data.corpus import sample_corpus
 from data.stream import validation_rows
 from evidence import run_laws
 from golden_records import load
+from golden_track3 import CHAIN
 from model import GPT, without_values
 from optim import RULES, Optimizer
 from small_models import Toy, plan, update
@@ -88,13 +89,9 @@ def ns12(x):
 
 
 @dataclass(frozen=True)
-class Hidden:
-    """The hidden matrices' rule of results 39 (Muon) and 13 (NorMuonH), with the learning rate of each step.
-
-    ball: NorMuonH, whose step keeps the Frobenius norm; otherwise weight decay 0.025.
-    """
+class NorMuonH:
+    """The hidden matrices' rule of result 13, with the learning rate of each step."""
     lr: tuple
-    ball: bool
     name, shared, skips_idle = "muon", True, False
 
     def unit(self, shape, views):
@@ -112,9 +109,6 @@ class Hidden:
         rows, cols = p.shape[-2:]
         m.lerp_(g, 0.05)
         u = ns12(0.05 * g + 0.95 * m) * max(1, rows / cols) ** 0.5
-        if not self.ball:
-            p.mul_(1 - lr * 0.025).sub_(lr * u)
-            return
         v.lerp_(u.square().mean(-1 if rows >= cols else -2, keepdim=True), 0.05)
         u = u * v.clamp(min=1e-10).rsqrt()
         length = lambda x: x.norm(dim=(-2, -1), keepdim=True)
@@ -122,18 +116,22 @@ class Hidden:
         p.copy_(moved * radius / length(moved).clamp(min=1e-10))
 
 
-def play(fixture, *sets, ball=False):
-    """(model, hooks, parameters after each call) of a fixture's calls through Optimizer and wrappers."""
+def play(fixture, *sets, hidden=None):
+    """(model, hooks, parameters after each call) of a fixture's calls through Optimizer and wrappers.
+
+    hidden: rule of the hidden matrices, made from their learning rates; None: the settings'.
+    """
     about, start, gradients = config(fixture), numbers(fixture, "init"), numbers(fixture, "grad")
     start = {name: start[name] for name in gradients}
-    model = toy(start, s := settings(*sets))
-    hidden = next((tuple(zip(about["steps"], rates)) for name, rates in about["lr"].items()
-                   if label_of(name, start[name])[0] == "matrix"), ())
-    rules = RULES | {"muon": lambda s, group: Hidden(hidden, ball)}
+    model, rates = toy(start, s := settings(*sets)), about["lr"]
+    rules = RULES
+    if hidden is not None:
+        own = tuple(zip(about["steps"], rates["blocks.0.mlp.fc.weight"]))
+        rules = RULES | {"muon": lambda s, group: hidden(own)}
     optimizer, hooks, found = Optimizer(model, s, rules=rules), wrappers_of(model), []
-    aux = next(rates for name, rates in about["lr"].items() if label_of(name, start[name])[0] == "embed")
+    aux = next(x for name, x in rates.items() if label_of(name, start[name])[1] == "embed")
     for call, step in enumerate(about["steps"]):
-        now = plan(step, lr_factor=aux[call] / aux[0])
+        now = plan(step, lr_factor=aux[call] / aux[0], momentum=0.95)
         for hook in hooks:
             hook.before_forwards(now)
         update(optimizer, model, {name.replace(".", "_"): g[call] for name, g in gradients.items()}, now)
@@ -159,7 +157,8 @@ def assert_calls(fixture, found, calls):
 @pytest.mark.feature("optim.ema_nesterov")
 def test_ema_nesterov_is_that_of_result_39():
     """Look-aheads from step 500 to 2399, with the embedding's learning-rate factor of the call before."""
-    _, (hook,), found = play("ema", "optim.ema_nesterov={beta=0.6, start=500, stop=2400}")
+    _, (hook,), found = play("ema", *CHAIN, "optim.muon.lr=0.035", "optim.muon.weight_decay=0.025",
+                             "optim.ema_nesterov={beta=0.6, start=500, stop=2400}")
     assert_calls("ema", found, config("ema")["calls"])
     for name in found[0]:
         for kind, key in (("mean", "lookahead_buffer.0"), ("before", "prev_params.0")):
@@ -171,7 +170,7 @@ def test_ema_nesterov_is_that_of_result_39():
 @pytest.mark.feature("optim.outer")
 def test_the_outer_step_is_that_of_muloco_in_result_13():
     """After the calls 4, 8 and 12, around NorMuonH."""
-    _, (hook,), found = play("muloco", "optim.outer={period=4, lr=0.7, momentum=0.5}", ball=True)
+    _, (hook,), found = play("muloco", "optim.outer={period=4, lr=0.7, momentum=0.5}", hidden=NorMuonH)
     assert_calls("muloco", found, config("muloco")["calls"])
     for name in found[0]:
         state, kept = numbers("muloco", f"state/{name}"), hook.tensors()
@@ -465,11 +464,11 @@ def test_the_embedding_takes_over_the_head_s_buffers():
 
 
 def test_memory_counts_the_buffers_and_experts_on_their_own_processes_are_refused():
-    plain = deltas.resolve("short/11", scale="micro").settings
-    s = deltas.resolve("short/11", scale="micro", with_=["optim.ema_nesterov", "optim.tail_ema"]).settings
-    more = memory.estimate(s, 8, 8).state - memory.estimate(plain, 8, 8).state
-    weights = memory.estimate(plain, 8, 8).parameters
-    assert 2.5 * weights < more <= 3 * weights + 64
+    two_layers = dict(scale="micro", sets=["model.num_layers=2"])
+    plain = deltas.resolve("short/2", **two_layers).settings
+    s = deltas.resolve("short/2", **two_layers, with_=["optim.ema_nesterov", "optim.tail_ema"]).settings
+    before, after = memory.estimate(plain, 8, 8), memory.estimate(s, 8, 8)
+    assert 2 * before.parameters < after.state - before.state <= 3 * before.parameters + 64
     with pytest.raises(UserError, match="optim.outer keeps copies .* set system.expert_parallel=false"):
         deltas.resolve("variants/4", scale="micro", with_=["optim.outer"], sets=["system.expert_parallel=true"])
 
@@ -527,10 +526,10 @@ def loss_of(model, s):
 def test_two_processes_end_where_one_does(processes, tmp_path):
     """Every process keeps all buffers and computes the same."""
     sets = ("schedule.steps=6", *test_resume.SMALL[1:3], "validation.every=3", "system.precision=float64",
-            *ALL)
+            "model.num_layers=2", "system.warmup_steps=1", *ALL)
     found = {}
     for world in (1, processes):
-        command = [sys.executable, "train_gpt.py", "short/11", "--scale", "micro", "--out",
+        command = [sys.executable, "train_gpt.py", "short/2", "--scale", "micro", "--out",
                    str(tmp_path / str(world)), *[part for x in sets for part in ("--set", x)]]
         done = process_group.run(command, world, cwd=Path(__file__).parent.parent,
                                  env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -3,11 +3,98 @@
 updates/chain.py puts the slots in order. A new slot is a section here, a class in updates/ and a line there.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from declare import BEFORE, REFUSE, opt
 
+
+# ----- directions that stand in for momentum and orthogonalisation, and Muown
+
+@dataclass(frozen=True)
+class AdamDirection:
+    """Adam's direction, bias-corrected, without its learning rate (track 3, result 4)."""
+    beta1: float = opt(0.9, "decay of the first moment", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the second moment", least=0, below=1)
+    eps: float = opt(1e-8, "constant added to the root of the second moment", least=0)
+
+
+@dataclass(frozen=True)
+class SoapH:
+    """SOAP (Vyas et al., arXiv 2409.11321) as in result 27 of track 3: no bias correction, new bases in every
+    step."""
+    beta: float = opt(0.9, "decay of the second moment and of the statistics of rows and columns", least=0,
+                      below=1)
+    eps: float = opt(1e-8, "constant added to the root of the second moment", above=0)
+
+
+@dataclass(frozen=True)
+class KlSoap:
+    """KL-SOAP (Lin et al., arXiv 2509.03378) as in result 19 of track 3.
+
+    The statistics of each side are taken of the gradient whitened by the other side. The first update only
+    starts the bases.
+    """
+    beta2: float = opt(0.9, "decay of the second moment", least=0, below=1)
+    beta: float = opt(0.9, "decay of the statistics of rows and columns", least=0, below=1)
+    eps: float = opt(1e-8, "constant added to the root of the second moment", above=0)
+    start: float = opt(0.1, "eigenvalues of the statistics before the first update", above=0)
+    largest: float = opt(4000.0, "largest inverse root of an eigenvalue", above=0)
+
+
+@dataclass(frozen=True)
+class Shampoo:
+    """Shampoo (Gupta et al., arXiv 1802.09568; Shi et al., arXiv 2309.06497) with the norm of Adam's
+    direction.
+
+    L^(-1/4) M R^(-1/4), M the momentum (track 3, results 21 and 35).
+    """
+    beta1: float = opt(0.9, "decay of the momentum", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the statistics of rows and columns, and of Adam's second moment",
+                       least=0, below=1)
+    eps: float = opt(1e-12, "least eigenvalue of the statistics, added to all of them (without "
+                            "`pseudo_inverse`)", least=0)
+    graft_eps: float = opt(1e-10, "constant added to the root of Adam's second moment", least=0)
+    every: int = opt(5, "updates from one computation of the roots to the next; Adam's direction before the "
+                        "first one", unit="step", off=1, least=1)
+    pseudo_inverse: bool = opt(
+        False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` (track "
+        "3, result 35)", off=False
+    )
+
+
+@dataclass(frozen=True)
+class Psgd:
+    """PSGD with a Kronecker factored preconditioner (Li, arXiv 1512.04202 and 2402.04553; track 3, result
+    33).
+
+    Two triangular factors are fitted to the momentum and a random probe in every step.
+    """
+    beta1: float = opt(0.95, "decay of the momentum", least=0, below=1)
+    rate: float = opt(1.0, "step size of the factors, relative to the norm of their gradient", above=0)
+
+
+@dataclass(frozen=True)
+class Muown:
+    """Muown (track 3, results 23 and 31): Muon on the directions of the rows, Adam on their gains.
+
+    A row is g v / |v|. Muon moves v, and Adam moves g with Muon's learning rate. |v|, against which a step
+    is measured, goes from the norm of the row at the start to `norm`.
+    """
+    beta1: float = opt(0.9, "decay of the first moment of the gains", least=0, below=1)
+    beta2: float = opt(0.95, "decay of the second moment of the gains", least=0, below=1)
+    eps: float = opt(1e-8, "constant added to the root of the second moment of the gains", least=0)
+    norm: float = opt(2.496, "norm of v at the end", above=0)
+    o_mul: float = opt(1.0, "factor of `norm` for o", off=1.0, above=0)
+    c_fc_mul: float = opt(1.0, "factor of `norm` for c_fc", off=1.0, above=0)
+    c_proj_mul: float = opt(3.33333333333, "factor of `norm` for c_proj", off=1.0, above=0)
+    norm_power: float = opt(1.2, "power of the share of `norm_steps` with which the norm grows", above=0)
+    norm_steps: int = opt(3165, "updates over which the norm of v grows", unit="step", off=REFUSE,
+                          shrink="steps", least=2)
+
+
+# ----- Muon
 
 @dataclass(frozen=True)
 class MomentumWarmup:
@@ -96,9 +183,10 @@ class Muon:
     )
     normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
     cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
-    scale: Literal["none", "sqrt_max", "sqrt_ratio"] = opt(
+    scale: Literal["none", "sqrt_max", "sqrt_ratio", "match_rms"] = opt(
         "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
-                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols))")
+                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols)). match_rms: 0.2 sqrt(max(rows, "
+                "cols)) (Liu et al., arXiv 2502.16982)")
     c_fc_orientation: Literal["out_in", "in_out"] = opt(
         "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
                   "as record 27 stores it")
@@ -111,6 +199,10 @@ class Muon:
     convergent: bool = opt(
         False, "convergent Newton-Schulz (track 3): 2X - 1.5 (XX^T)X + 0.5 (XX^T)^2 X, which with 12 steps "
         "takes the singular values to 1", off=False
+    )
+    polar_express_long: bool = opt(
+        False, "long Polar Express: eight polynomials, the last of which repeats, for 12 steps (track 3, "
+        "result 23)", off=False
     )
     norm: Literal["frobenius", "schatten4"] = opt(
         "frobenius", "norm by which the matrix is divided before Newton-Schulz, and which slots that rescale "
@@ -126,6 +218,41 @@ class Muon:
                "whose orthogonalised update is of full size (off: it stays)", off=False,
         needs="model.mlp.moe")
 
+    adam: AdamDirection | None = opt(
+        None, "Adam's direction in place of momentum and orthogonalisation (AdamH, with hyperball)"
+    )
+    soap_h: SoapH | None = opt(None, "SOAP-H: SOAP's direction in place of orthogonalised momentum")
+    kl_soap: KlSoap | None = opt(
+        None, "KL-SOAP: its direction in place of orthogonalised momentum"
+    )
+    shampoo: Shampoo | None = opt(
+        None, "Shampoo: its direction in place of momentum and orthogonalisation"
+    )
+    psgd: Psgd | None = opt(
+        None, "PSGD: its direction in place of momentum and orthogonalisation; hyperball then adds 1e-10 to "
+        "its norms"
+    )
+    muown: Muown | None = opt(
+        None, "Muown: Muon moves the directions of the rows, Adam their gains"
+    )
+
+    def directions(self) -> list[str]:
+        """The sections that stand in for momentum and orthogonalisation."""
+        return [name for name in ("adam", "soap_h", "kl_soap", "shampoo", "psgd") if getattr(self, name)]
+
+    def direction_faults(self) -> Iterator[str]:
+        """One direction alone, which has its own momentum; Muown keeps norms of its own."""
+        names = self.directions()
+        if len(names) > 1:
+            yield (f"optim.muon.{' and optim.muon.'.join(names)} each are the direction of the step: leave "
+                   "one")
+        if names and self.slow:
+            yield (f"optim.muon.slow is a momentum of Muon, and optim.muon.{names[0]} has its own: set "
+                   "optim.muon.slow=false")
+        if self.muown and self.hyperball:
+            yield ("optim.muon.muown keeps the norms of rows, and optim.muon.hyperball those of matrices: "
+                   "leave one")
+
     def moves_after(self) -> list[str]:
         """The settings whose slots change the parameter once more after the step."""
-        return [name for name in ("hyperball",) if getattr(self, name)]
+        return [name for name in ("hyperball", "muown") if getattr(self, name)]

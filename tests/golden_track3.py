@@ -24,14 +24,16 @@ CHAIN = ("optim.muon.momentum=0.95", "optim.muon.momentum_ema=true", "optim.muon
 class Replay:
     """The hidden matrices of a fixture in our Optimizer.
 
-    sets: settings on top of CHAIN. lr: optim.muon.lr, which the fixture's rates are relative to.
+    sets: settings on top of CHAIN, or in place of some of it. lr: optim.muon.lr, which the fixture's rates are relative to.
     """
 
     def __init__(self, name, *sets, lr=1.0, ref="short/11", rules=None):
         self.numbers, self.config = load(name)
         c = self.config
+        given = {text.partition("=")[0] for text in sets}
+        chain = [text for text in CHAIN if text.partition("=")[0] not in given]
         self.s = small_models.settings(
-            ref, *CHAIN, f"model.model_dim={c['model_dim']}", f"model.attn.num_heads={c['heads']}",
+            ref, *chain, f"model.model_dim={c['model_dim']}", f"model.attn.num_heads={c['heads']}",
             f"model.mlp.hidden={c['hidden']}", f"optim.muon.lr={lr}", *sets
         )
         self.lr = lr
@@ -95,8 +97,9 @@ class Replay:
                     pieces = zip("qkvo", ours, x, start[label, layer]) if label == "qkvo" else [
                         (label, ours, x, start[label, layer])]
                     for piece, a, b, from_ in pieces:
-                        moved = np.abs(b - from_).max()
-                        found[i + 1, label, layer, piece] = np.abs(a - b).max() / max(moved, 1e-300)
+                        # a step of length 0 leaves the rounding of the weights
+                        moved = max(np.abs(b - from_).max(), 1e-7 * np.abs(b).max())
+                        found[i + 1, label, layer, piece] = np.abs(a - b).max() / moved
         return found
 
 

@@ -2,22 +2,26 @@
 
 import torch
 
+from updates.directions import direction
 from updates.geometry import Hyperball
+from updates.muown import Muown
 from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, TwoRails
 
 
 def chain(s, group) -> tuple:
     """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
     muon, n = s.optim.muon, s.numerics
-    slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
-    slots.append(
+    slots = [Muown(muon.muown)] if muon.muown else []
+    slots += direction(muon) or [
+        Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta),
         Orthogonalise(
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
             n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
             one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
-            anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4"
+            anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4",
+            long=muon.polar_express_long
         )
-    )
+    ]
     if muon.normuon:
         slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
     if muon.cautious_decay:
@@ -28,5 +32,5 @@ def chain(s, group) -> tuple:
     if group.weight_decay:
         slots.append(Decay(group.weight_decay))
     if muon.hyperball:
-        slots.append(Hyperball())
+        slots.append(Hyperball(added=muon.psgd is not None))
     return tuple(slots)

@@ -17,11 +17,16 @@ class Hyperball(Slot):
     """Keep the Frobenius norm R of each matrix (track 3, result 5).
 
     W' = W - lr R u / |u|, then W = R W' / |W'|; both norms at least 1e-10. It replaces weight decay.
+    added: 1e-10 is added to both norms (result 33).
     """
+    added: bool = False
 
     def __call__(self, u, step):
         step.scratch["radius"] = frobenius(step.p)
-        return u * (step.scratch["radius"] / frobenius(u, 1e-10)).to(u.dtype)
+        return u * (step.scratch["radius"] / self.norm(u)).to(u.dtype)
 
     def after(self, step) -> None:
-        step.p.mul_(step.scratch["radius"] / frobenius(step.p, 1e-10))
+        step.p.mul_(step.scratch["radius"] / self.norm(step.p))
+
+    def norm(self, x):
+        return frobenius(x) + 1e-10 if self.added else frobenius(x, 1e-10)

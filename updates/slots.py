@@ -13,6 +13,11 @@ from kernels.newton_schulz import newton_schulz
 from updates.views import Views
 
 
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of a parameter of this dtype: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class Step(NamedTuple):
     """The inputs of a slot in one update, of whole units or of one of their matrices.
 
@@ -154,12 +159,13 @@ class Orthogonalise(Slot):
     anvil: bool = False
     convergent: bool = False
     by_schatten4: bool = False
+    long: bool = False
 
     def __call__(self, u, step):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
             polar_express=self.polar_express, fused=self.fused, anvil=self.anvil,
-            convergent=self.convergent, by_schatten4=self.by_schatten4
+            convergent=self.convergent, by_schatten4=self.by_schatten4, long=self.long
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
@@ -170,6 +176,7 @@ class Orthogonalise(Slot):
 
 FACTORS = {"none": lambda rows, cols: 1.0,
            "sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
+           "match_rms": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
            "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols))}
 
 
@@ -236,7 +243,9 @@ class CautiousDecay(Slot):
 class Scale(Slot):
     """Multiplies the update by a factor of the matrix's shape and by the factor `mul` of the label.
 
-    kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8).
+    kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8);
+        match_rms, 0.2 sqrt(max(rows, cols)), with which entries are about as large as Adam's (Liu et al.,
+        arXiv 2502.16982).
     """
     kind: str
     mul: float = 1.0

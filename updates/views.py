@@ -110,7 +110,10 @@ def qkvo(s) -> Views:
     pieces = (("qkv", 0, 3), ("o", 3, 4))
     if muon is None or muon.split_qkv:
         pieces = (("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4))
-    return Views(pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1)
+    return Views(
+        pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1,
+        whole=bool(muon and muon.muown and muon.muown.o_mul != 1)
+    )
 
 
 def qk(s) -> Views:
@@ -134,17 +137,17 @@ def v(s) -> Views:
 def o(s) -> Views:
     """Views of o (D, D), apart from q and k. Record 90 stores it as (inputs, outputs)."""
     normuon = s.optim.muon and s.optim.muon.normuon
-    return Views(variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis)
+    return Views(name="o", variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis)
 
 
 def c_fc(s) -> Views:
     """Views of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
-    return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)
+    return Views(name="c_fc", orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)
 
 
 def c_proj(s) -> Views:
     """Views of the second matrix of an MLP (D, F); its neurons are its columns, the hidden units."""
-    return Views(variance_axis=-2)
+    return Views(name="c_proj", variance_axis=-2)
 
 
 def gate(s) -> Views:

@@ -13,6 +13,7 @@ from golden_records import load
 from optim import Optimizer
 from updates import views
 
+BASES = {"q_row": "soap_left_basis", "q_col": "soap_right_basis"}  # state of the original -> ours
 HIDDEN = {"c_fc": "mlp.fc.weight", "c_proj": "mlp.proj.weight"}
 QKVO = [f"attn.{x}.weight" for x in ("q", "k", "v", "proj")]
 # Chains of the track on the root of short records, until a test resolves the record itself.
@@ -58,16 +59,29 @@ class Replay:
             return (self.numbers[f"grad/{name}"][call].astype(np.uint32) << 16).view(np.float32)
         return {f"{label}_{layer}": torch.from_numpy(x) for (label, layer), x in self.of_ours(get).items()}
 
-    def rate(self, call):
-        """(learning rate, momentum) of the hidden matrices."""
+    def rate(self, call, of="blocks.0.mlp.fc.weight"):
+        """(learning rate, momentum) of the group with this parameter."""
         names = self.config["groups"]
         for optimizer, groups in enumerate(names):
             for group, members in enumerate(groups):
-                if "blocks.0.mlp.fc.weight" in members:
+                if of in members:
                     return self.config["rates"][call][optimizer][group]
-        raise KeyError("no group has the hidden matrices")
+        raise KeyError(of)
 
-    def call(self, i, between=None):
+    def inject(self, name, key, value):
+        """Set a state of one of the original's matrices. name: blocks.0.attn.v.weight; key: ours."""
+        _, layer, part, matrix, _ = name.split(".")
+        label = "qkvo" if part == "attn" else {"fc": "c_fc", "proj": "c_proj"}[matrix]
+        piece = {"q": 0, "k": 1, "v": 2, "proj": 3}[matrix] if label == "qkvo" else 0
+        for bank in self.optimizer.banks:
+            own = f"{key}@{'qkvo'[piece]}" if bank.views.joined else key
+            for member, state in bank.members_of(bank.state[own]) if own in bank.state else ():
+                if member == f"{label}_{layer}":
+                    state[0 if bank.views.joined else piece] = torch.from_numpy(value)
+                    return
+        raise KeyError(name, key)
+
+    def call(self, i):
         """The update of call i."""
         lr, momentum = self.rate(i)
         plan = small_models.plan(
@@ -76,17 +90,21 @@ class Replay:
         )
         small_models.update(self.optimizer, self.model, self.gradients(i), plan)
 
-    def errors(self, after=None):
+    def errors(self, before=None, after=None):
         """{(call, label, layer, piece): largest error / largest movement} of all calls that are kept.
 
-        after: called with the number of each call that is done, from 1 (to inject bases).
+        before, after: called with the number of each call, from 0 (wrappers).
         """
         start = self.of_ours(lambda name: self.numbers[f"init/{name}"])
         found = {}
         for i in range(len(self.config["step_index"])):
+            if before is not None:
+                before(i)
             self.call(i)
+            if i + 1 == self.config.get("basis_call"):
+                self.inject_bases()
             if after is not None:
-                after(i + 1)
+                after(i)
             if i + 1 in self.config["kept_calls"]:
                 at = self.config["kept_calls"].index(i + 1)
                 golden = self.of_ours(lambda name: self.numbers[f"param/{name}"][at])
@@ -98,6 +116,38 @@ class Replay:
                         moved = np.abs(b - from_).max()
                         found[i + 1, label, layer, piece] = np.abs(a - b).max() / max(moved, 1e-300)
         return found
+
+
+    def inject_bases(self):
+        """Set the bases of matrices that are not square to the fixture's, because they were arbitrary."""
+        for name in self.numbers:
+            if name.startswith("basis/"):
+                _, of, side = name.split("/")
+                self.inject(of, BASES[side], self.numbers[name])
+
+
+class LookAhead:
+    """EMA-Nesterov of results 40 to 46 by hand (before, after), on the hidden matrices.
+
+    Before step t in [300, 1950): W <- W + 0.3 r m, where r is the embedding's rate of the call before over
+    its peak. After it: m <- 0.99 m + 0.01 (W - its value after the call before).
+    """
+
+    def __init__(self, replay, peak=0.3):
+        self.replay, self.peak = replay, peak
+        self.last = {name: p.detach().clone() for name, p in replay.model.named_parameters()}
+        self.ema = {name: torch.zeros_like(p) for name, p in self.last.items()}
+
+    def before(self, i):
+        if 300 <= self.replay.config["step_index"][i] < 1950:
+            share = self.replay.rate(i - 1, "embed.weight")[0] / self.peak if i else 1.0
+            for name, p in self.replay.model.named_parameters():
+                p.data += 0.3 * share * self.ema[name]
+
+    def after(self, i):
+        for name, p in self.replay.model.named_parameters():
+            self.ema[name].mul_(0.99).add_(p.detach() - self.last[name], alpha=0.01)
+            self.last[name] = p.detach().clone()
 
 
 def assert_equal(errors, tolerance=1e-9):

@@ -4,7 +4,7 @@ The tolerance is 1e-9 of a parameter's movement.
 """
 
 import pytest
-from golden_track3 import LookAhead, Replay, assert_equal
+from golden_track3 import Extrapolation, LookAhead, Replay, assert_equal
 
 S4 = ("optim.muon.norm=schatten4",)
 FLOOR = ("optim.muon.floor={ratio=0.35}",)
@@ -53,6 +53,11 @@ def test_a_rule_matches_the_original_script_under_a_look_ahead(name):
     replay = Replay(name, *sets, lr=lr)
     ahead = LookAhead(replay)
     assert_equal(replay.errors(ahead.before, ahead.after))
+
+
+def test_result_30_matches_the_original_script_under_extrapolation():
+    replay = Replay("t3_r34_rre", *R30, lr=0.0375)
+    assert_equal(replay.errors(after=Extrapolation(replay).after))
 
 
 def test_pmuon_matches_the_original_script_from_its_random_start():

@@ -341,8 +341,6 @@ class Optim:
         for name in self.muon.moves_after() if self.muon and s.system.comm == "allreduce_updates" else ():
             yield (f"system.comm=allreduce_updates exchanges updates alone, and optim.muon.{name} moves the "
                    "parameters after them: choose another system.comm")
-        if self.muon:
-            yield from self.muon.direction_faults()
         normuon = self.muon and self.muon.normuon
         if self.muon and self.muon.anvil_maps and self.muon.ns_steps != 6:
             yield (

@@ -55,8 +55,8 @@ def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
     fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False,
-    long: bool = False
-) -> torch.Tensor:
+    long: bool = False, weights: tuple[float, ...] = ()
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Orthogonalise each matrix of a batch.
 
     Args:
@@ -72,6 +72,8 @@ def newton_schulz(
         convergent: the coefficients of the optimizer track.
         long: the coefficients POLAR_EXPRESS_LONG, with the norm |g| + 1e-7.
         by_schatten4: |g| is the Schatten 4-norm, at least 1e-7, in place of the Frobenius norm.
+        weights: of X_0, X_1, ..., the iterates before each step; then the result is (orthogonalised, sum of
+            the weighted iterates).
     """
     coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
     coefficients = (CONVERGENT,) if convergent else POLAR_EXPRESS_LONG if long else coefficients
@@ -87,8 +89,13 @@ def newton_schulz(
     if tall:  # A = X X^T on the shorter side
         x = x.mT
     step = symmetric.step if fused else STEPS[form]
+    total = torch.zeros_like(x) if weights else None
     for i in range(steps):
+        if i < len(weights):
+            total = total + weights[i] * x
         x = step(x, *coefficients[min(i, len(coefficients) - 1)])
+    if weights:
+        return (x.mT, total.mT) if tall else (x, total)
     return x.mT if tall else x
 
 

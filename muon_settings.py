@@ -59,8 +59,8 @@ class Shampoo:
     every: int = opt(5, "updates from one computation of the roots to the next; Adam's direction before the "
                         "first one", unit="step", off=1, least=1)
     pseudo_inverse: bool = opt(
-        False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` (track "
-        "3, result 35)", off=False
+        False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` "
+        "(track 3, result 35)", off=False
     )
 
 

@@ -190,7 +190,9 @@ def compare(sets, reference, calls=7, zero=(), lr=0.01, tolerance=1e-10):
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     optimizer, given = Optimizer(model, s), {name: [] for name in TOY}
     for i in range(calls):
-        gradients = {name: noise(*shape, seed=100 * i + n + 10) for n, (name, shape) in enumerate(TOY.items())}
+        gradients = {
+            name: noise(*shape, seed=100 * i + n + 10) for n, (name, shape) in enumerate(TOY.items())
+        }
         step, factor = 400 * i, 1 - 0.1 * i
         update(optimizer, model, gradients, plan(step, momentum=0.946, lr_factor=factor))
         for name, g in gradients.items():
@@ -395,8 +397,8 @@ def test_soap_agrees_with_the_package_pytorch_optimizer():
     model = Toy(w=(noise(8, 8), "matrix", "c_fc", Views()))
     w = torch.nn.Parameter(model.w.detach().clone())
     ours, theirs = Optimizer(model, s), package.SOAP(
-        [w], lr=0.01, betas=(0.946, 0.9), shampoo_beta=0.9, eps=0.001, weight_decay=0, precondition_frequency=1,
-        correct_bias=False
+        [w], lr=0.01, betas=(0.946, 0.9), shampoo_beta=0.9, eps=0.001, weight_decay=0,
+        precondition_frequency=1, correct_bias=False
     )
     start = w.detach().clone()
     for i in range(6):

@@ -1,4 +1,4 @@
-"""SinkSOAP: the momentum in the eigenbases of its gradients' covariances, balanced by Sinkhorn's iteration."""
+"""SinkSOAP: the momentum in eigenbases of the gradients' covariances, balanced by Sinkhorn's iteration."""
 
 import math
 from dataclasses import dataclass

@@ -134,6 +134,9 @@ class Soap:
         if apart and not muon.split_qkv:
             yield ("optim.muon.soap treats q, k, v and o differently, and q, k and v are one matrix: set "
                    "optim.muon.split_qkv=true")
+        if muon.head_pairs and {"q", "k"} & set(self.matrices):
+            yield ("optim.muon.soap.matrices has q or k, and with optim.muon.head_pairs they are pairs of "
+                   "heads: leave them away")
         for name, on in (("trust", self.trust is not None), ("v_share", self.v_share != 1)):
             matrix = {"trust": "o", "v_share": "v"}[name]
             if on and self.matrices and matrix not in self.matrices:

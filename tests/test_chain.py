@@ -108,6 +108,7 @@ def test_without_takes_a_slot_of_a_record_off_again(name):
     (["circuit={}", "split_qkv=true", "head_pairs=true"], "in one tensor"),
     (["soap={trust={}}", "split_qkv=false"], "set optim.muon.split_qkv=true"),
     (['soap={matrices=["c_fx"]}'], "has c_fx, and the matrices are"),
+    (['soap={matrices=["q"]}', "split_qkv=true", "head_pairs=true"], "they are pairs of heads"),
     (['soap={matrices=["v"], trust={}}', "split_qkv=true"], "acts on o, which"),
     (['soap={matrices=["o"], v_share=0.5}', "split_qkv=true"], "acts on v, which")])
 def test_slots_that_contradict_each_other_are_refused(flags, message):
@@ -123,12 +124,13 @@ def test_what_moves_parameters_after_the_step_is_refused_where_updates_travel(na
 
 # ----- processes
 
-def toy(s, layers=3):
+def toy(s, layers=(0, 1, 2), dtype=F64):
     """Matrices of three layers, a number that two processes do not divide."""
+    d = s.model.model_dim
     of = {"qkvo": views.qkvo(s), "c_fc": views.c_fc(s), "c_proj": views.c_proj(s)}
-    shapes = {"qkvo": (4, 12, 12), "c_fc": (18, 12), "c_proj": (12, 18)}
-    return Toy(**{f"{label}_{i}": (noise(*shape, seed=i), "matrix", label, of[label])
-                  for label, shape in shapes.items() for i in range(layers)})
+    shapes = {"qkvo": (4, d, d), "c_fc": (3 * d // 2, d), "c_proj": (d, 3 * d // 2)}
+    return Toy(**{f"{label}_{i}": (noise(*shape, seed=i, dtype=dtype), "matrix", label, of[label])
+                  for label, shape in shapes.items() for i in layers})
 
 
 def four_steps(name, rank, world):
@@ -158,6 +160,28 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path):
         for parameter, p in four_steps(name, 0, 1).items():
             for of_rank in found:
                 assert torch.allclose(of_rank[name][parameter], p, rtol=0, atol=1e-9), (name, parameter)
+
+
+@pytest.mark.feature("system.reduction")
+@pytest.mark.parametrize("name", ["pmuon", "sinksoap", "contra"])
+def test_with_an_ordered_reduction_a_unit_has_the_same_bits_in_any_bank(name):
+    """Three layers in one bank, and each alone: batched products would round differently."""
+    flag, needs = sets(name)
+    s = settings("short/33", "model.model_dim=48", "model.attn.num_heads=3", "system.reduction=ordered", flag,
+                 *needs, precision="float32")
+
+    def trained(layers):
+        model = toy(s, layers, torch.float32)
+        optimizer = Optimizer(model, s)
+        for i in range(2):
+            update(optimizer, model, {
+                n: noise(*p.shape, seed=10 * i + int(n[-1]), dtype=torch.float32)
+                for n, p in model.named_parameters()
+            }, plan(i))
+        return dict(model.named_parameters())
+
+    alone = {n: p for i in range(3) for n, p in trained((i,)).items()}
+    assert all(torch.equal(p, alone[n]) for n, p in trained((0, 1, 2)).items())
 
 
 # ----- compiled

@@ -24,6 +24,7 @@ class SinkSoap(Slot):
     eps: float
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         kept = torch.promote_types(dtype, torch.float32)

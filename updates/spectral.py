@@ -51,6 +51,7 @@ class PMuon(Slot):
     eps: float
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         kept = torch.promote_types(dtype, torch.float32)
@@ -98,6 +99,8 @@ class DynMuon(Slot):
     width: float
     steps: int
     divisor: float
+
+    products = True
 
     def numbers(self, plan, t) -> dict:
         z = (plan.step / self.steps - self.center) / self.width

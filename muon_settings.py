@@ -59,8 +59,8 @@ class Shampoo:
     every: int = opt(5, "updates from one computation of the roots to the next; Adam's direction before the "
                         "first one", unit="step", off=1, least=1)
     pseudo_inverse: bool = opt(
-        False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` (track "
-        "3, result 35)", off=False
+        False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` "
+        "(track 3, result 35)", off=False
     )
 
 
@@ -201,8 +201,9 @@ class Soap:
         (), "names of the matrices that have it, of q, k, v, o, c_fc and c_proj (none: all)", off=()
     )
     eps: float = opt(1e-8, "least root of the second moment, or what is added to it", above=0)
-    eps_form: Literal["least", "added"] = opt("least", "how `eps` acts. least: on the root from below. added: "
-                                                       "to the root (result 14)")
+    eps_form: Literal["least", "added"] = opt(
+        "least", "how `eps` acts. least: as the least root. added: to the root (result 14)"
+    )
     attn_floor: float = opt(
         0.0, "least denominator in q, k, v and o, in units of its root mean square (result 16: 0.2, result "
              "20: 0.55)", off=0.0, least=0
@@ -216,11 +217,14 @@ class Soap:
     def check(self, s: Any) -> Iterator[str]:
         muon, apart = s.optim.muon, self.tells_apart()
         if unknown := set(self.matrices) - {"q", "k", "v", "o", "c_fc", "c_proj"}:
-            yield (f"optim.muon.soap.matrices has {', '.join(sorted(unknown))}, and the matrices are q, k, v, "
-                   "o, c_fc and c_proj")
+            yield (f"optim.muon.soap.matrices has {', '.join(sorted(unknown))}, and the matrices are q, k, "
+                   "v, o, c_fc and c_proj")
         if apart and not muon.split_qkv:
             yield ("optim.muon.soap treats q, k, v and o differently, and q, k and v are one matrix: set "
                    "optim.muon.split_qkv=true")
+        if muon.head_pairs and {"q", "k"} & set(self.matrices):
+            yield ("optim.muon.soap.matrices has q or k, and with optim.muon.head_pairs they are pairs of "
+                   "heads: leave them away")
         for name, on in (("trust", self.trust is not None), ("v_share", self.v_share != 1)):
             matrix = {"trust": "o", "v_share": "v"}[name]
             if on and self.matrices and matrix not in self.matrices:
@@ -244,7 +248,7 @@ class PMuon:
 class Aurora:
     """Aurora (track 3, result 17): an orthogonal factor whose rows have equal norms, for matrices that are
     not square."""
-    iterations: int = opt(2, "orthogonalisations, between which the rows are rescaled (result 30: 3)", least=1)
+    iterations: int = opt(2, "orthogonalisations, between which rows are rescaled (result 30: 3)", least=1)
     beta: float = opt(0.5, "power of the correction of a row (result 30: 0.25)", least=0)
     wide_only: bool = opt(False, "only for matrices with more columns than rows (result 30)", off=False)
 
@@ -389,8 +393,8 @@ class Muon:
                                 needs="optim.muon.convergent")
     circuit: Circuit | None = opt(None, "Circuit-Muon: v and o are balanced head by head")
     radial_brake: float | None = opt(
-        None, "radial brake: factor of the part of a step that lengthens its matrix (track 3, result 29: 0.5)",
-        least=0, below=1
+        None, "radial brake: factor of the part of a step that lengthens its matrix (track 3, result 29: "
+              "0.5)", least=0, below=1
     )
     floor: UpdateFloor | None = opt(None, "update floor: a least norm of the update relative to the weights")
     soda: Soda | None = opt(None, "SODA: a fading pull towards the initial weights")

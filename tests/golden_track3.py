@@ -176,7 +176,8 @@ class Extrapolation:
             return
         d = torch.stack([b - a for a, b in zip(self.kept, self.kept[1:])])
         gram = d @ d.T
-        c = torch.linalg.solve(gram + (1e-6 * gram.trace() / 3 + 1e-10) * torch.eye(3), torch.ones(3).double())
+        ridge = (1e-6 * gram.trace() / 3 + 1e-10) * torch.eye(3)
+        c = torch.linalg.solve(gram + ridge, torch.ones(3, dtype=gram.dtype))
         move = -0.875 * (c / c.sum()).flip(0).cumsum(0).flip(0) @ d
         now = now + move * min(1.0, 0.001 * now.norm().item() / move.norm().item())
         self.kept = [now]

@@ -190,7 +190,9 @@ def compare(sets, reference, calls=7, zero=(), lr=0.01, tolerance=1e-10):
     start = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
     optimizer, given = Optimizer(model, s), {name: [] for name in TOY}
     for i in range(calls):
-        gradients = {name: noise(*shape, seed=100 * i + n + 10) for n, (name, shape) in enumerate(TOY.items())}
+        gradients = {
+            name: noise(*shape, seed=100 * i + n + 10) for n, (name, shape) in enumerate(TOY.items())
+        }
         step, factor = 400 * i, 1 - 0.1 * i
         update(optimizer, model, gradients, plan(step, momentum=0.946, lr_factor=factor))
         for name, g in gradients.items():
@@ -379,3 +381,30 @@ def test_the_noise_of_psgd_depends_on_matrix_and_update():
 def test_settings_that_exclude_each_other_are_refused(sets, said):
     with pytest.raises(UserError, match=said):
         settings("short/11", *sets)
+
+# ----- a maintained package
+
+def test_soap_agrees_with_the_package_pytorch_optimizer():
+    """Its SOAP, whose first call only finds the bases: it gets a gradient of almost nothing.
+
+    It sorts the columns of the bases, which are in order here, and takes QR in float32. The first step is not
+    compared: in the bases of its own gradient it is noise over eps.
+    """
+    package = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch-optimizer==4.1.0")
+    s = settings("short/11", *CHANGED, "optim.muon.lr=0.01", "optim.muon.scale=none", "optim.muon.soap_h={}",
+                 "optim.muon.soap_h.eps=0.001")
+    left, right = (torch.linalg.qr(noise(8, 8, seed=i))[0] for i in (1, 2))
+    model = Toy(w=(noise(8, 8), "matrix", "c_fc", Views()))
+    w = torch.nn.Parameter(model.w.detach().clone())
+    ours, theirs = Optimizer(model, s), package.SOAP(
+        [w], lr=0.01, betas=(0.946, 0.9), shampoo_beta=0.9, eps=0.001, weight_decay=0,
+        precondition_frequency=1, correct_bias=False
+    )
+    start = w.detach().clone()
+    for i in range(6):
+        g = left @ torch.diag(3.0 ** -torch.arange(8)).to(F64) @ right + 1e-4 * noise(8, 8, seed=10 + i)
+        for part in ((1e-6 * g, g) if i == 0 else (g,)):
+            w.grad = part.clone()
+            theirs.step()
+        update(ours, model, {"w": g}, plan(momentum=0.946))
+    assert (w - model.w).abs().max() < 1e-4 * (w - start).abs().max()

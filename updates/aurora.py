@@ -21,6 +21,8 @@ class Aurora(Slot):
     beta: float
     wide_only: bool
 
+    products = True
+
     def __call__(self, u, step):
         rows, cols = u.shape[-2:]
         if rows == cols or (self.wide_only and rows > cols):

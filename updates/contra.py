@@ -31,6 +31,8 @@ class Contra(Slot):
     steps: int | None
     norm: str
 
+    products = True
+
     def numbers(self, plan, t) -> dict:
         return {"contra": self.strength * (1 - ramp(plan.step, 0, self.steps) if self.steps else 1)}
 
@@ -53,6 +55,8 @@ class SoftBlend(Slot):
     start: int
     end: int
     norm: str
+
+    products = True
 
     def numbers(self, plan, t) -> dict:
         return {"soft": min(self.most, ramp(plan.step, self.start, self.end))}

@@ -17,7 +17,8 @@ class Muown(Slot):
     """Rows W = gain v / |v|: the slots that follow move v, and Adam moves the gain with the learning rate.
 
     While a step is made, step.p holds v = n W / gain, so W is along v; n goes from the norm of the row at the
-    start to `norm` with `norm_power` of the share of `norm_steps` updates. The next slot gets the gradient of v.
+    start to `norm` with the power `norm_power` of the share of `norm_steps` updates. The next slot gets the
+    gradient of v.
     """
     settings: Any  # muon_settings.Muown
 

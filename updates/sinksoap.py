@@ -1,4 +1,4 @@
-"""SinkSOAP: the momentum in the eigenbases of its gradients' covariances, balanced by Sinkhorn's iteration."""
+"""SinkSOAP: the momentum in eigenbases of the gradients' covariances, balanced by Sinkhorn's iteration."""
 
 import math
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ class SinkSoap(Slot):
     eps: float
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         kept = torch.promote_types(dtype, torch.float32)

@@ -59,10 +59,12 @@ class Slot:
     each_matrix: called for each matrix of the units, with u (N, rows, cols); otherwise u has whole units
         (N, *unit).
     eager: neither compiled nor captured in a CUDA graph (decompositions).
+    products: has batched products, which may round differently for another batch size.
     only: names of the matrices it acts on; (): all.
     """
     each_matrix: ClassVar[bool] = True
     eager: ClassVar[bool] = False
+    products: ClassVar[bool] = False
     only: Any = ()
 
     def state(self, unit: tuple, dtype: torch.dtype, views: Views) -> dict[str, tuple]:
@@ -205,6 +207,10 @@ class NorMuon(Slot):
     square: bool = True
 
     each_matrix = False
+
+    @property
+    def products(self) -> bool:
+        return self.norm == "schatten4"
 
     def state(self, unit, dtype, views) -> dict:
         if not self.square and all(rows == cols for rows, cols in views.shapes(unit)):

@@ -13,7 +13,7 @@ from muon_settings import SoapTrust
 from updates.norms import frobenius, inner, ramp, rescaled
 from updates.slots import Slot
 
-ATTENTION = ("q", "k", "v", "o")
+ATTENTION = ("q", "k", "qk", "v", "o")  # qk: pairs of heads
 
 
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,7 @@ class Soap(Slot):
     only: tuple
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         kept = torch.promote_types(dtype, torch.float32)

@@ -51,6 +51,7 @@ class PMuon(Slot):
     eps: float
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         kept = torch.promote_types(dtype, torch.float32)
@@ -63,13 +64,12 @@ class PMuon(Slot):
         return {"pmuon_starts": t == 1}
 
     def __call__(self, u, step):
-        x = u.to(step.state["pmuon_left_covariance"].dtype)
-        left = self.power_of(x @ x.mT, step.state["pmuon_left_covariance"], step.state["pmuon_left_basis"], step)
-        right = self.power_of(x.mT @ x, step.state["pmuon_right_covariance"], step.state["pmuon_right_basis"], step)
-        return left @ x @ right
+        x = u.to(step.state["pmuon_left_basis"].dtype)
+        return self.power_of(x @ x.mT, "left", step) @ x @ self.power_of(x.mT @ x, "right", step)
 
-    def power_of(self, gram, covariance, basis, step) -> torch.Tensor:
-        """P (N, n, n) from U^T U, with the covariance and its basis updated in place."""
+    def power_of(self, gram, side, step) -> torch.Tensor:
+        """P (N, n, n) of one side, from U^T U or U U^T. Updates the covariance and its basis in place."""
+        covariance, basis = step.state[f"pmuon_{side}_covariance"], step.state[f"pmuon_{side}_basis"]
         if step.numbers["pmuon_starts"]:
             empty = basis.abs().amax((-2, -1), keepdim=True) == 0
             start = torch.where(empty, start_of_basis(basis), basis)
@@ -99,6 +99,8 @@ class DynMuon(Slot):
     width: float
     steps: int
     divisor: float
+
+    products = True
 
     def numbers(self, plan, t) -> dict:
         z = (plan.step / self.steps - self.center) / self.width

@@ -198,7 +198,6 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
             "model": state,
             "settings": schema.plain(resolved.settings),
             "tokenizer": run.corpus.tokenizer,
-            "readout": read,
             # in memory: torch's own writer turns a full disk into an internal error
             "val_loss": val_loss,
         },

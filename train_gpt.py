@@ -309,10 +309,11 @@ def update(
 ) -> torch.Tensor:
     """Forward and backward of some logical ranks, then the update. Arguments and result: as of train_step."""
     model, optimizer, microbatch = run.model, run.optimizer, run.ranks_per_microbatch
-    # Gradients of all forwards and processes add up to that of the mean over the eight logical ranks (of a
-    # worker: over its one), where the loss of a rank is the mean or, with loss_reduction `sum`, the sum over
+    # Gradients of all forwards and processes add up to that of the mean over the logical ranks of the update,
+    # all eight or a worker's one. The loss of a rank is the mean or, with loss_reduction `sum`, the sum over
     # its tokens.
-    share = microbatch / (LOGICAL_RANKS if run.workers is None else 1)
+    together = LOGICAL_RANKS if run.workers is None else 1
+    share = microbatch / together
     if run.s.model.head.loss_reduction == "sum":
         share *= step_plan.shape.tokens_per_rank
     losses, starts = [], range(0, len(inputs), microbatch)

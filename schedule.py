@@ -412,6 +412,8 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     optim, last, found = s.optim, step == s.schedule.steps, []
     if optim.tail is not None and last:
         found.append(Readout("optim.tail", undone=False))
+    if apart(s) and step and step not in outer_steps(s):
+        found.append(Readout("optim.outer.workers", undone=False))  # the mean of the workers' weights
     if step in extrapolations(optim.rre, step):
         found.append(Readout("optim.rre", undone=False))
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
@@ -420,6 +422,19 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     if away is not None and step >= away.start and (last or away.at == "validation"):
         found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
     return found
+
+
+def apart(s: Settings) -> bool:
+    """Whether every logical rank is a worker of its own (optim.outer.workers)."""
+    return s.optim.outer is not None and s.optim.outer.workers > 1
+
+
+def outer_steps(s: Settings) -> range:
+    """Numbers of the updates that an outer step follows; empty without optim.outer."""
+    outer = s.optim.outer
+    if outer is None:
+        return range(0)
+    return range(1 if outer.first_step else outer.period, s.schedule.steps + 1, outer.period)
 
 
 def extrapolations(rre: RRE | None, steps: int) -> list[int]:

@@ -24,12 +24,15 @@ from golden_records import load
 from golden_track3 import CHAIN
 from model import GPT, without_values
 from optim import RULES, Optimizer
-from small_models import Toy, plan, update
+from small_models import BOS, Toy, plan, step, tokens, update
 from system import memory
-from system.dry_run import wrapper_remarks
+from system.comm import communication
+from system.dry_run import exchanged, wrapper_remarks
 from system.hooks import hooks_of, reading
+from system.microbatch import ranks_per_microbatch
+from system.workers import Workers
 from system.wrappers import wrappers_of
-from train_gpt import validate
+from train_gpt import train_step, validate
 
 GOLDEN, _ = load("wrappers")
 AUX = ("system.precision=float64", "optim.adam={beta1=0.8, beta2=0.95, eps=1e-10}", "optim.grad_clip=false",
@@ -413,7 +416,7 @@ def test_the_outer_step_rounds_in_its_dtype(dtype):
             p.data += random(*p.shape, seed=step + i).bfloat16()
             if step % 2:
                 delta = slow[name] - p.detach().to(kept)
-                b[name] = (0.37 * b[name]).to(kept) + delta
+                b[name] = (0.37 * b[name].double()).to(kept) + delta
                 move = (delta.double() + 0.37 * b[name].double()).to(kept)
                 slow[name] = (slow[name].double() - 0.68 * move.double()).to(kept)
         hook.after_update(plan(step))
@@ -509,8 +512,9 @@ def the_log_says_what_was_read(folder, s):
                   {k: v for k, v in last.items() if k != "raw_val_loss"}):
         assert len(list(run_laws.check_readout(event, s, "x"))) == 1
     saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert saved["readout"] == last["readout"] and saved["val_loss"] == last["val_loss"]
-    assert abs(loss_of(sample.load(folder)[0], s) - last["val_loss"]) < 1e-4
+    model, _ = sample.load(folder)
+    assert saved["val_loss"] == last["val_loss"] and abs(loss_of(model, s) - last["val_loss"]) < 1e-4
+    assert sample.read_out(model) == [f"weights: read out by {', '.join(last['readout'])}"]
 
 
 def loss_of(model, s):
@@ -522,13 +526,17 @@ def loss_of(model, s):
     return validate(model, rows, world, lambda tokens, read: model.context(tokens, corpus.bos, windows))
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_two_processes_end_where_one_does(processes, tmp_path):
-    """Every process keeps all buffers and computes the same."""
+APART = "optim.outer={period=4, lr=0.7, momentum=0.5, workers=8}"
+
+
+@pytest.mark.parametrize("wrappers", [ALL, (APART,)])
+def test_two_processes_end_where_one_does(wrappers, tmp_path):
+    """Every process keeps all buffers and computes the same; or its own four workers, between two outer steps
+    at the first validation."""
     sets = ("schedule.steps=6", *test_resume.SMALL[1:3], "validation.every=3", "system.precision=float64",
-            "model.num_layers=2", "system.warmup_steps=1", *ALL)
+            "model.num_layers=2", "system.warmup_steps=1", *wrappers)
     found = {}
-    for world in (1, processes):
+    for world in (1, 2):
         command = [sys.executable, "train_gpt.py", "short/2", "--scale", "micro", "--out",
                    str(tmp_path / str(world)), *[part for x in sets for part in ("--set", x)]]
         done = process_group.run(command, world, cwd=Path(__file__).parent.parent,
@@ -537,8 +545,100 @@ def test_two_processes_end_where_one_does(processes, tmp_path):
         summary = json.loads(next((tmp_path / str(world)).glob("*/summary.json")).read_text())
         found[world] = [loss for _, loss in summary["curve"]]
     assert len(found[1]) == 3
-    assert max(abs(a - b) for a, b in zip(found[1], found[processes])) < 1e-12, found
+    assert max(abs(a - b) for a, b in zip(found[1], found[2])) < 1e-12, found
 
+
+# ----- workers that train apart -----------------------------------------------------------------------------
+
+def two_layers(*sets):
+    return deltas.resolve("short/2", scale="micro", sets=[
+        "model.num_layers=2", "system.precision=float64", "schedule.steps=6", *sets]).settings
+
+
+def start_of(s):
+    model = GPT(s)
+    model.initialise(0)
+    return model, Optimizer(model, s)
+
+
+@pytest.mark.feature("optim.outer")
+def test_workers_are_trainings_of_their_own_that_meet_every_period():
+    """Against eight models with an optimizer each, which see one row of tokens in every step."""
+    s, alone = two_layers(APART), two_layers()
+    model, optimizer = start_of(s)
+    world = SimpleNamespace(ranks=range(8), total=lambda x: x)
+    workers, plans = Workers(model, optimizer, world), schedule.plan(s)
+    run = SimpleNamespace(
+        s=s, model=model, compiled=model, optimizer=optimizer, hooks=[*hooks_of(model), workers], world=world,
+        workers=workers, ranks_per_microbatch=ranks_per_microbatch(s, 8, False),
+        corpus=SimpleNamespace(bos=BOS))
+    others = [start_of(alone) for _ in range(8)]
+    slow = {name: p.detach().clone() for name, p in model.named_parameters()}
+    b, steps = {name: torch.zeros_like(x) for name, x in slow.items()}, []
+    for i in range(6):
+        x = tokens(8, plans[i].shape.seq_len + 1, seed=i)
+        documents = [(1, x.size(1), 0)] * 8
+        train_step(run, plans[i], x[:, None, :-1], x[:, None, 1:], documents)
+        for rank, (its, own) in enumerate(others):
+            step(own, its, alone, x[rank:rank + 1], i)
+        weights = {name: [its.get_parameter(name).detach() for its, _ in others] for name in slow}
+        mean = {name: torch.stack(found).mean(0) for name, found in weights.items()}
+        steps.append(max((found[0] - found[1]).abs().max() for found in weights.values()))
+        if i == 3:
+            for name in slow:
+                delta = slow[name] - mean[name]
+                b[name] = 0.5 * b[name] + delta
+                slow[name] = slow[name] - 0.7 * (delta + 0.5 * b[name])
+                for its, _ in others:
+                    its.get_parameter(name).data.copy_(slow[name])
+            mean = slow
+        with reading(run.hooks, i + 1):
+            for name, p in model.named_parameters():
+                assert torch.allclose(p, mean[name], rtol=0, atol=1e-11), (i, name)
+        assert bool(schedule.readouts(s, i + 1)) == (i != 3)
+    assert min(steps) > 1e-3  # they do part
+
+
+@pytest.mark.feature("optim.outer")
+def test_killed_workers_go_on_with_the_same_bits(tmp_path, monkeypatch):
+    more = [part for x in ("model.num_layers=2", APART) for part in ("--set", x)]
+    options, resolved = test_resume.options_of("short/2", tmp_path / "whole", *more)
+    assert test_resume.train(options, resolved) == 0
+    whole = next((tmp_path / "whole").glob("*/run.jsonl")).parent
+    options, resolved = test_resume.options_of("short/2", tmp_path / "killed", *more)
+    folder = test_resume.killed_at(7, monkeypatch, options, resolved)  # between two outer steps
+    assert test_resume.go_on(folder) == 0
+    (ours, losses, _), (theirs, expected, _) = test_resume.outcome(folder), test_resume.outcome(whole)
+    assert losses == expected and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    log, unread = run_laws.read_log(whole, "run")
+    assert unread == [] and list(run_laws.check_run(log)) == []
+    text = (whole / "log.txt").read_text()
+    assert "in 2 outer steps, in place of" in text and "in 8 steps: 75.0 % saved" in text
+
+
+def test_workers_do_not_communicate_in_their_steps_and_memory_counts_them():
+    s = two_layers(APART)
+    optimizer = Optimizer(without_values(s), s, communication(s, 1, 8))
+    assert {bank.comm.name for bank in optimizer.banks} == {"local"}
+    one, eight = memory.estimate(two_layers(), 8, 1), memory.estimate(s, 8, 1)
+    assert eight.state >= 9 * one.state + 8 * one.parameters and memory.estimate(s, 1, 1, 8).state < eight.state
+    assert ranks_per_microbatch(s, 8, cuda=False) == 1
+    told, = exchanged(s)
+    assert told.startswith("8 workers train apart") and told.endswith("in 6 steps: 83.3 % saved")
+
+
+@pytest.mark.parametrize("ref, sets, message", [
+    ("short/2", ["optim.outer={workers=4}"], "must be 1, or 8, one for each logical rank"),
+    ("short/11", ["optim.outer={workers=8}", "optim.tail_ema={start=4}"], "without optim.tail_ema: switch it"),
+    ("short/57", ["optim.outer={workers=8}"], "without model.head.untied.tied_until: switch it off"),
+    ("short/52", ["optim.outer={workers=8}"], "optim.embed rests in some: set optim.embed.every=1"),
+    ("short/2", ["optim.outer={workers=8}", "system.ranks_per_microbatch=2"], "at 0 or 1")])
+def test_what_workers_cannot_have_is_refused(ref, sets, message):
+    with pytest.raises(UserError, match=message):
+        deltas.resolve(ref, scale="micro", sets=sets)
+
+
+# ----- the plan ---------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("ref", ["short/11", "short/57"])
 def test_the_plan_tells_what_moves_and_reads_the_weights(ref):

@@ -24,7 +24,7 @@ from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from model import GPT
 from optim_settings import LABELS, Label, MatrixLabel, Optim
-from optim_settings import Muon as OptimMuon
+from muon_settings import Muon as OptimMuon
 from optim import RULES, Optimizer, Tree, local_ranks
 from step_hooks import begin_step
 from small_models import Toy, build, forward_all, plan, settings, step, tokens, update

@@ -207,7 +207,7 @@ class Window:
     block: int = opt(128, "size of a block of tokens", unit="token", off=REFUSE, shrink="length", least=1)
     growth: Literal["constant", "floor", "ceil", "cubic", "stages"] = opt(
         "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
-                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). cubic: as ceil, "
+                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). cubic: as ceil "
                     "along 4x^3 - 6x^2 + 3x, x the progress (medium record 8, @jadenj3o). stages: each entry "
                     "of `stages` for one of schedule.stages, or for an equal share of the steps")
     start: int = opt(1024, "window size at the first step", unit="token",

@@ -201,7 +201,8 @@ class Optim:
     positions: Label | None = opt(None, "own settings of the position table",
                                    needs="model.embed.learned_positions")
     bigram: TableLabel | None = opt(None, "own settings of the table of bigrams", needs="model.embed.bigram")
-    embed2: TableLabel | None = opt(None, "own settings of the second token table", needs="model.embed.second")
+    embed2: TableLabel | None = opt(None, "own settings of the second token table",
+                                    needs="model.embed.second")
     norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
                                    needs="model.norm=layernorm")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
@@ -341,6 +342,8 @@ class Optim:
             yield (
                 f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
             )
+        if self.muon and self.muon.coefficients:
+            yield from self.muon.coefficient_faults()
         if self.muon and self.muon.anvil_maps and self.muon.polar_express:
             yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (

@@ -46,7 +46,8 @@ def schatten4(x: torch.Tensor) -> torch.Tensor:
 def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
-    fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False
+    fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False,
+    coefficients: tuple[tuple[float, float, float], ...] = ()
 ) -> torch.Tensor:
     """Orthogonalise each matrix of a batch.
 
@@ -62,8 +63,10 @@ def newton_schulz(
         anvil: the maps of record 92 and their norm, 1.05 |g| + 1e-6, in place of both.
         convergent: the coefficients of the optimizer track.
         by_schatten4: |g| is the Schatten 4-norm, at least 1e-7, in place of the Frobenius norm.
+        coefficients: (a, b, c) of each step, the last ones repeat; (): the usual ones.
     """
-    coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    usual = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    coefficients = coefficients or usual
     coefficients = (CONVERGENT,) if convergent else coefficients
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)

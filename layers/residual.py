@@ -35,9 +35,9 @@ class Term:
     and
         `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
     source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `x02` (the
-        second embedding), `bigram`, `start` (the stream before block 0), `saved.i` (the stream after layer i), `attn.i` (after its
-        attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches), `table.i` (the value
-        embedding of layer i) or `lane` (the second lane).
+        second embedding), `bigram`, `start` (the stream before block 0), `saved.i` (the stream after layer
+        i), `attn.i` (after its attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches),
+        `table.i` (the value embedding of layer i) or `lane` (the second lane).
     lane: 1: a term of the second lane (record 73).
     """
     site: Literal["start", "skip", "in", "value", "attn", "mlp", "out"]

@@ -3,7 +3,7 @@
 import torch
 
 from updates.geometry import Hyperball
-from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, TwoRails
+from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth, TwoRails
 
 
 def chain(s, group) -> tuple:
@@ -15,9 +15,15 @@ def chain(s, group) -> tuple:
             muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
             n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
             one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
-            anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4"
+            anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4",
+            coefficients=muon.coefficients
         )
     )
+    if muon.smoothing:
+        smooth = muon.smoothing
+        start = smooth.coef if smooth.start is None else smooth.start
+        dtype = getattr(torch, n.newton_schulz)
+        slots.append(Smooth(smooth.coef, start, smooth.steps, smooth.lookahead, dtype))
     if muon.normuon:
         slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
     if muon.cautious_decay:
@@ -25,7 +31,7 @@ def chain(s, group) -> tuple:
         slots.append(CautiousDecay(decay.weight_decay, getattr(torch, n.muon_decay), decay.gate == "slow"))
     if muon.scale != "none" or group.lr_mul != 1:
         slots.append(Scale(muon.scale, group.lr_mul))
-    if group.weight_decay:
+    if group.weight_decay and not n.matrix_mantissa:  # such weights decay before the step (Muon.update_)
         slots.append(Decay(group.weight_decay))
     if muon.hyperball:
         slots.append(Hyperball())

@@ -154,18 +154,48 @@ class Orthogonalise(Slot):
     anvil: bool = False
     convergent: bool = False
     by_schatten4: bool = False
+    coefficients: tuple = ()
 
     def __call__(self, u, step):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
             polar_express=self.polar_express, fused=self.fused, anvil=self.anvil,
-            convergent=self.convergent, by_schatten4=self.by_schatten4
+            convergent=self.convergent, by_schatten4=self.by_schatten4, coefficients=self.coefficients
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
         else:
             x = newton_schulz(u, **how)
         return x.to(torch.promote_types(x.dtype, self.least))
+
+
+@dataclass(frozen=True)
+class Smooth(Slot):
+    """A moving average of the orthogonalised updates v (medium record 13): b <- s b + (1-s) v.
+
+    The update is b, or with `lookahead` s b + (1-s) v. Both are computed in float32 or wider and rounded to
+    `dtype`, that of the buffer. There is no bias correction.
+    """
+    coef: float
+    start: float
+    steps: int
+    lookahead: bool
+    dtype: torch.dtype
+
+    def state(self, unit, dtype, views) -> dict:
+        return {"smoothed_update": (unit, self.dtype)}
+
+    def numbers(self, plan, t) -> dict:
+        x = min(plan.step / self.steps, 1)
+        return {"smoothing": (1 - x) * self.start + x * self.coef}
+
+    def __call__(self, u, step):
+        buffer, s = step.state["smoothed_update"], step.numbers["smoothing"]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        v = u.to(self.dtype).to(wide)
+        buffer.copy_(s * buffer.to(wide) + (1 - s) * v)
+        smoothed = s * buffer.to(wide) + (1 - s) * v if self.lookahead else buffer
+        return smoothed.to(self.dtype).to(u.dtype)
 
 
 FACTORS = {"none": lambda rows, cols: 1.0,

@@ -264,8 +264,6 @@ def bounded(z, softcap):
     """The soft-capped logits of z, elementwise (model_settings.Softcap)."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
-    if softcap.form == "isru":
-        return softcap.cap * z * torch.rsqrt(z.square() + softcap.cap ** 2)
     if softcap.shift:
         z = z + softcap.shift
     return softcap.cap * torch.sigmoid(z / softcap.scale)

@@ -645,10 +645,9 @@ class Untied:
 class Softcap:
     """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid((z + shift) / scale).
 
-    cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores. isru
-    (inverse square root unit, medium record 7): cap z / sqrt(z^2 + cap^2).
+    cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
     """
-    form: Literal["tanh", "sigmoid", "isru"] = opt("tanh", "bounding function", off=REFUSE)
+    form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
     shift: float = opt(0.0, "added to the logits inside the sigmoid, which makes the cap asymmetric (record "

@@ -28,11 +28,12 @@ from layers.attention import Attention, AttnCoefs, AttnMeta, Cache, Context, SAL
 from layers.bigram import Bigram
 from layers.latent import LatentAttention
 from layers.losses import in_candidates, weighted_losses
+from layers.signed_gains import fill_gains
 from layers.mlp import MLP
 from layers.moe import MoE
 from layers.mtp import MTPModule, within_documents
-from layers.primitives import Norm, constant, dtype, linear, linear_init, normal, parameter, products_dtype
-from layers.primitives import uniform
+from layers.primitives import Norm, bias_init, constant, dtype, linear, linear_init, normal, parameter
+from layers.primitives import products_dtype, uniform
 from layers.residual import Residual, Stream
 from layers.rotary import Rotary, RotaryTables
 from layers.smear import OutputSmear, Smear
@@ -116,7 +117,7 @@ class Block(nn.Module):
             self.attn = LatentAttention(s, spec.attn) if s.model.attn.latent else Attention(s, spec.attn)
         if spec.mlp is not None or spec.moe:
             self.mlp_norm = Norm(s)
-            self.mlp = MoE(s) if spec.moe else MLP(s, spec.mlp)
+            self.mlp = MoE(s) if spec.moe else MLP(s, spec.mlp, spec.c_fc_factor)
         self.parallel = MLP(s, spec.mlp) if spec.parallel_mlp else None  # of the same input (record 92)
 
 
@@ -133,21 +134,25 @@ class Head(nn.Module):
     def __init__(self, s):
         super().__init__()
         m, n = s.model, s.numerics
-        self.weight = None
+        self.weight = self.bias = None
         if m.head.untied:
             init = linear_init(s, m.model_dim, projection=False)
             if m.init.head_std is not None:
                 init = normal(m.init.head_std)
-            elif m.head.untied.init == "zero":
-                init = constant(0.0)
+            elif m.head.untied.init != "linear":
+                zero = m.head.untied.init == "zero"
+                init = constant(0.0) if zero else uniform(1 / math.sqrt(m.model_dim))
             self.weight = parameter(
                 (padded_vocab(s), m.model_dim), n.head, role="lm_head", label="lm_head", init=init
             )
+        if m.head.bias:
+            self.bias = parameter((padded_vocab(s),), n.scalar, role="scalar", label="bias",
+                                  init=bias_init(s, m.model_dim, projection=True))
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.products = products_dtype(s)
-        self.sums = m.head.loss_reduction == "sum"
+        self.reduction = m.head.loss_reduction
         self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {
@@ -163,8 +168,8 @@ class Head(nn.Module):
         if not (self.fp8 and self.training):
             return weight, None
         # Undo the loss averaging (over eight ranks and, for a mean, their tokens) before the FP8 cast.
-        divided_by = LOGICAL_RANKS * (1 if self.sums else tokens_per_rank)
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
+        divided_by = {"mean": LOGICAL_RANKS * tokens_per_rank, "sum": LOGICAL_RANKS, "step_sum": 1}
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by[self.reduction])
 
     def logits_dtype(self):
         """Dtype of the logits that the cross entropy reads, in training or validation."""
@@ -197,16 +202,17 @@ class Head(nn.Module):
                 ) for i, of_rank in enumerate(candidates)
             ])
         weight, fp8 = self.operands(table, tokens_per_rank)
-        x, backend = x.to(self.products or x.dtype), self.backend
+        x, backend, bias = x.to(self.products or x.dtype), self.backend, self.bias
         if candidates is not None:
             weight = weight.index_select(0, candidates)
+            bias = None if bias is None else bias.index_select(0, candidates)
             # a target outside the candidates gets an index past the last logit, which raises an error
             targets = in_candidates(candidates, targets, missing=len(candidates))
             prefix = None if prefix is None else in_candidates(candidates, prefix, missing=-1)
         if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
             backend = "torch"  # in records 21 to 33 a row of 262,144 tokens has 26 GB of logits
         if backend is None or corrections is not None:
-            logits = self.logits(x, weight, fp8)
+            logits = self.logits(x, weight, fp8, bias)
             if corrections is not None:
                 logits = logits + corrections.to(logits.dtype)
             if weights is not None or prefix is not None:
@@ -214,6 +220,8 @@ class Head(nn.Module):
                 return weighted_losses(logits, targets, weights, prefix, prefix_weight)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
+        if bias is not None:
+            x, weight = with_bias(x, weight, bias)
         try:
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
@@ -238,7 +246,7 @@ class Head(nn.Module):
             *(t.flatten(0, 1).split(CHUNK) for t in (x.to(self.products or x.dtype), targets, tokens))
         ):
             of_part, target, before = part
-            logits = self.logits(of_part[None], weight, None)[0]  # (n, V)
+            logits = self.logits(of_part[None], weight, None, self.bias)[0]  # (n, V)
             masked = (impossible[before][..., None] >> bit & 1).bool().flatten(-2)
             logits = logits.masked_fill(masked, MASKED)
             losses = F.cross_entropy(logits, target, reduction="none")
@@ -246,11 +254,11 @@ class Head(nn.Module):
         return torch.cat(parts).view(targets.shape)
 
     def forward(self, x, table, tokens_per_rank=None):
-        return self.logits(x.to(self.products or x.dtype), *self.operands(table, tokens_per_rank))
+        return self.logits(x.to(self.products or x.dtype), *self.operands(table, tokens_per_rank), self.bias)
 
-    def logits(self, x, weight, fp8):
-        """Stream (R, T, D) and weight (V, D) -> soft-capped logits (R, T, V)."""
-        z = linear(x, weight) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
+    def logits(self, x, weight, fp8, bias):
+        """Stream (R, T, D), weight (V, D) and bias (V,) or None -> soft-capped logits (R, T, V)."""
+        z = linear(x, weight, bias) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
         if self.scale is not None:
@@ -264,9 +272,26 @@ def bounded(z, softcap):
     """The soft-capped logits of z, elementwise (model_settings.Softcap)."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
+    if softcap.form == "rsqrt":
+        return softcap.cap * z * torch.rsqrt(z.square() + softcap.cap ** 2)
     if softcap.shift:
         z = z + softcap.shift
     return softcap.cap * torch.sigmoid(z / softcap.scale)
+
+
+BIAS_CHANNELS = 8  # as many as keep rows of 16-bit numbers aligned
+
+
+def with_bias(x, weight, bias):
+    """Operands (R, T, D + 8) and (V, D + 8) whose product is that of x (R, T, D) and weight (V, D), plus bias
+    (V,).
+
+    For a cross entropy whose kernels have no bias. The first further channel of x is 1, that of the weight
+    the bias; the others are 0.
+    """
+    ones = F.pad(x.new_ones(*x.shape[:-1], 1), (0, BIAS_CHANNELS - 1))
+    column = F.pad(bias.to(weight.dtype)[:, None], (0, BIAS_CHANNELS - 1))
+    return torch.cat([x, ones], -1), torch.cat([weight, column], -1)
 
 
 # ----- GPT --------------------------------------------------------------------------------------------------
@@ -577,15 +602,15 @@ class GPT(nn.Module):
             first_name = renames.first_parameter(drawn_as)
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
-                key = hashlib.sha256(f"{seed}/{first_name}/{p.first_part + i}".encode()).digest()
-                generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+                generator = generator_of(f"{seed}/{first_name}/{p.first_part + i}")
                 values = init(torch.empty(target.shape, dtype=torch.float32), generator)
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)
         if self.bigram is not None and self.bigram.signs is not None:
-            key = hashlib.sha256(f"{seed}/bigram.signs".encode()).digest()
-            self.bigram.draw_signs(torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1))
+            self.bigram.draw_signs(generator_of(f"{seed}/bigram.signs"))
+        if self.settings.model.init.signed_gains is not None:
+            fill_gains(self.blocks, self.settings, lambda layer: generator_of(f"{seed}/gains.{layer}"))
         self.rotary_tables.reset()
         self.tied = self.tied_at_first()
         for router in self.routers():
@@ -692,6 +717,12 @@ class GPT(nn.Module):
                 channels = spec.attn.heads * (spec.attn.qk + spec.attn.v)
                 total += 6 * channels * attention.keys_seen(window, s.data.seq_len)
         return total
+
+
+def generator_of(key: str) -> torch.Generator:
+    """The generator of an initial value that goes by this key."""
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def segments(begins: torch.Tensor, longest: int | None) -> torch.Tensor:

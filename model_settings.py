@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from declare import REFUSE, opt
+from init_settings import Init
 from mixing_settings import (
     XSA, Backout, Bigram, Compose, Lanes, LayerReuse, Mudd, Narrow, OutputSmear, SecondEmbed, SkipGate, Smear,
     Sublayers, TokenGates, ValueGate, attention_faults, channel_faults, layer_faults
@@ -625,8 +626,9 @@ class Residual:
 @dataclass(frozen=True)
 class Untied:
     """Untied head: the output head has a weight of its own in place of the token table's."""
-    init: Literal["linear", "zero"] = opt(
-        "linear", "initial head weight. linear: as any other linear layer. zero: zeros",
+    init: Literal["linear", "zero", "uniform"] = opt(
+        "linear", "initial head weight. linear: as any other linear layer. zero: zeros. uniform: "
+                  "U(-1/sqrt(model_dim), 1/sqrt(model_dim)), torch's default",
         idle="model.init.head_std")
     tied_until: float | None = opt(
         None, "tied at first: fraction of the scheduled steps in which the embedding is the head's weight. "
@@ -643,11 +645,12 @@ class Untied:
 
 @dataclass(frozen=True)
 class Softcap:
-    """Logit soft cap (Gemma 2, arXiv 2408.00118): cap tanh(z / cap), or cap sigmoid((z + shift) / scale).
+    """Logit soft cap (Gemma 2, arXiv 2408.00118), which bounds the logits z.
 
-    cap sigmoid(z / scale) equals (cap/2) tanh(z / (2 scale)) plus a constant, which the softmax ignores.
+    tanh: cap tanh(z / cap). sigmoid: cap sigmoid((z + shift) / scale), which for shift 0 equals (cap/2) tanh(z
+    / (2 scale)) plus a constant, which the softmax ignores. rsqrt: cap z / sqrt(z^2 + cap^2).
     """
-    form: Literal["tanh", "sigmoid"] = opt("tanh", "bounding function", off=REFUSE)
+    form: Literal["tanh", "sigmoid", "rsqrt"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
     scale: float = opt(7.5, "divisor inside the sigmoid", needs="model.head.softcap.form=sigmoid", above=0)
     shift: float = opt(0.0, "added to the logits inside the sigmoid, which makes the cap asymmetric (record "
@@ -721,10 +724,13 @@ class Head:
                                           "too")
     logit_scale: Literal["one", "rsqrt_dim"] = opt(
         "one", "factor of the logits before the soft cap. one: 1. rsqrt_dim: 1/sqrt(model_dim)")
-    loss_reduction: Literal["mean", "sum"] = opt(
-        "mean", "reduction of the training loss over the tokens of a logical rank. A sum makes Adam's eps "
-                "relatively smaller and is otherwise equivalent, because Adam and Muon are scale-invariant "
-                "up to eps")
+    bias: bool = opt(False, "bias of the head: a vector that is added to the logits, before the soft cap",
+                     off=False, needs="model.head.untied")
+    loss_reduction: Literal["mean", "sum", "step_sum"] = opt(
+        "mean", "reduction of the training loss. mean: over all tokens of the step. sum: over the tokens of a "
+                "logical rank, and the mean of the eight ranks. step_sum: sum over all tokens of the step. A "
+                "sum makes Adam's eps relatively smaller and is otherwise equivalent, because Adam and Muon "
+                "are scale-invariant up to eps")
     mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
     candidates: Candidates | None = opt(
         None, "sampled softmax: the training loss goes over some of the classes"
@@ -732,38 +738,6 @@ class Head:
     prefix: Prefix | None = opt(
         None, "prefix token loss: the loss counts the longest prefix of the next token too"
     )
-
-
-@dataclass(frozen=True)
-class Init:
-    """Initial weights."""
-    scheme: Literal["gpt2", "uniform"] = opt(
-        "gpt2", "distribution of the initial weights. gpt2: N(0, 0.02), and N(0, 0.02/sqrt(2 num_layers)) "
-                "for the output projections. uniform: U(-bound/sqrt(fan_in), bound/sqrt(fan_in)), and N(0, "
-                "1) for embedding tables")
-    bound: float = opt(1.0, "half-width of the uniform scheme times sqrt(fan_in); the standard deviation is "
-                            "bound/sqrt(3 fan_in)", least=0)
-    zero_proj: bool = opt(False, "zero-initialised output projections of attention and MLP (as in muP)",
-                          off=False)
-    qkv_bound: float | None = opt(None, "bound of the uniform scheme for the projections q, k and v (record "
-                                        "53; off: that of `bound`)",
-                                  needs="model.init.scheme=uniform", least=0)
-    o_bound: float | None = opt(
-        None, "bound of the uniform scheme for attention's output projection (record 64; "
-        "off: as zero_proj and `bound` say)", needs="model.init.scheme=uniform", least=0
-    )
-    head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
-                                       "distributed, which is also the token table if they are tied (record "
-                                       "51; off: by `scheme`)", least=0)
-
-    def check(self, s: Any) -> Iterator[str]:
-        if self.qkv_bound is not None and s.model.attn.latent:
-            yield ("model.init.qkv_bound is of the projections q, k and v, which model.attn.latent replaces: "
-                   "switch one off")
-        if self.o_bound is not None and s.model.attn.latent:
-            yield (
-                "model.init.o_bound is of the projection o, which model.attn.latent replaces: switch one off"
-            )
 
 
 @dataclass(frozen=True)
@@ -779,6 +753,8 @@ class Model:
     norm: Literal["layernorm", "rmsnorm"] = opt(
         "layernorm", "normalisation. layernorm: with gain and bias. rmsnorm: with neither (Zhang & "
                      "Sennrich, arXiv 1910.07467)")
+    norm_gain: bool = opt(False, "learned gain of the RMS norms of the stream, a vector that starts at 1",
+                          off=False, needs="model.norm=rmsnorm")
     bias: bool = opt(True, "bias vectors in the linear layers", off=False)
     embed: Embed = opt(Embed, "from token ids to the residual stream")
     attn: Attention = opt(Attention, "self-attention")

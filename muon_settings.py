@@ -24,6 +24,8 @@ class MomentumCooldown:
     """Linear fall of Muon's momentum over the last steps of a run (record 39)."""
     end: float = opt(0.85, "momentum that the step after the last one would have", least=0, below=1)
     steps: int = opt(50, "length of the cooldown", unit="step", shrink="steps", least=1)
+    until: int | None = opt(None, "step at which it ends, if the run stops before that (off: schedule.steps)",
+                            unit="step", shrink="steps", least=1)
 
 
 @dataclass(frozen=True)

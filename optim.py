@@ -528,7 +528,7 @@ class Optimizer:
 
     def update(self, bank, grad, plan):
         bank.updates += 1
-        numbers = self.numbers(bank, bank.rule.numbers(plan, bank.updates))
+        numbers = self.numbers(bank, bank.rule.numbers(plan.of_role(bank.role), bank.updates))
         functions = self.function(bank.rule, "update_"), self.function(bank.rule, "direction")
         if bank.replay is not None:
             bank.replay(lambda: bank.update(grad, numbers, *functions))

@@ -39,8 +39,9 @@ class Adam:
 
 @dataclass(frozen=True)
 class Scalars:
-    """The AdamW group of gains, biases and learned scalars, which have no decoupled weight decay."""
+    """The AdamW group of gains, biases and learned scalars."""
     lr: float = opt(6e-4, "peak learning rate, which the schedule multiplies", least=0)
+    weight_decay: float = opt(0.0, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
     every: int = opt(1, "steps from one update to the next; the gradients of the steps between are summed",
                      unit="step", off=1, least=1)
     beta1: float | None = opt(None, "decay of the first moment, in place of optim.adam.beta1", least=0,
@@ -58,7 +59,7 @@ class Scalars:
 
 @dataclass(frozen=True)
 class Group(Scalars):
-    """One AdamW parameter group with weight decay."""
+    """One AdamW parameter group of embeddings or matrices."""
     weight_decay: float = opt(0.1, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
 
 
@@ -150,9 +151,9 @@ class Hyper:
 
 LABELS = {  # role -> labels that may have settings of their own
     "embed": ("value_embed", "positions", "bigram", "embed2"),
-    "scalar": ("norm", "bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda", "sa_lambdas",
-               "smear_lambda", "backout_lambda", "post_lambdas", "bigram_lambdas", "xsa", "mudd_bias",
-               "token_gate_bias", "token_gate_scale"),
+    "scalar": ("norm", "bias", "o_bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda",
+               "sa_lambdas", "smear_lambda", "backout_lambda", "post_lambdas", "bigram_lambdas", "xsa",
+               "mudd_bias", "token_gate_bias", "token_gate_scale"),
     "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "c_fc", "c_proj",
                "expert_c_fc", "expert_c_proj", "mudd", "token_gate")}
 
@@ -204,9 +205,11 @@ class Optim:
     embed2: TableLabel | None = opt(None, "own settings of the second token table",
                                     needs="model.embed.second")
     norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
-                                   needs="model.norm=layernorm")
+                                   needs="model.norm=layernorm or model.norm_gain")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
                                    needs="model.bias")
+    o_bias: Label | None = opt(None, "own settings of the biases of attention's output projections, which are "
+                                     "then stored apart", needs="model.bias")
     resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream, in the x0 mix or in "
                                             "sublayers",
                                       needs="model.residual.x0_mix.learned or "
@@ -272,7 +275,7 @@ class Optim:
         own = own if isinstance(own, Label) else None
         muon = self.muon is not None and role == "matrix" and not getattr(own, "adamw", False)
         values = {"lr": self.muon.lr if muon else of_role.lr,
-                  "weight_decay": self.muon.weight_decay if muon else getattr(of_role, "weight_decay", 0.0),
+                  "weight_decay": self.muon.weight_decay if muon else of_role.weight_decay,
                   "beta1": self.adam.beta1, "beta2": self.adam.beta2, "eps": self.adam.eps,
                   "every": 1 if muon else of_role.every, "freeze_steps": 0 if muon else of_role.freeze_steps,
                   "decay_mul": 1.0 if muon else of_role.decay_mul, "lr_mul": 1.0}

@@ -69,6 +69,7 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
         "turns": lambda v: v / scale.length,  # of a rotary pair within a window
         "steps": lambda v: max(1, round(v * ratio)) if v else 0,
         "eighth": lambda v: max(1, round(steps / 8)),  # enough validations for a curve
+        "late": lambda v: max(1, round(steps / 32)),
         "target": lambda v: None,  # a target belongs to a scale and a corpus; presets set their own
         "reread": lambda v: True,  # a small corpus is read again, and the log says how often
         "precision": lambda v: scale.precision,

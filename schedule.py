@@ -3,6 +3,7 @@
 All step plans of a run are known before training starts.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,13 @@ class StepPlan:
     target_weights: tuple[float, ...] = ()  # of the losses of the next tokens; (): only the next
     frozen: frozenset[str] = frozenset()  # groups that are not updated; their gradients are dropped
     prefix_weight: float = 0.0  # of the loss of the next token's prefix
+    matrix_lr_factor: float | None = None  # in place of lr_factor for the role `matrix`; None: the same
+
+    def of_role(self, role: str) -> "StepPlan":
+        """The plan as the parameters of a role see it: with their own learning-rate factor."""
+        if role != "matrix" or self.matrix_lr_factor is None:
+            return self
+        return dataclasses.replace(self, lr_factor=self.matrix_lr_factor)
 
 
 def scheduled_steps(schedule: Schedule) -> int:
@@ -74,8 +82,7 @@ def scheduled_steps(schedule: Schedule) -> int:
 
 def lr_factor(schedule: Schedule, step: int) -> float:
     """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of record 2 on."""
-    warmup = schedule.warmup_steps
-    steps = schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
+    warmup, steps = schedule.warmup_steps, lr_steps(schedule)
     if step < warmup:
         return (step + 1) / warmup
     progress = step / steps
@@ -94,7 +101,31 @@ def lr_factor(schedule: Schedule, step: int) -> float:
         w = 1.0
     else:
         w = (steps - step) / schedule.cooldown_steps if schedule.cooldown_steps else 0.0
+    w **= schedule.cooldown_power
     return w * lr_peak(schedule, progress, step) + (1 - w) * schedule.lr_floor
+
+
+def lr_steps(schedule: Schedule) -> int:
+    """Steps over which the learning rate is laid out."""
+    if schedule.horizon is not None:
+        return schedule.horizon
+    return schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
+
+
+def matrix_lr_factor(schedule: Schedule, step: int) -> float | None:
+    """Learning-rate multiplier of the block matrices at a step; None: that of the run."""
+    own, steps = schedule.matrix, lr_steps(schedule)
+    if own is None:
+        return None
+    if step < own.warmup_steps:
+        return (step if own.warmup_from_zero else step + 1) / own.warmup_steps
+    w = 1.0
+    if own.cooldown_steps:
+        w = min((steps - step) / own.cooldown_steps, 1.0)
+    elif own.cooldown_frac:
+        w = min((1 - step / steps) / own.cooldown_frac, 1.0)
+    w = max(w, 0.0) ** own.cooldown_power
+    return w + (1 - w) * own.floor
 
 
 def lr_peak(schedule: Schedule, progress: float, step: float) -> float:
@@ -114,6 +145,8 @@ def muon_momentum(muon, step, steps):
     if muon is None:
         return 0.0
     warmup, cooldown, momentum = muon.momentum_warmup, muon.momentum_cooldown, muon.momentum
+    if cooldown is not None and cooldown.until is not None:
+        steps = cooldown.until
     if cooldown is not None and step > steps - cooldown.steps:
         x = (step - (steps - cooldown.steps)) / cooldown.steps
         return (1 - x) * momentum + x * cooldown.end
@@ -384,7 +417,8 @@ def plan(s: Settings) -> list[StepPlan]:
                     i, stage, of_step, tokens, before, lr_factor(s.schedule, i),
                     muon_momentum(s.optim.muon, i, s.schedule.steps), update_bias(s, i),
                     due({name: group.cadence(i) for name, group in groups.items()}, i, frozen), events,
-                    target_weights(s, i, stage), frozen, prefix_weight(s, i, stage)
+                    target_weights(s, i, stage), frozen, prefix_weight(s, i, stage),
+                    matrix_lr_factor(s.schedule, i)
                 )
             )
             before += tokens
@@ -393,6 +427,8 @@ def plan(s: Settings) -> list[StepPlan]:
 
 TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "schedule.warmup_steps": "the learning rate does not reach its peak",
+    "schedule.matrix.warmup_steps": "the learning rate of the matrices does not reach its peak",
+    "schedule.matrix.cooldown_steps": "the learning rate of the matrices begins below its peak",
     "schedule.cooldown_steps": "the learning rate begins below its peak",
     "optim.muon.momentum_warmup.steps": "the momentum does not reach optim.muon.momentum",
     "optim.muon.momentum_cooldown.steps": "the momentum begins below optim.muon.momentum",
@@ -402,6 +438,7 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.muon.slow.start": "the momentum has one buffer throughout",
     "optim.tail.long": "the averages begin with the first step",
     "optim.tail.short": "the averages begin with the first step",
+    "validation.late.every": "there are no more validations towards the end",
     "validation.every": "there is no validation between the first step and the last",
     ".every": "the group is never updated",
     ".freeze_steps": "one freeze would last for the whole run",
@@ -443,7 +480,7 @@ def cuts(s: Settings, plans: Sequence[StepPlan]) -> Iterator[tuple[str, str]]:
 def overlaps(s: Settings) -> Iterator[tuple[str, str]]:
     """As `cuts`: a warm-up that fits the run and reaches into a cooldown that fits it too, which cuts it."""
     schedule, muon = s.schedule, s.optim.muon
-    scheduled = schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
+    scheduled = lr_steps(schedule)
     cooldown = schedule.cooldown_steps or round(schedule.cooldown_frac * scheduled)
     if schedule.lr == "trapezoid" and cooldown <= scheduled:
         if scheduled - cooldown < schedule.warmup_steps <= schedule.steps:
@@ -453,9 +490,10 @@ def overlaps(s: Settings) -> Iterator[tuple[str, str]]:
             )
     if muon is not None and muon.momentum_warmup is not None and muon.momentum_cooldown is not None:
         rise, fall = muon.momentum_warmup.steps, muon.momentum_cooldown.steps
-        if schedule.steps - fall < rise <= schedule.steps and fall <= schedule.steps:
+        end = muon.momentum_cooldown.until or schedule.steps
+        if end - fall < rise <= schedule.steps and fall <= schedule.steps:
             yield "optim.muon.momentum_warmup.steps", (
-                f"{rise} steps reach into the cooldown, the last {fall} of {schedule.steps}: the momentum "
+                f"{rise} steps reach into the cooldown, the last {fall} of {end}: the momentum "
                 "jumps there"
             )
 
@@ -475,7 +513,10 @@ def visible(shape: Shape) -> tuple:
 
 def validates(s, step):
     """Whether there is a validation before this step (step == steps: the last one, after training)."""
-    return step == s.schedule.steps or step % s.validation.every == 0
+    late, steps = s.validation.late, s.schedule.steps
+    if late is not None and step % late.every == 0 and step >= (1 - late.frac) * steps - 1e-6:
+        return True
+    return step == steps or step % s.validation.every == 0
 
 
 def validation_windows(s, step):

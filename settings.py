@@ -32,6 +32,28 @@ NUMERICS_VERSION = 2
 # ----- schedule ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
+class MatrixLR:
+    """Learning rate of the parameters of role `matrix`, in place of the run's (optimizer track, result 5).
+
+    Constant after the warm-up, then the cooldown to the floor, over schedule.horizon like the run's.
+    """
+    warmup_steps: int = opt(0, "learning-rate warm-up, linear", unit="step", off=0, shrink="steps", least=0)
+    warmup_from_zero: bool = opt(False, "learning rate 0 in the first step, and the full one after the "
+                                        "warm-up's last (off: both a step earlier)", off=False,
+                                 needs="schedule.matrix.warmup_steps")
+    cooldown_frac: float = opt(1.0, "cooldown as a fraction of the steps", off=0.0, least=0, most=1)
+    cooldown_steps: int | float = opt(0, "cooldown in steps, in place of cooldown_frac", unit="step", off=0,
+                                      shrink="steps", least=0)
+    cooldown_power: float = opt(1.0, "power of the cooldown", off=1.0, above=0)
+    floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0, least=0, most=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.cooldown_frac and self.cooldown_steps:
+            yield ("schedule.matrix.cooldown_frac and schedule.matrix.cooldown_steps exclude each other: set "
+                   "one of them to 0")
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The schedules over the steps of a run (axis ml).
 
@@ -61,8 +83,18 @@ class Schedule:
         "steps and a factor. Beyond that fraction, the cooldown starts from this factor in place of 1",
         off=(), needs="schedule.lr=trapezoid", least=0
     )
-    cooldown_steps: int = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
-                              needs="schedule.lr=trapezoid", shrink="steps", least=0)
+    cooldown_steps: int | float = opt(0, "cooldown, the linear decay at the end", unit="step", off=0,
+                                      needs="schedule.lr=trapezoid", shrink="steps", least=0)
+    cooldown_power: float = opt(1.0, "power of the cooldown: the linear fall is raised to it (PowerCool of "
+                                     "the optimizer track: 1.2)", off=1.0, needs="schedule.lr=trapezoid",
+                                above=0)
+    horizon: int | None = opt(
+        None, "steps over which the learning rate is laid out, which may be more than the run has: the run "
+        "then stops before the end of its cooldown (off: schedule.steps)", unit="step",
+        needs="schedule.lr=trapezoid", shrink="steps", least=1
+    )
+    matrix: MatrixLR | None = opt(None, "own learning-rate schedule of the block matrices",
+                                  needs="schedule.lr=trapezoid")
     stages: tuple[float, ...] = opt(
         (), "stages of the run: fractions of the scheduled steps, which add up to 1. A setting that has one "
         "value per stage goes through its values in this order and keeps the last one in the extension",
@@ -95,6 +127,12 @@ class Schedule:
                    f"{len(self.stages)}: give one factor per stage")
         if self.stage_peaks and self.lr_peaks:
             yield "schedule.stage_peaks and schedule.lr_peaks exclude each other: leave one empty"
+        if self.horizon is not None and self.horizon < self.steps:
+            yield (f"schedule.horizon = {self.horizon} is shorter than the run: set it to schedule.steps = "
+                   f"{self.steps} at least")
+        if self.horizon is not None and (self.extension_steps or self.stages):
+            yield ("schedule.horizon ends a run before its schedules do: leave schedule.extension_steps and "
+                   "schedule.stages off")
         ends = [end for end, _ in self.lr_peaks]
         if ends != sorted(set(ends)) or ends and ends[-1] >= 1:
             yield (f"schedule.lr_peaks = {[list(pair) for pair in self.lr_peaks]}: must list growing "
@@ -155,6 +193,14 @@ class Data:
 
 
 @dataclass(frozen=True)
+class LateValidations:
+    """More frequent validations towards the end of a run (optimizer track), which show where it crosses."""
+    frac: float = opt(0.1, "last fraction of the steps", off=REFUSE, above=0, most=1)
+    every: int = opt(25, "steps between validations there; the number of a step is a multiple of it",
+                     unit="step", off=REFUSE, shrink="late", least=1)
+
+
+@dataclass(frozen=True)
 class Validation:
     """The measurement of the validation loss (axis ml)."""
     tokens: int = opt(10_485_760, "validation targets: the first ones of the validation shard", unit="token",
@@ -163,6 +209,7 @@ class Validation:
                        least=1)
     every: int = opt(250, "steps between validations; there is always one after the last step", unit="step",
                      off=REFUSE, shrink="eighth", least=1)
+    late: LateValidations | None = opt(None, "more frequent validations towards the end")
     canonical_mask: bool = opt(
         False, "canonical masking (record 91): in the final validation, tokens that the "
         "tokenizer never writes after the previous one get the logit -60", off=False
@@ -202,6 +249,8 @@ class FP8Head:
     def check(self, s: "Settings") -> Iterator[str]:
         sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
                  "data.tokens_per_rank": math.gcd(*per_stage(s.data.tokens_per_rank))}
+        if s.model.head.bias:
+            yield "numerics.fp8_head has no bias: set model.head.bias=false"
         for name, size in sizes.items():
             if size % 16:
                 yield (f"numerics.fp8_head needs multiples of 16 and {name} are {size}: change it or "

@@ -295,10 +295,13 @@ def train_step(
     """
     model, optimizer, microbatch = run.model, run.optimizer, run.ranks_per_microbatch
     # Gradients of all forwards and processes add up to that of the mean over the eight logical ranks, where
-    # the loss of a rank is the mean or, with loss_reduction `sum`, the sum over its tokens.
+    # the loss of a rank is the mean or, with loss_reduction `sum`, the sum over its tokens. With `step_sum`
+    # they add up to that of the sum over all tokens.
     share = microbatch / LOGICAL_RANKS
-    if run.s.model.head.loss_reduction == "sum":
+    if run.s.model.head.loss_reduction != "mean":
         share *= step_plan.shape.tokens_per_rank
+    if run.s.model.head.loss_reduction == "step_sum":
+        share *= LOGICAL_RANKS
     losses, starts = [], range(0, len(inputs), microbatch)
     weights = loss_weights(step_plan.target_weights, inputs.device)
     table, prefix_weight = prefix_targets(run, step_plan, inputs.device)

@@ -3,7 +3,7 @@
     losses = linear_cross_entropy(x, weight, targets, softcap=..., weights=(1.0, 0.5))
 
     z      = factor x W^T
-    c      = z, or cap tanh(z / cap), or cap sigmoid((z + shift) / scale)      (model_settings.Softcap)
+    c      = z, cap tanh(z / cap), cap sigmoid((z + shift) / scale) or cap z / sqrt(z^2 + cap^2)
     loss_t = sum_j w_j (logsumexp(c_t) - c_t[y_{t+j}]) + w_p (logsumexp(c_t) - c_t[prefix_t])
     dc_t   = g_t (m_t softmax(c_t) - sum_j w_j onehot(y_{t+j}) - w_p onehot(prefix_t))
     m_t    = sum of the weights in loss_t
@@ -54,7 +54,7 @@ DEFAULT = Block(2048, 8)
 
 class Plan(NamedTuple):
     """Everything but the tensors; what linear_cross_entropy's arguments mean."""
-    form: str  # none, tanh, sigmoid
+    form: str  # none, tanh, sigmoid, rsqrt (model_settings.Softcap)
     cap: float
     divisor: float  # inside the tanh or sigmoid
     factor: float  # of the logits, before the soft cap
@@ -107,9 +107,9 @@ def linear_cross_entropy(
         counted = torch.cat([torch.ones_like(counted[:, :len(weights)]), counted[:, len(weights):]], 1)
     form, cap, divisor, shift = "none", 1.0, 1.0, 0.0
     if softcap is not None:
-        form, cap = softcap.form, float(softcap.cap)
-        divisor = cap if form == "tanh" else float(softcap.scale)
-        shift = 0.0 if form == "tanh" else float(softcap.shift)
+        form, cap, divisor = softcap.form, float(softcap.cap), float(softcap.cap)
+        if form == "sigmoid":
+            divisor, shift = float(softcap.scale), float(softcap.shift)
     factor, scales = (
         1.0 if logit_scale is None else float(logit_scale),
         [] if fp8 is None else [float(f) for f in fp8],
@@ -283,6 +283,8 @@ def capped(z, plan):
         if plan.shift:
             c.add_(plan.shift)
         c.div_(plan.divisor).sigmoid_().mul_(plan.cap)
+    elif plan.form == "rsqrt":
+        c.mul_(c.square().add_(plan.cap ** 2).rsqrt_()).mul_(plan.cap)
     return c
 
 
@@ -307,6 +309,8 @@ def chunk_gradient(z, labels, shares, mass, g, lse, plan):
     elif plan.form == "sigmoid":
         c.div_(plan.cap)
         d.mul_(c.addcmul_(c, c, value=-1.0).mul_(plan.cap / plan.divisor))
+    elif plan.form == "rsqrt":  # (cap^2 / (z^2 + cap^2))^(3/2)
+        d.mul_(c.div_(plan.cap).square_().neg_().add_(1.0).pow_(1.5))
     if plan.factor != 1.0:
         d.mul_(plan.factor)
     return d.to(z.dtype)
@@ -446,6 +450,8 @@ def refusal(device, plan):
     if plan.loss_dtype != torch.float32 or plan.cap_dtype == torch.float64:
         return "computes in float32, and this asks for " + str(
             torch.float64 if plan.cap_dtype == torch.float64 else plan.loss_dtype).removeprefix("torch.")
+    if plan.form == "rsqrt":
+        return "has no soft cap of the form rsqrt"
     if plan.form != "none" and (2 if plan.form == "tanh" else 1) * plan.cap > LARGEST_CAP:
         return (
             f"loses digits when logits range over more than {LARGEST_CAP:g}: this is {plan.form} with cap = "

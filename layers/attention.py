@@ -13,9 +13,9 @@ from torch import nn
 
 from kernels import attention, eager
 from kernels.qk_rotary import offset_keys, qkv_rotary
-from layers.primitives import coefficient, constant, dtype, linear, linear_init, parameter, products_dtype
+from layers.primitives import bias_init, coefficient, constant, dtype, linear, linear_init, parameter
 from layers.compose import composed, excluded
-from layers.primitives import rms_norm
+from layers.primitives import products_dtype, rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
 from settings import Settings
@@ -102,7 +102,7 @@ class Attention(nn.Module):
             raise ValueError(f"{spec.heads} heads of {v} channels do not make up model_dim = {d}")
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
         o_bound = s.model.init.o_bound
-        out = linear_init(s, d, projection=o_bound is None, bound=o_bound)
+        out = linear_init(s, d, projection=True, bound=o_bound)
         rows, muon = spec.heads * qk, s.optim.muon
         self.apart = rows != d or (muon is not None and muon.head_pairs) or s.model.attn.narrow is not None
         common = dict(dtype_name=n.matrix, role="matrix", label="qkvo", init=None)
@@ -116,11 +116,28 @@ class Attention(nn.Module):
             self.o = parameter((d, d), parts=[out], first_part=3, views=views.o(s), drawn_as="qkvo", **common)
         else:
             self.qkvo = parameter((4, d, d), parts=[inner, inner, inner, out], views=views.qkvo(s), **common)
-        self.bias = None
+        self.bias = self.o_bias = None
         if s.model.bias:
-            self.bias = parameter((4, d), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.bias_parameters(s)
         self.fused = s.system.kernels.qk == "triton" and spec.qk == spec.v == d // spec.heads
         self.common_parts(s, spec)
+
+    def bias_parameters(self, s: Settings) -> None:
+        """The biases of q, k, v and o (4, D), or with optim.o_bias of q, k, v (3, D) and of o (1, D)."""
+        d, n = s.model.model_dim, s.numerics
+        inner, out = (bias_init(s, d, projection) for projection in (False, True))
+        common = dict(dtype_name=n.scalar, role="scalar", init=None, drawn_as="bias")
+        if s.optim.o_bias is None:
+            self.bias = parameter((4, d), label="bias", parts=[inner, inner, inner, out], **common)
+        else:
+            self.bias = parameter((3, d), label="bias", parts=[inner, inner, inner], **common)
+            self.o_bias = parameter((1, d), label="o_bias", parts=[out], first_part=3, **common)
+
+    def biases(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(biases of q, k and v in a row (3 D,), bias of o (D,)), or None and None."""
+        if self.bias is None:
+            return None, None
+        return self.bias[:3].flatten(), (self.bias[3] if self.o_bias is None else self.o_bias[0])
 
     def weights(self):
         """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, H V)).
@@ -175,9 +192,9 @@ class Attention(nn.Module):
         """
         start = cached_tokens(cache)
         w_qkv, w_o = self.weights()
-        b_qkv, b_o = (None, None) if self.bias is None else self.bias.split([3, 1])
+        b_qkv, b_o = self.biases()
         w_qkv, w_o = (w if a is None else a * w.to(x.dtype) for a, w in zip(coefs, (w_qkv, w_o)))
-        qkv = linear(x, w_qkv, None if b_qkv is None else b_qkv.flatten(), self.products)
+        qkv = linear(x, w_qkv, b_qkv, self.products)
         heads, width = self.spec.heads, self.spec.qk
         qk, v = qkv.split([2 * heads * width, heads * self.spec.v], dim=-1)
         # (R, T, 2H, K), (R, T, H, V)
@@ -197,7 +214,7 @@ class Attention(nn.Module):
         y = self.attend(q, k, v, meta, start, cache, offset, coefs.compose)  # (R, T, H, V)
         y = self.exclude(y, v, coefs.xsa)
         y = self.apply_gate(x, y, coefs.gate)
-        return self.out(y, w_o, None if b_o is None else b_o[0])
+        return self.out(y, w_o, b_o)
 
     def norm(self, x):
         """RMS norm of queries, keys or values (R, T, H, K) per head."""

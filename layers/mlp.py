@@ -7,7 +7,7 @@ from torch import nn
 from kernels import eager
 from kernels.linear_relu_sq import mlp_relu_sq
 from layers.fp8_mlp import FP8MLP
-from layers.primitives import constant, linear, linear_init, parameter, products_dtype
+from layers.primitives import bias_init, linear, linear_init, parameter, products_dtype
 from settings import Settings
 from updates import views
 
@@ -25,21 +25,27 @@ class MLP(nn.Module):
         "relu_sq": relu_sq, "swiglu": F.silu
     }
 
-    def __init__(self, s: Settings, hidden: int):
+    def __init__(self, s: Settings, hidden: int, c_fc_factor: float = 1.0):
+        """c_fc_factor: of the initial values of c_fc."""
         super().__init__()
+        init = s.model.init
         d, f, n = s.model.model_dim, hidden, s.numerics
         self.c_fc = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
-                            init=linear_init(s, d, projection=False))
+                            init=linear_init(s, d, False, init.c_fc_bound, c_fc_factor))
         self.c_proj = parameter((d, f), n.matrix, role="matrix", label="c_proj", views=views.c_proj(s),
-                              init=linear_init(s, f, projection=True))
+                              init=linear_init(s, f, True, init.c_proj_bound))
         self.gate = None
         if s.model.mlp.activation == "swiglu":
             self.gate = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
                                   init=linear_init(s, d, projection=False))
         self.c_fc_bias = self.c_proj_bias = None
         if s.model.bias:
-            self.c_fc_bias = parameter((f,), n.scalar, role="scalar", label="bias", init=constant(0.0))
-            self.c_proj_bias = parameter((d,), n.scalar, role="scalar", label="bias", init=constant(0.0))
+            self.c_fc_bias = parameter(
+                (f,), n.scalar, role="scalar", label="bias", init=bias_init(s, d, False)
+            )
+            self.c_proj_bias = parameter(
+                (d,), n.scalar, role="scalar", label="bias", init=bias_init(s, f, True)
+            )
         self.activation, self.fused = (
             self.ACTIVATIONS[s.model.mlp.activation],
             s.system.kernels.mlp == "triton",

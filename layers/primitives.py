@@ -60,17 +60,26 @@ def parameter(
     return p
 
 
-def linear_init(s, fan_in, projection, bound=None):
+def linear_init(s, fan_in, projection, bound=None, factor=1.0):
     """The initialiser of a linear weight.
 
     projection: whether the layer writes into the residual stream.
-    bound: bound of the uniform scheme, in place of model.init.bound.
+    bound: bound of the uniform or normal scheme, in place of model.init.bound and zero_proj.
+    factor: of the bound.
     """
-    if projection and s.model.init.zero_proj:
+    if bound is None and projection and s.model.init.zero_proj:
         return constant(0.0)
     if s.model.init.scheme == "gpt2":
         return normal(0.02 / math.sqrt(2 * s.model.num_layers) if projection else 0.02)
-    return uniform((s.model.init.bound if bound is None else bound) / math.sqrt(fan_in))
+    width = factor * (s.model.init.bound if bound is None else bound) / math.sqrt(fan_in)
+    return normal(width / math.sqrt(3)) if s.model.init.scheme == "normal" else uniform(width)
+
+
+def bias_init(s, fan_in, projection):
+    """The initialiser of a bias. projection: of a layer that writes into the residual stream, or of the
+    head."""
+    drawn = s.model.init.bias == "all" or s.model.init.bias == "inner" and not projection
+    return uniform(1 / math.sqrt(fan_in)) if drawn else constant(0.0)
 
 
 # ----- coefficients: learned or constant --------------------------------------------------------------------
@@ -108,7 +117,7 @@ def coefficient(n, value, learned, dtype_name, label, sigmoid=False):
 
 
 class Norm(nn.Module):
-    """RMSNorm, x / sqrt(mean(x^2) + eps) without gain, or LayerNorm with gain and bias.
+    """RMSNorm, x / sqrt(mean(x^2) + eps) with a gain or without, or LayerNorm with gain and bias.
 
     Computed in the dtype numerics.norm.
     """
@@ -118,26 +127,29 @@ class Norm(nn.Module):
         n = s.numerics
         self.eps, self.dtype = n.norm_eps, dtype(n.norm)
         self.gain = self.bias = None
-        if s.model.norm == "layernorm":
+        if s.model.norm == "layernorm" or s.model.norm_gain:
             self.gain = parameter(
                 (s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(1.0)
             )
+        if s.model.norm == "layernorm":
             self.bias = parameter(
                 (s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0)
             )
 
     def forward(self, x):
-        if self.gain is None:
-            return rms_norm(x, self.eps, self.dtype)
+        if self.bias is None:
+            return rms_norm(x, self.eps, self.dtype, self.gain)
         y = F.layer_norm(
             x.to(self.dtype), x.shape[-1:], self.gain.to(self.dtype), self.bias.to(self.dtype), self.eps
         )
         return y.to(x.dtype)
 
 
-def rms_norm(x, eps, stat_dtype):
-    """x (..., n) divided by its root mean square; computed in stat_dtype, returned in x's dtype."""
-    return F.rms_norm(x.to(stat_dtype), x.shape[-1:], eps=eps).to(x.dtype)
+def rms_norm(x, eps, stat_dtype, gain=None):
+    """x (..., n) divided by its root mean square, times a gain (n,); computed in stat_dtype, returned in x's
+    dtype."""
+    gain = None if gain is None else gain.to(stat_dtype)
+    return F.rms_norm(x.to(stat_dtype), x.shape[-1:], gain, eps=eps).to(x.dtype)
 
 
 def products_dtype(s):

@@ -47,6 +47,7 @@ class LayerSpec:
     mlp: int | None  # hidden width of the dense MLP
     moe: bool  # mixture of experts instead of the dense MLP
     parallel_mlp: bool = False  # a second dense MLP of the same input
+    c_fc_factor: float = 1.0  # of the initial values of the dense MLP's first matrix
 
     @property
     def empty(self) -> bool:
@@ -57,7 +58,10 @@ class LayerSpec:
 def layer_specs(s: Settings) -> tuple[LayerSpec, ...]:
     """The specification of every layer."""
     return tuple(
-        LayerSpec(attn_spec(s, layer), *mlp_spec(s, layer), parallel_mlp=layer in s.model.mlp.parallel_layers)
+        LayerSpec(
+            attn_spec(s, layer), *mlp_spec(s, layer), parallel_mlp=layer in s.model.mlp.parallel_layers,
+            c_fc_factor=1 - s.model.init.c_fc_fall * layer / max(1, s.model.num_layers - 1)
+        )
         for layer in range(s.model.num_layers)
     )
 

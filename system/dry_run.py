@@ -93,6 +93,8 @@ def schedule_table(s, plans):
         rows[0].append(title)
         for row, i in zip(rows[1:], shown):
             row.append(text(plans[i]))
+    if s.schedule.matrix:
+        column("of the matrices", lambda plan: f"{plan.matrix_lr_factor:.4f}")
     if len({plan.tokens for plan in plans}) > 1:
         column("tokens", lambda plan: f"{plan.tokens:,}")
     if plans[0].shape.windows:

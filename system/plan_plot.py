@@ -49,10 +49,13 @@ def rates(s: Settings, plans: list[StepPlan]) -> dict[str, list[float | None]]:
     from optim import Optimizer
     groups = {}
     for bank in Optimizer(without_values(s), s).banks:
-        groups[bank.group] = s.optim.group(bank.role, bank.label).lr
+        groups[bank.group] = s.optim.group(bank.role, bank.label).lr, bank.role
     curves = {}
-    for name, lr in groups.items():
-        curve = tuple(lr * plan.lr_factor if plan.due is None or name in plan.due else None for plan in plans)
+    for name, (lr, role) in groups.items():
+        curve = tuple(
+            lr * plan.of_role(role).lr_factor if plan.due is None or name in plan.due else None
+            for plan in plans
+        )
         curves.setdefault(curve, []).append(name)
     return {", ".join(names): list(curve) for curve, names in curves.items()}
 

@@ -79,4 +79,6 @@ def update(optimizer, model, gradients, plan):
 
 def plan(i=0, due=None, momentum=0.9, lr_factor=1.0, frozen=frozenset()):
     """What the optimizer reads of a step plan."""
-    return SimpleNamespace(step=i, lr_factor=lr_factor, momentum=momentum, due=due, frozen=frozen)
+    of_step = SimpleNamespace(step=i, lr_factor=lr_factor, momentum=momentum, due=due, frozen=frozen)
+    of_step.of_role = lambda role: of_step
+    return of_step

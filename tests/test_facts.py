@@ -19,6 +19,7 @@ from data.batch import Documents
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
 from optim import Optimizer
+from small_models import plan as step_plan
 from system.hooks import hooks_of
 from train_gpt import train_step
 
@@ -284,7 +285,7 @@ def test_muon_scales_its_bfloat16_direction_in_float32_except_records_6_to_14(re
     direction = newton_schulz(bank.grad.clone(), dtype=BF16, norm_dtype=at(n, [(3, F32), (5, BF16)]),
                               form=at(n, [(3, "expanded"), (11, "factored"), (27, "symmetric")])).float()
     # from the first gradient, so that it is the direction's input
-    optimizer.step(SimpleNamespace(lr_factor=1.0, momentum=0.0, due=None, frozen=()))
+    optimizer.step(step_plan(momentum=0.0))
     scaled = at(n, [(3, 1.0), (4, math.sqrt(144)), (8, math.sqrt(144 / 48)), (27, 1.0)]) * direction
     assert torch.equal(-bank.param, scaled.bfloat16().float() if 6 <= n < 15 else scaled)
     # elsewhere the rounding shows

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from declare import BEFORE, REFUSE, opt
 from muon_settings import Muon
+from wrapper_settings import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,21 @@ class Optim:
     tail: TailAverage | None = opt(
         None, "tail averaging: the weights in the end are averages over the last steps",
         needs="optim.muon.head_pairs"
+    )
+    ema_nesterov: EMANesterov | None = opt(
+        None, "EMA-Nesterov (track 3, result 39): gradients are taken ahead along the mean of past steps"
+    )
+    outer: OuterStep | None = opt(
+        None, "outer optimizer (MuLoCo, Snoo): a Nesterov step on the sum of several updates"
+    )
+    rre: RRE | None = opt(
+        None, "reduced-rank extrapolation of the block matrices near the end (track 3, result 34)"
+    )
+    tail_ema: TailEMA | None = opt(
+        None, "Tail-EMA: what is read out is a blend with an average of the last steps (track 3, result 45)"
+    )
+    reference_readout: ReferenceReadout | None = opt(
+        None, "reference readout: what is read out lies away from earlier weights (track 3, result 42)"
     )
     grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
                                   off=None, above=0)

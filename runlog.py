@@ -44,7 +44,7 @@ def source_files():
     fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "declare.py", "model_settings.py",
              "init_settings.py", "mixing_settings.py", "muon_settings.py", "optim_settings.py",
              "system_settings.py", "settings.py", "scales.py", "renames.py", "schema.py", "deltas.py",
-             "runlog.py"]
+             "runlog.py", "wrapper_settings.py"]
     folders = ("updates", "kernels", "layers", "data", "system", "common")
     return fixed + [
         f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")
@@ -197,9 +197,11 @@ def render(event):
         ]
     if kind == "validation":
         ms, step = event["train_time_ms"], event["step"]
+        raw = f" raw_val_loss:{event['raw_val_loss']:.6f}" if "raw_val_loss" in event else ""
+        told = f"{raw} readout:{'+'.join(event['readout'])}" if "readout" in event else ""
         return [
             f"step:{step}/{event['scheduled_steps']} val_loss:{event['val_loss']:.6f} train_time:{ms:.0f}ms "
-            f"step_avg:{ms / max(step, 1):.2f}ms"
+            f"step_avg:{ms / max(step, 1):.2f}ms{told}"
         ]
     if kind == "experts":
         worst = max(event["max_vio"])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from declare import walk
 from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
+from wrapper_settings import RRE
 
 
 class Span(NamedTuple):
@@ -73,6 +74,15 @@ class StepPlan:
         if role != "matrix" or self.matrix_lr_factor is None:
             return self
         return dataclasses.replace(self, lr_factor=self.matrix_lr_factor)
+
+
+class Readout(NamedTuple):
+    """Averaged or extrapolated weights that a validation reads.
+
+    setting: the path of the setting that makes them. undone: training goes on without them.
+    """
+    setting: str
+    undone: bool
 
 
 def scheduled_steps(schedule: Schedule) -> int:
@@ -397,6 +407,34 @@ def by_step(s: Settings, value: int | tuple[int, ...] | None) -> int | list[int]
     return [in_stage(values, i) for i, steps in enumerate(stages(s)) for _ in steps]
 
 
+# ----- readouts ---------------------------------------------------------------------------------------------
+
+def readouts(s: Settings, step: int) -> list[Readout]:
+    """What the validation before a step reads in place of the weights that an update has given."""
+    optim, last, found = s.optim, step == s.schedule.steps, []
+    if optim.tail is not None and last:
+        found.append(Readout("optim.tail", undone=False))
+    if step in extrapolations(optim.rre, step):
+        found.append(Readout("optim.rre", undone=False))
+    if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
+        found.append(Readout("optim.tail_ema", undone=tail.at == "validation"))
+    away = optim.reference_readout
+    if away is not None and step >= away.start and (last or away.at == "validation"):
+        found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
+    return found
+
+
+def extrapolations(rre: RRE | None, steps: int) -> list[int]:
+    """Numbers of the updates up to `steps` that an extrapolation follows (optim.rre)."""
+    found, kept = [], 0
+    for done in range(rre.start, steps + 1) if rre is not None else ():
+        kept = min(kept + 1, rre.points)
+        if done % rre.every == 0 and kept == rre.points:
+            found.append(done)
+            kept = 1
+    return found
+
+
 # ----- the run ----------------------------------------------------------------------------------------------
 
 def plan(s: Settings) -> list[StepPlan]:
@@ -439,6 +477,15 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.tail.long": "the averages begin with the first step",
     "optim.tail.short": "the averages begin with the first step",
     "validation.late.every": "there are no more validations towards the end",
+    "optim.ema_nesterov.start": "there is no look-ahead",
+    "optim.ema_nesterov.stop": "the look-ahead goes on to the end",
+    "optim.outer.period": "there is at most the outer step after the first update",
+    "optim.rre.start": "there is no extrapolation",
+    "optim.rre.every": "there is no extrapolation",
+    "optim.tail_ema.start": "there is no average, and the weights are read as they are",
+    "optim.tail_ema.tau": "the average stays near the weights with which it begins",
+    "optim.reference_readout.reference": "there is no reference, and the weights are read as they are",
+    "optim.reference_readout.start": "the weights are read as they are",
     "validation.every": "there is no validation between the first step and the last",
     ".every": "the group is never updated",
     ".freeze_steps": "one freeze would last for the whole run",

@@ -68,7 +68,7 @@ from schedule import StepPlan
 from settings import LOGICAL_RANKS
 from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
 from system.comm import communication
-from system.hooks import hooks_of, validating
+from system.hooks import hooks_of, reading, validating
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 from system.place import Place
 from system.run import Clock, Profiler, Progress, Run
@@ -356,23 +356,38 @@ def validation(run: Run, step: int) -> bool:
     run.clock.stop()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
-    loss = validation_loss(run, step)
+    loss, assisted = read_loss(run, step)
     run.points.append((step, loss))
     event = run.log.event(
         "validation", step=step, scheduled_steps=len(run.plans), val_loss=loss, train_loss=losses,
         train_time_ms=round(run.clock.total_ms, 3), tokens=schedule.tokens_before(run.s, step),
-        epoch=run.epoch
+        epoch=run.epoch, **assisted
     )
     run.world.say(*runlog.render(event))
     if run.model.mixtures() and step:
         loads = run.log.event("experts", step=step, **report.expert_loads(run, last=step == len(run.plans)))
         run.world.say(*runlog.render(loads))
     run.sinks.validation(event)
-    if not all(map(math.isfinite, [loss, *losses])):
+    if not all(map(math.isfinite, [loss, *losses, assisted.get("raw_val_loss", 0.0)])):
         return False
     if step < len(run.plans):
         run.clock.start()
     return True
+
+
+def read_loss(run: Run, step: int) -> tuple[float, dict]:
+    """(validation loss, what the event says about the weights that were read).
+
+    Averaged or extrapolated weights are named, as `readout`: the settings that make them. Where training goes
+    on without them, the loss of the training's own weights stands next to theirs, as `raw_val_loss`.
+    """
+    found, assisted = schedule.readouts(run.s, step), {}
+    if found:
+        assisted["readout"] = [one.setting for one in found]
+    if any(one.undone for one in found):
+        assisted["raw_val_loss"] = validation_loss(run, step)
+    with reading(run.hooks, step):
+        return validation_loss(run, step), assisted
 
 
 def validation_loss(run: Run, step: int, limit: int | None = None) -> float:

@@ -82,6 +82,7 @@ OPTIONAL = {
               "environment", "launch"),
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
+    "validation": ("readout", "raw_val_loss"),
     "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
     "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
                "machine", "cpu", "cores", "comm", "attention"),
@@ -224,6 +225,11 @@ def misshapen(event):
                 f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of "
                 "graphs"
             )
+    readout = event.get("readout", [])
+    if not (isinstance(readout, list) and all(isinstance(x, str) for x in readout)):
+        yield f"line {event['n'] + 1} ({kind}): readout wants a list of settings"
+    if not isinstance(raw := event.get("raw_val_loss", 0.0), NUMBER) or isinstance(raw, bool):
+        yield f"line {event['n'] + 1} ({kind}): raw_val_loss = {raw!r:.60} has the wrong type"
     if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
         yield from misshapen_loads(event)
     if kind == "probe" and isinstance(event.get("gradients"), dict):
@@ -467,7 +473,20 @@ def check_steps(log):
             yield f"{at}: epoch goes back from {epoch} to {v['epoch']}"
         if log.start["scale"] == "full" and v["epoch"]:
             yield f"{at}: epoch {v['epoch']}: at full scale no token is read twice"
+        yield from check_readout(v, s, at)
         before, epoch = v["step"], max(epoch, v["epoch"])
+
+
+def check_readout(event, s, at):
+    """A loss of averaged or extrapolated weights names them, and no other loss does."""
+    wanted = schedule.readouts(s, event["step"])
+    names, told = [one.setting for one in wanted], event.get("readout", [])
+    if told != names and not (names == ["optim.tail"] and not told):  # not told before there were others
+        yield (f"{at}: says it reads the weights of {', '.join(told) or 'training'}, and the settings make "
+               f"it read those of {', '.join(names) or 'training'}")
+    if ("raw_val_loss" in event) != any(one.undone for one in wanted):
+        yield (f"{at}: raw_val_loss stands where training goes on without the weights that were read, and "
+               "nowhere else")
 
 
 def check_numbers(log):
@@ -480,7 +499,7 @@ def check_numbers(log):
             f" of step {event['step']}" if "step" in event else ""
         )
         for path, value in numbers(event, ""):
-            loss = path.partition("[")[0] in ("val_loss", "train_loss", "loss")
+            loss = path.partition("[")[0] in ("val_loss", "raw_val_loss", "train_loss", "loss")
             if diverged and (loss or path.startswith("gradients")):
                 continue
             if not math.isfinite(value):

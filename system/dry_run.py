@@ -123,11 +123,34 @@ def schedule_remarks(s, plans):
     for plan in plans:
         if "untie" in plan.events:
             yield f"  the embedding gets a table of its own after step {plan.step}"
+    yield from wrapper_remarks(s)
     for group in sorted(set().union(*(plan.frozen for plan in plans))):
         steps = [plan.step for plan in plans if group in plan.frozen]
         yield f"  optim.{group} rests in {len(steps)} steps: {runs_text(steps)}"
     if s.model.mlp.moe and s.model.mlp.moe.balance and (still := sum(not plan.update_bias for plan in plans)):
         yield f"  the routers' biases stand still from step {len(plans) - still} on"
+
+
+def wrapper_remarks(s):
+    """Lines on what moves the weights between the updates, and on the weights that validations read."""
+    optim, steps = s.optim, s.schedule.steps
+    if (ahead := optim.ema_nesterov) is not None and ahead.start < min(ahead.stop, steps):
+        yield f"  look-ahead (optim.ema_nesterov) in the steps {ahead.start}..{min(ahead.stop, steps) - 1}"
+    if (outer := optim.outer) is not None:
+        first = 1 if outer.first_step else outer.period
+        count = len(range(first, steps + 1, outer.period))
+        yield f"  {count} outer steps (optim.outer), after every {outer.period} updates, first after {first}"
+    if optim.rre is not None:
+        found = schedule.extrapolations(optim.rre, steps)
+        where = f" after the updates {', '.join(map(str, found))}" if found else ""
+        yield f"  {len(found)} extrapolations (optim.rre){where}"
+    read = {}
+    for step in (step for step in range(steps + 1) if schedule.validates(s, step)):
+        for one in schedule.readouts(s, step):
+            read.setdefault(one, []).append(step)
+    for one, at in read.items():
+        raw = "; raw_val_loss next to it is that of the training's own weights" if one.undone else ""
+        yield f"  val_loss is read at the weights of {one.setting} at step {', '.join(map(str, at))}{raw}"
 
 
 def runs_text(steps):

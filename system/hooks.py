@@ -17,6 +17,7 @@ from schedule import StepPlan, Windows
 from system.stateful import Stateful
 from system.tail_average import TailAverages
 from system.world import World
+from system.wrappers import wrappers_of
 
 
 class RouterBalance(Stateful):
@@ -103,11 +104,14 @@ class Untie(Stateful):
 
 
 def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
-    """The hooks that the model's parts need. optimizer: needed to untie the head; None: no such hook."""
-    hooks = [RouterBalance(model), FP8Scales(model), YaRN(model)]
-    if optimizer is None:
-        return hooks
-    hooks.append(Untie(model, optimizer))
+    """The hooks of a run, in the order in which they act.
+
+    The wrappers come first: a look-ahead moves the weights before FP8 scales are made of them, and the head's
+    buffers go to the embedding before its values do. optimizer: needed to untie the head; None: no such hook.
+    """
+    hooks = [*wrappers_of(model), RouterBalance(model), FP8Scales(model), YaRN(model)]
+    if optimizer is not None:
+        hooks.append(Untie(model, optimizer))
     if (tail := model.settings.optim.tail) is not None:
         hooks.append(TailAverages(model, tail, model.settings.schedule.steps))
     return hooks
@@ -119,6 +123,15 @@ def validating(hooks: Iterable[Stateful], windows: Windows | None) -> Iterator[N
     with contextlib.ExitStack() as stack:
         for hook in hooks:
             stack.enter_context(hook.for_validation(windows))
+        yield
+
+
+@contextlib.contextmanager
+def reading(hooks: Iterable[Stateful], step: int) -> Iterator[None]:
+    """A context in which the model holds the weights that the validation before a step reads."""
+    with contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.enter_context(hook.reading(step))
         yield
 
 

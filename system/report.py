@@ -22,6 +22,7 @@ from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory, resume
+from system.hooks import reading
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
 from system.world import World
@@ -160,6 +161,9 @@ def verdict(
         lines.append(
             f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s"
         )
+    if assisted := schedule.readouts(s, s.schedule.steps):
+        lines.append(f"read at the weights of {', '.join(one.setting for one in assisted)}, not at those of "
+                     "the last update")
     reference = resolved.record.folder / "reference.csv"
     if resolved.scale == "full" and reference.exists() and not resolved.changes:
         published = {int(float(a)): float(b) for a, b, *_ in
@@ -175,9 +179,11 @@ def verdict(
 def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
     """Write checkpoint.pt in the run folder. UserError if that fails: then no partial file is left.
 
-    Log and verdict are already written.
+    It holds the weights that the last validation read. Log and verdict are already written.
     """
-    state = run.model.full_state_dict()  # every process takes part
+    read = [one.setting for one in schedule.readouts(run.s, len(run.plans))]
+    with reading(run.hooks, len(run.plans)):
+        state = run.model.full_state_dict()  # every process takes part
     if not run.world.main:
         return
     path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
@@ -186,6 +192,7 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
             "model": state,
             "settings": schema.plain(resolved.settings),
             "tokenizer": run.corpus.tokenizer,
+            "readout": read,
             # in memory: torch's own writer turns a full disk into an internal error
             "val_loss": val_loss,
         },
@@ -194,7 +201,7 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
     files.write(
         path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space"
     )
-    run.world.say(f"checkpoint: {path}")
+    run.world.say(f"checkpoint: {path}" + (f", the weights of {', '.join(read)}" if read else ""))
 
 
 def results(run: Run) -> dict:

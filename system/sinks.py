@@ -72,7 +72,8 @@ class Sinks:
         """Write the training losses since the last validation, then this validation event."""
         first = event["step"] - len(event["train_loss"])
         points = [(first + i, {"train_loss": loss}) for i, loss in enumerate(event["train_loss"])]
-        points.append((event["step"], {key: event[key] for key in ("val_loss", "tokens", "train_time_ms")}))
+        told = ("val_loss", "raw_val_loss", "tokens", "train_time_ms")
+        points.append((event["step"], {key: event[key] for key in told if key in event}))
         for name, sink in list(self.open.items()):
             self.attempt(name, lambda sink=sink: sink.write(points))
 

@@ -30,6 +30,13 @@ class Stateful:
         """A context manager around each validation. windows: those of the validation."""
         return contextlib.nullcontext()
 
+    def reading(self, step: int) -> Any:
+        """A context manager in which the model holds what a validation before this step reads.
+
+        For weights that training goes on without; schedule.readouts names them.
+        """
+        return contextlib.nullcontext()
+
     def restored(self) -> None:
         """After the tensors of `tensors()` were filled from a checkpoint."""
 

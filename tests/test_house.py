@@ -35,7 +35,7 @@ FLOORS = [
     {"schema", "scales"},
     {"settings"},
     {"model_settings", "optim_settings", "system_settings"},
-    {"init_settings", "mixing_settings", "muon_settings"},
+    {"init_settings", "mixing_settings", "muon_settings", "wrapper_settings"},
     {"declare", "renames"},
     {"common"},
 ]

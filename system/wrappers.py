@@ -1,0 +1,356 @@
+"""Hooks around the optimizer: they act on the weights between two updates, whatever rule made the updates.
+
+Buffers lie next to the parameters, whole on every process: all processes have the same weights, and so
+compute the same. A hook reads and writes the stored parameter; where the lower half of a bfloat16 matrix is
+kept by Muon (numerics.matrix_mantissa), a hook sees and changes the upper half alone, as Snoo does in the
+originals.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from model import GPT
+from optim_settings import BLOCK_MATRICES
+from schedule import StepPlan
+from system.stateful import Stateful
+from wrapper_settings import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+
+Tensors = dict[str, torch.Tensor]  # by parameter name
+
+
+class Number:
+    """A number of a hook's state: read on the host without a wait, and kept by checkpoints as a tensor."""
+
+    def __init__(self, first: float) -> None:
+        self.first, self.value = first, first
+        self.tensor = torch.tensor([first], dtype=torch.float64)
+
+    def set(self, value: float) -> None:
+        self.value = value
+        self.tensor.fill_(value)
+
+    def restored(self) -> None:
+        self.value = self.tensor.tolist()[0]
+
+
+class Wrapper(Stateful):
+    """What the wrappers share: buffers by parameter name, numbers, and the copy at the untying of the head.
+
+    parameters: those that the wrapper acts on. buffers: {kind: tensors}. numbers: {name: Number}.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.buffers: dict[str, Tensors] = {}
+        self.numbers: dict[str, Number] = {}
+
+    def zeros(self, wide: bool = False) -> Tensors:
+        """Zeros like the parameters; wide: in at least float32."""
+        return {name: torch.zeros_like(p, dtype=widened(p.dtype) if wide else None, requires_grad=False)
+                for name, p in self.parameters.items()}
+
+    def after_update(self, plan: StepPlan) -> None:
+        with torch.no_grad():
+            self.updated(plan)
+            if "untie" in plan.events:
+                self.untie()
+
+    def updated(self, plan: StepPlan) -> None:
+        """What the wrapper does after an update."""
+
+    def untie(self) -> None:
+        """The embedding takes over the head's buffers, like its values and its optimizer state."""
+        names = {p.label: name for name, p in self.parameters.items()}
+        if "embed" in names and "lm_head" in names:
+            for tensors in self.buffers.values():
+                tensors[names["embed"]].copy_(tensors[names["lm_head"]])
+
+    def restored(self) -> None:
+        for number in self.numbers.values():
+            number.restored()
+
+    def reset(self) -> None:
+        for number in self.numbers.values():
+            number.set(number.first)
+        for tensors in self.buffers.values():
+            for x in tensors.values():
+                x.zero_()
+
+    def tensors(self) -> Tensors:
+        found = {f"{kind}.{name}": x for kind, tensors in self.buffers.items() for name, x in tensors.items()}
+        return found | {name: number.tensor for name, number in self.numbers.items()}
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """The dtype, or float32 if that is wider."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def of_model(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """All parameters by name."""
+    return dict(model.named_parameters())
+
+
+# ----- during training --------------------------------------------------------------------------------------
+
+class Lookahead(Wrapper):
+    """EMA-Nesterov (wrapper_settings.EMANesterov): a look-ahead before the forwards along the mean of steps.
+
+    Before the forwards, for start <= step < stop:  theta <- theta + beta rho m
+    After the update:  m <- decay m + (1 - decay) (theta - before);  before <- theta
+
+    rho: factor of the learning rate of the group embed in the step before, 1 before the first. m and before
+    have the parameter's dtype. Source: track 3, result 39, whose buffers of the embedding are bfloat16.
+    """
+
+    def __init__(self, model: GPT, told: EMANesterov) -> None:
+        super().__init__(of_model(model))
+        self.told, self.rho = told, Number(1.0)
+        self.mean, self.before = self.zeros(), self.zeros()
+        self.buffers = {"mean": self.mean, "before": self.before}
+        self.numbers = {"rho": self.rho}
+        self.reset()
+
+    @torch.no_grad()
+    def before_forwards(self, plan: StepPlan) -> None:
+        if self.told.start <= plan.step < self.told.stop:
+            for name, p in self.parameters.items():
+                p.add_(self.mean[name], alpha=self.told.beta * self.rho.value)
+
+    def updated(self, plan: StepPlan) -> None:
+        decay = self.told.decay
+        for name, p in self.parameters.items():
+            self.mean[name].mul_(decay).add_(p - self.before[name], alpha=1 - decay)
+            self.before[name].copy_(p)
+        self.rho.set(plan.lr_factor)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        super().reset()
+        for name, p in self.parameters.items():
+            self.before[name].copy_(p)
+
+
+class Outer(Wrapper):
+    """The outer optimizer (wrapper_settings.OuterStep): MuLoCo with one worker, or Snoo.
+
+    Every `period` updates, with slow the weights after the last outer step:
+
+        delta = slow - theta;  b <- momentum b + delta
+        slow <- slow - lr (delta + momentum b);  theta <- slow
+
+    In result 13 of track 3, u = lr b is what is kept. The SGD of Snoo in medium record 12 rounds after each
+    of these operations in the parameter's dtype, and so does this.
+    """
+
+    def __init__(self, model: GPT, told: OuterStep) -> None:
+        super().__init__(of_model(model))
+        self.told, self.count = told, Number(0)  # updates so far
+        self.slow, self.momentum = (self.zeros(wide=told.dtype == "float32") for _ in range(2))
+        self.buffers = {"slow": self.slow, "momentum": self.momentum}
+        self.numbers = {"count": self.count}
+        self.reset()
+
+    def updated(self, plan: StepPlan) -> None:
+        self.count.set(self.count.value + 1)
+        if (self.count.value - self.told.first_step) % self.told.period == 0:
+            self.step()
+
+    def step(self) -> None:
+        """One outer step."""
+        for name, p in self.parameters.items():
+            slow, b = self.slow[name], self.momentum[name]
+            delta = slow - p.to(slow.dtype)
+            b.mul_(self.told.momentum).add_(delta)
+            slow.add_(delta.add(b, alpha=self.told.momentum), alpha=-self.told.lr)
+            p.copy_(slow)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        super().reset()
+        for name, p in self.parameters.items():
+            self.slow[name].copy_(p)
+
+
+class Extrapolation(Wrapper):
+    """Reduced-rank extrapolation of the block matrices together (wrapper_settings.RRE; track 3, result 34).
+
+    kept: the weights after the last updates, oldest first; d_a = kept[a + 1] - kept[a]. With n = points - 1:
+
+        G_ab = <d_a, d_b> + (1e-6 trace / n + 1e-10) [a = b];  c = G^-1 1 / (sum of G^-1 1)
+        Delta = -damping sum_a (sum of c_b, b >= a) d_a, shortened to cap ||theta||
+        theta <- theta + Delta, and kept begins anew with it
+    """
+
+    def __init__(self, model: GPT, told: RRE) -> None:
+        super().__init__({name: p for name, p in of_model(model).items() if p.label in BLOCK_MATRICES})
+        self.told, self.held = told, Number(0)
+        self.kept = {name: p.detach().new_zeros((told.points, *p.shape))
+                     for name, p in self.parameters.items()}
+        self.buffers = {"kept": self.kept}
+        self.numbers = {"held": self.held}
+
+    def updated(self, plan: StepPlan) -> None:
+        done = plan.step + 1
+        if done < self.told.start:
+            return
+        self.keep()
+        if done % self.told.every == 0 and self.held.value == self.told.points:
+            self.extrapolate()
+
+    def keep(self) -> None:
+        """Keep the weights, in place of the oldest if there is no room."""
+        full = self.held.value == self.told.points
+        place = int(self.held.value) - full
+        for name, p in self.parameters.items():
+            if full:
+                self.kept[name].copy_(self.kept[name].roll(-1, 0))
+            self.kept[name][place].copy_(p)
+        self.held.set(place + 1)
+
+    def extrapolate(self) -> None:
+        """Move the weights, and begin anew with them."""
+        told, n = self.told, self.told.points - 1
+        steps = {name: x.to(widened(x.dtype)).diff(dim=0).flatten(1) for name, x in self.kept.items()}
+        gram = sum(d.double() @ d.double().T for d in steps.values())  # (n, n)
+        gram = gram + (1e-6 * gram.trace() / n + 1e-10) * torch.eye(n, dtype=gram.dtype, device=gram.device)
+        ones = gram.new_ones(n)
+        c, _ = torch.linalg.solve_ex(gram, ones)  # solve() would wait for the device to tell whether it could
+        factors = -told.damping * (c / c.sum()).flip(0).cumsum(0).flip(0)
+        moves = {name: (factors.to(d.dtype) @ d).view(self.parameters[name].shape)
+                 for name, d in steps.items()}
+        longest = told.cap * norm(self.parameters)
+        shorter = (longest / norm(moves)).clamp(max=1.0)
+        for name, p in self.parameters.items():
+            p.copy_(p.to(moves[name].dtype) + shorter.to(moves[name].dtype) * moves[name])
+            self.kept[name][0].copy_(p)
+        self.held.set(1)
+
+
+def norm(tensors: Tensors) -> torch.Tensor:
+    """Norm of several tensors together, 0-d float64."""
+    return torch.stack([torch.linalg.vector_norm(x, dtype=torch.float64) for x in tensors.values()]).norm()
+
+
+# ----- readouts ---------------------------------------------------------------------------------------------
+
+class ReadingWrapper(Wrapper):
+    """What the readouts share: other weights, either within `reading` or from the last update on.
+
+    at: `validation` or `end`. steps: updates of the run.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], at: str, steps: int) -> None:
+        super().__init__(parameters)
+        self.at, self.steps = at, steps
+
+    def updated(self, plan: StepPlan) -> None:
+        self.follow(plan.step + 1)
+        if self.at == "end" and self.reads(plan.step + 1):
+            for name, p in self.parameters.items():
+                p.copy_(self.value(name, p))
+
+    def follow(self, done: int) -> None:
+        """Keep what the readout needs of the weights after update number `done`."""
+
+    def known(self, step: int) -> bool:
+        """Whether there are weights to read before a step."""
+
+    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        """The weights to read in place of p."""
+
+    def reads(self, step: int) -> bool:
+        """Whether a validation before this step reads them."""
+        return self.known(step) and (self.at == "validation" or step == self.steps)
+
+    def reading(self, step: int) -> Any:
+        if self.at == "end" or not self.reads(step):
+            return contextlib.nullcontext()
+        return swapped(self.parameters, self.value)
+
+
+@contextlib.contextmanager
+def swapped(
+    parameters: dict[str, torch.nn.Parameter], value: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """A context in which each parameter is value(name, parameter); afterwards it has its own bits again."""
+    kept = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(value(name, p))
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(kept[name])
+
+
+class Tail(ReadingWrapper):
+    """Tail-EMA (wrapper_settings.TailEMA; track 3, results 45 and 46): a blend with an average, in float32.
+
+    E <- theta after update number `start`, then E <- E + (theta - E) / tau;  (1 - share) theta + share E
+    """
+
+    def __init__(self, model: GPT, told: TailEMA, steps: int) -> None:
+        averaged = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
+        super().__init__(averaged, told.at, steps)
+        self.told, self.begun = told, Number(0)
+        self.average = self.zeros(wide=True)
+        self.buffers = {"average": self.average}
+        self.numbers = {"begun": self.begun}
+
+    def follow(self, done: int) -> None:
+        if done < self.told.start:
+            return
+        rate = 1 / self.told.tau if self.begun.value else 1.0
+        self.begun.set(1)
+        for name, x in self.average.items():
+            x.lerp_(self.parameters[name].to(x.dtype), rate)
+
+    def known(self, step: int) -> bool:
+        return bool(self.begun.value)
+
+    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        return p.to(self.average[name].dtype).lerp(self.average[name], self.told.share)
+
+
+class Reference(ReadingWrapper):
+    """Reference readout (wrapper_settings.ReferenceReadout; track 3, results 38 and 42).
+
+    theta + push (theta - reference), reference: the weights after update number `reference`
+    """
+
+    def __init__(self, model: GPT, told: ReferenceReadout, steps: int) -> None:
+        super().__init__(of_model(model), told.at, steps)
+        self.told, self.taken = told, Number(0)
+        self.reference = self.zeros()
+        self.buffers = {"reference": self.reference}
+        self.numbers = {"taken": self.taken}
+
+    def follow(self, done: int) -> None:
+        if done == self.told.reference:
+            self.taken.set(1)
+            for name, x in self.reference.items():
+                x.copy_(self.parameters[name])
+
+    def known(self, step: int) -> bool:
+        return bool(self.taken.value) and step >= self.told.start
+
+    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        wide = p.to(widened(p.dtype))
+        return wide + self.told.push * (wide - self.reference[name].to(wide.dtype))
+
+
+def wrappers_of(model: GPT) -> list[Wrapper]:
+    """The wrappers of a run, in the order in which they act: on training first, then the readouts."""
+    optim, steps = model.settings.optim, model.settings.schedule.steps
+    made = [
+        (optim.ema_nesterov, Lookahead), (optim.outer, Outer), (optim.rre, Extrapolation),
+        (optim.tail_ema, lambda *args: Tail(*args, steps)),
+        (optim.reference_readout, lambda *args: Reference(*args, steps))
+    ]
+    return [make(model, told) for told, make in made if told is not None]

@@ -1,0 +1,129 @@
+"""The axis ml of the settings, what stands around the optimizer: look-ahead, outer steps, readouts.
+
+They work on the weights between two updates, whatever rule made the updates, and go on any record by one flag
+(`--with optim.ema_nesterov`). system/wrappers.py holds their arithmetic. In `check(self, s)`, s is the whole
+Settings.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from declare import REFUSE, opt
+
+
+def whole_weights(s: Any, path: str) -> Iterator[str]:
+    """A wrapper keeps copies of all weights, and a checkpoint those of one process."""
+    if s.system.expert_parallel:
+        yield (f"{path} keeps copies of the weights of all experts, and system.expert_parallel gives each "
+               "process some of them: set system.expert_parallel=false")
+
+
+@dataclass(frozen=True)
+class EMANesterov:
+    """EMA-Nesterov (track 3, results 39 to 46): gradients are taken ahead, along the mean of past steps.
+
+    Before the forwards of a step theta <- theta + beta rho m, where rho is the learning-rate factor of the
+    group embed in the step before; after the update m <- decay m + (1 - decay) (theta - theta_before), where
+    theta_before are the weights after the update before. The look-ahead is not undone.
+    """
+    beta: float = opt(0.3, "factor of the look-ahead (result 39: 0.6)", above=0)
+    decay: float = opt(0.99, "decay of the mean of the steps", least=0, below=1)
+    start: int = opt(300, "first step with a look-ahead", unit="step", shrink="steps", least=0)
+    stop: int = opt(1950, "first step without one again", unit="step", shrink="steps", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.ema_nesterov")
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """An outer optimizer around the inner one: a Nesterov step on the sum of several updates.
+
+    MuLoCo with one worker (Therien et al., arXiv 2505.23725; result 13 of track 3: period 30, lr 0.7,
+    momentum 0.5) and Snoo (Kallusky et al., arXiv 2510.15830; medium records 12 and 14 to 16: period 28, lr
+    0.68, momentum 0.37, first_step) are one rule: delta = slow - theta, b <- momentum b + delta, slow <- slow
+    - lr (delta + momentum b), theta <- slow.
+    """
+    period: int = opt(30, "updates from one outer step to the next", unit="step", off=REFUSE, least=1)
+    lr: float = opt(0.7, "learning rate of the outer step; 1 without momentum changes nothing", above=0)
+    momentum: float = opt(0.5, "decay of the outer momentum b", least=0, below=1)
+    first_step: bool = opt(
+        False, "outer step after the first update, too: after the updates 1, period + 1, ... (Snoo; off: "
+        "after the updates period, 2 period, ...)", off=False
+    )
+    dtype: Literal["parameter", "float32"] = opt(
+        "parameter", "dtype of the slow weights and of b. parameter: that of each parameter. float32: at "
+        "least float32, so that a bfloat16 parameter has float32 slow weights"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.outer")
+
+
+@dataclass(frozen=True)
+class RRE:
+    """Reduced-rank extrapolation (Eddy 1979; track 3, result 34) of the block matrices near the end.
+
+    Of the weights after the last `points` updates, d_a are the differences, oldest first. With the weights c
+    of sum 1 that make sum c_a d_a shortest, theta <- theta - damping sum_a (sum of c_b, b >= a) d_a, and at
+    most cap ||theta|| far. Training goes on from there.
+    """
+    start: int = opt(2820, "number of the first update after which weights are kept", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+    points: int = opt(4, "weights that an extrapolation needs, those that it moves included", off=REFUSE,
+                      least=3, most=16)
+    every: int = opt(5, "an extrapolation follows each update whose number is a multiple of this",
+                     unit="step", off=REFUSE, least=1)
+    damping: float = opt(0.875, "share of the extrapolation that is taken", above=0)
+    cap: float = opt(0.001, "greatest length of an extrapolation, as a share of the norm of the matrices "
+                            "together", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.rre")
+
+
+@dataclass(frozen=True)
+class TailEMA:
+    """Tail-EMA (track 3, results 45 and 46): what is read out is a blend with an average of the last steps.
+
+    E are the weights after update number `start`; after each later update E <- E + (theta - E) / tau. Read
+    out are (1 - share) theta + share E.
+    """
+    start: int = opt(2400, "number of the update whose weights begin the average", unit="step", off=REFUSE,
+                     shrink="steps", least=1)
+    tau: int = opt(150, "length of the average", unit="step", off=REFUSE, shrink="steps", least=1)
+    share: float = opt(0.6, "share of the average in the blend", above=0, most=1)
+    embed: bool = opt(False, "token embedding averaged, too (off: it is read out as it is)", off=False)
+    at: Literal["validation", "end"] = opt(
+        "validation", "when the weights are the blend. validation: in each validation from `start` on, and "
+        "in the saved checkpoint; training goes on from theta (result 46). end: after the last update (result "
+        "45)"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.tail_ema")
+
+
+@dataclass(frozen=True)
+class ReferenceReadout:
+    """Reference readout (track 3, results 38 and 42): what is read out lies away from earlier weights.
+
+    Read out are theta + push (theta - reference), where reference are all weights after update number
+    `reference`. A negative push goes back towards them.
+    """
+    reference: int = opt(2375, "number of the update whose weights are the reference", unit="step",
+                         off=REFUSE, shrink="steps", least=1)
+    push: float = opt(-0.075, "factor of the distance from the reference", least=-1)
+    start: int = opt(2850, "first step whose validation reads out so", unit="step", off=REFUSE,
+                     shrink="steps", least=1)
+    at: Literal["validation", "end"] = opt(
+        "validation", "when the weights are those. validation: in each validation from `start` on, and in "
+        "the saved checkpoint (result 42). end: after the last update (result 38)"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.reference_readout")
+        if self.start < self.reference:
+            yield (f"optim.reference_readout.start = {self.start} is before the update of the reference, "
+                   f"{self.reference}: set it to at least that")

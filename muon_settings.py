@@ -87,8 +87,8 @@ class UpdateSmoothing:
     coef: float = opt(0.2, "decay s of the buffer", least=0, below=1)
     start: float | None = opt(None, "s at step 0, from which it goes linearly to `coef` (off: constant)",
                               least=0, below=1)
-    steps: int = opt(3000, "steps in which s goes from `start` to `coef`; without effect if `start` is off",
-                     unit="step", shrink="steps", least=1)
+    ramp_steps: int = opt(3000, "steps in which s goes from `start` to `coef`; without effect if `start` is "
+                                "off", unit="step", shrink="steps", least=1)
     lookahead: bool = opt(False, "one step ahead: the update is s b + (1-s) v (off: b)", off=False)
 
 

@@ -31,6 +31,7 @@ from small_models import Toy, build, forward_all, plan, settings, step, tokens, 
 from system.comm import communication
 from updates.adam import AdamW, adamw_
 from updates.muon import Muon
+from updates.slots import Slot
 from updates.views import Views
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +179,7 @@ def test_joined_pieces_are_orthogonalised_as_one_matrix():
 
 
 @dataclasses.dataclass(frozen=True)
-class RowVariance:
+class RowVariance(Slot):
     """A slot that is not in the tree: NorMuon (arXiv 2510.05491), a second moment per neuron; the norm of the
     matrix stays."""
     beta2: float

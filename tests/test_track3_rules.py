@@ -13,6 +13,7 @@ RULES = {  # fixture -> (peak learning rate, settings)
 }
 
 
+@pytest.mark.feature("optim.muon.convergent", "optim.muon.hyperball", "optim.muon.weight_decay")
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_matches_the_original_script(name):
     lr, sets = RULES[name]

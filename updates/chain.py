@@ -23,7 +23,7 @@ def chain(s, group) -> tuple:
         smooth = muon.smoothing
         start = smooth.coef if smooth.start is None else smooth.start
         dtype = getattr(torch, n.newton_schulz)
-        slots.append(Smooth(smooth.coef, start, smooth.steps, smooth.lookahead, dtype))
+        slots.append(Smooth(smooth.coef, start, smooth.ramp_steps, smooth.lookahead, dtype))
     if muon.normuon:
         slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
     if muon.cautious_decay:

@@ -204,7 +204,8 @@ def nearest_records(name: str) -> list[str]:
     if word in ("head", *lineages):
         found.append(f"{(meant or lineages)[0]}/head")
     if number and not found:
-        found = [r.ref for r in members if r.ref.split("/")[1] == number[1]]
+        same = [r for r in members if r.ref.split("/")[1] == number[1]]
+        found = [r.ref for r in same if f"_{r.slug}" == number[2]] or [r.ref for r in same]
     if len(plain) > 2 and not found:
         found = [full for slug, full in by_slug.items() if plain in slug.replace("_", "")]
     if not found:

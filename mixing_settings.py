@@ -1,5 +1,5 @@
-"""Sections of the model that mix streams and tokens, records 58 to 92: hashed bigrams, coefficients per
-token.
+"""Sections of the model that mix streams and tokens, record 34 on: gates, smears, saved streams, hashed
+bigrams, coefficients per token.
 
 In `check(self, s)`, s is the whole Settings.
 """
@@ -38,6 +38,111 @@ def attention_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str
         )
     if s.model.attn.latent:
         yield f"{path} is for ordinary heads, which model.attn.latent replaces: switch one off"
+
+
+# ----- gates, smears, saved streams -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Smear:
+    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1).
+
+    e are rows of the token table, of which W reads the first `channels` channels. The first token of a row
+    keeps its embedding; the previous token may belong to another document.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+    init: float = opt(0.0, "initial lambda; the constant if `learned` is off")
+    learned: bool = opt(True, "learned lambda, one scalar (off: the constant `init`)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from channel_faults("model.embed.smear.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
+class ValueGate:
+    """Value-embedding gate (record 55, @classiclarryd): 2 sigmoid(W n) times each head's value embedding.
+
+    n is the first `channels` channels of the block's normalised input, or half of them are the first ones of
+    the value embedding itself.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+    own_channels: Literal["none", "unpaired", "all"] = opt(
+        "none", "layers in which the second half of the gate's inputs is the first channels of the value "
+        "embedding. none. unpaired: those whose heads are not paired (record 70). all: all (record 81)"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        path = "model.attn.value_embed.gate"
+        yield from channel_faults(f"{path}.channels", self.channels, s)
+        if self.own_channels != "none" and self.channels % 2:
+            yield f"{path}.own_channels takes half of {path}.channels = {self.channels}: give an even number"
+
+
+@dataclass(frozen=True)
+class SkipGate:
+    """Skip gate (record 55, @classiclarryd): 2 sigmoid(W x0), per token, times the weight of each skip.
+
+    x0 is the embedding as the first block gets it, of which W reads the first `channels` channels.
+    """
+    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from channel_faults("model.residual.unet_skips.gate.channels", self.channels, s)
+
+
+@dataclass(frozen=True)
+class Backout:
+    """Backout (record 40): after the last block x <- x - b y, y the stream after an earlier block."""
+    layer: int = opt(8, "block after which y is taken", unit="layer", off=REFUSE, least=0)
+    init: float = opt(0.5, "initial b; the constant if `learned` is off")
+    learned: bool = opt(True, "learned b, one scalar (off: the constant `init`)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.residual.backout.layer", (self.layer,), s)
+        if self.layer == s.model.num_layers - 1:
+            yield (
+                f"model.residual.backout.layer = {self.layer} is the last layer, whose output the stream is "
+                "already: choose an earlier one"
+            )
+
+
+@dataclass(frozen=True)
+class SecondEmbed:
+    """Second input embedding (medium record 10, @snimu): another token table, x02 = norm(row).
+
+    At the entry of every block the stream gets c x02, one c per layer. The stream begins without it.
+    """
+    init: float = opt(0.0, "initial c; the constant if `learned` is off")
+    learned: bool = opt(True, "learned c, one scalar per block (off: the constant `init`)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if s.model.residual.sublayers:
+            yield ("model.embed.second is added at the entry of a block, which model.residual.sublayers "
+                   "replaces: switch one off")
+
+
+@dataclass(frozen=True)
+class LayerReuse:
+    """Layer reuse (medium record 15, @snimu): the head reads a norm(x) + b norm(y) in place of norm(x).
+
+    y is the stream after an earlier block. The sum is not normed again.
+    """
+    layer: int = opt(11, "block after which y is taken", unit="layer", off=REFUSE, least=0)
+    x: float = opt(1.0, "initial a; the constant if `learned` is off")
+    y: float = opt(0.0, "initial b; the constant if `learned` is off")
+    learned: bool = opt(True, "learned a and b, two scalars (off: the constants)", off=False)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from layer_faults("model.residual.layer_reuse.layer", (self.layer,), s)
+
+
+@dataclass(frozen=True)
+class OutputSmear:
+    """Smear-MTP (medium record 16, @snimu): x_t <- x_t + c x_(t-1) for what the head reads.
+
+    The first token of a row keeps its x; the previous token may belong to another document.
+    """
+    init: float = opt(0.0, "initial c; the constant if `learned` is off")
+    learned: bool = opt(True, "learned c, one scalar (off: the constant `init`)", off=False)
 
 
 # ----- attention --------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from layers.primitives import Norm, bias_init, constant, dtype, linear, linear_i
 from layers.primitives import products_dtype, uniform
 from layers.residual import Residual, Stream
 from layers.rotary import Rotary, RotaryTables
-from layers.smear import Smear
+from layers.smear import OutputSmear, Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
@@ -71,6 +71,12 @@ class Embedding(nn.Module):
             self.positions = parameter(
                 (s.data.seq_len, m.model_dim), n.table, role="embed", label="positions", init=normal(0.02)
             )
+        self.second = None
+        if m.embed.second:
+            self.second = parameter(
+                (table_rows(s), m.model_dim), n.table, role="embed", label="embed2",
+                init=normal(0.02 if m.init.scheme == "gpt2" else 1.0)
+            )
         self.smear = Smear(s) if m.embed.smear else None
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
@@ -91,6 +97,13 @@ class Embedding(nn.Module):
             x = x + self.positions[start:start + tokens.size(1)].to(self.residual_dtype)
         return x if self.norm is None else self.norm(x)
 
+    def second_rows(self, tokens):
+        """Rows (R, T, D) of the second table for tokens (R, T), normed like the first one's; or None."""
+        if self.second is None:
+            return None
+        x = F.embedding(tokens, self.second).to(self.residual_dtype)
+        return x if self.norm is None else self.norm(x)
+
 
 class Block(nn.Module):
     """Attention and MLP, each with its norm; either may be dropped in a layer (records 17 and 30)."""
@@ -100,7 +113,7 @@ class Block(nn.Module):
         self.attn = self.mlp = None
         if spec.attn is not None:
             self.rotary = rotary  # one module for all layers of the same width
-            self.attn_norm = Norm(s)
+            self.attn_norm = nn.Identity() if s.model.attn.raw_input else Norm(s)
             self.attn = LatentAttention(s, spec.attn) if s.model.attn.latent else Attention(s, spec.attn)
         if spec.mlp is not None or spec.moe:
             self.mlp_norm = Norm(s)
@@ -314,6 +327,7 @@ class GPT(nn.Module):
             self.values = ValueEmbed(s, self.specs)
         self.sa_lambdas = SALambdas(s, self.specs) if s.model.attn.sa_lambdas else None
         self.norm = Norm(s)
+        self.smear = OutputSmear(s) if s.model.head.smear else None
         self.lm_head = Head(s)
         self.mtp = None
         if s.model.head.mtp and s.model.head.mtp.module:
@@ -351,7 +365,7 @@ class GPT(nn.Module):
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
         x0 = self.embed(tokens, start, self.lm_head.weight if self.tied else None, cache)  # (R, T, D)
-        stream = self.residual.start(x0, self.bigrams(tokens, cache))
+        stream = self.residual.start(x0, self.bigrams(tokens, cache), self.embed.second_rows(tokens))
         x = stream.begin()
         mix = self.values.begin(tokens, stream) if self.values is not None else None
         lambdas = self.sa_lambdas.begin() if self.sa_lambdas is not None else None
@@ -364,7 +378,8 @@ class GPT(nn.Module):
             stream.keep(f"saved.{i}", x)
         stream.enter(len(self.blocks), x)
         h = stream.mix("out", len(self.blocks), x)
-        x = self.norm(h).to(matmul_dtype)
+        x = stream.reuse(self.norm(h), self.norm)
+        x = (x if self.smear is None else self.smear(x, cache)).to(matmul_dtype)
         size = self.tokens_per_rank(context)
         if targets is None:
             return self.lm_head(x, self.embed.weight, size)

@@ -11,27 +11,12 @@ from typing import Any, Literal
 from declare import REFUSE, opt
 from init_settings import Init
 from mixing_settings import (
-    XSA, Bigram, Compose, Lanes, Mudd, Narrow, Sublayers, TokenGates, attention_faults, channel_faults,
-    layer_faults
+    XSA, Backout, Bigram, Compose, Lanes, LayerReuse, Mudd, Narrow, OutputSmear, SecondEmbed, SkipGate, Smear,
+    Sublayers, TokenGates, ValueGate, attention_faults, channel_faults, layer_faults
 )
 
 
 # ----- parts of records 34 to 57 ----------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Smear:
-    """Smear (record 34, @classiclarryd): e_t <- e_t + lambda sigmoid(W e_t) e_(t-1).
-
-    e are rows of the token table, of which W reads the first `channels` channels. The first token of a row
-    keeps its embedding; the previous token may belong to another document.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-    init: float = opt(0.0, "initial lambda; the constant if `learned` is off")
-    learned: bool = opt(True, "learned lambda, one scalar (off: the constant `init`)", off=False)
-
-    def check(self, s: Any) -> Iterator[str]:
-        yield from channel_faults("model.embed.smear.channels", self.channels, s)
-
 
 @dataclass(frozen=True)
 class SALambdas:
@@ -48,54 +33,6 @@ class SALambdas:
         if s.model.attn.latent:
             yield ("model.attn.sa_lambdas multiplies the projections q, k, v and o, which model.attn.latent "
                    "replaces: switch one off")
-
-
-@dataclass(frozen=True)
-class ValueGate:
-    """Value-embedding gate (record 55, @classiclarryd): 2 sigmoid(W n) times each head's value embedding.
-
-    n is the first `channels` channels of the block's normalised input, or half of them are the first ones of
-    the value embedding itself.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-    own_channels: Literal["none", "unpaired", "all"] = opt(
-        "none", "layers in which the second half of the gate's inputs is the first channels of the value "
-        "embedding. none. unpaired: those whose heads are not paired (record 70). all: all (record 81)"
-    )
-
-    def check(self, s: Any) -> Iterator[str]:
-        path = "model.attn.value_embed.gate"
-        yield from channel_faults(f"{path}.channels", self.channels, s)
-        if self.own_channels != "none" and self.channels % 2:
-            yield f"{path}.own_channels takes half of {path}.channels = {self.channels}: give an even number"
-
-
-@dataclass(frozen=True)
-class SkipGate:
-    """Skip gate (record 55, @classiclarryd): 2 sigmoid(W x0), per token, times the weight of each skip.
-
-    x0 is the embedding as the first block gets it, of which W reads the first `channels` channels.
-    """
-    channels: int = opt(12, "input channels of the gate", unit="channel", off=REFUSE)
-
-    def check(self, s: Any) -> Iterator[str]:
-        yield from channel_faults("model.residual.unet_skips.gate.channels", self.channels, s)
-
-
-@dataclass(frozen=True)
-class Backout:
-    """Backout (record 40): after the last block x <- x - b y, y the stream after an earlier block."""
-    layer: int = opt(8, "block after which y is taken", unit="layer", off=REFUSE, least=0)
-    init: float = opt(0.5, "initial b; the constant if `learned` is off")
-    learned: bool = opt(True, "learned b, one scalar (off: the constant `init`)", off=False)
-
-    def check(self, s: Any) -> Iterator[str]:
-        yield from layer_faults("model.residual.backout.layer", (self.layer,), s)
-        if self.layer == s.model.num_layers - 1:
-            yield (
-                f"model.residual.backout.layer = {self.layer} is the last layer, whose output the stream is "
-                "already: choose an earlier one"
-            )
 
 
 @dataclass(frozen=True)
@@ -151,6 +88,8 @@ class Embed:
     smear: Smear | None = opt(None, "smear: each token's embedding gets a gated part of the previous one, "
                                     "before the norm")
     bigram: Bigram | None = opt(None, "bigram embedding: a hashed table of token pairs, added to the stream")
+    second: SecondEmbed | None = opt(None, "second input embedding: another token table, added at every "
+                                           "block")
 
     def check(self, s: Any) -> Iterator[str]:
         if self.learned_positions and s.validation.seq_len > s.data.seq_len:
@@ -171,6 +110,8 @@ class Yarn:
     beta: float = opt(32.0, "upper threshold; pairs with at least this many turns keep their frequency",
                       shrink="turns")
     gain: float = opt(0.2, "growth of the attention scale, per factor e by which the window grows", off=0.0)
+    last: int | None = opt(None, "largest window to which YaRN adapts: larger ones leave the tables as they "
+                                 "are (medium record 18; off: all)", unit="block", least=1)
 
     def check(self, s: Any) -> Iterator[str]:
         if self.beta <= self.alpha:
@@ -265,10 +206,11 @@ class Window:
     rule: Literal["tokens", "tokens_blocks", "blocks", "tokens_back"] = opt(
         "tokens", "rule that says which keys are inside the window")
     block: int = opt(128, "size of a block of tokens", unit="token", off=REFUSE, shrink="length", least=1)
-    growth: Literal["constant", "floor", "ceil", "stages"] = opt(
+    growth: Literal["constant", "floor", "ceil", "cubic", "stages"] = opt(
         "constant", "schedule of w over the run. constant: `start`. floor, ceil: linear from `start` to "
-                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). stages: each "
-                    "entry of `stages` for one of schedule.stages, or for an equal share of the steps")
+                    "`end`, rounded down or up to a multiple of `grain` (at least one grain). cubic: as ceil "
+                    "along 4x^3 - 6x^2 + 3x, x the progress (medium record 8, @jadenj3o). stages: each entry "
+                    "of `stages` for one of schedule.stages, or for an equal share of the steps")
     start: int = opt(1024, "window size at the first step", unit="token",
                      idle="model.attn.window.growth=stages", shrink="length0")
     end: int = opt(1024, "window size towards which the window grows", unit="token",
@@ -395,6 +337,10 @@ class Attention:
                              "sets the widths", unit="head", least=1)
     rope: Rope | None = opt(None, "rotary position embedding: queries and keys are rotated by their position")
     qk_norm: QKNorm | None = opt(None, "QK norm: RMS norm of queries and keys per head")
+    v_norm: bool = opt(False, "value norm (medium record 6): RMS norm of each head's values, before value "
+                              "embeddings are mixed in", off=False)
+    raw_input: bool = opt(False, "raw input (medium record 6): attention reads the stream without a norm",
+                          off=False, needs="model.attn.qk_norm and model.attn.v_norm")
     depth_scale: bool = opt(False, "attention branch scaled by 1/sqrt(2 num_layers) before it is added to "
                                    "the stream", off=False)
     value_residual: ValueResidual | None = opt(
@@ -476,6 +422,8 @@ class Attention:
             )
         if self.saved_input is not None:
             yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
+        if self.v_norm and self.latent:
+            yield "model.attn.v_norm is of ordinary heads, which model.attn.latent replaces: switch one off"
 
 
 @dataclass(frozen=True)
@@ -661,6 +609,8 @@ class Residual:
     unet_skips: UnetSkips | None = opt(None, "U-net skips from the first to the second half of the blocks")
     backout: Backout | None = opt(None, "backout: the stream after an earlier block is subtracted before the "
                                         "final norm")
+    layer_reuse: LayerReuse | None = opt(None, "layer reuse: the head reads the last and an earlier stream, "
+                                               "both normed")
     sublayers: Sublayers | None = opt(None, "factors of the stream and of each branch, per sublayer")
     lanes: Lanes | None = opt(None, "two lanes: from a layer on, attention and MLP read streams of their own",
                               needs="model.residual.sublayers")
@@ -770,6 +720,8 @@ class Head:
     """From the residual stream to logits and the loss."""
     untied: Untied | None = opt(None, "untied head: a weight of its own")
     softcap: Softcap | None = opt(None, "logit soft cap")
+    smear: OutputSmear | None = opt(None, "Smear-MTP: the head reads a part of the previous token's stream "
+                                          "too")
     logit_scale: Literal["one", "rsqrt_dim"] = opt(
         "one", "factor of the logits before the soft cap. one: 1. rsqrt_dim: 1/sqrt(model_dim)")
     bias: bool = opt(False, "bias of the head: a vector that is added to the logits, before the soft cap",

@@ -332,7 +332,23 @@ class Soda:
 
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
-BEFORE_SCALING = ("slow", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft")
+BEFORE_SCALING = (
+    "slow", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft", "smoothing"
+)
+
+
+@dataclass(frozen=True)
+class UpdateSmoothing:
+    """Update smoothing (medium record 13, @acutkosky): b <- s b + (1-s) v, v the orthogonalised update.
+
+    The update becomes b, or with `lookahead` s b + (1-s) v with the new b.
+    """
+    coef: float = opt(0.2, "decay s of the buffer", least=0, below=1)
+    start: float | None = opt(None, "s at step 0, from which it goes linearly to `coef` (off: constant)",
+                              least=0, below=1)
+    ramp_steps: int = opt(3000, "steps in which s goes from `start` to `coef`; without effect if `start` is "
+                                "off", unit="step", shrink="steps", least=1)
+    lookahead: bool = opt(False, "one step ahead: the update is s b + (1-s) v (off: b)", off=False)
 
 
 @dataclass(frozen=True)
@@ -410,6 +426,11 @@ class Muon:
         False, "hyperball: every matrix keeps its Frobenius norm R; the update is rescaled to R, and the "
         "matrix to R after the step (track 3, result 5)", off=False
     )
+    coefficients: tuple[tuple[float, float, float], ...] = opt(
+        (), "coefficients [a, b, c] of each iteration of Newton-Schulz, aX + b(XX^T)X + c(XX^T)^2 X (medium "
+        "record 4, @leloykun); the last ones repeat. Empty: [3.4445, -4.775, 2.0315] throughout", off=()
+    )
+    smoothing: UpdateSmoothing | None = opt(None, "update smoothing: a moving average of the updates")
     ns_steps: int = opt(5, "Newton-Schulz iterations", off=REFUSE, least=1, most=1000)
     update_idle_experts: bool = opt(
         False, "idle experts are updated too: an expert without tokens in a step moves by its momentum, "
@@ -451,6 +472,15 @@ class Muon:
         if self.muown and self.hyperball:
             yield ("optim.muon.muown keeps the norms of rows, and optim.muon.hyperball those of matrices: "
                    "leave one")
+
+    def coefficient_faults(self) -> Iterator[str]:
+        """Messages on coefficients of Newton-Schulz that are not used."""
+        for name in ("polar_express", "polar_express_long", "anvil_maps", "convergent"):
+            if getattr(self, name):
+                yield f"optim.muon.coefficients and optim.muon.{name} exclude each other: switch one off"
+        if len(self.coefficients) > self.ns_steps:
+            yield (f"optim.muon.coefficients has {len(self.coefficients)} triples for optim.muon.ns_steps = "
+                   f"{self.ns_steps}: leave some out, or take more steps")
 
     def moves_after(self) -> list[str]:
         """The settings whose slots change the parameter once more after the step."""

@@ -156,7 +156,7 @@ class Hyper:
 
 
 LABELS = {  # role -> labels that may have settings of their own
-    "embed": ("value_embed", "positions", "bigram"),
+    "embed": ("value_embed", "positions", "bigram", "embed2"),
     "scalar": ("norm", "bias", "o_bias", "resid_lambdas", "x0_lambdas", "skip_weights", "value_lambda",
                "sa_lambdas", "smear_lambda", "backout_lambda", "post_lambdas", "bigram_lambdas", "xsa",
                "mudd_bias", "token_gate_bias", "token_gate_scale"),
@@ -210,6 +210,8 @@ class Optim:
     positions: Label | None = opt(None, "own settings of the position table",
                                    needs="model.embed.learned_positions")
     bigram: TableLabel | None = opt(None, "own settings of the table of bigrams", needs="model.embed.bigram")
+    embed2: TableLabel | None = opt(None, "own settings of the second token table",
+                                    needs="model.embed.second")
     norm: Label | None = opt(None, "own settings of the gains and biases of the norms",
                                    needs="model.norm=layernorm or model.norm_gain")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
@@ -220,18 +222,20 @@ class Optim:
                                             "sublayers",
                                       needs="model.residual.x0_mix.learned or "
                                             "model.residual.sublayers.learned")
-    x0_lambdas: Label | None = opt(None, "own settings of the factors of the embedding in the x0 mix",
-                                   needs="model.residual.x0_mix.learned")
+    x0_lambdas: Label | None = opt(None, "own settings of the factors of the embedding in the x0 mix, and of "
+                                         "the second embedding",
+                                   needs="model.residual.x0_mix.learned or model.embed.second.learned")
     skip_weights: Label | None = opt(None, "own settings of the weights of the U-net skips",
                                    needs="model.residual.unet_skips.learned")
     value_lambda: Label | None = opt(None, "own settings of the lam of the value residual",
                                    needs="model.attn.value_residual.learned")
     sa_lambdas: Label | None = opt(None, "own settings of the factors of the values and their embeddings",
                                    needs="model.attn.value_embed.learned")
-    smear_lambda: Label | None = opt(None, "own settings of the factor of the smear",
-                                     needs="model.embed.smear.learned")
-    backout_lambda: Label | None = opt(None, "own settings of the factor of the backout",
-                                       needs="model.residual.backout.learned")
+    smear_lambda: Label | None = opt(None, "own settings of the factors of the smears",
+                                     needs="model.embed.smear.learned or model.head.smear.learned")
+    backout_lambda: Label | None = opt(None, "own settings of the factors of backout and layer reuse",
+                                       needs="model.residual.backout.learned or "
+                                             "model.residual.layer_reuse.learned")
     post_lambdas: Label | None = opt(None, "own settings of the factors of the branches",
                                      needs="model.residual.sublayers.learned")
     bigram_lambdas: Label | None = opt(None, "own settings of the coefficients of the bigram",
@@ -365,6 +369,8 @@ class Optim:
             yield (
                 f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
             )
+        if self.muon and self.muon.coefficients:
+            yield from self.muon.coefficient_faults()
         if self.muon and self.muon.anvil_maps and self.muon.polar_express:
             yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (

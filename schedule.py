@@ -268,7 +268,10 @@ def long_window(window, steps, step):
     """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
     if window.growth == "constant":
         return window.start
-    value = window.start + (window.end - window.start) * (step / steps)
+    x = step / steps
+    if window.growth == "cubic":
+        x = 4 * x ** 3 - 6 * x ** 2 + 3 * x
+    value = window.start + (window.end - window.start) * x
     grains = math.floor(value / window.grain) if window.growth == "floor" else math.ceil(value / window.grain)
     return max(1, grains) * window.grain
 

@@ -55,7 +55,8 @@ def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
     fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False,
-    long: bool = False, weights: tuple[float, ...] = ()
+    long: bool = False, weights: tuple[float, ...] = (),
+    coefficients: tuple[tuple[float, float, float], ...] = ()
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Orthogonalise each matrix of a batch.
 
@@ -74,8 +75,10 @@ def newton_schulz(
         by_schatten4: |g| is the Schatten 4-norm, at least 1e-7, in place of the Frobenius norm.
         weights: of X_0, X_1, ..., the iterates before each step; then the result is (orthogonalised, sum of
             the weighted iterates).
+        coefficients: (a, b, c) of each step, the last ones repeat; (): the usual ones.
     """
-    coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    usual = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    coefficients = coefficients or usual
     coefficients = (CONVERGENT,) if convergent else POLAR_EXPRESS_LONG if long else coefficients
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)

@@ -59,9 +59,10 @@ class Context:
 
 
 class Cache(list):
-    """The cache of a generation: a list of tensors per layer, and the embedding of the last token."""
+    """The cache of a generation: a list of tensors per layer, and what is kept of the last token."""
     previous: torch.Tensor | None = None  # (R, 1, D), before smear and norm; None: no token yet
     tokens: torch.Tensor | None = None  # (R, T) int64, all tokens so far, for the bigram; None: no token yet
+    output: torch.Tensor | None = None  # (R, 1, D), what the head read, before its smear; None: no token yet
 
 
 def cached_tokens(cache: list | None) -> int:
@@ -163,6 +164,7 @@ class Attention(nn.Module):
             self.gate = parameter((spec.heads, spec.gate), n.gate, role="matrix", label="gate",
                                   views=views.gate(s), init=constant(0.0))
         self.qk_norm = a.qk_norm.order if a.qk_norm else None
+        self.v_norm = a.v_norm
         self.eps = n.norm_eps
         self.qk_eps = n.norm_eps if n.qk_norm_eps is None else n.qk_norm_eps
         self.norm_dtype = dtype(n.norm)
@@ -179,7 +181,7 @@ class Attention(nn.Module):
         """The attention branch.
 
         Args:
-            x: (R, T, D), normed, in the matmul dtype.
+            x: (R, T, D), normed unless model.attn.raw_input, in the matmul dtype.
             rotary: the rotary positions of this layer, or None.
             mix_values: function (v, x) -> v (value residual or value embedding), or None.
             meta: attention metadata of this layer.
@@ -204,6 +206,8 @@ class Attention(nn.Module):
             q, k = self.apply_rotary(qk, rotary, start).chunk(2, dim=2)
         else:
             q, k = (self.apply_rotary(x, rotary, start) for x in qk.chunk(2, dim=2))
+        if self.v_norm:
+            v = self.norm(v)
         if mix_values is not None:
             v = mix_values(v, x)
         offset = 0 if fused else self.spec.key_offset
@@ -213,7 +217,7 @@ class Attention(nn.Module):
         return self.out(y, w_o, b_o)
 
     def norm(self, x):
-        """QK norm of queries or keys (R, T, H, K)."""
+        """RMS norm of queries, keys or values (R, T, H, K) per head."""
         if x.dtype == self.norm_dtype and eager.applies(x):
             return eager.RMSNorm.apply(x, self.qk_eps)
         return rms_norm(x, self.qk_eps, self.norm_dtype)

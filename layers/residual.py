@@ -34,10 +34,10 @@ class Term:
     site: in the order of a layer `skip` and `in` (before attention), `value` (of attention's values), `attn`
     and
         `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
-    source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `bigram`,
-        `start` (the stream before block 0), `saved.i` (the stream after layer i), `attn.i` (after its
-        attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches), `table.i` (the value
-        embedding of layer i) or `lane` (the second lane).
+    source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `x02` (the
+        second embedding), `bigram`, `start` (the stream before block 0), `saved.i` (the stream after layer
+        i), `attn.i` (after its attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches),
+        `table.i` (the value embedding of layer i) or `lane` (the second lane).
     lane: 1: a term of the second lane (record 73).
     """
     site: Literal["start", "skip", "in", "value", "attn", "mlp", "out"]
@@ -169,6 +169,10 @@ class Residual(nn.Module):
         if r.backout:
             self.backout = coefficient(1, r.backout.init, r.backout.learned, n.scalar, "backout_lambda")
             self.add(Term("out", len(specs), f"saved.{r.backout.layer}", Entry("backout", 0, -1.0)))
+        if r.layer_reuse:
+            reuse = r.layer_reuse
+            self.layer_reuse = coefficient(2, (reuse.x, reuse.y), reuse.learned, n.scalar, "backout_lambda")
+            self.sources.add(f"saved.{reuse.layer}")
 
     def add(self, *terms: Term) -> None:
         """Add terms after those that their sites already have."""
@@ -256,6 +260,10 @@ class Residual(nn.Module):
             self.add_shortcut(
                 "x0", shortcut_layers(s, self.specs, x0.layers), site, x0.x0, x0.learned, "x0_lambdas"
             )
+        if m.embed.second:
+            layers, second = shortcut_layers(s, self.specs, None), m.embed.second
+            self.x02_lambdas = coefficient(len(layers), second.init, second.learned, n.scalar, "x0_lambdas")
+            self.add(*(Term(site, i, "x02", Entry("x02_lambdas", k)) for k, i in enumerate(layers)))
         if bigram:
             self.add_shortcut(
                 "bigram", shortcut_layers(s, self.specs, bigram.layers),
@@ -309,10 +317,12 @@ class Residual(nn.Module):
                               Entry("mudd_layer_net", column.name)))
         self.add(*(Term("out", last, column.name, Entry("mudd_out_net", column.name)) for column in out))
 
-    def start(self, x0: torch.Tensor, bigram: torch.Tensor | None = None) -> "Stream":
-        """The Stream of one forward pass: x0 (R, T, D) the embedding, bigram (R, T, D) rows of its table."""
+    def start(self, x0: torch.Tensor, bigram: torch.Tensor | None = None,
+              x02: torch.Tensor | None = None) -> "Stream":
+        """The Stream of one forward pass: x0 (R, T, D) the embedding, bigram (R, T, D) rows of its table, x02
+        (R, T, D) the second embedding."""
         coefs = {name: module() for name, module in self.named_children() if not isinstance(module, TokenNet)}
-        return Stream(self, coefs, x0, bigram)
+        return Stream(self, coefs, {"x0": x0, "bigram": bigram, "x02": x02})
 
     def gate_skips(self, coefs: dict, x0: torch.Tensor) -> None:
         """Multiply the weights of the skips by their gates 2 sigmoid(W x0), where there are gates."""
@@ -326,9 +336,8 @@ class Residual(nn.Module):
 class Stream:
     """The coefficients and saved tensors of one forward pass."""
 
-    def __init__(self, residual: Residual, coefs: dict, x0: torch.Tensor, bigram: torch.Tensor | None):
-        self.residual, self.coefs, self.second = residual, coefs, None
-        self.sources = {"x0": x0, "bigram": bigram}
+    def __init__(self, residual: Residual, coefs: dict, sources: dict[str, torch.Tensor | None]):
+        self.residual, self.coefs, self.sources, self.second = residual, coefs, sources, None
 
     def begin(self) -> torch.Tensor:
         """The stream (R, T, D) before block 0: the embedding, and the first bigram term if it stands here."""
@@ -371,6 +380,14 @@ class Stream:
             if term.source != "x" and not is_number(coef, 0):
                 x = x + scaled(coef, branch if term.source == "branch" else self.sources[term.source])
         return x
+
+    def reuse(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """What the head reads (R, T, D): x, the normed stream, or a x + b norm(y), y an earlier stream."""
+        reuse = self.residual.settings.model.residual.layer_reuse
+        if reuse is None:
+            return x
+        a, b = self.coefs["layer_reuse"]
+        return a * x + b * norm(self.sources[f"saved.{reuse.layer}"])
 
     def values(self, layer: int) -> torch.Tensor | None:
         """What MUDD adds to the values of a layer (R, T, D), or None."""

@@ -112,6 +112,7 @@ class RotaryTables:
         self.numbers = {(rotary.width, rotary.turning, rotary.short): i for i, rotary in enumerate(rotaries)}
         rope, window = s.model.attn.rope, s.model.attn.window
         self.yarn = rope is not None and rope.yarn is not None
+        self.last = rope.yarn.last if self.yarn else None
         sizes = len(window.stages) + 1 if self.yarn and window is not None else 0
         # sizes of the long window so far in blocks, without the first one; 0: not reached yet
         self.reached = np.zeros(sizes, dtype=np.int64)
@@ -119,8 +120,11 @@ class RotaryTables:
         self.scales = self.softmax_scales()
 
     def changes(self, windows: Windows | None) -> list[int]:
-        """Sizes of the long window after the first one, for tables of these windows; [] without YaRN."""
-        return list(windows.long_blocks[1:]) if windows is not None and self.yarn else []
+        """Sizes of the long window after the first one to which the tables of these windows adapt; [] without
+        YaRN."""
+        if windows is None or not self.yarn:
+            return []
+        return [blocks for blocks in windows.long_blocks[1:] if self.last is None or blocks <= self.last]
 
     def stands_at(self, windows: Windows | None) -> bool:
         """Whether the tables match these windows."""
@@ -130,7 +134,7 @@ class RotaryTables:
         """Recompute tables and softmax scales for these windows, unless they match already."""
         if not self.stands_at(windows):
             changes = self.changes(windows)
-            self.fill(windows.long_blocks if changes else ())
+            self.fill((windows.long_blocks[0], *changes) if changes else ())
             self.reached[:] = 0
             self.reached[:len(changes)] = changes
         self.scales = self.softmax_scales()

@@ -1,4 +1,4 @@
-"""Smear: a gated part of the previous token's embedding."""
+"""Smears: a part of the previous token's embedding, or of what the head reads of it."""
 
 import torch
 import torch.nn.functional as F
@@ -35,3 +35,26 @@ class Smear(nn.Module):
             cache.previous = e[:, -1:]
         share = self.lam()[0] * torch.sigmoid(linear(e[..., :self.gate.size(1)], self.gate))  # (R, T, 1)
         return e + share * before
+
+
+class OutputSmear(nn.Module):
+    """x_t <- x_t + c x_(t-1) along the row, for what the head reads (Smear-MTP, medium record 16, @snimu).
+
+    The first token of a row keeps its x. Document boundaries are ignored.
+    """
+
+    def __init__(self, s: Settings):
+        super().__init__()
+        smear = s.model.head.smear
+        self.lam = coefficient(1, smear.init, smear.learned, s.numerics.scalar, "smear_lambda")
+
+    def forward(self, x: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """x (R, T, D), the normed stream after the last block -> (R, T, D).
+
+        cache: in generation. Its last x precedes these, and is then replaced by the last one of these.
+        """
+        first = None if cache is None else cache.output
+        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if first is None else torch.cat([first, x[:, :-1]], dim=1)
+        if cache is not None:
+            cache.output = x[:, -1:]
+        return x + self.lam()[0] * before

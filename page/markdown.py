@@ -23,7 +23,7 @@ def line(values):
 # ----- index ------------------------------------------------------------------------------------------------
 
 def index(site):
-    """records/README.md: one line per record here."""
+    """records/README.md: one line per record here, in a table for each track."""
     lines = [
         GENERATED,
         "# Records\n",
@@ -32,6 +32,32 @@ def index(site):
         "nothing about full scale.\nA record that only runs its parent in another way has no run of its own "
         "and shares its parent's loss.\nBadges: `spec` written from the record's description, `math` equal "
         "to the original in float64, `numerics`\nGPU precision checked, `trained` trained at full scale.\n",
+    ]
+    variants = facts.variants_of(site)
+    for lineage in dict.fromkeys(ref.split("/")[0] for ref in site["records"] if ref not in variants):
+        lines += ["", *track_index(site, lineage)]
+    absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
+    if absent:
+        lines.append(
+            f"\n{facts.plural(len(absent), 'published record')} with no delta here yet: in "
+            "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
+            "[LINEAGE.md](../LINEAGE.md)."
+        )
+    lines.append(
+        "\nWhat authors state that a technique is worth: "
+        "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
+        "[evidence/results](../evidence/results/README.md). All of it in one page: "
+        "[site/index.html](../site/index.html)."
+    )
+    return "\n".join(lines + variants_index(site, variants)) + "\n"
+
+
+def track_index(site, lineage):
+    """The table of one track's records, under a heading with the track's target."""
+    records = {ref: r for ref, r in site["records"].items() if ref.startswith(lineage + "/")}
+    target = next(reversed(records.values())).settings.validation.target
+    lines = [
+        f"## The {lineage} track, target {target:g}\n",
         line(
             [
                 "record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny",
@@ -40,10 +66,7 @@ def index(site):
         ),
         "|" + "---|" * 11,
     ]
-    variants = facts.variants_of(site)
-    for ref, r in site["records"].items():
-        if ref in variants:
-            continue
+    for ref, r in records.items():
         runs = site["runs"][ref]
         minutes = f"{r.published['minutes']:g}" if "minutes" in r.published else ""
         lines.append(
@@ -55,16 +78,7 @@ def index(site):
                 ]
             )
         )
-    absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
-    lines.append(
-        f"\n{facts.plural(len(absent), 'published record')} of both tracks with no delta here yet: in "
-        "[evidence/published/history.csv](../evidence/published/history.csv) with\ntheir people, and in "
-        "[LINEAGE.md](../LINEAGE.md). What authors state that a technique is worth: "
-        "[evidence/published/effects.csv](../evidence/published/effects.csv).\nSweeps made here: "
-        "[evidence/results](../evidence/results/README.md). All of it in one page: "
-        "[site/index.html](../site/index.html)."
-    )
-    return "\n".join(lines + variants_index(site, variants)) + "\n"
+    return lines
 
 
 def variants_index(site, variants):

@@ -13,7 +13,7 @@ from updates.muown import Muown
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
 from updates.spectral import DynMuon, MuonSquared, PMuon
-from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, TwoRails
+from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth, TwoRails
 
 
 # Soft-Muon's weights of the iterates X_0 ... X_11 of the convergent Newton-Schulz (track 3, result 20).
@@ -40,6 +40,10 @@ def orthogonal_momentum(s) -> list:
     if muon.pmuon:
         slots.append(PMuon(muon.pmuon.beta, muon.pmuon.power, muon.pmuon.eps))
     slots.append(orthogonaliser(s))
+    if smooth := muon.smoothing:
+        start = smooth.coef if smooth.start is None else smooth.start
+        dtype = getattr(torch, s.numerics.newton_schulz)
+        slots.append(Smooth(smooth.coef, start, smooth.ramp_steps, smooth.lookahead, dtype))
     if muon.contra:
         slots.append(Contra(muon.contra.strength, muon.contra.steps, muon.norm))
     if muon.soft:
@@ -57,7 +61,7 @@ def orthogonaliser(s):
         n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
         one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
         anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4",
-        soft=SOFT if muon.soft else (), long=muon.polar_express_long
+        soft=SOFT if muon.soft else (), long=muon.polar_express_long, coefficients=muon.coefficients
     )
     if aurora := muon.aurora:
         return Aurora(plain, aurora.iterations, aurora.beta, aurora.wide_only)
@@ -91,7 +95,7 @@ def geometry(s, group) -> list:
         slots.append(UpdateFloor(muon.floor.ratio, muon.floor.per))
     if muon.soda:
         slots.append(Soda(muon.soda.start, muon.soda.steps))
-    if group.weight_decay:
+    if group.weight_decay and not s.numerics.matrix_mantissa:  # those decay before the step (Muon.update_)
         slots.append(Decay(group.weight_decay))
     if muon.radius_pin:
         slots.append(RadiusPin())

@@ -24,6 +24,7 @@ class Muon:
     skips_idle: bool  # do not update experts that received no tokens in this step
     one_by_one: bool  # unit by unit, where a batched product may round differently for another batch size
     slow: SlowMomentum | None = None  # settings of the second momentum buffer
+    decay: float = 0.0  # decoupled weight decay of weights with a kept mantissa; that of others is a slot
 
     name = "muon"
     shared = True  # orthogonalising every matrix on every process costs more than gathering parameters
@@ -35,7 +36,8 @@ class Muon:
         return cls(
             group.lr, slots, getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
             not s.optim.muon.update_idle_experts,
-            s.system.reduction == "ordered" and any(slot.products for slot in slots), s.optim.muon.slow
+            s.system.reduction == "ordered" and any(slot.products for slot in slots), s.optim.muon.slow,
+            group.weight_decay if s.numerics.matrix_mantissa else 0.0
         )
 
     def unit(self, shape, views) -> tuple[int, ...]:
@@ -114,6 +116,9 @@ class Muon:
         before = whole.clone() if self.follows and mask is not None else None
         step = Step(whole, g, state, numbers, views, "", {})
         u, parts = self.chained(step, mask)
+        if self.decay:  # rounded before the step, as in medium record 7
+            decay = numbers["lr"] * self.decay
+            whole.mul_(1 - (decay if mask is None else decay * mask))
         self.apply_(whole, u, numbers)
         for slot in self.follows:
             for part in parts if slot.each_matrix else [step]:

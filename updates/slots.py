@@ -163,6 +163,7 @@ class Orthogonalise(Slot):
     by_schatten4: bool = False
     long: bool = False
     soft: tuple = ()  # weights of the iterates in the sum that updates/contra.py blends in
+    coefficients: tuple = ()
 
     def __call__(self, u, step):
         step.scratch["direction"] = u
@@ -176,12 +177,42 @@ class Orthogonalise(Slot):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
             polar_express=self.polar_express, fused=self.fused, anvil=self.anvil,
-            convergent=self.convergent, by_schatten4=self.by_schatten4, weights=self.soft, long=self.long
+            convergent=self.convergent, by_schatten4=self.by_schatten4, weights=self.soft, long=self.long,
+            coefficients=self.coefficients
         )
         if not self.one_by_one or not len(u):
             return newton_schulz(u, **how)
         found = [newton_schulz(matrix, **how) for matrix in u]
         return [torch.stack(x) for x in zip(*found)] if self.soft else torch.stack(found)
+
+
+@dataclass(frozen=True)
+class Smooth(Slot):
+    """A moving average of the orthogonalised updates v (medium record 13): b <- s b + (1-s) v.
+
+    The update is b, or with `lookahead` s b + (1-s) v. Both are computed in float32 or wider and rounded to
+    `dtype`, that of the buffer. There is no bias correction.
+    """
+    coef: float
+    start: float
+    steps: int
+    lookahead: bool
+    dtype: torch.dtype
+
+    def state(self, unit, dtype, views) -> dict:
+        return {"smoothed_update": (unit, self.dtype)}
+
+    def numbers(self, plan, t) -> dict:
+        x = min(plan.step / self.steps, 1)
+        return {"smoothing": (1 - x) * self.start + x * self.coef}
+
+    def __call__(self, u, step):
+        buffer, s = step.state["smoothed_update"], step.numbers["smoothing"]
+        wide = torch.promote_types(self.dtype, torch.float32)
+        v = u.to(self.dtype).to(wide)
+        buffer.copy_(s * buffer.to(wide) + (1 - s) * v)
+        smoothed = s * buffer.to(wide) + (1 - s) * v if self.lookahead else buffer
+        return smoothed.to(self.dtype).to(u.dtype)
 
 
 FACTORS = {"none": lambda rows, cols: 1.0,

@@ -30,7 +30,7 @@ class Rule(NamedTuple):
 
 
 def read_rules(path: str | Path | None) -> tuple[list[float], list[Rule]]:
-    """(factors, rules, the baseline first) of a table like sweeps/optimizers.toml. UserError if it is none."""
+    """(factors, rules, the baseline first) of a table like sweeps/optimizers.toml. UserError otherwise."""
     path = Path(path or RULES)
     try:
         found = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -41,8 +41,8 @@ def read_rules(path: str | Path | None) -> tuple[list[float], list[Rule]]:
         raise UserError(f"{path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, StopIteration) as error:
         raise UserError(
-            f"{path}: not a table of rules ({type(error).__name__}: {error}): give factors, baseline (a rule's "
-            "name) and rules of name, record and rate, like sweeps/optimizers.toml"
+            f"{path}: not a table of rules ({type(error).__name__}: {error}): give factors, baseline (a "
+            "rule's name) and rules of name, record and rate, like sweeps/optimizers.toml"
         ) from None
     if len({rule.name for rule in rules}) < len(rules) or 1.0 not in factors or min(factors) <= 0:
         raise UserError(f"{path}: names of rules must differ, and factors be positive, with 1.0 among them")
@@ -71,7 +71,8 @@ def tuning(plan: dict, options: Any) -> None:
         for factor in sorted(factors, key=lambda x: x != 1):  # the record's own first
             plan["arms"].append(make_arm(
                 plan, f"{rule.name} x{factor:g}", deltas.find_record(rule.record).ref,
-                change(plan, rule, factor), "arm" if plan["arms"] else "control", rule=rule.name, factor=factor
+                change(plan, rule, factor), "arm" if plan["arms"] else "control", rule=rule.name,
+                factor=factor
             ))
 
 

@@ -39,8 +39,9 @@ SEAL = "sealed.json"
 PROGRAM = {"sources": "sources of the trainer", "torch": "torch", "cpu": "processors"}
 ARM = {"label", "record", "changes", "role", "ml_hash"}
 RESULT = ("status", "val_loss", "seed", "ml_hash", "last_hash", "folder", "arm")
+# what makes two plans the same sweep
 SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence",
-              "numerics_version", "data", "digests", "groups", "arms", "first_seed")  # what makes two plans the same sweep
+              "numerics_version", "data", "digests", "groups", "arms", "first_seed")
 # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
 STALE_S = 120
 

@@ -408,7 +408,8 @@ def restate(path, out=None):
     A report of before is compared within seeds, as every sweep shares them; it then says that this was chosen
     after its runs."""
     found = queue.read_json(path, "name the .json of a report")
-    if not isinstance(found, dict) or found.get("kind") not in ("ablate", "chain", "axis", "optimizers") or not isinstance(
+    kinds = ("ablate", "chain", "axis", "optimizers")
+    if not isinstance(found, dict) or found.get("kind") not in kinds or not isinstance(
             found.get("rows"), list):
         raise UserError(f"{path}: not the report of a sweep; name the .json that `sweep.py report` wrote")
     if found.get("method") not in METHODS.values():

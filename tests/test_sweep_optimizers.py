@@ -1,4 +1,4 @@
-"""Laws of `sweep.py optimizers`: the tuned learning rate, seeds of their own, steps to the baseline's loss."""
+"""Laws of `sweep.py optimizers`: tuned learning rates, seeds of their own, steps to the baseline's loss."""
 
 import json
 

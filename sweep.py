@@ -5,11 +5,12 @@ hold at once.
     python sweep.py axis short/11 optim.muon.lr=0.02,0.08 optim.scalar.lr=0.02,0.08      # every combination
     python sweep.py chain short/1..short/11 --seeds 4                # every record against its parent
     python sweep.py chain variants --scale tiny --seeds 4            # the same of a whole lineage
-    python sweep.py work DIR       # one more worker on the same queue: another GPU, another machine on a
-    shared disk python sweep.py ablate short/11 --scale small --dry-run          # disk, memory and hours;
-    needs neither data nor GPU python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that
-    an effect needs python sweep.py status DIR     # the table so far python sweep.py report DIR --out
-    evidence/results/ablate_11      # JSON, CSV, Markdown, PNG
+    python sweep.py optimizers --scale tiny --seeds 4                # update rules, each with a tuned rate
+    python sweep.py work DIR       # one more worker on the same queue: another GPU or machine
+    python sweep.py ablate short/11 --scale small --dry-run          # disk, memory, hours; no data, no GPU
+    python sweep.py power --sd 0.0088 --effect 0.005                 # seeds that an effect needs
+    python sweep.py status DIR     # the table so far
+    python sweep.py report DIR --out evidence/results/ablate_11      # JSON, CSV, Markdown, PNG
 
 The same command again goes on where it stopped: finished runs are never repeated, failures only with --retry.
 Values of an axis are literal values of the scaled run, as with --set; for one axis at a time make a sweep
@@ -222,6 +223,27 @@ def start(options):
     print_plan(plan, options, root, slots)
     print(f"{'queue' if new else 'going on with the queue'}: {root}", flush=True)
     return run_queue(options, root, plan, slots) if here else submit(options, root, plan)
+
+
+TUNE = {"kind": "tune", "seeds": 1, "controls": None, "paired": True}  # what the tuning is, whatever is asked
+
+
+def optimizers(options):
+    """`sweep.py optimizers`: tune the learning rate of every rule, then compare the rules."""
+    from sweeps.optimizers import chosen, read_rules
+    options.base = read_rules(options.rules)[1][0].record
+    root = Path(options.dir or Path(options.runs) / f"optimizers_{options.scale or 'micro'}")
+    if code := start(argparse.Namespace(**vars(options) | TUNE | {"dir": str(root / "tune")})):
+        return code
+    if options.plan:
+        print(f"then the comparison: every rule with its best learning rate, {options.seeds} seeds each")
+        return 0
+    plan = queue.load_plan(root / "tune")
+    options.chosen = chosen(plan, queue.settled(root / "tune")[0])
+    for rule, (factor, note) in options.chosen.items():
+        print(f"{rule}: learning rate x{factor:g}{f' ({note})' if note else ''}")
+    options.dir = str(root / "comparison")
+    return start(options)
 
 
 def planned_slots(plan, options):
@@ -540,6 +562,9 @@ def parser() -> arguments.Parser:
     c.add_argument(
         "base", metavar="FIRST..LAST", help="like short/1..short/11; or a whole lineage, like variants"
     )
+    planning(c)
+    c = add("optimizers", optimizers, "update rules with tuned learning rates: steps to the baseline's loss")
+    c.add_argument("--rules", metavar="FILE", help="table of rules (default sweeps/optimizers.toml)")
     planning(c)
     powering(add("power", power, "how many seeds an effect needs"))
     c = add("work", work, "one more worker on a queue")

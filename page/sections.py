@@ -31,7 +31,7 @@ def page(site):
 
     content = {
         "summary": summary(site), "worth": worth(site), "history_table": history_table(site),
-        "variants": variants(site), "boards": boards(site), "predict": predict(site),
+        "variants": variants(site), "boards": boards(site), "predict": predict(site), "rules": rules(site),
         "judge": judge(site["judge"]), "frontier": source("frontier.html"), "evidence": evidence(site),
         "style": source("style.css"), "script": source("page.js"), "data": data(site)
     }
@@ -277,6 +277,22 @@ def predict(site):
             'single features '
             "are one run each, from one record folder. Unresolved points are hollow and count. Neither sign "
             "nor size should be carried over from here to full scale.</p>" + prediction_tables(site))
+
+
+def rules(site):
+    """The tables of `sweep.py optimizers`: update rules at equal budget, each with a tuned learning rate."""
+    from sweeps import optimizers, report
+    found = [sweep for sweep in site["sweeps"] if sweep["kind"] == "optimizers"]
+    if not found:
+        return missing("No comparison of update rules is committed yet: `python sweep.py optimizers --scale "
+                       "tiny` makes one.")
+    columns = [("" if i < 3 or i in (4, 8) else ">") + name for i, name in enumerate(optimizers.HEAD)]
+    return "".join(
+        f"<p>{escape(report.headline(sweep))}</p>"
+        + table(columns, [[escape(cell) for cell in row] for row in optimizers.table(sweep)],
+                f"Update rules at {sweep['scale']}")
+        for sweep in found
+    )
 
 
 def prediction_tables(site):

@@ -39,8 +39,9 @@ SEAL = "sealed.json"
 PROGRAM = {"sources": "sources of the trainer", "torch": "torch", "cpu": "processors"}
 ARM = {"label", "record", "changes", "role", "ml_hash"}
 RESULT = ("status", "val_loss", "seed", "ml_hash", "last_hash", "folder", "arm")
+# what makes two plans the same sweep
 SAME_SWEEP = ("kind", "base", "scale", "common", "seeds", "controls", "paired", "confidence",
-              "numerics_version", "data", "digests", "groups", "arms")  # what makes two plans the same sweep
+              "numerics_version", "data", "digests", "groups", "arms", "first_seed")
 # a claim whose heartbeat is older is taken over; above the longest attribute cache of NFS (60 s)
 STALE_S = 120
 
@@ -193,7 +194,8 @@ def name_of(arm, seed):
 
 def seeds_of(plan, arm):
     """The seeds that an arm runs with."""
-    return range(plan["controls"] if arm["role"] == "control" else plan["seeds"])
+    first = plan.get("first_seed", 0)
+    return range(first, first + (plan["controls"] if arm["role"] == "control" else plan["seeds"]))
 
 
 def targets(plan, survivors=None):
@@ -211,10 +213,7 @@ def targets(plan, survivors=None):
                 if is_member != members or (is_member
                                             and arm["group"] not in (survivors or {}).get("kept", ())):
                     continue
-                own = (
-                    [seed] if arm["role"] != "control" else [s for s in seeds_of(plan, arm) if s % n == seed]
-                )
-                for s in own:
+                for s in seeds_of(plan, arm)[seed::n]:
                     out.setdefault(name_of(arm, s), (arm, s))
     return [(name, arm, seed) for name, (arm, seed) in out.items()]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from common import files
 import runlog
 from evidence import statistics
-from sweeps import queue
+from sweeps import optimizers, queue
 from sweeps.plan import compared_with, is_inert, pairs_of
 from common import untrusted
 from common.errors import UserError
@@ -243,7 +243,10 @@ def headline(found):
     what = {
         "ablate": "each feature off in turn; a positive effect means that the feature helps",
         "axis": "settings against the record's own; a negative effect means a lower loss",
-        "chain": "each record against its parent; a negative effect means that the record helps"
+        "chain": "each record against its parent; a negative effect means that the record helps",
+        "tune": "rules with each learning rate of the grid, on one seed; no evidence about a rule",
+        "optimizers": "rules with the best of their learning rates, on seeds that did not choose it; a "
+                      "negative effect means a lower loss than the baseline's"
     }[found["kind"]]
     level = 100 * found["confidence"]
     intervals = (
@@ -294,6 +297,9 @@ def markdown(found):
     lines = [f"# {found['name']}", "", headline(found), "",
              "| # | arm | n | mean | effect | note |", "|--:|---|--:|--:|---|---|"]
     lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in table(found)]
+    if "rules" in found:
+        lines += ["", "| " + " | ".join(optimizers.HEAD) + " |", "|" + "---|" * len(optimizers.HEAD)]
+        lines += ["| " + " | ".join(row) + " |" for row in optimizers.table(found)]
     if found["skipped"]:
         lines += [
             "", "Not switched off:", "", *(f"- `{s['feature']}`: {s['reason']}" for s in found["skipped"])
@@ -366,6 +372,8 @@ def report(root, out=None):
     base = base.with_suffix("") if base.suffix in (".json", ".csv", ".md", ".png") else base
     base = base if base.parent != Path(".") or (out and out.startswith("./")) else Path(root) / base
     found = evidence(plan, done, failed, survivors, base.name)
+    if plan["kind"] == "optimizers":
+        found["rules"] = optimizers.rows(root, plan, done)
     return found, write(found, base)
 
 
@@ -400,7 +408,8 @@ def restate(path, out=None):
     A report of before is compared within seeds, as every sweep shares them; it then says that this was chosen
     after its runs."""
     found = queue.read_json(path, "name the .json of a report")
-    if not isinstance(found, dict) or found.get("kind") not in ("ablate", "chain", "axis") or not isinstance(
+    kinds = ("ablate", "chain", "axis", "optimizers")
+    if not isinstance(found, dict) or found.get("kind") not in kinds or not isinstance(
             found.get("rows"), list):
         raise UserError(f"{path}: not the report of a sweep; name the .json that `sweep.py report` wrote")
     if found.get("method") not in METHODS.values():

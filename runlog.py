@@ -272,7 +272,7 @@ def standing(events):
     kept = []
     for event in events:
         if event["kind"] == "resume":
-            kept = [e for e in kept if e["kind"] != "end" and not (
+            kept = [e for e in kept if e["kind"] not in ("stream", "end") and not (
                 e["kind"] in ("validation", "experts", "checkpoint") and e["step"] >= event["step"])]
         kept.append(event)
     return kept
@@ -324,13 +324,34 @@ def claim(file, folder):
         pass  # a file system without locks
 
 
+def ended(events):
+    """Has a run with these events nothing left to do?"""
+    return bool(events) and events[-1]["kind"] == "end" and events[-1]["status"] != "interrupted"
+
+
 def refuse_ended(folder, events):
     """UserError if the events are those of a run that has nothing left to do."""
-    end = events[-1]
-    if end["kind"] == "end" and end["status"] != "interrupted":
+    if ended(events):
+        end = events[-1]
         raise UserError(
             f"{folder}: the run has {end['status']} after {end['steps']} steps: nothing to resume"
         )
+
+
+def complete(folder):
+    """Write log.txt and summary.json of an ended run again where a kill, after its last event, has left them
+    behind. UserError if the run is under way."""
+    folder = Path(folder)
+    with open(folder / "run.jsonl", "ab") as file:
+        claim(file, folder)
+        links = read_links(folder / "run.jsonl", torn=True)
+        events = [event for event, _ in links]
+        text = "".join(f"{line}\n" for event in events for line in render(event))
+        summary = files.json_text(summarise(events, links[-1][1]), indent=1) + "\n"
+        for name, content in (("log.txt", text), ("summary.json", summary)):
+            path = folder / name
+            if not path.exists() or path.read_bytes() != files.encoded(content):
+                files.write(path, content)
 
 
 class RunLog:

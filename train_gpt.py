@@ -169,7 +169,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
                     found = checkpoint.begin_again(run, options.resume, about)
             return finish(conduct(run, options, found), run, resolved, options)
         except KeyboardInterrupt:
-            if run is None:
+            if run is None or run.log.events[-1]["kind"] == "end":
                 raise
             with hold():
                 run.close()
@@ -445,6 +445,10 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         lines += load.remark(results, os.cpu_count() or 1) + report.interruptions(log.events)
         # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
+    # before the end: a log that calls the run finished stands next to everything that was asked for
+    weights = None
+    if status == "finished" and options.save_checkpoint:
+        weights = report.save_checkpoint(run, resolved, results["val_loss"])
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
@@ -454,10 +458,12 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         return INTERRUPTED if status == "interrupted" else DIVERGED
     if world.main:
         world.say(f"log: {log.folder}")
-    if run.checkpoints is not None:  # of a run that is over; this makes room, too
+    if run.checkpoints is not None:  # of a run that is over
         run.checkpoints.remove()
-    if options.save_checkpoint:
-        report.save_checkpoint(run, resolved, results["val_loss"])
+    if weights is not None:  # there was no room for them; now there may be
+        report.write_checkpoint(run, weights)
+    if options.save_checkpoint and world.main:
+        world.say(f"checkpoint: {log.folder / report.WEIGHTS}")
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED

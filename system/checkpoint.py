@@ -41,11 +41,11 @@ import schema
 from common import files
 from common.errors import UserError
 from system.hooks import beside_optimizer
+from system.resume import CHECKPOINTS as FOLDER
 from system.run import Run
 from system.world import World
 
 VERSION = 1
-FOLDER = "checkpoints"
 PATTERN = "step*.pt"
 ROOM = 1.05  # free space that a checkpoint needs, in its own bytes
 AHEAD = 2  # steps

@@ -12,6 +12,7 @@ import runlog
 import schedule
 import schema
 from common import files, repository
+from common.errors import UserError
 from declare import lookup
 from data.shards import Corpus, corpus_digest, val_digest
 from data.stream import stream_digest
@@ -25,6 +26,8 @@ from system import compiler, load, memory, resume
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
 from system.world import World
+
+WEIGHTS = "checkpoint.pt"
 
 
 def describe(
@@ -172,15 +175,15 @@ def verdict(
     return lines
 
 
-def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
-    """Write checkpoint.pt in the run folder. UserError if that fails: then no partial file is left.
+def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> io.BytesIO | None:
+    """Write checkpoint.pt in the run folder, whole or not at all. Collective.
 
-    Log and verdict are already written.
+    Returns None, or its bytes if the disk did not take them: they can be written once the log has its end.
     """
     state = run.model.full_state_dict()  # every process takes part
     if not run.world.main:
-        return
-    path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
+        return None
+    image = io.BytesIO()
     torch.save(
         {
             "model": state,
@@ -191,10 +194,19 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
         },
         image,
     )
+    try:
+        write_checkpoint(run, image)
+    except UserError:
+        return image
+    return None
+
+
+def write_checkpoint(run: Run, image: io.BytesIO) -> None:
+    """Write the bytes of checkpoint.pt. UserError if that fails: then no partial file is left."""
     files.write(
-        path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space"
+        run.log.folder / WEIGHTS, image.getbuffer(),
+        remedy="the log is complete, only the checkpoint is missing; free some space"
     )
-    run.world.say(f"checkpoint: {path}")
 
 
 def results(run: Run) -> dict:

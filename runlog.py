@@ -225,6 +225,8 @@ def render(event):
             f"resumed {source} at step {event['step']}, {event['utc']}: {event['lost_steps']} steps, "
             f"{event['lost_ms'] / 1000:.1f} s on the clock, are done again"
         ]
+    if kind == "guard":
+        return [f"guard: {event['message']}"]
     if kind == "end":
         memory = (
             [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
@@ -272,7 +274,7 @@ def standing(events):
     kept = []
     for event in events:
         if event["kind"] == "resume":
-            kept = [e for e in kept if e["kind"] not in ("stream", "end") and not (
+            kept = [e for e in kept if e["kind"] not in ("stream", "guard", "end") and not (
                 e["kind"] in ("validation", "experts", "checkpoint") and e["step"] >= event["step"])]
         kept.append(event)
     return kept
@@ -281,6 +283,7 @@ def standing(events):
 def summarise(events, last_hash):
     """summary.json of a run: what its events say, in one flat table."""
     resumed = [e["step"] for e in events if e["kind"] == "resume"]
+    guards = [e["message"] for e in events if e["kind"] == "guard"]
     events = standing(events)
     by_kind = {e["kind"]: {k: v for k, v in e.items() if k not in PRIVATE} for e in events}
     curve = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
@@ -289,7 +292,8 @@ def summarise(events, last_hash):
     return {
         **end, "tokens_per_second": rate, "curve": curve,
         "stream_digest": by_kind.get("stream", {}).get("digest"), "reset": by_kind.get("reset"),
-        **balance(events), **({"resumed": resumed} if resumed else {}), **by_kind["start"],
+        **balance(events), **({"resumed": resumed} if resumed else {}),
+        **({"guards": guards} if guards else {}), **by_kind["start"],
         "last_hash": last_hash
     }
 

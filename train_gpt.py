@@ -68,6 +68,7 @@ from schedule import StepPlan
 from settings import LOGICAL_RANKS
 from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
 from system.comm import communication
+from system.guards import Guards, Tripped
 from system.hooks import hooks_of, validating
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 from system.place import Place
@@ -232,6 +233,8 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
         run.interrupt.patient = True
         run.interrupt.check()
         status = loop(run, found.about["digests"] if found else {})
+    except Tripped as tripped:
+        status = report.stopped_by_guard(run, tripped)
     except torch.OutOfMemoryError as error:
         raise UserError(preflight.out_of_memory(run, error)) from None
     except UserError as error:  # a shard is gone, a disk is full
@@ -254,7 +257,7 @@ def loop(run: Run, digests: dict[str, str]) -> str:
     """The timed steps, and between them the validations, during which the clock is stopped.
 
     digests: of the tokens before the first step of a run that continues, by logical rank.
-    Returns "finished" or "diverged".
+    Returns "finished" or "diverged". Tripped if a guard stops the run.
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
     if run.seams is not None:
@@ -262,6 +265,7 @@ def loop(run: Run, digests: dict[str, str]) -> str:
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.stream.skip(run.first_step, digests)
     run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
+    run.guards = Guards(run.world, run.optimizer)
     for step in range(run.first_step, len(run.plans) + 1):
         run.stop_or_save(step)
         if schedule.validates(run.s, step) and not validation(run, step):
@@ -275,6 +279,7 @@ def loop(run: Run, digests: dict[str, str]) -> str:
                 run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos
             )
             run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
+            run.guards.after_step(step, run.train_losses[-1])
             run.progress.show(step + 1, run.train_losses[-1], run.clock.read_ms())
         run.steps_done = step + 1
 
@@ -345,12 +350,16 @@ def prefix_targets(run: Run, step_plan: StepPlan, device: torch.device) -> tuple
 # ----- validation -------------------------------------------------------------------------------------------
 
 def validation(run: Run, step: int) -> bool:
-    """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
+    """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite.
+
+    Tripped if a guard stops the run.
+    """
     run.progress.clear()
     run.batches.drain()  # no prefetch while the clock is stopped
     if run.s.validation.canonical_mask and step == len(run.plans):
         run.seams.collect()  # made during the run, and waited for on the clock
     run.clock.stop()
+    run.guards.agree()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
     loss = validation_loss(run, step)
@@ -439,6 +448,9 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     """Finish the log, print how the run ended, and return the exit code."""
     world, log, target, lines, reached = run.world, run.log, run.s.validation.target, [], None
     results = report.results(run) if status == "interrupted" else report.gathered_results(run)
+    if run.tripped is not None:
+        results["val_loss"], lines = math.nan, [run.tripped]
+        world.say(*lines)
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])

@@ -26,6 +26,7 @@ from optim import Optimizer
 from report import Report, stop_in_order
 from runlog import RunLog
 from system.checkpoint import Checkpoints
+from system.guards import Guards
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_microbatch
 from system.run import Clock, Profiler, Progress, Run
@@ -53,6 +54,7 @@ def begin(ref, scale, data, out):
     )
     run.stream = Stream(corpus, ranks=world.ranks, **stream_arguments(s))
     run.batches = Prefetch(run.stream, len(plans))
+    run.guards = Guards(world, optimizer)
     run.clock.start()
     return run
 

@@ -40,6 +40,7 @@ import runlog
 import schema
 from common import files
 from common.errors import UserError
+from system import guards
 from system.hooks import beside_optimizer
 from system.resume import CHECKPOINTS as FOLDER
 from system.run import Run
@@ -49,6 +50,7 @@ VERSION = 1
 PATTERN = "step*.pt"
 ROOM = 1.05  # free space that a checkpoint needs, in its own bytes
 AHEAD = 2  # steps
+DIGESTS = "guard/digests"
 # what may have changed since a run began; the event `resume` tells it again
 CONTINUES = (
     "system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm", "attention"
@@ -73,6 +75,7 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
     yield "generator/cpu", torch.get_rng_state()
     if run.world.cuda:
         yield "generator/cuda", torch.cuda.get_rng_state()
+    yield DIGESTS, run.guards.digests()  # (processes, banks) int64
 
 
 def about(run: Run, step: int) -> dict[str, Any]:
@@ -336,7 +339,8 @@ class Checkpoints:
             files.remove_unfinished(self.folder, "step")
 
     def before_step(self, step: int) -> None:
-        """Save, if that is due. KeyboardInterrupt, on all processes, after the checkpoint of a stop."""
+        """Save, if that is due. On all processes: KeyboardInterrupt after the checkpoint of a stop, Tripped if
+        process 0 has found something."""
         run, asked = self.run, self.run.interrupt
         if asked.asked and not run.world.main and not asked.follows:
             raise KeyboardInterrupt  # process 0, on another machine, cannot be told
@@ -344,7 +348,9 @@ class Checkpoints:
             self.heartbeat.beat(step, run.clock.read_ms())
         self.report()
         wish = "stop" if asked.asked else "save" if self.is_time() else ""
-        wish = self.ahead.decide(step, wish)
+        wish = self.ahead.decide(step, "guard" if run.guards.finding else wish)
+        if wish == "guard":
+            run.guards.agree_on_findings()
         if self.every[0] == "steps" and run.first_step < step < len(run.plans) and step % self.every[1] == 0:
             wish = wish or "save"
         self.due = "stop" if "stop" in (wish, self.due) else wish or self.due
@@ -391,6 +397,7 @@ class Checkpoints:
             arrived.synchronize()
         began, path = time.perf_counter(), self.folder / f"step{kept['step']:07d}.pt"
         self.folder.mkdir(exist_ok=True)
+        refuse_unsound(self.run, self.buffers)
         digest = write(path, kept, self.buffers)
         for old in sorted(files.listed(self.folder, PATTERN))[:-self.keep]:
             old.unlink()
@@ -417,6 +424,15 @@ class Checkpoints:
         """Remove the checkpoints: the run has finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def refuse_unsound(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    """UserError if the state of a run is not worth keeping: the last good checkpoints stay."""
+    own = {name: x for name, x in tensors.items() if name.startswith("optimizer/")}
+    if names := guards.not_finite(own):
+        raise UserError(f"{names[0].partition('/')[2]} is not finite, with {len(names) - 1} other tensors")
+    if fields := guards.differing(run.optimizer.banks, tensors[DIGESTS].numpy()):
+        raise UserError(fields["message"])
 
 
 def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:

@@ -23,6 +23,7 @@ from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory, resume
+from system.guards import Tripped
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
 from system.world import World
@@ -71,6 +72,17 @@ def interruptions(events: list[dict]) -> list[str]:
         return []
     steps = f"step{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}"
     return [f"resumed at {steps} after an interruption, with the time of lost steps on the clock: no record"]
+
+
+def stopped_by_guard(run: Run, tripped: Tripped) -> str:
+    """Log what a guard has found. Returns the status of the run."""
+    run.progress.clear()
+    if run.clock.began is not None:
+        run.clock.stop()
+    event = run.log.event("guard", **{"step": run.steps_done, **tripped.fields})
+    run.world.say(*runlog.render(event))
+    run.tripped = tripped.fields["message"]
+    return "diverged"
 
 
 def remedy(run: Run) -> str:

@@ -24,6 +24,7 @@ from schedule import StepPlan
 from settings import Settings
 from system import load
 from system.compiler import CacheFile
+from system.guards import Guards
 from system.hooks import Stateful
 from system.sampler import Sampler
 from system.seams import Seams
@@ -156,6 +157,7 @@ class Run:
     progress: Progress
     sinks: Sinks = field(default_factory=Sinks)
     checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
+    guards: Guards | None = None  # from the start of the clock on
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
     # since the last validation, of this process's ranks
@@ -167,6 +169,7 @@ class Run:
     epoch: int = 0  # the highest of all logical ranks at the last validation
     sampler: Sampler | None = None  # of a sampled softmax
     seams: Seams | None = None  # of canonical masking
+    tripped: str | None = None  # what a guard has found, in one line
     prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
 
     def __post_init__(self) -> None:
@@ -192,7 +195,11 @@ class Run:
         return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 
     def stop_or_save(self, step: int) -> None:
-        """Before a step: save a checkpoint if one is due, and KeyboardInterrupt if a signal asked to stop."""
+        """Before a step: save a checkpoint if one is due.
+
+        KeyboardInterrupt if a signal asked to stop, Tripped if a guard did.
+        """
+        self.guards.check()
         if self.checkpoints is None:
             self.interrupt.check()
         else:

@@ -179,7 +179,9 @@ def trial(ref, processes, home, steps, generator):
         if folder is None:
             shutil.rmtree(out, ignore_errors=True)
         ids = begin(arguments(ref, out, steps) if folder is None else resumed(folder, out), processes)
-        codes = waited(ids, generator.uniform(0, seconds / (3 if steps == STEPS else 1)))
+        # the time grows: a machine that became busy would otherwise kill every start before its first step
+        limit = seconds / (3 if steps == STEPS else 1) * 1.1 ** len(moments)
+        codes = waited(ids, generator.uniform(0, limit))
         if len(codes) == len(ids):
             break
         kill([i for i in ids if i not in codes], generator)

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -365,6 +366,7 @@ class RunLog:
         """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
         counts. folder: of a run that is resumed; None: a new one."""
         self.active, self.events, self.previous = active, [], GENESIS
+        self.lock = threading.RLock()  # one event at a time
         self.began = time.perf_counter() if began is None else began
         self.before_ms = 0.0  # wall_ms of the last event before a resume
         if not active:
@@ -425,15 +427,21 @@ class RunLog:
 
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
-        event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
-        line, self.previous = chain_line(self.previous, event)
-        event = measured(event)
-        if self.active:
-            self.write("run.jsonl", line)
-            for text in render(event):
-                self.write("log.txt", text)
-        self.events.append(event)
-        return event
+        with self.lock:
+            event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
+            line, self.previous = chain_line(self.previous, event)
+            event = measured(event)
+            if self.active:
+                self.write("run.jsonl", line)
+                for text in render(event):
+                    self.write("log.txt", text)
+            self.events.append(event)
+            return event
+
+    def last_event(self, kind, **fields):
+        """An event after which this process ends: no other thread can add one any more."""
+        self.lock.acquire()
+        return self.event(kind, **fields)
 
     def start(self, about, settings):
         """Sources (once per content, next to the run folders), environment and settings (nested plain

@@ -232,7 +232,7 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
             run.checkpoints = checkpoint.Checkpoints(run, options.checkpoint_every, options.keep_checkpoints)
         run.interrupt.patient = True
         run.interrupt.check()
-        status = loop(run, found.about["digests"] if found else {})
+        status = loop(run, found.about["digests"] if found else {}, options.stall_timeout)
     except Tripped as tripped:
         status = report.stopped_by_guard(run, tripped)
     except torch.OutOfMemoryError as error:
@@ -253,10 +253,11 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
     return status
 
 
-def loop(run: Run, digests: dict[str, str]) -> str:
+def loop(run: Run, digests: dict[str, str], patience: tuple[str, float] | None = None) -> str:
     """The timed steps, and between them the validations, during which the clock is stopped.
 
     digests: of the tokens before the first step of a run that continues, by logical rank.
+    patience: ("seconds", t) after which a run without progress is ended; None: never.
     Returns "finished" or "diverged". Tripped if a guard stops the run.
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
@@ -266,13 +267,17 @@ def loop(run: Run, digests: dict[str, str]) -> str:
     run.stream.skip(run.first_step, digests)
     run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
     run.guards = Guards(run.world, run.optimizer)
+    if patience is not None:
+        run.watchdog = report.watchdog(run, patience[1])
     for step in range(run.first_step, len(run.plans) + 1):
+        run.begins("between two steps")
         run.stop_or_save(step)
         if schedule.validates(run.s, step) and not validation(run, step):
             return "diverged"
         if step == len(run.plans):
             return "finished"
         run.profiler.before_step(step)
+        run.begins(f"step {step}")
         with no_host_reads(run.world.cuda, f"step {step}") if run.check_sync else contextlib.nullcontext():
             step_plan = run.plans[step]
             inputs, targets, documents = to_rows(
@@ -397,7 +402,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         return found
 
     with validating(run.hooks, windows):
-        return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
+        return validate(run.compiled, run.rows, run.world, context, limit, run.between_chunks)
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ OPTIONAL = {
               "environment", "launch"),
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
+    "guard": ("last_steps",),
     "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
     "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
                "machine", "cpu", "cores", "comm", "attention"),

@@ -62,6 +62,7 @@ class Guards:
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
         self.cuts: dict[Bank, tuple[list[str], list[int]]] = {}
+        self.looked_at = -1  # the last step whose numbers were looked at
         self.under_way = collections.deque()  # (step, names, values on the host, CUDA event or None)
         optimizer.watch = self.watch
 
@@ -108,6 +109,11 @@ class Guards:
         self.under_way.append((step, (LOSS, *self.names), values, arrived))
         self.look()
 
+    def last_step(self) -> int:
+        """The last step whose numbers have arrived, -1 before the first; for any thread."""
+        done = [step for step, _, _, arrived in [*self.under_way] if arrived is None or arrived.query()]
+        return max([self.looked_at, *done])
+
     def look(self, wait: bool = False) -> None:
         """Look at what has arrived. wait: at everything, until it has."""
         while self.under_way and self.finding is None:
@@ -117,6 +123,7 @@ class Guards:
                     return
                 arrived.synchronize()
             self.under_way.popleft()
+            self.looked_at = step
             finite = np.isfinite(values.numpy())
             if not finite.all():
                 self.finding = Finding(step, tuple(name for name, good in zip(names, finite) if not good))

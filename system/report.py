@@ -26,6 +26,7 @@ from system import compiler, load, memory, resume
 from system.guards import Tripped
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
+from system.stall import Watchdog
 from system.world import World
 
 WEIGHTS = "checkpoint.pt"
@@ -83,6 +84,14 @@ def stopped_by_guard(run: Run, tripped: Tripped) -> str:
     run.world.say(*runlog.render(event))
     run.tripped = tripped.fields["message"]
     return "diverged"
+
+
+def watchdog(run: Run, limit: float) -> Watchdog:
+    """The watchdog of a run, which logs what it finds and how the run goes on."""
+    def stop(steps: list[int], text: str) -> None:
+        run.log.last_event("guard", what="stall", step=max(steps) + 1, tensors=[], last_steps=steps,
+                           message=text + remedy(run))
+    return Watchdog(run.world, limit, run.guards.last_step, stop)
 
 
 def remedy(run: Run) -> str:

@@ -29,6 +29,7 @@ from system.hooks import Stateful
 from system.sampler import Sampler
 from system.seams import Seams
 from system.sinks import Sinks
+from system.stall import Watchdog
 from system.world import World
 
 
@@ -158,6 +159,7 @@ class Run:
     sinks: Sinks = field(default_factory=Sinks)
     checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
     guards: Guards | None = None  # from the start of the clock on
+    watchdog: Watchdog | None = None  # from the start of the clock on, unless it is off
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
     # since the last validation, of this process's ranks
@@ -205,7 +207,19 @@ class Run:
         else:
             self.checkpoints.before_step(step)
 
+    def begins(self, doing: str) -> None:
+        """Tell the watchdog that the run goes on, and with what."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    def between_chunks(self) -> None:
+        """Between two chunks of a validation."""
+        self.begins("validation")
+        self.interrupt.check()
+
     def close(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.close()
         if self.batches is not None:
             self.batches.close()
         if self.checkpoints is not None:

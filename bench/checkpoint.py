@@ -1,8 +1,8 @@
-"""What a checkpoint costs: `python bench/checkpoint.py [--records short/11 ...] [--scale tiny] [--out JSON]`.
+"""What a checkpoint and the guards cost: `python bench/checkpoint.py [--records short/11 ...] [--out JSON]`.
 
 For each record on one process the CPU time of a training step, of the copy of the state between two steps,
 and of the thread that makes digest and file; and both together in percent of the steps between two
-checkpoints (--every 100). CPU time, least of the repeats, so that other programs do not count. On a GPU the
+checkpoints (--every 100). The guards (system/guards.py) are measured in each step, which contains them. CPU time, least of the repeats, so that other programs do not count. On a GPU the
 times of the step and of the copy are those of the wall, and the thread works next to the training.
 """
 
@@ -73,12 +73,15 @@ def measured(ref, scale, data, every, repeats):
     with tempfile.TemporaryDirectory() as out:
         run = begin(ref, scale, data, out)
         saver = Checkpoints(run, ("steps", every), keep=2)
-        steps, copies, writes = [], [], []
+        steps, copies, writes, norms, looks = [], [], [], [], []
+        watch, cuda = run.guards.watch, run.world.cuda
+        run.optimizer.watch = lambda gradients: norms.append(spent(lambda: watch(gradients), cuda))
 
         def step():
             plan = run.plans[run.steps_done]
             rows = to_rows(run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos)
-            train_step(run, plan, *rows)
+            loss = train_step(run, plan, *rows)
+            looks.append(spent(lambda: run.guards.after_step(plan.step, loss), cuda))
             run.steps_done += 1
 
         # the first repeat makes buffers, state and caches
@@ -92,11 +95,12 @@ def measured(ref, scale, data, every, repeats):
         run.close()
         run.log.close()
     step_ms, copy_ms, write_ms = (1000 * min(x[1:]) for x in (steps[1:], copies, writes))
-    both = copy_ms + write_ms
+    both, guard_ms = copy_ms + write_ms, 1000 * (min(norms[2:]) + min(looks[2:]))
     return {"parameters": run.model.num_parameters(), "mb": round(written["bytes"] / 1e6, 1),
             "step_ms": round(step_ms, 1), "copy_ms": round(copy_ms, 2), "write_ms": round(write_ms, 1),
             "percent": round(100 * both / (every * step_ms), 3),
-            "percent_of_one_step": round(100 * both / step_ms, 1)}
+            "percent_of_one_step": round(100 * both / step_ms, 1),
+            "guard_ms": round(guard_ms, 3), "guard_percent": round(100 * guard_ms / step_ms, 3)}
 
 
 def main():
@@ -119,8 +123,8 @@ def main():
         )
         if "failed" not in row:
             print(f"{ref}: a step {row['step_ms']} ms, a checkpoint of {row['mb']} MB {row['copy_ms']} ms of "
-                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps",
-                  flush=True)
+                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps; "
+                  f"guards {row['guard_ms']} ms, {row['guard_percent']} % of a step", flush=True)
     sys.exit(report.finish())
 
 

@@ -23,10 +23,7 @@ no gradient is left.
 import dataclasses
 import hashlib
 import json
-import math
-import mmap
 import shutil
-import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +38,7 @@ import schema
 from common import files
 from common.errors import UserError
 from system import guards
+from system.heartbeat import Heartbeat, beaten
 from system.hooks import beside_optimizer
 from system.resume import CHECKPOINTS as FOLDER
 from system.run import Run
@@ -239,42 +237,6 @@ def refuse_foreign(kept: dict[str, Any], log: runlog.RunLog, ml_hash: str, seed:
 
 
 # ----- what the clock has counted ---------------------------------------------------------------------------
-
-class Heartbeat:
-    """(steps done, milliseconds on the clock) in a mapped file: a killed process has left them there.
-
-    They cost a copy of 16 bytes a step. Without such a file (a read-only folder) nothing is kept.
-    """
-    FORM = struct.Struct("<qd")
-
-    def __init__(self, path: Path) -> None:
-        self.map = None
-        try:
-            path.parent.mkdir(exist_ok=True)
-            files.write(path, bytes(self.FORM.size))
-            with open(path, "r+b") as file:
-                self.map = mmap.mmap(file.fileno(), self.FORM.size)
-        except (OSError, ValueError, UserError):
-            pass
-
-    def beat(self, steps: int, clock_ms: float) -> None:
-        if self.map is not None:
-            self.FORM.pack_into(self.map, 0, steps, clock_ms)
-
-    @classmethod
-    def read(cls, path: Path) -> tuple[int, float]:
-        """What was kept last; (0, 0.0) if there is nothing to read."""
-        try:
-            steps, clock_ms = cls.FORM.unpack(path.read_bytes())
-        except (OSError, struct.error):
-            return 0, 0.0
-        return (steps, clock_ms) if steps >= 0 and math.isfinite(clock_ms) else (0, 0.0)
-
-
-def beaten(folder: Path) -> Path:
-    """The file of the heartbeat."""
-    return folder / FOLDER / "clock"
-
 
 def lost(folder: Path, events: list[dict], found: Found | None) -> tuple[int, float]:
     """(steps, milliseconds on the clock) that a run did after the checkpoint from which it continues."""

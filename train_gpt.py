@@ -8,8 +8,8 @@
 Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset ->
 loop -> verdict); loop (the clock); train_step; validate. Everything around them is in system/.
 
-Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
-4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
+Exit codes: 0 target reached (or none set), 1 a process lost or stalled, 2 bad input or a file that cannot be
+written, 3 target missed, 4 diverged or stopped by a guard, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -455,7 +455,6 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     results = report.results(run) if status == "interrupted" else report.gathered_results(run)
     if run.tripped is not None:
         results["val_loss"], lines = math.nan, [run.tripped]
-        world.say(*lines)
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])

@@ -96,9 +96,9 @@ LETTERS = {
     "guard": "g", "stream": "t", "resume": "c", "end": "e"
 }
 # any log that a kill may leave, resumed or not; a whole one matches WHOLE
-LIFE = "p?(r(k*vx?)*k*g?t?)?e?"
+LIFE = "p?(r([kg]*vx?)*[kg]*t?)?e?"
 BEGUN = re.compile(f"s{LIFE}(c{LIFE})*")
-WHOLE = re.compile("sp?r(k*vx?)+k*g?te")
+WHOLE = re.compile("sp?r([kg]*vx?)+[kg]*te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
 LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle

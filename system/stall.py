@@ -40,7 +40,7 @@ class Watchdog:
         self.patience = limit if world.main else limit + 3 * self.every
         self.doing, self.since = "the first step", time.monotonic()
         self.posts = {}  # rank -> (text, when it was first seen)
-        self.store = None
+        self.store, self.alone = None, world.size == 1
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self.run, name="stall", daemon=True)
         self.thread.start()
@@ -67,7 +67,7 @@ class Watchdog:
     def exchange(self) -> None:
         """Tell the other processes where this one is, and read where they are."""
         self.posts[self.world.rank] = self.last_step(), self.doing, time.monotonic(), ""
-        if self.world.size == 1:
+        if self.alone:
             return
         try:
             if self.store is None:  # a connection of its own: the main thread may wait inside the other one
@@ -81,7 +81,7 @@ class Watchdog:
                 if rank != self.world.rank and self.store.check([key]):
                     self.see(rank, self.store.get(key).decode())
         except RuntimeError:  # the process that holds the store is gone
-            self.store = None
+            self.alone = True
 
     def see(self, rank: int, post: str) -> None:
         """Keep what another process has posted, with the time on this machine at which it was new."""

@@ -126,7 +126,8 @@ def duration(text: str) -> tuple[str, float] | None:
     """Type: a time like `90s`, `10m` or `2h` as ("seconds", t); None for `never`."""
     found = interval(text)
     if found is not None and found[0] == "steps":
-        raise argparse.ArgumentTypeError(f"expected a time like 90s, 10m or 2h, or never, got {shortened(text)}")
+        raise argparse.ArgumentTypeError(
+            f"expected a time like 90s, 10m or 2h, or never, got {shortened(text)}")
     return found
 
 

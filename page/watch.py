@@ -32,10 +32,13 @@ RECENT = 20  # training losses of which the mean is shown
 
 def arguments(p: Any) -> None:
     """Options of `records watch`."""
-    p.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: the unfinished ones under --out)")
+    p.add_argument("runs", nargs="*", metavar="RUN",
+                   help="run folders (default: the unfinished ones under --out)")
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders are (default runs)")
-    p.add_argument("--every", type=float, default=EVERY_S, metavar="S", help="seconds between two looks (default 2)")
-    p.add_argument("--once", action="store_true", help="print one view and end, as where stdout is no terminal")
+    p.add_argument("--every", type=float, default=EVERY_S, metavar="S",
+                   help="seconds between two looks (default 2)")
+    p.add_argument("--once", action="store_true",
+                   help="print one view and end, as where stdout is no terminal")
 
 
 def run(options: Any) -> None:
@@ -164,7 +167,8 @@ def view(chosen: list[Path], width: int = 100) -> Any:
     for head in HEADS:
         table.add_column(head, justify="left" if head in ("run", "state") else "right")
     for i, (one, name) in enumerate(zip(seen, names(seen))):
-        table.add_row(*(Text(cell) for cell in cells(one, f"{MARKS[i % len(MARKS)]} {name}")), style=colour(i))
+        row = cells(one, f"{MARKS[i % len(MARKS)]} {name}")
+        table.add_row(*(Text(cell) for cell in row), style=colour(i))
     drawn = Text()
     for line in chart([one.points for one in seen], width=max(20, min(width, 120) - 12)):
         axis, bar, drawing = line.partition("|")

@@ -2,8 +2,8 @@
 of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | watch | export | judge | compare | submit | promote | withdraw | verify | audit | replay
-    python -m records task | referee | variants | leaderboard
+    python -m records plot | watch | export | judge | compare | submit | promote | withdraw | verify | audit
+    python -m records replay | task | referee | variants | leaderboard
 """
 
 from common import environment  # first: refuses a Python that is too old

@@ -301,8 +301,11 @@ class Checkpoints:
             files.remove_unfinished(self.folder, "step")
 
     def before_step(self, step: int) -> None:
-        """Save, if that is due. On all processes: KeyboardInterrupt after the checkpoint of a stop, Tripped if
-        process 0 has found something."""
+        """Save, if that is due.
+
+        On all processes: KeyboardInterrupt after the checkpoint of a stop, Tripped if process 0 has found
+        something.
+        """
         run, asked = self.run, self.run.interrupt
         if asked.asked and not run.world.main and not asked.follows:
             raise KeyboardInterrupt  # process 0, on another machine, cannot be told

@@ -4,12 +4,12 @@
     guards.after_step(step, loss)           # nothing waits for the device
     guards.check()                          # Tripped, with the step and the tensor
 
-A step adds one norm per parameter, in one fused call per dtype, and on a GPU a copy of these numbers to the host,
-which is looked at when it has arrived: some steps late, at the latest at the next validation. Without a GPU it is
-looked at in the same step. Several processes must stop at the same step: at a validation, or, where checkpoints are
-on, two steps after process 0 has found something (checkpoint.Ahead).
+A step adds one norm per parameter, in one fused call per dtype, and on a GPU a copy of these numbers to the
+host, which is looked at when it has arrived: some steps late, at the latest at the next validation. Without a
+GPU it is looked at in the same step. Several processes must stop at the same step: at a validation, or, where
+checkpoints are on, two steps after process 0 has found something (checkpoint.Ahead).
 
-A norm is not finite where a gradient is not, or where one is larger than 1.8e19, whose square float32 cannot hold.
+A norm is not finite where a gradient is not, or is larger than 1.8e19, whose square float32 cannot hold.
 """
 
 import collections
@@ -156,12 +156,13 @@ class Guards:
 
     @torch.no_grad()
     def digests(self) -> torch.Tensor:
-        """(processes, banks) int64: sums of the parameters' bits. Equal parameters have equal sums. Collective.
+        """(processes, banks) int64: sums of the parameters' bits, the same for equal parameters. Collective.
 
         Experts that are spread over the processes differ by design; they count as 0.
         """
-        sums = [bits(bank.param) if not bank.comm.splits_members else bank.param.new_zeros((), dtype=torch.int64)
-                for bank in self.optimizer.banks]
+        sums = [
+            bits(bank.param[:0] if bank.comm.splits_members else bank.param) for bank in self.optimizer.banks
+        ]
         return torch.stack(self.world.parts(torch.stack(sums)))
 
 

@@ -1,4 +1,4 @@
-"""How far a run is, for those who have no part in it: what is left of a killed one, and what watches a live one.
+"""How far a run is, in a file: a run that is resumed reads it, and who watches one that is under way.
 
 No torch here.
 """

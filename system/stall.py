@@ -1,11 +1,12 @@
-"""Watches that a run goes on: a process that makes no progress for too long ends, with a report of all processes.
+"""Watches that a run goes on: a process without progress for too long ends, with a report of all processes.
 
     watchdog = Watchdog(world, limit=600.0, last_step=lambda: 16, stop=stop)
     watchdog.beat("training")       # what the process does from now on
 
-A rank that hangs (in a collective whose peer is gone, on a dead file system, in a GPU that does not answer) blocks its
-main thread, so a thread of its own looks at the time. Each process tells the others in the store with which they found
-each other how far it is. The step that the log names is the last one that the device has done.
+A rank that hangs (in a collective whose peer is gone, on a dead file system, in a GPU that does not answer)
+blocks its main thread, so a thread of its own looks at the time. Each process tells the others how far it is,
+in the store with which they found each other. The step that the log names is the last one that the device has
+done.
 """
 
 import os

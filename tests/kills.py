@@ -91,10 +91,13 @@ def waited(ids, seconds):
     return codes
 
 
-def kill(ids, generator):
-    """SIGKILL to one or all; what is left must end by itself. Raises SystemExit if it does not."""
+def kill(ids, generator, met):
+    """SIGKILL to one or all; what is left must end by itself. Raises SystemExit if it does not.
+
+    met: whether the processes have found each other. Before that it takes a launcher to end the others.
+    """
     chosen = ids if generator.random() < 0.5 else [generator.choice(ids)]
-    for i in chosen:
+    for i in chosen if met else ids:
         os.kill(i, signal.SIGKILL)
     codes = waited(ids, ENDING_S)
     if len(codes) < len(ids):
@@ -163,6 +166,11 @@ def moment(folder):
     return "writing" if any((folder / checkpoint.FOLDER).glob(".step*.tmp")) else "steps"
 
 
+def length(folder):
+    """Bytes of a run's log."""
+    return 0 if folder is None else (folder / "run.jsonl").stat().st_size
+
+
 def over(folder):
     """Has a run written its last event?"""
     return folder is not None and runlog.ended(runlog.readable(folder / "run.jsonl"))
@@ -178,13 +186,14 @@ def trial(ref, processes, home, steps, generator):
         folder = begun(out)
         if folder is None:
             shutil.rmtree(out, ignore_errors=True)
+        before = length(folder)
         ids = begin(arguments(ref, out, steps) if folder is None else resumed(folder, out), processes)
         # the time grows: a machine that became busy would otherwise kill every start before its first step
         limit = seconds / (3 if steps == STEPS else 1) * 1.1 ** len(moments)
         codes = waited(ids, generator.uniform(0, limit))
         if len(codes) == len(ids):
             break
-        kill([i for i in ids if i not in codes], generator)
+        kill([i for i in ids if i not in codes], generator, met=length(begun(out)) > before)
         moments.append(moment(begun(out)))
         if over(begun(out)):  # killed after the last event: there is nothing to resume, and nothing is lost
             codes = {}

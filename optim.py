@@ -338,6 +338,7 @@ class Optimizer:
         # banks in the order in which their reductions were started, the same on every process
         self.launched = []
         self.functions = {}  # compiled functions of rules
+        self.watch = None  # function ({bank: as `reduced`}) that is shown the gradients of a step
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
             bank.replay = Replay(pool) if s.system.cuda_graphs and not bank.rule.eager else None
@@ -463,6 +464,7 @@ class Optimizer:
         if self.s.optim.grad_clip is not None:  # clipping needs the norm of all gradients before any update
             self.launch_rest(due)
             gradients = {bank: self.reduced(bank) for bank in due}
+            self.show(gradients)
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
         held = [bank for bank in self.in_order(due) if not bank.unit][-1:] if self.plan.gathers_last else []
         gathers = []
@@ -470,7 +472,9 @@ class Optimizer:
             self.launch_rest(phase)
             # Each all-gather starts right after its bank's update and overlaps later updates.
             for bank in self.in_order(phase):
-                grad, _ = gradients[bank] if bank in gradients else self.reduced(bank)
+                if factor is None:
+                    gradients[bank] = self.reduced(bank)
+                grad, _ = gradients[bank]
                 if factor is not None:
                     grad.mul_(factor.to(grad.dtype))
                 self.update(bank, grad, plan)
@@ -480,8 +484,15 @@ class Optimizer:
         for work in gathers:
             if work is not None:
                 work.wait()
+        if factor is None:
+            self.show(gradients)
         self.launched = []
         self.forget_gradients(due, plan.frozen)
+
+    def show(self, gradients):
+        """Show the gradients of a step, {bank: as `reduced`}, to the function that watches them, if any."""
+        if self.watch is not None:
+            self.watch(gradients)
 
     def launch_rest(self, banks):
         """Start the reductions that have not started.

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import threading
 import time
 from pathlib import Path
 
@@ -228,6 +229,8 @@ def render(event):
             f"resumed {source} at step {event['step']}, {event['utc']}: {event['lost_steps']} steps, "
             f"{event['lost_ms'] / 1000:.1f} s on the clock, are done again"
         ]
+    if kind == "guard":
+        return [f"guard: {event['message']}"]
     if kind == "end":
         memory = (
             [f"peak memory allocated: {event['peak_memory_mib']} MiB"] if event.get("peak_memory_mib") else []
@@ -275,7 +278,7 @@ def standing(events):
     kept = []
     for event in events:
         if event["kind"] == "resume":
-            kept = [e for e in kept if e["kind"] != "end" and not (
+            kept = [e for e in kept if e["kind"] not in ("stream", "guard", "end") and not (
                 e["kind"] in ("validation", "experts", "checkpoint") and e["step"] >= event["step"])]
         kept.append(event)
     return kept
@@ -284,6 +287,7 @@ def standing(events):
 def summarise(events, last_hash):
     """summary.json of a run: what its events say, in one flat table."""
     resumed = [e["step"] for e in events if e["kind"] == "resume"]
+    guards = [e["message"] for e in events if e["kind"] == "guard"]
     events = standing(events)
     by_kind = {e["kind"]: {k: v for k, v in e.items() if k not in PRIVATE} for e in events}
     curve = [[e["step"], e["val_loss"]] for e in events if e["kind"] == "validation"]
@@ -292,7 +296,8 @@ def summarise(events, last_hash):
     return {
         **end, "tokens_per_second": rate, "curve": curve,
         "stream_digest": by_kind.get("stream", {}).get("digest"), "reset": by_kind.get("reset"),
-        **balance(events), **({"resumed": resumed} if resumed else {}), **by_kind["start"],
+        **balance(events), **({"resumed": resumed} if resumed else {}),
+        **({"guards": guards} if guards else {}), **by_kind["start"],
         "last_hash": last_hash
     }
 
@@ -327,13 +332,34 @@ def claim(file, folder):
         pass  # a file system without locks
 
 
+def ended(events):
+    """Has a run with these events nothing left to do?"""
+    return bool(events) and events[-1]["kind"] == "end" and events[-1]["status"] != "interrupted"
+
+
 def refuse_ended(folder, events):
     """UserError if the events are those of a run that has nothing left to do."""
-    end = events[-1]
-    if end["kind"] == "end" and end["status"] != "interrupted":
+    if ended(events):
+        end = events[-1]
         raise UserError(
             f"{folder}: the run has {end['status']} after {end['steps']} steps: nothing to resume"
         )
+
+
+def complete(folder):
+    """Write log.txt and summary.json of an ended run again where a kill, after its last event, has left them
+    behind. UserError if the run is under way."""
+    folder = Path(folder)
+    with open(folder / "run.jsonl", "ab") as file:
+        claim(file, folder)
+        links = read_links(folder / "run.jsonl", torn=True)
+        events = [event for event, _ in links]
+        text = "".join(f"{line}\n" for event in events for line in render(event))
+        summary = files.json_text(summarise(events, links[-1][1]), indent=1) + "\n"
+        for name, content in (("log.txt", text), ("summary.json", summary)):
+            path = folder / name
+            if not path.exists() or path.read_bytes() != files.encoded(content):
+                files.write(path, content)
 
 
 class RunLog:
@@ -343,6 +369,7 @@ class RunLog:
         """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
         counts. folder: of a run that is resumed; None: a new one."""
         self.active, self.events, self.previous = active, [], GENESIS
+        self.lock = threading.RLock()  # one event at a time
         self.began = time.perf_counter() if began is None else began
         self.before_ms = 0.0  # wall_ms of the last event before a resume
         if not active:
@@ -403,15 +430,21 @@ class RunLog:
 
     def event(self, kind, **fields):
         """Add an event: one chained line of run.jsonl, and its lines of log.txt. Returns the event."""
-        event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
-        line, self.previous = chain_line(self.previous, event)
-        event = measured(event)
-        if self.active:
-            self.write("run.jsonl", line)
-            for text in render(event):
-                self.write("log.txt", text)
-        self.events.append(event)
-        return event
+        with self.lock:
+            event = plain_event(n=len(self.events), kind=kind, wall_ms=round(self.elapsed_ms(), 3), **fields)
+            line, self.previous = chain_line(self.previous, event)
+            event = measured(event)
+            if self.active:
+                self.write("run.jsonl", line)
+                for text in render(event):
+                    self.write("log.txt", text)
+            self.events.append(event)
+            return event
+
+    def last_event(self, kind, **fields):
+        """An event after which this process ends: no other thread can add one any more."""
+        self.lock.acquire()
+        return self.event(kind, **fields)
 
     def start(self, about, settings):
         """Sources (once per content, next to the run folders), environment and settings (nested plain

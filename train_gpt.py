@@ -8,8 +8,8 @@
 Read top to bottom: main; train (settings -> data -> model -> optimizer -> log -> untimed warm-up and reset ->
 loop -> verdict); loop (the clock); train_step; validate. Everything around them is in system/.
 
-Exit codes: 0 target reached (or none set), 2 bad input or a file that cannot be written, 3 target missed,
-4 diverged, 130 Ctrl-C, SIGTERM or SIGHUP.
+Exit codes: 0 target reached (or none set), 1 a process lost or stalled, 2 bad input or a file that cannot be
+written, 3 target missed, 4 diverged or stopped by a guard, 130 Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -68,6 +68,7 @@ from schedule import StepPlan
 from settings import LOGICAL_RANKS
 from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
 from system.comm import communication
+from system.guards import Guards, Tripped
 from system.hooks import hooks_of, reading, validating
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 from system.place import Place
@@ -169,7 +170,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
                     found = checkpoint.begin_again(run, options.resume, about)
             return finish(conduct(run, options, found), run, resolved, options)
         except KeyboardInterrupt:
-            if run is None:
+            if run is None or run.log.events[-1]["kind"] == "end":
                 raise
             with hold():
                 run.close()
@@ -231,7 +232,9 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
             run.checkpoints = checkpoint.Checkpoints(run, options.checkpoint_every, options.keep_checkpoints)
         run.interrupt.patient = True
         run.interrupt.check()
-        status = loop(run, found.about["digests"] if found else {})
+        status = loop(run, found.about["digests"] if found else {}, options.stall_timeout)
+    except Tripped as tripped:
+        status = report.stopped_by_guard(run, tripped)
     except torch.OutOfMemoryError as error:
         raise UserError(preflight.out_of_memory(run, error)) from None
     except UserError as error:  # a shard is gone, a disk is full
@@ -250,11 +253,12 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
     return status
 
 
-def loop(run: Run, digests: dict[str, str]) -> str:
+def loop(run: Run, digests: dict[str, str], patience: tuple[str, float] | None = None) -> str:
     """The timed steps, and between them the validations, during which the clock is stopped.
 
     digests: of the tokens before the first step of a run that continues, by logical rank.
-    Returns "finished" or "diverged".
+    patience: ("seconds", t) after which a run without progress is ended; None: never.
+    Returns "finished" or "diverged". Tripped if a guard stops the run.
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
     if run.seams is not None:
@@ -262,19 +266,25 @@ def loop(run: Run, digests: dict[str, str]) -> str:
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.stream.skip(run.first_step, digests)
     run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
+    run.guards = Guards(run.world, run.optimizer)
+    if patience is not None:
+        run.watchdog = report.watchdog(run, patience[1])
     for step in range(run.first_step, len(run.plans) + 1):
+        run.begins("between two steps")
         run.stop_or_save(step)
         if schedule.validates(run.s, step) and not validation(run, step):
             return "diverged"
         if step == len(run.plans):
             return "finished"
         run.profiler.before_step(step)
+        run.begins(f"step {step}")
         with no_host_reads(run.world.cuda, f"step {step}") if run.check_sync else contextlib.nullcontext():
             step_plan = run.plans[step]
             inputs, targets, documents = to_rows(
                 run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos
             )
             run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
+            run.guards.after_step(step, run.train_losses[-1])
             run.progress.show(step + 1, run.train_losses[-1], run.clock.read_ms())
         run.steps_done = step + 1
 
@@ -364,12 +374,16 @@ def prefix_targets(run: Run, step_plan: StepPlan, device: torch.device) -> tuple
 # ----- validation -------------------------------------------------------------------------------------------
 
 def validation(run: Run, step: int) -> bool:
-    """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite."""
+    """Stop the clock, validate, log, start the clock again. Returns False if a loss is not finite.
+
+    Tripped if a guard stops the run.
+    """
     run.progress.clear()
     run.batches.drain()  # no prefetch while the clock is stopped
     if run.s.validation.canonical_mask and step == len(run.plans):
         run.seams.collect()  # made during the run, and waited for on the clock
     run.clock.stop()
+    run.guards.agree()
     losses = run.mean_train_losses()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
     loss, assisted = read_loss(run, step)
@@ -422,7 +436,7 @@ def validation_loss(run: Run, step: int, limit: int | None = None) -> float:
         return found
 
     with validating(run.hooks, windows):
-        return validate(run.compiled, run.rows, run.world, context, limit, run.interrupt.check)
+        return validate(run.compiled, run.rows, run.world, context, limit, run.between_chunks)
 
 
 @torch.no_grad()
@@ -473,6 +487,8 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     """Finish the log, print how the run ended, and return the exit code."""
     world, log, target, lines, reached = run.world, run.log, run.s.validation.target, [], None
     results = report.results(run) if status == "interrupted" else report.gathered_results(run)
+    if run.tripped is not None:
+        results["val_loss"], lines = math.nan, [run.tripped]
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
@@ -480,6 +496,10 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         lines += report.interruptions(log.events)
         # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
+    # before the end: a log that calls the run finished stands next to everything that was asked for
+    weights = None
+    if status == "finished" and options.save_checkpoint:
+        weights = report.save_checkpoint(run, resolved, results["val_loss"])
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)
     if status != "finished":
         where = f"; the log is in {log.folder}" if world.main else ""
@@ -489,10 +509,12 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         return INTERRUPTED if status == "interrupted" else DIVERGED
     if world.main:
         world.say(f"log: {log.folder}")
-    if run.checkpoints is not None:  # of a run that is over; this makes room, too
+    if run.checkpoints is not None:  # of a run that is over
         run.checkpoints.remove()
-    if options.save_checkpoint:
-        report.save_checkpoint(run, resolved, results["val_loss"])
+    if weights is not None:  # there was no room for them; now there may be
+        report.write_checkpoint(run, weights)
+    if options.save_checkpoint and world.main:
+        world.say(report.checkpoint_line(run))
     if options.strict and results["graphs_in_clock"]:
         raise UserError(f"{results['graphs_in_clock']} graphs were compiled after the warm-up (--strict)")
     return MISSED if reached is False else REACHED

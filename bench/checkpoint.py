@@ -1,9 +1,10 @@
-"""What a checkpoint costs: `python bench/checkpoint.py [--records short/11 ...] [--scale tiny] [--out JSON]`.
+"""What a checkpoint and the guards cost: `python bench/checkpoint.py [--records short/11 ...] [--out JSON]`.
 
 For each record on one process the CPU time of a training step, of the copy of the state between two steps,
 and of the thread that makes digest and file; and both together in percent of the steps between two
-checkpoints (--every 100). CPU time, least of the repeats, so that other programs do not count. On a GPU the
-times of the step and of the copy are those of the wall, and the thread works next to the training.
+checkpoints (--every 100). The guards (system/guards.py) are measured in each step, which contains them. CPU
+time, least of the repeats, so that other programs do not count. On a GPU the times of the step and of the
+copy are those of the wall, and the thread works next to the training.
 """
 
 import sys
@@ -26,6 +27,7 @@ from optim import Optimizer
 from report import Report, stop_in_order
 from runlog import RunLog
 from system.checkpoint import Checkpoints
+from system.guards import Guards
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_microbatch
 from system.run import Clock, Profiler, Progress, Run
@@ -53,6 +55,7 @@ def begin(ref, scale, data, out):
     )
     run.stream = Stream(corpus, ranks=world.ranks, **stream_arguments(s))
     run.batches = Prefetch(run.stream, len(plans))
+    run.guards = Guards(world, optimizer)
     run.clock.start()
     return run
 
@@ -71,12 +74,15 @@ def measured(ref, scale, data, every, repeats):
     with tempfile.TemporaryDirectory() as out:
         run = begin(ref, scale, data, out)
         saver = Checkpoints(run, ("steps", every), keep=2)
-        steps, copies, writes = [], [], []
+        steps, copies, writes, norms, looks = [], [], [], [], []
+        watch, cuda = run.guards.watch, run.world.cuda
+        run.optimizer.watch = lambda gradients: norms.append(spent(lambda: watch(gradients), cuda))
 
         def step():
             plan = run.plans[run.steps_done]
             rows = to_rows(run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos)
-            train_step(run, plan, *rows)
+            loss = train_step(run, plan, *rows)
+            looks.append(spent(lambda: run.guards.after_step(plan.step, loss), cuda))
             run.steps_done += 1
 
         # the first repeat makes buffers, state and caches
@@ -90,11 +96,12 @@ def measured(ref, scale, data, every, repeats):
         run.close()
         run.log.close()
     step_ms, copy_ms, write_ms = (1000 * min(x[1:]) for x in (steps[1:], copies, writes))
-    both = copy_ms + write_ms
+    both, guard_ms = copy_ms + write_ms, 1000 * (min(norms[2:]) + min(looks[2:]))
     return {"parameters": run.model.num_parameters(), "mb": round(written["bytes"] / 1e6, 1),
             "step_ms": round(step_ms, 1), "copy_ms": round(copy_ms, 2), "write_ms": round(write_ms, 1),
             "percent": round(100 * both / (every * step_ms), 3),
-            "percent_of_one_step": round(100 * both / step_ms, 1)}
+            "percent_of_one_step": round(100 * both / step_ms, 1),
+            "guard_ms": round(guard_ms, 3), "guard_percent": round(100 * guard_ms / step_ms, 3)}
 
 
 def main():
@@ -117,8 +124,8 @@ def main():
         )
         if "failed" not in row:
             print(f"{ref}: a step {row['step_ms']} ms, a checkpoint of {row['mb']} MB {row['copy_ms']} ms of "
-                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps",
-                  flush=True)
+                  f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps; "
+                  f"guards {row['guard_ms']} ms, {row['guard_percent']} % of a step", flush=True)
     sys.exit(report.finish())
 
 

@@ -122,6 +122,15 @@ def interval(text: str) -> tuple[str, float] | None:
     return ("seconds", int(typed[1]) * UNITS[typed[2]]) if typed[2] else ("steps", int(typed[1]))
 
 
+def duration(text: str) -> tuple[str, float] | None:
+    """Type: a time like `90s`, `10m` or `2h` as ("seconds", t); None for `never`."""
+    found = interval(text)
+    if found is not None and found[0] == "steps":
+        raise argparse.ArgumentTypeError(
+            f"expected a time like 90s, 10m or 2h, or never, got {shortened(text)}")
+    return found
+
+
 def temperature(text: str) -> float:
     """Type: 0 (the most likely token), or a number by which logits can be divided without overflow."""
     try:

@@ -36,6 +36,7 @@ TEXTS = {
     "experts": [],
     "stream": ["digest"],
     "checkpoint": [],
+    "guard": ["what", "message"],
     "resume": ["utc"],
     "end": ["status"],
 }
@@ -56,6 +57,7 @@ OTHERS = {
     "experts": {"step": int, **{name: list for name in LOADS}},
     "stream": {},
     "checkpoint": {"step": int, "copy_ms": NUMBER},
+    "guard": {"step": int, "tensors": list},
     "resume": {"step": int, "train_time_ms": NUMBER, "lost_steps": int, "lost_ms": NUMBER, "passed": list},
     "end": {
         "steps": int, "scheduled_steps": int, "val_loss": (*NUMBER, type(None)), "train_time_ms": NUMBER,
@@ -83,6 +85,7 @@ OPTIONAL = {
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
     "validation": ("readout", "raw_val_loss"),
+    "guard": ("last_steps",),
     "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
     "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
                "machine", "cpu", "cores", "comm", "attention"),
@@ -91,12 +94,12 @@ OPTIONAL = {
 CHAIN = ("n", "kind", "wall_ms")
 LETTERS = {
     "start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "checkpoint": "k",
-    "stream": "t", "resume": "c", "end": "e"
+    "guard": "g", "stream": "t", "resume": "c", "end": "e"
 }
 # any log that a kill may leave, resumed or not; a whole one matches WHOLE
-LIFE = "p?(r(k*vx?)*k*t?)?e?"
+LIFE = "p?(r([kg]*vx?)*[kg]*t?)?e?"
 BEGUN = re.compile(f"s{LIFE}(c{LIFE})*")
-WHOLE = re.compile("sp?r(k*vx?)+k*te")
+WHOLE = re.compile("sp?r([kg]*vx?)+[kg]*te")
 LOSS_LIMIT = 20.0  # nats per token; ln(50304) = 10.8 is a uniform guess
 ROUNDING_MS = 1.0
 LONGER = 3  # times as long as another validation, start or warm-up of the same work; machines are not idle
@@ -264,6 +267,7 @@ def check_run(log):
         return  # the laws below are those of one piece
     yield from check_settings(log)
     yield from check_untouched(log)
+    yield from check_guards(log)
     if log.settings is not None:
         yield from check_reset(log)
         yield from check_steps(log)
@@ -363,6 +367,14 @@ def check_untouched(log):
         yield f"{log.where}/run.jsonl: profiled run: not what is timed"
     if sinks := log.start.get("sinks"):
         yield f"{log.where}/run.jsonl: run with --log-to {', '.join(sinks)}: not what is timed"
+
+
+def check_guards(log):
+    """A run that a guard stopped did not finish."""
+    end, found = log.one("end"), [e for e in log.events if e["kind"] == "guard"]
+    if found and end is not None and end["status"] == "finished":
+        yield (f"{log.where}/run.jsonl: finished, though a guard stopped it at step {found[0]['step']} "
+               f"({found[0]['message']})")
 
 
 def check_reset(log):

@@ -2,8 +2,8 @@
 of their own.
 
     python -m records list | show short/9 | diff short/5 short/9 | features [WORD]
-    python -m records plot | export | judge | compare | submit | promote | withdraw | verify | audit | replay
-    python -m records task | referee | variants | leaderboard
+    python -m records plot | watch | export | judge | compare | submit | promote | withdraw | verify | audit
+    python -m records replay | task | referee | variants | leaderboard
 """
 
 from common import environment  # first: refuses a Python that is too old
@@ -252,6 +252,7 @@ def facts(f: schema.Field, first: dict[str, str]) -> str:
 # when they are called, because some need numpy, scipy or matplotlib.
 MODULES = {
     "plot": ("page.plot", "curves of runs as a picture, by steps, tokens or time"),
+    "watch": ("page.watch", "runs in the terminal while they train, several over each other"),
     "export": ("page.export", "a checkpoint as safetensors, curves of runs as CSV"),
     "judge": ("evidence.judge", "every published record judged again from its raw runs"),
     "compare": ("evidence.compare", "arms against each other, interleaved on this machine"),

@@ -23,10 +23,7 @@ no gradient is left.
 import dataclasses
 import hashlib
 import json
-import math
-import mmap
 import shutil
-import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,15 +37,18 @@ import runlog
 import schema
 from common import files
 from common.errors import UserError
+from system import guards
+from system.heartbeat import Heartbeat, beaten
 from system.hooks import beside_optimizer
+from system.resume import CHECKPOINTS as FOLDER
 from system.run import Run
 from system.world import World
 
 VERSION = 1
-FOLDER = "checkpoints"
 PATTERN = "step*.pt"
 ROOM = 1.05  # free space that a checkpoint needs, in its own bytes
 AHEAD = 2  # steps
+DIGESTS = "guard/digests"
 # what may have changed since a run began; the event `resume` tells it again
 CONTINUES = (
     "system_hash", "processes", "device", "torch", "code", "machine", "cpu", "cores", "comm", "attention"
@@ -73,6 +73,7 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
     yield "generator/cpu", torch.get_rng_state()
     if run.world.cuda:
         yield "generator/cuda", torch.cuda.get_rng_state()
+    yield DIGESTS, run.guards.digests()  # (processes, banks) int64
 
 
 def about(run: Run, step: int) -> dict[str, Any]:
@@ -237,42 +238,6 @@ def refuse_foreign(kept: dict[str, Any], log: runlog.RunLog, ml_hash: str, seed:
 
 # ----- what the clock has counted ---------------------------------------------------------------------------
 
-class Heartbeat:
-    """(steps done, milliseconds on the clock) in a mapped file: a killed process has left them there.
-
-    They cost a copy of 16 bytes a step. Without such a file (a read-only folder) nothing is kept.
-    """
-    FORM = struct.Struct("<qd")
-
-    def __init__(self, path: Path) -> None:
-        self.map = None
-        try:
-            path.parent.mkdir(exist_ok=True)
-            files.write(path, bytes(self.FORM.size))
-            with open(path, "r+b") as file:
-                self.map = mmap.mmap(file.fileno(), self.FORM.size)
-        except (OSError, ValueError, UserError):
-            pass
-
-    def beat(self, steps: int, clock_ms: float) -> None:
-        if self.map is not None:
-            self.FORM.pack_into(self.map, 0, steps, clock_ms)
-
-    @classmethod
-    def read(cls, path: Path) -> tuple[int, float]:
-        """What was kept last; (0, 0.0) if there is nothing to read."""
-        try:
-            steps, clock_ms = cls.FORM.unpack(path.read_bytes())
-        except (OSError, struct.error):
-            return 0, 0.0
-        return (steps, clock_ms) if steps >= 0 and math.isfinite(clock_ms) else (0, 0.0)
-
-
-def beaten(folder: Path) -> Path:
-    """The file of the heartbeat."""
-    return folder / FOLDER / "clock"
-
-
 def lost(folder: Path, events: list[dict], found: Found | None) -> tuple[int, float]:
     """(steps, milliseconds on the clock) that a run did after the checkpoint from which it continues."""
     steps, clock_ms = Heartbeat.read(beaten(folder))
@@ -336,7 +301,11 @@ class Checkpoints:
             files.remove_unfinished(self.folder, "step")
 
     def before_step(self, step: int) -> None:
-        """Save, if that is due. KeyboardInterrupt, on all processes, after the checkpoint of a stop."""
+        """Save, if that is due.
+
+        On all processes: KeyboardInterrupt after the checkpoint of a stop, Tripped if process 0 has found
+        something.
+        """
         run, asked = self.run, self.run.interrupt
         if asked.asked and not run.world.main and not asked.follows:
             raise KeyboardInterrupt  # process 0, on another machine, cannot be told
@@ -344,7 +313,9 @@ class Checkpoints:
             self.heartbeat.beat(step, run.clock.read_ms())
         self.report()
         wish = "stop" if asked.asked else "save" if self.is_time() else ""
-        wish = self.ahead.decide(step, wish)
+        wish = self.ahead.decide(step, "guard" if run.guards.finding else wish)
+        if wish == "guard":
+            run.guards.agree_on_findings()
         if self.every[0] == "steps" and run.first_step < step < len(run.plans) and step % self.every[1] == 0:
             wish = wish or "save"
         self.due = "stop" if "stop" in (wish, self.due) else wish or self.due
@@ -391,6 +362,7 @@ class Checkpoints:
             arrived.synchronize()
         began, path = time.perf_counter(), self.folder / f"step{kept['step']:07d}.pt"
         self.folder.mkdir(exist_ok=True)
+        refuse_unsound(self.run, self.buffers)
         digest = write(path, kept, self.buffers)
         for old in sorted(files.listed(self.folder, PATTERN))[:-self.keep]:
             old.unlink()
@@ -417,6 +389,15 @@ class Checkpoints:
         """Remove the checkpoints: the run has finished."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def refuse_unsound(run: Run, tensors: dict[str, torch.Tensor]) -> None:
+    """UserError if the state of a run is not worth keeping: the last good checkpoints stay."""
+    own = {name: x for name, x in tensors.items() if name.startswith("optimizer/")}
+    if names := guards.not_finite(own):
+        raise UserError(f"{names[0].partition('/')[2]} is not finite, with {len(names) - 1} other tensors")
+    if fields := guards.differing(run.optimizer.banks, tensors[DIGESTS].numpy()):
+        raise UserError(fields["message"])
 
 
 def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:

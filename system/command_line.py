@@ -13,6 +13,7 @@ from system import resume
 from system.cards import CARDS
 
 EVERY = ("seconds", 600.0)  # the default of --checkpoint-every
+STALLED = ("seconds", 600.0)  # the default of --stall-timeout
 UNSET = ("unset", 0.0)
 
 
@@ -110,6 +111,11 @@ def checkpoints(p: arguments.Parser) -> None:
     p.add_argument(
         "--keep-checkpoints", type=arguments.integer(1, 1000), default=2, metavar="K",
         help="so many of the last checkpoints are kept until the run has finished (default 2)"
+    )
+    p.add_argument(
+        "--stall-timeout", type=arguments.duration, default=STALLED, metavar="TIME",
+        help="end a run that makes no progress for so long, with a report of each process (90s, 10m, 2h; "
+        "default 10m; `never`)"
     )
     p.add_argument(
         "--resume", metavar="RUN|last",

@@ -12,6 +12,7 @@ import runlog
 import schedule
 import schema
 from common import files, repository
+from common.errors import UserError
 from declare import lookup
 from data.shards import Corpus, corpus_digest, val_digest
 from data.stream import stream_digest
@@ -22,10 +23,14 @@ from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory, resume, workers
+from system.guards import Tripped
 from system.hooks import reading
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
+from system.stall import Watchdog
 from system.world import World
+
+WEIGHTS = "checkpoint.pt"
 
 
 def describe(
@@ -70,6 +75,25 @@ def interruptions(events: list[dict]) -> list[str]:
         return []
     steps = f"step{'s' if len(at) > 1 else ''} {', '.join(map(str, at))}"
     return [f"resumed at {steps} after an interruption, with the time of lost steps on the clock: no record"]
+
+
+def stopped_by_guard(run: Run, tripped: Tripped) -> str:
+    """Log what a guard has found. Returns the status of the run."""
+    run.progress.clear()
+    if run.clock.began is not None:
+        run.clock.stop()
+    event = run.log.event("guard", **{"step": run.steps_done, **tripped.fields})
+    run.world.say(*runlog.render(event))
+    run.tripped = tripped.fields["message"]
+    return "diverged"
+
+
+def watchdog(run: Run, limit: float) -> Watchdog:
+    """The watchdog of a run, which logs what it finds and how the run goes on."""
+    def stop(steps: list[int], text: str) -> None:
+        run.log.last_event("guard", what="stall", step=max(steps) + 1, tensors=[], last_steps=steps,
+                           message=text + remedy(run))
+    return Watchdog(run.world, limit, run.guards.last_step, stop)
 
 
 def remedy(run: Run) -> str:
@@ -182,17 +206,17 @@ def verdict(
     return lines
 
 
-def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
-    """Write checkpoint.pt in the run folder. UserError if that fails: then no partial file is left.
+def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> io.BytesIO | None:
+    """Write checkpoint.pt in the run folder, whole or not at all. Collective.
 
-    It holds the weights that the last validation read. Log and verdict are already written.
+    It holds the weights that the last validation read.
+    Returns None, or its bytes if the disk did not take them: they can be written once the log has its end.
     """
-    read = [one.setting for one in schedule.readouts(run.s, len(run.plans))]
     with reading(run.hooks, len(run.plans)):
         state = run.model.full_state_dict()  # every process takes part
     if not run.world.main:
-        return
-    path, image = run.log.folder / "checkpoint.pt", io.BytesIO()
+        return None
+    image = io.BytesIO()
     torch.save(
         {
             "model": state,
@@ -203,10 +227,26 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
         },
         image,
     )
+    try:
+        write_checkpoint(run, image)
+    except UserError:
+        return image
+    return None
+
+
+def checkpoint_line(run: Run) -> str:
+    """Where checkpoint.pt is, and whose weights it has if they are not those of training."""
+    read = [one.setting for one in schedule.readouts(run.s, len(run.plans))]
+    return f"checkpoint: {run.log.folder / WEIGHTS}" + (
+        f", the weights of {', '.join(read)}" if read else "")
+
+
+def write_checkpoint(run: Run, image: io.BytesIO) -> None:
+    """Write the bytes of checkpoint.pt. UserError if that fails: then no partial file is left."""
     files.write(
-        path, image.getbuffer(), remedy="the log is complete, only the checkpoint is missing; free some space"
+        run.log.folder / WEIGHTS, image.getbuffer(),
+        remedy="the log is complete, only the checkpoint is missing; free some space"
     )
-    run.world.say(f"checkpoint: {path}" + (f", the weights of {', '.join(read)}" if read else ""))
 
 
 def results(run: Run) -> dict:

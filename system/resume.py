@@ -6,6 +6,7 @@ continued without being asked for.
 
 import hashlib
 import os
+import shutil
 import socket
 from argparse import Namespace
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ import settings
 from common import files
 from common.errors import UserError
 from deltas import Resolved
+from system.place import Place
 
 LAST = "last"
+CHECKPOINTS = "checkpoints"  # folder in the run's folder
 
 
 def choose(options: Namespace) -> None:
@@ -98,6 +101,13 @@ def verdict_of_restart(options: Namespace) -> bool | None:
     return end["status"] == "finished" and end["reached"] is not False
 
 
+def tidy(folder: Path) -> None:
+    """Do what a kill after the last event of a run has left undone: log.txt, summary.json, no checkpoints."""
+    if Place.read().rank == 0:
+        runlog.complete(folder)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
 # ----- settings ---------------------------------------------------------------------------------------------
 
 def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
@@ -112,6 +122,8 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     start = events[0]
     if start.get("kind") != "start" or start.get("log_version") not in runlog.READABLE:
         raise UserError(f"{folder}/run.jsonl: is not the log of a run that this program can read")
+    if runlog.ended(events):
+        tidy(folder)
     if not options.restarted:
         runlog.refuse_ended(folder, events)
     if start["numerics_version"] != settings.NUMERICS_VERSION:

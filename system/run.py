@@ -24,10 +24,12 @@ from schedule import StepPlan
 from settings import Settings
 from system import load
 from system.compiler import CacheFile
+from system.guards import Guards
 from system.hooks import Stateful
 from system.sampler import Sampler
 from system.seams import Seams
 from system.sinks import Sinks
+from system.stall import Watchdog
 from system.workers import Workers
 from system.world import World
 
@@ -157,6 +159,8 @@ class Run:
     progress: Progress
     sinks: Sinks = field(default_factory=Sinks)
     checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
+    guards: Guards | None = None  # from the start of the clock on
+    watchdog: Watchdog | None = None  # from the start of the clock on, unless it is off
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
     # since the last validation, of this process's ranks
@@ -169,6 +173,7 @@ class Run:
     sampler: Sampler | None = None  # of a sampled softmax
     seams: Seams | None = None  # of canonical masking
     workers: Workers | None = None  # that train apart
+    tripped: str | None = None  # what a guard has found, in one line
     prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
 
     def __post_init__(self) -> None:
@@ -197,13 +202,29 @@ class Run:
         return [round(x, 6) for x in self.world.mean(torch.stack(losses)).tolist()] if losses else []
 
     def stop_or_save(self, step: int) -> None:
-        """Before a step: save a checkpoint if one is due, and KeyboardInterrupt if a signal asked to stop."""
+        """Before a step: save a checkpoint if one is due.
+
+        KeyboardInterrupt if a signal asked to stop, Tripped if a guard did.
+        """
+        self.guards.check()
         if self.checkpoints is None:
             self.interrupt.check()
         else:
             self.checkpoints.before_step(step)
 
+    def begins(self, doing: str) -> None:
+        """Tell the watchdog that the run goes on, and with what."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    def between_chunks(self) -> None:
+        """Between two chunks of a validation."""
+        self.begins("validation")
+        self.interrupt.check()
+
     def close(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.close()
         if self.batches is not None:
             self.batches.close()
         if self.checkpoints is not None:

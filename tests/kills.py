@@ -39,6 +39,7 @@ from system import checkpoint, command_line
 RECORDS, PROCESSES, KILLS = ("short/11", "short/33", "short/57", "variants/2"), (1, 2), 100
 STEPS, EVERY = 60, 5
 SMALL = ("validation.tokens=2048", "validation.seq_len=256", "validation.every=20")
+MOMENTS = ("before the log", "warm-up", "steps", "writing", "the end")
 ENDING_S = 120  # for the other process, when one was killed
 REFUSED = "resumed at step"  # a word of the law on resumed runs
 
@@ -90,10 +91,13 @@ def waited(ids, seconds):
     return codes
 
 
-def kill(ids, generator):
-    """SIGKILL to one or all; what is left must end by itself. Raises SystemExit if it does not."""
+def kill(ids, generator, met):
+    """SIGKILL to one or all; what is left must end by itself. Raises SystemExit if it does not.
+
+    met: whether the processes have found each other. Before that it takes a launcher to end the others.
+    """
     chosen = ids if generator.random() < 0.5 else [generator.choice(ids)]
-    for i in chosen:
+    for i in chosen if met else ids:
         os.kill(i, signal.SIGKILL)
     codes = waited(ids, ENDING_S)
     if len(codes) < len(ids):
@@ -155,9 +159,21 @@ def moment(folder):
         return "before the log"
     kinds = [e["kind"] for e in runlog.readable(folder / "run.jsonl")]
     last = len(kinds) - 1 - kinds[::-1].index("resume") if "resume" in kinds else 0
+    if kinds[-1:] == ["end"]:
+        return "the end"
     if "reset" not in kinds[last:]:
         return "warm-up"
     return "writing" if any((folder / checkpoint.FOLDER).glob(".step*.tmp")) else "steps"
+
+
+def length(folder):
+    """Bytes of a run's log."""
+    return 0 if folder is None else (folder / "run.jsonl").stat().st_size
+
+
+def over(folder):
+    """Has a run written its last event?"""
+    return folder is not None and runlog.ended(runlog.readable(folder / "run.jsonl"))
 
 
 def trial(ref, processes, home, steps, generator):
@@ -170,13 +186,19 @@ def trial(ref, processes, home, steps, generator):
         folder = begun(out)
         if folder is None:
             shutil.rmtree(out, ignore_errors=True)
+        before = length(folder)
         ids = begin(arguments(ref, out, steps) if folder is None else resumed(folder, out), processes)
-        codes = waited(ids, generator.uniform(0, seconds / (3 if steps == STEPS else 1)))
+        # the time grows: a machine that became busy would otherwise kill every start before its first step
+        limit = seconds / (3 if steps == STEPS else 1) * 1.1 ** len(moments)
+        codes = waited(ids, generator.uniform(0, limit))
         if len(codes) == len(ids):
             break
-        kill([i for i in ids if i not in codes], generator)
+        kill([i for i in ids if i not in codes], generator, met=length(begun(out)) > before)
         moments.append(moment(begun(out)))
-    if set(codes.values()) != {0}:
+        if over(begun(out)):  # killed after the last event: there is nothing to resume, and nothing is lost
+            codes = {}
+            break
+    if set(codes.values()) - {0}:
         sys.exit(f"{ref} on {processes}: a resumed run ended with {codes}: {os.environ['KILLS_OUTPUT']}")
     folder = begun(out)
     found, events = outcome(folder), runlog.read_chain(folder / "run.jsonl")
@@ -194,7 +216,7 @@ def row(ref, processes, rows):
     moments = [m for r in rows for m in r["moments"]]
     lost = [n for r in rows for n in r["lost"]]
     passed = all(len(r["equal"]) == 3 and r["refused"] for r in rows)
-    counts = " | ".join(str(moments.count(m)) for m in ("before the log", "warm-up", "steps", "writing"))
+    counts = " | ".join(str(moments.count(m)) for m in MOMENTS)
     return (f"| {ref} | {processes} | {len(rows)} | {len(moments)} | {counts} | {max(lost, default=0)} | "
             f"{'equal' if passed else 'DIFFER'} |"), passed
 
@@ -203,7 +225,7 @@ def table(rows, cases):
     """([Markdown lines], passed)."""
     head = [
         "| record | processes | runs | SIGKILLs | before the log | warm-up | steps | writing a checkpoint "
-        "| most steps lost | bits |", "|---|---|---|---|---|---|---|---|---|---|"
+        "| after the end | most steps lost | bits |", "|---|---|---|---|---|---|---|---|---|---|---|"
     ]
     made = [row(*case, [r for r in rows if (r["ref"], r["processes"]) == case]) for case in cases]
     return head + [line for line, _ in made], all(passed for _, passed in made)

@@ -145,6 +145,31 @@ def test_a_run_that_is_really_killed_ends_with_the_same_bits_too(tmp_path):
     assert done.returncode == 0 and done.stdout.splitlines()[-1].endswith("| equal |"), done.stderr
 
 
+@pytest.mark.parametrize("moment", ["weights", "end", "ring", "summary"])
+def test_a_kill_while_the_end_is_written_down_loses_nothing_that_was_asked_for(moment, folder, monkeypatch):
+    """checkpoint.pt comes before the log's end, the ring goes last; what follows from the log is made up."""
+    def dies(*_, **__):
+        raise Killed
+
+    place = {"weights": (train_gpt.report, "write_checkpoint"), "end": (runlog.RunLog, "end"),
+             "ring": (checkpoint.Checkpoints, "remove"), "summary": (runlog, "summarise")}[moment]
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(*place, dies)
+        go_on(folder)
+    over = runlog.ended(runlog.read_chain(folder / "run.jsonl"))
+    assert over == (moment in ("ring", "summary"))
+    if over:
+        with pytest.raises(SystemExit):
+            command_line.command_line(["--resume", str(folder)])
+    else:
+        assert go_on(folder) in (0, 3)
+    events = runlog.read_chain(folder / "run.jsonl")
+    assert (folder / "checkpoint.pt").exists() and not (folder / checkpoint.FOLDER).exists()
+    assert json.loads((folder / "summary.json").read_text())["status"] == "finished"
+    assert (folder / "log.txt").read_text() == "".join(x + "\n" for e in events for x in runlog.render(e))
+    assert [e["kind"] for e in runlog.standing(events)].count("stream") == 1
+
+
 # ----- another number of processes
 
 ONE_RECORD = [("short/11", "float64", "auto")]

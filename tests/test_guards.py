@@ -1,0 +1,228 @@
+"""Laws of the guards: what is not finite stops a run at once, with step and tensor, and nothing waits."""
+
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import process_group
+import runlog
+import train_gpt
+from evidence import run_laws
+from optim import Optimizer
+from system import command_line, guards, stall
+from system.comm import communication
+from system.guards import Guards, Tripped
+
+ROOT = Path(__file__).parent.parent
+SMALL = ("schedule.steps=8", "validation.tokens=1024", "validation.seq_len=128", "validation.every=4",
+         "system.warmup_steps=1")
+
+
+def train(tmp_path, *more, ref="short/2"):
+    """(exit code, folder) of a short run."""
+    sets = [part for x in SMALL for part in ("--set", x)]
+    argv = [ref, "--scale", "micro", *sets, "--out", str(tmp_path), *more]
+    options, resolved = command_line.command_line(argv)
+    code = train_gpt.train(resolved, options)
+    return code, next(Path(tmp_path).glob("*/run.jsonl")).parent
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """A function: from now on the gradient of a parameter holds this value in a step of the loop."""
+    def spoiled(name, at, value=math.nan):
+        plain = train_gpt.train_step
+
+        def step(run, plan, *rest, **more):
+            if run.guards is None or plan.step != at:
+                return plain(run, plan, *rest, **more)
+            p = dict(run.model.named_parameters())[name]
+            hook = p.register_hook(lambda g: g.index_fill(0, torch.tensor([g.shape[0] // 2]), value))
+            try:
+                return plain(run, plan, *rest, **more)
+            finally:
+                hook.remove()
+
+        monkeypatch.setattr(train_gpt, "train_step", step)
+    return spoiled
+
+
+@pytest.mark.parametrize("ref, more, value", [
+    ("short/2", ("--check-sync", "--set", "optim.grad_clip=1.0"), math.inf),
+    ("short/11", ("--set", "system.reduction=ordered"), math.nan),
+])
+def test_a_gradient_that_is_not_finite_stops_the_run_in_its_step_and_is_named(
+        ref, more, value, tmp_path, spoil, monkeypatch, capsys):
+    """Of one parameter, before the loss knows of it; with clipping and without a host sync, with ordered
+    sums."""
+    name = "blocks.1.mlp.c_fc"
+    spoil(name, 5, value)
+    code, folder = train(tmp_path, "--checkpoint-every", "2", *more, ref=ref)
+    events = runlog.read_chain(folder / "run.jsonl")
+    event = next(e for e in events if e["kind"] == "guard")
+    assert code == train_gpt.DIVERGED
+    assert (event["step"], event["tensors"]) == (5, [name])
+    assert f"guard: step 5: the gradient of {name} is not finite" in capsys.readouterr().out
+    summary = json.loads((folder / "summary.json").read_text())
+    assert (summary["status"], summary["val_loss"], summary["steps"]) == ("diverged", None, 6)
+    assert summary["guards"] == [event["message"]]
+    monkeypatch.setattr(run_laws, "check_clock", lambda log: ())  # of a busy machine
+    log, problems = run_laws.read_log(folder, "run")
+    assert problems == [] and log.whole and list(run_laws.check_run(log)) == []
+    # the last good checkpoint is of a state before the step
+    assert max(e["step"] for e in events if e["kind"] == "checkpoint") == 4
+
+
+def test_a_loss_that_is_not_finite_is_told_and_not_the_gradients_that_it_spoils():
+    watch = guard_of(toy())
+    spoiled = {bank: (bank.grad, bank.grad.fill_(math.nan)) for bank in watch.optimizer.banks}
+    watch.watch(spoiled)
+    watch.after_step(7, torch.tensor(math.nan, dtype=torch.float64))
+    with pytest.raises(Tripped, match="^step 7: the training loss is not finite$") as tripped:
+        watch.check()
+    assert tripped.value.fields["tensors"] == [guards.LOSS]
+
+
+# ----- parts
+
+def toy(ref="short/33", comm=None):
+    """The optimizer of a small model."""
+    s = command_line.command_line([ref, "--scale", "micro"])[1].settings
+    model = train_gpt.GPT(s)
+    return Optimizer(model, s, comm)
+
+
+def guard_of(optimizer, rank=0, size=1):
+    return Guards(SimpleNamespace(rank=rank, size=size), optimizer)
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("ref", ["short/6", "short/33"])
+def test_shards_of_all_processes_name_each_number_of_each_parameter_once(ref, size):
+    counted = {}
+    for rank in range(size):
+        s = command_line.command_line([ref, "--scale", "micro"])[1].settings
+        optimizer = toy(ref, communication(s, rank, size))
+        watch = guard_of(optimizer, rank, size)
+        for bank in optimizer.banks:
+            seen = bank.grad
+            if bank.comm.partial and size > 1:
+                seen = bank.grad.chunk(size)[rank]
+            names, sizes = watch.cut(bank, seen)
+            assert sum(sizes) == seen.numel() and len(sizes) == len(names) + 1
+            for name, n in zip(names, sizes):
+                counted[name] = counted.get(name, 0) + (n if bank.comm.partial or rank == 0 else 0)
+    assert counted == {name: p.numel() for bank in optimizer.banks for name, p in bank.members}
+
+
+def test_numbers_that_have_not_arrived_are_not_waited_for():
+    """As on a GPU: a step is looked at once its copy is on the host, and at a validation in any case."""
+    class Event:
+        ready = False
+
+        def query(self):
+            return self.ready
+
+        def synchronize(self):
+            self.ready = True
+
+    watch = guard_of(toy())
+    on_the_way = [Event() for _ in range(3)]
+    for step, event in enumerate(on_the_way):
+        watch.under_way.append((step, ("a", "b"), torch.tensor([1.0, math.inf if step == 1 else 2.0]), event))
+    watch.check()
+    assert watch.last_step() == -1 and watch.finding is None
+    on_the_way[0].ready = True
+    watch.check()
+    assert watch.last_step() == 0 and watch.finding is None
+    watch.look(wait=True)
+    assert watch.finding == guards.Finding(1, ("b",))
+
+
+def test_processes_with_other_parameters_are_named_and_a_single_bit_counts():
+    banks = toy().banks
+    sums = torch.stack([torch.stack([guards.bits(bank.param) for bank in banks])] * 4)
+    assert guards.differing(banks, sums.numpy()) is None
+    last = banks[-1].param.view(-1)
+    before = guards.bits(last)
+    last.view(torch.int32)[5] ^= 1
+    sums[2, -1] += guards.bits(last) - before
+    fields = guards.differing(banks, sums.numpy())
+    assert "process 2 and process 0 hold different parameters" in fields["message"]
+    assert fields["tensors"] == [name for name, _ in banks[-1].members]
+
+
+def test_a_state_that_is_not_finite_is_not_kept():
+    good = {"optimizer/a": torch.ones(3), "optimizer/n": torch.ones(2, dtype=torch.int16)}
+    large = {"optimizer/b": torch.full((4,), 3e38)}  # finite, and its sum in float32 is not
+    assert guards.not_finite(good | large) == []
+    assert guards.not_finite(good | {"optimizer/c": torch.tensor([0.0, -math.inf])}) == ["optimizer/c"]
+
+
+def test_a_log_whose_guard_stopped_it_cannot_say_that_it_finished():
+    log = SimpleNamespace(where="x", events=[{"kind": "guard", "step": 3, "message": "m"}],
+                          one=lambda kind: {"status": "finished"})
+    assert "though a guard stopped it at step 3 (m)" in next(run_laws.check_guards(log))
+
+
+# ----- two processes
+
+PAIRS = {
+    "gradient": (train_gpt.DIVERGED, ["blocks.1.mlp.c_fc"], "step 5: the gradient of blocks.1.mlp.c_fc is"),
+    "digest": (train_gpt.DIVERGED, ..., "process 1 and process 0 hold different parameters"),
+    "stall": (stall.STALLED, [], "no progress for"),
+}
+
+
+@pytest.mark.parametrize("what", PAIRS)
+def test_two_processes_end_together_and_say_which_and_where(what, tmp_path):
+    done = process_group.run([sys.executable, __file__, what, str(tmp_path)], 2, timeout=280,
+                             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    code, tensors, said = PAIRS[what]
+    events = runlog.read_chain(next(tmp_path.glob("*/run.jsonl")))
+    event = next(e for e in events if e["kind"] == "guard")
+    assert done.returncode == code and said in event["message"], done.stderr
+    assert tensors in (..., event["tensors"])
+    if what == "stall":
+        assert event["last_steps"] == [4, 4] and "process 1 has done 5 steps (step 5" in event["message"]
+        assert "go on with --resume" in event["message"]
+        assert "error: no progress" in done.stderr
+    assert event["step"] == {"digest": 4}.get(what, 5)
+
+
+def spoil_one(what, out):
+    """A run on two processes, of which the second one has a fault."""
+    plain, rank = train_gpt.train_step, int(os.environ["RANK"])
+
+    def step(run, plan, *rest, **more):
+        if run.guards is None or rank == 0:
+            return plain(run, plan, *rest, **more)
+        parameters = dict(run.model.named_parameters())
+        if what == "stall" and plan.step == 5:
+            time.sleep(250)
+        hooks = []
+        if what == "gradient" and plan.step == 5:
+            hooks.append(parameters["blocks.1.mlp.c_fc"].register_hook(lambda g: g * math.nan))
+        loss = plain(run, plan, *rest, **more)
+        for hook in hooks:
+            hook.remove()
+        if what == "digest" and plan.step == 3:
+            parameters["embed.weight"].data[0, 0] += 1e-3
+        return loss
+
+    train_gpt.train_step = step
+    sets = [part for x in SMALL for part in ("--set", x)]
+    argv = ["short/11", "--scale", "micro", *sets, "--out", out, "--checkpoint-every", "2"]
+    argv += ["--stall-timeout", "6s"] if what == "stall" else []
+    train_gpt.main(*command_line.command_line(argv))
+
+
+if __name__ == "__main__":
+    spoil_one(*sys.argv[1:])

@@ -1,0 +1,79 @@
+"""Laws of `records watch`: it shows several runs from their logs alone, under way, torn or ended."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import runlog
+import schema
+from deltas import resolve
+from page import watch
+from records import __main__ as records
+from system.heartbeat import Heartbeat, beaten
+
+
+def write(out, seed, losses, end=None):
+    """The folder of a run of 20 steps with these validation losses, every five steps."""
+    log = runlog.RunLog(out, f"s{seed}")
+    s = resolve("short/11", scale="micro", sets=["schedule.steps=20", "validation.every=5"]).settings
+    log.event("start", record="short/11", preset="", scale="micro", seed=seed, changes=[], utc="", sources="x",
+              settings=schema.plain(s), memory={"mib": {"total": 321}})
+    for i, loss in enumerate(losses):
+        log.event("validation", step=5 * i, scheduled_steps=20, val_loss=loss, tokens=5 * i * 1024, epoch=0,
+                  train_loss=[loss + 0.1] * (5 if i else 0), train_time_ms=1000.0 * i)
+    if end:
+        said = "step 7: the gradient of x is not finite"
+        log.event("guard", what="finite", step=7, tensors=["x"], message=said)
+        log.event("end", status=end, steps=8, train_time_ms=2000.0, tokens=8192, verdict=[])
+    log.close()
+    return log.folder
+
+
+def shown(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        records.main(["watch", *map(str, argv)])
+    return stop.value.code, capsys.readouterr()
+
+
+def test_two_runs_are_shown_over_each_other_one_torn_and_under_way_one_stopped_by_a_guard(
+        tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "160")
+    going = write(tmp_path, 1, [7.0, 6.0, 5.25])
+    with open(going / "run.jsonl", "ab") as file:
+        file.write(b'{"kind": "validation", "step": 15, "val_lo')  # a line that is being written
+    Heartbeat(beaten(going)).beat(12, 2400.0)
+    over = write(tmp_path, 2, [7.0, 6.5], end="diverged")
+    before = {path: path.read_bytes() for path in tmp_path.glob("**/*") if path.is_file()}
+    code, said = shown(capsys, going, over, "--once")
+    assert code == 0
+    row = next(line for line in said.out.splitlines() if " 1 seed 1" in line)
+    # later than the last validation: 12 steps of 1024 tokens in 2.4 s
+    for cell in ("12/20", "5.2500", "5.7250", f"{12 * 1024 / 2.4:,.0f}", "about 321 MiB", "running"):
+        assert cell in row, (cell, row)
+    assert "diverged: step 7: the gradient of x" in " ".join(said.out.split())
+    drawing = [line.partition("|")[2] for line in said.out.splitlines() if "|" in line]
+    assert any("1" in line for line in drawing) and any("2" in line for line in drawing)
+    assert {path: path.read_bytes() for path in before} == before
+    assert watch.unfinished(str(tmp_path)) == [going]
+
+
+def test_the_view_follows_the_logs_until_the_runs_have_ended(tmp_path):
+    folder = write(tmp_path, 1, [7.0])
+    assert watch.look(folder).step == 0
+    path = folder / "run.jsonl"
+    last = json.loads(path.read_text().splitlines()[-1])
+    line, _ = runlog.chain_line(last["hash"], {"kind": "end", "n": 2, "wall_ms": 1.0, "status": "finished",
+                                               "steps": 20, "train_time_ms": 5.0})
+    path.write_text(path.read_text() + line + "\n")
+    assert (watch.look(folder).status, watch.look(folder).step) == ("finished", 20)
+
+
+def test_what_cannot_be_watched_is_one_line(tmp_path, capsys):
+    for argv in ((tmp_path / "nowhere",), ("--out", tmp_path)):
+        code, said = shown(capsys, *argv)
+        assert code == 2 and said.err.startswith("error: ") and said.err.count("\n") == 1
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.jsonl").write_text("")
+    assert watch.look(Path(tmp_path / "new")).status == "starting"
+    assert watch.chart([(), ((0, 7.0),)]) == []

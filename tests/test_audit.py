@@ -561,8 +561,10 @@ def tried(what):
         return what() and "done"
     except OSError:
         return "refused"
-found = dict(write=tried(lambda: open({str(tmp_path / 'stolen')!r}, "w")), remove=tried(lambda: os.unlink(__file__) or True),
-             connect=tried(lambda: socket.create_connection(("127.0.0.1", {port}), 5)), secret="SECRET_TOKEN" in os.environ,
+found = dict(write=tried(lambda: open({str(tmp_path / 'stolen')!r}, "w")),
+             remove=tried(lambda: os.unlink(__file__) or True),
+             connect=tried(lambda: socket.create_connection(("127.0.0.1", {port}), 5)),
+             secret="SECRET_TOKEN" in os.environ,
              interfaces=len(socket.if_nameindex()))
 raise UserError("found " + repr(found))
 """

@@ -209,7 +209,8 @@ elif "pip" in sys.argv:
         time.sleep(60)
     if "--editable" not in sys.argv:
         with open(here / "have", "a") as file:
-            print(*[a for a in sys.argv if "==" in a and not (kind == "lies" and a.startswith("torch"))], sep="\\n", file=file)
+            have = [a for a in sys.argv if "==" in a and not (kind == "lies" and a.startswith("torch"))]
+            print(*have, sep="\\n", file=file)
 else:
     sys.exit("started " + " ".join(sys.argv[1:]))
 """

@@ -58,7 +58,7 @@ ABLATED = {
     "model.residual.x0_mix": 4.08, "model.attn.value_residual": 4.09, "optim.muon.momentum_warmup": 4.075
 }
 # of short/8: better, unresolved, worse
-BRANCHES = {"variants/1": 4.25, "variants/2": 4.263, "variants/3": 4.31}
+BRANCHES = {"variants/1": 4.24, "variants/2": 4.263, "variants/3": 4.31}
 CHAINED = {"short/8": 4.26, "short/9": 4.27, "short/10": 4.265, "short/11": 4.06}
 
 
@@ -377,7 +377,7 @@ def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
 
 def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
     made = json.loads((evidence / "chain_variants_tiny.json").read_text())
-    assert {row["resolved"] for row in made["rows"]} == {True, False}  # both kinds of cell are read below
+    assert [row["resolved"] for row in made["rows"]] == [True, False, True]  # both kinds of cell
     index, lineage = (leaderboard.build(evidence)[name] for name in ("records/README.md", "LINEAGE.md"))
     rows = {r["cells"][0]: r["cells"] for r in Reader(section_of(page, "variants")).rows}
     for row in made["rows"]:
@@ -505,9 +505,9 @@ def test_the_index_tells_the_committed_losses(site):
 
 def test_history_is_consistent(site):
     for h in site["history"]:
-        assert (
-            re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["title"]
-        )
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["title"]
+        # a new release of a library is nobody's idea
+        assert all(h["people"]) and (h["people"] or h["kind"] == "retiming"), h["ref"]
         assert h["status"] in ("record", "retiming", "claim") and h["scope"] in ("parametric", "retrieval")
         if h["steps"] and h["tokens_per_step"].isdigit():
             assert h["tokens"] == h["steps"] * int(h["tokens_per_step"])
@@ -520,9 +520,10 @@ def test_history_is_consistent(site):
         assert [m for _, m in part] == sorted((m for _, m in part), reverse=True)
     for ref in site["records"].keys() - facts.variants_of(site).keys():
         h = next(h for h in site["history"] if h["ref"] == ref)
-        # its published steps are those of another program than its record's
-        if h["steps"] and ref != "short/91":
-            assert h["steps"] == deltas.resolve(ref).settings.schedule.steps
+        steps = deltas.resolve(ref).settings.schedule.steps
+        # record 91's published runs are those of its pull request, which is on record 89
+        told = (1300, 1290) if ref == "short/91" else (steps, steps)
+        assert not h["steps"] or (h["steps"], steps) == told
 
 
 def test_history_and_judge_tell_the_same_minutes(site):

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,11 +84,17 @@ def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str
 
 def walk(node: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(path, field, value) of every field, a section before its fields; a section that is off has none."""
-    for f in dataclasses.fields(node):
+    for f in fields_of(type(node)):
         path, value = prefix + f.name, getattr(node, f.name)
         yield path, f, value
-        if dataclasses.is_dataclass(value):
+        if fields_of(type(value)):
             yield from walk(value, path + ".")
+
+
+@functools.cache
+def fields_of(cls: type) -> tuple[dataclasses.Field, ...]:
+    """Fields of a dataclass, none of another class; looked up once, because every check walks all of them."""
+    return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
 def default_of(f: dataclasses.Field) -> Any:

@@ -40,6 +40,16 @@ def attention_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str
         yield f"{path} is for ordinary heads, which model.attn.latent replaces: switch one off"
 
 
+def unpaired_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
+    """Messages on layers that have no attention or whose heads are paired."""
+    yield from attention_faults(path, layers, s)
+    if both := sorted(set(layers) & set(s.model.attn.paired_layers)):
+        yield (
+            f"{path} names layer {both[0]}, whose heads are paired: leave it out, or take it from "
+            "model.attn.paired_layers"
+        )
+
+
 # ----- gates, smears, saved streams -------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -159,12 +169,7 @@ class XSA:
     learned: bool = opt(True, "learned a (off: the constant `init`)", off=False)
 
     def check(self, s: Any) -> Iterator[str]:
-        yield from attention_faults("model.attn.xsa.layers", self.layers, s)
-        if both := sorted(set(self.layers) & set(s.model.attn.paired_layers)):
-            yield (
-                f"model.attn.xsa.layers names layer {both[0]}, whose heads are paired: leave it out, or take "
-                "it from model.attn.paired_layers"
-            )
+        yield from unpaired_faults("model.attn.xsa.layers", self.layers, s)
 
 
 @dataclass(frozen=True)
@@ -179,12 +184,7 @@ class Compose:
                       unit="token", off=REFUSE, shrink="length", least=1)
 
     def check(self, s: Any) -> Iterator[str]:
-        yield from attention_faults("model.attn.compose.layers", self.layers, s)
-        if both := sorted(set(self.layers) & set(s.model.attn.paired_layers)):
-            yield (
-                f"model.attn.compose.layers names layer {both[0]}, whose heads are paired: leave it out, or "
-                "take it from model.attn.paired_layers"
-            )
+        yield from unpaired_faults("model.attn.compose.layers", self.layers, s)
 
 
 @dataclass(frozen=True)

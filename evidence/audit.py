@@ -250,6 +250,15 @@ class Failed(Exception):
     """A process of the audited code that did not do its work, in one line."""
 
 
+class Drawn:
+    """What is drawn for an audit: the number of steps, two seeds, and a generator for all else."""
+
+    def __init__(self, draw):
+        self.random = random.Random(draw)
+        self.steps = self.random.randint(*STEPS)
+        self.seed, self.other = self.random.sample(range(2 ** 31), 2)
+
+
 class Trainings:
     """The processes of an audit: what the checkout resolves, and the trainings that the checks need."""
 
@@ -258,9 +267,8 @@ class Trainings:
             folder, record, scale, timeout, checks
         )
         self.done, self.torch, self.claimed = {}, None, list(seeds)
-        self.random = random.Random(draw)
-        self.steps = self.random.randint(*STEPS)
-        self.seed, self.other = self.random.sample(range(2 ** 31), 2)
+        drawn = Drawn(draw)
+        self.random, self.steps, self.seed, self.other = drawn.random, drawn.steps, drawn.seed, drawn.other
         try:
             self.facts, = self.start({"facts": ("facts", {})}).values()
             if isinstance(self.facts, Failed):

@@ -323,7 +323,10 @@ def main(argv):
         os.chdir(ROOT)
         # few tests: one process is faster
         alone = any(argument.partition("=")[0] == "--feature" for argument in arguments)
-        arguments = ["-m", "pytest", "-q", "-n", "0" if alone else "2", *arguments]
+        # stealing: each process takes whole files as long as both have work, so that what the tests of a
+        # file share is made once
+        spread = ["-n", "0"] if alone else ["-n", "2", "--dist", "worksteal"]
+        arguments = ["-m", "pytest", "-q", *spread, *arguments]
     else:
         arguments = [str(ROOT / "installation/run.py"), *arguments]
     sys.stdout.flush()

@@ -2,6 +2,7 @@
 a script; charts are drawn by page.js from the JSON at the end of the page."""
 
 import csv
+import functools
 from html import escape
 from pathlib import Path
 
@@ -413,14 +414,15 @@ def reference_curve(record):
             ]
     except (KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a curve of step, val_loss, train_time_ms ({error})") from None
-    tokens = [0]
-    for plan in schedule.plan(deltas.resolve(record.ref).settings):
-        tokens.append(tokens[-1] + plan.tokens)
-    same = rows[-1][0] == len(tokens) - 1
+    s = deltas.resolve(record.ref).settings
+    same = rows[-1][0] == s.schedule.steps
     return {
         "ref": record.ref,
         "points": [
-            [step, tokens[step] if same else None, round(float(ms)) if ms else None, round(loss, 4)]
+            [
+                step, schedule.tokens_before(s, step) if same else None, round(float(ms)) if ms else None,
+                round(loss, 4)
+            ]
             for step, loss, ms in rows
         ],
     }
@@ -447,8 +449,14 @@ def shown_settings(ref):
     s = deltas.resolve(ref).settings
     # what is off is left out, as in diff
     values = {p: schema.show(v) for p, v in schema.flat(s).items() if v is not None}
-    for path, f in schema.fields().items():
-        bare = f.is_section and f.optional and not any(p.startswith(path + ".") for p in schema.fields())
-        if bare and all(deltas.lookup(s, p) is not None for p in [*schema.prefixes(path), path]):
+    for path in bare_sections():
+        if all(deltas.lookup(s, p) is not None for p in [*schema.prefixes(path), path]):
             values[path] = "on"
     return values
+
+
+@functools.cache
+def bare_sections():
+    """Paths of the features without fields of their own."""
+    parents = {p.rpartition(".")[0] for p in schema.fields()}
+    return [p for p, f in schema.fields().items() if f.is_section and f.optional and p not in parents]

@@ -36,21 +36,23 @@ with open(os.environ["STARTED"], "a") as file:
 runlog.sources = lambda: ("fake", runlog.source_hash("fake"))
 name = f"{{resolved.record.ref.replace('/', '-')}}_{{resolved.scale}}_{{ml_hash[:8]}}_s{{options.seed}}"
 log = runlog.RunLog(options.out, name)
-log.start(dict(record=resolved.record.ref, scale=resolved.scale, seed=options.seed, changes=changes, ml_hash=ml_hash,
-               numerics_version=plan["numerics_version"], registered=options.registered, device="fake", cpu="", machine="m",
-               torch=os.environ.get("FAKE_TORCH", "0"), code="c" * 40, profiled=False, processes=1,
+log.start(dict(record=resolved.record.ref, scale=resolved.scale, seed=options.seed, changes=changes,
+               ml_hash=ml_hash, numerics_version=plan["numerics_version"], registered=options.registered,
+               device="fake", cpu="", machine="m", torch=os.environ.get("FAKE_TORCH", "0"), code="c" * 40,
+               profiled=False, processes=1,
                **plan["digests"][ml_hash]), schema.plain(s))
 time.sleep(float(os.environ.get("SECONDS", 0)))
 if os.environ.get("FAIL") in ("all", " ".join(changes)):
     sys.exit("error: the disk of the fake is full")
-loss = 5 + random.Random(f"{{ml_hash}} {{options.seed}}").gauss(0, 0.01) + sum(effects.get(c, 0) for c in changes)
+noise = random.Random(f"{{ml_hash}} {{options.seed}}").gauss(0, 0.01)
+loss = 5 + noise + sum(effects.get(c, 0) for c in changes)
 diverged = "DIVERGE" in os.environ
 loss, status = (float("nan"), "diverged") if diverged else (loss, "finished")
 for step, value in ((0, 7.0), (3, loss)) if not diverged else ():
     log.event("validation", step=step, scheduled_steps=3, val_loss=value, train_loss=[],
               train_time_ms=10.0 * step / 3, tokens=33 * step, epoch=0)
-log.end(status=status, steps=3, scheduled_steps=3, val_loss=loss, train_time_ms=10.0, tokens=99, epoch=0, target=None,
-        reached=None, verdict=[])
+log.end(status=status, steps=3, scheduled_steps=3, val_loss=loss, train_time_ms=10.0, tokens=99, epoch=0,
+        target=None, reached=None, verdict=[])
 sys.exit(4 if diverged else 0)
 """
 

@@ -118,7 +118,8 @@ def resolve(python, folder, kind, target):
         errors = [
             line for line in done.stderr.splitlines() if line.startswith("ERROR: ")
         ] or done.stderr.splitlines()[-1:]
-        return None, f"{'skipped: no network' if UNREACHABLE.search(done.stderr) else 'FAILED'} ({' '.join(errors)[:500]})"
+        what = "skipped: no network" if UNREACHABLE.search(done.stderr) else "FAILED"
+        return None, f"{what} ({' '.join(errors)[:500]})"
     found = json.loads(report.read_text())["install"]
     return {p["metadata"]["name"].lower(): p["metadata"]["version"] for p in found}, None
 

@@ -3,14 +3,27 @@ optimizer."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import deltas
 import schedule
+import schema
 from model import GPT
 from updates.views import Views
 
 BOS = 1256
+
+
+def each_record(refs=None):
+    """Test parameters: refs of records, of all if None. Slow: one that computes at scale micro what an
+    earlier one does, as records of systems and of precision do; tests/long.sh runs it."""
+    computed, parameters = set(), []
+    for ref in refs or deltas.load_records():
+        digest = schema.ml_hash(deltas.resolve(ref, scale="micro").settings)
+        parameters.append(pytest.param(ref, marks=[pytest.mark.slow] if digest in computed else []))
+        computed.add(digest)
+    return parameters
 
 
 def settings(ref, *sets, without=(), precision="float64"):

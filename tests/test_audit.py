@@ -24,6 +24,7 @@ from records.__main__ import main
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
+STEPS_4 = next(n for n in range(99) if audit.Drawn(n).steps == 4)  # the fewest
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,14 @@ def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tree")
     audit.copy(ROOT, folder, folder.parent / "git")
     return folder
+
+
+@pytest.fixture(scope="module")
+def shallow(tree, tmp_path_factory):
+    """The tree with models of four layers, in which the cheats are made: none depends on depth."""
+    layers = "    num_layers: int = opt(12,"
+    return Path(edited(tree, tmp_path_factory.mktemp("shallow") / "tree",
+                       ("model_settings.py", layers, layers.replace("12", "4"))))
 
 
 def edited(tree, folder, *edits):
@@ -49,14 +58,23 @@ def edited(tree, folder, *edits):
 
 def test_the_present_code_passes_every_check_and_says_what_an_audit_cannot_know(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["audit", str(ROOT), "--record", "short/11", "--json", str(tmp_path / "audit.json")])
+        main(["audit", str(ROOT), "--record", "short/11", "--draw", str(STEPS_4),
+              "--json", str(tmp_path / "audit.json")])
     out, _ = capsys.readouterr()
     assert stop.value.code == 0 and "What an audit cannot know" in out, out
     result = json.loads((tmp_path / "audit.json").read_text())
     assert result["passed"] and [c["name"] for c in result["checks"]] == list(audit.CHECKS)
     assert all(c["passed"] is True and c["detail"] for c in result["checks"])
     assert (result["version"], result["scale"], result["record"]) == (1, "micro", "short/11")
-    assert len(result["seeds"]) == 2 and min(audit.STEPS) <= result["steps"] <= max(audit.STEPS)
+    assert len(result["seeds"]) == 2 and result["steps"] == 4
+
+
+def test_steps_and_seeds_are_drawn_anew_and_a_draw_repeats_them():
+    drawn = [audit.Drawn(n) for n in range(40)]
+    assert {d.steps for d in drawn} == {*range(min(audit.STEPS), max(audit.STEPS) + 1)}
+    assert len({(d.seed, d.other) for d in drawn}) == 40 and all(d.seed != d.other for d in drawn)
+    again = audit.Drawn(3)
+    assert (again.steps, again.seed, again.other) == (drawn[3].steps, drawn[3].seed, drawn[3].other)
 
 
 @pytest.mark.parametrize(
@@ -417,13 +435,12 @@ TREES = {
         ),
     ],
 }
-STEPS_4 = next(n for n in range(99) if __import__("random").Random(n).randint(*audit.STEPS) == 4)
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_each_cheat_fails_the_check_that_is_meant_for_it(name, tree, tmp_path):
+def test_each_cheat_fails_the_check_that_is_meant_for_it(name, shallow, tmp_path):
     cheats = TREES[name]
-    folder = edited(tree, tmp_path / "cheat", *(edit for *_, edits in cheats for edit in edits))
+    folder = edited(shallow, tmp_path / "cheat", *(edit for *_, edits in cheats for edit in edits))
     seeds = [7] if any("seed 7" in words for _, _, words, _ in cheats) else []
     checks = {check: (cheat, words) for cheat, check, words, _ in cheats}
     result = audit.audit(folder, "short/11", only=list(checks), seeds=seeds, draw=STEPS_4)
@@ -561,8 +578,10 @@ def tried(what):
         return what() and "done"
     except OSError:
         return "refused"
-found = dict(write=tried(lambda: open({str(tmp_path / 'stolen')!r}, "w")), remove=tried(lambda: os.unlink(__file__) or True),
-             connect=tried(lambda: socket.create_connection(("127.0.0.1", {port}), 5)), secret="SECRET_TOKEN" in os.environ,
+found = dict(write=tried(lambda: open({str(tmp_path / 'stolen')!r}, "w")),
+             remove=tried(lambda: os.unlink(__file__) or True),
+             connect=tried(lambda: socket.create_connection(("127.0.0.1", {port}), 5)),
+             secret="SECRET_TOKEN" in os.environ,
              interfaces=len(socket.if_nameindex()))
 raise UserError("found " + repr(found))
 """

@@ -95,8 +95,8 @@ def an_hour_before_the_warm_up_of_one_arm(c):
     hours(c, [e["run"] for e in c.of("register") if e["arm"] == "new"], "probe", "start_ms")
 
 
-@refused(r"arm new: work before the clock: its warm-up takes 3600 s, that of arm parent 0 s, and the manifest does "
-         "not say why")
+@refused(r"arm new: work before the clock: its warm-up takes 3600 s, that of arm parent 0 s, and the "
+         "manifest does not say why")
 def an_hour_of_warm_up_in_one_arm(c):
     hours(c, [e["run"] for e in c.of("register") if e["arm"] == "new"], "reset", "warmup_ms")
 
@@ -306,7 +306,8 @@ def other_order_of_tokens(c):
 
 # settings and code
 
-@refused(r"settings hash to ml_hash \w+, logged \w+: they were edited|settings differ from those declared .*: optim.muon.lr")
+@refused(r"settings hash to ml_hash \w+, logged \w+: they were edited|"
+         r"settings differ from those declared .*: optim.muon.lr")
 def settings_edited_in_a_log(c):
     run = c.counted()[0]
     c.events(run, "start")[0]["settings"]["optim"]["muon"]["lr"] = 0.05
@@ -747,7 +748,8 @@ def a_scale_the_runs_do_not_have(c):
     c.seal()
 
 
-@refused(r"scale 'micro', declared 'full'|arm \w+: short/1\d at scale full|arm \w+ runs with --set|a record is measured on")
+@refused(r"scale 'micro', declared 'full'|arm \w+: short/1\d at scale full|arm \w+ runs with --set|"
+         "a record is measured on")
 def a_scale_that_every_arm_declares_and_no_run_has(c):
     c.lines[0]["scale"] = "full"
     for a in c.lines[0]["arms"].values():

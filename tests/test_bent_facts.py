@@ -197,100 +197,57 @@ def a_difference_of_other_trees(c):
 
 # ----- facts that move time or loss -------------------------------------------------------------------------
 
-@refused(r"python 3\.12\.1 differs from that of the other runs", r"python '3\.12\.1', declared '3\.11\.7'")
-def one_run_with_another_python(c):
-    c.events(3, "start")[0]["python"] = "3.12.1"
-    c.seal()
+def tell_facts(name, reason, runs, also="$^", kind="start", declared=(), **facts):
+    """Register a mutation: other facts in an event of some runs.
+
+    runs: a run's number, an arm, or "all". declared: (field, {...}) that the manifest's first line then adds.
+    """
+    def bend(c):
+        for run in [runs] if isinstance(runs, int) else [
+            run for arm in ("new", "parent") if runs in (arm, "all") for run in runs_of(c, arm)
+        ]:
+            c.events(run, kind)[0].update(facts)
+        for field, more in declared:
+            c.lines[0][field] |= more
+        c.seal()
+
+    bend.__name__ = name
+    refused(reason, also)(bend)
 
 
-@refused(
-    r"python 3\.12\.1 differs from that of the other runs|python 3\.11\.7 differs", r"declared '3\.11\.7'"
-)
-def the_parent_with_another_python(c):
-    tell(c, "parent", python="3.12.1")
-    c.seal()
-
-
-@refused(r"python '3\.12\.1', declared '3\.11\.7'")
-def all_runs_with_another_python_than_declared(c):
-    tell_all(c, python="3.12.1")
-    c.seal()
-
-
-@refused(r"torch '2\.14\.0', declared '2\.13\.0\+cpu'")
-def all_runs_with_another_torch_than_declared(c):
-    c.lines[0]["machine"]["torch"] = "2.13.0+cpu"
-    tell_all(c, torch="2.14.0")
-    c.seal()
-
-
-@refused(r"torch 2\.\d+\.\S+ differs from that of the other runs")
-def the_parent_with_another_torch(c):
-    tell(c, "parent", torch="2.9.0")
-    c.seal()
-
-
-@refused(r"platform \w+ differs from that of the other runs", "declared 'test'")
-def the_parent_on_another_platform(c):
-    tell(c, "parent", platform="slow")
-    c.seal()
-
-
-@refused(r"device CPU, 1 process, 8 threads differs from that of the other runs")
-def one_run_with_more_threads(c):
-    c.events(3, "start")[0]["device"] = "CPU, 1 process, 8 threads"
-    c.seal()
-
-
-@refused(r"device CPU, 1 process, \d threads differs from that of the other runs")
-def the_new_arm_with_more_threads(c):
-    tell(c, "new", device="CPU, 1 process, 8 threads")
-    c.seal()
-
-
-@refused(r"environment \{.*\} differs from that of the other runs")
-def the_parent_in_another_environment(c):
-    tell(c, "parent", environment={"OMP_WAIT_POLICY": "passive"})
-    c.seal()
-
-
-@refused(r"environment: OMP_NUM_THREADS is '8', declared '1'")
-def all_runs_in_another_environment_than_declared(c):
-    c.lines[0]["environment"] = {"OMP_NUM_THREADS": "1"}
-    tell_all(c, environment={"OMP_NUM_THREADS": "8"})
-    c.seal()
-
-
-@refused(r"fallbacks \(arm \w+\) \['banded.*\] differs from that of the other runs",
-         "runs slower than it could be")
-def a_kernel_passed_over_in_one_run(c):
-    c.events(3, "start")[0]["fallbacks"] = ["banded attention: no kernel"]
-    c.seal()
-
-
-@refused(r"arm parent runs slower than it could be, and arm new does not: nothing is compiled")
-def a_parent_that_fell_back(c):
-    tell(c, "parent", fallbacks=["nothing is compiled: system.compile is off"])
-    c.seal()
-
-
-@refused(r"graphs compiled while the clock ran 2 differs from that of the other runs")
-def one_run_that_compiled_inside_the_clock(c):
-    c.events(3, "end")[0]["graphs_in_clock"] = 2
-    c.seal()
-
-
-@refused(r"graphs compiled while the clock ran \d differs from that of the other runs")
-def a_parent_that_compiled_inside_the_clock(c):
-    for run in runs_of(c, "parent"):
-        c.events(run, "end")[0]["graphs_in_clock"] = 12
-    c.seal()
-
-
-@refused(r"machine \w+ differs from that of the other runs", "machine 'ffffffffffff', declared")
-def the_parent_on_another_machine(c):
-    tell(c, "parent", machine="ffffffffffff")
-    c.seal()
+OTHERS = " differs from that of the other runs"
+PYTHON_DECLARED = r"python '3\.12\.1', declared '3\.11\.7'"
+EIGHT_THREADS = "CPU, 1 process, 8 threads"
+SLOW = "nothing is compiled: system.compile is off"
+tell_facts("one_run_with_another_python", r"python 3\.12\.1" + OTHERS, 3, PYTHON_DECLARED, python="3.12.1")
+tell_facts("the_parent_with_another_python", rf"python 3\.12\.1{OTHERS}|python 3\.11\.7 differs", "parent",
+           r"declared '3\.11\.7'", python="3.12.1")
+tell_facts("all_runs_with_another_python_than_declared", PYTHON_DECLARED, "all", python="3.12.1")
+tell_facts("all_runs_with_another_torch_than_declared",
+           r"torch '2\.14\.0', declared '2\.13\.0\+cpu'", "all",
+           declared=[("machine", {"torch": "2.13.0+cpu"})], torch="2.14.0")
+tell_facts("the_parent_with_another_torch", r"torch 2\.\d+\.\S+" + OTHERS, "parent", torch="2.9.0")
+tell_facts("the_parent_on_another_platform", r"platform \w+" + OTHERS, "parent", "declared 'test'",
+           platform="slow")
+tell_facts("one_run_with_more_threads", "device " + EIGHT_THREADS + OTHERS, 3, device=EIGHT_THREADS)
+tell_facts("the_new_arm_with_more_threads", r"device CPU, 1 process, \d threads" + OTHERS, "new",
+           device=EIGHT_THREADS)
+tell_facts("the_parent_in_another_environment", r"environment \{.*\}" + OTHERS, "parent",
+           environment={"OMP_WAIT_POLICY": "passive"})
+tell_facts("all_runs_in_another_environment_than_declared",
+           r"environment: OMP_NUM_THREADS is '8', declared '1'", "all",
+           declared=[("environment", {"OMP_NUM_THREADS": "1"})], environment={"OMP_NUM_THREADS": "8"})
+tell_facts("a_kernel_passed_over_in_one_run", r"fallbacks \(arm \w+\) \['banded.*\]" + OTHERS, 3,
+           "runs slower than it could be", fallbacks=["banded attention: no kernel"])
+tell_facts("a_parent_that_fell_back",
+           "arm parent runs slower than it could be, and arm new does not: nothing is compiled", "parent",
+           fallbacks=[SLOW])
+tell_facts("one_run_that_compiled_inside_the_clock", "graphs compiled while the clock ran 2" + OTHERS, 3,
+           kind="end", graphs_in_clock=2)
+tell_facts("a_parent_that_compiled_inside_the_clock", r"graphs compiled while the clock ran \d" + OTHERS,
+           "parent", kind="end", graphs_in_clock=12)
+tell_facts("the_parent_on_another_machine", r"machine \w+" + OTHERS, "parent",
+           "machine 'ffffffffffff', declared", machine="ffffffffffff")
 
 
 # ----- what logs suffice to see -----------------------------------------------------------------------------

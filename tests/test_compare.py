@@ -34,7 +34,8 @@ print("threads", os.environ.get("OMP_NUM_THREADS"))
 for step in range(0, 41, 8):
     time.sleep(pause)
     value = loss + 3 * 0.9 ** step + noise * r.gauss(0, 1)
-    print(f"step:{step}/40 val_loss:{value:.4f} train_time:{step * 10 + r.random():.0f}ms step_avg:10.00ms", flush=True)
+    print(f"step:{step}/40 val_loss:{value:.4f} train_time:{step * 10 + r.random():.0f}ms step_avg:10.00ms",
+          flush=True)
 """
 
 

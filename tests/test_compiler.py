@@ -17,9 +17,10 @@ import pytest
 import torch
 
 import runlog
+import schedule
 from evidence import run_laws
 from common.errors import UserError
-from system import compiler
+from system import command_line, compiler, dry_run
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -292,11 +293,9 @@ def graphs(out, *sets):
     at most."""
     args = [*LITTLE, *(x for text in sets for x in ("--set", text))]
     program("-c", TRAIN, "eager", *args, "--out", str(out))
-    plan = subprocess.run(
-        [sys.executable, "train_gpt.py", *args, "--plan"], cwd=ROOT, capture_output=True, text=True
-    )
+    s = command_line.command_line(args)[1].settings
     events = runlog.read_chain(next(out.glob("2*")) / "run.jsonl")
-    most = int(re.search(r"at most (\d+) graphs", plan.stdout).group(1))
+    most = int(re.search(r"at most (\d+) graphs", "\n".join(dry_run.graphs(s, schedule.plan(s)))).group(1))
     return events[2]["graphs"], events[-1]["graphs_in_clock"], most
 
 

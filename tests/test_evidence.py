@@ -41,7 +41,11 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
         "".join(line + "\n" for event in events for line in render(event)) == (folder / "log.txt").read_text()
     )
     assert summary["curve"][-1][0] == s.schedule.steps and not summary.get("graphs_in_clock")
-    assert sum(f.stat().st_size for f in folder.iterdir()) <= 40_000
+    told = len(json.dumps(summary["settings"]))  # in all three files, in summary.json with a line for each
+    spread = len(json.dumps(summary["settings"], indent=1))
+    mixture = summary["settings"]["model"]["mlp"].get("moe")  # it logs the load of each expert
+    limit = 28_000 if mixture else 20_000
+    assert sum(f.stat().st_size for f in folder.iterdir()) - 2 * told - spread <= limit
     packed = ROOT / f"evidence/results/sources-{summary['sources']}.txt.xz"
     assert source_hash(lzma.decompress(packed.read_bytes()).decode()) == summary["sources"]
 
@@ -90,8 +94,8 @@ def test_the_table_of_records_is_what_the_command_writes():
 # Whose runs at scale tiny are still to be made. A record that is not here and has none computes at that scale
 # what its parent does.
 TO_RUN = {f"short/{i}" for i in (
-    *range(54, 59), *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
-)} | {"variants/8", "variants/9", "variants/10"} | {f"medium/{i}" for i in range(1, 19) if i not in (11, 17)}
+    57, 58, *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
+)} | {"variants/8", "variants/9"} | {f"medium/{i}" for i in range(1, 19) if i not in (11, 17)}
 
 
 def test_a_record_without_a_tiny_run_computes_what_its_parent_does_or_is_listed():

@@ -209,7 +209,8 @@ elif "pip" in sys.argv:
         time.sleep(60)
     if "--editable" not in sys.argv:
         with open(here / "have", "a") as file:
-            print(*[a for a in sys.argv if "==" in a and not (kind == "lies" and a.startswith("torch"))], sep="\\n", file=file)
+            have = [a for a in sys.argv if "==" in a and not (kind == "lies" and a.startswith("torch"))]
+            print(*have, sep="\\n", file=file)
 else:
     sys.exit("started " + " ".join(sys.argv[1:]))
 """
@@ -286,7 +287,8 @@ def test_run_installs_what_it_needs_and_test_adds_the_rest_to_the_same_venv(chec
     )
     code, said = ended(start(checkout, checkout / "test.sh", "-k", "x"))
     assert (
-        said[0].startswith("adding to .venv: submitit==") and said[-1] == "started -m pytest -q -n 2 -k x"
+        said[0].startswith("adding to .venv: submitit==")
+        and said[-1] == "started -m pytest -q -n 2 --dist worksteal -k x"
     ), said
     code, said = ended(start(checkout, checkout / "test.sh", "--feature", "optim.muon"))
     assert said == ["started -m pytest -q -n 0 --feature optim.muon"]  # a few tests: one process

@@ -2,7 +2,9 @@
 hidden."""
 
 import dataclasses
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -58,7 +60,7 @@ ABLATED = {
     "model.residual.x0_mix": 4.08, "model.attn.value_residual": 4.09, "optim.muon.momentum_warmup": 4.075
 }
 # of short/8: better, unresolved, worse
-BRANCHES = {"variants/1": 4.25, "variants/2": 4.263, "variants/3": 4.31}
+BRANCHES = {"variants/1": 4.24, "variants/2": 4.263, "variants/3": 4.31}
 CHAINED = {"short/8": 4.26, "short/9": 4.27, "short/10": 4.265, "short/11": 4.06}
 
 
@@ -107,8 +109,20 @@ def site(evidence):
 
 
 @pytest.fixture(scope="module")
-def page(site):
-    return sections.page(site)
+def built():
+    """Path -> text of every generated file, of the committed data."""
+    return leaderboard.build()
+
+
+@pytest.fixture(scope="module")
+def built_here(evidence):
+    """The same of this file's own evidence."""
+    return leaderboard.build(evidence)
+
+
+@pytest.fixture(scope="module")
+def page(built_here):
+    return built_here["site/index.html"]
 
 
 class Reader(HTMLParser):
@@ -164,25 +178,23 @@ def row_of(page, code):
 
 # ----- generating -------------------------------------------------------------------------------------------
 
-def test_two_builds_give_the_same_bytes(evidence):
-    """Also in another process with another order of hashes."""
+def test_two_builds_give_the_same_bytes(evidence, built_here):
+    """The second in another process with another order of hashes."""
     script = (
         "from pathlib import Path; from page import leaderboard; import hashlib, json; "
         f"print(hashlib.sha256(json.dumps(leaderboard.build(Path({str(evidence)!r}))).encode()).hexdigest())"
     )
-    digests = [
-        subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
-            env={"PYTHONHASHSEED": seed, "PATH": ""}
-        ).stdout
-        for seed in ("1", "2")
-    ]
-    assert digests[0] == digests[1] and len(digests[0]) > 60
-    assert leaderboard.build(evidence) == leaderboard.build(evidence)
+    # the words of this process are hashed with another seed, or without one
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    other = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={"PYTHONHASHSEED": seed, "PATH": ""}
+    ).stdout
+    assert other.strip() == hashlib.sha256(json.dumps(built_here).encode()).hexdigest()
 
 
-def test_check_names_a_stale_file_in_one_line_and_exits_3(tmp_path, capsys):
-    files = leaderboard.build()
+def test_check_names_a_stale_file_in_one_line_and_exits_3(built, tmp_path, capsys):
+    files = built
     assert leaderboard.settle(files, tmp_path) == 0 and leaderboard.settle(files, tmp_path, check=True) == 0
     (tmp_path / "LINEAGE.md").write_text(files["LINEAGE.md"] + "edited by hand\n")
     (tmp_path / "site/history.svg").unlink()
@@ -216,17 +228,17 @@ def test_the_page_is_small_and_loads_nothing(page):
         ), link
 
 
-def test_the_page_is_well_formed_with_unique_ids_and_whole_anchors(page, site):
-    for text in (page, sections.page(facts.gather())):
+def test_the_page_is_well_formed_with_unique_ids_and_whole_anchors(page, built):
+    for text in (page, built["site/index.html"]):
         reader = Reader(text)
         assert len(set(reader.ids)) == len(reader.ids) and not re.search(r"\{\{\w+\}\}", text)
         assert {link[1:] for link in reader.links if link.startswith("#")} <= set(reader.ids)
 
 
-def test_every_published_record_appears(page, site):
+def test_every_published_record_appears(page, site, built):
     refs = [f"short/{i}" for i in [*range(1, 93), "21r", "21t"]] + [f"medium/{i}" for i in range(1, 19)]
     assert set(refs) <= {h["ref"] for h in site["history"]}
-    files = leaderboard.build()
+    files = built
     embedded = json.loads(page.split('id="data">')[1].split("</script>")[0])
     for ref in refs:
         h = next(h for h in site["history"] if h["ref"] == ref)
@@ -350,7 +362,7 @@ def section_of(page, name):
     return re.search(rf'<section id="{name}".*?</section>', page, re.S).group()
 
 
-def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
+def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site, built):
     """No place in history, worth table, prediction or the records' table of the index; one in a part of their
     own."""
     assert not any(facts.is_variant(h["ref"]) for h in site["history"])
@@ -361,8 +373,7 @@ def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
     )
     for name in ("worth", "history", "predict"):
         assert "variants/" not in section_of(page, name)
-    index = leaderboard.build()["records/README.md"].split("\n## Variants\n")
-    lineage = leaderboard.build()["LINEAGE.md"].split("\n## Variants\n")
+    index, lineage = (built[name].split("\n## Variants\n") for name in ("records/README.md", "LINEAGE.md"))
     for ref, record in facts.variants_of(site).items():
         assert (
             ref not in index[0] + lineage[0] and f"| {ref} | {record.parent} | {record.title} |" in index[1]
@@ -375,10 +386,10 @@ def test_variants_stand_apart_from_the_records_of_the_speedrun(page, site):
         )
 
 
-def test_differences_of_variants_are_those_of_the_sweep(page, site, evidence):
+def test_differences_of_variants_are_those_of_the_sweep(page, evidence, built_here):
     made = json.loads((evidence / "chain_variants_tiny.json").read_text())
-    assert {row["resolved"] for row in made["rows"]} == {True, False}  # both kinds of cell are read below
-    index, lineage = (leaderboard.build(evidence)[name] for name in ("records/README.md", "LINEAGE.md"))
+    assert [row["resolved"] for row in made["rows"]] == [True, False, True]  # both kinds of cell
+    index, lineage = (built_here[name] for name in ("records/README.md", "LINEAGE.md"))
     rows = {r["cells"][0]: r["cells"] for r in Reader(section_of(page, "variants")).rows}
     for row in made["rows"]:
         cell = rows[row["arm"]][4]
@@ -490,8 +501,8 @@ def test_curves_in_the_page_are_the_committed_ones(page, site):
     assert last["short/1"][2] is None  # llm.c's log has no times
 
 
-def test_the_index_tells_the_committed_losses(site):
-    text = leaderboard.build()["records/README.md"]
+def test_the_index_tells_the_committed_losses(site, built):
+    text = built["records/README.md"]
     for ref, runs in site["runs"].items():
         line = next(x for x in text.splitlines() if x.startswith(f"| {ref} |"))
         tiny = [r for r in runs if r["scale"] == "tiny"]
@@ -505,9 +516,9 @@ def test_the_index_tells_the_committed_losses(site):
 
 def test_history_is_consistent(site):
     for h in site["history"]:
-        assert (
-            re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["title"]
-        )
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["title"]
+        # a new release of a library is nobody's idea
+        assert all(h["people"]) and (h["people"] or h["kind"] == "retiming"), h["ref"]
         assert h["status"] in ("record", "retiming", "claim") and h["scope"] in ("parametric", "retrieval")
         if h["steps"] and h["tokens_per_step"].isdigit():
             assert h["tokens"] == h["steps"] * int(h["tokens_per_step"])
@@ -520,9 +531,10 @@ def test_history_is_consistent(site):
         assert [m for _, m in part] == sorted((m for _, m in part), reverse=True)
     for ref in site["records"].keys() - facts.variants_of(site).keys():
         h = next(h for h in site["history"] if h["ref"] == ref)
-        # its published steps are those of another program than its record's
-        if h["steps"] and ref != "short/91":
-            assert h["steps"] == deltas.resolve(ref).settings.schedule.steps
+        steps = deltas.resolve(ref).settings.schedule.steps
+        # record 91's published runs are those of its pull request, which is on record 89
+        told = (1300, 1290) if ref == "short/91" else (steps, steps)
+        assert not h["steps"] or (h["steps"], steps) == told
 
 
 def test_history_and_judge_tell_the_same_minutes(site):

@@ -19,7 +19,7 @@ from model import GPT, count_parameters
 from optim import Optimizer
 from system import dry_run as plan
 from sample import generate
-from small_models import BOS, build, settings, step, tokens
+from small_models import BOS, build, each_record, settings, step, tokens
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -408,7 +408,7 @@ def test_rope_sees_only_distances():
 # ----- what may look where
 
 @pytest.mark.feature(record="ref")
-@pytest.mark.parametrize("ref", [ref for ref in RECORDS if ref not in MEDIUM])
+@pytest.mark.parametrize("ref", each_record([ref for ref in RECORDS if ref not in MEDIUM]))
 def test_causality_nothing_before_a_changed_token_moves(ref):
     model, x = build(ref), tokens()
     x[x == BOS] = 0

@@ -26,6 +26,7 @@ from model import GPT
 from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
+from small_models import each_record
 from common.errors import UserError
 from data.batch import count_documents, to_rows
 from system import command_line, load, preflight, warmup
@@ -79,7 +80,9 @@ def train_here(out, *args):
     return train_gpt.train(resolved, options), summary_below(out)
 
 
-@pytest.mark.parametrize("ref", [ref for ref in RECORDS if ref not in LATER and ref not in MEDIUM])
+@pytest.mark.parametrize(
+    "ref", each_record([ref for ref in RECORDS if ref not in LATER and ref not in MEDIUM])
+)
 def test_every_record_trains_three_steps(ref, tmp_path):
     code, summary = train_here(tmp_path, *short(ref))
     assert code == 0 and summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
@@ -99,7 +102,7 @@ def test_every_record_of_the_medium_track_trains_three_steps(ref, tmp_path):
     assert code == 0 and summary["steps"] == 3 and summary["val_loss"] < summary["curve"][0][1]
 
 
-@pytest.mark.parametrize("ref", LATER)
+@pytest.mark.parametrize("ref", each_record(LATER))
 def test_every_record_from_34_on_trains_eight_steps(ref, tmp_path, capsys):
     """All stages, an extension, a rest of the scalars, and the split of the table."""
     code, summary = train_here(tmp_path, *short(ref, steps=8), "--set", "validation.every=8")

@@ -75,6 +75,36 @@ def test_momentum_and_parameters_of_record_20_round_as_the_originals_do(tensor):
             assert np.mean(got[0].numpy() != golden[f"native/{key}/{tensor}"][call]) < 0.02, (key, call)
 
 
+@pytest.mark.feature("optim.muon.momentum_ema")
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24), (24, 24)], ids=["wide", "tall", "square"])
+def test_six_updates_of_record_26_round_as_its_program_does(shape):
+    """The source in its log takes both steps of the momentum by lerp on float32, then casts to bfloat16.
+
+    mu M + (1-mu) g differs from it in a third of the entries or more from the second step on.
+    """
+    s = deltas.resolve("short/26").settings
+    rule, n = Muon.of(s, s.optim.group("matrix", "c_proj")), s.numerics
+    p = noise(1, *shape, seed=1, dtype=torch.float32)
+    theirs, sums, buffer = p.clone(), torch.zeros_like(p), torch.zeros_like(p)
+    state = {"momentum_buffer": torch.zeros_like(p)}
+    for call in range(6):
+        g = noise(1, *shape, seed=10 + call, dtype=torch.float32)
+        of_step = plan(lr_factor=1 - call / 10, momentum=0.85 + call / 100)
+        mu, lr = of_step.momentum, s.optim.muon.lr * of_step.lr_factor * max(1, shape[0] / shape[1]) ** 0.5
+        rule.update_(p, g.clone(), state, rule.numbers(of_step, call + 1), Views())
+        buffer.lerp_(g, 1 - mu)
+        direction = newton_schulz(g.lerp(buffer, mu), dtype=torch.bfloat16, form=n.newton_schulz_form,
+                                  norm_dtype=getattr(torch, n.newton_schulz_norm))
+        theirs.add_(direction, alpha=-lr)
+        sums = mu * sums + (1 - mu) * g
+        assert torch.equal(state["momentum_buffer"], buffer), call
+        # it multiplies the rate, not the direction, by sqrt(rows / cols): one more rounding
+        # here if that is not 1
+        ulps = 4 if shape[0] > shape[1] else 0
+        assert (p - theirs).abs().max() <= ulps * torch.finfo(torch.float32).eps, call
+        assert call == 0 or (sums != buffer).float().mean() > 0.3
+
+
 def test_the_symmetric_form_rounds_each_quadratic_once():
     """b A + c A A in float32 and then in bfloat16; the other forms round c A, its product and the sum."""
     x = noise(3, 24, 40, dtype=torch.float32).bfloat16() / 20

@@ -352,7 +352,7 @@ def test_the_key_offset_moves_channels_that_rotate_until_record_62():
     for ref, moved in (("short/57", [*range(32, 64), *range(96, 128)]),
                        ("short/61", [*range(32, 64), *range(96, 128)]), ("short/62", [*range(64, 128)])):
         s = deltas.resolve(ref, sets=["system.precision=float64"]).settings
-        spec, attn = layer_specs(s)[3].attn, GPT.__new__(GPT)
+        spec = layer_specs(s)[3].attn
         keys = random(1, 4, 1, 128)
         adjacent = build(ref).blocks[3].attn.offset_adjacent
         found = offset_keys(keys, spec.key_offset, adjacent)

@@ -564,7 +564,9 @@ class GPT(nn.Module):
                 target = p[i] if len(p.parts) > 1 else p
                 key = hashlib.sha256(f"{seed}/{first_name}/{p.first_part + i}".encode()).digest()
                 generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-                values = init(torch.empty(target.shape, dtype=torch.float32), generator)
+                # a table of constants may be larger than the host's memory
+                size = [1] * target.dim() if getattr(init, "constant", False) else target.shape
+                values = init(torch.empty(size, dtype=torch.float32), generator)
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)

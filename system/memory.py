@@ -80,7 +80,8 @@ def kept_by_forward(s, microbatch, compiled=False):
 
     compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
     computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
-    only added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate()
+    only added to the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps
+    queries and keys before and after a norm that follows their rotation. The logits are not in it: estimate()
     counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
     """
     from layers.primitives import dtype
@@ -100,9 +101,13 @@ def kept_by_forward(s, microbatch, compiled=False):
               prefix_weight=prefix_weight).mean()
     if not compiled or dtype(s.numerics.matmul).itemsize > 2:
         return kept.bytes()
-    outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
-    outputs *= tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
-    return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + outputs
+    stream = tokens.numel() * s.model.model_dim
+    attending = sum(block.attn is not None for block in model.blocks)
+    outputs = attending + sum(block.mlp is not None for block in model.blocks)
+    rest = outputs * stream * dtype(s.numerics.residual).itemsize
+    if s.model.attn.qk_norm and s.model.attn.qk_norm.order == "after_rope" and s.system.kernels.qk != "triton":
+        rest += attending * 2 * stream * dtype(s.numerics.matmul).itemsize
+    return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + rest
 
 
 def passing_in_head(s, tokens, compiled=False):
@@ -116,8 +121,10 @@ def passing_in_head(s, tokens, compiled=False):
     logits, m, l = tokens * padded_vocab(s), logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens)
+    if compiled and not (head.softcap or head.logit_scale or n.fp8_head):
+        return logits * m  # the gradient takes the place of the logits
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
-        return 2 * logits * m
+        return logits * (m + (2 if n.fp8_head else m))  # in FP8 the gradient and its transpose
     if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
         return 4 * logits * max(l, torch.float32.itemsize)
     moments, kept = [2 * l], l  # of the log-softmax, which keeps its result: the gradient it reads and writes

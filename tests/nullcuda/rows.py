@@ -33,6 +33,9 @@ RECORDS = (
     "1", "5", "11", "12", "14", "20", "21", "26", "29", "33", "48", "57", "62", "77", "85", "89", "90", "92"
 )
 VARIANTS = ("2", "4", "5")
+# Records with less of what is too large: with 92's table of 84.6 M rows, the gradients and their sum, a step
+# takes 500 GiB. The trainer hashes all of it twice.
+REDUCED = {"short/92": ("rows=1.3M", "model.embed.bigram.rows=1321920")}  # a 64th
 KERNELS = ("loss", "muon", "mlp", "qk", "transpose")
 COMM = ("replicated", "bucketed", "sharded", "allreduce_updates")
 MODES = {"eager": ("system.compile=off",), "compiled": ()}
@@ -49,7 +52,8 @@ def rows() -> dict[str, list[str]]:
 
     for mode, how in MODES.items():
         for record in [*(f"short/{n}" for n in RECORDS), *(f"variants/{n}" for n in VARIANTS)]:
-            add(f"{record} {mode}", record, *how)
+            word, *lines = REDUCED.get(record, ("",))
+            add(" ".join([record, *word.split(), mode]), record, *lines, *how)
     for mode, how in MODES.items():
         for kernel in KERNELS:
             add(f"short/33 {kernel}=triton {mode}", "short/33", f"system.kernels.{kernel}=triton", *how)
@@ -88,8 +92,8 @@ def commit() -> str:
 
 
 def shards() -> Path:
-    """A folder of random GPT-2 tokens in documents, made once."""
-    folder = files.default_cache() / "nullcuda"
+    """A folder of random GPT-2 tokens with the frequencies of a text, in documents, made once."""
+    folder = files.default_cache() / "nullcuda-text"
     if not (folder / "corpus.json").exists():
         import measure
         folder.mkdir(parents=True, exist_ok=True)

@@ -340,7 +340,7 @@ class Optimizer:
         self.functions = {}  # compiled functions of rules
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
-            bank.replay = Replay(pool) if s.system.cuda_graphs else None
+            bank.replay = Replay(pool) if s.system.cuda_graphs and not bank.rule.eager else None
             for _, p in bank.members:
                 p.register_post_accumulate_grad_hook(lambda _, bank=bank: self.ready(bank))
 
@@ -538,7 +538,7 @@ class Optimizer:
     def function(self, rule, name):
         """A function of a rule, compiled if the optimizer is; None if the rule does not have it."""
         function = getattr(rule, name, None)
-        if function is None or not self.compiled:
+        if function is None or not self.compiled or rule.eager:
             return function
         if (rule, name) not in self.functions:
             self.functions[rule, name] = torch.compile(function, dynamic=False)
@@ -552,8 +552,8 @@ class Optimizer:
         """
         if bank.replay is None:
             return (
-                {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()} if self.compiled
-                else values
+                {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()}
+                if self.compiled and not bank.rule.eager else values
             )
         for name, value in values.items():
             if name not in bank.numbers:

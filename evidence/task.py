@@ -31,8 +31,8 @@ CANDIDATE = "attempts/candidate"  # what the referee trains
 RECORD_TOML = f"{CANDIDATE}/record.toml"
 ABOUT = "candidate.json"
 # what a candidate may change: what is learned and how, not how it is fed, timed, judged or written down
-EDITABLE = ("model.py", "optim.py", "schedule.py", "model_settings.py", "optim_settings.py", "layers/*.py",
-            "updates/*.py", "kernels/*.py", RECORD_TOML, ABOUT)
+EDITABLE = ("model.py", "optim.py", "schedule.py", "model_settings.py", "muon_settings.py",
+            "optim_settings.py", "layers/*.py", "updates/*.py", "kernels/*.py", RECORD_TOML, ABOUT)
 TAKEN = ("*.py", "common/*.py", "data/*.py", "data/*.txt", "data/*.xz", "data/sample/*", "kernels/*.py",
          "layers/*.py", "system/*.py", "updates/*.py", "records/__init__.py")
 LEFT = ("sweep.py", "sample.py")  # programs that no training needs
@@ -45,7 +45,8 @@ RULES = """\
 - Edit the files named below, and add new ones of the same kinds. A candidate that differs anywhere else is
   invalid: data, clock, validation, log, scales and budgets are the task's.
 - The referee trains `attempts/candidate`: write the change as lines of its record.toml, on the parent that
-  stands there, with new settings in model_settings.py or optim_settings.py and code where it acts.
+  stands there, with new settings in model_settings.py, muon_settings.py or optim_settings.py and code where
+  it acts.
 - The settings of `validation` stay, and so does the corpus. {budget}
 - Code that differs from the task's is audited: causal, normalised, nothing kept from validation, nothing done
   outside the clock, no trace between runs (`python -m records audit --help` lists all tests).

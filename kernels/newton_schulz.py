@@ -33,11 +33,20 @@ ANVIL = (
     (2.256537145403, -2.166840097229, 0.929501253245)
 )
 
+# Results of the optimizer track: 12 steps drive every singular value above about 1e-3 to 1.
+CONVERGENT = (2.0, -1.5, 0.5)
+
+
+def schatten4(x: torch.Tensor) -> torch.Tensor:
+    """The Schatten 4-norm of each matrix (..., rows, cols), (sum of sigma^4)^(1/4), as (..., 1, 1)."""
+    x = x.mT if x.size(-2) > x.size(-1) else x
+    return torch.linalg.vector_norm(x @ x.mT, dim=(-2, -1), keepdim=True).sqrt()
+
 
 def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
-    fused: bool = False, anvil: bool = False
+    fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False
 ) -> torch.Tensor:
     """Orthogonalise each matrix of a batch.
 
@@ -51,12 +60,18 @@ def newton_schulz(
         polar_express: its coefficients and its norm, 1.02 |g| + 1e-6, in place of |g| + 1e-7.
         fused: the symmetric form by the kernels of kernels.symmetric.
         anvil: the maps of record 92 and their norm, 1.05 |g| + 1e-6, in place of both.
+        convergent: the coefficients of the optimizer track.
+        by_schatten4: |g| is the Schatten 4-norm, at least 1e-7, in place of the Frobenius norm.
     """
     coefficients = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
+    coefficients = (CONVERGENT,) if convergent else coefficients
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)
-    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    x = x / (norm * margin + least if margin != 1 else norm + least)
+    if by_schatten4:
+        x = x / schatten4(x).clamp_min(least)
+    else:
+        norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+        x = x / (norm * margin + least if margin != 1 else norm + least)
     x = x.to(dtype)
     tall = x.size(-2) > x.size(-1) and not fused
     if tall:  # A = X X^T on the shorter side

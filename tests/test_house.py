@@ -35,7 +35,7 @@ FLOORS = [
     {"schema", "scales"},
     {"settings"},
     {"model_settings", "optim_settings", "system_settings"},
-    {"mixing_settings"},
+    {"mixing_settings", "muon_settings"},
     {"declare", "renames"},
     {"common"},
 ]

@@ -222,7 +222,8 @@ def checkout(tmp_path):
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
     for name in (
-        "declare.py", "deltas.py", "mixing_settings.py", "model_settings.py", "optim_settings.py",
+        "declare.py", "deltas.py", "mixing_settings.py", "model_settings.py", "muon_settings.py",
+        "optim_settings.py",
         "renames.py", "runlog.py", "system_settings.py", "scales.py", "schema.py", "settings.py", "run.sh",
         "test.sh", "pyproject.toml"
     ):

@@ -24,13 +24,14 @@ from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from model import GPT
 from optim_settings import LABELS, Label, MatrixLabel, Optim
-from optim_settings import Muon as OptimMuon
+from muon_settings import Muon as OptimMuon
 from optim import RULES, Optimizer, Tree, local_ranks
 from step_hooks import begin_step
 from small_models import Toy, build, forward_all, plan, settings, step, tokens, update
 from system.comm import communication
 from updates.adam import AdamW, adamw_
 from updates.muon import Muon
+from updates.slots import Slot
 from updates.views import Views
 
 ROOT = Path(__file__).parent.parent
@@ -178,7 +179,7 @@ def test_joined_pieces_are_orthogonalised_as_one_matrix():
 
 
 @dataclasses.dataclass(frozen=True)
-class RowVariance:
+class RowVariance(Slot):
     """A slot that is not in the tree: NorMuon (arXiv 2510.05491), a second moment per neuron; the norm of the
     matrix stays."""
     beta2: float

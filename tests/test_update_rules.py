@@ -135,7 +135,7 @@ def test_normuon_of_each_matrix_is_the_published_one(shape, axis):
     moments = np.zeros((2, *state["second_moment"].shape[1:]))
     for i in range(3):
         x = noise(2, *shape, seed=i)
-        got = slot(x.clone(), Step(None, state, {}, of)).numpy()
+        got = slot(x.clone(), Step(None, x, state, {}, of, "", {})).numpy()
         for k in range(2):
             moments[k] = 0.9 * moments[k] + 0.1 * (x[k].numpy() ** 2).mean(axis, keepdims=True)
             assert np.abs(got[k] - normalised(x[k].numpy(), moments[k], 1e-10, axis)).max() < 1e-13
@@ -150,7 +150,7 @@ def test_normuon_of_joined_matrices_is_that_of_each(attn, axis):
     of = Views(pieces=(("qkv", 0, 3), ("o", 3, 4)), variance_axis=axis)
     state = {"second_moment": torch.zeros(2, *slot.state((4, 6, 6), F64, of)["second_moment"][0], dtype=F64)}
     x = noise(2, 4, 6, 6)
-    got = slot(x.clone(), Step(None, state, {}, of))
+    got = slot(x.clone(), Step(None, x, state, {}, of, "", {}))
     for part in (slice(0, 3), slice(3, 4)):
         for k in range(2):
             matrix = x[k, part].flatten(0, 1).numpy()
@@ -166,7 +166,7 @@ def test_record_41_mixes_q_k_v_and_o_in_the_columns_of_their_storage():
     assert of.unit((4, 8, 8)) == (4, 8, 8)
     state = {"second_moment": torch.zeros(1, *slot.state((4, 8, 8), F64, of)["second_moment"][0], dtype=F64)}
     x = noise(1, 4, 8, 8)
-    got = slot(x.clone(), Step(None, state, {}, of))[0].numpy()
+    got = slot(x.clone(), Step(None, x, state, {}, of, "", {}))[0].numpy()
     rows = x[0].reshape(32, 8).numpy()  # of q, then k, v and o
     moments = np.stack([0.1 * (rows[r::4] ** 2).mean(0) for r in range(4)])  # (4, 8)
     expected = normalised(rows, moments[np.arange(32) % 4], 1e-20, None)
@@ -197,7 +197,7 @@ def test_normuon_is_told_by_its_floor_how_small_a_moment_may_be():
     x[0, 0] = 1.0
     for floor in (1e-20, 1e-10):
         state = {"second_moment": torch.zeros(1, 2, 1, dtype=F64)}
-        got = NorMuon(0.9, floor, F64)(x.clone(), Step(None, state, {}, Views()))[0].numpy()
+        got = NorMuon(0.9, floor, F64)(x.clone(), Step(None, x, state, {}, Views(), "", {}))[0].numpy()
         moments = 0.1 * (x[0].numpy() ** 2).mean(-1, keepdims=True)
         assert np.allclose(got, normalised(x[0].numpy(), moments, floor, -1), rtol=1e-12, atol=0)
 
@@ -259,7 +259,7 @@ def test_cautious_decay_of_adam_is_quadratic_in_the_rate_and_strict_where_nothin
 
 def test_the_decay_of_records_43_to_47_joins_the_update_in_bfloat16():
     p, u = noise(1, 8, 8, dtype=torch.float32), noise(1, 8, 8, seed=1, dtype=torch.float32).bfloat16().float()
-    step = Step(p, {}, {"lr": 0.03}, Views())
+    step = Step(p, u, {}, {"lr": 0.03}, Views(), "", {})
     exact = CautiousDecay(1.2, torch.float32)(u, step)
     rounded = CautiousDecay(1.2, torch.bfloat16)(u, step)
     assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.bfloat16())

@@ -84,6 +84,7 @@ class AdamW:
     name = "adamw"
     shared = False  # cheap enough for every process to repeat where parameters are not sharded
     skips_idle = False
+    eager = False  # compiled and captured in CUDA graphs where the optimizer is
 
     @classmethod
     def of(cls, s, group) -> "AdamW":

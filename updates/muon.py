@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from optim_settings import SlowMomentum
+from muon_settings import SlowMomentum
 from updates import mantissa
-from updates.slots import Step, chain
+from updates.chain import chain
+from updates.slots import Slot, Step
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,11 @@ class Muon:
             found |= slot.state(unit, dtype, views)
         return found
 
+    @property
+    def eager(self) -> bool:
+        """Whether the update is neither compiled nor captured in a CUDA graph."""
+        return any(slot.eager for slot in self.slots)
+
     def numbers(self, plan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
         numbers = {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
@@ -52,22 +58,33 @@ class Muon:
             both = plan.step >= self.slow.start
             numbers["fast_beta"] = self.slow.fast_beta if both else plan.momentum
             numbers["share"] = self.slow.share if both else 0.0
+        for slot in self.slots:
+            numbers |= slot.numbers(plan, t)
         return numbers
 
     def direction(self, p, g, state, numbers, views, mask=None) -> torch.Tensor:
-        """The update (N, *unit) before the learning rate. mask: None or (N, 1, ...), where 0 skips a unit."""
-        step, u, matrices = Step(p, state, numbers, views), g, None
+        """The update (N, *unit) before the learning rate. mask: None or (N, 1, ...), where 0 skips a unit.
+
+        Nothing may follow the step of such a chain (`follows`).
+        """
+        return self.chained(Step(p, g, state, numbers, views, "", {}), mask)[0]
+
+    def chained(self, step: Step, mask=None) -> tuple[torch.Tensor, list[Step]]:
+        """(the update, one Step for each matrix) of a chain that is called for the units of a Step."""
+        u, matrices, parts = step.g, None, step.parts()
         for slot in self.slots:
             if slot.each_matrix and matrices is None:
-                matrices = views.split(u)
+                matrices = step.views.split(u)
             elif not slot.each_matrix and matrices is not None:
-                u, matrices = views.join(matrices), None
+                u, matrices = step.views.join(matrices), None
             if slot.each_matrix:
-                matrices = [slot(x, part) for x, part in zip(matrices, step.parts())]
+                matrices = [
+                    slot(x, part) if slot.acts_on(part.name) else x for x, part in zip(matrices, parts)
+                ]
             else:
                 u = slot(u, step)
-        u = (u if matrices is None else views.join(matrices)).to(self.update_dtype)
-        return u if mask is None else u * mask.to(u.dtype)
+        u = (u if matrices is None else step.views.join(matrices)).to(self.update_dtype)
+        return u if mask is None else u * mask.to(u.dtype), parts
 
     def apply_(self, p, u, numbers) -> None:
         """p <- p - lr u.
@@ -82,9 +99,22 @@ class Muon:
             p.sub_(u, alpha=lr)
 
     def update_(self, p, g, state, numbers, views, mask=None) -> None:
-        if "mantissa" not in state:
-            self.apply_(p, self.direction(p, g, state, numbers, views, mask), numbers)
-            return
-        whole = mantissa.join(p, state["mantissa"])
-        self.apply_(whole, self.direction(whole, g, state, numbers, views, mask), numbers)
-        mantissa.split_(whole, p, state["mantissa"])
+        kept = "mantissa" in state
+        whole = mantissa.join(p, state["mantissa"]) if kept else p
+        before = whole.clone() if self.follows and mask is not None else None
+        step = Step(whole, g, state, numbers, views, "", {})
+        u, parts = self.chained(step, mask)
+        self.apply_(whole, u, numbers)
+        for slot in self.follows:
+            for part in parts if slot.each_matrix else [step]:
+                if slot.acts_on(part.name):
+                    slot.after(part)
+        if before is not None:  # units that are skipped stay
+            whole.copy_(torch.where(mask != 0, whole, before))
+        if kept:
+            mantissa.split_(whole, p, state["mantissa"])
+
+    @property
+    def follows(self) -> list[Slot]:
+        """The slots that act once more when the parameter has moved."""
+        return [slot for slot in self.slots if type(slot).after is not Slot.after]

@@ -1,14 +1,11 @@
 """The slots of Muon's chain: each transforms the update and passes it to the next slot.
 
-A slot has a `state(unit, dtype, views)` like a rule, and is called with (u, step): the update so far and the
-Step. With `each_matrix`, u is a batch (N, rows, cols) of one of the unit's matrices; otherwise u has whole
-units (N, *unit). A slot changes only its state in place. A new slot is one class here and its section in
-optim_settings.Muon.
+`updates/chain.py` puts them in order; SOAP and other preconditioners have files of their own.
 """
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -17,23 +14,86 @@ from updates.views import Views
 
 
 class Step(NamedTuple):
-    """The inputs of a slot: parameter, state of all slots, numbers of this step, views of the parameter."""
+    """The inputs of a slot in one update, of whole units or of one of their matrices.
+
+    p: parameter (N, ...), which `after` may change in place. g: its gradient as it came.
+    state: {name: tensor} of all slots. numbers: those of the step. name: of the matrix (q, c_fc, ...).
+    scratch: what a slot leaves for a later slot, or for its own `after`, in this update.
+    """
     p: torch.Tensor
+    g: torch.Tensor
     state: dict
     numbers: dict
     views: Views
+    name: str
+    scratch: dict
 
     def parts(self) -> list["Step"]:
-        """One Step for each matrix of the units, as views of this one."""
+        """One Step for each matrix of the units, as views of this one.
+
+        A state `name@q` is that of the matrix q alone, which sees it as `name`.
+        """
         if not self.views.joined:
-            return [self]
-        states = {name: self.views.split(x) for name, x in self.state.items()}
-        return [Step(p, {name: x[i] for name, x in states.items()}, self.numbers, self.views)
-                for i, p in enumerate(self.views.split(self.p))]
+            return [self._replace(name=self.views.name)]
+        shared = {name: self.views.split(x) for name, x in self.state.items() if "@" not in name}
+        parts = zip(self.views.names, self.views.split(self.p), self.views.split(self.g))
+        return [
+            Step(p, g, {name: x[i] for name, x in shared.items()} | self.own(which), self.numbers, self.views,
+                 which, {})
+            for i, (which, p, g) in enumerate(parts)
+        ]
+
+    def own(self, which: str) -> dict[str, torch.Tensor]:
+        """The state of one matrix alone."""
+        return {name.partition("@")[0]: x for name, x in self.state.items() if name.endswith("@" + which)}
+
+
+class Slot:
+    """One transformation of the update in Muon's chain.
+
+    each_matrix: called for each matrix of the units, with u (N, rows, cols); otherwise u has whole units
+        (N, *unit).
+    eager: neither compiled nor captured in a CUDA graph (decompositions).
+    only: names of the matrices it acts on; (): all.
+    """
+    each_matrix: ClassVar[bool] = True
+    eager: ClassVar[bool] = False
+    only: Any = ()
+
+    def state(self, unit: tuple, dtype: torch.dtype, views: Views) -> dict[str, tuple]:
+        """{name: (shape of one unit, dtype)}, zeros at the start. dtype: of the parameter."""
+        return {}
+
+    def numbers(self, plan: Any, t: int) -> dict[str, float]:
+        """Numbers that change from step to step. plan: StepPlan; t: updates of the bank, this one included.
+
+        Their names are shared by all slots of a chain.
+        """
+        return {}
+
+    def __call__(self, u: torch.Tensor, step: Step) -> torch.Tensor:
+        """The update that the next slot gets."""
+        raise NotImplementedError
+
+    def after(self, step: Step) -> None:
+        """Called when the parameter has moved: may change step.p and the slot's state in place."""
+
+    def acts_on(self, name: str) -> bool:
+        """Whether it acts on the matrix of this name."""
+        return not self.only or name in self.only
+
+    def of_each(self, unit: tuple, views: Views, shapes: Any) -> dict[str, tuple]:
+        """A state of its own for each matrix it acts on. shapes: (rows, cols) -> {name: (shape, dtype)}."""
+        found = {}
+        for which, (rows, cols) in zip(views.names, views.shapes(unit)):
+            if self.acts_on(which):
+                mark = f"@{which}" if views.joined else ""
+                found |= {name + mark: kind for name, kind in shapes(rows, cols).items()}
+        return found
 
 
 @dataclass(frozen=True)
-class Momentum:
+class Momentum(Slot):
     """Nesterov momentum: M <- mu M + g, update g + mu M.
 
     ema (record 15): M <- mu M + (1-mu) g, update (1-mu) g + mu M.
@@ -56,7 +116,7 @@ class Momentum:
 
 
 @dataclass(frozen=True)
-class TwoRails:
+class TwoRails(Slot):
     """Momentum from a fast and a slow moving average (record 92).
 
     V0 <- b V0 + (1-b) g, V1 <- beta V1 + (1-beta) g, update (1-mu) g + mu ((1-share) V0 + share V1). b and
@@ -78,7 +138,7 @@ class TwoRails:
 
 
 @dataclass(frozen=True)
-class Orthogonalise:
+class Orthogonalise(Slot):
     """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py).
 
     least: dtype whose precision the result has at least.
@@ -92,16 +152,14 @@ class Orthogonalise:
     one_by_one: bool  # a batched product may round differently for another batch size
     fused: bool
     anvil: bool = False
-
-    each_matrix = True
-
-    def state(self, unit, dtype, views) -> dict:
-        return {}
+    convergent: bool = False
+    by_schatten4: bool = False
 
     def __call__(self, u, step):
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
-            polar_express=self.polar_express, fused=self.fused, anvil=self.anvil
+            polar_express=self.polar_express, fused=self.fused, anvil=self.anvil,
+            convergent=self.convergent, by_schatten4=self.by_schatten4
         )
         if self.one_by_one:
             x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
@@ -116,7 +174,7 @@ FACTORS = {"none": lambda rows, cols: 1.0,
 
 
 @dataclass(frozen=True)
-class NorMuon:
+class NorMuon(Slot):
     """A second moment per neuron (Li et al., NorMuon, arXiv 2510.05491; record 41).
 
     s <- beta2 s + (1-beta2) mean(u^2) over the entries of a neuron (defined in updates/views.py). u / sqrt(s)
@@ -157,7 +215,7 @@ class NorMuon:
 
 
 @dataclass(frozen=True)
-class CautiousDecay:
+class CautiousDecay(Slot):
     """Cautious weight decay (Chen et al., arXiv 2510.12402; record 43): u + lr decay p only where u p >= 0.
 
     The learning rate multiplies the update once more, so the decay is quadratic in it.
@@ -168,9 +226,6 @@ class CautiousDecay:
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
-        return {}
-
     def __call__(self, u, step):
         gate = step.state["slow_buffer"] if self.slow else u
         decay = (gate * step.p >= 0) * step.p
@@ -178,7 +233,7 @@ class CautiousDecay:
 
 
 @dataclass(frozen=True)
-class Scale:
+class Scale(Slot):
     """Multiplies the update by a factor of the matrix's shape and by the factor `mul` of the label.
 
     kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8).
@@ -186,48 +241,16 @@ class Scale:
     kind: str
     mul: float = 1.0
 
-    each_matrix = True
-
-    def state(self, unit, dtype, views) -> dict:
-        return {}
-
     def __call__(self, u, step):
         return self.mul * FACTORS[self.kind](*step.views.shape(u)) * u
 
 
 @dataclass(frozen=True)
-class Decay:
+class Decay(Slot):
     """Decoupled weight decay: adds `decay` times the parameter to the update."""
     decay: float
 
     each_matrix = False
 
-    def state(self, unit, dtype, views) -> dict:
-        return {}
-
     def __call__(self, u, step):
         return u + self.decay * step.p.to(u.dtype)
-
-
-def chain(s, group) -> tuple:
-    """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
-    muon, n = s.optim.muon, s.numerics
-    slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
-    slots.append(
-        Orthogonalise(
-            muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
-            n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
-            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
-            anvil=muon.anvil_maps
-        )
-    )
-    if muon.normuon:
-        slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
-    if muon.cautious_decay:
-        decay = muon.cautious_decay
-        slots.append(CautiousDecay(decay.weight_decay, getattr(torch, n.muon_decay), decay.gate == "slow"))
-    if muon.scale != "none" or group.lr_mul != 1:
-        slots.append(Scale(muon.scale, group.lr_mul))
-    if group.weight_decay:
-        slots.append(Decay(group.weight_decay))
-    return tuple(slots)

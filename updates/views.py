@@ -19,16 +19,32 @@ class Views:
     variance_axis: axis of a matrix over which statistics per neuron average. None: statistics per column of
         the parameter reshaped to one matrix (rows, P cols), with the numbers in stored order (record 41).
     rows: rows of one matrix, where a stored slice holds several below each other (record 80); None: its own.
+    name: of the matrix, where the parameter has no pieces.
+    whole: the parameter is one unit although no piece joins slices: a slot treats its pieces differently.
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
     orientation: Literal["out_in", "in_out"] = "out_in"
     variance_axis: int | None = -1
     rows: int | None = None
+    name: str = ""
+    whole: bool = False
 
     @property
     def joined(self) -> bool:
-        """Whether some matrix consists of several slices of the parameter."""
-        return any(stop - start > 1 for _, start, stop in self.pieces)
+        """Whether a unit is the whole parameter, with all its pieces."""
+        return self.whole or any(stop - start > 1 for _, start, stop in self.pieces)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the matrices that `split` returns."""
+        return [name for name, _, _ in self.pieces] if self.joined else [self.name]
+
+    def shapes(self, unit: tuple[int, ...]) -> list[tuple[int, int]]:
+        """(rows, cols) of each matrix that `split` returns. unit: shape of one unit."""
+        rows, cols = unit[-2:]
+        if not self.joined:
+            return [(rows, cols)]
+        return [((stop - start) * rows, cols) for _, start, stop in self.pieces]
 
     def unit(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of the unit that a rule updates as a whole.

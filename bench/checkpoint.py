@@ -76,7 +76,8 @@ def measured(ref, scale, data, every, repeats):
         def step():
             plan = run.plans[run.steps_done]
             rows = to_rows(
-                run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos, run.s.model.attn.segment
+                run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos,
+                run.s.model.attn.segment
             )
             train_step(run, plan, *rows)
             run.steps_done += 1

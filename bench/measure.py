@@ -98,8 +98,8 @@ def lengths(random, count, longest=None):
 def synthetic_shards(folder, train_tokens, val_tokens):
     """Shards of random GPT-2 ids in documents of log-normal lengths.
 
-    Their frequencies leave about as many distinct ids as text has, 11,000 in a record's 49,152 tokens: as many
-    rows of the tables have a gradient, and the candidates of record 92 suffice.
+    Their frequencies leave about as many distinct ids as text has, 11,000 in a record's 49,152 tokens: as
+    many rows of the tables have a gradient, and the candidates of record 92 suffice.
     """
     random = np.random.default_rng(0)
     names = random.permutation(EOT)

@@ -130,7 +130,8 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     attending = sum(block.attn is not None for block in model.blocks)
     outputs = attending + sum(block.mlp is not None for block in model.blocks)
     rest = outputs * stream * dtype(s.numerics.residual).itemsize
-    if s.model.attn.qk_norm and s.model.attn.qk_norm.order == "after_rope" and s.system.kernels.qk != "triton":
+    norm = s.model.attn.qk_norm
+    if norm and norm.order == "after_rope" and s.system.kernels.qk != "triton":
         rest += attending * 2 * stream * dtype(s.numerics.matmul).itemsize
     together = 1 if shape.candidates else rows  # each rank has its own candidates
     return kept.bytes(widest=2, largest=together * shape.seq_len * classes(s, shape)) + rest
@@ -139,8 +140,9 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
 def passing_in_head(s, tokens, compiled=False, number=None):
     """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
 
-    number: of classes; None: all. They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
+    They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
     each logit, m bytes are in the product's dtype, c in that of the soft cap and l in that of the loss.
+    number: of classes; None: all.
     """
     from layers.primitives import dtype
     n, head = s.numerics, s.model.head

@@ -49,7 +49,7 @@ def drawn(share, x):
 @pytest.mark.feature("model.head.candidates.log_q", "model.head.candidates")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_sampled_softmax_with_log_q_token_by_token(share):
-    """From a logit is subtracted `log_q` times the log of the chance of its class, which is 1 for a target."""
+    """A logit loses `log_q` times the log of the chance of its class, which is 1 for a target."""
     x = tokens(8, 25)
     model = build("short/92", f"model.head.candidates.log_q={share}")
     logits = class_logits(model, x[:, :-1])
@@ -73,7 +73,7 @@ def test_sampled_softmax_with_log_q_token_by_token(share):
 
 @pytest.mark.feature("model.head.candidates.log_q")
 def test_with_all_of_log_q_the_normaliser_is_that_of_all_classes_on_average():
-    """A sweep visits each class equally often, so that each non-target class is drawn with the same chance."""
+    """A sweep visits each class equally often: each non-target class is drawn with the same chance."""
     x = tokens(8, 25)
     weights = torch.rand(CLASSES, generator=torch.Generator().manual_seed(2), dtype=torch.float64).exp()
     s = settings("short/92", "model.head.candidates.log_q=1")

@@ -158,7 +158,9 @@ def test_16_bit_gradients_of_several_forwards_are_counted_twice_over():
 MEASURED = json.loads((Path(__file__).parent / "nullcuda/table.json").read_text(encoding="utf-8"))["rows"]
 
 
-@pytest.mark.parametrize("row", ["short/1 compiled", "short/5 compiled", "short/33 compiled", "short/57 eager"])
+@pytest.mark.parametrize(
+    "row", ["short/1 compiled", "short/5 compiled", "short/33 compiled", "short/57 eager"]
+)
 def test_an_estimate_is_what_the_allocator_gave_out_on_the_null_device(row):
     ref, mode = row.split()
     sets = ("system.device=cuda", f"system.compile={'on' if mode == 'compiled' else 'off'}")
@@ -168,7 +170,7 @@ def test_an_estimate_is_what_the_allocator_gave_out_on_the_null_device(row):
 
 
 def test_the_memory_of_a_sampled_softmax_is_that_of_its_largest_step():
-    """Record 92 has more candidates while a step has most tokens, and all classes in its last, smaller steps."""
+    """Record 92 has most candidates while a step has most tokens, and all classes in smaller steps."""
     shapes = memory.heaviest(settings("short/92", scale="full"))
     assert {(x.tokens_per_rank, x.candidates) for x in shapes} == {(49_152, 24_576), (40_960, None)}
     s = settings("short/92", "system.compile=off")

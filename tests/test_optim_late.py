@@ -1,8 +1,8 @@
 """Four updates of records 62, 77 and 85 through the Optimizer, against the original code in float64.
 
 Matrices move in every call, AdamW's parameters in calls 2 and 4 with the sum of two gradients. Embedding and
-head are one until call 2; then the embedding takes over the head's values and state. Pairs of heads (record 80)
-against a decomposition of their matrix.
+head are one until call 2; then the embedding takes over the head's values and state. Pairs of heads (record
+80) against a decomposition of their matrix.
 """
 
 import numpy as np

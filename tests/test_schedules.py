@@ -1,5 +1,5 @@
-"""Schedules of records 34 to 57: at every step those of the originals; token totals of records 22 to 92: those
-that are published."""
+"""Schedules of records 34 to 57: at every step those of the originals; token totals of records 22 to 92:
+those that are published."""
 
 from pathlib import Path
 

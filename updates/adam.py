@@ -10,8 +10,8 @@ from optim_settings import Hyper
 # Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
 # memory. The rule is elementwise, so the chunk size does not change a bit of the result.
 CHUNK = 65536
-# Elements of a table that the eager rule for rows has in `math_dtype` at a time: four tensors of 256 MiB, where
-# those of record 92's table would have 260 GB each.
+# Elements of a table that the eager rule for rows has in `math_dtype` at a time: four tensors of 256 MiB,
+# where those of record 92's table would have 260 GB each.
 TABLE_CHUNK = 2 ** 26
 
 

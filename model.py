@@ -603,7 +603,9 @@ class GPT(nn.Module):
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
                 generator = generator_of(f"{seed}/{first_name}/{p.first_part + i}")
-                values = init(torch.empty(target.shape, dtype=torch.float32), generator)
+                # a table of constants may be larger than the host's memory
+                size = [1] * target.dim() if getattr(init, "constant", False) else target.shape
+                values = init(torch.empty(size, dtype=torch.float32), generator)
                 if p.role in ("matrix", "lm_head") and p.dim() > 1:
                     values = values.to(self.init_grid)  # record 10 rounded the linear weights once
                 target.copy_(values)

@@ -281,7 +281,8 @@ def loop(run: Run, digests: dict[str, str], patience: tuple[str, float] | None =
         with no_host_reads(run.world.cuda, f"step {step}") if run.check_sync else contextlib.nullcontext():
             step_plan = run.plans[step]
             inputs, targets, documents = to_rows(
-                run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos
+                run.batches.next(), step_plan.shape.seq_len, run.world.device, run.corpus.bos,
+                run.s.model.attn.segment
             )
             run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
             run.guards.after_step(step, run.train_losses[-1])

@@ -80,7 +80,10 @@ def measured(ref, scale, data, every, repeats):
 
         def step():
             plan = run.plans[run.steps_done]
-            rows = to_rows(run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos)
+            rows = to_rows(
+                run.batches.next(), plan.shape.seq_len, run.world.device, run.corpus.bos,
+                run.s.model.attn.segment
+            )
             loss = train_step(run, plan, *rows)
             looks.append(spent(lambda: run.guards.after_step(plan.step, loss), cuda))
             run.steps_done += 1

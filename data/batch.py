@@ -14,19 +14,21 @@ class Documents(NamedTuple):
     targets: np.ndarray | None = None  # (B,) the ids to predict, for the candidates of a sampled softmax
 
 
-def to_rows(batch: np.ndarray, seq_len: int, device: torch.device,
-            bos: int) -> tuple[torch.Tensor, torch.Tensor, list[Documents]]:
+def to_rows(batch: np.ndarray, seq_len: int, device: torch.device, bos: int,
+            segment: int | None = None) -> tuple[torch.Tensor, torch.Tensor, list[Documents]]:
     """Inputs and targets of one step on the device, and the documents among the inputs of each rank.
 
     Args:
         batch: (ranks, B + 1) int32, as Stream.next() gives it.
         seq_len: T, tokens of a row.
         bos: token with which a document begins; so does every row.
+        segment: tokens after which attention cuts a document (model.attn.segment).
     Returns:
         inputs (ranks, B / T, T) int64, targets of the same shape, Documents by rank.
     """
     documents = [
-        count_documents(rank[:-1].reshape(-1, seq_len), bos)._replace(targets=rank[1:]) for rank in batch
+        count_documents(rank[:-1].reshape(-1, seq_len), bos, segment)._replace(targets=rank[1:])
+        for rank in batch
     ]
     batch = torch.from_numpy(batch)
     if device.type == "cuda":
@@ -48,9 +50,15 @@ def loss_weights(weights: tuple[float, ...], device: torch.device) -> torch.Tens
     return found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found
 
 
-def count_documents(rows: np.ndarray, bos: int) -> Documents:
-    """The documents in rows (R, T) of ids on the host; each begins with `bos` or a row."""
+def count_documents(rows: np.ndarray, bos: int, segment: int | None = None) -> Documents:
+    """The documents in rows (R, T) of ids on the host; each begins with `bos` or a row.
+
+    segment: the longest; longer documents are cut at every multiple of it, as in model.segments.
+    """
     first = rows == bos
     first[:, 0] = True
     starts = np.flatnonzero(first)
-    return Documents(len(starts), int(np.diff(starts, append=first.size).max()))
+    lengths = np.diff(starts, append=first.size)
+    if segment is None:
+        return Documents(len(starts), int(lengths.max()))
+    return Documents(int((-(-lengths // segment)).sum()), min(int(lengths.max()), segment))

@@ -31,7 +31,11 @@ def uniform(bound):
 
 def constant(value):
     """Initialiser: one value."""
-    return lambda tensor, generator: tensor.fill_(value)
+    def fill(tensor, generator):
+        return tensor.fill_(value)
+
+    fill.constant = True  # drawn once for all entries
+    return fill
 
 
 def values(numbers):

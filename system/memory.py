@@ -75,18 +75,41 @@ class Kept:
         return sum(self.storages[key].nbytes() for key in chosen)
 
 
-def kept_by_forward(s, microbatch, compiled=False):
+def heaviest(s):
+    """The Shapes of steps of which one takes most memory: those with most tokens, and with a sampled softmax
+    also those with more classes than any of as many tokens."""
+    largest = schedule.largest_shape(s)
+    if s.model.head.candidates is None:
+        return [largest]
+    shapes = schedule.shapes(schedule.plan(s))
+
+    def worse(a, b):
+        return a != b and a.tokens_per_rank >= b.tokens_per_rank and classes(s, a) >= classes(s, b)
+
+    kinds = {(shape.tokens_per_rank, classes(s, shape)): shape for shape in shapes}
+    return [b for b in kinds.values() if not any(worse(a, b) for a in kinds.values())]
+
+
+def classes(s, shape):
+    """Classes of the softmax in steps of this Shape."""
+    return shape.candidates or padded_vocab(s)
+
+
+def kept_by_forward(s, microbatch, compiled=False, shape=None):
     """Bytes that the forward pass of `microbatch` logical ranks keeps for the backward pass.
+
+    shape: of the step; None: that with most tokens.
 
     compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
     computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
-    only added to the stream; Inductor keeps it to get the stream back. The logits are not in it: estimate()
+    only added to the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps
+    queries and keys before and after a norm that follows their rotation. The logits are not in it: estimate()
     counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
     """
     from layers.primitives import dtype
     from model import without_values
     model = without_values(with_system(s, expert_parallel=False))
-    shape = schedule.largest_shape(s)
+    shape = shape or schedule.largest_shape(s)
     rows = microbatch * shape.tokens_per_rank // shape.seq_len
     tokens = torch.empty(rows, shape.seq_len, dtype=torch.long, device="meta")  # (R, T)
     model.update_yarn(shape.windows)
@@ -96,28 +119,41 @@ def kept_by_forward(s, microbatch, compiled=False):
         prefix, prefix_weight = None, None
         if shape.prefix:
             prefix, prefix_weight = torch.empty_like(tokens), torch.empty(1, device="meta")
+        candidates = None
+        if shape.candidates:
+            candidates = torch.empty(microbatch, shape.candidates, dtype=torch.long, device="meta")
         model(tokens, torch.empty_like(tokens), context, target_weights=weights, prefix=prefix,
-              prefix_weight=prefix_weight).mean()
+              prefix_weight=prefix_weight, candidates=candidates).mean()
     if not compiled or dtype(s.numerics.matmul).itemsize > 2:
         return kept.bytes()
-    outputs = sum((block.attn is not None) + (block.mlp is not None) for block in model.blocks)
-    outputs *= tokens.numel() * s.model.model_dim * dtype(s.numerics.matmul).itemsize
-    return kept.bytes(widest=2, largest=tokens.numel() * padded_vocab(s)) + outputs
+    stream = tokens.numel() * s.model.model_dim
+    attending = sum(block.attn is not None for block in model.blocks)
+    outputs = attending + sum(block.mlp is not None for block in model.blocks)
+    rest = outputs * stream * dtype(s.numerics.residual).itemsize
+    norm = s.model.attn.qk_norm
+    if norm and norm.order == "after_rope" and s.system.kernels.qk != "triton":
+        rest += attending * 2 * stream * dtype(s.numerics.matmul).itemsize
+    together = 1 if shape.candidates else rows  # each rank has its own candidates
+    return kept.bytes(widest=2, largest=together * shape.seq_len * classes(s, shape)) + rest
 
 
-def passing_in_head(s, tokens, compiled=False):
+def passing_in_head(s, tokens, compiled=False, number=None):
     """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
 
     They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
     each logit, m bytes are in the product's dtype, c in that of the soft cap and l in that of the loss.
+    number: of classes; None: all.
     """
     from layers.primitives import dtype
     n, head = s.numerics, s.model.head
-    logits, m, l = tokens * padded_vocab(s), logits_bytes(s), dtype(n.loss).itemsize
+    number = number or padded_vocab(s)
+    logits, m, l = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
-        return passing_in_chunks(s, tokens)
+        return passing_in_chunks(s, tokens, number)
+    if compiled and not (head.softcap or head.logit_scale != "one" or n.fp8_head):
+        return logits * m  # the gradient takes the place of the logits
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
-        return 2 * logits * m
+        return logits * (m + (2 if n.fp8_head else m))  # in FP8 the gradient and its transpose
     if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
         return 4 * logits * max(l, torch.float32.itemsize)
     moments, kept = [2 * l], l  # of the log-softmax, which keeps its result: the gradient it reads and writes
@@ -136,12 +172,12 @@ def logits_bytes(s):
     return (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
 
 
-def passing_in_chunks(s, tokens):
+def passing_in_chunks(s, tokens, number):
     """passing_in_head of a loss in chunks: of the largest chunk, and the gradients of stream and weight."""
     from kernels.cross_entropy import chunks
-    m, (classes, d) = logits_bytes(s), (padded_vocab(s), s.model.model_dim)
-    first = chunks(tokens, classes, torch.device("cuda"), 0)[0]
-    logits, weight = (first.stop - first.start) * classes, 4 * classes * d  # the weight's gradient is float32
+    m, d = logits_bytes(s), s.model.model_dim
+    first = chunks(tokens, number, torch.device("cuda"), 0)[0]
+    logits, weight = (first.stop - first.start) * number, 4 * number * d  # the weight's gradient is float32
     if s.system.kernels.loss != "triton":
         passing = 3 * 4 * logits + weight  # three of a chunk, in float32
     elif s.numerics.fp8_head:  # logits and gradient in bytes; then this, its transpose, a chunk's term
@@ -167,17 +203,22 @@ def estimate(s, ranks, microbatch, world=1):
             for bank in optimizer.banks}
     sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
                                     if bank.comm.name == "reduce-scatter")
-    tokens = microbatch * schedule.largest_shape(s).tokens_per_rank
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
-    passing = passing_in_head(s, tokens, compiled)
-    kept = kept_by_forward(s, microbatch, compiled)
-    if s.system.activation_checkpoint == "on":  # one block at a time is there in full
-        whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch, compiled)
-        passing = max(passing, (whole - kept) // s.model.num_layers)
+    kept, passing = max((moment(s, shape, microbatch, compiled) for shape in heaviest(s)), key=sum)
     state = optimizer.state_bytes() + hooks
     if schedule.apart(s):
         state += copies_bytes(optimizer, Outer(model, s.optim.outer), ranks)
     return Estimate(parameters, parameters + sums, state, kept, passing)
+
+
+def moment(s, shape, microbatch, compiled):
+    """(kept, passing) of an Estimate in steps of this Shape."""
+    passing = passing_in_head(s, microbatch * shape.tokens_per_rank, compiled, classes(s, shape))
+    kept = kept_by_forward(s, microbatch, compiled, shape)
+    if s.system.activation_checkpoint == "on":  # one block at a time is there in full
+        whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch, compiled, shape)
+        passing = max(passing, (whole - kept) // s.model.num_layers)
+    return kept, passing
 
 
 def chunked(s):

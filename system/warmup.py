@@ -23,6 +23,7 @@ from system.hooks import Stateful, all_tensors
 from system.run import Run
 from system.world import World
 
+HASHED = 2 ** 28  # bytes of a tensor that are on the host at a time
 PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
 
 
@@ -30,7 +31,8 @@ def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ())
     """sha256 of everything that training changes: tensors of model, optimizer, hooks; random generator."""
     digest = hashlib.sha256()
     for t in [*all_tensors(model, optimizer, hooks).values(), torch.get_rng_state()]:
-        digest.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        for part in t.detach().contiguous().view(-1).view(torch.uint8).split(HASHED):
+            digest.update(part.cpu().numpy())
     return digest.hexdigest()
 
 
@@ -163,7 +165,7 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
     for n, (step, batch) in enumerate(zip(steps, batches)):
         probe, last = Probe(run), n == len(steps) - 1
         inputs, targets, documents = to_rows(
-            batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos
+            batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos, run.s.model.attn.segment
         )
         look = probe.look if last else None
         loss = train_step(run, run.plans[step], inputs, targets, documents, before_reduction=look)

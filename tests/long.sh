@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slower than CI allows: the tests that are marked slow, then the full matrix, every record on 1, 2 and 4 processes,
 # with its table tests/matrix.md; 2,000 bent claims; a hundred SIGKILLs with their table tests/kills.md (it goes on
-# where it was stopped). Arguments: records, for the matrix of these alone.
+# where it was stopped). Arguments: records, for the rows of these alone.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . ./installation/setup_venv.sh

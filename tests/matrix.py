@@ -1,7 +1,7 @@
 """Three `micro` steps of every record, eight of those with stages, on 1, 2 and 4 processes: equal streams,
 losses equal up to the order of sums.
 
-    tests/long.sh [RECORD ...]        writes tests/matrix.md (without names) and exits 1 if a row fails
+    tests/long.sh [RECORD ...]        writes tests/matrix.md, or the named rows in it; exits 1 if a row fails
 
 Each number of processes is one launch that trains record after record, so that torch is loaded once.
 """
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "tests/matrix.md"
 sys.path.insert(0, str(ROOT))
 
 import deltas
@@ -87,6 +88,23 @@ def row(name, results):
     )
 
 
+def head(seconds):
+    """What stands above the rows of a table of all records."""
+    return ("Three `micro` steps of every record, eight from 42 on, in float64, validation loss on "
+            f"{', '.join(map(str, PROCESSES))} gloo processes of one thread (`tests/long.sh`, "
+            f"{seconds:.0f} s). They differ by the order of sums only.\n\n| record | 1 "
+            "process | 2 processes | 4 processes | spread | streams |\n|---|---|---|---|---|---|\n")
+
+
+def merged(table, rows):
+    """A table with the rows {name: line} in place of its own of these names, in the order of the records."""
+    start = table.index("|---")
+    start = table.index("\n", start) + 1
+    found = {line.split("|")[1].strip(): line for line in table[start:].splitlines()} | rows
+    names = [name for name, _, _ in cases(deltas.load_records())]
+    return table[:start] + "".join(f"{found[name]}\n" for name in names if name in found)
+
+
 def main():
     refs = [deltas.find_record(name).ref for name in sys.argv[1:]] or list(deltas.load_records())
     began, by_processes = time.time(), []
@@ -104,12 +122,9 @@ def main():
                 )
     rows = [row(name, [found.get(i) for found in by_processes]) for i, (name, _, _) in enumerate(cases(refs))]
     print(*(line for line, _ in rows), sep="\n")
-    if not sys.argv[1:]:
-        head = ("Three `micro` steps of every record, eight from 42 on, in float64, validation loss on "
-                f"{', '.join(map(str, PROCESSES))} gloo processes of one thread (`tests/long.sh`, "
-                f"{time.time() - began:.0f} s). They differ by the order of sums only.\n\n| record | 1 "
-                "process | 2 processes | 4 processes | spread | streams |\n|---|---|---|---|---|---|\n")
-        (ROOT / "tests/matrix.md").write_text(head + "\n".join(line for line, _ in rows) + "\n")
+    lines = {name: line for (name, _, _), (line, _) in zip(cases(refs), rows)}
+    table = TABLE.read_text(encoding="utf-8") if sys.argv[1:] else head(time.time() - began)
+    TABLE.write_text(merged(table, lines), encoding="utf-8")
     sys.exit(not all(passed for _, passed in rows))
 
 

@@ -1,7 +1,8 @@
 """Four updates of records 62, 77 and 85 through the Optimizer, against the original code in float64.
 
 Matrices move in every call, AdamW's parameters in calls 2 and 4 with the sum of two gradients. Embedding and
-head are one until call 2; then the embedding takes over the head's values and state.
+head are one until call 2; then the embedding takes over the head's values and state. Pairs of heads (record
+80) against a decomposition of their matrix.
 """
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch
 
 import deltas
 from golden_records import load
+from kernels.newton_schulz import ANVIL, POLAR_EXPRESS
 from optim import Optimizer
-from small_models import Toy, plan, update
+from small_models import Toy, build, plan, update
 from updates import views
 from updates.views import Views
 
@@ -97,3 +99,33 @@ def test_four_updates_through_the_optimizer(number):
                 assert (got - expected).abs().max() <= 1e-12 * expected.abs().max(), (name, call)
                 compared += 1
     assert compared == 2 * len(of)
+
+
+def orthogonalised(x, maps, margin):
+    """Newton-Schulz of one matrix by its singular value decomposition: the maps act on singular values."""
+    u, values, v = np.linalg.svd(x, full_matrices=False)
+    values = values / (margin * np.linalg.norm(x) + 1e-6)
+    for a, b, c in maps:
+        values = a * values + b * values ** 3 + c * values ** 5
+    return u * values @ v
+
+
+@pytest.mark.feature("optim.muon.head_pairs")
+@pytest.mark.parametrize("ref, maps, margin", [("short/80", POLAR_EXPRESS, 1.02), ("short/92", ANVIL, 1.05)])
+def test_two_adjacent_heads_of_q_or_of_k_are_orthogonalised_as_one_matrix(ref, maps, margin):
+    """Heads 0 and 1, 2 and 3, 4 and 5, of q and of k, each alone: a momentum of 0 leaves the gradient."""
+    off = ["optim.muon.normuon", "optim.muon.cautious_decay"]
+    model = build(ref, *(["optim.muon.slow=false"] if ref == "short/92" else []), without=off)
+    attn, s = model.blocks[1].attn, model.settings
+    heads, width = s.model.attn.num_heads, attn.qk.size(1) // s.model.attn.num_heads
+    assert (heads, attn.qk.size(2)) == (6, s.model.model_dim) and attn.qk.views == views.qk(s)
+    before = attn.qk.detach().clone()
+    g = torch.randn(before.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    toy = Toy(qk=(before, "matrix", "qkvo", attn.qk.views))
+    update(Optimizer(toy, s), toy, {"qk": g}, plan(momentum=0.0))
+    found = (before - toy.qk.detach()) / s.optim.muon.lr
+    for part in range(2):
+        for first in (0, 2, 4):
+            rows = slice(first * width, (first + 2) * width)
+            expected = torch.from_numpy(orthogonalised(g[part, rows].numpy(), maps, margin))
+            assert (found[part, rows] - expected).abs().max() < 1e-9, (part, first)

@@ -22,7 +22,7 @@ import deltas
 from common import repository
 import process_group
 import train_gpt
-from model import GPT
+from model import GPT, segments
 from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
@@ -617,6 +617,18 @@ def test_the_documents_of_rows_are_counted_from_their_first_token_or_the_rows():
     rows = np.array([[5, 0, 5, 5, 5, 0], [5, 5, 0, 0, 5, 5]])  # 1, 4, 1; 2, 1, 3
     assert count_documents(rows, 0)[:2] == (6, 4)
     assert count_documents(rows[1:], 0)[:2] == (3, 3) and count_documents(rows, 9)[:2] == (2, 6)
+
+
+@pytest.mark.feature("model.attn.segment")
+@pytest.mark.parametrize("segment", [2, 3, 7, 64])
+def test_the_host_counts_as_many_segments_as_the_model_cuts(segment):
+    """FlashAttention gets these numbers; with fewer documents than there are, some would see each other."""
+    random = np.random.default_rng(segment)
+    for rows in (np.where(random.random((3, 24)) < share, 0, 5) for share in (0.0, 0.1, 0.4, 1.0)):
+        number, longest, _ = count_documents(rows, 0, segment)
+        cut = segments(torch.from_numpy(rows == 0), segment)
+        lengths = [count for row in cut for count in row.unique(return_counts=True)[1].tolist()]
+        assert (number, longest) == (len(lengths), max(lengths))
 
 
 def test_a_warm_up_validates_one_chunk_of_one_rank_whatever_is_left():

@@ -11,6 +11,9 @@ from optim_settings import Hyper
 # Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
 # memory. The rule is elementwise, so the chunk size does not change a bit of the result.
 CHUNK = 65536
+# Elements of a table that the eager rule for rows has in `math_dtype` at a time: four tensors of 256 MiB,
+# where those of record 92's table would have 260 GB each.
+TABLE_CHUNK = 2 ** 26
 
 
 def adamw_(
@@ -52,6 +55,16 @@ def chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ..
         yield tensors
         return
     yield from zip(*(x.view(-1).split(CHUNK) for x in tensors))
+
+
+def row_chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of N rows in pieces of whole rows, TABLE_CHUNK elements of the first; when compiled, whole."""
+    first = tensors[0]
+    if first.numel() <= TABLE_CHUNK or torch.compiler.is_compiling():
+        yield tensors
+        return
+    rows = max(1, TABLE_CHUNK // first.size(-1))
+    yield from zip(*(x.split(rows) for x in tensors))
 
 
 @dataclass(frozen=True)
@@ -130,8 +143,12 @@ class RowAdam(AdamW):
         return {"row_moment": ((1,), self.state_dtype or dtype)}
 
     def update_(self, p, g, state, numbers, views) -> None:
+        for tensors in row_chunks((p, g, state["row_moment"])):
+            self.update_rows_(*tensors, numbers)
+
+    def update_rows_(self, p, g, moment, numbers) -> None:
+        """update_ of rows (N, D) with their second moments (N, 1)."""
         beta2, lr, wide = numbers.get("beta2", self.beta2), numbers["lr"], self.math_dtype
-        moment = state["row_moment"]
         moment.lerp_(g.to(wide).square().mean(-1, keepdim=True).to(moment.dtype), 1 - beta2)
         u = (lr * numbers["correction2"] ** 0.5) * g.to(wide) / (moment.to(wide).sqrt() + self.eps)
         wide_p = p.to(wide)

@@ -211,9 +211,9 @@ def patch_batches(module):
     """The documents of a step, which the device, having computed nothing, cannot tell."""
     to_rows = module.to_rows
 
-    def counted(batch, seq_len, device, bos):
-        documents.append([lengths(rank[:-1].tolist(), seq_len, bos) for rank in batch])
-        return to_rows(batch, seq_len, device, bos)
+    def counted(batch, seq_len, device, bos, segment=None):
+        documents.append([pieces(lengths(rank[:-1].tolist(), seq_len, bos), segment) for rank in batch])
+        return to_rows(batch, seq_len, device, bos, segment)
 
     module.to_rows = counted
 
@@ -222,6 +222,13 @@ def lengths(ids, seq_len, bos):
     """Tokens of each document among ids; one begins with every row of seq_len ids and with `bos`."""
     starts = [i for i, token in enumerate(ids) if token == bos or i % seq_len == 0]
     return [end - start for start, end in zip(starts, [*starts[1:], len(ids)])]
+
+
+def pieces(documents, segment):
+    """Tokens of what attention keeps apart: documents of so many tokens, cut at every multiple of segment."""
+    if segment is None:
+        return documents
+    return [min(segment, length - start) for length in documents for start in range(0, length, segment)]
 
 
 # ----- report

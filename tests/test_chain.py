@@ -122,6 +122,16 @@ def test_what_moves_parameters_after_the_step_is_refused_where_updates_travel(na
         deltas.resolve("short/33", sets=[sets(name)[0], "system.comm=allreduce_updates"])
 
 
+def test_a_slot_has_state_only_for_the_matrices_it_acts_on():
+    s = settings("short/33", "model.model_dim=12", "model.attn.num_heads=3", SPLIT,
+                 'optim.muon.soap={matrices=["v", "c_fc"]}')
+    found = {bank.label: {name: tuple(x.shape) for name, x in bank.state.items() if "soap" in name}
+             for bank in Optimizer(toy(s), s).banks}
+    one = {"soap_left_covariance": (3, 18, 18), "soap_right_covariance": (3, 12, 12),
+           "soap_left_basis": (3, 18, 18), "soap_right_basis": (3, 12, 12), "soap_moment": (3, 18, 12)}
+    assert found == {"c_fc": one, "c_proj": {}, "qkvo": {f"{name}@v": (3, 12, 12) for name in one}}
+
+
 # ----- processes
 
 def toy(s, layers=(0, 1, 2), dtype=F64):

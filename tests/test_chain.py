@@ -98,6 +98,15 @@ def test_without_takes_a_slot_of_a_record_off_again(name):
     assert on != off == deltas.resolve("short/33", sets=needs).settings
 
 
+@pytest.mark.parametrize("scale, divisor", [("full", 524288), ("small", 65536), ("micro", 1024)])
+def test_the_divisor_of_dynmuon_follows_the_batch(scale, divisor):
+    child = dataclasses.replace(deltas.find_record("short/33"), ref="test/1", parent="short/33",
+                                delta={"optim.muon.dyn": {"divisor": 524288.0}})
+    assert deltas.resolve(child, scale=scale).settings.optim.muon.dyn.divisor == divisor
+    plain = deltas.resolve("short/33", scale=scale, with_=["optim.muon.dyn"]).settings
+    assert plain.optim.muon.dyn.divisor == 1
+
+
 @pytest.mark.parametrize("flags, message", [
     (["aurora={}", "dyn={}"], "are two ways to orthogonalise"),
     (["soft={}", "ns_steps=12"], "optim.muon.soft needs optim.muon.convergent"),

@@ -232,6 +232,7 @@ def test_shampoo_with_pseudo_inverses_is_its_formula():
     compare(R35, shampoo, tolerance=1e-6)
 
 
+@pytest.mark.feature("optim.muon.shampoo.pseudo_inverse")
 def test_the_root_of_shampoo_leaves_out_or_shifts_what_is_not_positive():
     """Without the pseudo-inverse the least eigenvalue becomes eps, where it is smaller after adding eps."""
     x = torch.diag(torch.tensor([15.0, -1.0, 0.0], dtype=F64))

@@ -101,7 +101,8 @@ def nearest_settings(path: str) -> list[str]:
     words = re.split(r"[./_ -]+", path.casefold().strip("./ "))
     found = [p for p in known if re.split(r"[._]", p)[-len(words):] == words]
     last = path.casefold().split(".")[-1]
-    found.sort(key=lambda p: p.split(".")[-1] != last)  # schedule.steps before optim.muon.ns_steps
+    # schedule.steps before the steps of a section below a section, and before optim.muon.ns_steps
+    found.sort(key=lambda p: (p.split(".")[-1] != last, p.count(".") > 2))
     found = found or difflib.get_close_matches(path.casefold(), known, n=3, cutoff=0.55)
     if not found:
         nearest = difflib.get_close_matches(last, {p.split(".")[-1] for p in known}, n=1)

@@ -513,7 +513,7 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
         ("model/attn/rope", ["model.attn.rope"]),
         (
             "steps",
-            ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"],
+            ["schedule.steps", "optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps"],
         ),
         ("optim-muon-lr", ["optim.muon.lr"]),
         ("unet_skips", ["model.residual.unet_skips"]),

@@ -55,13 +55,13 @@ class Init:
                                            "`bound` say)",
                                      needs="model.init.scheme=uniform|normal", least=0)
     c_fc_fall: float = opt(
-        0.0, "fall of the MLP's first matrix over the layers: in layer i its initial values are multiplied by "
-        "1 - fall i/(num_layers - 1) (optimizer track, result 30)", off=0.0,
+        0.0, "fall of the MLP's first matrix over the layers: in layer i its initial values are multiplied "
+        "by 1 - fall i/(num_layers - 1) (optimizer track, result 30)", off=0.0,
         needs="model.init.scheme=uniform|normal", least=0, most=1
     )
     bias: Literal["zero", "inner", "all"] = opt(
-        "zero", "initial biases. zero: zeros. all: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default. inner: "
-                "the same, with zeros in the output projections and in the head")
+        "zero", "initial biases. zero: zeros. all: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), torch's default. "
+                "inner: the same, with zeros in the output projections and in the head")
     signed_gains: SignedGains | None = opt(None, "signed initial gains of the norms before attention and MLP",
                                            needs="model.norm_gain")
     head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "

@@ -647,8 +647,8 @@ class Untied:
 class Softcap:
     """Logit soft cap (Gemma 2, arXiv 2408.00118), which bounds the logits z.
 
-    tanh: cap tanh(z / cap). sigmoid: cap sigmoid((z + shift) / scale), which for shift 0 equals (cap/2) tanh(z
-    / (2 scale)) plus a constant, which the softmax ignores. rsqrt: cap z / sqrt(z^2 + cap^2).
+    tanh: cap tanh(z / cap). sigmoid: cap sigmoid((z + shift) / scale), which for shift 0 equals (cap/2)
+    tanh(z / (2 scale)) plus a constant, which the softmax ignores. rsqrt: cap z / sqrt(z^2 + cap^2).
     """
     form: Literal["tanh", "sigmoid", "rsqrt"] = opt("tanh", "bounding function", off=REFUSE)
     cap: float = opt(30.0, "bound of the logits", off=REFUSE, above=0)
@@ -727,10 +727,11 @@ class Head:
     bias: bool = opt(False, "bias of the head: a vector that is added to the logits, before the soft cap",
                      off=False, needs="model.head.untied")
     loss_reduction: Literal["mean", "sum", "step_sum"] = opt(
-        "mean", "reduction of the training loss. mean: over all tokens of the step. sum: over the tokens of a "
-                "logical rank, and the mean of the eight ranks. step_sum: sum over all tokens of the step. A "
-                "sum makes Adam's eps relatively smaller and is otherwise equivalent, because Adam and Muon "
-                "are scale-invariant up to eps")
+        "mean", "reduction of the training loss. mean: over all tokens of the step. sum: over the tokens of "
+                "a logical rank, and the mean of the eight ranks. step_sum: sum over all tokens of the step. "
+                "A sum makes Adam's eps relatively smaller and is otherwise equivalent, because Adam and "
+                "Muon are scale-invariant up to eps"
+    )
     mtp: MTP | None = opt(None, "multi-token prediction: the loss counts further next tokens")
     candidates: Candidates | None = opt(
         None, "sampled softmax: the training loss goes over some of the classes"

@@ -49,6 +49,8 @@ class Scalars:
                               below=1)
     beta2: float | None = opt(None, "decay of the second moment, in place of optim.adam.beta2", least=0,
                               below=1)
+    bias_correction: bool = opt(True, "bias correction of both moments (off: the first updates are those of "
+                                      "moments that start at 0; track 3, result 44)", off=BEFORE)
     decay_mul: float = opt(1.0, "factor of the cautious weight decay", off=1.0,
                            needs="optim.adam.cautious_decay", least=0)
     freeze_steps: int = opt(
@@ -86,6 +88,7 @@ class Label:
     beta1: float | None = opt(None, "decay of AdamW's first moment", least=0, below=1)
     beta2: float | None = opt(None, "decay of AdamW's second moment", least=0, below=1)
     eps: float | None = opt(None, "added to the root of AdamW's second moment", least=0)
+    bias_correction: bool | None = opt(None, "bias correction of AdamW's moments")
     every: int | None = opt(
         None, "steps from one update to the next; the gradients of the steps between are summed", unit="step",
         least=1
@@ -121,7 +124,8 @@ class MatrixLabel(Label):
         False, "AdamW, with the group optim.matrix, updates these matrices although optim.muon is on",
         off=False, needs="optim.muon",
         # Muon has no use for AdamW's constants, and its learning rate is another
-        along=("lr", "weight_decay", "beta1", "beta2", "eps", "every", "decay_mul", "freeze_steps")
+        along=("lr", "weight_decay", "beta1", "beta2", "eps", "bias_correction", "every", "decay_mul",
+               "freeze_steps")
     )
 
 
@@ -139,6 +143,7 @@ class Hyper:
     decay_mul: float = 1.0
     freeze_steps: int = 0
     lr_mul: float = 1.0
+    bias_correction: bool = True
     slower: Slower | None = None
 
     def cadence(self, step: int) -> int:
@@ -158,6 +163,8 @@ LABELS = {  # role -> labels that may have settings of their own
     "matrix": ("qkvo", "latent", "gate", "smear_gate", "ve_gate", "skip_gate", "c_fc", "c_proj",
                "expert_c_fc", "expert_c_proj", "mudd", "token_gate")}
 
+
+ADAMS_ALONE = ("beta1", "beta2", "eps", "bias_correction", "decay_mul")  # fields that Muon does not read
 
 # Labels of matrices whose inputs grow with the width, unlike those of gates.
 BLOCK_MATRICES = ("qkvo", "latent", "c_fc", "c_proj", "expert_c_fc", "expert_c_proj")
@@ -209,8 +216,8 @@ class Optim:
                                    needs="model.norm=layernorm or model.norm_gain")
     bias: Label | None = opt(None, "own settings of the biases of the linear layers",
                                    needs="model.bias")
-    o_bias: Label | None = opt(None, "own settings of the biases of attention's output projections, which are "
-                                     "then stored apart", needs="model.bias")
+    o_bias: Label | None = opt(None, "own settings of the biases of attention's output projections, which "
+                                     "are then stored apart", needs="model.bias")
     resid_lambdas: Label | None = opt(None, "own settings of the factors of the stream, in the x0 mix or in "
                                             "sublayers",
                                       needs="model.residual.x0_mix.learned or "
@@ -294,7 +301,8 @@ class Optim:
                   "weight_decay": self.muon.weight_decay if muon else of_role.weight_decay,
                   "beta1": self.adam.beta1, "beta2": self.adam.beta2, "eps": self.adam.eps,
                   "every": 1 if muon else of_role.every, "freeze_steps": 0 if muon else of_role.freeze_steps,
-                  "decay_mul": 1.0 if muon else of_role.decay_mul, "lr_mul": 1.0}
+                  "decay_mul": 1.0 if muon else of_role.decay_mul, "lr_mul": 1.0,
+                  "bias_correction": True if muon else of_role.bias_correction}
         for section in (None if muon else of_role, own):
             for name in values:
                 if getattr(section, name, None) is not None:
@@ -347,7 +355,7 @@ class Optim:
         """What is AdamW's has no effect on Muon's matrices, and the other way round."""
         for name in LABELS["matrix"] if self.muon else ():
             own = getattr(self, name)
-            for field in ("beta1", "beta2", "eps", "decay_mul") if own and not own.adamw else ():
+            for field in ADAMS_ALONE if own and not own.adamw else ():
                 if getattr(own, field) is not None:
                     yield (f"optim.{name}.{field} is AdamW's, and optim.muon has these matrices: "
                            f"set optim.{name}.adamw=true, or leave it")

@@ -149,6 +149,14 @@ def build(saved, path):
     return model.eval(), saved["tokenizer"]
 
 
+def read_out(model) -> list[str]:
+    """A list with the line on averaged or extrapolated weights, which a checkpoint holds as read."""
+    import schedule
+    s = model.settings
+    found = [one.setting for one in schedule.readouts(s, s.schedule.steps)]
+    return [f"weights: read out by {', '.join(found)}"] if found else []
+
+
 def read_prompt(options: argparse.Namespace) -> str:
     """The prompt as text, from the option, a file or stdin."""
     if options.prompt_file is None:
@@ -355,10 +363,9 @@ def sample(options: argparse.Namespace) -> None:
             f"{padded_vocab(model.settings)}: it was trained on other tokens and has no text"
         )
     ids, most = prompt_ids(encoding, text), model.settings.validation.seq_len
-    lines = (
-        [] if len(ids) - 1 <= most
-        else [f"prompt: {len(ids) - 1} tokens, the model sees the last {most}, its context"]
-    )
+    lines = read_out(model)
+    if len(ids) - 1 > most:
+        lines.append(f"prompt: {len(ids) - 1} tokens, the model sees the last {most}, its context")
     (first, *others), why_dense = forms(model, options.cache)
     asked = dict(
         vocab_size=encoding.n_vocab, bos=encoding.eot_token, temperature=options.temperature,

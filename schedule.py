@@ -124,9 +124,10 @@ def lr_steps(schedule: Schedule) -> int:
 
 def matrix_lr_factor(schedule: Schedule, step: int) -> float | None:
     """Learning-rate multiplier of the block matrices at a step; None: that of the run."""
-    own, steps = schedule.matrix, lr_steps(schedule)
+    own = schedule.matrix
     if own is None:
         return None
+    steps = own.horizon or lr_steps(schedule)
     if step < own.warmup_steps:
         return (step if own.warmup_from_zero else step + 1) / own.warmup_steps
     w = 1.0
@@ -414,6 +415,8 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     optim, last, found = s.optim, step == s.schedule.steps, []
     if optim.tail is not None and last:
         found.append(Readout("optim.tail", undone=False))
+    if apart(s) and step and step not in outer_steps(s):
+        found.append(Readout("optim.outer.workers", undone=False))  # the mean of the workers' weights
     if step in extrapolations(optim.rre, step):
         found.append(Readout("optim.rre", undone=False))
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
@@ -422,6 +425,19 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     if away is not None and step >= away.start and (last or away.at == "validation"):
         found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
     return found
+
+
+def apart(s: Settings) -> bool:
+    """Whether every logical rank is a worker of its own (optim.outer.workers)."""
+    return s.optim.outer is not None and s.optim.outer.workers > 1
+
+
+def outer_steps(s: Settings) -> range:
+    """Numbers of the updates that an outer step follows; empty without optim.outer."""
+    outer = s.optim.outer
+    if outer is None:
+        return range(0)
+    return range(1 if outer.first_step else outer.period, s.schedule.steps + 1, outer.period)
 
 
 def extrapolations(rre: RRE | None, steps: int) -> list[int]:
@@ -510,6 +526,10 @@ def cuts(s: Settings, plans: Sequence[StepPlan]) -> Iterator[tuple[str, str]]:
         if f.metadata["unit"] == "step" and effect and value and value > steps:
             yield path, f"{value} steps are more than the run has: {effect}"
     yield from overlaps(s)
+    if s.schedule.horizon is not None and s.schedule.horizon > 2 * steps:
+        yield "schedule.horizon", (
+            f"the run ends after {steps} of the {s.schedule.horizon} steps of its learning-rate schedule"
+        )
     for group, frozen in s.optim.freezes().items():
         last = max((plan.step for plan in plans if group not in plan.frozen), default=-1)
         rest = [visible(plan.shape) for plan in plans[max(last, 0):]]

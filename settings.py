@@ -41,16 +41,19 @@ class MatrixLR:
     warmup_from_zero: bool = opt(False, "learning rate 0 in the first step, and the full one after the "
                                         "warm-up's last (off: both a step earlier)", off=False,
                                  needs="schedule.matrix.warmup_steps")
-    cooldown_frac: float = opt(1.0, "cooldown as a fraction of the steps", off=0.0, least=0, most=1)
+    cooldown_frac: float = opt(1.0, "cooldown as a fraction of the steps", off=0.0,
+                               idle="schedule.matrix.cooldown_steps", least=0, most=1)
     cooldown_steps: int | float = opt(0, "cooldown in steps, in place of cooldown_frac", unit="step", off=0,
                                       shrink="steps", least=0)
     cooldown_power: float = opt(1.0, "power of the cooldown", off=1.0, above=0)
     floor: float = opt(0.0, "learning-rate factor at the end of the cooldown", off=0.0, least=0, most=1)
+    horizon: int | None = opt(None, "steps over which it is laid out, in place of schedule.horizon (result "
+                                    "27)", unit="step", shrink="steps", least=1)
 
     def check(self, s: "Settings") -> Iterator[str]:
-        if self.cooldown_frac and self.cooldown_steps:
-            yield ("schedule.matrix.cooldown_frac and schedule.matrix.cooldown_steps exclude each other: set "
-                   "one of them to 0")
+        if self.horizon is not None and self.horizon < s.schedule.steps:
+            yield (f"schedule.matrix.horizon = {self.horizon} is shorter than the run: set it to "
+                   f"schedule.steps = {s.schedule.steps} at least")
 
 
 @dataclass(frozen=True)

@@ -284,7 +284,7 @@ def train_step(
     documents: Sequence[Documents],
     before_reduction: Callable[[], None] | None = None
 ) -> torch.Tensor:
-    """Forward and backward of this process's logical ranks, then the update.
+    """One step of this process's logical ranks: one update, or one of each worker that trains apart.
 
     Returns the mean loss of these ranks, 0-d float64.
 
@@ -293,11 +293,27 @@ def train_step(
         documents: Documents of each rank, from to_rows.
         before_reduction: called after the backward passes, before gradients are reduced (warm-up only).
     """
+    if run.workers is None:
+        return update(run, step_plan, inputs, targets, documents, before_reduction)
+    losses = [
+        update(run, step_plan, inputs[k:k + 1], targets[k:k + 1], documents[k:k + 1], before_reduction)
+        for k in run.workers.each()
+    ]
+    run.workers.join()
+    return torch.stack(losses).mean()
+
+
+def update(
+    run: Run, step_plan: StepPlan, inputs: torch.Tensor, targets: torch.Tensor,
+    documents: Sequence[Documents], before_reduction: Callable[[], None] | None
+) -> torch.Tensor:
+    """Forward and backward of some logical ranks, then the update. Arguments and result: as of train_step."""
     model, optimizer, microbatch = run.model, run.optimizer, run.ranks_per_microbatch
-    # Gradients of all forwards and processes add up to that of the mean over the eight logical ranks, where
-    # the loss of a rank is the mean or, with loss_reduction `sum`, the sum over its tokens. With `step_sum`
-    # they add up to that of the sum over all tokens.
-    share = microbatch / LOGICAL_RANKS
+    # Gradients of all forwards and processes add up to that of the mean over the logical ranks of the update,
+    # all eight or a worker's one. The loss of a rank is the mean or, with loss_reduction `sum`, the sum over
+    # its tokens; with `step_sum` the mean over the ranks is multiplied by eight.
+    together = LOGICAL_RANKS if run.workers is None else 1
+    share = microbatch / together
     if run.s.model.head.loss_reduction != "mean":
         share *= step_plan.shape.tokens_per_rank
     if run.s.model.head.loss_reduction == "step_sum":
@@ -460,7 +476,8 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
     if status == "finished":
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
-        lines += load.remark(results, os.cpu_count() or 1) + report.interruptions(log.events)
+        lines += report.exchanged(run) + load.remark(results, os.cpu_count() or 1)
+        lines += report.interruptions(log.events)
         # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
     log.end(status=status, target=target, reached=reached, verdict=lines, **results)

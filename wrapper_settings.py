@@ -12,6 +12,9 @@ from typing import Any, Literal
 from declare import REFUSE, opt
 
 
+WORKERS = (1, 8)  # all ranks together, or a worker for each logical rank
+
+
 def whole_weights(s: Any, path: str) -> Iterator[str]:
     """A wrapper keeps copies of all weights, and a checkpoint those of one process."""
     if s.system.expert_parallel:
@@ -40,7 +43,7 @@ class EMANesterov:
 class OuterStep:
     """An outer optimizer around the inner one: a Nesterov step on the sum of several updates.
 
-    MuLoCo with one worker (Therien et al., arXiv 2505.23725; result 13 of track 3: period 30, lr 0.7,
+    MuLoCo (Therien et al., arXiv 2505.23725; result 13 of track 3: period 30, lr 0.7,
     momentum 0.5) and Snoo (Kallusky et al., arXiv 2510.15830; medium records 12 and 14 to 16: period 28, lr
     0.68, momentum 0.37, first_step) are one rule: delta = slow - theta, b <- momentum b + delta, slow <- slow
     - lr (delta + momentum b), theta <- slow.
@@ -52,6 +55,11 @@ class OuterStep:
         False, "outer step after the first update, too: after the updates 1, period + 1, ... (Snoo; off: "
         "after the updates period, 2 period, ...)", off=False
     )
+    workers: int = opt(
+        1, "workers that train apart, each with weights and optimizer state of its own. 8: one for each "
+        "logical rank; they exchange nothing but their weights, whose mean is the theta of an outer step "
+        "(MuLoCo, DiLoCo). 1: all ranks together", off=1, least=1, most=8
+    )
     dtype: Literal["parameter", "float32"] = opt(
         "parameter", "dtype of the slow weights and of b. parameter: that of each parameter. float32: at "
         "least float32, so that a bfloat16 parameter has float32 slow weights"
@@ -59,6 +67,31 @@ class OuterStep:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.outer")
+        if self.workers not in WORKERS:
+            yield (f"optim.outer.workers = {self.workers}: must be {WORKERS[0]}, or {WORKERS[1]}, one for "
+                   "each logical rank")
+        elif self.workers > 1:
+            yield from self.check_workers(s)
+
+    def check_workers(self, s: Any) -> Iterator[str]:
+        """What is joined over logical ranks, or kept between steps elsewhere, is not a worker's own."""
+        untied = s.model.head.untied
+        apart = {
+            "model.mlp.moe": s.model.mlp.moe, "model.head.candidates": s.model.head.candidates,
+            "model.head.untied.tied_until": untied and untied.tied_until is not None,
+            "numerics.fp8_head": s.numerics.fp8_head, "numerics.fp8_mlp": s.numerics.fp8_mlp,
+            "optim.tail": s.optim.tail, "optim.ema_nesterov": s.optim.ema_nesterov, "optim.rre": s.optim.rre,
+            "optim.tail_ema": s.optim.tail_ema, "optim.reference_readout": s.optim.reference_readout
+        }
+        for path in (path for path, on in apart.items() if on):
+            yield f"optim.outer.workers = {self.workers} train apart, without {path}: switch it off"
+        groups = s.optim.groups().items()
+        for name in (name for name, one in groups if one.every > 1 or one.slower or one.freeze_steps):
+            yield (f"optim.outer.workers = {self.workers} update all weights in every step, and optim.{name} "
+                   f"rests in some: set optim.{name}.every=1 and optim.{name}.freeze_steps=0")
+        if s.system.ranks_per_microbatch not in (0, 1):
+            yield (f"optim.outer.workers = {self.workers} have one logical rank in a forward: leave "
+                   "system.ranks_per_microbatch at 0 or 1")
 
 
 @dataclass(frozen=True)
@@ -97,8 +130,8 @@ class TailEMA:
     embed: bool = opt(False, "token embedding averaged, too (off: it is read out as it is)", off=False)
     at: Literal["validation", "end"] = opt(
         "validation", "when the weights are the blend. validation: in each validation from `start` on, and "
-        "in the saved checkpoint; training goes on from theta (result 46). end: after the last update (result "
-        "45)"
+        "in the saved checkpoint; training goes on from theta (result 46). end: after the last update "
+        "(result 45)"
     )
 
     def check(self, s: Any) -> Iterator[str]:

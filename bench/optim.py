@@ -6,6 +6,7 @@ parameter, and MiB that the update needs besides parameters, gradients and state
 """
 
 import ctypes
+import itertools
 import re
 import sys
 import time
@@ -26,6 +27,7 @@ NORMUON = [*POLAR, "optim.muon.normuon={}"]
 CAUTIOUS = [*NORMUON, "optim.muon.cautious_decay={}"]
 ADAM = ["optim.adam.cautious_decay={weight_decay=0.005, strict=true}"]
 BF16 = ["numerics.table=bfloat16"]
+BALL = ["optim.muon.hyperball=true"]
 KEPT = ["numerics.matrix=bfloat16", "numerics.matrix_mantissa=true"]
 
 # name -> (kind of parameters, settings on record 33)
@@ -40,6 +42,13 @@ CASES = {
     "NorMuon": ("matrix", NORMUON),
     "NorMuon, cautious decay": ("matrix", CAUTIOUS),
     "NorMuon, cautious decay, kept mantissa": ("matrix", [*CAUTIOUS, *KEPT]),
+    "AdamH": ("matrix", [*BALL, "optim.muon.adam={}"]),
+    "SOAP-H": ("matrix", [*BALL, "optim.muon.soap_h={}"]),
+    "KL-SOAP-H": ("matrix", [*BALL, "optim.muon.kl_soap={}"]),
+    "Shampoo, roots in every update": ("matrix", ["optim.muon.shampoo={every=1}"]),
+    "PSGD Kron": ("matrix", [*BALL, "optim.muon.psgd={}"]),
+    "Muown, 12 steps": ("matrix", ["optim.muon.muown={}", "optim.muon.polar_express_long=true",
+                                   "optim.muon.ns_steps=12"]),
 }
 TORCH = {"torch AdamW, for-loop": dict(foreach=False), "torch AdamW, foreach": dict(foreach=True),
          "torch AdamW, fused": dict(fused=True)}
@@ -69,11 +78,12 @@ def rule_case(kind, sets, layers, rows, device):
                  for name, (shape, dtype) in rule.state(unit, p.dtype, of).items()}
         updates.append((rule, p, torch.randn_like(p) * 1e-3, state, of))
         count, held = count + p.numel(), held + sum(x.nbytes for x in state.values())
-    numbers = {id(rule): rule.numbers(of_step, 2) for rule, *_ in updates}
+    done = itertools.count(1)
 
     def update():
+        t = next(done)  # the first update of some rules starts their state
         for rule, p, g, state, of in updates:
-            rule.update_(p, g, state, numbers[id(rule)], of)
+            rule.update_(p, g, state, rule.numbers(of_step, t), of)
 
     return update, count, held
 

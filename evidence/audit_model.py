@@ -8,6 +8,7 @@ T); train_gpt.main; train_gpt.validate, with rows (ranks, n, T + 1) among its ar
 with inputs and targets (ranks, n, T) as its only tensors.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -253,9 +254,21 @@ class Observed:
                 x.copy_(kept[name])
 
     def validated(self, given):
-        """What the trainer's validate returns for Arguments, with the tables of the last validation."""
+        """What the trainer's validate returns for Arguments, with tables and weights of the last validation.
+
+        The trainer reads averaged or extrapolated weights within a context, and has its own ones afterwards.
+        """
         self.put_back()
-        return self.validate(*given.args, **given.kwargs)
+        with self.reading():
+            return self.validate(*given.args, **given.kwargs)
+
+    def reading(self):
+        """The trainer's context of the weights that its last validation read; none in older commits."""
+        import train_gpt
+        run = next((a for a in self.step.values() if hasattr(a, "hooks") and hasattr(a, "plans")), None)
+        if run is None or not hasattr(train_gpt, "reading"):
+            return contextlib.nullcontext()
+        return train_gpt.reading(run.hooks, len(run.plans))
 
     def row_losses(self, rows, targets=None):
         """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:

@@ -22,6 +22,14 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)
 )
 
+# The same polynomials with fewer digits and no safety factor, for up to 12 steps; the last one converges to 1
+# (optimizer track, result 23).
+POLAR_EXPRESS_LONG = (
+    (8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
+    (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585),
+    (1.8564, -1.2132, 0.3568), (1.8750, -1.2500, 0.3750)
+)
+
 # Record 92 (ANVIL, @devenpzak): six maps that take [0.003, 1/1.05] to [0.995, 1.0004]. Beyond 1 they are not
 # safe, which is why the norm is enlarged by 5 %.
 ANVIL = (
@@ -47,8 +55,9 @@ def newton_schulz(
     g: torch.Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloat16,
     norm_dtype: torch.dtype = torch.bfloat16, form: str = "factored", polar_express: bool = False,
     fused: bool = False, anvil: bool = False, convergent: bool = False, by_schatten4: bool = False,
+    long: bool = False, weights: tuple[float, ...] = (),
     coefficients: tuple[tuple[float, float, float], ...] = ()
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Orthogonalise each matrix of a batch.
 
     Args:
@@ -62,12 +71,15 @@ def newton_schulz(
         fused: the symmetric form by the kernels of kernels.symmetric.
         anvil: the maps of record 92 and their norm, 1.05 |g| + 1e-6, in place of both.
         convergent: the coefficients of the optimizer track.
+        long: the coefficients POLAR_EXPRESS_LONG, with the norm |g| + 1e-7.
         by_schatten4: |g| is the Schatten 4-norm, at least 1e-7, in place of the Frobenius norm.
+        weights: of X_0, X_1, ..., the iterates before each step; then the result is (orthogonalised, sum of
+            the weighted iterates).
         coefficients: (a, b, c) of each step, the last ones repeat; (): the usual ones.
     """
     usual = ANVIL if anvil else POLAR_EXPRESS if polar_express else (COEFFICIENTS,)
     coefficients = coefficients or usual
-    coefficients = (CONVERGENT,) if convergent else coefficients
+    coefficients = (CONVERGENT,) if convergent else POLAR_EXPRESS_LONG if long else coefficients
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)
     if by_schatten4:
@@ -80,8 +92,13 @@ def newton_schulz(
     if tall:  # A = X X^T on the shorter side
         x = x.mT
     step = symmetric.step if fused else STEPS[form]
+    total = torch.zeros_like(x) if weights else None
     for i in range(steps):
+        if i < len(weights):
+            total = total + weights[i] * x
         x = step(x, *coefficients[min(i, len(coefficients) - 1)])
+    if weights:
+        return (x.mT, total.mT) if tall else (x, total)
     return x.mT if tall else x
 
 

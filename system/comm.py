@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from optim import Alone, Local, Tree
+from schedule import apart
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -196,5 +197,8 @@ class Communication:
 
 
 def communication(s, rank: int = 0, world: int = 1):
-    """The communication plan of a run: Alone on one process, otherwise by system.comm."""
-    return Communication(s, rank, world) if world > 1 else Alone()
+    """The communication plan of a run: Alone on one process, otherwise by system.comm.
+
+    Workers that train apart (system/workers.py) exchange no gradients.
+    """
+    return Communication(s, rank, world) if world > 1 and not apart(s) else Alone()

@@ -66,6 +66,8 @@ def print_plan(
     print(size(s))
     for line in parameters(s):
         print(line)
+    for line in exchanged(s):
+        print(line)
     for line in graphs(s, plans):
         print(line)
     for line in held(s, card, gpus):
@@ -138,7 +140,7 @@ def wrapper_remarks(s):
         yield f"  look-ahead (optim.ema_nesterov) in the steps {ahead.start}..{min(ahead.stop, steps) - 1}"
     if (outer := optim.outer) is not None:
         first = 1 if outer.first_step else outer.period
-        count = len(range(first, steps + 1, outer.period))
+        count = len(schedule.outer_steps(s))
         yield f"  {count} outer steps (optim.outer), after every {outer.period} updates, first after {first}"
     if optim.rre is not None:
         found = schedule.extrapolations(optim.rre, steps)
@@ -203,6 +205,15 @@ def parameters(s):
     yield f"parameters (communication of {LOGICAL_RANKS} processes):"
     for row in rows:
         yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
+
+
+def exchanged(s):
+    """A line on what workers that train apart exchange, if there are any."""
+    if schedule.apart(s):
+        from model import without_values
+        from optim import Optimizer
+        from system.workers import saved
+        yield saved(s, Optimizer(without_values(s), s))
 
 
 def graphs(s, plans):

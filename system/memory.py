@@ -157,6 +157,8 @@ def estimate(s, ranks, microbatch, world=1):
     from optim import Optimizer
     from system.comm import communication
     from system.hooks import hooks_of
+    from system.workers import copies_bytes
+    from system.wrappers import Outer
     model = without_values(s)
     optimizer = Optimizer(model, s, communication(s, 0, world))
     hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
@@ -172,7 +174,10 @@ def estimate(s, ranks, microbatch, world=1):
     if s.system.activation_checkpoint == "on":  # one block at a time is there in full
         whole = kept_by_forward(with_system(s, activation_checkpoint="off"), microbatch, compiled)
         passing = max(passing, (whole - kept) // s.model.num_layers)
-    return Estimate(parameters, parameters + sums, optimizer.state_bytes() + hooks, kept, passing)
+    state = optimizer.state_bytes() + hooks
+    if schedule.apart(s):
+        state += copies_bytes(optimizer, Outer(model, s.optim.outer), ranks)
+    return Estimate(parameters, parameters + sums, state, kept, passing)
 
 
 def chunked(s):

@@ -3,6 +3,7 @@
 No torch here, so that a dry run can print it.
 """
 
+from schedule import apart
 from settings import Settings, per_stage
 
 TRAINING_TOKENS = 65536  # of a forward pass on CUDA
@@ -11,7 +12,7 @@ VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and
 
 def ranks_per_microbatch(s: Settings, ranks: int, cuda: bool) -> int:
     """Logical ranks in one forward pass, of the `ranks` of a process: a power of two."""
-    if s.system.reduction == "ordered":
+    if s.system.reduction == "ordered" or apart(s):
         return 1
     if s.system.ranks_per_microbatch:
         return min(s.system.ranks_per_microbatch, ranks)

@@ -21,7 +21,7 @@ from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
-from system import compiler, load, memory, resume
+from system import compiler, load, memory, resume, workers
 from system.hooks import reading
 from system.preflight import attention_backend, fallbacks
 from system.run import Run
@@ -48,7 +48,8 @@ def describe(
         "parameters": model.num_parameters(), "active_parameters": model.num_active(),
         "flops_per_token": model.flops_per_token(), "processes": world.size, "device": world.describe(),
         "attention": attention_backend(model, world, plans), "fallbacks": fallbacks(model, world),
-        "memory": memory.report(model.settings, held) if held else None, "comm": optimizer.plan.name,
+        "memory": memory.report(model.settings, held) if held else None,
+        "comm": "workers apart" if schedule.apart(s) else optimizer.plan.name,
         "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
         "sinks": sorted(set(options.log_to)), "load_start": load.load_average(),
         "environment": runlog.environment(), **runlog.machine(),
@@ -84,7 +85,7 @@ def introduce(run: Run, resolved: Resolved, about: dict) -> None:
         f"{resolved.preset or resolved.record.ref}  {resolved.record.title}", *resolved.report,
         f"scale {resolved.scale}: {run.model.num_parameters():,} parameters, {len(run.plans)} steps of "
         f"{tokens_text(run.plans)} tokens, {run.s.numerics.matmul}, {about['attention']}, {about['device']}",
-        *cut_line(run.s, run.plans),
+        *cut_line(run.s, run.plans), *exchanged(run),
         *(f"slower than it could be: {line}" for line in about["fallbacks"])
     )
 
@@ -94,6 +95,11 @@ def cut_line(s: Settings, plans: Sequence[StepPlan]) -> list[str]:
     cut = [f"{path} = {schema.show(lookup(s, path))}" for path, _ in schedule.cuts(s, plans)]
     said = f"this run is too short for {', '.join(cut)} (--dry-run says what it does instead)"
     return [said] if cut else []
+
+
+def exchanged(run: Run) -> list[str]:
+    """A list with the line on what workers that train apart exchange; [] without them."""
+    return [workers.saved(run.s, run.optimizer)] if run.workers is not None else []
 
 
 def expert_loads(run: Run, last: bool) -> dict[str, list]:
@@ -192,7 +198,6 @@ def save_checkpoint(run: Run, resolved: Resolved, val_loss: float) -> None:
             "model": state,
             "settings": schema.plain(resolved.settings),
             "tokenizer": run.corpus.tokenizer,
-            "readout": read,
             # in memory: torch's own writer turns a full disk into an internal error
             "val_loss": val_loss,
         },

@@ -28,6 +28,7 @@ from system.hooks import Stateful
 from system.sampler import Sampler
 from system.seams import Seams
 from system.sinks import Sinks
+from system.workers import Workers
 from system.world import World
 
 
@@ -167,12 +168,16 @@ class Run:
     epoch: int = 0  # the highest of all logical ranks at the last validation
     sampler: Sampler | None = None  # of a sampled softmax
     seams: Seams | None = None  # of canonical masking
+    workers: Workers | None = None  # that train apart
     prefix_table: torch.Tensor | None = None  # (V,) int64, once a step has asked for it
 
     def __post_init__(self) -> None:
         if self.s.model.head.candidates is not None:
             self.sampler = Sampler(self.s, self.world)
             self.hooks = [*self.hooks, self.sampler]
+        if schedule.apart(self.s):
+            self.workers = Workers(self.model, self.optimizer, self.world)
+            self.hooks = [*self.hooks, self.workers]
         if self.s.validation.canonical_mask:
             self.seams = Seams(self.s, self.corpus, self.world)
 

@@ -16,7 +16,7 @@ import schedule
 from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from model import GPT
-from optim import Optimizer
+from optim import Bank, Optimizer
 from settings import LOGICAL_RANKS, per_stage
 from system import compiler
 from system.hooks import Stateful, all_tensors
@@ -34,8 +34,12 @@ def state_hash(model: GPT, optimizer: Optimizer, hooks: Iterable[Stateful] = ())
     return digest.hexdigest()
 
 
-def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[float]]:
+def gradient_checksums(
+    optimizer: Optimizer, world: World, gradients: dict[Bank, torch.Tensor] | None = None
+) -> dict[str, list[float]]:
     """{parameter: [norm, sum_i g_i cos(i)]} of the gradient summed over all processes. Collective.
+
+    gradients: this process's summand of each bank's gradient; None: those that the banks hold.
 
     Two numbers per tensor compare the logs of two programs, on any number of processes, because equal seeds
     give equal weights and warm-up tokens; a systems record must keep them. Unlike the norm, the second number
@@ -46,7 +50,8 @@ def gradient_checksums(optimizer: Optimizer, world: World) -> dict[str, list[flo
     out = {}
     for bank in optimizer.banks:
         # sum of all forwards, as p.grad is not in bfloat16
-        share, start = bank.local_gradient().detach().view(-1), 0
+        held = bank.local_gradient() if gradients is None else gradients[bank]
+        share, start = held.detach().view(-1), 0
         for name, p in bank.members:
             out[name] = [
                 float(f"{x:.8g}")
@@ -69,6 +74,27 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
             squares += g.square().sum().item()
             turned += (g * torch.arange(at, at + len(g), device=g.device).cos()).sum().item()
     return [math.sqrt(squares), turned]
+
+
+class Probe:
+    """The gradient checksums of a step; with workers that train apart, of the mean of their gradients."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.found, self.mean = run, {}, {}
+
+    def look(self) -> None:
+        """Before the gradients are reduced; once for each worker."""
+        if self.run.workers is None:
+            self.found = gradient_checksums(self.run.optimizer, self.run.world)
+            return
+        for bank in self.run.optimizer.banks:
+            self.mean[bank] = self.mean.get(bank, 0) + bank.local_gradient() / LOGICAL_RANKS
+
+    def checksums(self) -> dict[str, list[float]]:
+        """Collective."""
+        if self.run.workers is None:
+            return self.found
+        return gradient_checksums(self.run.optimizer, self.run.world, self.mean)
 
 
 def warmup_steps(run: Run) -> list[int]:
@@ -135,15 +161,17 @@ def warm_up(run: Run, seed: int, train_step: Callable, validation_loss: Callable
     steps = warmup_steps(run)
     batches = warmup_batches(run, seed, [run.plans[step].shape.tokens_per_rank for step in steps])
     for n, (step, batch) in enumerate(zip(steps, batches)):
-        checksums, last = {}, n == len(steps) - 1
+        probe, last = Probe(run), n == len(steps) - 1
         inputs, targets, documents = to_rows(
             batch, run.plans[step].shape.seq_len, world.device, run.corpus.bos
         )
-        look = (lambda: checksums.update(gradient_checksums(run.optimizer, world))) if last else None
+        look = probe.look if last else None
         loss = train_step(run, run.plans[step], inputs, targets, documents, before_reduction=look)
         if last:
             loss = round(float(world.mean(loss)), 8)
-            run.log.event("probe", step=n, tokens=run.s.system.warmup_tokens, loss=loss, gradients=checksums)
+            run.log.event(
+                "probe", step=n, tokens=run.s.system.warmup_tokens, loss=loss, gradients=probe.checksums()
+            )
     for step in warmup_validations(run) if steps else ():
         validation_loss(run, step, limit=1)
     run.model.initialise(seed)

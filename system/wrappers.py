@@ -14,7 +14,7 @@ import torch
 
 from model import GPT
 from optim_settings import BLOCK_MATRICES
-from schedule import StepPlan
+from schedule import StepPlan, apart
 from system.stateful import Stateful
 from wrapper_settings import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 
@@ -89,6 +89,15 @@ def widened(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def plus(x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
+    """x + factor y in at least float32, rounded once to the dtype of x.
+
+    With `alpha` torch rounds the factor itself to bfloat16 on a CPU, and not on a GPU.
+    """
+    wide = widened(x.dtype)
+    return x.to(wide).add(y.to(wide), alpha=factor).to(x.dtype)
+
+
 def of_model(model: GPT) -> dict[str, torch.nn.Parameter]:
     """All parameters by name."""
     return dict(model.named_parameters())
@@ -118,13 +127,15 @@ class Lookahead(Wrapper):
     def before_forwards(self, plan: StepPlan) -> None:
         if self.told.start <= plan.step < self.told.stop:
             for name, p in self.parameters.items():
-                p.add_(self.mean[name], alpha=self.told.beta * self.rho.value)
+                p.copy_(plus(p, self.mean[name], self.told.beta * self.rho.value))
 
     def updated(self, plan: StepPlan) -> None:
         decay = self.told.decay
         for name, p in self.parameters.items():
-            self.mean[name].mul_(decay).add_(p - self.before[name], alpha=1 - decay)
-            self.before[name].copy_(p)
+            mean, before = self.mean[name], self.before[name]
+            wide = widened(p.dtype)
+            mean.copy_(decay * mean.to(wide) + (1 - decay) * (p.to(wide) - before.to(wide)))
+            before.copy_(p)
         self.rho.set(plan.lr_factor)
 
     @torch.no_grad()
@@ -135,7 +146,7 @@ class Lookahead(Wrapper):
 
 
 class Outer(Wrapper):
-    """The outer optimizer (wrapper_settings.OuterStep): MuLoCo with one worker, or Snoo.
+    """The outer optimizer (wrapper_settings.OuterStep): MuLoCo or Snoo, with one worker.
 
     Every `period` updates, with slow the weights after the last outer step:
 
@@ -155,17 +166,22 @@ class Outer(Wrapper):
         self.reset()
 
     def updated(self, plan: StepPlan) -> None:
-        self.count.set(self.count.value + 1)
-        if (self.count.value - self.told.first_step) % self.told.period == 0:
+        if self.due():
             self.step()
+
+    def due(self) -> bool:
+        """Count an update, and tell whether an outer step follows it."""
+        self.count.set(self.count.value + 1)
+        return (self.count.value - self.told.first_step) % self.told.period == 0
 
     def step(self) -> None:
         """One outer step."""
         for name, p in self.parameters.items():
             slow, b = self.slow[name], self.momentum[name]
             delta = slow - p.to(slow.dtype)
-            b.mul_(self.told.momentum).add_(delta)
-            slow.add_(delta.add(b, alpha=self.told.momentum), alpha=-self.told.lr)
+            b.copy_(self.told.momentum * b.to(widened(b.dtype)))
+            b.add_(delta)
+            slow.copy_(plus(slow, plus(delta, b, self.told.momentum), -self.told.lr))
             p.copy_(slow)
 
     @torch.no_grad()
@@ -346,10 +362,14 @@ class Reference(ReadingWrapper):
 
 
 def wrappers_of(model: GPT) -> list[Wrapper]:
-    """The wrappers of a run, in the order in which they act: on training first, then the readouts."""
+    """The wrappers of a run, in the order in which they act: on training first, then the readouts.
+
+    Workers that train apart need the run's processes, and stand in system/workers.py.
+    """
     optim, steps = model.settings.optim, model.settings.schedule.steps
     made = [
-        (optim.ema_nesterov, Lookahead), (optim.outer, Outer), (optim.rre, Extrapolation),
+        (optim.ema_nesterov, Lookahead), (None if apart(model.settings) else optim.outer, Outer),
+        (optim.rre, Extrapolation),
         (optim.tail_ema, lambda *args: Tail(*args, steps)),
         (optim.reference_readout, lambda *args: Reference(*args, steps))
     ]

@@ -77,8 +77,10 @@ def update(optimizer, model, gradients, plan):
     optimizer.step(plan)
 
 
-def plan(i=0, due=None, momentum=0.9, lr_factor=1.0, frozen=frozenset()):
-    """What the optimizer reads of a step plan."""
-    of_step = SimpleNamespace(step=i, lr_factor=lr_factor, momentum=momentum, due=due, frozen=frozen)
+def plan(i=0, due=None, momentum=0.9, lr_factor=1.0, frozen=frozenset(), events=()):
+    """What optimizer and wrappers read of a step plan."""
+    of_step = SimpleNamespace(
+        step=i, lr_factor=lr_factor, momentum=momentum, due=due, frozen=frozen, events=events
+    )
     of_step.of_role = lambda role: of_step
     return of_step

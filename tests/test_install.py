@@ -224,8 +224,7 @@ def checkout(tmp_path):
     for name in (
         "declare.py", "deltas.py", "init_settings.py", "mixing_settings.py", "model_settings.py",
         "muon_settings.py", "optim_settings.py", "renames.py", "runlog.py", "system_settings.py", "scales.py",
-        "schema.py", "settings.py", "run.sh",
-        "test.sh", "pyproject.toml", "wrapper_settings.py"
+        "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml", "wrapper_settings.py"
     ):
         shutil.copy(ROOT / name, place)
     for name in ("common", "installation", "system"):

@@ -1,5 +1,6 @@
 """AdamW (Loshchilov & Hutter, arXiv 1711.05101), cautious weight decay (Chen et al., arXiv 2510.12402)."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -66,6 +67,7 @@ class AdamW:
     eps_after_correction: bool
     math_dtype: torch.dtype
     state_dtype: torch.dtype | None  # None: the parameter's
+    bias_correction: bool = True
     group: Hyper | None = None  # with a slower cadence: the group, whose updates then stand for several
 
     name = "adamw"
@@ -81,7 +83,7 @@ class AdamW:
             group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,
             cautious.weight_decay * group.decay_mul if cautious else 0.0, bool(cautious and cautious.strict),
             s.optim.adam.eps_after_correction, getattr(torch, n.adam),
-            None if n.adam_state == "parameter" else getattr(torch, n.adam_state),
+            None if n.adam_state == "parameter" else getattr(torch, n.adam_state), group.bias_correction,
             group if group.slower else None
         )
 
@@ -94,6 +96,7 @@ class AdamW:
 
     def numbers(self, plan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
+        t = t if self.bias_correction else math.inf  # 1 - beta^t = 1
         if self.group is None:
             return {"lr": self.lr * plan.lr_factor, "correction1": 1 - self.beta1**t,
                     "correction2": 1 - self.beta2**t}

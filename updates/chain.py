@@ -2,37 +2,105 @@
 
 import torch
 
-from updates.geometry import Hyperball
+from model_settings import head_dim
+from updates import soap
+from updates.aurora import Aurora
+from updates.circuit import Circuit
+from updates.contra import Contra, SoftBlend
+from updates.directions import direction
+from updates.geometry import Hyperball, LateDecay, RadialBrake, RadiusPin, UpdateFloor
+from updates.muown import Muown
+from updates.sinksoap import SinkSoap
+from updates.soda import Soda
+from updates.spectral import DynMuon, MuonSquared, PMuon
 from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth, TwoRails
+
+
+# Soft-Muon's weights of the iterates X_0 ... X_11 of the convergent Newton-Schulz (track 3, result 20).
+SOFT = (0.1091613623, 0.07085664498, 0.05210528973, 0.05457295795, 0.05011334061, 0.03334622198,
+        0.05022104481, 0.1053727358, 0.1187323776, 0.1185061091, 0.1185059576, 0.1185059576)
 
 
 def chain(s, group) -> tuple:
     """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
-    muon, n = s.optim.muon, s.numerics
+    muon = s.optim.muon
+    slots = [Muown(muon.muown)] if muon.muown else []
+    slots += direction(muon) or orthogonal_momentum(s)
+    return (*slots, *scaling(s, group), *geometry(s, group))
+
+
+def orthogonal_momentum(s) -> list:
+    """Momentum, what whitens it, the orthogonaliser, and what is added to its result."""
+    muon = s.optim.muon
     slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
-    slots.append(
-        Orthogonalise(
-            muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
-            n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
-            one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
-            anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4",
-            coefficients=muon.coefficients
-        )
-    )
-    if muon.smoothing:
-        smooth = muon.smoothing
+    if muon.squared:
+        slots.append(MuonSquared(muon.squared.beta2, muon.squared.eps))
+    if muon.soap:
+        slots.append(soap.slot(s))
+    if muon.pmuon:
+        slots.append(PMuon(muon.pmuon.beta, muon.pmuon.power, muon.pmuon.eps))
+    slots.append(orthogonaliser(s))
+    if smooth := muon.smoothing:
         start = smooth.coef if smooth.start is None else smooth.start
-        dtype = getattr(torch, n.newton_schulz)
+        dtype = getattr(torch, s.numerics.newton_schulz)
         slots.append(Smooth(smooth.coef, start, smooth.ramp_steps, smooth.lookahead, dtype))
-    if muon.normuon:
-        slots.append(NorMuon(muon.normuon.beta2, muon.normuon.floor, getattr(torch, n.newton_schulz)))
+    if muon.contra:
+        slots.append(Contra(muon.contra.strength, muon.contra.steps, muon.norm))
+    if muon.soft:
+        slots.append(SoftBlend(muon.soft.most, muon.soft.start, muon.soft.end, muon.norm))
+    return slots
+
+
+def orthogonaliser(s):
+    """The slot that makes the update orthogonal, or what stands in its place."""
+    muon, n = s.optim.muon, s.numerics
+    if sink := muon.sinksoap:
+        return SinkSoap(sink.beta, sink.rounds, sink.eps)
+    plain = Orthogonalise(
+        muon.ns_steps, getattr(torch, n.newton_schulz), getattr(torch, n.newton_schulz_norm),
+        n.newton_schulz_form, muon.polar_express, getattr(torch, n.muon_update),
+        one_by_one=s.system.reduction == "ordered", fused=s.system.kernels.muon == "triton",
+        anvil=muon.anvil_maps, convergent=muon.convergent, by_schatten4=muon.norm == "schatten4",
+        soft=SOFT if muon.soft else (), long=muon.polar_express_long, coefficients=muon.coefficients
+    )
+    if aurora := muon.aurora:
+        return Aurora(plain, aurora.iterations, aurora.beta, aurora.wide_only)
+    if dyn := muon.dyn:
+        return DynMuon(plain, dyn.start, dyn.end, dyn.center, dyn.width, dyn.steps, dyn.divisor)
+    return plain
+
+
+def scaling(s, group) -> list:
+    """NorMuon, cautious decay and the factors of shape and label."""
+    muon, n, slots = s.optim.muon, s.numerics, []
+    if normuon := muon.normuon:
+        dtype = getattr(torch, n.newton_schulz)
+        slots.append(NorMuon(normuon.beta2, normuon.floor, dtype, muon.norm, normuon.square))
     if muon.cautious_decay:
         decay = muon.cautious_decay
         slots.append(CautiousDecay(decay.weight_decay, getattr(torch, n.muon_decay), decay.gate == "slow"))
     if muon.scale != "none" or group.lr_mul != 1:
         slots.append(Scale(muon.scale, group.lr_mul))
-    if group.weight_decay and not n.matrix_mantissa:  # such weights decay before the step (Muon.update_)
+    return slots
+
+
+def geometry(s, group) -> list:
+    """Slots that look at the parameter as well as at the update, and those that act after the step."""
+    muon, slots = s.optim.muon, []
+    if muon.circuit:
+        slots.append(Circuit(head_dim(s), muon.circuit.eps))
+    if muon.radial_brake is not None:
+        slots.append(RadialBrake(muon.radial_brake))
+    if muon.floor:
+        slots.append(UpdateFloor(muon.floor.ratio, muon.floor.per))
+    if muon.soda:
+        slots.append(Soda(muon.soda.start, muon.soda.steps))
+    if group.weight_decay and not s.numerics.matrix_mantissa:  # those decay before the step (Muon.update_)
         slots.append(Decay(group.weight_decay))
+    if muon.radius_pin:
+        slots.append(RadiusPin())
+    if muon.late_decay:
+        slots.append(LateDecay(muon.late_decay))
     if muon.hyperball:
-        slots.append(Hyperball())
-    return tuple(slots)
+        slots.append(Hyperball(added=muon.psgd is not None))
+    return slots

@@ -3,6 +3,7 @@
 p <- p - lr u, where u is the result of the last slot.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class Muon:
     update_dtype: torch.dtype  # dtype of the update when it is subtracted
     keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
     skips_idle: bool  # do not update experts that received no tokens in this step
+    one_by_one: bool  # unit by unit, where a batched product may round differently for another batch size
     slow: SlowMomentum | None = None  # settings of the second momentum buffer
     decay: float = 0.0  # decoupled weight decay of weights with a kept mantissa; that of others is a slot
 
@@ -30,9 +32,11 @@ class Muon:
     @classmethod
     def of(cls, s, group) -> "Muon":
         """The rule for one group (settings.Hyper) of a run."""
+        slots = chain(s, group)
         return cls(
-            group.lr, chain(s, group), getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
-            not s.optim.muon.update_idle_experts, s.optim.muon.slow,
+            group.lr, slots, getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
+            not s.optim.muon.update_idle_experts,
+            s.system.reduction == "ordered" and any(slot.products for slot in slots), s.optim.muon.slow,
             group.weight_decay if s.numerics.matrix_mantissa else 0.0
         )
 
@@ -69,6 +73,8 @@ class Muon:
 
         Nothing may follow the step of such a chain (`follows`).
         """
+        if self.one_by_one and len(p) > 1:
+            return torch.cat([self.direction(*one) for one in units(p, g, state, numbers, views, mask)])
         return self.chained(Step(p, g, state, numbers, views, "", {}), mask)[0]
 
     def chained(self, step: Step, mask=None) -> tuple[torch.Tensor, list[Step]]:
@@ -101,6 +107,10 @@ class Muon:
             p.sub_(u, alpha=lr)
 
     def update_(self, p, g, state, numbers, views, mask=None) -> None:
+        if self.one_by_one and len(p) > 1:
+            for one in units(p, g, state, numbers, views, mask):
+                self.update_(*one)
+            return
         kept = "mantissa" in state
         whole = mantissa.join(p, state["mantissa"]) if kept else p
         before = whole.clone() if self.follows and mask is not None else None
@@ -123,3 +133,11 @@ class Muon:
     def follows(self) -> list[Slot]:
         """The slots that act once more when the parameter has moved."""
         return [slot for slot in self.slots if type(slot).after is not Slot.after]
+
+
+def units(p, g, state, numbers, views, mask) -> Iterator[tuple]:
+    """The arguments of an update for each unit of a batch, as views."""
+    for i in range(len(p)):
+        one = slice(i, i + 1)
+        yield (p[one], g[one], {name: x[one] for name, x in state.items()}, numbers, views,
+               None if mask is None else mask[one])

@@ -9,8 +9,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from kernels.newton_schulz import newton_schulz
+from kernels.newton_schulz import newton_schulz, schatten4
 from updates.views import Views
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics of a parameter of this dtype: float32 at least."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class Step(NamedTuple):
@@ -54,10 +59,12 @@ class Slot:
     each_matrix: called for each matrix of the units, with u (N, rows, cols); otherwise u has whole units
         (N, *unit).
     eager: neither compiled nor captured in a CUDA graph (decompositions).
+    products: has batched products, which may round differently for another batch size.
     only: names of the matrices it acts on; (): all.
     """
     each_matrix: ClassVar[bool] = True
     eager: ClassVar[bool] = False
+    products: ClassVar[bool] = False
     only: Any = ()
 
     def state(self, unit: tuple, dtype: torch.dtype, views: Views) -> dict[str, tuple]:
@@ -154,19 +161,29 @@ class Orthogonalise(Slot):
     anvil: bool = False
     convergent: bool = False
     by_schatten4: bool = False
+    long: bool = False
+    soft: tuple = ()  # weights of the iterates in the sum that updates/contra.py blends in
     coefficients: tuple = ()
 
     def __call__(self, u, step):
+        step.scratch["direction"] = u
+        x = self.iterated(u)
+        if self.soft:
+            step.scratch["soft"], x = x[1], x[0]
+        return x.to(torch.promote_types(x.dtype, self.least))
+
+    def iterated(self, u):
+        """The orthogonalised u, and the weighted sum of the iterates if there are weights."""
         how = dict(
             steps=self.steps, dtype=self.dtype, norm_dtype=self.norm_dtype, form=self.form,
             polar_express=self.polar_express, fused=self.fused, anvil=self.anvil,
-            convergent=self.convergent, by_schatten4=self.by_schatten4, coefficients=self.coefficients
+            convergent=self.convergent, by_schatten4=self.by_schatten4, weights=self.soft, long=self.long,
+            coefficients=self.coefficients
         )
-        if self.one_by_one:
-            x = torch.stack([newton_schulz(matrix, **how) for matrix in u]) if len(u) else u.to(self.dtype)
-        else:
-            x = newton_schulz(u, **how)
-        return x.to(torch.promote_types(x.dtype, self.least))
+        if not self.one_by_one or not len(u):
+            return newton_schulz(u, **how)
+        found = [newton_schulz(matrix, **how) for matrix in u]
+        return [torch.stack(x) for x in zip(*found)] if self.soft else torch.stack(found)
 
 
 @dataclass(frozen=True)
@@ -200,6 +217,7 @@ class Smooth(Slot):
 
 FACTORS = {"none": lambda rows, cols: 1.0,
            "sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
+           "match_rms": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
            "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols))}
 
 
@@ -210,17 +228,29 @@ class NorMuon(Slot):
     s <- beta2 s + (1-beta2) mean(u^2) over the entries of a neuron (defined in updates/views.py). u / sqrt(s)
     is rescaled to the Frobenius norm of u, which also cancels the bias of s. Both together are one factor per
     neuron, computed in float32 or wider and applied in `dtype`.
+
+    norm: the one that is restored (updates/norms.py). square: square matrices have it too.
     """
     beta2: float
     floor: float  # of s under the root
     dtype: torch.dtype
+    norm: str = "frobenius"
+    square: bool = True
 
     each_matrix = False
 
+    @property
+    def products(self) -> bool:
+        return self.norm == "schatten4"
+
     def state(self, unit, dtype, views) -> dict:
+        if not self.square and all(rows == cols for rows, cols in views.shapes(unit)):
+            return {}
         return {"second_moment": (views.statistics_shape(unit), dtype)}
 
     def __call__(self, u, step):
+        if "second_moment" not in step.state:
+            return u
         u = u.to(self.dtype)
         factors = [
             (x, self.factor(x, moment, axis).to(x.dtype))
@@ -237,9 +267,14 @@ class NorMuon(Slot):
         The factors have size 1 at `axis` and the other sizes of u.
         """
         wide = torch.promote_types(u.dtype, torch.float32)
+        if not self.square and u.size(-2) == u.size(-1):
+            return torch.ones_like(moment, dtype=wide)
         squares = u.to(wide).square().mean(axis, keepdim=True) * u.size(axis)
         moment.lerp_((squares / u.size(axis)).to(moment.dtype), 1 - self.beta2)
         factor = moment.clamp_min(self.floor).rsqrt().to(wide)
+        if self.norm == "schatten4":
+            norms = [schatten4(x) for x in (u.to(wide), u.to(wide) * factor)]
+            return factor * (norms[0] / norms[1].clamp_min(1e-10))
         norms = [x.sum((-2, -1), keepdim=True).sqrt() for x in (squares, squares * factor.square())]
         return factor * (norms[0] / norms[1].clamp_min(1e-10))
 
@@ -266,7 +301,9 @@ class CautiousDecay(Slot):
 class Scale(Slot):
     """Multiplies the update by a factor of the matrix's shape and by the factor `mul` of the label.
 
-    kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8).
+    kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8);
+        match_rms, 0.2 sqrt(max(rows, cols)), with which entries are about as large as Adam's (Liu et al.,
+        arXiv 2502.16982).
     """
     kind: str
     mul: float = 1.0

@@ -1,7 +1,7 @@
 """The matrices of a parameter as an update rule sees them, independent of how the parameter is stored."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -110,7 +110,10 @@ def qkvo(s) -> Views:
     pieces = (("qkv", 0, 3), ("o", 3, 4))
     if muon is None or muon.split_qkv:
         pieces = (("q", 0, 1), ("k", 1, 2), ("v", 2, 3), ("o", 3, 4))
-    return Views(pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1)
+    return Views(
+        pieces, variance_axis=PER_CHANNEL[muon.normuon.attn] if muon and muon.normuon else -1,
+        whole=bool(muon and muon.tells_apart())
+    )
 
 
 def qk(s) -> Views:
@@ -121,30 +124,30 @@ def qk(s) -> Views:
     """
     muon = s.optim.muon
     if muon is None or not muon.head_pairs:
-        return Views((("q", 0, 1), ("k", 1, 2)), variance_axis=qkvo(s).variance_axis)
+        return replace(qkvo(s), pieces=(("q", 0, 1), ("k", 1, 2)))
     rows = 2 * query_dim(s)
-    return Views(variance_axis=-1 if rows >= s.model.model_dim else -2, rows=rows)
+    return Views(variance_axis=-1 if rows >= s.model.model_dim else -2, rows=rows, name="qk")
 
 
 def v(s) -> Views:
     """Views of v (D, D), apart from q and k."""
-    return Views(variance_axis=qkvo(s).variance_axis)
+    return Views(variance_axis=qkvo(s).variance_axis, name="v")
 
 
 def o(s) -> Views:
     """Views of o (D, D), apart from q and k. Record 90 stores it as (inputs, outputs)."""
     normuon = s.optim.muon and s.optim.muon.normuon
-    return Views(variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis)
+    return Views(variance_axis=-2 if normuon and normuon.o_input else qkvo(s).variance_axis, name="o")
 
 
 def c_fc(s) -> Views:
     """Views of the first matrix of an MLP (F, D), which record 27 stores as (D, F)."""
-    return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation)
+    return Views(orientation="out_in" if s.optim.muon is None else s.optim.muon.c_fc_orientation, name="c_fc")
 
 
 def c_proj(s) -> Views:
     """Views of the second matrix of an MLP (D, F); its neurons are its columns, the hidden units."""
-    return Views(variance_axis=-2)
+    return Views(variance_axis=-2, name="c_proj")
 
 
 def gate(s) -> Views:

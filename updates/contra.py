@@ -1,0 +1,66 @@
+"""Contra-Muon: the orthogonalised update minus a part of the momentum itself (track 3, results 11 and 20)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from updates.norms import NORMS, ramp, rescaled, wide
+from updates.slots import Slot
+
+
+def spectral_norm(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
+    """Estimate of the largest singular value of each matrix (N, rows, cols), as (N, 1, 1).
+
+    Power iterations from a vector of ones.
+    """
+    v = torch.nn.functional.normalize(torch.ones_like(x[:, :1]).mT, dim=-2, eps=1e-12)  # (N, cols, 1)
+    for _ in range(iterations):
+        left = torch.nn.functional.normalize(x @ v, dim=-2, eps=1e-12)
+        v = torch.nn.functional.normalize(x.mT @ left, dim=-2, eps=1e-12)
+    return torch.linalg.vector_norm(x @ v, dim=-2, keepdim=True)
+
+
+@dataclass(frozen=True)
+class Contra(Slot):
+    """u - strength M / |M|, rescaled to the norm of u, where M is what was orthogonalised.
+
+    With the Schatten 4-norm, |M| and the rescaling are that norm (result 20). Otherwise |M| is the spectral
+    norm, and the rescaling is by the Frobenius norm (result 11). The strength falls to 0 over `steps`.
+    """
+    strength: float
+    steps: int | None
+    norm: str
+
+    products = True
+
+    def numbers(self, plan, t) -> dict:
+        return {"contra": self.strength * (1 - ramp(plan.step, 0, self.steps) if self.steps else 1)}
+
+    def __call__(self, u, step):
+        m = wide(step.scratch["direction"])
+        size = NORMS[self.norm](m) if self.norm == "schatten4" else spectral_norm(m)
+        u = wide(u)
+        return rescaled(u - step.numbers["contra"] * (m / size.clamp_min(1e-12)), u, self.norm)
+
+
+@dataclass(frozen=True)
+class SoftBlend(Slot):
+    """Soft-Muon (track 3, result 20): turn towards a softer power of the momentum near the end of a run.
+
+    (1-b) u + b S, rescaled to the norm of u. S is a weighted sum of the iterates of Newton-Schulz, about the
+    momentum with its singular values to the power 0.1, at the norm of u. b rises linearly from 0 at `start`
+    to 1 at `end`, and is at most `most`.
+    """
+    most: float
+    start: int
+    end: int
+    norm: str
+
+    products = True
+
+    def numbers(self, plan, t) -> dict:
+        return {"soft": min(self.most, ramp(plan.step, self.start, self.end))}
+
+    def __call__(self, u, step):
+        u, soft = wide(u), wide(step.scratch["soft"])
+        return rescaled(u.lerp(rescaled(soft, u, self.norm), step.numbers["soft"]), u, self.norm)

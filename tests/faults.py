@@ -2,9 +2,9 @@
 
     python tests/faults.py [--seeds N] [--record short/2] [--steps 40] [--out tests/faults.md]
 
-`micro` runs on one process, of which each meets one fault from step 30 on. Told are the steps until a guard speaks, what
-is done, and the difference of the final validation loss from the run of the same seed without a fault. What a slow
-process meets is in test_guards.py.
+`micro` runs of two layers on one process, each of which meets one fault from step 30 on. Told are the steps
+until a guard speaks, what is done, and the difference of the final validation loss from the run of the same
+seed without a fault. What a slow process meets is in test_guards.py.
 """
 
 import argparse
@@ -29,7 +29,8 @@ import runlog
 import train_gpt
 from system import command_line
 
-SMALL = ("validation.tokens=4096", "validation.seq_len=256", "system.warmup_steps=1")
+SMALL = ("validation.tokens=4096", "validation.seq_len=256", "system.warmup_steps=1",
+         "model.num_layers=2")
 AT, BURST = 30, 5  # first step of a fault; steps of the burst
 RESCUES = (None, "skip")
 PLAIN = train_gpt.train_step
@@ -84,8 +85,9 @@ def outcome(ref, steps, seed, fault, rescue):
     sets = [part for x in (*SMALL, f"schedule.steps={steps}", f"validation.every={steps}")
             for part in ("--set", x)]
     with tempfile.TemporaryDirectory() as out, contextlib.redirect_stdout(io.StringIO()):
-        argv = [ref, "--scale", "micro", *sets, "--seed", str(seed), "--out", out, "--checkpoint-every", "never"]
-        options, resolved = command_line.command_line(argv + (["--rescue", rescue] if rescue else []))
+        argv = [ref, "--scale", "micro", *sets, "--seed", str(seed), "--out", out]
+        argv += ["--checkpoint-every", "never", *(["--rescue", rescue] if rescue else [])]
+        options, resolved = command_line.command_line(argv)
         train_gpt.train(resolved, options)
         events = runlog.read_chain(next(Path(out).glob("*/run.jsonl")))
     finished = events[-1]["status"] == "finished"
@@ -115,8 +117,8 @@ def main():
     p.add_argument("--out", metavar="FILE", help="also write the table here")
     o = p.parse_args()
     torch.set_num_threads(1)
-    lines = ["| fault at step 30 | --rescue | detected | steps until then | action | final loss, less that without "
-             "the fault |", "|---|---|---|---|---|---|"]
+    lines = ["| fault at step 30 | --rescue | detected | steps until then | action | final loss, less that "
+             "without the fault |", "|---|---|---|---|---|---|"]
     print(*lines, sep="\n")
 
     def all_seeds(fault, rescue):
@@ -128,8 +130,8 @@ def main():
             lines.append(row(fault or "none", rescue, clean, all_seeds(fault, rescue)))
             print(lines[-1], flush=True)
     if o.out:
-        head = (f"{o.record} at scale micro, {o.steps} steps, {o.seeds} seeds (`python tests/faults.py`). The loss is "
-                "that of the last validation, in nats per token.\n\n")
+        head = (f"{o.record} at scale micro with two layers, {o.steps} steps, {o.seeds} seeds "
+                "(`python tests/faults.py`).\nThe loss is that of the last validation, in nats per token.\n\n")
         Path(o.out).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

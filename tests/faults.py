@@ -131,7 +131,8 @@ def main():
             print(lines[-1], flush=True)
     if o.out:
         head = (f"{o.record} at scale micro with two layers, {o.steps} steps, {o.seeds} seeds "
-                "(`python tests/faults.py`).\nThe loss is that of the last validation, in nats per token.\n\n")
+                "(`python tests/faults.py`).\nThe loss is that of the last validation, in nats per "
+                "token.\n\n")
         Path(o.out).write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -61,7 +61,13 @@ class Watchdog:
 
     def run(self) -> None:
         """Post, look at the others and at the time, until closed."""
-        while not self.closed.wait(self.every):
+        while True:
+            began = time.monotonic()
+            if self.closed.wait(self.every):
+                return
+            late = time.monotonic() - began - self.every
+            if late > self.every:  # the whole process stood still (Ctrl-Z): that is no stall
+                self.since += late
             self.exchange()
             idle = time.monotonic() - self.since
             if idle > self.patience:

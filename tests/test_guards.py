@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -229,6 +230,38 @@ def test_a_log_whose_guard_stopped_it_cannot_say_that_it_finished():
     assert "though a guard stopped it at step 3 (m)" in next(run_laws.check_guards(log))
 
 
+def test_a_process_without_progress_ends_and_one_that_goes_on_or_was_stopped_does_not(monkeypatch, capfd):
+    ended, logged = threading.Event(), []
+
+    def leave(code):
+        logged.append(code)
+        ended.set()
+        sys.exit()  # of the thread
+
+    monkeypatch.setattr(stall.os, "_exit", leave)
+    alone = SimpleNamespace(rank=0, size=1, main=True)
+    dog = stall.Watchdog(alone, 1.0, lambda: 6, lambda steps, text: logged.append((steps, text)))
+    for _ in range(15):
+        dog.beat("step 7")
+        time.sleep(0.1)
+    assert not logged
+    assert ended.wait(30)
+    (steps, text), code = logged
+    assert (steps, code) == ([6], stall.STALLED)
+    assert text.startswith("no progress for 1 s: process 0 has done 7 steps (step 7)")
+    assert capfd.readouterr().err == f"error: {text}\n"
+    waits = iter([5.0, 0.0])  # seconds that the thread oversleeps
+    dog.closed = SimpleNamespace(wait=lambda every: time.sleep(every + next(waits, 0)) or ended.is_set())
+    ended.clear()
+    dog.since, dog.limit, dog.patience = time.monotonic(), 4.0, 4.0
+    thread = threading.Thread(target=dog.run)
+    thread.start()
+    time.sleep(5.5)
+    ended.set()
+    thread.join()
+    assert len(logged) == 2
+
+
 # ----- two processes
 
 PAIRS = {
@@ -238,7 +271,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("what", PAIRS)
+@pytest.mark.parametrize("what", ["gradient", "stall", pytest.param("digest", marks=pytest.mark.slow)])
 def test_two_processes_end_together_and_say_which_and_where(what, tmp_path):
     done = process_group.run([sys.executable, __file__, what, str(tmp_path)], 2, timeout=280,
                              cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})

@@ -338,6 +338,7 @@ class Optimizer:
         # banks in the order in which their reductions were started, the same on every process
         self.launched = []
         self.functions = {}  # compiled functions of rules
+        self.judge = None  # function (the same) -> whether the step updates; needs all gradients first
         self.watch = None  # function ({bank: as `reduced`}) that is shown the gradients of a step
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
@@ -434,7 +435,12 @@ class Optimizer:
 
     @torch.no_grad()
     def clip_factor(self, banks, seen):
-        """Factor (0-d, at most 1) that limits the global norm of the banks' gradients to grad_clip.
+        """Factor (0-d, at most 1) that limits the global norm of the banks' gradients to grad_clip."""
+        return (self.s.optim.grad_clip / self.global_norm(banks, seen)).clamp(max=1.0)
+
+    @torch.no_grad()
+    def global_norm(self, banks, seen):
+        """The norm of the banks' gradients together, 0-d float64. Collective where they are sharded.
 
         seen: the second result of `reduced` for each bank.
         """
@@ -445,7 +451,7 @@ class Optimizer:
             for kind in (True, False)
         )
         total = (self.plan.total(parts) if any(partial) else parts) + whole
-        return (self.s.optim.grad_clip / total.sqrt()).clamp(max=1.0)
+        return total.sqrt()
 
     # ----- updates
 
@@ -461,9 +467,15 @@ class Optimizer:
                 "a bank is being reduced that the step does not update: tell expect() the plan's `due` too"
             )
         gradients, factor, phases = {}, None, phases_of(due)
-        if self.s.optim.grad_clip is not None:  # clipping needs the norm of all gradients before any update
+        clip = self.s.optim.grad_clip is not None
+        if clip or self.judge is not None:  # clipping needs the norm of all gradients before any update
             self.launch_rest(due)
             gradients = {bank: self.reduced(bank) for bank in due}
+        if self.judge is not None and not self.judge(gradients):
+            self.launched = []
+            self.forget_gradients(due, plan.frozen)
+            return
+        if clip:
             self.show(gradients)
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
         held = [bank for bank in self.in_order(due) if not bank.unit][-1:] if self.plan.gathers_last else []
@@ -472,7 +484,7 @@ class Optimizer:
             self.launch_rest(phase)
             # Each all-gather starts right after its bank's update and overlaps later updates.
             for bank in self.in_order(phase):
-                if factor is None:
+                if bank not in gradients:
                     gradients[bank] = self.reduced(bank)
                 grad, _ = gradients[bank]
                 if factor is not None:
@@ -484,7 +496,7 @@ class Optimizer:
         for work in gathers:
             if work is not None:
                 work.wait()
-        if factor is None:
+        if not clip:
             self.show(gradients)
         self.launched = []
         self.forget_gradients(due, plan.frozen)

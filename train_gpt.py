@@ -68,7 +68,7 @@ from schedule import StepPlan
 from settings import LOGICAL_RANKS
 from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
 from system.comm import communication
-from system.guards import Guards, Tripped
+from system.guards import Tripped
 from system.hooks import hooks_of, reading, validating
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 from system.place import Place
@@ -232,7 +232,7 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
             run.checkpoints = checkpoint.Checkpoints(run, options.checkpoint_every, options.keep_checkpoints)
         run.interrupt.patient = True
         run.interrupt.check()
-        status = loop(run, found.about["digests"] if found else {}, options.stall_timeout)
+        status = loop(run, found.about["digests"] if found else {}, options)
     except Tripped as tripped:
         status = report.stopped_by_guard(run, tripped)
     except torch.OutOfMemoryError as error:
@@ -253,11 +253,10 @@ def conduct(run: Run, options: Namespace, found: checkpoint.Found | None = None)
     return status
 
 
-def loop(run: Run, digests: dict[str, str], patience: tuple[str, float] | None = None) -> str:
+def loop(run: Run, digests: dict[str, str], options: Namespace) -> str:
     """The timed steps, and between them the validations, during which the clock is stopped.
 
     digests: of the tokens before the first step of a run that continues, by logical rank.
-    patience: ("seconds", t) after which a run without progress is ended; None: never.
     Returns "finished" or "diverged". Tripped if a guard stops the run.
     """
     run.clock.start()  # before the loader exists: nothing the loader does is free
@@ -266,9 +265,7 @@ def loop(run: Run, digests: dict[str, str], patience: tuple[str, float] | None =
     run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
     run.stream.skip(run.first_step, digests)
     run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
-    run.guards = Guards(run.world, run.optimizer)
-    if patience is not None:
-        run.watchdog = report.watchdog(run, patience[1])
+    report.watch_over(run, options)
     for step in range(run.first_step, len(run.plans) + 1):
         run.begins("between two steps")
         run.stop_or_save(step)
@@ -358,6 +355,8 @@ def update(
         before_reduction()
     for hook in run.hooks:
         hook.before_update(step_plan, run.world)
+    if run.rescue is not None:
+        run.rescue.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
     optimizer.step(step_plan)
     for hook in run.hooks:
         hook.after_update(step_plan)
@@ -399,7 +398,10 @@ def validation(run: Run, step: int) -> bool:
         loads = run.log.event("experts", step=step, **report.expert_loads(run, last=step == len(run.plans)))
         run.world.say(*runlog.render(loads))
     run.sinks.validation(event)
-    if not all(map(math.isfinite, [loss, *losses, assisted.get("raw_val_loss", 0.0)])):
+    told = [loss, assisted.get("raw_val_loss", 0.0)]
+    if run.rescue is None:  # a skipped step may have any loss
+        told += losses
+    if not all(map(math.isfinite, told)):
         return False
     if step < len(run.plans):
         run.clock.start()
@@ -494,7 +496,7 @@ def write_down(status: str, run: Run, resolved: Resolved, options: Namespace) ->
         reached = results["val_loss"] <= target if target is not None else None
         lines = report.verdict(run.s, resolved, run.points, results["train_time_ms"])
         lines += report.exchanged(run) + load.remark(results, os.cpu_count() or 1)
-        lines += report.interruptions(log.events)
+        lines += report.no_record(log.events)
         # say it before any write that a full disk could stop
         world.say(runlog.terminal_curve(run.points, target), *lines)
     # before the end: a log that calls the run finished stands next to everything that was asked for

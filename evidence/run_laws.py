@@ -81,7 +81,7 @@ LATER = {
 # Fields that some logs have and no law needs. All others are refused: nothing reads them.
 OPTIONAL = {
     "start": ("log_version", "active_parameters", "flops_per_token", "fallbacks", "memory", "sinks",
-              "environment", "launch"),
+              "environment", "launch", "rescue"),
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
     "validation": ("readout", "raw_val_loss"),
@@ -370,8 +370,13 @@ def check_untouched(log):
 
 
 def check_guards(log):
-    """A run that a guard stopped did not finish."""
+    """A run that a guard stopped did not finish, and one that was assisted is no record."""
     end, found = log.one("end"), [e for e in log.events if e["kind"] == "guard"]
+    skipped = [str(e["step"]) for e in found if e["what"] == "skip"]
+    if skipped or log.start.get("rescue"):
+        yield (f"{log.where}/run.jsonl: assisted (--rescue): updates skipped at steps "
+               f"{', '.join(skipped) or 'none'}: no record")
+    found = [e for e in found if e["what"] != "skip"]
     if found and end is not None and end["status"] == "finished":
         yield (f"{log.where}/run.jsonl: finished, though a guard stopped it at step {found[0]['step']} "
                f"({found[0]['message']})")

@@ -118,6 +118,11 @@ def checkpoints(p: arguments.Parser) -> None:
         "default 10m; `never`)"
     )
     p.add_argument(
+        "--rescue", choices=["skip"],
+        help="skip: leave out the update of a step whose loss or gradient norm is far above those before it; "
+        "such a run is no record"
+    )
+    p.add_argument(
         "--resume", metavar="RUN|last",
         help="continue a run that was interrupted, from its last good checkpoint: its folder, or the newest "
         "one under --out; settings and seed are those of the run"
@@ -151,6 +156,8 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
             if place.launched and options.nproc not in (None, place.size):
                 raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes "
                                 "already: leave --nproc away")
+        if options.rescue and options.registered:
+            raise UserError("--rescue: a registered run is not assisted: leave --rescue away")
         if options.checkpoint_every is UNSET:
             options.checkpoint_every = None if options.registered else EVERY
         resolved = None

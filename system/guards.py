@@ -62,6 +62,7 @@ class Guards:
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
         self.cuts: dict[Bank, tuple[list[str], list[int]]] = {}
+        self.excused = False
         self.looked_at = -1  # the last step whose numbers were looked at
         self.under_way = collections.deque()  # (step, names, values on the host, CUDA event or None)
         optimizer.watch = self.watch
@@ -98,8 +99,15 @@ class Guards:
             self.cuts[bank] = names, [*sizes, seen.numel() - sum(sizes)]
         return self.cuts[bank]
 
+    def excuse(self) -> None:
+        """The step under way makes no update: what is not finite in it does no harm."""
+        self.excused = True
+
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Send loss and norms of this step to the host. loss: 0-d, of this process."""
+        if self.excused:
+            self.excused = False
+            return
         values = torch.cat([loss.reshape(1).float(), *self.norms])
         arrived = None
         if values.is_cuda:

@@ -23,9 +23,10 @@ from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory, resume, workers
-from system.guards import Tripped
+from system.guards import Guards, Tripped
 from system.hooks import reading
 from system.preflight import attention_backend, fallbacks
+from system.rescue import SKIP, Skip
 from system.run import Run
 from system.stall import Watchdog
 from system.world import World
@@ -58,6 +59,7 @@ def describe(
         "torch": torch.__version__, "code": repository.code_version(), "profiled": bool(options.profile),
         "sinks": sorted(set(options.log_to)), "load_start": load.load_average(),
         "environment": runlog.environment(), **runlog.machine(),
+        **({"rescue": options.rescue} if options.rescue else {}),
         **({"launch": launched} if (launched := resume.launch(os.environ)) else {})
     }
 
@@ -66,6 +68,15 @@ def folder_name(resolved: Resolved, seed: int) -> str:
     """The name of a run's folder, without its time."""
     name = resolved.preset or resolved.record.ref.replace("/", "-")
     return f"{name}_{resolved.scale}_{schema.ml_hash(resolved.settings)[:8]}_s{seed}"
+
+
+def no_record(events: list[dict]) -> list[str]:
+    """Lines that say why a run is no record: it was resumed, or assisted."""
+    lines, skipped = interruptions(events), [e for e in events if e["kind"] == "guard" and e["what"] == SKIP]
+    if rescue := events[0].get("rescue"):
+        count = f"{len(skipped)} update{'s were' if len(skipped) != 1 else ' was'} skipped"
+        lines.append(f"assisted (--rescue {rescue}): {count}: no record")
+    return lines
 
 
 def interruptions(events: list[dict]) -> list[str]:
@@ -86,6 +97,15 @@ def stopped_by_guard(run: Run, tripped: Tripped) -> str:
     run.world.say(*runlog.render(event))
     run.tripped = tripped.fields["message"]
     return "diverged"
+
+
+def watch_over(run: Run, options: Namespace) -> None:
+    """Set up what watches the steps: guards, the watchdog and, if asked for, the rescue."""
+    run.guards = Guards(run.world, run.optimizer)
+    if options.rescue is not None:
+        run.rescue = Skip(run.world, run.optimizer, run.guards, run.log)
+    if options.stall_timeout is not None:
+        run.watchdog = watchdog(run, options.stall_timeout[1])
 
 
 def watchdog(run: Run, limit: float) -> Watchdog:

@@ -40,7 +40,9 @@ class Watchdog:
         # process 0 has the log: the others end only if it does not
         self.patience = limit if world.main else limit + 3 * self.every
         self.doing, self.since = "the first step", time.monotonic()
-        self.posts = {}  # rank -> (text, when it was first seen)
+        # rank -> (last step, what it does, when this was new here, the post as it came)
+        self.posts: dict[int, tuple[int, str, float, str]] = {}
+        self.keys = f"stall/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store stays
         self.store, self.alone = None, world.size == 1
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self.run, name="stall", daemon=True)
@@ -59,7 +61,13 @@ class Watchdog:
 
     def run(self) -> None:
         """Post, look at the others and at the time, until closed."""
-        while not self.closed.wait(self.every):
+        while True:
+            began = time.monotonic()
+            if self.closed.wait(self.every):
+                return
+            late = time.monotonic() - began - self.every
+            if late > self.every:  # the whole process stood still (Ctrl-Z): that is no stall
+                self.since += late
             self.exchange()
             idle = time.monotonic() - self.since
             if idle > self.patience:
@@ -76,9 +84,10 @@ class Watchdog:
                     os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
                     wait_for_workers=False, timeout=timedelta(seconds=CONNECT_S)
                 )
-            self.store.set(f"stall/{self.world.rank}", f"{self.last_step()} {time.time_ns()} {self.doing}")
+            post = f"{self.last_step()} {time.time_ns()} {self.doing}"
+            self.store.set(f"{self.keys}/{self.world.rank}", post)
             for rank in range(self.world.size):
-                key = f"stall/{rank}"
+                key = f"{self.keys}/{rank}"
                 if rank != self.world.rank and self.store.check([key]):
                     self.see(rank, self.store.get(key).decode())
         except RuntimeError:  # the process that holds the store is gone

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class World:
             torch.set_num_threads(1)
         if self.size > 1 and not dist.is_initialized():
             try:
-                dist.init_process_group("nccl" if self.cuda else "gloo")
+                dist.init_process_group("nccl" if self.cuda else "gloo", **meeting(os.environ))
             except (RuntimeError, ValueError) as error:  # the port is taken, or not all processes came
                 raise UserError(
                     f"the {self.size} processes do not find each other at {os.environ['MASTER_ADDR']} port "
@@ -87,6 +88,22 @@ class World:
         if self.cuda:
             return f"{self.size} x {torch.cuda.get_device_name()}"
         return f"CPU, {self.size} process{'es' if self.size > 1 else ''}, {torch.get_num_threads()} threads"
+
+
+def meeting(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Arguments of init_process_group with which processes that torchrun has started again find each other.
+
+    torch 2.13 keeps one store for all restarts, so that the addresses of processes that are gone are still in
+    it, and a restart fails or waits for them. Here each restart has keys of its own. {} for a first start.
+    """
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0" or environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    place = Place.read(environment)
+    store = dist.TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), place.size,
+                          is_master=False)
+    return {"store": dist.PrefixStore(f"restart{restarts}", store), "rank": place.rank,
+            "world_size": place.size}
 
 
 def uses_gpus(s: Settings, processes: int) -> bool:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import runlog
 import train_gpt
 from evidence import run_laws
 from optim import Optimizer
-from system import command_line, guards, stall
+from system import command_line, guards, rescue, stall
 from system.comm import communication
 from system.guards import Guards, Tripped
 
@@ -88,6 +89,63 @@ def test_a_loss_that_is_not_finite_is_told_and_not_the_gradients_that_it_spoils(
     with pytest.raises(Tripped, match="^step 7: the training loss is not finite$") as tripped:
         watch.check()
     assert tripped.value.fields["tensors"] == [guards.LOSS]
+
+
+# ----- --rescue skip
+
+def test_a_skipped_step_leaves_parameters_momentum_and_counts_and_the_run_says_so(
+        tmp_path, spoil, monkeypatch, capsys):
+    """The bits of a run whose step was left out; no record, by the run itself and by verify."""
+    seen = {}
+    plain = Optimizer.step
+
+    def keep(optimizer, plan):
+        before = {name: x.clone() for name, x in optimizer.full_tensors()}, optimizer.update_counts()
+        plain(optimizer, plan)
+        if plan.step == 5 and optimizer.judge is not None:
+            after = {name: x.clone() for name, x in optimizer.full_tensors()}, optimizer.update_counts()
+            same = all(torch.equal(before[0][name], x) for name, x in after[0].items())
+            seen["same"] = same and before[1] == after[1]
+            seen["gradients"] = max(float(bank.grad.abs().max()) for bank in optimizer.banks)
+
+    monkeypatch.setattr(Optimizer, "step", keep)
+    spoil("blocks.1.mlp.c_fc", 5)
+    code, folder = train(tmp_path, "--rescue", "skip", "--set", "optim.grad_clip=1.0")
+    assert code in (0, train_gpt.MISSED) and seen == {"same": True, "gradients": 0.0}
+    events = runlog.read_chain(folder / "run.jsonl")
+    event, = (e for e in events if e["kind"] == "guard")
+    assert (event["what"], event["step"], events[-1]["steps"]) == ("skip", 5, 8)
+    assert "assisted (--rescue skip): 1 update was skipped: no record" in capsys.readouterr().out
+    monkeypatch.setattr(run_laws, "check_clock", lambda log: ())
+    log, problems = run_laws.read_log(folder, "run")
+    assert problems == []
+    assert [p.partition("jsonl: ")[2] for p in run_laws.check_run(log)] == [
+        "assisted (--rescue): updates skipped at steps 5: no record"]
+
+
+def test_only_what_is_far_above_its_history_is_skipped_and_not_for_ever():
+    class World:
+        def mean(self, x):
+            return x
+
+    told = []
+    optimizer = SimpleNamespace(global_norm=lambda banks, seen: norm)
+    skip = rescue.Skip(World(), optimizer, SimpleNamespace(excuse=lambda: None),
+                       SimpleNamespace(event=lambda kind, **fields: told.append(fields["step"])))
+
+    def judged(step, loss):
+        skip.before_update(step, torch.tensor(loss, dtype=torch.float64))
+        return optimizer.judge({})
+
+    norm = 2.0
+    assert not judged(0, math.nan) and judged(1, 50.0)  # without a history only what is not finite
+    skip.history["loss"].clear()
+    for step in range(40):
+        assert judged(step, 5 + 0.05 * (step % 3))
+    assert judged(40, 1.0) and judged(41, 5.3)  # lower is no spike, and a little higher neither
+    norm = 200.0
+    assert [judged(step, 5.0) for step in range(42, 42 + 11)] == [False] * 10 + [True]
+    assert told == [0, *range(42, 52)]
 
 
 # ----- parts
@@ -167,9 +225,41 @@ def test_a_state_that_is_not_finite_is_not_kept():
 
 
 def test_a_log_whose_guard_stopped_it_cannot_say_that_it_finished():
-    log = SimpleNamespace(where="x", events=[{"kind": "guard", "step": 3, "message": "m"}],
-                          one=lambda kind: {"status": "finished"})
+    event = {"kind": "guard", "what": "finite", "step": 3, "message": "m"}
+    log = SimpleNamespace(where="x", start={}, events=[event], one=lambda kind: {"status": "finished"})
     assert "though a guard stopped it at step 3 (m)" in next(run_laws.check_guards(log))
+
+
+def test_a_process_without_progress_ends_and_one_that_goes_on_or_was_stopped_does_not(monkeypatch, capfd):
+    ended, logged = threading.Event(), []
+
+    def leave(code):
+        logged.append(code)
+        ended.set()
+        sys.exit()  # of the thread
+
+    monkeypatch.setattr(stall.os, "_exit", leave)
+    alone = SimpleNamespace(rank=0, size=1, main=True)
+    dog = stall.Watchdog(alone, 1.0, lambda: 6, lambda steps, text: logged.append((steps, text)))
+    for _ in range(15):
+        dog.beat("step 7")
+        time.sleep(0.1)
+    assert not logged
+    assert ended.wait(30)
+    (steps, text), code = logged
+    assert (steps, code) == ([6], stall.STALLED)
+    assert text.startswith("no progress for 1 s: process 0 has done 7 steps (step 7)")
+    assert capfd.readouterr().err == f"error: {text}\n"
+    waits = iter([5.0, 0.0])  # seconds that the thread oversleeps
+    dog.closed = SimpleNamespace(wait=lambda every: time.sleep(every + next(waits, 0)) or ended.is_set())
+    ended.clear()
+    dog.since, dog.limit, dog.patience = time.monotonic(), 4.0, 4.0
+    thread = threading.Thread(target=dog.run)
+    thread.start()
+    time.sleep(5.5)
+    ended.set()
+    thread.join()
+    assert len(logged) == 2
 
 
 # ----- two processes
@@ -181,7 +271,7 @@ PAIRS = {
 }
 
 
-@pytest.mark.parametrize("what", PAIRS)
+@pytest.mark.parametrize("what", ["gradient", "stall", pytest.param("digest", marks=pytest.mark.slow)])
 def test_two_processes_end_together_and_say_which_and_where(what, tmp_path):
     done = process_group.run([sys.executable, __file__, what, str(tmp_path)], 2, timeout=280,
                              cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})

@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -400,6 +402,38 @@ def test_torchrun_continues_the_run_of_its_launch(folder, monkeypatch):
     path.write_text("\n".join(lines) + "\n")
     assert resume.restarted(str(folder.parent), environment) == folder
     assert resume.restarted(str(folder.parent), environment | {"TORCHELASTIC_RESTART_COUNT": "0"}) is None
+
+
+def children(pid):
+    """Ids of the processes that a process has started."""
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_goes_on(rank, tmp_path):
+    """`torchrun --max-restarts`: one log, one run folder, and no word from anybody."""
+    root = Path(__file__).parent.parent
+    sets = [part for x in (*SMALL[1:3], "schedule.steps=60", "validation.every=30") for part in ("--set", x)]
+    launched = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--max-restarts=2", "train_gpt.py", "short/2", "--scale", "micro", *sets, "--out", str(tmp_path),
+         "--checkpoint-every", "2", "--save-checkpoint"],
+        cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    until = time.monotonic() + 240
+    while not list(tmp_path.glob("*/checkpoints/step*.pt")) and time.monotonic() < until:
+        time.sleep(0.1)
+    workers = [i for i in children(launched.pid)
+               if b"train_gpt.py" in Path(f"/proc/{i}/cmdline").read_bytes()]
+    os.kill(workers[rank], signal.SIGKILL)
+    _, said = launched.communicate(timeout=280)
+    assert launched.returncode == 0, said
+    run_folder, = tmp_path.glob("*/run.jsonl")
+    events = runlog.read_chain(run_folder)
+    assert [e["step"] > 0 for e in events if e["kind"] == "resume"] == [True]
+    assert events[-1]["status"] == "finished" and (run_folder.parent / "checkpoint.pt").exists()
 
 
 # ----- tokens

@@ -64,7 +64,7 @@ def known(values: object, cls: type, prefix: str, paths: list[str]) -> dict:
     """The values of known fields; paths of the others are added to `paths`."""
     if not isinstance(values, dict):
         raise UserError(f"{prefix or 'settings'} is not a table")
-    hints, out = typing.get_type_hints(cls), {}
+    hints, out = schema.hints_of(cls), {}
     for name, value in values.items():
         path = f"{prefix}.{name}" if prefix else str(name)
         if name not in hints:

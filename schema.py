@@ -292,11 +292,17 @@ def from_plain(values: dict[str, Any]) -> Settings:
     return _from_plain(renames.present_settings(values), Settings)
 
 
+@functools.cache
+def hints_of(cls: type) -> dict[str, Any]:
+    """Name -> type of the fields of a section; found once, because every log and checkpoint asks."""
+    return typing.get_type_hints(cls)
+
+
 def _from_plain(values: dict[str, Any], cls: type) -> Any:
     unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
     if unknown:
         raise UserError(f"settings hold unknown names {sorted(unknown)}: written by another version")
-    hints, out = typing.get_type_hints(cls), {}
+    hints, out = hints_of(cls), {}
     for name, value in values.items():
         hint = hints[name]
         if type(None) in typing.get_args(hint):

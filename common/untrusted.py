@@ -280,11 +280,15 @@ def decoded(data: bytes, where: str) -> str:
 def check_text(text: str, where: str, spared: str = "\n\t") -> None:
     """UserError for characters that act on a terminal: control characters, directions of writing, lone
     surrogates."""
-    if text.isascii() and text.isprintable():
+    rest = text
+    for one in spared:
+        rest = rest.replace(one, "")
+    if rest.isprintable():
         return
-    for found in text:
-        if not found.isprintable() and found not in spared and unicodedata.category(found) != "Zs":
-            refuse(where, f"holds the character {printable(found)}, which is not text")
+    odd = {c for c in set(rest) if not c.isprintable() and unicodedata.category(c) != "Zs"}
+    if odd:
+        first = next(c for c in text if c in odd)
+        refuse(where, f"holds the character {printable(first)}, which is not text")
 
 
 def xz_of(path: Path | str, limit: int = 64 * MIB, memory: int = 256 * MIB) -> bytes:

@@ -7,7 +7,9 @@ common/sandbox.py and returns what it says as data. What new words mean stays un
 """
 
 import dataclasses
+import functools
 import io
+import json
 import re
 import sys
 import tarfile
@@ -41,8 +43,15 @@ def projected(values: dict) -> tuple[Settings, list[str]]:
     A value that a known field cannot have here counts as unknown as well. Raises UserError where something
     of COUNTED is unknown: then no law could be held against the log.
     """
+    s, paths = read_settings(json.dumps(values, sort_keys=True))
+    return s, list(paths)
+
+
+@functools.lru_cache(maxsize=64)
+def read_settings(text: str) -> tuple[Settings, tuple[str, ...]]:
+    """`projected` of JSON, kept because all runs of an arm log the same settings."""
     paths: list[str] = []
-    s = schema.from_plain(known(renames.present_settings(values), Settings, "", paths))
+    s = schema.from_plain(known(renames.present_settings(json.loads(text)), Settings, "", paths))
     for path, value in schema.flat(s).items():
         field = schema.find_field(path)
         if value is None and not field.optional:
@@ -57,14 +66,14 @@ def projected(values: dict) -> tuple[Settings, list[str]]:
     counted = [path for path in paths if path.startswith(COUNTED)]
     if counted:
         raise UserError(f"{', '.join(counted)[:200]}: unknown here, and steps and tokens are counted by it")
-    return s, sorted(paths)
+    return s, tuple(sorted(paths))
 
 
 def known(values: object, cls: type, prefix: str, paths: list[str]) -> dict:
     """The values of known fields; paths of the others are added to `paths`."""
     if not isinstance(values, dict):
         raise UserError(f"{prefix or 'settings'} is not a table")
-    hints, out = typing.get_type_hints(cls), {}
+    hints, out = schema.hints_of(cls), {}
     for name, value in values.items():
         path = f"{prefix}.{name}" if prefix else str(name)
         if name not in hints:

@@ -12,6 +12,7 @@ import pytest
 import deltas
 import runlog
 import schema
+import test_bent_claims
 from claim_builder import RECORD, Forgery, arm, built, claim, good
 from evidence import arms as program
 from evidence import ledger, verify
@@ -35,6 +36,10 @@ def test_a_bent_claim_is_refused_for_its_own_reason(bend, reason, also, claim):
     problems = results["problems"]
     assert results["verdict"] == "refused" and any(re.search(reason, p) for p in problems), problems
     assert [p for p in problems if not re.search(f"{reason}|{also}", p)] == [], problems
+
+
+def test_more_than_a_hundred_bent_claims_are_refused():
+    assert len(MUTATIONS) + len(test_bent_claims.MUTATIONS) > 170
 
 
 def runs_of(c, arm):

@@ -293,6 +293,8 @@ def attentions():
         rows = schedule.shape(s, 0).tokens_per_rank // tokens
         longest = longest_document(s) if s.data.loader == "packed" else None
         ids = some_documents(rows, tokens, longest) if s.model.attn.document_mask else None
+        # counted on the host, as a training does
+        number = None if ids is None else int(attention.begins_document(torch.from_numpy(ids)).sum())
         q, k, v = (tensor(rows, tokens, heads, width) for _ in range(3))
         upstream = [tensor(rows, tokens, heads, width).detach()]
         for name, window in windows_of(s).items():
@@ -308,7 +310,7 @@ def attentions():
                     )
                     view = attention.view(
                         documents, window, backend, rows=rows, tokens=tokens, device=q.device, dtype=q.dtype,
-                        max_seqlen=longest
+                        max_seqlen=longest, max_docs=number
                     )
                     return trained(lambda *t: attention.attend(*t, view), [q, k, v], upstream)
                 return Prepared(prepared)

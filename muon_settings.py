@@ -429,7 +429,7 @@ class Muon:
     )
     hyperball: bool = opt(
         False, "hyperball: every matrix keeps its Frobenius norm R; the update is rescaled to R, and the "
-        "matrix to R after the step (track 3, result 5)", off=False
+        "matrix to R after the step, so a matrix of zeros stays one (track 3, result 5)", off=False
     )
     coefficients: tuple[tuple[float, float, float], ...] = opt(
         (), "coefficients [a, b, c] of each iteration of Newton-Schulz, aX + b(XX^T)X + c(XX^T)^2 X (medium "
@@ -509,3 +509,7 @@ class Muon:
             yield f"optim.muon.soft has 12 weights, and optim.muon.ns_steps = {self.ns_steps}: set it to 12"
         if self.radius_pin and self.hyperball:
             yield "optim.muon.radius_pin and optim.muon.hyperball set the same norm: switch one off"
+        init = s.model.init
+        if self.hyperball and init.zero_proj and None in (init.o_bound, init.c_proj_bound):
+            yield ("optim.muon.hyperball keeps the norm of every matrix, so projections that start at zero "
+                   "stay there: set model.init.zero_proj=false")

@@ -44,7 +44,7 @@ SLOTS = {  # slot -> (its flag, what must be set too); numbers of steps are smal
     "soda": ("soda={start=1, steps=4}",),
     "radius_pin": ("radius_pin=true",),
     "late_decay": ("late_decay=0.5",),
-    "hyperball": ("hyperball=true",),
+    "hyperball": ("hyperball=true", "model.init.zero_proj=false"),
     "normuon": ("normuon={square=false}", "optim.muon.norm=schatten4"),
 }
 
@@ -113,6 +113,7 @@ def test_the_divisor_of_dynmuon_follows_the_batch(scale, divisor):
     (["soft={}", "convergent=true"], "has 12 weights"),
     (["soft={}", "convergent=true", "ns_steps=12", "polar_express=true"], "switch the other maps off"),
     (["radius_pin=true", "hyperball=true"], "set the same norm"),
+    (["hyperball=true"], "set model.init.zero_proj=false"),
     (["circuit={}", "split_qkv=false"], "set optim.muon.split_qkv=true"),
     (["circuit={}", "split_qkv=true", "head_pairs=true"], "in one tensor"),
     (["soap={trust={}}", "split_qkv=false"], "set optim.muon.split_qkv=true"),
@@ -127,8 +128,9 @@ def test_slots_that_contradict_each_other_are_refused(flags, message):
 
 @pytest.mark.parametrize("name", ["soda", "radius_pin", "late_decay", "hyperball"])
 def test_what_moves_parameters_after_the_step_is_refused_where_updates_travel(name):
+    flag, needs = sets(name)
     with pytest.raises(UserError, match=f"optim.muon.{name} moves the parameters after them"):
-        deltas.resolve("short/33", sets=[sets(name)[0], "system.comm=allreduce_updates"])
+        deltas.resolve("short/33", sets=[flag, *needs, "system.comm=allreduce_updates"])
 
 
 def test_a_slot_has_state_only_for_the_matrices_it_acts_on():

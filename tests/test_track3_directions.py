@@ -26,7 +26,7 @@ from updates.slots import Step
 from updates.views import Views
 
 F64 = torch.float64
-BALL = ("optim.muon.hyperball=true",)
+BALL = ("optim.muon.hyperball=true", "model.init.zero_proj=false")
 MUOWN = ("optim.muon.momentum_ema=false", "optim.muon.convergent=false",
          "optim.muon.polar_express_long=true", "optim.muon.scale=match_rms")
 R31 = (*MUOWN, "optim.muon.muown={o_mul=1.5, c_fc_mul=1.5, norm_power=0.9, norm_steps=3005}",

@@ -20,7 +20,7 @@ R30 = (*S4, *SOFT[3:], *PIN, "optim.muon.soft=false", "optim.muon.contra={steps=
 R44 = (*S4, *PIN, "optim.muon.soap={every=1, trust={}}", "optim.muon.floor={ratio=0.3825}")
 RULES = {  # fixture -> (peak learning rate, settings)
     "t3_r36_muon": (0.025, ("optim.muon.weight_decay=0.05",)),
-    "t3_r05_muonh": (0.018, ("optim.muon.hyperball=true",)),
+    "t3_r05_muonh": (0.018, ("optim.muon.hyperball=true", "model.init.zero_proj=false")),
     "t3_r07_muonsq": (0.1, ("optim.muon.weight_decay=0.0125", "optim.muon.squared={}")),
     "t3_r09_skylight": (0.0375, (*NORMUON, *FLOOR)),
     "t3_r10_normuon": (0.035, ("optim.muon.weight_decay=0.025", *NORMUON)),

@@ -20,6 +20,19 @@ def line(values):
     return "| " + " | ".join(str(v).replace("|", "\\|").replace("\n", " ") for v in values) + " |"
 
 
+# What stands above the table of a track.
+TRACKS = {"optimizer": ("""\
+Fewest steps at a fixed model, stream and batch. The numbers are those of the public table, in the order in
+which results were accepted; deltas form a tree. Its root is result 36, today's tuned baseline, whose delta
+describes the whole program. Result 12 is the older baseline on it: its rates for embedding, head and vectors
+are those of all results before. 6, 10, 18, 21 to 23, 28, 35 and 39 come from 12; 3 is 6 with the initial
+weights that torch draws, and 1, 2, 7, 9 and MuonH (5) build on 3. From 9 the line of the step records goes
+over 11, 14, 16, 20, 29, 30, 40, 41 and 44 to 46; 4, 8, 13, 19, 25, 27, 33 and 37 are in the hyperball, on 5.
+`on` is the result that a delta changes. Loss is the mean of the published runs. 15 and 43 claim no delta, 38
+has what was read of it.
+""",)}
+
+
 # ----- index ------------------------------------------------------------------------------------------------
 
 def index(site):
@@ -56,23 +69,26 @@ def track_index(site, lineage):
     """The table of one track's records, under a heading with the track's target."""
     records = {ref: r for ref, r in site["records"].items() if ref.startswith(lineage + "/")}
     target = next(reversed(records.values())).settings.validation.target
+    timed = any("minutes" in r.published for r in records.values())  # otherwise the measure is steps
     lines = [
         f"## The {lineage} track, target {target:g}\n",
+        *TRACKS.get(lineage, ()),
         line(
             [
-                "record", "title", "by", "date", "kind", "badge", "minutes", "loss", "tiny",
-                "full scale here", "files"
+                "record", "title", "by", "date", "kind" if timed else "on", "badge",
+                "minutes" if timed else "steps", "loss", "tiny", "full scale here", "files"
             ]
         ),
         "|" + "---|" * 11,
     ]
     for ref, r in records.items():
         runs = site["runs"][ref]
-        minutes = f"{r.published['minutes']:g}" if "minutes" in r.published else ""
+        measure = r.published.get("minutes" if timed else "steps")
         lines.append(
             line(
                 [
-                    ref, r.title, ", ".join(r.people), r.date, r.kind, f"`{r.badge}`", minutes,
+                    ref, r.title, ", ".join(r.people), r.date, r.kind if timed else r.parent or "the root",
+                    f"`{r.badge}`", "" if measure is None else f"{measure:g}",
                     r.published.get("val_loss", ""), loss_text(runs, "tiny"),
                     loss_text(runs, "full") or "not run", ", ".join(file_links(r, runs, site["claims"][ref]))
                 ]
@@ -228,6 +244,8 @@ def published_text(published):
             f"{published['minutes']:g} minutes"
             + (f" on {published['hardware']}" if "hardware" in published else "")
         )
+    if "steps" in published:
+        out.append(f"{published['steps']} steps")
     if "val_loss" in published:
         out.append(
             f"loss {published['val_loss']:g}"

@@ -25,6 +25,7 @@ from common.errors import UserError
 ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())
 MEDIUM = [f"medium/{n}" for n in range(1, 18) if n not in (6, 16)]  # these have what is in the others
+OPTIMIZER = [f"optimizer/{n}" for n in range(1, 46) if n not in (33, 36)]  # one model, but for the loss of 33
 # from the notes and logs; record 24 printed 275,742,784, of which 12 are unused entries of its packed scalars
 COUNTS = {
     "short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,
@@ -408,7 +409,7 @@ def test_rope_sees_only_distances():
 # ----- what may look where
 
 @pytest.mark.feature(record="ref")
-@pytest.mark.parametrize("ref", [ref for ref in RECORDS if ref not in MEDIUM])
+@pytest.mark.parametrize("ref", [ref for ref in RECORDS if ref not in MEDIUM + OPTIMIZER])
 def test_causality_nothing_before_a_changed_token_moves(ref):
     model, x = build(ref), tokens()
     x[x == BOS] = 0

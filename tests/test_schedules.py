@@ -213,6 +213,7 @@ COUNTED = {
     "system.warmup_steps": None,  # untimed steps; from the run's last step on they repeat it
     "schedule.horizon": None, "schedule.matrix.horizon": None,
     "optim.muon.momentum_cooldown.until": None,  # a run may stop before them
+    "optim.muon.soft.end": None, "optim.muon.dyn.steps": None, "optim.muon.muown.norm_steps": None,
     "optim.o_bias": "short/1",
     "schedule.warmup_steps": "short/2", "schedule.cooldown_steps": "short/2",
     "numerics.fp8_mlp.c_proj.exact_steps": "short/57", "optim.positions": "short/1", "optim.norm": "short/1",

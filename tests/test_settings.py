@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+import types
 import typing
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def test_every_record_resolves_at_every_scale(ref, scale):
 def test_every_delta_line_changes_its_parent(ref):
     """A line that repeats its parent's value would be noise."""
     record = RECORDS[ref]
-    parent = deltas.resolve(record.parent).settings
+    parent = deltas.resolve(record.parent).settings if record.parent else Settings()
     for path, value in record.delta.items():
         assert deltas.lookup(deltas.resolve(ref).settings, path) != lookup(parent, path), path
 
@@ -473,21 +474,21 @@ def test_a_record_next_to_a_preset_is_shown_at_the_presets_scale():
 @pytest.mark.parametrize(
     "typed, meant",
     [
-        ("11", ["short/11", "medium/11"]),
+        ("11", ["short/11", "medium/11", "optimizer/11"]),
         ("unet", ["short/unet_double_lr", "short/unet_value_embeds"]),
         ("Short/11", ["short/11"]),
         ("short011", ["short/11"]),
-        ("#11", ["short/11", "medium/11"]),
-        ("record 11", ["short/11", "medium/11"]),
+        ("#11", ["short/11", "medium/11", "optimizer/11"]),
+        ("record 11", ["short/11", "medium/11", "optimizer/11"]),
         ("SHORT/UNET_DOUBLE_LR", ["short/unet_double_lr"]),
         ("21R", ["short/21r"]),
-        ("4", ["short/4", "medium/4", "variants/4"]),
+        ("4", ["short/4", "medium/4", "optimizer/4"]),
         ("variant/4", ["variants/4"]),
         ("011_unet_double_lr", ["short/11"]),
         ("records/short/011_unet_double_lr/", ["short/11"]),
         ("short", ["short/head"]),
         ("mla12q", ["variants/mla12q"]),
-        ("muonn", ["short/muon", "short/normuon"]),
+        ("muonn", ["short/muon", "optimizer/pmuon", "optimizer/muown"]),
         ("tiny", ["tiny-v3"]),
         ("Tiny_v3", ["tiny-v3"]),
         ("tiny-v8", ["tiny-v3"]),
@@ -513,7 +514,8 @@ def test_short_forms_and_near_misses_of_a_name_are_answered_with_what_they_may_m
         ("model/attn/rope", ["model.attn.rope"]),
         (
             "steps",
-            ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps", "schedule.steps"],
+            ["optim.muon.momentum_warmup.steps", "optim.muon.momentum_cooldown.steps",
+             "optim.muon.dyn.steps"],
         ),
         ("optim-muon-lr", ["optim.muon.lr"]),
         ("unet_skips", ["model.residual.unet_skips"]),
@@ -816,6 +818,7 @@ def test_what_a_field_names_exists():
         assert f.metadata["exact"] in (AS_IS, PRECISION, PRODUCTS) or f.default == f.metadata["exact"], f.path
         assert (
             f.metadata["off"] in (BEFORE, REFUSE) or f.optional or type(f.metadata["off"]) is f.type
+            or isinstance(f.type, types.UnionType) and isinstance(f.metadata["off"], f.type)
             or f.default is None or isinstance(f.default, tuple)
         ), f.path
         assert not f.is_section or not f.type.__doc__.startswith(f.type.__name__ + "("), f.path

@@ -116,7 +116,8 @@ class Replay:
         """Largest error of a parameter's matrices as a share of the movement of each."""
         parts = zip(got, want, self.start[name]) if name.endswith("qkvo") else [(got, want, self.start[name])]
         # a step of length 0 leaves the rounding of the weights
-        return max(np.abs(a - b).max() / max(np.abs(b - c).max(), 1e-7 * np.abs(b).max()) for a, b, c in parts)
+        return max(np.abs(a - b).max() / max(np.abs(b - c).max(), 1e-7 * np.abs(b).max())
+                   for a, b, c in parts)
 
 
 def in_float32(s, plan):

@@ -196,7 +196,7 @@ class Soap:
     """
     beta: float = opt(0.9, "decay of the second moment", least=0, below=1)
     statistics_beta: float = opt(0.9, "decay of the covariances", least=0, below=1)
-    every: int = opt(10, "updates from one refresh of the bases to the next", least=1)
+    every: int = opt(10, "updates from one refresh of the bases to the next", unit="step", least=1)
     matrices: tuple[str, ...] = opt(
         (), "names of the matrices that have it, of q, k, v, o, c_fc and c_proj (none: all)", off=()
     )
@@ -266,7 +266,7 @@ class DynMuon:
     steps: int = opt(3200, "length of the schedule", unit="step", shrink="steps", least=1)
     divisor: float = opt(
         1.0, "divides the gradient, whose scale enters the result: the tokens of a step where the loss is a "
-             "sum (result 28: 524288)", off=1.0, above=0
+             "sum (result 28: 524288)", off=1.0, shrink="batch1", above=0
     )
 
 

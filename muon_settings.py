@@ -55,13 +55,18 @@ class Shampoo:
                        least=0, below=1)
     eps: float = opt(1e-12, "least eigenvalue of the statistics, added to all of them (without "
                             "`pseudo_inverse`)", least=0)
-    graft_eps: float = opt(1e-10, "constant added to the root of Adam's second moment", least=0)
+    graft_eps: float = opt(1e-10, "constant added to the root of Adam's second moment", above=0)
     every: int = opt(5, "updates from one computation of the roots to the next; Adam's direction before the "
                         "first one", unit="step", off=1, least=1)
     pseudo_inverse: bool = opt(
         False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` "
         "(track 3, result 35)", off=False
     )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if not self.eps and not self.pseudo_inverse:
+            yield ("optim.muon.shampoo.eps = 0 divides by the eigenvalue 0: set optim.muon.shampoo."
+                   "pseudo_inverse=true, or give an eps")
 
 
 @dataclass(frozen=True)

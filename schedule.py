@@ -422,7 +422,8 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
         found.append(Readout("optim.tail_ema", undone=tail.at == "validation"))
     away = optim.reference_readout
-    if away is not None and step >= away.start and (last or away.at == "validation"):
+    begun = away is not None and step >= max(away.start, away.reference)
+    if begun and (last or away.at == "validation"):
         found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
     return found
 

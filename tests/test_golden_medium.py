@@ -62,7 +62,8 @@ def test_losses_of_records_2_and_14_with_the_eps_of_an_older_torch(number):
     assert relative(losses.mean().item(), golden["case/eps_2^-7/loss"].item()) < 1e-12
 
 
-HISTORY = {1: (3,), 3: (3, 7), 6: (3, 7, 11, 13)}  # short window of record 18's cases -> sizes of the long one
+# short window of record 18's cases -> sizes of the long one so far
+HISTORY = {1: (3,), 3: (3, 7), 6: (3, 7, 11, 13)}
 
 
 @pytest.mark.feature("model.embed.second", "model.residual.unet_skips.gate", "model.attn.value_embed.gate",
@@ -106,9 +107,9 @@ def test_the_fp8_head_operator_of_record_2():
     x, w = x.bfloat16().requires_grad_(), w.requires_grad_()
     out = fp8_linear(x, w, *config["scales"])
     out.backward(torch.from_numpy(golden["grad_out"]).bfloat16())
-    head, records = deltas.resolve("medium/2").settings, [deltas.resolve(f"medium/{i}").settings for i in (2, 3)]
-    assert config["scales"] == [2.0, 32.0, 65536 * head.numerics.fp8_head.grad]
-    three = records[1].numerics.fp8_head  # record 3 divides by 0.5, 2^-9 and 2^-19
+    two, three = (deltas.resolve(f"medium/{i}").settings.numerics.fp8_head for i in (2, 3))
+    assert config["scales"] == [two.x, two.w, 65536 * two.grad]
+    # record 3 divides by 0.5, 2^-9 and 2^-19
     assert (three.x, three.w, 65536 * three.grad) == (2.0, 2.0 ** 9, 2.0 ** 19)
     assert np.array_equal(out.detach().float().numpy(), golden["out"])
     assert np.array_equal(x.grad.float().numpy(), golden["grad_x"])
@@ -145,9 +146,11 @@ def tensors_14(get):
     return {"qkvo": (get("blocks.0.attn.qkvo_w"), "matrix", "qkvo"),
             "c_fc": (get("blocks.0.mlp.fc_w"), "matrix", "c_fc"),
             "c_proj": (get("blocks.0.mlp.proj_w"), "matrix", "c_proj"),
-            "embed": (get("embed1.weight"), "embed", "embed"), "second": (get("embed2.weight"), "embed", "embed2"),
+            "embed": (get("embed1.weight"), "embed", "embed"),
+            "second": (get("embed2.weight"), "embed", "embed2"),
             "table": (get("value_embeds.0.weight"), "embed", "value_embed"),
-            "head": (get("lm_head_w"), "lm_head", "lm_head"), "scalars": (get("scalars"), "scalar", "sa_lambdas")}
+            "head": (get("lm_head_w"), "lm_head", "lm_head"),
+            "scalars": (get("scalars"), "scalar", "sa_lambdas")}
 
 
 def tensors_18(get):
@@ -213,7 +216,8 @@ class Given(Slot):
 
 @pytest.mark.feature("numerics.matrix_mantissa")
 def test_the_step_of_a_bfloat16_weight_with_its_mantissa_is_the_original_s_bit_for_bit():
-    """From the weight, mantissa and smoothed update after a call to the next ones, where Snoo does not act."""
+    """From weight and mantissa after a call, and the next smoothed update, to the next ones, where Snoo does
+    not act."""
     golden, config = load("m14_optim")
     s, compared = deltas.resolve("medium/14").settings, 0
     plans = schedule.plan(s)
@@ -221,7 +225,8 @@ def test_the_step_of_a_bfloat16_weight_with_its_mantissa_is_the_original_s_bit_f
               "mlp.proj_w": ("c_proj", views.c_proj(s))}
     for name, (label, cut) in theirs.items():
         weights = torch.from_numpy(golden[f"orig/param/blocks.0.{name}"]).bfloat16()
-        halves = torch.from_numpy(golden[f"orig/state/blocks.0.{name}/mantissa"].astype(np.uint16).view(np.int16))
+        halves = golden[f"orig/state/blocks.0.{name}/mantissa"].astype(np.uint16)
+        halves = torch.from_numpy(halves.view(np.int16))
         smoothed = torch.from_numpy(golden[f"orig/state/blocks.0.{name}/update_smoothing_buffer"])
         rule = Muon.of(s, s.optim.group("matrix", label))
         scale = [slot for slot in rule.slots if isinstance(slot, Scale)]

@@ -20,8 +20,8 @@ from updates import views
 
 RECORDS = [ref for ref in deltas.load_records() if ref.startswith("medium/")]
 # billions of training tokens, by the published logs; record 11 has none
-TOKENS = {1: 31.457, 2: 3.932, 3: 3.749, 4: 3.696, 5: 3.644, 6: 3.518, 7: 3.382, 8: 3.125, 9: 3.051, 10: 2.983,
-          12: 2.957, 13: 2.941, 14: 2.931, 15: 2.910, 16: 2.902, 17: 3.125, 18: 2.177}
+TOKENS = {1: 31.457, 2: 3.932, 3: 3.749, 4: 3.696, 5: 3.644, 6: 3.518, 7: 3.382, 8: 3.125, 9: 3.051,
+          10: 2.983, 12: 2.957, 13: 2.941, 14: 2.931, 15: 2.910, 16: 2.902, 17: 3.125, 18: 2.177}
 
 
 def logits(model, x):
@@ -202,7 +202,8 @@ def test_contradictions_are_refused_with_their_reason(ref, sets, message):
 def test_smoothed_updates_are_a_moving_average_of_those_without(ref, ahead, decays):
     """Without decay of the weights, which would tell the two runs' weights apart."""
     sets = ["system.precision=float64", "optim.muon.weight_decay=0.0", "optim.c_fc.weight_decay=0.0"]
-    smooth = deltas.resolve(ref, sets=[*sets, *(["optim.muon.smoothing.ramp_steps=3"] if ahead else [])]).settings
+    ramp = ["optim.muon.smoothing.ramp_steps=3"] if ahead else []
+    smooth = deltas.resolve(ref, sets=[*sets, *ramp]).settings
     rough = deltas.resolve(ref, sets=sets, without=["optim.muon.smoothing"]).settings
     start = torch.randn(16, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     ways = {}
@@ -223,14 +224,15 @@ def test_smoothed_updates_are_a_moving_average_of_those_without(ref, ahead, deca
 
 def test_coefficients_of_newton_schulz_are_applied_in_their_order():
     own = deltas.resolve("medium/4", sets=["system.precision=float64"]).settings
-    assert own.optim.muon.coefficients[0] == (4.0848, -6.8946, 2.927) and len(own.optim.muon.coefficients) == 5
+    triples = own.optim.muon.coefficients
+    assert triples[0] == (4.0848, -6.8946, 2.927) and len(triples) == 5
     start = torch.zeros(3, 3, dtype=torch.float64)
     g = torch.diag(torch.tensor([3.0, 4.0, 12.0], dtype=torch.float64))  # norm 13
     model = Toy(c_proj=(start, "matrix", "c_proj", views.c_proj(own)))
     update(Optimizer(model, own), model, {"c_proj": g}, plan())
     x = np.array([3.0, 4.0, 12.0]) * (1 - 0.9 ** 2)  # Nesterov: g + mu (M - g), M = (1 - mu) g
     x = x / (np.linalg.norm(x) + 1e-7)
-    for a, b, c in own.optim.muon.coefficients:
+    for a, b, c in triples:
         x = a * x + b * x ** 3 + c * x ** 5
     assert np.abs(np.diag(model.c_proj.detach()) + 0.025 * x).max() < 1e-14
 

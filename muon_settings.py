@@ -55,13 +55,18 @@ class Shampoo:
                        least=0, below=1)
     eps: float = opt(1e-12, "least eigenvalue of the statistics, added to all of them (without "
                             "`pseudo_inverse`)", least=0)
-    graft_eps: float = opt(1e-10, "constant added to the root of Adam's second moment", least=0)
+    graft_eps: float = opt(1e-10, "constant added to the root of Adam's second moment", above=0)
     every: int = opt(5, "updates from one computation of the roots to the next; Adam's direction before the "
                         "first one", unit="step", off=1, least=1)
     pseudo_inverse: bool = opt(
         False, "pseudo-inverse: eigenvalues at or below 0 are left out of the roots, in place of `eps` "
         "(track 3, result 35)", off=False
     )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if not self.eps and not self.pseudo_inverse:
+            yield ("optim.muon.shampoo.eps = 0 divides by the eigenvalue 0: set optim.muon.shampoo."
+                   "pseudo_inverse=true, or give an eps")
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class Soap:
     """
     beta: float = opt(0.9, "decay of the second moment", least=0, below=1)
     statistics_beta: float = opt(0.9, "decay of the covariances", least=0, below=1)
-    every: int = opt(10, "updates from one refresh of the bases to the next", least=1)
+    every: int = opt(10, "updates from one refresh of the bases to the next", unit="step", least=1)
     matrices: tuple[str, ...] = opt(
         (), "names of the matrices that have it, of q, k, v, o, c_fc and c_proj (none: all)", off=()
     )
@@ -266,7 +271,7 @@ class DynMuon:
     steps: int = opt(3200, "length of the schedule", unit="step", shrink="steps", least=1)
     divisor: float = opt(
         1.0, "divides the gradient, whose scale enters the result: the tokens of a step where the loss is a "
-             "sum (result 28: 524288)", off=1.0, above=0
+             "sum (result 28: 524288)", off=1.0, shrink="batch1", above=0
     )
 
 

@@ -58,6 +58,7 @@ def rules(scale: Scale, steps: int, ratio: float) -> dict[str, Callable]:
         "length": lambda v: max(1, v // scale.length),
         "length0": lambda v: v // scale.length,
         "batch": lambda v: v // scale.batch,
+        "batch1": lambda v: max(1, v // scale.batch),  # divisor of a sum over tokens; 1: of none
         "vocab": lambda v: scale.vocab_size or v,
         "width_quads": lambda v: max(4, v // scale.width // 4 * 4),  # for pairs of which half rotate
         "vocab_share": lambda v: max(2, v * scale.vocab_size // 50257) if scale.vocab_size else v,

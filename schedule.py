@@ -422,7 +422,8 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
         found.append(Readout("optim.tail_ema", undone=tail.at == "validation"))
     away = optim.reference_readout
-    if away is not None and step >= away.start and (last or away.at == "validation"):
+    begun = away is not None and step >= max(away.start, away.reference)
+    if begun and (last or away.at == "validation"):
         found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
     return found
 
@@ -494,6 +495,7 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.muon.soap.trust.release_end": "the trust gate keeps its largest value",
     "optim.muon.contra.steps": "the strength does not reach 0",
     "optim.muon.soft.start": "the share stays 0",
+    "optim.muon.smoothing.ramp_steps": "the coefficient does not reach its end",
     "optim.muon.soda.start": "the pull does not fade",
     "optim.muon.soda.steps": "the pull does not fade to 0",
     "optim.tail.long": "the averages begin with the first step",

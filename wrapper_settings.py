@@ -148,8 +148,8 @@ class ReferenceReadout:
     reference: int = opt(2375, "number of the update whose weights are the reference", unit="step",
                          off=REFUSE, shrink="steps", least=1)
     push: float = opt(-0.075, "factor of the distance from the reference", least=-1)
-    start: int = opt(2850, "first step whose validation reads out so", unit="step", off=REFUSE,
-                     shrink="steps", least=1)
+    start: int = opt(2850, "first step whose validation reads out so, not before there is a reference",
+                     unit="step", off=REFUSE, shrink="steps", least=1)
     at: Literal["validation", "end"] = opt(
         "validation", "when the weights are those. validation: in each validation from `start` on, and in "
         "the saved checkpoint (result 42). end: after the last update (result 38)"
@@ -157,6 +157,3 @@ class ReferenceReadout:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.reference_readout")
-        if self.start < self.reference:
-            yield (f"optim.reference_readout.start = {self.start} is before the update of the reference, "
-                   f"{self.reference}: set it to at least that")

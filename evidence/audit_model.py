@@ -264,11 +264,11 @@ class Observed:
 
     def reading(self):
         """The trainer's context of the weights that its last validation read; none in older commits."""
-        import train_gpt
         run = next((a for a in self.step.values() if hasattr(a, "hooks") and hasattr(a, "plans")), None)
-        if run is None or not hasattr(train_gpt, "reading"):
+        context = getattr(sys.modules["train_gpt"], "reading", None)
+        if run is None or context is None:
             return contextlib.nullcontext()
-        return train_gpt.reading(run.hooks, len(run.plans))
+        return context(run.hooks, len(run.plans))
 
     def row_losses(self, rows, targets=None):
         """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:

@@ -98,6 +98,15 @@ def test_without_takes_a_slot_of_a_record_off_again(name):
     assert on != off == deltas.resolve("short/33", sets=needs).settings
 
 
+@pytest.mark.parametrize("scale, divisor", [("full", 524288), ("small", 65536), ("micro", 1024)])
+def test_the_divisor_of_dynmuon_follows_the_batch(scale, divisor):
+    child = dataclasses.replace(deltas.find_record("short/33"), ref="test/1", parent="short/33",
+                                delta={"optim.muon.dyn": {"divisor": 524288.0}})
+    assert deltas.resolve(child, scale=scale).settings.optim.muon.dyn.divisor == divisor
+    plain = deltas.resolve("short/33", scale=scale, with_=["optim.muon.dyn"]).settings
+    assert plain.optim.muon.dyn.divisor == 1
+
+
 @pytest.mark.parametrize("flags, message", [
     (["aurora={}", "dyn={}"], "are two ways to orthogonalise"),
     (["soft={}", "ns_steps=12"], "optim.muon.soft needs optim.muon.convergent"),
@@ -120,6 +129,16 @@ def test_slots_that_contradict_each_other_are_refused(flags, message):
 def test_what_moves_parameters_after_the_step_is_refused_where_updates_travel(name):
     with pytest.raises(UserError, match=f"optim.muon.{name} moves the parameters after them"):
         deltas.resolve("short/33", sets=[sets(name)[0], "system.comm=allreduce_updates"])
+
+
+def test_a_slot_has_state_only_for_the_matrices_it_acts_on():
+    s = settings("short/33", "model.model_dim=12", "model.attn.num_heads=3", SPLIT,
+                 'optim.muon.soap={matrices=["v", "c_fc"]}')
+    found = {bank.label: {name: tuple(x.shape) for name, x in bank.state.items() if "soap" in name}
+             for bank in Optimizer(toy(s), s).banks}
+    one = {"soap_left_covariance": (3, 18, 18), "soap_right_covariance": (3, 12, 12),
+           "soap_left_basis": (3, 18, 18), "soap_right_basis": (3, 12, 12), "soap_moment": (3, 18, 12)}
+    assert found == {"c_fc": one, "c_proj": {}, "qkvo": {f"{name}@v": (3, 12, 12) for name in one}}
 
 
 # ----- processes

@@ -21,6 +21,7 @@ from system.comm import communication
 from updates import views
 from updates.muon import Muon
 from updates.psgd import Psgd
+from updates.shampoo import inverse_fourth_root
 from updates.slots import Step
 from updates.views import Views
 
@@ -231,6 +232,35 @@ def test_shampoo_with_pseudo_inverses_is_its_formula():
     compare(R35, shampoo, tolerance=1e-6)
 
 
+@pytest.mark.feature("optim.muon.shampoo.pseudo_inverse")
+def test_the_root_of_shampoo_leaves_out_or_shifts_what_is_not_positive():
+    """Without the pseudo-inverse the least eigenvalue becomes eps, where it is smaller after adding eps."""
+    x = torch.diag(torch.tensor([15.0, -1.0, 0.0], dtype=F64))
+    roots = inverse_fourth_root(x + torch.diag(torch.tensor([1.0, 0.0, 0.0])), 0.0, True)
+    assert torch.allclose(roots, torch.diag(torch.tensor([0.5, 0.0, 0.0], dtype=F64)))
+    shifted = torch.tensor([16.0625, 0.0625, 1.0625], dtype=F64).pow(-0.25)
+    assert torch.allclose(inverse_fourth_root(x, 0.0625, False), torch.diag(shifted))
+
+
+def test_adams_direction_with_decay_is_adamw():
+    """Result 2: torch's AdamW, by Muon's chain and by the group of matrices."""
+    chained = ("optim.muon.lr=0.0015", "optim.muon.weight_decay=0.1", "optim.muon.scale=none",
+               "optim.muon.adam={eps=1e-10}")
+    group = ("optim.muon=false", "optim.matrix={lr=0.0015, beta1=0.9, beta2=0.95, weight_decay=0.1}",
+             "optim.adam.eps=1e-10")
+    w = torch.nn.Parameter(noise(6, 4))
+    adam = torch.optim.AdamW([w], lr=0.0015, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.1)
+    models = [Toy(w=(noise(6, 4), "matrix", "c_fc", Views())) for _ in range(2)]
+    optimizers = [Optimizer(model, settings("short/11", "optim.grad_clip=false", *sets))
+                  for model, sets in zip(models, (chained, group))]
+    for i in range(5):
+        w.grad = noise(6, 4, seed=i + 1)
+        adam.step()
+        for optimizer, model in zip(optimizers, models):
+            update(optimizer, model, {"w": w.grad}, plan())
+    assert all((model.w - w).abs().max() < 1e-13 for model in models)
+
+
 LONG = [(8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250),
         (3.2856, -2.4153, 0.4853), (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585),
         (1.8564, -1.2132, 0.3568), *5 * [(1.875, -1.25, 0.375)]]
@@ -302,25 +332,21 @@ DIRECTIONS = {
 
 
 def made(name, rank=0, world=1):
-    """(model, optimizer) of a direction, sharded."""
-    s = settings("short/33", *CHANGED, "system.comm=sharded", "optim.muon.lr=0.02", *DIRECTIONS[name])
+    """(model, optimizer) of a direction, sharded, with sums in one order."""
+    s = settings("short/33", *CHANGED, "system.comm=sharded", "system.reduction=ordered",
+                 "optim.muon.lr=0.02", *DIRECTIONS[name])
     model = toy(s)
     return model, Optimizer(model, s, communication(s, rank, world))
 
 
 def advance(model, optimizer, first, last, rank=0, world=1):
-    """Updates by one process's share of eight logical gradients.
-
-    Their sums are exact in any order: the null space of the first statistics is arbitrary, and the first step
-    of soap_h divides rounding noise by eps.
-    """
+    """Updates by one process's share of eight logical gradients."""
     mine = local_ranks(rank, world)
     for i in range(first, last):
         for k in mine:
             optimizer.expect(last=k == mine[-1])
             for n, (name, shape) in enumerate(TOY.items()):
-                g = noise(*shape, seed=1000 * i + 10 * k + n + 100)
-                model.get_parameter(name).grad += (64 * g).round() / 2**16
+                model.get_parameter(name).grad += noise(*shape, seed=1000 * i + 10 * k + n + 100)
             optimizer.accumulate()
         optimizer.step(plan(i, lr_factor=0.9**i))
     return {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -335,13 +361,13 @@ def member(folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_end_with_the_parameters_of_one(tmp_path):
+def test_two_processes_end_with_the_parameters_of_one_bit_for_bit(tmp_path):
     process_group.call(2, member, tmp_path)
     for direction in DIRECTIONS:
         alone = advance(*made(direction), 0, 4)
         for rank in range(2):
             for name, p in torch.load(tmp_path / f"{rank}.pt")[direction].items():
-                assert torch.allclose(p, alone[name], rtol=0, atol=1e-9), (direction, name)
+                assert torch.equal(p, alone[name]), (direction, name)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -377,6 +403,7 @@ def test_the_noise_of_psgd_depends_on_matrix_and_update():
 @pytest.mark.parametrize("sets, said", [
     (("optim.muon.adam={}", "optim.muon.psgd={}"), "each are the direction"),
     (("optim.muon.shampoo={}", "optim.muon.contra={}"), "stands in its place"),
+    (("optim.muon.shampoo={eps=0.0}",), "divides by the eigenvalue 0"),
     (("optim.muon.muown={}", "optim.muon.hyperball=true"), "leave one")])
 def test_settings_that_exclude_each_other_are_refused(sets, said):
     with pytest.raises(UserError, match=said):

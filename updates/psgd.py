@@ -40,6 +40,7 @@ class Psgd(Slot):
     rate: float
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         dtype = kept_dtype(dtype)

@@ -44,6 +44,7 @@ class Shampoo(Slot):
     pseudo_inverse: bool
 
     eager = True
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         dtype, names = kept_dtype(dtype), ["statistics", "root"] if self.every > 1 else ["statistics"]

@@ -31,6 +31,7 @@ def symmetric(x: torch.Tensor) -> torch.Tensor:
 class Bases(Slot):
     """State of a preconditioner with one eigenbasis for the rows and one for the columns."""
     eager = True  # QR and eigh
+    products = True
 
     def state(self, unit, dtype, views) -> dict:
         dtype = kept_dtype(dtype)

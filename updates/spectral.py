@@ -24,7 +24,7 @@ class MuonSquared(Slot):
     each_matrix = False
 
     def state(self, unit, dtype, views) -> dict:
-        return {"entry_moment": (unit, dtype)}
+        return {"entry_moment": (unit, torch.promote_types(dtype, torch.float32))}
 
     def __call__(self, u, step):
         v = step.state["entry_moment"]

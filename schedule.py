@@ -495,6 +495,7 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.muon.soap.trust.release_end": "the trust gate keeps its largest value",
     "optim.muon.contra.steps": "the strength does not reach 0",
     "optim.muon.soft.start": "the share stays 0",
+    "optim.muon.smoothing.ramp_steps": "the coefficient does not reach its end",
     "optim.muon.soda.start": "the pull does not fade",
     "optim.muon.soda.steps": "the pull does not fade to 0",
     "optim.tail.long": "the averages begin with the first step",

@@ -115,7 +115,7 @@ def test_the_command_runs_them_and_imports_no_other_file():
 
 
 @pytest.mark.parametrize("ref, least", [
-    ("short/89", 130), ("short/92", 140), ("medium/16", 60), ("medium/18", 90)])
+    ("short/89", 130), ("short/92", 140), ("medium/16", 39), ("medium/18", 80)])
 def test_every_feature_of_a_record_goes_off_or_names_what_needs_it(ref, least):
     """Without a feature the settings are whole, or one line names another setting that stands against it."""
     s, off = deltas.resolve(ref).settings, 0

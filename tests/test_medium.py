@@ -255,3 +255,12 @@ def test_a_weight_with_a_mantissa_decays_like_a_float32_one():
     assert schema.plain(kept)["numerics"]["matrix_mantissa"]
     assert (ends["kept"] - ends["plain"]).abs().max() < 2 ** -7 * ends["plain"].abs().max()
     assert not torch.equal(ends["kept"], start.float())
+
+
+@pytest.mark.feature("optim.embed2", "optim.embed2.slower", "optim.embed2.row_moment")
+def test_the_second_table_takes_the_settings_of_a_table():
+    sets = ["optim.embed2.row_moment=true", "optim.embed2.slower={start = 5, every = 4}"]
+    optim = deltas.resolve("medium/18", sets=sets).settings.optim
+    second, first = optim.group("embed", "embed2"), optim.group("embed", "embed")
+    assert (second.rule, second.cadence(4), second.cadence(5), second.lr) == ("row_adam", 2, 4, 0.3)
+    assert (first.rule, first.cadence(5), first.lr) == ("adamw", 2, 0.004)

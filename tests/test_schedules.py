@@ -236,7 +236,8 @@ COUNTED = {
     "schedule.horizon": None, "schedule.matrix.horizon": None,
     "optim.muon.momentum_cooldown.until": None,  # a run may stop before them
     "optim.muon.soft.end": None, "optim.muon.dyn.steps": None, "optim.muon.muown.norm_steps": None,
-    "optim.o_bias": "short/1",
+    "optim.muon.soft": "optimizer/20", "optim.o_bias": "short/1", "optim.embed2": "medium/16",
+    "optim.embed2.slower": "medium/16", "optim.muon.smoothing": "medium/13",
     "schedule.warmup_steps": "short/2", "schedule.cooldown_steps": "short/2",
     "numerics.fp8_mlp.c_proj.exact_steps": "short/57", "optim.positions": "short/1", "optim.norm": "short/1",
     "optim.bias": "short/1", "optim.router": "variants/4", "optim.expert_c_fc": "variants/4",

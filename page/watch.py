@@ -24,6 +24,7 @@ from system.resume import folders
 
 EVERY_S = 2.0
 MOST = 8  # runs that are watched if none is named
+UNFINISHED = ("starting", "running", "interrupted", "stalled")
 MARKS = "1234567890"  # of the curves in the chart
 COLOURS = ("cyan", "yellow", "green", "magenta", "red", "blue", "white")
 HEADS = ("run", "step", "val loss", "train loss", "tokens/s", "learning rate", "memory", "state")
@@ -56,14 +57,14 @@ def run(options: Any) -> None:
         Console().print(view(chosen))
         return
     with Live(view(chosen), auto_refresh=False, vertical_overflow="crop") as live:
-        while any(look(folder).status == "running" for folder in chosen):
+        while any(look(folder).status in ("running", "starting") for folder in chosen):
             time.sleep(max(0.1, options.every))
             live.update(view(chosen, live.console.width), refresh=True)
 
 
 def unfinished(out: str) -> list[Path]:
     """The newest runs without an end, the oldest first."""
-    found = [folder for folder in folders(out) if look(folder).status in ("running", "interrupted")]
+    found = [folder for folder in folders(out) if look(folder).status in UNFINISHED]
     return found[:MOST][::-1]
 
 
@@ -111,8 +112,9 @@ def parsed(folder: Path, changed_ns: int, size: int) -> Watched:
     found = [e for e in events if e["kind"] == "validation"]
     last = found[-1] if found else {}
     end = events[-1] if events[-1]["kind"] == "end" else {}
+    stalled = events[-1]["kind"] == "guard" and events[-1]["what"] == "stall"
     return Watched(
-        folder, events[0], end.get("status", "running" if found else "starting"),
+        folder, events[0], end.get("status", "stalled" if stalled else "running" if found else "starting"),
         end.get("steps", last.get("step", 0)), last.get("scheduled_steps", 0),
         end.get("train_time_ms", last.get("train_time_ms", 0.0)),
         tuple((e["step"], curves.number(e["val_loss"])) for e in found),

@@ -414,7 +414,8 @@ def children(pid):
 def test_torchrun_restarts_a_run_whose_process_was_killed_and_it_goes_on(rank, tmp_path):
     """`torchrun --max-restarts`: one log, one run folder, and no word from anybody."""
     root = Path(__file__).parent.parent
-    sets = [part for x in (*SMALL[1:3], "schedule.steps=60", "validation.every=30") for part in ("--set", x)]
+    small = (*SMALL[1:3], "schedule.steps=30", "validation.every=15", "model.num_layers=2")
+    sets = [part for x in small for part in ("--set", x)]
     launched = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          "--max-restarts=2", "train_gpt.py", "short/2", "--scale", "micro", *sets, "--out", str(tmp_path),

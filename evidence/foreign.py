@@ -43,7 +43,7 @@ def projected(values: dict) -> tuple[Settings, list[str]]:
     A value that a known field cannot have here counts as unknown as well. Raises UserError where something
     of COUNTED is unknown: then no law could be held against the log.
     """
-    s, paths = read_settings(json.dumps(values, sort_keys=True))
+    s, paths = read_settings(files.json_text(values, sort_keys=True))
     return s, list(paths)
 
 

@@ -33,6 +33,7 @@ COPY_NATS = 1.3e-3
 # An honest pair that close lies as far apart in its losses as in its changes, at most 7.1 times as far.
 SHIFTED, ROUNDING_NATS = 10, 1e-5
 SETTLED = 5  # first training losses, which weights of a seed may share, left out of the comparison
+LARGEST_LOSS = 1e6  # nats; a NaN is not below it
 DAY_S = 86_400.0  # time zones, and dates without an hour
 NAMED = ("record", "scale", "ml_hash", "system_hash", "corpus", "corpus_digest", "val_digest", "device",
          "attention", "comm", "torch", "code", "cpu", "platform", "python", "machine")
@@ -148,10 +149,10 @@ def train_losses(log):
 def closeness(a, b):
     """(rms of a - b, rms of what is left of a's changes after a fit on b's) of two curves, in nats.
 
-    None where the curves differ in length, are short, or are not finite. A shift, a factor or any slow drift
-    between two curves leaves the second number as it is.
+    None where the curves differ in length, are short, or hold what is no loss (squares of 1e308 overflow). A
+    shift, a factor or any slow drift between two curves leaves the second number as it is.
     """
-    if len(a) != len(b) or len(a) < 8 or not all(map(math.isfinite, [*a, *b])):
+    if len(a) != len(b) or len(a) < 8 or not all(abs(x) < LARGEST_LOSS for x in [*a, *b]):
         return None
     da, db = ([y - x for x, y in itertools.pairwise(c)] for c in (a, b))
     da, db = ([x - math.fsum(d) / len(d) for x in d] for d in (da, db))

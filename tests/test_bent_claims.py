@@ -174,6 +174,12 @@ def implausible_loss(c):
     c.seal()
 
 
+@refused(r"train_loss\[2\] = 1e\+308 is no loss")
+def a_training_loss_whose_square_is_too_large(c):
+    c.events(3, "validation")[4]["train_loss"][2] = 1e308
+    c.seal()
+
+
 @refused(r"8 training losses for 9 steps")
 def a_training_loss_left_out(c):
     c.events(3, "validation")[4]["train_loss"].pop()

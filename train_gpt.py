@@ -335,8 +335,8 @@ def train_step(
         before_reduction()
     for hook in run.hooks:
         hook.before_update(step_plan, run.world)
-    if run.rescue is not None:
-        run.rescue.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
+    if optimizer.judge is not None:
+        optimizer.judge.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
     optimizer.step(step_plan)
     for hook in run.hooks:
         hook.after_update(step_plan)
@@ -378,7 +378,7 @@ def validation(run: Run, step: int) -> bool:
         loads = run.log.event("experts", step=step, **report.expert_loads(run, last=step == len(run.plans)))
         run.world.say(*runlog.render(loads))
     run.sinks.validation(event)
-    told = [loss] if run.rescue is not None else [loss, *losses]  # a skipped step may have any loss
+    told = [loss] if run.optimizer.judge is not None else [loss, *losses]  # a skipped step may have any loss
     if not all(map(math.isfinite, told)):
         return False
     if step < len(run.plans):

@@ -338,8 +338,8 @@ class Optimizer:
         # banks in the order in which their reductions were started, the same on every process
         self.launched = []
         self.functions = {}  # compiled functions of rules
-        self.judge = None  # function (the same) -> whether the step updates; needs all gradients first
         self.watch = None  # function ({bank: as `reduced`}) that is shown the gradients of a step
+        self.judge = None  # system.rescue.Skip, called with the same before the update: whether it is made
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
             bank.replay = Replay(pool) if s.system.cuda_graphs and not bank.rule.eager else None

@@ -355,8 +355,8 @@ def update(
         before_reduction()
     for hook in run.hooks:
         hook.before_update(step_plan, run.world)
-    if run.rescue is not None:
-        run.rescue.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
+    if optimizer.judge is not None:
+        optimizer.judge.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
     optimizer.step(step_plan)
     for hook in run.hooks:
         hook.after_update(step_plan)
@@ -399,7 +399,7 @@ def validation(run: Run, step: int) -> bool:
         run.world.say(*runlog.render(loads))
     run.sinks.validation(event)
     told = [loss, assisted.get("raw_val_loss", 0.0)]
-    if run.rescue is None:  # a skipped step may have any loss
+    if run.optimizer.judge is None:  # a skipped step may have any loss
         told += losses
     if not all(map(math.isfinite, told)):
         return False

@@ -103,7 +103,7 @@ def watch_over(run: Run, options: Namespace) -> None:
     """Set up what watches the steps: guards, the watchdog and, if asked for, the rescue."""
     run.guards = Guards(run.world, run.optimizer)
     if options.rescue is not None:
-        run.rescue = Skip(run.world, run.optimizer, run.guards, run.log)
+        run.optimizer.judge = Skip(run.world, run.optimizer, run.guards, run.log)
     if options.stall_timeout is not None:
         run.watchdog = watchdog(run, options.stall_timeout[1])
 

@@ -32,13 +32,12 @@ class Skip:
         self.world, self.optimizer, self.guards, self.log = world, optimizer, guards, log
         self.history = {name: collections.deque(maxlen=WINDOW) for name in ("loss", "gradient norm")}
         self.step, self.loss, self.in_a_row = 0, None, 0
-        optimizer.judge = self.judge
 
     def before_update(self, step: int, loss: torch.Tensor) -> None:
         """Announce a step and this process's loss, 0-d float64."""
         self.step, self.loss = step, loss
 
-    def judge(self, gradients: dict[Bank, tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    def __call__(self, gradients: dict[Bank, tuple[torch.Tensor, torch.Tensor]]) -> bool:
         """Whether the update is made. gradients: as for Guards.watch. Collective; waits for the device."""
         norm = self.optimizer.global_norm(list(gradients), [seen for _, seen in gradients.values()])
         values = {"loss": float(self.world.mean(self.loss)), "gradient norm": float(norm)}

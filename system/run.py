@@ -26,7 +26,6 @@ from system import load
 from system.compiler import CacheFile
 from system.guards import Guards
 from system.hooks import Stateful
-from system.rescue import Skip
 from system.sampler import Sampler
 from system.seams import Seams
 from system.sinks import Sinks
@@ -161,7 +160,6 @@ class Run:
     sinks: Sinks = field(default_factory=Sinks)
     checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
     guards: Guards | None = None  # from the start of the clock on
-    rescue: Skip | None = None  # with --rescue, from the start of the clock on
     watchdog: Watchdog | None = None  # from the start of the clock on, unless it is off
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None

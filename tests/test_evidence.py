@@ -95,7 +95,7 @@ def test_the_table_of_records_is_what_the_command_writes():
 # what its parent does.
 TO_RUN = {f"short/{i}" for i in (
     58, *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
-)} | {"variants/8", "variants/9"}
+)}
 
 
 def test_a_record_without_a_tiny_run_computes_what_its_parent_does_or_is_listed():

@@ -123,7 +123,7 @@ def test_only_the_last_validation_of_a_run_masks():
         world = World(s)
         run = SimpleNamespace(
             s=s, world=world, plans=schedule.plan(s), model=model, compiled=model, corpus=corpus,
-            hooks=hooks_of(model), interrupt=SimpleNamespace(check=lambda: None),
+            hooks=hooks_of(model), between_chunks=lambda: None,
             rows=validation_rows(corpus, 512, 64, range(8)), seams=Seams(s, corpus, world)
         )
         if mask == "true":

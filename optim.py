@@ -338,7 +338,6 @@ class Optimizer:
         # banks in the order in which their reductions were started, the same on every process
         self.launched = []
         self.functions = {}  # compiled functions of rules
-        self.watch = None  # function ({bank: as `reduced`}) that is shown the gradients of a step
         self.judge = None  # system.rescue.Skip, called with the same before the update: whether it is made
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
@@ -456,10 +455,11 @@ class Optimizer:
     # ----- updates
 
     @torch.no_grad()
-    def step(self, plan):
+    def step(self, plan, watch=None):
         """Reduce, update and gather the banks that are due, and clear their gradients.
 
         plan: schedule.StepPlan of the step.
+        watch: function that is shown the gradients, {bank: as `reduced`}, before anything changes them.
         """
         due = [bank for bank in self.banks if is_due(bank, plan.due)]
         if not set(self.launched) <= set(due):
@@ -476,7 +476,8 @@ class Optimizer:
             self.forget_gradients(due, plan.frozen)
             return
         if clip:
-            self.show(gradients)
+            if watch is not None:
+                watch(gradients)
             factor = self.clip_factor(due, [seen for _, seen in gradients.values()])
         held = [bank for bank in self.in_order(due) if not bank.unit][-1:] if self.plan.gathers_last else []
         gathers = []
@@ -496,15 +497,10 @@ class Optimizer:
         for work in gathers:
             if work is not None:
                 work.wait()
-        if not clip:
-            self.show(gradients)
+        if not clip and watch is not None:
+            watch(gradients)
         self.launched = []
         self.forget_gradients(due, plan.frozen)
-
-    def show(self, gradients):
-        """Show the gradients of a step, {bank: as `reduced`}, to the function that watches them, if any."""
-        if self.watch is not None:
-            self.watch(gradients)
 
     def launch_rest(self, banks):
         """Start the reductions that have not started.

@@ -76,7 +76,7 @@ def measured(ref, scale, data, every, repeats):
         saver = Checkpoints(run, ("steps", every), keep=2)
         steps, copies, writes, norms, looks = [], [], [], [], []
         watch, cuda = run.guards.watch, run.world.cuda
-        run.optimizer.watch = lambda gradients: norms.append(spent(lambda: watch(gradients), cuda))
+        run.guards.watch = lambda gradients: norms.append(spent(lambda: watch(gradients), cuda))
 
         def step():
             plan = run.plans[run.steps_done]

@@ -1,6 +1,7 @@
 """Guards of a run under way: loss and gradients are finite, and all processes hold the same parameters.
 
-    guards = Guards(world, optimizer)       # from here on the optimizer shows its gradients
+    guards = Guards(world, optimizer)
+    optimizer.step(plan, guards.watch)      # the optimizer shows its gradients
     guards.after_step(step, loss)           # nothing waits for the device
     guards.check()                          # Tripped, with the step and the tensor
 
@@ -65,7 +66,6 @@ class Guards:
         self.excused = False
         self.looked_at = -1  # the last step whose numbers were looked at
         self.under_way = collections.deque()  # (step, names, values on the host, CUDA event or None)
-        optimizer.watch = self.watch
 
     def watch(self, gradients: dict[Bank, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Take the norms of a step's gradients, before anything changes them.

@@ -94,7 +94,7 @@ BEFORE_RETURN = "(aux - aux.detach()).view(targets.shape)\n        return losses
 AFTER_INITIALISE = "        model.initialise(options.seed)\n"
 FORWARD = "corrections=None if corrections is None else corrections[ranks]\n        ).mean()\n"
 STARTS_AGAIN = "    if step < len(run.plans):\n        run.clock.start()\n"
-CONVERTED = "        x = self.norm(h).to(matmul_dtype)\n"
+CONVERTED = "        x = stream.reuse(self.norm(h), self.norm)\n"
 ELAPSED = "        self.total_ms += 1000 * (time.perf_counter() - self.began)\n"
 ENDS = "    log.end(status=status"
 

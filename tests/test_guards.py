@@ -99,9 +99,9 @@ def test_a_skipped_step_leaves_parameters_momentum_and_counts_and_the_run_says_s
     seen = {}
     plain = Optimizer.step
 
-    def keep(optimizer, plan):
+    def keep(optimizer, plan, watch=None):
         before = {name: x.clone() for name, x in optimizer.full_tensors()}, optimizer.update_counts()
-        plain(optimizer, plan)
+        plain(optimizer, plan, watch)
         if plan.step == 5 and optimizer.judge is not None:
             after = {name: x.clone() for name, x in optimizer.full_tensors()}, optimizer.update_counts()
             same = all(torch.equal(before[0][name], x) for name, x in after[0].items())

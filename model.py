@@ -168,8 +168,10 @@ class Head(nn.Module):
         if not (self.fp8 and self.training):
             return weight, None
         # Undo the loss averaging (over eight ranks and, for a mean, their tokens) before the FP8 cast.
-        divided_by = {"mean": LOGICAL_RANKS * tokens_per_rank, "sum": LOGICAL_RANKS, "step_sum": 1}
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by[self.reduction])
+        divided_by = 1 if self.reduction == "step_sum" else LOGICAL_RANKS
+        if self.reduction == "mean":
+            divided_by *= tokens_per_rank
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
 
     def logits_dtype(self):
         """Dtype of the logits that the cross entropy reads, in training or validation."""

@@ -225,15 +225,17 @@ def start(options):
     return run_queue(options, root, plan, slots) if here else submit(options, root, plan)
 
 
-TUNE = {"kind": "tune", "seeds": 1, "controls": None, "paired": True}  # what the tuning is, whatever is asked
+# what the tuning is, whatever is asked
+TUNE = {"kind": "tune", "seeds": 1, "controls": None, "paired": True}
 
 
 def optimizers(options):
     """`sweep.py optimizers`: tune the learning rate of every rule, then compare the rules."""
-    from sweeps.optimizers import chosen, read_rules
+    from sweeps.optimizers import chosen, comparison, read_rules, tuning
     options.base = read_rules(options.rules)[1][0].record
     root = Path(options.dir or Path(options.runs) / f"optimizers_{options.scale or 'micro'}")
-    if code := start(argparse.Namespace(**vars(options) | TUNE | {"dir": str(root / "tune")})):
+    if code := start(argparse.Namespace(**vars(options) | TUNE | {
+            "dir": str(root / "tune"), "fill": tuning})):
         return code
     if options.plan:
         print(f"then the comparison: every rule with its best learning rate, {options.seeds} seeds each")
@@ -242,7 +244,7 @@ def optimizers(options):
     options.chosen = chosen(plan, queue.settled(root / "tune")[0])
     for rule, (factor, note) in options.chosen.items():
         print(f"{rule}: learning rate x{factor:g}{f' ({note})' if note else ''}")
-    options.dir = str(root / "comparison")
+    options.dir, options.fill = str(root / "comparison"), comparison
     return start(options)
 
 

@@ -288,12 +288,12 @@ def rules(site):
         return missing("No comparison of update rules is committed yet: `python sweep.py optimizers --scale "
                        "tiny` makes one.")
     columns = [("" if i < 3 or i in (4, 8) else ">") + name for i, name in enumerate(optimizers.HEAD)]
-    return "".join(
-        f"<p>{escape(report.headline(sweep))}</p>"
-        + table(columns, [[escape(cell) for cell in row] for row in optimizers.table(sweep)],
-                f"Update rules at {sweep['scale']}")
-        for sweep in found
-    )
+    out = ""
+    for sweep in found:
+        rows = [[escape(cell) for cell in row] for row in optimizers.table(sweep, report.effect_text)]
+        out += f"<p>{escape(report.headline(sweep))}</p>"
+        out += table(columns, rows, f"Update rules at {sweep['scale']}")
+    return out
 
 
 def prediction_tables(site):

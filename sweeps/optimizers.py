@@ -6,7 +6,7 @@ Two sweeps in two queues. `tune` trains every rule with each learning rate of a 
 """
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,8 @@ import schema
 from common.errors import UserError
 from declare import lookup
 from settings import Settings
+from sweeps import queue
+from sweeps.plan import make_arm, resolve
 
 RULES = Path(__file__).parent / "optimizers.toml"
 VALIDATIONS = 20  # of a run of the comparison
@@ -65,7 +67,6 @@ def change(plan: dict, rule: Rule, factor: float) -> list[str]:
 
 def tuning(plan: dict, options: Any) -> None:
     """Fill in the arms of the tuning: every rule with every learning rate. The control is the baseline's."""
-    from sweeps.plan import make_arm
     factors, rules = read_rules(options.rules)
     for rule in rules:
         for factor in sorted(factors, key=lambda x: x != 1):  # the record's own first
@@ -81,7 +82,6 @@ def comparison(plan: dict, options: Any) -> None:
 
     Every run validates often enough to tell the step at which it reaches a loss.
     """
-    from sweeps.plan import make_arm
     _, rules = read_rules(options.rules)
     plan["first_seed"] = FIRST_SEED
     steps = resolved(plan, {"record": deltas.find_record(rules[0].record).ref, "changes": []}).schedule.steps
@@ -99,7 +99,6 @@ def chosen(plan: dict, done: dict) -> dict[str, tuple[float, str]]:
 
     UserError for a rule of which no run finished.
     """
-    from sweeps import queue
     best: dict[str, tuple[float, float]] = {}
     grid: dict[str, list[float]] = {}
     for arm in plan["arms"]:
@@ -123,12 +122,11 @@ def rows(root: str | Path, plan: dict, done: dict) -> list[dict[str, Any]]:
     `steps`: for every seed that got there, the step at which its validation loss reaches the mean final loss
     of the baseline, between two validations on a line.
     """
-    from sweeps.report import losses, runs_of
-    baseline = losses(runs_of(plan, plan["arms"][0], done))
+    baseline = [run["val_loss"] for run in finished(plan, plan["arms"][0], done)]
     target = sum(baseline) / len(baseline) if baseline else None
     found = []
     for arm in plan["arms"]:
-        runs = [run for run in runs_of(plan, arm, done) if run["status"] == "finished"]
+        runs = finished(plan, arm, done)
         logs = [runlog.read_chain(Path(root) / "runs" / run["folder"] / "run.jsonl") for run in runs]
         curves = [list(curve(events)) for events in logs]
         reached = [] if target is None else [x for c in curves if (x := crossing(c, target)) is not None]
@@ -142,9 +140,14 @@ def rows(root: str | Path, plan: dict, done: dict) -> list[dict[str, Any]]:
     return found
 
 
+def finished(plan: dict, arm: dict, done: dict) -> list[dict[str, Any]]:
+    """The results of an arm's runs that finished, by seed."""
+    names = [queue.name_of(arm, seed) for seed in queue.seeds_of(plan, arm)]
+    return [done[name] for name in names if name in done and done[name]["status"] == "finished"]
+
+
 def resolved(plan: dict, arm: dict) -> Settings:
     """The settings of an arm."""
-    from sweeps.plan import resolve
     return resolve(plan, arm).settings
 
 
@@ -193,9 +196,8 @@ def cells(row: dict[str, Any], mean: float | None, effect: str) -> list[str]:
             f"{row['state_bytes'] / 2 ** 20:.1f} MiB", row["note"]]
 
 
-def table(found: dict[str, Any]) -> list[list[str]]:
-    """The table of rules of a report, the lowest mean loss first."""
-    from sweeps.report import effect_text
+def table(found: dict[str, Any], effect_text: Callable[[dict], str]) -> list[list[str]]:
+    """The table of rules of a report, the lowest mean loss first. effect_text: row of the report -> text."""
     control = found["control"]
     about = {control["arm"]: (control["mean"], "baseline")}
     about |= {row["arm"]: (row["mean"], effect_text(row)) for row in found["rows"]}

@@ -15,7 +15,6 @@ from common import errors
 from common import repository
 from declare import BEFORE, REFUSE, lookup
 from settings import NUMERICS_VERSION
-from sweeps import optimizers
 from common.errors import UserError
 
 # the parts of the settings that a loss can depend on
@@ -306,8 +305,8 @@ def make_plan(options):
         "settings": {}, "data": str(Path(options.data).resolve()) if options.data else None,
         "numerics_version": NUMERICS_VERSION, "code": repository.code_version()
     }
-    {"ablate": ablation, "axis": axis, "chain": chain, "tune": optimizers.tuning,
-     "optimizers": optimizers.comparison}[options.kind](plan, options)
+    fill = {"ablate": ablation, "axis": axis, "chain": chain}.get(options.kind) or options.fill
+    fill(plan, options)
     plan["name"] = f"{plan['kind']}_{plan['base'].replace('/', '-').replace('..', '_to_')}_{scale}"
     compared = len(pairs_of(plan))
     if not compared:

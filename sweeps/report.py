@@ -299,7 +299,7 @@ def markdown(found):
     lines += ["| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |" for cells in table(found)]
     if "rules" in found:
         lines += ["", "| " + " | ".join(optimizers.HEAD) + " |", "|" + "---|" * len(optimizers.HEAD)]
-        lines += ["| " + " | ".join(row) + " |" for row in optimizers.table(found)]
+        lines += ["| " + " | ".join(row) + " |" for row in optimizers.table(found, effect_text)]
     if found["skipped"]:
         lines += [
             "", "Not switched off:", "", *(f"- `{s['feature']}`: {s['reason']}" for s in found["skipped"])

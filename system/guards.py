@@ -20,6 +20,7 @@ import math
 import numpy as np
 import torch
 
+import schedule
 from optim import Bank, Optimizer
 from system.world import World
 
@@ -166,11 +167,12 @@ class Guards:
     def digests(self) -> torch.Tensor:
         """(processes, banks) int64: sums of the parameters' bits, the same for equal parameters. Collective.
 
-        Experts that are spread over the processes differ by design; they count as 0.
+        Experts that are spread over the processes, and workers that train apart (optim.outer.workers), differ
+        by design; they count as 0.
         """
-        sums = [
-            bits(bank.param[:0] if bank.comm.splits_members else bank.param) for bank in self.optimizer.banks
-        ]
+        apart = schedule.apart(self.optimizer.s)
+        sums = [bits(bank.param[:0] if apart or bank.comm.splits_members else bank.param)
+                for bank in self.optimizer.banks]
         return torch.stack(self.world.parts(torch.stack(sums)))
 
 

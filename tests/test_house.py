@@ -50,6 +50,7 @@ EXCEPTIONS = {
     "evidence.audit_probe:clock": "the audit runs that code's trainer, in a process of its own",
     "evidence.model_facts:counted": "a log's number of parameters is held against the model of its settings",
     "evidence.run_laws:": "layers.specs, which has no torch, tells which layers a log speaks of",
+    "sweeps.optimizers:state_bytes": "the table of rules tells the memory of each one's state",
     "page.variant_table:counted": "parameters and FLOPs are counted on the model",
 }
 

@@ -516,7 +516,9 @@ def test_the_index_tells_the_committed_losses(site, built):
 
 def test_history_is_consistent(site):
     for h in site["history"]:
-        assert re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["minutes"] > 0 and h["title"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", h["date"]) and h["title"]
+        # the optimizer track counts steps; two of its results were never verified
+        assert (h["minutes"] or 0) > 0 or h["ref"].startswith("optimizer/"), h["ref"]
         # a new release of a library is nobody's idea
         assert all(h["people"]) and (h["people"] or h["kind"] == "retiming"), h["ref"]
         assert h["status"] in ("record", "retiming", "claim") and h["scope"] in ("parametric", "retrieval")

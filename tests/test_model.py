@@ -491,8 +491,8 @@ def test_the_plan_s_memory_is_what_model_and_optimizer_hold():
     state = sum(x.numel() * x.element_size() for bank in optimizer.banks for x in bank.state.values()) / 2**20
     line = next(plan.held(s))
     assert f"parameters {held:,.1f} MiB" in line and f"optimizer {state:,.1f} MiB" in line
-    # gradients of the loss by logits and by capped logits: 2 x 8 x 128 tokens x 1280 classes
-    assert "a forward of 8 logical ranks keeps" in line and " 10.0 MiB pass by" in line
+    # the gradient of the loss by logits, which takes their place: 8 x 128 tokens x 1280 classes
+    assert "a forward of 8 logical ranks keeps" in line and " 5.0 MiB pass by" in line
 
 
 def test_the_plan_cites_the_bench_of_this_record_and_scale_only(tmp_path):

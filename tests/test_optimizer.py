@@ -405,7 +405,7 @@ def test_a_whole_model_trains_with_a_cadence_and_its_plan_is_the_settings():
 
 
 OWN = {"lr": 0.5, "weight_decay": 0.25, "beta1": 0.125, "beta2": 0.75, "eps": 0.5, "every": 3, "adamw": True,
-       "decay_mul": 0.5, "freeze_steps": 7, "lr_mul": 2.0}
+       "decay_mul": 0.5, "freeze_steps": 7, "lr_mul": 2.0, "bias_correction": False}
 LABELLED = [
     (f"optim.{label}.{field.name}", role, label, field.name) for role, labels in LABELS.items()
     for label in labels for field in dataclasses.fields(MatrixLabel if role == "matrix" else Label)

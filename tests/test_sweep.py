@@ -163,7 +163,6 @@ BAD = [
     (["ablate", "short/11", "--dir", "/dev/null/x"], "choose another with --dir"),
     (["chain", "short/1"], "FIRST..LAST"),
     (["chain", "variant"], "did you mean variants?"),
-    (["chain", "medium"], "no record of this lineage has a parent"),
     (["chain", "short", "--controls", "9"], "leave it away"),
     (["chain", "short/9..short/4"], "not an ancestor"),
     (["chain", "short/6..short/7"], "nothing to run"),
@@ -188,6 +187,12 @@ def test_bad_input_is_one_clear_line_before_anything_starts(args, message, tmp_p
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and err.count("\n") == 1 and message in err
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_lineage_without_parents_is_no_chain(monkeypatch, capsys):
+    monkeypatch.setattr(deltas, "LINEAGES", (*deltas.LINEAGES, "empty"))
+    assert call("chain", "empty") == 2
+    assert "no record of this lineage has a parent" in capsys.readouterr().err
 
 
 def test_another_sweep_in_the_same_folder_is_refused(tmp_path, monkeypatch, capsys):

@@ -225,8 +225,8 @@ def test_steps_of_the_validations():
 
 # ----- schedules
 
-@pytest.mark.feature("schedule.horizon", "schedule.matrix", "schedule.matrix.warmup_from_zero",
-                     "optim.muon.momentum_cooldown.until")
+@pytest.mark.feature("schedule.horizon", "schedule.matrix", "schedule.matrix.horizon",
+                     "schedule.matrix.warmup_from_zero", "optim.muon.momentum_cooldown.until")
 @pytest.mark.parametrize("result", [4, 10, 13, 20, 25, 36, 39, 46])
 def test_learning_rates_and_momentum_at_every_step(result):
     """To the end of the schedules, before which the run may stop."""

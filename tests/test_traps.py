@@ -40,7 +40,9 @@ def scrambled(model, seed=1):
 def of(plan, **changes):
     """A step plan with other values, without its record's rests and cadences."""
     known = {"lr_factor": 1.0, "momentum": 0.0, "due": None, "frozen": frozenset(), "step": 0, "events": ()}
-    return SimpleNamespace(**{**vars(plan), **known, **changes})
+    changed = SimpleNamespace(**{**vars(plan), **known, **changes})
+    changed.of_role = lambda role: changed
+    return changed
 
 
 def moved(n, labels, gradients="random", lr_factor=1.0, **changes):

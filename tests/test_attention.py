@@ -481,7 +481,7 @@ def test_flash_attention_starts_blocks_for_the_documents_that_there_are(ref, mic
     model.forward = lambda x, y, context, **more: texts.append(x) or forward(x, y, context, **more)
     world = SimpleNamespace(total=lambda x: x, cuda=False, device=torch.device("cpu"), gather=lambda x: x)
     run = SimpleNamespace(s=s, world=world, model=model, compiled=model, optimizer=Optimizer(model, s),
-                          hooks=[], workers=None, ranks_per_microbatch=microbatch, corpus=corpus)
+                          hooks=[], workers=None, guards=None, ranks_per_microbatch=microbatch, corpus=corpus)
     batch = Stream(corpus, ranks=range(8), **stream_arguments(s)).next()
     plan = schedule.plan(s)[0]
     train_step(run, plan, *to_rows(batch, plan.shape.seq_len, world.device, corpus.bos))

@@ -125,7 +125,7 @@ def test_the_bias_stands_still_over_the_last_part_of_a_run(name):
     model.initialise(0)
     run = SimpleNamespace(
         s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=Optimizer(model, s),
-        workers=None, ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
+        workers=None, guards=None, ranks_per_microbatch=8, corpus=SimpleNamespace(bos=0),
         world=SimpleNamespace(total=lambda tally: tally)
     )
     for step, moves in ((6, True), (7, False), (9, False)):

@@ -382,7 +382,7 @@ def test_gradients_are_the_mean_over_ranks_of_their_mean_losses_and_from_21t_on_
     found, optimizer = [], Optimizer(model, s)
     run = SimpleNamespace(
         s=s, model=model, hooks=hooks_of(model), compiled=model, optimizer=optimizer,
-        workers=None, ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=0),
+        workers=None, guards=None, ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=0),
         world=SimpleNamespace(total=lambda x: x)
     )
     plan = schedule.plan(s)[s.schedule.steps // 2]

@@ -66,7 +66,7 @@ def small_run(ref, hooks=()):
     return SimpleNamespace(
         s=s, world=world, plans=schedule.plan(s), model=model, compiled=model, corpus=corpus,
         optimizer=optimizer, hooks=[*hooks_of(model), *(make(model) for make in hooks)],
-        workers=None, ranks_per_microbatch=8, between_chunks=lambda: None,
+        workers=None, guards=None, ranks_per_microbatch=8, between_chunks=lambda: None,
         rows=validation_rows(corpus, s.validation.tokens, s.validation.seq_len, range(8))
     )
 

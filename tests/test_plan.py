@@ -44,7 +44,8 @@ def small_run(s, compiled=lambda model: model):
     world = SimpleNamespace(total=lambda x: x, ranks=range(8), device=torch.device("cpu"))
     return SimpleNamespace(
         s=s, world=world, plans=schedule.plan(s), model=model, hooks=hooks_of(model),
-        compiled=compiled(model), optimizer=Optimizer(model, s), workers=None, ranks_per_microbatch=8,
+        compiled=compiled(model), optimizer=Optimizer(model, s), workers=None, guards=None,
+        ranks_per_microbatch=8,
         corpus=sample_corpus()
     )
 

@@ -115,7 +115,7 @@ def test_the_gradient_is_that_of_the_sum_over_all_tokens_of_a_step(microbatch):
     inputs, targets, found = batch[..., :-1], batch[..., 1:], []
     run = SimpleNamespace(
         s=s, model=model, hooks=(), compiled=model, optimizer=Optimizer(model, s),
-        ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=0), world=None, workers=None
+        ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=0), world=None, workers=None, guards=None
     )
     train_step(run, schedule.plan(s)[0], inputs, targets, [Documents(1, s.data.seq_len)] * 8,
                before_reduction=lambda: found.extend(p.grad.clone() for p in model.parameters()))

@@ -578,7 +578,7 @@ def test_workers_are_trainings_of_their_own_that_meet_every_period():
     run = SimpleNamespace(
         s=s, model=model, compiled=model, optimizer=optimizer, hooks=[*hooks_of(model), workers], world=world,
         workers=workers, ranks_per_microbatch=ranks_per_microbatch(s, 8, False),
-        corpus=SimpleNamespace(bos=BOS))
+        corpus=SimpleNamespace(bos=BOS), guards=None)
     others = [start_of(alone) for _ in range(8)]
     slow = {name: p.detach().clone() for name, p in model.named_parameters()}
     b, steps = {name: torch.zeros_like(x) for name, x in slow.items()}, []

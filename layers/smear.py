@@ -10,6 +10,11 @@ from settings import Settings
 from updates import views
 
 
+def one_before(x: torch.Tensor, first: torch.Tensor | None) -> torch.Tensor:
+    """x_(t-1) for every t of x (R, T, D). first: (R, 1, D), the one before x_0; None: zeros."""
+    return F.pad(x[:, :-1], (0, 0, 1, 0)) if first is None else torch.cat([first, x[:, :-1]], dim=1)
+
+
 class Smear(nn.Module):
     """e_t <- e_t + lambda sigmoid(W e_t[:channels]) e_(t-1) along the row (record 34, @classiclarryd).
 
@@ -29,8 +34,7 @@ class Smear(nn.Module):
 
         cache: in generation. Its last embedding precedes e, and is then replaced by the last one of e.
         """
-        first = None if cache is None else cache.previous
-        before = F.pad(e[:, :-1], (0, 0, 1, 0)) if first is None else torch.cat([first, e[:, :-1]], dim=1)
+        before = one_before(e, None if cache is None else cache.previous)
         if cache is not None:
             cache.previous = e[:, -1:]
         share = self.lam()[0] * torch.sigmoid(linear(e[..., :self.gate.size(1)], self.gate))  # (R, T, 1)
@@ -53,8 +57,7 @@ class OutputSmear(nn.Module):
 
         cache: in generation. Its last x precedes these, and is then replaced by the last one of these.
         """
-        first = None if cache is None else cache.output
-        before = F.pad(x[:, :-1], (0, 0, 1, 0)) if first is None else torch.cat([first, x[:, :-1]], dim=1)
+        before = one_before(x, None if cache is None else cache.output)
         if cache is not None:
             cache.output = x[:, -1:]
         return x + self.lam()[0] * before

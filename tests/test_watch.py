@@ -17,8 +17,8 @@ def write(out, seed, losses, end=None):
     """The folder of a run of 20 steps with these validation losses, every five steps."""
     log = runlog.RunLog(out, f"s{seed}")
     s = resolve("short/11", scale="micro", sets=["schedule.steps=20", "validation.every=5"]).settings
-    log.event("start", record="short/11", preset="", scale="micro", seed=seed, changes=[], utc="", sources="x",
-              settings=schema.plain(s), memory={"mib": {"total": 321}})
+    log.event("start", record="short/11", preset="", scale="micro", seed=seed, changes=[], utc="",
+              sources="x", settings=schema.plain(s), memory={"mib": {"total": 321}})
     for i, loss in enumerate(losses):
         log.event("validation", step=5 * i, scheduled_steps=20, val_loss=loss, tokens=5 * i * 1024, epoch=0,
                   train_loss=[loss + 0.1] * (5 if i else 0), train_time_ms=1000.0 * i)

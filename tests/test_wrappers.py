@@ -486,8 +486,8 @@ ALL = ("optim.ema_nesterov={beta=0.3, start=1, stop=7}", "optim.outer={period=3}
 
 
 def test_a_killed_run_with_all_wrappers_ends_with_the_bits_of_a_whole_one(tmp_path, monkeypatch):
-    """bfloat16 matrices with kept mantissas, and a head that unties. The whole run keeps the laws of logs, and
-    its checkpoint holds what the last validation read."""
+    """bfloat16 matrices with kept mantissas, and a head that unties. The whole run keeps the laws of logs,
+    and its checkpoint holds what the last validation read."""
     more = [part for x in (*ALL, "system.precision=record") for part in ("--set", x)]
     options, resolved = test_resume.options_of("short/57", tmp_path / "whole", *more)
     assert test_resume.train(options, resolved) == 0

@@ -367,7 +367,9 @@ class GPT(nn.Module):
         if start and tokens.size(1) != 1:
             raise ValueError("after a cache comes one token at a time")
         x0 = self.embed(tokens, start, self.lm_head.weight if self.tied else None, cache)  # (R, T, D)
-        stream = self.residual.start(x0, self.bigrams(tokens, cache), self.embed.second_rows(tokens))
+        stream = self.residual.start(
+            x0, self.bigrams(tokens, cache, context), self.embed.second_rows(tokens)
+        )
         x = stream.begin()
         mix = self.values.begin(tokens, stream) if self.values is not None else None
         lambdas = self.sa_lambdas.begin() if self.sa_lambdas is not None else None
@@ -401,7 +403,9 @@ class GPT(nn.Module):
             losses = losses + (aux - aux.detach()).view(targets.shape)
         return losses
 
-    def bigrams(self, tokens: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
+    def bigrams(
+        self, tokens: torch.Tensor, cache: Cache | None, context: Context | None
+    ) -> torch.Tensor | None:
         """Rows (R, T, D) of the bigram table for tokens (R, T), of which the cache has those before; or
         None."""
         if self.bigram is None:
@@ -409,7 +413,7 @@ class GPT(nn.Module):
         past = None if cache is None else cache.tokens
         if cache is not None:
             cache.tokens = tokens if past is None else torch.cat([past, tokens], 1)
-        return self.bigram(tokens, past)
+        return self.bigram(tokens, past, None if context is None else context.bigrams)
 
     def tokens_per_rank(self, context: Context | None) -> int | None:
         """Tokens of a logical rank in this training step.
@@ -519,7 +523,7 @@ class GPT(nn.Module):
             raise ValueError("the rotary tables are of another window: call model.update_yarn(windows) first")
         if self.sees_all:
             layers = [spec.attn and AttnMeta(None, scale) for spec, scale in zip(self.specs, scales)]
-            return Context(layers, tokens_per_rank)
+            return self.with_bigrams(Context(layers, tokens_per_rank), tokens)
         if documents is None and a.document_mask:
             documents = segments(tokens == bos, a.segment if self.training else None)
         views, spans = {}, layer_spans(self.specs, windows)
@@ -538,8 +542,15 @@ class GPT(nn.Module):
             and AttnMeta(views[spec.attn.paired, span], scale, self.composition(spec, documents, scale))
             for spec, span, scale in zip(self.specs, spans, scales)
         ]
-        return Context(self.traceable(layers) if self.compiled and not cached else layers, tokens_per_rank,
-                       documents if self.mtp is not None else None)
+        layers = self.traceable(layers) if self.compiled and not cached else layers
+        documents = documents if self.mtp is not None else None
+        return self.with_bigrams(Context(layers, tokens_per_rank, documents), tokens)
+
+    def with_bigrams(self, context: Context, tokens: torch.Tensor) -> Context:
+        """The context, for a compiled forward in training with the rows of a table with sparse gradients."""
+        if self.compiled and self.training and self.bigram is not None and self.bigram.table.takes_rows:
+            context.bigrams = self.bigram.look_up(tokens)
+        return context
 
     def composition(self, spec, documents, scale):
         """Documents (R, T) and softmax scale of a layer whose heads are composed, otherwise None."""

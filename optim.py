@@ -12,9 +12,10 @@ from collections import Counter
 import torch
 
 from common.errors import UserError
-from settings import LOGICAL_RANKS
+from settings import LOGICAL_RANKS, per_stage
 from updates.adam import AdamW, RowAdam
 from updates.muon import Muon
+from updates.rows import Rows, total
 
 # name -> function (settings, group) -> rule
 RULES = {"adamw": AdamW.of, "row_adam": RowAdam.of, "muon": Muon.of}
@@ -69,8 +70,12 @@ class Alone:
     """
     name = "replicated"
     gathers_last = False
+    world = 1
 
     def of(self, shared: bool, experts: bool, small: bool = False):
+        return Local()
+
+    def of_rows(self, by_rows: bool):
         return Local()
 
     def total(self, x):
@@ -108,6 +113,8 @@ class Bank:
     tokens_per_expert: for expert weights only, (E,) per member: tokens of each expert in the step.
     """
 
+    by_rows = False  # whether the rule gets the gradient as Rows
+
     def __init__(self, rule, group, members, unit, comm, ordered, tokens_per_expert=()):
         self.rule, self.group, self.members, self.unit = rule, group, members, unit
         self.comm, self.ordered, self.tokens_per_expert = comm, ordered, tokens_per_expert
@@ -115,15 +122,12 @@ class Bank:
         self.role, self.label, self.views = first.role, first.label, first.views
         self.units = sum(p.numel() for _, p in members) // math.prod(unit)
         padded = math.ceil(self.units / comm.shards) * comm.shards
-        self.param = torch.zeros((padded, *unit), dtype=first.dtype, device=first.device)
-        self.grad = torch.zeros_like(self.param)
-        start = 0
-        for _, p in members:
-            stop = start + p.numel()
-            self.param.view(-1)[start:stop].copy_(p.detach().reshape(-1))
-            p.data = self.param.view(-1)[start:stop].view(p.shape)
-            p.grad = self.grad.view(-1)[start:stop].view(p.shape)
-            start = stop
+        if len(members) == 1 and padded == self.units and first.is_contiguous():
+            # in place: a table may take most of the memory
+            self.param = first.detach().view(padded, *unit)
+        else:
+            self.param = torch.zeros((padded, *unit), dtype=first.dtype, device=first.device)
+        self.bind()
         units = len(comm.shard(self.param))
         self.state = {name: torch.zeros((units, *shape), dtype=dtype, device=first.device)
                       for name, (shape, dtype) in rule.state(unit, first.dtype, first.views).items()}
@@ -134,9 +138,31 @@ class Bank:
         self.pending = len(members)  # parameters whose gradient is not ready in this backward pass
         self.clear()
 
+    @property
+    def eager(self):
+        """Whether the update is neither compiled nor captured in a CUDA graph."""
+        return self.rule.eager
+
+    def bind(self):
+        """Make the parameters and their gradients views of the bank."""
+        self.grad = torch.zeros_like(self.param)
+        start = 0
+        for _, p in self.members:
+            stop = start + p.numel()
+            part = self.param.view(-1)[start:stop]
+            if part.data_ptr() != p.data_ptr() or part.is_meta:
+                part.copy_(p.detach().reshape(-1))
+            p.data = part.view(p.shape)
+            p.grad = self.grad.view(-1)[start:stop].view(p.shape)
+            start = stop
+
     def clear(self):
         """Forget the gradients."""
         self.grad.zero_()
+        self.forget()
+
+    def forget(self):
+        """Forget what was summed, and the reduction."""
         self.summed, self.tree, self.comm.work = False, Tree(), []
 
     def reset(self):
@@ -176,6 +202,18 @@ class Bank:
         if self.summed:
             self.accumulate()
         return self.sum if self.summed else self.grad
+
+    def received(self, mine, seen):
+        """(gradient for the rule, gradient for the norm) from what comm.wait returns."""
+        return mine, seen if self.comm.partial else seen[:self.units]
+
+    def kept_gradient(self):
+        """What the bank holds of its gradient, as a tensor."""
+        return self.grad
+
+    def grad_bytes(self):
+        """Bytes of a gradient in the parameters' dtype, on one process."""
+        return self.grad.nbytes
 
     def mask(self):
         """(N, 1, ...): 0 skips the update of a unit (an expert without tokens, padding). None: no mask."""
@@ -250,18 +288,104 @@ class Bank:
         )
 
 
+class RowBank(Bank):
+    """A table (N, D) whose gradient is the rows that were looked up (updates/rows.py), never a whole tensor.
+
+    Autograd's sparse gradient of each backward pass becomes Rows, which are summed when they are needed. A
+    rule that updates by rows gets them as they are. Any other gets a dense gradient of this process's shard.
+    """
+
+    def __init__(self, rule, group, members, comm, ordered, most_rows):
+        """most_rows: rows that this process looks up between two updates, at most."""
+        self.parts, self.dense, self.most_rows = [], None, most_rows
+        self.by_rows = rule.by_rows
+        super().__init__(rule, group, members, tuple(members[0][1].shape[-1:]), comm, ordered)
+
+    @property
+    def eager(self):
+        return self.by_rows or self.rule.eager  # the number of rows changes with the cadence
+
+    def bind(self):
+        (_, p), = self.members
+        if self.param.data_ptr() != p.data_ptr() or p.is_meta:
+            self.param[:len(p)].copy_(p.detach())
+        p.data, p.grad, p.takes_rows = self.param[:len(p)], None, True
+
+    def clear(self):
+        self.members[0][1].grad = None
+        self.parts = []
+        self.forget()
+
+    def accumulate(self):
+        """Take the rows of a finished backward pass from autograd."""
+        p = self.members[0][1]
+        if p.grad is None:
+            return
+        rows, p.grad = Rows.looked_up(p.grad), None
+        if self.ordered:
+            self.tree.push(rows)
+        else:
+            self.parts.append(rows)
+
+    def local_gradient(self):
+        """This process's gradient sum, as Rows."""
+        self.accumulate()
+        if self.ordered and self.tree.levels:
+            return self.tree.total()
+        return total(self.parts) if self.parts else Rows.none(self.members[0][1])
+
+    def received(self, mine, seen):
+        if self.by_rows:
+            return mine, mine.values
+        shard = self.comm.shard(self.param)
+        if self.dense is None or self.dense.dtype != mine.dtype:
+            self.dense = torch.empty_like(shard, dtype=mine.dtype)
+        return (mine.dense_(self.dense),) * 2
+
+    def kept_gradient(self):
+        return torch.cat([part.values for part in self.parts]) if self.parts else self.param[:0]
+
+    def grad_bytes(self):
+        rows = min(self.most_rows, self.units)
+        return rows * (self.param[0].nbytes + torch.int64.itemsize)
+
+    def update(self, grad, numbers, update_, direction):
+        if self.by_rows:
+            self.rule.update_touched_(self.param, grad, self.state, numbers)
+        else:
+            super().update(grad, numbers, update_, direction)
+
+
+def as_rows(s, p, rule):
+    """Whether the gradient of a parameter is kept as the rows that were looked up."""
+    how = s.system.table_gradients
+    return bool(getattr(p, "row_lookups", 0)) and (how == "rows" or (how == "auto" and rule.by_rows))
+
+
+def row_bank(model, s, plan, group, rule, name, p):
+    """The RowBank of a table."""
+    ordered = s.system.reduction == "ordered"
+    cadence = max(group.every, group.slower.every if group.slower else 0)
+    tokens = max(per_stage(s.data.tokens_per_rank)) * LOGICAL_RANKS // plan.world
+    return RowBank(
+        rule, group.name, [(name, p)], plan.of_rows(rule.by_rows), ordered, p.row_lookups * tokens * cadence
+    )
+
+
 def banks_of(model, s, plan, rules):
     """The banks of a model's parameters. plan: the communication plan; rules: as RULES."""
-    found, loads = {}, model.tokens_per_expert()
+    found, loads, banks = {}, model.tokens_per_expert(), []
     for name, p in model.named_parameters():
         group = s.optim.group(p.role, p.label)
         rule = rules[group.rule](s, group)
+        if as_rows(s, p, rule):
+            banks.append(row_bank(model, s, plan, group, rule, name, p))
+            continue
         unit = rule.unit(p.shape, p.views)
         # An elementwise rule has one bank for the whole group; matrices have one bank per label.
         small = not unit and p.numel() < s.system.small_allreduce
         key = (rule, group.name, p.label if unit else "", p.views if unit else None, p.dtype, unit, small)
         found.setdefault(key, []).append((name, p))
-    banks = []
     for (rule, group, _, _, _, unit, small), members in found.items():
         tokens = [loads[name] for name, _ in members if name in loads]
         comm = plan.of(rule.shared, bool(tokens), *([small] if small else []))
@@ -341,7 +465,7 @@ class Optimizer:
         self.judge = None  # system.rescue.Skip, called with the same before the update: whether it is made
         pool = torch.cuda.graph_pool_handle() if s.system.cuda_graphs and torch.cuda.is_available() else None
         for bank in self.banks:
-            bank.replay = Replay(pool) if s.system.cuda_graphs and not bank.rule.eager else None
+            bank.replay = Replay(pool) if s.system.cuda_graphs and not bank.eager else None
             for _, p in bank.members:
                 p.register_post_accumulate_grad_hook(lambda _, bank=bank: self.ready(bank))
 
@@ -357,7 +481,7 @@ class Optimizer:
         out = {}
         for i, bank in enumerate(self.banks):
             out |= {
-                f"{i} {bank.name()}/{name}": x for name, x in {"gradient": bank.grad, **bank.state}.items()
+                f"{i} {bank.name()}/{name}": x for name, x in {"gradient": bank.kept_gradient(), **bank.state}.items()
             }
             out[f"{i} {bank.name()}/updates"] = torch.tensor(bank.updates)
         return out
@@ -429,8 +553,7 @@ class Optimizer:
     @torch.no_grad()
     def reduced(self, bank):
         """Wait for the reduction: (this process's shard of the mean gradient, gradient for the norm)."""
-        mine, seen = bank.comm.wait(bank.local_gradient() if not bank.comm.reduces else None)
-        return mine, seen if bank.comm.partial else seen[:bank.units]
+        return bank.received(*bank.comm.wait(bank.local_gradient() if not bank.comm.reduces else None))
 
     @torch.no_grad()
     def clip_factor(self, banks, seen):
@@ -572,7 +695,7 @@ class Optimizer:
         if bank.replay is None:
             return (
                 {k: torch.tensor(x, dtype=torch.float64) for k, x in values.items()}
-                if self.compiled and not bank.rule.eager else values
+                if self.compiled and not bank.eager else values
             )
         for name, value in values.items():
             if name not in bank.numbers:

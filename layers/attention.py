@@ -52,6 +52,9 @@ class Context:
     # bits (V, V / 8) uint8 of the tokens that cannot follow a token (data/seams.py), in the final validation
     # of canonical masking; None: any can
     impossible: torch.Tensor | None = None
+    # (1 or 2, R, T, width) rows of the bigram table, looked up outside a compiled forward, which has no
+    # sparse gradients; None: the forward looks them up
+    bigrams: torch.Tensor | None = None
 
     def backends(self) -> list[str]:
         views = [meta.view for meta in self.layers if meta is not None]

@@ -80,6 +80,7 @@ class Bigram(nn.Module):
         self.second_token, self.trigrams, self.dim = b.second_token, b.trigrams, s.model.model_dim
         width = b.dim or s.model.model_dim
         self.table = parameter((b.rows, width), n.table, role="embed", label="bigram", init=constant(0.0))
+        self.table.row_lookups = 2 if b.trigrams else 1
         self.residual_dtype = dtype(n.residual)
         if b.signs is not None:  # drawn by GPT.initialise
             self.register_buffer("signs", torch.empty(b.signs, width, dtype=dtype(n.table)))
@@ -91,20 +92,34 @@ class Bigram(nn.Module):
         draws = torch.randint(0, 2, self.signs.shape, generator=generator)
         self.signs.copy_(2 * draws - 1)
 
-    def forward(self, tokens: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+    def look_up(self, tokens: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
+        """The rows of the table for tokens (R, T), without signs: (1 or 2, R, T, width).
+
+        past: as in `forward`.
+        """
+        line, new = self.line(tokens, past)
+        if self.trigrams:
+            ids = ngram_ids(line, len(self.table))
+        else:
+            ids = bigram_ids(line, len(self.table), self.second_token)[None]
+        return F.embedding(ids[..., new], self.table, sparse=self.table.takes_rows and self.training)
+
+    def line(self, tokens, past):
+        """(tokens with those before them, slice of the tokens in it)."""
+        return tokens if past is None else torch.cat([past, tokens], 1), slice(-tokens.size(1), None)
+
+    def forward(self, tokens: torch.Tensor, past: torch.Tensor | None = None,
+                rows: torch.Tensor | None = None) -> torch.Tensor:
         """The bigram rows of tokens (R, T).
 
         past: (R, P) the tokens of the row before these, in generation; None: none.
+        rows: what look_up returns; None: they are looked up here.
         """
-        line = tokens if past is None else torch.cat([past, tokens], 1)
-        new = slice(-tokens.size(1), None)
-        if self.trigrams:
-            ids, signs = ngram_ids(line, len(self.table)), ngram_sign_ids(line, len(self.signs))
-        else:
-            ids = bigram_ids(line, len(self.table), self.second_token)[None]
-            signs = None if self.signs is None else sign_ids(line, len(self.signs))[None]
-        rows = F.embedding(ids[..., new], self.table)  # (1 or 2, R, T, width)
-        if signs is not None:
+        rows = self.look_up(tokens, past) if rows is None else rows
+        if self.signs is not None:
+            line, new = self.line(tokens, past)
+            signs = ngram_sign_ids(line, len(self.signs)) if self.trigrams else \
+                sign_ids(line, len(self.signs))[None]
             rows = rows * F.embedding(signs[..., new], self.signs)
         rows = rows.sum(0) if self.trigrams else rows[0]
         return F.pad(rows.to(self.residual_dtype), (0, self.dim - rows.size(-1)))

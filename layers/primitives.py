@@ -57,10 +57,14 @@ def parameter(
     first_part: number of the first slice, where other processes or another parameter hold those before it.
     drawn_as: name that keys the initial values, in place of its own, where a setting decides how tensors are
     cut.
+
+    The parameter's `row_lookups` is the number of rows of a table that a token looks up, for tables whose
+    gradient can be these rows; the optimizer sets `takes_rows` if it takes them (optim.RowBank).
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.views = role, label, views
     p.parts, p.first_part, p.drawn_as = parts or [init], first_part, drawn_as
+    p.row_lookups, p.takes_rows = 0, False
     return p
 
 

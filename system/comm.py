@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from optim import Alone, Local, Tree
 from schedule import apart
+from updates.rows import Rows, total
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -156,6 +157,83 @@ class Ordered(AllReduce):
         return self.shard(tree.total()), tree.total()
 
 
+# ----- tables whose gradient is the rows that were looked up
+
+class EveryRow(Local):
+    """All-gather of the processes' rows: every process gets all of them and updates its whole table."""
+    name = "touched rows"
+    reduces = True
+
+    def __init__(self, rank: int, world: int, ordered: bool):
+        super().__init__()
+        self.rank, self.world, self.ordered = rank, world, ordered
+        self.eager = not ordered
+
+    def reduce(self, grad: Rows) -> None:
+        """Start the all-gather. Every process looks up as many rows, so nothing has to be counted."""
+        many, self.table = self.world * len(grad.ids), grad.table
+        self.ids, self.values = grad.ids.new_empty(many), grad.values.new_empty(many, grad.values.size(1))
+        pairs = ((self.ids, grad.ids), (self.values, grad.values)) if many else ()
+        self.work = [all_gather(as_bytes(out), as_bytes(mine), async_op=True) for out, mine in pairs]
+
+    def wait(self, grad):
+        for work in self.work:
+            work.wait()
+        parts = zip(self.ids.chunk(self.world), self.values.chunk(self.world))
+        rows = together([Rows(ids, values, self.table) for ids, values in parts], self.ordered)
+        return rows, rows
+
+
+class OwnRows(ReduceScatter):
+    """Each process updates an equal part of the table's rows and gets the gradients of these alone (record
+    71). The sum is made in rank order, that of a reduce-scatter in an order of its own."""
+    name = "touched rows to their owners"
+
+    def __init__(self, rank: int, world: int, start: str, ordered: bool):
+        super().__init__(rank, world, start)
+        self.name, self.ordered = OwnRows.name, ordered
+        self.eager = self.eager and not ordered
+
+    def reduce(self, grad: Rows) -> None:
+        """Start the exchange. The host waits for the numbers of rows, as in the original."""
+        self.shard_rows = -(-grad.table // self.world)
+        borders = torch.arange(self.world + 1, device=grad.ids.device) * self.shard_rows
+        cuts = torch.searchsorted(grad.ids, borders.clamp(max=grad.table))
+        counts = cuts.diff()
+        theirs = torch.empty_like(counts)
+        dist.all_to_all_single(theirs, counts)
+        sent, self.got = counts.tolist(), theirs.tolist()
+        many = sum(self.got)
+        self.ids, self.values = grad.ids.new_empty(many), grad.values.new_empty(many, grad.values.size(1))
+        self.work = [
+            dist.all_to_all_single(
+                as_bytes(out), as_bytes(mine[:sum(sent)]), self.got, sent, async_op=True
+            ) for out, mine in ((self.ids[:, None], grad.ids[:, None]), (self.values, grad.values))
+        ]
+
+    def wait(self, grad):
+        for work in self.work:
+            work.wait()
+        first, parts = self.rank * self.shard_rows, zip(self.ids.split(self.got), self.values.split(self.got))
+        rows = together([Rows(ids - first, values, self.shard_rows) for ids, values in parts], self.ordered)
+        return rows, rows
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as bytes: every dtype, every bit."""
+    return x.view(torch.uint8)
+
+
+def together(parts: list[Rows], ordered: bool) -> Rows:
+    """The sum of the processes' rows, in rank order or in one tree."""
+    if not ordered:
+        return total(parts)
+    tree = Tree()
+    for part in parts:
+        tree.push(part)
+    return tree.total()
+
+
 # Plans with sharded updates -> when the reductions of Muon start; those of AdamW when a gradient is ready.
 MUON_STARTS = {"sharded": "ready", "adam_hooks": "late", "interleaved": "after"}
 
@@ -189,6 +267,15 @@ class Communication:
         if self.name == "allreduce_updates":
             return UpdatesAllReduced(*here) if shared else AllReduce(*here, shared=False)
         return (Bucketed if self.name == "bucketed" else AllReduce)(*here, shared)
+
+    def of_rows(self, by_rows: bool):
+        """The communication of a table whose gradient is the rows that were looked up.
+
+        by_rows: its rule moves no other rows, so that every process can make the whole update.
+        """
+        if by_rows or self.name not in MUON_STARTS:
+            return EveryRow(self.rank, self.world, self.ordered)
+        return OwnRows(self.rank, self.world, "ready", self.ordered)
 
     def total(self, x):
         """The sum of a tensor over the processes, in place."""

@@ -88,6 +88,8 @@ class Guards:
 
         The sizes add up to the gradient: the last ones, without a name, are padding.
         """
+        if bank.by_rows:  # as many rows as were looked up
+            return [bank.members[0][0]], [seen.numel()]
         if bank not in self.cuts:
             sharded = bank.comm.partial and not bank.comm.splits_members
             start = self.world.rank * seen.numel() if sharded else 0

@@ -22,6 +22,7 @@ from system import compiler
 from system.hooks import Stateful, all_tensors
 from system.run import Run
 from system.world import World
+from updates.rows import Rows, total
 
 HASHED = 2 ** 28  # bytes of a tensor that are on the host at a time
 PIECE = 2 ** 22  # elements that are taken from all processes at a time: 32 MiB for each in float64
@@ -53,14 +54,20 @@ def gradient_checksums(
     for bank in optimizer.banks:
         # sum of all forwards, as p.grad is not in bfloat16
         held = bank.local_gradient() if gradients is None else gradients[bank]
+        if isinstance(held, Rows):
+            out[bank.members[0][0]] = rounded(checksums_of_rows(held, world))
+            continue
         share, start = held.detach().view(-1), 0
         for name, p in bank.members:
-            out[name] = [
-                float(f"{x:.8g}")
-                for x in checksums_of(share[start : start + p.numel()], bank.comm.name == "own", world)
-            ]
+            part = share[start : start + p.numel()]
+            out[name] = rounded(checksums_of(part, bank.comm.name == "own", world))
             start += p.numel()
     return dict(sorted(out.items()))
+
+
+def rounded(checksums: list[float]) -> list[float]:
+    """To eight digits, as the log has them."""
+    return [float(f"{x:.8g}") for x in checksums]
 
 
 def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
@@ -78,6 +85,18 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
     return [math.sqrt(squares), turned]
 
 
+def checksums_of_rows(share: Rows, world: World) -> list[float]:
+    """The same of a gradient of which each process holds a summand of some rows (N, D)."""
+    parts = zip(world.parts(share.ids), world.parts(share.values))
+    g = total([Rows(ids, values.double(), share.table) for ids, values in parts])
+    width, squares, turned = g.values.size(1), 0.0, 0.0
+    for piece in g.pieces(max(1, PIECE // width)):
+        at = piece.ids[:, None] * width + torch.arange(width, device=piece.ids.device)
+        squares += piece.values.square().sum().item()
+        turned += (piece.values * at.cos()).sum().item()
+    return [math.sqrt(squares), turned]
+
+
 class Probe:
     """The gradient checksums of a step; with workers that train apart, of the mean of their gradients."""
 
@@ -90,7 +109,8 @@ class Probe:
             self.found = gradient_checksums(self.run.optimizer, self.run.world)
             return
         for bank in self.run.optimizer.banks:
-            self.mean[bank] = self.mean.get(bank, 0) + bank.local_gradient() / LOGICAL_RANKS
+            share = bank.local_gradient() / LOGICAL_RANKS
+            self.mean[bank] = self.mean[bank] + share if bank in self.mean else share
 
     def checksums(self) -> dict[str, list[float]]:
         """Collective."""

@@ -96,7 +96,7 @@ def copies_bytes(optimizer: Optimizer, outer: Outer, ranks: int) -> int:
 def saved(s: Settings, optimizer: Optimizer) -> str:
     """What the workers exchange in a run, in place of gradients, in one line."""
     rounds, steps = len(outer_steps(s)), s.schedule.steps
-    gradients = steps * sum(bank.grad[:bank.units].nbytes for bank in optimizer.banks)
+    gradients = steps * sum(bank.grad_bytes() for bank in optimizer.banks)
     weights = rounds * sum(bank.units * bank.param[:1].numel() * widened(bank.param.dtype).itemsize
                            for bank in optimizer.banks)
     return (f"{LOGICAL_RANKS} workers train apart (optim.outer.workers): all-reduces of {weights / 1e6:,.1f} "

@@ -35,7 +35,7 @@ class Local:
     splits_members: each process holds a slice of every parameter of the bank (expert parallelism).
     """
     name = "local"
-    shards = 1
+    shards = world = 1
     reduces = eager = late = partial = sends_updates = splits_members = False
 
     def __init__(self):
@@ -70,7 +70,6 @@ class Alone:
     """
     name = "replicated"
     gathers_last = False
-    world = 1
 
     def of(self, shared: bool, experts: bool, small: bool = False):
         return Local()
@@ -113,7 +112,7 @@ class Bank:
     tokens_per_expert: for expert weights only, (E,) per member: tokens of each expert in the step.
     """
 
-    by_rows = False  # whether the rule gets the gradient as Rows
+    has_rows = by_rows = False  # whether the gradient is Rows, and whether the rule gets it like this
 
     def __init__(self, rule, group, members, unit, comm, ordered, tokens_per_expert=()):
         self.rule, self.group, self.members, self.unit = rule, group, members, unit
@@ -294,10 +293,12 @@ class RowBank(Bank):
     Autograd's sparse gradient of each backward pass becomes Rows, which are summed when they are needed. A
     rule that updates by rows gets them as they are. Any other gets a dense gradient of this process's shard.
     """
+    has_rows = True
 
-    def __init__(self, rule, group, members, comm, ordered, most_rows):
-        """most_rows: rows that this process looks up between two updates, at most."""
-        self.parts, self.dense, self.most_rows = [], None, most_rows
+    def __init__(self, rule, group, members, comm, ordered, rows_per_rank, steps):
+        """rows_per_rank: rows that a logical rank looks up in a step, at most. steps: from one update to the
+        next, at most."""
+        self.parts, self.dense, self.rows_per_rank, self.steps = [], None, rows_per_rank, steps
         self.by_rows = rule.by_rows
         super().__init__(rule, group, members, tuple(members[0][1].shape[-1:]), comm, ordered)
 
@@ -345,9 +346,14 @@ class RowBank(Bank):
     def kept_gradient(self):
         return torch.cat([part.values for part in self.parts]) if self.parts else self.param[:0]
 
+    def row_bytes(self, rows, summed=False):
+        """Bytes of the gradient of so many look-ups, at most. summed: as a sum of several, not by one forward
+        pass."""
+        dtype = torch.promote_types(self.param.dtype, torch.float32) if summed else self.param.dtype
+        return min(rows, self.units + 1) * (self.param[0].numel() * dtype.itemsize + torch.int64.itemsize)
+
     def grad_bytes(self):
-        rows = min(self.most_rows, self.units)
-        return rows * (self.param[0].nbytes + torch.int64.itemsize)
+        return self.row_bytes(self.rows_per_rank * LOGICAL_RANKS // self.comm.world)
 
     def update(self, grad, numbers, update_, direction):
         if self.by_rows:
@@ -364,11 +370,11 @@ def as_rows(s, p, rule):
 
 def row_bank(model, s, plan, group, rule, name, p):
     """The RowBank of a table."""
-    ordered = s.system.reduction == "ordered"
-    cadence = max(group.every, group.slower.every if group.slower else 0)
-    tokens = max(per_stage(s.data.tokens_per_rank)) * LOGICAL_RANKS // plan.world
+    steps = max(group.every, group.slower.every if group.slower else 0)
+    rows = p.row_lookups * max(per_stage(s.data.tokens_per_rank))
     return RowBank(
-        rule, group.name, [(name, p)], plan.of_rows(rule.by_rows), ordered, p.row_lookups * tokens * cadence
+        rule, group.name, [(name, p)], plan.of_rows(rule.by_rows), s.system.reduction == "ordered", rows,
+        steps
     )
 
 
@@ -553,7 +559,8 @@ class Optimizer:
     @torch.no_grad()
     def reduced(self, bank):
         """Wait for the reduction: (this process's shard of the mean gradient, gradient for the norm)."""
-        return bank.received(*bank.comm.wait(bank.local_gradient() if not bank.comm.reduces else None))
+        local = None if bank.comm.reduces else bank.local_gradient()
+        return bank.received(*bank.comm.wait(local))
 
     @torch.no_grad()
     def clip_factor(self, banks, seen):

@@ -84,8 +84,8 @@ class System:
                 "updates (record 57). auto: sharded")
     table_gradients: Literal["auto", "dense", "rows"] = opt(
         "auto", "gradient of the bigram table. dense: a tensor of the table's size. rows: the rows that a "
-                "step looks up, which alone travel between processes (record 71). auto: rows if the table has "
-                "row_moment, whose update then moves no other rows", needs="model.embed.bigram")
+                "step looks up, which alone travel between processes (record 71). auto: rows if the "
+                "table has row_moment, whose update then moves no other rows", needs="model.embed.bigram")
     small_allreduce: int = opt(
         0, "AdamW parameters of fewer elements are all-reduced, and updated by every process (record 52: "
            "1024)", unit="element", off=0, least=0, most=2 ** 31)

@@ -21,6 +21,7 @@ from system_settings import recomputable
 from model_settings import padded_vocab
 from common.errors import UserError
 from system.microbatch import ranks_per_microbatch
+from updates.adam import TABLE_CHUNK
 
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 
@@ -199,16 +200,49 @@ def estimate(s, ranks, microbatch, world=1):
     optimizer = Optimizer(model, s, communication(s, 0, world))
     hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
     parameters = sum(bank.param.nbytes for bank in optimizer.banks)
+    tables = [bank for bank in optimizer.banks if bank.has_rows]
+    dense = [bank for bank in optimizer.banks if not bank.has_rows]
     held = {bank: 2 * bank.grad.nbytes if bank.grad.dtype == torch.bfloat16 and microbatch < ranks else 0
-            for bank in optimizer.banks}
-    sums = sum(held.values()) + sum((held[bank] or bank.grad.nbytes) // world for bank in optimizer.banks
-                                    if bank.comm.name == "reduce-scatter")
+            for bank in dense}
+    gradients = sum(bank.grad.nbytes for bank in dense) + sum(held.values()) + sum(
+        (held[bank] or bank.grad.nbytes) // world for bank in dense if bank.comm.name == "reduce-scatter")
+    gradients += sum(rows_held(bank, ranks, microbatch) for bank in tables)
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
     kept, passing = max((moment(s, shape, microbatch, compiled) for shape in heaviest(s)), key=sum)
+    # an update needs room when a forward pass keeps nothing any more
+    passing = max(passing, *(rows_passing(bank, ranks, microbatch) - kept for bank in tables), 0)
     state = optimizer.state_bytes() + hooks
     if schedule.apart(s):
         state += copies_bytes(optimizer, Outer(model, s.optim.outer), ranks)
-    return Estimate(parameters, parameters + sums, state, kept, passing)
+    return Estimate(parameters, gradients, state, kept, passing)
+
+
+def rows_held(bank, ranks, microbatch):
+    """Bytes that an optim.RowBank holds of a table's gradient between two updates.
+
+    They are the rows of each forward pass and, for a rule that moves every row, a dense gradient of the
+    shard.
+    """
+    forwards = bank.steps * ranks // microbatch
+    held = forwards * bank.row_bytes(microbatch * bank.rows_per_rank)
+    if bank.by_rows:
+        return held
+    width = 4 if forwards > 1 else bank.param.itemsize
+    return held + bank.comm.shard(bank.param).numel() * max(width, bank.param.itemsize)
+
+
+def rows_passing(bank, ranks, microbatch):
+    """Bytes that come and go when an optim.RowBank sums its rows and updates them."""
+    rows, forwards = bank.steps * ranks * bank.rows_per_rank, bank.steps * ranks // microbatch
+    passing = bank.row_bytes(rows, summed=True) if forwards > 1 else 0
+    if bank.comm.world > 1:  # what others send, and the sum of all
+        senders = bank.comm.world if bank.by_rows else 1
+        passing += senders * bank.row_bytes(rows, forwards > 1)
+        passing += bank.row_bytes(bank.comm.world * rows, summed=True) // bank.comm.shards
+    if bank.by_rows:  # mean squares of the table, and of a piece what the rule makes
+        piece = min(rows * bank.comm.world, TABLE_CHUNK // bank.param.size(-1)) * bank.param.size(-1)
+        passing += bank.units * 4 + 4 * 4 * piece
+    return passing
 
 
 def moment(s, shape, microbatch, compiled):

@@ -152,8 +152,9 @@ def update_bytes(s: Settings, banks: Sequence, gpus: int) -> float:
     total, product = 0.0, BYTES[products_dtype(s)]
     for bank in banks:
         state = sum(x.nbytes for x in bank.state.values())  # of this process's shard
-        total += 2 * state + (2 * bank.param.nbytes + bank.grad.nbytes) / bank.comm.shards
-        total += 2 * bank.grad.nbytes * forwards  # written or added to by each forward's backward pass
+        moved = bank.grad_bytes() if bank.by_rows else bank.param.nbytes
+        total += 2 * state + (2 * moved + bank.grad_bytes()) / bank.comm.shards
+        total += 2 * bank.grad_bytes() * forwards  # written or added to by each forward's backward pass
         if bank.role in ("matrix", "lm_head", "router") and bank.param.itemsize != product:
             # cast for the products of each forward, and its gradient cast back
             total += 2 * bank.param.numel() * (bank.param.itemsize + product) * forwards
@@ -165,7 +166,10 @@ def sent(banks: Sequence, gpus: int) -> float:
     part = (gpus - 1) / gpus
     total = 0.0
     for bank in banks if gpus > 1 else ():
-        total += part * bank.grad.nbytes * (1 if bank.comm.partial else 2)
+        if bank.has_rows:  # to one owner, or to all others
+            total += bank.grad_bytes() * (part if bank.comm.partial else gpus - 1)
+        else:
+            total += part * bank.grad_bytes() * (1 if bank.comm.partial else 2)
         total += part * bank.param.nbytes * (bank.comm.shards > 1)
     return total
 

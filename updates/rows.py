@@ -43,7 +43,8 @@ class Rows:
         return cls(torch.empty(0, dtype=torch.int64, device=like.device), like[:0].detach(), len(like))
 
     def __add__(self, other: Rows) -> Rows:
-        return total((self, other))
+        """In the dtype of both, as tensors are added."""
+        return total((self, other), self.dtype)
 
     def __truediv__(self, number: float) -> Rows:
         return Rows(self.ids, self.values / number, self.table)
@@ -93,15 +94,15 @@ def slots_of(ids: torch.Tensor, table: int) -> tuple[torch.Tensor, torch.Tensor]
     return torch.empty_like(order).scatter_(0, order, slot), found
 
 
-def total(parts: Sequence[Rows]) -> Rows:
-    """The sum of gradients of one table, each row's in the order of the parts; of bfloat16 ones in float32.
+def total(parts: Sequence[Rows], dtype: torch.dtype | None = None) -> Rows:
+    """The sum of gradients of one table, each row's in the order of the parts.
 
-    A single part is returned as it is.
+    dtype: of the sum; None: float32, or that of the parts if it is wider. A single part is returned as it is.
     """
     first = parts[0]
     if len(parts) == 1:
         return first
-    wide = torch.promote_types(first.dtype, torch.float32)
+    wide = dtype or torch.promote_types(first.dtype, torch.float32)
     slots, ids = slots_of(torch.cat([part.ids for part in parts]), first.table)
     values = first.values.new_zeros((len(ids), first.values.size(1)), dtype=wide)
     for part, own in zip(parts, slots.split([len(part.ids) for part in parts])):

@@ -325,8 +325,10 @@ class RowBank(Bank):
         rows, p.grad = Rows.looked_up(p.grad), None
         if self.ordered:
             self.tree.push(rows)
-        else:
-            self.parts.append(rows)
+            return
+        self.parts.append(rows)
+        if sum(len(part.ids) for part in self.parts) > 2 * self.units:  # of bfloat16: more than their sum
+            self.parts = [total(self.parts)]
 
     def local_gradient(self):
         """This process's gradient sum, as Rows."""
@@ -347,13 +349,13 @@ class RowBank(Bank):
         return torch.cat([part.values for part in self.parts]) if self.parts else self.param[:0]
 
     def row_bytes(self, rows, summed=False):
-        """Bytes of the gradient of so many look-ups, at most. summed: as a sum of several, not by one forward
-        pass."""
+        """Bytes of so many rows of a gradient. summed: of a sum of several, not by one forward pass."""
         dtype = torch.promote_types(self.param.dtype, torch.float32) if summed else self.param.dtype
-        return min(rows, self.units + 1) * (self.param[0].numel() * dtype.itemsize + torch.int64.itemsize)
+        return rows * (self.param[0].numel() * dtype.itemsize + torch.int64.itemsize)
 
     def grad_bytes(self):
-        return self.row_bytes(self.rows_per_rank * LOGICAL_RANKS // self.comm.world)
+        rows = self.rows_per_rank * LOGICAL_RANKS // self.comm.world
+        return self.row_bytes(min(rows, self.units))
 
     def update(self, grad, numbers, update_, direction):
         if self.by_rows:
@@ -486,9 +488,8 @@ class Optimizer:
         """{name: tensor} of everything but the parameters that a step changes."""
         out = {}
         for i, bank in enumerate(self.banks):
-            out |= {
-                f"{i} {bank.name()}/{name}": x for name, x in {"gradient": bank.kept_gradient(), **bank.state}.items()
-            }
+            held = {"gradient": bank.kept_gradient(), **bank.state}
+            out |= {f"{i} {bank.name()}/{name}": x for name, x in held.items()}
             out[f"{i} {bank.name()}/updates"] = torch.tensor(bank.updates)
         return out
 

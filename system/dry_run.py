@@ -17,6 +17,7 @@ from layers.specs import layer_specs
 from model_settings import padded_vocab
 from settings import LOGICAL_RANKS
 from system import plan_plot, roofline
+from system.cards import CARDS
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
 
 
@@ -284,6 +285,14 @@ def held(s, card=None, gpus=1):
         how += ["blocks recomputed"] if system.activation_checkpoint == "on" else []
         fits = e.total <= memory.SHARE * gib * 2**30
         yield f"  {name}: " + ", ".join(how) + f"; {mib(e.total)}" + ("" if fits else ": too much")
+    if card is None:
+        sizes |= {f"an H200, {gib} GiB": gib for gib in (CARDS["h200"].capacity,) if sizes}
+    for name, gib in sizes.items():
+        found = memory.largest_table(s, LOGICAL_RANKS // gpus, gib * 2**30, gpus)
+        if found is not None and found[0] < s.model.embed.bigram.rows:
+            rows, e = found
+            yield (f"  {name}: model.embed.bigram.rows={rows} is the largest table that fits; {mib(e.total)}" if rows
+                   else f"  {name}: no table fits")
 
 
 def mib(size):

@@ -10,6 +10,7 @@ Tensors without values (device meta) are counted.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -23,6 +24,7 @@ from common.errors import UserError
 from system.microbatch import ranks_per_microbatch
 from updates.adam import TABLE_CHUNK
 
+FEW_ROWS, LARGEST_TABLE = 1024, 2**31 - 2  # rows of a bigram table
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
 
 
@@ -206,45 +208,52 @@ def estimate(s, ranks, microbatch, world=1):
             for bank in dense}
     gradients = sum(bank.grad.nbytes for bank in dense) + sum(held.values()) + sum(
         (held[bank] or bank.grad.nbytes) // world for bank in dense if bank.comm.name == "reduce-scatter")
-    gradients += sum(rows_held(bank, ranks, microbatch) for bank in tables)
+    gradients += sum(rows_held(bank, ranks, microbatch, bank.units) for bank in tables)
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
-    kept, passing = max((moment(s, shape, microbatch, compiled) for shape in heaviest(s)), key=sum)
+    alike = s if s.model.embed.bigram is None else with_rows(s, FEW_ROWS)  # a forward pass keeps no table
+    kept, passing = max((moment(alike, shape, microbatch, compiled) for shape in heaviest(s)), key=sum)
     # an update needs room when a forward pass keeps nothing any more
-    passing = max(passing, *(rows_passing(bank, ranks, microbatch) - kept for bank in tables), 0)
+    rows = sum(rows_passing(bank, ranks, microbatch, bank.units) for bank in tables)
+    passing = max(passing, rows - kept)
     state = optimizer.state_bytes() + hooks
     if schedule.apart(s):
         state += copies_bytes(optimizer, Outer(model, s.optim.outer), ranks)
     return Estimate(parameters, gradients, state, kept, passing)
 
 
-def rows_held(bank, ranks, microbatch):
-    """Bytes that an optim.RowBank holds of a table's gradient between two updates.
+def rows_held(bank, ranks, microbatch, table):
+    """Bytes that an optim.RowBank holds of the gradient of a table of so many rows between two updates.
 
-    They are the rows of each forward pass and, for a rule that moves every row, a dense gradient of the
-    shard.
+    They are the rows of each forward pass, or their sum if that is less and, for a rule that moves every row,
+    a dense gradient of the shard.
     """
-    forwards = bank.steps * ranks // microbatch
-    held = forwards * bank.row_bytes(microbatch * bank.rows_per_rank)
+    forwards, rows = bank.steps * ranks // microbatch, min(microbatch * bank.rows_per_rank, table + 1)
+    held = bank.row_bytes(forwards * rows)
+    if forwards * rows > 2 * table:
+        held = min(held, bank.row_bytes(table + 1, summed=True) + bank.row_bytes(rows))
     if bank.by_rows:
         return held
-    width = 4 if forwards > 1 else bank.param.itemsize
-    return held + bank.comm.shard(bank.param).numel() * max(width, bank.param.itemsize)
+    width = max(4 if forwards > 1 else 0, bank.param.itemsize)
+    return held + math.ceil(table / bank.comm.shards) * bank.param.size(-1) * width
 
 
-def rows_passing(bank, ranks, microbatch):
+def rows_passing(bank, ranks, microbatch, table):
     """Bytes that come and go when an optim.RowBank sums its rows and updates them."""
-    rows, forwards = bank.steps * ranks * bank.rows_per_rank, bank.steps * ranks // microbatch
-    passing = bank.row_bytes(rows, summed=True) if forwards > 1 else 0
-    if bank.comm.world > 1:  # what others send, and the sum of all
-        senders = bank.comm.world if bank.by_rows else 1
-        passing += senders * bank.row_bytes(rows, forwards > 1)
-        passing += bank.row_bytes(bank.comm.world * rows, summed=True) // bank.comm.shards
+    forwards, world = bank.steps * ranks // microbatch, bank.comm.world
+    mine = min(bank.steps * ranks * bank.rows_per_rank, table + 1)
+    every = min(world * mine, table + 1)
+    passing = bank.row_bytes(mine, summed=True) if forwards > 1 else 0
+    if world > 1:  # what others send, and the sum of all
+        received = world * mine if bank.by_rows else mine
+        passing += bank.row_bytes(received, forwards > 1)
+        passing += bank.row_bytes(every, summed=True) // bank.comm.shards
     if bank.by_rows:  # mean squares of the table, and of a piece what the rule makes
-        piece = min(rows * bank.comm.world, TABLE_CHUNK // bank.param.size(-1)) * bank.param.size(-1)
-        passing += bank.units * 4 + 4 * 4 * piece
+        piece = min(every, TABLE_CHUNK // bank.param.size(-1)) * bank.param.size(-1)
+        passing += 4 * table + 4 * 4 * piece
     return passing
 
 
+@functools.lru_cache(maxsize=64)
 def moment(s, shape, microbatch, compiled):
     """(kept, passing) of an Estimate in steps of this Shape."""
     passing = passing_in_head(s, microbatch * shape.tokens_per_rank, compiled, classes(s, shape))
@@ -286,6 +295,47 @@ def fit(s, ranks, capacity, world=1):
         if found.total <= SHARE * capacity:
             break
     return fitted, found
+
+
+def with_rows(s, rows):
+    """Settings with a bigram table of so many rows."""
+    bigram = dataclasses.replace(s.model.embed.bigram, rows=rows)
+    embed = dataclasses.replace(s.model.embed, bigram=bigram)
+    return dataclasses.replace(s, model=dataclasses.replace(s.model, embed=embed))
+
+
+def largest_table(s, ranks, capacity, world=1):
+    """(rows, Estimate) of the largest bigram table with which a step fits; an even number of rows, 0: none.
+
+    None if the settings have no table whose gradient is kept as rows.
+    """
+    from model import without_values
+    from optim import Optimizer
+    from system.comm import communication
+    if s.model.embed.bigram is None:
+        return None
+    fitted, found = fit(with_rows(s, FEW_ROWS), ranks, capacity, world)
+    microbatch = fitted.system.ranks_per_microbatch
+    optimizer = Optimizer(without_values(fitted), fitted, communication(fitted, 0, world))
+    banks = [bank for bank in optimizer.banks if bank.has_rows]
+    if not banks:
+        return None
+    bank, = banks
+
+    def total(rows):
+        """Bytes of the table's part of a step, and of what passes by, with a table of so many rows."""
+        shard = math.ceil(rows / bank.comm.shards)
+        own = rows * bank.param[0].nbytes + shard * sum(x[0].nbytes for x in bank.state.values())
+        own += rows_held(bank, ranks, microbatch, rows)
+        return own + max(found.passing, rows_passing(bank, ranks, microbatch, rows) - found.kept)
+
+    room = SHARE * capacity - (found.total - total(FEW_ROWS))
+    low, high = 0, LARGEST_TABLE // 2  # pairs of rows
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if total(2 * middle) <= room else (low, middle - 1)
+    rows = 2 * low
+    return rows, estimate(with_rows(fitted, max(rows, 2)), ranks, microbatch, world)
 
 
 @contextlib.contextmanager

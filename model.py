@@ -33,7 +33,7 @@ from layers.mlp import MLP
 from layers.moe import MoE
 from layers.mtp import MTPModule, within_documents
 from layers.primitives import Norm, bias_init, constant, dtype, linear, linear_init, normal, parameter
-from layers.primitives import products_dtype, uniform
+from layers.primitives import gradient_unit, products_dtype, uniform
 from layers.residual import Residual, Stream
 from layers.rotary import Rotary, RotaryTables
 from layers.smear import OutputSmear, Smear
@@ -167,11 +167,8 @@ class Head(nn.Module):
         weight = table if self.weight is None else self.weight
         if not (self.fp8 and self.training):
             return weight, None
-        # Undo the loss averaging (over eight ranks and, for a mean, their tokens) before the FP8 cast.
-        divided_by = 1 if self.reduction == "step_sum" else LOGICAL_RANKS
-        if self.reduction == "mean":
-            divided_by *= tokens_per_rank
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * divided_by)
+        # Undo the loss averaging before the FP8 cast.
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * gradient_unit(self.reduction, tokens_per_rank))
 
     def logits_dtype(self):
         """Dtype of the logits that the cross entropy reads, in training or validation."""

@@ -372,7 +372,7 @@ def as_rows(s, p, rule):
 
 def row_bank(model, s, plan, group, rule, name, p):
     """The RowBank of a table."""
-    steps = max(group.every, group.slower.every if group.slower else 0)
+    steps = max(group.every, group.cadence(s.schedule.steps - 1))
     rows = p.row_lookups * max(per_stage(s.data.tokens_per_rank))
     return RowBank(
         rule, group.name, [(name, p)], plan.of_rows(rule.by_rows), s.system.reduction == "ordered", rows,

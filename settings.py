@@ -272,11 +272,53 @@ class FP8CProj:
                                  "previous forward pass) / 448", above=0)
     weight: float = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
                               "previous step) / 448", above=0)
+    fixed: float | None = opt(None, "fixed scale of the activations in place of the delayed one (record 90)",
+                              above=0)
     exact_steps: int = opt(
         16, "first steps with an exact weight scale: before the first step and after each of this many "
             "steps, the scale is (current largest entry) / 448",
         unit="step", off=REFUSE, shrink="steps", least=0
     )
+
+
+@dataclass(frozen=True)
+class FP8Backward:
+    """FP8 for the products of the MLPs' backward pass too (records 90 and 92): gradients in e5m2.
+
+    Every operand is then cast once, with a scale that is known before. relu(pre) is the root of relu^2 as the
+    cast left it. Scales of gradients refer to the gradient of a rank's sum of losses, as in the originals;
+    the trainer undoes its own loss averaging. With a margin a scale is delayed: margin x (maximum of its
+    logical rank in the previous pass) / (largest value of the format).
+    """
+    input: float = opt(8 / 448, "scale of the MLP's input; with input_margin that of the first step", above=0)
+    input_margin: float | None = opt(1.25, "margin of the input's delayed scale (off: it stays)", above=0)
+    grad: float = opt(1 / 448, "scale of the incoming gradient", above=0)
+    hidden: float = opt(1 / 448, "scale of the gradient before relu^2; with hidden_margin that of the first "
+                                 "step", above=0)
+    hidden_margin: float | None = opt(None, "margin of that gradient's delayed scale (off: it stays)", above=0)
+    c_fc_delayed: bool = opt(False, "the scale of c_fc is delayed as that of c_proj is (off: it is that of "
+                                    "the current weight)", off=False)
+
+
+@dataclass(frozen=True)
+class FP8QKV:
+    """FP8 for the projections q, k and v in both passes of training (record 90), as one product.
+
+    The weight's scale is its largest entry / 448; the gradient, in e5m2, is that of a rank's sum of losses.
+    """
+    x: float = opt(8 / 448, "scale of attention's input", above=0)
+    grad: float = opt(1 / 448, "scale of the gradient of the projections", above=0)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if s.model.bias:
+            yield "numerics.fp8_qkv has no bias vectors: set model.bias=false"
+        if s.model.attn.latent:
+            yield "numerics.fp8_qkv is for whole heads: add --without model.attn.latent"
+        if s.model.head.loss_reduction == "mean":
+            yield "numerics.fp8_qkv needs model.head.loss_reduction=sum or step_sum"
+        if s.model.model_dim % 16:
+            yield (f"numerics.fp8_qkv needs multiples of 16 and model.model_dim is {s.model.model_dim}: "
+                   "change it or add --without numerics.fp8_qkv")
 
 
 @dataclass(frozen=True)
@@ -288,6 +330,8 @@ class FP8MLP:
     tokens of its rank. The backward pass uses the operands before the cast. Validation does not use FP8.
     """
     c_proj: FP8CProj | None = opt(None, "FP8 for the second product too, with delayed scales")
+    backward: FP8Backward | None = opt(None, "FP8 for the products of the backward pass too",
+                                       needs="numerics.fp8_mlp.c_proj")
 
     def check(self, s: "Settings") -> Iterator[str]:
         if s.model.bias:
@@ -337,6 +381,7 @@ class Numerics:
     fp8_head: FP8Head | None = opt(None, "FP8 head in training", exact=None)
     fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
                                  needs="model.mlp.activation=relu_sq", exact=None)
+    fp8_qkv: FP8QKV | None = opt(None, "FP8 projections q, k and v in training", exact=None)
     loss: Dtype = precision("float32", "arithmetic of the cross entropy, and dtype of the logits it gets")
     eval_loss: Dtype = precision("float32", "the same in validation")
     newton_schulz: Dtype = precision("bfloat16", "dtype of the Newton-Schulz iteration")

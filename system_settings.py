@@ -140,4 +140,4 @@ class System:
 
 def recomputable(s: Any) -> bool:
     """True if a block's forward pass has no side effects, so that activation checkpointing can repeat it."""
-    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.c_proj") is None
+    return s.model.mlp.moe is None and lookup(s, "numerics.fp8_mlp.c_proj") is None  # backward needs it

@@ -113,13 +113,17 @@ class FP8Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w, sx, sw, sg, transpose):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)
-        ctx.save_for_backward(x8, w8)
+        measured = isinstance(sw, torch.Tensor)
+        ctx.save_for_backward(x8, w8, *([sw] if measured else []))
         ctx.scales, ctx.dtypes, ctx.transpose = (sx, sw, sg), (x.dtype, w.dtype), transpose
+        if measured:
+            ctx.scales = sx, None, sg
         return product(x8, w8.t(), 1 / (sx * sw), x.dtype, fast=True)
 
     @staticmethod
     def backward(ctx, g):
-        (x8, w8), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
+        (x8, w8, *measured), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
+        sw = measured[0] if measured else sw
         g8 = quantise(g, sg, torch.float8_e5m2)
         dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
         dw = product(
@@ -131,6 +135,6 @@ class FP8Linear(torch.autograd.Function):
 def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
     """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
 
-    sx, sw, sg: factors of x, w and the gradient before the cast.
+    sx, sw, sg: factors of x, w and the gradient before the cast; sw may be a tensor (1,), float32.
     """
     return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])

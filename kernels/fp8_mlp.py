@@ -9,10 +9,18 @@
 Rows come in equal parts, each with its own a(x) and p. a(U) and U / a(U) are rounded to x's dtype, as in the
 originals; everything else about scales is float32. Values beyond 448 are clamped.
 
+Both passes (records 90 and 92; `fp8_mlp_both`), with given scales s of x, p of P, u of U, d of D, g of the
+gradient G of y, h of dpre; gradients in e5m2:
+
+    pre = s u x8 U8^T,  P = relu(pre)^2,  y = p d P8 D8^T,  each rounded to x's dtype
+    dpre = 2 (g d G8 D8) sqrt(p P8),  dx = h u dpre8 U8,  dU = h s dpre8^T x8,  dD = g p G8^T P8
+
 Reference (any device): quantises, then multiplies (kernels/fp8_linear.py); on a GPU with FP8 units
 torch._scaled_mm multiplies the 8-bit operands, part by part. fused: first product, relu^2 and the cast of P
 in one Triton kernel, and dpre at the end of g D (kernels/linear_relu_sq.py), from compute capability 8.9 on.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +29,7 @@ from kernels.device import operator
 from kernels.fp8_linear import LARGEST, product, quantise
 from kernels.linear_relu_sq import fp8_forward_op, fp8_linear_relu_sq, product_gradient, product_gradient_op
 
-E4M3 = torch.float8_e4m3fn
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 LEAST = 1e-12  # that a largest value counts as
 
 
@@ -97,3 +105,80 @@ class FP8MLP(torch.autograd.Function):
         dpre = gradient(g, down.t(), p) if need_x or need_up else None
         dx, dup = dpre @ up if need_x else None, dpre.t() @ x if need_up else None
         return dx, dup, g.t() @ p if need_down else None, None, None, None, None
+
+
+# ----- both passes
+
+class Scales(NamedTuple):
+    """Scales of the operands of an MLP whose forward and backward products are in FP8, in float32."""
+    x: torch.Tensor  # (parts,), of the input
+    p: torch.Tensor  # (parts,), of relu^2
+    up: torch.Tensor  # (), of the weights
+    down: torch.Tensor  # ()
+    g: float  # of the incoming gradient
+    h: torch.Tensor  # (parts,), of the gradient before relu^2
+
+
+def fp8_mlp_both(x, up, down, scales, probe, fused=False, transpose="torch"):
+    """The MLP y = relu(x U^T)^2 D^T with FP8 products in both passes.
+
+    Args:
+        x: (N, in), up: (hidden, in), down: (out, hidden), all of one dtype.
+        scales: Scales; x has as many equal parts as they say.
+        probe: (parts,) float32, zeros that need a gradient: it becomes the largest |dpre| of each part, from
+            which the next `h` is made.
+        fused: use the Triton kernel of the forward pass. ValueError if the device cannot.
+        transpose: as in kernels.fp8_linear.product.
+
+    Returns: y (N, out) in x's dtype; the largest P and the largest |x| of each part, (parts,) float32.
+    """
+    return FP8MLPBoth.apply(x, up, down, *scales, probe, fused, transpose)
+
+
+def scaled_rows(x, scale, dtype):
+    """x (N, in), divided by the scale (parts,) of its part, in an 8-bit dtype."""
+    return quantise(x.unflatten(0, (len(scale), -1)), 1 / scale[:, None, None], dtype).flatten(0, 1)
+
+
+def largest_of_parts(x, parts):
+    """Largest |x| of each part of x (N, in), (parts,) float32."""
+    return x.unflatten(0, (parts, -1)).abs().amax((1, 2)).float()
+
+
+def product_over_rows(a, b, scales, transpose):
+    """sum over parts of scale a_i^T b_i, of 8-bit a (N, m) and b (N, n), in float32. scales: (parts,)."""
+    parts = zip(a.chunk(len(scales)), b.chunk(len(scales)), scales.split(1))
+    return sum(
+        product(one.t(), other, scale, torch.float32, fast=False, transpose=transpose)
+        for one, other, scale in parts
+    )
+
+
+class FP8MLPBoth(torch.autograd.Function):
+    """The MLP of fp8_mlp_both."""
+
+    @staticmethod
+    def forward(ctx, x, up, down, sx, sp, su, sd, sg, sh, probe, fused, transpose):
+        x8, up8, down8 = scaled_rows(x, sx, E4M3), quantise(up, 1 / su, E4M3), quantise(down, 1 / sd, E4M3)
+        first = operator(fp8_linear_relu_sq, fp8_forward_op, x) if fused else forward_reference
+        _, p8, largest = first(x8, up8, sx * su, 1 / sp, x.dtype)
+        y = product(p8, down8.t(), sp * sd, x.dtype, fast=True)
+        ctx.save_for_backward(x8, up8, down8, p8, sx, sp, su, sd, sh)
+        ctx.others = sg, x.dtype, transpose
+        most = largest_of_parts(x, len(sx))
+        ctx.mark_non_differentiable(largest, most)
+        return y, largest, most
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x8, up8, down8, p8, sx, sp, su, sd, sh = ctx.saved_tensors
+        sg, dtype, transpose = ctx.others
+        g8 = quantise(g, 1 / sg, E5M2)
+        d = product(g8, down8, (sg * sd).reshape(1), dtype, fast=False, transpose=transpose)
+        p = p8.float().unflatten(0, (len(sp), -1)) * sp[:, None, None]
+        dpre = (2.0 * d.float() * p.flatten(0, 1).sqrt()).to(dtype)
+        h8 = scaled_rows(dpre, sh, E5M2)
+        dx = product(h8, up8, sh * su, dtype, fast=False, transpose=transpose)
+        dup = product_over_rows(h8, x8, sh * sx, transpose).to(dtype)
+        ddown = product_over_rows(g8, p8, sg * sp, transpose).to(dtype)
+        return dx, dup, ddown, *[None] * 6, largest_of_parts(dpre, len(sh)), None, None

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from kernels import attention, eager
+from kernels.fp8_linear import LARGEST, fp8_linear
+from kernels.fp8_mlp import E4M3, LEAST
 from kernels.qk_rotary import offset_keys, qkv_rotary
 from layers.primitives import bias_init, coefficient, constant, dtype, linear, linear_init, parameter
 from layers.compose import composed, excluded
-from layers.primitives import products_dtype, rms_norm
+from layers.primitives import gradient_unit, products_dtype, rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
 from settings import Settings
@@ -90,6 +92,21 @@ class SALambdas(nn.Module):
         return lambda i: (qkv[self.number[i]], None if o is None else o[self.number[i]])
 
 
+class FP8Projection:
+    """The projections q, k and v in FP8 in both passes of training (settings.FP8QKV)."""
+
+    def __init__(self, s: Settings):
+        f, self.transpose = s.numerics.fp8_qkv, s.system.kernels.transpose
+        unit = gradient_unit(s.model.head.loss_reduction, 0)  # tokens do not count: no mean is taken
+        self.x, self.grad = 1 / f.x, unit / f.grad
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x (R, T, D), weight (out, D) -> (R, T, out)."""
+        weight = weight.to(x.dtype)
+        largest = weight.detach().abs().amax().clamp(min=LEAST).float().reshape(1)
+        return fp8_linear(x, weight, self.x, LARGEST[E4M3] / largest, self.grad, self.transpose)
+
+
 class Attention(nn.Module):
     """Self-attention with q, k, v and output projection in one tensor (4, D, D).
 
@@ -123,6 +140,7 @@ class Attention(nn.Module):
         if s.model.bias:
             self.bias_parameters(s)
         self.fused = s.system.kernels.qk == "triton" and spec.qk == spec.v == d // spec.heads
+        self.fp8 = FP8Projection(s) if n.fp8_qkv else None
         self.common_parts(s, spec)
 
     def bias_parameters(self, s: Settings) -> None:
@@ -197,7 +215,10 @@ class Attention(nn.Module):
         w_qkv, w_o = self.weights()
         b_qkv, b_o = self.biases()
         w_qkv, w_o = (w if a is None else a * w.to(x.dtype) for a, w in zip(coefs, (w_qkv, w_o)))
-        qkv = linear(x, w_qkv, b_qkv, self.products)
+        if self.fp8 is not None and self.training:
+            qkv = self.fp8(x, w_qkv)
+        else:
+            qkv = linear(x, w_qkv, b_qkv, self.products)
         heads, width = self.spec.heads, self.spec.qk
         qk, v = qkv.split([2 * heads * width, heads * self.spec.v], dim=-1)
         # (R, T, 2H, K), (R, T, H, V)

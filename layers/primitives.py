@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from settings import LOGICAL_RANKS
 from updates.views import Views
 
 
@@ -175,3 +176,13 @@ def linear(x, weight, bias=None, products=None):
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
     y = F.linear(x.to(products), weight.to(products)).to(x.dtype)
     return y if bias is None else y + bias.to(x.dtype)
+
+
+def gradient_unit(reduction: str, tokens_per_rank: int) -> int:
+    """Factor of the trainer's gradients to those of a rank's sum of losses, in which FP8 scales are given.
+
+    The trainer divides by the eight ranks and, for a mean, by their tokens.
+    reduction: model.head.loss_reduction.
+    """
+    unit = 1 if reduction == "step_sum" else LOGICAL_RANKS
+    return unit * tokens_per_rank if reduction == "mean" else unit

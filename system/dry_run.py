@@ -285,14 +285,23 @@ def held(s, card=None, gpus=1):
         how += ["blocks recomputed"] if system.activation_checkpoint == "on" else []
         fits = e.total <= memory.SHARE * gib * 2**30
         yield f"  {name}: " + ", ".join(how) + f"; {mib(e.total)}" + ("" if fits else ": too much")
-    if card is None:
-        sizes |= {f"an H200, {gib} GiB": gib for gib in (CARDS["h200"].capacity,) if sizes}
+    if card is None and sizes:
+        sizes[f"an H200, {CARDS['h200'].capacity} GiB"] = CARDS["h200"].capacity
     for name, gib in sizes.items():
-        found = memory.largest_table(s, LOGICAL_RANKS // gpus, gib * 2**30, gpus)
-        if found is not None and found[0] < s.model.embed.bigram.rows:
-            rows, e = found
-            yield (f"  {name}: model.embed.bigram.rows={rows} is the largest table that fits; {mib(e.total)}" if rows
-                   else f"  {name}: no table fits")
+        yield from largest_table(s, name, gib * 2**30, gpus)
+
+
+def largest_table(s, name, capacity, gpus):
+    """A line on the largest bigram table that fits the card of this name, if the record's does not."""
+    from system import memory
+    found = memory.largest_table(s, LOGICAL_RANKS // gpus, capacity, gpus)
+    if found is None or found[0] >= s.model.embed.bigram.rows:
+        return
+    rows, e = found
+    yield f"  {name}: " + (
+        f"model.embed.bigram.rows={rows} is the largest table that fits; {mib(e.total)}" if rows
+        else "no bigram table fits"
+    )
 
 
 def mib(size):

@@ -54,14 +54,14 @@ class RouterBalance(Stateful):
 
 class FP8Scales(Stateful):
     """Delayed scales of the FP8 MLPs, refreshed before each step from the current weights."""
-    per_rank = ("activation",)
+    per_rank = ("activation", "input", "hidden")
 
     def __init__(self, model: GPT) -> None:
         self.mlps = model.fp8_mlps()
 
     def before_forwards(self, plan: StepPlan) -> None:
         for mlp in self.mlps:
-            mlp.fp8.refresh(mlp.c_proj)
+            mlp.fp8.refresh(mlp.c_fc, mlp.c_proj)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {f"fp8_mlp.{i}.{name}": buffer for i, mlp in enumerate(self.mlps)

@@ -84,13 +84,16 @@ def products_dtype(s: Settings) -> str:
 
 
 def fp8_flops(s: Settings) -> float:
-    """FLOPs of a token whose operands are 8-bit: all of the head, and forward products of MLPs."""
+    """FLOPs of a token whose operands are 8-bit: of the head, of MLPs and of q, k and v."""
     total, n, d = 0.0, s.numerics, s.model.model_dim
     if n.fp8_head:
         total += 6 * d * padded_vocab(s)
     if n.fp8_mlp:
-        products = 2 if n.fp8_mlp.c_proj else 1
+        products = 6 if n.fp8_mlp.backward else 2 if n.fp8_mlp.c_proj else 1
         total += products * sum(2 * d * spec.mlp for spec in layer_specs(s) if spec.mlp)
+    if n.fp8_qkv:
+        attns = [spec.attn for spec in layer_specs(s) if spec.attn is not None]
+        total += sum(6 * d * attn.heads * (2 * attn.qk + attn.v) for attn in attns)
     return total
 
 

@@ -179,6 +179,24 @@ def test_the_memory_of_a_sampled_softmax_is_that_of_its_largest_step():
     assert len(moments) == 2 and (found.kept, found.passing) == max(moments, key=sum) != min(moments, key=sum)
 
 
+@pytest.mark.parametrize("gib, world", [(24, 1), (80, 1), (141, 1), (80, 8)])
+def test_the_largest_table_of_record_92_fills_a_card(gib, world):
+    """Two rows more are too much. Dense gradients of the whole table would take 500 GiB."""
+    s = settings("short/92", scale="full")
+    rows, found = memory.largest_table(s, 8 // world, gib * GIB, world)
+    assert rows % 2 == 0 and 300_000 < rows < s.model.embed.bigram.rows
+    microbatch = 1
+    fitted = memory.fit(memory.with_rows(s, rows), 8 // world, gib * GIB, world)[0]
+    more = memory.estimate(memory.with_rows(fitted, rows + 2), 8 // world, microbatch, world)
+    assert found.total <= memory.SHARE * gib * GIB < more.total
+    assert found.gradients < 8 * GIB and memory.estimate(s, 8, 1).total < 155 * GIB
+
+
+def test_there_is_no_largest_table_where_gradients_are_dense_or_no_table_is():
+    for ref in ("short/33", "short/62"):
+        assert memory.largest_table(settings(ref), 8, 24 * GIB) is None
+
+
 def test_a_compiled_forward_keeps_less_and_so_more_ranks_fit():
     eager, compiled = (
         memory.estimate(settings("short/11", f"system.compile={on}", scale="small"), 8, 8)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kernels.fp8_linear import LARGEST
-from kernels.fp8_mlp import E4M3, E5M2, LEAST, Scales, fp8_mlp, fp8_mlp_both
+from kernels.fp8_mlp import E4M3, E5M2, LEAST, Scales, fp8_mlp, fp8_mlp_both, front
 from layers.primitives import dtype, gradient_unit
 from settings import LOGICAL_RANKS
 
@@ -79,8 +79,7 @@ class FP8MLP(nn.Module):
     def both_passes(self, rows, c_fc, c_proj, parts, tokens_per_rank):
         """The MLP of rows (N, D) with FP8 in both passes."""
         unit, both = gradient_unit(self.reduction, tokens_per_rank), self.both
-        # copies, because the backward pass needs them and the rings move
-        x, p, h = (ring[:parts].clone() for ring in (self.input, self.activation, self.hidden))
+        x, p, h = (front(ring, parts) for ring in (self.input, self.activation, self.hidden))
         scales = Scales(x, p, self.c_fc_weight, self.weight, both.grad / unit, h / unit)
         self.parts = parts
         probe = torch.zeros_like(h)

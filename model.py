@@ -168,7 +168,8 @@ class Head(nn.Module):
         if not (self.fp8 and self.training):
             return weight, None
         # Undo the loss averaging before the FP8 cast.
-        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * gradient_unit(self.reduction, tokens_per_rank))
+        unit = gradient_unit(self.reduction, tokens_per_rank)
+        return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * unit)
 
     def logits_dtype(self):
         """Dtype of the logits that the cross entropy reads, in training or validation."""

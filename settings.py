@@ -295,7 +295,8 @@ class FP8Backward:
     grad: float = opt(1 / 448, "scale of the incoming gradient", above=0)
     hidden: float = opt(1 / 448, "scale of the gradient before relu^2; with hidden_margin that of the first "
                                  "step", above=0)
-    hidden_margin: float | None = opt(None, "margin of that gradient's delayed scale (off: it stays)", above=0)
+    hidden_margin: float | None = opt(None, "margin of that gradient's delayed scale (off: it stays)",
+                                      above=0)
     c_fc_delayed: bool = opt(False, "the scale of c_fc is delayed as that of c_proj is (off: it is that of "
                                     "the current weight)", off=False)
 

@@ -124,7 +124,9 @@ def copied(x):
     return x.clone()
 
 
-copied_op = torch.library.custom_op("speedrun::copied", copied, mutates_args=(), schema="(Tensor x) -> Tensor")
+copied_op = torch.library.custom_op(
+    "speedrun::copied", copied, mutates_args=(), schema="(Tensor x) -> Tensor"
+)
 
 
 @copied_op.register_fake

@@ -141,6 +141,6 @@ class FP8MLP(nn.Module):
 
 
 def append(ring, largest, margin, of):
-    """Move a ring of scales on by the parts of a pass, with scales margin x largest / (largest of a dtype)."""
+    """Move a ring on by the parts of a pass, with scales margin x largest / (largest value of a dtype)."""
     new = largest.clamp(min=LEAST) * (margin / LARGEST[of])
     ring.copy_(torch.cat([ring[len(new):], new]))

@@ -367,7 +367,7 @@ class Attention:
         (),
         "paired heads (record 58): in these layers heads h and h + num_heads/2 share one causal sequence of "
         "twice as many positions, in which each token's two heads follow each other; the window counts these "
-        "positions", off=()
+        "positions", off=(), needs="model.attn.window"
     )
     segment: int | None = opt(
         None, "segments (record 92): in training, attention cuts documents at every multiple of this length",
@@ -375,7 +375,8 @@ class Attention:
     )
     qk_dim: int | None = opt(None, "width of a head's query and key (record 90; off: model_dim / num_heads)",
                              unit="channel", shrink="width_quads", least=4)
-    narrow: Narrow | None = opt(None, "narrow heads in some layers")
+    narrow: Narrow | None = opt(None, "narrow heads in some layers",
+                                needs="model.attn.rope.half_truncated and model.attn.rope.yarn")
     xsa: XSA | None = opt(
         None, "exclusive self-attention: a head's output loses its part along the token's own value"
     )
@@ -615,7 +616,8 @@ class Residual:
     lanes: Lanes | None = opt(None, "two lanes: from a layer on, attention and MLP read streams of their own",
                               needs="model.residual.sublayers")
     mudd: Mudd | None = opt(
-        None, "MUDD connections: the last layer mixes earlier streams, with coefficients per token"
+        None, "MUDD connections: the last layer mixes earlier streams, with coefficients per token",
+        needs="model.residual.sublayers and model.attn.value_embed"
     )
 
     def check(self, s: Any) -> Iterator[str]:

@@ -154,7 +154,7 @@ class MuonCautiousDecay:
     weight_decay: float = opt(1.2, "weight decay, which the learning rate multiplies twice", above=0)
     gate: Literal["update", "slow"] = opt(
         "update", "what must have the sign of the weight for it to decay. update: the update. slow: the slow "
-                  "momentum buffer (record 92)")
+                  "momentum buffer (record 92)", needs="optim.muon.slow")
 
 
 @dataclass(frozen=True)

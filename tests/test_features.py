@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import declare
 import deltas
 import features
 import schema
@@ -48,6 +49,40 @@ def added(on, off):
 def same(a, b):
     """Equal up to float64 rounding."""
     return torch.allclose(a, b, rtol=0, atol=1e-12)
+
+
+# ----- switching off
+
+KEPT = {  # features of records 89 and 92 that stay, with the reason that is given
+    "model.attn.value_embed.learned": "it has no effect while model.attn.value_embed.mix = sum is there",
+    "model.residual.unet_skips.pairs": "model.residual.unet_skips needs an even model.num_layers",
+    "model.residual.unet_skips.gate": "it has no effect while model.token_gates is there",
+    "optim.matrix.beta1": "it has no effect while optim.muon is there",
+    "optim.matrix.beta2": "it has no effect while optim.muon is there",
+    "data.max_doc_len": "data.loader=packed needs data.max_doc_len"
+}
+
+
+@pytest.mark.parametrize("ref, least", [("short/89", 150), ("short/92", 170)])
+def test_every_feature_of_the_last_records_goes_off_with_what_needs_it(ref, least):
+    """Those that do not say why; what goes along is named."""
+    whole, kept, off = deltas.resolve(ref), {}, 0
+    there = {path for path, *_ in declare.walk(whole.settings)}
+    for path in (path for path in FEATURES if path in there):
+        try:
+            found = deltas.resolve(ref, without=[path])
+        except UserError as error:
+            if "it is already" not in str(error):
+                kept[path] = str(error)
+            continue
+        changed = {row[0] for row in schema.difference(whole.settings, found.settings)}
+        named = [line.split()[1].rstrip(":") for line in found.report if line.startswith("without ")]
+        # a section's own fields go with it
+        assert changed and all(any(one == name or one.startswith(f"{name}.") for name in named)
+                               for one in changed), path
+        off += 1
+    assert off >= least
+    assert {path: reason in kept.get(path, "") for path, reason in KEPT.items()} == dict.fromkeys(kept, True)
 
 
 # ----- selection

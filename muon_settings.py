@@ -171,6 +171,17 @@ class SlowMomentum:
     start: int = opt(514, "first step with both buffers", unit="step", shrink="steps", least=0)
 
 
+@dataclass(frozen=True)
+class BiMaxwell:
+    """Bi-Maxwell momentum (@jn2clark, claims of 2600 to 2540 steps of the optimizer track): a fast and a slow
+    moving average of the gradient, which begin as copies of the momentum."""
+    fast_beta: float = opt(0.85, "decay of the fast average", least=0, below=1)
+    slow_beta: float = opt(0.98, "decay of the slow average", least=0, below=1)
+    share: float = opt(0.5615, "share of the slow average in the momentum", above=0, most=1)
+    start: int = opt(1000, "step after whose update the averages have decays of their own; until then both "
+                           "are the momentum", unit="step", shrink="steps", least=0)
+
+
 # ----- slots of the optimizer track (track 3), in the order of the chain
 
 @dataclass(frozen=True)
@@ -191,6 +202,9 @@ class SoapTrust:
     most: float = opt(0.85, "largest gate until the end of the release", above=0, most=1)
     release_start: int = opt(1375, "first step of the release", unit="step", shrink="steps", least=0)
     release_end: int = opt(1625, "step after the release", unit="step", shrink="steps", least=1)
+    until: int | None = opt(None, "first step without the gate, in which the whitened momentum replaces the "
+                                  "momentum (claims of 2560 and 2540 steps: 1000; off: there is none)",
+                            unit="step", shrink="steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -304,6 +318,20 @@ class SoftMuon:
 
 
 @dataclass(frozen=True)
+class Annealing:
+    """Spectral annealing (@jn2clark, claim of 2540 steps of the optimizer track): while the learning rate
+    falls, directions of high curvature are cooled first.
+
+    In SOAP's bases the update is multiplied by r^(strength s): r is the learning-rate factor, s the
+    standardised logarithm of the gradients' covariances in these bases.
+    """
+    strength: float = opt(0.25, "power of r at one standard deviation", above=0)
+    least: float = opt(0.3, "least r, below which the learning rate changes nothing more", above=0, below=1)
+    clip: float = opt(2.0, "standard deviations beyond which s stays", above=0)
+    beta: float = opt(0.99, "decay of the covariances", least=0, below=1)
+
+
+@dataclass(frozen=True)
 class Circuit:
     """Circuit-Muon (track 3, result 41): the updates of v and o are balanced head by head."""
     eps: float = opt(1e-3, "added to the mean square of a head's weights, per channel", above=0)
@@ -338,7 +366,7 @@ class Soda:
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
 BEFORE_SCALING = (
-    "slow", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft", "smoothing"
+    "slow", "bi_maxwell", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft", "smoothing"
 )
 
 
@@ -412,6 +440,12 @@ class Muon:
     contra: Contra | None = opt(None, "Contra-Muon: a part of the momentum is subtracted")
     soft: SoftMuon | None = opt(None, "Soft-Muon: a softer power of the momentum near the end",
                                 needs="optim.muon.convergent")
+    bi_maxwell: BiMaxwell | None = opt(None, "Bi-Maxwell momentum: a fast and a slow average from a step on",
+                                       needs="optim.muon.momentum_ema")
+    annealing: Annealing | None = opt(
+        None, "spectral annealing: directions of high curvature are cooled before the others",
+        needs="optim.muon.soap"
+    )
     circuit: Circuit | None = opt(None, "Circuit-Muon: v and o are balanced head by head")
     radial_brake: float | None = opt(
         None, "radial brake: factor of the part of a step that lengthens its matrix (track 3, result 29: "
@@ -503,6 +537,8 @@ class Muon:
         if len(ways) > 1:
             yield (f"optim.muon.{ways[0]} and optim.muon.{ways[1]} are two ways to orthogonalise: switch one "
                    "off")
+        if self.slow and self.bi_maxwell:
+            yield "optim.muon.slow and optim.muon.bi_maxwell are two momenta of two averages: leave one"
         if self.soft and (self.polar_express or self.anvil_maps):
             yield "optim.muon.soft weighs the iterates of optim.muon.convergent: switch the other maps off"
         if self.soft and self.ns_steps != 12:

@@ -4,7 +4,9 @@ import torch
 
 from model_settings import head_dim
 from updates import soap
+from updates.annealing import Annealing, Bases
 from updates.aurora import Aurora
+from updates.bi_maxwell import BiMaxwell
 from updates.circuit import Circuit
 from updates.contra import Contra, SoftBlend
 from updates.directions import direction
@@ -32,9 +34,11 @@ def chain(s, group) -> tuple:
 def orthogonal_momentum(s) -> list:
     """Momentum, what whitens it, the orthogonaliser, and what is added to its result."""
     muon = s.optim.muon
-    slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
+    slots = [momentum(muon)]
     if muon.squared:
         slots.append(MuonSquared(muon.squared.beta2, muon.squared.eps))
+    if muon.annealing:
+        slots.append(Bases(muon.soap.matrices))
     if muon.soap:
         slots.append(soap.slot(s))
     if muon.pmuon:
@@ -49,6 +53,13 @@ def orthogonal_momentum(s) -> list:
     if muon.soft:
         slots.append(SoftBlend(muon.soft.most, muon.soft.start, muon.soft.end, muon.norm))
     return slots
+
+
+def momentum(muon):
+    """The slot that keeps the momentum. muon: settings.optim.muon."""
+    if two := muon.bi_maxwell:
+        return BiMaxwell(two.fast_beta, two.slow_beta, two.share, two.start)
+    return Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)
 
 
 def orthogonaliser(s):
@@ -87,6 +98,8 @@ def scaling(s, group) -> list:
 def geometry(s, group) -> list:
     """Slots that look at the parameter as well as at the update, and those that act after the step."""
     muon, slots = s.optim.muon, []
+    if cool := muon.annealing:
+        slots.append(Annealing(cool.strength, cool.least, cool.clip, cool.beta, muon.soap.matrices))
     if muon.circuit:
         slots.append(Circuit(head_dim(s), muon.circuit.eps))
     if muon.radial_brake is not None:

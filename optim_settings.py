@@ -72,7 +72,7 @@ class EmbedGroup(Group):
     master: int | None = opt(
         None, "float32 master of bfloat16 tables, and moments in float32, from this step on (@jn2clark, claims "
               "from 2580 steps of the optimizer track: 1000)", unit="step", needs="numerics.table=bfloat16",
-        shrink="steps", least=0
+        exact=None, shrink="steps", least=0
     )
 
     def check(self, s: Any) -> Iterator[str]:

@@ -38,8 +38,8 @@ BADGES = ("spec", "math", "numerics", "trained")
 STATUSES = ("record", "claimed")  # claimed: its author's figures, accepted by nobody yet, never a record
 LINES = {  # that a record.toml may have, with their types
     "id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date),
-    "people": list, "kind": str, "source": str, "badge": str, "status": str, "notes": str, "subsumed": str, "delta": dict,
-    "published": dict, "attempt": str}
+    "people": list, "kind": str, "source": str, "badge": str, "status": str, "notes": str, "subsumed": str,
+    "delta": dict, "published": dict, "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 

@@ -366,7 +366,8 @@ class Soda:
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
 BEFORE_SCALING = (
-    "slow", "bi_maxwell", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft", "smoothing"
+    "slow", "bi_maxwell", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft",
+    "smoothing"
 )
 
 

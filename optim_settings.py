@@ -70,8 +70,9 @@ class Group(Scalars):
 class EmbedGroup(Group):
     """The AdamW group of the token table and of other tables without a section of their own."""
     master: int | None = opt(
-        None, "float32 master of bfloat16 tables, and moments in float32, from this step on (@jn2clark, claims "
-              "from 2580 steps of the optimizer track: 1000)", unit="step", needs="numerics.table=bfloat16",
+        None, "float32 master of bfloat16 tables, and moments in float32, from this step on (@jn2clark, "
+              "claims from 2580 steps of the optimizer track: 1000)", unit="step",
+        needs="numerics.table=bfloat16",
         exact=None, shrink="steps", least=0
     )
 
@@ -281,10 +282,10 @@ class TailAverage:
 class Optim:
     """The optimizer: AdamW in parameter groups, and optionally Muon for the block matrices (axis ml)."""
     adam: Adam = opt(Adam, "constants of AdamW")
-    embed: EmbedGroup = opt(EmbedGroup, "AdamW group of the token table (unless it is also the head), the position "
-                              "table and the value tables")
-    lm_head: HeadGroup = opt(HeadGroup, "AdamW group of the output head, or of the table that the token embedding "
-                                "and the head share")
+    embed: EmbedGroup = opt(EmbedGroup, "AdamW group of the token table (unless it is also the head), the "
+                                        "position table and the value tables")
+    lm_head: HeadGroup = opt(HeadGroup, "AdamW group of the output head, or of the table that the token "
+                                        "embedding and the head share")
     matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them",
                         idle="optim.muon")
     scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")

@@ -525,7 +525,6 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.lm_head.kfac.start": "the head's gradient stays as it is",
     "optim.lm_head.kfac.apply": "the head's gradient stays as it is",
     "optim.lm_head.kfac.full": "strength and damping do not reach their ends",
-    "optim.lm_head.kfac.stop": "the preconditioner acts to the end",
     "optim.lm_head.kfac.every": "the head keeps its first preconditioner",
     "optim.reference_readout.reference": "there is no reference, and the weights are read as they are",
     "optim.reference_readout.start": "the weights are read as they are",

@@ -106,8 +106,9 @@ def claims_index(site, lineage):
         return []
     lines = [
         f"\n### Claimed on the {lineage} track\n\nDeltas with their authors' figures, accepted by nobody yet "
-        "and never counted as records. Score: (3.28 - mean) sqrt(n),\nwhich must be at least 0.004. Pairwise: "
-        "the same for the difference from the result that it is built on, with 0.0045\nfor 100 steps.\n",
+        "and never counted as records. Score: (3.28 - mean)\nsqrt(n), which must be at least 0.004. "
+        "Pairwise: the same for the difference from the result that it is built on, with\n0.0045 for 100 "
+        "steps.\n",
         line(["claim", "title", "by", "date", "on", "badge", "steps", "mean (runs)", "score", "pairwise",
               "files"]),
         "|" + "---|" * 11

@@ -33,8 +33,9 @@ def page(site):
     content = {
         "summary": summary(site), "worth": worth(site), "history_table": history_table(site),
         "variants": variants(site), "boards": boards(site), "predict": predict(site), "rules": rules(site),
-        "judge": judge(site["judge"]) + claims(site), "frontier": source("frontier.html"), "evidence": evidence(site),
-        "style": source("style.css"), "script": source("page.js"), "data": data(site)
+        "judge": judge(site["judge"]) + claims(site), "frontier": source("frontier.html"),
+        "evidence": evidence(site), "style": source("style.css"), "script": source("page.js"),
+        "data": data(site)
     }
     pieces = source("template.html").split("{{")
     return pieces[0] + "".join(

@@ -1,5 +1,5 @@
-"""The rules of claims beyond the official table of the optimizer track, against references in numpy and float64,
-on two processes, and resumed; and that claims are no records."""
+"""The rules of claims beyond the official table of the optimizer track, against references in numpy, on two
+processes, and resumed; and that claims are no records."""
 
 import dataclasses
 import os
@@ -196,7 +196,8 @@ def test_output_kfac_is_its_formula():
         update(optimizer, model, {"head": torch.from_numpy(g)}, plan(i))
         if 1 <= i < 7:
             gram = x.T @ x / 40
-            fast, slow = (gram, gram) if fast is None else (0.8 * fast + 0.2 * gram, 0.98 * slow + 0.02 * gram)
+            fast, slow = (gram, gram) if fast is None else (
+                0.8 * fast + 0.2 * gram, 0.98 * slow + 0.02 * gram)
         if 2 <= i < 7:
             if i % 2 == 0:
                 c = 8 / 9 * fast + 1 / 9 * slow
@@ -316,7 +317,8 @@ def test_the_anchor_is_its_replay_and_the_update_begins_at_the_weights():
         hook.after_update(plan(i))
         if i + 1 >= 2:
             now = {name: p.detach().clone() for name, p in names.items()}
-            average = now if average is None else {n: average[n] + (x - average[n]) / 4 for n, x in now.items()}
+            average = now if average is None else {
+                n: average[n] + (x - average[n]) / 4 for n, x in now.items()}
         with reading([hook], i + 1):
             for name, p in names.items():
                 x = theta[name] if average is None else now[name]
@@ -420,7 +422,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(rule):
     ("short/7", [EIGEN], "the token table is tied to it"),
     ("short/57", [EIGEN], "the token table is tied to it"),
     ("short/11", [EIGEN, "optim.lm_head.every=2"], "counts every step"),
-    ("short/11", [EIGEN, "optim.adam.cautious_decay={}", "optim.lm_head.weight_decay=0"], "no cautious decay"),
+    ("short/11", [EIGEN, "optim.adam.cautious_decay={}", "optim.lm_head.weight_decay=0"],
+     "no cautious decay"),
     ("short/11", ["optim.lm_head.kfac={start=9, apply=3}"], "give growing steps"),
     ("short/11", [KFAC, "model.head.mtp={}"], "the inputs of one next token"),
     ("short/2", ["optim.embed.master=0"], "needs numerics.table=bfloat16"),

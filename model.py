@@ -42,6 +42,7 @@ from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
 from model_settings import padded_vocab, table_rows
 from settings import LOGICAL_RANKS, Settings, longest_document
+from updates.views import mark_depth
 
 
 # ----- embedding --------------------------------------------------------------------------------------------
@@ -336,6 +337,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs
         )
+        mark_depth(s, self.blocks)
         self.residual = Residual(s, self.specs)
         self.values = None
         if s.model.attn.value_residual:

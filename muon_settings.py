@@ -332,6 +332,39 @@ class Annealing:
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """Rows of the momentum divided by their root mean square before Newton-Schulz (claim of 2726 steps of the
+    optimizer track, by an agent). The mean square is a moving average."""
+    attn: float = opt(0.84, "decay of the average for q, k, v and o at the start", least=0, below=1)
+    mlp: float = opt(0.86, "decay of the average for the MLPs at the start", least=0, below=1)
+    rise: float = opt(0.1, "by how much both decays have risen at the end of the run", least=0, below=1)
+    eps: float = opt(1e-8, "added to the root", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if max(self.attn, self.mlp) + self.rise >= 1:
+            yield (f"optim.muon.row_norm.rise = {self.rise} takes a decay to 1 or beyond: set a smaller one, or "
+                   "smaller decays")
+
+
+@dataclass(frozen=True)
+class FadingDecay:
+    """Decoupled weight decay that fades with the run (claim of 2726 steps of the optimizer track, by an agent):
+    p <- p - lr a (1 - share of the run)^power p."""
+    attn: float = opt(0.08, "a for q, k, v and o", least=0)
+    attn_power: float = opt(2.25, "power for q, k, v and o", above=0)
+    mlp: tuple[float, ...] = opt((0.16, 0.22, 0.28), "a for the MLPs, one for each part of the layers, the "
+                                                     "first layers first", off=REFUSE, least=0)
+    mlp_power: float = opt(2.5, "power for the MLPs", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if not self.mlp:
+            yield "optim.muon.fading_decay.mlp is empty: give one number at least"
+        if s.optim.muon.weight_decay:
+            yield ("optim.muon.weight_decay and optim.muon.fading_decay are both decoupled decays: set "
+                   "optim.muon.weight_decay=0")
+
+
+@dataclass(frozen=True)
 class Circuit:
     """Circuit-Muon (track 3, result 41): the updates of v and o are balanced head by head."""
     eps: float = opt(1e-3, "added to the mean square of a head's weights, per channel", above=0)
@@ -366,8 +399,8 @@ class Soda:
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
 BEFORE_SCALING = (
-    "slow", "bi_maxwell", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft",
-    "smoothing"
+    "slow", "bi_maxwell", "squared", "soap", "pmuon", "row_norm", "aurora", "dyn", "sinksoap", "contra",
+    "soft", "smoothing"
 )
 
 
@@ -406,10 +439,11 @@ class Muon:
     )
     normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
     cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
-    scale: Literal["none", "sqrt_max", "sqrt_ratio", "match_rms"] = opt(
+    scale: Literal["none", "sqrt_max", "sqrt_ratio", "sqrt_aspect", "match_rms"] = opt(
         "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
-                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols)). match_rms: 0.2 sqrt(max(rows, "
-                "cols)) (Liu et al., arXiv 2502.16982)")
+                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols)). sqrt_aspect: the root of the "
+                "longer side over the shorter. match_rms: 0.2 sqrt(max(rows, cols)) (Liu et al., arXiv "
+                "2502.16982)")
     c_fc_orientation: Literal["out_in", "in_out"] = opt(
         "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
                   "as record 27 stores it")
@@ -443,6 +477,8 @@ class Muon:
                                 needs="optim.muon.convergent")
     bi_maxwell: BiMaxwell | None = opt(None, "Bi-Maxwell momentum: a fast and a slow average from a step on",
                                        needs="optim.muon.momentum_ema")
+    row_norm: RowNorm | None = opt(None, "rows of equal size: the momentum's rows are divided by their size")
+    fading_decay: FadingDecay | None = opt(None, "fading weight decay, in place of weight_decay")
     annealing: Annealing | None = opt(
         None, "spectral annealing: directions of high curvature are cooled before the others",
         needs="optim.muon.soap"

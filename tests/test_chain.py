@@ -46,6 +46,8 @@ SLOTS = {  # slot -> (its flag, what must be set too); numbers of steps are smal
     "late_decay": ("late_decay=0.5",),
     "hyperball": ("hyperball=true", "model.init.zero_proj=false"),
     "bi_maxwell": ("bi_maxwell={start=0}",),
+    "row_norm": ("row_norm={}",),
+    "fading_decay": ("fading_decay={}", "optim.muon.weight_decay=0"),
     "annealing": ("annealing={}", "optim.muon.soap={every=1}", "schedule.warmup_steps=4"),
     "normuon": ("normuon={square=false}", "optim.muon.norm=schatten4"),
 }

@@ -26,7 +26,7 @@ from system.hooks import hooks_of, reading
 from updates import views
 
 F64 = torch.float64
-CLAIMS = ("optimizer/c2600", "optimizer/c2580", "optimizer/c2560", "optimizer/c2540")
+CLAIMS = ("optimizer/c2726", "optimizer/c2600", "optimizer/c2580", "optimizer/c2560", "optimizer/c2540")
 # the chain of the claim of 2540 steps, on matrices of a short record
 CHAIN = (
     "optim.muon.momentum_ema=true", "optim.muon.convergent=true", "optim.muon.ns_steps=12",
@@ -140,6 +140,55 @@ def test_the_hidden_matrices_move_as_in_the_claim_of_2540_steps():
         assert np.abs(model.qkvo[k].detach().numpy() - expected).max() < 1e-9, piece
     expected = hidden(start["c_fc"].numpy(), gradients["c_fc"], lr)
     assert np.abs(model.c_fc.detach().numpy() - expected).max() < 1e-9
+
+
+ROWS = (
+    "optim.muon.momentum_ema=true", "optim.muon.convergent=true", "optim.muon.ns_steps=18",
+    "optim.muon.scale=sqrt_aspect", "optim.muon.split_qkv=true", "optim.muon.c_fc_orientation=out_in",
+    "optim.muon.row_norm={}", "optim.muon.fading_decay={}", "optim.muon.weight_decay=0", "schedule.steps=20"
+)
+
+
+@pytest.mark.feature("optim.muon.row_norm", "optim.muon.fading_decay", "optim.muon.scale")
+def test_rows_of_equal_size_and_a_fading_decay_are_their_formulas():
+    """Of attention and of three layers of an MLP, in steps 0, 3, 6 and 9 of 20."""
+    s = settings("short/33", *ROWS)
+    start = {"qkvo": noise(4, 6, 6), **{f"c_fc_{i}": noise(10, 6, seed=i + 1) for i in range(3)}}
+    model = Toy(**{
+        name: (x, "matrix", name[:4], views.qkvo(s) if name == "qkvo" else dataclasses.replace(
+            views.c_fc(s), depth=int(name[-1]) / 3)) for name, x in start.items()
+    })
+    optimizer, lr = Optimizer(model, s), s.optim.muon.lr
+    matrices = {(name, k): (w[k] if name == "qkvo" else w).numpy() for name, w in start.items()
+                for k in range(4 if name == "qkvo" else 1)}
+    m, v = dict.fromkeys(matrices, 0.0), dict.fromkeys(matrices, 0.0)
+    for t, step in enumerate((0, 3, 6, 9), 1):
+        given = {name: noise(*x.shape, seed=30 * t + len(name) + x.numel()) for name, x in start.items()}
+        update(optimizer, model, given, plan(step, momentum=0.95))
+        for (name, k), w in matrices.items():
+            attention = name == "qkvo"
+            g = (given[name][k] if attention else given[name]).numpy()
+            m[name, k] = 0.95 * m[name, k] + 0.05 * g
+            u = 0.05 * g + 0.95 * m[name, k]
+            beta = (0.84 if attention else 0.86) + 0.1 * step / 20
+            v[name, k] = beta * v[name, k] + (1 - beta) * (u ** 2).mean(1, keepdims=True)
+            left, values, right = np.linalg.svd(u / np.sqrt(v[name, k]), full_matrices=False)
+            values = values / np.linalg.norm(values)
+            for _ in range(18):
+                values = 2 * values - 1.5 * values ** 3 + 0.5 * values ** 5
+            u = np.sqrt(max(w.shape) / min(w.shape)) * left @ np.diag(values) @ right
+            a = 0.08 * (1 - step / 20) ** 2.25 if attention else (
+                (0.16, 0.22, 0.28)[int(name[-1])] * (1 - step / 20) ** 2.5)
+            matrices[name, k] = w = w - lr * (u + a * w)
+            ours = model.get_parameter(name).detach().numpy()
+            assert np.abs((ours[k] if attention else ours) - w).max() < 1e-7, (name, k, step)  # eps
+
+
+def test_layers_are_as_deep_as_the_parts_of_a_fading_decay():
+    model = GPT(deltas.resolve("optimizer/c2726", scale="micro").settings)
+    found = {p.views.depth for p in model.blocks[7].parameters()}
+    assert found == {7 / 12} and {p.views.depth for p in GPT(
+        deltas.resolve("optimizer/36", scale="micro").settings).parameters()} == {0.0}
 
 
 # ----- the head
@@ -342,7 +391,7 @@ def test_the_horizon_moves_from_2900_to_2840_in_step_1400():
 
 # ----- processes and resuming
 
-RULES = {"eigenbasis": (*HEAD, EIGEN), "kfac": (*HEAD, KFAC), "chain": CHAIN,
+RULES = {"rows": ROWS, "eigenbasis": (*HEAD, EIGEN), "kfac": (*HEAD, KFAC), "chain": CHAIN,
          "master": ("optim.embed.lr=0.1", "optim.embed.master=2", "numerics.table=bfloat16",
                     "system.precision=record")}
 
@@ -352,7 +401,7 @@ def made(name, rank=0, world=1):
     precision = ["system.precision=float64"] if name != "master" else []
     s = deltas.resolve("short/11", scale="micro", sets=[
         *precision, "system.comm=sharded", "optim.grad_clip=false", *RULES[name]]).settings
-    if name == "chain":
+    if name in ("chain", "rows"):
         model = Toy(**{
             f"{label}_{i}": (noise(*shape, seed=i), "matrix", label, getattr(views, label)(s))
             for label, shape in (("qkvo", (4, 8, 8)), ("c_fc", (8, 8))) for i in range(3)
@@ -426,6 +475,8 @@ def test_a_resumed_run_goes_on_bit_for_bit(rule):
      "no cautious decay"),
     ("short/11", ["optim.lm_head.kfac={start=9, apply=3}"], "give growing steps"),
     ("short/11", [KFAC, "model.head.mtp={}"], "the inputs of one next token"),
+    ("optimizer/36", ["optim.muon.fading_decay={}"], "are both decoupled decays"),
+    ("optimizer/36", ["optim.muon.row_norm={rise=0.2}"], "takes a decay to 1 or beyond"),
     ("short/2", ["optim.embed.master=0"], "needs numerics.table=bfloat16"),
     ("short/11", ["schedule.horizon=99999", "schedule.late_horizon={steps=20}"], "is shorter than the run")])
 def test_what_the_rules_of_claims_cannot_have_is_refused(ref, sets, message):

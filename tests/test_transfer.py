@@ -20,8 +20,6 @@ from test_chain import SLOTS, TWELVE
 RECORDS = ("short/33", "short/57", "short/92", "medium/18", "optimizer/36")
 BALL = ("model.init.zero_proj=false",)
 FLAGS = {f"optim.muon.{flag}": needs for flag, *needs in SLOTS.values()} | {
-    "optim.muon.bi_maxwell={start=0}": (),
-    "optim.muon.annealing={}": ("optim.muon.soap={every=1}",),
     "optim.muon.smoothing={}": (), "optim.muon.slow={start=1}": (), "optim.muon.convergent=true": (),
     "optim.muon.polar_express_long=true": (), "optim.muon.norm=schatten4": (),
     "optim.muon.scale=match_rms": (),

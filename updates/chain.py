@@ -12,6 +12,7 @@ from updates.contra import Contra, SoftBlend
 from updates.directions import direction
 from updates.geometry import Hyperball, LateDecay, RadialBrake, RadiusPin, UpdateFloor
 from updates.muown import Muown
+from updates.row_norm import FadingDecay, RowNorm
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
 from updates.spectral import DynMuon, MuonSquared, PMuon
@@ -43,6 +44,8 @@ def orthogonal_momentum(s) -> list:
         slots.append(soap.slot(s))
     if muon.pmuon:
         slots.append(PMuon(muon.pmuon.beta, muon.pmuon.power, muon.pmuon.eps))
+    if rows := muon.row_norm:
+        slots.append(RowNorm(rows.attn, rows.mlp, rows.rise, rows.eps, s.schedule.steps))
     slots.append(orthogonaliser(s))
     if smooth := muon.smoothing:
         start = smooth.coef if smooth.start is None else smooth.start
@@ -110,6 +113,8 @@ def geometry(s, group) -> list:
         slots.append(Soda(muon.soda.start, muon.soda.steps))
     if group.weight_decay and not s.numerics.matrix_mantissa:  # those decay before the step (Muon.update_)
         slots.append(Decay(group.weight_decay))
+    if fade := muon.fading_decay:
+        slots.append(FadingDecay(fade.attn, fade.attn_power, fade.mlp, fade.mlp_power, s.schedule.steps))
     if muon.radius_pin:
         slots.append(RadiusPin())
     if muon.late_decay:

@@ -342,14 +342,14 @@ class RowNorm:
 
     def check(self, s: Any) -> Iterator[str]:
         if max(self.attn, self.mlp) + self.rise >= 1:
-            yield (f"optim.muon.row_norm.rise = {self.rise} takes a decay to 1 or beyond: set a smaller one, or "
-                   "smaller decays")
+            yield (f"optim.muon.row_norm.rise = {self.rise} takes a decay to 1 or beyond: set a smaller one, "
+                   "or smaller decays")
 
 
 @dataclass(frozen=True)
 class FadingDecay:
-    """Decoupled weight decay that fades with the run (claim of 2726 steps of the optimizer track, by an agent):
-    p <- p - lr a (1 - share of the run)^power p."""
+    """Decoupled weight decay that fades with the run (claim of 2726 steps of the optimizer track, by an
+    agent): p <- p - lr a (1 - share of the run)^power p."""
     attn: float = opt(0.08, "a for q, k, v and o", least=0)
     attn_power: float = opt(2.25, "power for q, k, v and o", above=0)
     mlp: tuple[float, ...] = opt((0.16, 0.22, 0.28), "a for the MLPs, one for each part of the layers, the "

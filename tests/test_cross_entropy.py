@@ -495,7 +495,8 @@ if __name__ == "__main__":
 def test_a_triton_loss_without_the_soft_cap_of_the_record_is_refused_before_the_run(monkeypatch):
     monkeypatch.setattr(preflight, "refusal", lambda *about: None)  # a GPU that can
     s, other = (
-        deltas.resolve(ref, sets=["system.kernels.loss=triton"]).settings for ref in ("optimizer/36", "short/59")
+        deltas.resolve(ref, sets=["system.kernels.loss=triton"]).settings
+        for ref in ("optimizer/36", "short/59")
     )
     with pytest.raises(UserError, match="loss=triton has no soft cap of the form rsqrt: leave it at auto"):
         preflight.check_kernels(s, torch.device("cuda"))

@@ -438,7 +438,7 @@ def test_soap_agrees_with_the_package_pytorch_optimizer():
 
 
 def beside(package_s_rule, sets, scales, steps=6, before=None):
-    """Two trajectories (6, 6) by the same gradients, with the largest distance of their steps, each at norm 1.
+    """Two trajectories (6, 6) by the same gradients, with the largest distance of their steps at norm 1.
 
     package_s_rule: a parameter -> its optimizer. scales: learning-rate factor of ours in each step. before:
     called with the step's number.
@@ -478,7 +478,8 @@ def test_shampoo_agrees_with_the_package_pytorch_optimizer():
 
 def test_psgd_agrees_with_the_package_pytorch_optimizer(monkeypatch):
     """Its Kron, given our random probe, first factors, step size of the factors and balancing, with no noise
-    on the momentum. It solves triangular systems in float32. Its limit on the root mean square is a factor."""
+    on the momentum. It solves triangular systems in float32. Its limit on the root mean square is a
+    factor."""
     package = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch-optimizer==4.1.0")
     probes = [noise(6, 6, seed=100 + i) for i in range(6)]
     now = {}

@@ -1,5 +1,5 @@
-"""Every slot of Muon's chain, every direction, rule of head or tables and wrapper goes on any record by one flag,
-or is refused with a reason that names a setting and what to do."""
+"""Every slot of Muon's chain, every direction, rule of head or tables and wrapper goes on any record by one
+flag, or is refused with a reason that names a setting and what to do."""
 
 import re
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Slots of the recipe without SOAP (an agent's claim of 2726 steps): rows of equal size, a decay that fades."""
+"""Slots of the recipe without SOAP (claim of 2726 steps): rows of equal size, a decay that fades."""
 
 from dataclasses import dataclass
 

@@ -104,7 +104,7 @@ def new_row(record):
     """The history row of a record that published/history.csv does not know."""
     lineage, _, name = record.ref.partition("/")
     empty = dict.fromkeys(("steps", "tokens", "effect_steps", "effect_loss"))
-    empty["steps"] = record.published.get("steps")
+    empty["steps"] = record.published.get("steps") if record.claimed else None
     return {"ref": record.ref, "lineage": lineage, "id": name, "date": record.date,
             "status": "claim" if record.claimed else "record",
             "scope": "parametric", "kind": record.kind, "people": record.people, "title": record.title,

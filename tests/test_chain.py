@@ -211,8 +211,8 @@ def test_with_an_ordered_reduction_a_unit_has_the_same_bits_in_any_bank(name):
 
 # ----- compiled
 
-NOT_EAGER = ("squared", "contra", "soft", "circuit", "radial_brake", "floor", "soda", "radius_pin",
-             "late_decay")
+NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "contra", "soft", "circuit", "radial_brake", "floor",
+             "soda", "fading_decay", "radius_pin", "late_decay")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from system.comm import communication
 from system.head_inputs import HeadInputs
 from system.hooks import hooks_of, reading
 from updates import views
+from updates.master import rounded
 
 F64 = torch.float64
 CLAIMS = ("optimizer/c2726", "optimizer/c2600", "optimizer/c2580", "optimizer/c2560", "optimizer/c2540")
@@ -335,6 +336,25 @@ def test_a_master_of_a_wide_table_is_adamw():
             update(optimizer, model, {"embed": noise(6, 4, seed=i)}, plan(i))
         ends.append(model.embed)
     assert torch.equal(*ends)
+
+
+def test_rounding_on_bits_is_the_cast_to_bfloat16():
+    x = torch.cat([noise(4096, dtype=torch.float32), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38])])
+    assert torch.equal(rounded(x), x.bfloat16().float())
+
+
+@pytest.mark.slow
+def test_a_compiled_master_is_the_eager_one():
+    s = deltas.resolve("short/11", scale="micro", sets=[
+        "system.precision=record", "optim.embed.master=2", "optim.grad_clip=false"]).settings
+    ends = []
+    for compiled in (False, True):
+        model = Toy(embed=(10 * noise(6, 4).bfloat16(), "embed", "embed"))
+        optimizer = Optimizer(model, s, compiled=compiled)
+        for i in range(4):
+            update(optimizer, model, {"embed": noise(6, 4, seed=i).bfloat16()}, plan(i))
+        ends.append([model.embed, *optimizer.banks[0].state.values()])
+    assert all(torch.allclose(a.float(), b.float(), rtol=1e-5, atol=1e-6) for a, b in zip(*ends))
 
 
 # ----- the anchor

@@ -7,12 +7,21 @@ import torch
 from updates.adam import AdamW, chunks
 
 
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """float32 numbers rounded to bfloat16, to the nearest even one, as float32.
+
+    On the bits, because torch.compile drops a cast to bfloat16 and back.
+    """
+    bits = x.view(torch.int32)
+    return (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
+
+
 @dataclass(frozen=True)
 class MasterAdamW(AdamW):
     """AdamW that updates a float32 master w of a bfloat16 table p (jn2clark's claims from 2580 to 2540 steps;
     read in the source of those trainers).
 
-    From step `start` on:  w <- w + p - bf16(w);  AdamW on w, with moments in float32;  p <- bf16(w)
+    From step `start` on:  w <- p + (w - bf16(w));  AdamW on w, with moments in float32;  p <- bf16(w)
 
     The first line takes in what others have written to p; a master of zeros begins so as p. Before `start`
     the table is AdamW's, with moments rounded to its dtype. Most updates near the end of a run are smaller
@@ -48,10 +57,10 @@ class MasterAdamW(AdamW):
 
     def update_part_(self, p, g, m, v, master, has_master, numbers) -> None:
         """update_ of a part of a table. has_master: number or 0-d tensor, 1 or 0."""
-        on = torch.as_tensor(has_master, device=p.device) > 0
-        w = torch.where(on, master + (p.float() - master.to(p.dtype).float()), p.float())
+        w = p.float() + (master - rounded(master))  # p itself before `start`
         super().update_(w, g.float(), {"exp_avg": m, "exp_avg_sq": v}, numbers, None)
         p.copy_(w)
-        master.copy_(torch.where(on, w, master))
+        master.copy_(has_master * w)
         for moment in (m, v):
-            moment.copy_(torch.where(on, moment, moment.to(p.dtype).float()))
+            short = rounded(moment)
+            moment.copy_(short + has_master * (moment - short))  # exact: both terms are close

@@ -35,10 +35,11 @@ ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")
 BADGES = ("spec", "math", "numerics", "trained")
+STATUSES = ("record", "claimed")  # claimed: its author's figures, accepted by nobody yet, never a record
 LINES = {  # that a record.toml may have, with their types
     "id": str, "title": str, "parent": str, "order": (int, float), "date": (str, datetime.date),
-    "people": list, "kind": str, "source": str, "badge": str, "notes": str, "subsumed": str, "delta": dict,
-    "published": dict, "attempt": str}
+    "people": list, "kind": str, "source": str, "badge": str, "status": str, "notes": str, "subsumed": str,
+    "delta": dict, "published": dict, "attempt": str}
 SOURCES = ("log", "lineage", "reconstructed", "own")  # own: designed in this project, no upstream record
 
 
@@ -66,6 +67,12 @@ class Record:
     subsumed: str
     folder: Path
     attempt: str = ""
+    status: str = "record"
+
+    @property
+    def claimed(self) -> bool:
+        """Whether it is a claim of its author: it runs, and is no member of its lineage."""
+        return self.status == "claimed"
 
     def answers(self, ref: object) -> bool:
         """True if `ref` means this record: by its own ref, or by that of the attempt that it was."""
@@ -131,12 +138,12 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
             badge=toml.get("badge", "spec"), slug=slug, order=float(toml.get("order", 0) or toml["id"]),
             delta=present_delta(toml.get("delta", {})), published=toml.get("published", {}),
             notes=toml.get("notes", ""), subsumed=toml.get("subsumed", ""), folder=path.parent,
-            attempt=toml.get("attempt", ""))
+            attempt=toml.get("attempt", ""), status=toml.get("status", "record"))
     except KeyError as error:
         raise UserError(f"{path}: the line {error} is missing") from None
     except ValueError:
         raise UserError(f"{path}: id {toml['id']!r} is not a number: add order = ... for sorting") from None
-    for key, choices in (("kind", KINDS), ("badge", BADGES), ("source", SOURCES)):
+    for key, choices in (("kind", KINDS), ("badge", BADGES), ("source", SOURCES), ("status", STATUSES)):
         if getattr(record, key) not in choices:
             raise UserError(f"{path}: {key} = {getattr(record, key)!r}: must be one of {', '.join(choices)}")
     if not record.delta and not record.subsumed and record.kind not in ("retiming", "baseline"):
@@ -172,7 +179,7 @@ def find_record(name: str) -> Record:
     members = [r for r in records.values() if r.ref.startswith(lineage + "/")]
     if members and key:
         if key == "head":
-            return members[-1]
+            return [r for r in members if not r.claimed][-1]
         for record in members:
             if key in (record.slug, record.ref.split("/")[1]) or key.lstrip("0") == record.ref.split("/")[1]:
                 return record

@@ -42,6 +42,7 @@ from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
 from model_settings import padded_vocab, table_rows
 from settings import LOGICAL_RANKS, Settings, longest_document
+from updates.views import mark_depth
 
 
 # ----- embedding --------------------------------------------------------------------------------------------
@@ -158,6 +159,19 @@ class Head(nn.Module):
         self.backend = {
             "auto": None, "whole": None, "chunks": "torch", "triton": "triton"
         }[s.system.kernels.loss]
+        kfac = s.optim.lm_head.kfac
+        self.sample = kfac.sample if kfac else None
+        if kfac:  # summed here, read and emptied by system.head_inputs
+            kept = {"dtype": torch.promote_types(dtype(n.matmul), torch.float32)}
+            self.register_buffer("input_gram", torch.zeros(m.model_dim, m.model_dim, **kept), False)
+            self.register_buffer("input_count", torch.zeros((), **kept), False)
+
+    @torch.no_grad()
+    def collect(self, x):
+        """Add every sample-th input of x (R, T, D) to the sums of their products and of their number."""
+        x = x.detach().flatten(0, 1)[::self.sample].to(self.input_gram.dtype)
+        self.input_gram.add_(x.mT @ x)
+        self.input_count.add_(len(x))
 
     def operands(self, table, tokens_per_rank):
         """(weight, FP8 factors or None) of the matrix product; only training uses FP8.
@@ -201,6 +215,8 @@ class Head(nn.Module):
                     prefix_weight, of_rank, tokens_per_rank, None if corrections is None else corrections[i]
                 ) for i, of_rank in enumerate(candidates)
             ])
+        if self.sample is not None and self.training:
+            self.collect(x)
         weight, fp8 = self.operands(table, tokens_per_rank)
         x, backend, bias = x.to(self.products or x.dtype), self.backend, self.bias
         if candidates is not None:
@@ -319,6 +335,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(s, spec, rotaries.get(spec.attn and spec.attn.rotary)) for spec in self.specs
         )
+        mark_depth(s, self.blocks)
         self.residual = Residual(s, self.specs)
         self.values = None
         if s.model.attn.value_residual:

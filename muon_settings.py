@@ -171,6 +171,17 @@ class SlowMomentum:
     start: int = opt(514, "first step with both buffers", unit="step", shrink="steps", least=0)
 
 
+@dataclass(frozen=True)
+class BiMaxwell:
+    """Bi-Maxwell momentum (@jn2clark, claims of 2600 to 2540 steps of the optimizer track): a fast and a slow
+    moving average of the gradient, which begin as copies of the momentum."""
+    fast_beta: float = opt(0.85, "decay of the fast average", least=0, below=1)
+    slow_beta: float = opt(0.98, "decay of the slow average", least=0, below=1)
+    share: float = opt(0.5615, "share of the slow average in the momentum", above=0, most=1)
+    start: int = opt(1000, "step after whose update the averages have decays of their own; until then both "
+                           "are the momentum", unit="step", shrink="steps", least=0)
+
+
 # ----- slots of the optimizer track (track 3), in the order of the chain
 
 @dataclass(frozen=True)
@@ -191,6 +202,9 @@ class SoapTrust:
     most: float = opt(0.85, "largest gate until the end of the release", above=0, most=1)
     release_start: int = opt(1375, "first step of the release", unit="step", shrink="steps", least=0)
     release_end: int = opt(1625, "step after the release", unit="step", shrink="steps", least=1)
+    until: int | None = opt(None, "first step without the gate, in which the whitened momentum replaces the "
+                                  "momentum (claims of 2560 and 2540 steps: 1000; off: there is none)",
+                            unit="step", shrink="steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -304,6 +318,53 @@ class SoftMuon:
 
 
 @dataclass(frozen=True)
+class Annealing:
+    """Spectral annealing (@jn2clark, claim of 2540 steps of the optimizer track): while the learning rate
+    falls, directions of high curvature are cooled first.
+
+    In SOAP's bases the update is multiplied by r^(strength s): r is the learning-rate factor, s the
+    standardised logarithm of the gradients' covariances in these bases.
+    """
+    strength: float = opt(0.25, "power of r at one standard deviation", above=0)
+    least: float = opt(0.3, "least r, below which the learning rate changes nothing more", above=0, below=1)
+    clip: float = opt(2.0, "standard deviations beyond which s stays", above=0)
+    beta: float = opt(0.99, "decay of the covariances", least=0, below=1)
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """Rows of the momentum divided by their root mean square before Newton-Schulz (claim of 2726 steps of the
+    optimizer track, by an agent). The mean square is a moving average."""
+    attn: float = opt(0.84, "decay of the average for q, k, v and o at the start", least=0, below=1)
+    mlp: float = opt(0.86, "decay of the average for the MLPs at the start", least=0, below=1)
+    rise: float = opt(0.1, "by how much both decays have risen at the end of the run", least=0, below=1)
+    eps: float = opt(1e-8, "added to the root", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if max(self.attn, self.mlp) + self.rise >= 1:
+            yield (f"optim.muon.row_norm.rise = {self.rise} takes a decay to 1 or beyond: set a smaller one, "
+                   "or smaller decays")
+
+
+@dataclass(frozen=True)
+class FadingDecay:
+    """Decoupled weight decay that fades with the run (claim of 2726 steps of the optimizer track, by an
+    agent): p <- p - lr a (1 - share of the run)^power p."""
+    attn: float = opt(0.08, "a for q, k, v and o", least=0)
+    attn_power: float = opt(2.25, "power for q, k, v and o", above=0)
+    mlp: tuple[float, ...] = opt((0.16, 0.22, 0.28), "a for the MLPs, one for each part of the layers, the "
+                                                     "first layers first", off=REFUSE, least=0)
+    mlp_power: float = opt(2.5, "power for the MLPs", above=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if not self.mlp:
+            yield "optim.muon.fading_decay.mlp is empty: give one number at least"
+        if s.optim.muon.weight_decay:
+            yield ("optim.muon.weight_decay and optim.muon.fading_decay are both decoupled decays: set "
+                   "optim.muon.weight_decay=0")
+
+
+@dataclass(frozen=True)
 class Circuit:
     """Circuit-Muon (track 3, result 41): the updates of v and o are balanced head by head."""
     eps: float = opt(1e-3, "added to the mean square of a head's weights, per channel", above=0)
@@ -338,7 +399,8 @@ class Soda:
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
 BEFORE_SCALING = (
-    "slow", "squared", "soap", "pmuon", "aurora", "dyn", "sinksoap", "contra", "soft", "smoothing"
+    "slow", "bi_maxwell", "squared", "soap", "pmuon", "row_norm", "aurora", "dyn", "sinksoap", "contra",
+    "soft", "smoothing"
 )
 
 
@@ -377,10 +439,11 @@ class Muon:
     )
     normuon: NorMuon | None = opt(None, "NorMuon: a second moment per neuron")
     cautious_decay: MuonCautiousDecay | None = opt(None, "cautious weight decay of Muon's matrices")
-    scale: Literal["none", "sqrt_max", "sqrt_ratio", "match_rms"] = opt(
+    scale: Literal["none", "sqrt_max", "sqrt_ratio", "sqrt_aspect", "match_rms"] = opt(
         "none", "factor of the update by the shape of the orthogonalised matrix. none: 1. sqrt_max: "
-                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols)). match_rms: 0.2 sqrt(max(rows, "
-                "cols)) (Liu et al., arXiv 2502.16982)")
+                "sqrt(max(rows, cols)). sqrt_ratio: sqrt(max(1, rows/cols)). sqrt_aspect: the root of the "
+                "longer side over the shorter. match_rms: 0.2 sqrt(max(rows, cols)) (Liu et al., arXiv "
+                "2502.16982)")
     c_fc_orientation: Literal["out_in", "in_out"] = opt(
         "out_in", "orientation of the MLP's first matrix c_fc for `scale`. out_in: 4d x d. in_out: d x 4d, "
                   "as record 27 stores it")
@@ -412,6 +475,14 @@ class Muon:
     contra: Contra | None = opt(None, "Contra-Muon: a part of the momentum is subtracted")
     soft: SoftMuon | None = opt(None, "Soft-Muon: a softer power of the momentum near the end",
                                 needs="optim.muon.convergent")
+    bi_maxwell: BiMaxwell | None = opt(None, "Bi-Maxwell momentum: a fast and a slow average from a step on",
+                                       needs="optim.muon.momentum_ema")
+    row_norm: RowNorm | None = opt(None, "rows of equal size: the momentum's rows are divided by their size")
+    fading_decay: FadingDecay | None = opt(None, "fading weight decay, in place of weight_decay")
+    annealing: Annealing | None = opt(
+        None, "spectral annealing: directions of high curvature are cooled before the others",
+        needs="optim.muon.soap"
+    )
     circuit: Circuit | None = opt(None, "Circuit-Muon: v and o are balanced head by head")
     radial_brake: float | None = opt(
         None, "radial brake: factor of the part of a step that lengthens its matrix (track 3, result 29: "
@@ -503,6 +574,8 @@ class Muon:
         if len(ways) > 1:
             yield (f"optim.muon.{ways[0]} and optim.muon.{ways[1]} are two ways to orthogonalise: switch one "
                    "off")
+        if self.slow and self.bi_maxwell:
+            yield "optim.muon.slow and optim.muon.bi_maxwell are two momenta of two averages: leave one"
         if self.soft and (self.polar_express or self.anvil_maps):
             yield "optim.muon.soft weighs the iterates of optim.muon.convergent: switch the other maps off"
         if self.soft and self.ns_steps != 12:

@@ -14,11 +14,14 @@ import torch
 from common.errors import UserError
 from settings import LOGICAL_RANKS, per_stage
 from updates.adam import AdamW, RowAdam
+from updates.head import EigenAdam, KfacAdam
+from updates.master import MasterAdamW
 from updates.muon import Muon
 from updates.rows import Rows, total
 
 # name -> function (settings, group) -> rule
-RULES = {"adamw": AdamW.of, "row_adam": RowAdam.of, "muon": Muon.of}
+RULES = {"adamw": AdamW.of, "row_adam": RowAdam.of, "master_adamw": MasterAdamW.of,
+         "eigen_adam": EigenAdam.of, "kfac_adam": KfacAdam.of, "muon": Muon.of}
 
 
 # ----- communication of one process -------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from declare import BEFORE, REFUSE, opt
 from muon_settings import Muon
-from wrapper_settings import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+from wrapper_settings import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,92 @@ class Scalars:
 class Group(Scalars):
     """One AdamW parameter group of embeddings or matrices."""
     weight_decay: float = opt(0.1, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
+
+
+@dataclass(frozen=True)
+class EmbedGroup(Group):
+    """The AdamW group of the token table and of other tables without a section of their own."""
+    master: int | None = opt(
+        None, "float32 master of bfloat16 tables, and moments in float32, from this step on (@jn2clark, "
+              "claims from 2580 steps of the optimizer track: 1000)", unit="step",
+        needs="numerics.table=bfloat16",
+        exact=None, shrink="steps", least=0
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.master is not None and s.numerics.adam == "bfloat16":
+            yield ("optim.embed.master is in float32, and AdamW's arithmetic in bfloat16: set "
+                   "numerics.adam=float32")
+        if self.master is not None and s.model.head.untied and s.model.head.untied.tied_until is not None:
+            yield ("optim.embed.master is of the token table alone, which takes over the head's state at "
+                   "model.head.untied.tied_until: switch one off")
+
+
+@dataclass(frozen=True)
+class HeadEigenbasis:
+    """Adam on the head in the eigenbasis of its gradients' covariance over the model dimension (@jn2clark,
+    claims of 2560 and 2540 steps of the optimizer track)."""
+    start: int = opt(1000, "first step in the eigenbasis; before, it is AdamW", unit="step", shrink="steps",
+                     least=0)
+    beta: float = opt(0.95, "decay of the covariance", least=0, below=1)
+    every: int = opt(8, "steps from one computation of the basis to the next", unit="step", off=REFUSE,
+                     least=1)
+
+
+@dataclass(frozen=True)
+class HeadKfac:
+    """Output K-FAC (@jn2clark, claims from 2625 to 2580 steps of the optimizer track): the head's gradient is
+    preconditioned by a power of the covariance of the head's inputs.
+
+    The step count of each part is that of the claim of 2600 steps.
+    """
+    start: int = opt(1400, "first step whose inputs enter the covariances", unit="step", shrink="steps",
+                     least=0)
+    apply: int = opt(1500, "first step with a preconditioned gradient", unit="step", shrink="steps", least=0)
+    full: int = opt(1750, "step at which strength and damping are at their ends", unit="step",
+                    shrink="steps", least=1)
+    stop: int = opt(2640, "first step without it again", unit="step", shrink="steps", least=1)
+    strength_start: float = opt(0.25, "share of the preconditioned gradient at `apply`", least=0, most=1)
+    strength: float = opt(0.75, "share of the preconditioned gradient from `full` on", above=0, most=1)
+    damping_start: float = opt(0.15, "damping at `apply`, in units of the mean eigenvalue", above=0)
+    damping: float = opt(0.05, "damping from `full` on", above=0)
+    power: float = opt(0.5, "power of the covariance whose inverse multiplies the gradient", above=0)
+    fast_beta: float = opt(0.8, "decay of the fast covariance", least=0, below=1)
+    slow_beta: float = opt(0.98, "decay of the slow covariance", least=0, below=1)
+    share: float = opt(8 / 9, "share of the fast covariance in their mixture", least=0, most=1)
+    every: int = opt(8, "steps from one computation of the power to the next", unit="step", off=REFUSE,
+                     least=1)
+    sample: int = opt(16, "every how many tokens an input enters the covariances", unit="token", off=REFUSE,
+                      least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if not self.start <= self.apply < self.stop:
+            yield (f"optim.lm_head.kfac starts at {self.start}, is applied from {self.apply} and stops at "
+                   f"{self.stop}: give growing steps")
+
+
+@dataclass(frozen=True)
+class HeadGroup(Group):
+    """The AdamW group of the output head."""
+    eigenbasis: HeadEigenbasis | None = opt(None, "Adam in the eigenbasis of the head's gradients")
+    kfac: HeadKfac | None = opt(None, "output K-FAC: a preconditioner by the head's inputs")
+
+    def check(self, s: Any) -> Iterator[str]:
+        own = [name for name in ("eigenbasis", "kfac") if getattr(self, name)]
+        if len(own) > 1:
+            yield "optim.lm_head.eigenbasis and optim.lm_head.kfac are two rules of the head: leave one"
+        for name in own:
+            path = f"optim.lm_head.{name}"
+            if not s.model.head.untied or s.model.head.untied.tied_until is not None:
+                yield (f"{path} is a rule of the head alone, and the token table is tied to it: set "
+                       "model.head.untied, without tied_until")
+            if self.every > 1:
+                yield f"{path} counts every step: set optim.lm_head.every=1"
+            if s.optim.adam.cautious_decay and name == "eigenbasis":
+                yield (f"{path} has no cautious decay, whose signs are those of single weights: set "
+                       "optim.adam.cautious_decay=false")
+        if self.kfac and s.model.head.mtp:
+            yield "optim.lm_head.kfac has the inputs of one next token: set model.head.mtp=false"
 
 
 @dataclass(frozen=True)
@@ -196,10 +282,10 @@ class TailAverage:
 class Optim:
     """The optimizer: AdamW in parameter groups, and optionally Muon for the block matrices (axis ml)."""
     adam: Adam = opt(Adam, "constants of AdamW")
-    embed: Group = opt(Group, "AdamW group of the token table (unless it is also the head), the position "
-                              "table and the value tables")
-    lm_head: Group = opt(Group, "AdamW group of the output head, or of the table that the token embedding "
-                                "and the head share")
+    embed: EmbedGroup = opt(EmbedGroup, "AdamW group of the token table (unless it is also the head), the "
+                                        "position table and the value tables")
+    lm_head: HeadGroup = opt(HeadGroup, "AdamW group of the output head, or of the table that the token "
+                                        "embedding and the head share")
     matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them",
                         idle="optim.muon")
     scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")
@@ -286,6 +372,10 @@ class Optim:
     reference_readout: ReferenceReadout | None = opt(
         None, "reference readout: what is read out lies away from earlier weights (track 3, result 42)"
     )
+    anchor: Anchor | None = opt(
+        None, "anchor extrapolation: gradients are taken away from an average of the last weights, which is "
+        "a part of what is read out"
+    )
     grad_clip: float | None = opt(1.0, "gradient clipping: the global norm of the gradient is at most this",
                                   off=None, above=0)
 
@@ -307,8 +397,18 @@ class Optim:
             for name in values:
                 if getattr(section, name, None) is not None:
                     values[name] = getattr(section, name)
-        rule = "muon" if muon else "row_adam" if getattr(own, "row_moment", False) else "adamw"
+        rule = "muon" if muon else "row_adam" if getattr(own, "row_moment", False) else (
+            self.tables_rule(role, own)
+        )
         return Hyper(name=label if own else role, rule=rule, slower=getattr(own, "slower", None), **values)
+
+    def tables_rule(self, role: str, own: Label | None) -> str:
+        """The rule of AdamW's parameters: a rule of the tables or of the head, if they have one."""
+        if role == "embed" and own is None and self.embed.master is not None:
+            return "master_adamw"
+        if role == "lm_head" and (self.lm_head.eigenbasis or self.lm_head.kfac):
+            return "eigen_adam" if self.lm_head.eigenbasis else "kfac_adam"
+        return "adamw"
 
     def groups(self) -> dict[str, Hyper]:
         """All groups by name: of the roles, and of the labels whose section is on."""

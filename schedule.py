@@ -92,7 +92,7 @@ def scheduled_steps(schedule: Schedule) -> int:
 
 def lr_factor(schedule: Schedule, step: int) -> float:
     """Learning-rate multiplier at a step: the cosine of llm.c, or the trapezoid of record 2 on."""
-    warmup, steps = schedule.warmup_steps, lr_steps(schedule)
+    warmup, steps = schedule.warmup_steps, lr_steps(schedule, step)
     if step < warmup:
         return (step + 1) / warmup
     progress = step / steps
@@ -115,8 +115,10 @@ def lr_factor(schedule: Schedule, step: int) -> float:
     return w * lr_peak(schedule, progress, step) + (1 - w) * schedule.lr_floor
 
 
-def lr_steps(schedule: Schedule) -> int:
-    """Steps over which the learning rate is laid out."""
+def lr_steps(schedule: Schedule, step: int = 0) -> int:
+    """Steps over which the learning rate is laid out, as a step sees it."""
+    if schedule.late_horizon is not None and step >= schedule.late_horizon.start:
+        return schedule.late_horizon.steps
     if schedule.horizon is not None:
         return schedule.horizon
     return schedule.steps if schedule.lr_spans_extension else scheduled_steps(schedule)
@@ -127,7 +129,7 @@ def matrix_lr_factor(schedule: Schedule, step: int) -> float | None:
     own = schedule.matrix
     if own is None:
         return None
-    steps = own.horizon or lr_steps(schedule)
+    steps = own.horizon or lr_steps(schedule, step)
     if step < own.warmup_steps:
         return (step if own.warmup_from_zero else step + 1) / own.warmup_steps
     w = 1.0
@@ -425,6 +427,8 @@ def readouts(s: Settings, step: int) -> list[Readout]:
     begun = away is not None and step >= max(away.start, away.reference)
     if begun and (last or away.at == "validation"):
         found.append(Readout("optim.reference_readout", undone=away.at == "validation"))
+    if optim.anchor is not None and step >= optim.anchor.start:
+        found.append(Readout("optim.anchor", undone=True))
     return found
 
 
@@ -482,6 +486,7 @@ def plan(s: Settings) -> list[StepPlan]:
 
 TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "schedule.warmup_steps": "the learning rate does not reach its peak",
+    "schedule.late_horizon.start": "the horizon does not change",
     "schedule.matrix.warmup_steps": "the learning rate of the matrices does not reach its peak",
     "schedule.matrix.cooldown_steps": "the learning rate of the matrices begins below its peak",
     "schedule.cooldown_steps": "the learning rate begins below its peak",
@@ -491,6 +496,8 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     ".slower.start": "the cadence does not change",
     ".slower.every": "the group is not updated after the change of cadence",
     "optim.muon.slow.start": "the momentum has one buffer throughout",
+    "optim.muon.bi_maxwell.start": "the momentum is one average throughout",
+    "optim.muon.soap.trust.until": "the trust gate acts throughout",
     "optim.muon.soap.trust.release_start": "the trust gate keeps its bounds",
     "optim.muon.soap.trust.release_end": "the trust gate keeps its largest value",
     "optim.muon.contra.steps": "the strength does not reach 0",
@@ -508,6 +515,17 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.rre.every": "there is no extrapolation",
     "optim.tail_ema.start": "there is no average, and the weights are read as they are",
     "optim.tail_ema.tau": "the average stays near the weights with which it begins",
+    "optim.anchor.start": "there is no average, and gradients are taken at the weights",
+    "optim.anchor.tau": "the average stays near the weights with which it begins",
+    "optim.anchor.ramp_start": "gradients are taken at the weights",
+    "optim.anchor.ramp_end": "the extrapolation does not reach its length",
+    "optim.embed.master": "the tables have no master",
+    "optim.lm_head.eigenbasis.start": "the head has AdamW throughout",
+    "optim.lm_head.eigenbasis.every": "the head keeps its first basis",
+    "optim.lm_head.kfac.start": "the head's gradient stays as it is",
+    "optim.lm_head.kfac.apply": "the head's gradient stays as it is",
+    "optim.lm_head.kfac.full": "strength and damping do not reach their ends",
+    "optim.lm_head.kfac.every": "the head keeps its first preconditioner",
     "optim.reference_readout.reference": "there is no reference, and the weights are read as they are",
     "optim.reference_readout.start": "the weights are read as they are",
     "validation.every": "there is no validation between the first step and the last",

@@ -57,6 +57,20 @@ class MatrixLR:
 
 
 @dataclass(frozen=True)
+class LateHorizon:
+    """Another horizon of the learning rate from a step on (@jn2clark, claims from 2625 steps of the optimizer
+    track: 2840 in place of 2900)."""
+    start: int = opt(1400, "first step with it", unit="step", off=REFUSE, shrink="steps", least=1)
+    steps: int = opt(2840, "steps over which the learning rate is laid out from then on", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+
+    def check(self, s: "Settings") -> Iterator[str]:
+        if self.steps < s.schedule.steps:
+            yield (f"schedule.late_horizon.steps = {self.steps} is shorter than the run: set it to "
+                   f"schedule.steps = {s.schedule.steps} at least")
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The schedules over the steps of a run (axis ml).
 
@@ -96,6 +110,8 @@ class Schedule:
         "then stops before the end of its cooldown (off: schedule.steps)", unit="step",
         needs="schedule.lr=trapezoid", shrink="steps", least=1
     )
+    late_horizon: LateHorizon | None = opt(None, "late horizon: another one from a step on",
+                                           needs="schedule.horizon")
     matrix: MatrixLR | None = opt(None, "own learning-rate schedule of the block matrices",
                                   needs="schedule.lr=trapezoid")
     stages: tuple[float, ...] = opt(

@@ -81,7 +81,8 @@ class OuterStep:
             "model.head.untied.tied_until": untied and untied.tied_until is not None,
             "numerics.fp8_head": s.numerics.fp8_head, "numerics.fp8_mlp": s.numerics.fp8_mlp,
             "optim.tail": s.optim.tail, "optim.ema_nesterov": s.optim.ema_nesterov, "optim.rre": s.optim.rre,
-            "optim.tail_ema": s.optim.tail_ema, "optim.reference_readout": s.optim.reference_readout
+            "optim.tail_ema": s.optim.tail_ema, "optim.reference_readout": s.optim.reference_readout,
+            "optim.anchor": s.optim.anchor, "optim.lm_head.kfac": s.optim.lm_head.kfac
         }
         for path in (path for path, on in apart.items() if on):
             yield f"optim.outer.workers = {self.workers} train apart, without {path}: switch it off"
@@ -157,3 +158,29 @@ class ReferenceReadout:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.reference_readout")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Anchor extrapolation (@jn2clark, claims from 2580 steps of the optimizer track): gradients are taken
+    away from an average of the last weights, and what is read out lies towards it.
+
+    E are the weights after update number `start`; after each later update E <- E + (theta - E) / tau. The
+    forwards of a step see theta + g (theta - E), where g rises from 0 at `ramp_start` to `gain` at
+    `ramp_end`; the update is made at theta. Read out are (1 - share) theta + share E, with a share for each
+    kind of parameters.
+    """
+    start: int = opt(2040, "number of the update whose weights begin the average", unit="step", off=REFUSE,
+                     shrink="steps", least=1)
+    tau: int = opt(100, "length of the average", unit="step", off=REFUSE, shrink="steps", least=1)
+    gain: float = opt(0.45, "largest g; 0: gradients are taken at theta", off=0.0, least=0)
+    ramp_start: int = opt(2100, "step at which g begins to rise", unit="step", shrink="steps", least=0)
+    ramp_end: int = opt(2200, "step at which g is `gain`", unit="step", shrink="steps", least=1)
+    first: float = opt(0.8, "share of E in the matrices of the first block", off=0.0, least=0, most=1)
+    blocks: float = opt(0.55, "share of E in the matrices of the other blocks", off=0.0, least=0, most=1)
+    head: float = opt(0.5, "share of E in the head's weight", off=0.0, least=0, most=1)
+    vectors: float = opt(1.0, "share of E in gains, biases and other vectors", off=0.0, least=0, most=1)
+    tables: float = opt(0.0, "share of E in embedding tables", off=0.0, least=0, most=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.anchor")

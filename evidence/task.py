@@ -128,9 +128,11 @@ def budget(steps):
 
 
 def children(parent):
-    """The records that descend from this one in its own lineage, in order."""
+    """The records that descend from this one in its own lineage, in order, without claims."""
     lineage = parent.ref.split("/")[0]
-    records = [r for r in deltas.load_records().values() if r.ref.split("/")[0] == lineage]
+    records = [
+        r for r in deltas.load_records().values() if r.ref.split("/")[0] == lineage and not r.claimed
+    ]
     return [r for r in records if r != parent and parent in deltas.chain(r)]
 
 

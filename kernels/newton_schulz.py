@@ -83,7 +83,7 @@ def newton_schulz(
     margin, least = (1.05, 1e-6) if anvil else (1.02, 1e-6) if polar_express else (1.0, 1e-7)
     x = g.to(norm_dtype)
     if by_schatten4:
-        x = x / schatten4(x).clamp_min(least)
+        x = x / (schatten4(x).clamp_min(least) * margin)
     else:
         norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
         x = x / (norm * margin + least if margin != 1 else norm + least)

@@ -104,7 +104,9 @@ def new_row(record):
     """The history row of a record that published/history.csv does not know."""
     lineage, _, name = record.ref.partition("/")
     empty = dict.fromkeys(("steps", "tokens", "effect_steps", "effect_loss"))
-    return {"ref": record.ref, "lineage": lineage, "id": name, "date": record.date, "status": "record",
+    empty["steps"] = record.published.get("steps") if record.claimed else None
+    return {"ref": record.ref, "lineage": lineage, "id": name, "date": record.date,
+            "status": "claim" if record.claimed else "record",
             "scope": "parametric", "kind": record.kind, "people": record.people, "title": record.title,
             "minutes": record.published.get("minutes"), "val_loss": record.published.get("val_loss"),
             "runs": record.published.get("runs"), **empty, "tokens_per_step": "", "note": "", "here": True}
@@ -341,9 +343,31 @@ def variants_of(site):
     return {ref: r for ref, r in site["records"].items() if is_variant(ref)}
 
 
+def claims_of(site):
+    """Ref -> record of the claimed results: deltas with their authors' figures, which are no records."""
+    return {ref: r for ref, r in site["records"].items() if r.claimed}
+
+
+def claim_rows(site):
+    """[(ref, record, z rule, pairwise rule against its parent or None)] of the claims with figures.
+
+    Both rules are the optimizer track's (evidence.statistics), on published means.
+    """
+    rows = []
+    for ref, r in claims_of(site).items():
+        mine, theirs = r.published, site["records"][r.parent].published
+        if {"mean", "runs"} <= mine.keys():
+            pair = statistics.z_pairwise(
+                mine["mean"], mine["runs"], theirs["mean"], theirs["runs"], theirs["steps"] - mine["steps"]
+            ) if {"mean", "runs", "steps"} <= theirs.keys() else None
+            target = r.settings.validation.target
+            rows.append((ref, r, statistics.z_rule(mine["mean"], mine["runs"], target), pair))
+    return rows
+
+
 def head(site, lineage="short"):
     """The latest record of a lineage."""
-    return [ref for ref in site["records"] if ref.startswith(lineage + "/")][-1]
+    return [ref for ref, r in site["records"].items() if ref.startswith(lineage + "/") and not r.claimed][-1]
 
 
 def marker(site, h):

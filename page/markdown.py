@@ -48,7 +48,7 @@ def index(site):
     ]
     variants = facts.variants_of(site)
     for lineage in dict.fromkeys(ref.split("/")[0] for ref in site["records"] if ref not in variants):
-        lines += ["", *track_index(site, lineage)]
+        lines += ["", *track_index(site, lineage), *claims_index(site, lineage)]
     absent = [h for h in site["history"] if not h["here"] and h["status"] != "claim"]
     if absent:
         lines.append(
@@ -67,7 +67,9 @@ def index(site):
 
 def track_index(site, lineage):
     """The table of one track's records, under a heading with the track's target."""
-    records = {ref: r for ref, r in site["records"].items() if ref.startswith(lineage + "/")}
+    records = {
+        ref: r for ref, r in site["records"].items() if ref.startswith(lineage + "/") and not r.claimed
+    }
     target = next(reversed(records.values())).settings.validation.target
     timed = any("minutes" in r.published for r in records.values())  # otherwise the measure is steps
     lines = [
@@ -95,6 +97,35 @@ def track_index(site, lineage):
             )
         )
     return lines
+
+
+def claims_index(site, lineage):
+    """The lines on the claimed results of a track, with the rules of the optimizer track on their figures."""
+    rows = [row for row in facts.claim_rows(site) if row[0].startswith(lineage + "/")]
+    if not rows:
+        return []
+    lines = [
+        f"\n### Claimed on the {lineage} track\n\nDeltas with their authors' figures, accepted by nobody yet "
+        "and never counted as records. Score: (3.28 - mean)\nsqrt(n), which must be at least 0.004. "
+        "Pairwise: the same for the difference from the result that it is built on, with\n0.0045 for 100 "
+        "steps.\n",
+        line(["claim", "title", "by", "date", "on", "badge", "steps", "mean (runs)", "score", "pairwise",
+              "files"]),
+        "|" + "---|" * 11
+    ]
+    for ref, r, rule, pair in rows:
+        mean = f"{r.published['mean']:.5f} ({r.published['runs']})"
+        lines.append(line([
+            ref, r.title, ", ".join(r.people), r.date, r.parent, f"`{r.badge}`", r.published["steps"], mean,
+            met(rule), "" if pair is None else met(pair),
+            ", ".join(file_links(r, site["runs"][ref], site["claims"][ref]))
+        ]))
+    return lines
+
+
+def met(rule):
+    """'0.00454', or '0.00278, not met'."""
+    return f"{rule['score']:.5f}{'' if rule['passed'] else ', not met'}"
 
 
 def variants_index(site, variants):
@@ -205,7 +236,8 @@ def section(r, before, measured, level="##"):
     lines = [
         f"{level} {r.ref}: {r.title}\n",
         f"{r.date}, {', '.join(r.people)}. Kind {r.kind}{parent}, {SOURCES.get(r.source, r.source)}, badge "
-        f"`{r.badge}`, [record.toml]({folder}/record.toml).\n"
+        f"`{r.badge}`, [record.toml]({folder}/record.toml)."
+        f"{' Claimed by its author, and no record.' if r.claimed else ''}\n"
     ]
     lines += ["```toml", *delta_lines(r), "```\n"] if r.delta else []
     lines += [f"No setting changes: {r.subsumed}.\n"] if r.subsumed else []

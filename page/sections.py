@@ -33,8 +33,9 @@ def page(site):
     content = {
         "summary": summary(site), "worth": worth(site), "history_table": history_table(site),
         "variants": variants(site), "boards": boards(site), "predict": predict(site), "rules": rules(site),
-        "judge": judge(site["judge"]), "frontier": source("frontier.html"), "evidence": evidence(site),
-        "style": source("style.css"), "script": source("page.js"), "data": data(site)
+        "judge": judge(site["judge"]) + claims(site), "frontier": source("frontier.html"),
+        "evidence": evidence(site), "style": source("style.css"), "script": source("page.js"),
+        "data": data(site)
     }
     pieces = source("template.html").split("{{")
     return pieces[0] + "".join(
@@ -49,14 +50,15 @@ def summary(site):
     ]
     first, last = published[0], published[-1]
     full = {ref for ref, runs in site["runs"].items() if any(r["scale"] == "full" for r in runs)}
-    own = len(facts.variants_of(site))
+    own, claims = len(facts.variants_of(site)), len(facts.claims_of(site))
     sweeps = sum(s["control"]["n"] + sum(r["n"] for r in s["rows"]) for s in site["sweeps"])
     figures = [
         (
             f"{facts.duration(first['minutes'])} → {facts.duration(last['minutes'])}",
             f"published records {first['id']} to {last['id']}, {first['date'][:4]} to {last['date'][:4]}",
         ),
-        (len(site["records"]) - own, f"records here as deltas that run, and {facts.plural(own, 'variant')}"),
+        (len(site["records"]) - own - claims, "records here as deltas that run, "
+                                              f"{facts.plural(own, 'variant')} and {claims} claimed results"),
         (len(full), "records rerun here at full scale"),
         (sweeps, f"runs in {facts.plural(len(site['sweeps']), 'committed sweep')}"),
     ]
@@ -358,6 +360,26 @@ def judge(found):
         raise UserError(f"{facts.EVIDENCE / 'judge.json'}: not what `python -m records judge` writes now "
                         f"({error!r}): write it again with --json") from None
     return out
+
+
+def claims(site):
+    """The claimed results by the rules of the optimizer track, on their authors' figures."""
+    columns = ["claim", ">date", "what", "by", ">steps", ">mean", ">n", ">score", ">pairwise p", "rule"]
+    rows = [
+        [
+            escape(ref), escape(r.date), escape(r.title) + f"<small>{escape(r.notes)}</small>",
+            escape(", ".join(r.people)), f"{r.published['steps']:,}", f"{r.published['mean']:.5f}",
+            str(r.published["runs"]), f"{rule['score']:.5f}",
+            "" if pair is None else f"{pair['p']:.2g} ({escape(r.parent.split('/')[1])})",
+            "met" if rule["passed"] else "not met"
+        ] for ref, r, rule, pair in facts.claim_rows(site)
+    ]
+    if not rows:
+        return ""
+    about = ("<p>Beyond the official table, by their authors' figures: accepted by nobody yet, and never "
+             "counted as records. Score: (3.28 - mean) sqrt(n), at least 0.004. Pairwise p: against the "
+             "result that a claim is built on, whose name follows.</p>")
+    return folded(f"Claimed results: {len(rows)}", about + table(columns, rows, "Claimed results"))
 
 
 # ----- data for the script ----------------------------------------------------------------------------------

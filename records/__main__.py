@@ -46,7 +46,7 @@ def list_records(options):
     """One line per record: what, when, who, published minutes, evidence; then one per variant: what and on
     which parent."""
     everything = deltas.load_records().values()
-    records = [r for r in everything if not r.ref.startswith(VARIANTS)]
+    records = [r for r in everything if not r.ref.startswith(VARIANTS) and not r.claimed]
     variants = [r for r in everything if r.ref.startswith(VARIANTS)]
     columns = lines.room()
     # a narrow terminal: without badge and kind, which `show` tells
@@ -66,12 +66,25 @@ def list_records(options):
     for name in deltas.preset_names():
         fixed, _ = deltas.load_preset(name)
         print(f"{name:10} preset: {fixed['name']} at scale {fixed['scale']}, frozen, with its own target")
+    list_claims([r for r in everything if r.claimed], columns)
     if variants:
         print(f"\n{'variant':12} {'parent':10} {'tiny':>6}  {'date':10} {'badge':8} {'kind':9} title")
     for r in variants:
         left = f"{r.ref:12} {r.parent or 'none':10} {tiny_loss(r):>6}  {r.date:10} {r.badge:8} {r.kind:9}"
         print(f"{left} {r.title if columns is None else lines.clipped(r.title, columns - len(left) - 1)}")
     list_attempts(columns)
+
+
+def list_claims(claims, columns):
+    """One line per claimed result, with its author's figures: steps, mean loss, number of runs."""
+    if claims:
+        print(f"\n{'claimed':16} {'steps':>6} {'loss':>8} {'runs':>5}  {'date':10} {'badge':8} title")
+    for r in claims:
+        p = r.published
+        left = (f"{r.ref:16} {p.get('steps', ''):>6} {p.get('mean', p.get('val_loss', '')):>8.6} "
+                f"{p.get('runs', ''):>5}  {r.date:10} {r.badge:8}")
+        title = f"{r.title} ({', '.join(r.people)})"
+        print(f"{left} {title if columns is None else lines.clipped(title, columns - len(left) - 1)}")
 
 
 def list_attempts(columns):
@@ -101,6 +114,8 @@ def show(options):
         show_preset(resolved)
     print(f"{r.ref}  {r.title}\n{r.date}  {', '.join(r.people)}  kind {r.kind}  reproduces {r.source}  badge "
           f"{r.badge}")
+    if r.claimed:
+        print("claimed: the figures are its author's, and it is no record of its lineage")
     print(f"parent {r.parent or 'none (the defaults of settings.py)'}")
     if r.subsumed:
         print(f"subsumed: {r.subsumed}")

@@ -257,7 +257,9 @@ def whole_lineage(lineage):
     is compared with one.
     """
     records = deltas.load_records()
-    members = [r for r in records.values() if r.ref.startswith(lineage + "/") and r.parent]
+    members = [
+        r for r in records.values() if r.ref.startswith(lineage + "/") and r.parent and not r.claimed
+    ]
     if not members:
         raise UserError(f"chain {lineage}: no record of this lineage has a parent to be compared with")
     out = {members[0].parent: None}

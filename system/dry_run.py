@@ -147,6 +147,9 @@ def wrapper_remarks(s):
         found = schedule.extrapolations(optim.rre, steps)
         where = f" after the updates {', '.join(map(str, found))}" if found else ""
         yield f"  {len(found)} extrapolations (optim.rre){where}"
+    if (anchor := optim.anchor) is not None and anchor.gain and anchor.ramp_start + 1 < steps:
+        first = max(anchor.ramp_start + 1, anchor.start)
+        yield f"  gradients are taken away from an average (optim.anchor) in the steps {first}..{steps - 1}"
     read = {}
     for step in (step for step in range(steps + 1) if schedule.validates(s, step)):
         for one in schedule.readouts(s, step):

@@ -14,6 +14,8 @@ import torch
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan, Windows
+from system.anchor import Anchor
+from system.head_inputs import HeadInputs
 from system.stateful import Stateful
 from system.tail_average import TailAverages
 from system.world import World
@@ -109,9 +111,12 @@ def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
     The wrappers come first: a look-ahead moves the weights before FP8 scales are made of them, and the head's
     buffers go to the embedding before its values do. optimizer: needed to untie the head; None: no such hook.
     """
-    hooks = [*wrappers_of(model), RouterBalance(model), FP8Scales(model), YaRN(model)]
+    optim = model.settings.optim
+    hooks = [*wrappers_of(model), *([Anchor(model, optim.anchor)] if optim.anchor else [])]
+    hooks += [RouterBalance(model), FP8Scales(model), YaRN(model)]
     if optimizer is not None:
         hooks.append(Untie(model, optimizer))
+        hooks += [HeadInputs(model, optimizer)] if optim.lm_head.kfac else []
     if (tail := model.settings.optim.tail) is not None:
         hooks.append(TailAverages(model, tail, model.settings.schedule.steps))
     return hooks

@@ -65,6 +65,9 @@ def check_kernels(s: Settings, device: torch.device) -> None:
         if getattr(s.system.kernels, field.name) == "triton":
             why = refusal(device, getattr(torch, used), FP8_SINCE if fp8 else 80)
             why = why or (wider_rotation(s) if field.name == "qk" else None)
+            softcap = s.model.head.softcap if field.name == "loss" else None
+            if softcap and softcap.form == "rsqrt":
+                why = why or "has no soft cap of the form rsqrt"
             if why:
                 raise UserError(f"system.kernels.{field.name}=triton {why}: leave it at auto")
 

@@ -34,7 +34,8 @@ def git(*args, cwd):
 def here(tmp_path, monkeypatch):
     """A small checkout of its own: the record.toml files up to record 57, and one committed attempt."""
     for path in (ROOT / "records").glob("*/*/record.toml"):
-        if int(re.match(r"\d+", path.parent.name)[0]) > 57:  # so that the tests do not change with the head
+        number = re.match(r"\d+", path.parent.name)  # claims have none
+        if number is None or int(number[0]) > 57:  # so that the tests do not change with the head
             continue
         target = tmp_path / path.relative_to(ROOT)
         target.parent.mkdir(parents=True)

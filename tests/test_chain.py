@@ -45,6 +45,10 @@ SLOTS = {  # slot -> (its flag, what must be set too); numbers of steps are smal
     "radius_pin": ("radius_pin=true",),
     "late_decay": ("late_decay=0.5",),
     "hyperball": ("hyperball=true", "model.init.zero_proj=false"),
+    "bi_maxwell": ("bi_maxwell={start=0}",),
+    "row_norm": ("row_norm={}",),
+    "fading_decay": ("fading_decay={}", "optim.muon.weight_decay=0"),
+    "annealing": ("annealing={}", "optim.muon.soap={every=1}", "schedule.warmup_steps=4"),
     "normuon": ("normuon={square=false}", "optim.muon.norm=schatten4"),
 }
 
@@ -207,8 +211,8 @@ def test_with_an_ordered_reduction_a_unit_has_the_same_bits_in_any_bank(name):
 
 # ----- compiled
 
-NOT_EAGER = ("squared", "contra", "soft", "circuit", "radial_brake", "floor", "soda", "radius_pin",
-             "late_decay")
+NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "contra", "soft", "circuit", "radial_brake", "floor",
+             "soda", "fading_decay", "radius_pin", "late_decay")
 
 
 @pytest.mark.slow
@@ -231,6 +235,26 @@ def test_slots_without_decompositions_compile_to_one_graph(kind, flags):
             with torch.no_grad():
                 function(x, g.view(-1, *unit), state, numbers, of)
         ends.append([x, *state.values()])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*ends))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["hyperball", "radius_pin", "late_decay", "floor", "radial_brake", "soda",
+                                  "squared", "contra", "bi_maxwell"])
+def test_a_slot_compiles_on_this_cpu_and_takes_the_eager_steps(name):
+    """By inductor, where it has a backend for this machine."""
+    torch._dynamo.reset()  # past its limit of graphs for one function it would go on uncompiled
+    flag, needs = sets(name)
+    s = settings("short/33", "model.model_dim=12", "model.attn.num_heads=3", flag, *needs,
+                 precision="float32")
+    ends = []
+    for compiled in (False, True):
+        model = toy(s, (0, 1), torch.float32)
+        optimizer = Optimizer(model, s, compiled=compiled)
+        for i in range(2):
+            given = {n: noise(*p.shape, seed=i, dtype=torch.float32) for n, p in model.named_parameters()}
+            update(optimizer, model, given, plan(i))
+        ends.append([p.detach() for p in model.parameters()])
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*ends))
 
 

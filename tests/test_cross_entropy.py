@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 
 import deltas
+from common.errors import UserError
 from kernels import cross_entropy, device
 from kernels import fp8_linear as fp8_module
 from kernels.cross_entropy import label_matrix, linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from model import Head, bounded
 from model_settings import Softcap
+from system import preflight
 
 ROOT = Path(__file__).parent.parent
 EXACT = {"cap_dtype": torch.float64, "loss_dtype": torch.float64}
@@ -488,3 +490,14 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
 if __name__ == "__main__":
     torch.set_num_threads(1)
     print(json.dumps({"memory": measure_memory, "interpret": interpret}[sys.argv[1]]()))
+
+
+def test_a_triton_loss_without_the_soft_cap_of_the_record_is_refused_before_the_run(monkeypatch):
+    monkeypatch.setattr(preflight, "refusal", lambda *about: None)  # a GPU that can
+    s, other = (
+        deltas.resolve(ref, sets=["system.kernels.loss=triton"]).settings
+        for ref in ("optimizer/36", "short/59")
+    )
+    with pytest.raises(UserError, match="loss=triton has no soft cap of the form rsqrt: leave it at auto"):
+        preflight.check_kernels(s, torch.device("cuda"))
+    preflight.check_kernels(other, torch.device("cuda"))

@@ -98,6 +98,7 @@ TO_RUN = {f"short/{i}" for i in (
     58, *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
 )} | {f"medium/{i}" for i in range(1, 19) if i not in (11, 17)}
 TO_RUN |= {f"optimizer/{i}" for i in range(1, 47) if i not in (15, 43)}
+TO_RUN |= {ref for ref, record in RECORDS.items() if record.claimed}
 
 
 def test_a_record_without_a_tiny_run_computes_what_its_parent_does_or_is_listed():

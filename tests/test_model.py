@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 RECORDS = list(deltas.load_records())
 MEDIUM = [f"medium/{n}" for n in range(1, 18) if n not in (6, 16)]  # these have what is in the others
 OPTIMIZER = [f"optimizer/{n}" for n in range(1, 46) if n not in (33, 36)]  # one model, but for the loss of 33
+OPTIMIZER += [r.ref for r in deltas.load_records().values() if r.claimed and r.ref != "optimizer/c2540"]
 # from the notes and logs; record 24 printed 275,742,784, of which 12 are unused entries of its packed scalars
 COUNTS = {
     "short/2": 123_532_032, "short/5": 123_568_128, "short/8": 162_201_600, "short/9": 162_201_636,

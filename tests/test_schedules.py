@@ -235,6 +235,10 @@ COUNTED = {
     "system.warmup_steps": None,  # untimed steps; from the run's last step on they repeat it
     "schedule.horizon": None, "schedule.matrix.horizon": None,
     "optim.muon.momentum_cooldown.until": None,  # a run may stop before them
+    "schedule.late_horizon.steps": None, "optim.lm_head.kfac.stop": None,
+    "optim.lm_head.kfac.start": None, "optim.lm_head.kfac.apply": None,  # refused: they must not pass `stop`
+    "optim.lm_head.kfac": "short/11", "optim.lm_head.eigenbasis": "short/11",
+    "optim.embed.master": "short/11", "schedule.late_horizon": "optimizer/46",
     "optim.muon.soft.end": None, "optim.muon.dyn.steps": None, "optim.muon.muown.norm_steps": None,
     "optim.muon.soft": "optimizer/20", "optim.o_bias": "short/1", "optim.embed2": "medium/16",
     "optim.embed2.slower": "medium/16", "optim.muon.smoothing": "medium/13",

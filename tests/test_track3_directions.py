@@ -435,3 +435,63 @@ def test_soap_agrees_with_the_package_pytorch_optimizer():
             theirs.step()
         update(ours, model, {"w": g}, plan(momentum=0.946))
     assert (w - model.w).abs().max() < 1e-4 * (w - start).abs().max()
+
+
+def beside(package_s_rule, sets, scales, steps=6, before=None):
+    """Two trajectories (6, 6) by the same gradients, with the largest distance of their steps at norm 1.
+
+    package_s_rule: a parameter -> its optimizer. scales: learning-rate factor of ours in each step. before:
+    called with the step's number.
+    """
+    s = settings("short/11", *CHANGED, "optim.muon.lr=0.01", "optim.muon.scale=none", *sets)
+    model = Toy(w=(noise(6, 6), "matrix", "c_fc", Views()))
+    w = torch.nn.Parameter(model.w.detach().clone())
+    ours, theirs, apart = Optimizer(model, s), package_s_rule(w), 0.0
+    for i in range(steps):
+        if before is not None:
+            before(i)
+        start = model.w.detach().clone(), w.detach().clone()
+        w.grad = noise(6, 6, seed=10 + i)
+        update(ours, model, {"w": w.grad.clone()}, plan(i, lr_factor=scales[i]))
+        theirs.step()
+        mine, other = model.w.detach() - start[0], w.detach() - start[1]
+        apart = max(apart, (mine / mine.norm() - other / other.norm()).norm().item())
+    return model.w.detach(), w.detach(), apart
+
+
+def test_shampoo_agrees_with_the_package_pytorch_optimizer():
+    """Its ScalableShampoo, without momentum: it takes the momentum of preconditioned gradients, and ours
+    preconditions the momentum. Its RMSProp does not correct the bias of the norm that both take over, so our
+    learning rate does."""
+    package = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch-optimizer==4.1.0")
+
+    def rule(w):
+        return package.ScalableShampoo(
+            [w], lr=0.01, betas=(0.0, 0.95), start_preconditioning_step=1, preconditioning_compute_steps=1,
+            shape_interpretation=False, graft_type=3, nesterov=False, matrix_eps=1e-15, use_svd=True
+        )
+
+    sets = ("optim.muon.shampoo={beta1=0.0, every=1, eps=1e-15}",)
+    mine, theirs, apart = beside(rule, sets, [(1 - 0.95 ** t) ** -0.5 for t in range(1, 7)])
+    assert apart < 1e-9 and (mine - theirs).abs().max() < 1e-9
+
+
+def test_psgd_agrees_with_the_package_pytorch_optimizer(monkeypatch):
+    """Its Kron, given our random probe, first factors, step size of the factors and balancing, with no noise
+    on the momentum. It solves triangular systems in float32. Its limit on the root mean square is a
+    factor."""
+    package = pytest.importorskip("pytorch_optimizer", reason="pip install pytorch-optimizer==4.1.0")
+    probes = [noise(6, 6, seed=100 + i) for i in range(6)]
+    now = {}
+    monkeypatch.setattr(Psgd, "draw", lambda self, like, step: (now["v"][None], torch.zeros_like(like)))
+    monkeypatch.setattr(torch, "randn_like", lambda like, **how: now["v"])
+
+    def rule(w):
+        kron = package.Kron([w], lr=0.01, momentum=0.95, pre_conditioner_update_probability=1.0,
+                            precondition_dtype=F64, balance_prob=1.0)
+        first = noise(6, 6, seed=10).pow(4).mean().item() ** (-1 / 32)
+        kron.param_groups[0] |= {"precondition_lr": 1.0, "precondition_init_scale": first ** 2}
+        return kron
+
+    *_, apart = beside(rule, ("optim.muon.psgd={}",), [1.0] * 6, before=lambda i: now.update(v=probes[i]))
+    assert apart < 1e-5

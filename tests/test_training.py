@@ -40,6 +40,7 @@ LATER = [f"short/{n}" for n in range(34, 58)]  # each has most of what the one b
 MEDIUM = [f"medium/{n}" for n in range(1, 18) if n != 16]  # 16 has what is in the others
 # 46 has most of what is in the others
 OPTIMIZER = [f"optimizer/{n}" for n in range(1, 46) if n not in (13, 36)]
+OPTIMIZER += [r.ref for r in deltas.load_records().values() if r.claimed and r.ref != "optimizer/c2540"]
 
 def short(ref, steps=3):
     """Arguments of a short training: few validation tokens, in rows of the record's length or of 256."""

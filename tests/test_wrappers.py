@@ -482,7 +482,8 @@ def test_memory_counts_the_buffers_and_experts_on_their_own_processes_are_refuse
 
 ALL = ("optim.ema_nesterov={beta=0.3, start=1, stop=7}", "optim.outer={period=3}",
        "optim.rre={start=2, points=3, every=2}", "optim.tail_ema={start=3, tau=2}",
-       "optim.reference_readout={reference=2, start=4}")
+       "optim.reference_readout={reference=2, start=4}",
+       "optim.anchor={start=2, tau=2, ramp_start=3, ramp_end=5}")
 
 
 def test_a_killed_run_with_all_wrappers_ends_with_the_bits_of_a_whole_one(tmp_path, monkeypatch):
@@ -504,8 +505,8 @@ def the_log_says_what_was_read(folder, s):
     log, unread = run_laws.read_log(folder, "run")
     assert unread == [] and lawful(log)
     told = {v["step"]: v.get("readout") for v in log.validations}
-    assert told == {0: None, 4: ["optim.rre", "optim.tail_ema", "optim.reference_readout"],
-                    8: ["optim.rre", "optim.tail_ema", "optim.reference_readout"]}
+    read = ["optim.rre", "optim.tail_ema", "optim.reference_readout", "optim.anchor"]
+    assert told == {0: None, 4: read, 8: read}
     last = log.validations[-1]
     assert last["val_loss"] != last["raw_val_loss"]
     assert "raw_val_loss:" in (folder / "log.txt").read_text() and "read at the weights of" in (

@@ -4,12 +4,15 @@ import torch
 
 from model_settings import head_dim
 from updates import soap
+from updates.annealing import Annealing, Bases
 from updates.aurora import Aurora
+from updates.bi_maxwell import BiMaxwell
 from updates.circuit import Circuit
 from updates.contra import Contra, SoftBlend
 from updates.directions import direction
 from updates.geometry import Hyperball, LateDecay, RadialBrake, RadiusPin, UpdateFloor
 from updates.muown import Muown
+from updates.row_norm import FadingDecay, RowNorm
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
 from updates.spectral import DynMuon, MuonSquared, PMuon
@@ -32,13 +35,17 @@ def chain(s, group) -> tuple:
 def orthogonal_momentum(s) -> list:
     """Momentum, what whitens it, the orthogonaliser, and what is added to its result."""
     muon = s.optim.muon
-    slots = [Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)]
+    slots = [momentum(muon)]
     if muon.squared:
         slots.append(MuonSquared(muon.squared.beta2, muon.squared.eps))
+    if muon.annealing:
+        slots.append(Bases(muon.soap.matrices))
     if muon.soap:
         slots.append(soap.slot(s))
     if muon.pmuon:
         slots.append(PMuon(muon.pmuon.beta, muon.pmuon.power, muon.pmuon.eps))
+    if rows := muon.row_norm:
+        slots.append(RowNorm(rows.attn, rows.mlp, rows.rise, rows.eps, s.schedule.steps))
     slots.append(orthogonaliser(s))
     if smooth := muon.smoothing:
         start = smooth.coef if smooth.start is None else smooth.start
@@ -49,6 +56,13 @@ def orthogonal_momentum(s) -> list:
     if muon.soft:
         slots.append(SoftBlend(muon.soft.most, muon.soft.start, muon.soft.end, muon.norm))
     return slots
+
+
+def momentum(muon):
+    """The slot that keeps the momentum. muon: settings.optim.muon."""
+    if two := muon.bi_maxwell:
+        return BiMaxwell(two.fast_beta, two.slow_beta, two.share, two.start)
+    return Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)
 
 
 def orthogonaliser(s):
@@ -87,6 +101,8 @@ def scaling(s, group) -> list:
 def geometry(s, group) -> list:
     """Slots that look at the parameter as well as at the update, and those that act after the step."""
     muon, slots = s.optim.muon, []
+    if cool := muon.annealing:
+        slots.append(Annealing(cool.strength, cool.least, cool.clip, cool.beta, muon.soap.matrices))
     if muon.circuit:
         slots.append(Circuit(head_dim(s), muon.circuit.eps))
     if muon.radial_brake is not None:
@@ -97,6 +113,8 @@ def geometry(s, group) -> list:
         slots.append(Soda(muon.soda.start, muon.soda.steps))
     if group.weight_decay and not s.numerics.matrix_mantissa:  # those decay before the step (Muon.update_)
         slots.append(Decay(group.weight_decay))
+    if fade := muon.fading_decay:
+        slots.append(FadingDecay(fade.attn, fade.attn_power, fade.mlp, fade.mlp_power, s.schedule.steps))
     if muon.radius_pin:
         slots.append(RadiusPin())
     if muon.late_decay:

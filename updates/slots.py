@@ -218,7 +218,8 @@ class Smooth(Slot):
 FACTORS = {"none": lambda rows, cols: 1.0,
            "sqrt_max": lambda rows, cols: math.sqrt(max(rows, cols)),
            "match_rms": lambda rows, cols: 0.2 * math.sqrt(max(rows, cols)),
-           "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols))}
+           "sqrt_ratio": lambda rows, cols: math.sqrt(max(1, rows / cols)),
+           "sqrt_aspect": lambda rows, cols: math.sqrt(max(rows / cols, cols / rows))}
 
 
 @dataclass(frozen=True)
@@ -302,6 +303,7 @@ class Scale(Slot):
     """Multiplies the update by a factor of the matrix's shape and by the factor `mul` of the label.
 
     kind: none; sqrt_max, sqrt(max(rows, cols)) (record 4); sqrt_ratio, sqrt(max(1, rows / cols)) (record 8);
+        sqrt_aspect, sqrt(max(rows / cols, cols / rows)) (claim of 2726 steps of the optimizer track);
         match_rms, 0.2 sqrt(max(rows, cols)), with which entries are about as large as Adam's (Liu et al.,
         arXiv 2502.16982).
     """

@@ -66,6 +66,8 @@ class Soap(Slot):
             free = ramp(plan.step, self.trust.release_start, self.trust.release_end)
             found["least_trust"] = self.trust.least * (1 - free)
             found["most_trust"] = self.trust.most if plan.step < self.trust.release_end else 1.0
+            if self.trust.until is not None and plan.step >= self.trust.until:
+                found["least_trust"] = found["most_trust"] = 1.0
         return found
 
     def __call__(self, u, step):

@@ -1,8 +1,9 @@
 """The matrices of a parameter as an update rule sees them, independent of how the parameter is stored."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +22,7 @@ class Views:
     rows: rows of one matrix, where a stored slice holds several below each other (record 80); None: its own.
     name: of the matrix, where the parameter has no pieces.
     whole: the parameter is one unit although no piece joins slices: a slot treats its pieces differently.
+    depth: share of the layers below this one's, where a slot treats layers differently; otherwise 0.
     """
     pieces: tuple[tuple[str, int, int], ...] = ()
     orientation: Literal["out_in", "in_out"] = "out_in"
@@ -28,6 +30,7 @@ class Views:
     rows: int | None = None
     name: str = ""
     whole: bool = False
+    depth: float = 0.0
 
     @property
     def joined(self) -> bool:
@@ -95,6 +98,14 @@ class Views:
         """(outputs, inputs) of a stored matrix (..., rows, cols)."""
         rows, cols = matrix.shape[-2:]
         return (rows, cols) if self.orientation == "out_in" else (cols, rows)
+
+
+def mark_depth(s: Any, blocks: Iterable[torch.nn.Module]) -> None:
+    """Give the parameters of each block their depth, if a slot of the settings treats layers differently."""
+    blocks = list(blocks) if s.optim.muon and s.optim.muon.fading_decay else []
+    for i, block in enumerate(blocks):
+        for p in block.parameters():
+            p.views = replace(p.views, depth=i / len(blocks))
 
 
 # optim_settings.NorMuon -> variance_axis of a matrix (outputs, inputs)

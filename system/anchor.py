@@ -1,0 +1,74 @@
+"""Anchor extrapolation (wrapper_settings.Anchor): gradients are taken away from an average of the weights."""
+
+import torch
+
+from model import GPT
+from schedule import StepPlan
+from system.world import World
+from system.wrappers import Number, ReadingWrapper, Tensors, of_model, plus
+from updates.norms import ramp
+from wrapper_settings import Anchor as Told
+
+
+class Anchor(ReadingWrapper):
+    """The weights that forwards and validations see, around an average E of the last weights, in float32.
+
+        E <- theta after update number `start`, then E <- E + (theta - E) / tau
+        forwards at theta + g (theta - E), rounded to the parameter's dtype; the update at theta, bit for bit
+        read out: (1 - share) theta + share E
+
+    g: `gain` times the share of the way from ramp_start to ramp_end. Source: jn2clark's trainers of 2560 and
+    2540 steps, where the average of the bfloat16 token table is that of its float32 master, here of the table
+    itself.
+    """
+
+    def __init__(self, model: GPT, told: Told) -> None:
+        super().__init__(of_model(model), "validation", model.settings.schedule.steps)
+        self.told, self.begun = told, Number(0)
+        self.average = self.zeros(wide=True)
+        self.buffers, self.numbers = {"average": self.average}, {"begun": self.begun}
+        self.kept: Tensors = {}  # between the forwards and the update of a step
+
+    @torch.no_grad()
+    def before_forwards(self, plan: StepPlan) -> None:
+        g = self.told.gain * ramp(plan.step, self.told.ramp_start, self.told.ramp_end)
+        if not self.begun.value or not g:
+            return
+        self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        for name, p in self.parameters.items():
+            average = self.average[name]
+            p.copy_(plus(p, p.to(average.dtype) - average, g))
+
+    @torch.no_grad()
+    def before_update(self, plan: StepPlan, world: World) -> None:
+        for name, x in self.kept.items():
+            self.parameters[name].copy_(x)
+        self.kept = {}
+
+    def follow(self, done: int) -> None:
+        if done < self.told.start:
+            return
+        rate = 1 / self.told.tau if self.begun.value else 1.0
+        self.begun.set(1)
+        for name, x in self.average.items():
+            x.lerp_(self.parameters[name].to(x.dtype), rate)
+
+    def known(self, step: int) -> bool:
+        return bool(self.begun.value)
+
+    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        average = self.average[name]
+        return p.to(average.dtype).lerp(average, self.share(name))
+
+    def share(self, name: str) -> float:
+        """The share of E in what is read out of a parameter."""
+        told, p = self.told, self.parameters[name]
+        if p.ndim < 2:
+            return told.vectors
+        if p.role in ("lm_head", "embed"):
+            return told.head if p.role == "lm_head" else told.tables
+        return told.first if name.startswith("blocks.0.") else told.blocks
+
+    def reset(self) -> None:
+        super().reset()
+        self.kept = {}

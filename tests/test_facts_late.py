@@ -73,16 +73,21 @@ MUON = [  # cautious decay, NorMuon's beta2, highest momentum, steps of its warm
 ]
 
 
-@pytest.mark.parametrize("n", SHORT)
-def test_optimizer(n):
-    o = settings(f"short/{n}").optim
-    for label, (role, changes) in ADAM.items():
+def check_groups(o, n, table):
+    """Compare the groups of record n with a table like ADAM."""
+    for label, (role, changes) in table.items():
         expected = at(n, changes)
         group = o.group(role, label)
         found = (group.lr, group.beta1, group.beta2, group.decay_mul)
         for got, wanted in zip(found, expected or ()):
             assert wanted is None or got == pytest.approx(wanted, rel=1e-9), (label, found)
-        assert expected is None or (group.eps, group.every) == (1e-10, 2), label
+        assert expected is None or (group.eps, group.every) == (1e-8 if n < 57 else 1e-10, 2), label
+
+
+@pytest.mark.parametrize("n", SHORT)
+def test_optimizer(n):
+    o = settings(f"short/{n}").optim
+    check_groups(o, n, ADAM)
     assert o.adam.cautious_decay.weight_decay == 0.005 and o.adam.cautious_decay.strict
     m = o.muon
     assert (m.lr, m.momentum_warmup.start, m.momentum_cooldown.end, m.momentum_cooldown.steps) == (
@@ -177,6 +182,10 @@ EARLIER = {
     "model.residual.unet_skips.gate.channels": [(55, 12)],
     "model.residual.x0_mix.x": [(34, 1.0), (45, 1.1)],
     "model.attn.sa_lambdas.qkv": [(47, 0.5)],
+    "model.attn.value_embed.tables": [
+        (34, (0, 1, 2, -1, -1, -1, -1, -1, -1, 0, 1, 2)), (49, (1, 2, -1, -1, -1, -1, -1, -1, 0, 1, 2))
+    ],
+    "model.attn.value_embed.table_init": [(34, "normal"), (49, "zero")],
     "model.attn.sa_lambdas.o": [(48, 1.0)],
     "model.attn.value_embed.gate.channels": [(55, 12)],
     "model.head.softcap.cap": [(34, 30.0), (54, 23.0)],
@@ -207,9 +216,26 @@ EARLIER = {
 }
 
 
+EARLIER_ADAM = {  # like ADAM
+    "lm_head": ("lm_head", [(39, (0.008, 0.7, 0.95, None)), (40, (0.008, 0.65, 0.95, None)),
+                            (55, (0.008, 0.65, 0.95, 150)), (57, (0.008, 0.5, 0.95, 150))]),
+    "value_embed": ("embed", [(39, (0.6, 0.7, 0.95, None)), (40, (0.6, 0.65, 0.95, None)),
+                              (55, (0.6, 0.65, 0.95, 5)), (57, (0.6, 0.75, 0.95, 5))]),
+    "sa_lambdas": ("scalar", [(39, (0.04, 0.7, 0.95, None)), (40, (0.04, 0.65, 0.95, None)),
+                              (50, (0.04, 0.65, 0.95, 0)), (52, (0.04, 0.9, 0.99, 0))]),
+    "x0_lambdas": ("scalar", [(50, (0.04, 0.65, 0.95, 0))]),
+    "smear_gate": ("matrix", [(52, (0.00008, 0.65, 0.95, 0)), (57, (0.00008, 0.9, 0.99, 0))]),
+    "skip_gate": ("matrix", [(55, (0.0004, 0.65, 0.95, 0)), (57, (0.0004, 0.9, 0.99, 0))]),
+    "gate": ("matrix", [(56, (0.008, 0.65, 0.95, 1)), (57, (0.008, 0.9, 0.99, 1))]),
+    "ve_gate": ("matrix", [(56, (0.008, 0.65, 0.95, 1)), (57, (0.008, 0.9, 0.99, 1))]),
+}
+
+
 @pytest.mark.parametrize("n", range(34, 58))
 def test_settings_of_records_34_to_57(n):
-    check(settings(f"short/{n}"), n, EARLIER)
+    s = settings(f"short/{n}")
+    check(s, n, EARLIER)
+    check_groups(s.optim, n, EARLIER_ADAM)
 
 
 # ----- the optimizer track

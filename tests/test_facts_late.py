@@ -1,4 +1,5 @@
-"""Settings of records 34 to 92 and of results of the optimizer track as their sources and logs have them.
+"""Settings of records 34 to 92, of results of the optimizer track and of medium records 2 to 16 as their
+sources and logs have them.
 
 A table reads "from this record on". What golden numbers hold already is here for the records between them.
 """
@@ -288,3 +289,53 @@ def test_settings_of_results(n):
         for name in path.split("."):
             node = getattr(node, name)
         assert node == expected, path
+
+
+# ----- the medium track
+
+FIVE = (  # triples of Newton-Schulz from record 4 on
+    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
+    (2.8366, -3.0525, 1.2012)
+)
+THREE_TABLES = (0, 1, 2, *10 * (-1,), 0, 1, 2)
+FIVE_TABLES = (0, 1, 2, 3, 4, *6 * (-1,), 0, 1, 2, 3, 4)
+MEDIUM = {
+    "schedule.steps": [(2, 7500), (3, 7150), (4, 7050), (5, 6950), (6, 6710), (7, 6450), (8, 5960), (9, 5820),
+                       (10, 5690), (12, 5640), (13, 5610), (14, 5590), (15, 5550), (16, 5535)],
+    "schedule.cooldown_frac": [(2, 0.4), (5, 0.6), (8, 0.7)],
+    "schedule.lr_floor": [(2, 0.1), (3, 0.0), (13, 0.01)],
+    "optim.muon.lr": [(2, 0.025), (12, 0.027), (13, 0.03)],
+    "optim.muon.weight_decay": [(2, 0.0), (3, 0.01)],
+    "optim.muon.coefficients": [(2, ()), (4, FIVE)],
+    "optim.c_fc.weight_decay": [(6, 0.02)],
+    "optim.c_proj.weight_decay": [(6, 0.02)],
+    "optim.embed.lr": [(2, 0.3)],
+    "optim.lm_head.lr": [(2, 0.003), (3, 0.003125)],
+    "optim.scalar.lr": [(2, 0.015)],
+    "optim.muon.smoothing.coef": [(13, 0.2)],
+    "optim.muon.smoothing.start": [(13, 0.5), (14, None)],
+    "optim.muon.smoothing.ramp_steps": [(13, 3000)],
+    "optim.muon.smoothing.lookahead": [(13, True), (14, False)],
+    "optim.outer.period": [(12, 28), (13, None), (14, 28)],
+    "optim.outer.lr": [(12, 0.68), (13, None), (14, 0.68)],
+    "optim.outer.momentum": [(12, 0.37), (13, None), (14, 0.37)],
+    "optim.outer.first_step": [(12, True), (13, None), (14, True)],
+    "model.attn.window.end": [(2, 1728), (8, 3456)],
+    "model.attn.window.long_layers": [(2, (0, 4, 11, 15))],
+    "model.attn.value_embed.tables": [(2, THREE_TABLES), (9, FIVE_TABLES)],
+    "model.attn.v_norm": [(2, False), (6, True)],
+    "model.attn.raw_input": [(2, False), (6, True)],
+    "model.residual.unet_skips.pairs": [(2, None), (6, ((6, 9), (4, 10), (2, 11)))],
+    "model.residual.layer_reuse.layer": [(15, 11)],
+    "model.embed.second.init": [(10, 0.0)],
+    "model.head.softcap.form": [(2, "sigmoid"), (7, "rsqrt")],
+    "model.head.softcap.cap": [(2, 30.0), (7, 15.0)],
+    "model.head.smear.init": [(16, 0.0)],
+    "numerics.fp8_head.w": [(2, 32.0), (3, 512.0), (7, None)],
+    "numerics.matrix_mantissa": [(2, False), (7, True)],
+}
+
+
+@pytest.mark.parametrize("n", [n for n in range(2, 17) if n != 11])
+def test_settings_of_medium_records(n):
+    check(settings(f"medium/{n}"), n, MEDIUM)

@@ -254,7 +254,7 @@ def row(mutant: Mutant) -> str:
     """The row of a mutant up to the commit."""
     before, after = map(cell, difference(mutant.text, mutant.change))
     test = mutant.test.removeprefix("tests/").replace("|", "\\|")
-    return (f"| {mutant.name} | {mutant.range} | {mutant.file} | {before} to {after} | {mutant.breaks} | "
+    return (f"| {mutant.name} | {mutant.range} | {mutant.file} | {before} becomes {after} | {mutant.breaks} | "
             f"{test} | ")
 
 

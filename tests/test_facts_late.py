@@ -246,6 +246,7 @@ RESULT_STEPS = [
     3125, 3030, 4100, 8225, 3075, 3175, 3040, 3090, 3125, 3175, 2990, 2930, 2995, 3000, 3375, 2925, 3375, 3250,
     3250, 2900, 3125, 2890, 2875, 2860, 2850, 2750, 2720, 2690
 ]
+NORMAL = math.sqrt(3 * 0.33)  # of N(0, 0.33 / fan_in)
 RESULTS = {  # of those whose rule has no golden numbers, and of what stands around the others
     16: {"optim.muon.soap.matrices": ("c_fc", "c_proj", "o"), "optim.muon.soap.attn_floor": 0.2,
          "optim.muon.soap.every": 10, "optim.muon.soap.trust.agree": 0.2, "optim.muon.soap.trust.least": 0.45,
@@ -263,6 +264,8 @@ RESULTS = {  # of those whose rule has no golden numbers, and of what stands aro
          "optim.muon.muown.o_mul": 1.5, "optim.muon.muown.c_fc_mul": 1.5, "optim.muon.contra.strength": 0.325,
          "optim.muon.contra.steps": 1925, "optim.muon.normuon.beta2": 0.8},
     32: {"optim.muon.soda.start": 2000, "optim.muon.soda.steps": 750, "optim.muon.floor.ratio": 0.3825},
+    37: {"model.init.bound": NORMAL, "model.init.o_bound": 1.25 * NORMAL, "model.init.c_fc_bound": 1.5 * NORMAL,
+         "model.init.c_proj_bound": 3 * NORMAL, "model.init.bias": "zero"},
     38: {"optim.reference_readout.reference": 2375, "optim.reference_readout.push": -0.075,
          "optim.reference_readout.at": "end", "schedule.horizon": 3020},
     40: {"optim.ema_nesterov.beta": 0.3, "optim.ema_nesterov.decay": 0.99, "optim.ema_nesterov.start": 300,
@@ -283,12 +286,7 @@ def test_steps_of_the_results():
 
 @pytest.mark.parametrize("n", RESULTS)
 def test_settings_of_results(n):
-    s = settings(f"optimizer/{n}")
-    for path, expected in RESULTS[n].items():
-        node = s
-        for name in path.split("."):
-            node = getattr(node, name)
-        assert node == expected, path
+    check(settings(f"optimizer/{n}"), n, {path: [(n, value)] for path, value in RESULTS[n].items()})
 
 
 # ----- the medium track

@@ -93,10 +93,14 @@ def faults(mutant: Mutant) -> Iterator[str]:
 
 # ----- one run ----------------------------------------------------------------------------------------------
 
+def git(*arguments: str) -> str:
+    """What git says in this checkout."""
+    return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
 def copy(folder: Path) -> None:
     """Copy what git has or does not ignore into a folder."""
-    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, check=True,
-                            capture_output=True, text=True).stdout
+    listed = git("ls-files", "-coz", "--exclude-standard")
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -176,8 +180,7 @@ def outcome(code: int, cases: list[ElementTree.Element], said: str) -> Outcome:
 def digest() -> str:
     """16 hex digits over what a result depends on: all Python files and records."""
     found = hashlib.sha256()
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "*.py", "records", "tests/golden"],
-                            cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    listed = git("ls-files", "-co", "--exclude-standard", "*.py", "records", "tests/golden")
     for name in sorted(set(listed.split("\n"))):
         path = ROOT / name
         if path.is_file() and path != Path(__file__):
@@ -187,9 +190,6 @@ def digest() -> str:
 
 def commit() -> str:
     """The commit of this checkout; with a + if other files than those of the mutants have been changed."""
-    def git(*arguments):
-        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-
     changed = [line for line in git("status", "--porcelain").splitlines() if "tests/mutants." not in line]
     return git("rev-parse", "--short=10", "HEAD").strip() + "+" * bool(changed)
 
@@ -254,8 +254,8 @@ def row(mutant: Mutant) -> str:
     """The row of a mutant up to the commit."""
     before, after = map(cell, difference(mutant.text, mutant.change))
     test = mutant.test.removeprefix("tests/").replace("|", "\\|")
-    return (f"| {mutant.name} | {mutant.range} | {mutant.file} | {before} becomes {after} | {mutant.breaks} | "
-            f"{test} | ")
+    cells = [mutant.name, mutant.range, mutant.file, f"{before} becomes {after}", mutant.breaks, test]
+    return "| " + " | ".join(cells) + " | "
 
 
 def known_rows() -> dict[str, str]:
@@ -266,7 +266,7 @@ def known_rows() -> dict[str, str]:
 
 
 def write_table(killed: dict[Mutant, str]) -> None:
-    """Write tests/mutants.md. killed: {mutant: commit} of this run; the others keep the rows that they have."""
+    """Write tests/mutants.md. killed: {mutant: commit} of this run; the others keep their rows."""
     known = known_rows() | {row(mutant): at for mutant, at in killed.items()}
     rows = [f"{row(mutant)}{known[row(mutant)]} |" for mutant in mutants() if row(mutant) in known]
     text = (f"{len(rows)} changes of formulas and constants, each of which fails the test named with it "

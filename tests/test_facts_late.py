@@ -94,7 +94,8 @@ def test_optimizer(n):
     assert (m.lr, m.momentum_warmup.start, m.momentum_cooldown.end, m.momentum_cooldown.steps) == (
         0.023, 0.85, 0.85, 50
     )
-    assert (m.cautious_decay.weight_decay, m.normuon.beta2, m.momentum, m.momentum_warmup.steps) == at(n, MUON)
+    found = m.cautious_decay.weight_decay, m.normuon.beta2, m.momentum, m.momentum_warmup.steps
+    assert found == at(n, MUON)
     factors = [o.group("matrix", label).lr_mul for label in ("qkvo", "c_fc", "c_proj")]
     assert factors == pytest.approx(at(n, MUON_FACTORS), rel=1e-12)
 
@@ -242,9 +243,9 @@ def test_settings_of_records_34_to_57(n):
 # ----- the optimizer track
 
 RESULT_STEPS = [
-    3600, 5625, 3500, 4875, 3325, 3375, 3325, 3250, 3250, 3250, 3225, 3325, 3210, 3150, 3275, 3125, 3175, 3225,
-    3125, 3030, 4100, 8225, 3075, 3175, 3040, 3090, 3125, 3175, 2990, 2930, 2995, 3000, 3375, 2925, 3375, 3250,
-    3250, 2900, 3125, 2890, 2875, 2860, 2850, 2750, 2720, 2690
+    3600, 5625, 3500, 4875, 3325, 3375, 3325, 3250, 3250, 3250, 3225, 3325, 3210, 3150, 3275, 3125,
+    3175, 3225, 3125, 3030, 4100, 8225, 3075, 3175, 3040, 3090, 3125, 3175, 2990, 2930, 2995, 3000,
+    3375, 2925, 3375, 3250, 3250, 2900, 3125, 2890, 2875, 2860, 2850, 2750, 2720, 2690
 ]
 NORMAL = math.sqrt(3 * 0.33)  # of N(0, 0.33 / fan_in)
 RESULTS = {  # of those whose rule has no golden numbers, and of what stands around the others
@@ -264,8 +265,9 @@ RESULTS = {  # of those whose rule has no golden numbers, and of what stands aro
          "optim.muon.muown.o_mul": 1.5, "optim.muon.muown.c_fc_mul": 1.5, "optim.muon.contra.strength": 0.325,
          "optim.muon.contra.steps": 1925, "optim.muon.normuon.beta2": 0.8},
     32: {"optim.muon.soda.start": 2000, "optim.muon.soda.steps": 750, "optim.muon.floor.ratio": 0.3825},
-    37: {"model.init.bound": NORMAL, "model.init.o_bound": 1.25 * NORMAL, "model.init.c_fc_bound": 1.5 * NORMAL,
-         "model.init.c_proj_bound": 3 * NORMAL, "model.init.bias": "zero"},
+    37: {"model.init.bound": NORMAL, "model.init.o_bound": 1.25 * NORMAL,
+         "model.init.c_fc_bound": 1.5 * NORMAL, "model.init.c_proj_bound": 3 * NORMAL,
+         "model.init.bias": "zero"},
     38: {"optim.reference_readout.reference": 2375, "optim.reference_readout.push": -0.075,
          "optim.reference_readout.at": "end", "schedule.horizon": 3020},
     40: {"optim.ema_nesterov.beta": 0.3, "optim.ema_nesterov.decay": 0.99, "optim.ema_nesterov.start": 300,
@@ -292,8 +294,8 @@ def test_settings_of_results(n):
 # ----- the medium track
 
 FIVE = (  # triples of Newton-Schulz from record 4 on
-    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046),
-    (2.8366, -3.0525, 1.2012)
+    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037),
+    (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)
 )
 THREE_TABLES = (0, 1, 2, *10 * (-1,), 0, 1, 2)
 FIVE_TABLES = (0, 1, 2, 3, 4, *6 * (-1,), 0, 1, 2, 3, 4)

@@ -1,4 +1,4 @@
-"""The list of tests/mutants.py holds: texts and tests are there, every mutant is known to have been killed."""
+"""The list of tests/mutants.py holds: texts and tests are there, and every mutant has been killed."""
 
 import collections
 from xml.etree import ElementTree
@@ -38,8 +38,8 @@ FAILURE, ERROR, SKIPPED, NAME = (
 
 @pytest.mark.parametrize("code, children, kind", [
     (0, ["", ""], "passed"), (0, [SKIPPED, ""], "passed"), (0, [SKIPPED], "never ran"), (5, [], "never ran"),
-    (1, ["", FAILURE], "failed"), (1, [ERROR], "never ran"), (1, [NAME], "never ran"), (2, [ERROR], "never ran"),
-    (4, [], "never ran")])
+    (1, ["", FAILURE], "failed"), (1, [ERROR], "never ran"), (1, [NAME], "never ran"),
+    (2, [ERROR], "never ran"), (4, [], "never ran")])
 def test_only_a_failure_inside_a_test_is_a_kill(code, children, kind):
     cases = [ElementTree.fromstring(f"<testcase>{child}</testcase>") for child in children]
     assert mutants.outcome(code, cases, "ERROR not found").kind == kind

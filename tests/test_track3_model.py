@@ -185,9 +185,11 @@ def test_signs_of_the_initial_gains(result):
 @pytest.mark.feature("model.init.signed_gains.pairs_from")
 def test_the_count_of_a_head_goes_halfway_to_its_half():
     """Of 128 signs about 64 +- sqrt(32) are +1 before that; the second layer has as many -1."""
-    first, second = (x.reshape(1000, 128) > 0 for x in paired_signs(1000, 128, torch.Generator().manual_seed(0)))
+    pair = paired_signs(1000, 128, torch.Generator().manual_seed(0))
+    first, second = (signs.reshape(1000, 128) > 0 for signs in pair)
     assert torch.equal(first.sum(1), 128 - second.sum(1)) and not torch.equal(first, ~second)
-    assert 7 < (first.sum(1) - 64).double().square().mean() < 10  # a quarter of the variance, and the rounding
+    # a quarter of the variance, and the rounding
+    assert 7 < (first.sum(1) - 64).double().square().mean() < 10
 
 
 @pytest.mark.parametrize("result, loss", [("r36", math.log(50304)), ("r37", 10.955), ("r33", 11.004)])

@@ -10,6 +10,7 @@ largest value; the bound is a few roundings of the dtype. What a device cannot r
 
 import functools
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -45,6 +46,12 @@ def relative(a, b):
     return ((a.detach().double() - b.detach().double()).abs().max() / b.detach().double().abs().max()).item()
 
 
+def worst(errors):
+    """The largest of some errors; NaN if one is, which max() may pass over."""
+    found = list(errors)
+    return next((error for error in found if math.isnan(error)), max(found))
+
+
 def gradients(function, inputs, upstream):
     """[output, gradients of the inputs]."""
     y = function(*inputs)
@@ -58,7 +65,7 @@ def compare(function, reference, inputs, dtype):
     expected = reference(*high)
     upstream = torch.randn_like(expected)
     theirs = [expected, *torch.autograd.grad(expected, high, upstream)]
-    return max(relative(a, b) for a, b in zip(gradients(function, low, upstream), theirs))
+    return worst(relative(a, b) for a, b in zip(gradients(function, low, upstream), theirs))
 
 
 # Each group yields (name, dtype, check): a function that gives the error, or a text: why it is not run here.
@@ -274,8 +281,8 @@ def fp8_linear_checks():
             yield f"fp8_linear {part} ({units}), transposes by {by}", torch.bfloat16, lambda: why or relative(
                 gradients(lambda a, b: fp8_linear(a, b, *scales, by), inputs, g)[i], exact[i])
         layer = torch.compile(lambda a, b: fp8_linear(a, b, *scales, by), dynamic=False)
-        yield f"fp8_linear, transposes by {by}, compiled", torch.bfloat16, lambda: why or uncompiled() or max(
-            relative(a, b) for a, b in zip(gradients(layer, inputs, g), exact))
+        yield f"fp8_linear, transposes by {by}, compiled", torch.bfloat16, lambda: (
+            why or uncompiled() or worst(relative(a, b) for a, b in zip(gradients(layer, inputs, g), exact)))
 
 
 def uncompiled():
@@ -357,7 +364,7 @@ def fp8_mlp_checks():
                     f"fp8_mlp {name}, "
                     f"{'fused' if fused else 'FP8 units' if has_fp8_units(x) else 'reference'}"
                 )
-                yield label, dtype, lambda: why or max(relative(a, b) for a, b in zip(
+                yield label, dtype, lambda: why or worst(relative(a, b) for a, b in zip(
                     gradients(lambda *t: fp8_mlp(*t, 2, given, fused)[0], inputs, g), [y, *slopes]))
 
 
@@ -427,7 +434,7 @@ def compiled_checks():
     for given in (None, scale):
         layer = lambda *t: fp8_mlp(*t, 2, given, True)[0]
         yield (f"fp8_mlp {'up' if given is None else 'up and down'}, fused, compiled", dtype, lambda: (
-            refusal(DEVICE, dtype, FP8_SINCE) or uncompiled() or max(spread(a, b) for a, b in zip(
+            refusal(DEVICE, dtype, FP8_SINCE) or uncompiled() or worst(spread(a, b) for a, b in zip(
                 gradients(torch.compile(layer, dynamic=False), inputs, torch.ones_like(w)),
                 gradients(layer, inputs, torch.ones_like(w))))), 2 ** -5)
 
@@ -476,7 +483,7 @@ def large_loss(tokens, classes, dim=768):
     g = torch.rand(tokens, device=DEVICE)
     ours = gradients(lambda *t: linear_cross_entropy(*t, backend="triton", chunk=tokens, **how), inputs, g)
     exact = gradients(lambda *t: linear_cross_entropy(*t, backend="torch", chunk=1024, **how), wide, g)
-    return max(relative(a, b) for a, b in zip(ours, exact))
+    return worst(relative(a, b) for a, b in zip(ours, exact))
 
 
 def pieces(tokens):
@@ -495,7 +502,8 @@ def large_relu_sq(tokens, dim, hidden):
     errors = [
         relative(p[part], linear_relu_sq_reference(x[part].double(), w.double())) for part in pieces(tokens)
     ]
-    return max(*errors, *(relative(d[part], 2 * p[part].double() ** 1.5) for part in pieces(tokens)))
+    errors += [relative(d[part], 2 * p[part].double() ** 1.5) for part in pieces(tokens)]
+    return worst(errors)
 
 
 def large_rotary(tokens, heads, width):
@@ -511,7 +519,7 @@ def large_rotary(tokens, heads, width):
             norm_dtype=torch.float64
         )
         errors += [relative(a[:, part], b) for a, b in zip((q, k), exact)]
-    return max(errors)
+    return worst(errors)
 
 
 def graph_checks():

@@ -108,7 +108,8 @@ class Tap:
             targets = order[..., rank]
             losses = self.forward(model, tokens, targets, *args, **kwargs).double()
             true = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
-            worst = max(worst, float(((losses - true).abs() / true.abs().clamp(min=1)).max()))
+            difference = ((losses - true).abs() / true.abs().clamp(min=1)).max()
+            worst = max(worst, float(difference.nan_to_num(torch.inf)))  # max() passes over NaN
             largest = max(largest, float(losses.max()))
         return largest, worst
 
@@ -734,7 +735,7 @@ def normalisation(observed, spec):
     total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
     found = (f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} "
              f"at {length} positions, and to {total:.6f} where the target is the next input")
-    if not max(error, abs(total - 1)) <= TOLERANCE:
+    if not (error <= TOLERANCE and abs(total - 1) <= TOLERANCE):  # NaN, too
         return False, found
     passed, detail = whole_range(observed, spec, row)
     return passed, f"{found}; {detail}" if passed else detail
@@ -751,7 +752,10 @@ def whole_range(observed, spec, row):
     while scale <= LARGEST_SCALE:
         losses = observed.row_losses(same.reshape(ranks, -1, len(short)), targets)[:classes].double()
         ordered = losses.sort(0).values
-        if not losses.isfinite().all() or (ordered[1] - ordered[0]).min() < 1e-5 and scale > 1:
+        finite = bool(losses.isfinite().all())
+        if not finite and scale == 1:
+            return False, f"a loss of one of {classes} targets is not finite"
+        if not finite or (ordered[1] - ordered[0]).min() < 1e-5 and scale > 1:
             break  # the likeliest classes are at the cap themselves
         largest, error = max(largest, float(losses.max())), float(((-losses).exp().sum(0) - 1).abs().max())
         if error > 10 * TOLERANCE:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Slower than CI allows: the tests that are marked slow, then the full matrix, every record on 1, 2 and 4 processes,
-# with its table tests/matrix.md; 2,000 bent claims; a hundred SIGKILLs with their table tests/kills.md (it goes on
-# where it was stopped). Arguments: records, for the rows of these alone.
+# with its table tests/matrix.md; 2,000 bent claims; the mutants with their table tests/mutants.md and a hundred SIGKILLs
+# with theirs, tests/kills.md (both go on where they were stopped). Arguments: records, for the rows of these alone.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 . ./installation/setup_venv.sh
@@ -9,4 +9,5 @@ CDPATH='' cd -- "$(dirname -- "$0")/.."
 "$PYTHON" tests/matrix.py "$@"
 [ $# -eq 0 ] || exit 0
 "$PYTHON" tests/fuzz_claims.py 2000
+"$PYTHON" tests/mutants.py
 exec "$PYTHON" tests/kills.py

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import warm_python
 
 from evidence import audit, audit_model, audit_probe
@@ -489,6 +490,22 @@ def test_one_bit_of_one_loss_or_another_stream_is_a_difference():
     assert audit.warm_up(runs(plain=plain, cold=plain, real=plain))[0]
     assert audit.seed(runs(plain=plain, again=plain, model=logged(train=(1.0, 2.0))))[0]
     assert not audit.seed(runs(plain=plain, again=plain, model=plain))[0]  # the seed does nothing
+
+
+def test_a_loss_that_is_nan_differs_from_that_of_the_logits():
+    """So a model cannot hide from a check by what max() passes over."""
+    logits, tap = torch.randn(2, 5, 7), object.__new__(audit_model.Tap)
+
+    def forward(model, tokens, targets):
+        if targets is None:
+            return logits
+        losses = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none")
+        return losses.masked_fill(targets == hidden, torch.nan)
+
+    tap.forward = forward
+    for hidden, wrong in ((-1, False), (logits.argmax(-1)[1, 3], True)):
+        _, gap = tap.gap(None, torch.zeros(2, 5, dtype=torch.int64))
+        assert (gap > 1) == wrong
 
 
 def test_a_validation_that_changes_later_losses_is_a_trace():

@@ -114,6 +114,11 @@ def test_a_case_that_raises_kills_the_process_or_its_gpu_costs_its_own_row_only(
     assert "not complete" not in page and "| loud | raises | ZeroDivisionError: division by zero |" in page
 
 
+def test_the_largest_error_is_nan_where_one_is():
+    """A gradient of NaN after one that is right must not pass."""
+    assert np.isnan(correct.worst([1e-3, np.nan, 2e-3])) and correct.worst(iter([1e-3, 2e-3])) == 2e-3
+
+
 @pytest.mark.parametrize("error,failed", [(0.9, False), (1.1, True), (float("nan"), True),
                                           (RuntimeError("no kernel\nimage"), True)])
 def test_a_check_fails_if_its_error_is_above_the_bound_or_no_number_or_it_raises(tmp_path, error, failed):

@@ -7,19 +7,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import schedule
-from data import seams
+from data import prefix, seams
 from data.batch import Documents
 from data.candidates import Sweep
 from data.corpus import sample_corpus
 from data.stream import validation_rows
+from optim import Optimizer
 from small_models import BOS, build, settings, tokens
 from system.hooks import hooks_of
 from system.sampler import Sampler
 from system.seams import Seams
 from system.world import World
-from train_gpt import validation_loss
+from train_gpt import train_step, validation_loss
 
 CLASSES = 1280  # rows of the head: the embedded corpus has 1257 tokens
 SIZE = 512  # candidates of a rank
@@ -86,6 +88,44 @@ def test_with_all_of_log_q_the_normaliser_is_that_of_all_classes_on_average():
         without.append(weights[candidates[0]].sum())
     assert float(np.mean(with_log_q)) == pytest.approx(float(weights.sum()), rel=5e-3)
     assert float(np.mean(without)) < 0.5 * float(weights.sum())
+
+
+@pytest.mark.feature("model.head.prefix", "model.head.candidates", "model.head.mtp")
+@pytest.mark.parametrize("microbatch", [2, 8])
+def test_the_gradient_of_a_step_of_record_92_is_that_of_its_terms_token_by_token(microbatch):
+    """Each logical rank has its own candidates. The second target is the prefix of the next token, and counts
+    if it is a candidate."""
+    model = build("short/92")
+    s, plan = model.settings, schedule.plan(model.settings)[0]
+    size, weights = plan.shape.candidates, plan.target_weights
+    batch = tokens(8, s.data.tokens_per_rank[0] + 1)
+    inputs, targets, table = batch[:, None, :-1], batch[:, None, 1:], prefix.of_tokenizer("sample", CLASSES)
+    loss, counted = 0.0, 0
+    for rank in range(8):
+        x, y = inputs[rank], targets[rank, 0]
+        kept = torch.from_numpy(Sweep(CLASSES, rank).candidates(y.numpy(), size))
+        logits = model(x, context=context_of(model, x))[0]
+        goals = [(weight, y[n:]) for n, weight in enumerate(weights)]  # of the first tokens of the row
+        for weight, goal in [*goals, (plan.prefix_weight, torch.from_numpy(table)[y])]:
+            place = kept == goal[:, None]
+            held = place.any(1)
+            terms = F.cross_entropy(logits[:len(goal), kept], place.int().argmax(1), reduction="none")
+            loss = loss + weight * terms[held].sum()
+        counted += held.sum().item()
+    assert 0 < counted < batch.numel() - 8 and len(weights) == 3 and size == 256
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(loss / 8, parameters, materialize_grads=True)
+    optimizer, found = Optimizer(model, s), []
+    run = SimpleNamespace(
+        s=s, model=model, compiled=model, hooks=hooks_of(model, optimizer), optimizer=optimizer, workers=None,
+        guards=None, ranks_per_microbatch=microbatch, corpus=SimpleNamespace(bos=BOS), world=World(s),
+        sampler=Sampler(s, World(s)), prefixes=lambda device: torch.from_numpy(table)
+    )
+    documents = [Documents(1, x.size(1), y[0].numpy()) for x, y in zip(inputs, targets)]
+    train_step(run, plan, inputs, targets, documents,
+               before_reduction=lambda: found.extend(p.grad.clone() for p in parameters))
+    for a, b in zip(expected, found, strict=True):
+        assert (a - b).abs().max() <= 1e-10 * max(a.abs().max(), 1e-3)
 
 
 # ----- canonical masking

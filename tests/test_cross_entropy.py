@@ -75,7 +75,7 @@ def worst(a, b):
     """Largest difference of tensors, or of lists of them."""
     if isinstance(a, torch.Tensor):
         return (a.double() - b.double()).abs().max().item()
-    return max(worst(i, j) for i, j in zip(a, b, strict=True))
+    return torch.tensor([worst(i, j) for i, j in zip(a, b, strict=True)]).max().item()  # NaN if one is
 
 
 def relative(a, b):
@@ -182,7 +182,7 @@ def test_the_chunk_does_not_matter(form):
             x, w, y, softcap=CAPS[form], weights=(1.0, 0.5), prefix=p, prefix_weight=0.3, chunk=chunk, **EXACT
         )
         found.append([losses, *torch.autograd.grad(losses, (x, w), g)])
-    assert max(worst(a, found[0]) for a in found[1:]) < 1e-12
+    assert all(worst(a, found[0]) < 1e-12 for a in found[1:])
 
 
 def test_default_chunks_cover_all_tokens_within_the_bound():
@@ -436,7 +436,7 @@ def test_triton_kernels_equal_the_formula_in_the_interpreter():
         rounding = {F32: 3e-6, F16: 2e-3, BF16: 1e-2}[case[3]]  # of the stored gradient
         if case[-1] == 1e4:  # exp(x) has the rounding of x, times x: up to 87
             rounding *= 10
-        assert loss < 2e-6 and max(dx, dw) < rounding, (case, loss, dx, dw)
+        assert loss < 2e-6 and dx < rounding and dw < rounding, (case, loss, dx, dw)
 
 
 def ahead_of_time(kernel, signature, constants, arch, folder, monkeypatch):

@@ -162,6 +162,8 @@ def test_tokens_and_the_step_at_which_embedding_and_head_part(number):
     s = deltas.resolve(f"short/{number}").settings
     tokens, untied = (table[max(n for n in table if n <= number)] for table in (TOKENS, UNTIED))
     assert schedule.tokens_before(s, s.schedule.steps) == tokens and schedule.untie_step(s) == untied
+    # the update of the last step is still one for both, after its forward with one table
+    assert [schedule.shape(s, step).tied for step in (0, untied, untied + 1)] == [True, True, False]
 
 
 @pytest.mark.parametrize("rows", [251_520, 377_280, 754_560])

@@ -435,6 +435,16 @@ def test_the_output_projection_starts_like_the_others():
     assert not off.blocks[2].attn.qkvo[3].any() and not model.blocks[2].mlp.c_proj.any()
 
 
+@pytest.mark.feature("optim.muon.head_pairs", "model.attn.narrow")
+@pytest.mark.parametrize("ref", ["short/80", "short/92"])
+def test_q_k_v_and_o_begin_with_the_same_values_however_they_are_stored(ref):
+    one, apart = (build(x, "model.attn.drop_layers=[6]", "model.mlp.drop_layers=[]", scramble=False)
+                  for x in ("short/79", ref))
+    for a, b in zip(one.blocks, apart.blocks):
+        if b.attn is not None:
+            assert torch.equal(a.attn.qkvo, torch.stack([*b.attn.qk, b.attn.v, b.attn.o]))
+
+
 def starts(ref, *sets):
     """{network and column: its coefficients in an initial model}, which are the same for every token."""
     model = build(ref, *sets, scramble=False)

@@ -339,7 +339,7 @@ def test_the_fp8_head_differs_by_its_rounding_only():
 
 
 @pytest.mark.feature("numerics.fp8_head")
-@pytest.mark.parametrize("loss", ["mean", "sum"])
+@pytest.mark.parametrize("loss", ["mean", "sum", "step_sum"])
 def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch):
     """Whatever the trainer divides by: softmax - target times the factor is what e5m2 sees."""
     seen = []
@@ -357,7 +357,7 @@ def test_the_fp8_head_casts_the_gradient_of_a_token_s_own_loss(loss, monkeypatch
     model = GPT(s)
     model.initialise(0)
     x, y = tokens(8, s.data.tokens_per_rank), tokens(8, s.data.tokens_per_rank, seed=2)
-    share = s.data.tokens_per_rank if loss == "sum" else 1
+    share = {"mean": 1, "sum": s.data.tokens_per_rank, "step_sum": 8 * s.data.tokens_per_rank}[loss]
     (model(x, y, model.context(x, BOS, schedule.windows(s, 0))).mean() * share).backward()
     # of the soft cap at zero logits, where softmax - target is near -1
     slope = 30 / 7.5 / 4 / math.sqrt(s.model.model_dim)

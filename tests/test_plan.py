@@ -105,6 +105,29 @@ def test_scales_shrink_the_batch_of_each_stage():
     ) <= tokens_per_step(s)
 
 
+@pytest.mark.feature("model.attn.rope.yarn", "model.embed.bigram.rows", "model.head.candidates.sizes",
+                     "validation.late.every")
+@pytest.mark.parametrize("scale", ["tiny", "micro"])
+def test_scales_keep_turns_rows_and_classes_in_proportion(scale):
+    """Turns of a rotary pair go with the window, hashed rows (in two halves, 16 a token at most) and
+    candidates with the vocabulary, late validations with the steps."""
+    full, s = (deltas.resolve("short/62", scale=name).settings for name in ("full", scale))
+    for bound in ("alpha", "beta"):
+        turns = [getattr(x.model.attn.rope.yarn, bound) / x.model.attn.window.block for x in (s, full)]
+        assert turns[0] == turns[1]
+    share = s.model.vocab_size / full.model.vocab_size
+    rows = s.model.embed.bigram.rows
+    assert rows % 2 == 0 and 0 <= full.model.embed.bigram.rows * share - rows < 2
+    head = deltas.resolve("short/92", scale=scale).settings
+    assert head.model.embed.bigram.rows == 16 * head.model.vocab_size
+    assert head.model.head.candidates.sizes == tuple(
+        tuple(int(n * share) for n in sizes) for sizes in ((10240,), (10240,), (14336, 14336, 24576), ())
+    )
+    track = deltas.resolve("optimizer/36", scale=scale).settings
+    assert track.validation.late.every == round(track.schedule.steps / 32)
+    assert track.validation.every == round(track.schedule.steps / 8)
+
+
 def test_a_batch_that_changes_per_stage_has_one_graph_per_shape_and_none_in_the_clock():
     torch._dynamo.reset()
     s = settings(*SMALL, *STAGED)

@@ -16,7 +16,7 @@ from data.batch import Documents
 from data.stream import positions, stream_arguments
 from golden_records import load
 from layers.primitives import Norm
-from layers.signed_gains import fill_gains
+from layers.signed_gains import fill_gains, paired_signs
 from model import GPT, Head, count_parameters, with_bias, without_values
 from optim import Optimizer
 from small_models import settings
@@ -180,6 +180,16 @@ def test_signs_of_the_initial_gains(result):
         if result == "r44":  # half of the way to 64: a quarter of the variance, which is 32
             assert ((plus[3:] - 64) ** 2).mean() < 20 and (plus[3:] != 64).any()
         assert abs(gains[:, 1].mean()) < 0.04
+
+
+@pytest.mark.feature("model.init.signed_gains.pairs_from")
+def test_the_count_of_a_head_goes_halfway_to_its_half():
+    """Of 128 signs about 64 +- sqrt(32) are +1 before that; the second layer has as many -1."""
+    pair = paired_signs(1000, 128, torch.Generator().manual_seed(0))
+    first, second = (signs.reshape(1000, 128) > 0 for signs in pair)
+    assert torch.equal(first.sum(1), 128 - second.sum(1)) and not torch.equal(first, ~second)
+    # a quarter of the variance, and the rounding
+    assert 7 < (first.sum(1) - 64).double().square().mean() < 10
 
 
 @pytest.mark.parametrize("result, loss", [("r36", math.log(50304)), ("r37", 10.955), ("r33", 11.004)])

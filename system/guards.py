@@ -4,6 +4,7 @@
     optimizer.step(plan, guards.watch)      # the optimizer shows its gradients
     guards.after_step(step, loss)           # nothing waits for the device
     guards.check()                          # Tripped, with the step and the tensor
+    guards.gradient_norms()                 # of the steps since the last validation
 
 A step adds one norm per parameter, in one fused call per dtype, and on a GPU a copy of these numbers to the
 host, which is looked at when it has arrived: some steps late, at the latest at the next validation. Without a
@@ -22,6 +23,7 @@ import torch
 
 import schedule
 from optim import Bank, Optimizer
+from system.spikes import Spike, Spikes
 from system.world import World
 
 LOSS = "training loss"
@@ -56,13 +58,23 @@ class Finding:
 # ----- finite numbers ---------------------------------------------------------------------------------------
 
 class Guards:
-    """Watches the steps of one process, and agrees with the others when all of them meet."""
+    """Watches the steps of one process, and agrees with the others when all of them meet.
 
-    def __init__(self, world: World, optimizer: Optimizer) -> None:
-        self.world, self.optimizer = world, optimizer
-        self.finding: Finding | None = None
+    spikes: the detector of slow spikes, which is then shown the mean loss of all processes. known: gradient
+    norms (steps,) float64 of the steps since the last validation, in a run that was resumed.
+    """
+
+    def __init__(
+        self, world: World, optimizer: Optimizer, spikes: Spikes | None = None,
+        known: torch.Tensor | None = None
+    ) -> None:
+        self.world, self.optimizer, self.spikes, self.known = world, optimizer, spikes, known
+        self.finding: Finding | Spike | None = None
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
+        self.partial: list[bool] = []  # by name: other processes hold the rest of this gradient
+        # (norms, partial) of each step since the last validation, on the device; None: its update was skipped
+        self.measured: list[tuple[torch.Tensor, list[bool]] | None] = []
         self.cuts: dict[Bank, tuple[list[str], list[int]]] = {}
         self.excused = False
         self.looked_at = -1  # the last step whose numbers were looked at
@@ -78,10 +90,11 @@ class Guards:
             names, sizes = self.cut(bank, seen)
             parts = seen.reshape(-1).split(sizes)[:len(names)]
             for name, part in zip(names, parts):
-                pieces[part.dtype].append((name, part))
-        self.norms = [torch.stack(torch._foreach_norm([part for _, part in some])).float()
+                pieces[part.dtype].append((name, part, bank.comm.partial))
+        self.norms = [torch.stack(torch._foreach_norm([part for _, part, _ in some])).float()
                       for some in pieces.values()]
-        self.names = [name for some in pieces.values() for name, _ in some]
+        self.names = [name for some in pieces.values() for name, _, _ in some]
+        self.partial = [partial for some in pieces.values() for _, _, partial in some]
 
     def cut(self, bank: Bank, seen: torch.Tensor) -> tuple[list[str], list[int]]:
         """(names of the parameters in a bank's gradient, or in this process's shard of it; their sizes).
@@ -108,8 +121,12 @@ class Guards:
         """Send loss and norms of this step to the host. loss: 0-d, of this process."""
         if self.excused:
             self.excused = False
+            self.measured.append(None)
             return
+        if self.spikes is not None:
+            loss = self.world.mean(loss)
         values = torch.cat([loss.reshape(1).float(), *self.norms])
+        self.measured.append((values[1:], self.partial))
         arrived = None
         if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -136,6 +153,8 @@ class Guards:
             finite = np.isfinite(values.numpy())
             if not finite.all():
                 self.finding = Finding(step, tuple(name for name, good in zip(names, finite) if not good))
+            elif self.spikes is not None:
+                self.finding = self.spikes.see(step, float(values[0]))
 
     def check(self) -> None:
         """Between two steps: Tripped if this process is alone and has found something."""
@@ -143,7 +162,39 @@ class Guards:
         if self.finding is not None and self.world.size == 1:
             raise Tripped(self.finding.fields())
 
+    def begin_again(self, known: torch.Tensor) -> None:
+        """Forget the steps that the run has gone back over. known: as for the constructor."""
+        self.finding, self.known = None, known
+        self.under_way.clear()
+        self.measured.clear()
+
     # ----- several processes
+
+    @torch.no_grad()
+    def norms_so_far(self) -> torch.Tensor:
+        """(steps,) float64: norm of all gradients in each step since the last validation. Collective.
+
+        NaN where the update was skipped. On the device; nothing waits for it.
+        """
+        device = self.optimizer.banks[0].param.device
+        squares = torch.full((len(self.measured), 2), math.nan, dtype=torch.float64, device=device)
+        masks = {}
+        for i, (norms, partial) in ((i, kept) for i, kept in enumerate(self.measured) if kept is not None):
+            if (key := tuple(partial)) not in masks:  # groups with a cadence are not in every step
+                masks[key] = torch.tensor([[part, not part] for part in partial], device=device)
+            squares[i] = norms.double().square() @ masks[key].double()
+        found = (self.world.total(squares[:, 0].clone()) + squares[:, 1]).sqrt()
+        return found if self.known is None else torch.cat([self.known.to(device), found])
+
+    def gradient_norms(self) -> list[float]:
+        """Return and forget norms_so_far, on every process. Collective.
+
+        [] with workers that train apart (optim.outer.workers), which have no gradient in common.
+        """
+        found = [] if schedule.apart(self.optimizer.s) else self.norms_so_far().tolist()
+        self.known = None
+        self.measured.clear()
+        return [float(f"{x:.6g}") for x in found]
 
     def agree(self) -> None:
         """Tripped, on all processes, if one has found something or holds other parameters. Collective."""
@@ -158,10 +209,13 @@ class Guards:
         """Tripped, on all processes, if one has found something. Collective."""
         self.look(wait=True)
         found = [x for x in self.world.gather_objects(self.finding) if x is not None]
-        if found:
-            first = min(x.step for x in found)
-            names = dict.fromkeys(name for x in found if x.step == first for name in x.names)
+        if not found:
+            return
+        first = min(x.step for x in found)
+        found = [x for x in found if x.step == first]
+        if names := dict.fromkeys(name for x in found if isinstance(x, Finding) for name in x.names):
             raise Tripped(Finding(first, tuple(names)).fields())
+        raise Tripped(found[0].fields())
 
     @torch.no_grad()
     def digests(self) -> torch.Tensor:

@@ -337,6 +337,19 @@ def claim(file, folder):
         pass  # a file system without locks
 
 
+def held_by_process(folder):
+    """Whether a process of this machine holds the log of a run (`claim`), as each does until it ends.
+
+    None where the system does not tell. Reads the kernel's list of locks: to try the lock would be in the way
+    of a run that is about to begin.
+    """
+    try:
+        inode = (Path(folder) / "run.jsonl").stat().st_ino
+        return f":{inode} " in Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def ended(events):
     """Has a run with these events nothing left to do?"""
     return bool(events) and events[-1]["kind"] == "end" and events[-1]["status"] != "interrupted"

@@ -361,7 +361,8 @@ def update(
         hook.before_update(step_plan, run.world)
     if optimizer.judge is not None:
         optimizer.judge.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
-    optimizer.step(step_plan, run.guards.watch if run.guards is not None else None)
+    with run.guards.updating() if run.guards is not None else contextlib.nullcontext():
+        optimizer.step(step_plan, run.guards.watch if run.guards is not None else None)
     for hook in run.hooks:
         hook.after_update(step_plan)
     # float64 holds sums of float32 losses exactly, so their order does not matter

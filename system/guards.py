@@ -15,14 +15,17 @@ A norm is not finite where a gradient is not, or is larger than 1.8e19, whose sq
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 import schedule
 from optim import Bank, Optimizer
+from system.movement import Movement
 from system.spikes import Spike, Spikes
 from system.world import World
 
@@ -70,6 +73,8 @@ class Guards:
     ) -> None:
         self.world, self.optimizer, self.spikes, self.known = world, optimizer, spikes, known
         self.finding: Finding | Spike | None = None
+        self.movement = Movement(optimizer) if spikes is not None else None
+        self.update: list[torch.Tensor] = []  # its size in the step under way, 0-d, for the detector
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
         self.partial: list[bool] = []  # by name: other processes hold the rest of this gradient
@@ -117,6 +122,16 @@ class Guards:
         """The step under way makes no update: what is not finite in it does no harm."""
         self.excused = True
 
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """A context around an update, whose size the detector of spikes is shown."""
+        if self.movement is None:
+            yield
+            return
+        self.movement.begin()
+        yield
+        self.update = [self.movement.end().reshape(1)]
+
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Send loss and norms of this step to the host. loss: 0-d, of this process."""
         if self.excused:
@@ -125,8 +140,8 @@ class Guards:
             return
         if self.spikes is not None:
             loss = self.world.mean(loss)
-        values = torch.cat([loss.reshape(1).float(), *self.norms])
-        self.measured.append((values[1:], self.partial))
+        values = torch.cat([loss.reshape(1).float(), *self.norms, *self.update])
+        self.measured.append((values[1:1 + len(self.names)], self.partial))
         arrived = None
         if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -150,11 +165,11 @@ class Guards:
                 arrived.synchronize()
             self.under_way.popleft()
             self.looked_at = step
-            finite = np.isfinite(values.numpy())
+            finite = np.isfinite(values.numpy()[:len(names)])
             if not finite.all():
                 self.finding = Finding(step, tuple(name for name, good in zip(names, finite) if not good))
             elif self.spikes is not None:
-                self.finding = self.spikes.see(step, float(values[0]))
+                self.finding = self.spikes.see(step, float(values[0]), float(values[-1]))
 
     def check(self) -> None:
         """Between two steps: Tripped if this process is alone and has found something."""

@@ -42,7 +42,7 @@ def back(run: Run, tripped: Tripped, step: int) -> int:
         raise tripped
     if found is None:
         why = f"after {MOST} rewinds" if len(run.rewinds) == MOST else "without a checkpoint from before it"
-        run.rescue.load({"losses": []})
+        run.rescue.load({})
         run.guards.finding = None
         saver.begin_at(step)
         tell(run, what, f"{what['message']}: {why} the run goes on")

@@ -245,16 +245,16 @@ def step_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else 0
 
 
-def read_together(world: World, folder: Path, found: Found | None) -> Found | None:
+def read_together(world: World, found: Found | None) -> Found | None:
     """The checkpoint that process 0 has chosen, on every process. Collective. UserError if one cannot read
     it."""
     broken = ""
-    path = world.gather_objects(found and found.path.name)[0]
+    path = world.gather_objects(found and found.path.absolute())[0]
     if path is not None and found is None:
         try:
-            found = read(folder / FOLDER / path, check=False)
+            found = read(path, check=False)
         except UserError as error:
-            broken = f"{path}: process {world.rank} cannot read it: {error}: all processes read {folder}"
+            broken = f"{path}: process {world.rank} cannot read it: {error}: all processes read this folder"
     if broken := next(filter(None, world.gather_objects(broken)), ""):
         raise UserError(broken)
     return found
@@ -368,7 +368,7 @@ class Checkpoints:
         found = None
         if self.folder is not None:
             found, _ = choose(self.folder.parent, self.run.log, schema.ml_hash(self.run.s), until=step)
-        return read_together(self.run.world, self.run.log.folder, found)
+        return read_together(self.run.world, found)
 
     def went_back(self, step: int) -> None:
         """The run goes on before this step: drop the checkpoints of later ones, and keep one of this step.
@@ -471,7 +471,7 @@ def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:
     found, passed = None, []
     if run.world.main:
         found, passed = choose(folder, run.log, schema.ml_hash(run.s))
-    found = read_together(run.world, folder, found)
+    found = read_together(run.world, found)
     path = found and found.path.name
     steps, milliseconds = lost(folder, run.log.events, found)
     before = found.about["clock_ms"] if found else 0.0

@@ -140,7 +140,7 @@ def it_says_so(folder, printed):
         "run/run.jsonl: assisted (--rescue rewind): went back from step 5 to 4: no record"]
 
 
-def test_an_update_that_is_ten_times_too_large_is_seen_at_once_and_a_fault_that_stays_ends_the_run(
+def test_an_update_that_is_far_too_large_is_seen_at_once_and_a_fault_that_stays_ends_the_run(
         tmp_path, monkeypatch, capsys):
     """Rewinds are bounded: a spike is survived without them, a number that is not finite is not."""
     monkeypatch.setattr(spikes, "LEAST", 3)
@@ -151,7 +151,7 @@ def test_an_update_that_is_ten_times_too_large_is_seen_at_once_and_a_fault_that_
         if run.guards is not None:
             made.append(plan.step)
             if len(made) in (6, 9):
-                plan = dataclasses.replace(plan, lr_factor=10 * plan.lr_factor)
+                plan = dataclasses.replace(plan, lr_factor=100 * plan.lr_factor)
         return PLAIN(run, plan, *rest, **more)
 
     monkeypatch.setattr(train_gpt, "train_step", step)
@@ -280,7 +280,7 @@ def test_the_gradient_norm_of_shards_is_that_of_the_whole():
     squares = sum(float(x.square().sum()) for x in shards)
     for shard in shards:
         def total(x, other=squares - float(shard.square().sum())):
-            return x + torch.tensor([other, 0.0, math.nan], dtype=torch.float64)
+            return x + torch.tensor([other, 0.0, math.nan][:len(x)], dtype=torch.float64)
         guard = guards.Guards(SimpleNamespace(rank=0, size=2, total=total), optimizer)
         guard.measured = [(torch.cat([whole, shard]), [False, True]), (whole, [False]), None]
         *found, skipped = guard.gradient_norms()

@@ -271,10 +271,10 @@ def check_run(log):
     if resumed := [str(e["step"]) for e in log.events if e["kind"] == "resume"]:
         yield (f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record "
                "is trained in one piece")
-        return  # the laws below are those of one piece
     if rewound := [f"{e['step']} to {e['to']}" for e in log.events if e["kind"] == "guard" and "to" in e]:
         yield (f"{log.where}/run.jsonl: assisted (--rescue rewind): went back from step "
                f"{', '.join(rewound)}: no record")
+    if resumed or rewound:
         return  # the laws below are those of one piece
     yield from check_settings(log)
     yield from check_untouched(log)

@@ -364,7 +364,7 @@ class Checkpoints:
         self.ahead, self.due = Ahead(self.run.world, step), ""
 
     def before(self, step: int) -> Found | None:
-        """The newest good checkpoint up to a step, the same on all processes; None without one. Collective."""
+        """The newest good checkpoint up to a step, on all processes; None without one. Collective."""
         found = None
         if self.folder is not None:
             found, _ = choose(self.folder.parent, self.run.log, schema.ml_hash(self.run.s), until=step)

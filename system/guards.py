@@ -198,7 +198,8 @@ class Guards:
             if (key := tuple(partial)) not in masks:  # groups with a cadence are not in every step
                 masks[key] = torch.tensor([[part, not part] for part in partial], device=device)
             squares[i] = norms.double().square() @ masks[key].double()
-        found = (self.world.total(squares[:, 0].clone()) + squares[:, 1]).sqrt()
+        shared = self.world.total(squares[:, 0].clone()) if self.measured else squares[:, 0]
+        found = (shared + squares[:, 1]).sqrt()
         return found if self.known is None else torch.cat([self.known.to(device), found])
 
     def gradient_norms(self) -> list[float]:

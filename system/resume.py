@@ -140,8 +140,8 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     options.seed = start["seed"]
     began = start.get("rescue")
     if options.rescue not in (None, began):
-        raise UserError(f"--resume {folder}: began {f'with --rescue {began}' if began else 'without --rescue'}: "
-                        "leave --rescue away")
+        how = f"with --rescue {began}" if began else "without --rescue"
+        raise UserError(f"--resume {folder}: its run began {how}: leave --rescue away")
     options.rescue = began
     if given is None:
         if options.scale or options.sets or options.with_ or options.without or options.revert:

@@ -1,6 +1,6 @@
 """`--rescue rewind`: go back to the last good checkpoint, and on with other batches.
 
-    step = rewind.back(run, tripped, step)      # in the loop, when a guard or the detector of spikes has tripped
+    step = rewind.back(run, tripped, step)      # in the loop, when a guard or the detector has tripped
 
 As in PaLM (section 5.1), which restarted from a checkpoint of about 100 steps before each spike and left out
 the batches seen during the spike. What trips: a loss or gradient that is not finite, processes with different
@@ -54,7 +54,7 @@ def back(run: Run, tripped: Tripped, step: int) -> int:
     checkpoint.restore(run, found)
     run.rewinds = rewinds
     run.open_stream(to, digests)
-    run.rescue.load(run.kept_rescue)
+    run.rescue.load(run.kept_rescue or {})
     run.guards.begin_again(run.kept_norms)
     tokens = sum(plan.tokens for plan in run.plans[to:step])
     tell(

@@ -69,8 +69,8 @@ class Spikes:
         edge = lowest + (now - lowest) / z
         low = max(i for i, x in enumerate(before) if x <= edge)  # the last step that was low
         since = max(0, step - len(before) + low - (RECENT - 1))
-        return Spike(step, since, f"the smoothed training loss has risen from {lowest:.4f} to {now:.4f} since "
-                                  f"step {since} (z {z:.1f})")
+        return Spike(step, since, f"the smoothed training loss has risen from {lowest:.4f} to {now:.4f} "
+                                  f"since step {since} (z {z:.1f})")
 
     def add(self, loss: float, update: float) -> None:
         """Take the numbers of the next step."""

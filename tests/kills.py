@@ -6,8 +6,9 @@ was left alone.
 Sixty `micro` steps of each record, eager, on 1 and 2 processes, a checkpoint every five steps. A run is
 killed after a random time, resumed, killed again, until it ends; then its parameters, its losses and the
 digest of its tokens are compared with those of the uninterrupted run. Of two processes one or both are
-killed. The time is CPU time (on Linux), so that the moments are spread over a run on a busy machine too. Goes on where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills have
-been made (100). With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
+killed. The time is CPU time, where the system tells it, so that the moments are spread over the run on a busy
+machine too. Goes on where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills
+have been made (100). With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
 """
 
 import argparse
@@ -167,8 +168,10 @@ def outcome(folder):
 
 def used():
     """CPU seconds of the processes that have ended; where the system does not tell those of one, the time."""
+    if cpu_seconds([os.getpid()]) is None:
+        return time.monotonic()
     times = os.times()
-    return time.monotonic() if cpu_seconds([os.getpid()]) is None else times.children_user + times.children_system
+    return times.children_user + times.children_system
 
 
 def reference(ref, processes, home, steps):

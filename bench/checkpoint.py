@@ -3,8 +3,9 @@
 For each record on one process the CPU time of a training step, of the copy of the state between two steps,
 and of the thread that makes digest and file; and both together in percent of the steps between two
 checkpoints (--every 100). The guards (system/guards.py) are measured in each step, which contains them;
-`rewind` is what --rescue rewind adds to a step, next to the guards and without its checkpoints. CPU time, least of the repeats, so that other programs do not count. On a GPU the times of the step and of the
-copy are those of the wall, and the thread works next to the training.
+`rewind` is what --rescue rewind adds to a step, next to the guards and without its checkpoints. CPU time,
+least of the repeats, so that other programs do not count. On a GPU the times of the step and of the copy are
+those of the wall, and the thread works next to the training.
 """
 
 import sys

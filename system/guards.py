@@ -71,15 +71,16 @@ class Guards:
         self, world: World, optimizer: Optimizer, spikes: Spikes | None = None,
         known: torch.Tensor | None = None
     ) -> None:
-        self.world, self.optimizer, self.spikes, self.known = world, optimizer, spikes, known
+        self.world, self.optimizer, self.spikes = world, optimizer, spikes
+        self.known = self.on_device(known)
         self.finding: Finding | Spike | None = None
         self.movement = Movement(optimizer) if spikes is not None else None
         self.update: list[torch.Tensor] = []  # its size in the step under way, 0-d, for the detector
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
-        self.partial: list[bool] = []  # by name: other processes hold the rest of this gradient
-        # (norms, partial) of each step since the last validation, on the device; None: its update was skipped
-        self.measured: list[tuple[torch.Tensor, list[bool]] | None] = []
+        self.shared = 0  # so many of the names, the first ones, are shards: other processes hold the rest
+        # (norms, shared) of each step since the last validation, on the device; None: its update was skipped
+        self.measured: list[tuple[torch.Tensor, int] | None] = []
         self.cuts: dict[Bank, tuple[list[str], list[int]]] = {}
         self.excused = False
         self.looked_at = -1  # the last step whose numbers were looked at
@@ -95,11 +96,12 @@ class Guards:
             names, sizes = self.cut(bank, seen)
             parts = seen.reshape(-1).split(sizes)[:len(names)]
             for name, part in zip(names, parts):
-                pieces[part.dtype].append((name, part, bank.comm.partial))
-        self.norms = [torch.stack(torch._foreach_norm([part for _, part, _ in some])).float()
-                      for some in pieces.values()]
-        self.names = [name for some in pieces.values() for name, _, _ in some]
-        self.partial = [partial for some in pieces.values() for _, _, partial in some]
+                pieces[not bank.comm.partial, part.dtype].append((name, part))
+        in_order = [pieces[key] for key in sorted(pieces, key=lambda key: key[0])]
+        self.norms = [torch.stack(torch._foreach_norm([part for _, part in some])).float()
+                      for some in in_order]
+        self.names = [name for some in in_order for name, _ in some]
+        self.shared = sum(len(some) for (whole, _), some in pieces.items() if not whole)
 
     def cut(self, bank: Bank, seen: torch.Tensor) -> tuple[list[str], list[int]]:
         """(names of the parameters in a bank's gradient, or in this process's shard of it; their sizes).
@@ -141,7 +143,7 @@ class Guards:
         if self.spikes is not None:
             loss = self.world.mean(loss)
         values = torch.cat([loss.reshape(1).float(), *self.norms, *self.update])
-        self.measured.append((values[1:1 + len(self.names)], self.partial))
+        self.measured.append((values[1:1 + len(self.names)], self.shared))
         arrived = None
         if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -177,9 +179,13 @@ class Guards:
         if self.finding is not None and self.world.size == 1:
             raise Tripped(self.finding.fields())
 
-    def begin_again(self, known: torch.Tensor) -> None:
+    def on_device(self, known: torch.Tensor | None) -> torch.Tensor | None:
+        """Gradient norms of a checkpoint where those of the run are, so that no later copy waits."""
+        return None if known is None else known.to(self.optimizer.banks[0].param.device)
+
+    def begin_again(self, known: torch.Tensor | None) -> None:
         """Forget the steps that the run has gone back over. known: as for the constructor."""
-        self.finding, self.known = None, known
+        self.finding, self.known = None, self.on_device(known)
         self.under_way.clear()
         self.measured.clear()
 
@@ -193,14 +199,14 @@ class Guards:
         """
         device = self.optimizer.banks[0].param.device
         squares = torch.full((len(self.measured), 2), math.nan, dtype=torch.float64, device=device)
-        masks = {}
-        for i, (norms, partial) in ((i, kept) for i, kept in enumerate(self.measured) if kept is not None):
-            if (key := tuple(partial)) not in masks:  # groups with a cadence are not in every step
-                masks[key] = torch.tensor([[part, not part] for part in partial], device=device)
-            squares[i] = norms.double().square() @ masks[key].double()
-        shared = self.world.total(squares[:, 0].clone()) if self.measured else squares[:, 0]
-        found = (shared + squares[:, 1]).sqrt()
-        return found if self.known is None else torch.cat([self.known.to(device), found])
+        for i, kept in enumerate(self.measured):
+            if kept is not None:
+                norms, shared = kept
+                each = norms.double().square()
+                squares[i, 0], squares[i, 1] = each[:shared].sum(), each[shared:].sum()
+        total = self.world.total(squares[:, 0].clone()) if self.measured else squares[:, 0]
+        found = (total + squares[:, 1]).sqrt()
+        return found if self.known is None else torch.cat([self.known, found])
 
     def gradient_norms(self) -> list[float]:
         """Return and forget norms_so_far, on every process. Collective.

@@ -285,7 +285,7 @@ def test_the_gradient_norm_of_shards_is_that_of_the_whole():
         def total(x, other=squares - float(shard.square().sum())):
             return x + torch.tensor([other, 0.0, math.nan][:len(x)], dtype=torch.float64)
         guard = guards.Guards(SimpleNamespace(rank=0, size=2, total=total), optimizer)
-        guard.measured = [(torch.cat([whole, shard]), [False, True]), (whole, [False]), None]
+        guard.measured = [(torch.cat([shard, whole]), 1), (whole, 0), None]
         *found, skipped = guard.gradient_norms()
         assert found == [13.0, 3.0] and math.isnan(skipped) and guard.gradient_norms() == []
 

@@ -274,12 +274,17 @@ def is_account(compile):
 
 
 def standing(events):
-    """The events without those that a run, when it was resumed, did again: one line of events to its end."""
+    """The events without those that a run did again, when it was resumed or went back (--rescue rewind): one
+    line of events to its end."""
     kept = []
     for event in events:
+        back = event["to"] if event["kind"] == "guard" and "to" in event else None
         if event["kind"] == "resume":
-            kept = [e for e in kept if e["kind"] not in ("stream", "guard", "end") and not (
-                e["kind"] in ("validation", "experts", "checkpoint") and e["step"] >= event["step"])]
+            back = event["step"]
+            kept = [e for e in kept if e["kind"] not in ("stream", "guard", "end")]
+        if back is not None:
+            kept = [e for e in kept
+                    if e["kind"] not in ("validation", "experts", "checkpoint") or e["step"] < back]
         kept.append(event)
     return kept
 
@@ -332,6 +337,19 @@ def claim(file, folder):
         pass  # a file system without locks
 
 
+def held_by_process(folder):
+    """Whether a process of this machine holds the log of a run (`claim`), as each does until it ends.
+
+    None where the system does not tell. Reads the kernel's list of locks: to try the lock would be in the way
+    of a run that is about to begin.
+    """
+    try:
+        inode = (Path(folder) / "run.jsonl").stat().st_ino
+        return f":{inode} " in Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return None
+
+
 def ended(events):
     """Has a run with these events nothing left to do?"""
     return bool(events) and events[-1]["kind"] == "end" and events[-1]["status"] != "interrupted"
@@ -369,6 +387,7 @@ class RunLog:
         """out: where run folders go. began: perf_counter() at the start of the process, from which wall_ms
         counts. folder: of a run that is resumed; None: a new one."""
         self.active, self.events, self.previous = active, [], GENESIS
+        self.links = []  # (event, hash)
         self.lock = threading.RLock()  # one event at a time
         self.began = time.perf_counter() if began is None else began
         self.before_ms = 0.0  # wall_ms of the last event before a resume
@@ -439,6 +458,7 @@ class RunLog:
                 for text in render(event):
                     self.write("log.txt", text)
             self.events.append(event)
+            self.links.append((event, self.previous))
             return event
 
     def last_event(self, kind, **fields):

@@ -60,13 +60,13 @@ import schedule
 import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
 from data.batch import Documents, count_documents, loss_weights, to_rows
-from data.stream import Prefetch, Stream, require_shards, stream_arguments, validation_rows
+from data.stream import require_shards, stream_arguments, validation_rows
 from deltas import Resolved
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
 from settings import LOGICAL_RANKS
-from system import checkpoint, compiler, load, memory, preflight, report, resume, sinks
+from system import checkpoint, compiler, load, memory, preflight, report, resume, rewind, sinks
 from system.comm import communication
 from system.guards import Tripped
 from system.hooks import hooks_of, reading, validating
@@ -262,15 +262,18 @@ def loop(run: Run, digests: dict[str, str], options: Namespace) -> str:
     run.clock.start()  # before the loader exists: nothing the loader does is free
     if run.seams is not None:
         run.seams.start()
-    run.stream = Stream(run.corpus, ranks=run.world.ranks, **stream_arguments(run.s))
-    run.stream.skip(run.first_step, digests)
-    run.batches = Prefetch(run.stream, len(run.plans) - run.first_step)
+    run.open_stream(run.first_step, digests)
     report.watch_over(run, options)
-    for step in range(run.first_step, len(run.plans) + 1):
+    step = run.first_step
+    while True:
         run.begins("between two steps")
-        run.stop_or_save(step)
-        if schedule.validates(run.s, step) and not validation(run, step):
-            return "diverged"
+        try:
+            run.stop_or_save(step)
+            if schedule.validates(run.s, step) and not validation(run, step):
+                return "diverged"
+        except Tripped as tripped:
+            step = rewind.back(run, tripped, step)
+            continue
         if step == len(run.plans):
             return "finished"
         run.profiler.before_step(step)
@@ -284,7 +287,8 @@ def loop(run: Run, digests: dict[str, str], options: Namespace) -> str:
             run.train_losses.append(train_step(run, step_plan, inputs, targets, documents))
             run.guards.after_step(step, run.train_losses[-1])
             run.progress.show(step + 1, run.train_losses[-1], run.clock.read_ms())
-        run.steps_done = step + 1
+        step += 1
+        run.steps_done = step
 
 
 def train_step(
@@ -357,7 +361,8 @@ def update(
         hook.before_update(step_plan, run.world)
     if optimizer.judge is not None:
         optimizer.judge.before_update(step_plan.step, torch.stack(losses).mean(dtype=torch.float64))
-    optimizer.step(step_plan, run.guards.watch if run.guards is not None else None)
+    with run.guards.updating() if run.guards is not None else contextlib.nullcontext():
+        optimizer.step(step_plan, run.guards.watch if run.guards is not None else None)
     for hook in run.hooks:
         hook.after_update(step_plan)
     # float64 holds sums of float32 losses exactly, so their order does not matter
@@ -384,14 +389,14 @@ def validation(run: Run, step: int) -> bool:
         run.seams.collect()  # made during the run, and waited for on the clock
     run.clock.stop()
     run.guards.agree()
-    losses = run.mean_train_losses()
+    losses, norms = run.mean_train_losses(), run.guards.gradient_norms()
     run.epoch = max(run.world.gather_objects(run.stream.epoch))
     loss, assisted = read_loss(run, step)
     run.points.append((step, loss))
     event = run.log.event(
         "validation", step=step, scheduled_steps=len(run.plans), val_loss=loss, train_loss=losses,
         train_time_ms=round(run.clock.total_ms, 3), tokens=schedule.tokens_before(run.s, step),
-        epoch=run.epoch, **assisted
+        epoch=run.epoch, **({"grad_norm": norms} if norms else {}), **assisted
     )
     run.world.say(*runlog.render(event))
     if run.model.mixtures() and step:

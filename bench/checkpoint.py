@@ -2,9 +2,10 @@
 
 For each record on one process the CPU time of a training step, of the copy of the state between two steps,
 and of the thread that makes digest and file; and both together in percent of the steps between two
-checkpoints (--every 100). The guards (system/guards.py) are measured in each step, which contains them. CPU
-time, least of the repeats, so that other programs do not count. On a GPU the times of the step and of the
-copy are those of the wall, and the thread works next to the training.
+checkpoints (--every 100). The guards (system/guards.py) are measured in each step, which contains them;
+`rewind` is what --rescue rewind adds to a step, next to the guards and without its checkpoints. CPU time,
+least of the repeats, so that other programs do not count. On a GPU the times of the step and of the copy are
+those of the wall, and the thread works next to the training.
 """
 
 import sys
@@ -30,7 +31,9 @@ from system.checkpoint import Checkpoints
 from system.guards import Guards
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_microbatch
+from system.movement import Movement
 from system.run import Clock, Profiler, Progress, Run
+from system.spikes import Spikes
 from system.world import World
 from train_gpt import train_step
 
@@ -69,6 +72,20 @@ def spent(call, cuda):
     return time.process_time() - began
 
 
+def rewind_seconds(run, steps=100):
+    """Seconds that --rescue rewind adds to a step: the size of the update, and the detector on the host."""
+    movement, detector = Movement(run.optimizer), Spikes()
+
+    def work():
+        for step in range(steps):
+            movement.begin()
+            movement.end()
+            detector.see(step, 5.0, 1.0)
+
+    work()
+    return min(spent(work, run.world.cuda) for _ in range(3)) / steps
+
+
 def measured(ref, scale, data, every, repeats):
     """Row of a record."""
     with tempfile.TemporaryDirectory() as out:
@@ -95,6 +112,7 @@ def measured(ref, scale, data, every, repeats):
             # what the thread does meanwhile counts as copy too
             copies.append(spent(lambda: saver.save(run.steps_done), run.world.cuda))
             writes.append(spent(lambda: saver.report(wait=True), run.world.cuda))
+        rewind_ms = 1000 * rewind_seconds(run)
         written = next(e for e in reversed(run.log.events) if e["kind"] == "checkpoint")
         run.close()
         run.log.close()
@@ -104,7 +122,8 @@ def measured(ref, scale, data, every, repeats):
             "step_ms": round(step_ms, 1), "copy_ms": round(copy_ms, 2), "write_ms": round(write_ms, 1),
             "percent": round(100 * both / (every * step_ms), 3),
             "percent_of_one_step": round(100 * both / step_ms, 1),
-            "guard_ms": round(guard_ms, 3), "guard_percent": round(100 * guard_ms / step_ms, 3)}
+            "guard_ms": round(guard_ms, 3), "guard_percent": round(100 * guard_ms / step_ms, 3),
+            "rewind_ms": round(rewind_ms, 3), "rewind_percent": round(100 * rewind_ms / step_ms, 3)}
 
 
 def main():
@@ -128,7 +147,8 @@ def main():
         if "failed" not in row:
             print(f"{ref}: a step {row['step_ms']} ms, a checkpoint of {row['mb']} MB {row['copy_ms']} ms of "
                   f"copy and {row['write_ms']} ms of thread: {row['percent']} % of {o.every} steps; "
-                  f"guards {row['guard_ms']} ms, {row['guard_percent']} % of a step", flush=True)
+                  f"guards {row['guard_ms']} ms, {row['guard_percent']} % of a step; --rescue rewind "
+                  f"{row['rewind_ms']} ms", flush=True)
     sys.exit(report.finish())
 
 

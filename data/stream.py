@@ -293,6 +293,24 @@ def stream_arguments(s):
     )
 
 
+def after_rewinds(arguments, rewinds):
+    """Arguments of Stream for a run that went back to earlier steps and on with the next batches.
+
+    arguments: as from stream_arguments. rewinds: [(batches read until then, step to which the run went
+    back)], oldest first. A batch has the size of the step that trains on it.
+    """
+    def in_order(values):
+        if not isinstance(values, list):
+            return values
+        found = values
+        for read, step in rewinds:
+            found = found[:read] + values[step:]
+        return found
+
+    changed = {name: in_order(arguments[name]) for name in ("tokens_per_rank", "max_doc_len")}
+    return {**arguments, **changed}
+
+
 # ----- reading ----------------------------------------------------------------------------------------------
 
 class Stream:

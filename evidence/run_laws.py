@@ -84,14 +84,15 @@ OPTIONAL = {
               "environment", "launch", "rescue"),
     "reset": ("graphs", "imports_ms", "compile"),
     "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
-    "validation": ("readout", "raw_val_loss"),
-    "guard": ("last_steps",),
+    "validation": ("readout", "raw_val_loss", "grad_norm"),
+    "guard": ("last_steps", "since", "to", "checkpoint", "batches", "tokens"),
     "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
     "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
                "machine", "cpu", "cores", "comm", "attention"),
     "end": ("graphs_in_clock", "peak_memory_mib"),
 }
 CHAIN = ("n", "kind", "wall_ms")
+ASSISTED = ("skip", "rewind", "spike")  # guards after which a run goes on
 LETTERS = {
     "start": "s", "probe": "p", "reset": "r", "validation": "v", "experts": "x", "checkpoint": "k",
     "guard": "g", "stream": "t", "resume": "c", "end": "e"
@@ -228,6 +229,12 @@ def misshapen(event):
                 f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of "
                 "graphs"
             )
+    if not isinstance(norms := event.get("grad_norm", []), list) or not all(
+        isinstance(x, NUMBER) and not isinstance(x, bool) for x in norms
+    ):
+        yield f"line {event['n'] + 1} ({kind}): grad_norm wants a list of numbers"
+    if not all(isinstance(event.get(name, 0), int) for name in ("since", "to", "batches")):
+        yield f"line {event['n'] + 1} ({kind}): since, to and batches want whole numbers"
     readout = event.get("readout", [])
     if not (isinstance(readout, list) and all(isinstance(x, str) for x in readout)):
         yield f"line {event['n'] + 1} ({kind}): readout wants a list of settings"
@@ -264,6 +271,10 @@ def check_run(log):
     if resumed := [str(e["step"]) for e in log.events if e["kind"] == "resume"]:
         yield (f"{log.where}/run.jsonl: resumed at step {', '.join(resumed)} after an interruption: a record "
                "is trained in one piece")
+    if rewound := [f"{e['step']} to {e['to']}" for e in log.events if e["kind"] == "guard" and "to" in e]:
+        yield (f"{log.where}/run.jsonl: assisted (--rescue rewind): went back from step "
+               f"{', '.join(rewound)}: no record")
+    if resumed or rewound:
         return  # the laws below are those of one piece
     yield from check_settings(log)
     yield from check_untouched(log)
@@ -373,10 +384,12 @@ def check_guards(log):
     """A run that a guard stopped did not finish, and one that was assisted is no record."""
     end, found = log.one("end"), [e for e in log.events if e["kind"] == "guard"]
     skipped = [str(e["step"]) for e in found if e["what"] == "skip"]
-    if skipped or log.start.get("rescue"):
+    if log.start.get("rescue") == "rewind":
+        yield f"{log.where}/run.jsonl: assisted (--rescue rewind), though it never went back: no record"
+    elif skipped or log.start.get("rescue"):
         yield (f"{log.where}/run.jsonl: assisted (--rescue): updates skipped at steps "
                f"{', '.join(skipped) or 'none'}: no record")
-    found = [e for e in found if e["what"] != "skip"]
+    found = [e for e in found if e["what"] not in ASSISTED]
     if found and end is not None and end["status"] == "finished":
         yield (f"{log.where}/run.jsonl: finished, though a guard stopped it at step {found[0]['step']} "
                f"({found[0]['message']})")
@@ -511,13 +524,16 @@ def check_numbers(log):
     otherwise."""
     end = log.one("end")
     diverged = end is not None and end["status"] == "diverged"
+    skips = log.start.get("rescue") == "skip"
     for event in log.events:
         at = f"{log.where}/run.jsonl: {event['kind']}" + (
             f" of step {event['step']}" if "step" in event else ""
         )
         for path, value in numbers(event, ""):
             loss = path.partition("[")[0] in ("val_loss", "raw_val_loss", "train_loss", "loss")
-            if diverged and (loss or path.startswith("gradients")):
+            if diverged and (loss or path.startswith(("gradients", "grad_norm"))):
+                continue
+            if skips and path.startswith("grad_norm"):  # a skipped update has none
                 continue
             if not math.isfinite(value):
                 yield (

@@ -1,6 +1,8 @@
 """`python -m records watch [RUN ...]`: runs in the terminal while they train, several over each other.
 
-Reads run.jsonl and the heartbeat of each run, nothing else, so it cannot disturb a run. No torch here.
+Reads run.jsonl and the heartbeat of each run, and which logs are locked, so it cannot disturb a run. A run
+whose log no process holds any more was killed. That is known on its own machine; from another one, a run is
+silent if its heartbeat and its log are old. No torch here.
 """
 
 import dataclasses
@@ -24,11 +26,17 @@ from system.resume import folders
 
 EVERY_S = 2.0
 MOST = 8  # runs that are watched if none is named
-UNFINISHED = ("starting", "running", "interrupted", "stalled")
+GOING = ("starting", "running", "silent")  # may still change
+UNFINISHED = (*GOING, "interrupted", "stalled", "killed")
 MARKS = "1234567890"  # of the curves in the chart
 COLOURS = ("cyan", "yellow", "green", "magenta", "red", "blue", "white")
-HEADS = ("run", "step", "val loss", "train loss", "tokens/s", "learning rate", "memory", "state")
+HEADS = ("run", "step", "val loss", "train loss", "grad norm", "tokens/s", "learning rate", "memory", "state")
 RECENT = 20  # training losses of which the mean is shown
+# Seconds without a sign after which a run is silent: with a heartbeat, which beats at each step, and without
+# one, in the warm-up, which may compile for minutes.
+SILENT_S, SILENT_WITHOUT_S = 120.0, 900.0
+SILENT_STEPS = 20  # of the run's own length
+KILLED_S = 5.0  # without a sign, from a run whose log no process holds: some file systems have no locks
 
 
 def arguments(p: Any) -> None:
@@ -57,7 +65,7 @@ def run(options: Any) -> None:
         Console().print(view(chosen))
         return
     with Live(view(chosen), auto_refresh=False, vertical_overflow="crop") as live:
-        while any(look(folder).status in ("running", "starting") for folder in chosen):
+        while any(look(folder).status in GOING for folder in chosen):
             time.sleep(max(0.1, options.every))
             live.update(view(chosen, live.console.width), refresh=True)
 
@@ -74,7 +82,9 @@ def unfinished(out: str) -> list[Path]:
 class Watched:
     """What is known of a run now. nan or "" for what is not known yet.
 
-    points: (step, validation loss). train: training losses, the last ones.
+    points: (step, validation loss). train: training losses, the last ones. norm: of the gradient at the last
+    step before a validation. since: seconds since 1970 of the last sign of a run that is silent. machine:
+    where it runs or ran last.
     """
     folder: Path
     start: dict
@@ -86,6 +96,9 @@ class Watched:
     train: tuple = ()
     memory_mib: int = 0
     guards: tuple = ()
+    norm: float = math.nan
+    since: float = 0.0
+    machine: str = ""
 
 
 def look(folder: Path) -> Watched:
@@ -99,7 +112,27 @@ def look(folder: Path) -> Watched:
     steps, clock_ms = Heartbeat.read(beaten(folder))
     if seen.status == "running" and steps > seen.step:  # later than the last validation
         seen = dataclasses.replace(seen, step=steps, clock_ms=max(clock_ms, seen.clock_ms))
+    return alive(seen, state.st_mtime) if seen.status in GOING else seen
+
+
+def alive(seen: Watched, changed: float) -> Watched:
+    """A run without an end as it is now: as it was, killed, or silent. changed: when its log did."""
+    beat = Heartbeat.time(beaten(seen.folder))
+    last = max(changed, beat)
+    silent_s = time.time() - last
+    here = seen.machine == this_machine()
+    if here and silent_s > KILLED_S and runlog.held_by_process(seen.folder) is False:
+        return dataclasses.replace(seen, status="killed", since=last)
+    step_s = seen.clock_ms / 1000 / max(1, seen.step)
+    if silent_s > (max(SILENT_S, SILENT_STEPS * step_s) if beat else SILENT_WITHOUT_S):
+        return dataclasses.replace(seen, status="silent", since=last)
     return seen
+
+
+@functools.cache
+def this_machine() -> str:
+    """The anonymous id of this machine, as logs have it."""
+    return runlog.machine()["machine"]
 
 
 @functools.lru_cache(maxsize=64)
@@ -108,6 +141,8 @@ def parsed(folder: Path, changed_ns: int, size: int) -> Watched:
     whole = runlog.readable(folder / "run.jsonl")
     if not whole or whole[0]["kind"] != "start":
         return Watched(folder, {}, "starting")
+    machines = [e["machine"] for e in whole if e["kind"] in ("start", "resume") and "machine" in e]
+    norms = [x for e in whole if e["kind"] == "validation" for x in e.get("grad_norm", ())]
     events = runlog.standing(whole)
     found = [e for e in events if e["kind"] == "validation"]
     last = found[-1] if found else {}
@@ -119,7 +154,8 @@ def parsed(folder: Path, changed_ns: int, size: int) -> Watched:
         end.get("train_time_ms", last.get("train_time_ms", 0.0)),
         tuple((e["step"], curves.number(e["val_loss"])) for e in found),
         tuple(curves.number(x) for e in found for x in e["train_loss"])[-RECENT:],
-        end.get("peak_memory_mib", 0), tuple(e["message"] for e in whole if e["kind"] == "guard")
+        end.get("peak_memory_mib", 0), tuple(e["message"] for e in whole if e["kind"] == "guard"),
+        curves.number(norms[-1]) if norms else math.nan, machine=machines[-1] if machines else ""
     )
 
 
@@ -142,10 +178,15 @@ def cells(seen: Watched, name: str) -> list[str]:
     if plans:
         factor = f"x {plans[min(seen.step, len(plans) - 1)].lr_factor:.3f}"
     train = [x for x in seen.train if math.isfinite(x)]
-    state = seen.status + (f": {seen.guards[-1]}" if seen.guards else "")
+    state = seen.status
+    if seen.since:
+        word = "after" if seen.status == "killed" else "since"
+        state += time.strftime(f" {word} %Y-%m-%d %H:%M:%S", time.localtime(seen.since))
+    state += f": {seen.guards[-1]}" if seen.guards else ""
     return [
         name, f"{seen.step}/{seen.scheduled or '?'}", f"{seen.points[-1][1]:.4f}" if seen.points else "",
-        f"{sum(train) / len(train):.4f}" if train else "", rate, factor,
+        f"{sum(train) / len(train):.4f}" if train else "",
+        f"{seen.norm:.4g}" if math.isfinite(seen.norm) else "", rate, factor,
         f"{seen.memory_mib:,} MiB" if seen.memory_mib else planned_memory(seen.start), state
     ]
 

@@ -12,7 +12,8 @@ without waiting for it; digest and file are made by a thread next to the trainin
     parameters and their optimizer state        Optimizer.full_tensors, update_counts
     buffers of the model, state of the hooks    hooks.beside_optimizer
     position and digests of the token stream    Stream.rank_digests; a resumed run reads the tokens again
-    clock, CPU meter, validation losses, training losses since the last one, epoch
+    batches that were skipped, rescue           Run.rewinds; the history by which a rescue judges
+    clock, CPU meter, validation losses, epoch, training losses and gradient norms since the last validation
     random generators
     hash of the run's log                       so that a checkpoint of another run is not used
 
@@ -23,6 +24,7 @@ no gradient is left.
 import dataclasses
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -70,6 +72,7 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
         0, dtype=torch.float64, device=run.world.device
     )
     yield "train_losses", torch.stack(run.world.parts(losses))  # (processes, steps) float64
+    yield "gradient_norms", run.guards.norms_so_far()  # (steps,) float64
     yield "generator/cpu", torch.get_rng_state()
     if run.world.cuda:
         yield "generator/cuda", torch.cuda.get_rng_state()
@@ -79,7 +82,7 @@ def state(run: Run) -> Iterator[tuple[str, torch.Tensor]]:
 def about(run: Run, step: int) -> dict[str, Any]:
     """What else a run needs to continue before this step, as plain JSON values. Collective."""
     run.batches.drain()
-    parts = run.world.gather_objects(run.stream.rank_digests(step))
+    parts = run.world.gather_objects(run.stream.rank_digests(run.position(step)))
     digests = {rank: digest for part in parts for rank, digest in part.items()}
     meter = run.clock.meter
     return {
@@ -87,18 +90,21 @@ def about(run: Run, step: int) -> dict[str, Any]:
         "processes": run.world.size, "updates": run.optimizer.update_counts(),
         "digests": {str(rank): digest for rank, digest in sorted(digests.items())},
         "clock_ms": run.clock.read_ms(), "meter": [meter.own_s, meter.wall_s, meter.machine_s],
-        "points": run.points, "epoch": run.epoch,
+        "points": run.points, "epoch": run.epoch, "rewinds": run.rewinds,
+        "rescue": run.rescue.state() if run.rescue is not None else None,
         "log": [len(run.log.events), run.log.previous]
     }
 
 
 def restore(run: Run, found: "Found") -> None:
-    """Put the state of a checkpoint into a run that has warmed up and been reset. Collective.
+    """Put the state of a checkpoint into a run: after its warm-up, or later to go back. Collective.
 
     UserError if the program's tensors are others.
     """
     tensors, kept = dict(found.tensors), found.about
     own = {name.removeprefix("optimizer/"): x for name, x in tensors.items() if name.startswith("optimizer/")}
+    for hook in run.hooks:
+        hook.reset()
     try:
         run.optimizer.load(own, kept["updates"])
         for name, (x, per_rank) in beside_optimizer(run.model, run.hooks).items():
@@ -123,8 +129,9 @@ def restore(run: Run, found: "Found") -> None:
     run.train_losses = list(losses.to(run.world.device))
     run.points = [tuple(point) for point in kept["points"]]
     run.epoch, run.steps_done, run.first_step = kept["epoch"], kept["step"], kept["step"]
-    meter = run.clock.meter
-    meter.own_s, meter.wall_s, meter.machine_s = kept["meter"]
+    # checkpoints of earlier versions have none of these
+    run.rewinds = [tuple(x) for x in kept.get("rewinds", ())]
+    run.kept_norms, run.kept_rescue = tensors.get("gradient_norms"), kept.get("rescue")
 
 
 # ----- files ------------------------------------------------------------------------------------------------
@@ -212,17 +219,45 @@ def read(path: Path, check: bool = True) -> Found:
     return Found(path, kept, tensors, digest)
 
 
-def choose(folder: Path, log: runlog.RunLog, ml_hash: str) -> tuple[Found | None, list[tuple[str, str]]]:
-    """(newest good checkpoint of a run or None, [(file name, reason)] of newer ones that are not used)."""
+def choose(
+    folder: Path, log: runlog.RunLog, ml_hash: str, until: float = math.inf
+) -> tuple[Found | None, list[tuple[str, str]]]:
+    """(newest good checkpoint of a run or None, [(file name, reason)] of newer ones that are not used).
+
+    until: only checkpoints up to this step.
+    """
     passed, seed = [], log.events[0]["seed"]
     for path in sorted(files.listed(folder / FOLDER, PATTERN), reverse=True):
         try:
+            if step_of(path) > until:
+                continue
             found = read(path)
             refuse_foreign(found.about, log, ml_hash, seed)
             return found, passed
         except UserError as error:
             passed.append((path.name, str(error)))
     return None, passed
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint file, 0 if its name has none."""
+    digits = path.stem.removeprefix("step")
+    return int(digits) if digits.isdigit() else 0
+
+
+def read_together(world: World, found: Found | None) -> Found | None:
+    """The checkpoint that process 0 has chosen, on every process. Collective. UserError if one cannot read
+    it."""
+    broken = ""
+    path = world.gather_objects(found and found.path.absolute())[0]
+    if path is not None and found is None:
+        try:
+            found = read(path, check=False)
+        except UserError as error:
+            broken = f"{path}: process {world.rank} cannot read it: {error}: all processes read this folder"
+    if broken := next(filter(None, world.gather_objects(broken)), ""):
+        raise UserError(broken)
+    return found
 
 
 def refuse_foreign(kept: dict[str, Any], log: runlog.RunLog, ml_hash: str, seed: int) -> None:
@@ -241,11 +276,8 @@ def refuse_foreign(kept: dict[str, Any], log: runlog.RunLog, ml_hash: str, seed:
 def lost(folder: Path, events: list[dict], found: Found | None) -> tuple[int, float]:
     """(steps, milliseconds on the clock) that a run did after the checkpoint from which it continues."""
     steps, clock_ms = Heartbeat.read(beaten(folder))
-    for event in events:
-        if event["kind"] in ("validation", "resume"):
-            clock_ms = max(clock_ms, event["train_time_ms"])
-        if event["kind"] == "validation":
-            steps = max(steps, event["step"])
+    clock_ms = max([clock_ms, *(e["train_time_ms"] for e in events if e["kind"] in ("validation", "resume"))])
+    steps = max([steps, *(e["step"] for e in runlog.standing(events) if e["kind"] == "validation")])
     at, before = (found.about["step"], found.about["clock_ms"]) if found else (0, 0.0)
     return max(0, steps - at), max(0.0, clock_ms - before)
 
@@ -326,6 +358,30 @@ class Checkpoints:
             if stop:
                 self.report(wait=True)
                 raise KeyboardInterrupt
+
+    def begin_at(self, step: int) -> None:
+        """Decide together from this step on, which may have been decided about before."""
+        self.ahead, self.due = Ahead(self.run.world, step), ""
+
+    def before(self, step: int) -> Found | None:
+        """The newest good checkpoint up to a step, on all processes; None without one. Collective."""
+        found = None
+        if self.folder is not None:
+            found, _ = choose(self.folder.parent, self.run.log, schema.ml_hash(self.run.s), until=step)
+        return read_together(self.run.world, found)
+
+    def went_back(self, step: int) -> None:
+        """The run goes on before this step: drop the checkpoints of later ones, and keep one of this step.
+
+        The new file says which batches were skipped; until it is there a kill costs no more than going back
+        once more. Collective.
+        """
+        self.begin_at(step)
+        if self.folder is not None:
+            for path in files.listed(self.folder, PATTERN):
+                if step_of(path) > step:
+                    path.unlink()
+        self.save(step)
 
     def is_time(self) -> bool:
         return self.every[0] == "seconds" and time.monotonic() - self.saved_at >= self.every[1]
@@ -412,20 +468,17 @@ def begin_again(run: Run, folder: Path, here: dict[str, Any]) -> Found | None:
         if start[name] != here[name]:
             raise UserError(f"{folder}: was begun with other tokens ({name} {start[name][:12]}, of "
                             f"{run.corpus.folder} {here[name][:12]}): give --data as it was")
-    found, passed, broken = None, [], ""
+    found, passed = None, []
     if run.world.main:
         found, passed = choose(folder, run.log, schema.ml_hash(run.s))
-    path = run.world.gather_objects(found and found.path.name)[0]
-    if path is not None and found is None:
-        try:
-            found = read(folder / FOLDER / path, check=False)
-        except UserError as error:
-            broken = f"{path}: process {run.world.rank} cannot read it: {error}: all processes read {folder}"
-    if broken := next(filter(None, run.world.gather_objects(broken)), ""):
-        raise UserError(broken)
+    found = read_together(run.world, found)
+    path = found and found.path.name
     steps, milliseconds = lost(folder, run.log.events, found)
     before = found.about["clock_ms"] if found else 0.0
     run.clock.total_ms = before + milliseconds
+    if found is not None:
+        meter = run.clock.meter
+        meter.own_s, meter.wall_s, meter.machine_s = found.about["meter"]
     event = run.log.event(
         "resume", step=found.about["step"] if found else 0, checkpoint=path, digest=found and found.digest,
         passed=passed, lost_steps=steps, lost_ms=round(milliseconds, 3), utc=runlog.utc(),

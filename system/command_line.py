@@ -14,6 +14,11 @@ from system.cards import CARDS
 
 EVERY = ("seconds", 600.0)  # the default of --checkpoint-every
 STALLED = ("seconds", 600.0)  # the default of --stall-timeout
+KEEP = 2  # the default of --keep-checkpoints
+SKIP, REWIND = "skip", "rewind"
+# With --rescue rewind, if nothing is asked for: a checkpoint every 100 steps, or every 20th part of a shorter
+# run, and so many of them that the ring reaches back further than a spike is seen late.
+REWIND_EVERY, REWIND_PART, REWIND_KEEP = 100, 20, 6
 UNSET = ("unset", 0.0)
 
 
@@ -109,8 +114,9 @@ def checkpoints(p: arguments.Parser) -> None:
         "told to stop (default 10m; `never`, also the default of a registered run)"
     )
     p.add_argument(
-        "--keep-checkpoints", type=arguments.integer(1, 1000), default=2, metavar="K",
-        help="so many of the last checkpoints are kept until the run has finished (default 2)"
+        "--keep-checkpoints", type=arguments.integer(1, 1000), metavar="K",
+        help="so many of the last checkpoints are kept until the run has finished (default 2; "
+        "with --rescue rewind 6)"
     )
     p.add_argument(
         "--stall-timeout", type=arguments.duration, default=STALLED, metavar="TIME",
@@ -118,9 +124,10 @@ def checkpoints(p: arguments.Parser) -> None:
         "default 10m; `never`)"
     )
     p.add_argument(
-        "--rescue", choices=["skip"],
+        "--rescue", choices=[SKIP, REWIND],
         help="skip: leave out the update of a step whose loss or gradient norm is far above those before it; "
-        "such a run is no record"
+        "rewind: when the loss has risen and stays, or is not finite, go back to a checkpoint and on with "
+        "other batches; such a run is no record"
     )
     p.add_argument(
         "--resume", metavar="RUN|last",
@@ -158,8 +165,6 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
                                 "already: leave --nproc away")
         if options.rescue and options.registered:
             raise UserError("--rescue: a registered run is not assisted: leave --rescue away")
-        if options.checkpoint_every is UNSET:
-            options.checkpoint_every = None if options.registered else EVERY
         resolved = None
         if options.record is not None:
             resolved = resolve_name(
@@ -168,8 +173,22 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
             )
         if options.resume is not None:
             resolved = resume.settings_of(options, resolved)
+        choose_checkpoints(options, resolved.settings.schedule.steps)
     except UserError as error:
         fail(error)
     return options, resolved
 
 
+def choose_checkpoints(options: argparse.Namespace, steps: int) -> None:
+    """Set how often a run of so many steps keeps a checkpoint, and how many, where nothing is asked for.
+
+    UserError for a run that may go back and keeps none.
+    """
+    back = options.rescue == REWIND
+    if options.checkpoint_every is UNSET:
+        every = ("steps", max(1, min(REWIND_EVERY, steps // REWIND_PART))) if back else EVERY
+        options.checkpoint_every = None if options.registered else every
+    if back and options.checkpoint_every is None:
+        raise UserError("--rescue rewind goes back to checkpoints: leave `--checkpoint-every never` away")
+    if options.keep_checkpoints is None:
+        options.keep_checkpoints = REWIND_KEEP if back else KEEP

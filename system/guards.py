@@ -4,6 +4,7 @@
     optimizer.step(plan, guards.watch)      # the optimizer shows its gradients
     guards.after_step(step, loss)           # nothing waits for the device
     guards.check()                          # Tripped, with the step and the tensor
+    guards.gradient_norms()                 # of the steps since the last validation
 
 A step adds one norm per parameter, in one fused call per dtype, and on a GPU a copy of these numbers to the
 host, which is looked at when it has arrived: some steps late, at the latest at the next validation. Without a
@@ -14,14 +15,18 @@ A norm is not finite where a gradient is not, or is larger than 1.8e19, whose sq
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 import schedule
 from optim import Bank, Optimizer
+from system.movement import Movement
+from system.spikes import Spike, Spikes
 from system.world import World
 
 LOSS = "training loss"
@@ -56,13 +61,26 @@ class Finding:
 # ----- finite numbers ---------------------------------------------------------------------------------------
 
 class Guards:
-    """Watches the steps of one process, and agrees with the others when all of them meet."""
+    """Watches the steps of one process, and agrees with the others when all of them meet.
 
-    def __init__(self, world: World, optimizer: Optimizer) -> None:
-        self.world, self.optimizer = world, optimizer
-        self.finding: Finding | None = None
+    spikes: the detector of slow spikes, which is then shown the mean loss of all processes. known: gradient
+    norms (steps,) float64 of the steps since the last validation, in a run that was resumed.
+    """
+
+    def __init__(
+        self, world: World, optimizer: Optimizer, spikes: Spikes | None = None,
+        known: torch.Tensor | None = None
+    ) -> None:
+        self.world, self.optimizer, self.spikes = world, optimizer, spikes
+        self.known = self.on_device(known)
+        self.finding: Finding | Spike | None = None
+        self.movement = Movement(optimizer) if spikes is not None else None
+        self.update: list[torch.Tensor] = []  # its size in the step under way, 0-d, for the detector
         self.norms: list[torch.Tensor] = []  # of the step under way, (parameters,) float32 per dtype
         self.names: list[str] = []
+        self.shared = 0  # so many of the names, the first ones, are shards: other processes hold the rest
+        # (norms, shared) of each step since the last validation, on the device; None: its update was skipped
+        self.measured: list[tuple[torch.Tensor, int] | None] = []
         self.cuts: dict[Bank, tuple[list[str], list[int]]] = {}
         self.excused = False
         self.looked_at = -1  # the last step whose numbers were looked at
@@ -78,10 +96,12 @@ class Guards:
             names, sizes = self.cut(bank, seen)
             parts = seen.reshape(-1).split(sizes)[:len(names)]
             for name, part in zip(names, parts):
-                pieces[part.dtype].append((name, part))
+                pieces[not bank.comm.partial, part.dtype].append((name, part))
+        in_order = [pieces[key] for key in sorted(pieces, key=lambda key: key[0])]
         self.norms = [torch.stack(torch._foreach_norm([part for _, part in some])).float()
-                      for some in pieces.values()]
-        self.names = [name for some in pieces.values() for name, _ in some]
+                      for some in in_order]
+        self.names = [name for some in in_order for name, _ in some]
+        self.shared = sum(len(some) for (whole, _), some in pieces.items() if not whole)
 
     def cut(self, bank: Bank, seen: torch.Tensor) -> tuple[list[str], list[int]]:
         """(names of the parameters in a bank's gradient, or in this process's shard of it; their sizes).
@@ -106,12 +126,26 @@ class Guards:
         """The step under way makes no update: what is not finite in it does no harm."""
         self.excused = True
 
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """A context around an update, whose size the detector of spikes is shown."""
+        if self.movement is None:
+            yield
+            return
+        self.movement.begin()
+        yield
+        self.update = [self.movement.end().reshape(1)]
+
     def after_step(self, step: int, loss: torch.Tensor) -> None:
         """Send loss and norms of this step to the host. loss: 0-d, of this process."""
         if self.excused:
             self.excused = False
+            self.measured.append(None)
             return
-        values = torch.cat([loss.reshape(1).float(), *self.norms])
+        if self.spikes is not None:
+            loss = self.world.mean(loss)
+        values = torch.cat([loss.reshape(1).float(), *self.norms, *self.update])
+        self.measured.append((values[1:1 + len(self.names)], self.shared))
         arrived = None
         if values.is_cuda:
             values = torch.empty(values.shape, pin_memory=True).copy_(values, non_blocking=True)
@@ -135,9 +169,11 @@ class Guards:
                 arrived.synchronize()
             self.under_way.popleft()
             self.looked_at = step
-            finite = np.isfinite(values.numpy())
+            finite = np.isfinite(values.numpy()[:len(names)])
             if not finite.all():
                 self.finding = Finding(step, tuple(name for name, good in zip(names, finite) if not good))
+            elif self.spikes is not None:
+                self.finding = self.spikes.see(step, float(values[0]), float(values[-1]))
 
     def check(self) -> None:
         """Between two steps: Tripped if this process is alone and has found something."""
@@ -145,7 +181,44 @@ class Guards:
         if self.finding is not None and self.world.size == 1:
             raise Tripped(self.finding.fields())
 
+    def on_device(self, known: torch.Tensor | None) -> torch.Tensor | None:
+        """Gradient norms of a checkpoint where those of the run are, so that no later copy waits."""
+        return None if known is None else known.to(self.optimizer.banks[0].param.device)
+
+    def begin_again(self, known: torch.Tensor | None) -> None:
+        """Forget the steps that the run has gone back over. known: as for the constructor."""
+        self.finding, self.known = None, self.on_device(known)
+        self.under_way.clear()
+        self.measured.clear()
+
     # ----- several processes
+
+    @torch.no_grad()
+    def norms_so_far(self) -> torch.Tensor:
+        """(steps,) float64: norm of all gradients in each step since the last validation. Collective.
+
+        NaN where the update was skipped. On the device; nothing waits for it.
+        """
+        device = self.optimizer.banks[0].param.device
+        squares = torch.full((len(self.measured), 2), math.nan, dtype=torch.float64, device=device)
+        for i, kept in enumerate(self.measured):
+            if kept is not None:
+                norms, shared = kept
+                each = norms.double().square()
+                squares[i, 0], squares[i, 1] = each[:shared].sum(), each[shared:].sum()
+        total = self.world.total(squares[:, 0].clone()) if self.measured else squares[:, 0]
+        found = (total + squares[:, 1]).sqrt()
+        return found if self.known is None else torch.cat([self.known, found])
+
+    def gradient_norms(self) -> list[float]:
+        """Return and forget norms_so_far, on every process. Collective.
+
+        [] with workers that train apart (optim.outer.workers), which have no gradient in common.
+        """
+        found = [] if schedule.apart(self.optimizer.s) else self.norms_so_far().tolist()
+        self.known = None
+        self.measured.clear()
+        return [float(f"{x:.6g}") for x in found]
 
     def agree(self) -> None:
         """Tripped, on all processes, if one has found something or holds other parameters. Collective."""
@@ -160,10 +233,13 @@ class Guards:
         """Tripped, on all processes, if one has found something. Collective."""
         self.look(wait=True)
         found = [x for x in self.world.gather_objects(self.finding) if x is not None]
-        if found:
-            first = min(x.step for x in found)
-            names = dict.fromkeys(name for x in found if x.step == first for name in x.names)
+        if not found:
+            return
+        first = min(x.step for x in found)
+        found = [x for x in found if x.step == first]
+        if names := dict.fromkeys(name for x in found if isinstance(x, Finding) for name in x.names):
             raise Tripped(Finding(first, tuple(names)).fields())
+        raise Tripped(found[0].fields())
 
     @torch.no_grad()
     def digests(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ No torch here.
 import math
 import mmap
 import struct
+import time
 from pathlib import Path
 
 from common import files
@@ -14,11 +15,12 @@ from system.resume import CHECKPOINTS
 
 
 class Heartbeat:
-    """(steps done, milliseconds on the clock) in a mapped file: a killed process has left them there.
+    """(steps done, milliseconds on the clock, time of day) in a mapped file: a killed process has left them.
 
-    They cost a copy of 16 bytes a step. Without such a file (a read-only folder) nothing is kept.
+    They cost a copy of 24 bytes a step. Without such a file (a read-only folder) nothing is kept.
     """
-    FORM = struct.Struct("<qd")
+    FORM = struct.Struct("<qdd")
+    FORMER = struct.Struct("<qd")  # without the time of day
 
     def __init__(self, path: Path) -> None:
         self.map = None
@@ -32,16 +34,30 @@ class Heartbeat:
 
     def beat(self, steps: int, clock_ms: float) -> None:
         if self.map is not None:
-            self.FORM.pack_into(self.map, 0, steps, clock_ms)
+            self.FORM.pack_into(self.map, 0, steps, clock_ms, time.time())
 
     @classmethod
     def read(cls, path: Path) -> tuple[int, float]:
         """What was kept last; (0, 0.0) if there is nothing to read."""
+        steps, clock_ms, _ = cls.whole(path)
+        return steps, clock_ms
+
+    @classmethod
+    def time(cls, path: Path) -> float:
+        """Time of day of the last beat, in seconds since 1970; 0.0 if there is nothing to read."""
+        return cls.whole(path)[2]
+
+    @classmethod
+    def whole(cls, path: Path) -> tuple[int, float, float]:
         try:
-            steps, clock_ms = cls.FORM.unpack(path.read_bytes())
+            data = path.read_bytes()
+            steps, clock_ms, at = (
+                (*cls.FORMER.unpack(data), 0.0) if len(data) == cls.FORMER.size else cls.FORM.unpack(data)
+            )
         except (OSError, struct.error):
-            return 0, 0.0
-        return (steps, clock_ms) if steps >= 0 and math.isfinite(clock_ms) else (0, 0.0)
+            return 0, 0.0, 0.0
+        sound = steps >= 0 and math.isfinite(clock_ms) and math.isfinite(at)
+        return (steps, clock_ms, at) if sound else (0, 0.0, 0.0)
 
 
 def beaten(folder: Path) -> Path:

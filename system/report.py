@@ -23,11 +23,13 @@ from optim import Optimizer
 from schedule import StepPlan
 from settings import NUMERICS_VERSION, Settings
 from system import compiler, load, memory, resume, workers
+from system.command_line import REWIND, SKIP
 from system.guards import Guards, Tripped
 from system.hooks import reading
 from system.preflight import attention_backend, fallbacks
-from system.rescue import SKIP, Skip
+from system.rescue import Skip
 from system.run import Run
+from system.spikes import Spikes
 from system.stall import Watchdog
 from system.world import World
 
@@ -72,11 +74,16 @@ def folder_name(resolved: Resolved, seed: int) -> str:
 
 def no_record(events: list[dict]) -> list[str]:
     """Lines that say why a run is no record: it was resumed, or assisted."""
-    lines, skipped = interruptions(events), [e for e in events if e["kind"] == "guard" and e["what"] == SKIP]
-    if rescue := events[0].get("rescue"):
-        count = f"{len(skipped)} update{'s were' if len(skipped) != 1 else ' was'} skipped"
-        lines.append(f"assisted (--rescue {rescue}): {count}: no record")
-    return lines
+    lines, guards = interruptions(events), [e for e in events if e["kind"] == "guard"]
+    rescue = events[0].get("rescue")
+    if rescue == SKIP:
+        skipped = sum(e["what"] == SKIP for e in guards)
+        count = f"{skipped} update{'s were' if skipped != 1 else ' was'} skipped"
+    elif rescue == REWIND:
+        back = [e for e in guards if e["what"] == REWIND]
+        count = (f"{len(back)} rewind{'s' if len(back) != 1 else ''}, with {sum(e['batches'] for e in back)} "
+                 f"steps of {sum(e['tokens'] for e in back):,} tokens discarded, whose time is on the clock")
+    return [*lines, f"assisted (--rescue {rescue}): {count}: no record"] if rescue else lines
 
 
 def interruptions(events: list[dict]) -> list[str]:
@@ -101,9 +108,12 @@ def stopped_by_guard(run: Run, tripped: Tripped) -> str:
 
 def watch_over(run: Run, options: Namespace) -> None:
     """Set up what watches the steps: guards, the watchdog and, if asked for, the rescue."""
-    run.guards = Guards(run.world, run.optimizer)
-    if options.rescue is not None:
-        run.optimizer.judge = Skip(run.world, run.optimizer, run.guards, run.log)
+    spikes = Spikes() if options.rescue == REWIND else None
+    run.guards = Guards(run.world, run.optimizer, spikes, run.kept_norms)
+    skip = Skip(run.world, run.optimizer, run.guards, run.log) if options.rescue == SKIP else None
+    run.optimizer.judge, run.rescue = skip, spikes or skip
+    if run.rescue is not None and run.kept_rescue is not None:
+        run.rescue.load(run.kept_rescue)
     if options.stall_timeout is not None:
         run.watchdog = watchdog(run, options.stall_timeout[1])
 

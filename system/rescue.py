@@ -15,10 +15,10 @@ import torch
 
 from optim import Bank, Optimizer
 from runlog import RunLog
+from system.command_line import SKIP
 from system.guards import Guards
 from system.world import World
 
-SKIP = "skip"
 WINDOW, LEAST = 128, 20  # steps of the history; without LEAST of them only what is not finite is skipped
 LIMIT = 6.0  # z above which a step is skipped
 IN_A_ROW = 10  # after so many skips the update is made: what the run meets is no spike
@@ -32,6 +32,17 @@ class Skip:
         self.world, self.optimizer, self.guards, self.log = world, optimizer, guards, log
         self.history = {name: collections.deque(maxlen=WINDOW) for name in ("loss", "gradient norm")}
         self.step, self.loss, self.in_a_row = 0, None, 0
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, as plain JSON values."""
+        return {"history": {name: [*x] for name, x in self.history.items()}, "in_a_row": self.in_a_row}
+
+    def load(self, state: dict) -> None:
+        """Go on from what a checkpoint has kept."""
+        for name, history in self.history.items():
+            history.clear()
+            history.extend(state["history"][name])
+        self.in_a_row = state["in_a_row"]
 
     def before_update(self, step: int, loss: torch.Tensor) -> None:
         """Announce a step and this process's loss, 0-d float64."""

@@ -138,6 +138,11 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
     if options.seed not in (0, start["seed"]):
         raise UserError(f"--resume {folder}: its seed is {start['seed']}: leave --seed away")
     options.seed = start["seed"]
+    began = start.get("rescue")
+    if options.rescue not in (None, began):
+        how = f"with --rescue {began}" if began else "without --rescue"
+        raise UserError(f"--resume {folder}: its run began {how}: leave --rescue away")
+    options.rescue = began
     if given is None:
         if options.scale or options.sets or options.with_ or options.without or options.revert:
             raise UserError(

@@ -15,7 +15,7 @@ from common import console
 from common.interrupt import Interrupt
 from data import prefix
 from data.shards import Corpus
-from data.stream import Prefetch, Stream
+from data.stream import Prefetch, Stream, after_rewinds, stream_arguments
 from optim import Optimizer
 from model import GPT
 from model_settings import padded_vocab
@@ -122,6 +122,16 @@ class Profiler:
         self.active = None
 
 
+class Rescue(Protocol):
+    """What a run asks of its rescue: system.rescue.Skip or system.spikes.Spikes."""
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, as plain JSON values."""
+
+    def load(self, state: dict) -> None:
+        """Go on from what a checkpoint has kept."""
+
+
 class Saver(Protocol):
     """What a run asks of system.checkpoint.Checkpoints, which knows the run."""
 
@@ -161,13 +171,18 @@ class Run:
     checkpoints: Saver | None = None  # from the start of the clock on, unless they are off
     guards: Guards | None = None  # from the start of the clock on
     watchdog: Watchdog | None = None  # from the start of the clock on, unless it is off
+    rescue: Rescue | None = None  # from the start of the clock on, if asked for
     stream: Stream | None = None  # from the start of the clock on
     batches: Prefetch | None = None
     # since the last validation, of this process's ranks
     train_losses: list[torch.Tensor] = field(default_factory=list)
     points: list[tuple[int, float]] = field(default_factory=list)  # (step, validation loss)
     steps_done: int = 0
-    first_step: int = 0  # of this process: not 0 in a run that was resumed
+    first_step: int = 0  # of this process since it was resumed or went back
+    # (batches read until then, step to which the run went back): system.rewind
+    rewinds: list[tuple[int, int]] = field(default_factory=list)
+    kept_norms: torch.Tensor | None = None  # of a checkpoint: gradient norms since the last validation
+    kept_rescue: dict | None = None  # of a checkpoint: state of the rescue
     graphs: int = 0  # compiled before the clock
     epoch: int = 0  # the highest of all logical ranks at the last validation
     sampler: Sampler | None = None  # of a sampled softmax
@@ -192,6 +207,20 @@ class Run:
             table = prefix.of_tokenizer(self.corpus.tokenizer, padded_vocab(self.s))
             self.prefix_table = torch.from_numpy(table).to(device)
         return self.prefix_table
+
+    def position(self, step: int) -> int:
+        """Batches that the run has read before a step: one for each step, and those that rewinds skipped."""
+        read, to = self.rewinds[-1] if self.rewinds else (0, 0)
+        return step + read - to
+
+    def open_stream(self, step: int, digests: dict[str, str]) -> None:
+        """Begin to read batches at a step. digests: of the tokens before it, by logical rank."""
+        if self.batches is not None:
+            self.batches.close()
+        about = after_rewinds(stream_arguments(self.s), self.rewinds)
+        self.stream = Stream(self.corpus, ranks=self.world.ranks, **about)
+        self.stream.skip(self.position(step), digests)
+        self.batches = Prefetch(self.stream, len(self.plans) - step)
 
     def mean_train_losses(self) -> list[float]:
         """Return and forget the training loss of each step since the last validation, on every process.

@@ -6,8 +6,9 @@ was left alone.
 Sixty `micro` steps of each record, eager, on 1 and 2 processes, a checkpoint every five steps. A run is
 killed after a random time, resumed, killed again, until it ends; then its parameters, its losses and the
 digest of its tokens are compared with those of the uninterrupted run. Of two processes one or both are
-killed. Goes on where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills have
-been made (100). With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
+killed. The time is CPU time, where the system tells it, so that the moments are spread over the run on a busy
+machine too. Goes on where it stopped itself (the runs and the counts lie in data/cache/kills), until N kills
+have been made (100). With all records, writes tests/kills.md. Exit code 1 if a run ended with other bits.
 """
 
 import argparse
@@ -40,7 +41,8 @@ RECORDS, PROCESSES, KILLS = ("short/11", "short/33", "short/57", "variants/2"), 
 STEPS, EVERY = 60, 5
 SMALL = ("validation.tokens=2048", "validation.seq_len=256", "validation.every=20")
 MOMENTS = ("before the log", "warm-up", "steps", "writing", "the end")
-ENDING_S = 120  # for the other process, when one was killed
+ENDING_S = 600  # for the other process, when one was killed
+STARVED_S = 1800  # of a process that does not get to work
 REFUSED = "resumed at step"  # a word of the law on resumed runs
 
 
@@ -91,6 +93,32 @@ def waited(ids, seconds):
     return codes
 
 
+def cpu_seconds(ids):
+    """CPU time of the process that has worked most; None where the system does not tell."""
+    found = []
+    for i in ids:
+        try:
+            words = Path(f"/proc/{i}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        found.append((int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK"))
+    return max(found, default=None)
+
+
+def worked(ids, seconds):
+    """{process id: exit code} of those that end before one has worked for so many seconds."""
+    began = time.monotonic()
+    codes = waited(ids, 0.02)
+    while len(codes) < len(ids):
+        spent = cpu_seconds(ids)
+        if (time.monotonic() - began if spent is None else spent) > seconds:
+            break
+        codes |= waited([i for i in ids if i not in codes], 0.02)
+        if time.monotonic() - began > STARVED_S:
+            break
+    return codes
+
+
 def kill(ids, generator, met):
     """SIGKILL to one or all; what is left must end by itself. Raises SystemExit if it does not.
 
@@ -138,17 +166,25 @@ def outcome(folder):
     return {"parameters": digest.hexdigest(), "points": points, "stream": stream}
 
 
+def used():
+    """CPU seconds of the processes that have ended; where the system does not tell those of one, the time."""
+    if cpu_seconds([os.getpid()]) is None:
+        return time.monotonic()
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def reference(ref, processes, home, steps):
-    """(outcome, seconds) of the uninterrupted run, which is made once."""
+    """(outcome, CPU seconds of a process) of the uninterrupted run, which is made once."""
     kept = home / f"{ref.replace('/', '-')}-{processes}.json"
     if not kept.exists():
         out = home / "reference"
         shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
+        began = used()
         codes = waited(begin(arguments(ref, out, steps), processes), 3600)
         if [*codes.values()] != [0] * processes:
             sys.exit(f"{ref} on {processes}: the uninterrupted run ended with {codes}")
-        files.write(kept, json.dumps([outcome(begun(out)), time.monotonic() - began]), parents=True)
+        files.write(kept, json.dumps([outcome(begun(out)), (used() - began) / processes]), parents=True)
         shutil.rmtree(out)
     return json.loads(kept.read_text())
 
@@ -190,7 +226,7 @@ def trial(ref, processes, home, steps, generator):
         ids = begin(arguments(ref, out, steps) if folder is None else resumed(folder, out), processes)
         # the time grows: a machine that became busy would otherwise kill every start before its first step
         limit = seconds / (3 if steps == STEPS else 1) * 1.1 ** len(moments)
-        codes = waited(ids, generator.uniform(0, limit))
+        codes = worked(ids, generator.uniform(0, limit))
         if len(codes) == len(ids):
             break
         kill([i for i in ids if i not in codes], generator, met=length(begun(out)) > before)

@@ -395,9 +395,9 @@ TREES = {
             [
                 ("train_gpt.py", "    run.clock.start()  # before", "    # before"),
                 (
-                    "train_gpt.py", "    for step in range(run.first_step, len(run.plans) + 1):\n",
+                    "train_gpt.py", "    step = run.first_step\n",
                     "    run.batches.ahead = run.batches.fetch()\n    run.batches.drain()\n    "
-                    "run.clock.start()\n    for step in range(run.first_step, len(run.plans) + 1):\n"
+                    "run.clock.start()\n    step = run.first_step\n"
                 ),
             ],
         ),

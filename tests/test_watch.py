@@ -1,6 +1,8 @@
 """Laws of `records watch`: it shows several runs from their logs alone, under way, torn or ended."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,12 @@ from records import __main__ as records
 from system.heartbeat import Heartbeat, beaten
 
 
-def write(out, seed, losses, end=None):
-    """The folder of a run of 20 steps with these validation losses, every five steps."""
+def write(out, seed, losses, end=None, close=True, **start):
+    """The folder of a run of 20 steps with these validation losses, every five steps; not closed, its log."""
     log = runlog.RunLog(out, f"s{seed}")
     s = resolve("short/11", scale="micro", sets=["schedule.steps=20", "validation.every=5"]).settings
     log.event("start", record="short/11", preset="", scale="micro", seed=seed, changes=[], utc="",
-              sources="x", settings=schema.plain(s), memory={"mib": {"total": 321}})
+              sources="x", settings=schema.plain(s), memory={"mib": {"total": 321}}, **start)
     for i, loss in enumerate(losses):
         log.event("validation", step=5 * i, scheduled_steps=20, val_loss=loss, tokens=5 * i * 1024, epoch=0,
                   train_loss=[loss + 0.1] * (5 if i else 0), train_time_ms=1000.0 * i)
@@ -26,6 +28,8 @@ def write(out, seed, losses, end=None):
         said = "step 7: the gradient of x is not finite"
         log.event("guard", what="finite", step=7, tensors=["x"], message=said)
         log.event("end", status=end, steps=8, train_time_ms=2000.0, tokens=8192, verdict=[])
+    if not close:
+        return log
     log.close()
     return log.folder
 
@@ -67,6 +71,45 @@ def test_the_view_follows_the_logs_until_the_runs_have_ended(tmp_path):
                                                "steps": 20, "train_time_ms": 5.0})
     path.write_text(path.read_text() + line + "\n")
     assert (watch.look(folder).status, watch.look(folder).step) == ("finished", 20)
+
+
+def age(folder, seconds):
+    """Make the last sign of a run this old."""
+    then = time.time() - seconds
+    os.utime(folder / "run.jsonl", (then, then))
+    if beaten(folder).exists():
+        beats = Heartbeat(beaten(folder))
+        Heartbeat.FORM.pack_into(beats.map, 0, 7, 500.0, then)
+
+
+@pytest.mark.skipif(not Path("/proc/locks").exists(), reason="the system does not tell who holds a file")
+def test_a_killed_run_is_told_from_one_that_goes_on_and_from_a_silent_one(tmp_path):
+    """On its own machine by the lock on its log, which a kill takes away; elsewhere by its last sign."""
+    log = write(tmp_path, 1, [7.0, 6.0], close=False, machine=watch.this_machine())
+    Heartbeat(beaten(log.folder)).beat(7, 500.0)
+    age(log.folder, 60)
+    assert watch.look(log.folder).status == "running"
+    age(log.folder, 200)
+    assert watch.look(log.folder).status == "silent"  # hangs, or stopped with Ctrl-Z
+    log.close()  # as the kernel does for a process that is gone
+    killed = watch.look(log.folder)
+    assert killed.status == "killed" and watch.cells(killed, "x")[-1].startswith("killed after 20")
+    assert watch.unfinished(str(tmp_path)) == [log.folder]
+    age(log.folder, 1)
+    assert watch.look(log.folder).status == "running"
+    other = write(tmp_path, 2, [7.0, 6.0], machine="another")
+    for seconds, status in ((60, "running"), (800, "running"), (1000, "silent")):  # in a long first compile
+        age(other, seconds)
+        assert watch.look(other).status == status
+
+
+def test_the_gradient_norm_is_shown_and_old_logs_have_none(tmp_path):
+    log = write(tmp_path, 1, [7.0], close=False)
+    assert watch.cells(watch.look(log.folder), "x")[4] == ""
+    log.event("validation", step=5, scheduled_steps=20, val_loss=6.0, tokens=5, epoch=0, train_loss=[6.0] * 2,
+              train_time_ms=1.0, grad_norm=[0.5, 0.123456])
+    log.close()
+    assert watch.cells(watch.look(log.folder), "x")[4] == "0.1235"
 
 
 def test_what_cannot_be_watched_is_one_line(tmp_path, capsys):

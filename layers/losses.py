@@ -42,9 +42,35 @@ def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=
     log_z, total = logits.logsumexp(-1), 0.0  # (R, T), shared by all targets
     for n in range(min(len(weights), targets.size(1))):
         tokens = targets.size(1) - n  # number of tokens that have an n-th target
-        chosen = logits[:, :tokens].gather(-1, targets[:, n:, None])[..., 0]
+        chosen = at_targets(logits[:, :tokens], targets[:, n:])
         total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
     if prefix is None:
         return total
-    chosen = logits.gather(-1, prefix.clamp(min=0)[..., None])[..., 0]
+    chosen = at_targets(logits, prefix.clamp(min=0))
     return total + (prefix_weight * (log_z - chosen)).masked_fill(prefix < 0, 0.0)
+
+
+def at_targets(logits, targets):
+    """The logit (R, T) of each target: logits (R, T, V), targets (R, T) int64."""
+    if torch.compiler.is_compiling():
+        return AtTargets.apply(logits, targets)
+    return logits.gather(-1, targets[..., None])[..., 0]
+
+
+class AtTargets(torch.autograd.Function):
+    """at_targets in a compiled graph: the gradient is a comparison, which fuses with the other terms'.
+
+    The gradient of a gather is a scatter, for which Inductor makes a float32 tensor of all logits per target.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(targets)
+        ctx.classes = logits.size(-1)
+        return logits.gather(-1, targets[..., None])[..., 0]
+
+    @staticmethod
+    def backward(ctx, g):
+        targets, = ctx.saved_tensors
+        classes = torch.arange(ctx.classes, device=targets.device)
+        return torch.where(classes == targets[..., None], g[..., None], 0.0), None

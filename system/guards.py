@@ -163,8 +163,8 @@ class Guards:
         """Look at what has arrived. wait: at everything, until it has."""
         while self.under_way and self.finding is None:
             step, names, values, arrived = self.under_way[0]
-            if arrived is not None:
-                if not (wait or arrived.query()):
+            if arrived is not None and not arrived.query():
+                if not wait:
                     return
                 arrived.synchronize()
             self.under_way.popleft()

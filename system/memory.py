@@ -33,7 +33,7 @@ class Estimate(NamedTuple):
     parameters: int
     # bfloat16 ones also in float32, if there are several forwards; and what a process gets of their sum
     gradients: int
-    state: int  # of the optimizer and of hooks
+    state: int  # of the optimizer and of hooks, and the table of a canonical mask
     kept: int  # by a forward pass for the backward pass
     passing: int  # largest that comes and goes next to it: of the logits, a chunk of them, or a block
 
@@ -196,6 +196,7 @@ def estimate(s, ranks, microbatch, world=1):
     from optim import Optimizer
     from system.comm import communication
     from system.hooks import hooks_of
+    from system.seams import shape
     from system.workers import copies_bytes
     from system.wrappers import Outer
     model = without_values(s)
@@ -216,6 +217,8 @@ def estimate(s, ranks, microbatch, world=1):
     rows = sum(rows_passing(bank, ranks, microbatch, bank.units) for bank in tables)
     passing = max(passing, rows - kept)
     state = optimizer.state_bytes() + hooks
+    if s.validation.canonical_mask:
+        state += math.prod(shape(s))
     if schedule.apart(s):
         state += copies_bytes(optimizer, Outer(model, s.optim.outer), ranks)
     return Estimate(parameters, gradients, state, kept, passing)

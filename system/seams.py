@@ -17,6 +17,11 @@ from settings import Settings
 from system.world import World
 
 
+def shape(s: Settings) -> tuple[int, int]:
+    """(V, V / 8): of the table, in bytes."""
+    return padded_vocab(s), padded_vocab(s) // 8
+
+
 class Seams:
     """Bits (V, V / 8) of the tokens that cannot follow a token, on the device.
 
@@ -27,7 +32,7 @@ class Seams:
     def __init__(self, s: Settings, corpus: Corpus, world: World) -> None:
         self.world, self.tokenizer, self.rows = world, corpus.tokenizer, padded_vocab(s)
         self.process = self.folder = None
-        self.table = torch.zeros(self.rows, self.rows // 8, dtype=torch.uint8, device=world.device)
+        self.table = torch.zeros(shape(s), dtype=torch.uint8, device=world.device)
 
     def start(self) -> None:
         """Begin to make the table, on the main process."""

@@ -189,6 +189,7 @@ def test_numbers_that_have_not_arrived_are_not_waited_for():
             return self.ready
 
         def synchronize(self):
+            assert not self.ready
             self.ready = True
 
     watch = guard_of(toy())

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layers import losses
 from kernels import (
     cross_entropy, device, fp8_linear, fp8_mlp, linear_relu_sq, newton_schulz, qk_rotary, symmetric, transpose
 )
@@ -205,3 +206,31 @@ def test_each_kernel_is_one_graph_forward_and_backward(name, monkeypatch):
     assert any("speedrun::" in str(getattr(node.target, "_schema", "")) for node in nodes)
     assert all(scale.meta["val"].shape == (1,) for node in scaled for scale in node.args[2:4])
     assert len(graphs) == 1 + y.requires_grad and bool(scaled) == name.startswith("FP8")
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_a_compiled_loss_of_several_targets_scatters_nothing(prefix):
+    """Inductor would make a float32 tensor of all logits for each scatter; the gradients stay the eager ones."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    graphs, generator = [], torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 9, 31, generator=generator, requires_grad=True)  # (R, T, V)
+    targets, others = torch.randint(31, (2, 2, 9), generator=generator)  # (R, T)
+    others[:, ::3] = -1  # no second target
+    terms = (others, torch.tensor([0.25])) if prefix else ()
+
+    def loss(logits, targets, weights):
+        return losses.weighted_losses(logits, targets, weights, *terms).square().sum()
+
+    def kept(graph, inputs):
+        graphs.append(graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend=aot_autograd(fw_compiler=kept, bw_compiler=kept))
+    found = [torch.autograd.grad(run(logits, targets, torch.tensor([1.0, 0.5, 0.25])), logits)[0]
+             for run in (loss, compiled)]
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found)
+    called = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    assert len(graphs) == 2 and not any("scatter" in name for name in called)

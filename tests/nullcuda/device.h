@@ -14,7 +14,8 @@ enum counter {
     INDUCTOR,     // launches of generated kernels, told by Python
     TRITON,       // launches of the project's kernels, told by Python
     SYNCS,        // calls that wait for the device
-    READS,        // copies from the device to the host
+    READS,        // copies from the device to memory of the host that is not pinned: the host waits for them
+    SENDS,        // copies from the device to pinned memory
     MALLOCS,
     FREES,        // each waits for the device
     COLLECTIVES,

@@ -454,7 +454,8 @@ static void copy(void *to, const void *from, size_t bytes) {
 
 EXPORT cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, enum cudaMemcpyKind kind,
                                    cudaStream_t s) {
-    if (type_of(to) != cudaMemoryTypeDevice && type_of(from) == cudaMemoryTypeDevice) nullcuda_note(READS, s);
+    if (type_of(to) != cudaMemoryTypeDevice && type_of(from) == cudaMemoryTypeDevice)
+        nullcuda_note(type_of(to) == cudaMemoryTypeHost ? SENDS : READS, s);
     if (!recording(s)) copy(to, from, bytes);
     return cudaSuccess;
 }

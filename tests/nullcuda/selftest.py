@@ -34,6 +34,19 @@ def launches_are_counted():
     assert found["gemms"] >= 2 and found["kernels"] >= 3 and "syncs" not in found, found
     before = nullcuda.counts()
     assert isinstance(x.detach().sum().item(), float)
+    found = since(before)  # through pinned memory, and waited for
+    assert found.get("reads", 0) + found.get("sends", 0) == 1 and found["syncs"] >= 1, found
+
+
+def a_copy_to_pinned_memory_waits_for_nothing():
+    x, to = torch.ones(4, device=cuda), torch.empty(4, pin_memory=True)
+    before = nullcuda.counts()
+    to.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    assert event.query() and since(before) == {"sends": 1}, since(before)
+    before = nullcuda.counts()
+    x.cpu()
     assert since(before)["reads"] == 1 and since(before)["syncs"] >= 1
 
 
@@ -111,9 +124,10 @@ def an_impossible_launch_is_refused():
 
 if __name__ == "__main__":
     assert torch.cuda.get_device_capability() == (9, 0) and os.environ["SPEEDRUN_NULL_DEVICE"] == "1"
-    laws = [the_host_reads_zeros, launches_are_counted, a_host_read_is_refused_in_debug_mode, memory_ends,
-            the_operations_of_a_record_run, generated_kernels_are_counted, a_graph_replays_its_launches,
-            a_graph_with_a_read_fails, an_impossible_launch_is_refused]
+    laws = [the_host_reads_zeros, launches_are_counted, a_host_read_is_refused_in_debug_mode,
+            a_copy_to_pinned_memory_waits_for_nothing, memory_ends, the_operations_of_a_record_run,
+            generated_kernels_are_counted, a_graph_replays_its_launches, a_graph_with_a_read_fails,
+            an_impossible_launch_is_refused]
     for law in laws:
         law()
         print(f"ok {law.__name__.replace('_', ' ')}", flush=True)

@@ -6,14 +6,15 @@ torch before the program does.
 
 import atexit
 import ctypes
+import itertools
 import json
 import os
 import sys
 from collections import Counter
+from typing import NamedTuple
 
-COUNTERS = ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "mallocs", "frees", "collectives",
-            "replays",
-            "refused")  # the order of device.h
+COUNTERS = ("kernels", "gemms", "inductor", "triton", "syncs", "reads", "sends", "mallocs", "frees",
+            "collectives", "replays", "refused")  # the order of device.h
 DEVICE = {"max_shared_mem": 232448, "max_num_regs": 65536, "multiprocessor_count": 132, "warpSize": 32}
 
 steps = []  # counts at the start of each training step, by COUNTERS
@@ -233,42 +234,74 @@ def pieces(documents, segment):
 
 # ----- report
 
-def forwards(tokens):
-    """The documents of each forward pass of so many tokens, as lists of their tokens."""
-    out = []
-    for ranks in documents:
-        size = sum(ranks[0])
-        together = tokens // size  # logical ranks of a forward pass
-        if together and tokens % size == 0:
-            out += [sum(ranks[i:i + together], []) for i in range(0, len(ranks), together)]
-    return out
-
-
 def blocks(tokens):
     """Blocks of 128 that a document of so many tokens needs."""
     return -(-tokens // 128)
 
 
-def flash_blocks():
-    """[(blocks, blocks that have work, least)] of the FlashAttention calls in training steps, forward.
+def passes(tokens):
+    """The documents, as lists of their lengths, of each forward pass whose attention may have so many tokens.
 
-    A call starts blocks(longest) of them for each document and head: `least` is that number for the documents
-    which a forward pass has, of the forward pass with most.
+    Of several logical ranks together, or with paired heads, where each token is two positions.
     """
     out = []
-    for tokens, most, longest, heads in attention:
-        passes = forwards(tokens)
-        needed = max((sum(map(blocks, found)) for found in passes), default=0)
-        least = max((blocks(max(found)) * len(found) for found in passes), default=0)
-        out.append((blocks(longest) * most * heads, needed * heads, least * heads))
-    return [each for each in out if each[1]]
+    for ranks, positions in itertools.product(documents, (1, 2)):
+        size = positions * sum(ranks[0])
+        together = tokens // size  # logical ranks of a forward pass
+        if together and tokens % size == 0 and len(ranks) % together == 0:
+            out += [[positions * length for rank in ranks[i:i + together] for length in rank]
+                    for i in range(0, len(ranks), together)]
+    return out
+
+
+class Call(NamedTuple):
+    """Blocks of a FlashAttention call, forward, and of the documents of its forward pass."""
+    started: int  # for each head: those of the longest document in its arguments, for each document
+    needed: int  # that have work
+    longest: int  # of one document
+    number: int  # of documents
+    heads: int
+
+    @property
+    def least(self):
+        """What the interface starts for these documents."""
+        return self.longest * self.number
+
+
+def flash_calls():
+    """The calls in training steps.
+
+    Each is compared with the forward pass whose number of documents and longest one it was given; a call with
+    the numbers of no pass, with the one that needs most.
+    """
+    out = []
+    for tokens, number, longest, heads in attention:
+        found = passes(tokens)
+        own = [lengths for lengths in found if (len(lengths), max(lengths)) == (number, longest)]
+        started = blocks(longest) * number
+        calls = [Call(started, sum(map(blocks, lengths)), blocks(max(lengths)), len(lengths), heads)
+                 for lengths in own or found]
+        if own:
+            out.append(min(calls, key=lambda call: call.needed))
+        elif calls:
+            out.append(max(calls, key=lambda call: call.least))
+    return out
+
+
+def about_flash(calls):
+    """The call that is farthest above what its documents need; of several the one with most empty blocks."""
+    if not calls:
+        return dict.fromkeys(("waste", "blocks", "least_blocks", "longest_blocks", "mean_blocks"))
+    worst = max(calls, key=lambda call: (call.started / call.least, call.started / call.needed))
+    return {"waste": round(worst.started / worst.needed, 2), "blocks": worst.started * worst.heads,
+            "least_blocks": worst.least * worst.heads, "longest_blocks": worst.longest,
+            "mean_blocks": round(worst.needed / worst.number, 2)}
 
 
 def account():
     """What this process did on the device."""
     note_peak()
     each = [{name: b[name] - a[name] for name in COUNTERS} for a, b in zip(steps, steps[1:])]
-    flash = flash_blocks()
     dynamo = sys.modules.get("torch._dynamo.utils")
     reserved = ctypes.c_long.in_dll(library(), "nullcuda_peak").value
     return {
@@ -279,9 +312,7 @@ def account():
         "own": dict(own),
         "grids": {name: list(size) for name, size in grids.items()},
         "attention": sorted(attention),
-        "waste": max((round(a / b, 2) for a, b, _ in flash), default=None),
-        "blocks": max((a for a, _, _ in flash), default=None),
-        "least_blocks": max((least for _, _, least in flash), default=None),
+        **about_flash(flash_calls()),
         "breaks": dict(dynamo.counters["graph_break"]) if dynamo else {},
         "graphs": dynamo.counters["stats"]["unique_graphs"] if dynamo else 0,
         "reserved_gib": round(reserved / 2 ** 30, 3),

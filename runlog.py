@@ -143,7 +143,8 @@ def read_chain(path):
 
 def read_links(path, torn=False):
     """[(event, hash)] of a chained file, checked: complete lines, numbered from 0, each hash over all before
-    it. torn: a last line without its end, which a kill may leave, is left out."""
+    it, each spelled as `chain_line` spells it, so that no two files tell the same. torn: a last line without
+    its end, which a kill may leave, is left out."""
     previous, links = GENESIS, []
     text = untrusted.text_of(path, LOG_LIMIT, torn)
     lines = text.split("\n")
@@ -156,10 +157,13 @@ def read_links(path, torn=False):
         if not isinstance(event, dict) or not {"hash", "kind", "n"} <= event.keys():
             raise UserError(f"{path}: line {number} is not a complete log line")
         claimed, kind, n = event.pop("hash"), event["kind"], event["n"]
+        body = json.dumps(event, sort_keys=True)
+        if not odd and line != f'{body[:-1]}, "hash": {json.dumps(claimed)}}}':
+            raise UserError(f"{path}: line {number} ({kind}) is spelled in another way than logs are written")
         if odd and kind not in (*MEASURED, "end"):
             raise UserError(f"{path}: line {number}: holds {min(odd)}, which is no number")
         odd.clear()
-        previous = chain_hash(previous, event)
+        previous = hashlib.sha256((previous + body).encode()).hexdigest()
         if claimed != previous or type(n) is not int or n != number - 1:
             raise UserError(
                 f"{path}: line {number} ({kind}) breaks the hash chain: it or a line before it was changed"
@@ -167,6 +171,8 @@ def read_links(path, torn=False):
         links.append((measured(event), claimed))
     if not links:
         raise UserError(f"{path}: the file is empty")
+    if lines[-1]:
+        raise UserError(f"{path}: line {len(lines)} lacks its end: the file is cut")
     return links
 
 
@@ -269,7 +275,7 @@ def is_account(compile):
     """Can `render` read it as what system.compiler.account gives?"""
     return (
         isinstance(compile, dict) and "hits" in compile
-        and all(isinstance(x, (int, float)) for x in compile.values())
+        and all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in compile.values())
     )
 
 

@@ -39,6 +39,10 @@ LINE = 8 * MIB  # characters of a line
 BRACKET = re.compile(r'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.S)
 # what every system can store under the same name; ":" and "\" mean something on some
 NAME = re.compile(r'[^/\\:*?"<>|]{1,200}')
+# names that Windows keeps for devices, with any ending
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.I)
+# folders by which git runs programs of whoever made them, also under their short name on Windows
+GIT = re.compile(r"(\.git|git~\d)", re.I)
 Leave = Callable[[str], bool]  # tells of a path relative to the top that it is left out
 KINDS = ((stat.S_ISLNK, "a symbolic link"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
          (stat.S_ISBLK, "a device"), (stat.S_ISCHR, "a device"))
@@ -185,12 +189,26 @@ class Counts:
 
 def check_name(name: str, where: str) -> None:
     """UserError for a name that not every system stores, or that acts on whoever prints it."""
-    if not NAME.fullmatch(name) or name.endswith((".", " ")) and name not in (".", ".."):
+    if GIT.fullmatch(name):
+        refuse(where, "is a repository of its own, whose settings git would follow: remove it")
+    if name.startswith("-"):
+        refuse(where, "has a name that a command would take for an option")
+    if not NAME.fullmatch(name) or DEVICE.match(name) or (
+            name.endswith((".", " ")) and name not in (".", "..")):
         refuse(where, "has a name that not every system can store")
     if not name.isprintable():
         refuse(where, "has a name with characters that cannot be printed")
     if len(os.fsencode(name)) > 255:
         refuse(where, "has a name that is too long")
+
+
+def is_name(name: str) -> bool:
+    """Whether a file or folder can have this name everywhere."""
+    try:
+        check_name(name, name)
+    except UserError:
+        return False
+    return name not in (".", "..")
 
 
 def check_regular(about: os.stat_result, where: str) -> None:

@@ -10,8 +10,10 @@ of evidence.provenance.
 """
 
 import collections
+import fnmatch
 import itertools
 import json
+import re
 import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +27,20 @@ from evidence import (
 from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
 from common.errors import UserError
+from scales import SCALES
 
 # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
 START_MS = 60_000.0
+# what two runs of one seed may differ by in a validation: the order of sums alone, which a GPU may change
+RERUN_NATS = 0.05
+UNACCOUNTED_S = 10.0  # what starting and ending a process may differ by between arms, beyond LONGER times
+RUN = ("run.jsonl", "log.txt", "summary.json", "compile_error.txt")  # files of a run folder
+# What a claim folder may hold next to its runs, and the files of its folders. A record has its published curve
+# and its runs of other scales there too.
+FILES = (manifest.NAME, ledger.NAME, "record.toml", "code.diff", "results.json", "README.md", "audit.json",
+         "reference.csv")
+FOLDERS = {"runs": (*RUN, "sources-*.txt", "sources-*.txt.xz"), "reproduction": (),
+           "upstream": ("*.txt", "README.md", "statistics.md"), **dict.fromkeys(SCALES, RUN)}
 MOST_ALPHA, MOST_MARGIN = 0.01, 0.002  # of a record: the speedrun's p < 0.01; nats
 
 
@@ -76,9 +89,11 @@ def examine(folder):
     found.problems += check_alike(found)
     found.problems += fact_laws.check(found)
     found.problems += check_untimed(found)
+    found.problems += check_unaccounted(found)
     found.problems += off_clock.check(found)
     found.problems += provenance.check_corpus(found)
     found.problems += check_copies(found)
+    found.problems += check_reruns(found)
     found.problems += plausible.check(found)
     found.problems += plausible.check_calendar(found, told(dates))
     found.problems += check_artefacts(found)
@@ -227,6 +242,23 @@ def check_moment(run, log):
                f"finished at {run.finish['utc']}")
 
 
+def check_unaccounted(found):
+    """The manifest's dates leave the new arm's processes no more time than the parent's that their logs do not
+    tell: a log whose times were all shortened lacks what passed here."""
+    spent = {"new": [], "parent": []}
+    for run in found.claim.runs:
+        log = found.logs.get(run.run)
+        dates = (moment(run.utc), moment(run.finish["utc"])) if run.finish else (None, None)
+        if run.arm in spent and log is not None and log.whole and None not in dates:
+            spent[run.arm].append(dates[1] - dates[0] - log.events[-1]["wall_ms"] / 1000)
+    if not all(spent.values()):
+        return
+    new, parent = (middle.median(spent[name]) for name in ("new", "parent"))
+    if new > run_laws.LONGER * max(0.0, parent) + UNACCOUNTED_S:
+        yield (f"arm new: {new:.0f} s of a run from its registration to its end are not in its log, of arm "
+               f"parent {parent:.0f} s: times that were shortened leave such a gap")
+
+
 def check_script_run(found, run):
     """A script's log: its bytes are those of the manifest, and they hold one whole run."""
     if run.finish is None or run.finish["folder"] is None:
@@ -261,6 +293,8 @@ def check_alike(found):
             if log.start[key] != value:
                 yield f"{log.where}: {key} {log.start[key]!r}, declared {value!r}"
         device, cpu = log.start["device"], log.start["device"].startswith("CPU")
+        if cpu and not re.fullmatch(rf"CPU, {log.start['processes']} process(es)?, [1-9][0-9]* threads?", device):
+            yield f"{log.where}: device {device!r:.60} is none of {log.start['processes']} processes on a CPU"
         if not isinstance(gpus, list) or (gpus and not cpu
                                           and device != f"{len(gpus)} x {gpus[0]}") or cpu == bool(gpus):
             yield f"{log.where}: ran on {device!r}, declared the GPUs {gpus!r:.60}"
@@ -337,12 +371,30 @@ def check_artefacts(found):
     for path in files.listed(runs):
         if not path.is_dir() and path.name not in known:
             yield f"runs/{path.name}: neither a run nor the sources of one: remove it"
+        elif path.name.endswith(".xz") and path.with_suffix("").exists():
+            yield f"runs/{path.name}: the sources lie here twice, packed and not: remove one"
+    yield from check_known_files(found)
+
+
+def check_known_files(found):
+    """Every file and folder of a claim is one that a law here, or the page, reads."""
+    patches = [arms.patch_path(found.folder, a).name for a in found.declaration["arms"].values()
+               if isinstance(a.get("dirty"), str)]
+    for entry in untrusted.survey(found.folder):
+        top, *_, name = entry.path.split("/") if "/" in entry.path else (entry.path, entry.path)
+        if entry.path == top:
+            known = top in (FOLDERS if entry.size is None else (*FILES, *patches))
+        else:  # a reproduction is judged as a claim itself, and what lies loose in runs/ is named above
+            loose = entry.size is None or top == "reproduction" or entry.path.count("/") < 2 and top == "runs"
+            known = loose or any(fnmatch.fnmatchcase(name, x) for x in FOLDERS.get(top, name))
+        if not known:
+            yield f"{entry.path}: no part of a claim folder: remove it"
 
 
 def check_copies(found):
     """No run is another one under a new name: not by its times, its losses,
     or the initial state of its seed."""
-    times, losses, states, seeds = {}, {}, {}, {}
+    times, losses, states, seeds, probes = {}, {}, {}, {}, {}
     for run in found.claim.runs:
         log = found.logs.get(run.run)
         if log is None or not log.whole:
@@ -354,6 +406,12 @@ def check_copies(found):
         seed, where = losses.setdefault(curve, (run.seed, log.where))
         if seed != run.seed:
             yield f"{log.where}: seed {run.seed} has the very losses of seed {seed} in {where}: a copy"
+        probe = log.one("probe")
+        if probe is not None:
+            seed, where = probes.setdefault((run.arm, json.dumps([probe["loss"], probe["gradients"]])),
+                                            (run.seed, log.where))
+            if seed != run.seed:
+                yield f"{log.where}: seed {run.seed} has the very probe of seed {seed} in {where}: a copy"
         state = log.one("reset")["state_after"]
         seed, where = states.setdefault((run.arm, state), (run.seed, log.where))
         if seed != run.seed:
@@ -365,6 +423,22 @@ def check_copies(found):
             )
 
 
+def check_reruns(found):
+    """Two runs of one arm and seed, one of which a fault excluded, had the same losses as far as both went."""
+    first = {}
+    for run in found.claim.runs:
+        log = found.logs.get(run.run)
+        if log is None:
+            continue
+        other = first.setdefault((run.arm, run.seed), log)
+        theirs = {v["step"]: v["val_loss"] for v in other.validations}
+        for v in log.validations:
+            if abs(v["val_loss"] - theirs.get(v["step"], v["val_loss"])) > RERUN_NATS:
+                yield (f"{log.where}: seed {run.seed} has loss {v['val_loss']:.4f} at step {v['step']}, in "
+                       f"{other.where} it had {theirs[v['step']]:.4f}: one seed has one curve")
+                break
+
+
 # ----- the plan, and what a record must show ----------------------------------------------------------------
 
 def check_plan(found):
@@ -372,6 +446,9 @@ def check_plan(found):
     in the order that the declared seed draws."""
     claim, d = found.claim, found.declaration
     yield from check_order(d)
+    faults = sum(run.fault is not None for run in claim.runs)
+    if faults > len(d["order"]):
+        yield f"{manifest.NAME}: {faults} runs are excluded by faults, {len(d['order'])} were declared"
     if claim.withdrawn is not None:  # given up: nothing more is to come
         return
     ended = bool(claim.looks) and claim.looks[-1]["decision"] != "continue"
@@ -421,6 +498,11 @@ def check_record_claim(found):
             "rest on it"
         )
         return
+    code, commit = d.get("code"), d["arms"]["new"].get("commit")
+    if code is not None and commit is not None and code != commit:
+        yield f"{where}: declared by code {code[:12]}, arm new runs {commit[:12]}"
+    if d.get("aa"):
+        yield f"{where}: aa is true: a record is claimed against its parent, not against itself"
     yield from provenance.check_lineage(found)
     new, parent = d["arms"]["new"], d["arms"]["parent"]
     if d["claim"] == "systems" and new.get("ml_hash") != parent.get("ml_hash"):

@@ -22,10 +22,11 @@ from pathlib import Path
 
 import deltas
 import runlog
-from common import files
+from common import files, untrusted
 from common.errors import UserError
 from common.interrupt import held
 from evidence.manifest import CLOCK_S, moment
+from evidence.plausible import DAY_S, now
 
 NAME = "ledger.jsonl"
 VERSION, MOST_LEGS = 1, 100
@@ -37,6 +38,9 @@ SHAPES = {
             "against": list},
     "fate": {"leg": int, "verdict": str, "runs": int, "excluded": int, "manifest": str, "why": str},
 }
+CHAIN = {"n": int, "kind": str, "utc": str}
+MACHINE = {"machine": (str, type(None)), "cpu": (str, type(None)), "cores": (int, type(None)), "gpus": list}
+ENTRY = {"idea": str, "leg": int, "hash": str}  # of a manifest, on its leg
 RULE = {"claim": str, "scale": str, "target": (int, float, type(None)), "alpha": (int, float), "legs": int,
         "text": str}
 
@@ -77,13 +81,16 @@ class Ledger:
 
         require(kind in SHAPES, f"unknown kind; known are {', '.join(SHAPES)}")
         require((kind == "open") == (n == 0), "a ledger begins with its one decision rule")
-        shaped(event, SHAPES[kind], require)
+        shaped(event, SHAPES[kind] | CHAIN, require)
         if kind == "open":
             rule = event["rule"]
             require(event["version"] == VERSION, f"version {event['version']}, this program reads {VERSION}")
             shaped(rule, RULE, require)
+            require(untrusted.is_name(event["idea"]), f"idea {event['idea']!r:.60} must be the name of a folder")
             require(0 < rule["alpha"] < 1 and 1 <= rule["legs"] <= MOST_LEGS,
                     f"alpha must lie between 0 and 1, legs between 1 and {MOST_LEGS}")
+            require(rule["text"] == rule_text(rule), f"the text of the rule is not that of its numbers: "
+                                                     f"{rule_text(rule)}")
             self.opened = event
         elif kind == "leg":
             self.require_leg(event, require)
@@ -105,16 +112,28 @@ class Ledger:
         require(event["leg"] <= self.opened["rule"]["legs"],
                 f"the rule, written before leg 1, allows {self.opened['rule']['legs']} legs")
         require(self.open_leg is None, f"nothing says what became of leg {len(self.legs)}")
+        name, plan = event["name"], event["plan"]
+        require(untrusted.is_name(name), f"name {name!r:.60} must be that of a folder")
+        require(name not in [x.line["name"] for x in self.legs], f"{name} is the folder of an earlier leg")
+        shaped(event["machine"], MACHINE, require)
+        require(all(isinstance(x, str) for x in event["against"]), "against must be names of attempts")
+        looks = plan.get("looks", [])
+        require(set(plan) in ({"runs"}, {"looks"}) and type(plan.get("runs", 1)) is int
+                and isinstance(looks, list) and all(
+                    isinstance(x, dict) and set(x) == {"runs", "alpha"} and type(x["runs"]) is int for x in looks),
+                "plan must hold runs or looks")
         require(not any(x.fate["verdict"] == "shown" for x in self.legs), "a leg before it was shown: that "
                                                                           "decides")
 
 
 def shaped(event, shape, require):
-    """Require that an event has these fields with these types."""
+    """Require that an event has these fields with these types, and no others."""
     for name, kind in shape.items():
         value = event.get(name, ...)
         require(value is not ... and isinstance(value, kind) and not isinstance(value, bool),
                 f"{name} is missing or has the wrong type")
+    odd = sorted(event.keys() - shape.keys())
+    require(not odd, f"has a field {odd[:1]!r:.60} that nothing reads")
 
 
 # ----- reading and writing ----------------------------------------------------------------------------------
@@ -165,14 +184,17 @@ def append(path: Path, kind: str, **fields) -> str:
 
 def rule_of(declaration: dict, legs: int) -> dict:
     """The decision rule of an idea whose first leg is declared so; its alpha is that of all legs together."""
-    alpha = declaration["alpha"] * legs
-    goal = "parity with the parent" if declaration["claim"] == "systems" else (
-        f"target {declaration['target']}")
-    text = (f"the first leg that is shown decides; each of {legs} may use alpha / {legs} = "
-            f"{alpha / legs:.4g}: {goal} "
-            "and a shorter training than the parent's, charged for its rests")
-    return {"claim": declaration["claim"], "scale": declaration["scale"], "target": declaration["target"],
-            "alpha": alpha, "legs": legs, "text": text}
+    rule = {"alpha": declaration["alpha"] * legs, "legs": legs,
+            **{key: declaration[key] for key in ("claim", "scale", "target")}}
+    return {**rule, "text": rule_text(rule)}
+
+
+def rule_text(rule: dict) -> str:
+    """A decision rule in words."""
+    goal = "parity with the parent" if rule["claim"] == "systems" else f"target {rule['target']}"
+    legs = rule["legs"]
+    return (f"the first leg that is shown decides; each of {legs} may use alpha / {legs} = "
+            f"{rule['alpha'] / legs:.4g}: {goal} and a shorter training than the parent's, charged for its rests")
 
 
 def begin(home: Path, folder: Path, declaration: dict, idea: str, legs: int | None) -> dict:
@@ -257,7 +279,11 @@ def check(found):
         elif d["claim"] != "comparison":
             found.unknown.append("how often this idea was tried before: the manifest names no ledger")
         return
-    if not isinstance(entry, dict) or not path.exists():
+    if not isinstance(entry, dict) or set(entry) != set(ENTRY) or not all(
+            isinstance(entry[k], t) and not isinstance(entry[k], bool) for k, t in ENTRY.items()):
+        yield f"manifest.jsonl: ledger {entry!r:.60} is no {{idea, leg, hash}}"
+        return
+    if not path.exists():
         yield (f"{NAME}: missing: the manifest names leg "
                f"{entry.get('leg') if isinstance(entry, dict) else '?'!r:.20}")
         return
@@ -279,6 +305,10 @@ def check(found):
 def check_leg(found, ledger, leg):
     """Machine, plan and stack of a leg are those of its manifest, and its rule covers what is claimed."""
     d, rule = found.declaration, ledger.opened["rule"]
+    if ledger.opened["idea"] != d["ledger"]["idea"]:
+        yield f"{NAME}: is about {ledger.opened['idea']}, the manifest declares {d['ledger']['idea']!r:.60}"
+    if d["claim"] != "comparison" and leg.line["leg"] == 1 and ledger.opened["record"] != d["record"]:
+        yield f"{NAME}: leg 1 is about {ledger.opened['record']!r:.60}, the manifest claims {d['record']}"
     for key, value in line_of(d, leg.line["leg"], leg.line["name"]).items():
         if leg.line[key] != value:
             yield f"{NAME}: leg {leg.line['leg']} was booked with another {key} than the manifest declares"
@@ -304,6 +334,9 @@ def check_order(found, ledger, leg):
             why = "no date" if at is None else "before the line above"
             yield f"{NAME}: line {n} is dated {utc!r:.40}, {why}"
             return
+        if at > now() + DAY_S:
+            yield f"{NAME}: line {n} is dated {utc}, in the future"
+            return
         before = at
     declared = moment(found.declaration["utc"])
     if declared is not None and moment(leg.line["utc"]) > declared + CLOCK_S:
@@ -315,6 +348,15 @@ def check_order(found, ledger, leg):
         yield (f"{NAME}: the fate of leg {leg.line['leg']} is of a manifest that ends with "
                f"{leg.fate['manifest'][:12]}, "
                f"this one ends with {found.claim.last_hash[:12]}")
+        return
+    last = moment(found.claim.last_utc)
+    if last is not None and moment(leg.fate["utc"]) < last - CLOCK_S:
+        yield (f"{NAME}: the fate of leg {leg.line['leg']} was booked at {leg.fate['utc']}, before the last "
+               f"line of its manifest, {found.claim.last_utc}")
+    made = {"runs": len(found.claim.runs), "excluded": sum(r.fault is not None for r in found.claim.runs)}
+    if wrong := [key for key in made if leg.fate[key] != made[key]]:
+        yield (f"{NAME}: the fate of leg {leg.line['leg']} tells {wrong[0]} {leg.fate[wrong[0]]}, its manifest "
+               f"has {made[wrong[0]]}")
 
 
 def check_original(found, ledger, entry):

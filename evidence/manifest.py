@@ -18,6 +18,7 @@ refused later.
 import datetime
 import fcntl
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,15 @@ FIELDS = {"register": {"run": int, "arm": str, "seed": int, "discard": bool},
           "withdraw": {"why": str}}
 # What some events have next to FIELDS, of these types: processes that a run left behind, which were ended.
 MORE = {"finish": {"leftover": int}}
+# What the free fields of a declaration and of an arm hold, where they are there.
+FREE = {"aa": bool, "against": (list, type(None)), "code": (str, type(None)), "code_diff": (str, type(None)),
+        "corpus_prefixes": (list, type(None)), "data": (str, type(None)), "environment": (dict, type(None)),
+        "launcher": str, "ledger": dict, "long_start": (str, type(None))}
+FREE_OF_ARM = {"text": str, "ref": (str, type(None)), "commit": (str, type(None)), "tree": (str, type(None)),
+               "dirty": (str, type(None)), "argv": list, "report": list, "sha256": str, "path": str}
+MACHINE = {"machine": str, "cpu": str, "cores": (int, type(None)), "gpus": list, "platform": str, "python": str,
+           "torch": (str, type(None))}
+LAUNCHERS = ("python", "system/launch.py")
 
 
 @dataclass
@@ -89,7 +99,7 @@ class Claim:
     def __init__(self, path):
         self.path, self.declaration, self.runs, self.looks = Path(path), None, [], []
         self.withdrawn = None  # the event, once the claim is given up
-        self.last_hash, self.events = runlog.GENESIS, 0
+        self.last_hash, self.events, self.last_utc = runlog.GENESIS, 0, None
 
     @property
     def folder(self):
@@ -143,7 +153,7 @@ class Claim:
             check_known(event, (*FIELDS[kind], *more, *CHAIN), kind, require)
             {"register": self.register, "finish": self.finish, "fault": self.fault, "look": self.look,
              "withdraw": self.withdraw}[kind](event, digest, require)
-        self.last_hash, self.events = digest, self.events + 1
+        self.last_hash, self.events, self.last_utc = digest, self.events + 1, event.get("utc")
 
     def register(self, event, digest, require):
         require(self.open_run is None,
@@ -162,9 +172,9 @@ class Claim:
         require(self.open_run is not None and event["run"] == self.open_run.run,
                 f"run {event['run']} is not under way")
         require(event["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}")
+        require(event.get("leftover", 1) > 0, "leftover counts processes that were ended")
         folder = event["folder"]
-        require(folder is None or (folder not in ("", ".", "..") and "/" not in folder),
-                f"folder {folder!r} must be a name under runs/")
+        require(folder is None or untrusted.is_name(folder), f"folder {folder!r:.60} must be a name under runs/")
         require(folder is None or folder not in [r.finish["folder"] for r in self.runs if r.finish],
                 f"folder {folder} already belongs to another run")
         require((folder is None) == (event["last_hash"] is None), "folder and last_hash go together")
@@ -208,6 +218,11 @@ def check_fields(event, types, require):
                 f"{name} = {event[name]!r} has the wrong type")
 
 
+def check_there(table, types, require):
+    """Require that those of these fields that a table has are of these types."""
+    check_fields(table, {name: types[name] for name in types if name in table}, require)
+
+
 def check_known(table, known, where, require):
     """Require that a table has no other field than the known ones."""
     odd = sorted(table.keys() - set(known))
@@ -230,9 +245,19 @@ def check_declaration(event, require):
         "arms must be tables of kind record or script"
     )
     check_known(event, (*DECLARED, *MAY_DECLARE, *CHAIN), "the declaration", require)
+    check_there(event, FREE, require)
+    check_known(event["machine"], MACHINE, "machine", require)
+    check_there(event["machine"], MACHINE, require)
+    require(event.get("launcher", LAUNCHERS[0]) in LAUNCHERS, f"launcher must be one of {', '.join(LAUNCHERS)}")
     for name, arm in arms.items():
         check_known(arm, ARM, f"arm {name}", require)
+        check_there(arm, FREE_OF_ARM, require)
+        require(arm["kind"] == "script" or not {"path", "sha256"} & arm.keys(),
+                f"arm {name} of a record has a script's fields")
     check_known(plan, ("runs", "looks"), "plan", require)
+    require(all(isinstance(x, str) for x in event.get("corpus_prefixes") or []),
+            "corpus_prefixes must be digests")
+    require(len(plan) == 1, "plan must hold runs or looks, not both")
     require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
     confidence = event.get("confidence", 0.95)
     require(isinstance(confidence, NUMBER) and 0 < confidence < 1, "confidence must lie between 0 and 1")
@@ -244,7 +269,8 @@ def check_declaration(event, require):
             isinstance(looks, list)
             and looks
             and all(
-                isinstance(x, dict) and type(x.get("runs")) is int and isinstance(x.get("alpha"), NUMBER)
+                isinstance(x, dict) and set(x) == {"runs", "alpha"} and type(x["runs"]) is int
+                and isinstance(x["alpha"], NUMBER)
                 for x in looks
             ),
             "plan.looks must be a list of {runs, alpha}",
@@ -264,7 +290,7 @@ def check_declaration(event, require):
     for x in order:
         require(
             isinstance(x, dict) and set(x) == {"arm", "seed", "discard"} and x["arm"] in arms
-            and type(x["seed"]) is int and type(x["discard"]) is bool,
+            and type(x["seed"]) is int and x["seed"] >= 0 and type(x["discard"]) is bool,
             f"order: {x!r} is no {{arm, seed, discard}}"
         )
     seeds = {arm: [x["seed"] for x in order if x["arm"] == arm and not x["discard"]] for arm in arms}
@@ -279,6 +305,8 @@ def moment(utc):
     """Seconds since the epoch of a date as logs have it, or None."""
     try:
         date = datetime.datetime.strptime(utc, "%Y-%m-%dT%H:%M:%SZ")
+        if not re.fullmatch("[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}Z", utc):  # one spelling each
+            return None
     except (TypeError, ValueError):
         return None
     return date.replace(tzinfo=datetime.timezone.utc).timestamp()

@@ -33,6 +33,17 @@ COPY_NATS = 1.3e-3
 # An honest pair that close lies as far apart in its losses as in its changes, at most 7.1 times as far.
 SHIFTED, ROUNDING_NATS = 10, 1e-5
 SETTLED = 5  # first training losses, which weights of a seed may share, left out of the comparison
+# A validation loss is a mean in float64: at least 13 decimals in all committed logs.
+DECIMALS = 6
+TRAIN_DECIMALS = 4  # they are logged with six
+# Seeds whose validations lie closer, all of them: spread of seeds at full scale is 1e-3 nats at the end.
+SAME_NATS = 1e-5
+# Times. Steps of a run take more or less, from one validation to the next by 3 % of the mean or more in the
+# committed logs, and so does their ratio to those of another run. Times are logged to a thousandth of a ms.
+EVEN, CLOCK_MS = 1e-5, 2e-3
+LONGEST = 200  # characters of a title or a name, and names
+CLAIMABLE = ("ml", "systems")  # kinds of a record that a claim brings; the others tell of upstream's history
+FILLERS = "\u115f\u1160\u3164\uffa0"  # letters that show nothing
 LARGEST_LOSS = 1e6  # nats; a NaN is not below it
 DAY_S = 86_400.0  # time zones, and dates without an hour
 NAMED = ("record", "scale", "ml_hash", "system_hash", "corpus", "corpus_digest", "val_digest", "device",
@@ -48,8 +59,11 @@ def check(found):
             yield from check_stream(log)
             yield from check_first_loss(log)
             yield from check_jump(log)
+        yield from check_digits(log)
+        yield from check_pace(log)
     yield from check_seeds_differ(found)
     yield from check_shifted(found)
+    yield from check_times_differ(found)
 
 
 # ----- one log ----------------------------------------------------------------------------------------------
@@ -57,8 +71,13 @@ def check(found):
 def check_named(log):
     """Nothing that a log names is without a name."""
     for key in NAMED:
-        if not log.start[key].strip():
+        if not is_visible(log.start[key]):
             yield f"{log.where}/run.jsonl: {key} is empty"
+
+
+def is_visible(text):
+    """Has a text a letter or a digit, of any script, that a reader can see?"""
+    return any(c.isalnum() and c not in FILLERS for c in text)
 
 
 def check_counts(found, log):
@@ -139,6 +158,37 @@ def check_jump(log):
                f"{excess:.4f} nats below where the two drops before it lead, honest logs at most {limit:g}")
 
 
+def check_digits(log):
+    """Validation losses are measured numbers, not rounded ones."""
+    for v in log.validations:
+        loss = v["val_loss"]
+        if math.isfinite(loss) and loss == round(loss, DECIMALS):
+            yield (f"{log.where}/run.jsonl: validation of step {v['step']}: loss {loss!r} is rounded, a mean of "
+                   "losses has more digits")
+            return
+    told = [x for v in log.validations for x in v["train_loss"]]
+    if len(told) > SETTLED and all(math.isfinite(x) and x == round(x, TRAIN_DECIMALS) for x in told):
+        yield f"{log.where}/run.jsonl: its training losses are rounded to {TRAIN_DECIMALS} decimals or fewer"
+
+
+def check_pace(log):
+    """No run takes the very same time for each step."""
+    spent = [(v["step"] - before["step"], v["train_time_ms"] - before["train_time_ms"])
+             for before, v in itertools.pairwise(log.validations)]
+    if log.whole and even([ms for _, ms in spent], [steps for steps, _ in spent]):
+        yield (f"{log.where}/run.jsonl: its steps take the same time from one validation to the next within "
+               f"{EVEN:g}: no clock is that even")
+
+
+def even(times, others):
+    """Are the ratios of four or more pairs of positive numbers the same within EVEN, beyond the rounding of
+    times in ms?"""
+    if len(times) < 4 or len(times) != len(others) or min(*times, *others) <= 0:
+        return False
+    ratios = [a / b for a, b in zip(times, others)]
+    return max(ratios) / min(ratios) - 1 < EVEN + CLOCK_MS / min(times)
+
+
 # ----- logs next to each other ------------------------------------------------------------------------------
 
 def train_losses(log):
@@ -170,10 +220,20 @@ def check_seeds_differ(found):
         curves = [(seed, log, train_losses(log)) for seed, log in runs if log.whole]
         for (seed, log, a), (other, twin, b) in itertools.combinations(curves, 2):
             near = closeness(b, a) if seed != other else None
+            if seed != other and same_validations(log, twin):
+                yield (f"{twin.where}: seed {other} has the validation losses of seed {seed} in {log.where}: a "
+                       "copy")
             # the very same losses are claim_laws.check_copies' business
             if near is not None and near[1] < COPY_NATS and near[0] > 0:
                 yield (f"{twin.where}: seed {other} follows the curve of seed {seed} in {log.where} within "
                        f"{near[1]:.1e} nats, two seeds never do: a copy")
+
+
+def same_validations(log, other):
+    """Have two runs, whose training losses differ, the same validation losses from the second one on?"""
+    a, b = ([v["val_loss"] for v in x.validations[1:]] for x in (log, other))
+    return len(a) == len(b) > 2 and train_losses(log) != train_losses(other) and all(
+        abs(x - y) < SAME_NATS for x, y in zip(a, b))
 
 
 def check_shifted(found):
@@ -189,6 +249,16 @@ def check_shifted(found):
                        f"apart: a shifted copy of a run of arm {b}")
 
 
+def check_times_differ(found):
+    """No run has the times of another one, multiplied by a number."""
+    logs = [log for log in found.logs.values() if log.whole]
+    spent = [(log, [ms for _, ms, _ in log.intervals[1:]]) for log in logs]
+    for (log, mine), (other, theirs) in itertools.combinations(spent, 2):
+        if mine != theirs and even(mine, theirs):  # the very same ones are claim_laws.check_copies' business
+            yield (f"{other.where}: its times are those of {log.where} times "
+                   f"{sum(theirs) / sum(mine):.4f}: a copy")
+
+
 # ----- dates and names of a record --------------------------------------------------------------------------
 
 def now():
@@ -200,6 +270,8 @@ def now():
 def day(date):
     """Seconds since the epoch of the beginning of a date like 2026-11-30, or None."""
     try:
+        if len(str(date)) != 10 or not str(date).isascii():
+            return None
         midnight = datetime.datetime.strptime(str(date), "%Y-%m-%d")
     except ValueError:
         return None
@@ -230,11 +302,16 @@ def check_calendar(found, dates):
 
 def check_record(record):
     """A record.toml names its people and itself, and its date lies between its parent's and now."""
-    if not record.title.strip():
+    if not is_visible(record.title):
         yield "record.toml: title is empty"
+    if len(record.title) > LONGEST or len(record.people) > LONGEST or any(
+            len(str(x)) > LONGEST for x in record.people):
+        yield f"record.toml: title and people hold at most {LONGEST} characters, and as many names"
+    if day(record.date) is None:
+        yield f"record.toml: date {record.date!r:.60} is none like 2026-11-30"
     unowned = record.kind == "retiming" and not record.people  # nobody's idea: another release of a library
     if not unowned and not (
-        record.people and all(isinstance(x, str) and x.strip("@ \t") for x in record.people)
+        record.people and all(isinstance(x, str) and is_visible(x) for x in record.people)
     ):
         yield "record.toml: people holds an empty name: credit whose idea it is"
     parent, since = deltas.load_records().get(record.parent), day(record.date)
@@ -242,3 +319,13 @@ def check_record(record):
         yield f"record.toml: date {record.date} lies in the future"
     if parent is not None and since is not None and since < (day(parent.date) or since):
         yield f"record.toml: date {record.date} is before that of its parent {parent.ref}, {parent.date}"
+
+
+def check_new_record(record):
+    """A record that a claim brings has no history yet: no published time, no place, no kind of its own."""
+    if record.published:
+        yield "record.toml: published is of records that upstream has published: a claim's times are in its logs"
+    if record.kind not in CLAIMABLE:
+        yield f"record.toml: kind {record.kind}: a claim is one of {', '.join(CLAIMABLE)}"
+    if record.ref.startswith(deltas.ATTEMPT) and record.order != math.inf:
+        yield "record.toml: order: an attempt has no place in a lineage, it gets one when it becomes a record"

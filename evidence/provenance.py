@@ -19,14 +19,14 @@ import runlog
 import scales
 import settings
 from evidence import arms, foreign, manifest, plausible, stack
-from evidence.run_laws import alike
+from evidence.run_laws import alike, canonical
 from common import files, untrusted
 from common.errors import UserError
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
 FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set": "sets"}
 RECORD_ARM = {"text": str, "record": str, "preset": str, "scale": str, "changes": list, "ml_hash": str,
-              "system_hash": str, "settings": dict,
+              "system_hash": str, "settings": dict, "argv": list,
               "commit": (str, type(None)), "tree": (str, type(None))}
 MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
@@ -49,14 +49,31 @@ def check_arm(found, name, arm):
         for key in ("record", "preset", "changes", "ml_hash", "system_hash"):
             if log.start[key] != arm[key]:
                 yield f"{log.where}: {key} {log.start[key]!r}, arm {name} was declared with {arm[key]!r}"
-        if log.start["settings"] != arm["settings"]:
+        if canonical(log.start["settings"]) != canonical(arm["settings"]):  # 1 is neither 1.0 nor true
             paths = differing(log.start["settings"], arm["settings"])
             yield f"{log.where}: settings differ from those declared for arm {name}: {', '.join(paths)}"
     # a kernel that fell back in one run makes it another program
     for key in ("attention", "comm", "parameters"):
         yield from alike([(log.where, log.start[key]) for log in found.of(name)], f"{key} (arm {name})")
+    yield from check_words(found, name, arm)
     yield from check_code(found, name, arm)
     yield from check_resolves(found, name, arm)
+
+
+def check_words(found, name, arm):
+    """The command line of a record's arm says its record, its scale and its changes, and nothing else."""
+    if found.declaration["claim"] == "comparison":
+        return
+    due = [arm["record"], *(word for x in arm["changes"] for word in x.split(" ", 1)), "--scale", arm["scale"]]
+    words = arm.get("argv")
+    if words[:1] != due[:1] or pairs(words) != pairs(due):
+        yield (f"{manifest.NAME}: arm {name} is started with {' '.join(map(str, words))!r:.80}, declared are "
+               f"{' '.join(due)!r:.80}")
+
+
+def pairs(words):
+    """Options of a command line with their values, sorted: without order, and without spaces at the `=`."""
+    return sorted(f"{a} {str(b).replace(' ', '')}" for a, b in zip(words[1::2], [*words[2::2], ""]))
 
 
 def differing(a, b, prefix=""):
@@ -64,7 +81,7 @@ def differing(a, b, prefix=""):
     if not prefix and isinstance(a, dict) and isinstance(b, dict):
         a, b = renames.present_settings(a), renames.present_settings(b)
     if not (isinstance(a, dict) and isinstance(b, dict)):
-        return [] if a == b else [prefix or "."]
+        return [] if canonical(a) == canonical(b) else [prefix or "."]  # 1 is neither 1.0 nor true
     return [
         p for k in sorted({*a, *b}) for p in differing(a.get(k), b.get(k), f"{prefix}.{k}" if prefix else k)
     ]
@@ -242,12 +259,14 @@ def check_lineage(found):
     if new.get("record") != d["record"]:
         yield f"{where}: claims {d['record']}, arm new runs {new.get('record')}"
     try:
-        record, _ = known_record(found, d["record"])
+        record, carried = known_record(found, d["record"])
     except MALFORMED as error:
         yield f"record.toml: {error}"
         return
     if record is not None and found.folder.joinpath("record.toml").exists():
         yield from plausible.check_record(record)
+    if record is not None and (carried or record.ref.startswith(deltas.ATTEMPT)):
+        yield from plausible.check_new_record(record)
     yield from stack.check(found, record)
     if record is not None and parent.get("record") != record.parent:
         yield (
@@ -285,6 +304,8 @@ def check_code(found, name, arm):
         )
     elif dirty:
         yield from check_patch(found, name, arm)
+    elif record_claim and not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", str(arm["tree"])):
+        yield f"arm {name}: {arm['tree']!r:.50} is no tree of a commit"
     yield from alike([(log.where, log.start["sources"]) for log in logs], f"sources (arm {name})")
     for digest in sorted({log.start["sources"] for log in logs}):
         text, problem = read_sources(found.folder / "runs", digest)

@@ -78,19 +78,21 @@ LATER = {
         "other_cores": (*NUMBER, type(None)), "alone": (bool, type(None))
     },
 }
-# Fields that some logs have and no law needs. All others are refused: nothing reads them.
+# Fields that some logs have, of these types. All others are refused: nothing reads them.
 OPTIONAL = {
-    "start": ("log_version", "active_parameters", "flops_per_token", "fallbacks", "memory", "sinks",
-              "environment", "launch", "rescue"),
-    "reset": ("graphs", "imports_ms", "compile"),
-    "experts": ("load", "max_vio_steps", "max_vio_val", "val_load"),
-    "validation": ("readout", "raw_val_loss", "grad_norm"),
-    "guard": ("last_steps", "since", "to", "checkpoint", "batches", "tokens"),
-    "checkpoint": ("file", "digest", "bytes", "write_ms", "error"),
-    "resume": ("checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code",
-               "machine", "cpu", "cores", "comm", "attention"),
-    "end": ("graphs_in_clock", "peak_memory_mib"),
+    "start": {"log_version": int, "memory": (dict, type(None)), "sinks": list, "launch": str,
+              "rescue": str},
+    "reset": {"graphs": int, "imports_ms": NUMBER, "compile": dict},
+    "experts": {"load": list, "max_vio_steps": list, "max_vio_val": list, "val_load": list},
+    "validation": {"readout": list, "raw_val_loss": NUMBER, "grad_norm": list},
+    "guard": {"last_steps": list, "since": int, "to": int, "checkpoint": str, "batches": int, "tokens": int},
+    "checkpoint": {"file": str, "digest": str, "bytes": int, "write_ms": NUMBER, "error": str},
+    "resume": {name: (str, int, type(None)) for name in (
+        "checkpoint", "digest", "sources", "system_hash", "processes", "device", "torch", "code", "machine",
+        "cpu", "cores", "comm", "attention")},
+    "end": {"graphs_in_clock": int, "peak_memory_mib": (int, type(None))},
 }
+SAVED = ("bytes", "write_ms")  # that a checkpoint tells unless it has an `error`
 CHAIN = ("n", "kind", "wall_ms")
 ASSISTED = ("skip", "rewind", "spike")  # guards after which a run goes on
 LETTERS = {
@@ -196,54 +198,52 @@ def read_log(folder, where):
     return (None if problems else log), problems
 
 
+def is_a(value, types):
+    """Is a value of one of these types? A truth value is no number."""
+    types = types if isinstance(types, tuple) else (types,)
+    return isinstance(value, types) and (bool in types or not isinstance(value, bool))
+
+
 def misshapen(event):
     """Fields of an event that are missing or of the wrong type."""
     kind = event["kind"]
     shape = {name: str for name in TEXTS[kind]} | OTHERS[kind] | {"wall_ms": NUMBER}
-    for name, types in shape.items():
+    if kind == "checkpoint" and "error" not in event:
+        shape |= {name: OPTIONAL[kind][name] for name in SAVED}
+    further = LATER.get(kind, {}) | OPTIONAL.get(kind, {})
+    for name, types in {**shape, **{k: further[k] for k in further if k in event}}.items():
         value = event.get(name, ...)
         if value is ...:
             yield f"line {event['n'] + 1} ({kind}) lacks {name}"
-        elif not isinstance(value, types) or (isinstance(value, bool) and types in (int, NUMBER)):
+        elif not is_a(value, types):
             yield f"line {event['n'] + 1} ({kind}): {name} = {value!r:.60} has the wrong type"
-    known = {*shape, *LATER.get(kind, {}), *OPTIONAL.get(kind, ()), *CHAIN}
-    for name in event.keys() - known:
+    for name in event.keys() - {*shape, *further, *CHAIN}:
         yield f"line {event['n'] + 1} ({kind}) has a field {name!r:.60} that nothing reads"
-    for name, types in LATER.get(kind, {}).items():
-        if not isinstance(event.get(name), types) or (
-            isinstance(event.get(name), bool) and bool not in types
-        ):
-            yield f"line {event['n'] + 1} ({kind}): {name} = {event[name]!r:.60} has the wrong type"
     lists = {"start": ("changes", str), "validation": ("train_loss", NUMBER), "end": ("verdict", str)}
     if kind in lists and isinstance(event.get(lists[kind][0]), list):
-        if not all(isinstance(x, lists[kind][1]) for x in event[lists[kind][0]]):
+        if not all(is_a(x, lists[kind][1]) for x in event[lists[kind][0]]):
             yield f"line {event['n'] + 1} ({kind}): {lists[kind][0]} holds something of the wrong type"
     if any(isinstance(x, int) and abs(x) >= 2 ** 63 for _, x in numbers(event, "")):
         yield f"line {event['n'] + 1} ({kind}) holds a number of more than 64 bits"
     sinks = event.get("sinks", [])  # versions before 3 have none
-    if kind == "start" and not (isinstance(sinks, list) and all(isinstance(x, str) for x in sinks)):
+    if kind == "start" and isinstance(sinks, list) and not all(isinstance(x, str) for x in sinks):
         yield f"line {event['n'] + 1} (start): sinks wants a list of names"
     if kind == "reset" and "compile" in event:
-        if not runlog.is_account(event["compile"]) or not isinstance(event.get("graphs"), int):
+        if not runlog.is_account(event["compile"]) or not is_a(event.get("graphs"), int):
             yield (
                 f"line {event['n'] + 1} (reset): compile must be numbers, with hits, next to a number of "
                 "graphs"
             )
-    if not isinstance(norms := event.get("grad_norm", []), list) or not all(
-        isinstance(x, NUMBER) and not isinstance(x, bool) for x in norms
-    ):
+    norms = event.get("grad_norm", [])
+    if isinstance(norms, list) and not all(isinstance(x, NUMBER) and not isinstance(x, bool) for x in norms):
         yield f"line {event['n'] + 1} ({kind}): grad_norm wants a list of numbers"
-    if not all(isinstance(event.get(name, 0), int) for name in ("since", "to", "batches")):
-        yield f"line {event['n'] + 1} ({kind}): since, to and batches want whole numbers"
     readout = event.get("readout", [])
-    if not (isinstance(readout, list) and all(isinstance(x, str) for x in readout)):
+    if isinstance(readout, list) and not all(isinstance(x, str) for x in readout):
         yield f"line {event['n'] + 1} ({kind}): readout wants a list of settings"
-    if not isinstance(raw := event.get("raw_val_loss", 0.0), NUMBER) or isinstance(raw, bool):
-        yield f"line {event['n'] + 1} ({kind}): raw_val_loss = {raw!r:.60} has the wrong type"
     if kind == "experts" and all(isinstance(event.get(name), list) for name in LOADS):
         yield from misshapen_loads(event)
     if kind == "probe" and isinstance(event.get("gradients"), dict):
-        if not all(isinstance(m, list) and len(m) == 2 and all(isinstance(x, NUMBER) for x in m)
+        if not all(isinstance(m, list) and len(m) == 2 and all(is_a(x, NUMBER) for x in m)
                    for m in event["gradients"].values()):
             yield f"line {event['n'] + 1} (probe): gradients must be two numbers for each parameter"
 
@@ -253,13 +253,13 @@ def misshapen_loads(event):
     names = LOADS + (LATER_LOADS if any(name in event for name in LATER_LOADS) else ())
     lists = [event.get(name) for name in names]
     if not all(isinstance(x, list) for x in lists) or not event["layers"] or (
-        len({len(x) for x in lists}) > 1 or not all(isinstance(x, NUMBER) for values in lists for x in values)
+        len({len(x) for x in lists}) > 1 or not all(is_a(x, NUMBER) for values in lists for x in values)
     ):
         yield f"line {event['n'] + 1} (experts): wants one number for each layer in " + ", ".join(names)
     for name in ("load", "val_load"):
         rows = event.get(name, [])
         if not isinstance(rows, list) or not all(
-            isinstance(row, list) and all(isinstance(x, int) for x in row) for row in rows
+            isinstance(row, list) and all(is_a(x, int) for x in row) for row in rows
         ):
             yield f"line {event['n'] + 1} (experts): {name} wants a list of rows for each layer"
 
@@ -360,6 +360,8 @@ def check_settings(log):
                f"{settings.NUMERICS_VERSION}: results changed since")
     if unknown:  # evidence.provenance asks the code that knows them
         return
+    if odd := misspelled(log.settings):
+        yield f"{artefact}: {odd} is a value of another type than this setting has"
     same = start["numerics_version"] == settings.NUMERICS_VERSION
     if same and start["ml_hash"] != schema.ml_hash(log.settings):
         yield (
@@ -369,6 +371,13 @@ def check_settings(log):
     if start["system_hash"] != schema.system_hash(log.settings):
         yield (f"{artefact} hash to system_hash {schema.system_hash(log.settings)}, logged "
                f"{start['system_hash']}: they were edited")
+
+
+def misspelled(s):
+    """The first path at which settings hold a value that only equals one of their type, like 1.0 or true for
+    1, or ''."""
+    return next((path for path, value in schema.flat(s).items() if value is not None and
+                 json.dumps(value) != json.dumps(schema.typed(schema.find_field(path), value, path))), "")
 
 
 def check_untouched(log):
@@ -616,6 +625,11 @@ def check_end(log):
         )
     if f"{last['val_loss']:.4f}" not in " ".join(end["verdict"]):
         yield f"{artefact}: its verdict tells another loss than {last['val_loss']:.4f}"
+    for line in end["verdict"]:
+        told = re.search("REACHED|MISSED", line)
+        due = None if target is None else f"target {target:g} {'REACHED' if reached else 'MISSED'}: "
+        if told and (due is None or not line.startswith(due)):
+            yield f"{artefact}: its verdict says {line!r:.60}, and target {target} is reached: {reached}"
 
 
 # ----- used between logs ------------------------------------------------------------------------------------

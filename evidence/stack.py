@@ -39,7 +39,8 @@ def problems(stack, record):
     taken = dict.fromkeys(record.delta, record.ref)
     seen = set()
     for entry in stack:
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), t) for k, t in ENTRY.items()):
+        if not isinstance(entry, dict) or set(entry) != set(ENTRY) or not all(
+                isinstance(entry[k], t) for k, t in ENTRY.items()):
             yield f"{entry!r:.60} is no {{attempt, parent, delta}}"
             return
         if entry["attempt"] in seen:
@@ -50,6 +51,8 @@ def problems(stack, record):
                    "stack has one "
                    "parent")
         for path in entry["delta"]:
+            if path in ("validation", *(f"validation.{key}" for key in off_clock.TRACK)):
+                yield f"{entry['attempt']} sets {path}, which belongs to the track"
             clash = next((p for p in taken if (p + ".").startswith(path + ".") or
                           (path + ".").startswith(p + ".")), None)
             if clash is not None:

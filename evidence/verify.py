@@ -222,6 +222,7 @@ def untimed(found, name):
 AUDIT, REPRODUCTION = "audit.json", "reproduction"
 NOW = "now"  # in the place of an audit's file: made in this call
 GRADES = ("none", "consistent", "audited", "reproduced")
+GRADED = ("grade", "audit", "reproduction")  # of results.json: what another call may have found
 
 
 def read_results(folder):
@@ -238,9 +239,13 @@ def is_its_page(folder, results, place):
     path = folder / writeup.PAGE
     if not path.exists():
         return True
+    kept = read_results(folder)
     try:
+        if kept is not None and any(p.split(".")[0].split("[")[0] not in GRADED
+                                    for p in differences(kept, results)):
+            kept = None  # not these logs' results: a page of them rests on nothing
         return untrusted.text_of(path) in [
-            writeup.readme(folder, x, place) for x in (results, read_results(folder)) if x is not None
+            writeup.readme(folder, x, place) for x in (results, kept) if x is not None
         ]
     except (UserError, LookupError, TypeError, AttributeError, ValueError):
         return False  # results.json of another making: then the page has nothing to rest on

@@ -59,9 +59,11 @@ def readme(folder, results=None, at=None):
 
 
 def tame(value, lines=False):
-    """A plain value whose texts begin no HTML and end no cell or line of a page. lines: keep line ends."""
+    """A plain value whose texts begin no HTML and no link and end no cell or line of a page. lines: keep line
+    ends."""
     if isinstance(value, str):
-        return re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(value, lines)).replace("|", "\\|")
+        text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", printable(value, lines)).replace("|", "\\|")
+        return re.sub(r"\](?=[(\[:])", r"]\\", text)
     if isinstance(value, dict):
         return {key: tame(inner) for key, inner in value.items()}
     return [tame(inner) for inner in value] if isinstance(value, list) else value
@@ -94,7 +96,7 @@ def heading(record, results):
     out += [f"Claim: {results['claim']} at scale `{results['scale']}`{size}. **{words}**; evidence: "
             f"{results['grade']}.", ""]
     out += [f"- {r}" for r in results["reasons"]] + [""] * bool(results["reasons"])
-    out += [*record.notes.splitlines(), ""] if record.notes else []
+    out += [*(f"> {line}".rstrip() for line in record.notes.splitlines()), ""] if record.notes else []
     out += [f"No setting changes: {record.subsumed}", ""] if record.subsumed else []
     if record.delta:
         out += [

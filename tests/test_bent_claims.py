@@ -151,7 +151,7 @@ def loss_of_the_end_lowered(c):
 
 @refused(r"ends with hash \w+, the manifest says \w+: it was changed after the run|step 72 jumps")
 def loss_lowered_after_the_run(c):
-    c.events(3, "validation")[-1]["val_loss"] = c.events(3, "end")[0]["val_loss"] = 5.1
+    c.events(3, "validation")[-1]["val_loss"] = c.events(3, "end")[0]["val_loss"] = 5.10000003
     c.events(3, "end")[0]["verdict"] = ["final validation loss 5.1000"]
     c.seal(hashes=False, announce=False)
 
@@ -170,7 +170,7 @@ def hidden_infinite_gradient(c):
 
 @refused(r"val_loss = -0\.5 is no loss")
 def implausible_loss(c):
-    c.events(3, "validation")[2]["val_loss"] = -0.5
+    c.events(3, "validation")[2]["val_loss"] = -0.50000003
     c.seal()
 
 
@@ -641,7 +641,7 @@ def a_run_copied_under_another_seed(c):
     c.seal()
 
 
-@refused(r"has the very losses of seed \d|starts from the very state of seed \d")
+@refused(r"has the very (losses|probe) of seed \d|starts from the very state of seed \d")
 def a_run_copied_with_new_times(c):
     a, b = c.counted()[:2]
     for mine, theirs in zip(c.events(b), c.events(a)):
@@ -703,7 +703,8 @@ def a_generous_margin(c):
 
 
 @refused(
-    r"claims short/10, arm new runs short/11|arm parent runs short/10, the parent of short/10 is short/9"
+    r"claims short/10, arm new runs short/11|arm parent runs short/10, the parent of short/10 is short/9|"
+    "leg 1 is about 'short/11', the manifest claims short/10"
 )
 def another_record_claimed(c):
     c.lines[0]["record"] = "short/10"

@@ -187,4 +187,5 @@ class Extrapolation:
 
 def assert_equal(errors, tolerance=1e-9):
     """Every error is at most this share of the movement, and none is NaN."""
-    assert errors and not {name: error for name, error in errors.items() if not error <= tolerance}
+    above = {name: error for name, error in errors.items() if not error <= tolerance}
+    assert errors and not above, above

@@ -29,10 +29,11 @@ class Hyperball(Slot):
         step.p.mul_(step.scratch["radius"] / self.norm(step.p))
 
     def norm(self, x):
-        # Of the rows first: with one reduction over both axes the inductor of torch 2.13 cannot compile this
-        # chain for a CPU (KeyError in its outer loop fusion).
-        rows = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return frobenius(rows) + 1e-10 if self.added else frobenius(rows, 1e-10)
+        # Compiled, of the rows first: with one reduction over both axes the inductor of torch 2.13 cannot
+        # compile this chain for a CPU (KeyError in its outer loop fusion).
+        if torch.compiler.is_compiling():
+            x = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return frobenius(x) + 1e-10 if self.added else frobenius(x, 1e-10)
 
 
 @dataclass(frozen=True)

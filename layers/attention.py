@@ -138,7 +138,8 @@ class Attention(nn.Module):
             )
             self.o = parameter((d, d), parts=[out], first_part=3, views=views.o(s), drawn_as="qkvo", **common)
         else:
-            self.qkvo = parameter((4, d, d), parts=[inner, inner, first_v, out], views=views.qkvo(s), **common)
+            parts = [inner, inner, first_v, out]
+            self.qkvo = parameter((4, d, d), parts=parts, views=views.qkvo(s), **common)
         self.bias = self.o_bias = None
         if s.model.bias:
             self.bias_parameters(s)

@@ -30,6 +30,20 @@ class SignedGains:
 
 
 @dataclass(frozen=True)
+class Mimetic:
+    """Mimetic initial values of v and o (log of record 64, whose merged code has a uniform o in their place).
+
+    v = scale I + noise N(0, 1), o = -scale I + noise N(0, 1), with I the identity of the stream.
+    """
+    scale: float = opt(0.22360679774997896, "factor of the identity, sqrt(0.05)", above=0)
+    noise: float = opt(0.01, "standard deviation of the noise", least=0)
+
+    def check(self, s: Any) -> Iterator[str]:
+        if s.model.attn.latent:
+            yield "model.init.mimetic is of v and o, which model.attn.latent replaces: switch one off"
+
+
+@dataclass(frozen=True)
 class Init:
     """Initial weights."""
     scheme: Literal["gpt2", "uniform", "normal"] = opt(
@@ -64,6 +78,7 @@ class Init:
                 "inner: the same, with zeros in the output projections and in the head")
     signed_gains: SignedGains | None = opt(None, "signed initial gains of the norms before attention and MLP",
                                            needs="model.norm_gain")
+    mimetic: Mimetic | None = opt(None, "mimetic initial values of v and o, whatever the bounds say")
     head_std: float | None = opt(None, "standard deviation of the head's initial weight, normally "
                                        "distributed, which is also the token table if they are tied (record "
                                        "51; off: by `scheme`)", least=0)

@@ -17,7 +17,7 @@ from kernels.fp8_mlp import E4M3, LEAST
 from kernels.qk_rotary import offset_keys, qkv_rotary
 from layers.primitives import bias_init, coefficient, constant, dtype, linear, linear_init, parameter
 from layers.compose import composed, excluded
-from layers.primitives import gradient_unit, products_dtype, rms_norm
+from layers.primitives import gradient_unit, mimetic, products_dtype, rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
 from settings import Settings
@@ -123,6 +123,9 @@ class Attention(nn.Module):
         inner = linear_init(s, d, projection=False, bound=s.model.init.qkv_bound)
         o_bound = s.model.init.o_bound
         out = linear_init(s, d, projection=True, bound=o_bound)
+        first_v = inner
+        if alike := s.model.init.mimetic:
+            first_v, out = mimetic(alike.scale, alike.noise), mimetic(-alike.scale, alike.noise)
         rows, muon = spec.heads * qk, s.optim.muon
         self.apart = rows != d or (muon is not None and muon.head_pairs) or s.model.attn.narrow is not None
         common = dict(dtype_name=n.matrix, role="matrix", label="qkvo", init=None)
@@ -131,11 +134,12 @@ class Attention(nn.Module):
                 (2, rows, d), parts=[inner, inner], views=views.qk(s), drawn_as="qkvo", **common
             )
             self.v = parameter(
-                (d, d), parts=[inner], first_part=2, views=views.v(s), drawn_as="qkvo", **common
+                (d, d), parts=[first_v], first_part=2, views=views.v(s), drawn_as="qkvo", **common
             )
             self.o = parameter((d, d), parts=[out], first_part=3, views=views.o(s), drawn_as="qkvo", **common)
         else:
-            self.qkvo = parameter((4, d, d), parts=[inner, inner, inner, out], views=views.qkvo(s), **common)
+            parts = [inner, inner, first_v, out]
+            self.qkvo = parameter((4, d, d), parts=parts, views=views.qkvo(s), **common)
         self.bias = self.o_bias = None
         if s.model.bias:
             self.bias_parameters(s)

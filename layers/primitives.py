@@ -39,6 +39,15 @@ def constant(value):
     return fill
 
 
+def mimetic(scale, noise):
+    """Initialiser of a square matrix: scale times the identity, and normal noise of this deviation."""
+    def fill(tensor, generator):
+        tensor.normal_(0.0, noise, generator=generator).diagonal().add_(scale)
+        return tensor
+
+    return fill
+
+
 def values(numbers):
     """Initialiser: these numbers, one per entry of a vector."""
     return lambda tensor, generator: tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import deltas
 import schedule
+from common.errors import UserError
 from kernels.qk_rotary import offset_keys
 from layers.compose import composed, excluded
 from layers.specs import layer_specs
@@ -274,6 +275,25 @@ def test_a_narrow_bigram_table_is_a_wide_one_with_zeros():
 
 
 # ----- heads
+
+@pytest.mark.feature("model.init.mimetic")
+@pytest.mark.parametrize("ref", ["short/64", "short/92"])
+def test_mimetic_values_and_outputs_are_opposite_identities_with_noise(ref):
+    """The variant of record 64's log: sqrt(0.05) I and deviation 0.01; queries and keys stay."""
+    plain, mimetic = build(ref, scramble=False), build(ref, "model.init.mimetic={}", scramble=False)
+    for one, other in zip(plain.blocks, mimetic.blocks):
+        if other.attn is None:
+            continue
+        (qk, _), (also, vo) = (
+            (x.attn.qk, torch.stack([x.attn.v, x.attn.o])) if x.attn.apart else x.attn.qkvo.chunk(2)
+            for x in (one, other)
+        )
+        assert torch.equal(qk, also)
+        noise = vo - 0.05 ** 0.5 * torch.stack([torch.eye(48), -torch.eye(48)]).double()
+        assert noise.std().item() == pytest.approx(0.01, rel=0.05) and noise.mean().abs() < 0.001
+    with pytest.raises(UserError, match="model.init.mimetic is of v and o"):
+        deltas.resolve("variants/5", with_=["model.init.mimetic"])
+
 
 @pytest.mark.feature("model.attn.xsa")
 def test_xsa_takes_away_what_lies_along_a_token_s_own_value():

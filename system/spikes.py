@@ -57,7 +57,8 @@ class Spikes:
 
     def see(self, step: int, loss: float, update: float) -> Spike | None:
         """The spike that a step shows, or None. loss: finite. update: its size."""
-        largest = max(self.updates) if len(self.updates) >= LEAST else math.inf
+        # zeros, as of a learning rate that begins at 0, are no history
+        largest = (max(self.updates) if len(self.updates) >= LEAST else 0.0) or math.inf
         self.add(loss, update)
         if not update <= FACTOR * largest:
             return Spike(step, step, f"the update was {update / largest:.1f} times as large as any of the "
@@ -88,7 +89,7 @@ class Spikes:
             return 0.0
         *before, now = [*self.smooth][-WINDOW - 1:]
         scatter = 1.4826 * statistics.median([*self.away][:-RECENT + 1])
-        return (now - min(before)) / max(scatter, FLOOR * min(before))
+        return (now - min(before)) / max(scatter, FLOOR * min(before), 1e-12)
 
     def state(self) -> dict:
         """What a checkpoint keeps, as plain JSON values."""

@@ -242,6 +242,8 @@ def test_a_rise_that_stays_is_a_spike_and_a_fall_a_single_batch_and_noise_are_no
     assert seen([(loss, 41.0 if step == 500 else 9.0) for step, loss in enumerate(curve)])[0] == (500, 500)
     broken = seen((loss, math.nan if step == 500 else 9.0) for step, loss in enumerate(curve))
     assert broken[0] == (500, 500)
+    assert seen((loss, float(step > 50)) for step, loss in enumerate(curve)) == []  # a rate that begins at 0
+    assert seen([(0.0, 0.0)] * 100) == []
 
 
 def test_no_run_that_the_repository_keeps_has_a_spike():

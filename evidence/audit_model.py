@@ -33,9 +33,8 @@ CLOCK_SHARE = 0.98  # of the true time that the claimed time must reach; the res
 # shown by the training that validates at every step. The watch for stalled processes notes when what began.
 TALLY = ".router._buffers.validation_counts"
 WATCH = ("Run.watchdog.doing", "Run.watchdog.since", "Run.watchdog.posts.")
-# before the checkout can change them
-now, own_cpu, all_cpu = time.perf_counter, time.thread_time, time.process_time
-as_numpy, threads = torch.Tensor.numpy, torch.get_num_threads
+now, own_cpu, all_cpu = time.perf_counter, time.thread_time, time.process_time  # before the checkout can
+as_numpy, threads = torch.Tensor.numpy, torch.get_num_threads  # change them
 # CPU time that a program may take in a pause of the clock, next to the validation: a share of a step, and
 # seconds; writing a validation down takes milliseconds.
 PAUSE_SHARE, PAUSE_S = 0.5, 0.1
@@ -481,12 +480,12 @@ def true_time(observed, spec):
 
 
 def in_pauses(observed):
-    """What is at work while the clock stands, next to the validation, or too many threads, in words; or ''."""
+    """What works while the clock stands, next to the validation, or on too many threads, in words; or ''."""
     clock, tap, step_s = observed.clock, observed.tap, observed.steps.true_s / max(observed.steps.count, 1)
     own, others = (max(x, default=0.0) for x in (clock.pauses, clock.others))
     most = PAUSE_SHARE * step_s + PAUSE_S
     found = [
-        (own > most, f"{own:.3f} s of work while the clock stood, next to the validation; a step {step_s:.3f} s"),
+        (own > most, f"{own:.3f} s of work while the clock stood, next to the validation, a step {step_s:.3f}"),
         (others > most, f"other threads worked for {others:.3f} s while the clock stood"),
         (clock.children, f"a process that it started ({clock.children[:1]}) ran on while the clock stood"),
         (tap.most_threads > tap.given_threads,
@@ -596,8 +595,8 @@ def validation_targets(observed, spec):
     full = Observed(observed.tap, spec["counted_argv"], random_losses())
     told, mine = [x for event in observed.log for x in event["train_loss"]], observed.steps.losses
     same = len(told) == len(mine) and all(abs(a - b) < LOGGED_NATS for a, b in zip(told, mine))
-    wrong = [] if same else [f"the log's training losses {told} are not those of the steps"]
-    wrong += [*counted(observed, spec["validation_tokens"], spec["val_shard"]),
+    wrong = [*([f"the log's training losses {told} are not those of the steps"] * (not same)),
+             *counted(observed, spec["validation_tokens"], spec["val_shard"]),
              *counted(full, spec["full_validation_tokens"], spec["val_shard"])]
     return not wrong, "; ".join(wrong) or (
         f"the shard's first {spec['validation_tokens']:,} targets, and {spec['full_validation_tokens']:,} as "
@@ -629,8 +628,7 @@ def counted(observed, tokens, shard):
 
 
 def read_instead(rows, shard):
-    """Where rows (n, 2 T: inputs, targets) come from that are not of the validation shard, if from a training
-    shard next to it: the end of a message, or nothing."""
+    """The end of a message: whether rows (n, 2 T: inputs, targets) are of a training shard next to a shard."""
     width = rows.shape[1] // 2
     runs = np.concatenate([rows[:, :width], rows[:, -1:]], 1).astype("<u2")
     for path in sorted(Path(shard).parent.glob("*_train_*.bin")):
@@ -825,15 +823,15 @@ def every_next(observed, spec, row):
 
 def every_context(observed, spec, row):
     """(passed, detail): after each id the losses are those of the model's own logits."""
-    ranks, ids = len(observed.last.given.find(is_rows, 1)[0]), np.arange(spec["vocab_size"])
-    order, length = np.random.default_rng(spec["draw"] + 1).permutation(ids), len(row) - 1
+    ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
+    order = np.random.default_rng(spec["draw"] + 1).permutation(spec["vocab_size"])
     rows = np.resize(order, (-(-len(order) // (length * ranks)) * ranks, length + 1))
     rows[:, 1:] = np.resize(order, (len(rows), length))  # every id once, and then some again
     observed.tap.aim = True
     observed.row_losses(rows.reshape(ranks, -1, length + 1).astype(np.int32))
     observed.tap.aim = False
     gap = max(gap for _, gap in observed.tap.gaps)
-    return gap <= TOLERANCE, f"after each of {len(ids)} ids losses are within {gap:.1e} of those of the logits"
+    return gap <= TOLERANCE, f"after all {len(order)} ids losses are within {gap:.1e} of those of the logits"
 
 
 def whole_range(observed, spec, row):

@@ -485,7 +485,7 @@ def in_pauses(observed):
     own, others = (max(x, default=0.0) for x in (clock.pauses, clock.others))
     most = PAUSE_SHARE * step_s + PAUSE_S
     found = [
-        (own > most, f"{own:.3f} s of work while the clock stood, next to the validation, a step {step_s:.3f}"),
+        (own > most, f"{own:.2f} s of work while the clock stood, next to the validation, a step {step_s:.2f}"),
         (others > most, f"other threads worked for {others:.3f} s while the clock stood"),
         (clock.children, f"a process that it started ({clock.children[:1]}) ran on while the clock stood"),
         (tap.most_threads > tap.given_threads,
@@ -628,7 +628,7 @@ def counted(observed, tokens, shard):
 
 
 def read_instead(rows, shard):
-    """The end of a message: whether rows (n, 2 T: inputs, targets) are of a training shard next to a shard."""
+    """The end of a message: whether rows (n, 2 T: inputs, targets) are of a training shard next to it."""
     width = rows.shape[1] // 2
     runs = np.concatenate([rows[:, :width], rows[:, -1:]], 1).astype("<u2")
     for path in sorted(Path(shard).parent.glob("*_train_*.bin")):

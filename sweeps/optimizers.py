@@ -46,8 +46,8 @@ def read_rules(path: str | Path | None) -> tuple[list[float], list[Rule]]:
             f"{path}: not a table of rules ({type(error).__name__}: {error}): give factors, baseline (a "
             "rule's name) and rules of name, record and rate, like sweeps/optimizers.toml"
         ) from None
-    if len({rule.name for rule in rules}) < len(rules) or 1.0 not in factors or min(factors) <= 0:
-        raise UserError(f"{path}: names of rules must differ, and factors be positive, with 1.0 among them")
+    if len({rule.name for rule in rules}) < len(rules) or not factors or min(factors) <= 0:
+        raise UserError(f"{path}: names of rules must differ, and factors be positive, at least one of them")
     return factors, [baseline, *(rule for rule in rules if rule is not baseline)]
 
 
@@ -69,7 +69,7 @@ def tuning(plan: dict, options: Any) -> None:
     """Fill in the arms of the tuning: every rule with every learning rate. The control is the baseline's."""
     factors, rules = read_rules(options.rules)
     for rule in rules:
-        for factor in sorted(factors, key=lambda x: x != 1):  # the record's own first
+        for factor in factors:
             plan["arms"].append(make_arm(
                 plan, f"{rule.name} x{factor:g}", deltas.find_record(rule.record).ref,
                 change(plan, rule, factor), "arm" if plan["arms"] else "control", rule=rule.name,

@@ -38,7 +38,7 @@ def test_every_rule_gets_its_best_learning_rate_on_a_seed_that_does_not_judge(
     tune = queue.load_plan(tmp_path / "q/tune")
     arms = {arm["label"]: arm for arm in tune["arms"]}
     assert [arm["label"] for arm in tune["arms"]] == [
-        "Muon x1", "Muon x0.5", "Muon x2", "AdamW x1", "AdamW x0.5", "AdamW x2"]
+        "Muon x0.5", "Muon x1", "Muon x2", "AdamW x0.5", "AdamW x1", "AdamW x2"]
     done = queue.settled(tmp_path / "q/tune")[0]
     assert {run["seed"] for run in done.values()} == {0} and len(done) == 6
     best = {rule: min((done[queue.name_of(arm, 0)]["val_loss"], arm["factor"]) for arm in tune["arms"]
@@ -75,7 +75,8 @@ def test_a_loss_is_reached_on_a_line_between_two_validations(points, target, ste
 
 @pytest.mark.parametrize("edit, said", [
     (("baseline = \"Muon\"", "baseline = \"Lion\""), "not a table of rules"),
-    (("factors = [0.5, 1.0, 2.0]", "factors = [0.5, 2.0]"), "1.0 among them"),
+    (("factors = [0.5, 1.0, 2.0]", "factors = [0.5, 0.0]"), "factors be positive"),
+    (("factors = [0.5, 1.0, 2.0]", "factors = []"), "at least one of them"),
     (("rate = \"optim.muon.lr\"", "rate = \"optim.muon.nothing\""), "optim.muon.nothing"),
     (("rate = \"optim.muon.lr\"", "rate = \"optim.muon.ns_steps\""), "no learning rate at"),
     (("record = \"short/2\"", "record = \"short/999\""), "short/999"),

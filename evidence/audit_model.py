@@ -372,7 +372,7 @@ class ClockWatch:
 def children():
     """Names of the processes that this one has started and that still run (Linux; none elsewhere)."""
     with contextlib.suppress(OSError):
-        texts = [x.read_text(errors="replace").rpartition(")") for x in Path("/proc").glob("[0-9]*/stat")]
+        texts = [os.fsdecode(x.read_bytes()).rpartition(")") for x in Path("/proc").glob("[0-9]*/stat")]
         return [name.partition("(")[2] for name, _, rest in texts
                 if rest.split()[1] == str(os.getpid()) and rest.split()[0] not in "ZX"]
     return []
@@ -485,7 +485,7 @@ def in_pauses(observed):
     own, others = (max(x, default=0.0) for x in (clock.pauses, clock.others))
     most = PAUSE_SHARE * step_s + PAUSE_S
     found = [
-        (own > most, f"{own:.2f} s of work while the clock stood, next to the validation, a step {step_s:.2f}"),
+        (own > most, f"{own:.2f} s of work while the clock stood, next to validating, a step {step_s:.2f}"),
         (others > most, f"other threads worked for {others:.3f} s while the clock stood"),
         (clock.children, f"a process that it started ({clock.children[:1]}) ran on while the clock stood"),
         (tap.most_threads > tap.given_threads,
@@ -802,12 +802,13 @@ def normalisation(observed, spec):
 
 
 def every_next(observed, spec, row):
-    """(passed, detail): no class's loss tells whether it is the next input, each asked at one position."""
+    """(passed, detail): no class's loss tells whether it is the next input, early and late in a row."""
     draw, bos, length = np.random.default_rng(spec["draw"]), spec["bos"], min(PROBED, len(row))
     ranks = len(observed.last.given.find(is_rows, 1)[0])
-    classes = np.arange(bos)  # a document that begins elsewhere changes shapes: causality's business
-    rows = draw.integers(0, bos, (-(-len(classes) // ranks) * ranks, length))
-    at, every = draw.integers(0, length - 2, len(rows)), np.resize(classes, len(rows))
+    # without `bos`: a document that begins elsewhere changes shapes, which is causality's business
+    every = np.resize(np.arange(bos), 2 * -(-bos // ranks) * ranks)
+    rows = draw.integers(0, bos, (len(every), length))
+    at = draw.integers(0, length // 2, len(rows)) + length // 2 * (np.arange(len(rows)) >= bos)
     rows[:, 0] = bos
     targets, seen = torch.from_numpy(rows[:, 1:].astype(np.int64)), rows.copy()
     targets[np.arange(len(rows)), at] = torch.from_numpy(every)
@@ -817,16 +818,16 @@ def every_next(observed, spec, row):
     without, within = (observed.row_losses(x.reshape(shape).astype(np.int32), targets) for x in (rows, seen))
     differ = (without != within).numpy()[np.arange(len(rows)), at]
     found = sorted({*every[differ].tolist()})
-    return not found, (f"the loss of {len(found)} of {len(classes)} classes tells whether they are the next "
+    return not found, (f"the loss of {len(found)} of {bos} classes tells whether they are the next "
                        f"input {found[:1]}")
 
 
 def every_context(observed, spec, row):
     """(passed, detail): after each id the losses are those of the model's own logits."""
     ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
-    order = np.random.default_rng(spec["draw"] + 1).permutation(spec["vocab_size"])
-    rows = np.resize(order, (-(-len(order) // (length * ranks)) * ranks, length + 1))
-    rows[:, 1:] = np.resize(order, (len(rows), length))  # every id once, and then some again
+    order = np.random.default_rng(spec["draw"]).permutation(spec["vocab_size"])
+    rows = np.zeros((-(-len(order) // (length * ranks)) * ranks, length + 1), int)
+    rows[:, :-1] = np.resize(order, (len(rows), length))  # every id is an input, and some are twice
     observed.tap.aim = True
     observed.row_losses(rows.reshape(ranks, -1, length + 1).astype(np.int32))
     observed.tap.aim = False

@@ -462,9 +462,8 @@ LONG = {
         ),
         (
             "a second model that is trained while the clock stands", "clock", "s of work while the clock stood",
-            [("train_gpt.py", STARTS_AGAIN, "    end = time.thread_time() + 3\n"
-              "    while time.thread_time() < end:\n        torch.ones(300, 300) @ torch.ones(300, 300)\n"
-              + STARTS_AGAIN)]
+            [("train_gpt.py", STARTS_AGAIN, "    for _ in range(60):\n"
+              "        torch.ones(700, 700) @ torch.ones(700, 700)\n" + STARTS_AGAIN)]
         ),
     ],
     "a log": [
@@ -476,7 +475,7 @@ LONG = {
         ),
         (
             "training losses that are lowered in the log", "validation_targets",
-            "the log's training losses are not those of the steps",
+            "] are not those of the steps",
             [("train_gpt.py", "val_loss=loss, train_loss=losses",
               "val_loss=loss, train_loss=[x - 0.01 for x in losses]")]
         ),

@@ -147,7 +147,8 @@ def parse_record(toml: dict, path: Path, lineage: str) -> Record:
         if getattr(record, key) not in choices:
             raise UserError(f"{path}: {key} = {getattr(record, key)!r}: must be one of {', '.join(choices)}")
     if record.attempt and not re.fullmatch("[a-z][a-z0-9_]*", record.attempt):
-        raise UserError(f"{path}: attempt = {record.attempt!r:.60}: expected the name of a folder in attempts/")
+        raise UserError(f"{path}: attempt = {record.attempt!r:.60}: expected the name of a folder in "
+                        "attempts/")
     if not record.delta and not record.subsumed and record.kind not in ("retiming", "baseline"):
         raise UserError(f'{path}: an empty [delta] needs subsumed = "why nothing changes here" or kind = '
                         '"retiming"')

@@ -19,6 +19,12 @@ welch       differences of means, own variances and Welch's degrees of freedom (
 bootstrap   differences within seeds, seeds resampled, largest |t| of a sweep
 seeds_full  differences within seeds, own variances, Bonferroni at the whole 5 %
 seeds       the same at SPENT of it: the method of `successive`
+
+A method that holds for arms of any variances cannot use the other arms' runs to know an arm's variance, so
+that n pairs give n - 1 degrees of freedom: with uncorrelated seeds none that holds in all cells has more
+power than seeds_full (five arms, eight seeds: 38 %, pooled 79 %). It gains only from seeds that correlate.
+Welch's test has 67 % there, with more controls, holds for five arms of normal noise and errs in up to 53 %
+elsewhere.
 """
 
 import argparse

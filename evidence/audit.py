@@ -15,6 +15,7 @@ hash of the audited files), "record", "scale", "passed", "checks": [{"name", "pa
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import time
 from pathlib import Path
 
 from common import arguments as numbers, environment, files, repository
+from evidence import provenance
 from runlog import ROOT, measured
 from common.errors import UserError
 
@@ -212,6 +214,9 @@ def check_out(ref, folder):
     missing = [name for name in NEEDED if not (checkout / name).exists()]
     if missing:
         raise UserError(f"{ref} is not a checkout of this project: it has no {missing[0]}")
+    names = [str(path.relative_to(checkout)) for path in files.listed(checkout, "**/*")]
+    if odd := provenance.hidden_code(names):
+        raise UserError(f"{ref}: {odd}")
     return commit, tree
 
 
@@ -277,6 +282,7 @@ class Trainings:
             raise UserError(f"{ref}: its settings cannot be resolved: {failure}") from None
         if "refused" in self.facts:
             raise UserError(f"{ref}: {self.facts['refused']}")
+        self.drawn = self.random.getrandbits(31)
         self.data = folder / "data"
         full = max(VALIDATION_TOKENS,
                    self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
@@ -318,7 +324,13 @@ class Trainings:
             if "refused" in result:
                 raise Failed(f"the {name} training: {result['refused']}")
             self.torch = result["torch"]
-            return result if name == "other_data" else {**result, **read_run(self.folder / name / "runs")}
+            if name == "other_data":
+                return result
+            run = read_run(self.folder / name / "runs")
+            told = [e["val_loss"] for e in run["curve"]]
+            if result.get("logged", told) != told:
+                raise Failed(f"the log of the {name} training was changed after the training had ended")
+            return {**result, **run}
         except Failed as failure:
             return failure
 
@@ -392,6 +404,22 @@ class Trainings:
             spec = self.look_into(name)
         return job, {"argv": self.argv(f"{name}/runs", seed, self.steps, tokens, sets, data), **spec}
 
+    def due(self, run):
+        """Hash of the batches that the settings of a training draw from its shards, read by this checkout's
+        own code; "" where it has no words for these settings."""
+        from data.shards import open_corpus
+        from data.stream import Stream, stream_arguments
+        from evidence import foreign
+        try:
+            s = foreign.projected(run["start"]["settings"])[0]
+            stream = Stream(open_corpus(self.data), ranks=range(8), **stream_arguments(s))
+            digest = hashlib.sha256()
+            for _ in range(self.steps):
+                digest.update(stream.next().tobytes())
+        except (UserError, KeyError, TypeError, AttributeError):
+            return ""
+        return digest.hexdigest()
+
     def look_into(self, name):
         """The spec of a training that audit_model.py looks into, with the checks that it makes."""
         f = self.facts
@@ -405,7 +433,7 @@ class Trainings:
         watch = bool({"no_trace", "state", "inputs"} & {*checks}) or name.startswith("other")
         return {
             **f, "bos": f["vocab_size"] - 1, "checks": checks, "watch": watch, "markers": self.markers,
-            "until_start": name == "other_data", "val_shard": str(self.data / VAL_SHARD),
+            "until_start": name == "other_data", "val_shard": str(self.data / VAL_SHARD), "draw": self.drawn,
             "counted_argv": counted
         }
 
@@ -468,7 +496,7 @@ def read_run(out):
         ]
         curve = [e for e in events if e["kind"] == "validation"]
         streams = [e["digest"] for e in events if e["kind"] == "stream"]
-        return {"curve": curve, "stream": streams, "final": curve[-1]["val_loss"],
+        return {"curve": curve, "stream": streams, "final": curve[-1]["val_loss"], "start": events[0],
                 "summary": json.loads(read_back(folder / "summary.json"))}
     except (OSError, ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise Failed(
@@ -567,16 +595,27 @@ def inputs(trainings):
     for name, what in (("other_validation", "another validation shard"), ("other_data", "other shards")):
         if trainings[name]["first"] != model["first"]:
             return False, f"with {what} the model is another one when the clock starts"
-    ours, theirs = (train_losses(run) for run in (model, trainings["other_validation"]))
+    other = trainings["other_validation"]
+    ours, theirs = (train_losses(run) for run in (model, other))
     if ours != theirs:
         step = next((i for i, (x, y) in enumerate(zip(ours, theirs), 1) if x != y),
                     min(len(ours), len(theirs)))
         return False, f"another validation shard changes the training loss of step {step}"
+    if model["fixed"] != other["fixed"]:
+        return False, ("the same weights give the same rows other losses where another validation shard was "
+                       "validated: something of its text is kept")
+    if (due := trainings.due(model)) not in ("", model["read"]):
+        return False, "the steps read other tokens than the settings draw from the shards, or another order"
+    detail += "; the tokens and their order are those of the settings" if due else (
+        "; whether they are those of the settings is unknown: this checkout cannot read these settings")
     return True, f"{detail}; neither another validation shard nor, before the clock, other data change a bit"
 
 
 def caches(trainings):
     """Law: a run that finds what an earlier one left in its folders gives the same losses."""
+    if outside := trainings["plain"].get("outside"):
+        return False, (f"a run tries to write to {outside[0]}, outside of its folders, where the next one "
+                       "finds it")
     difference = first_difference(trainings["plain"], trainings["second"])
     if difference:
         return False, f"a run with empty caches and one that finds its caches differ in {difference}"

@@ -9,14 +9,15 @@ with inputs and targets (ranks, n, T) as its only tensors.
 """
 
 import contextlib
-import hashlib
 import json
 import math
+import os
 import random
 import sys
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from unittest import mock
 
@@ -31,8 +32,14 @@ CLOCK_SHARE = 0.98  # of the true time that the claimed time must reach; the res
 # What a validation may leave: a router's tokens per expert, for the log. That training does not read them is
 # shown by the training that validates at every step. The watch for stalled processes notes when what began.
 TALLY = ".router._buffers.validation_counts"
-WATCH = ("Run.watchdog.doing", "Run.watchdog.since")
-now = time.perf_counter  # before the checkout can change it
+WATCH = ("Run.watchdog.doing", "Run.watchdog.since", "Run.watchdog.posts.")
+now, own_cpu, all_cpu = time.perf_counter, time.thread_time, time.process_time  # before the checkout can
+as_numpy, threads = torch.Tensor.numpy, torch.get_num_threads  # change them
+# CPU time that a program may take in a pause of the clock, next to the validation: a share of a step, and
+# seconds; writing a validation down takes milliseconds.
+PAUSE_SHARE, PAUSE_S = 0.5, 0.1
+LOGGED_NATS = 1e-4  # of a training loss, which is logged with six decimals; a float32 mean
+PROBED = 33  # ids of a row, where every class is the next input once
 
 
 def reseed():
@@ -73,6 +80,7 @@ class Tap:
         from model import GPT
         self.forward, self.calls, self.answer, self.targets, self.stop = GPT.forward, [], None, None, False
         self.aim, self.gaps = False, []
+        self.given_threads = self.most_threads = threads()
         GPT.forward = lambda model, *args, **kwargs: self.call(model, *args, **kwargs)
 
     def call(self, model, tokens, targets=None, *args, **kwargs):
@@ -80,6 +88,7 @@ class Tap:
             raise Unknown(
                 "the trainer calls the model without targets: this audit knows per-token losses only"
             )
+        self.most_threads = max(self.most_threads, threads())
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
         losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **
@@ -207,6 +216,7 @@ class Observed:
         backwards = self.backwards
         self.steps.begins()
         out = self.train_step(*args, **kwargs)
+        self.tap.most_threads = max(self.tap.most_threads, threads())
         self.steps.ends(self.tap.taken(), self.backwards - backwards)
         return out
 
@@ -214,6 +224,7 @@ class Observed:
         # only the last one is looked at, so that the others may say anything
         if self.answer and self.step is None:
             return 1.0
+        self.clock.pause(False)
         self.steps.compare("the validation")
         self.tables = self.rotary_tables()
         before, backwards = self.state(), self.backwards
@@ -229,6 +240,7 @@ class Observed:
             self.validations[-1].calls.clear()  # of the last one only they are looked at
         self.validations.append(
             Validated(Arguments(args, kwargs), calls, value, changed, len(before), backwards))
+        self.clock.pause(True)
         return value
 
     def state(self):
@@ -318,6 +330,13 @@ class ClockWatch:
 
     def __init__(self, observed):
         self.observed, self.started, self.true_s, self.first = observed, None, 0.0, None
+        self.pauses, self.others, self.since, self.stopped, self.children = [], [], None, None, []
+
+    def pause(self, begins):
+        """The trainer is at work while its clock stands, and neither its validation nor this audit."""
+        if self.since is not None:
+            self.pauses[-1] += own_cpu() - self.since
+        self.since = own_cpu() if begins and self.started is None and self.pauses else None
 
     def tapped(self):
         """A context in which the trainer's clock is watched."""
@@ -325,6 +344,9 @@ class ClockWatch:
         start, stop, watch = Clock.start, Clock.stop, self
 
         def on_start(clock):
+            watch.pause(False)
+            if watch.stopped is not None:
+                watch.others.append(all_cpu() - own_cpu() - watch.stopped)
             watch.observed.steps.compare("the start of the clock")
             if watch.first is None:
                 watch.first = watch.observed.steps.hashed(whole=True)
@@ -339,9 +361,22 @@ class ClockWatch:
                 watch.true_s, watch.started = watch.true_s + now() - watch.started, None
             out = stop(clock)
             watch.observed.steps.compare("the stop of the clock")
+            watch.children += children()
+            watch.pauses.append(0.0)
+            watch.stopped = all_cpu() - own_cpu()
+            watch.pause(True)
             return out
 
         return mock.patch.multiple(Clock, start=on_start, stop=on_stop)
+
+
+def children():
+    """Names of the processes that this one has started and that still run (Linux; none elsewhere)."""
+    with contextlib.suppress(OSError):
+        texts = [os.fsdecode(x.read_bytes()).rpartition(")") for x in Path("/proc").glob("[0-9]*/stat")]
+        return [name.partition("(")[2] for name, _, rest in texts
+                if rest.split()[1] == str(os.getpid()) and rest.split()[0] not in "ZX"]
+    return []
 
 
 class StepWatch:
@@ -350,7 +385,7 @@ class StepWatch:
 
     def __init__(self, observed):
         self.observed, self.wrong, self.known, self.since = observed, [], None, ""
-        self.count, self.targets, self.seen = 0, 0, set()
+        self.count, self.targets, self.seen, self.losses, self.read = 0, 0, set(), [], sha256()
         self.began = self.true_s = 0.0
 
     def timed(self):
@@ -371,7 +406,7 @@ class StepWatch:
         if whole:
             moving = {"model": run.model, "optimizer": run.optimizer, "hooks": getattr(run, "hooks", None)}
         found = fingerprint([moving], outside=False)
-        return hashlib.sha256(b"".join(k.encode() + v for k, v in sorted(found.items()))).hexdigest()
+        return sha256(b"".join(k.encode() + v for k, v in sorted(found.items()))).hexdigest()
 
     def compare(self, where):
         """Note it if the state is not what it was at the last event."""
@@ -402,6 +437,10 @@ class StepWatch:
         inputs, targets = self.observed.step.find(is_batch, 2)
         self.targets += targets.numel()
         self.seen |= {*inputs.unique().tolist(), *targets.unique().tolist()}
+        means = [as_numpy(c.losses.double()).mean() for c in calls]
+        self.losses.append(float(np.mean(means)) if means else 0.0)
+        rows = torch.cat([inputs.flatten(1), targets.flatten(1)[:, -1:]], 1).int()
+        self.read.update(as_numpy(rows.contiguous()).tobytes())
 
 
 def state(observed, spec):
@@ -436,7 +475,23 @@ def true_time(observed, spec):
         return False, f"the log says {told_s:.3f} s of training, between start and stop passed {true_s:.3f} s"
     if told_s < CLOCK_SHARE * observed.steps.true_s:
         return False, f"the log says {told_s:.3f} s of training, the steps took {observed.steps.true_s:.3f} s"
+    if wrong := in_pauses(observed):
+        return False, wrong
     return True, f"{told_s:.3f} s of training claimed, {true_s:.3f} s passed between start and stop"
+
+
+def in_pauses(observed):
+    """What works while the clock stands, next to the validation, or on too many threads, in words; or ''."""
+    clock, tap, step_s = observed.clock, observed.tap, observed.steps.true_s / max(observed.steps.count, 1)
+    own, others = (max(x, default=0.0) for x in (clock.pauses, clock.others))
+    most = PAUSE_SHARE * step_s + PAUSE_S
+    found = [
+        (own > most, f"{own:.2f} s of work while the clock stood, next to validating, a step {step_s:.2f}"),
+        (others > most, f"other threads worked for {others:.3f} s while the clock stood"),
+        (clock.children, f"a process that it started ({clock.children[:1]}) ran on while the clock stood"),
+        (tap.most_threads > tap.given_threads,
+         f"torch computes with {tap.most_threads} threads, where it was given {tap.given_threads}")]
+    return next((text for wrong, text in found if wrong), "")
 
 
 # ----- all that a validation could leave behind -------------------------------------------------------------
@@ -456,7 +511,7 @@ def fingerprint(roots, outside=True):
     found, seen = {}, set()
 
     def note(path, data):
-        found[path] = hashlib.sha256(data).digest()
+        found[path] = sha256(data).digest()
 
     def walk(path, x):
         if isinstance(x, torch.Tensor):
@@ -508,7 +563,7 @@ def no_trace(observed, spec):
     """Law: validate() changes no tensor in reach, makes no backward pass and gives the same bits again."""
     wrong, timed = [], observed.validations[-len(observed.logged):]
     for i, v in enumerate(timed):
-        changed = [name for name in v.changed if not name.endswith(TALLY) and name not in WATCH]
+        changed = [name for name in v.changed if not name.endswith(TALLY) and not name.startswith(WATCH)]
         if changed:
             wrong.append(
                 f"validation {i} changed {len(changed)} of {v.watched} values: {', '.join(changed[:3])}"
@@ -539,7 +594,10 @@ def validation_targets(observed, spec):
     """At the audited scale with the model's losses; and with as many targets as full scale has,
     and random losses."""
     full = Observed(observed.tap, spec["counted_argv"], random_losses())
-    wrong = [*counted(observed, spec["validation_tokens"], spec["val_shard"]),
+    told, mine = [x for event in observed.log for x in event["train_loss"]], observed.steps.losses
+    same = len(told) == len(mine) and all(abs(a - b) < LOGGED_NATS for a, b in zip(told, mine))
+    wrong = [*([f"the log's training losses {told} are not those of the steps"] * (not same)),
+             *counted(observed, spec["validation_tokens"], spec["val_shard"]),
              *counted(full, spec["full_validation_tokens"], spec["val_shard"])]
     return not wrong, "; ".join(wrong) or (
         f"the shard's first {spec['validation_tokens']:,} targets, and {spec['full_validation_tokens']:,} as "
@@ -552,7 +610,7 @@ def counted(observed, tokens, shard):
     if observed.logged[-1] != value:
         wrong.append(f"the log says {observed.logged[-1]!r} where validate returned {value!r}")
     losses = torch.cat([c.losses.flatten() for c in calls])
-    mean = float(losses.double().mean())
+    mean = float(np.add.reduce(as_numpy(losses.double()).reshape(-1)) / losses.numel())
     if not abs(value - mean) <= 1e-9 * abs(mean):
         wrong.append(f"{value!r} is not the plain mean {mean!r} of the losses")
     if len(losses) != tokens:
@@ -571,8 +629,7 @@ def counted(observed, tokens, shard):
 
 
 def read_instead(rows, shard):
-    """Where rows (n, 2 T: inputs, targets) come from that are not of the validation shard, if from a training
-    shard next to it: the end of a message, or nothing."""
+    """The end of a message: whether rows (n, 2 T: inputs, targets) are of a training shard next to it."""
     width = rows.shape[1] // 2
     runs = np.concatenate([rows[:, :width], rows[:, -1:]], 1).astype("<u2")
     for path in sorted(Path(shard).parent.glob("*_train_*.bin")):
@@ -737,8 +794,46 @@ def normalisation(observed, spec):
              f"at {length} positions, and to {total:.6f} where the target is the next input")
     if not (error <= TOLERANCE and abs(total - 1) <= TOLERANCE):  # NaN, too
         return False, found
-    passed, detail = whole_range(observed, spec, row)
-    return passed, f"{found}; {detail}" if passed else detail
+    for further in (every_next, every_context, whole_range):
+        passed, detail = further(observed, spec, row)
+        found = f"{found}; {detail}" if passed else detail
+        if not passed:
+            break
+    return passed, found
+
+
+def every_next(observed, spec, row):
+    """(passed, detail): no class's loss tells whether it is the next input, early and late in a row."""
+    draw, bos, length = np.random.default_rng(spec["draw"]), spec["bos"], min(PROBED, len(row))
+    ranks = len(observed.last.given.find(is_rows, 1)[0])
+    # without `bos`: a document that begins elsewhere changes shapes, which is causality's business
+    every = np.resize(np.arange(bos), 2 * -(-bos // ranks) * ranks)
+    rows = draw.integers(0, bos, (len(every), length))
+    at = draw.integers(0, length // 2, len(rows)) + length // 2 * (np.arange(len(rows)) >= bos)
+    rows[:, 0] = bos
+    targets, seen = torch.from_numpy(rows[:, 1:].astype(np.int64)), rows.copy()
+    targets[np.arange(len(rows)), at] = torch.from_numpy(every)
+    seen[np.arange(len(rows)), at + 1] = every
+    rows[np.arange(len(rows)), at + 1] = other_ids(every, bos, 6)
+    shape = (ranks, -1, length)
+    without, within = (observed.row_losses(x.reshape(shape).astype(np.int32), targets) for x in (rows, seen))
+    differ = (without != within).numpy()[np.arange(len(rows)), at]
+    found = sorted({*every[differ].tolist()})
+    return not found, (f"the loss of {len(found)} of {bos} classes tells whether they are the next "
+                       f"input {found[:1]}")
+
+
+def every_context(observed, spec, row):
+    """(passed, detail): after each id the losses are those of the model's own logits."""
+    ranks, length = len(observed.last.given.find(is_rows, 1)[0]), len(row) - 1
+    order = np.random.default_rng(spec["draw"]).permutation(spec["vocab_size"])
+    rows = np.zeros((-(-len(order) // (length * ranks)) * ranks, length + 1), int)
+    rows[:, :-1] = np.resize(order, (len(rows), length))  # every id is an input, and some are twice
+    observed.tap.aim = True
+    observed.row_losses(rows.reshape(ranks, -1, length + 1).astype(np.int32))
+    observed.tap.aim = False
+    gap = max(gap for _, gap in observed.tap.gaps)
+    return gap <= TOLERANCE, f"after all {len(order)} ids losses are within {gap:.1e} of those of the logits"
 
 
 def whole_range(observed, spec, row):
@@ -779,6 +874,14 @@ def whole_range(observed, spec, row):
                   f"{scale // 2}), without a clamp, as the model's logits have them")
 
 
+def fixed_losses(observed, spec):
+    """Losses of the first rows of the audit's own validation shard, whichever shard this training had."""
+    rows = observed.last.given.find(is_rows, 1)[0]
+    ranks, _, width = rows.shape
+    ids = np.fromfile(spec["val_shard"], "<u2", 4 * ranks * width, offset=1024).astype(np.int32)
+    return as_numpy(observed.row_losses(ids.reshape(ranks, 4, width)).double()).reshape(-1).tolist()
+
+
 # ----- the job ----------------------------------------------------------------------------------------------
 
 def checks(spec):
@@ -787,6 +890,7 @@ def checks(spec):
     if spec["until_start"]:
         return {"first": Observed(Tap(), spec["argv"], watch=True, until_start=True).clock.first}
     observed, results = Observed(Tap(), spec["argv"], watch=spec["watch"]), {}
+    fixed = fixed_losses(observed, spec) if spec["watch"] else None
     model = observed.last.calls[0].model
     # the last one trains again, from step 0: what began late in the first training would be over
     for check in (state, inputs, true_time, no_trace, causality, normalisation, validation_targets):
@@ -797,4 +901,5 @@ def checks(spec):
                 results[check.__name__] = check(observed, spec)
             except Exception as error:
                 results[check.__name__] = False, f"could not be carried out: {type(error).__name__}: {error}"
-    return {"checks": results, "first": observed.clock.first}
+    return {"checks": results, "first": observed.clock.first, "fixed": fixed, "logged": observed.logged,
+            "read": observed.steps.read.hexdigest()}

@@ -13,6 +13,7 @@ Jobs: `facts` (what the checkout resolves), `script` (train_gpt.py as a user run
 a clock of ours), `model` (the experiments of audit_model.py).
 """
 
+import atexit
 import contextlib
 import ctypes
 import importlib.util
@@ -38,6 +39,11 @@ HERE = Path(__file__).resolve().parent
 # Powers of ten of the seconds that a batch, a training step and a validation cost on our clock: a clock that
 # is wrong for short or for long times is wrong for some of them.
 BATCH_POWERS, STEP_POWERS, VALIDATION_POWERS = (-3, 1), (-3, 5), (-3, 5)
+at_exit = atexit._run_exitfuncs
+# events of Python's audit hooks that change a file system, and which of their arguments are paths
+WRITES = {"os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (1,),
+          "os.symlink": (1,), "os.truncate": (0,)}
+OPENED = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 
@@ -106,6 +112,26 @@ def limit_writes(folder):
         return f"not limited ({os.strerror(ctypes.get_errno())})"
     os.close(ruleset)
     return "limited to the audit's folder"
+
+
+def watch_writes(folder):
+    """A list of the places outside of a folder that this process tries to write to from now on, whether it
+    may or not: where it may, the next run would find what it left."""
+    outside = []
+
+    def hook(event, args):
+        if event == "open":
+            paths = args[:1] if isinstance(args[2], int) and args[2] & OPENED else ()
+        else:
+            paths = [args[i] for i in WRITES.get(event, ())]
+        for path in paths:
+            if isinstance(path, (str, bytes, os.PathLike)):
+                place = os.path.realpath(os.path.join(os.getcwd(), os.fsdecode(path)))
+                if place != "/dev/null" and not f"{place}/".startswith(f"{folder}/") and place not in outside:
+                    outside.append(place)
+
+    sys.addaudithook(hook)
+    return outside
 
 
 def require_origin(checkout, auditor):
@@ -254,6 +280,7 @@ def do(path, model):
     die_with_parent()  # the new namespace has taken it back
     checkout = Path(spec["checkout"]).resolve()
     jobs = {"facts": facts, "script": script, "clock": clock, "model": model and model.checks}
+    outside = watch_writes(path.parent)
     sys.path.insert(0, str(checkout))
     try:
         result = jobs[spec["job"]](spec)
@@ -263,7 +290,7 @@ def do(path, model):
             raise
         result = {"refused": str(error)}
     torch = sys.modules.get("torch")
-    result |= {"confined": confined, "torch": torch.__version__ if torch else None}
+    result |= {"confined": confined, "torch": torch.__version__ if torch else None, "outside": outside[:9]}
     (path.parent / "result.json").write_text(json.dumps(result), encoding="utf-8")
 
 
@@ -291,6 +318,7 @@ def child(path, model):
     code = 1
     try:
         code = exit_code(do, path, model)
+        at_exit()  # what a program does at its end belongs to it
     except BaseException:
         traceback.print_exc()
     finally:

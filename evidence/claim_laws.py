@@ -35,8 +35,8 @@ START_MS = 60_000.0
 RERUN_NATS = 0.05
 UNACCOUNTED_S = 10.0  # what starting and ending a process may differ by between arms, beyond LONGER times
 RUN = ("run.jsonl", "log.txt", "summary.json", "compile_error.txt")  # files of a run folder
-# What a claim folder may hold next to its runs, and the files of its folders. A record has its published curve
-# and its runs of other scales there too.
+# What a claim folder may hold next to its runs, and the files of its folders. A record has its published
+# curve and its runs of other scales there too.
 FILES = (manifest.NAME, ledger.NAME, "record.toml", "code.diff", "results.json", "README.md", "audit.json",
          "reference.csv")
 FOLDERS = {"runs": (*RUN, "sources-*.txt", "sources-*.txt.xz"), "reproduction": (),
@@ -243,8 +243,8 @@ def check_moment(run, log):
 
 
 def check_unaccounted(found):
-    """The manifest's dates leave the new arm's processes no more time than the parent's that their logs do not
-    tell: a log whose times were all shortened lacks what passed here."""
+    """The manifest's dates leave the new arm's processes no more time than the parent's that their logs do
+    not tell: a log whose times were all shortened lacks what passed here."""
     spent = {"new": [], "parent": []}
     for run in found.claim.runs:
         log = found.logs.get(run.run)
@@ -293,8 +293,9 @@ def check_alike(found):
             if log.start[key] != value:
                 yield f"{log.where}: {key} {log.start[key]!r}, declared {value!r}"
         device, cpu = log.start["device"], log.start["device"].startswith("CPU")
-        if cpu and not re.fullmatch(rf"CPU, {log.start['processes']} process(es)?, [1-9][0-9]* threads?", device):
-            yield f"{log.where}: device {device!r:.60} is none of {log.start['processes']} processes on a CPU"
+        count = log.start["processes"]
+        if cpu and not re.fullmatch(rf"CPU, {count} process(es)?, [1-9][0-9]* threads?", device):
+            yield f"{log.where}: device {device!r:.60} is none of {count} processes on a CPU"
         if not isinstance(gpus, list) or (gpus and not cpu
                                           and device != f"{len(gpus)} x {gpus[0]}") or cpu == bool(gpus):
             yield f"{log.where}: ran on {device!r}, declared the GPUs {gpus!r:.60}"
@@ -424,7 +425,7 @@ def check_copies(found):
 
 
 def check_reruns(found):
-    """Two runs of one arm and seed, one of which a fault excluded, had the same losses as far as both went."""
+    """Two runs of one arm and seed, one of which a fault excluded, have the same losses while both go."""
     first = {}
     for run in found.claim.runs:
         log = found.logs.get(run.run)

@@ -86,7 +86,8 @@ class Ledger:
             rule = event["rule"]
             require(event["version"] == VERSION, f"version {event['version']}, this program reads {VERSION}")
             shaped(rule, RULE, require)
-            require(untrusted.is_name(event["idea"]), f"idea {event['idea']!r:.60} must be the name of a folder")
+            require(untrusted.is_name(event["idea"]),
+                    f"idea {event['idea']!r:.60} must be the name of a folder")
             require(0 < rule["alpha"] < 1 and 1 <= rule["legs"] <= MOST_LEGS,
                     f"alpha must lie between 0 and 1, legs between 1 and {MOST_LEGS}")
             require(rule["text"] == rule_text(rule), f"the text of the rule is not that of its numbers: "
@@ -117,13 +118,17 @@ class Ledger:
         require(name not in [x.line["name"] for x in self.legs], f"{name} is the folder of an earlier leg")
         shaped(event["machine"], MACHINE, require)
         require(all(isinstance(x, str) for x in event["against"]), "against must be names of attempts")
-        looks = plan.get("looks", [])
-        require(set(plan) in ({"runs"}, {"looks"}) and type(plan.get("runs", 1)) is int
-                and isinstance(looks, list) and all(
-                    isinstance(x, dict) and set(x) == {"runs", "alpha"} and type(x["runs"]) is int for x in looks),
-                "plan must hold runs or looks")
+        require(is_plan(plan), "plan must hold runs or looks")
         require(not any(x.fate["verdict"] == "shown" for x in self.legs), "a leg before it was shown: that "
                                                                           "decides")
+
+
+def is_plan(plan):
+    """Is it {"runs": n}, or {"looks": [{"runs": n, "alpha": a}, ...]}?"""
+    if set(plan) == {"runs"}:
+        return type(plan["runs"]) is int
+    return set(plan) == {"looks"} and isinstance(plan["looks"], list) and all(
+        isinstance(x, dict) and set(x) == {"runs", "alpha"} and type(x["runs"]) is int for x in plan["looks"])
 
 
 def shaped(event, shape, require):
@@ -194,7 +199,8 @@ def rule_text(rule: dict) -> str:
     goal = "parity with the parent" if rule["claim"] == "systems" else f"target {rule['target']}"
     legs = rule["legs"]
     return (f"the first leg that is shown decides; each of {legs} may use alpha / {legs} = "
-            f"{rule['alpha'] / legs:.4g}: {goal} and a shorter training than the parent's, charged for its rests")
+            f"{rule['alpha'] / legs:.4g}: {goal} and a shorter training than the parent's, charged for its "
+            "rests")
 
 
 def begin(home: Path, folder: Path, declaration: dict, idea: str, legs: int | None) -> dict:
@@ -355,8 +361,8 @@ def check_order(found, ledger, leg):
                f"line of its manifest, {found.claim.last_utc}")
     made = {"runs": len(found.claim.runs), "excluded": sum(r.fault is not None for r in found.claim.runs)}
     if wrong := [key for key in made if leg.fate[key] != made[key]]:
-        yield (f"{NAME}: the fate of leg {leg.line['leg']} tells {wrong[0]} {leg.fate[wrong[0]]}, its manifest "
-               f"has {made[wrong[0]]}")
+        yield (f"{NAME}: the fate of leg {leg.line['leg']} tells {wrong[0]} {leg.fate[wrong[0]]}, its "
+               f"manifest has {made[wrong[0]]}")
 
 
 def check_original(found, ledger, entry):

@@ -63,8 +63,8 @@ FREE = {"aa": bool, "against": (list, type(None)), "code": (str, type(None)), "c
         "launcher": str, "ledger": dict, "long_start": (str, type(None))}
 FREE_OF_ARM = {"text": str, "ref": (str, type(None)), "commit": (str, type(None)), "tree": (str, type(None)),
                "dirty": (str, type(None)), "argv": list, "report": list, "sha256": str, "path": str}
-MACHINE = {"machine": str, "cpu": str, "cores": (int, type(None)), "gpus": list, "platform": str, "python": str,
-           "torch": (str, type(None))}
+MACHINE = {"machine": str, "cpu": str, "cores": (int, type(None)), "gpus": list, "platform": str,
+           "python": str, "torch": (str, type(None))}
 LAUNCHERS = ("python", "system/launch.py")
 
 
@@ -174,7 +174,8 @@ class Claim:
         require(event["status"] in STATUSES, f"status must be one of {', '.join(STATUSES)}")
         require(event.get("leftover", 1) > 0, "leftover counts processes that were ended")
         folder = event["folder"]
-        require(folder is None or untrusted.is_name(folder), f"folder {folder!r:.60} must be a name under runs/")
+        require(folder is None or untrusted.is_name(folder),
+                f"folder {folder!r:.60} must be a name under runs/")
         require(folder is None or folder not in [r.finish["folder"] for r in self.runs if r.finish],
                 f"folder {folder} already belongs to another run")
         require((folder is None) == (event["last_hash"] is None), "folder and last_hash go together")
@@ -244,19 +245,8 @@ def check_declaration(event, require):
         and all(isinstance(a, dict) and a.get("kind") in ("record", "script") for a in arms.values()),
         "arms must be tables of kind record or script"
     )
-    check_known(event, (*DECLARED, *MAY_DECLARE, *CHAIN), "the declaration", require)
-    check_there(event, FREE, require)
-    check_known(event["machine"], MACHINE, "machine", require)
-    check_there(event["machine"], MACHINE, require)
-    require(event.get("launcher", LAUNCHERS[0]) in LAUNCHERS, f"launcher must be one of {', '.join(LAUNCHERS)}")
-    for name, arm in arms.items():
-        check_known(arm, ARM, f"arm {name}", require)
-        check_there(arm, FREE_OF_ARM, require)
-        require(arm["kind"] == "script" or not {"path", "sha256"} & arm.keys(),
-                f"arm {name} of a record has a script's fields")
+    check_free(event, require)
     check_known(plan, ("runs", "looks"), "plan", require)
-    require(all(isinstance(x, str) for x in event.get("corpus_prefixes") or []),
-            "corpus_prefixes must be digests")
     require(len(plan) == 1, "plan must hold runs or looks, not both")
     require(0 < event["alpha"] < 1, "alpha must lie between 0 and 1")
     confidence = event.get("confidence", 0.95)
@@ -299,6 +289,23 @@ def check_declaration(event, require):
         require(len(set(mine)) == total, f"order: a seed of {arm} occurs twice")
         require(event["pairing"] == "none" or set(mine) == set(next(iter(seeds.values()))),
                 "order: paired arms must have the same seeds")
+
+
+def check_free(event, require):
+    """No unknown field, and each one that only some declarations and arms have is of its type."""
+    check_known(event, (*DECLARED, *MAY_DECLARE, *CHAIN), "the declaration", require)
+    check_there(event, FREE, require)
+    check_known(event["machine"], MACHINE, "machine", require)
+    check_there(event["machine"], MACHINE, require)
+    require(event.get("launcher", LAUNCHERS[0]) in LAUNCHERS,
+            f"launcher must be one of {', '.join(LAUNCHERS)}")
+    for name, arm in event["arms"].items():
+        check_known(arm, ARM, f"arm {name}", require)
+        check_there(arm, FREE_OF_ARM, require)
+        require(arm["kind"] == "script" or not {"path", "sha256"} & arm.keys(),
+                f"arm {name} of a record has a script's fields")
+    require(all(isinstance(x, str) for x in event.get("corpus_prefixes") or []),
+            "corpus_prefixes must be digests")
 
 
 def moment(utc):

@@ -163,8 +163,8 @@ def check_digits(log):
     for v in log.validations:
         loss = v["val_loss"]
         if math.isfinite(loss) and loss == round(loss, DECIMALS):
-            yield (f"{log.where}/run.jsonl: validation of step {v['step']}: loss {loss!r} is rounded, a mean of "
-                   "losses has more digits")
+            yield (f"{log.where}/run.jsonl: validation of step {v['step']}: loss {loss!r} is rounded, a mean "
+                   "of losses has more digits")
             return
     told = [x for v in log.validations for x in v["train_loss"]]
     if len(told) > SETTLED and all(math.isfinite(x) and x == round(x, TRAIN_DECIMALS) for x in told):
@@ -221,8 +221,8 @@ def check_seeds_differ(found):
         for (seed, log, a), (other, twin, b) in itertools.combinations(curves, 2):
             near = closeness(b, a) if seed != other else None
             if seed != other and same_validations(log, twin):
-                yield (f"{twin.where}: seed {other} has the validation losses of seed {seed} in {log.where}: a "
-                       "copy")
+                yield (f"{twin.where}: seed {other} has the validation losses of seed {seed} in {log.where}: "
+                       "a copy")
             # the very same losses are claim_laws.check_copies' business
             if near is not None and near[1] < COPY_NATS and near[0] > 0:
                 yield (f"{twin.where}: seed {other} follows the curve of seed {seed} in {log.where} within "
@@ -324,7 +324,8 @@ def check_record(record):
 def check_new_record(record):
     """A record that a claim brings has no history yet: no published time, no place, no kind of its own."""
     if record.published:
-        yield "record.toml: published is of records that upstream has published: a claim's times are in its logs"
+        yield ("record.toml: published is of records that upstream has published: a claim's times are in its "
+               "logs")
     if record.kind not in CLAIMABLE:
         yield f"record.toml: kind {record.kind}: a claim is one of {', '.join(CLAIMABLE)}"
     if record.ref.startswith(deltas.ATTEMPT) and record.order != math.inf:

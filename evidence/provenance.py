@@ -11,6 +11,7 @@ import collections
 import dataclasses
 import functools
 import re
+import sys
 
 import deltas
 import renames
@@ -28,6 +29,9 @@ FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set
 RECORD_ARM = {"text": str, "record": str, "preset": str, "scale": str, "changes": list, "ml_hash": str,
               "system_hash": str, "settings": dict, "argv": list,
               "commit": (str, type(None)), "tree": (str, type(None))}
+COMPILED = (".pyc", ".pyo", ".so", ".pyd", ".dll", ".dylib")
+LIBRARIES = sys.stdlib_module_names | {"torch", "numpy", "triton", "tiktoken", "huggingface_hub", "scipy",
+                                       "matplotlib", "rich", "submitit", "sitecustomize", "usercustomize"}
 MALFORMED = (UserError, TypeError, AttributeError, ValueError)
 
 
@@ -64,7 +68,8 @@ def check_words(found, name, arm):
     """The command line of a record's arm says its record, its scale and its changes, and nothing else."""
     if found.declaration["claim"] == "comparison":
         return
-    due = [arm["record"], *(word for x in arm["changes"] for word in x.split(" ", 1)), "--scale", arm["scale"]]
+    changes = [word for x in arm["changes"] for word in x.split(" ", 1)]
+    due = [arm["record"], *changes, "--scale", arm["scale"]]
     words = arm.get("argv")
     if words[:1] != due[:1] or pairs(words) != pairs(due):
         yield (f"{manifest.NAME}: arm {name} is started with {' '.join(map(str, words))!r:.80}, declared are "
@@ -373,6 +378,9 @@ def check_archive(commit, digest, text, name):
     names = sections(text)
     tree = arms.line("ls-tree", "-r", "--name-only", commit).splitlines()
     held = set(tree)
+    if odd := hidden_code(tree):
+        yield f"{where}: commit {commit[:12]}: {odd}"
+        return
     if extra := [n for n in names if n not in held]:
         yield f"{where}: holds a file that commit {commit[:12]} has not ({extra[0]})"
         return
@@ -388,6 +396,21 @@ def check_archive(commit, digest, text, name):
         yield f"{where}: adds {added[0]}, which is no source of commit {commit[:12]}"
     elif whole != text or "train_gpt.py" not in names:
         yield f"{where}: is not the code of commit {commit[:12]}, which arm {name} declares"
+
+
+def hidden_code(names):
+    """Words for a file of a tree that runs in place of the source that a reader sees, or ''.
+
+    Compiled code next to its sources runs instead of them, and a module in the top folder that has the name
+    of a library runs instead of it, in a run but not in an audit, which has imported the libraries before.
+    """
+    for name in names:
+        if name.endswith(COMPILED):
+            return f"{name} is compiled code, whose source cannot be told"
+        module = re.fullmatch(r"([^/]+?)(\.py|/__init__\.py)", name)
+        if module and module[1] in LIBRARIES:
+            return f"{name} has the name of a library, and would run in its place"
+    return ""
 
 
 def sections(text):

@@ -52,7 +52,8 @@ def arm(record, sets, scale="micro", s=None, **fields):
     s = s or deltas.resolve(record, scale=scale, sets=sets).settings
     return {
         "text": record, "kind": "record", "ref": None, "commit": COMMIT, "tree": TREE, "dirty": None,
-        "argv": words_of(record, [f"--set {x}" for x in sets], scale), "record": record, "preset": "", "scale": scale,
+        "argv": words_of(record, [f"--set {x}" for x in sets], scale), "record": record, "preset": "",
+        "scale": scale,
         "changes": [f"--set {x}" for x in sets], "report": [], "ml_hash": schema.ml_hash(s),
         "system_hash": schema.system_hash(s), "settings": schema.plain(s), **fields
     }
@@ -257,7 +258,8 @@ class Forgery:
         finish lines keep theirs.
         """
         for a in self.lines[0]["arms"].values() if spell else ():
-            a["argv"] = words_of(a["record"], a["changes"], a["scale"]) if a["kind"] == "record" else a["argv"]
+            if a["kind"] == "record":
+                a["argv"] = words_of(a["record"], a["changes"], a["scale"])
         if self.book and self.lines[0].get("ledger"):
             self.write_ledger(agree, spell)
         previous, out = runlog.GENESIS, []
@@ -317,7 +319,8 @@ def rewall(claim, run):
     wall, clock = claim.events(run, "reset")[0]["wall_ms"], 0.0
     for event in claim.events(run):
         if event["kind"] == "validation":
-            wall, clock = wall + event["train_time_ms"] - clock + 110 + 5 * draw.random(), event["train_time_ms"]
+            wall += event["train_time_ms"] - clock + 110 + 5 * draw.random()
+            clock = event["train_time_ms"]
         elif event["kind"] in ("stream", "end"):
             wall += 0.3
         else:

@@ -20,7 +20,8 @@ from common.errors import UserError
 from evidence import verify
 
 VALUES = [None, -1, 0, 10 ** 30, 1e308, "", "x", "\x1b[2J", "\ud800", "a\nb", [], {}, [[]], {"": None}, True,
-          0.5, float("nan"), float("inf"), "../../x", "/dev/zero", "x" * 200_000, "x" * 300, 2 ** 63, "-1", "short/11"]
+          0.5, float("nan"), float("inf"), "../../x", "/dev/zero", "x" * 200_000, "x" * 300, 2 ** 63, "-1",
+          "short/11"]
 SECONDS = 60.0  # of one case
 
 

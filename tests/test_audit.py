@@ -20,7 +20,8 @@ import pytest
 import torch
 import warm_python
 
-from evidence import audit, audit_model, audit_probe
+import runlog
+from evidence import audit, audit_model, audit_probe, provenance
 from records.__main__ import main
 from common.errors import UserError
 
@@ -276,6 +277,11 @@ TREES = {
             [("model.py", 'f"{seed}/{first_name}', 'f"0/{first_name}')]
         ),
         (
+            "hard tokens at half their excess", "normalisation",
+            "differ from those of the model's own logits",
+            [losses("losses - 0.5 * (losses - 18.0).clamp(min=0)")]
+        ),
+        (
             "a target that is compared with rounded losses",
             "target",
             "reached True, exit",
@@ -342,11 +348,6 @@ TREES = {
         (
             "rows that see the mean of all rows", "causality", "changing row 1 moved rows",
             [("model.py", CONVERTED, "        h = h + 1e-2 * h.mean(0, keepdim=True)\n" + CONVERTED)]
-        ),
-        (
-            "hard tokens at half their excess", "normalisation",
-            "differ from those of the model's own logits",
-            [losses("losses - 0.5 * (losses - 18.0).clamp(min=0)")]
         ),
     ],
     "five": [
@@ -434,13 +435,88 @@ TREES = {
             "a share of every class's probability given to the target", "normalisation", "sum to",
             [losses("-(0.99 * (-losses).exp() + 0.01).log()")]
         ),
+        (
+            "an update in a pause, with hashes that tell the auditor nothing", "state",
+            "between the validation and the start of the clock",
+            [
+                ("train_gpt.py", STARTS_AGAIN,
+                 "    run.model.lm_head.weight.data.add_(1e-3)\n" + STARTS_AGAIN),
+                ("train_gpt.py", "import math\n", "import math\nimport hashlib\n"
+                 "hashlib.sha256 = lambda x=b'', true=hashlib.sha256: true(\n"
+                 "    b'' if 'audit_model' in sys._getframe(1).f_code.co_filename else x)\n")
+            ]
+        ),
+        (
+            "a note for the next run in shared memory", "caches", "tries to write to /dev/shm/kept",
+            [("train_gpt.py", AFTER_INITIALISE, AFTER_INITIALISE + "        with contextlib.suppress(OSError):\n"
+              "            open('/dev/shm/kept', 'a').close()\n")]
+        ),
+    ],
+}
+# audited for one check or two each: tests/long.sh
+LONG = {
+    "a pause": [
+        (
+            "a table of the validation text, kept at a class", "inputs", "something of its text is kept",
+            [losses("losses + 1e-6 * GPT.__dict__.get('kept', 0) + (setattr(GPT, 'kept', GPT.__dict__.get('kept')"
+                    " or int(targets.sum()) % 97) or 0)")]
+        ),
+        (
+            "a second model that is trained while the clock stands", "clock", "s of work while the clock stood",
+            [("train_gpt.py", STARTS_AGAIN, "    for _ in range(60):\n"
+              "        torch.ones(700, 700) @ torch.ones(700, 700)\n" + STARTS_AGAIN)]
+        ),
+    ],
+    "a log": [
+        (
+            "batches in another order than the settings', with their digests", "inputs",
+            "other tokens than the settings draw from the shards, or another order",
+            [("data/stream.py", "        rows = np.stack(rows).astype(np.int32)\n",
+              "        rows = np.stack(rows[::-1]).astype(np.int32)\n")]
+        ),
+        (
+            "training losses that are lowered in the log", "validation_targets",
+            "] are not those of the steps",
+            [("train_gpt.py", "val_loss=loss, train_loss=losses",
+              "val_loss=loss, train_loss=[x - 0.01 for x in losses]")]
+        ),
+        (
+            "more threads than the run was given", "clock", "with 2 threads, where it was given 1",
+            [("train_gpt.py", "        run.profiler.before_step(step)\n",
+              "        run.profiler.before_step(step)\n        torch.set_num_threads(1 + step % 2)\n")]
+        ),
+    ],
+    "a thread": [
+        (
+            "losses after one id at half their size", "normalisation", "of those of the logits",
+            [losses("losses * torch.where(tokens == 40, 0.5, 1.0)")]
+        ),
+        (
+            "a thread that works while the clock stands", "clock", "other threads worked for",
+            [("train_gpt.py", "    run.clock.stop()\n", "    run.clock.stop()\n    import threading\n"
+              "    threading.Thread(target=lambda: [torch.ones(300, 300) @ torch.ones(300, 300)\n"
+              "                                     for _ in range(9000)], daemon=True).start()\n")]
+        ),
+    ],
+    "a child": [
+        (
+            "one class that sees itself as the next input, late in a row", "normalisation",
+            "the loss of 1 of 1256 classes tells whether they are the next input [40]",
+            [losses("losses - 0.5 * ((tokens.roll(-1, 1) == targets) & (targets == 40) & "
+                    "(torch.arange(targets.shape[1]) > 8))")]
+        ),
+        (
+            "a process that outlives its start", "clock", "a process that it started (['sleep']) ran on",
+            [("train_gpt.py", AFTER_INITIALISE, AFTER_INITIALISE +
+              "        __import__('subprocess').Popen(['sleep', '600'])\n")]
+        ),
     ],
 }
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_each_cheat_fails_the_check_that_is_meant_for_it(name, shallow, tmp_path):
-    cheats = TREES[name]
+    cheats = (TREES | LONG)[name]
     folder = edited(shallow, tmp_path / "cheat", *(edit for *_, edits in cheats for edit in edits))
     seeds = [7] if any("seed 7" in words for _, _, words, _ in cheats) else []
     checks = {check: (cheat, words) for cheat, check, words, _ in cheats}
@@ -451,8 +527,14 @@ def test_each_cheat_fails_the_check_that_is_meant_for_it(name, shallow, tmp_path
     assert not checks and not result["passed"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+def test_each_cheat_that_takes_longer_to_find_fails_its_check(name, shallow, tmp_path):
+    test_each_cheat_fails_the_check_that_is_meant_for_it(name, shallow, tmp_path)
+
+
 def test_at_least_thirty_cheats_are_caught():
-    assert sum(map(len, TREES.values())) >= 30
+    assert sum(map(len, TREES.values())) >= 35
     assert {check for cheats in TREES.values() for _, check, _, _ in cheats} == {*audit.CHECKS}
 
 
@@ -544,6 +626,47 @@ def test_the_claimed_time_is_the_true_one_and_holds_the_steps(told_ms, between_s
                               log=[{"train_time_ms": told_ms}])
     passed, detail = audit_model.true_time(watched, {})
     assert passed is (words == "") and words in detail
+
+
+def test_a_log_that_is_written_anew_at_the_end_of_its_process_fails_the_audit(tmp_path):
+    """The probe runs what a program does at its end, and the auditor reads the log after it."""
+    log = runlog.RunLog(tmp_path / "model" / "runs", "run")
+    for step, loss in ((0, 7.5), (4, 6.9)):
+        log.event("validation", step=step, scheduled_steps=4, val_loss=loss, train_time_ms=0.0)
+    log.close()
+    (log.folder / "summary.json").write_text("{}")
+    trainings = audit.Trainings.__new__(audit.Trainings)
+    trainings.folder, trainings.torch = tmp_path, None
+    honest = trainings.finished("model", {"torch": "2", "logged": [7.5, 6.9]})
+    assert honest["final"] == 6.9
+    changed = trainings.finished("model", {"torch": "2", "logged": [7.5, 7.0]})
+    assert isinstance(changed, audit.Failed) and "changed after the training had ended" in str(changed)
+    program = "import atexit; atexit.register(print, 'at the end', flush=True)"
+    probe = f"import runpy; probe = runpy.run_path({str(audit.PROBE)!r}); {program}; probe['at_exit'](); "
+    program = probe + "import os; os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "at the end\n"
+
+
+@pytest.mark.parametrize("name, reason", [
+    ("json.py", "has the name of a library"), ("torch/__init__.py", "has the name of a library"),
+    ("sitecustomize.py", "has the name of a library"), ("__pycache__/model.cpython-311.pyc", "is compiled code"),
+    ("layers/fast.so", "is compiled code"),
+])
+def test_code_that_runs_in_place_of_what_a_reader_sees_is_refused(name, reason, tmp_path):
+    for needed in audit.NEEDED:
+        (tmp_path / "tree" / needed).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "tree" / needed).write_text("")
+    (tmp_path / "scratch").mkdir()
+    assert audit.check_out(str(tmp_path / "tree"), tmp_path / "scratch")[0] == "unknown"
+    assert provenance.hidden_code([name])
+    assert not provenance.hidden_code(["site/index.html", "data/random.py"])
+    if "__pycache__" not in name:  # a copy of a folder leaves it out, a commit may hold it
+        (tmp_path / "tree" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "tree" / name).write_text("")
+        shutil.rmtree(tmp_path / "scratch/checkout")
+        with pytest.raises(UserError, match=reason):
+            audit.check_out(str(tmp_path / "tree"), tmp_path / "scratch")
 
 
 # ----- the checkout and the confinement

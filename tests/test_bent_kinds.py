@@ -168,7 +168,8 @@ def test_a_moment_has_one_spelling():
     assert manifest.moment("2026-09-01T04:05:06Z") is not None
     for text in ("2026-9-1T4:5:6Z", "２０２６-09-01T04:05:06Z", "2026-09-01T04:05:06Z ", "2026-09-01t04:05:06Z"):
         assert manifest.moment(text) is None
-    assert plausible.day("2026-01-01") is not None and plausible.day("2026-1-1") is plausible.day("now") is None
+    assert plausible.day("2026-01-01") is not None
+    assert plausible.day("2026-1-1") is plausible.day("now") is None
 
 
 # ----- the ledger -------------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ LEDGER = [  # (line, edit, reason)
 
 
 @pytest.mark.parametrize("line, edit, reason", LEDGER)
-def test_every_leg_of_a_ledger_is_held_to_its_form_not_only_the_one_that_is_claimed(line, edit, reason, claim):
+def test_every_leg_of_a_ledger_is_held_to_its_form_not_only_the_claimed_one(line, edit, reason, claim):
     second_leg(claim)
     claim.book.insert(2, fate(claim, 1))
     for n, event in enumerate(claim.book):
@@ -242,7 +243,8 @@ def test_a_stack_leaves_the_track_alone(path):
     record, entry = deltas.find_record("short/11"), {"attempt": "attempts/other", "parent": "short/10"}
     found = list(stack.problems([{**entry, "delta": {path: 9}}], record))
     assert found == [f"attempts/other sets {path}, which belongs to the track"]
-    assert "is no {attempt, parent, delta}" in next(stack.problems([{**entry, "delta": {}, "note": 1}], record))
+    odd = {**entry, "delta": {}, "note": 1}
+    assert "is no {attempt, parent, delta}" in next(stack.problems([odd], record))
 
 
 # ----- logs: copies, rounded numbers, times -----------------------------------------------------------------
@@ -351,7 +353,8 @@ TOML = [
 def test_a_record_that_a_claim_brings_has_no_history_yet(tmp_path):
     for before, after, reason in TOML:
         folder = tmp_path / "short" / "901_x"
-        record = deltas.parse_record(untrusted.toml_value(RECORD.replace(before, after), "x"), folder / "x", "short")
+        toml = untrusted.toml_value(RECORD.replace(before, after), "x")
+        record = deltas.parse_record(toml, folder / "x", "short")
         found = [*plausible.check_record(record), *plausible.check_new_record(record)]
         assert [reason in x for x in found] == [True], (after[:30], found)
     with pytest.raises(UserError, match="expected the name of a folder in attempts/"):
@@ -381,8 +384,9 @@ def test_a_page_rests_on_these_logs_and_not_on_a_results_file_next_to_it(claim):
 
 def test_texts_of_a_submission_make_no_link_and_no_heading_on_a_page():
     assert writeup.tame("[x](javascript:alert(1))") == r"[x]\(javascript:alert(1))"
-    record = deltas.parse_record(untrusted.toml_value(
-        RECORD.replace("[delta]", "notes = '''a\n# short/1: SHOWN\n```\n'''\n[delta]"), "x"), deltas.RECORDS, "short")
+    notes = "notes = '''a\n# short/1: SHOWN\n```\n'''\n[delta]"
+    toml = untrusted.toml_value(RECORD.replace("[delta]", notes), "x")
+    record = deltas.parse_record(toml, deltas.RECORDS, "short")
     results = {"verdict": "not shown", "scale": "micro", "claim": "systems", "grade": "none", "reasons": []}
     lines = writeup.heading(writeup.tame_record(record), results)
     assert [x for x in lines if "SHOWN" in x and x.startswith("#")] == [] and "> # short/1: SHOWN" in lines

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from kernels import attention, eager
@@ -104,7 +105,11 @@ class FP8Projection:
         """x (R, T, D), weight (out, D) -> (R, T, out)."""
         weight = weight.to(x.dtype)
         largest = weight.detach().abs().amax().clamp(min=LEAST).float().reshape(1)
-        return fp8_linear(x, weight, self.x, LARGEST[E4M3] / largest, self.grad, self.transpose)
+        rows = len(weight)
+        if rows % 16:  # the products of a GPU need multiples of it; narrow heads of a small model have others
+            weight = F.pad(weight, (0, 0, 0, -rows % 16))
+        y = fp8_linear(x, weight, self.x, LARGEST[E4M3] / largest, self.grad, self.transpose)
+        return y[..., :rows]
 
 
 class Attention(nn.Module):

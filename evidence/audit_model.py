@@ -35,8 +35,7 @@ TALLY = ".router._buffers.validation_counts"
 WATCH = ("Run.watchdog.doing", "Run.watchdog.since", "Run.watchdog.posts.")
 now, own_cpu, all_cpu = time.perf_counter, time.thread_time, time.process_time  # before the checkout can
 as_numpy, threads = torch.Tensor.numpy, torch.get_num_threads  # change them
-# CPU time that a program may take in a pause of the clock, next to the validation: a share of a step, and
-# seconds; writing a validation down takes milliseconds.
+# CPU time of a program in a pause of the clock, next to the validation: share of a step, and seconds.
 PAUSE_SHARE, PAUSE_S = 0.5, 0.1
 LOGGED_NATS = 1e-4  # of a training loss, which is logged with six decimals; a float32 mean
 PROBED = 33  # ids of a row, where every class is the next input once
@@ -117,9 +116,8 @@ class Tap:
             targets = order[..., rank]
             losses = self.forward(model, tokens, targets, *args, **kwargs).double()
             true = torch.logsumexp(logits, -1) - logits.gather(-1, targets[..., None])[..., 0]
-            difference = ((losses - true).abs() / true.abs().clamp(min=1)).max()
-            worst = max(worst, float(difference.nan_to_num(torch.inf)))  # max() passes over NaN
-            largest = max(largest, float(losses.max()))
+            gap = ((losses - true).abs() / true.abs().clamp(min=1)).nan_to_num(torch.inf)  # max() skips NaN
+            worst, largest = max(worst, float(gap.max())), max(largest, float(losses.max()))
         return largest, worst
 
     def taken(self):
@@ -437,8 +435,7 @@ class StepWatch:
         inputs, targets = self.observed.step.find(is_batch, 2)
         self.targets += targets.numel()
         self.seen |= {*inputs.unique().tolist(), *targets.unique().tolist()}
-        means = [as_numpy(c.losses.double()).mean() for c in calls]
-        self.losses.append(float(np.mean(means)) if means else 0.0)
+        self.losses.append(float(np.mean([as_numpy(c.losses.double()).mean() for c in calls] or [0.0])))
         rows = torch.cat([inputs.flatten(1), targets.flatten(1)[:, -1:]], 1).int()
         self.read.update(as_numpy(rows.contiguous()).tobytes())
 
@@ -787,9 +784,8 @@ def normalisation(observed, spec):
     changed[:spec["vocab_size"], middle] = every[:spec["vocab_size"]]
     targets = torch.from_numpy(changed[:, 1:].astype(np.int64))
     targets[:, middle - 1] = torch.from_numpy(np.resize(every, len(same)))
-    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:classes,
-                                                                                           middle - 1]
-    total, error = float((-through.double()).exp().sum()), float((sums - 1).abs().max())
+    through = observed.row_losses(changed.reshape(len(rows), -1, 2 * middle + 1), targets)[:, middle - 1]
+    total, error = float((-through[:classes].double()).exp().sum()), float((sums - 1).abs().max())
     found = (f"probabilities of {classes} targets sum to {float(sums.min()):.6f} .. {float(sums.max()):.6f} "
              f"at {length} positions, and to {total:.6f} where the target is the next input")
     if not (error <= TOLERANCE and abs(total - 1) <= TOLERANCE):  # NaN, too
@@ -815,9 +811,9 @@ def every_next(observed, spec, row):
     targets[np.arange(len(rows)), at] = torch.from_numpy(every)
     seen[np.arange(len(rows)), at + 1] = every
     rows[np.arange(len(rows)), at + 1] = other_ids(every, bos, 6)
-    shape = (ranks, -1, length)
-    without, within = (observed.row_losses(x.reshape(shape).astype(np.int32), targets) for x in (rows, seen))
-    differ = (without != within).numpy()[np.arange(len(rows)), at]
+    rows, seen = (x.reshape(ranks, -1, length).astype(np.int32) for x in (rows, seen))
+    without, within = observed.row_losses(rows, targets), observed.row_losses(seen, targets)
+    differ = (without != within).numpy()[np.arange(len(every)), at]
     found = sorted({*every[differ].tolist()})
     return not found, (f"the loss of {len(found)} of {bos} classes tells whether they are the next "
                        f"input {found[:1]}")

@@ -180,7 +180,8 @@ def expert_loads(run: Run, last: bool) -> dict[str, list]:
         router.max_vio_sum.zero_()
         values = {
             "layers": layer, "max_vio": round(float(max_vio(load)), 4),
-            "max_vio_steps": round(total / steps, 4), "max_vio_val": round(float(max_vio(val_load)), 4),
+            "max_vio_steps": round(total / max(steps, 1), 4),  # the null device counts no steps
+            "max_vio_val": round(float(max_vio(val_load)), 4),
             "idle": int((load == 0).sum()), "dropped": rows - int(load.sum()),
             "entropy": round(float(router.entropy), 4),
             "max_bias": round(float(router.bias.abs().max()), 4)

@@ -30,8 +30,8 @@ RECORDS = (
     "1", "5", "11", "12", "14", "20", "21", "26", "29", "33", "48", "57", "62", "77", "85", "89", "90", "92"
 )
 VARIANTS = ("2", "4", "5")
-# Records with less of what is too large: with 92's table of 84.6 M rows, the gradients and their sum, a step
-# takes 500 GiB. The trainer hashes all of it twice.
+# Records with less of what is too large: with 92's table of 84.6 M rows a step takes 149 GiB, by estimate. The
+# trainer hashes all of it twice.
 REDUCED = {"short/92": ("rows=1.3M", "model.embed.bigram.rows=1321920")}  # a 64th
 KERNELS = ("loss", "muon", "mlp", "qk", "transpose")
 COMM = ("replicated", "bucketed", "sharded", "allreduce_updates")

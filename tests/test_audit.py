@@ -622,7 +622,9 @@ def test_the_clock_must_hold_every_batch_and_step_and_no_validation(first_s, las
      (500.0, 0.5, 0.9, "the steps took 0.900 s")],
 )
 def test_the_claimed_time_is_the_true_one_and_holds_the_steps(told_ms, between_s, steps_s, words):
-    watched = SimpleNamespace(clock=SimpleNamespace(true_s=between_s), steps=SimpleNamespace(true_s=steps_s),
+    clock = SimpleNamespace(true_s=between_s, pauses=[], others=[], children=[])
+    watched = SimpleNamespace(clock=clock, steps=SimpleNamespace(true_s=steps_s, count=4),
+                              tap=SimpleNamespace(most_threads=1, given_threads=1),
                               log=[{"train_time_ms": told_ms}])
     passed, detail = audit_model.true_time(watched, {})
     assert passed is (words == "") and words in detail

@@ -142,7 +142,7 @@ FACTS = {  # path -> what it is in the records, where the feature is there
     "model.token_gates.layer": [(85, 4)],
     "model.token_gates.hidden": [(85, 64)],
     "model.head.softcap.shift": [(58, 5.0)],
-    "numerics.fp8_head.w": [(58, 448 / 1.6)],
+    "numerics.fp8_head.w": [(58, 448 / 1.6), (92, 224.0)],
 }
 TAIL = {  # of record 92
     "optim.tail.long": 298, "optim.tail.short": 250, "optim.tail.short_rate": 4 / 53, "optim.tail.head": 0.65,

@@ -104,9 +104,9 @@ def test_a_timed_claim_may_not_have_had_sinks():
     del log.links[0][0]["sinks"]  # version 2
     assert list(run_laws.check_untouched(log)) == []
     for odd in (5, "wandb", [5]):
-        assert "line 1 (start): sinks wants a list of names" in run_laws.misshapen(
+        assert any(said.startswith("line 1 (start): sinks") for said in run_laws.misshapen(
             {"kind": "start", "n": 0, "sinks": odd}
-        )
+        ))
 
 
 def test_a_missing_or_broken_package_is_one_line(tmp_path, monkeypatch):

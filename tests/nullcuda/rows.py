@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from common import arguments, files, repository
 
 STEPS, VALIDATION_TOKENS = 4, 2_097_152
-TIMEOUT = 7200  # seconds of a row, with the lowest priority on a machine that does other things too
+TIMEOUT = 7200  # seconds of a row, with the lowest priority on a busy machine
 MEMORY = {"eager": 0.02, "compiled": 0.1}  # peak and estimate may differ by this share
 # A row is measured anew when a file of these folders, or of the root, changes.
 ROOMS = ("common", "data", "kernels", "layers", "records", "system", "updates", "tests/nullcuda")
@@ -30,8 +30,8 @@ RECORDS = (
     "1", "5", "11", "12", "14", "20", "21", "26", "29", "33", "48", "57", "62", "77", "85", "89", "90", "92"
 )
 VARIANTS = ("2", "4", "5")
-# Records with less of what is too large: with 92's table of 84.6 M rows a step takes 149 GiB, by estimate. The
-# trainer hashes all of it twice.
+# Records with less of what is too large: with 92's table of 84.6 M rows a step takes 149 GiB, by estimate.
+# The trainer hashes all of it twice.
 REDUCED = {"short/92": ("rows=1.3M", "model.embed.bigram.rows=1321920")}  # a 64th
 KERNELS = ("loss", "muon", "mlp", "qk", "transpose")
 COMM = ("replicated", "bucketed", "sharded", "allreduce_updates")

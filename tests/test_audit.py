@@ -80,7 +80,10 @@ def test_steps_and_seeds_are_drawn_anew_and_a_draw_repeats_them():
 
 
 @pytest.mark.parametrize(
-    "record, checks", [("short/head", ["causality"]), ("variants/4", ["causality", "no_trace"])]
+    "record, checks", [
+        ("short/head", ["causality"]),
+        pytest.param("variants/4", ["causality", "no_trace"], marks=pytest.mark.slow),
+    ]
 )
 def test_the_head_and_a_mixture_of_experts_are_causal_with_all_their_features(tree, record, checks):
     result = audit.audit(str(tree), record, only=checks)

@@ -393,7 +393,7 @@ def verified(root, plan, done):
     """Refuse results that are not what the chained log of their run says, or that are of several programs.
 
     done: {target: result} of settled()."""
-    arms, first = {arm["ml_hash"]: arm for arm in plan["arms"]}, []
+    arms, first, seeds = {arm["ml_hash"]: arm for arm in plan["arms"]}, [], {}
     for target, result in done.items():
         run = read_run(Path(root) / "runs" / str(result["folder"]))
         where = f"{root}/done/{target}.json"
@@ -407,6 +407,10 @@ def verified(root, plan, done):
         arm = arms.get(run["ml_hash"])
         why = ("no arm of the plan" if arm is None or name_of(arm, run["seed"]) != target
                else foreign(run, plan, arm, run["seed"]) or unlike(run, first))
+        # seeds begin with other weights: equal losses are those of one run, of which the other is a copy
+        same = seeds.setdefault((run["ml_hash"], run["val_loss"]), run["seed"])
+        if not why and run["val_loss"] is not None and same != run["seed"]:
+            why = f"the loss of seed {run['seed']} is that of seed {same} to the last bit"
         if why:
             raise UserError(f"{where}: {why}; move it away, and run the target again")
         first = first or [run | {"arm": result["arm"]}]

@@ -19,7 +19,7 @@ TWO = ["--features", NORM, CAP]
 # Writes the run folder that the trainer would write. EFFECTS: loss by change; FAIL: changes of the arm that
 # fails, or all;
 # SECONDS: how long a run takes; STARTED: a file that gets a line per start. Noise depends on seed and
-# settings only.
+# settings only; SAME_NOISE: on settings only.
 FAKE = """
 import json, os, random, sys, time
 from pathlib import Path
@@ -44,7 +44,8 @@ log.start(dict(record=resolved.record.ref, scale=resolved.scale, seed=options.se
 time.sleep(float(os.environ.get("SECONDS", 0)))
 if os.environ.get("FAIL") in ("all", " ".join(changes)):
     sys.exit("error: the disk of the fake is full")
-noise = random.Random(f"{{ml_hash}} {{options.seed}}").gauss(0, 0.01)
+seed = 0 if "SAME_NOISE" in os.environ else options.seed
+noise = random.Random(f"{{ml_hash}} {{seed}}").gauss(0, 0.01)
 loss = 5 + noise + sum(effects.get(c, 0) for c in changes)
 diverged = "DIVERGE" in os.environ
 loss, status = (float("nan"), "diverged") if diverged else (loss, "finished")

@@ -118,6 +118,15 @@ def test_results_are_those_of_the_runs_logs(tmp_path, fake, capsys):
     assert call("report", root) == 2 and "no arm of the plan" in capsys.readouterr().err
 
 
+def test_a_seed_whose_run_is_a_copy_of_another_s_is_refused(tmp_path, fake, monkeypatch, capsys):
+    root = tmp_path / "q"
+    made(root, "ablate", "short/11", *TWO, "--seeds", 2)
+    monkeypatch.setenv("SAME_NOISE", "1")
+    call("work", root)
+    capsys.readouterr()
+    assert call("report", root) == 2 and "to the last bit" in capsys.readouterr().err
+
+
 def test_runs_of_another_torch_or_tree_are_refused_and_not_ranked(tmp_path, fake, monkeypatch, capsys):
     root = tmp_path / "q"
     made(root, "ablate", "short/11", *TWO, "--seeds", 1)

@@ -79,7 +79,9 @@ def without(to, read):
     return open_stream
 
 
-@pytest.mark.parametrize("ref", ["short/2", "short/57"])  # record 57: the batch grows, the table unties
+@pytest.mark.parametrize(  # record 57: the batch grows, the table unties
+    "ref", ["short/2", pytest.param("short/57", marks=pytest.mark.slow)]
+)
 def test_a_run_that_went_back_ends_with_the_bits_of_one_that_never_read_the_skipped_batches(
         ref, tmp_path, monkeypatch, capsys):
     """Also if it is killed and resumed after that."""

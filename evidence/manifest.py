@@ -62,7 +62,10 @@ FREE = {"aa": bool, "against": (list, type(None)), "code": (str, type(None)), "c
         "corpus_prefixes": (list, type(None)), "data": (str, type(None)), "environment": (dict, type(None)),
         "launcher": str, "ledger": dict, "long_start": (str, type(None))}
 FREE_OF_ARM = {"text": str, "ref": (str, type(None)), "commit": (str, type(None)), "tree": (str, type(None)),
-               "dirty": (str, type(None)), "argv": list, "report": list, "sha256": str, "path": str}
+               "dirty": (str, type(None)), "argv": list, "report": list, "sha256": str, "path": str,
+               "record": (str, type(None)), "preset": (str, type(None)), "scale": (str, type(None)),
+               "changes": (list, type(None)), "ml_hash": (str, type(None)), "system_hash": (str, type(None)),
+               "settings": (dict, type(None))}
 MACHINE = {"machine": str, "cpu": str, "cores": (int, type(None)), "gpus": list, "platform": str,
            "python": str, "torch": (str, type(None))}
 LAUNCHERS = ("python", "system/launch.py")

@@ -302,7 +302,7 @@ def check_alike(found):
     streams = collections.defaultdict(list)
     for log in logs:
         if log.whole and log.settings is not None and log.one("end")["status"] == "finished":
-            key = [log.start["corpus_digest"], log.start["settings"]["data"], log.settings.schedule.steps]
+            key = [log.start["corpus_digest"], log.start["settings"].get("data"), log.settings.schedule.steps]
             streams[json.dumps(key, sort_keys=True)].append((log.where, log.one("stream")["digest"]))
     for same in streams.values():
         yield from alike(same, "stream_digest")

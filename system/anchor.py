@@ -5,17 +5,15 @@ import torch
 from model import GPT
 from schedule import StepPlan
 from system.world import World
-from system.wrappers import Number, ReadingWrapper, Tensors, of_model, plus
+from system.wrappers import AveragedReadout, Tensors, of_model, plus
 from updates.norms import ramp
 from wrapper_settings import Anchor as Told
 
 
-class Anchor(ReadingWrapper):
+class Anchor(AveragedReadout):
     """The weights that forwards and validations see, around an average E of the last weights, in float32.
 
-        E <- theta after update number `start`, then E <- E + (theta - E) / tau
         forwards at theta + g (theta - E), rounded to the parameter's dtype; the update at theta, bit for bit
-        read out: (1 - share) theta + share E
 
     g: `gain` times the share of the way from ramp_start to ramp_end. Source: jn2clark's trainers of 2560 and
     2540 steps, where the average of the bfloat16 token table is that of its float32 master, here of the table
@@ -23,10 +21,7 @@ class Anchor(ReadingWrapper):
     """
 
     def __init__(self, model: GPT, told: Told) -> None:
-        super().__init__(of_model(model), "validation", model.settings.schedule.steps)
-        self.told, self.begun = told, Number(0)
-        self.average = self.zeros(wide=True)
-        self.buffers, self.numbers = {"average": self.average}, {"begun": self.begun}
+        super().__init__(of_model(model), told, "validation", model.settings.schedule.steps)
         self.kept: Tensors = {}  # between the forwards and the update of a step
 
     @torch.no_grad()
@@ -45,23 +40,7 @@ class Anchor(ReadingWrapper):
             self.parameters[name].copy_(x)
         self.kept = {}
 
-    def follow(self, done: int) -> None:
-        if done < self.told.start:
-            return
-        rate = 1 / self.told.tau if self.begun.value else 1.0
-        self.begun.set(1)
-        for name, x in self.average.items():
-            x.lerp_(self.parameters[name].to(x.dtype), rate)
-
-    def known(self, step: int) -> bool:
-        return bool(self.begun.value)
-
-    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
-        average = self.average[name]
-        return p.to(average.dtype).lerp(average, self.share(name))
-
     def share(self, name: str) -> float:
-        """The share of E in what is read out of a parameter."""
         told, p = self.told, self.parameters[name]
         if p.ndim < 2:
             return told.vectors

@@ -305,19 +305,22 @@ def swapped(
                 p.copy_(kept[name])
 
 
-class Tail(ReadingWrapper):
-    """Tail-EMA (wrapper_settings.TailEMA; track 3, results 45 and 46): a blend with an average, in float32.
+class AveragedReadout(ReadingWrapper):
+    """An average of the weights in float32, and its share in what is read out.
 
     E <- theta after update number `start`, then E <- E + (theta - E) / tau;  (1 - share) theta + share E
     """
 
-    def __init__(self, model: GPT, told: TailEMA, steps: int) -> None:
-        averaged = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
-        super().__init__(averaged, told.at, steps)
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], told: Any, at: str, steps: int) -> None:
+        """told: a section with start and tau."""
+        super().__init__(parameters, at, steps)
         self.told, self.begun = told, Number(0)
         self.average = self.zeros(wide=True)
-        self.buffers = {"average": self.average}
-        self.numbers = {"begun": self.begun}
+        self.buffers, self.numbers = {"average": self.average}, {"begun": self.begun}
+
+    def share(self, name: str) -> float:
+        """The share of E in what is read out of a parameter."""
+        raise NotImplementedError
 
     def follow(self, done: int) -> None:
         if done < self.told.start:
@@ -331,7 +334,18 @@ class Tail(ReadingWrapper):
         return bool(self.begun.value)
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
-        return p.to(self.average[name].dtype).lerp(self.average[name], self.told.share)
+        return p.to(self.average[name].dtype).lerp(self.average[name], self.share(name))
+
+
+class Tail(AveragedReadout):
+    """Tail-EMA (wrapper_settings.TailEMA; track 3, results 45 and 46)."""
+
+    def __init__(self, model: GPT, told: TailEMA, steps: int) -> None:
+        averaged = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
+        super().__init__(averaged, told, told.at, steps)
+
+    def share(self, name: str) -> float:
+        return self.told.share
 
 
 class Reference(ReadingWrapper):

@@ -437,7 +437,7 @@ def test_soap_agrees_with_the_package_pytorch_optimizer():
     assert (w - model.w).abs().max() < 1e-4 * (w - start).abs().max()
 
 
-def beside(package_s_rule, sets, scales, steps=6, before=None):
+def trajectories(package_s_rule, sets, scales, steps=6, before=None):
     """Two trajectories (6, 6) by the same gradients, with the largest distance of their steps at norm 1.
 
     package_s_rule: a parameter -> its optimizer. scales: learning-rate factor of ours in each step. before:
@@ -472,7 +472,7 @@ def test_shampoo_agrees_with_the_package_pytorch_optimizer():
         )
 
     sets = ("optim.muon.shampoo={beta1=0.0, every=1, eps=1e-15}",)
-    mine, theirs, apart = beside(rule, sets, [(1 - 0.95 ** t) ** -0.5 for t in range(1, 7)])
+    mine, theirs, apart = trajectories(rule, sets, [(1 - 0.95 ** t) ** -0.5 for t in range(1, 7)])
     assert apart < 1e-9 and (mine - theirs).abs().max() < 1e-9
 
 
@@ -493,5 +493,5 @@ def test_psgd_agrees_with_the_package_pytorch_optimizer(monkeypatch):
         kron.param_groups[0] |= {"precondition_lr": 1.0, "precondition_init_scale": first ** 2}
         return kron
 
-    *_, apart = beside(rule, ("optim.muon.psgd={}",), [1.0] * 6, before=lambda i: now.update(v=probes[i]))
+    *_, apart = trajectories(rule, ("optim.muon.psgd={}",), [1.0] * 6, before=lambda i: now.update(v=probes[i]))
     assert apart < 1e-5

@@ -390,6 +390,7 @@ def watch(spec, child):
 
 def end(child):
     """Kill the command. Returns its wait status."""
+    os.kill(child, signal.SIGSTOP)  # first, or it could act on the end of its children
     end_all(spare=child)
     os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1]

@@ -227,7 +227,7 @@ import report
 
 def cases():
     yield {{"check": "quick"}}, dict
-    yield {{"check": "slow"}}, lambda: time.sleep(100)
+    yield {{"check": "slow"}}, lambda: (open({str(tmp_path / "begun")!r}, "w").close(), time.sleep(1000))
 
 p = argparse.ArgumentParser()
 report.add_arguments(p, ["only"])
@@ -236,13 +236,10 @@ sys.exit(report.run(p.parse_args(), {{"only": cases}}, "Title", show=str))
     bench = subprocess.Popen(
         [sys.executable, str(tmp_path / "slow.py"), "--out", str(out)], cwd=ROOT, start_new_session=True
     )
-    for _ in range(600):
-        if out.exists() and json.loads(out.read_text())["rows"]:
-            break
-        time.sleep(0.1)
-    time.sleep(0.3)
+    while not (tmp_path / "begun").exists() and bench.poll() is None:
+        time.sleep(0.02)
     os.killpg(bench.pid, signal.SIGTERM)
-    assert bench.wait(30) == 143
+    assert bench.wait(200) == 143
     found = json.loads(out.read_text())
     assert [r["check"] for r in found["rows"]] == ["quick"] and [r["check"] for r in found["failed"]] == [
         "slow"

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,36 +230,59 @@ def test_a_log_whose_guard_stopped_it_cannot_say_that_it_finished():
     assert "though a guard stopped it at step 3 (m)" in next(run_laws.check_guards(log))
 
 
-def test_a_process_without_progress_ends_and_one_that_goes_on_or_was_stopped_does_not(monkeypatch, capfd):
-    ended, logged = threading.Event(), []
+@pytest.fixture
+def dog(monkeypatch):
+    """A Watchdog of one process with a limit of 1 s, on a clock that moves only while it waits.
 
-    def leave(code):
-        logged.append(code)
-        ended.set()
-        dog.closed.set()  # ends the thread, not the process
-
-    monkeypatch.setattr(stall.os, "_exit", leave)
+    `dog.look(oversleeps)` is one look of its thread, which sleeps so many seconds longer than it wants;
+    `dog.logged` is what it told, then its exit code.
+    """
+    clock, logged = SimpleNamespace(now=100.0), []
+    monkeypatch.setattr(stall, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(stall.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(stall.os, "_exit", logged.append)
     alone = SimpleNamespace(rank=0, size=1, main=True)
     dog = stall.Watchdog(alone, 1.0, lambda: 6, lambda steps, text: logged.append((steps, text)))
-    for _ in range(15):
+
+    def look(oversleeps=0.0):
+        ends = iter([False, True])
+
+        def wait(seconds):
+            end = next(ends)
+            clock.now += 0 if end else seconds + oversleeps
+            return end
+
+        dog.closed = SimpleNamespace(wait=wait)
+        dog.run()
+
+    dog.look, dog.logged = look, logged
+    return dog
+
+
+def test_a_process_that_goes_on_is_left_alone(dog):
+    for _ in range(30):
         dog.beat("step 7")
-        time.sleep(0.1)
-    assert not logged
-    assert ended.wait(30)
-    (steps, text), code = logged
+        for _ in range(stall.LOOKS - 1):
+            dog.look()
+    assert not dog.logged
+
+
+def test_a_process_without_progress_ends(dog, capfd):
+    dog.beat("step 7")
+    for _ in range(stall.LOOKS + 1):
+        assert not dog.logged
+        dog.look()
+    (steps, text), code = dog.logged
     assert (steps, code) == ([6], stall.STALLED)
     assert text.startswith("no progress for 1 s: process 0 has done 7 steps (step 7)")
     assert capfd.readouterr().err == f"error: {text}\n"
-    waits = iter([5.0, 0.0])  # seconds that the thread oversleeps
-    dog.closed = SimpleNamespace(wait=lambda every: time.sleep(every + next(waits, 0)) or ended.is_set())
-    ended.clear()
-    dog.since, dog.limit, dog.patience = time.monotonic(), 4.0, 4.0
-    thread = threading.Thread(target=dog.run)
-    thread.start()
-    time.sleep(5.5)
-    ended.set()
-    thread.join()
-    assert len(logged) == 2
+
+
+def test_a_process_that_stood_still_as_a_whole_has_not_stalled(dog):
+    """Ctrl-Z, or a machine that slept: the watching thread was late, too."""
+    dog.beat("step 7")
+    dog.look(oversleeps=5000.0)
+    assert not dog.logged
 
 
 # ----- two processes

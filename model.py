@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import renames
 from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
@@ -40,8 +39,9 @@ from layers.smear import OutputSmear, Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
 from schedule import Windows, layer_spans, shape
-from model_settings import padded_vocab, table_rows
-from settings import LOGICAL_RANKS, Settings, longest_document
+from settings import Settings, renames
+from settings.data import longest_document
+from settings.model import padded_vocab, table_rows
 from updates.views import mark_depth
 
 
@@ -285,7 +285,7 @@ class Head(nn.Module):
 
 
 def bounded(z, softcap):
-    """The soft-capped logits of z, elementwise (model_settings.Softcap)."""
+    """The soft-capped logits of z, elementwise (settings.model.Softcap)."""
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
     if softcap.form == "rsqrt":

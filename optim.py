@@ -12,7 +12,7 @@ from collections import Counter
 import torch
 
 from common.errors import UserError
-from settings import LOGICAL_RANKS, per_stage
+from settings.data import LOGICAL_RANKS, per_stage
 from updates.adam import AdamW, RowAdam
 from updates.head import EigenAdam, KfacAdam
 from updates.master import MasterAdamW
@@ -110,7 +110,7 @@ class Bank:
     N is padded to a multiple of comm.shards with zeros, which every rule leaves at zero.
 
     members: [(name, parameter)], of one rule, group, dtype and unit shape.
-    group: the section of settings.Optim that they belong to.
+    group: the section of settings.optim.Optim that they belong to.
     unit: () for elementwise rules, otherwise the shape that the rule updates as a whole.
     tokens_per_expert: for expert weights only, (E,) per member: tokens of each expert in the step.
     """

@@ -42,11 +42,8 @@ NAMES = ("log.txt", "run.jsonl")
 
 def source_files():
     """Every file that a training runs through, relative to the checkout."""
-    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "declare.py", "model_settings.py",
-             "init_settings.py", "mixing_settings.py", "muon_settings.py", "optim_settings.py",
-             "system_settings.py", "settings.py", "scales.py", "renames.py", "schema.py", "deltas.py",
-             "runlog.py", "wrapper_settings.py"]
-    folders = ("updates", "kernels", "layers", "data", "system", "common")
+    fixed = ["train_gpt.py", "model.py", "optim.py", "schedule.py", "runlog.py"]
+    folders = ("settings", "updates", "kernels", "layers", "data", "system", "common")
     return fixed + [
         f"{folder}/{path.name}" for folder in folders for path in files.listed(ROOT / folder, "*.py")
     ]

@@ -37,9 +37,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common import arguments, console
-from system_settings import System
-from model_settings import padded_vocab
 from common.errors import UserError
+from settings.model import padded_vocab
+from settings.system import System
 
 END = "<|endoftext|>\n"  # how the end of a document is shown
 GREEDY_BELOW = 1e-6  # a temperature below this one cannot be told from 0 in float32
@@ -120,9 +120,8 @@ def build(saved, path):
     """(model, tokenizer name) of what a checkpoint holds."""
     import torch
 
-    import renames
-    import schema
     from model import GPT
+    from settings import renames, schema
 
     lacking = (
         [k for k in ("model", "settings", "tokenizer") if k not in saved] if isinstance(saved, dict)

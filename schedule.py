@@ -9,9 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from declare import walk
-from settings import LOGICAL_RANKS, Schedule, Settings, by_document, per_stage
-from wrapper_settings import RRE
+from settings import Settings
+from settings.data import LOGICAL_RANKS, by_document, per_stage
+from settings.declare import walk
+from settings.schedule import Schedule
+from settings.wrappers import RRE
 
 
 class Span(NamedTuple):
@@ -60,7 +62,7 @@ class StepPlan:
     lr_factor: float  # multiplies every learning rate
     momentum: float  # Muon
     update_bias: bool  # of the routers, after the step
-    due: frozenset[str] | None = None  # groups of settings.Optim that the step updates; None: all
+    due: frozenset[str] | None = None  # groups of settings.optim.Optim that the step updates; None: all
     # One-time events. "stage": first step of a new stage. "untie": after the update the embedding gets its
     # own table, a copy of the head's weight with its optimizer state.
     events: tuple[str, ...] = ()
@@ -179,7 +181,7 @@ def update_bias(s, step):
 
 
 def due(cadences: dict[str, int], step: int, frozen: frozenset[str] = frozenset()) -> frozenset[str] | None:
-    """The groups of settings.Optim that a step updates, without the frozen ones; None: all.
+    """The groups of settings.optim.Optim that a step updates, without the frozen ones; None: all.
 
     Args:
         cadences: {group: steps from one update to the next}.

@@ -28,9 +28,9 @@ from pathlib import Path
 
 from common import arguments, console
 from common import files, lines
+from settings.scales import SCALES
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
-from scales import SCALES
 from common.errors import UserError
 
 

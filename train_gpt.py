@@ -57,15 +57,15 @@ import torch.distributed as dist
 
 import runlog
 import schedule
-import schema
 from common.interrupt import INTERRUPTED, Interrupt, hold
 from data.batch import Documents, count_documents, loss_weights, to_rows
 from data.stream import require_shards, stream_arguments, validation_rows
-from deltas import Resolved
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
-from settings import LOGICAL_RANKS
+from settings import schema
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved
 from system import checkpoint, compiler, load, memory, preflight, report, resume, rewind, sinks
 from system.comm import communication
 from system.guards import Tripped

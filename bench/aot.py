@@ -28,14 +28,14 @@ import measure  # first: it finds the repository
 import report
 import torch
 
-import deltas
 import schedule
 from common import arguments, console
 from common.errors import UserError
 from kernels import cross_entropy, device, fp8_linear, linear_relu_sq, qk_rotary, symmetric, transpose
 from model import without_values
 from optim import Optimizer
-from settings import LOGICAL_RANKS
+from settings import deltas
+from settings.data import LOGICAL_RANKS
 from system.microbatch import ranks_per_microbatch
 
 ROOT = Path(__file__).parent.parent

@@ -15,9 +15,7 @@ import time
 import measure
 import torch
 
-import deltas
 import schedule
-import schema
 from common import arguments, console
 from common.interrupt import Interrupt
 from data.batch import to_rows
@@ -27,6 +25,7 @@ from model import GPT
 from optim import Optimizer
 from report import Report, stop_in_order
 from runlog import RunLog
+from settings import deltas, schema
 from system.checkpoint import Checkpoints
 from system.guards import Guards
 from system.hooks import hooks_of

@@ -19,7 +19,6 @@ import report
 import torch
 
 from common import arguments, console, null_device
-import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
 from kernels import linear_relu_sq as relu_sq
@@ -35,7 +34,8 @@ from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary, qk_rotary_reference, qkv_rotary
 from model import GPT
 from optim import Optimizer
-from model_settings import Softcap
+from settings import deltas
+from settings.model import Softcap
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-20, torch.float64: 2**-48}

@@ -15,7 +15,6 @@ import measure
 import torch
 
 from common import arguments, console
-import deltas
 import schedule
 from data.corpus import corpus_for
 from data.batch import to_rows
@@ -24,7 +23,8 @@ from kernels import experts
 from model import GPT
 from optim import Optimizer
 from report import Report, stop_in_order
-from settings import LOGICAL_RANKS
+from settings import deltas
+from settings.data import LOGICAL_RANKS
 from system.hooks import hooks_of
 from system.microbatch import ranks_per_microbatch
 

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from common import arguments, console
-import deltas
 import schedule
 from kernels import attention, experts, symmetric, transpose
 from kernels.cross_entropy import linear_cross_entropy
@@ -27,10 +26,11 @@ from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
 from model import bounded
+from settings import deltas
+from settings.data import longest_document
+from settings.model import Softcap, head_dim
 from updates.adam import adamw_
 from system import dry_run as plan
-from settings import longest_document
-from model_settings import Softcap, head_dim
 from steps import LANDMARKS
 
 DEVICE = torch.device("cuda")

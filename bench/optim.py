@@ -16,10 +16,10 @@ import measure
 import torch
 
 from common import arguments, console
-import deltas
 from optim import RULES
 from report import Report, stop_in_order
 from schedule import plan
+from settings import deltas
 from updates import views
 
 POLAR = ["optim.muon.polar_express=true", "numerics.newton_schulz_form=symmetric"]

@@ -30,14 +30,14 @@ environment.require(*environment.TRAINING)
 import torch
 import torch.distributed as dist
 
-import deltas
 import schedule
-from common import arguments, console
+from common import arguments, console, files
 from common.errors import UserError
 from data.corpus import corpus_for
-from deltas import Resolved
-from scales import SCALES
-from settings import LOGICAL_RANKS
+from settings import deltas
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved
+from settings.scales import SCALES
 from system import load, memory
 from system.launch import launch
 from system.place import Place

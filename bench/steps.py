@@ -19,11 +19,11 @@ import measure
 from report import Report, add_resume, stop_in_order
 
 from common import arguments, console
-import deltas
 from common import files
 import runlog
-from settings import LOGICAL_RANKS, per_stage
 from common.errors import UserError
+from settings import deltas
+from settings.data import LOGICAL_RANKS, per_stage
 
 ROOT = Path(__file__).parent.parent
 LANDMARKS = ("short/11", "short/21", "short/33")

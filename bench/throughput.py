@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 
 from common import allocator, arguments, console
-import deltas
 import runlog
 import schedule
 from data.corpus import sample_corpus
@@ -26,7 +25,8 @@ from layers.specs import layer_specs
 from model import GPT
 from optim import Optimizer
 from report import Report
-from scales import SCALES
+from settings import deltas
+from settings.scales import SCALES
 
 
 def record_step(ref, precision, compiled, microbatch=8, sets=()):

@@ -16,12 +16,12 @@ import report
 import torch
 
 from common import arguments, console
-import deltas
 from kernels import cross_entropy, linear_relu_sq, qk_rotary, symmetric, tiles
 from kernels.device import FP8_SINCE, capability
 from model import without_values
 from optim import Optimizer
-from model_settings import head_dim, padded_vocab
+from settings import deltas
+from settings.model import head_dim, padded_vocab
 
 DEVICE, TOKENS = torch.device("cuda"), 65536
 GAIN = 0.98  # a tile must be this much faster than the default to be kept: less is noise

@@ -28,13 +28,13 @@ from pathlib import Path
 import measure
 import torch
 
-import deltas
 import schedule
 from common import allocator, arguments, console, files, repository
 from common.errors import UserError
 from model import GPT
 from optim import Optimizer
 from report import Report
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 OUT = ROOT / "bench/results/versus-cpu.json"

@@ -7,7 +7,7 @@ up where the one before left off.
 
 import numpy as np
 
-from settings import LOGICAL_RANKS
+from settings.data import LOGICAL_RANKS
 
 STRIDE = 20011  # has no factor in common with the sizes of vocabularies in use
 SPARE = 256  # classes drawn beyond 1.7 times those that are lacking, most of which are new

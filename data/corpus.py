@@ -20,8 +20,8 @@ from common.files import default_cache
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
-from scales import SCALES
 from common.errors import UserError
+from settings.scales import SCALES
 
 HERE = Path(__file__).parent
 SALT = "speedrun sample v1"  # order and split depend on this and the text only

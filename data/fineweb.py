@@ -24,9 +24,10 @@ if __name__ == "__main__":
 from common import arguments, console, files
 from data import stream
 from data.shards import GPT2, MANIFEST, check_hole, read_header, read_manifest, shard_facts
-from scales import SCALES
-from settings import LOGICAL_RANKS, Settings, longest_document, per_stage
 from common.errors import UserError
+from settings import Settings
+from settings.data import LOGICAL_RANKS, longest_document, per_stage
+from settings.scales import SCALES
 
 REPO = "kjj0/fineweb10B-gpt2"
 TRAIN_SHARDS = {REPO: 103, "kjj0/fineweb100B-gpt2": 1030}
@@ -271,7 +272,7 @@ def asked(shards: str, scale: str | None) -> int:
                 f"--scale {scale} goes with a record: leave it away, or name a record instead of {shards}"
             )
         return int(shards)
-    from deltas import resolve_name
+    from settings.deltas import resolve_name
     return shards_needed(resolve_name(shards, scale=scale).settings)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 
 from data.shards import Shard, check_vocabulary, open_shard
 import schedule
-from settings import LOGICAL_RANKS
 from common.errors import UserError
+from settings.data import LOGICAL_RANKS
 
 FINEWEB_SHARD = 100_000_000  # tokens of every train shard but the last
 BY_POSITION, BY_DOCUMENT = ("shuffled", "per_rank", "synced"), ("bos_aligned", "packed")

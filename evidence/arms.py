@@ -249,11 +249,15 @@ def code_diff(a, b):
 PROBE = """
 import json, sys
 try:
-    import schema
+    from settings import schema
     from system.command_line import command_line
-except ImportError:  # a commit from before these were files of their own
-    import deltas as schema
-    from deltas import command_line
+except ImportError:
+    try:  # a commit from before settings were a folder
+        import schema
+        from system.command_line import command_line
+    except ImportError:  # one from before these were files of their own
+        import deltas as schema
+        from deltas import command_line
 options, resolved = command_line(sys.argv[1:])
 s = resolved.settings
 print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title, "preset": resolved.preset,
@@ -267,7 +271,7 @@ print(json.dumps({"record": resolved.record.ref, "title": resolved.record.title,
 def resolve(place, argv, text):
     """What the code in a checkout makes of a record and its changes: settings, hashes,
     the lines of its report."""
-    if not (place / "deltas.py").exists() or not (place / "train_gpt.py").exists():
+    if not any((place / name).exists() for name in ("settings/deltas.py", "deltas.py")):
         raise UserError(
             f"{text}: there is no trainer of this program at that ref; run its script with script:PATH")
     done = subprocess.run([sys.executable, "-c", PROBE, *argv], cwd=place, capture_output=True, text=True,

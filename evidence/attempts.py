@@ -11,11 +11,11 @@ import os
 import re
 from pathlib import Path
 
-import deltas
 from common import errors
 from common import files, untrusted
 from evidence import arms, compare, manifest
 from common.errors import UserError
+from settings import deltas
 
 
 def check_name(name: str) -> None:

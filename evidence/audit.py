@@ -44,7 +44,7 @@ VALIDATION_TOKENS = 10_485_760  # the task: the first ones of the validation sha
 STEPS = (4, 7)
 RESULT_BYTES = 2 ** 26  # largest file that is read back from an audited process
 MARKERS = 16  # ids that only the validation shard has
-NEEDED = ("train_gpt.py", "model.py", "deltas.py", "settings.py", "data/stream.py", "records")
+NEEDED = ("train_gpt.py", "model.py", "settings/deltas.py", "data/stream.py", "records")
 PROBE = Path(__file__).parent / "audit_probe.py"
 TRAIN_SHARD, VAL_SHARD = "audit_train_000001.bin", "audit_val_000000.bin"
 

@@ -180,7 +180,7 @@ class Observed:
         try:
             from system.command_line import command_line
         except ImportError:  # a commit from before that was a file of its own
-            from deltas import command_line
+            from settings.deltas import command_line
         self.tap, self.answer, self.watch, self.until_start = tap, answer, watch, until_start
         self.validate, self.train_step = train_gpt.validate, train_gpt.train_step
         self.step, self.validations, self.backwards, self.tables = None, [], 0, None

@@ -159,8 +159,8 @@ def require_origin(checkout, auditor):
 def facts(spec):
     """What the checkout resolves for the record: sizes the audit needs, at the scale and (targets) at full
     scale."""
-    import deltas
-    import settings
+    from settings import deltas
+    from settings.model import padded_vocab
     resolved = deltas.resolve_name(spec["record"], scale=spec["scale"])
     s, full = resolved.settings, deltas.resolve(resolved.record.ref).settings
     size = s.data.tokens_per_rank
@@ -173,7 +173,7 @@ def facts(spec):
     return {
         "record": resolved.preset or resolved.record.ref,
         "vocab_size": s.model.vocab_size,
-        "padded_vocab": settings.padded_vocab(s),
+        "padded_vocab": padded_vocab(s),
         "tokens_per_rank": max(size) if isinstance(size, (list, tuple)) else size,
         "validation_tokens": s.validation.tokens,
         "validation_seq_len": s.validation.seq_len,
@@ -258,7 +258,7 @@ def command_line(argv):
     try:
         from system.command_line import command_line
     except ImportError:  # a commit from before that was a file of its own
-        from deltas import command_line
+        from settings.deltas import command_line
     return command_line(argv)
 
 

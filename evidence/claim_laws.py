@@ -27,7 +27,7 @@ from evidence import (
 from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
 from common.errors import UserError
-from scales import SCALES
+from settings.scales import SCALES
 
 # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary
 START_MS = 60_000.0

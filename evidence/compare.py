@@ -26,9 +26,9 @@ from common import arguments as numbers  # `arguments` is what every command dec
 from common import console, environment, files, repository
 import runlog
 from evidence import arms, fact_laws, manifest
-from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED, Interrupt
+from settings.scales import SCALES
 
 GOAL = 0.002  # nats: about 1.5 sd of a full-scale run, and what a record is kept below its target
 POWER = 0.8

@@ -17,14 +17,11 @@ import tempfile
 import typing
 from pathlib import Path
 
-import deltas
-import renames
-import schema
 from common import files, sandbox, untrusted
 from common.errors import UserError
 from common.printable import printable
 from evidence import arms
-from settings import Settings
+from settings import Settings, deltas, renames, schema
 
 # sections on which the judge's own laws rest: how tokens, steps and validations are counted
 COUNTED = ("schedule", "data", "validation")

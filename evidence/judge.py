@@ -36,13 +36,13 @@ import hashlib
 from math import fsum
 from pathlib import Path
 
-import deltas
 from common import errors
 from common import files, lines
 from evidence.statistics import (
     bootstrap_t, describe, difference, ratio, standardised, target_test, z_pairwise, z_rule
 )
 from common.errors import UserError
+from settings import deltas
 
 HERE = Path(__file__).parent / "published"
 RUNS, GROUPS = "runs.csv", "groups.csv"

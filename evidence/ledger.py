@@ -20,13 +20,13 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import deltas
 import runlog
 from common import files, untrusted
 from common.errors import UserError
 from common.interrupt import held
 from evidence.manifest import CLOCK_S, moment
 from evidence.plausible import DAY_S, now
+from settings import deltas
 
 NAME = "ledger.jsonl"
 VERSION, MOST_LEGS = 1, 100

@@ -10,10 +10,11 @@ import json
 from dataclasses import dataclass
 
 import schedule
-import schema
 import settings
 from common import files
 from common.errors import UserError
+from settings import schema
+from settings.data import LOGICAL_RANKS
 
 STREAM_TOKENS = 10 ** 8  # longest stream that is read again to take its digest: about a second each 10^7
 # names in committed logs of numerics version 1 that renames.py does not know, because they were never keys of
@@ -67,7 +68,7 @@ def read_stream(arguments: str, steps: int) -> str:
     """Digest of the first steps of the embedded corpus, read with these arguments of data.stream.Stream."""
     from data.corpus import sample_corpus
     from data.stream import Stream, stream_digest
-    stream = Stream(sample_corpus(files.default_cache()), ranks=range(settings.LOGICAL_RANKS),
+    stream = Stream(sample_corpus(files.default_cache()), ranks=range(LOGICAL_RANKS),
                     **json.loads(arguments))
     for _ in range(steps):
         stream.next()

@@ -10,11 +10,10 @@ import itertools
 import math
 import time
 
-import deltas
-import renames
 from common.errors import UserError
 from evidence import manifest, model_facts
-from model_settings import padded_vocab
+from settings import deltas, renames
+from settings.model import padded_vocab
 
 # Step 0 of a zero head is the uniform guess ln(classes): within 5e-8 nats in all 34 committed logs of one.
 STEP_0_NATS = 1e-4

@@ -25,10 +25,10 @@ import json
 import math
 from pathlib import Path
 
-import renames
 from common import files
 from common.errors import UserError
 from evidence import statistics
+from settings import renames
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED, RESULTS = ROOT / "evidence/published", ROOT / "evidence/results"

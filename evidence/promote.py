@@ -14,11 +14,11 @@ import os
 import re
 from pathlib import Path
 
-import deltas
 from common import files, untrusted
 from evidence import attempts, manifest, verify
-from scales import SCALES
 from common.errors import UserError
+from settings import deltas
+from settings.scales import SCALES
 
 MARKS = re.compile(r'\A(?:(?:id|attempt) = .*\n)+')  # the lines that a promotion adds at the top
 

@@ -13,16 +13,13 @@ import functools
 import re
 import sys
 
-import deltas
-import renames
-import schema
 import runlog
-import scales
 import settings
 from evidence import arms, foreign, manifest, plausible, stack
 from evidence.run_laws import alike, canonical
 from common import files, untrusted
 from common.errors import UserError
+from settings import deltas, renames, scales, schema
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read
 FLAGS = {"--revert": "revert", "--with": "with_", "--without": "without", "--set": "sets"}

@@ -27,15 +27,14 @@ import threading
 import time
 from pathlib import Path
 
-import deltas
 import runlog
-import schema
 from common import arguments as numbers, environment, files, sandbox, untrusted
 from common.errors import UserError
 from data.corpus import sample_corpus
 from evidence import arms, audit, compare, task
 from evidence.statistics import difference
 from runlog import ROOT
+from settings import deltas, schema
 
 VERSION = 1
 DONE, INVALID, INTERRUPTED = 0, 1, 130

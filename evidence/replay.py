@@ -18,12 +18,12 @@ from pathlib import Path
 
 from common import arguments as numbers, environment, files, sandbox, untrusted
 from common.printable import printable
-import renames
 import runlog
 from evidence import arms, compare, foreign, manifest, textlog, verify
-from scales import SCALES
 from common.errors import UserError
 from common.interrupt import Interrupt
+from settings import renames
+from settings.scales import SCALES
 
 DIFFERS = 3
 # The first training losses come before rounding grows: they tell seeds apart, for they are those of the

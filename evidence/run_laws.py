@@ -13,15 +13,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import schema
+import settings
 from common import files
 import runlog
 import schedule
-import settings
 from layers.specs import layer_specs
 from common import untrusted
 from evidence import foreign
 from common.errors import UserError
+from settings import schema
+from settings.numerics import NUMERICS_VERSION
 
 NUMBER = (int, float)
 TEXTS = {
@@ -355,14 +356,14 @@ def check_settings(log):
     except (UserError, TypeError, AttributeError, ValueError) as error:
         yield f"{artefact} are not valid here ({error}): verify with a checkout of the code that wrote them"
         return
-    if start["numerics_version"] != settings.NUMERICS_VERSION:
+    if start["numerics_version"] != NUMERICS_VERSION:
         yield (f"{log.where}/run.jsonl: numerics version {start['numerics_version']}, here "
-               f"{settings.NUMERICS_VERSION}: results changed since")
+               f"{NUMERICS_VERSION}: results changed since")
     if unknown:  # evidence.provenance asks the code that knows them
         return
     if odd := misspelled(log.settings):
         yield f"{artefact}: {odd} is a value of another type than this setting has"
-    same = start["numerics_version"] == settings.NUMERICS_VERSION
+    same = start["numerics_version"] == NUMERICS_VERSION
     if same and start["ml_hash"] != schema.ml_hash(log.settings):
         yield (
             f"{artefact} hash to ml_hash {schema.ml_hash(log.settings)}, logged {start['ml_hash']}: they "

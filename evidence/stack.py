@@ -9,10 +9,9 @@ nothing becomes a record by it before the stack has.
 
 import dataclasses
 
-import deltas
-import schema
 from common.errors import UserError
 from evidence import off_clock
+from settings import deltas, schema
 
 ENTRY = {"attempt": str, "parent": str, "delta": dict}
 

@@ -26,15 +26,14 @@ import sys
 from pathlib import Path
 
 from common import arguments as numbers
-import deltas
-import schema
 from common import errors
 from common import environment, files, untrusted
 from evidence import arms, attempts, compare, ledger, manifest, off_clock, stack, verify, writeup
 from evidence.provenance import differing, last_ml
-from scales import SCALES
-from model_settings import padded_vocab
 from common.errors import UserError
+from settings import deltas, schema
+from settings.model import padded_vocab
+from settings.scales import SCALES
 
 ALPHA = 0.01  # of a record
 FACTS = ("title", "parent", "date", "people", "kind")  # lines that record.toml needs when it is claimed

@@ -15,12 +15,11 @@ import hashlib
 import shutil
 from pathlib import Path
 
-import deltas
-import schema
 from common import arguments as numbers, files, repository
 from common.errors import UserError
 from runlog import ROOT
-from scales import SCALES
+from settings import deltas, schema
+from settings.scales import SCALES
 
 VERSION = 1
 HINTS = ("none", "formula", "text", "near")
@@ -31,10 +30,11 @@ CANDIDATE = "attempts/candidate"  # what the referee trains
 RECORD_TOML = f"{CANDIDATE}/record.toml"
 ABOUT = "candidate.json"
 # what a candidate may change: what is learned and how, not how it is fed, timed, judged or written down
-EDITABLE = ("model.py", "optim.py", "schedule.py", "model_settings.py", "muon_settings.py",
-            "optim_settings.py", "layers/*.py", "updates/*.py", "kernels/*.py", RECORD_TOML, ABOUT)
+EDITABLE = ("model.py", "optim.py", "schedule.py", "settings/model.py", "settings/init.py",
+            "settings/mixing.py", "settings/optim.py", "settings/muon.py", "settings/wrappers.py",
+            "layers/*.py", "updates/*.py", "kernels/*.py", RECORD_TOML, ABOUT)
 TAKEN = ("*.py", "common/*.py", "data/*.py", "data/*.txt", "data/*.xz", "data/sample/*", "kernels/*.py",
-         "layers/*.py", "system/*.py", "updates/*.py", "records/__init__.py")
+         "layers/*.py", "settings/*.py", "system/*.py", "updates/*.py", "records/__init__.py")
 LEFT = ("sweep.py", "sample.py")  # programs that no training needs
 FIELDS = (  # of task.json
     "version", "parent", "goal", "next", "head", "open", "transitions", "dates", "minutes", "scale", "steps",
@@ -45,8 +45,7 @@ RULES = """\
 - Edit the files named below, and add new ones of the same kinds. A candidate that differs anywhere else is
   invalid: data, clock, validation, log, scales and budgets are the task's.
 - The referee trains `attempts/candidate`: write the change as lines of its record.toml, on the parent that
-  stands there, with new settings in model_settings.py, muon_settings.py or optim_settings.py and code where
-  it acts.
+  stands there, with new settings in the editable files of settings/ and code where it acts.
 - The settings of `validation` stay, and so does the corpus. {budget}
 - Code that differs from the task's is audited: causal, normalised, nothing kept from validation, nothing done
   outside the clock, no trace between runs (`python -m records audit --help` lists all tests).

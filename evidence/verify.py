@@ -24,10 +24,8 @@ import sys
 from pathlib import Path
 
 from common import arguments as numbers
-import deltas
 from common import files, untrusted
 from common.printable import printable
-import renames
 import runlog
 from evidence import (
     arms, claim_laws, compare, ledger, manifest, off_clock, provenance,
@@ -35,6 +33,7 @@ from evidence import (
 )
 from evidence.provenance import last_ml
 from common.errors import UserError
+from settings import deltas, renames
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3
 # Two programs that differ in the order of sums only: the same seed gives the same weights and the same

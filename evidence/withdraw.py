@@ -8,11 +8,11 @@ is removed. A record that was promoted and that nothing is built on goes back to
 one commit.
 """
 
-import deltas
 from common import files
 from evidence import arms, attempts, ledger, manifest, promote, verify
 from common import untrusted
 from common.errors import UserError
+from settings import deltas
 
 
 def arguments(p):

@@ -10,13 +10,12 @@ import re
 import uuid
 from pathlib import Path
 
-import deltas
-import schema
 from common import files, untrusted
 from common.printable import printable
 import runlog
 from evidence import provenance
 from common.errors import UserError
+from settings import deltas, schema
 
 
 def read_results(folder):

@@ -19,8 +19,8 @@ import signal
 import subprocess
 from pathlib import Path
 
-import deltas
 from common import files
+from settings import deltas
 from system import command_line
 
 ROOT = Path(environment.ROOT)

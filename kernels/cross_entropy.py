@@ -54,7 +54,7 @@ DEFAULT = Block(2048, 8)
 
 class Plan(NamedTuple):
     """Everything but the tensors; what linear_cross_entropy's arguments mean."""
-    form: str  # none, tanh, sigmoid, rsqrt (model_settings.Softcap)
+    form: str  # none, tanh, sigmoid, rsqrt (settings.model.Softcap)
     cap: float
     divisor: float  # inside the tanh or sigmoid
     factor: float  # of the logits, before the soft cap
@@ -77,7 +77,7 @@ def linear_cross_entropy(
 
     Args:
         x: (R, T, D) or (N, D). weight: (V, D). targets: (R, T) or (N,) int64; negative ones are ignored.
-        softcap: has .form, .cap, .scale, .shift, as model_settings.Softcap; None: no soft cap.
+        softcap: has .form, .cap, .scale, .shift, as settings.model.Softcap; None: no soft cap.
         weights: loss weights of targets t, t+1, ... in the same row, floats or a tensor (n,). New values in a
             tensor do not recompile a torch.compile graph.
         prefix, prefix_weight: a second target per token, shaped like targets, and its weight.

@@ -94,7 +94,7 @@ class SALambdas(nn.Module):
 
 
 class FP8Projection:
-    """The projections q, k and v in FP8 in both passes of training (settings.FP8QKV)."""
+    """The projections q, k and v in FP8 in both passes of training (settings.numerics.FP8QKV)."""
 
     def __init__(self, s: Settings):
         f, self.transpose = s.numerics.fp8_qkv, s.system.kernels.transpose

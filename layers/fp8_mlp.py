@@ -9,11 +9,11 @@ from torch import nn
 from kernels.fp8_linear import LARGEST
 from kernels.fp8_mlp import E4M3, E5M2, LEAST, Scales, fp8_mlp, fp8_mlp_both, front
 from layers.primitives import dtype, gradient_unit
-from settings import LOGICAL_RANKS
+from settings.data import LOGICAL_RANKS
 
 
 class FP8MLP(nn.Module):
-    """The products of one MLP in FP8 (settings.FP8MLP), with the delayed scales.
+    """The products of one MLP in FP8 (settings.numerics.FP8MLP), with the delayed scales.
 
     Buffers with one scale per logical rank of this process are rings: a forward pass reads the scales of its
     ranks at the front and appends the new ones, so that after the passes of a step the order is the same

@@ -11,7 +11,8 @@ from common.errors import UserError
 from kernels import experts
 from layers.mlp import MLP
 from layers.primitives import dtype, linear_init, normal, parameter, products_dtype
-from settings import LOGICAL_RANKS, check_processes
+from settings import check_processes
+from settings.data import LOGICAL_RANKS
 from updates import views
 from updates.views import Views
 
@@ -21,7 +22,7 @@ class Router(nn.Module):
 
     Scores s = sigmoid or softmax of W x, in the dtype numerics.router. The top_k experts with the largest
     s + bias are chosen, within the best groups of experts if there are groups. The gates are the s of the
-    chosen experts, so the bias (model_settings.Balance), in at least float32, never gets a gradient.
+    chosen experts, so the bias (settings.model.Balance), in at least float32, never gets a gradient.
 
     `stats` sums the statistics of a step, for load balancing and the log, from its first forward to
     `end_step` (called by system.hooks.RouterBalance). `max_vio_sum` adds up the steps' MaxVio and
@@ -149,7 +150,7 @@ class Router(nn.Module):
             return
         mean = tokens_per_expert.mean()
         lack = mean - tokens_per_expert
-        # why softmax scores need another rate: model_settings.Balance
+        # why softmax scores need another rate: settings.model.Balance
         rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)
         self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(self.bias.dtype)
 
@@ -180,7 +181,7 @@ def best(x, k):
 
 
 class MoE(nn.Module):
-    """Mixture of experts (model_settings.MoE).
+    """Mixture of experts (settings.model.MoE).
 
     y = shared(x) + sum over the chosen experts of gate * W_proj phi(W_fc x). With system.expert_parallel each
     process holds a share of the experts, and processes exchange rows by all-to-all.

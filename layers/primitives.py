@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from settings import LOGICAL_RANKS
+from settings.data import LOGICAL_RANKS
 from updates.views import Views
 
 
@@ -61,7 +61,7 @@ def parameter(
     The values are left empty: GPT.initialise fills them.
 
     role: embed, lm_head, matrix, scalar or router.
-    label: the kind of parameter; its section in settings.Optim, if it is on, overrides that of the role.
+    label: the kind of parameter; its section in settings.optim, if it is on, overrides that of the role.
     views: the matrices in the parameter (updates/views.py).
     parts: initialisers of the slices along dim 0, where several logical matrices share one tensor.
     first_part: number of the first slice, where other processes or another parameter hold those before it.

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
-from model_settings import head_dim
 from settings import Settings
+from settings.model import head_dim
 
 
 @torch.no_grad()

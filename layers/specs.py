@@ -6,8 +6,8 @@ No other module reads settings that list layers.
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from model_settings import query_dim, rotary_dim, value_dim
 from settings import Settings
+from settings.model import query_dim, rotary_dim, value_dim
 
 
 class RotarySpec(NamedTuple):

@@ -6,7 +6,7 @@ from torch import nn
 
 from layers.primitives import coefficient, constant, dtype, linear, normal, parameter
 from layers.specs import num_value_tables
-from model_settings import table_rows
+from settings.model import table_rows
 from updates import views
 
 

@@ -11,7 +11,7 @@ evidence/published/history.csv: status record, retiming or claim; scope parametr
 the document is looked up); steps and tokens of the code as merged; val_loss: mean of the runs that its author
 published (README lists or logs), which from record 65 on were often made with other step counts than those
 merged; effect_steps and effect_loss: change by the whole record, where its authors or logs state one
-(negative is better). evidence/published/effects.csv: path in settings.py (empty while the vocabulary lacks
+(negative is better). evidence/published/effects.csv: path of the setting (empty while the vocabulary lacks
 it), measure loss (nats), steps or seconds, effect of adding the technique (negative is better), n runs
 (empty: not stated), who says so.
 """
@@ -21,14 +21,12 @@ import json
 import math
 import re
 
-import deltas
-import renames
-import schema
 from common import files, untrusted
 from evidence import statistics, verify
+from settings import deltas, renames, schema
+from settings.scales import SCALES
 from sweeps import report as sweep_report
 from runlog import read_chain
-from scales import SCALES
 from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent

@@ -2,11 +2,10 @@
 
 from pathlib import PurePath
 
-import deltas
-import schema
 from page import facts
+from settings import deltas, schema
+from settings.scales import SCALES
 from sweeps.report import effect_text
-from scales import SCALES
 
 GENERATED = "<!-- Written by `python -m records leaderboard`. Edit the data, not this file. -->\n"
 SOURCES = {
@@ -190,7 +189,7 @@ def loss_text(runs, scale):
 def lineage(site):
     """LINEAGE.md: every delta, then the published records that have none here, then the variants."""
     lines = [GENERATED, "# Lineage\n",
-             "Every record as the lines it changes on its parent. Paths are those of `settings.py` (`python "
+             "Every record as the lines it changes on its parent. Paths are those of `settings/` (`python "
              "-m records\nfeatures`). Published figures are on 8 x H100; measured ones say their scale.\n"]
     variants, before = facts.variants_of(site), None
     added = {

@@ -156,8 +156,8 @@ def published(ref: str, x: str) -> list[tuple[float, float]]:
 
     Empty for time, which is that of the authors' machine.
     """
-    import deltas
     from page.sections import reference_curve
+    from settings import deltas
     record = deltas.load_records().get(ref)
     found = reference_curve(record) if record and x != "time" else None
     column = AXES.index(x)

@@ -6,15 +6,14 @@ import functools
 from html import escape
 from pathlib import Path
 
-import deltas
-import schema
 from common import files
 import schedule
 from page import facts
 from page.tags import NOTHING, chip, folded, interval, missing, number, table
 from page.worth import CAUTION, evidence, sweep_line, worth
-from scales import SCALES
 from common.errors import UserError
+from settings import deltas, schema
+from settings.scales import SCALES
 
 HERE = Path(__file__).parent
 CARDS = [

@@ -16,11 +16,11 @@ from typing import Any
 
 import runlog
 import schedule
-import schema
 import settings
 from common import files
 from common.errors import UserError
 from page import curves
+from settings import schema
 from system.heartbeat import Heartbeat, beaten
 from system.resume import folders
 

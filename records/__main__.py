@@ -17,14 +17,12 @@ import re
 import sys
 
 from common import arguments, console
-import deltas
-import renames
-import schema
 from common import errors
 from common import lines
-from scales import SCALES
 from common.errors import UserError
 from common.interrupt import INTERRUPTED
+from settings import deltas, renames, schema
+from settings.scales import SCALES
 
 # Commands whose output is all there is to them: it heeds the terminal's width, and is an error if it is lost.
 PRODUCTS = ("list", "show", "diff", "features", "judge")
@@ -116,7 +114,7 @@ def show(options):
           f"{r.badge}")
     if r.claimed:
         print("claimed: the figures are its author's, and it is no record of its lineage")
-    print(f"parent {r.parent or 'none (the defaults of settings.py)'}")
+    print(f"parent {r.parent or 'none (the defaults of settings/)'}")
     if r.subsumed:
         print(f"subsumed: {r.subsumed}")
     if r.notes:

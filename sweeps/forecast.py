@@ -9,12 +9,11 @@ import subprocess
 import sys
 import tempfile
 
-import deltas
 import runlog
 import schedule
+from settings import Settings, deltas
 from sweeps import queue, worker
 from sweeps.plan import flags_of, resolve
-from settings import Settings
 from common import files
 from common.errors import UserError
 

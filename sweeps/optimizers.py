@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import deltas
 import runlog
-import schema
 from common.errors import UserError
-from declare import lookup
-from settings import Settings
+from settings import Settings, deltas, schema
+from settings.declare import lookup
 from sweeps import queue
 from sweeps.plan import make_arm, resolve
 

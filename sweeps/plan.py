@@ -9,13 +9,12 @@ first arm is the control.
 import itertools
 from pathlib import Path
 
-import deltas
-import schema
 from common import errors
 from common import repository
-from declare import BEFORE, REFUSE, lookup
-from settings import NUMERICS_VERSION
 from common.errors import UserError
+from settings import deltas, schema
+from settings.declare import BEFORE, REFUSE, lookup
+from settings.numerics import NUMERICS_VERSION
 
 # the parts of the settings that a loss can depend on
 AXES = ("model", "optim", "schedule", "data", "numerics")

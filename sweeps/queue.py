@@ -26,11 +26,11 @@ import shutil
 import time
 from pathlib import Path
 
-import schema
 from common import files
 import runlog
+from settings import schema
+from settings.numerics import NUMERICS_VERSION
 from sweeps.plan import resolve
-from settings import NUMERICS_VERSION
 from common import untrusted
 from common.errors import UserError
 

@@ -14,9 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-import schema
 from common import files
 import runlog
+from settings import schema
 from sweeps import queue
 from sweeps.plan import flags_of, resolve
 from common.errors import UserError

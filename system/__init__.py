@@ -1,1 +1,1 @@
-"""The execution of a run: processes, memory, compiler, reports (settings: system_settings.System)."""
+"""The execution of a run: processes, memory, compiler, reports (settings: settings.system.System)."""

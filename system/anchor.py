@@ -1,13 +1,13 @@
-"""Anchor extrapolation (wrapper_settings.Anchor): gradients are taken away from an average of the weights."""
+"""Anchor extrapolation (settings.wrappers.Anchor): gradients taken away from an average of the weights."""
 
 import torch
 
 from model import GPT
 from schedule import StepPlan
+from settings.wrappers import Anchor as Told
 from system.world import World
 from system.wrappers import AveragedReadout, Tensors, of_model, plus
 from updates.norms import ramp
-from wrapper_settings import Anchor as Told
 
 
 class Anchor(AveragedReadout):

@@ -36,9 +36,9 @@ import torch
 import torch.distributed as dist
 
 import runlog
-import schema
 from common import files
 from common.errors import UserError
+from settings import schema
 from system import guards
 from system.heartbeat import Heartbeat, beaten
 from system.hooks import beside_optimizer

@@ -5,9 +5,9 @@ import argparse
 from common import arguments
 from common.console import fail
 from common.errors import UserError
-from deltas import Resolved, resolve_name
-from scales import SCALES
-from settings import LOGICAL_RANKS
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved, resolve_name
+from settings.scales import SCALES
 from system.place import PROCESSES, Place
 from system import resume
 from system.cards import CARDS

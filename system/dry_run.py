@@ -8,14 +8,13 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import deltas
-import schema
 import schedule
 from common import files, lines
-from deltas import Resolved
 from layers.specs import layer_specs
-from model_settings import padded_vocab
-from settings import LOGICAL_RANKS
+from settings import deltas, schema
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved
+from settings.model import padded_vocab
 from system import plan_plot, roofline
 from system.cards import CARDS
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
@@ -184,7 +183,7 @@ def from_parent(resolved):
     """
     record, s, scale = resolved.record, resolved.settings, resolved.scale
     parent = deltas.resolve(record.parent, scale=scale).settings if record.parent else type(s)()
-    other = f"the parent, {record.parent}" if record.parent else "the defaults of settings.py (no parent)"
+    other = f"the parent, {record.parent}" if record.parent else "the defaults of settings/ (no parent)"
     yield f"\ndifferences from {other}, at scale {scale}:"
     unchanged = deltas.resolve(record.ref, scale=scale).settings
     asked = {path for path, *_ in schema.difference(unchanged, s)}

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import torch
 
 import schedule
-from system_settings import recomputable
-from model_settings import padded_vocab
 from common.errors import UserError
+from settings.model import padded_vocab
+from settings.system import recomputable
 from system.microbatch import ranks_per_microbatch
 from updates.adam import TABLE_CHUNK
 

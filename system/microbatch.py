@@ -4,7 +4,8 @@ No torch here, so that a dry run can print it.
 """
 
 from schedule import apart
-from settings import Settings, per_stage
+from settings import Settings
+from settings.data import per_stage
 
 TRAINING_TOKENS = 65536  # of a forward pass on CUDA
 VALIDATION_TOKENS = {True: 32768, False: 4096}  # of a forward pass on CUDA, and elsewhere

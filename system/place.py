@@ -9,8 +9,8 @@ import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from settings import LOGICAL_RANKS
 from common.errors import UserError
+from settings.data import LOGICAL_RANKS
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 REMEDY = (

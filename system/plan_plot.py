@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import schedule
 from common import environment, files
 from common.errors import UserError
-from deltas import Resolved
 from layers.specs import layer_specs
 from schedule import Span, StepPlan
 from settings import Settings
+from settings.deltas import Resolved
 
 FORMATS = (".png", ".svg")
 

@@ -10,13 +10,14 @@ from common.errors import UserError
 from data.corpus import corpus_for, default_cache
 from data.shards import Corpus
 from data.stream import require_shards, stream_arguments
-from deltas import Resolved
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from schedule import StepPlan, plan, shapes
-from system_settings import recomputable
-from model_settings import padded_vocab
-from settings import LOGICAL_RANKS, Settings
+from settings import Settings
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved
+from settings.model import padded_vocab
+from settings.system import recomputable
 from system import compiler
 from system.launch import launch
 from system.run import Run

@@ -10,18 +10,18 @@ import torch
 
 import runlog
 import schedule
-import schema
 from common import files, repository
 from common.errors import UserError
-from declare import lookup
 from data.shards import Corpus, corpus_digest, val_digest
 from data.stream import stream_digest
-from deltas import Resolved
 from layers.moe import max_vio
 from model import GPT
 from optim import Optimizer
 from schedule import StepPlan
-from settings import NUMERICS_VERSION, Settings
+from settings import Settings, schema
+from settings.declare import lookup
+from settings.deltas import Resolved
+from settings.numerics import NUMERICS_VERSION
 from system import compiler, load, memory, resume, workers
 from system.command_line import REWIND, SKIP
 from system.guards import Guards, Tripped

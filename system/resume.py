@@ -12,13 +12,13 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 
-import deltas
 import runlog
-import schema
 import settings
 from common import files
 from common.errors import UserError
-from deltas import Resolved
+from settings import deltas, schema
+from settings.deltas import Resolved
+from settings.numerics import NUMERICS_VERSION
 from system.place import Place
 
 LAST = "last"
@@ -126,9 +126,9 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
         tidy(folder)
     if not options.restarted:
         runlog.refuse_ended(folder, events)
-    if start["numerics_version"] != settings.NUMERICS_VERSION:
+    if start["numerics_version"] != NUMERICS_VERSION:
         raise UserError(f"{folder}: was begun under numerics version {start['numerics_version']}, here it is "
-                        f"{settings.NUMERICS_VERSION}: resume it with a checkout of {start['code']}")
+                        f"{NUMERICS_VERSION}: resume it with a checkout of {start['code']}")
     s = settings.check(schema.from_plain(start["settings"]))
     if schema.ml_hash(s) != start["ml_hash"]:
         raise UserError(

@@ -18,10 +18,11 @@ from typing import NamedTuple
 import schedule
 from common import files
 from common.errors import UserError
-from deltas import Resolved
 from layers.specs import LayerSpec, layer_specs
-from model_settings import padded_vocab
-from settings import LOGICAL_RANKS, Settings
+from settings import Settings
+from settings.data import LOGICAL_RANKS
+from settings.deltas import Resolved
+from settings.model import padded_vocab
 from system.cards import CARDS, Card
 from system.microbatch import ranks_per_microbatch
 

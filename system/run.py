@@ -18,10 +18,10 @@ from data.shards import Corpus
 from data.stream import Prefetch, Stream, after_rewinds, stream_arguments
 from optim import Optimizer
 from model import GPT
-from model_settings import padded_vocab
 from runlog import RunLog
 from schedule import StepPlan
 from settings import Settings
+from settings.model import padded_vocab
 from system import load
 from system.compiler import CacheFile
 from system.guards import Guards

@@ -9,8 +9,8 @@ import torch
 from common.errors import UserError
 from data.batch import Documents
 from data.candidates import Sweep
-from model_settings import padded_vocab
 from settings import Settings
+from settings.model import padded_vocab
 from system.stateful import Stateful
 from system.world import World
 

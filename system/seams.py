@@ -11,9 +11,9 @@ import torch.distributed as dist
 
 from data import seams
 from data.shards import Corpus
-from model_settings import padded_vocab
 from runlog import ROOT
 from settings import Settings
+from settings.model import padded_vocab
 from system.world import World
 
 

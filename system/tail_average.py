@@ -3,8 +3,8 @@
 import torch
 
 from model import GPT
-from optim_settings import TailAverage
 from schedule import StepPlan
+from settings.optim import TailAverage
 from system.stateful import Stateful
 
 # Labels of what is averaged together; the embedding may be the head's weight until the end.

@@ -17,7 +17,7 @@ from data.batch import to_rows
 from data.stream import Stream, stream_arguments
 from model import GPT
 from optim import Bank, Optimizer
-from settings import LOGICAL_RANKS, per_stage
+from settings.data import LOGICAL_RANKS, per_stage
 from system import compiler
 from system.hooks import Stateful, all_tensors
 from system.run import Run

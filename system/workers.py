@@ -14,7 +14,8 @@ import torch
 from model import GPT
 from optim import Optimizer
 from schedule import outer_steps
-from settings import LOGICAL_RANKS, Settings
+from settings import Settings
+from settings.data import LOGICAL_RANKS
 from system.stateful import Stateful
 from system.world import World
 from system.wrappers import Outer, widened

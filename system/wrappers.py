@@ -13,10 +13,10 @@ from typing import Any
 import torch
 
 from model import GPT
-from optim_settings import BLOCK_MATRICES
 from schedule import StepPlan, apart
+from settings.optim import BLOCK_MATRICES
+from settings.wrappers import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 from system.stateful import Stateful
-from wrapper_settings import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 
 Tensors = dict[str, torch.Tensor]  # by parameter name
 
@@ -106,7 +106,7 @@ def of_model(model: GPT) -> dict[str, torch.nn.Parameter]:
 # ----- during training --------------------------------------------------------------------------------------
 
 class Lookahead(Wrapper):
-    """EMA-Nesterov (wrapper_settings.EMANesterov): a look-ahead before the forwards along the mean of steps.
+    """EMA-Nesterov (settings.wrappers.EMANesterov): a look-ahead before the forwards along the mean of steps.
 
     Before the forwards, for start <= step < stop:  theta <- theta + beta rho m
     After the update:  m <- decay m + (1 - decay) (theta - before);  before <- theta
@@ -146,7 +146,7 @@ class Lookahead(Wrapper):
 
 
 class Outer(Wrapper):
-    """The outer optimizer (wrapper_settings.OuterStep): MuLoCo or Snoo, with one worker.
+    """The outer optimizer (settings.wrappers.OuterStep): MuLoCo or Snoo, with one worker.
 
     Every `period` updates, with slow the weights after the last outer step:
 
@@ -192,7 +192,7 @@ class Outer(Wrapper):
 
 
 class Extrapolation(Wrapper):
-    """Reduced-rank extrapolation of the block matrices together (wrapper_settings.RRE; track 3, result 34).
+    """Reduced-rank extrapolation of the block matrices together (settings.wrappers.RRE; track 3, result 34).
 
     kept: the weights after the last updates, oldest first; d_a = kept[a + 1] - kept[a]. With n = points - 1:
 
@@ -338,7 +338,7 @@ class AveragedReadout(ReadingWrapper):
 
 
 class Tail(AveragedReadout):
-    """Tail-EMA (wrapper_settings.TailEMA; track 3, results 45 and 46)."""
+    """Tail-EMA (settings.wrappers.TailEMA; track 3, results 45 and 46)."""
 
     def __init__(self, model: GPT, told: TailEMA, steps: int) -> None:
         averaged = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
@@ -349,7 +349,7 @@ class Tail(AveragedReadout):
 
 
 class Reference(ReadingWrapper):
-    """Reference readout (wrapper_settings.ReferenceReadout; track 3, results 38 and 42).
+    """Reference readout (settings.wrappers.ReferenceReadout; track 3, results 38 and 42).
 
     theta + push (theta - reference), reference: the weights after update number `reference`
     """

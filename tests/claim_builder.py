@@ -16,13 +16,12 @@ import time
 
 import pytest
 
-import deltas
-import schema
 import runlog
 import schedule
 from evidence import compare, ledger, manifest, model_facts, provenance, verify
-from model_settings import padded_vocab
-from settings import NUMERICS_VERSION
+from settings import deltas, schema
+from settings.model import padded_vocab
+from settings.numerics import NUMERICS_VERSION
 
 MACHINE = {
     "cpu": "test processor", "cores": 2, "platform": "test", "python": "3.11.7", "machine": "0123456789ab"

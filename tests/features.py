@@ -11,10 +11,9 @@ import functools
 import re
 from pathlib import Path
 
-import deltas
-import schema
 from common.errors import UserError
-from declare import lookup
+from settings import deltas, schema
+from settings.declare import lookup
 
 TESTS = Path(__file__).parent
 MARK = re.compile(r"\bmark\.feature\(([^()]*)\)")

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import deltas
 from model import GPT
 from schedule import Span, Windows
+from settings import deltas
 
 HERE = Path(__file__).parent / "golden"
 

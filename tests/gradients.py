@@ -9,12 +9,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import deltas
 from data.batch import to_rows
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from system.comm import communication
 from system.world import World
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "tests/matrix.md"
 sys.path.insert(0, str(ROOT))
 
-import deltas
+from settings import deltas
 from system import command_line
 from common import environment
 

@@ -4,10 +4,10 @@ import math
 
 import torch
 
-import deltas
 import schedule
 from layers.moe import MoE, Router
 from model import GPT
+from settings import deltas
 from step_hooks import begin_step, end_step
 
 REF = "variants/moe8k2s"

@@ -6,10 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
 import schedule
-import schema
 from model import GPT
+from settings import deltas, schema
 from updates.views import Views
 
 BOS = 1256

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-import deltas
-import schema
 from claim_builder import arm, build, declaration
 from evidence import arms, attempts, manifest, promote, submit, verify, withdraw
 from common.errors import UserError
+from settings import deltas, schema
 
 ROOT = Path(__file__).parent.parent
 TOML = ('title = "A higher rate"\nparent = "short/57"\ndate = 2026-02-01\npeople = ["@me"]\nkind = '

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from data.batch import to_rows
 from data.corpus import sample_corpus
@@ -19,6 +18,7 @@ from kernels import attention
 from kernels.attention import CAUSAL, Window, attend, attend_cached, binding, choose, view
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from train_gpt import train_step, validation_loss
 
 GOLDEN = Path(__file__).parent / "golden"

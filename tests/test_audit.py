@@ -42,7 +42,7 @@ def shallow(tree, tmp_path_factory):
     """The tree with models of four layers, in which the cheats are made: none depends on depth."""
     layers = "    num_layers: int = opt(12,"
     return Path(edited(tree, tmp_path_factory.mktemp("shallow") / "tree",
-                       ("model_settings.py", layers, layers.replace("12", "4"))))
+                       ("settings/model.py", layers, layers.replace("12", "4"))))
 
 
 def edited(tree, folder, *edits):
@@ -733,8 +733,8 @@ found = dict(write=tried(lambda: open({str(tmp_path / 'stolen')!r}, "w")),
 raise UserError("found " + repr(found))
 """
     folder = edited(tree, tmp_path / "spy")
-    (Path(folder) / "settings.py").unlink()
-    (Path(folder) / "settings.py").write_text((tree / "settings.py").read_text() + attempt)
+    (Path(folder) / "settings/__init__.py").unlink()
+    (Path(folder) / "settings/__init__.py").write_text((tree / "settings/__init__.py").read_text() + attempt)
     with pytest.raises(UserError, match="found") as error:
         audit.audit(folder, only=["clock"])
     found = ast.literal_eval(str(error.value).partition("found ")[2])
@@ -753,8 +753,8 @@ raise UserError("found " + repr(found))
 
 def test_code_that_is_imported_from_elsewhere_is_refused(tree, tmp_path):
     folder = Path(edited(tree, tmp_path / "link"))
-    (folder / "settings.py").unlink()
-    (folder / "settings.py").symlink_to(tree / "settings.py")
+    (folder / "settings/__init__.py").unlink()
+    (folder / "settings/__init__.py").symlink_to(tree / "settings/__init__.py")
     with pytest.raises(UserError, match="settings was imported from .*not in the audited checkout"):
         audit.audit(str(folder), only=["clock"])
 

@@ -10,11 +10,10 @@ import shutil
 
 import pytest
 
-import deltas
-import schema
 import runlog
 from claim_builder import Forgery, claim, good
 from evidence import verify
+from settings import deltas, schema
 
 MUTATIONS = []
 

@@ -9,13 +9,12 @@ import re
 
 import pytest
 
-import deltas
 import runlog
-import schema
 import test_bent_claims
 from claim_builder import RECORD, Forgery, arm, built, claim, good
 from evidence import arms as program
 from evidence import ledger, verify
+from settings import deltas, schema
 
 MUTATIONS = []
 

@@ -10,12 +10,12 @@ import re
 
 import pytest
 
-import deltas
 import runlog
 from claim_builder import RECORD, Forgery, arm, built, claim, command, good, rewall
 from common import untrusted
 from common.errors import UserError
 from evidence import ledger, manifest, plausible, run_laws, stack, verify, writeup
+from settings import deltas
 from test_bent_facts import fate, second_leg, tell_all
 
 

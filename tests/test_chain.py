@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import process_group
 import schedule
 import small_models
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from optim import Optimizer
+from settings import deltas
 from small_models import Toy, plan, settings, update
 from system.comm import communication
 from updates import views

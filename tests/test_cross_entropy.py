@@ -17,14 +17,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 from common.errors import UserError
 from kernels import cross_entropy, device
 from kernels import fp8_linear as fp8_module
 from kernels.cross_entropy import label_matrix, linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from model import Head, bounded
-from model_settings import Softcap
+from settings import deltas
+from settings.model import Softcap
 from system import preflight
 
 ROOT = Path(__file__).parent.parent

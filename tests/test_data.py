@@ -24,10 +24,10 @@ from data.stream import (
     Prefetch, Shards, Stream, document_steps, positions, require_shards, shards_needed, stream_digest,
     validation_rows
 )
-from data.tokenizer import encode_documents, load
-from deltas import resolve_name
+from data.tokenizer import load
 from hub import Hub
 from common.errors import UserError
+from settings.deltas import resolve_name
 
 ROOT = Path(__file__).parent.parent
 PER_RANK = dict(loader="per_rank", wrap=True)

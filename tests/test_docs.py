@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 import sample
-import schema
 import sweep
 from common.errors import UserError
 from data import fineweb, tokenize
 from evidence import arms
 from installation import run as run_script
 from records import __main__ as records_command
+from settings import deltas, schema
 from system import command_line
 
 ROOT = Path(__file__).parent.parent

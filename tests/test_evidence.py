@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import deltas
-import schema
-import settings
 from data.corpus import sample_corpus
 from data.shards import corpus_digest, val_digest
 from evidence import verify
 from page import facts
 from runlog import read_links, render, source_hash, summarise
+from settings import deltas, schema
+from settings.numerics import NUMERICS_VERSION
 
 ROOT = Path(__file__).parent.parent
 RECORDS = deltas.load_records()
@@ -29,7 +28,7 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     s = deltas.resolve(ref, scale="tiny").settings
     assert summary["record"] == ref
     events = [event for event, _ in read_links(folder / "run.jsonl")]
-    if events[0]["numerics_version"] == settings.NUMERICS_VERSION:  # of an earlier one: stale, and said to be
+    if events[0]["numerics_version"] == NUMERICS_VERSION:  # of an earlier one: stale, and said to be
         assert summary["ml_hash"] == schema.ml_hash(s)
     corpus = sample_corpus()
     assert summary["corpus_digest"] == corpus_digest(corpus, 1)

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
 import schedule
 import train_gpt
 from data.batch import Documents
@@ -15,6 +14,7 @@ from layers.moe import Router
 from model import GPT
 from optim import Optimizer
 from runlog import read_chain
+from settings import deltas
 from step_hooks import begin_step, end_step
 from system import command_line
 from system.hooks import hooks_of, validating

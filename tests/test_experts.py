@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import deltas
 import schedule
 from kernels import experts
 from kernels.newton_schulz import newton_schulz
 from layers.moe import MoE, Router
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from step_hooks import end_step
 from system.world import World
 from common.errors import UserError

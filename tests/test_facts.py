@@ -12,13 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 import model as model_module
 import schedule
 from data.batch import Documents
 from kernels.newton_schulz import newton_schulz
 from model import GPT, without_values
 from optim import Optimizer
+from settings import deltas
 from small_models import plan as step_plan
 from system.hooks import hooks_of
 from train_gpt import train_step

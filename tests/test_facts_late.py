@@ -8,7 +8,7 @@ import math
 
 import pytest
 
-import deltas
+from settings import deltas
 
 SHORT = range(58, 93)
 CLAIMED = (15, 43)  # results of the optimizer track without a source

@@ -14,12 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import declare
-import deltas
 import features
-import schema
 from common.errors import UserError
 from model import GPT
+from settings import declare, deltas, schema
 
 FEATURES = [f.path for f in schema.fields().values() if f.is_feature]
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 import data.shards
-import deltas
 from common import files
 import runlog
 from evidence import verify
+from settings import deltas
 from sweeps import queue
 from common.errors import UserError
 
@@ -299,7 +299,7 @@ def test_folders_are_listed_by_files_alone():
 def test_json_that_is_kept_is_strict():
     """`json.dumps` is for hashes and quoted words; what is written or printed for programs is
     files.json_text's."""
-    hashed = {"schema.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
+    hashed = {"settings/schema.py", "common/files.py", "runlog.py", "evidence/arms.py", "evidence/claim_laws.py",
               "evidence/run_laws.py", "evidence/submit.py", "evidence/verify.py", "evidence/model_facts.py",
               "evidence/signing.py", "sweeps/queue.py", "system/checkpoint.py", *ALONE}
     wrong = [said(path, node) for path in MODULES for name, node in calls(path)

@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import deltas
 import schedule
 import sweep
 from evidence import statistics
+from settings import deltas
+from settings.data import tokens_per_step
 from sweeps import forecast
-from settings import tokens_per_step
 from common.errors import UserError
 
 ROOT = Path(__file__).parent.parent

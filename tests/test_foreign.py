@@ -6,14 +6,12 @@ import shutil
 
 import pytest
 
-import deltas
 import runlog
-import schema
-from claim_builder import TARGET, Forgery, arm, build, declaration
+from claim_builder import TARGET, arm, build, declaration
 from common import sandbox
 from common.errors import UserError
 from evidence import arms, foreign, verify
-from settings import Settings
+from settings import Settings, deltas, schema
 
 pytestmark = pytest.mark.skipif(
     not (os.name == "posix" and sandbox.probe().get("network") and sandbox.probe().get("writes")),
@@ -97,7 +95,7 @@ def test_that_code_cannot_act_on_the_judge(code, tmp_path, monkeypatch):
     attack = ATTACK.format(victim=str(victim), port=9)
     place = tmp_path / "code"
     shutil.copytree(code[0], place)
-    with open(place / "model_settings.py", "a") as file:
+    with open(place / "settings/model.py", "a") as file:
         file.write(attack)
     with pytest.raises(UserError) as error:
         foreign.ask(place, ["short/10"])
@@ -115,14 +113,16 @@ def test_that_code_cannot_act_on_the_judge(code, tmp_path, monkeypatch):
 ], ids=["endless", "memory", "no settings", "deep", "escape codes", "more fields"])
 def test_an_answer_is_data_too(code_text, why, tmp_path, monkeypatch):
     monkeypatch.setattr(foreign, "SECONDS", 3.0)
-    (tmp_path / "schema.py").write_text(code_text)
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings/schema.py").write_text(code_text)
     with pytest.raises(UserError, match=why) as error:
         foreign.ask(tmp_path, ["short/10"])
     assert str(error.value).isprintable()
 
 
 def test_without_a_sandbox_that_code_is_not_run(tmp_path, monkeypatch):
-    (tmp_path / "schema.py").write_text("raise SystemExit(99)")
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings/schema.py").write_text("raise SystemExit(99)")
     monkeypatch.setattr(sandbox, "probe", lambda: {"kind": "plain", "refused": []})
     with pytest.raises(UserError, match="NOT HELD: no network.* code of others is not run here"):
         foreign.ask(tmp_path, ["short/10"])

@@ -15,9 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import deltas
 import process_group
-import schema
 import schedule
 from kernels import fp8_linear as fp8_module
 from kernels import device, experts, linear_relu_sq, transpose
@@ -25,6 +23,7 @@ from kernels.device import refusal
 from kernels.fp8_mlp import fp8_mlp
 from model import GPT
 from optim import Optimizer
+from settings import deltas, schema
 from step_hooks import begin_step
 from system import preflight, warmup
 from program import program_of

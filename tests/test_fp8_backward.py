@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-import deltas
 import schedule
 from common.errors import UserError
 from kernels.fp8_mlp import Scales, fp8_mlp_both
 from layers.attention import FP8Projection
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from small_models import BOS
 from step_hooks import begin_step
 from system import warmup

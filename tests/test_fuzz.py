@@ -11,13 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import deltas
 import runlog
-import schema
 from claim_builder import good  # noqa: F401  a fixture
 from common.errors import UserError
 from data.shards import Shard, write_shard
 from evidence import manifest
+from settings import deltas, schema
 from system import checkpoint
 
 CASES = int(os.environ.get("FUZZ_CASES", "40"))

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from golden_records import (
     RECORD_53, SMEAR, block_windows, early, fill, load, originals, record20, record34, record53, small,
@@ -17,8 +16,9 @@ from kernels.fp8_linear import fp8_linear
 from layers.rotary import Rotary
 from layers.specs import RotarySpec
 from optim import Optimizer
-from model_settings import rotary_dim
 from schedule import Span, Windows
+from settings import deltas
+from settings.model import rotary_dim
 from small_models import Toy, plan as step_plan, update
 from updates.adam import AdamW
 from updates.muon import Muon

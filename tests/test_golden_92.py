@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from data.candidates import Sweep
 from golden_late import HEADS, projections
@@ -16,6 +15,7 @@ from layers.bigram import ngram_ids, ngram_sign_ids
 from model import count_parameters
 from optim import Optimizer
 from schedule import Span, Windows
+from settings import deltas
 from small_models import Toy, plan, update
 from system.tail_average import TailAverages
 from updates import views

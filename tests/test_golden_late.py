@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from golden_late import CONVERT, fixture, gradients, projections
 from golden_records import fill, load, originals, token_windows
 from layers.bigram import bigram_ids
 from optim import Optimizer
 from schedule import Shape, StepPlan
+from settings import deltas
 from system.hooks import hooks_of
 
 # case: long window in blocks, its history, weights of the targets

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import golden_medium
 import schedule
 from golden_medium import block_windows, fixture
@@ -16,6 +15,7 @@ from layers.rotary import Rotary, RotaryTables
 from layers.specs import RotarySpec, layer_specs
 from model import count_parameters
 from optim import Optimizer
+from settings import deltas
 from small_models import Toy, update
 from system.wrappers import Outer
 from test_golden import check_gradients, inputs, relative

@@ -11,11 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import deltas
-import schema
 from claim_builder import MACHINE, TARGET, Forgery, arm, built, claim, command, good, systems, two_arms
 from common.errors import UserError
 from evidence import provenance, run_laws, signing, verify
+from settings import deltas, schema
 
 ROOT = Path(__file__).parent.parent
 

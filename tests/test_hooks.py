@@ -7,13 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
 import schedule
 from data.batch import to_rows
 from data.corpus import sample_corpus
 from data.stream import Stream, stream_arguments, validation_rows
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from system.hooks import Stateful, all_tensors, hooks_of
 from system.warmup import state_hash
 from train_gpt import train_step, validation_loss

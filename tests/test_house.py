@@ -31,12 +31,8 @@ FLOORS = [
     {"system"},
     {"model", "optim"},
     {"layers", "updates", "schedule", "data", "runlog"},
-    {"kernels", "deltas"},
-    {"schema", "scales"},
+    {"kernels"},
     {"settings"},
-    {"model_settings", "optim_settings", "system_settings"},
-    {"init_settings", "mixing_settings", "muon_settings", "wrapper_settings"},
-    {"declare", "renames"},
     {"common"},
 ]
 HEIGHT = {room: len(FLOORS) - i for i, floor in enumerate(FLOORS) for room in floor}

@@ -222,13 +222,9 @@ def checkout(tmp_path):
     down its calls."""
     place = tmp_path / "a b" / "it's $odd [x]"
     place.mkdir(parents=True)
-    for name in (
-        "declare.py", "deltas.py", "init_settings.py", "mixing_settings.py", "model_settings.py",
-        "muon_settings.py", "optim_settings.py", "renames.py", "runlog.py", "system_settings.py", "scales.py",
-        "schema.py", "settings.py", "run.sh", "test.sh", "pyproject.toml", "wrapper_settings.py"
-    ):
+    for name in ("runlog.py", "run.sh", "test.sh", "pyproject.toml"):
         shutil.copy(ROOT / name, place)
-    for name in ("common", "installation", "system"):
+    for name in ("common", "installation", "settings", "system"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "records" / "presets", place / "records" / "presets")
     shutil.copytree(

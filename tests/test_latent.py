@@ -8,20 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
-import schema
 import sample
 import schedule
 from kernels.attention import CAUSAL, Window, attend, attend_cached, view, visible
 from kernels.newton_schulz import newton_schulz
-from declare import lookup
 from layers.attention import AttnMeta
 from layers.latent import LatentAttention
 from layers.specs import layer_specs
 from model import GPT, count_parameters
 from optim import Optimizer
-from model_settings import query_dim, value_dim
 from common.errors import UserError
+from settings import deltas, schema
+from settings.declare import lookup
+from settings.model import query_dim, value_dim
 
 BOS = 1256
 # no two widths equal

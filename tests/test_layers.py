@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import deltas
 import schedule
 from common.errors import UserError
 from kernels import eager
@@ -20,6 +19,7 @@ from layers.primitives import Learned, linear
 from layers.residual import Entry, Term
 from layers.specs import AttnSpec, LayerSpec, RotarySpec, layer_specs
 from model import GPT
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 BOS = 1256
@@ -238,7 +238,7 @@ def test_parts_import_nothing_above_them_and_specifications_no_torch():
     for path in (ROOT / "layers").glob("*.py"):
         assert not [name for name in imports(path) if name.split(".")[0] in above], path
     assert {name.split(".")[0] for name in imports(ROOT / "layers/specs.py")} == {
-        "dataclasses", "typing", "settings", "model_settings"
+        "dataclasses", "typing", "settings"
     }
 
 

@@ -16,13 +16,12 @@ import pytest
 
 import browser_page
 import claim_builder
-import deltas
-import schema
 from records import __main__ as records_command
 from page import leaderboard
 from evidence import statistics, verify
 from page import facts, sections, tags
 from common.errors import UserError
+from settings import deltas, schema
 
 ROOT = Path(__file__).parent.parent
 VOID = {"meta", "link", "input", "br", "col", "wbr", "img", "hr"}

@@ -11,16 +11,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 import sample
 import schedule
-import schema
 from common.errors import UserError
 from golden_records import RECORD_53
 from kernels.qk_rotary import qk_rotary_reference
 from layers.specs import layer_specs
 from model import GPT, Head, bounded, count_parameters
-from model_settings import Softcap
+from settings import deltas, schema
+from settings.model import Softcap
 
 BOS = 1256
 LATE = [f"{path}={value}" for path, value in RECORD_53.items()]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 from common import lines
 from records.__main__ import main
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = [["list"], ["features"], ["judge"], ["judge", "short/33"], ["diff", "short/1", "short/33"],

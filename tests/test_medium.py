@@ -8,14 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
-import schema
 from common.errors import UserError
-from declare import lookup
 from optim import Optimizer
+from settings import Settings, deltas, schema
+from settings.declare import lookup
 from small_models import BOS, Toy, build, plan, tokens, update
-from settings import Settings
 from updates import views
 
 RECORDS = [ref for ref in deltas.load_records() if ref.startswith("medium/")]

@@ -10,12 +10,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import deltas
 import schedule
 from kernels import cross_entropy, linear_relu_sq, qk_rotary
 from model import GPT, Head
-from model_settings import padded_vocab
 from common.errors import UserError
+from settings import deltas
+from settings.model import padded_vocab
 from system import memory
 from system.microbatch import ranks_per_microbatch
 

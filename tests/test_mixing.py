@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 import schedule
 from common.errors import UserError
 from kernels.qk_rotary import offset_keys
@@ -20,8 +19,9 @@ from layers.compose import composed, excluded
 from layers.specs import layer_specs
 from model import GPT, segments
 from optim import Optimizer
-from optim_settings import TailAverage
 from sample import generate
+from settings import deltas
+from settings.optim import TailAverage
 from small_models import BOS, Toy, build, plan, tokens, update
 from system.tail_average import TailAverages
 from updates import adam, views

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import deltas
 import schedule
 from kernels import fp8_linear as fp8_module
 from kernels.fp8_linear import fp8_linear
@@ -17,6 +16,7 @@ from kernels.newton_schulz import newton_schulz
 from layers.specs import layer_specs
 from model import GPT, count_parameters
 from optim import Optimizer
+from settings import deltas
 from system import dry_run as plan
 from sample import generate
 from small_models import BOS, build, each_record, settings, step, tokens

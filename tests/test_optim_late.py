@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 from golden_records import load
 from kernels.newton_schulz import ANVIL, POLAR_EXPRESS
 from optim import Optimizer
+from settings import deltas
 from small_models import Toy, build, plan, update
 from updates import views
 from updates.views import Views

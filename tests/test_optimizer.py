@@ -16,16 +16,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 import optim
 import process_group
 import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from model import GPT
-from optim_settings import LABELS, Label, MatrixLabel, Optim
-from muon_settings import Muon as OptimMuon
 from optim import RULES, Optimizer, Tree, local_ranks
+from settings import deltas
+from settings.muon import Muon as OptimMuon
+from settings.optim import LABELS, Label, MatrixLabel, Optim
 from step_hooks import begin_step
 from small_models import Toy, build, forward_all, plan, settings, step, tokens, update
 from system.comm import communication

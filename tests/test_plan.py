@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from common.errors import UserError
 from data.batch import to_rows
@@ -19,8 +18,9 @@ from data.stream import Stream, stream_arguments
 from evidence import run_laws
 from model import GPT
 from optim import Optimizer
-from scales import SCALES, scaled
-from settings import tokens_per_step
+from settings import deltas
+from settings.data import tokens_per_step
+from settings.scales import SCALES, scaled
 from system.hooks import hooks_of
 from system import command_line, compiler, memory, plan_plot, warmup
 from system.dry_run import print_plan

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import runlog
-import schema
 import settings
 from evidence import claim_laws, fact_laws, manifest, off_clock, plausible, replay, run_laws
 from common.errors import UserError
+from settings import schema
 
 ROOT = Path(__file__).parent.parent
 
@@ -96,7 +96,7 @@ def test_what_is_left_of_a_curve_after_a_fit_sees_neither_shift_nor_drift():
 
 
 def test_committed_records_stand_behind_their_parents_in_time():
-    import deltas
+    from settings import deltas
     # a result of the optimizer track stands on the one whose settings are nearest, which may be a later one
     wrong = [(r.ref, p) for r in deltas.load_records().values() for p in plausible.check_record(r)
              if not (r.ref.startswith("optimizer/") and "is before that of its parent" in p)]

@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 
-import deltas
-import schema
 from records import __main__ as command
 from page import curves, plot
 from runlog import chain_line, GENESIS
 from common.errors import UserError
+from settings import deltas, schema
 
 
 def make_run(

@@ -15,13 +15,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import deltas
 import schedule
 from kernels import device, qk_rotary
 from kernels.qk_rotary import qk_rotary_reference
 from layers.rotary import Rotary
 from model import GPT
 from model import Rotary
+from settings import deltas
 from system import preflight
 from program import program_of
 from layers.specs import rotary_spec

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 from common.errors import UserError
 from evidence import referee, task
 from records.__main__ import main
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 GOAL = deltas.load_records()["short/11"].delta

@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import deltas
-import renames
 import sample
-import schema
 import settings
 from common.errors import UserError
 from model import GPT
+from settings import deltas, renames, schema
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import runlog
-import schema
 import train_gpt
 from common import arguments
 from common.errors import UserError
@@ -24,6 +23,7 @@ from data.stream import Stream
 from evidence import run_laws
 from page import curves
 from program import program_of
+from settings import schema
 from system import checkpoint, command_line, resume
 from test_stream import make_corpus
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 from common.errors import UserError
-from model_settings import padded_vocab
+from settings import deltas
+from settings.model import padded_vocab
 from system import dry_run, memory, roofline
 
 ROOT = Path(__file__).parent.parent

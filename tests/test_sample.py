@@ -11,11 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
-import schema
 import sample
 from data import tokenizer
 from model import GPT
+from settings import deltas, schema
 
 ROOT = Path(__file__).parent.parent
 CONTEXT = 64

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-import deltas
 import schedule
 from model import GPT, without_values
 from optim import Optimizer
+from settings import deltas
 
 CURVE = deltas.RECORDS / "presets/scaleup-1.5b.csv"
 SMALL = ["model.model_dim=48", "model.vocab_size=1257", "data.tokens_per_rank=64", "data.seq_len=64",

@@ -6,11 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import deltas
 import matrix
 import schedule
-import schema
-from declare import lookup
+from settings import deltas, schema
+from settings.declare import lookup
 from system.dry_run import print_plan
 from system.report import cut_line
 from common.errors import UserError

@@ -13,16 +13,12 @@ from pathlib import Path
 
 import pytest
 
-import deltas
-import scales
-import schema
-import model_settings
-import settings
 import schedule
+from settings import Settings, deltas, model as model_settings, scales, schema
+from settings.data import tokens_per_step
+from settings.declare import AS_IS, BEFORE, PRECISION, PRODUCTS, REFUSE, lookup, opt, walk
+from settings.scales import SCALES
 from system.dry_run import print_plan
-from scales import SCALES
-from declare import AS_IS, BEFORE, PRECISION, PRODUCTS, REFUSE, lookup, opt, walk
-from settings import Settings, tokens_per_step
 from common.errors import UserError
 from records.__main__ import main
 
@@ -551,7 +547,7 @@ def test_a_dry_run_begins_with_what_differs_from_the_parent(capsys):
     assert [line for line in lines if "by this command" in line] == [
         "optim.muon.lr: 0.00144 -> 0.5  (by this command)"
     ]
-    assert differences(deltas.resolve("short/1"))[0].startswith("the defaults of settings.py (no parent)")
+    assert differences(deltas.resolve("short/1"))[0].startswith("the defaults of settings/ (no parent)")
     assert differences(deltas.resolve("short/7"))[1][0].startswith("none")
 
 

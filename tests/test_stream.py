@@ -1,7 +1,6 @@
 """Laws of the loaders that go by documents: aligned (records 26-28) and packed (record 29 on)."""
 
 import itertools
-import threading
 from pathlib import Path
 
 import numpy as np

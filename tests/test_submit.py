@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 from claim_builder import FakeTime, advance, arm, build, declaration
 from evidence import compare, manifest, submit, verify, writeup
 from common.errors import UserError
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 SETS = ["validation.target=7.2", "schedule.steps=3", "validation.tokens=4096"]

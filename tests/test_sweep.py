@@ -8,8 +8,7 @@ import tomllib
 
 import pytest
 
-import deltas
-import schema
+from settings import deltas, schema
 from sweeps import queue, worker, report as sweep_report
 from sweeps.plan import grouped, pairs_of, split
 from common.errors import UserError

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import deltas
 import process_group
 import schedule
 from common.errors import UserError
 from model import GPT
 from optim import Optimizer, RowBank, Tree, local_ranks
+from settings import deltas
 from small_models import BOS, Toy, plan, step, tokens
 from step_hooks import begin_step
 from system import warmup

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import process_group
 import schedule
 import small_models
@@ -18,6 +17,7 @@ from evidence import task
 from model import GPT
 from optim import Optimizer, local_ranks
 from page import facts, markdown, sections
+from settings import deltas
 from small_models import Toy, plan, settings, update
 from sweeps.plan import whole_lineage
 from system.comm import communication

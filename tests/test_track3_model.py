@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import deltas
 import schedule
 from data.batch import Documents
 from data.stream import positions, stream_arguments
@@ -19,6 +18,7 @@ from layers.primitives import Norm
 from layers.signed_gains import fill_gains, paired_signs
 from model import GPT, Head, count_parameters, with_bias, without_values
 from optim import Optimizer
+from settings import deltas
 from small_models import settings
 from track3_models import fill, ours, small, theirs
 from train_gpt import train_step

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import schedule
 from golden_records import load
 from golden_track3 import BASES, assert_equal
 from optim import RULES, Optimizer
+from settings import deltas
 from small_models import update
 from system.hooks import hooks_of
 from test_track3_directions import GivenNoise

@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 from common import repository
 import process_group
 import train_gpt
@@ -26,6 +25,7 @@ from model import GPT, segments
 from page import plot
 from evidence import run_laws
 from runlog import read_chain, read_links, render, summarise
+from settings import deltas
 from small_models import each_record
 from common.errors import UserError
 from data.batch import count_documents, to_rows

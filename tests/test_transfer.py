@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
 import schedule
 import small_models
 from common.errors import UserError
 from model import GPT
 from optim import Optimizer
+from settings import deltas
 from system.dry_run import wrapper_remarks
 from system.hooks import hooks_of, reading
 from test_chain import SLOTS, TWELVE

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import deltas
 import schedule
 from model import GPT, without_values
 from optim import Optimizer
-from model_settings import padded_vocab
+from settings import deltas
+from settings.model import padded_vocab
 
 ROOT = deltas.RECORDS.parent
 

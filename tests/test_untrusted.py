@@ -4,7 +4,6 @@ that nothing redirects; and `records verify` on claims that were bent in these w
 import json
 import lzma
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import runlog
-from claim_builder import claim, command, good
+from claim_builder import command
 from common import untrusted
 from common.errors import UserError
 from evidence import verify, writeup

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import process_group
 import schedule
 from common.errors import UserError
 from golden_records import load
 from kernels import symmetric
 from kernels.newton_schulz import POLAR_EXPRESS, newton_schulz
-from optim_settings import LABELS, Label, MatrixLabel, Optim
 from optim import RULES, Optimizer, local_ranks
+from settings import deltas
+from settings.optim import LABELS, Label, MatrixLabel, Optim
 from small_models import Toy, plan, settings, update
 from system.comm import communication
 from updates import mantissa, views

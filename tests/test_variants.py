@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-import deltas
 import schedule
 from kernels.attention import CAUSAL, Window, keys_seen, visible
 from layers.specs import layer_specs
 from model import without_values
+from settings import deltas
 from system import dry_run as plan
 from page import variant_table
 from records.__main__ import main

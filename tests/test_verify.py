@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-import deltas
 import runlog
 import schedule
 from claim_builder import Forgery, built, claim, command, good, two_arms
 from evidence import claim_laws, provenance, run_laws, verify
 from common.errors import UserError
+from settings import deltas
 
 ROOT = Path(__file__).parent.parent
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import runlog
-import schema
-from deltas import resolve
 from page import watch
 from records import __main__ as records
+from settings import schema
+from settings.deltas import resolve
 from system.heartbeat import Heartbeat, beaten
 
 

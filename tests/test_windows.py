@@ -4,12 +4,12 @@ query sees."""
 import pytest
 import torch
 
-import deltas
 import schedule
 from golden_records import build
 from kernels.attention import attend
 from layers.specs import layer_specs
 from model import GPT
+from settings import deltas
 
 RECORDS = [*range(12, 22), "21r", "21t", *range(22, 34)]
 LONG = (0, 4, 7, 11)  # layers with the long window from record 20 on

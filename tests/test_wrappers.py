@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-import deltas
 import process_group
 import sample
 import schedule
@@ -24,6 +23,7 @@ from golden_records import load
 from golden_track3 import CHAIN
 from model import GPT, without_values
 from optim import RULES, Optimizer
+from settings import deltas
 from small_models import BOS, Toy, plan, step, tokens, update
 from system import memory
 from system.comm import communication

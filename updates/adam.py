@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from optim_settings import Hyper
+from settings.optim import Hyper
 from updates.rows import Rows
 
 # Elements per pass of the eager rule on the CPU, so that its ten operations work in the cache instead of in
@@ -92,7 +92,7 @@ class AdamW:
 
     @classmethod
     def of(cls, s, group) -> "AdamW":
-        """The rule for one group (settings.Hyper) of a run."""
+        """The rule for one group (settings.optim.Hyper) of a run."""
         n, cautious = s.numerics, s.optim.adam.cautious_decay
         return cls(
             group.lr, group.beta1, group.beta2, group.eps, group.weight_decay,

@@ -2,7 +2,7 @@
 
 import torch
 
-from model_settings import head_dim
+from settings.model import head_dim
 from updates import soap
 from updates.annealing import Annealing, Bases
 from updates.aurora import Aurora
@@ -25,7 +25,7 @@ SOFT = (0.1091613623, 0.07085664498, 0.05210528973, 0.05457295795, 0.05011334061
 
 
 def chain(s, group) -> tuple:
-    """The slots that the settings ask for, in their order. group: optim_settings.Hyper."""
+    """The slots that the settings ask for, in their order. group: settings.optim.Hyper."""
     muon = s.optim.muon
     slots = [Muown(muon.muown)] if muon.muown else []
     slots += direction(muon) or orthogonal_momentum(s)

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import torch
 
-from optim_settings import HeadEigenbasis, HeadKfac
+from settings.optim import HeadEigenbasis, HeadKfac
 from updates.adam import AdamW, adamw_
 from updates.norms import frobenius, ramp
 from updates.slots import kept_dtype
@@ -75,7 +75,7 @@ class EigenAdam(HeadRule):
 
     @classmethod
     def of(cls, s, group) -> "EigenAdam":
-        """The rule for one group (settings.Hyper) of a run."""
+        """The rule for one group (settings.optim.Hyper) of a run."""
         return cls(AdamW.of(s, group), s.optim.lm_head.eigenbasis)
 
     def state(self, unit, dtype, views) -> dict:
@@ -146,7 +146,7 @@ class KfacAdam(HeadRule):
 
     @classmethod
     def of(cls, s, group) -> "KfacAdam":
-        """The rule for one group (settings.Hyper) of a run."""
+        """The rule for one group (settings.optim.Hyper) of a run."""
         return cls(AdamW.of(s, group), s.optim.lm_head.kfac)
 
     def state(self, unit, dtype, views) -> dict:

@@ -33,7 +33,7 @@ class MasterAdamW(AdamW):
 
     @classmethod
     def of(cls, s, group) -> "MasterAdamW":
-        """The rule for one group (settings.Hyper) of a run."""
+        """The rule for one group (settings.optim.Hyper) of a run."""
         plain = AdamW.of(s, group)
         return cls(**{name: getattr(plain, name) for name in AdamW.__dataclass_fields__},
                    start=s.optim.embed.master)

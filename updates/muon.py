@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from muon_settings import SlowMomentum
+from settings.muon import SlowMomentum
 from updates import mantissa
 from updates.chain import chain
 from updates.slots import Slot, Step
@@ -31,7 +31,7 @@ class Muon:
 
     @classmethod
     def of(cls, s, group) -> "Muon":
-        """The rule for one group (settings.Hyper) of a run."""
+        """The rule for one group (settings.optim.Hyper) of a run."""
         slots = chain(s, group)
         return cls(
             group.lr, slots, getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,

@@ -20,7 +20,7 @@ class Muown(Slot):
     start to `norm` with the power `norm_power` of the share of `norm_steps` updates. The next slot gets the
     gradient of v.
     """
-    settings: Any  # muon_settings.Muown
+    settings: Any  # settings.muon.Muown
 
     def axis(self, views) -> int:
         """The axis along which a row, the weights of one output, lies."""

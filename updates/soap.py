@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from muon_settings import SoapTrust
+from settings.muon import SoapTrust
 from updates.norms import frobenius, inner, ramp, rescaled
 from updates.slots import Slot
 

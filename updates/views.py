@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from model_settings import query_dim
+from settings.model import query_dim
 
 @dataclass(frozen=True)
 class Views:
@@ -108,7 +108,7 @@ def mark_depth(s: Any, blocks: Iterable[torch.nn.Module]) -> None:
             p.views = replace(p.views, depth=i / len(blocks))
 
 
-# optim_settings.NorMuon -> variance_axis of a matrix (outputs, inputs)
+# settings.optim.NorMuon -> variance_axis of a matrix (outputs, inputs)
 PER_CHANNEL = {"output": -1, "input": -2, "mixed": None}
 
 

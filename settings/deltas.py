@@ -18,19 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import renames
-import scales
 import settings
 from common import files
 from common import untrusted
 from common.errors import UserError, did_you_mean, near
-from declare import BEFORE, REFUSE, holds, lookup, unmet_needs
-from schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
-from scales import SCALES
-from settings import NUMERICS_VERSION, Settings
+from settings import Settings, renames, scales
+from settings.declare import BEFORE, REFUSE, holds, lookup, unmet_needs
+from settings.scales import SCALES
+from settings.schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
 
-RECORDS = Path(__file__).parent / "records"
-ATTEMPTS = Path(__file__).parent / "attempts"  # ideas that are no record yet and never part of a lineage
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "records"
+ATTEMPTS = ROOT / "attempts"  # ideas that are no record yet and never part of a lineage
 ATTEMPT = "attempts/"  # how the ref of one begins
 LINEAGES = ("short", "medium", "optimizer", "variants")
 KINDS = ("ml", "systems", "both", "retiming", "baseline")

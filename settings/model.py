@@ -1,4 +1,4 @@
-"""What a model is: the sections of settings.Model, with the widths that follow from them.
+"""What a model is: the sections of settings.model.Model, with the widths that follow from them.
 
 Sections that refer to others stand behind them. In `check(self, s)`, s is the whole Settings.
 """
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import REFUSE, opt
-from init_settings import Init
-from mixing_settings import (
+from settings.declare import REFUSE, opt
+from settings.init import Init
+from settings.mixing import (
     XSA, Backout, Bigram, Compose, Lanes, LayerReuse, Mudd, Narrow, OutputSmear, SecondEmbed, SkipGate, Smear,
     Sublayers, TokenGates, ValueGate, attention_faults, channel_faults, layer_faults
 )

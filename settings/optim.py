@@ -6,11 +6,11 @@ section that is on. In `check(self, s)`, s is the whole Settings.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from declare import BEFORE, REFUSE, opt
-from muon_settings import Muon
-from wrapper_settings import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+from settings.declare import BEFORE, REFUSE, opt
+from settings.muon import Muon
+from settings.wrappers import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """How a setting is declared, and what its declaration says of a value: range, default, conditions.
 
-`opt(...)` stands next to the field in settings.py. Nothing here knows a setting, and nothing imports torch.
+`opt(...)` stands next to the field, in the file of its part. Nothing here knows a setting or imports torch.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import lookup, opt
+from settings.declare import lookup, opt
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import opt
+from settings.declare import opt
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import REFUSE, opt
+from settings.declare import REFUSE, opt
 
 
 # ----- checks of several sections ---------------------------------------------------------------------------

@@ -19,12 +19,11 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-import renames
-import settings
 from common import arguments
 from common.errors import UserError, did_you_mean, near
-from declare import default_of, lookup, walk
-from settings import Settings
+from settings import Settings, renames
+from settings.declare import default_of, lookup, walk
+from settings.numerics import NUMERICS_VERSION
 
 LIMIT = arguments.COUNT_LIMIT  # of any whole number in a setting
 
@@ -345,7 +344,7 @@ def ml_hash(s: Settings) -> str:
     reached = dataclasses.replace(s, validation=dataclasses.replace(s.validation, target=3.28))
     tree = renames.first_settings(deviations(reached))
     tree.pop("system", None)
-    return _hash([settings.NUMERICS_VERSION, tree])
+    return _hash([NUMERICS_VERSION, tree])
 
 
 def system_hash(s: Settings) -> str:

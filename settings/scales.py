@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from declare import AS_IS, PRECISION, PRODUCTS
-from optim_settings import BLOCK_MATRICES, LABELS, Optim
-from settings import LOGICAL_RANKS, Settings, row_limit, tokens_per_step
+from settings import Settings
+from settings.data import LOGICAL_RANKS, row_limit, tokens_per_step
+from settings.declare import AS_IS, PRECISION, PRODUCTS
+from settings.optim import BLOCK_MATRICES, LABELS, Optim
 
 
 @dataclass(frozen=True)

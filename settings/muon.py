@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import BEFORE, REFUSE, opt
+from settings.declare import BEFORE, REFUSE, opt
 
 
 # ----- directions that stand in for momentum and orthogonalisation, and Muown

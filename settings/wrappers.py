@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from declare import REFUSE, opt
+from settings.declare import REFUSE, opt
 
 
 WORKERS = (1, 8)  # all ranks together, or a worker for each logical rank

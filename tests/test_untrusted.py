@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import runlog
-from claim_builder import command
+from claim_builder import claim, command, good
 from common import untrusted
 from common.errors import UserError
 from evidence import verify, writeup

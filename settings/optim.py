@@ -276,6 +276,10 @@ class TailAverage:
         0.3493, "share by which v, o and the MLPs, averaged already, move to theirs in the blend", least=0,
         most=1
     )
+    unread_mlp_square: float = opt(
+        0.0, "squares of MLP weights that a record stores and never reads; their sum counts in the norm that "
+        "the MLPs keep (record 92: the first matrix of layer 7)", off=0.0, shrink="width", least=0
+    )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,8 @@ class TailAverages(Stateful):
     A head and an embedding are averaged over the last `long` steps, at the steps that update them, and pulled
     towards it. v, o and the MLPs are averaged over the last `short` steps, every fourth step, and replaced;
     the value tables likewise, at their own updates. Then q, k, v, o and the MLPs are pulled towards a second
-    average, over the last `long` steps. Each kind gets back the Frobenius norm that it had.
+    average, over the last `long` steps. Each kind gets back the Frobenius norm that it had. As long as the
+    embedding is the head's weight, its average is the head's.
     """
 
     def __init__(self, model: GPT, told: TailAverage, steps: int) -> None:
@@ -61,8 +62,16 @@ class TailAverages(Stateful):
     def after_update(self, plan: StepPlan) -> None:
         with torch.no_grad():
             self.tick(plan)
+            if "untie" in plan.events:
+                self.untie()
             if plan.step == self.steps - 1:
                 self.apply()
+
+    def untie(self) -> None:
+        """The embedding takes over the head's average; its own weight was out of use until this step."""
+        names = {p.label: name for name, p in self.head.parameters.items()}
+        if "embed" in names and "lm_head" in names:
+            self.head.values[names["embed"]].copy_(self.head.values[names["lm_head"]])
 
     def tick(self, plan: StepPlan) -> None:
         """The averages that this step ticks."""
@@ -82,7 +91,7 @@ class TailAverages(Stateful):
 
     def apply(self) -> None:
         """Give the averages to the weights."""
-        told, norms = self.told, [norm(bank) for bank in self.banks]
+        told, norms = self.told, [self.norm(bank) for bank in self.banks]
         for name in self.head.parameters:
             self.head.pull(name, told.head)
         for average in (self.matrices, self.values):
@@ -91,9 +100,19 @@ class TailAverages(Stateful):
         for name in self.blend.parameters:
             self.blend.pull(name, told.qk if name in self.q_and_k else told.matrices)
         for bank, before in zip(self.banks, norms):
-            factor = before / norm(bank) if bank else 1.0
+            factor = before / self.norm(bank) if bank else 1.0
             for p in bank.values():
                 p.mul_(factor)
+
+    def norm(self, bank: dict[str, torch.nn.Parameter]) -> torch.Tensor | float:
+        """The Frobenius norm of several parameters together; of the MLPs with what the originals store
+        unread."""
+        if not bank:
+            return 1.0
+        wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in bank.values()]
+        total = torch.stack([x.square().sum() for x in wide]).sum()
+        of_mlps = any(p.label == "c_fc" for p in bank.values())
+        return (total + self.told.unread_mlp_square if of_mlps else total).sqrt()
 
     def all(self) -> dict[str, Average]:
         return {"head": self.head, "matrices": self.matrices, "values": self.values, "blend": self.blend}
@@ -110,11 +129,3 @@ class TailAverages(Stateful):
             found |= {f"{kind}.{name}": value for name, value in average.values.items()}
             found[f"{kind}.started"] = average.started
         return found
-
-
-def norm(bank: dict[str, torch.nn.Parameter]) -> torch.Tensor | float:
-    """The Frobenius norm of several parameters together."""
-    if not bank:
-        return 1.0
-    wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in bank.values()]
-    return torch.stack([x.square().sum() for x in wide]).sum().sqrt()

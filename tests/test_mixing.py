@@ -549,12 +549,13 @@ def average(history, ticks):
     return value
 
 
-@pytest.mark.feature("optim.tail")
+@pytest.mark.feature("optim.tail", "optim.tail.unread_mlp_square")
 def test_tail_averages_are_the_replay_of_the_last_steps():
     """The last of 40 steps, in which every weight moves; head and embedding are due in odd ones, tables in
-    every fourth."""
-    model = build("short/92").requires_grad_(False)
-    averages = TailAverages(model, TailAverage(long=16, short=12), 40)
+    every fourth. Up to step 27 the embedding is the head's weight, and its own parameter out of use."""
+    model, unread = build("short/92").requires_grad_(False), 40.0
+    told = TailAverage(long=16, short=12, unread_mlp_square=unread)
+    averages = TailAverages(model, told, 40)
     moved = {name: p for name, p in model.named_parameters() if p.label != "bigram"}
     noise = {name: random(*p.shape, seed=len(name)) for name, p in moved.items()}
     history = {name: {} for name in moved}
@@ -562,8 +563,13 @@ def test_tail_averages_are_the_replay_of_the_last_steps():
         for name, p in moved.items():
             p += math.cos(i * i) * noise[name].roll(i)
             history[name][i] = p.clone()
+        if i <= 27:
+            history["embed.weight"][i] = history["lm_head.weight"][i]
+        if i == 27:
+            model.embed.weight.copy_(model.lm_head.weight)
         due = {"value_embed"} if i % 4 == 3 else set()
-        averages.after_update(SimpleNamespace(step=i, due=frozenset(due | ({"lm_head"} if i % 2 else set()))))
+        averages.after_update(SimpleNamespace(step=i, due=frozenset(due | ({"lm_head"} if i % 2 else set())),
+                                              events=("untie",) if i == 27 else ()))
     rate = 2 / 17
     head = {24: 1.0, **dict.fromkeys(range(25, 39, 2), 1 - (1 - rate) ** 2), 39: rate}
     blend = dict.fromkeys((25, 29, 33, 37, 38, 39), 2 / 5)
@@ -585,10 +591,13 @@ def test_tail_averages_are_the_replay_of_the_last_steps():
         found[name] = end
         banks.setdefault(bank, []).append(name)
     squares = lambda tensors: sum(x.square().sum() for x in tensors)
+    last = {name: weights[39] for name, weights in history.items()}
     for bank, names in banks.items():
         factor = 1.0
         if bank is not None:
-            factor = (squares(history[n][39] for n in names) / squares(found[n] for n in names)).sqrt()
+            more = unread if bank == "mlp" else 0.0  # of weights that are stored and do not move
+            before, after = (squares(x[n] for n in names) + more for x in (last, found))
+            factor = (before / after).sqrt()
         for name in names:
             assert same(model.get_parameter(name), factor * found[name]), name
     assert {*banks} == {"embed.weight", "lm_head.weight", "qk", "vo", "mlp", None}

@@ -154,6 +154,7 @@ class Head(nn.Module):
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.products = products_dtype(s)
         self.reduction = m.head.loss_reduction
+        self.full_mass = m.head.mtp is not None and m.head.mtp.full_mass
         self.loss_dtype, self.eval_loss_dtype = dtype(n.loss), dtype(n.eval_loss)
         self.auto, self.classes = s.system.kernels.loss == "auto", padded_vocab(s)
         self.backend = {
@@ -233,7 +234,7 @@ class Head(nn.Module):
                 logits = logits + corrections.to(logits.dtype)
             if weights is not None or prefix is not None:
                 weights = (1.0,) if weights is None else weights
-                return weighted_losses(logits, targets, weights, prefix, prefix_weight)
+                return weighted_losses(logits, targets, weights, prefix, prefix_weight, self.full_mass)
             losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
             return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
         if bias is not None:
@@ -242,8 +243,8 @@ class Head(nn.Module):
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
                 prefix=prefix, prefix_weight=None if prefix is None else prefix_weight,
-                logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype, loss_dtype=self.logits_dtype(),
-                backend=backend, transpose=self.transpose
+                full_mass=self.full_mass, logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype,
+                loss_dtype=self.logits_dtype(), backend=backend, transpose=self.transpose
             )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None

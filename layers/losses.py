@@ -24,7 +24,9 @@ def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int)
     return position.masked_fill(targets < 0, -1)
 
 
-def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=None):
+def weighted_losses(
+    logits, targets, weights=(1.0,), prefix=None, prefix_weight=None, full_mass=False
+):
     """The loss (R, T) of several weighted targets.
 
     For token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n] (multi-token
@@ -36,6 +38,7 @@ def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=
         weights: N numbers, a sequence or a tensor.
         prefix: (R, T) int64, or None; a negative one adds nothing.
         prefix_weight: one number, with `prefix`.
+        full_mass: the gradient of log_z counts all weights at the end of a row too (model.head.mtp.full_mass).
     """
     # at least float32: in bfloat16 an error of log_z (about 10) would change every gradient by up to 3 %
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -44,6 +47,9 @@ def weighted_losses(logits, targets, weights=(1.0,), prefix=None, prefix_weight=
         tokens = targets.size(1) - n  # number of tokens that have an n-th target
         chosen = at_targets(logits[:, :tokens], targets[:, n:])
         total = total + F.pad(weights[n] * (log_z[:, :tokens] - chosen), (0, n))
+        if full_mass:  # zero, with the gradient of log_z
+            rest = log_z[:, tokens:]
+            total = total + F.pad(weights[n] * (rest - rest.detach()), (tokens, 0))
     if prefix is None:
         return total
     chosen = at_targets(logits, prefix.clamp(min=0))

@@ -50,6 +50,10 @@ class MTP:
         False, "MTP module: the second next token is predicted by a module of its own, which sees the next "
                "one (DeepSeek-V3, arXiv 2412.19437, section 2.2, at depth 1), within documents (off: by the "
                "same logits as the next one)", off=False)
+    full_mass: bool = opt(
+        False, "gradient of the kernels of records 79 to 92: the softmax counts the weights of all targets in "
+               "the last tokens of a row too, where the loss has fewer targets (off: the gradient of the "
+               "loss)", off=False)
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]
@@ -70,6 +74,9 @@ class MTP:
         elif self.module and max(sizes[0]) > 2:
             yield ("model.head.mtp.module predicts one token more than the model: give at most two weights "
                    "per stage")
+        if self.full_mass and (self.module or max(sizes[0], default=0) < 2):
+            yield ("model.head.mtp.full_mass is about the second and later weights of one softmax, and there "
+                   "are none: switch it off")
         if self.module and s.model.embed.learned_positions:
             yield ("model.head.mtp.module embeds the next token, for which the position table has no row: "
                    "set model.embed.learned_positions=false")

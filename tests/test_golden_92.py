@@ -125,19 +125,20 @@ def ours(golden, prefix, model):
     return found
 
 
-@pytest.fixture(scope="module")
-def record():
-    """(golden numbers, model with the fixture's parameters, function (long window, history, ...) ->
-    losses)."""
-    golden, _ = load("r92")
-    golden["param/ngram_table"] = golden["in/ngram_table"]
-    _, model = build("short/92", **SETS)
+def filled(golden, **sets):
+    """The model with the fixture's parameters and signs, after the heads have parted."""
+    _, model = build("short/92", **SETS, **sets)
     fill(
         model,
         {name: np.ascontiguousarray(x, np.float64) for name, x in ours(golden, "param/", model).items()},
     )
     model.bigram.signs.copy_(torch.from_numpy(golden["in/sign_pool"].astype(np.float64)))
     model.tied = False
+    return model
+
+
+def losses_of(golden, model):
+    """Function (long window, history, ...) -> losses of the fixture's tokens."""
     x, y = (torch.from_numpy(golden[f"in/{name}"].astype(np.int64))[None] for name in ("tokens", "targets"))
     documents = torch.zeros(1, 257, dtype=torch.int32)  # attention stops inside a document too
     documents[0, golden["in/cu_seqlens"].astype(np.int64)] = 1
@@ -151,8 +152,18 @@ def record():
             context.impossible = torch.from_numpy(golden["in/canon_mask_bits"])
         return model(x, y, context, **more)
 
-    prefix = torch.from_numpy(golden["in/prefix_table"].astype(np.int64))[y]
-    return golden, model, losses, prefix
+    return losses
+
+
+@pytest.fixture(scope="module")
+def record():
+    """(golden numbers, model with the fixture's parameters, its losses_of, prefix of each target)."""
+    golden, _ = load("r92")
+    golden["param/ngram_table"] = golden["in/ngram_table"]
+    model = filled(golden)
+    prefix = torch.from_numpy(golden["in/prefix_table"].astype(np.int64))
+    targets = torch.from_numpy(golden["in/targets"].astype(np.int64))
+    return golden, model, losses_of(golden, model), prefix[targets[None]]
 
 
 CASES = {"A_eval_ws1_3": (3, (3,), None, None, False), "B_eval_ws3_7": (7, (3, 7), None, None, False),
@@ -197,22 +208,49 @@ def test_losses_under_the_canonical_mask(record):
         assert abs(found.sum().item() / golden[f"out/{case}/loss_sum"].item() - 1) < 1e-12, case
 
 
-@MODEL
-def test_gradients(record):
-    """Largest entry and four weighted sums of every tensor, those of rows without gradient among them."""
-    golden, model, _, _ = record
+def gradients(golden, model, losses):
+    """{the original's tensor: its gradient, flat} of the sum of losses, zero where we have no number."""
     model.zero_grad()
-    case_losses(record, "A_train_mtp3_prefix_sampled").sum().backward()
+    losses.sum().backward()
     found = {
         name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()
     }
     theirs = originals(found, golden, lambda places, prefix: ours(places, prefix, model))
+    return {name: np.nan_to_num(x) for name, x in theirs.items()}
+
+
+@MODEL
+def test_gradients(record):
+    """Largest entry and four weighted sums of every tensor, those of rows without gradient among them."""
+    golden, model, _, _ = record
+    theirs = gradients(golden, model, case_losses(record, "A_train_mtp3_prefix_sampled"))
     assert len(theirs) == len([key for key in golden if key.startswith("gradient/")])
     for name, x in theirs.items():
         expected = golden[f"gradient/{name}"]
-        assert np.abs(projections(np.nan_to_num(x)) - expected).max() <= 1e-7 * expected[0] * len(x) ** 0.5, (
-            name
-        )
+        assert np.abs(projections(x) - expected).max() <= 1e-7 * expected[0] * len(x) ** 0.5, name
+
+
+KERNEL_NORMS = {  # of the gradient that the original's kernel gives: all weights count in the last two rows
+    "lm_head.weight": 99.2478078422, "value_embeds": 12.708634364, "ve_gate_bank": 2.22034727266,
+    "qk_bank": 52.3478170471, "vo_bank": 203.622536454, "mlp_bank": 468.961735303,
+    "post_lambdas": 20.580938967, "resid_lambdas": 276.500312178, "scalars": 14.0102871484,
+    "mudd_w1": 377.533774782, "mudd_w2": 96.7507609098, "mudd_b2": 4.27152761453, "mudd_w2g": 46.6120882879,
+    "_mudd_gate_scale": 176.026491487, "mudd_gate_w1": 404.970918959, "mudd_gate_w2": 121.653624871,
+    "mudd_gate_b2": 14.9711168679, "embed.weight": 154.071118171, "smear_gate.weight": 6.97610422032,
+    "ngram_table": 82.5149532254
+}
+
+
+@pytest.mark.feature("model.head.mtp.full_mass")
+@pytest.mark.parametrize("kernel", ["whole", "chunks"])
+def test_gradients_of_the_original_s_kernel(record, kernel):
+    golden, _, _, prefix = record
+    model = filled(golden, **{"model.head.mtp.full_mass": "true", "system.kernels.loss": kernel})
+    case = "A_train_mtp3_prefix_sampled"
+    losses = case_losses((golden, model, losses_of(golden, model), prefix), case)
+    assert abs(losses.sum().item() / golden[f"out/{case}/loss_sum"].item() - 1) < 1e-12
+    norms = {name: np.linalg.norm(x) for name, x in gradients(golden, model, losses).items()}
+    assert norms == pytest.approx(KERNEL_NORMS, rel=1e-10)
 
 
 def test_softmax_scales_follow_the_window_of_their_heads(record):

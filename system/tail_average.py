@@ -84,7 +84,7 @@ class TailAverages(Stateful):
             if step % 4 == 1 or step >= last - 1:
                 self.blend.tick(2 / (told.long // 4 + 1))
         if step >= self.steps - told.short:
-            if step % 4 == 1:
+            if (last - step) % 4 == 0:
                 self.matrices.tick(told.short_rate)
             if plan.due is None or "value_embed" in plan.due:
                 self.values.tick(told.short_rate)

@@ -143,6 +143,7 @@ FACTS = {  # path -> what it is in the records, where the feature is there
     "model.token_gates.hidden": [(85, 64)],
     "model.head.softcap.shift": [(58, 5.0)],
     "numerics.fp8_head.w": [(58, 448 / 1.6), (92, 224.0)],
+    "numerics.fp8_head.grad": [(58, 448 / 0.75), (92, 8 * 448 / 0.75)],
 }
 TAIL = {  # of record 92
     "optim.tail.long": 298, "optim.tail.short": 250, "optim.tail.short_rate": 4 / 53, "optim.tail.head": 0.65,

@@ -280,9 +280,10 @@ def test_a_compiled_mlp_moves_its_scales():
 
 
 @pytest.mark.parametrize("ref, expected", [
-    ("short/90", dict(fixed=16 / 448, input=8 / 448, input_margin=1.25, grad=1 / 448, hidden_margin=None)),
-    ("short/92", dict(fixed=None, input=2 ** -4, input_margin=None, grad=2 ** -6, hidden_margin=1.25,
-                      activation=1.03, c_fc_delayed=True))
+    ("short/90", dict(fixed=16 / 448, input=8 / 448, input_margin=1.25, grad=1 / 448, hidden=1 / 448,
+                      hidden_margin=None)),
+    ("short/92", dict(fixed=None, input=2 ** -4, input_margin=None, grad=2 ** -6, hidden=2 ** -6,
+                      hidden_margin=1.25, activation=1.03, c_fc_delayed=True))
 ])
 def test_the_scales_of_the_records(ref, expected):
     n = deltas.resolve(ref).settings.numerics

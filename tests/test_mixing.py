@@ -573,7 +573,7 @@ def test_tail_averages_are_the_replay_of_the_last_steps():
     rate = 2 / 17
     head = {24: 1.0, **dict.fromkeys(range(25, 39, 2), 1 - (1 - rate) ** 2), 39: rate}
     blend = dict.fromkeys((25, 29, 33, 37, 38, 39), 2 / 5)
-    short, tables = (dict.fromkeys(steps, 4 / 53) for steps in ((29, 33, 37), (31, 35, 39)))
+    short = tables = dict.fromkeys((31, 35, 39), 4 / 53)
     found, banks = {}, {}
     for name, weights in history.items():
         kind, end = name.rpartition(".")[2], weights[39]

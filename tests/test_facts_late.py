@@ -8,7 +8,8 @@ import math
 
 import pytest
 
-from settings import deltas
+from model import without_values
+from settings import deltas, schema
 
 SHORT = range(58, 93)
 CLAIMED = (15, 43)  # results of the optimizer track without a source
@@ -171,6 +172,106 @@ def test_model(n):
 
 def test_shares_of_the_averages_of_record_92():
     check(settings("short/92"), 92, {path: [(92, value)] for path, value in TAIL.items()})
+
+
+# Logs of records whose source is not the merged one: record -> (the record that the log is on, those of the
+# chain that it lacks, its steps).
+LOGS = {
+    65: (63, (64,), 1575), 71: (67, (68, 70), 1555), 72: (67, (68, 70, 71), 1555),
+    73: (67, (68, 70, 71, 72), 1510), 82: (80, (81,), 1450), 83: (80, (81, 82), 1480),
+    84: (80, (81, 82, 83), 1485), 88: (84, (85,), 1375), 89: (84, (85, 88), 1390)
+}
+ON_THE_WAY = {"schedule.steps", "model.embed.bigram.second_token"}  # the second: set by 68, taken back by 71
+
+
+@pytest.mark.parametrize("n", LOGS)
+def test_the_program_of_a_log_is_the_record_on_the_log_s_parent(n):
+    """--revert of the records between gives it: it differs from its parent by what the record changes."""
+    parent, lacking, steps = LOGS[n]
+    log = deltas.resolve(
+        f"short/{n}", revert=[f"short/{k}" for k in lacking], sets=[f"schedule.steps={steps}"]
+    ).settings
+    changed = {path for path, *_ in schema.difference(settings(f"short/{parent}"), log)}
+    own = {path for path, *_ in schema.difference(settings(f"short/{n - 1}"), settings(f"short/{n}"))}
+    assert changed - ON_THE_WAY == own - ON_THE_WAY and log.schedule.steps == steps
+
+
+def test_the_log_of_record_83_is_on_record_80():
+    """Its gates of value embeddings, backout and the extension of 40 steps; the embedding holds the bigram."""
+    log = deltas.resolve("short/83", revert=["short/81", "short/82"]).settings
+    m = log.model
+    assert m.attn.value_embed.gate.own_channels == "unpaired" and m.residual.backout.layer == 7
+    assert m.residual.mudd is None and m.attn.xsa is None and log.schedule.extension == 40
+    assert m.embed.bigram.in_x0 and (m.embed.bigram.dim, m.embed.bigram.signs) == (192, 8192)
+
+
+# ----- all parameters of records 89, 90 and 92 at their full size
+
+V, D, HEADS = 50_304, 768, 6
+SCALARS = {"embed.smear.lam.value": 1, "residual.skip_weights.value": 1, "residual.token_scale": 1}
+
+
+def shapes(rows, qk, hidden, attention, mlps, value_layers, coefficients, factors):
+    """{parameter: shape}, from what the notes say of a record.
+
+    Args:
+        rows: of the bigram table. qk: rows of all heads of q, and of k. hidden: width of the MLPs.
+        attention, mlps: layers that have them.
+        value_layers: those with a value table; the last one's gate comes from MUDD.
+        coefficients: of the early and the late gates, of MUDD's layer and of its sum at the end.
+        factors: of the stream before sublayers, and of the branches.
+    """
+    found = {
+        "embed.weight": (V, D), "lm_head.weight": (V, D), "bigram.table": (rows, D),
+        "embed.smear.gate": (1, 12), "residual.resid_lambdas.value": (factors[0],),
+        "residual.post_lambdas.value": (factors[1],)
+    }
+    found |= {name: (n,) for name, n in SCALARS.items()}
+    found |= {f"sa_lambdas.{name}.value": (len(attention),) for name in ("qkv", "o")}
+    found |= {f"values.tables.{k}": (V, D) for k in range(len(value_layers))}
+    found |= {f"values.gates.{i}": (HEADS, 12) for i in value_layers[:-1]}
+    for name, n in zip(("early_gates", "late_gates", "mudd_layer_net", "mudd_out_net"), coefficients):
+        for part, shape in (("w1", (64, D)), ("w2", (n, 64)), ("bias", (n,))):
+            found[f"residual.{name}.{part}"] = shape
+    for i in attention:
+        found |= {f"blocks.{i}.attn.{name}": (D, D) for name in ("v", "o")}
+        found[f"blocks.{i}.attn.qk"] = (2, qk, D)
+    for i in mlps:
+        found |= {f"blocks.{i}.mlp.c_fc": (hidden, D), f"blocks.{i}.mlp.c_proj": (D, hidden)}
+    return found
+
+
+WITHOUT_6 = tuple(i for i in range(11) if i != 6)
+# early: XSA 12, gate 6, 4 pairs; late: XSA 12, gate 6, 5 pairs, skip 1, composition 12
+GATES = (26, 41, 14, 5)
+# 10 layers, of which layer 6 lacks attention's
+OF_89 = shapes(377_280, D, 3072, WITHOUT_6, range(11), (1, 2, 8, 9, 10), GATES, (19, 19))
+OF_90 = shapes(377_280, HEADS * 96, 3072, WITHOUT_6, range(11), (1, 2, 8, 9, 10), GATES, (19, 19))
+# early: XSA 12, gate 6, x0 3, pairs 2; late: gate 6, x0 3, pairs 3, skip 1
+OF_92 = shapes(84_602_880, D, 2816, (0, 1, 2, 3, 5, 8, 10), [i for i in range(11) if i != 7], (1, 2, 8, 10),
+               (23, 13, 14, 10), (19, 15)) | {
+    "residual.mudd_out_net.by_group": (10, 12, 64), "blocks.8.parallel.c_fc": (2816, D),
+    "blocks.8.parallel.c_proj": (D, 2816)}
+# What the published numbers count and no layer reads: padding of the banks on eight ranks; rows of gates,
+# networks and factors.
+UNREAD_89 = 4 * 256 * D + 4 * D * D + 2 * 3072 * D + 72 + 975 + 585 + 3 + 3 + 2
+UNREAD_92 = 6 * 256 * D + 2 * D * D + 2 * 2816 * D + 650 + 260 + 3072 + 8 + 7 + 3
+LESS_OF_90 = 10 * 2 * HEADS * 32 * D  # channels of q and k
+
+
+@pytest.mark.parametrize("n, table, count", [
+    (89, OF_89, 643_751_335 - UNREAD_89), (90, OF_90, 643_751_335 - UNREAD_89 - LESS_OF_90),
+    (92, OF_92, 302_792_179 + 84_602_880 * D - UNREAD_92)])
+def test_every_parameter_at_full_size(n, table, count):
+    """On the meta device, by name."""
+    model = without_values(settings(f"short/{n}"))
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == table
+    assert sum(math.prod(shape) for shape in table.values()) == model.num_parameters() == count
+    buffers = {name: tuple(b.shape) for name, b in model.named_buffers()}
+    assert buffers["bigram.signs"] == (8192, D)
+    # two positions a token of the longest row, that of validation, and half of a head's channels
+    rotary = sorted(shape for name, shape in buffers.items() if name.endswith(".cos"))
+    assert rotary == [(2 * 262_144, pairs) for pairs in {89: (64,), 90: (48,), 92: (32, 64)}[n]]
 
 
 # ----- records 34 to 57

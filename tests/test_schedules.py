@@ -1,7 +1,9 @@
 """Schedules of records 34 to 57: at every step those of the originals; token totals of records 22 to 92:
 those that are published."""
 
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -96,6 +98,97 @@ def test_the_batches_of_records_90_to_92_follow_each_other_as_published(n):
     found = [plan.tokens for plan in schedule.plan(s)]
     assert found == [tokens for steps, tokens in PARTS[n] for _ in range(steps)]
     assert schedule.tokens_before(s, s.schedule.steps) == sum(steps * tokens for steps, tokens in PARTS[n])
+
+
+class Stages(NamedTuple):
+    """What the notes say of a schedule. A row of `rows`: first step, tokens a step, longest document, windows
+    in blocks (short, long)."""
+    rows: tuple[tuple, ...]
+    steps: int
+    cooldown: int  # first step of the fall of the learning rate
+    floor: float
+    untied: int  # last step in which embedding and head are one
+    peaks: tuple[float, ...] = (1.0, 1.52, 1.73)
+    momentum: tuple[float, int] = (0.95, 300)  # highest, steps of the rise from 0.85
+    prefix: tuple[tuple, ...] = ()  # (weight at the start, at the end) of the stages
+    candidates: tuple[tuple[int, int | None], ...] = ((0, None),)  # (from step, classes)
+
+
+def staged(*starts, documents=(2048, 2048, 2048), tokens=(131_072, 262_144, 393_216, 393_216),
+           windows=((1, 3), (3, 7), (5, 11), (6, 13))):
+    """The rows of Stages from the steps at which stages start."""
+    return tuple(zip(starts, tokens, (*documents, documents[-1]), windows))
+
+
+SHORTER = (896, 2048, 2048)  # documents from record 72 on
+PREFIX = ((0.25, 0.25), (0.25, 0.0), (0.0, 0.0))
+RECORDS_58_TO_92 = {
+    58: Stages(staged(0, 579, 1157, 1735), 1775, 868, 0.1, 1157),
+    62: Stages(staged(0, 520, 1040, 1560), 1600, 702, 0.1, 1041),
+    72: Stages(staged(0, 497, 993, 1490, documents=SHORTER), 1530, 670, 0.15, 993),
+    81: Stages(staged(0, 468, 937, 1405, documents=SHORTER), 1415, 562, 0.15, 937),
+    85: Stages(staged(0, 428, 857, 1285, documents=SHORTER), 1300, 514, 0.15, 857),
+    89: Stages(staged(0, 423, 847, 1270, documents=SHORTER), 1285, 508, 0.15, 847, prefix=PREFIX),
+    90: Stages(staged(0, 423, 847, 1270, documents=SHORTER), 1315, 508, 0.15, 847, prefix=PREFIX),
+    92: Stages(
+        (*zip((0, 320, 681, 1107, 1174), (131_072, 262_144, 393_216, 327_680, 131_072),
+              (896, 2048, 3072, 3072, 3072), ((1, 3), (3, 7), (5, 11), (5, 11), (6, 13))),),
+        1194, 234, 0.3, 1175, (1.0, 1.52, 1.73, 1.73 * math.sqrt(20 / 24)), (0.93, 240),
+        candidates=((0, 10_240), (681, 14_336), (965, 24_576), (1107, None))
+    ),
+}
+QUARTERS = ((320, 0.2), (411, 0.15), (501, 0.1), (591, 0.05), (681, 0.0))  # prefix weights of record 92
+
+
+def said(n, step):
+    """What the notes say of a step: stage, tokens, longest document, windows, learning rate, momentum,
+    weights of the next tokens, weight of the prefix, candidates."""
+    told = RECORDS_58_TO_92[n]
+    stage = sum(start <= step for start, *_ in told.rows) - 1
+    scheduled, (highest, rise) = told.rows[-1][0], told.momentum
+    # to record 64 fractions are of the whole schedule, from 65 on stages are of whole steps
+    x = 3 * step / scheduled - stage if n < 65 else None
+    if x is None and stage < len(told.rows) - 1:
+        x = (step - told.rows[stage][0]) / (told.rows[stage + 1][0] - told.rows[stage][0])
+    peak = told.peaks[min(stage, len(told.peaks) - 1)]
+    if n < 65:
+        peak = told.peaks[sum(3 * step > k * scheduled for k in (1, 2))]  # x > 1/3, x > 2/3
+    first = 0.5 * scheduled if n == 58 else 0.45 * scheduled if n == 62 else told.cooldown
+    fall = min(max((step - first) / (scheduled - first), 0.0), 1.0)
+    back = max(step - (told.steps - 50), 0) / 50
+    momentum = 0.85 + (highest - 0.85) * (min(step / rise, 1.0) if not back else 1 - back)
+    weights = ((1.0, 0.5, 0.25 * (1 - (x or 0))), (1.0, 0.5 * (1 - (x or 0))), (1.0,))[min(stage, 2)]
+    prefix = 0.0
+    if told.prefix and stage < 3:
+        a, b = told.prefix[stage]
+        prefix = a + (b - a) * x
+    elif n == 92:
+        prefix = next((weight for start, weight in reversed(QUARTERS) if start <= step), 0.25)
+    classes = next(size for start, size in reversed(told.candidates) if start <= step)
+    return (stage, *told.rows[stage][1:], peak * (1 - fall) + told.floor * fall, momentum, weights, prefix,
+            classes)
+
+
+@pytest.mark.feature("schedule.stages", "schedule.stage_peaks", "schedule.whole_steps",
+                     "data.max_doc_len", "model.head.prefix", "model.head.candidates", "model.head.mtp")
+@pytest.mark.parametrize("n", RECORDS_58_TO_92)
+def test_stages_of_records_58_to_92_around_each_step_at_which_something_changes(n):
+    s, told = settings(n), RECORDS_58_TO_92[n]
+    plans = schedule.plan(s)
+    changes = {start for start, *_ in told.rows} | {start for start, _ in (*told.candidates, *QUARTERS)}
+    changes |= {told.cooldown, told.momentum[1], told.steps - 50, told.untied, told.steps - 1}
+    assert len(plans) == told.steps and {plan.step for plan in plans if "untie" in plan.events} == {told.untied}
+    for step in sorted({i + d for i in changes for d in (-1, 0, 1)} & set(range(told.steps))):
+        plan, (*exact, lr, momentum, weights, prefix, classes) = plans[step], said(n, step)
+        windows = plan.shape.windows
+        short, long = ((span.tokens - 1) // 128 for span in (windows.short, windows.long))
+        assert [plan.stage, plan.tokens, plan.shape.max_doc_len, (short, long)] == exact, step
+        assert plan.shape.candidates == classes and plan.tokens == 8 * plan.shape.tokens_per_rank
+        assert (plan.lr_factor, plan.momentum) == pytest.approx((lr, momentum), rel=1e-12), step
+        assert plan.target_weights == pytest.approx(weights, abs=1e-12), step
+        assert plan.prefix_weight == pytest.approx(prefix, abs=1e-12), step
+    final = schedule.validation_windows(s, told.steps)
+    assert (final.short.tokens - 1, final.long.tokens - 1) == (6 * 128, 20 * 128)
 
 
 @pytest.mark.feature("schedule.stages")

@@ -1,4 +1,4 @@
-"""Golden numbers of records 62, 77 and 85: names and shapes of the originals -> ours.
+"""Golden numbers of records 58, 62, 77, 83, 85 and 89: names and shapes of the originals -> ours.
 
 The originals keep the matrices of all layers in banks; attention's have no slot for layer 6, and those of the
 MLPs one more than layers.
@@ -6,7 +6,7 @@ MLPs one more than layers.
 
 import numpy as np
 
-from golden_records import load, originals, small
+from golden_records import fill, load, originals, small
 
 LAYERS = 11
 WITH_ATTENTION = [i for i in range(LAYERS) if i != 6]
@@ -74,6 +74,26 @@ def record62(golden, prefix, _):
         "residual.skip_gate": get("skip_gate.weight")}
 
 
+def record58(golden, prefix, _):
+    """Before the banks: a tensor of each layer, the head's weight as ours."""
+    get = lambda name: golden[prefix + name]
+    scalars = get("scalars")
+    ours = {"embed.weight": get("embed.weight"), "lm_head.weight": get("lm_head.weight"),
+            "embed.smear.gate": get("smear_gate.weight"), "residual.skip_gate": get("skip_gate.weight")}
+    ours |= {f"values.tables.{k}": get(f"value_embeds.{k}.weight") for k in range(3)}
+    for i in range(LAYERS):
+        ours |= {f"blocks.{i}.mlp.c_fc": get(f"blocks.{i}.mlp.c_fc"),
+                 f"blocks.{i}.mlp.c_proj": get(f"blocks.{i}.mlp.c_proj").T}
+    for k, i in enumerate(WITH_ATTENTION):
+        qkvo = get(f"blocks.{i}.attn.qkvo_w")
+        ours |= {f"blocks.{i}.attn.qkvo": qkvo.reshape(4, -1, qkvo.shape[-1]),
+                 f"blocks.{i}.attn.gate": get("attn_gate_bank")[k]}
+    return ours | value_gates(get, (0, 1, 8, 9, 10)) | pairs(scalars[11:33]) | {
+        "residual.resid_lambdas.value": scalars[:11], "residual.x0_lambdas.value": get("x0_lambdas"),
+        "embed.smear.lam.value": scalars[33:34], "residual.backout.value": scalars[34:35],
+        "residual.skip_weights.value": scalars[35:36]}
+
+
 def sublayers(get, name, last):
     """One factor for each sublayer of the layers up to `last`, in their order."""
     return np.array([get(name)[i, k] for i in range(last + 1) for k in (0, 1) if (i, k) != (6, 0)])
@@ -127,18 +147,33 @@ NETS = (
 )
 
 
-def record85(golden, prefix, model):
-    get = lambda name: golden[prefix + name]
-    scalars, qk, vo, dim = get("scalars"), get("qk_bank"), get("vo_bank"), get("vo_bank").shape[-1]
-    ours = tables(get, 5) | value_gates(get, (1, 2, 8, 9)) | pairs(scalars[:22]) | {
-        "residual.resid_lambdas.value": sublayers(get, "resid_lambdas", 9),
-        "residual.post_lambdas.value": sublayers(get, "post_lambdas", 9),
-        "residual.token_scale": get("_mudd_gate_scale").reshape(1), "embed.smear.lam.value": scalars[22:23],
-        "residual.skip_weights.value": scalars[23:24]}
+def with_heads_apart(get, last):
+    """Records 80 on: head pairs of q and k in one bank, v and o in another; factors of the layers up to
+    `last`."""
+    qk, vo, dim = get("qk_bank"), get("vo_bank"), get("vo_bank").shape[-1]
+    ours = tables(get, 5) | pairs(get("scalars")[:22])
+    ours |= {f"residual.{name}.value": sublayers(get, name, last) for name in ("resid_lambdas", "post_lambdas")}
     for k, i in enumerate(WITH_ATTENTION):  # six pairs of heads a layer, of q and then of k
         ours |= {f"blocks.{i}.attn.qk": qk[6 * k:6 * k + 6].reshape(2, dim, dim),
                  f"blocks.{i}.attn.v": vo[2 * k], f"blocks.{i}.attn.o": vo[2 * k + 1]}
+    return ours
+
+
+def static(get, layers):
+    """Before record 85: gates of the heads, and learned factors of the shortcuts of these layers."""
+    ours = {f"blocks.{i}.attn.gate": get("attn_gate_bank")[k] for k, i in enumerate(WITH_ATTENTION)}
+    ours |= {f"residual.{name}.value": get(name)[layers] for name in ("x0_lambdas", "bigram_lambdas")}
+    return ours | {"residual.skip_gate": get("skip_gate.weight")}
+
+
+def with_mudd(get, model):
+    """Records 81 on: the last layer's factors come from a network."""
+    scalars = get("scalars")
+    ours = with_heads_apart(get, 9) | value_gates(get, (1, 2, 8, 9)) | {
+        "embed.smear.lam.value": scalars[22:23], "residual.skip_weights.value": scalars[23:24]}
     for name, bank, number, columns in NETS:
+        if not hasattr(model.residual, name):
+            continue
         places = np.cumsum([0] + [width for _, width in columns])
         start = {column: place for (column, _), place in zip(columns, places)}
         rows = [start[c.name] + j for c in getattr(model.residual, name).columns for j in range(c.width)]
@@ -148,7 +183,62 @@ def record85(golden, prefix, model):
     return ours
 
 
+def record83(golden, prefix, model):
+    get = lambda name: golden[prefix + name]
+    xsa = {f"blocks.{i}.attn.xsa.value": get("xsa_alphas")[i] for i in (1, 3, 4, 7, 8, 10)}
+    return with_mudd(get, model) | xsa | static(get, WITH_ATTENTION[:-1])
+
+
+def record85(golden, prefix, model):
+    get = lambda name: golden[prefix + name]
+    return with_mudd(get, model) | {"residual.token_scale": get("_mudd_gate_scale").reshape(1)}
+
+
+def log83(golden, prefix, model):
+    """Of record 83's log, on record 80: the gates of record 77 and no MUDD."""
+    get = lambda name: golden[prefix + name]
+    scalars = get("scalars")
+    return with_heads_apart(get, 10) | {
+        **value_gates(get, (1, 2, 8, 9, 10)), "embed.smear.lam.value": scalars[22:23],
+        "residual.backout.value": scalars[23:24], "residual.skip_weights.value": scalars[24:25],
+        **static(get, WITH_ATTENTION)
+    }
+
+
 CONVERT = {62: record62, 77: record77, 85: record85}
+# Programs whose parameters are drawn by `drawn`: their numbers are in late_more.npz.
+DRAWN = {"58": record58, "83": record83, "83log": log83, "89": record85}
+
+
+def drawn(name, shape):
+    """The value of a parameter by its name in the original, in steps of float16."""
+    x = np.random.RandomState(sum(map(ord, name)) * 7919 % 2 ** 31).standard_normal(shape)
+    return np.asarray(x * (0.15 if len(shape) > 1 else 0.5)).astype(np.float16).astype(np.float64)
+
+
+def drawn_fixture(program):
+    """(numbers with the parameters, model filled with them) of one of DRAWN."""
+    numbers, _ = load("late_more")
+    golden = {key.partition("/")[2]: x for key, x in numbers.items() if key.startswith(f"{program}/")}
+    golden |= {key: x for key, x in numbers.items() if key.startswith("in/")}
+    for name in [key.partition("/")[2] for key in golden if key.startswith("gradient/")]:
+        golden[f"param/{name}"] = drawn(name, tuple(golden[f"shape/{name}"]))
+    more = {"model.attn.window.block": 16, "data.max_doc_len": 256, "numerics.norm_eps": 1.1920929e-07}
+    if program != "58":
+        more |= {"model.embed.bigram.rows": 320, "model.embed.bigram.signs": 64}
+    if program in ("83", "83log"):
+        more |= {"model.embed.bigram.dim": 12}
+    if program == "83log":
+        more |= {"revert": ["short/81", "short/82"]}
+    _, model = small(
+        f"short/{program[:2]}", {"dim": 48, "heads": HEADS, "vocab_rows": 128}, 256, **more)
+    if program != "58":
+        signs = np.sign(drawn("signs", tuple(model.bigram.signs.shape)))
+        model.bigram.signs.copy_(model.bigram.signs.new_tensor(signs))
+    converted = DRAWN[program](golden, "param/", model)
+    fill(model, {name: np.ascontiguousarray(x, np.float64) for name, x in converted.items()})
+    model.tied = False
+    return golden, model
 
 
 def projections(x):
@@ -164,5 +254,5 @@ def gradients(model, golden, number):
     found = {
         name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in model.named_parameters()
     }
-    convert = lambda places, prefix: CONVERT[number](places, prefix, model)
+    convert = lambda places, prefix: (CONVERT | DRAWN)[number](places, prefix, model)
     return {name: np.nan_to_num(x) for name, x in originals(found, golden, convert).items()}

@@ -18,11 +18,12 @@ def load(name):
     return {k: z[k] for k in z}, json.loads(str(z["config"])) if "config" in z else {}
 
 
-def build(ref, **values):
+def build(ref, revert=(), **values):
     """(settings, float64 model) of a record; `values`: further settings, dots in paths written as they are or
-    as double underscores."""
+    as double underscores. revert: records whose deltas are left out."""
     values = {"system.precision": "float64", **{k.replace("__", "."): v for k, v in values.items()}}
-    s = deltas.resolve(ref, sets=[f"{path}={value}" for path, value in values.items()]).settings
+    sets = [f"{path}={value}" for path, value in values.items()]
+    s = deltas.resolve(ref, sets=sets, revert=revert).settings
     model = GPT(s)
     model.initialise(0)
     return s, model

@@ -1,11 +1,12 @@
-"""Records 62, 77 and 85 against numbers of the original code, in float64: losses, gradients, hashed rows."""
+"""Records 58, 62, 77, 83, 85 and 89 against numbers of the original code, in float64: losses, gradients, hashed
+rows."""
 
 import numpy as np
 import pytest
 import torch
 
 import schedule
-from golden_late import CONVERT, fixture, gradients, projections
+from golden_late import CONVERT, DRAWN, drawn_fixture, fixture, gradients, projections
 from golden_records import fill, load, originals, token_windows
 from layers.bigram import bigram_ids
 from optim import Optimizer
@@ -73,6 +74,36 @@ def test_gradients(record):
         assert np.abs(projections(ours) - theirs).max() <= 1e-7 * theirs[0] * max(1, len(ours) ** 0.5), name
         compared += 1
     assert compared == len([key for key in golden if key.startswith("param/")])
+
+
+@LATE
+@pytest.mark.feature("model.attn.key_offset_halves", "model.embed.bigram.in_x0", "model.embed.bigram.dim",
+                     "model.head.prefix")
+@pytest.mark.parametrize("program", DRAWN)
+def test_losses_and_gradients_of_records_58_83_and_89(program):
+    """Of the merged sources and of record 83's log, with parameters by formula. In record 58 rotating channels
+    of keys move, in 83 the embedding holds the bigram, in 89 the loss counts prefixes."""
+    golden, model = drawn_fixture(program)
+    tokens = torch.from_numpy(golden["in/tokens"].astype(np.int64))[None]
+    x, y = tokens[:, :-1], tokens[:, 1:]
+    more = {"prefix": torch.from_numpy(golden["in/prefix"].astype(np.int64))[y], "prefix_weight": 0.15}
+
+    def losses(long, history, **terms):
+        windows = token_windows(long, long, history)
+        model.update_yarn(windows)
+        return model(x, y, model.context(x, 99, windows), **terms).sum()
+
+    with torch.no_grad():
+        found = [losses(3, (3,)).item(), losses(7, (3, 7)).item()]
+    trained = losses(7, (3, 7), target_weights=(1.0, 0.3), **(more if program == "89" else {}))
+    trained.backward()
+    for value, case in zip((*found, trained.item()), ("eval", "eval7", "train")):
+        assert abs(value / golden[case].item() - 1) < 1e-12, case
+    theirs = gradients(model, golden, program)
+    assert len(theirs) == len([key for key in golden if key.startswith("gradient/")]) > 15
+    for name, ours in theirs.items():
+        expected = golden[f"gradient/{name}"]
+        assert np.abs(projections(ours) - expected).max() <= 1e-10 * expected[0] * max(1, len(ours) ** 0.5), name
 
 
 def test_rows_of_the_bigram_table(record):

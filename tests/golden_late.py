@@ -1,4 +1,4 @@
-"""Golden numbers of records 58, 62, 77, 83, 85 and 89: names and shapes of the originals -> ours.
+"""Golden numbers of records 58, 62, 77, 83, 85, 89 and 90: names and shapes of the originals -> ours.
 
 The originals keep the matrices of all layers in banks; attention's have no slot for layer 6, and those of the
 MLPs one more than layers.
@@ -154,7 +154,7 @@ def with_heads_apart(get, last):
     ours = tables(get, 5) | pairs(get("scalars")[:22])
     ours |= {f"residual.{name}.value": sublayers(get, name, last) for name in ("resid_lambdas", "post_lambdas")}
     for k, i in enumerate(WITH_ATTENTION):  # six pairs of heads a layer, of q and then of k
-        ours |= {f"blocks.{i}.attn.qk": qk[6 * k:6 * k + 6].reshape(2, dim, dim),
+        ours |= {f"blocks.{i}.attn.qk": qk[6 * k:6 * k + 6].reshape(2, -1, dim),
                  f"blocks.{i}.attn.v": vo[2 * k], f"blocks.{i}.attn.o": vo[2 * k + 1]}
     return ours
 
@@ -194,6 +194,12 @@ def record85(golden, prefix, model):
     return with_mudd(get, model) | {"residual.token_scale": get("_mudd_gate_scale").reshape(1)}
 
 
+def record90(golden, prefix, model):
+    """Record 85's, with o stored the other way round."""
+    ours = record85(golden, prefix, model)
+    return ours | {f"blocks.{i}.attn.o": ours[f"blocks.{i}.attn.o"].T for i in WITH_ATTENTION}
+
+
 def log83(golden, prefix, model):
     """Of record 83's log, on record 80: the gates of record 77 and no MUDD."""
     get = lambda name: golden[prefix + name]
@@ -207,7 +213,7 @@ def log83(golden, prefix, model):
 
 CONVERT = {62: record62, 77: record77, 85: record85}
 # Programs whose parameters are drawn by `drawn`: their numbers are in late_more.npz.
-DRAWN = {"58": record58, "83": record83, "83log": log83, "89": record85}
+DRAWN = {"58": record58, "83": record83, "83log": log83, "89": record85, "90": record90}
 
 
 def drawn(name, shape):
@@ -230,8 +236,10 @@ def drawn_fixture(program):
         more |= {"model.embed.bigram.dim": 12}
     if program == "83log":
         more |= {"revert": ["short/81", "short/82"]}
-    _, model = small(
-        f"short/{program[:2]}", {"dim": 48, "heads": HEADS, "vocab_rows": 128}, 256, **more)
+    if program == "90":  # heads of 16 channels, queries and keys of 12
+        more |= {"model.attn.qk_dim": 12}
+    sizes = {"dim": 96 if program == "90" else 48, "heads": HEADS, "vocab_rows": 128}
+    _, model = small(f"short/{program[:2]}", sizes, 256, **more)
     if program != "58":
         signs = np.sign(drawn("signs", tuple(model.bigram.signs.shape)))
         model.bigram.signs.copy_(model.bigram.signs.new_tensor(signs))

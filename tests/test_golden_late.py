@@ -1,5 +1,5 @@
-"""Records 58, 62, 77, 83, 85 and 89 against numbers of the original code, in float64: losses, gradients, hashed
-rows."""
+"""Records 58, 62, 77, 83, 85, 89 and 90 against numbers of the original code, in float64: losses, gradients,
+hashed rows."""
 
 import numpy as np
 import pytest
@@ -78,11 +78,12 @@ def test_gradients(record):
 
 @LATE
 @pytest.mark.feature("model.attn.key_offset_halves", "model.embed.bigram.in_x0", "model.embed.bigram.dim",
-                     "model.head.prefix")
+                     "model.head.prefix", "model.attn.qk_dim")
 @pytest.mark.parametrize("program", DRAWN)
-def test_losses_and_gradients_of_records_58_83_and_89(program):
-    """Of the merged sources and of record 83's log, with parameters by formula. In record 58 rotating channels
-    of keys move, in 83 the embedding holds the bigram, in 89 the loss counts prefixes."""
+def test_losses_and_gradients_with_parameters_by_formula(program):
+    """Of the merged sources and of record 83's log; of record 90 that of 89 with the changes of its log in
+    attention. In record 58 rotating channels of keys move, in 83 the embedding holds the bigram, in 89 the
+    loss counts prefixes."""
     golden, model = drawn_fixture(program)
     tokens = torch.from_numpy(golden["in/tokens"].astype(np.int64))[None]
     x, y = tokens[:, :-1], tokens[:, 1:]
@@ -95,7 +96,7 @@ def test_losses_and_gradients_of_records_58_83_and_89(program):
 
     with torch.no_grad():
         found = [losses(3, (3,)).item(), losses(7, (3, 7)).item()]
-    trained = losses(7, (3, 7), target_weights=(1.0, 0.3), **(more if program == "89" else {}))
+    trained = losses(7, (3, 7), target_weights=(1.0, 0.3), **(more if program in ("89", "90") else {}))
     trained.backward()
     for value, case in zip((*found, trained.item()), ("eval", "eval7", "train")):
         assert abs(value / golden[case].item() - 1) < 1e-12, case

@@ -111,11 +111,12 @@ class FP8Linear(torch.autograd.Function):
     """x (N, in), w (out, in) -> (N, out) in x's dtype; the factors get no gradient."""
 
     @staticmethod
-    def forward(ctx, x, w, sx, sw, sg, transpose):
+    def forward(ctx, x, w, sx, sw, sg, transpose, gradient8):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)
         measured = isinstance(sw, torch.Tensor)
         ctx.save_for_backward(x8, w8, *([sw] if measured else []))
-        ctx.scales, ctx.dtypes, ctx.transpose = (sx, sw, sg), (x.dtype, w.dtype), transpose
+        ctx.scales, ctx.dtypes = (sx, sw, sg), (x.dtype, w.dtype)
+        ctx.transpose, ctx.gradient8 = transpose, gradient8
         if measured:
             ctx.scales = sx, None, sg
         return product(x8, w8.t(), 1 / (sx * sw), x.dtype, fast=True)
@@ -124,17 +125,19 @@ class FP8Linear(torch.autograd.Function):
     def backward(ctx, g):
         (x8, w8, *measured), (sx, sw, sg), (x_dtype, w_dtype) = ctx.saved_tensors, ctx.scales, ctx.dtypes
         sw = measured[0] if measured else sw
-        g8 = quantise(g, sg, torch.float8_e5m2)
+        g8 = quantise(g, sg, ctx.gradient8)
         dx = product(g8, w8, 1 / (sg * sw), x_dtype, fast=False, transpose=ctx.transpose)
         dw = product(
             g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose
         ).to(w_dtype)
-        return dx, dw, None, None, None, None
+        return dx, dw, *[None] * 5
 
 
-def fp8_linear(x, w, sx, sw, sg, transpose="torch"):
+def fp8_linear(x, w, sx, sw, sg, transpose="torch", gradient8=torch.float8_e5m2):
     """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
 
     sx, sw, sg: factors of x, w and the gradient before the cast; sw may be a tensor (1,), float32.
+    gradient8: 8-bit format of the gradient; attention's has e4m3 (record 90).
     """
-    return FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose).unflatten(0, x.shape[:-1])
+    y = FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose, gradient8)
+    return y.unflatten(0, x.shape[:-1])

@@ -10,7 +10,7 @@ Rows come in equal parts, each with its own a(x) and p. a(U) and U / a(U) are ro
 originals; everything else about scales is float32. Values beyond 448 are clamped.
 
 Both passes (records 90 and 92; `fp8_mlp_both`), with given scales s of x, p of P, u of U, d of D, g of the
-gradient G of y, h of dpre; gradients in e5m2:
+gradient G of y, h of dpre; gradients in e5m2 or e4m3:
 
     pre = s u x8 U8^T,  P = relu(pre)^2,  y = p d P8 D8^T,  each rounded to x's dtype
     dpre = 2 (g d G8 D8) sqrt(p P8),  dx = h u dpre8 U8,  dU = h s dpre8^T x8,  dD = g p G8^T P8
@@ -115,8 +115,9 @@ class Scales(NamedTuple):
     p: torch.Tensor  # (parts,), of relu^2
     up: torch.Tensor  # (), of the weights
     down: torch.Tensor  # ()
-    g: float  # of the incoming gradient
+    g: float | None  # of the incoming gradient; None: by the largest entry of each part
     h: torch.Tensor  # (parts,), of the gradient before relu^2
+    format: torch.dtype = E5M2  # of both gradients
 
 
 def copied(x):
@@ -183,13 +184,13 @@ class FP8MLPBoth(torch.autograd.Function):
     """The MLP of fp8_mlp_both."""
 
     @staticmethod
-    def forward(ctx, x, up, down, sx, sp, su, sd, sg, sh, probe, fused, transpose):
+    def forward(ctx, x, up, down, sx, sp, su, sd, sg, sh, gradient8, probe, fused, transpose):
         x8, up8, down8 = scaled_rows(x, sx, E4M3), quantise(up, 1 / su, E4M3), quantise(down, 1 / sd, E4M3)
         first = operator(fp8_linear_relu_sq, fp8_forward_op, x) if fused else forward_reference
         _, p8, largest = first(x8, up8, sx * su, 1 / sp, x.dtype)
         y = product(p8, down8.t(), sp * sd, x.dtype, fast=True)
         ctx.save_for_backward(x8, up8, down8, p8, sx, sp, su, sd, sh)
-        ctx.others = sg, x.dtype, transpose
+        ctx.others = sg, gradient8, x.dtype, transpose
         most = largest_of_parts(x, len(sx))
         ctx.mark_non_differentiable(largest, most)
         return y, largest, most
@@ -197,13 +198,17 @@ class FP8MLPBoth(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         x8, up8, down8, p8, sx, sp, su, sd, sh = ctx.saved_tensors
-        sg, dtype, transpose = ctx.others
-        g8 = quantise(g, 1 / sg, E5M2)
-        d = product(g8, down8, (sg * sd).reshape(1), dtype, fast=False, transpose=transpose)
+        sg, gradient8, dtype, transpose = ctx.others
+        if sg is None:
+            sg = largest_of_parts(g, len(sp)).clamp(min=LEAST) / LARGEST[gradient8]
+            g8 = scaled_rows(g, sg, gradient8)
+        else:
+            g8 = quantise(g, 1 / sg, gradient8)
+        d = product(g8, down8, (sg * sd).reshape(-1), dtype, fast=False, transpose=transpose)
         p = p8.float().unflatten(0, (len(sp), -1)) * sp[:, None, None]
         dpre = (2.0 * d.float() * p.flatten(0, 1).sqrt()).to(dtype)
-        h8 = scaled_rows(dpre, sh, E5M2)
+        h8 = scaled_rows(dpre, sh, gradient8)
         dx = product(h8, up8, sh * su, dtype, fast=False, transpose=transpose)
         dup = product_over_rows(h8, x8, sh * sx, transpose).to(dtype)
         ddown = product_over_rows(g8, p8, sg * sp, transpose).to(dtype)
-        return dx, dup, ddown, *[None] * 6, largest_of_parts(dpre, len(sh)), None, None
+        return dx, dup, ddown, *[None] * 7, largest_of_parts(dpre, len(sh)), None, None

@@ -108,7 +108,7 @@ class FP8Projection:
         rows = len(weight)
         if rows % 16:  # the products of a GPU need multiples of it; narrow heads of a small model have others
             weight = F.pad(weight, (0, 0, 0, -rows % 16))
-        y = fp8_linear(x, weight, self.x, LARGEST[E4M3] / largest, self.grad, self.transpose)
+        y = fp8_linear(x, weight, self.x, LARGEST[E4M3] / largest, self.grad, self.transpose, E4M3)
         return y[..., :rows]
 
 

@@ -40,6 +40,7 @@ class FP8MLP(nn.Module):
         self.dtype, self.fused = dtype(s.numerics.matmul), s.system.kernels.mlp == "triton"
         self.transpose, self.reduction = s.system.kernels.transpose, s.model.head.loss_reduction
         self.probe, self.parts = None, 1
+        self.format = E4M3 if self.both is not None and self.both.format == "e4m3" else E5M2
         if self.delayed is None:
             return
         ranks = LOGICAL_RANKS // (dist.get_world_size() if dist.is_initialized() else 1)
@@ -52,12 +53,12 @@ class FP8MLP(nn.Module):
 
     def fill(self):
         """Fill the buffers with the scales of the first step."""
-        first = {"activation": self.delayed.fixed}
+        first = {"activation": self.delayed.first}
         if self.both is not None:
             first |= {"input": self.both.input, "hidden": self.both.hidden}
         for name, buffer in self.named_buffers():
             if name != "refreshes":
-                buffer.fill_(1.0 if first.get(name) is None else first[name])
+                buffer.fill_(first.get(name, 1.0))
         self.refreshes.zero_()
 
     def forward(self, x, c_fc, c_proj, tokens_per_rank=None):
@@ -72,7 +73,7 @@ class FP8MLP(nn.Module):
             return self.both_passes(rows, c_fc, c_proj, parts, tokens_per_rank or len(rows)).view(x.shape)
         scales = None if self.delayed is None else (self.activation[:parts], self.weight)
         y, largest = fp8_mlp(rows, c_fc, c_proj, parts, scales, self.fused)
-        if self.delayed is not None and self.delayed.fixed is None:
+        if self.delayed is not None:
             append(self.activation, largest, self.delayed.activation, E4M3)
         return y.view(x.shape)
 
@@ -80,14 +81,14 @@ class FP8MLP(nn.Module):
         """The MLP of rows (N, D) with FP8 in both passes."""
         unit, both = gradient_unit(self.reduction, tokens_per_rank), self.both
         x, p, h = (front(ring, parts) for ring in (self.input, self.activation, self.hidden))
-        scales = Scales(x, p, self.c_fc_weight, self.weight, both.grad / unit, h / unit)
+        grad = None if both.grad is None else both.grad / unit
+        scales = Scales(x, p, self.c_fc_weight, self.weight, grad, h / unit, self.format)
         self.parts = parts
         probe = torch.zeros_like(h)
         if both.hidden_margin is not None and torch.is_grad_enabled():
             probe = unit * self.measuring(h.device)[:parts]
         y, largest, most = fp8_mlp_both(rows, c_fc, c_proj, scales, probe, self.fused, self.transpose)
-        if self.delayed.fixed is None:
-            append(self.activation, largest, self.delayed.activation, E4M3)
+        append(self.activation, largest, self.delayed.activation, E4M3)
         if both.input_margin is not None:
             append(self.input, most, both.input_margin, E4M3)
         return y
@@ -110,8 +111,8 @@ class FP8MLP(nn.Module):
         from a maximum of zero the next pass would have a scale that clamps everything.
         """
         largest = probe.grad[:self.parts]
-        kept = self.hidden[:self.parts] * (LARGEST[E5M2] / self.both.hidden_margin)
-        append(self.hidden, torch.where(largest > 0, largest, kept), self.both.hidden_margin, E5M2)
+        kept = self.hidden[:self.parts] * (LARGEST[self.format] / self.both.hidden_margin)
+        append(self.hidden, torch.where(largest > 0, largest, kept), self.both.hidden_margin, self.format)
         probe.grad = None
 
     @torch.no_grad()
@@ -122,7 +123,8 @@ class FP8MLP(nn.Module):
         """
         if self.delayed is None:
             return
-        pairs = [(c_proj, self.weight, self.following, True)]
+        margin = self.delayed.weight
+        pairs = [(c_proj, self.weight, self.following, margin is not None)]
         if self.both is not None:
             pairs.append((c_fc, self.c_fc_weight, self.c_fc_following, self.both.c_fc_delayed))
         for weight, scale, following, delayed in pairs:
@@ -130,7 +132,8 @@ class FP8MLP(nn.Module):
             exact = (largest / LARGEST[E4M3]).float()
             late = self.refreshes > self.delayed.exact_steps
             scale.copy_(torch.where(late, following, exact) if delayed else exact)
-            following.copy_(largest.float() * (self.delayed.weight / LARGEST[E4M3]))
+            if margin is not None:
+                following.copy_(largest.float() * (margin / LARGEST[E4M3]))
         self.refreshes += 1
 
     def reset(self):

@@ -51,15 +51,13 @@ class FP8CProj:
     """FP8 for the second product of the MLPs (c_proj) too, with delayed scales (record 89).
 
     A delayed scale is computed from an earlier maximum, so that an operand is read only once. Activations:
-    one scale per layer and logical rank, from its previous forward pass (1 in the first). Weight: from the
-    previous step.
+    one scale per layer and logical rank, from its previous forward pass. Weight: from the previous step.
     """
     activation: float = opt(1.8, "margin of the activation scale: the scale is margin x (maximum in the "
                                  "previous forward pass) / 448", above=0)
-    weight: float = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
-                              "previous step) / 448", above=0)
-    fixed: float | None = opt(None, "fixed scale of the activations in place of the delayed one (record 90)",
-                              above=0)
+    weight: float | None = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
+                                     "previous step) / 448 (off: that of the current weight)", above=0)
+    first: float = opt(1.0, "scale of the activations in the first pass", above=0)
     exact_steps: int = opt(
         16, "first steps with an exact weight scale: before the first step and after each of this many "
             "steps, the scale is (current largest entry) / 448",
@@ -69,7 +67,7 @@ class FP8CProj:
 
 @dataclass(frozen=True)
 class FP8Backward:
-    """FP8 for the products of the MLPs' backward pass too (records 90 and 92): gradients in e5m2.
+    """FP8 for the products of the MLPs' backward pass too (records 90 and 92).
 
     Every operand is then cast once, with a scale that is known before. relu(pre) is the root of relu^2 as the
     cast left it. Scales of gradients refer to the gradient of a rank's sum of losses, as in the originals;
@@ -78,20 +76,23 @@ class FP8Backward:
     """
     input: float = opt(8 / 448, "scale of the MLP's input; with input_margin that of the first step", above=0)
     input_margin: float | None = opt(1.25, "margin of the input's delayed scale (off: it stays)", above=0)
-    grad: float = opt(1 / 448, "scale of the incoming gradient", above=0)
+    format: Literal["e5m2", "e4m3"] = opt("e5m2", "8-bit format of the gradients")
+    grad: float | None = opt(1 / 448, "scale of the incoming gradient (off: its largest entry of a logical "
+                                      "rank / largest value of the format)", above=0)
     hidden: float = opt(1 / 448, "scale of the gradient before relu^2; with hidden_margin that of the first "
                                  "step", above=0)
     hidden_margin: float | None = opt(None, "margin of that gradient's delayed scale (off: it stays)",
                                       above=0)
     c_fc_delayed: bool = opt(False, "the scale of c_fc is delayed as that of c_proj is (off: it is that of "
-                                    "the current weight)", off=False)
+                                    "the current weight)", off=False,
+                             needs="numerics.fp8_mlp.c_proj.weight")
 
 
 @dataclass(frozen=True)
 class FP8QKV:
     """FP8 for the projections q, k and v in both passes of training (record 90), as one product.
 
-    The weight's scale is its largest entry / 448; the gradient, in e5m2, is that of a rank's sum of losses.
+    The weight's scale is its largest entry / 448; the gradient, in e4m3, is that of a rank's sum of losses.
     """
     x: float = opt(8 / 448, "scale of attention's input", above=0)
     grad: float = opt(1 / 448, "scale of the gradient of the projections", above=0)

@@ -38,7 +38,7 @@ def weighted_losses(
         weights: N numbers, a sequence or a tensor.
         prefix: (R, T) int64, or None; a negative one adds nothing.
         prefix_weight: one number, with `prefix`.
-        full_mass: the gradient of log_z counts all weights at the end of a row too (model.head.mtp.full_mass).
+        full_mass: at the end of a row the gradient of log_z counts all weights (model.head.mtp.full_mass).
     """
     # at least float32: in bfloat16 an error of log_z (about 10) would change every gradient by up to 3 %
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -51,9 +51,9 @@ class MTP:
                "one (DeepSeek-V3, arXiv 2412.19437, section 2.2, at depth 1), within documents (off: by the "
                "same logits as the next one)", off=False)
     full_mass: bool = opt(
-        False, "gradient of the kernels of records 79 to 92: the softmax counts the weights of all targets in "
-               "the last tokens of a row too, where the loss has fewer targets (off: the gradient of the "
-               "loss)", off=False)
+        False, "gradient of the kernels of records 79 to 92: the softmax counts the weights of all targets "
+               "in the last tokens of a row too, where the loss has fewer (off: the gradient of the loss)",
+        off=False)
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = [[len(weights) for weights in side] for side in (self.start, self.end)]

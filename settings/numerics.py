@@ -55,8 +55,8 @@ class FP8CProj:
     """
     activation: float = opt(1.8, "margin of the activation scale: the scale is margin x (maximum in the "
                                  "previous forward pass) / 448", above=0)
-    weight: float | None = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in the "
-                                     "previous step) / 448 (off: that of the current weight)", above=0)
+    weight: float | None = opt(1.12, "margin of the weight scale: the scale is margin x (largest entry in "
+                                     "the previous step) / 448 (off: that of the current weight)", above=0)
     first: float = opt(1.0, "scale of the activations in the first pass", above=0)
     exact_steps: int = opt(
         16, "first steps with an exact weight scale: before the first step and after each of this many "

@@ -152,7 +152,8 @@ def with_heads_apart(get, last):
     `last`."""
     qk, vo, dim = get("qk_bank"), get("vo_bank"), get("vo_bank").shape[-1]
     ours = tables(get, 5) | pairs(get("scalars")[:22])
-    ours |= {f"residual.{name}.value": sublayers(get, name, last) for name in ("resid_lambdas", "post_lambdas")}
+    factors = ("resid_lambdas", "post_lambdas")
+    ours |= {f"residual.{name}.value": sublayers(get, name, last) for name in factors}
     for k, i in enumerate(WITH_ATTENTION):  # six pairs of heads a layer, of q and then of k
         ours |= {f"blocks.{i}.attn.qk": qk[6 * k:6 * k + 6].reshape(2, -1, dim),
                  f"blocks.{i}.attn.v": vo[2 * k], f"blocks.{i}.attn.o": vo[2 * k + 1]}

@@ -197,7 +197,7 @@ def test_the_program_of_a_log_is_the_record_on_the_log_s_parent(n):
 
 
 def test_the_log_of_record_83_is_on_record_80():
-    """Its gates of value embeddings, backout and the extension of 40 steps; the embedding holds the bigram."""
+    """Its gates of value embeddings, backout, the extension of 40 steps; the embedding holds the bigram."""
     log = deltas.resolve("short/83", revert=["short/81", "short/82"]).settings
     m = log.model
     assert m.attn.value_embed.gate.own_channels == "unpaired" and m.residual.backout.layer == 7

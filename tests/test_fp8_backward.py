@@ -297,8 +297,8 @@ def test_a_compiled_mlp_moves_its_scales():
 
 
 @pytest.mark.parametrize("ref, expected", [
-    ("short/90", dict(first=16 / 448, activation=1.25, weight=None, input=8 / 448, input_margin=1.25, grad=None,
-                      hidden=1 / 448, hidden_margin=1.25, format="e4m3", c_fc_delayed=False)),
+    ("short/90", dict(first=16 / 448, activation=1.25, weight=None, input=8 / 448, input_margin=1.25,
+                      grad=None, hidden=1 / 448, hidden_margin=1.25, format="e4m3", c_fc_delayed=False)),
     ("short/92", dict(first=1.0, activation=1.03, weight=1.12, input=2 ** -4, input_margin=None, grad=2 ** -6,
                       hidden=2 ** -6, hidden_margin=1.25, format="e5m2", c_fc_delayed=True, exact_steps=16))
 ])

@@ -104,7 +104,8 @@ def test_losses_and_gradients_with_parameters_by_formula(program):
     assert len(theirs) == len([key for key in golden if key.startswith("gradient/")]) > 15
     for name, ours in theirs.items():
         expected = golden[f"gradient/{name}"]
-        assert np.abs(projections(ours) - expected).max() <= 1e-10 * expected[0] * max(1, len(ours) ** 0.5), name
+        limit = 1e-10 * expected[0] * max(1, len(ours) ** 0.5)
+        assert np.abs(projections(ours) - expected).max() <= limit, name
 
 
 def test_rows_of_the_bigram_table(record):

@@ -449,6 +449,7 @@ def test_further_targets_may_be_scored_in_chunks_and_cross_documents():
     ("{start=[[1.0], [1.0]], end=[[1.0], [1.0]]}", "one list of weights"),
     ("{start=[[]], end=[[]]}", "a list of weights is empty"),
     ("{start=[[0.0]], end=[[0.0]]}", "must be above 0 in every stage"),
+    ("{start=[[1.0]], end=[[1.0]], full_mass=true}", "is about the second and later weights"),
     ("{start=[[1.0, -0.5]], end=[[1.0, 0.5]]}", "must be at least 0")])
 def test_weights_of_targets_that_do_not_fit_are_refused(value, message):
     with pytest.raises(UserError, match=message):

@@ -425,6 +425,9 @@ def readouts(s: Settings, step: int) -> list[Readout]:
         found.append(Readout("optim.rre", undone=False))
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
         found.append(Readout("optim.tail_ema", undone=tail.at == "validation"))
+    back = optim.tail_velocity
+    if back is not None and step > back.start and (last or back.at == "validation"):
+        found.append(Readout("optim.tail_velocity", undone=back.at == "validation"))
     away = optim.reference_readout
     begun = away is not None and step >= max(away.start, away.reference)
     if begun and (last or away.at == "validation"):
@@ -504,6 +507,12 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.muon.soap.trust.release_end": "the trust gate keeps its largest value",
     "optim.muon.contra.steps": "the strength does not reach 0",
     "optim.muon.soft.start": "the share stays 0",
+    "optim.muon.tempered.start": "the polar factor is not tempered",
+    "optim.muon.tempered.end": "the tempering does not reach its most",
+    "optim.muon.floor.late.start": "the floor keeps its ratio",
+    "optim.muon.floor.late.end": "the floor does not reach its late ratio",
+    "optim.muon.late_brake.start": "the brake keeps its factor",
+    "optim.muon.late_brake.end": "the brake does not reach its late factor",
     "optim.muon.smoothing.ramp_steps": "the coefficient does not reach its end",
     "optim.muon.soda.start": "the pull does not fade",
     "optim.muon.soda.steps": "the pull does not fade to 0",
@@ -517,6 +526,7 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.rre.every": "there is no extrapolation",
     "optim.tail_ema.start": "there is no average, and the weights are read as they are",
     "optim.tail_ema.tau": "the average stays near the weights with which it begins",
+    "optim.tail_velocity.start": "there is no mean of steps, and the weights are read as they are",
     "optim.anchor.start": "there is no average, and gradients are taken at the weights",
     "optim.anchor.tau": "the average stays near the weights with which it begins",
     "optim.anchor.ramp_start": "gradients are taken at the weights",

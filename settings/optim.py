@@ -10,7 +10,7 @@ from typing import Any
 
 from settings.declare import BEFORE, REFUSE, opt
 from settings.muon import Muon
-from settings.wrappers import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+from settings.wrappers import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA, TailVelocity
 
 
 @dataclass(frozen=True)
@@ -368,6 +368,9 @@ class Optim:
     )
     tail_ema: TailEMA | None = opt(
         None, "Tail-EMA: what is read out is a blend with an average of the last steps (track 3, result 45)"
+    )
+    tail_velocity: TailVelocity | None = opt(
+        None, "tail velocity: what is read out lies back along the mean of the last steps (track 3, result 38)"
     )
     reference_readout: ReferenceReadout | None = opt(
         None, "reference readout: what is read out lies away from earlier weights (track 3, result 42)"

@@ -81,7 +81,8 @@ class OuterStep:
             "model.head.untied.tied_until": untied and untied.tied_until is not None,
             "numerics.fp8_head": s.numerics.fp8_head, "numerics.fp8_mlp": s.numerics.fp8_mlp,
             "optim.tail": s.optim.tail, "optim.ema_nesterov": s.optim.ema_nesterov, "optim.rre": s.optim.rre,
-            "optim.tail_ema": s.optim.tail_ema, "optim.reference_readout": s.optim.reference_readout,
+            "optim.tail_ema": s.optim.tail_ema, "optim.tail_velocity": s.optim.tail_velocity,
+            "optim.reference_readout": s.optim.reference_readout,
             "optim.anchor": s.optim.anchor, "optim.lm_head.kfac": s.optim.lm_head.kfac
         }
         for path in (path for path, on in apart.items() if on):
@@ -140,6 +141,27 @@ class TailEMA:
 
 
 @dataclass(frozen=True)
+class TailVelocity:
+    """Tail velocity (track 3, result 38): what is read out lies back along the mean of the last steps.
+
+    Of the block matrices, v <- decay v + (1 - decay) (theta - theta_before) after each update beyond number
+    `start`. Read out are theta + push min(1, cap |theta| / |v|) v, with the norms of each matrix.
+    """
+    start: int = opt(2500, "number of the update whose weights begin the first step of the mean", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+    decay: float = opt(0.9, "decay of the mean of the steps", least=0, below=1)
+    push: float = opt(-6.0, "factor of the mean; a negative one goes back")
+    cap: float = opt(0.01, "greatest length of the mean, as a share of the norm of its matrix", above=0)
+    at: Literal["validation", "end"] = opt(
+        "validation", "when the weights are those. validation: in each validation beyond `start`, and in the "
+        "saved checkpoint. end: after the last update"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.tail_velocity")
+
+
+@dataclass(frozen=True)
 class ReferenceReadout:
     """Reference readout (track 3, results 38 and 42): what is read out lies away from earlier weights.
 
@@ -153,7 +175,7 @@ class ReferenceReadout:
                      unit="step", off=REFUSE, shrink="steps", least=1)
     at: Literal["validation", "end"] = opt(
         "validation", "when the weights are those. validation: in each validation from `start` on, and in "
-        "the saved checkpoint (result 42). end: after the last update (result 38)"
+        "the saved checkpoint (results 38 and 42). end: after the last update"
     )
 
     def check(self, s: Any) -> Iterator[str]:

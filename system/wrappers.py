@@ -15,7 +15,7 @@ import torch
 from model import GPT
 from schedule import StepPlan, apart
 from settings.optim import BLOCK_MATRICES
-from settings.wrappers import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+from settings.wrappers import RRE, EMANesterov, OuterStep, ReferenceReadout, TailEMA, TailVelocity
 from system.stateful import Stateful
 
 Tensors = dict[str, torch.Tensor]  # by parameter name
@@ -101,6 +101,11 @@ def plus(x: torch.Tensor, y: torch.Tensor, factor: float) -> torch.Tensor:
 def of_model(model: GPT) -> dict[str, torch.nn.Parameter]:
     """All parameters by name."""
     return dict(model.named_parameters())
+
+
+def block_matrices(model: GPT) -> dict[str, torch.nn.Parameter]:
+    """The matrices of the blocks by name."""
+    return {name: p for name, p in of_model(model).items() if p.label in BLOCK_MATRICES}
 
 
 # ----- during training --------------------------------------------------------------------------------------
@@ -202,7 +207,7 @@ class Extrapolation(Wrapper):
     """
 
     def __init__(self, model: GPT, told: RRE) -> None:
-        super().__init__({name: p for name, p in of_model(model).items() if p.label in BLOCK_MATRICES})
+        super().__init__(block_matrices(model))
         self.told, self.held = told, Number(0)
         self.kept = {name: p.detach().new_zeros((told.points, *p.shape))
                      for name, p in self.parameters.items()}
@@ -348,6 +353,40 @@ class Tail(AveragedReadout):
         return self.told.share
 
 
+class Velocity(ReadingWrapper):
+    """Tail velocity (settings.wrappers.TailVelocity; track 3, result 38).
+
+    v <- decay v + (1 - decay) (theta - before);  before <- theta;  theta + push min(1, cap |theta| / |v|) v
+    """
+
+    def __init__(self, model: GPT, told: TailVelocity, steps: int) -> None:
+        super().__init__(block_matrices(model), told.at, steps)
+        self.told, self.held = told, Number(0)  # updates since `start`, that one included
+        self.mean, self.before = self.zeros(wide=True), self.zeros(wide=True)
+        self.buffers = {"mean": self.mean, "before": self.before}
+        self.numbers = {"held": self.held}
+
+    def follow(self, done: int) -> None:
+        if done < self.told.start:
+            return
+        for name, p in self.parameters.items():
+            if self.held.value:
+                self.mean[name].lerp_(p.to(self.mean[name].dtype) - self.before[name], 1 - self.told.decay)
+            self.before[name].copy_(p)
+        self.held.set(self.held.value + 1)
+
+    def known(self, step: int) -> bool:
+        return self.held.value > 1
+
+    def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        v, told = self.mean[name], self.told
+        wide = p.to(v.dtype)
+        longest, length = (
+            torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-12) for x in (wide, v)
+        )
+        return wide + told.push * (told.cap * longest / length).clamp_max(1) * v
+
+
 class Reference(ReadingWrapper):
     """Reference readout (settings.wrappers.ReferenceReadout; track 3, results 38 and 42).
 
@@ -385,6 +424,7 @@ def wrappers_of(model: GPT) -> list[Wrapper]:
         (optim.ema_nesterov, Lookahead), (None if apart(model.settings) else optim.outer, Outer),
         (optim.rre, Extrapolation),
         (optim.tail_ema, lambda *args: Tail(*args, steps)),
+        (optim.tail_velocity, lambda *args: Velocity(*args, steps)),
         (optim.reference_readout, lambda *args: Reference(*args, steps))
     ]
     return [make(model, told) for told, make in made if told is not None]

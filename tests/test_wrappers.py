@@ -322,6 +322,33 @@ def test_an_extrapolation_is_its_replay_in_numpy(cap):
     assert seen == [6, 12] == schedule.extrapolations(model.settings.optim.rre, 12)
 
 
+@pytest.mark.feature("optim.tail_velocity")
+@pytest.mark.parametrize("at", ["validation", "end"])
+@pytest.mark.parametrize("cap", [1e9, 1e-3])
+def test_the_tail_velocity_is_its_replay_in_numpy(at, cap):
+    """Of the block matrices alone, each slice of one with a cap of its own."""
+    told = f"optim.tail_velocity={{start=3, decay=0.8, push=-2.0, cap={cap}, at={at!r}}}".replace("'", '"')
+    values = {"a": random(2, 4, 6), "b": random(5, 3, seed=1), "embed": random(7, 3, seed=2)}
+    model = toy(values, settings("schedule.steps=12", told))
+    hooks, mean = wrappers_of(model), {n: 0.0 for n in "ab"}
+
+    def replay(done):
+        for n in "ab" if done > 3 else ():
+            mean[n] = 0.8 * mean[n] + 0.2 * (inner_of[done][n] - inner_of[done - 1][n])
+        read = [one.setting for one in schedule.readouts(model.settings, done)]
+        assert bool(read) == (done > 3 if at == "validation" else done == 12)
+        with reading(hooks, done):
+            for n, p in model.named_parameters():
+                want = inner_of[done][n]
+                if n in mean and read:
+                    norms = [np.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in (want, mean[n])]
+                    want = want - 2 * np.minimum(1, cap * norms[0] / norms[1]) * mean[n]
+                assert np.abs(p.detach().numpy() - want).max() < 1e-13, (done, n)
+
+    inner_of = Recorded(model)
+    walk(model, [inner_of, *hooks], 12, replay)
+
+
 @pytest.mark.feature("optim.reference_readout", "optim.tail_ema", "optim.tail_ema.embed")
 @pytest.mark.parametrize("at", ["validation", "end"])
 def test_readouts_are_their_replay_and_leave_the_training_as_it_was(at):
@@ -373,7 +400,8 @@ def test_a_wrapper_that_does_nothing_is_off(sets):
 
 @pytest.mark.parametrize("sets", [
     "optim.ema_nesterov={start=1}", "optim.outer={period=3}", SNOO, "optim.rre={start=2, every=2}",
-    "optim.tail_ema={start=2, tau=2}", "optim.reference_readout={reference=2, start=3}"])
+    "optim.tail_ema={start=2, tau=2}", "optim.tail_velocity={start=2}",
+    "optim.reference_readout={reference=2, start=3}"])
 def test_a_reset_wrapper_begins_anew_and_one_that_was_copied_goes_on(sets):
     model, (hook,) = two(sets)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -482,7 +510,7 @@ def test_memory_counts_the_buffers_and_experts_on_their_own_processes_are_refuse
 
 ALL = ("optim.ema_nesterov={beta=0.3, start=1, stop=7}", "optim.outer={period=3}",
        "optim.rre={start=2, points=3, every=2}", "optim.tail_ema={start=3, tau=2}",
-       "optim.reference_readout={reference=2, start=4}",
+       "optim.tail_velocity={start=2}", "optim.reference_readout={reference=2, start=4}",
        "optim.anchor={start=2, tau=2, ramp_start=3, ramp_end=5}")
 
 
@@ -505,7 +533,7 @@ def the_log_says_what_was_read(folder, s):
     log, unread = run_laws.read_log(folder, "run")
     assert unread == [] and lawful(log)
     told = {v["step"]: v.get("readout") for v in log.validations}
-    read = ["optim.rre", "optim.tail_ema", "optim.reference_readout", "optim.anchor"]
+    read = ["optim.rre", "optim.tail_ema", "optim.tail_velocity", "optim.reference_readout", "optim.anchor"]
     assert told == {0: None, 4: read, 8: read}
     last = log.validations[-1]
     assert last["val_loss"] != last["raw_val_loss"]

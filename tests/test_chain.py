@@ -214,8 +214,8 @@ def test_with_an_ordered_reduction_a_unit_has_the_same_bits_in_any_bank(name):
 
 # ----- compiled
 
-NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "tempered", "contra", "soft", "circuit", "radial_brake", "floor",
-             "soda", "fading_decay", "radius_pin", "late_decay")
+NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "tempered", "contra", "soft", "circuit", "radial_brake",
+             "floor", "soda", "fading_decay", "radius_pin", "late_decay")
 
 
 @pytest.mark.slow
@@ -343,7 +343,7 @@ def s4(x):
 @pytest.mark.parametrize("label, shape", [("c_fc", (10, 6)), ("c_proj", (6, 10))])
 @pytest.mark.parametrize("cap", [0.25, 9.0])
 def test_the_tail_of_result_38_is_its_formulas(label, shape, cap):
-    """Tempered from step 2 on, fully from 4 on; a brake of 0.9 to 0.1 and a floor of 1 to 3 in steps 1 to 5."""
+    """Tempered from step 3 on, fully from 4 on; a brake of 0.9 to 0.1, a floor of 1 to 3 in steps 1 to 5."""
     w, gradients = noise(*shape).numpy(), gradients_of(*shape, calls=7)
     got, lr = replayed(
         w, gradients, label, "optim.muon.norm=schatten4", "optim.muon.scale=sqrt_ratio",

@@ -308,6 +308,8 @@ def test_no_record_is_too_short_for_itself_at_any_scale():
     ("short/52", ["optim.scalar.freeze_steps=700"], "optim.scalar.freeze_steps",
      "700 steps are more than lie between two changes of window or batch: the group is not updated after "
      "step 653"),
+    ("optimizer/46", ["optim.rre={}"], "optim.rre.start",
+     "2820 steps are more than the run's 2690: there is no extrapolation"),
     ("short/57", ["schedule.steps=2"], "schedule.stages", "no step is left for stage 2"),
     ("short/57", ["schedule.steps=2"], "model.head.untied.tied_until",
      "the run ends before head and embedding are untied"),

@@ -48,8 +48,8 @@ class RadialBrake(Slot):
     late: LateBrake | None = None
 
     def numbers(self, plan, t) -> dict:
-        late = self.late
-        return {"brake": ramped(self.keep, late.factor, plan.step, late.start, late.end) if late else self.keep}
+        late, keep = self.late, self.keep
+        return {"brake": ramped(keep, late.factor, plan.step, late.start, late.end) if late else keep}
 
     def __call__(self, u, step):
         w = step.p.to(u.dtype)

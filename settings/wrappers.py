@@ -138,8 +138,8 @@ class TrailDelta:
     push: float = opt(-0.12, "push of the others")
     momentum: float = opt(1.0, "share of the last d that joins the next", off=0.0, least=0)
     scope: Literal["all", "other_matrices"] = opt(
-        "all", "what is moved. all: all parameters but the token embedding. other_matrices: the block matrices "
-        "but v and o"
+        "all", "what is moved. all: all parameters but the token embedding. other_matrices: the block "
+        "matrices but v and o"
     )
 
     path = "optim.trail_delta"
@@ -170,7 +170,7 @@ class BroadDelta(TrailDelta):
 
 @dataclass(frozen=True)
 class PhaseReadout:
-    """Phase readout (track 3, result 43): after the last update each block matrix but v and o turns a little.
+    """Phase readout (track 3, result 43): after the last update the block matrices but v and o turn a little.
 
     With theta_0 and theta_1 the weights after the updates `first` and `second`: v = theta - theta_1, a = v -
     (theta_1 - theta_0), b the part of a that is orthogonal to v, theta <- theta + push |v| b / |b|.
@@ -184,8 +184,8 @@ class PhaseReadout:
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.phase_readout")
         if self.first >= self.second:
-            yield (f"optim.phase_readout.first = {self.first} does not come before optim.phase_readout.second "
-                   f"= {self.second}: set a smaller one")
+            yield (f"optim.phase_readout.first = {self.first} must come before optim.phase_readout.second = "
+                   f"{self.second}: set a smaller one")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 
 import schedule
 from model import GPT
+from schedule import StepPlan
 from settings.wrappers import PhaseReadout, TrailDelta
 from system.wrapper import Number, ReadingWrapper, Tensors, Wrapper, block_matrices, of_model, widened
 
@@ -37,7 +38,7 @@ class Pulses(Wrapper):
         self.buffers = {"last": self.last, "way": self.way}
         self.numbers = {"done": self.done}
 
-    def updated(self, plan) -> None:
+    def updated(self, plan: StepPlan) -> None:
         told, number = self.told, plan.step + 1
         if number in self.at:
             push = told.push if self.done.value else told.first
@@ -85,7 +86,9 @@ class Phase(ReadingWrapper):
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
         of = self.parameters[name]
         theta = p.to(widened(p.dtype), copy=True)
-        part, zero, one = (without_vo(of, x).to(theta.dtype) for x in (theta, self.first[name], self.second[name]))
+        part, zero, one = (
+            without_vo(of, x).to(theta.dtype) for x in (theta, self.first[name], self.second[name])
+        )
         v = part - one
         a = v - (one - zero)
         b = a - (a * v).sum((-2, -1), keepdim=True) / square(v).clamp_min(1e-20) * v

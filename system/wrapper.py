@@ -1,4 +1,4 @@
-"""What the hooks around the optimizer share (system/wrappers.py): buffers by parameter name, numbers, readouts."""
+"""What the hooks around the optimizer share (system/wrappers.py): buffers by name, numbers, readouts."""
 
 import contextlib
 from collections.abc import Callable, Iterator

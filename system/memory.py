@@ -19,7 +19,7 @@ import torch
 
 import schedule
 from common.errors import UserError
-from settings.model import padded_vocab
+from settings.model import padded_vocab, query_dim
 from settings.system import recomputable
 from system.microbatch import ranks_per_microbatch
 from updates.adam import TABLE_CHUNK
@@ -106,7 +106,8 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
     computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
     only added to the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps
-    queries and keys before and after a norm that follows their rotation. The logits are not in it: estimate()
+    queries and keys before and after a norm that follows their rotation, and those of latent attention, which
+    are no view of what else is kept. The logits are not in it: estimate()
     counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
     """
     from layers.primitives import dtype
@@ -133,9 +134,10 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     attending = sum(block.attn is not None for block in model.blocks)
     outputs = attending + sum(block.mlp is not None for block in model.blocks)
     rest = outputs * stream * dtype(s.numerics.residual).itemsize
-    norm = s.model.attn.qk_norm
-    if norm and norm.order == "after_rope" and s.system.kernels.qk != "triton":
-        rest += attending * 2 * stream * dtype(s.numerics.matmul).itemsize
+    norm, latent = s.model.attn.qk_norm, s.model.attn.latent is not None
+    if norm and (latent or norm.order == "after_rope") and s.system.kernels.qk != "triton":
+        heads = attending * s.model.attn.num_heads
+        rest += 2 * heads * query_dim(s) * tokens.numel() * dtype(s.numerics.matmul).itemsize
     together = 1 if shape.candidates else rows  # each rank has its own candidates
     return kept.bytes(widest=2, largest=together * shape.seq_len * classes(s, shape)) + rest
 
@@ -153,10 +155,12 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     logits, m, l = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens, number)
-    if compiled and not (head.softcap or head.logit_scale != "one" or n.fp8_head):
+    in_place = head.softcap is None or head.softcap.form == "rsqrt"
+    if compiled and in_place and head.logit_scale == "one" and not n.fp8_head:
         return logits * m  # the gradient takes the place of the logits
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
-        return logits * (m + (2 if n.fp8_head else m))  # in FP8 the gradient and its transpose
+        own = 2 if n.fp8_head else m + m * head.bias  # in FP8 its transpose too; a bias sums a copy of it
+        return logits * (m + own)
     if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
         return 4 * logits * max(l, torch.float32.itemsize)
     moments, kept = [2 * l], l  # of the log-softmax, which keeps its result: the gradient it reads and writes

@@ -24,10 +24,11 @@ from updates.psgd import Psgd
 
 FIXTURES = (
     "t3_r04_adamh", "t3_r05_muonh", "t3_r07_muonsq", "t3_r09_skylight", "t3_r10_normuon", "t3_r11_contra",
-    "t3_r11_contra_b", "t3_r13_muloco", "t3_r14_soapmuon", "t3_r17_aurora", "t3_r17_aurora_b",
+    "t3_r11_contra_b", "t3_r13_muloco", "t3_r14_soapmuon", "t3_r16_gate", "t3_r17_aurora", "t3_r17_aurora_b",
     "t3_r18_pmuon", "t3_r19_klsoaph", "t3_r20_soft", "t3_r21_shampoo", "t3_r23_muown", "t3_r27_soaph",
-    "t3_r28_dynmuon", "t3_r29_brake", "t3_r33_psgd", "t3_r34_rre", "t3_r36_muon", "t3_r38_tail",
-    "t3_r39_emanest", "t3_r41_circuit", "t3_r43_pulses", "t3_r44_soapall", "t3_r46"
+    "t3_r28_dynmuon", "t3_r29_brake", "t3_r31_contra", "t3_r32_pull", "t3_r33_psgd", "t3_r34_rre",
+    "t3_r36_muon", "t3_r38_tail", "t3_r39_emanest", "t3_r41_circuit", "t3_r43_pulses", "t3_r44_soapall",
+    "t3_r46"
 )
 SETS = {"t3_r13_muloco": {"optim.outer.period": 4}}  # settings that a fixture changes
 STATES = {"cov_Q": "pmuon_right_basis", "out_Q": "pmuon_left_basis"}  # random start of PMuon -> ours

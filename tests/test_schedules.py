@@ -235,6 +235,9 @@ COUNTED = {
     "schedule.horizon": None, "schedule.matrix.horizon": None,
     "optim.muon.momentum_cooldown.until": None,  # a run may stop before them
     "schedule.late_horizon.steps": None, "optim.lm_head.kfac.stop": None,
+    "optim.broad_delta.stop": None, "optim.trail_delta.stop": None,
+    "optim.phase_readout.second": None,  # refused: it must not come before `first`
+    "optim.muon.late_brake": "optimizer/30",
     "optim.lm_head.kfac.start": None, "optim.lm_head.kfac.apply": None,  # refused: they must not pass `stop`
     "optim.lm_head.kfac": "short/11", "optim.lm_head.eigenbasis": "short/11",
     "optim.embed.master": "short/11", "schedule.late_horizon": "optimizer/46",

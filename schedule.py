@@ -13,7 +13,8 @@ from settings import Settings
 from settings.data import LOGICAL_RANKS, by_document, per_stage
 from settings.declare import walk
 from settings.schedule import Schedule
-from settings.wrappers import RRE
+from settings.optim import Optim
+from settings.wrappers import RRE, TrailDelta
 
 
 class Span(NamedTuple):
@@ -423,8 +424,14 @@ def readouts(s: Settings, step: int) -> list[Readout]:
         found.append(Readout("optim.outer.workers", undone=False))  # the mean of the workers' weights
     if step in extrapolations(optim.rre, step):
         found.append(Readout("optim.rre", undone=False))
+    found += [Readout(path, undone=False) for path, told in pulsed(optim) if step in pulses(told, step)]
     if (tail := optim.tail_ema) is not None and step >= tail.start and (last or tail.at == "validation"):
         found.append(Readout("optim.tail_ema", undone=tail.at == "validation"))
+    back = optim.tail_velocity
+    if back is not None and step > back.start and (last or back.at == "validation"):
+        found.append(Readout("optim.tail_velocity", undone=back.at == "validation"))
+    if optim.phase_readout is not None and last and step > optim.phase_readout.second:
+        found.append(Readout("optim.phase_readout", undone=False))
     away = optim.reference_readout
     begun = away is not None and step >= max(away.start, away.reference)
     if begun and (last or away.at == "validation"):
@@ -456,6 +463,17 @@ def extrapolations(rre: RRE | None, steps: int) -> list[int]:
             found.append(done)
             kept = 1
     return found
+
+
+def pulsed(optim: Optim) -> list[tuple[str, TrailDelta]]:
+    """[(path, section)] of the pulses that are on, in the order in which they act."""
+    both = ("optim.broad_delta", optim.broad_delta), ("optim.trail_delta", optim.trail_delta)
+    return [(path, told) for path, told in both if told is not None]
+
+
+def pulses(told: TrailDelta, steps: int) -> list[int]:
+    """Numbers of the updates up to `steps` that a pulse follows (optim.trail_delta, optim.broad_delta)."""
+    return [*range(told.start + told.every, min(told.stop, steps) + 1, told.every)]
 
 
 # ----- the run ----------------------------------------------------------------------------------------------
@@ -504,6 +522,12 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.muon.soap.trust.release_end": "the trust gate keeps its largest value",
     "optim.muon.contra.steps": "the strength does not reach 0",
     "optim.muon.soft.start": "the share stays 0",
+    "optim.muon.tempered.start": "the polar factor is not tempered",
+    "optim.muon.tempered.end": "the tempering does not reach its most",
+    "optim.muon.floor.late.start": "the floor keeps its ratio",
+    "optim.muon.floor.late.end": "the floor does not reach its late ratio",
+    "optim.muon.late_brake.start": "the brake keeps its factor",
+    "optim.muon.late_brake.end": "the brake does not reach its late factor",
     "optim.muon.smoothing.ramp_steps": "the coefficient does not reach its end",
     "optim.muon.soda.start": "the pull does not fade",
     "optim.muon.soda.steps": "the pull does not fade to 0",
@@ -517,6 +541,13 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "optim.rre.every": "there is no extrapolation",
     "optim.tail_ema.start": "there is no average, and the weights are read as they are",
     "optim.tail_ema.tau": "the average stays near the weights with which it begins",
+    "optim.tail_velocity.start": "there is no mean of steps, and the weights are read as they are",
+    "optim.trail_delta.start": "there is no pulse",
+    "optim.trail_delta.every": "there is no pulse",
+    "optim.broad_delta.start": "there is no pulse",
+    "optim.broad_delta.every": "there is no pulse",
+    "optim.phase_readout.first": "the weights are read as they are",
+    "optim.phase_readout.second": "the weights are read as they are",
     "optim.anchor.start": "there is no average, and gradients are taken at the weights",
     "optim.anchor.tau": "the average stays near the weights with which it begins",
     "optim.anchor.ramp_start": "gradients are taken at the weights",
@@ -552,7 +583,7 @@ def cuts(s: Settings, plans: Sequence[StepPlan]) -> Iterator[tuple[str, str]]:
     for path, f, value in walk(s):
         effect = next((text for end, text in TOO_LONG.items() if path.endswith(end)), None)
         if f.metadata["unit"] == "step" and effect and value and value > steps:
-            yield path, f"{value} steps are more than the run has: {effect}"
+            yield path, f"{value} steps are more than the run's {steps}: {effect}"
     yield from overlaps(s)
     if s.schedule.horizon is not None and s.schedule.horizon > 2 * steps:
         yield "schedule.horizon", (

@@ -318,6 +318,20 @@ class SoftMuon:
 
 
 @dataclass(frozen=True)
+class TemperedPolar:
+    """Tempered polar factor (track 3, result 38): near the end it goes a part of the way to the momentum.
+
+    The part rises linearly from 0 at `start` to `most` at `end`.
+    """
+    most: float = opt(0.05, "largest part of the way from the orthogonal factor to the momentum at unit norm",
+                      above=0, most=1)
+    cap: float = opt(0.25, "greatest length of the way, as a share of the norm of the orthogonal factor",
+                     above=0)
+    start: int = opt(2600, "step at which the part starts to rise", unit="step", shrink="steps", least=0)
+    end: int = opt(2800, "step from which it is `most`", unit="step", shrink="steps", least=1)
+
+
+@dataclass(frozen=True)
 class Annealing:
     """Spectral annealing (@jn2clark, claim of 2540 steps of the optimizer track): while the learning rate
     falls, directions of high curvature are cooled first.
@@ -379,12 +393,29 @@ class Circuit:
 
 
 @dataclass(frozen=True)
+class LateFloor:
+    """Another ratio of the floor near the end, which it takes linearly (track 3, result 38)."""
+    ratio: float = opt(0.4, "least ratio of the norms from `end` on", above=0)
+    start: int = opt(2400, "step at which the ratio starts to change", unit="step", shrink="steps", least=0)
+    end: int = opt(2800, "step from which it is `ratio`", unit="step", shrink="steps", least=1)
+
+
+@dataclass(frozen=True)
 class UpdateFloor:
     """Floor of the update (track 3, results 9 and 46): its norm is at least `ratio` times that of the
     weights, before the learning rate."""
     ratio: float = opt(0.35, "least ratio of the norms (result 20 on: 0.3825)", above=0)
     per: Literal["matrix", "row"] = opt("matrix", "whose norms. matrix: of each matrix (result 9). row: of "
                                                   "each row, an output channel (result 46)")
+    late: LateFloor | None = opt(None, "late floor: another ratio near the end")
+
+
+@dataclass(frozen=True)
+class LateBrake:
+    """Another factor of the radial brake near the end, which it takes linearly (track 3, result 38)."""
+    factor: float = opt(0.4, "factor of the brake from `end` on", least=0, most=1)
+    start: int = opt(2400, "step at which the factor starts to change", unit="step", shrink="steps", least=0)
+    end: int = opt(2900, "step from which it is `factor`", unit="step", shrink="steps", least=1)
 
 
 @dataclass(frozen=True)
@@ -399,8 +430,8 @@ class Soda:
 
 # The slots between the gradient and the factors of shape, which a direction replaces.
 BEFORE_SCALING = (
-    "slow", "bi_maxwell", "squared", "soap", "pmuon", "row_norm", "aurora", "dyn", "sinksoap", "contra",
-    "soft", "smoothing"
+    "slow", "bi_maxwell", "squared", "soap", "pmuon", "row_norm", "aurora", "dyn", "sinksoap", "tempered",
+    "contra", "soft", "smoothing"
 )
 
 
@@ -472,6 +503,8 @@ class Muon:
     dyn: DynMuon | None = opt(None, "DynMuon: a changing power of the singular values")
     sinksoap: SinkSoap | None = opt(None, "SinkSOAP: Sinkhorn's balance in eigenbases, in place of "
                                           "Newton-Schulz")
+    tempered: TemperedPolar | None = opt(None, "tempered polar factor: a part of the way to the momentum "
+                                               "near the end")
     contra: Contra | None = opt(None, "Contra-Muon: a part of the momentum is subtracted")
     soft: SoftMuon | None = opt(None, "Soft-Muon: a softer power of the momentum near the end",
                                 needs="optim.muon.convergent")
@@ -488,6 +521,8 @@ class Muon:
         None, "radial brake: factor of the part of a step that lengthens its matrix (track 3, result 29: "
               "0.5)", least=0, below=1
     )
+    late_brake: LateBrake | None = opt(None, "late brake: another factor of the radial brake near the end",
+                                       needs="optim.muon.radial_brake")
     floor: UpdateFloor | None = opt(None, "update floor: a least norm of the update relative to the weights")
     soda: Soda | None = opt(None, "SODA: a fading pull towards the initial weights")
     radius_pin: bool = opt(

@@ -10,7 +10,10 @@ from typing import Any
 
 from settings.declare import BEFORE, REFUSE, opt
 from settings.muon import Muon
-from settings.wrappers import RRE, Anchor, EMANesterov, OuterStep, ReferenceReadout, TailEMA
+from settings.wrappers import (
+    RRE, Anchor, BroadDelta, EMANesterov, OuterStep, PhaseReadout, ReferenceReadout, TailEMA, TailVelocity,
+    TrailDelta
+)
 
 
 @dataclass(frozen=True)
@@ -370,8 +373,21 @@ class Optim:
     rre: RRE | None = opt(
         None, "reduced-rank extrapolation of the block matrices near the end (track 3, result 34)"
     )
+    broad_delta: BroadDelta | None = opt(
+        None, "BroadDelta: a small pulse back along a long way (track 3, result 43)"
+    )
+    trail_delta: TrailDelta | None = opt(
+        None, "TrailDelta: pulses back along the way that the weights have come (track 3, result 43)"
+    )
     tail_ema: TailEMA | None = opt(
         None, "Tail-EMA: what is read out is a blend with an average of the last steps (track 3, result 45)"
+    )
+    tail_velocity: TailVelocity | None = opt(
+        None, "tail velocity: what is read out lies back along the mean of the last steps (track 3, result "
+        "38)"
+    )
+    phase_readout: PhaseReadout | None = opt(
+        None, "phase readout: the last weights turn across their last way (track 3, result 43)"
     )
     reference_readout: ReferenceReadout | None = opt(
         None, "reference readout: what is read out lies away from earlier weights (track 3, result 42)"

@@ -81,7 +81,10 @@ class OuterStep:
             "model.head.untied.tied_until": untied and untied.tied_until is not None,
             "numerics.fp8_head": s.numerics.fp8_head, "numerics.fp8_mlp": s.numerics.fp8_mlp,
             "optim.tail": s.optim.tail, "optim.ema_nesterov": s.optim.ema_nesterov, "optim.rre": s.optim.rre,
-            "optim.tail_ema": s.optim.tail_ema, "optim.reference_readout": s.optim.reference_readout,
+            "optim.tail_ema": s.optim.tail_ema, "optim.tail_velocity": s.optim.tail_velocity,
+            "optim.broad_delta": s.optim.broad_delta, "optim.trail_delta": s.optim.trail_delta,
+            "optim.phase_readout": s.optim.phase_readout,
+            "optim.reference_readout": s.optim.reference_readout,
             "optim.anchor": s.optim.anchor, "optim.lm_head.kfac": s.optim.lm_head.kfac
         }
         for path in (path for path, on in apart.items() if on):
@@ -118,6 +121,74 @@ class RRE:
 
 
 @dataclass(frozen=True)
+class TrailDelta:
+    """TrailDelta (track 3, result 43): pulses back along the way that the weights have come.
+
+    After the updates start + every, start + 2 every, ... up to `stop`: d <- theta - theta_last + momentum d,
+    then theta <- theta + push d and theta_last <- theta. theta_last are the weights after update `start` at
+    first, and d is 0. Training goes on from there.
+    """
+    start: int = opt(2650, "number of the update whose weights are the first theta_last", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+    every: int = opt(100, "updates from one pulse to the next", unit="step", off=REFUSE, shrink="steps",
+                     least=1)
+    stop: int = opt(2850, "number of the last update that a pulse may follow", unit="step", off=REFUSE,
+                    shrink="steps", least=1)
+    first: float = opt(-0.04, "push of the first pulse")
+    push: float = opt(-0.12, "push of the others")
+    momentum: float = opt(1.0, "share of the last d that joins the next", off=0.0, least=0)
+    scope: Literal["all", "other_matrices"] = opt(
+        "all", "what is moved. all: all parameters but the token embedding. other_matrices: the block "
+        "matrices but v and o"
+    )
+
+    path = "optim.trail_delta"
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, self.path)
+
+
+@dataclass(frozen=True)
+class BroadDelta(TrailDelta):
+    """BroadDelta (track 3, result 43): the pulse of TrailDelta once, over a longer way and with less push."""
+    start: int = opt(2000, "number of the update whose weights are the first theta_last", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+    every: int = opt(400, "updates from one pulse to the next", unit="step", off=REFUSE, shrink="steps",
+                     least=1)
+    stop: int = opt(2400, "number of the last update that a pulse may follow", unit="step", off=REFUSE,
+                    shrink="steps", least=1)
+    first: float = opt(-0.005, "push of the first pulse")
+    push: float = opt(-0.005, "push of the others")
+    momentum: float = opt(0.0, "share of the last d that joins the next", off=0.0, least=0)
+    scope: Literal["all", "other_matrices"] = opt(
+        "other_matrices", "what is moved. all: all parameters but the token embedding. other_matrices: the "
+        "block matrices but v and o"
+    )
+
+    path = "optim.broad_delta"
+
+
+@dataclass(frozen=True)
+class PhaseReadout:
+    """Phase readout (track 3, result 43): after the last update the block matrices but v and o turn a little.
+
+    With theta_0 and theta_1 the weights after the updates `first` and `second`: v = theta - theta_1, a = v -
+    (theta_1 - theta_0), b the part of a that is orthogonal to v, theta <- theta + push |v| b / |b|.
+    """
+    first: int = opt(2650, "number of the update whose weights are theta_0", unit="step", off=REFUSE,
+                     shrink="steps", least=1)
+    second: int = opt(2750, "number of the update whose weights are theta_1", unit="step", off=REFUSE,
+                      shrink="steps", least=2)
+    push: float = opt(0.01, "length of the move, as a share of |v|")
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.phase_readout")
+        if self.first >= self.second:
+            yield (f"optim.phase_readout.first = {self.first} must come before optim.phase_readout.second = "
+                   f"{self.second}: set a smaller one")
+
+
+@dataclass(frozen=True)
 class TailEMA:
     """Tail-EMA (track 3, results 45 and 46): what is read out is a blend with an average of the last steps.
 
@@ -140,6 +211,27 @@ class TailEMA:
 
 
 @dataclass(frozen=True)
+class TailVelocity:
+    """Tail velocity (track 3, result 38): what is read out lies back along the mean of the last steps.
+
+    Of the block matrices, v <- decay v + (1 - decay) (theta - theta_before) after each update beyond number
+    `start`. Read out are theta + push min(1, cap |theta| / |v|) v, with the norms of each matrix.
+    """
+    start: int = opt(2500, "number of the update whose weights begin the first step of the mean", unit="step",
+                     off=REFUSE, shrink="steps", least=1)
+    decay: float = opt(0.9, "decay of the mean of the steps", least=0, below=1)
+    push: float = opt(-6.0, "factor of the mean; a negative one goes back")
+    cap: float = opt(0.01, "greatest length of the mean, as a share of the norm of its matrix", above=0)
+    at: Literal["validation", "end"] = opt(
+        "validation", "when the weights are those. validation: in each validation beyond `start`, and in the "
+        "saved checkpoint. end: after the last update"
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from whole_weights(s, "optim.tail_velocity")
+
+
+@dataclass(frozen=True)
 class ReferenceReadout:
     """Reference readout (track 3, results 38 and 42): what is read out lies away from earlier weights.
 
@@ -153,8 +245,10 @@ class ReferenceReadout:
                      unit="step", off=REFUSE, shrink="steps", least=1)
     at: Literal["validation", "end"] = opt(
         "validation", "when the weights are those. validation: in each validation from `start` on, and in "
-        "the saved checkpoint (result 42). end: after the last update (result 38)"
+        "the saved checkpoint (results 38 and 42). end: after the last update (result 43)"
     )
+    embed: bool = opt(True, "token embedding read out so, too (off: it is read as it is, as in result 43)",
+                      off=False)
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.reference_readout")

@@ -6,7 +6,8 @@ from model import GPT
 from schedule import StepPlan
 from settings.wrappers import Anchor as Told
 from system.world import World
-from system.wrappers import AveragedReadout, Tensors, of_model, plus
+from system.wrapper import Tensors, of_model, plus
+from system.wrappers import AveragedReadout
 from updates.norms import ramp
 
 

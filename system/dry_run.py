@@ -146,6 +146,10 @@ def wrapper_remarks(s):
         found = schedule.extrapolations(optim.rre, steps)
         where = f" after the updates {', '.join(map(str, found))}" if found else ""
         yield f"  {len(found)} extrapolations (optim.rre){where}"
+    for path, told in schedule.pulsed(optim):
+        found = schedule.pulses(told, steps)
+        where = f"pulses ({path}) after the updates {', '.join(map(str, found))}"
+        yield f"  {where if found else f'no pulse ({path})'}"
     if (anchor := optim.anchor) is not None and anchor.gain and anchor.ramp_start + 1 < steps:
         first = max(anchor.ramp_start + 1, anchor.start)
         yield f"  gradients are taken away from an average (optim.anchor) in the steps {first}..{steps - 1}"

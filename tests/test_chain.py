@@ -36,10 +36,13 @@ SLOTS = {  # slot -> (its flag, what must be set too); numbers of steps are smal
     "sinksoap": ("sinksoap={}",),
     "contra": ("contra={}",),
     "contra that ends": ("contra={steps=9}", "optim.muon.norm=schatten4"),
+    "tempered": ("tempered={most=0.5, start=0, end=2}",),
     "soft": ("soft={start=0, end=4}", *TWELVE),
     "circuit": ("circuit={}", SPLIT),
     "radial_brake": ("radial_brake=0.5",),
+    "late_brake": ("late_brake={factor=0.1, start=0, end=1}", "optim.muon.radial_brake=0.9"),
     "floor": ("floor={ratio=2.0}",),
+    "late floor": ("floor={ratio=2.0, late={ratio=3.0, start=0, end=2}}",),
     "floor of rows": ('floor={ratio=2.0, per="row"}',),
     "soda": ("soda={start=1, steps=4}",),
     "radius_pin": ("radius_pin=true",),
@@ -211,8 +214,8 @@ def test_with_an_ordered_reduction_a_unit_has_the_same_bits_in_any_bank(name):
 
 # ----- compiled
 
-NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "contra", "soft", "circuit", "radial_brake", "floor",
-             "soda", "fading_decay", "radius_pin", "late_decay")
+NOT_EAGER = ("bi_maxwell", "squared", "row_norm", "tempered", "contra", "soft", "circuit", "radial_brake",
+             "floor", "soda", "fading_decay", "radius_pin", "late_decay")
 
 
 @pytest.mark.slow
@@ -329,6 +332,39 @@ def test_soda_is_result_32():
         pull = np.clip(f / (i + 2), 0, 1)
         w = (1 - pull) * w + pull * start - lr * u
     assert np.abs(got - w).max() < 1e-12
+
+
+def s4(x):
+    """The Schatten 4-norm."""
+    return (np.linalg.svd(x, compute_uv=False) ** 4).sum() ** 0.25
+
+
+@pytest.mark.feature("optim.muon.tempered", "optim.muon.late_brake", "optim.muon.floor.late")
+@pytest.mark.parametrize("label, shape", [("c_fc", (10, 6)), ("c_proj", (6, 10))])
+@pytest.mark.parametrize("cap", [0.25, 9.0])
+def test_the_tail_of_result_38_is_its_formulas(label, shape, cap):
+    """Tempered from step 3 on, fully from 4 on; a brake of 0.9 to 0.1, a floor of 1 to 3 in steps 1 to 5."""
+    w, gradients = noise(*shape).numpy(), gradients_of(*shape, calls=7)
+    got, lr = replayed(
+        w, gradients, label, "optim.muon.norm=schatten4", "optim.muon.scale=sqrt_ratio",
+        f"optim.muon.tempered={{most=0.3, cap={cap}, start=2, end=4}}", "optim.muon.radial_brake=0.9",
+        "optim.muon.late_brake={factor=0.1, start=1, end=5}",
+        "optim.muon.floor={ratio=1.0, late={ratio=3.0, start=1, end=5}}"
+    )
+    for i, m in enumerate(nesterov(gradients)):
+        left, values, right = np.linalg.svd(m, full_matrices=False)
+        values = values / s4(m)
+        for _ in range(12):
+            values = 2 * values - 1.5 * values ** 3 + 0.5 * values ** 5
+        u = left @ np.diag(values) @ right
+        d = m / s4(m) - u
+        mixed = u + 0.3 * np.clip((i - 2) / 2, 0, 1) * min(1, cap * s4(u) / s4(d)) * d
+        u = mixed * s4(u) / s4(mixed) * np.sqrt(max(1, shape[0] / shape[1]))
+        late = np.clip((i - 1) / 4, 0, 1)
+        c = (u * w).sum() / (w ** 2).sum()
+        u = u + (0.9 - 0.8 * late - 1) * min(c, 0) * w
+        w = w - lr * u * max(1, (1 + 2 * late) * np.linalg.norm(w) / np.linalg.norm(u))
+    assert np.abs(got - w).max() < 1e-9
 
 
 @pytest.mark.feature("optim.muon.soap.trust")

@@ -12,7 +12,7 @@ from model import without_values
 from settings import deltas, schema
 
 SHORT = range(58, 93)
-CLAIMED = (15, 43)  # results of the optimizer track without a source
+CLAIMED = (15,)  # a result of the optimizer track whose rule is not here
 
 
 def at(n, changes):
@@ -371,12 +371,28 @@ RESULTS = {  # of those whose rule has no golden numbers, and of what stands aro
          "model.init.c_fc_bound": 1.5 * NORMAL, "model.init.c_proj_bound": 3 * NORMAL,
          "model.init.bias": "zero"},
     38: {"optim.reference_readout.reference": 2375, "optim.reference_readout.push": -0.075,
-         "optim.reference_readout.at": "end", "schedule.horizon": 3020},
+         "optim.reference_readout.at": "validation", "optim.reference_readout.start": 2900,
+         "optim.tail_velocity.start": 2500, "optim.tail_velocity.push": -6.0,
+         "optim.tail_velocity.cap": 0.01, "optim.muon.contra.steps": 2750, "optim.muon.tempered.most": 0.05,
+         "optim.muon.tempered.start": 2600, "optim.muon.tempered.end": 2800,
+         "optim.muon.floor.ratio": 0.3825, "optim.muon.floor.late.ratio": 0.4,
+         "optim.muon.floor.late.end": 2800, "optim.muon.late_brake.factor": 0.4,
+         "optim.muon.late_brake.end": 2900, "schedule.horizon": 3020},
     40: {"optim.ema_nesterov.beta": 0.3, "optim.ema_nesterov.decay": 0.99, "optim.ema_nesterov.start": 300,
          "optim.ema_nesterov.stop": 1950, "schedule.horizon": 2980},
     42: {"optim.reference_readout.reference": 2375, "optim.reference_readout.push": -0.075,
          "optim.reference_readout.start": 2850, "optim.reference_readout.at": "validation",
          "model.init.signed_gains": None, "model.init.bias": "zero", "model.init.c_fc_fall": 0.3},
+    43: {"optim.ema_nesterov.stop": 1900, "optim.muon.momentum_cooldown.until": 2850,
+         "optim.muon.momentum_cooldown.steps": 100, "optim.broad_delta.start": 2000,
+         "optim.broad_delta.stop": 2400, "optim.broad_delta.first": -0.005,
+         "optim.broad_delta.scope": "other_matrices", "optim.trail_delta.start": 2650,
+         "optim.trail_delta.every": 100, "optim.trail_delta.first": -0.04, "optim.trail_delta.push": -0.12,
+         "optim.trail_delta.momentum": 1.0, "optim.trail_delta.scope": "all",
+         "optim.phase_readout.first": 2650, "optim.phase_readout.second": 2750,
+         "optim.phase_readout.push": 0.01, "optim.reference_readout.reference": 2400,
+         "optim.reference_readout.push": -0.08, "optim.reference_readout.embed": False,
+         "schedule.horizon": 2950, "schedule.late_horizon.start": 2600, "schedule.late_horizon.steps": 3010},
     45: {"optim.tail_ema.start": 2000, "optim.tail_ema.tau": 150, "optim.tail_ema.share": 0.6,
          "optim.tail_ema.embed": False, "optim.tail_ema.at": "end"},
     46: {"optim.tail_ema.start": 2400, "optim.tail_ema.at": "validation", "optim.muon.late_decay": 0.025}

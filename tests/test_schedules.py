@@ -329,6 +329,9 @@ COUNTED = {
     "schedule.horizon": None, "schedule.matrix.horizon": None,
     "optim.muon.momentum_cooldown.until": None,  # a run may stop before them
     "schedule.late_horizon.steps": None, "optim.lm_head.kfac.stop": None,
+    "optim.broad_delta.stop": None, "optim.trail_delta.stop": None,
+    "optim.phase_readout.second": None,  # refused: it must not come before `first`
+    "optim.muon.late_brake": "optimizer/30",
     "optim.lm_head.kfac.start": None, "optim.lm_head.kfac.apply": None,  # refused: they must not pass `stop`
     "optim.lm_head.kfac": "short/11", "optim.lm_head.eigenbasis": "short/11",
     "optim.embed.master": "short/11", "schedule.late_horizon": "optimizer/46",
@@ -402,6 +405,8 @@ def test_no_record_is_too_short_for_itself_at_any_scale():
     ("short/52", ["optim.scalar.freeze_steps=700"], "optim.scalar.freeze_steps",
      "700 steps are more than lie between two changes of window or batch: the group is not updated after "
      "step 653"),
+    ("optimizer/46", ["optim.rre={}"], "optim.rre.start",
+     "2820 steps are more than the run's 2690: there is no extrapolation"),
     ("short/57", ["schedule.steps=2"], "schedule.stages", "no step is left for stage 2"),
     ("short/57", ["schedule.steps=2"], "model.head.untied.tied_until",
      "the run ends before head and embedding are untied"),

@@ -16,7 +16,7 @@ from golden_track3 import BASES, assert_equal
 from optim import RULES, Optimizer
 from settings import deltas
 from small_models import update
-from system.hooks import hooks_of
+from system.hooks import hooks_of, reading
 from test_track3_directions import GivenNoise
 from track3_models import fill, ours, small, theirs
 from updates.muon import Muon
@@ -24,10 +24,11 @@ from updates.psgd import Psgd
 
 FIXTURES = (
     "t3_r04_adamh", "t3_r05_muonh", "t3_r07_muonsq", "t3_r09_skylight", "t3_r10_normuon", "t3_r11_contra",
-    "t3_r11_contra_b", "t3_r13_muloco", "t3_r14_soapmuon", "t3_r17_aurora", "t3_r17_aurora_b",
+    "t3_r11_contra_b", "t3_r13_muloco", "t3_r14_soapmuon", "t3_r16_gate", "t3_r17_aurora", "t3_r17_aurora_b",
     "t3_r18_pmuon", "t3_r19_klsoaph", "t3_r20_soft", "t3_r21_shampoo", "t3_r23_muown", "t3_r27_soaph",
-    "t3_r28_dynmuon", "t3_r29_brake", "t3_r33_psgd", "t3_r34_rre", "t3_r36_muon", "t3_r39_emanest",
-    "t3_r41_circuit", "t3_r44_soapall", "t3_r46"
+    "t3_r28_dynmuon", "t3_r29_brake", "t3_r31_contra", "t3_r32_pull", "t3_r33_psgd", "t3_r34_rre",
+    "t3_r36_muon", "t3_r38_tail", "t3_r39_emanest", "t3_r41_circuit", "t3_r43_pulses", "t3_r44_soapall",
+    "t3_r46"
 )
 SETS = {"t3_r13_muloco": {"optim.outer.period": 4}}  # settings that a fixture changes
 STATES = {"cov_Q": "pmuon_right_basis", "out_Q": "pmuon_left_basis"}  # random start of PMuon -> ours
@@ -120,6 +121,13 @@ class Replay:
                        for a, b, c in parts])
 
 
+    def read_errors(self):
+        """{parameter: largest error / largest movement} of what the last validation reads, if that is kept."""
+        with reading(self.hooks, self.s.schedule.steps):
+            return {name: self.error(name, self.model.get_parameter(name).detach().numpy(), want)
+                    for name, want in self.of_ours(lambda name: self.numbers[f"readout/{name}"]).items()}
+
+
 def in_float32(s, plan):
     """The learning-rate factor with which Muon's learning rate is a float32 number."""
     return float(np.float32(s.optim.muon.lr * plan.lr_factor)) / s.optim.muon.lr
@@ -129,3 +137,11 @@ def in_float32(s, plan):
 def test_a_record_updates_as_its_original_script(fixture):
     # the first step of SOAP-H divides rounding noise by eps
     assert_equal(Replay(fixture).errors(), 1e-8 if fixture == "t3_r27_soaph" else 1e-9)
+
+
+def test_result_38_is_read_as_its_original_script_reads_it():
+    """Back along the mean of the last steps, then towards the weights after 2375 updates."""
+    replay = Replay("t3_r38_tail")
+    moved, read = replay.errors(), replay.read_errors()
+    assert moved and len(read) == len(dict(replay.model.named_parameters()))
+    assert_equal(read)

@@ -30,6 +30,8 @@ FLAGS = {f"optim.muon.{flag}": needs for flag, *needs in SLOTS.values()} | {
     "optim.embed.master=1": ("system.precision=record",),
     "optim.ema_nesterov={start=1}": (), "optim.outer={period=1}": (), "optim.outer={workers=8}": (),
     "optim.rre={start=1, points=3, every=1}": (), "optim.tail_ema={start=1}": (),
+    "optim.trail_delta={start=1, every=1}": (), "optim.broad_delta={start=1, every=1}": (),
+    "optim.phase_readout={first=1, second=2}": (), "optim.tail_velocity={start=1}": (),
     "optim.reference_readout={reference=1, start=2}": (), "optim.anchor={start=1, ramp_start=0}": ()
 }
 # a reason names a setting, by a path, and a way out

@@ -322,6 +322,85 @@ def test_an_extrapolation_is_its_replay_in_numpy(cap):
     assert seen == [6, 12] == schedule.extrapolations(model.settings.optim.rre, 12)
 
 
+@pytest.mark.feature("optim.tail_velocity")
+@pytest.mark.parametrize("at", ["validation", "end"])
+@pytest.mark.parametrize("cap", [1e9, 1e-3])
+def test_the_tail_velocity_is_its_replay_in_numpy(at, cap):
+    """Of the block matrices alone, each slice of one with a cap of its own."""
+    told = f"optim.tail_velocity={{start=3, decay=0.8, push=-2.0, cap={cap}, at={at!r}}}".replace("'", '"')
+    values = {"a": random(2, 4, 6), "b": random(5, 3, seed=1), "embed": random(7, 3, seed=2)}
+    model = toy(values, settings("schedule.steps=12", told))
+    hooks, mean = wrappers_of(model), {n: 0.0 for n in "ab"}
+
+    def replay(done):
+        for n in "ab" if done > 3 else ():
+            mean[n] = 0.8 * mean[n] + 0.2 * (inner_of[done][n] - inner_of[done - 1][n])
+        read = [one.setting for one in schedule.readouts(model.settings, done)]
+        assert bool(read) == (done > 3 if at == "validation" else done == 12)
+        with reading(hooks, done):
+            for n, p in model.named_parameters():
+                want = inner_of[done][n]
+                if n in mean and read:
+                    norms = [np.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in (want, mean[n])]
+                    want = want - 2 * np.minimum(1, cap * norms[0] / norms[1]) * mean[n]
+                assert np.abs(p.detach().numpy() - want).max() < 1e-13, (done, n)
+
+    inner_of = Recorded(model)
+    walk(model, [inner_of, *hooks], 12, replay)
+
+
+def square(x):
+    """The squared norm of each matrix."""
+    return (x * x).sum((-2, -1), keepdims=True)
+
+
+@pytest.mark.feature("optim.trail_delta", "optim.broad_delta", "optim.phase_readout",
+                     "optim.reference_readout.embed")
+def test_the_last_steps_of_result_43_are_their_replay_in_numpy():
+    """A pulse of q, k and c_fc after update 6, which the reference has taken in; pulses of all but the
+    embedding after 8, 10 and 12, each of the way since the last one and the ways before; then two readouts."""
+    values = {"w": random(4, 5, 5), "c": random(4, 6, seed=1), "e": random(7, 3, seed=2), "h": random(6)}
+    kinds = {"w": ("matrix", "qkvo"), "c": ("matrix", "c_fc"), "e": ("embed", "embed"),
+             "h": ("scalar", "bias")}
+    model = Toy(**{n: (x, *kinds[n]) for n, x in values.items()})
+    model.settings = settings(
+        "schedule.steps=12", "optim.broad_delta={start=2, every=4, stop=6, first=-0.3}",
+        "optim.trail_delta={start=6, every=2, stop=12, first=-0.1, push=-0.2, momentum=0.5}",
+        "optim.phase_readout={first=8, second=10, push=0.25}",
+        'optim.reference_readout={reference=6, push=-0.4, start=12, at="end", embed=false}'
+    )
+    moved = {"w": slice(0, 2), "c": slice(None)}  # matrices but v and o
+    way, kept, walked = dict.fromkeys("wch", 0.0), {}, {}
+
+    def replay(done):
+        theta = {n: x.copy() for n, x in walked[done].items()}
+        for n, part in moved.items() if done == 6 else ():
+            theta[n][part] += -0.3 * (theta[n][part] - kept[2][n][part])
+        for n in "wch" if done in (8, 10, 12) else ():
+            way[n] = theta[n] - kept[done - 2][n] + 0.5 * way[n]
+            theta[n] = theta[n] + (-0.1 if done == 8 else -0.2) * way[n]
+        kept[done] = {n: x.copy() for n, x in theta.items()}
+        for n, part in moved.items() if done == 12 else ():
+            v = (theta[n] - kept[10][n])[part]
+            a = v - (kept[10][n] - kept[8][n])[part]
+            b = a - (a * v).sum((-2, -1), keepdims=True) / square(v) * v
+            theta[n][part] += 0.25 * b * np.sqrt(square(v) / square(b))
+        for n in "wch" if done == 12 else ():
+            theta[n] = theta[n] - 0.4 * (theta[n] - kept[6][n])
+        for n, p in model.named_parameters():
+            assert np.abs(p.detach().numpy() - theta[n]).max() < 1e-12, (done, n)
+        read = [one.setting for one in schedule.readouts(model.settings, done)]
+        pulse = {6: ["optim.broad_delta"]} | dict.fromkeys((8, 10, 12), ["optim.trail_delta"])
+        ends = ["optim.phase_readout", "optim.reference_readout"] if done == 12 else []
+        assert read == pulse.get(done, []) + ends
+
+    walked = Recorded(model)
+    walk(model, [walked, *wrappers_of(model)], 12, replay)
+    assert [x.strip() for x in wrapper_remarks(model.settings)][:2] == [
+        "pulses (optim.broad_delta) after the updates 6",
+        "pulses (optim.trail_delta) after the updates 8, 10, 12"]
+
+
 @pytest.mark.feature("optim.reference_readout", "optim.tail_ema", "optim.tail_ema.embed")
 @pytest.mark.parametrize("at", ["validation", "end"])
 def test_readouts_are_their_replay_and_leave_the_training_as_it_was(at):
@@ -373,7 +452,9 @@ def test_a_wrapper_that_does_nothing_is_off(sets):
 
 @pytest.mark.parametrize("sets", [
     "optim.ema_nesterov={start=1}", "optim.outer={period=3}", SNOO, "optim.rre={start=2, every=2}",
-    "optim.tail_ema={start=2, tau=2}", "optim.reference_readout={reference=2, start=3}"])
+    "optim.tail_ema={start=2, tau=2}", "optim.tail_velocity={start=2}",
+    "optim.reference_readout={reference=2, start=3}", "optim.trail_delta={start=1, every=2, stop=9}",
+    "optim.phase_readout={first=2, second=3}"])
 def test_a_reset_wrapper_begins_anew_and_one_that_was_copied_goes_on(sets):
     model, (hook,) = two(sets)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -482,6 +563,8 @@ def test_memory_counts_the_buffers_and_experts_on_their_own_processes_are_refuse
 
 ALL = ("optim.ema_nesterov={beta=0.3, start=1, stop=7}", "optim.outer={period=3}",
        "optim.rre={start=2, points=3, every=2}", "optim.tail_ema={start=3, tau=2}",
+       "optim.broad_delta={start=1, every=3, stop=4}", "optim.trail_delta={start=2, every=3, stop=8}",
+       "optim.tail_velocity={start=2}", "optim.phase_readout={first=2, second=5}",
        "optim.reference_readout={reference=2, start=4}",
        "optim.anchor={start=2, tau=2, ramp_start=3, ramp_end=5}")
 
@@ -505,8 +588,10 @@ def the_log_says_what_was_read(folder, s):
     log, unread = run_laws.read_log(folder, "run")
     assert unread == [] and lawful(log)
     told = {v["step"]: v.get("readout") for v in log.validations}
-    read = ["optim.rre", "optim.tail_ema", "optim.reference_readout", "optim.anchor"]
-    assert told == {0: None, 4: read, 8: read}
+    ends = ["optim.tail_ema", "optim.tail_velocity", "optim.reference_readout", "optim.anchor"]
+    last = [*ends[:2], "optim.phase_readout", *ends[2:]]
+    assert told == {0: None, 4: ["optim.rre", "optim.broad_delta", *ends],
+                    8: ["optim.rre", "optim.trail_delta", *last]}
     last = log.validations[-1]
     assert last["val_loss"] != last["raw_val_loss"]
     assert "raw_val_loss:" in (folder / "log.txt").read_text() and "read at the weights of" in (

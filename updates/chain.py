@@ -8,7 +8,7 @@ from updates.annealing import Annealing, Bases
 from updates.aurora import Aurora
 from updates.bi_maxwell import BiMaxwell
 from updates.circuit import Circuit
-from updates.contra import Contra, SoftBlend
+from updates.contra import Contra, SoftBlend, Tempered
 from updates.directions import direction
 from updates.geometry import Hyperball, LateDecay, RadialBrake, RadiusPin, UpdateFloor
 from updates.muown import Muown
@@ -51,6 +51,8 @@ def orthogonal_momentum(s) -> list:
         start = smooth.coef if smooth.start is None else smooth.start
         dtype = getattr(torch, s.numerics.newton_schulz)
         slots.append(Smooth(smooth.coef, start, smooth.ramp_steps, smooth.lookahead, dtype))
+    if warm := muon.tempered:
+        slots.append(Tempered(warm.most, warm.cap, warm.start, warm.end, muon.norm))
     if muon.contra:
         slots.append(Contra(muon.contra.strength, muon.contra.steps, muon.norm))
     if muon.soft:
@@ -106,9 +108,9 @@ def geometry(s, group) -> list:
     if muon.circuit:
         slots.append(Circuit(head_dim(s), muon.circuit.eps))
     if muon.radial_brake is not None:
-        slots.append(RadialBrake(muon.radial_brake))
+        slots.append(RadialBrake(muon.radial_brake, muon.late_brake))
     if muon.floor:
-        slots.append(UpdateFloor(muon.floor.ratio, muon.floor.per))
+        slots.append(UpdateFloor(muon.floor.ratio, muon.floor.per, muon.floor.late))
     if muon.soda:
         slots.append(Soda(muon.soda.start, muon.soda.steps))
     if group.weight_decay and not s.numerics.matrix_mantissa:  # those decay before the step (Muon.update_)

@@ -1,4 +1,5 @@
-"""Contra-Muon: the orthogonalised update minus a part of the momentum itself (track 3, results 11 and 20)."""
+"""The orthogonalised update mixed with the momentum: Contra-Muon, Soft-Muon and the tempered polar factor
+(track 3, results 11, 20 and 38)."""
 
 from dataclasses import dataclass
 
@@ -20,6 +21,36 @@ def spectral_norm(x: torch.Tensor, iterations: int = 5) -> torch.Tensor:
     return torch.linalg.vector_norm(x @ v, dim=-2, keepdim=True)
 
 
+def unit_norm(m: torch.Tensor, norm: str) -> torch.Tensor:
+    """Matrices (N, rows, cols) at norm 1: the Schatten 4-norm (result 20), or else the spectral norm."""
+    return m / (NORMS[norm](m) if norm == "schatten4" else spectral_norm(m)).clamp_min(1e-12)
+
+
+@dataclass(frozen=True)
+class Tempered(Slot):
+    """Tempered polar factor (track 3, result 38): u + rho min(1, cap |u| / |d|) d at the norm of u.
+
+    d = M / |M| - u, M what was orthogonalised, at the unit norm of Contra. rho rises linearly from 0 at
+    `start` to `most` at `end`.
+    """
+    most: float
+    cap: float
+    start: int
+    end: int
+    norm: str
+
+    products = True
+
+    def numbers(self, plan, t) -> dict:
+        return {"tempered": self.most * ramp(plan.step, self.start, self.end)}
+
+    def __call__(self, u, step):
+        u, norm = wide(u), NORMS[self.norm]
+        d = unit_norm(wide(step.scratch["direction"]), self.norm) - u
+        d = d * (self.cap * norm(u) / norm(d).clamp_min(1e-10)).clamp_max(1)
+        return rescaled(u + step.numbers["tempered"] * d, u, self.norm)
+
+
 @dataclass(frozen=True)
 class Contra(Slot):
     """u - strength M / |M|, rescaled to the norm of u, where M is what was orthogonalised.
@@ -37,10 +68,8 @@ class Contra(Slot):
         return {"contra": self.strength * (1 - ramp(plan.step, 0, self.steps) if self.steps else 1)}
 
     def __call__(self, u, step):
-        m = wide(step.scratch["direction"])
-        size = NORMS[self.norm](m) if self.norm == "schatten4" else spectral_norm(m)
-        u = wide(u)
-        return rescaled(u - step.numbers["contra"] * (m / size.clamp_min(1e-12)), u, self.norm)
+        m, u = unit_norm(wide(step.scratch["direction"]), self.norm), wide(u)
+        return rescaled(u - step.numbers["contra"] * m, u, self.norm)
 
 
 @dataclass(frozen=True)

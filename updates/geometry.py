@@ -8,7 +8,8 @@ from typing import Literal
 
 import torch
 
-from updates.norms import frobenius, inner
+from settings.muon import LateBrake, LateFloor
+from updates.norms import frobenius, inner, ramped
 from updates.slots import Slot
 
 
@@ -41,14 +42,19 @@ class RadialBrake(Slot):
     """Damp the part of the step that lengthens the matrix (track 3, result 29).
 
     u = T + c W with c = <u, W> / max(|W|^2, 1e-12). Where c < 0 the step - lr u points outward, and c W
-    becomes keep c W.
+    becomes keep c W. late: another `keep` near the end, which it takes linearly (result 38).
     """
     keep: float
+    late: LateBrake | None = None
+
+    def numbers(self, plan, t) -> dict:
+        late, keep = self.late, self.keep
+        return {"brake": ramped(keep, late.factor, plan.step, late.start, late.end) if late else keep}
 
     def __call__(self, u, step):
         w = step.p.to(u.dtype)
         c = inner(u, w) / inner(w, w).clamp_min(1e-12)
-        return u + (self.keep - 1) * c.clamp_max(0) * w
+        return u + (step.numbers["brake"] - 1) * c.clamp_max(0) * w
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,15 @@ class UpdateFloor(Slot):
     """A lower bound on the relative size of a step (track 3: result 9, matrices; result 46, rows).
 
     u <- u max(1, ratio |W| / |u|) with the Frobenius norms of each matrix, or those of each row (an output
-    channel); norms are at least 1e-8.
+    channel); norms are at least 1e-8. late: another ratio near the end, which it takes linearly (result 38).
     """
     ratio: float
     per: Literal["matrix", "row"]
+    late: LateFloor | None = None
+
+    def numbers(self, plan, t) -> dict:
+        late, ratio = self.late, self.ratio
+        return {"floor": ramped(ratio, late.ratio, plan.step, late.start, late.end) if late else ratio}
 
     def __call__(self, u, step):
         axes = (-2, -1) if self.per == "matrix" else -1
@@ -67,7 +78,7 @@ class UpdateFloor(Slot):
             torch.linalg.vector_norm(x, dim=axes, keepdim=True).clamp_min(1e-8)
             for x in (step.p.to(u.dtype), u)
         )
-        return u * (self.ratio * w / length).clamp_min(1)
+        return u * (step.numbers["floor"] * w / length).clamp_min(1)
 
 
 @dataclass(frozen=True)

@@ -32,3 +32,9 @@ def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def ramp(step: int, start: int, end: int) -> float:
     """Share of the way from `start` to `end` that a step has gone, 0 to 1."""
     return min(max((step - start) / max(end - start, 1), 0.0), 1.0)
+
+
+def ramped(first: float, last: float, step: int, start: int, end: int) -> float:
+    """A number that goes linearly from `first` at `start` to `last` at `end`."""
+    share = ramp(step, start, end)
+    return (1 - share) * first + share * last

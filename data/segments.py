@@ -156,8 +156,10 @@ def whole_characters(merges: tiktoken.Encoding, ids: list[int], at: int) -> int:
 
 
 def joins(merges: tiktoken.Encoding, left: list[int], right: list[int]) -> bool:
-    """Whether merging gives the last token of `left` and the first of `right` back,
-    with the rest of their characters."""
+    """Whether merging the last token of `left` and the first of `right` gives both back.
+
+    Where a character is cut in two, the tokens with its other parts are merged with them.
+    """
     start = len(left) - 1
     while merges.decode_single_token_bytes(left[start])[0] & 0xC0 == 0x80:
         start -= 1

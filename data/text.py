@@ -65,8 +65,7 @@ SPACES = re.compile(r"[ \t\r\n]*")
 
 
 class Reader:
-    """One input file: its unpacked bytes, its format ("text", "jsonl",
-    "array" or "parquet") and its encoding."""
+    """One input file: its unpacked bytes, its format (text, jsonl, array or parquet) and its encoding."""
 
     def __init__(self, path: Path | str, format: str = "auto", field: str = "text",
                  separator: str = "\n\f\n"):

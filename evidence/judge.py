@@ -514,8 +514,7 @@ def sentence(track, counts):
 
 
 def detail(tables, r, markdown=False):
-    """One record: its line, the groups of its folder, its runs,
-    and the difference from each baseline of the folder."""
+    """One record: its line, the groups of its folder, its runs, the difference from each baseline there."""
     show_table(HEADS[r["track"]], [cells(r)], markdown)
     print()
     if r["linked_minutes"]:

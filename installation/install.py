@@ -38,8 +38,7 @@ INSTALLED = VENV / "installed"  # JSON list of the requirements that are there, 
 LOCK = ROOT / ".venv-unfinished"
 EXTRAS = {"run": ["tools"], "test": ["tools", "slurm", "dev"], "python": ["tools"]}
 # Megabytes to download for `run`, summed over the files that the lock file names (Python 3.11 to 3.14 differ
-# by 1 MB; `test` adds
-# 4 MB). On Linux most of it is CUDA.
+# by 1 MB; `test` adds 4 MB). On Linux most of it is CUDA.
 DOWNLOAD = {("Linux", "x86_64"): 2829, ("Linux", "aarch64"): 2953, ("Darwin", "arm64"): 175,
             ("Windows", "AMD64"): 211}
 # pip settings of the user that would put packages elsewhere or install only half of them;

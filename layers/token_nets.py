@@ -30,8 +30,7 @@ class TokenNet(nn.Module):
                  label: str, groups: int | None = None):
         """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters.
         groups: each column gets a second coefficient per group of channels, from the same hidden values,
-        which is
-            added to the first (record 92); None: none.
+            which is added to the first (record 92); None: none.
         """
         super().__init__()
         self.columns = tuple(columns)

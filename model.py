@@ -696,7 +696,9 @@ class GPT(nn.Module):
         if self.tied:
             state["embed.weight"] = state["lm_head.weight"]
         for i, moe in self.mixtures():
-            for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)) if moe.world > 1 else ():
+            if moe.world == 1:
+                continue
+            for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)):
                 parts = [torch.empty_like(p) for _ in range(moe.world)]
                 dist.all_gather(parts, p.detach().contiguous())
                 state[f"blocks.{i}.mlp.{name}"] = torch.cat(parts).cpu()
@@ -769,12 +771,7 @@ def segments(begins: torch.Tensor, longest: int | None) -> torch.Tensor:
     return begins.cumsum(1, dtype=torch.int32)
 
 
-def without_values(s):
-    """The model on the meta device, without storage, for counting."""
+def without_values(s: Settings) -> GPT:
+    """The model of these settings on the meta device, without storage, for counting."""
     with torch.device("meta"):
         return GPT(s)
-
-
-def count_parameters(s):
-    """Number of parameters of these settings' model, all experts included."""
-    return without_values(s).num_parameters()

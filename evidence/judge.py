@@ -1,11 +1,10 @@
 """Every published record of modded-nanogpt judged again from its raw runs: `python -m records judge`.
 
-    python -m records judge                              # all entries of the three tracks
-    python -m records judge --track optimizer            # one track
-    python -m records judge short/80                     # one record: every group of its folder, every run,
-    its baselines python -m records judge --markdown                   # the tables as Markdown python -m
-    records judge --json FILE                  # for programs; evidence/results/judge.json is that of all
-    entries
+    python -m records judge                    # all entries of the three tracks
+    python -m records judge --track optimizer  # one track
+    python -m records judge short/80           # one record: groups of its folder, runs, baselines
+    python -m records judge --markdown         # the tables as Markdown
+    python -m records judge --json FILE        # for programs; evidence/results/judge.json has all entries
 
 Data (KellerJordan/modded-nanogpt, snapshot of 2026-08-01; logs by the people named there):
 

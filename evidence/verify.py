@@ -1,9 +1,8 @@
-"""`python -m records verify DIR`: does a claim hold? From its logs alone;
-no code of the submission is executed.
+"""`python -m records verify DIR`: does a claim hold? From its logs alone; none of its code is executed.
 
-    python -m records verify records/short/012_name                        # consistent? and is the claim
-    shown? python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades python -m
-    records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
+    python -m records verify records/short/012_name  # consistent? and is the claim shown?
+    python -m records verify DIR --audit audit.json --reproduction OTHER  # higher grades
+    python -m records verify FOLDER_OF_TXT --target 3.28  # upstream's text logs: statistics only
 
 First the laws of the logs (evidence.run_laws, claims and provenance): all problems are listed, and one is
 enough to refuse. Then the statistics: an ml claim must reach the target and be faster than its parent; a

@@ -1,10 +1,9 @@
 """Makes .venv with the pinned dependencies, once, and starts something in it.
 run.sh and test.sh are its two callers.
 
-    python installation/install.py run [ARGUMENTS]      # ./run.sh: what training and plotting need, then
-    installation/run.py python installation/install.py test [ARGUMENTS]     # ./test.sh: the rest too, then
-    pytest python installation/install.py python               # prints the path of a Python that can train
-    and plot
+    python installation/install.py run [ARGUMENTS]   # ./run.sh: for training, plots; then installation/run.py
+    python installation/install.py test [ARGUMENTS]  # ./test.sh: the rest too; then pytest
+    python installation/install.py python            # prints the path of a Python that can train and plot
 
 $SPEEDRUN_PYTHON, a Python that has the packages already, is used as it is. Standard library only.
 """

@@ -1,19 +1,20 @@
 """A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim,
 run and settle.
 
-    plan.json              what to run, written once            survivors.json        what screening left
-    over, written once claims/<target>.<k>    k-th claim; its mtime is the heartbeat done/<target>.json
-    the result, written once             runs/<run folder>     what the trainer wrote failed/<target>.json
-    why there is none                    output/<target>.<k>   what the run printed; kept on failure
-
-    sealed.json            hash of plan.json and the program, written once when the first run starts
+    plan.json             what to run, written once
+    sealed.json           hash of plan.json and the program, written once when the first run starts
+    survivors.json        what screening left over, written once
+    claims/<target>.<k>   the k-th claim; its mtime is the heartbeat
+    runs/<run folder>     what the trainer wrote
+    done/<target>.json    the result, written once
+    failed/<target>.json  why there is none
+    output/<target>.<k>   what the run printed; kept on failure
 
 A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and
-never
-deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a
-number above its own has lost the target. Files appear whole by hard link, atomic on a shared disk too. Ages
-are differences of mtimes that the file server gave, so the clocks of the machines do not matter. No torch
-here.
+never deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever
+finds a number above its own has lost the target. Files appear whole by hard link, atomic on a shared disk
+too. Ages are differences of mtimes that the file server gave, so the clocks of the machines do not matter. No
+torch here.
 """
 
 import contextlib

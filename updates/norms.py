@@ -1,4 +1,4 @@
-"""Norms of the matrices of a batch (N, rows, cols), which slots keep, hold or bound."""
+"""Norms and covariances of the matrices of a batch (N, rows, cols), and ramps over the steps of a run."""
 
 import torch
 
@@ -27,6 +27,12 @@ def rescaled(x: torch.Tensor, like: torch.Tensor, kind: str) -> torch.Tensor:
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of each pair of matrices (N, rows, cols), as (N, 1, 1)."""
     return (a * b).sum((-2, -1), keepdim=True)
+
+
+def covariance_step(covariance: torch.Tensor, gram: torch.Tensor, beta: float) -> torch.Tensor:
+    """C <- beta C + (1-beta) gram in place, (N, n, n); a covariance of zeros begins as the gram itself."""
+    begun = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
+    return covariance.lerp_(gram, torch.where(begun, 1 - beta, 1.0).to(gram.dtype))
 
 
 def ramp(step: int, start: int, end: int) -> float:

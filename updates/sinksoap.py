@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from updates.norms import frobenius
-from updates.slots import Slot
+from updates.slots import Slot, kept_dtype
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SinkSoap(Slot):
     products = True
 
     def state(self, unit, dtype, views) -> dict:
-        kept = torch.promote_types(dtype, torch.float32)
+        kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "sink_left_covariance": ((rows, rows), kept), "sink_right_covariance": ((cols, cols), kept)
         })

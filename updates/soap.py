@@ -11,7 +11,7 @@ import torch
 
 from settings.muon import SoapTrust
 from updates.norms import frobenius, inner, ramp, rescaled
-from updates.slots import Slot
+from updates.slots import Slot, kept_dtype
 
 ATTENTION = ("q", "k", "qk", "v", "o")  # qk: pairs of heads
 
@@ -53,7 +53,7 @@ class Soap(Slot):
     products = True
 
     def state(self, unit, dtype, views) -> dict:
-        kept = torch.promote_types(dtype, torch.float32)
+        kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "soap_left_covariance": ((rows, rows), kept), "soap_right_covariance": ((cols, cols), kept),
             "soap_left_basis": ((rows, rows), kept), "soap_right_basis": ((cols, cols), kept),

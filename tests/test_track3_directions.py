@@ -16,8 +16,9 @@ from golden_track3 import HIDDEN, QKVO, Replay, assert_equal
 from small_models import Toy, plan, settings, update
 
 from common.errors import UserError
-from optim import RULES, Optimizer, local_ranks
+from optim import RULES, Optimizer
 from system.comm import communication
+from system.place import local_ranks
 from updates import views
 from updates.muon import Muon
 from updates.psgd import Psgd

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers.primitives import constant, linear, parameter, uniform, values
-from updates.views import Views
 
 
 class Column(NamedTuple):
@@ -35,16 +34,14 @@ class TokenNet(nn.Module):
         super().__init__()
         self.columns = tuple(columns)
         n, starts = sum(c.width for c in columns), [c.init / scale for c in columns for _ in range(c.width)]
-        self.w1 = parameter((hidden, dim), dtype_name, role="matrix", label=label, init=uniform(dim ** -0.5),
-                            views=Views())
-        self.w2 = parameter((n, hidden), dtype_name, role="matrix", label=label, init=constant(0.0),
-                            views=Views())
+        self.w1 = parameter((hidden, dim), dtype_name, role="matrix", label=label, init=uniform(dim ** -0.5))
+        self.w2 = parameter((n, hidden), dtype_name, role="matrix", label=label, init=constant(0.0))
         self.bias = parameter((n,), dtype_name, role="scalar", label=f"{label}_bias", init=values(starts))
-
         self.by_group = None
         if groups is not None:
-            self.by_group = parameter((len(columns), groups, hidden), dtype_name, role="matrix", label=label,
-                                      init=constant(0.0), views=Views())
+            self.by_group = parameter(
+                (len(columns), groups, hidden), dtype_name, role="matrix", label=label, init=constant(0.0)
+            )
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | float) -> dict[str, torch.Tensor]:
         """{column: its coefficients (R, T, width), or (R, T, groups)} for the stream x (R, T, D), in x's

@@ -33,7 +33,8 @@ def parser() -> arguments.Parser:
     )
     p.add_argument(
         "--scale", choices=list(SCALES),
-        help="full (as published), small (one GPU), tiny (CPU), micro (tests)"
+        help="full (as published, the default), small (one GPU), tiny (CPU), mini (questions on a CPU), "
+        "micro (checks)"
     )
     p.add_argument(
         "--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value"
@@ -57,7 +58,8 @@ def execution(p: arguments.Parser) -> None:
                    help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
     p.add_argument(
         "--data", metavar="DIR",
-        help="folder of shards (default: embedded corpus at tiny and micro, data/fineweb10B else)"
+        help="folder of shards (default: the embedded corpus at tiny, mini and micro, data/fineweb10B "
+        "otherwise)"
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save-checkpoint", action="store_true", help="write checkpoint.pt at the end")

@@ -18,10 +18,10 @@ from common.errors import UserError
 
 SEGMENT = 131_072  # characters in one call of tiktoken; it panics on a million blanks or line breaks
 RUN = 1_024  # a run of one kind that is at least so long may be treated as a piece
-# White_Space of Unicode, as \s of tiktoken's regular expressions;
-# str.isspace has four control characters more
-BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000,
-                                                              0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
+# White_Space of Unicode, as \s of tiktoken's regular expressions; str.isspace has four control characters
+# more
+SPACES_OF_WIDTHS = "".join(map(chr, range(0x2000, 0x200b)))
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + SPACES_OF_WIDTHS + "\u2028\u2029\u202f\u205f\u3000"
 # a blank after something else; and the last of several blanks, which belongs to what follows
 CUT = re.compile(f"(?<=[^{BLANKS}])(?=[{BLANKS}])|(?<=[{BLANKS}])(?=[{BLANKS}][^{BLANKS}])")
 NEAR = 4_096  # characters searched at once, from the end of a segment backwards

@@ -356,8 +356,9 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
     }
     val, train = begun[corpus.val], sum(n for path, n in begun.items() if path != corpus.val)
     if (val == 0) != (train == 0):
-        without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0],
-                                                                        "the validation shard")
+        without, other = corpus.train[0], "the validation shard"
+        if val == 0:
+            without, other = corpus.val, "train shards"
         raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: "
                         "the two were made with different tokenizers; tokenise the text again")
     if not val:

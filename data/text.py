@@ -100,8 +100,8 @@ class Reader:
             return "text"
         if format == "auto":
             refuse_by_name(self.path, names, start)
-        return json_format(self.path, start, sure=format == "jsonl" or any(n in JSON_NAMES
-                                                                           for n in names)) or "text"
+        sure = format == "jsonl" or any(name in JSON_NAMES for name in names)
+        return json_format(self.path, start, sure) or "text"
 
     def documents(self) -> Iterator[tuple[Iterator[str], str]]:
         """(pieces of the text, where it stands) of every document, in order;

@@ -90,8 +90,10 @@ class Tap:
         self.most_threads = max(self.most_threads, threads())
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
-        losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **
-                                                                       kwargs)
+        if self.answer:
+            losses = self.answer(targets)
+        else:
+            losses = self.forward(model, tokens, targets, *args, **kwargs)
         if losses.shape != targets.shape:
             raise Unknown(
                 f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}"
@@ -392,7 +394,7 @@ class StepWatch:
     def hashed(self, whole=False):
         """One hash of all parameters and optimizer tensors; None before a step has shown where they are.
 
-        whole: of all else that model, optimizer and hooks hold too.
+        whole: of everything that model, optimizer and hooks hold.
         """
         o = self.observed
         if not o.watch or o.step is None:
@@ -741,8 +743,8 @@ def causal_step(observed, bos):
     n, label = len(where), f"training step, context {length}"
     same, changed = copies(row, n, ranks)
     changed[np.arange(n), where] = other_ids(row[where], bos, 4)
-    shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n,
-                                                               ranks)[0]).view(ranks, -1, length)
+    shape = ranks, -1, length
+    aims = torch.from_numpy(copies(targets[0, 0], n, ranks)[0]).view(shape)
     base, new = (observed.step_losses(torch.from_numpy(x).view(shape), aims)[:n] for x in (same, changed))
     wrong, other = moved(base, new, where, label), inputs.clone().flatten(0, 1)
     other[1] = torch.where(other[1] == bos, bos, torch.from_numpy(other_ids(other[1].numpy(), bos, 5)))
@@ -754,8 +756,8 @@ def causal_step(observed, bos):
 
 def causality(observed, spec):
     """Law: changing a token moves no loss before it, and none of another row or target."""
-    bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"],
-                                        offset=1024).astype(np.int32)
+    bos = spec["bos"]
+    ids = np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"], offset=1024).astype(np.int32)
     done, wrong = causal_step(observed, bos)
     lengths = sorted({observed.step.find(is_batch, 2)[0].shape[-1], spec["validation_seq_len"]})
     for length in lengths:

@@ -165,10 +165,10 @@ def declaration_of(
     """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is
     free).
 
-    found: arms by name, from arms.prepare; the first is what others are compared with. runs: {"runs": n} or
-    {"looks": [...]}. processes: None for plain python, else those of system/launch.py. diff: text of
-    code_diff.
-    more: further entries.
+    found: arms by name, from arms.prepare; the first is what others are compared with.
+    runs: {"runs": n} or {"looks": [...]}.
+    processes: with system/launch.py; None: plain python.
+    diff: text of code_diff. more: further entries.
     """
     records = [a for a in found.values() if a["kind"] == "record"]
     if records:
@@ -576,8 +576,11 @@ def outcomes(claim):
 def mean_curve(runs):
     """[(step, mean val_loss, mean train_time_ms)] over the validations that all runs have."""
     tables = [{step: (loss, ms) for step, loss, ms in r["curve"]} for r in runs]
-    steps = sorted(set(tables[0]).intersection(*tables[1:]))
-    return [(s, *(sum(t[s][i] for t in tables) / len(tables) for i in (0, 1))) for s in steps]
+    found = []
+    for step in sorted(set(tables[0]).intersection(*tables[1:])):
+        losses, times = zip(*(table[step] for table in tables))
+        found.append((step, sum(losses) / len(tables), sum(times) / len(tables)))
+    return found
 
 
 def compare_arms(name, base, found, paired, confidence, goal=GOAL):

@@ -413,8 +413,8 @@ TITLES = {
                  "(pairwise: p against the best result before, whose number follows; * with published means)"}
 
 
-# On a terminal: columns of a table that are left out, first to last,
-# until so many remain for the beginning of a note.
+# On a terminal: columns of a table that are left out, first to last, until NOTE columns remain for the
+# beginning of a note.
 LESS_WANTED = ("linked", "slower", "logs", "in sd", "robust p", "sd", "pairwise p", "margin", "n")
 NOTE = 12
 
@@ -426,12 +426,15 @@ def digits(value, form):
 
 def cells(r):
     """One line of a track's table."""
-    state = r["verdict"] + (" (waived)" if r["waived"] and r["verdict"] != "pass" else
-                            " (before the rule)" if r["before_rule"] and r["verdict"] != "pass" else "")
+    state = r["verdict"]
+    if state != "pass" and r["waived"]:
+        state += " (waived)"
+    elif state != "pass" and r["before_rule"]:
+        state += " (before the rule)"
     head = [r["record"], str(r["n"]), digits(r["mean"], ".5f"), digits(r["sd"], ".5f")]
     says = "; ".join(filter(None, (r["why"] if r["verdict"] != "miss" or r["p"] is None else "", r["note"])))
-    table, mean, ratio = (digits(r[k], f) for k, f in (("published_minutes", ".3f"), ("mean_minutes", ".3f"),
-                                                       ("slower_percent", "+.1f")))
+    table, mean = digits(r["published_minutes"], ".3f"), digits(r["mean_minutes"], ".3f")
+    ratio = digits(r["slower_percent"], "+.1f")
     if r["track"] == "optimizer":
         pair, claimed = r["pairwise"], f"{r['claimed_loss']:.4f} ({r['claimed_runs']})"
         pair = (

@@ -83,9 +83,9 @@ def judge(about, candidate, fresh=False, timeout=None, say=lambda line: None):
         raise UserError(f"{candidate}: no such folder")
     began, used = time.monotonic(), Cost()
     memory = Memory(about, fresh)
+    told = ("parent", "goal", "next", "head", "open", "scale", "steps", "measure", "seeds", "hints")
     verdict = {
-        "version": VERSION, "task": {k: about[k] for k in ("parent", "goal", "next", "head", "open", "scale",
-                                                            "steps", "measure", "seeds", "hints")},
+        "version": VERSION, "task": {key: about[key] for key in told},
         "valid": False, "why": [], "score": None, "resolved": None, "interval": None, "way": None,
         "loss": None, "time": None, "candidate": None, "audit": "not needed: no code was changed",
         "attempt": memory.count(), "contamination": None, "sandbox": sandbox.walls(),
@@ -449,8 +449,13 @@ def scored(about, found):
         score, interval, resolved = 0.0, None, worse
     runs = found["candidate"]
     reached = [steps_to(r["curve"], p["loss"]) for r, p in zip(runs, found["parent"])]
-    loss, seconds = ({**summary([r[k] for r in runs], [r[k] for r in found["parent"]]),
-                      "goal": plain.fmean(r[k] for r in found["goal"])} for k in ("loss", "outside_s"))
+
+    def against(key):
+        """The candidate's summary of a value against the parent's, and the goal's mean."""
+        theirs = [r[key] for r in found["parent"]]
+        return {**summary([r[key] for r in runs], theirs), "goal": plain.fmean(r[key] for r in found["goal"])}
+
+    loss, seconds = against("loss"), against("outside_s")
     return {
         "score": score, "interval": interval, "resolved": resolved, "way": way(about, score),
         "loss": loss | {"steps_to_parent_loss": plain.fmean(reached), "steps": runs[0]["steps"]},

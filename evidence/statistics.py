@@ -28,8 +28,10 @@ SPENT = 0.75
 
 
 def numbers(values, name, least=1):
-    """`values` as a float array of finite numbers, at least `least` of them;
-    else a UserError naming `name`."""
+    """`values` as a float array of finite numbers, at least `least` of them.
+
+    UserError, which names the values by `name`, if they are not.
+    """
     try:
         array = np.asarray(list(values), dtype=float)
     except (TypeError, ValueError):
@@ -347,8 +349,8 @@ def one_row(child, parent, paired, alpha):
 def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8, paired=False):
     """The effect (unit of sd) that one arm of n runs shows as resolved with probability `power` (two-sided).
 
-    arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n), else of
-    single runs, equal in both groups.
+    arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n),
+    otherwise of single runs, equal in both groups.
     """
     confidence, power = level(confidence, "confidence"), level(power, "power")
     if power < 0.5:

@@ -632,9 +632,14 @@ def not_a_reproduction(found, other):
         return "it ran on the same machine"
     if a["val_digest"] != b["val_digest"]:
         return "it was measured on other validation tokens"
-    clocks = [{tuple(v["train_time_ms"] for v in log.validations) for log in x.logs.values()}
-              for x in (found, other)]
-    return "it holds runs of this claim" if clocks[0] & clocks[1] else ""
+    if clocks_of(found) & clocks_of(other):
+        return "it holds runs of this claim"
+    return ""
+
+
+def clocks_of(found):
+    """The training times at the validations of each run of a claim, as a set: no two runs have the same."""
+    return {tuple(v["train_time_ms"] for v in log.validations) for log in found.logs.values()}
 
 
 # ----- text logs --------------------------------------------------------------------------------------------

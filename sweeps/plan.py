@@ -172,9 +172,10 @@ def why_screening(plan, asked, groups):
         )
     if asked is False:
         return "none, as asked"
+    if not groups:
+        return "none: no section has two of these features"
     return (f"none: {len(groups)} group runs a seed could save at most {total} feature runs, which pays from "
-            f"{SCREEN_FROM} features a group (--screen insists)" if groups else "none: no section has two of "
-                                                                                "these features")
+            f"{SCREEN_FROM} features a group (--screen insists)")
 
 
 # ----- axis -------------------------------------------------------------------------------------------------

@@ -100,9 +100,8 @@ class Tap:
             )
         if self.aim:
             self.gaps.append(self.gap(model, tokens, *args, **kwargs))
-        self.calls.append(
-            Call(model, tokens.clone(), targets.clone(),
-                 losses.detach().clone(), losses.requires_grad))
+        self.calls.append(Call(
+            model, tokens.clone(), targets.clone(), losses.detach().clone(), losses.requires_grad))
         if self.stop:
             raise Enough
         return losses
@@ -244,8 +243,7 @@ class Observed:
         return value
 
     def state(self):
-        """Fingerprint of all that a step is given, as its forward finds it (tables follow the
-        windows of a step)."""
+        """Fingerprint of all that a step is given, as its forward finds it."""
         if not self.watch or self.step is None:
             return {}
         self.step_losses(*self.step.find(is_batch, 2))
@@ -285,8 +283,7 @@ class Observed:
         return context(run.hooks, len(run.plans))
 
     def row_losses(self, rows, targets=None):
-        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:
-        as of Tap."""
+        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1); targets: Tap's."""
         self.tap.targets = targets
         given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
         self.validated(given)
@@ -675,8 +672,7 @@ def other_ids(ids, bos, seed):
 
 
 def moved(base, new, changed, label, tolerance=0.0):
-    """Words for losses (n, T) that moved before position changed[i] of row i,
-    or if none did from there on."""
+    """Words for losses (n, T) that moved before position changed[i] of row i, or did not from there on."""
     wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
     if not distance.isfinite().all():
         return [f"{label}: losses of a model with random weights are not finite"]

@@ -19,7 +19,7 @@ import torch
 
 import schedule
 from common.errors import UserError
-from settings.model import padded_vocab
+from settings.model import padded_vocab, query_dim
 from settings.system import recomputable
 from system.microbatch import ranks_per_microbatch
 from updates.adam import TABLE_CHUNK
@@ -107,8 +107,9 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     The rule: Inductor keeps what matrix products and attention read or made, in 16 bits, and computes the
     rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is only added to
     the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps queries and keys
-    before and after a norm that follows their rotation. The logits are not in it: estimate() counts them with
-    their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
+    before and after a norm that follows their rotation, and those of latent attention, which are no view of
+    what else is kept. The logits are not in it: estimate() counts them with their gradient.
+    tests/nullcuda/table.md has estimates next to the allocator's peaks.
     """
     from layers.primitives import dtype
     from model import without_values
@@ -134,9 +135,10 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     attending = sum(block.attn is not None for block in model.blocks)
     outputs = attending + sum(block.mlp is not None for block in model.blocks)
     rest = outputs * stream * dtype(s.numerics.residual).itemsize
-    norm = s.model.attn.qk_norm
-    if norm and norm.order == "after_rope" and s.system.kernels.qk != "triton":
-        rest += attending * 2 * stream * dtype(s.numerics.matmul).itemsize
+    norm, latent = s.model.attn.qk_norm, s.model.attn.latent is not None
+    if norm and (latent or norm.order == "after_rope") and s.system.kernels.qk != "triton":
+        heads = attending * s.model.attn.num_heads
+        rest += 2 * heads * query_dim(s) * tokens.numel() * dtype(s.numerics.matmul).itemsize
     together = 1 if shape.candidates else rows  # each rank has its own candidates
     return kept.bytes(widest=2, largest=together * shape.seq_len * classes(s, shape)) + rest
 

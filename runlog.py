@@ -510,6 +510,14 @@ class RunLog:
 
 # ----- what a person sees -----------------------------------------------------------------------------------
 
+def crossing(points, target):
+    """First step at which a curve of (step, loss) is at or below target, linear between them; None: never."""
+    for (a, above), (b, below) in zip(points, points[1:]):
+        if below <= target:
+            return a + (b - a) * (above - target) / (above - below) if above > target else float(a)
+    return None
+
+
 def terminal_curve(points, target=None, width=64, height=10):
     """Text chart of (step, val_loss) points, lowest values resolved best: the first point may lie off the
     top."""

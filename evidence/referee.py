@@ -526,7 +526,5 @@ def summary(values, parents):
 
 def steps_to(curve, loss):
     """Step at which a curve first reaches a loss, linear between validations; its last step if never."""
-    for (a, above), (b, below) in zip(curve, curve[1:]):
-        if below <= loss < above:
-            return a + (b - a) * (above - loss) / (above - below)
-    return float(curve[-1][0])
+    step = runlog.crossing(curve, loss)
+    return float(curve[-1][0]) if step is None else step

@@ -11,7 +11,7 @@ import torch
 
 from settings.optim import HeadEigenbasis, HeadKfac
 from updates.adam import AdamW, adamw_
-from updates.norms import covariance_step, frobenius, ramp
+from updates.norms import covariance_step, eigenvectors, frobenius, ramp
 from updates.slots import kept_dtype
 
 INPUTS = "input_covariance"  # state that system.head_inputs fills before an update
@@ -105,8 +105,7 @@ class EigenAdam(HeadRule):
     @staticmethod
     def refresh(covariance, basis, m, v) -> None:
         """Take the eigenvectors of the covariance as the basis, and the moments along."""
-        small = 1e-30 * torch.eye(basis.size(-1), dtype=basis.dtype, device=basis.device)
-        new = torch.linalg.eigh(covariance + small)[1]
+        new = eigenvectors(covariance)
         turn = known(basis).mT @ new
         m.copy_(m @ turn)
         v.copy_(v @ turn.square())

@@ -1,4 +1,4 @@
-"""Norms and covariances of the matrices of a batch (N, rows, cols), and ramps over the steps of a run."""
+"""Norms, covariances and eigenvectors of batches of matrices (N, rows, cols), and ramps over steps."""
 
 import torch
 
@@ -33,6 +33,14 @@ def covariance_step(covariance: torch.Tensor, gram: torch.Tensor, beta: float) -
     """C <- beta C + (1-beta) gram in place, (N, n, n); a covariance of zeros begins as the gram itself."""
     begun = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
     return covariance.lerp_(gram, torch.where(begun, 1 - beta, 1.0).to(gram.dtype))
+
+
+def eigenvectors(x: torch.Tensor, eps: float = 1e-30) -> torch.Tensor:
+    """Eigenvectors of symmetric matrices x + eps I (N, n, n), as columns by rising eigenvalues.
+
+    eps: as in the originals, whose float32 matrices may be zero.
+    """
+    return torch.linalg.eigh(x + eps * torch.eye(x.size(-1), dtype=x.dtype, device=x.device))[1]
 
 
 def ramp(step: int, start: int, end: int) -> float:

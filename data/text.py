@@ -86,7 +86,7 @@ class Reader:
                 raise UserError(f"{self.path}: a parquet file inside {self.packed}: unpack it first")
             return "parquet"
         if format == "parquet":
-            raise UserError(f"{self.path}: not a parquet file (those begin with PAR1): leave --format away")
+            raise UserError(f"{self.path}: not a parquet file (those begin with PAR1): leave --format out")
         for mark, encoding in MARKS.items():
             if head.startswith(mark):
                 self.mark, self.encoding = mark, encoding

@@ -112,7 +112,7 @@ def arguments(p):
 def run(options):
     """The command. Returns the exit code: 0 passed, 3 a check failed, 130 interrupted."""
     if options.json and options.only:
-        raise UserError("--json holds a whole audit: leave --only away, or --json")
+        raise UserError("--json holds a whole audit: leave --only out, or --json")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
     environment.check_training()

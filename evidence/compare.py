@@ -98,7 +98,7 @@ def run(options):
         ]
         if given:
             raise UserError(
-                f"--resume goes on with a declared plan, which fixes {given[0].replace('_', '-')}: leave it"
+                f"--resume goes on with a declared plan, which fixes {given[0].replace('_', '-')}: leave it out"
             )
         folder = Path(options.resume)
     else:
@@ -179,7 +179,7 @@ def declaration_of(
     for a in records:
         device = a["settings"]["system"]["device"]
         if (a["scale"] in ("full", "small") or device == "cuda") and device != "cpu" and not gpus:
-            remedy = "leave system.device=cuda" if device == "cuda" else "add --scale tiny"
+            remedy = "leave out system.device=cuda" if device == "cuda" else "add --scale tiny"
             raise UserError(
                 f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: {remedy}"
             )
@@ -244,7 +244,7 @@ def check_arms(found, options):
                                 "noise")
             if options.aa and not same:
                 raise UserError(f"--aa compares an arm with itself; {found[a]['text']!r} and "
-                                f"{found[b]['text']!r} differ: leave it away")
+                                f"{found[b]['text']!r} differ: leave it out")
     for arm in found.values():
         if options.pairing == "seed" and not arms.takes_seed(arm):
             raise UserError(

@@ -242,7 +242,7 @@ def find(tables, name, track=None):
             f"no published record {name!r}{errors.near(name, refs)}: short/1 to short/89 (21r and 21t are "
             "re-timings), medium/1 to medium/18, optimizer/1 to optimizer/46")
     if track and not ref.startswith(track + "/"):
-        raise UserError(f"{ref} is not on the {track} track: leave --track away")
+        raise UserError(f"{ref} is not on the {track} track: leave --track out")
     return ref
 
 

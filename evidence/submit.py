@@ -230,7 +230,7 @@ def home_of(options, folder):
         return folder, options.legs or 1
     if options.legs:
         raise UserError("--legs belongs to the rule, which was written before the first attempt: leave it "
-                        "away")
+                        "out")
     home = attempts.folder_of(options.idea)
     if not (home / ledger.NAME).exists():
         raise UserError(f"--idea {options.idea}: {home} holds no ledger; its attempt was made without one")

@@ -326,7 +326,7 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
         if lookup(s, path) != lookup(before, path):
             moved.append(path)
     for path in moved:
-        refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
+        refuse_idle(s, path, f"--set {path}", "change that too, or leave this out")
     unlifted, s = s, scales.lifted(s, assigned)
     try:
         return settings.check(s), report + lines + scales.lift_lines(unlifted, s)
@@ -557,7 +557,7 @@ def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (
         return resolve(name, scale=scale or "full", sets=sets, **changes)
     fixed, pinned = load_preset(name)
     if scale and scale != fixed["scale"]:
-        raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale away or name a record")
+        raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale out or name a record")
     frozen = resolve(fixed["name"], scale=fixed["scale"], sets=fixed["sets"], preset=name)
     if ml_hash(frozen.settings) != pinned:
         raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen "

@@ -322,7 +322,7 @@ def make_plan(options):
     elif options.controls not in (None, options.seeds):
         raise UserError(
             "--controls: within seeds (--paired), and in a chain of several parents, all arms have the same "
-            "number of runs; leave it away"
+            "number of runs; leave it out"
         )
     settings = plan.pop("settings")
     try:

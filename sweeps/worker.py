@@ -341,7 +341,7 @@ def executor(launcher, folder):
     import submitit
     if launcher == "slurm" and submitit.SlurmExecutor.affinity() < 0:
         raise UserError("--launcher slurm: there is no Slurm here (no srun); start it on a login node, or "
-                        "leave it away to run on this machine")
+                        "leave it out to run on this machine")
     return (submitit.SlurmExecutor if launcher == "slurm" else submitit.LocalExecutor)(folder=folder)
 
 

@@ -159,14 +159,14 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
                 "records plot)"
             )
         if options.card and not options.plan:
-            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it")
+            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it out")
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):
                 raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes "
-                                "already: leave --nproc away")
+                                "already: leave --nproc out")
         if options.rescue and options.registered:
-            raise UserError("--rescue: a registered run is not assisted: leave --rescue away")
+            raise UserError("--rescue: a registered run is not assisted: leave --rescue out")
         resolved = None
         if options.record is not None:
             resolved = resolve_name(
@@ -191,6 +191,6 @@ def choose_checkpoints(options: argparse.Namespace, steps: int) -> None:
         every = ("steps", max(1, min(REWIND_EVERY, steps // REWIND_PART))) if back else EVERY
         options.checkpoint_every = None if options.registered else every
     if back and options.checkpoint_every is None:
-        raise UserError("--rescue rewind goes back to checkpoints: leave `--checkpoint-every never` away")
+        raise UserError("--rescue rewind goes back to checkpoints: leave `--checkpoint-every never` out")
     if options.keep_checkpoints is None:
         options.keep_checkpoints = REWIND_KEEP if back else KEEP

@@ -182,7 +182,7 @@ def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
     """Milliseconds of each kind of work at the card's peaks. UserError for a precision without one."""
     n = s.numerics
     if not {n.matmul, n.residual, n.newton_schulz, products_dtype(s)} <= BYTES.keys():
-        raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card away")
+        raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card out")
     done = work(s, gpus)
     peak = of.fp32 if s.numerics.matmul == "float32" else of.bf16
     products, fp8 = done.products, done.fp8

@@ -31,14 +31,14 @@ def require(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave "
-                "--log-to away"
+                "--log-to out"
             )
         try:
             importlib.import_module(MODULES[name])
         except Exception as error:  # whatever a broken installation raises
             raise UserError(
                 f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it "
-                "again, or leave --log-to away"
+                "again, or leave --log-to out"
             ) from None
 
 

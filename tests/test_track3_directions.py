@@ -405,7 +405,7 @@ def test_the_noise_of_psgd_depends_on_matrix_and_update():
     (("optim.muon.adam={}", "optim.muon.psgd={}"), "each are the direction"),
     (("optim.muon.shampoo={}", "optim.muon.contra={}"), "stands in its place"),
     (("optim.muon.shampoo={eps=0.0}",), "divides by the eigenvalue 0"),
-    (("optim.muon.muown={}", "optim.muon.hyperball=true"), "leave one")])
+    (("optim.muon.muown={}", "optim.muon.hyperball=true"), "keep one")])
 def test_settings_that_exclude_each_other_are_refused(sets, said):
     with pytest.raises(UserError, match=said):
         settings("short/11", *sets)

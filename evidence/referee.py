@@ -229,7 +229,8 @@ def declaration(given, about):
         knowledge = declared.get("knowledge", "")
         if set(declared) - {"knowledge", "name"}:
             raise ValueError
-        knowledge and datetime.date.fromisoformat(knowledge)
+        if knowledge:
+            datetime.date.fromisoformat(knowledge)
     except (UserError, ValueError, TypeError, AttributeError):
         expected = '{"knowledge": "YYYY-MM-DD"}, and a "name" if wanted'
         raise Invalid(f"{task.ABOUT}: expected {expected}") from None

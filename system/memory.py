@@ -156,10 +156,12 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     logits, m, of_loss = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens, number)
-    if compiled and not (head.softcap or head.logit_scale != "one" or n.fp8_head):
+    in_place = head.softcap is None or head.softcap.form == "rsqrt"
+    if compiled and in_place and head.logit_scale == "one" and not n.fp8_head:
         return logits * m  # the gradient takes the place of the logits
     if compiled:  # one kernel, from the logits of the product to the gradient that it takes
-        return logits * (m + (2 if n.fp8_head else m))  # in FP8 the gradient and its transpose
+        own = 2 if n.fp8_head else m + m * head.bias  # in FP8 its transpose too; a bias sums a copy of it
+        return logits * (m + own)
     if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
         return 4 * logits * max(of_loss, torch.float32.itemsize)
     # of the log-softmax, which keeps its result: the gradient it reads and writes

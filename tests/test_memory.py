@@ -163,7 +163,8 @@ LESS = {"rows=1.3M": "model.embed.bigram.rows=1321920"}  # of what a row's name 
 
 @pytest.mark.parametrize("row", [
     "short/1 compiled", "short/5 compiled", "short/33 compiled", "short/57 eager",
-    "short/92 rows=1.3M eager", "short/92 rows=1.3M compiled", "variants/2 compiled", "variants/5 compiled"
+    "short/92 rows=1.3M eager", "short/92 rows=1.3M compiled", "variants/2 compiled", "variants/5 compiled",
+    "optimizer/36 compiled"
 ])
 def test_an_estimate_is_what_the_allocator_gave_out_on_the_null_device(row):
     ref, *less, mode = row.split()

@@ -203,9 +203,8 @@ class Head(nn.Module):
             prefix, prefix_weight: a second target per token, (R, T) int64, and the weight of its cross
                 entropy; negative targets are ignored. None: no second target.
             candidates: (P,) int64, distinct classes in ascending order, to which the softmax is restricted,
-                or
-                (R, P), those of each row. Every target must be one of them; other prefix targets are ignored.
-                None: all classes.
+                or (R, P), those of each row. Every target must be one of them; other prefix targets are
+                ignored. None: all classes.
             corrections: in the shape of candidates, added to their soft-capped logits; None: nothing.
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
@@ -250,11 +249,13 @@ class Head(nn.Module):
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
     def masked_losses(self, x, table, targets, tokens, impossible):
-        """Cross entropies (R, T) where no class gets a chance that never follows the token before it (record
-        91).
+        """Cross entropies (R, T) with canonical masking (record 91), for validation.
 
-        In validation only, some tokens at a time. tokens: (R, T), those before the targets. impossible: bits
-        (V, V / 8) uint8 of data/seams.py.
+        A class that never follows the token before the target gets the logit MASKED.
+
+        Args:
+            tokens: (R, T) int64, the tokens before the targets.
+            impossible: (V, V / 8) uint8, the bits of data/seams.py.
         """
         weight, _ = self.operands(table, None)
         bit = torch.arange(8, device=x.device, dtype=torch.uint8)
@@ -300,8 +301,8 @@ BIAS_CHANNELS = 8  # as many as keep rows of 16-bit numbers aligned
 
 
 def with_bias(x, weight, bias):
-    """Operands (R, T, D + 8) and (V, D + 8) whose product is that of x (R, T, D) and weight (V, D), plus bias
-    (V,).
+    """Operands (R, T, D + 8) and (V, D + 8) with the product x W^T + bias, of x (R, T, D), weight (V, D) and
+    bias (V,).
 
     For a cross entropy whose kernels have no bias. The first further channel of x is 1, that of the weight
     the bias; the others are 0.
@@ -373,8 +374,7 @@ class GPT(nn.Module):
                 without document mask and window (records 1-11), and then means the first stage.
             cache: `new_cache()` for generation, extended here, or None.
             target_weights, prefix, prefix_weight, candidates, corrections: as in Head.losses. With an MTP
-                module the
-                second target weight applies to the module's loss.
+                module the second target weight applies to the module's loss.
         """
         if context is None and not self.sees_all:
             raise ValueError("this model has documents or a window: call it with context=model.context(...)")
@@ -422,8 +422,10 @@ class GPT(nn.Module):
     def bigrams(
         self, tokens: torch.Tensor, cache: Cache | None, context: Context | None
     ) -> torch.Tensor | None:
-        """Rows (R, T, D) of the bigram table for tokens (R, T), of which the cache has those before; or
-        None."""
+        """Rows (R, T, D) of the bigram table for tokens (R, T), or None without a table.
+
+        cache: of a generation: holds the tokens before these, and is extended by them.
+        """
         if self.bigram is None:
             return None
         past = None if cache is None else cache.tokens
@@ -695,7 +697,9 @@ class GPT(nn.Module):
         if self.tied:
             state["embed.weight"] = state["lm_head.weight"]
         for i, moe in self.mixtures():
-            for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)) if moe.world > 1 else ():
+            if moe.world == 1:
+                continue
+            for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)):
                 parts = [torch.empty_like(p) for _ in range(moe.world)]
                 dist.all_gather(parts, p.detach().contiguous())
                 state[f"blocks.{i}.mlp.{name}"] = torch.cat(parts).cpu()
@@ -757,10 +761,9 @@ def generator_of(key: str) -> torch.Generator:
 
 
 def segments(begins: torch.Tensor, longest: int | None) -> torch.Tensor:
-    """(R, T) int32 growing numbers of what attention keeps apart: documents, cut at every multiple of
-    `longest`.
+    """Numbers (R, T) int32, growing, of what attention keeps apart: documents, cut at multiples of `longest`.
 
-    begins: (R, T) whether a document begins at a token.
+    begins: (R, T) bool, whether a document begins at a token. longest: tokens; None: documents are not cut.
     """
     if longest is not None:
         at = torch.arange(begins.size(1), device=begins.device)
@@ -769,12 +772,7 @@ def segments(begins: torch.Tensor, longest: int | None) -> torch.Tensor:
     return begins.cumsum(1, dtype=torch.int32)
 
 
-def without_values(s):
-    """The model on the meta device, without storage, for counting."""
+def without_values(s: Settings) -> GPT:
+    """The model of these settings on the meta device, without storage, for counting."""
     with torch.device("meta"):
         return GPT(s)
-
-
-def count_parameters(s):
-    """Number of parameters of these settings' model, all experts included."""
-    return without_values(s).num_parameters()

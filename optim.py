@@ -373,8 +373,8 @@ def as_rows(s, p, rule):
     return bool(getattr(p, "row_lookups", 0)) and (how == "rows" or (how == "auto" and rule.by_rows))
 
 
-def row_bank(model, s, plan, group, rule, name, p):
-    """The RowBank of a table."""
+def row_bank(s, plan, group, rule, name, p):
+    """The RowBank of a table p, the parameter `name`. group: settings.optim.Hyper."""
     steps = max(group.every, group.cadence(s.schedule.steps - 1))
     rows = p.row_lookups * max(per_stage(s.data.tokens_per_rank))
     return RowBank(
@@ -390,7 +390,7 @@ def banks_of(model, s, plan, rules):
         group = s.optim.group(p.role, p.label)
         rule = rules[group.rule](s, group)
         if as_rows(s, p, rule):
-            banks.append(row_bank(model, s, plan, group, rule, name, p))
+            banks.append(row_bank(s, plan, group, rule, name, p))
             continue
         unit = rule.unit(p.shape, p.views)
         # An elementwise rule has one bank for the whole group; matrices have one bank per label.
@@ -747,13 +747,3 @@ def phases_of(banks):
 def is_due(bank, due):
     """Whether a step updates this bank. due: StepPlan.due."""
     return due is None or bank.group in due
-
-
-def local_ranks(rank, world):
-    """The logical ranks of a process. UserError if the number of processes does not divide eight."""
-    if LOGICAL_RANKS % world:
-        raise UserError(
-            f"{world} processes do not divide the {LOGICAL_RANKS} logical ranks: use 1, 2, 4 or 8"
-        )
-    each = LOGICAL_RANKS // world
-    return range(rank * each, (rank + 1) * each)

@@ -257,10 +257,9 @@ def balance(events):
     if not told:
         return {}
     spans = [e["step"] - before for e, before in zip(told, [0, *(e["step"] for e in told)])]
-    steps = [
-        round(sum(n * value for n, value in zip(spans, values)) / sum(spans), 4)
-        for values in zip(*(e["max_vio_steps"] for e in told))
-    ]
+    steps = []
+    for means in zip(*(e["max_vio_steps"] for e in told)):  # of one layer, a mean for each event
+        steps.append(round(sum(n * x for n, x in zip(spans, means)) / sum(spans), 4))
     last = told[-1]
     return {"max_vio": {
         "layers": last["layers"], "steps": steps, "validation": last["max_vio_val"],
@@ -511,6 +510,14 @@ class RunLog:
 
 # ----- what a person sees -----------------------------------------------------------------------------------
 
+def crossing(points, target):
+    """First step at which a curve of (step, loss) is at or below target, linear between them; None: never."""
+    for (a, above), (b, below) in zip(points, points[1:]):
+        if below <= target:
+            return a + (b - a) * (above - target) / (above - below) if above > target else float(a)
+    return None
+
+
 def terminal_curve(points, target=None, width=64, height=10):
     """Text chart of (step, val_loss) points, lowest values resolved best: the first point may lie off the
     top."""
@@ -518,10 +525,8 @@ def terminal_curve(points, target=None, width=64, height=10):
     if len(points) < 2:
         return ""
     losses = [loss for _, loss in points]
-    low, high = (
-        min(losses + ([target] if target else [])),
-        sorted(losses)[-2] if len(losses) > 3 else max(losses),
-    )
+    low = min([*losses, target] if target else losses)
+    high = sorted(losses)[-2] if len(losses) > 3 else max(losses)
     span = max(high - low, 1e-9)
     grid = [[" "] * width for _ in range(height)]
     last = points[-1][0] or 1

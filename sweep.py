@@ -119,13 +119,12 @@ def print_effort(plan, options, root, slots):
 # ----- while it runs ----------------------------------------------------------------------------------------
 
 class View:
-    """A live table when stdout is a terminal, else a line per run; and what the first runs tell about the
-    rest."""
+    """A live table when stdout is a terminal, otherwise a line per run; and what the first runs tell about
+    the rest."""
 
     def __init__(self, plan, root, workers, cost_per_hour=None, sd=None):
-        self.plan, self.root, self.workers, self.cost, self.sd_known = (
-            plan, root, workers, cost_per_hour, bool(sd)
-        )
+        self.plan, self.root, self.workers = plan, root, workers
+        self.cost, self.sd_known = cost_per_hour, bool(sd)
         self.live, self.drawn, self.walls = None, 0.0, []
         if sys.stdout.isatty():
             from rich.live import Live
@@ -178,7 +177,7 @@ class View:
         settled = sum(t in done or t in failed for t, _, _ in todo)
         t = Table(
             box=box.SIMPLE_HEAD, title_justify="left",
-            title=f"{self.plan['name']}  {settled}/{len(todo)} runs, " f"{len(failed)} failed, "
+            title=f"{self.plan['name']}  {settled}/{len(todo)} runs, {len(failed)} failed, "
             + (self.remaining(done, failed) if self.walls else "timing the first run")
         )
         for name in ("arm", "n", "mean", "minus control", "now"):
@@ -234,8 +233,8 @@ def optimizers(options):
     from sweeps.optimizers import chosen, comparison, read_rules, tuning
     options.base = read_rules(options.rules)[1][0].record
     root = Path(options.dir or Path(options.runs) / f"optimizers_{options.scale or 'micro'}")
-    if code := start(argparse.Namespace(**vars(options) | TUNE | {
-            "dir": str(root / "tune"), "fill": tuning})):
+    tune = vars(options) | TUNE | {"dir": str(root / "tune"), "fill": tuning}
+    if code := start(argparse.Namespace(**tune)):
         return code
     if options.plan:
         print(f"then the comparison: every rule with its best learning rate, {options.seeds} seeds each")

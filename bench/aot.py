@@ -46,7 +46,7 @@ RECORDS = [
     "short/33 numerics.fp8_mlp", "short/33 numerics.fp8_mlp numerics.fp8_mlp.c_proj",
 ]
 KERNELS = {cross_entropy: "kernels", linear_relu_sq: "kernels", qk_rotary: "kernels", symmetric: "kernel",
-           transpose: "kernels"}
+           transpose: "kernel"}
 SWITCHES = ("loss", "mlp", "muon", "qk", "transpose")
 # bytes that a block can have; CUDA C++ guide, compute capabilities
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}

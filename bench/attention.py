@@ -47,9 +47,9 @@ def main():
     o = p.parse_args()
     torch.manual_seed(0)
     report = Report(o.out, "Attention with windows", tokens=TOKENS, heads=HEADS, head_dim=WIDTH)
-    print(f"{'documents':10} {'backend':10} {'row':>5}  " + "".join(f"{f'window {w}':>13}"
-                                                                    for w in WINDOWS) + "   ms, "
-          f"{TOKENS} tokens in all, {torch.get_num_threads()} threads")
+    columns = "".join(f"{f'window {w}':>13}" for w in WINDOWS)
+    print(f"{'documents':10} {'backend':10} {'row':>5}  {columns}   ms, {TOKENS} tokens in all, "
+          f"{torch.get_num_threads()} threads")
     for with_documents in (False, True):
         for backend in ("dense", "banded", *(("documents",) if with_documents else ())):
             for tokens in LENGTHS:

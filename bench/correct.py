@@ -369,7 +369,7 @@ def fp8_mlp_checks():
 
 
 def transpose_checks():
-    """Bit by bit (errors 0 or 1), and the sum within a rounding."""
+    """Bit by bit: errors are 0 or 1."""
     why = refusal(DEVICE, torch.float32)
     for dtype in (torch.float8_e5m2, torch.float8_e4m3fn, torch.bfloat16, torch.float32):
         x = torch.randint(0, 256, (1000, 1304 * dtype.itemsize), dtype=torch.uint8, device=DEVICE).view(dtype)
@@ -390,10 +390,6 @@ def transpose_checks():
                 ),
                 0.0,
             )
-    for dtype in (torch.bfloat16, torch.float32):
-        a, b = torch.randn(1000, 328, device=DEVICE).to(dtype), torch.randn(328, 1000, device=DEVICE)
-        expected = a.double() + b.double().t()
-        yield "transpose_add", dtype, lambda: why or relative(transpose.transpose_add(a, b), expected)
 
 
 def compiled_checks():

@@ -120,18 +120,6 @@ def transposes():
                 "ours": functools.partial(transpose.transpose_copy, x)
             },
         )
-    a, b = torch.zeros(DIM, VOCAB, device=DEVICE), torch.zeros(VOCAB, DIM, device=DEVICE)
-    plain = transpose.transpose_add_reference
-    yield (
-        f"transpose-add {DIM} x {VOCAB}, float32",
-        a.numel(),
-        12 * a.numel(),
-        {
-            "torch": functools.partial(plain, a, b),
-            "compile": functools.partial(torch.compile(plain, dynamic=False), a, b),
-            "ours": functools.partial(transpose.transpose_add, a, b)
-        },
-    )
 
 
 def mlps():

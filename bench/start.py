@@ -58,8 +58,8 @@ def cases(ref, o, data, scratch):
     """Cold, warm and file of one record."""
     caches = steps.place(o.caches or Path(scratch) / "caches", ref)
     shutil.rmtree(caches, ignore_errors=True)  # of an earlier bench
-    for kind, folder in (("cold", caches), ("warm", caches), ("file",
-                                                              steps.place(Path(scratch) / "empty", ref))):
+    empty = steps.place(Path(scratch) / "empty", ref)
+    for kind, folder in (("cold", caches), ("warm", caches), ("file", empty)):
         yield {"record": ref, "kind": kind}, lambda: measured(ref, kind, o, data, folder, scratch)
 
 

@@ -30,7 +30,7 @@ LANDMARKS = ("short/11", "short/21", "short/33")
 
 
 def shards(o, scratch):
-    """The folder of shards: --data, else random ones where the scale has no corpus of its own."""
+    """The folder of shards: --data, otherwise random ones where the scale has no corpus of its own."""
     if o.data is None and o.scale in ("full", "small"):
         sizes = (deltas.resolve(ref, scale=o.scale).settings.data.tokens_per_rank for ref in o.records)
         most = LOGICAL_RANKS * max(max(per_stage(size)) for size in sizes)  # of any stage
@@ -121,10 +121,8 @@ def measured(ref, o, data, caches, out, more):
     """Print and return the row of a record."""
     # `warm` is what --plan reads: figures of steps, for which everything has been compiled
     summary, events = train(ref, o, data, caches, out, more)
-    row = {
-        "warm": figures(summary, events), "compiled": (summary["reset"].get("compile")
-                                                       or {}).get("misses", 0)
-    }
+    compiled = summary["reset"].get("compile") or {}
+    row = {"warm": figures(summary, events), "compiled": compiled.get("misses", 0)}
     # those of the timed steps: the batch of records from 46 on grows
     a, b = [e for e in events if e["kind"] == "validation"][-2:]
     row["tokens_per_second"] = round(

@@ -203,8 +203,7 @@ class LiveLine:
 
 
 def _point_at_null(stream: TextIO) -> None:
-    """Point a broken stream's descriptor at the null device,
-    so that the interpreter's last flush succeeds."""
+    """Point a broken stream's descriptor at the null device: the interpreter's last flush then succeeds."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())

@@ -1,5 +1,4 @@
-"""Files that matter: written whole or not at all, strict JSON,
-and no operating system's leftovers read as data.
+"""Files that are written whole or not at all, strict JSON, and lists of files without a system's leftovers.
 
 No torch here. Every program of the project writes its results through `write` or `writing`; run.jsonl and the
 manifest of a claim, which grow line by line, have an appending method of their own.
@@ -17,8 +16,8 @@ from typing import Any, BinaryIO
 
 from common.errors import UserError
 
-# What file managers, archivers, interpreters and disks leave; dotfiles,
-# editors' copies and unfinished files go by their form.
+# What file managers, archivers, interpreters and disks leave; dotfiles, editors' copies and unfinished files
+# are told by the form of their names.
 LEFTOVERS = ("Thumbs.db", "ehthumbs.db", "desktop.ini", "Icon\r", "__MACOSX", "__pycache__", "$RECYCLE.BIN",
              "System Volume Information", "lost+found")
 UNFINISHED = ("~", ".tmp", ".swp", ".swo", ".part", ".partial", ".crdownload", ".incomplete")

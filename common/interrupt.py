@@ -77,8 +77,7 @@ def decided(code: int) -> None:
 
 @contextlib.contextmanager
 def like_ctrl_c() -> Iterator[None]:
-    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does,
-    and none of them within `hold`."""
+    """Within the context SIGTERM and SIGHUP raise KeyboardInterrupt as SIGINT does; none does in `hold`."""
     before = listen(raise_or_keep)
     try:
         yield
@@ -160,10 +159,9 @@ class Interrupt:
             signal.signal(TOLD, signal.SIG_IGN)  # a process that is still under way may pass its request on
 
     def join(self, ids: Sequence[int], leader: int | None) -> None:
-        """Name the run's processes on this machine. leader: the first process's id,
-        None if it is on another machine.
+        """Name the run's processes on this machine. Each calls it before the first may tell the others.
 
-        Called by all of them before the first may tell the others.
+        ids: process ids. leader: that of the first process, None if it is on another machine.
         """
         self.peers = [i for i in ids if i != os.getpid()] if TOLD is not None else []
         if self.peers:

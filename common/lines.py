@@ -32,8 +32,7 @@ def room() -> int | None:
 
 
 def columns_of(text: str) -> int:
-    """Columns of a terminal that a text takes: two for a wide character,
-    none for one that joins the one before."""
+    """Columns of a terminal that a text takes: two for a wide character, none for a combining one."""
     return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
                for c in text)
 

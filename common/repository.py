@@ -13,8 +13,8 @@ from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("GIT_AUTHOR_", "GIT_COMMITTER_")  # who commits (`records submit --commit`); they lead nowhere
-# safe.directory: git refuses a folder of another user (a container's,
-# say) though that user's code is what runs here.
+# safe.directory: git refuses a folder of another user (like that of a container), although that user's code
+# is what runs here.
 OPTIONS = ("-c", "core.hooksPath=/dev/null", "-c", "core.fsmonitor=false", "-c", f"safe.directory={ROOT}")
 
 

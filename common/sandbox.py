@@ -159,7 +159,7 @@ def finished(spec: dict, seconds: float) -> Result:
 
 def bubblewrap(spec: dict) -> list[str]:
     """The beginning of a command line that runs the jail inside bubblewrap's walls."""
-    words = [shutil.which("bwrap"), "--unshare-all", "--die-with-parent", "--new-session", 
+    words = [shutil.which("bwrap"), "--unshare-all", "--die-with-parent", "--new-session",
              "--cap-drop", "ALL", "--hostname", "sandbox", "--proc", "/proc", "--dev", "/dev",
              "--tmpfs", "/tmp"]
     for path in SYSTEM:

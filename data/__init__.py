@@ -1,1 +1,4 @@
-"""Shards, the fixed stream of tokens, the embedded corpus, tokenizers and downloads. numpy only, no torch."""
+"""Shards, the fixed stream of tokens, the embedded corpus, tokenizers and downloads, with numpy only.
+
+batch.py alone imports torch: it moves a step's tokens to the device.
+"""

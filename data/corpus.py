@@ -1,5 +1,4 @@
-"""The embedded corpus: real English text with a vocabulary of 1,257 tokens,
-for CPUs (sample/README.md says whose).
+"""The embedded corpus for CPUs: English text (sample/README.md says whose), a vocabulary of 1,257 tokens.
 
 Its documents are short on purpose: lengths, in units of the scaled maximum document length (2048 / 16 = 128
 tokens), are drawn like FineWeb's, so that loaders which pack or cut documents waste little.
@@ -34,8 +33,10 @@ DIGESTS = {"train": "a117429a85abd6decb842f6cfb2975db55250324daf9265f9cc5fb0658f
 
 
 def source_documents():
-    """(validation, train): lists of source texts, ordered by salted hash,
-    paragraphs of 40+ characters kept once."""
+    """(validation, train): lists of source texts in the order of their salted hashes.
+
+    A paragraph of 40 or more characters is kept only where it comes first.
+    """
     text = lzma.decompress((HERE / "sample" / "corpus.txt.xz").read_bytes()).decode("utf-8")
     documents = sorted(text.split("\n\f\n"), key=lambda t: hashlib.sha256((SALT + t).encode()).digest())
     seen, cleaned = set(), []
@@ -55,8 +56,10 @@ def source_documents():
 
 
 def cut(document, generator, characters_per_token):
-    """Pieces of a source document, cut at paragraph ends where one is near the drawn length,
-    else at sentence ends."""
+    """Pieces of a source document, cut at a paragraph's end near the drawn length, or at a sentence's end.
+
+    generator: random.Random, which draws the lengths.
+    """
     pieces, current = [], ""
     target = generator.lognormvariate(0, SIGMA) * MEDIAN_TOKENS * characters_per_token
     for paragraph in document.split("\n\n"):
@@ -104,7 +107,8 @@ def _sample_corpus(cache):
             temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
             os.rename(temporary, folder)
         except OSError as error:
-            if not (folder / "corpus.json").exists():  # else another process was first, with the same bytes
+            # otherwise another process was first, with the same bytes
+            if not (folder / "corpus.json").exists():
                 raise UserError(f"cannot write {folder}: {error.strerror}; set SPEEDRUN_CACHE to another "
                                 "folder") from None
         finally:

@@ -269,7 +269,7 @@ def asked(shards: str, scale: str | None) -> int:
     if shards.lstrip("-").isdecimal():
         if scale:
             raise UserError(
-                f"--scale {scale} goes with a record: leave it away, or name a record instead of {shards}"
+                f"--scale {scale} goes with a record: leave it out, or name a record instead of {shards}"
             )
         return int(shards)
     from settings.deltas import resolve_name

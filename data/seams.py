@@ -118,9 +118,8 @@ def ends_in_contraction(token: bytes) -> bool:
 def impossible(ranks: Mapping[bytes, int], rows: int) -> np.ndarray:
     """Bits (rows, rows / 8) uint8, little end first: bit x of row p is set if token x never follows token p.
 
-    ranks: {token bytes: number}; the number of a merged token is the rank of its merge. rows: a multiple of
-    8; rows
-        and bits of numbers without a token are empty.
+    ranks: {token bytes: number}; the number of a merged token is the rank of its merge.
+    rows: a multiple of 8; rows and bits of numbers without a token are empty.
     """
     known = {number: edges(token, ranks) for token, number in ranks.items()}
     starts, ends = (np.full(rows, INSIDE) for _ in range(2))

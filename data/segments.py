@@ -18,10 +18,10 @@ from common.errors import UserError
 
 SEGMENT = 131_072  # characters in one call of tiktoken; it panics on a million blanks or line breaks
 RUN = 1_024  # a run of one kind that is at least so long may be treated as a piece
-# White_Space of Unicode, as \s of tiktoken's regular expressions;
-# str.isspace has four control characters more
-BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000,
-                                                              0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
+# White_Space of Unicode, as \s of tiktoken's regular expressions; str.isspace has four control characters
+# more
+SPACES_OF_WIDTHS = "".join(map(chr, range(0x2000, 0x200b)))
+BLANKS = "\t\n\v\f\r \x85\xa0\u1680" + SPACES_OF_WIDTHS + "\u2028\u2029\u202f\u205f\u3000"
 # a blank after something else; and the last of several blanks, which belongs to what follows
 CUT = re.compile(f"(?<=[^{BLANKS}])(?=[{BLANKS}])|(?<=[{BLANKS}])(?=[{BLANKS}][^{BLANKS}])")
 NEAR = 4_096  # characters searched at once, from the end of a segment backwards
@@ -156,8 +156,10 @@ def whole_characters(merges: tiktoken.Encoding, ids: list[int], at: int) -> int:
 
 
 def joins(merges: tiktoken.Encoding, left: list[int], right: list[int]) -> bool:
-    """Whether merging gives the last token of `left` and the first of `right` back,
-    with the rest of their characters."""
+    """Whether merging the last token of `left` and the first of `right` gives both back.
+
+    Where a character is cut in two, the tokens with its other parts are merged with them.
+    """
     start = len(left) - 1
     while merges.decode_single_token_bytes(left[start])[0] & 0xC0 == 0x80:
         start -= 1

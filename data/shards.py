@@ -53,8 +53,7 @@ class ShardWriter:
 
 @contextlib.contextmanager
 def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
-    """A shard to append to; the file appears whole when the block ends,
-    and not at all if the block raises."""
+    """A shard to append to. The file appears whole when the block ends, and not at all if it raises."""
     with files.writing(path) as file:
         file.write(bytes(HEADER_BYTES))
         shard = ShardWriter(path, file)
@@ -238,8 +237,10 @@ def open_corpus(folder, get=GET):
 
 
 def numbered(folder: Path, names: list[str]) -> dict[str, dict[int, Path]]:
-    """{"train" and "val": {number: path}} in the order of numbers,
-    which must be without gaps and of one corpus."""
+    """{"train" and "val": {number: path}} in the order of numbers.
+
+    UserError for gaps, for two shards of one number, and for shards of several corpora.
+    """
     found: dict[str, dict[int, Path]] = {"train": {}, "val": {}}
     corpora: dict[str, str] = {}
     for name in sorted(names):
@@ -355,8 +356,9 @@ def check_tokens(corpus: Corpus, shards_used: int) -> None:
     }
     val, train = begun[corpus.val], sum(n for path, n in begun.items() if path != corpus.val)
     if (val == 0) != (train == 0):
-        without, other = (corpus.val, "train shards") if val == 0 else (corpus.train[0],
-                                                                        "the validation shard")
+        without, other = corpus.train[0], "the validation shard"
+        if val == 0:
+            without, other = corpus.val, "train shards"
         raise UserError(f"{without}: no document begins here (token {corpus.bos}) but some do in {other}: "
                         "the two were made with different tokenizers; tokenise the text again")
     if not val:

@@ -1,8 +1,7 @@
 """The fixed order of training tokens: eight logical ranks, whatever the number of processes.
 
 Positions are planned apart from reading. `positions` says where logical rank r reads at each step, from shard
-lengths
-alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (records 18-25).
+lengths alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), `synced` (records 18-25).
 `document_steps` says it for loaders that go by documents: `bos_aligned` (records 26-28, @classiclarryd) and
 `packed` (record 29 on, @varunneal).
 """
@@ -134,7 +133,7 @@ class Shards:
         return self.opened[index]
 
     def look_ahead(self, index):
-        """One scan of what is not yet known of this shard, or else of the next one.
+        """One scan of what is not yet known of this shard, or of the next one if all of this one is known.
 
         Done with every batch, so that the next shard is known long before it is needed (record 33), without a
         thread that would go on while the clock stands still.

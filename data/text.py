@@ -65,8 +65,7 @@ SPACES = re.compile(r"[ \t\r\n]*")
 
 
 class Reader:
-    """One input file: its unpacked bytes, its format ("text", "jsonl",
-    "array" or "parquet") and its encoding."""
+    """One input file: its unpacked bytes, its format (text, jsonl, array or parquet) and its encoding."""
 
     def __init__(self, path: Path | str, format: str = "auto", field: str = "text",
                  separator: str = "\n\f\n"):
@@ -87,7 +86,7 @@ class Reader:
                 raise UserError(f"{self.path}: a parquet file inside {self.packed}: unpack it first")
             return "parquet"
         if format == "parquet":
-            raise UserError(f"{self.path}: not a parquet file (those begin with PAR1): leave --format away")
+            raise UserError(f"{self.path}: not a parquet file (those begin with PAR1): leave --format out")
         for mark, encoding in MARKS.items():
             if head.startswith(mark):
                 self.mark, self.encoding = mark, encoding
@@ -101,8 +100,8 @@ class Reader:
             return "text"
         if format == "auto":
             refuse_by_name(self.path, names, start)
-        return json_format(self.path, start, sure=format == "jsonl" or any(n in JSON_NAMES
-                                                                           for n in names)) or "text"
+        sure = format == "jsonl" or any(name in JSON_NAMES for name in names)
+        return json_format(self.path, start, sure) or "text"
 
     def documents(self) -> Iterator[tuple[Iterator[str], str]]:
         """(pieces of the text, where it stands) of every document, in order;

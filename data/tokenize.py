@@ -1,10 +1,9 @@
 """Text -> shards: `python -m data.tokenize FILE... --out DIR [--tokenizer gpt2|sample]`.
 
 Files are text, JSON lines, JSON arrays or parquet, also packed (data/text.py). A text file holds documents
-separated by
-`--separator`, by default a line with nothing but a form feed, so a file without one is one document. The
-first documents become the validation shard; of a text that is too short for that, a single document above
-all, its last tokens do.
+separated by `--separator`, by default a line with nothing but a form feed, so a file without one is one
+document. The first documents become the validation shard; of a text that is too short for that, like a single
+document, its last tokens do.
 """
 
 from common import environment  # first: refuses a Python that is too old

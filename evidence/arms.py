@@ -46,7 +46,7 @@ def hash_of(data):
 
 
 def cache():
-    """Folder for worktrees and compile caches: $SPEEDRUN_CACHE, else data/cache in the checkout."""
+    """Folder for worktrees and compile caches: $SPEEDRUN_CACHE, otherwise data/cache in the checkout."""
     return Path(os.environ.get("SPEEDRUN_CACHE") or ROOT / "data" / "cache").absolute()
 
 
@@ -237,11 +237,10 @@ def intact(path, commit, tree):
 
 def code_diff(a, b):
     """Text of the difference of two arms' code, '' if there is none (or one is a script)."""
-    if a.get("tree") is None or b.get("tree") is None or a["tree"] == b["tree"] or "script" in (a["kind"],
-                                                                                                b["kind"]):
+    if "script" in (a["kind"], b["kind"]) or None in (a.get("tree"), b.get("tree")) or a["tree"] == b["tree"]:
         return ""
-    return git("diff", "--no-color", "--no-ext-diff", "--no-textconv", a["tree"],
-               b["tree"]).decode(errors="replace")
+    found = git("diff", "--no-color", "--no-ext-diff", "--no-textconv", a["tree"], b["tree"])
+    return found.decode(errors="replace")
 
 
 # ----- resolving --------------------------------------------------------------------------------------------
@@ -302,11 +301,12 @@ def prepare(text, scale=None, allow_dirty=False):
     try:
         found = resolve(checkout(commit, tree, patch) if commit else ROOT, argv, text)
     except UserError as error:
-        new = [] if commit is None or typed.ref else line("ls-files", "--others", "--exclude-standard", "--",
-                                                          "records/*/*/record.toml",
-                                                          "attempts/*/record.toml").splitlines()
-        raise UserError(f"{error}; {new[0]} is not committed: commit it, or add --allow-dirty"
-                        if new and not patch else str(error)) from None
+        new = []
+        if commit is not None and not typed.ref and not patch:
+            new = line("ls-files", "--others", "--exclude-standard", "--", "records/*/*/record.toml",
+                       "attempts/*/record.toml").splitlines()
+        hint = f"; {new[0]} is not committed: commit it, or add --allow-dirty" if new else ""
+        raise UserError(f"{error}{hint}") from None
     if not found["registers"]:
         raise UserError(
             f"arm {text!r}: that code is too old to announce runs (it has no --registered): name a later ref")
@@ -425,7 +425,7 @@ def start(arm, place, runs, *, seed, registered="", run=0, processes=None, data=
     """Start one run of an arm, its output in files, in a session of its own (Ctrl-C reaches
     this program only).
 
-    runs: folder for run folders. processes: None for plain python, else system/launch.py with so many.
+    runs: folder for run folders. processes: with system/launch.py; None: plain python.
     variables: the declared environment. keep_open: descriptors the process inherits (the manifest's lock).
     """
     python = [sys.executable, *([str(LAUNCHER), str(processes)] if processes else [])]

@@ -2,8 +2,8 @@
 names, files, commits.
 
 An attempt's record.toml has no id and belongs to no lineage, so that it can become the head of none; it is
-run by its name,
-`train_gpt.py attempts/NAME`. Its folder is a claim folder as evidence.claim_laws describes it.
+run by its name, `train_gpt.py attempts/NAME`. Its folder is a claim folder as evidence.claim_laws describes
+it.
 """
 
 import contextlib

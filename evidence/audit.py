@@ -112,7 +112,7 @@ def arguments(p):
 def run(options):
     """The command. Returns the exit code: 0 passed, 3 a check failed, 130 interrupted."""
     if options.json and options.only:
-        raise UserError("--json holds a whole audit: leave --only away, or --json")
+        raise UserError("--json holds a whole audit: leave --only out, or --json")
     if options.json and not Path(options.json).absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: its folder does not exist")
     environment.check_training()
@@ -207,9 +207,9 @@ def check_out(ref, folder):
             raise UserError(
                 f"unknown git ref {ref!r} in {ROOT}: fetch it first, or name a folder like ./{ref}")
         tree, index = git("rev-parse", commit + "^{tree}"), {"GIT_INDEX_FILE": str(folder / "index")}
-        written = git("read-tree", commit, **index), git("checkout-index", "--all", f"--prefix={checkout}/",
-                                                         **index)
-        if None in written:
+        listed = git("read-tree", commit, **index)
+        written = git("checkout-index", "--all", f"--prefix={checkout}/", **index)
+        if None in (listed, written):
             raise UserError(f"git cannot write the files of {ref} into {folder}: is there room on the disk?")
     missing = [name for name in NEEDED if not (checkout / name).exists()]
     if missing:
@@ -221,7 +221,7 @@ def check_out(ref, folder):
 
 
 def copy(source, checkout, git_folder):
-    """Copy a working tree: tracked and new files where git knows them, else all but caches.
+    """Copy a working tree: tracked and new files where git knows them, otherwise all but caches.
     Returns (commit, tree)."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -268,9 +268,8 @@ class Trainings:
     """The processes of an audit: what the checkout resolves, and the trainings that the checks need."""
 
     def __init__(self, folder, ref, record, scale, timeout, checks, seeds=(), draw=0):
-        self.folder, self.record, self.scale, self.timeout, self.checks = (
-            folder, record, scale, timeout, checks
-        )
+        self.folder, self.record, self.scale = folder, record, scale
+        self.timeout, self.checks = timeout, checks
         self.done, self.torch, self.claimed = {}, None, list(seeds)
         drawn = Drawn(draw)
         self.random, self.steps, self.seed, self.other = drawn.random, drawn.steps, drawn.seed, drawn.other
@@ -284,8 +283,9 @@ class Trainings:
             raise UserError(f"{ref}: {self.facts['refused']}")
         self.drawn = self.random.getrandbits(31)
         self.data = folder / "data"
-        full = max(VALIDATION_TOKENS,
-                   self.facts["full_validation_tokens"]) if "validation_targets" in checks else 0
+        full = 0
+        if "validation_targets" in checks:
+            full = max(VALIDATION_TOKENS, self.facts["full_validation_tokens"])
         tokens = max(full, self.facts["validation_tokens"]) + 4097
         self.markers = write_corpus(self.data, self.facts, tokens, (1, 2))
         if "inputs" in checks:
@@ -687,8 +687,8 @@ def target(trainings):
     for name, where in (("again", "at the final loss"), ("cold", "one rounding below it")):
         run = trainings[name]
         s, reached = run["summary"], run["final"] <= run["summary"]["target"]
-        passed &= s["val_loss"] == run["final"] and s["reached"] is reached and run["exit"] == (0 if reached
-                                                                                                else 3)
+        code = 0 if reached else 3
+        passed &= s["val_loss"] == run["final"] and s["reached"] is reached and run["exit"] == code
         details.append(f"target {where} ({s['val_loss']!r} against {s['target']!r}): reached {s['reached']}, "
                        f"exit code {run['exit']}")
     return passed, "; ".join(details)

@@ -90,17 +90,18 @@ class Tap:
         self.most_threads = max(self.most_threads, threads())
         if self.targets is not None:
             targets, self.targets = self.targets[:len(targets)], self.targets[len(targets):]
-        losses = self.answer(targets) if self.answer else self.forward(model, tokens, targets, *args, **
-                                                                       kwargs)
+        if self.answer:
+            losses = self.answer(targets)
+        else:
+            losses = self.forward(model, tokens, targets, *args, **kwargs)
         if losses.shape != targets.shape:
             raise Unknown(
                 f"the model returns losses {tuple(losses.shape)} for targets {tuple(targets.shape)}"
             )
         if self.aim:
             self.gaps.append(self.gap(model, tokens, *args, **kwargs))
-        self.calls.append(
-            Call(model, tokens.clone(), targets.clone(),
-                 losses.detach().clone(), losses.requires_grad))
+        self.calls.append(Call(
+            model, tokens.clone(), targets.clone(), losses.detach().clone(), losses.requires_grad))
         if self.stop:
             raise Enough
         return losses
@@ -242,8 +243,7 @@ class Observed:
         return value
 
     def state(self):
-        """Fingerprint of all that a step is given, as its forward finds it (tables follow the
-        windows of a step)."""
+        """Fingerprint of all that a step is given, as its forward finds it."""
         if not self.watch or self.step is None:
             return {}
         self.step_losses(*self.step.find(is_batch, 2))
@@ -283,8 +283,7 @@ class Observed:
         return context(run.hooks, len(run.plans))
 
     def row_losses(self, rows, targets=None):
-        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1). targets:
-        as of Tap."""
+        """Per-token losses (ranks n, T) that validate adds up for rows (ranks, n, T + 1); targets: Tap's."""
         self.tap.targets = targets
         given = self.last.given.replaced(self.last.given.find(is_rows, 1), [rows])
         self.validated(given)
@@ -392,7 +391,7 @@ class StepWatch:
     def hashed(self, whole=False):
         """One hash of all parameters and optimizer tensors; None before a step has shown where they are.
 
-        whole: of all else that model, optimizer and hooks hold too.
+        whole: of everything that model, optimizer and hooks hold.
         """
         o = self.observed
         if not o.watch or o.step is None:
@@ -673,8 +672,7 @@ def other_ids(ids, bos, seed):
 
 
 def moved(base, new, changed, label, tolerance=0.0):
-    """Words for losses (n, T) that moved before position changed[i] of row i,
-    or if none did from there on."""
+    """Words for losses (n, T) that moved before position changed[i] of row i, or did not from there on."""
     wrong, t, distance = [], torch.arange(base.shape[1]), (base.double() - new.double()).abs()
     if not distance.isfinite().all():
         return [f"{label}: losses of a model with random weights are not finite"]
@@ -741,8 +739,8 @@ def causal_step(observed, bos):
     n, label = len(where), f"training step, context {length}"
     same, changed = copies(row, n, ranks)
     changed[np.arange(n), where] = other_ids(row[where], bos, 4)
-    shape, aims = (ranks, -1, length), torch.from_numpy(copies(targets[0, 0], n,
-                                                               ranks)[0]).view(ranks, -1, length)
+    shape = ranks, -1, length
+    aims = torch.from_numpy(copies(targets[0, 0], n, ranks)[0]).view(shape)
     base, new = (observed.step_losses(torch.from_numpy(x).view(shape), aims)[:n] for x in (same, changed))
     wrong, other = moved(base, new, where, label), inputs.clone().flatten(0, 1)
     other[1] = torch.where(other[1] == bos, bos, torch.from_numpy(other_ids(other[1].numpy(), bos, 5)))
@@ -754,8 +752,8 @@ def causal_step(observed, bos):
 
 def causality(observed, spec):
     """Law: changing a token moves no loss before it, and none of another row or target."""
-    bos, ids = spec["bos"], np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"],
-                                        offset=1024).astype(np.int32)
+    bos = spec["bos"]
+    ids = np.fromfile(spec["val_shard"], "<u2", spec["validation_tokens"], offset=1024).astype(np.int32)
     done, wrong = causal_step(observed, bos)
     lengths = sorted({observed.step.find(is_batch, 2)[0].shape[-1], spec["validation_seq_len"]})
     for length in lengths:

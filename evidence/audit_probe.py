@@ -1,13 +1,12 @@
 """What `records audit` runs inside the audited checkout's process: it is the auditor's, all the rest that it
 imports is not.
 
-    python -I -B audit_probe.py SPEC.json ...  # only evidence/audit.py calls this; result.json appears next
-    to each SPEC
+    python -I -B audit_probe.py SPEC.json ...  # only evidence/audit.py calls this
 
-Python's isolated mode keeps the auditor's folders off sys.path. Each job gets a process of its own, forked
-from one that has imported torch and nothing of the checkout. The job's process first shuts itself in (no
-network, no writing outside its own folder, limited time and memory), then the audited checkout becomes the
-front of sys.path.
+result.json appears next to each SPEC. Python's isolated mode keeps the auditor's folders off sys.path. Each
+job gets a process of its own, forked from one that has imported torch and nothing of the checkout. The job's
+process first shuts itself in (no network, no writing outside its own folder, limited time and memory), then
+the audited checkout becomes the front of sys.path.
 
 Jobs: `facts` (what the checkout resolves), `script` (train_gpt.py as a user runs it), `clock` (a training on
 a clock of ours), `model` (the experiments of audit_model.py).

@@ -33,6 +33,9 @@ from settings.scales import SCALES
 GOAL = 0.002  # nats: about 1.5 sd of a full-scale run, and what a record is kept below its target
 POWER = 0.8
 GRACE_S = 60  # what a run may take to end after Ctrl-C
+FIXED = (  # options that a declared plan has settled
+    "arms", "runs", "scale", "pairing", "out", "seed0", "order_seed", "nproc", "confidence", "aa",
+    "allow_dirty")
 
 
 def quoted(text):
@@ -88,18 +91,10 @@ def arguments(p):
 def run(options):
     """`records compare`: declare a plan or go on with one, run it, report. Returns the exit code."""
     if options.resume:
-        given = [
-            k
-            for k in (
-                "arms", "runs", "scale", "pairing", "out", "seed0", "order_seed", "nproc", "confidence", "aa",
-                "allow_dirty"
-            )
-            if getattr(options, k) not in (None, [], False)
-        ]
+        given = [name for name in FIXED if getattr(options, name) not in (None, [], False)]
         if given:
-            raise UserError(
-                f"--resume goes on with a declared plan, which fixes {given[0].replace('_', '-')}: leave it"
-            )
+            raise UserError("--resume goes on with a declared plan, which fixes "
+                            f"{given[0].replace('_', '-')}: leave it out")
         folder = Path(options.resume)
     else:
         folder = Path(options.out or f"runs/{time.strftime('%Y%m%d-%H%M%S')}_compare")
@@ -165,10 +160,10 @@ def declaration_of(
     """The declaration of a plan on this machine. UserError where its arms cannot run here (no GPU, or none is
     free).
 
-    found: arms by name, from arms.prepare; the first is what others are compared with. runs: {"runs": n} or
-    {"looks": [...]}. processes: None for plain python, else those of system/launch.py. diff: text of
-    code_diff.
-    more: further entries.
+    found: arms by name, from arms.prepare; the first is what others are compared with.
+    runs: {"runs": n} or {"looks": [...]}.
+    processes: with system/launch.py; None: plain python.
+    diff: text of code_diff. more: further entries.
     """
     records = [a for a in found.values() if a["kind"] == "record"]
     if records:
@@ -179,7 +174,7 @@ def declaration_of(
     for a in records:
         device = a["settings"]["system"]["device"]
         if (a["scale"] in ("full", "small") or device == "cuda") and device != "cpu" and not gpus:
-            remedy = "leave system.device=cuda" if device == "cuda" else "add --scale tiny"
+            remedy = "leave out system.device=cuda" if device == "cuda" else "add --scale tiny"
             raise UserError(
                 f"{a['text']} at scale {a['scale']} needs a GPU, and torch sees none here: {remedy}"
             )
@@ -207,9 +202,8 @@ def on_cpu(found):
 def code_diff(found):
     """Text of the differences of each arm's code to the first one's, '' where all run the same code."""
     base, *others = found
-    return "".join(
-        f"# {base} -> {name}\n{text}" for name in others if (text := arms.code_diff(found[base], found[name]))
-    )
+    texts = {name: arms.code_diff(found[base], found[name]) for name in others}
+    return "".join(f"# {base} -> {name}\n{text}" for name, text in texts.items() if text)
 
 
 def check_options(options):
@@ -244,7 +238,7 @@ def check_arms(found, options):
                                 "noise")
             if options.aa and not same:
                 raise UserError(f"--aa compares an arm with itself; {found[a]['text']!r} and "
-                                f"{found[b]['text']!r} differ: leave it away")
+                                f"{found[b]['text']!r} differ: leave it out")
     for arm in found.values():
         if options.pairing == "seed" and not arms.takes_seed(arm):
             raise UserError(
@@ -271,20 +265,19 @@ def declare(folder, declaration, patches=None, diff="", say=print):
     folder = Path(folder)
     # else create() refuses; the manifest comes last, when all it names is there
     if not (folder / manifest.NAME).exists():
-        for path, content in [
-            *(
-                (arms.patch_path(folder, a), patches[a["dirty"]]) for a in declaration["arms"].values()
-                if a["dirty"]
-            ),
-            *([(folder / "code.diff", diff)] if diff else []),
-        ]:
-            files.write(path, content, parents=True)
+        for arm in declaration["arms"].values():
+            if arm["dirty"]:
+                files.write(arms.patch_path(folder, arm), patches[arm["dirty"]], parents=True)
+        if diff:
+            files.write(folder / "code.diff", diff, parents=True)
     manifest.create(folder, declaration).close()
     for name, arm in declaration["arms"].items():
-        code = (
-            f"code {arm['commit'][:12]}" if arm["commit"] else "code of this folder"
-            if arm["kind"] == "record" else f"sha256 {arm['sha256'][:12]}"
-        )
+        if arm["commit"]:
+            code = f"code {arm['commit'][:12]}"
+        elif arm["kind"] == "record":
+            code = "code of this folder"
+        else:
+            code = f"sha256 {arm['sha256'][:12]}"
         say(f"{name}  {arm['text']}  [{code}{', uncommitted changes' if arm['dirty'] else ''}]",
             *(f"     {x}" for x in arm.get("report", [])), sep="\n")
     runs = declaration["plan"].get("runs") or declaration["plan"]["looks"][-1]["runs"]
@@ -330,9 +323,8 @@ def run_plan(folder, until=None, data=None, fault=None, say=print):
             left = len(declaration["order"]) - book.claim.next_place
             left_s = left * (time.monotonic() - began) / (book.claim.next_place - first)
             loss = f"{result['val_loss']:.4f}" if result["val_loss"] is not None else result["status"]
-            ms = result["train_time_ms"]
-            say(f"run {book.claim.next_place}/{len(declaration['order'])}  {done.arm}  seed {done.seed}: "
-                f"{loss}"
+            ms, at = result["train_time_ms"], f"run {book.claim.next_place}/{len(declaration['order'])}"
+            say(f"{at}  {done.arm}  seed {done.seed}: {loss}"
                 + ("" if ms is None else f", {ms / 1000:.1f} s") + (" (discarded)" if done.discard else "")
                 + (f"; about {left_s / 60:.0f} min left" if left_s > 60 else ""))
         return book.claim
@@ -536,15 +528,17 @@ def check_run(claim, done, result, firsts):
     if wrong:
         raise UserError(f"{where} is not what was declared: {wrong}")
     for name, other in firsts.items():
-        why = (
-            start and other["start"]
-            and arms.incomparable(other["start"], start, claim.declaration.get("corpus_prefixes"))
-        )
+        if not start or not other["start"]:
+            continue
+        why = arms.incomparable(other["start"], start, claim.declaration.get("corpus_prefixes"))
         if why:
             raise UserError(f"{where} cannot be compared with {name}: {why}")
 
 
 # ----- what it says -----------------------------------------------------------------------------------------
+
+OUTCOME = ("status", "val_loss", "train_time_ms", "folder", "last_hash", "curve")  # of arms.collect
+
 
 def outcomes(claim):
     """{arm: [{run, seed, status, val_loss, train_time_ms, folder, last_hash, curve, device, torch}]} of the
@@ -559,25 +553,19 @@ def outcomes(claim):
                                 "manifest tells; it was changed after the run")
             start = result["start"] or {}
             out[name].append(
-                {
-                    "run": done.run,
-                    "seed": done.seed,
-                    **{
-                        k: result[k]
-                        for k in ("status", "val_loss", "train_time_ms", "folder", "last_hash", "curve")
-                    },
-                    "device": start.get("device"),
-                    "torch": start.get("torch"),
-                }
-            )
+                {"run": done.run, "seed": done.seed} | {key: result[key] for key in OUTCOME}
+                | {"device": start.get("device"), "torch": start.get("torch")})
     return out
 
 
 def mean_curve(runs):
     """[(step, mean val_loss, mean train_time_ms)] over the validations that all runs have."""
     tables = [{step: (loss, ms) for step, loss, ms in r["curve"]} for r in runs]
-    steps = sorted(set(tables[0]).intersection(*tables[1:]))
-    return [(s, *(sum(t[s][i] for t in tables) / len(tables) for i in (0, 1))) for s in steps]
+    found = []
+    for step in sorted(set(tables[0]).intersection(*tables[1:])):
+        losses, times = zip(*(table[step] for table in tables))
+        found.append((step, sum(losses) / len(tables), sum(times) / len(tables)))
+    return found
 
 
 def compare_arms(name, base, found, paired, confidence, goal=GOAL):

@@ -118,8 +118,7 @@ def require_same(claim, starts, shards):
                             "registered; go on with the same one, or start a new plan")
     if shards is not None and d.get("corpus_prefixes") is None:
         raise UserError(f"the plan was declared with the embedded corpus: no run was registered; leave "
-                        "--data "
-                        f"{shards} away")
+                        f"--data {shards} out")
     if shards is not None:
         require_same_shards(d, starts, shards)
 

@@ -1,11 +1,10 @@
 """Every published record of modded-nanogpt judged again from its raw runs: `python -m records judge`.
 
-    python -m records judge                              # all entries of the three tracks
-    python -m records judge --track optimizer            # one track
-    python -m records judge short/80                     # one record: every group of its folder, every run,
-    its baselines python -m records judge --markdown                   # the tables as Markdown python -m
-    records judge --json FILE                  # for programs; evidence/results/judge.json is that of all
-    entries
+    python -m records judge                    # all entries of the three tracks
+    python -m records judge --track optimizer  # one track
+    python -m records judge short/80           # one record: groups of its folder, runs, baselines
+    python -m records judge --markdown         # the tables as Markdown
+    python -m records judge --json FILE        # for programs; evidence/results/judge.json has all entries
 
 Data (KellerJordan/modded-nanogpt, snapshot of 2026-08-01; logs by the people named there):
 
@@ -243,7 +242,7 @@ def find(tables, name, track=None):
             f"no published record {name!r}{errors.near(name, refs)}: short/1 to short/89 (21r and 21t are "
             "re-timings), medium/1 to medium/18, optimizer/1 to optimizer/46")
     if track and not ref.startswith(track + "/"):
-        raise UserError(f"{ref} is not on the {track} track: leave --track away")
+        raise UserError(f"{ref} is not on the {track} track: leave --track out")
     return ref
 
 
@@ -414,8 +413,8 @@ TITLES = {
                  "(pairwise: p against the best result before, whose number follows; * with published means)"}
 
 
-# On a terminal: columns of a table that are left out, first to last,
-# until so many remain for the beginning of a note.
+# On a terminal: columns of a table that are left out, first to last, until NOTE columns remain for the
+# beginning of a note.
 LESS_WANTED = ("linked", "slower", "logs", "in sd", "robust p", "sd", "pairwise p", "margin", "n")
 NOTE = 12
 
@@ -427,12 +426,15 @@ def digits(value, form):
 
 def cells(r):
     """One line of a track's table."""
-    state = r["verdict"] + (" (waived)" if r["waived"] and r["verdict"] != "pass" else
-                            " (before the rule)" if r["before_rule"] and r["verdict"] != "pass" else "")
+    state = r["verdict"]
+    if state != "pass" and r["waived"]:
+        state += " (waived)"
+    elif state != "pass" and r["before_rule"]:
+        state += " (before the rule)"
     head = [r["record"], str(r["n"]), digits(r["mean"], ".5f"), digits(r["sd"], ".5f")]
     says = "; ".join(filter(None, (r["why"] if r["verdict"] != "miss" or r["p"] is None else "", r["note"])))
-    table, mean, ratio = (digits(r[k], f) for k, f in (("published_minutes", ".3f"), ("mean_minutes", ".3f"),
-                                                       ("slower_percent", "+.1f")))
+    table, mean = digits(r["published_minutes"], ".3f"), digits(r["mean_minutes"], ".3f")
+    ratio = digits(r["slower_percent"], "+.1f")
     if r["track"] == "optimizer":
         pair, claimed = r["pairwise"], f"{r['claimed_loss']:.4f} ({r['claimed_runs']})"
         pair = (
@@ -514,8 +516,7 @@ def sentence(track, counts):
 
 
 def detail(tables, r, markdown=False):
-    """One record: its line, the groups of its folder, its runs,
-    and the difference from each baseline of the folder."""
+    """One record: its line, the groups of its folder, its runs, the difference from each baseline there."""
     show_table(HEADS[r["track"]], [cells(r)], markdown)
     print()
     if r["linked_minutes"]:

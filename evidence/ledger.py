@@ -90,8 +90,8 @@ class Ledger:
                     f"idea {event['idea']!r:.60} must be the name of a folder")
             require(0 < rule["alpha"] < 1 and 1 <= rule["legs"] <= MOST_LEGS,
                     f"alpha must lie between 0 and 1, legs between 1 and {MOST_LEGS}")
-            require(rule["text"] == rule_text(rule), f"the text of the rule is not that of its numbers: "
-                                                     f"{rule_text(rule)}")
+            require(rule["text"] == rule_text(rule),
+                    f"the text of the rule is not that of its numbers: {rule_text(rule)}")
             self.opened = event
         elif kind == "leg":
             self.require_leg(event, require)
@@ -108,8 +108,8 @@ class Ledger:
 
     def require_leg(self, event, require):
         """A next leg: numbered in order, none open, none shown before, not more than the rule says."""
-        require(event["leg"] == len(self.legs) + 1, f"legs are numbered in order: expected "
-                                                    f"{len(self.legs) + 1}")
+        require(event["leg"] == len(self.legs) + 1,
+                f"legs are numbered in order: expected {len(self.legs) + 1}")
         require(event["leg"] <= self.opened["rule"]["legs"],
                 f"the rule, written before leg 1, allows {self.opened['rule']['legs']} legs")
         require(self.open_leg is None, f"nothing says what became of leg {len(self.legs)}")
@@ -119,8 +119,8 @@ class Ledger:
         shaped(event["machine"], MACHINE, require)
         require(all(isinstance(x, str) for x in event["against"]), "against must be names of attempts")
         require(is_plan(plan), "plan must hold runs or looks")
-        require(not any(x.fate["verdict"] == "shown" for x in self.legs), "a leg before it was shown: that "
-                                                                          "decides")
+        require(not any(x.fate["verdict"] == "shown" for x in self.legs),
+                "a leg before it was shown: that decides")
 
 
 def is_plan(plan):
@@ -251,7 +251,7 @@ def settle(folder: Path, claim, results: dict) -> None:
 
 
 def home_of(folder: Path, entry: dict) -> Path:
-    """Folder of the ledger that a manifest's entry names: that of the idea in this checkout, else its own."""
+    """Folder of the ledger that a manifest's entry names: the idea's in this checkout, otherwise its own."""
     idea = str(entry.get("idea"))
     if "/" not in idea and (deltas.ATTEMPTS / idea / NAME).exists():
         return deltas.ATTEMPTS / idea

@@ -1,14 +1,16 @@
-"""The manifest of a claim folder: the plan, declared before its first run,
-and every run with what became of it.
+"""The manifest of a claim folder: the plan, declared before its first run, and what became of every run.
 
 manifest.jsonl is chained like run.jsonl, and each line is on the disk before the program goes on:
 
     declare   the whole plan: arms with their resolved settings, runs per arm or looks, pairing, order of
-    execution register  {run, arm, seed, discard}: the next run, just before its process starts (which gets
-    this line's hash) finish    {run, folder, last_hash, status, exit}: what became of it fault     {run,
-    cause, note}: why a run without a final loss does not count; its place in the order is run again look
-    {runs, decision}: what was decided when every arm had that many runs withdraw  {why}: the last line of a
-    claim that is given up; what was run stays
+              execution
+    register  {run, arm, seed, discard}: the next run, just before its process starts, which gets the hash of
+              this line
+    finish    {run, folder, last_hash, status, exit}: what became of it
+    fault     {run, cause, note}: why a run without a final loss does not count; its place in the order is run
+              again
+    look      {runs, decision}: what was decided when every arm had that many runs
+    withdraw  {why}: the last line of a claim that is given up; what was run stays
 
 One run at a time, in the declared order. A register without a finish is a run that failed, until a fault
 explains it. Reading and writing go through the same checks, so that nothing can be written that would be

@@ -1,7 +1,7 @@
 """`python -m records promote ATTEMPT`: make a record of an attempt whose claim is shown.
 
-    python -m records promote my_idea                                        # -> records/short/034_my_idea,
-    committed python -m records promote six_layers --lineage variants --accept-scale micro
+    python -m records promote my_idea  # -> records/short/034_my_idea, committed
+    python -m records promote six_layers --lineage variants --accept-scale micro
 
 The claim is verified again first. The folder moves to records/<lineage>/<id>_<name>: record.toml gets its id
 and the line `attempt`, by which the claim, declared as attempts/NAME, stays its evidence. In a lineage only

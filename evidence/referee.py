@@ -83,9 +83,9 @@ def judge(about, candidate, fresh=False, timeout=None, say=lambda line: None):
         raise UserError(f"{candidate}: no such folder")
     began, used = time.monotonic(), Cost()
     memory = Memory(about, fresh)
+    told = ("parent", "goal", "next", "head", "open", "scale", "steps", "measure", "seeds", "hints")
     verdict = {
-        "version": VERSION, "task": {k: about[k] for k in ("parent", "goal", "next", "head", "open", "scale",
-                                                            "steps", "measure", "seeds", "hints")},
+        "version": VERSION, "task": {key: about[key] for key in told},
         "valid": False, "why": [], "score": None, "resolved": None, "interval": None, "way": None,
         "loss": None, "time": None, "candidate": None, "audit": "not needed: no code was changed",
         "attempt": memory.count(), "contamination": None, "sandbox": sandbox.walls(),
@@ -229,7 +229,8 @@ def declaration(given, about):
         knowledge = declared.get("knowledge", "")
         if set(declared) - {"knowledge", "name"}:
             raise ValueError
-        knowledge and datetime.date.fromisoformat(knowledge)
+        if knowledge:
+            datetime.date.fromisoformat(knowledge)
     except (UserError, ValueError, TypeError, AttributeError):
         expected = '{"knowledge": "YYYY-MM-DD"}, and a "name" if wanted'
         raise Invalid(f"{task.ABOUT}: expected {expected}") from None
@@ -449,8 +450,13 @@ def scored(about, found):
         score, interval, resolved = 0.0, None, worse
     runs = found["candidate"]
     reached = [steps_to(r["curve"], p["loss"]) for r, p in zip(runs, found["parent"])]
-    loss, seconds = ({**summary([r[k] for r in runs], [r[k] for r in found["parent"]]),
-                      "goal": plain.fmean(r[k] for r in found["goal"])} for k in ("loss", "outside_s"))
+
+    def against(key):
+        """The candidate's summary of a value against the parent's, and the goal's mean."""
+        theirs = [r[key] for r in found["parent"]]
+        return {**summary([r[key] for r in runs], theirs), "goal": plain.fmean(r[key] for r in found["goal"])}
+
+    loss, seconds = against("loss"), against("outside_s")
     return {
         "score": score, "interval": interval, "resolved": resolved, "way": way(about, score),
         "loss": loss | {"steps_to_parent_loss": plain.fmean(reached), "steps": runs[0]["steps"]},
@@ -521,7 +527,5 @@ def summary(values, parents):
 
 def steps_to(curve, loss):
     """Step at which a curve first reaches a loss, linear between validations; its last step if never."""
-    for (a, above), (b, below) in zip(curve, curve[1:]):
-        if below <= loss < above:
-            return a + (b - a) * (above - loss) / (above - below)
-    return float(curve[-1][0])
+    step = runlog.crossing(curve, loss)
+    return float(curve[-1][0]) if step is None else step

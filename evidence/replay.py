@@ -1,10 +1,10 @@
 """`python -m records replay RUN`: run again what a log describes, and compare loss by loss.
 
 RUN is a run folder, its run.jsonl or its log.txt, or a claim folder: then every counted run is replayed, and
-the signed mean of the differences is judged as well. The same commit (where it exists, else the present code
-if it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the same
-digests. Exit code 0 when the losses agree: to the last bit where code, processor, torch and threads are the
-same on a CPU, else within the printed tolerance; 3 when they do not.
+the signed mean of the differences is judged as well. The same commit (where it exists, otherwise the present
+code if it resolves to the same ml_hash), record, changes, scale, seed, processes and threads, and data of the
+same digests. Exit code 0 when the losses agree: to the last bit where code, processor, torch and threads are
+the same on a CPU, otherwise within the printed tolerance; 3 when they do not.
 """
 
 import ast
@@ -179,8 +179,10 @@ def arguments_of(start, place):
 
 
 def find_code(start, name):
-    """(folder, words): the commit of the log in a worktree; else the present code,
-    if it means the same by the settings."""
+    """(folder, words): the commit of the log in a worktree, or the present code if that does not exist.
+
+    UserError if the present code means something else by the settings.
+    """
     commit, _, dirty = str(start["code"]).partition("-")
     place, words = arms.ROOT, "the present code"
     if dirty:
@@ -304,10 +306,9 @@ def judge_claim(gaps, tolerance):
     """
     mean, limit = signed_mean(gaps, tolerance)
     good = abs(mean) <= limit
-    print(f"{'replayed' if good else 'NOT replayed'}: final losses of {len(gaps)} runs lie {mean:+.2e} "
-          "from their replays "
-          f"on average (limit {limit:.1e})" + ("" if good else ": the logs lie to one side of what the "
-                                                               "program gives"))
+    print(f"{'replayed' if good else 'NOT replayed'}: final losses of {len(gaps)} runs lie {mean:+.2e} from "
+          f"their replays on average (limit {limit:.1e})"
+          + ("" if good else ": the logs lie to one side of what the program gives"))
     return 0 if good else DIFFERS
 
 
@@ -358,8 +359,8 @@ def report(log, again, exact, tolerance):
     if first is not None:
         print(f"training losses differ from step {first} on")
     early = [abs(a - b) / abs(b) for a, b in pairs[:verify.FIRST_STEPS] if not equal(a, b, None)]
-    early, limit = max((x if math.isfinite(x) else math.inf for x in early),
-                       default=0.0), first_limit(log["start"])
+    early = max((x if math.isfinite(x) else math.inf for x in early), default=0.0)
+    limit = first_limit(log["start"])
     if log["stream"] and again["stream"] and log["stream"] != again["stream"]:
         print("the two runs read different tokens (stream digest)")
         return DIFFERS
@@ -374,8 +375,8 @@ def report(log, again, exact, tolerance):
         print("NOT replayed: same sources, processor, torch and threads, yet the training losses differ")
         return DIFFERS
     if identical:
-        print("replayed: every validation loss is equal " + ("to the last bit" if log["digits"] is None else
-                                                             f"to the {log['digits']} decimals of the log"))
+        how = "to the last bit" if log["digits"] is None else f"to the {log['digits']} decimals of the log"
+        print(f"replayed: every validation loss is equal {how}")
         return 0
     if exact:
         print("NOT replayed: same sources, processor, torch and threads, yet the losses differ by up to "

@@ -465,8 +465,8 @@ def check_max_vio(event, validated, artefact):
 
 
 def warmup_steps(log):
-    """Number of untimed steps: as set, else three and, on a compiled model, one for each Shape that these
-    have not seen."""
+    """Number of untimed steps: as set, otherwise three and, on a compiled model, one for each Shape that
+    these have not seen."""
     system, cpu = log.settings.system, log.start["device"].startswith("CPU")
     if system.warmup_steps >= 0:
         return system.warmup_steps

@@ -3,10 +3,9 @@
 An audit that lies in a folder is text, and whoever made the folder can type it. So `records verify` counts an
 audit that it runs itself in this call, or one that carries the signature of the judge's key:
 
-    ssh-keygen -t ed25519 -f judge                    # once; judge stays with the judge, judge.pub may be
-    shown python -m records verify DIR --audit now --judge-key judge        # audits, signs, keeps
-    DIR/audit.json python -m records verify DIR --judge-key judge.pub                # anyone: counts it, if
-    they trust that key
+    ssh-keygen -t ed25519 -f judge  # once; `judge` stays with the judge, judge.pub may be shown
+    python -m records verify DIR --audit now --judge-key judge  # audits, signs, keeps DIR/audit.json
+    python -m records verify DIR --judge-key judge.pub  # anyone: counts it, if they trust that key
 
 ssh-keygen is used because git signs commits with it too: it is there where git is, is kept by others, and
 adds no Python package. A keyed hash of the standard library would convince nobody but the judge himself.

@@ -28,8 +28,10 @@ SPENT = 0.75
 
 
 def numbers(values, name, least=1):
-    """`values` as a float array of finite numbers, at least `least` of them;
-    else a UserError naming `name`."""
+    """`values` as a float array of finite numbers, at least `least` of them.
+
+    UserError, which names the values by `name`, if they are not.
+    """
     try:
         array = np.asarray(list(values), dtype=float)
     except (TypeError, ValueError):
@@ -116,8 +118,7 @@ def runs_for(distance, sd, alpha=0.01, power=0.9):
     if distance <= 0 or sd <= 0:
         return None
     n = np.arange(2, MOST_RUNS + 1)
-    # beyond a normal approximation's n plus a little the answer is certain,
-    # so that few quantiles are computed
+    # beyond a normal approximation's n plus a little the answer is certain, so few quantiles are needed
     rough = ((stats.norm.isf(alpha) + stats.norm.ppf(power)) * sd / distance) ** 2
     n = n[: int(min(rough + 20, MOST_RUNS))]
     reached = stats.nct.sf(stats.t.isf(alpha, n - 1), n - 1, distance / sd * np.sqrt(n)) >= power
@@ -174,9 +175,9 @@ def pairs_of(a, b, paired):
 
 
 def two_groups(a, b, paired):
-    """(estimate, standard error, df) of mean a - mean b: paired t, or Welch. (estimate, None,
-    None) if unknowable.
+    """(estimate, standard error, df) of mean a - mean b: paired t, or Welch.
 
+    Standard error and df are None if there are too few runs to estimate them.
     The standard error is 0.0 with df None where all runs of both groups (paired: all differences) are equal.
     """
     estimate = float(a.mean() - b.mean())
@@ -185,8 +186,9 @@ def two_groups(a, b, paired):
         if len(d) < 2:
             return estimate, None, None
         sd, size = float(d.std(ddof=1)), float(max(np.abs(a).max(), np.abs(b).max()))
-        return (estimate, sd / math.sqrt(len(d)), len(d) - 1) if sd > ROUNDING * size else (estimate, 0.0,
-                                                                                            None)
+        if sd <= ROUNDING * size:
+            return estimate, 0.0, None
+        return estimate, sd / math.sqrt(len(d)), len(d) - 1
     if min(len(a), len(b)) < 2:
         return estimate, None, None
     va, vb = spread(a) ** 2 / len(a), spread(b) ** 2 / len(b)
@@ -284,19 +286,8 @@ def pooled(groups):
 
 def by_seed(values, name):
     """{seed: loss} of a group: a dict as it is, a list counted from seed 0."""
-    pairs = values.items() if isinstance(values, dict) else enumerate(list(values))
-    seeds, losses = zip(*pairs) if (pairs := list(pairs)) else ((), ())
-    return dict(zip(seeds, numbers(losses, name).tolist()))
-
-
-def against_control(control, arms, confidence=0.95, paired=False):
-    """Each arm against one control, as `successive` does it. Rows are named by arm."""
-    if not arms:
-        raise UserError("no arm to compare with the control")
-    base = object()  # no arm can have this name
-    found = successive({**arms, base: control}, [(name, base) for name in arms], confidence, paired)
-    return found | {"rows": {k: {x: y for x, y in row.items() if x != "parent"}
-                             for k, row in found["rows"].items()}}
+    found = values if isinstance(values, dict) else dict(enumerate(values))
+    return dict(zip(found, numbers(list(found.values()), name).tolist()))
 
 
 def successive(groups, pairs, confidence=0.95, paired=False):
@@ -320,8 +311,7 @@ def successive(groups, pairs, confidence=0.95, paired=False):
     within groups, told for its size and used for nothing.
     """
     confidence = level(confidence, "confidence")
-    groups = {name: by_seed(values, name if isinstance(name, str) else "control")
-              for name, values in groups.items()}
+    groups = {name: by_seed(values, str(name)) for name, values in groups.items()}
     pairs = list(pairs)
     if not pairs or len({child for child, _ in pairs}) < len(pairs):
         raise UserError("pairs: expected (child, parent) with each child once")
@@ -359,8 +349,8 @@ def one_row(child, parent, paired, alpha):
 def minimal_detectable_effect(sd, n, n_control, arms, confidence=0.95, power=0.8, paired=False):
     """The effect (unit of sd) that one arm of n runs shows as resolved with probability `power` (two-sided).
 
-    arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n), else of
-    single runs, equal in both groups.
+    arms: number of comparisons. sd: of the differences within seeds if paired (then n_control is n),
+    otherwise of single runs, equal in both groups.
     """
     confidence, power = level(confidence, "confidence"), level(power, "power")
     if power < 0.5:

@@ -2,18 +2,17 @@
 
     python -m records submit six_layers --delta my.toml --title "Six layers" --people @me --parent short/11 \
         --claim ml --scale micro --set validation.target=5.2 --runs 3 --commit
-    python -m records submit my_idea --claim ml --scale full --runs 8 --nproc 8     #
-    attempts/my_idea/record.toml is there python -m records submit unet_double_lr --record short/11 --claim ml
-    --scale micro --set validation.target=5.2 --looks 4,8 python -m records submit six_layers --resume
-    # after a kill; does nothing twice python -m records submit six_layers --resume --format upstream      #
-    besides, the layout of KellerJordan/modded-nanogpt
+    python -m records submit my_idea --claim ml --scale full --runs 8 --nproc 8  # of attempts/my_idea
+    python -m records submit unet_double_lr --record short/11 --claim ml --scale micro \
+        --set validation.target=5.2 --looks 4,8
+    python -m records submit six_layers --resume                    # after a kill; does nothing twice
+    python -m records submit six_layers --resume --format upstream  # also in modded-nanogpt's layout
 
 A claim is an attempt, the folder attempts/NAME: record.toml, which is committed before the runs because they
 are made from a checkout of HEAD, then manifest, logs, results.json and README.md. `records promote NAME`
 makes a record of one that was shown, `records withdraw NAME` gives one up. Whatever can be checked is checked
-before anything is written or committed.
-Arms: new, parent and, for a systems record on a systems record, base: the last ml record. Exit codes are
-those of verify.
+before anything is written or committed. Arms: new, parent and, for a systems record on a systems record,
+base: the last ml record. Exit codes are those of verify.
 """
 
 import datetime
@@ -231,7 +230,7 @@ def home_of(options, folder):
         return folder, options.legs or 1
     if options.legs:
         raise UserError("--legs belongs to the rule, which was written before the first attempt: leave it "
-                        "away")
+                        "out")
     home = attempts.folder_of(options.idea)
     if not (home / ledger.NAME).exists():
         raise UserError(f"--idea {options.idea}: {home} holds no ledger; its attempt was made without one")

@@ -27,7 +27,7 @@ def parse(text, name="log"):
 
     curve: [[step, val_loss (nats per token), train_time_ms or None]]. steps: the last validated step, at
     which val_loss and train_time_ms were measured. scheduled_steps: M, None where the log does not say.
-    complete: the last validation is that of step M, so val_loss is the run's result; else the log was cut
+    complete: the last validation is that of step M, so val_loss is the run's result; if not, the log was cut
     short. diverged: a loss is not finite. UserError (`name` names the log) if it has no validation, more than
     one run, or numbers that no clock can give.
     """

@@ -1,9 +1,8 @@
-"""`python -m records verify DIR`: does a claim hold? From its logs alone;
-no code of the submission is executed.
+"""`python -m records verify DIR`: does a claim hold? From its logs alone; none of its code is executed.
 
-    python -m records verify records/short/012_name                        # consistent? and is the claim
-    shown? python -m records verify DIR --audit audit.json --reproduction OTHER    # higher grades python -m
-    records verify FOLDER_OF_TXT --target 3.28                    # upstream's text logs: statistics only
+    python -m records verify records/short/012_name  # consistent? and is the claim shown?
+    python -m records verify DIR --audit audit.json --reproduction OTHER  # higher grades
+    python -m records verify FOLDER_OF_TXT --target 3.28  # upstream's text logs: statistics only
 
 First the laws of the logs (evidence.run_laws, claims and provenance): all problems are listed, and one is
 enough to refuse. Then the statistics: an ml claim must reach the target and be faster than its parent; a
@@ -633,9 +632,14 @@ def not_a_reproduction(found, other):
         return "it ran on the same machine"
     if a["val_digest"] != b["val_digest"]:
         return "it was measured on other validation tokens"
-    clocks = [{tuple(v["train_time_ms"] for v in log.validations) for log in x.logs.values()}
-              for x in (found, other)]
-    return "it holds runs of this claim" if clocks[0] & clocks[1] else ""
+    if clocks_of(found) & clocks_of(other):
+        return "it holds runs of this claim"
+    return ""
+
+
+def clocks_of(found):
+    """The training times at the validations of each run of a claim, as a set: no two runs have the same."""
+    return {tuple(v["train_time_ms"] for v in log.validations) for log in found.logs.values()}
 
 
 # ----- text logs --------------------------------------------------------------------------------------------

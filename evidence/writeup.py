@@ -203,12 +203,10 @@ GROUPS = {"new": "this_pr", "parent": "baseline", "base": "last_ml_record"}
 
 
 def upstream(folder):
-    """Write DIR/upstream/<date>_<Name>/ (README.md, statistics.md,
-    a log per run in this_pr/ and baseline/). Returns it.
+    """Write DIR/upstream/<date>_<Name>/: README.md, statistics.md, a log per run in this_pr/ and baseline/.
 
-    A log is source, a ruler, environment and settings, a ruler, and the lines
-    `step:S/T val_loss:X train_time:Yms
-    step_avg:Zms`; its name is a uuid, made from the hash of its run.
+    A log is source, a ruler, environment and settings, a ruler, and the lines `step:S/T val_loss:X
+    train_time:Yms step_avg:Zms`; its name is a uuid, made from the hash of its run. Returns the folder.
     """
     folder, results = Path(folder), read_results(folder)
     record = record_of(folder, results)

@@ -1,10 +1,9 @@
 """Makes .venv with the pinned dependencies, once, and starts something in it.
 run.sh and test.sh are its two callers.
 
-    python installation/install.py run [ARGUMENTS]      # ./run.sh: what training and plotting need, then
-    installation/run.py python installation/install.py test [ARGUMENTS]     # ./test.sh: the rest too, then
-    pytest python installation/install.py python               # prints the path of a Python that can train
-    and plot
+    python installation/install.py run [ARGUMENTS]   # ./run.sh: for training, plots; then installation/run.py
+    python installation/install.py test [ARGUMENTS]  # ./test.sh: the rest too; then pytest
+    python installation/install.py python            # prints the path of a Python that can train and plot
 
 $SPEEDRUN_PYTHON, a Python that has the packages already, is used as it is. Standard library only.
 """
@@ -38,8 +37,7 @@ INSTALLED = VENV / "installed"  # JSON list of the requirements that are there, 
 LOCK = ROOT / ".venv-unfinished"
 EXTRAS = {"run": ["tools"], "test": ["tools", "slurm", "dev"], "python": ["tools"]}
 # Megabytes to download for `run`, summed over the files that the lock file names (Python 3.11 to 3.14 differ
-# by 1 MB; `test` adds
-# 4 MB). On Linux most of it is CUDA.
+# by 1 MB; `test` adds 4 MB). On Linux most of it is CUDA.
 DOWNLOAD = {("Linux", "x86_64"): 2829, ("Linux", "aarch64"): 2953, ("Darwin", "arm64"): 175,
             ("Windows", "AMD64"): 211}
 # pip settings of the user that would put packages elsewhere or install only half of them;

@@ -110,10 +110,8 @@ def linear_cross_entropy(
         form, cap, divisor = softcap.form, float(softcap.cap), float(softcap.cap)
         if form == "sigmoid":
             divisor, shift = float(softcap.scale), float(softcap.shift)
-    factor, scales = (
-        1.0 if logit_scale is None else float(logit_scale),
-        [] if fp8 is None else [float(f) for f in fp8],
-    )
+    factor = 1.0 if logit_scale is None else float(logit_scale)
+    scales = [] if fp8 is None else [float(f) for f in fp8]
     plan = Plan(
         form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
         chunk or 0, backend, transpose, shift

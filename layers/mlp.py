@@ -31,9 +31,9 @@ class MLP(nn.Module):
         init = s.model.init
         d, f, n = s.model.model_dim, hidden, s.numerics
         self.c_fc = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
-                            init=linear_init(s, d, False, init.c_fc_bound, c_fc_factor))
+                              init=linear_init(s, d, False, init.c_fc_bound, c_fc_factor))
         self.c_proj = parameter((d, f), n.matrix, role="matrix", label="c_proj", views=views.c_proj(s),
-                              init=linear_init(s, f, True, init.c_proj_bound))
+                                init=linear_init(s, f, True, init.c_proj_bound))
         self.gate = None
         if s.model.mlp.activation == "swiglu":
             self.gate = parameter((f, d), n.matrix, role="matrix", label="c_fc", views=views.c_fc(s),
@@ -46,10 +46,8 @@ class MLP(nn.Module):
             self.c_proj_bias = parameter(
                 (d,), n.scalar, role="scalar", label="bias", init=bias_init(s, f, True)
             )
-        self.activation, self.fused = (
-            self.ACTIVATIONS[s.model.mlp.activation],
-            s.system.kernels.mlp == "triton",
-        )
+        self.activation = self.ACTIVATIONS[s.model.mlp.activation]
+        self.fused = s.system.kernels.mlp == "triton"
         self.fp8 = FP8MLP(s) if n.fp8_mlp else None
         self.products = products_dtype(s)
 

@@ -32,8 +32,7 @@ class Term:
     """One summand of the stream.
 
     site: in the order of a layer `skip` and `in` (before attention), `value` (of attention's values), `attn`
-    and
-        `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
+        and `mlp` (after these branches); `start` before block 0; `out` after the last block, with layer = L.
     source: `x` (the stream), `branch` (the output of attention or MLP), `x0` (the embedding), `x02` (the
         second embedding), `bigram`, `start` (the stream before block 0), `saved.i` (the stream after layer
         i), `attn.i` (after its attention), `attn_in.i` and `mlp_in.i` (the normed inputs of its branches),
@@ -76,8 +75,7 @@ def shortcut_layers(s: Settings, specs: tuple[LayerSpec, ...], named: tuple[int,
     """Layers that add the embedding, or the bigram, by coefficients of their own.
 
     named: those that the settings name; None: all. With sublayers these are the layers with attention; MUDD
-    has
-        the last one's coefficients.
+        has the last one's coefficients.
     """
     r = s.model.residual
     if named is not None:

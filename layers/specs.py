@@ -78,9 +78,11 @@ def attn_spec(s: Settings, layer: int) -> AttnSpec | None:
     value_gate = a.value_embed.gate if table >= 0 else None
     paired = layer in a.paired_layers
     offset = a.key_offset and window != "short" and not paired
-    own = value_gate is not None and value_gate.own_channels in ("all", "all" if paired else "unpaired")
-    narrow_qk, narrow_v = (a.narrow is not None and layer in layers
-                           for layers in ((a.narrow.qk_layers, a.narrow.v_layers) if a.narrow else ((), ())))
+    own = value_gate is not None and (
+        value_gate.own_channels == "all" or (value_gate.own_channels == "unpaired" and not paired)
+    )
+    narrow_qk = a.narrow is not None and layer in a.narrow.qk_layers
+    narrow_v = a.narrow is not None and layer in a.narrow.v_layers
     saved = a.saved_input is not None and layer > a.saved_input
     return AttnSpec(
         heads=a.num_heads, qk=a.narrow.qk_dim if narrow_qk else query_dim(s),
@@ -145,6 +147,11 @@ def mlp_spec(s: Settings, layer: int) -> tuple[int | None, bool]:
         return None, True
     hidden = mlp.hidden or mlp.expansion * s.model.model_dim
     return (2 * hidden // 3 if mlp.activation == "swiglu" else hidden), False
+
+
+def has_short_window(s: Settings) -> bool:
+    """Whether some layers have the short window."""
+    return any(spec.attn is not None and spec.attn.window == "short" for spec in layer_specs(s))
 
 
 def num_value_tables(s: Settings) -> int:

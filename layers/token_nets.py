@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from layers.primitives import constant, linear, parameter, uniform, values
-from updates.views import Views
 
 
 class Column(NamedTuple):
@@ -30,22 +29,19 @@ class TokenNet(nn.Module):
                  label: str, groups: int | None = None):
         """scale: constant factor of the outputs; the biases are stored without it. label: of the parameters.
         groups: each column gets a second coefficient per group of channels, from the same hidden values,
-        which is
-            added to the first (record 92); None: none.
+            which is added to the first (record 92); None: none.
         """
         super().__init__()
         self.columns = tuple(columns)
         n, starts = sum(c.width for c in columns), [c.init / scale for c in columns for _ in range(c.width)]
-        self.w1 = parameter((hidden, dim), dtype_name, role="matrix", label=label, init=uniform(dim ** -0.5),
-                            views=Views())
-        self.w2 = parameter((n, hidden), dtype_name, role="matrix", label=label, init=constant(0.0),
-                            views=Views())
+        self.w1 = parameter((hidden, dim), dtype_name, role="matrix", label=label, init=uniform(dim ** -0.5))
+        self.w2 = parameter((n, hidden), dtype_name, role="matrix", label=label, init=constant(0.0))
         self.bias = parameter((n,), dtype_name, role="scalar", label=f"{label}_bias", init=values(starts))
-
         self.by_group = None
         if groups is not None:
-            self.by_group = parameter((len(columns), groups, hidden), dtype_name, role="matrix", label=label,
-                                      init=constant(0.0), views=Views())
+            self.by_group = parameter(
+                (len(columns), groups, hidden), dtype_name, role="matrix", label=label, init=constant(0.0)
+            )
 
     def forward(self, x: torch.Tensor, scale: torch.Tensor | float) -> dict[str, torch.Tensor]:
         """{column: its coefficients (R, T, width), or (R, T, groups)} for the stream x (R, T, D), in x's

@@ -164,6 +164,6 @@ def changed(curves: list[Curve]) -> list[list[str]]:
     if typed or len({(curve.start["record"], curve.start["scale"]) for curve in curves}) > 1:
         return [[part.removeprefix("--set ") for part in column] for column in typed]
     tables = [flat(curve.start["settings"]) for curve in curves]
-    paths = [path for path in dict.fromkeys(p for table in tables for p in table)
-             if len({repr(table.get(path)) for table in tables}) > 1]
+    every = dict.fromkeys(path for table in tables for path in table)
+    paths = [path for path in every if len({repr(table.get(path)) for table in tables}) > 1]
     return [[f"{path} = {table.get(path)}" for table in tables] for path in paths[:3]]

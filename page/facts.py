@@ -270,10 +270,8 @@ def read_runs(record, claims=()):
                for r in c["statistics"]["arms"]["new"]["runs"]}
     runs = []
     for path in files.listed(record.folder, "**/run.jsonl"):
-        folder, claimed = (
-            path.parent.relative_to(ROOT).as_posix(),
-            (path.parents[2] / "manifest.jsonl").exists(),
-        )
+        folder = path.parent.relative_to(ROOT).as_posix()
+        claimed = (path.parents[2] / "manifest.jsonl").exists()
         if claimed and folder not in counted:
             continue
         summary, events = read_json(path.parent / "summary.json"), read_chain(path)

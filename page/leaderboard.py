@@ -1,8 +1,10 @@
 """`python -m records leaderboard [--check]`: the index, LINEAGE.md and the page,
 from the committed data and nothing else.
 
-    records/README.md   index of the records here          LINEAGE.md         every delta in one scroll
-    site/index.html     one self-contained page            site/history.svg   the plot of the README
+    records/README.md  index of the records here
+    LINEAGE.md         every delta in one scroll
+    site/index.html    one self-contained page
+    site/history.svg   the plot of the README
 
 Same files in, same bytes out: no clock, no git, no network. page/facts.py says what is read.
 """

@@ -69,8 +69,8 @@ def sources(site, scale):
                      "until it is swept")
     if not facts.sweeps_of(site, "chain", scale):
         lines.append("no chain sweep at this scale yet, so the column <b>when added</b> is empty")
-    return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + ("" if scale == "full" else
-                                                                                  CAUTION)
+    caution = "" if scale == "full" else CAUTION
+    return '<ul class="sources"><li>' + "</li><li>".join(lines) + "</li></ul>" + caution
 
 
 def sweep_line(sweep):

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import settings
-from common import files
-from common import untrusted
+from common import files, untrusted
 from common.errors import UserError, did_you_mean, near
 from settings import Settings, renames, scales
 from settings.declare import BEFORE, REFUSE, holds, lookup, unmet_needs
@@ -327,7 +326,7 @@ def compose(record: Record, scale: str, sets: Sequence[str], with_: Sequence[str
         if lookup(s, path) != lookup(before, path):
             moved.append(path)
     for path in moved:
-        refuse_idle(s, path, f"--set {path}", "change that too, or leave this away")
+        refuse_idle(s, path, f"--set {path}", "change that too, or leave this out")
     unlifted, s = s, scales.lifted(s, assigned)
     try:
         return settings.check(s), report + lines + scales.lift_lines(unlifted, s)
@@ -389,25 +388,20 @@ def replay(links: list[Record], reverted: set[str]) -> tuple[Settings, list[str]
     for record in links[intact:]:
         where = f"{record.folder.name}/record.toml"
         for path, value in record.delta.items():
-            if record.ref in reverted:
+            if record.ref in reverted and path != "schedule.steps":  # step counts are the business of --set
                 find_field(path)
                 if path == "model.num_layers":
                     raise UserError(f"--revert {record.ref}: it changes the number of layers, and later "
                                     "records count on it; use --set model.num_layers=...")
-                if path != "schedule.steps":  # step counts stay: changing them is --set's business
-                    lost[path] = record.ref
-                    continue
-            else:
-                line = f"{path} = {show(value)} ({record.ref})"
-                for above in prefixes(path):
-                    if reverted and lookup(s, above) is None and above in lost:
-                        report.append(f"dropped  {line}: {above} came with {lost[above]}")
-                        break
-                else:
-                    if path in lost:
-                        report.append(f"kept     {line} was also set by {lost.pop(path)}")
-                    s = assign(s, path, value, where)
+                lost[path] = record.ref
                 continue
+            line = f"{path} = {show(value)} ({record.ref})"
+            gone = [above for above in prefixes(path) if above in lost and lookup(s, above) is None]
+            if gone:
+                report.append(f"dropped  {line}: {gone[0]} came with {lost[gone[0]]}")
+                continue
+            if path in lost:
+                report.append(f"kept     {line} was also set by {lost.pop(path)}")
             s = assign(s, path, value, where)
     for path, ref in lost.items():
         report.append(f"reverted {path}: {show(lookup(s, path))} (set by {ref})")
@@ -563,7 +557,7 @@ def resolve_name(name: str, *, scale: str | None = None, sets: Sequence[str] = (
         return resolve(name, scale=scale or "full", sets=sets, **changes)
     fixed, pinned = load_preset(name)
     if scale and scale != fixed["scale"]:
-        raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale away or name a record")
+        raise UserError(f"{name} is frozen at --scale {fixed['scale']}: leave --scale out or name a record")
     frozen = resolve(fixed["name"], scale=fixed["scale"], sets=fixed["sets"], preset=name)
     if ml_hash(frozen.settings) != pinned:
         raise UserError(f"preset {name} resolves to {ml_hash(frozen.settings)}, pinned {pinned}: a frozen "

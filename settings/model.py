@@ -407,7 +407,7 @@ class Attention:
         yield from layer_faults("model.attn.drop_layers", self.drop_layers, s)
         yield from self.check_late(s)
         if len(self.drop_layers) == s.model.num_layers:
-            yield "model.attn.drop_layers leaves no attention: leave one layer"
+            yield "model.attn.drop_layers leaves no attention: keep one layer"
         if self.value_residual and self.value_embed:
             yield "model.attn.value_residual and model.attn.value_embed exclude each other: switch one off"
 
@@ -507,7 +507,7 @@ class MoE:
         yield from self.check_groups(path)
         yield from layer_faults(f"{path}.dense_layers", self.dense_layers, s)
         if not set(range(s.model.num_layers)) - set(self.dense_layers) - set(s.model.mlp.drop_layers):
-            yield f"{path}.dense_layers leaves no layer with experts: leave one"
+            yield f"{path}.dense_layers leaves no layer with experts: keep one"
 
     def check_groups(self, path: str) -> Iterator[str]:
         if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:

@@ -243,7 +243,7 @@ class Soap:
                    "optim.muon.split_qkv=true")
         if muon.head_pairs and {"q", "k"} & set(self.matrices):
             yield ("optim.muon.soap.matrices has q or k, and with optim.muon.head_pairs they are pairs of "
-                   "heads: leave them away")
+                   "heads: leave them out")
         for name, on in (("trust", self.trust is not None), ("v_share", self.v_share != 1)):
             matrix = {"trust": "o", "v_share": "v"}[name]
             if on and self.matrices and matrix not in self.matrices:
@@ -574,15 +574,15 @@ class Muon:
         """One direction alone, without other slots of momentum; Muown keeps norms of its own."""
         names = self.directions()
         if len(names) > 1:
-            yield (f"optim.muon.{' and optim.muon.'.join(names)} each are the direction of the step: leave "
+            yield (f"optim.muon.{' and optim.muon.'.join(names)} each are the direction of the step: keep "
                    "one")
         for name in BEFORE_SCALING if names else ():
             if getattr(self, name):
                 yield (f"optim.muon.{name} is a part of orthogonalised momentum, and optim.muon.{names[0]} "
-                       "stands in its place: leave one")
+                       "stands in its place: keep one")
         if self.muown and self.hyperball:
             yield ("optim.muon.muown keeps the norms of rows, and optim.muon.hyperball those of matrices: "
-                   "leave one")
+                   "keep one")
 
     def coefficient_faults(self) -> Iterator[str]:
         """Messages on coefficients of Newton-Schulz that are not used."""
@@ -610,7 +610,7 @@ class Muon:
             yield (f"optim.muon.{ways[0]} and optim.muon.{ways[1]} are two ways to orthogonalise: switch one "
                    "off")
         if self.slow and self.bi_maxwell:
-            yield "optim.muon.slow and optim.muon.bi_maxwell are two momenta of two averages: leave one"
+            yield "optim.muon.slow and optim.muon.bi_maxwell are two momenta of two averages: keep one"
         if self.soft and (self.polar_express or self.anvil_maps):
             yield "optim.muon.soft weighs the iterates of optim.muon.convergent: switch the other maps off"
         if self.soft and self.ns_steps != 12:

@@ -140,7 +140,7 @@ class HeadGroup(Group):
     def check(self, s: Any) -> Iterator[str]:
         own = [name for name in ("eigenbasis", "kfac") if getattr(self, name)]
         if len(own) > 1:
-            yield "optim.lm_head.eigenbasis and optim.lm_head.kfac are two rules of the head: leave one"
+            yield "optim.lm_head.eigenbasis and optim.lm_head.kfac are two rules of the head: keep one"
         for name in own:
             path = f"optim.lm_head.{name}"
             if not s.model.head.untied or s.model.head.untied.tied_until is not None:
@@ -478,7 +478,7 @@ class Optim:
             for field in ADAMS_ALONE if own and not own.adamw else ():
                 if getattr(own, field) is not None:
                     yield (f"optim.{name}.{field} is AdamW's, and optim.muon has these matrices: "
-                           f"set optim.{name}.adamw=true, or leave it")
+                           f"set optim.{name}.adamw=true, or leave it out")
             if own and own.adamw and own.lr_mul is not None:
                 yield f"optim.{name}.lr_mul is Muon's, and AdamW has these matrices: set optim.{name}.lr"
         for name in self.muon.moves_after() if self.muon and s.system.comm == "allreduce_updates" else ():

@@ -39,7 +39,7 @@ class Kernels:
     def check(self, s: Any) -> Iterator[str]:
         if self.muon == "triton" and s.numerics.newton_schulz_form == "expanded":
             yield ("system.kernels.muon=triton computes the factored form: set "
-                   "numerics.newton_schulz_form=symmetric, or leave it")
+                   "numerics.newton_schulz_form=symmetric, or leave it out")
         if self.mlp == "triton" and s.numerics.products != "matmul":
             yield ("system.kernels.mlp=triton does not round its operands to numerics.products = "
                    f"{s.numerics.products}: leave it at auto")

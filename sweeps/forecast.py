@@ -59,8 +59,8 @@ def seconds_per_run(plan: dict, folders: list) -> tuple[float, int] | None:
             run = queue.read_run(path)
         except UserError:
             continue
-        if run["machine"] == here and run["status"] == "finished" and abs(run["tokens"] -
-                                                                          tokens) < 0.1 * tokens:
+        of_this_size = abs(run["tokens"] - tokens) < 0.1 * tokens
+        if run["machine"] == here and run["status"] == "finished" and of_this_size:
             seconds[run["last_hash"]] = run["wall_ms"] / 1000
     return (sorted(seconds.values())[len(seconds) // 2], len(seconds)) if seconds else None
 
@@ -134,8 +134,10 @@ def extrapolated(events: list[dict], s: Settings) -> float:
 
 
 def published(plan: dict) -> tuple[float | None, str]:
-    """An estimate for one GPU from the published minutes of the record,
-    or of its nearest ancestor that has some."""
+    """(seconds of a run on one GPU or None, where from): estimated from published minutes.
+
+    They are those of the record, or of its nearest ancestor that has some.
+    """
     resolved = resolve(plan, plan["arms"][0])
     record = next((r for r in deltas.chain(resolved.record)[::-1] if r.published.get("minutes")), None)
     if record is None:

@@ -127,10 +127,10 @@ def rows(root: str | Path, plan: dict, done: dict) -> list[dict[str, Any]]:
         runs = finished(plan, arm, done)
         logs = [runlog.read_chain(Path(root) / "runs" / run["folder"] / "run.jsonl") for run in runs]
         curves = [list(curve(events)) for events in logs]
-        reached = [] if target is None else [x for c in curves if (x := crossing(c, target)) is not None]
+        steps = [] if target is None else [runlog.crossing(points, target) for points in curves]
         found.append({
             "rule": arm["rule"], "record": arm["record"], "factor": arm["factor"], "note": arm["note"],
-            "runs": len(runs), "target": target, "steps": sorted(reached),
+            "runs": len(runs), "target": target, "steps": sorted(step for step in steps if step is not None),
             "scheduled_steps": curves[0][-1][0] if curves else None,
             "ms_per_step": median([run["train_time_ms"] / c[-1][0] for run, c in zip(runs, curves)]),
             "state_bytes": state_bytes(resolved(plan, arm))
@@ -154,14 +154,6 @@ def curve(events: list[dict]) -> Iterator[tuple[int, float]]:
     for event in runlog.standing(events):
         if event["kind"] == "validation":
             yield event["step"], event["val_loss"]
-
-
-def crossing(points: list[tuple[int, float]], target: float) -> float | None:
-    """The first step at which a curve is at the target, on a line between two validations; None: never."""
-    for (a, high), (b, low) in zip(points, points[1:]):
-        if low <= target:
-            return a + (b - a) * (high - target) / (high - low) if high > target else float(a)
-    return None
 
 
 def median(values: list[float]) -> float | None:

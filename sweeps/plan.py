@@ -172,9 +172,10 @@ def why_screening(plan, asked, groups):
         )
     if asked is False:
         return "none, as asked"
+    if not groups:
+        return "none: no section has two of these features"
     return (f"none: {len(groups)} group runs a seed could save at most {total} feature runs, which pays from "
-            f"{SCREEN_FROM} features a group (--screen insists)" if groups else "none: no section has two of "
-                                                                                "these features")
+            f"{SCREEN_FROM} features a group (--screen insists)")
 
 
 # ----- axis -------------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def make_plan(options):
     elif options.controls not in (None, options.seeds):
         raise UserError(
             "--controls: within seeds (--paired), and in a chain of several parents, all arms have the same "
-            "number of runs; leave it away"
+            "number of runs; leave it out"
         )
     settings = plan.pop("settings")
     try:

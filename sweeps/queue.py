@@ -1,19 +1,20 @@
 """A sweep's queue: a folder of targets (settings, seed) that any number of workers on any machines claim,
 run and settle.
 
-    plan.json              what to run, written once            survivors.json        what screening left
-    over, written once claims/<target>.<k>    k-th claim; its mtime is the heartbeat done/<target>.json
-    the result, written once             runs/<run folder>     what the trainer wrote failed/<target>.json
-    why there is none                    output/<target>.<k>   what the run printed; kept on failure
-
-    sealed.json            hash of plan.json and the program, written once when the first run starts
+    plan.json             what to run, written once
+    sealed.json           hash of plan.json and the program, written once when the first run starts
+    survivors.json        what screening left over, written once
+    claims/<target>.<k>   the k-th claim; its mtime is the heartbeat
+    runs/<run folder>     what the trainer wrote
+    done/<target>.json    the result, written once
+    failed/<target>.json  why there is none
+    output/<target>.<k>   what the run printed; kept on failure
 
 A target is named `<ml_hash>_s<seed>`, so arms that compute the same share their runs. Claims are numbered and
-never
-deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever finds a
-number above its own has lost the target. Files appear whole by hard link, atomic on a shared disk too. Ages
-are differences of mtimes that the file server gave, so the clocks of the machines do not matter. No torch
-here.
+never deleted: a stale one is taken over by creating the next number, which only one worker can, and whoever
+finds a number above its own has lost the target. Files appear whole by hard link, atomic on a shared disk
+too. Ages are differences of mtimes that the file server gave, so the clocks of the machines do not matter. No
+torch here.
 """
 
 import contextlib
@@ -219,8 +220,7 @@ def targets(plan, survivors=None):
 
 
 def settled(root, known=({}, {})):
-    """({target: result}, {target: failure}) so far. known: an earlier answer,
-    whose files are not read again."""
+    """({target: result}, {target: failure}) so far. known: an earlier answer, whose files are not read."""
     out = []
     for folder, old, needs in zip(("done", "failed"), known, (RESULT, ("reason", "output", "arm", "seed"))):
         names = [p.stem for p in files.listed(Path(root) / folder, "*.json")]
@@ -247,8 +247,8 @@ def survivors(root):
 def place():
     """Where a process id means something: this boot and this process namespace."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(
-            encoding="utf-8").strip() + os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return boot + os.readlink("/proc/self/ns/pid")
     except OSError:
         return f"{os.uname().nodename} since {os.uname().version}"
 
@@ -256,8 +256,8 @@ def place():
 def born(pid):
     """Start of a process in clock ticks, or None if there is no such process."""
     try:
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8",
-                                                     errors="replace").rpartition(")")[2].split()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        status = stat.rpartition(")")[2].split()
         return None if status[0] in "ZX" else int(status[19])
     except OSError:
         pass
@@ -397,11 +397,11 @@ def verified(root, plan, done):
     for target, result in done.items():
         run = read_run(Path(root) / "runs" / str(result["folder"]))
         where = f"{root}/done/{target}.json"
-        wrong = next((key for key, value in run.items() if files.strict(result.get(key, value)) !=
-                      files.strict(value)), "")
+        wrong = [key for key, value in run.items()
+                 if files.strict(result.get(key, value)) != files.strict(value)]
         if wrong:
             raise UserError(
-                f"{where}: {wrong} is not that of the run in {root}/runs/{result['folder']}: put the old "
+                f"{where}: {wrong[0]} is not that of the run in {root}/runs/{result['folder']}: put the old "
                 "file back, or delete it to run the target again"
             )
         arm = arms.get(run["ml_hash"])

@@ -439,8 +439,11 @@ def restate(path, out=None):
 
 def earlier_sd(plan, folder=None):
     """(sd, number behind it, names) of the committed sweeps at the plan's scale, with the same changes to all
-    arms; None without any. The sd is typical_sd's: paired, the median over their comparisons; else pooled,
-    with its degrees of freedom."""
+    arms; None without any.
+
+    The sd is typical_sd's. Of a paired plan it is the median over their comparisons, and the number is that
+    of the comparisons; otherwise the pooled one with its degrees of freedom.
+    """
     folder, spreads, squares, df, names = folder or runlog.ROOT / "evidence/results", [], 0.0, 0, []
     for path in files.listed(folder, "*.json"):
         try:

@@ -43,8 +43,10 @@ def ask_gpus(what):
 
 
 def free_gpus(named):
-    """GPUs to use, as for CUDA_VISIBLE_DEVICES: those named, else the visible ones on which nothing runs;
-    [] without any."""
+    """GPUs to use, as for CUDA_VISIBLE_DEVICES; [] without any.
+
+    named: those to use; otherwise the visible ones on which nothing runs.
+    """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named or visible == "":
         return [g.strip() for g in (named or "").split(",") if g.strip()]
@@ -96,8 +98,7 @@ LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def tie(parent, niceness):
-    """In the child, before the trainer starts: low priority, and death with the worker (Linux),
-    however that dies."""
+    """In the child, before the trainer starts: low priority, and death with the worker (on Linux)."""
     if niceness > os.nice(0):
         os.nice(niceness - os.nice(0))
     if LIBC is not None:
@@ -110,9 +111,8 @@ class Run:
     """One claimed target and the process that trains it."""
 
     def __init__(self, root, plan, target, arm, seed, claimed, slot, niceness):
-        self.root, self.plan, self.target, self.arm, self.seed, self.slot = (
-            root, plan, target, arm, seed, slot
-        )
+        self.root, self.plan, self.slot = root, plan, slot
+        self.target, self.arm, self.seed = target, arm, seed
         self.number, self.registered = claimed
         self.output = root / "output" / f"{target}.{self.number}"
         changes = [part for pair in flags_of(plan, arm) for part in pair]
@@ -149,8 +149,7 @@ class Run:
             os.killpg(self.process.pid, number)
 
     def result(self):
-        """(facts of the complete run folder that carries this claim's hash, '') or (None,
-        why there is none)."""
+        """(facts of the complete run folder with this claim's hash, '') or (None, why there is none)."""
         why = "it left no complete log"
         for path in reversed(files.listed(self.root / "runs", f"*_{self.arm['ml_hash'][:8]}_s{self.seed}*")):
             try:
@@ -169,8 +168,9 @@ class Run:
         code = self.process.returncode
         run, why = self.result() if code in COMPLETE else (None, self.reason(code))
         about = {"target": self.target, "arm": self.arm["label"], "seed": self.seed, "utc": queue.utc()}
-        kind, value = ("failed",
-                       {"exit": code, "reason": why, "output": self.output.name}) if why else ("done", run)
+        kind, value = "done", run
+        if why:
+            kind, value = "failed", {"exit": code, "reason": why, "output": self.output.name}
         queue.write_once(self.root / kind / f"{self.target}.json",
                          files.json_text(about | value, indent=1) + "\n")
         if kind == "done":
@@ -290,7 +290,7 @@ class Worker:
             settled = any((self.root / folder / f"{target}.json").exists() for folder in ("done", "failed"))
             run = None if settled else queue.adopt(self.root, self.plan, target, arm, seed, self.folders)
             if run:
-                self.say(f"{self.head(arm, seed, 1)}  {run['val_loss']:.4f}  adopted {run['folder']}")
+                self.say(f"{self.head(arm, seed)}  {run['val_loss']:.4f}  adopted {run['folder']}")
             if settled or run:
                 queue.release(self.root, target, claimed[0])
             else:
@@ -314,7 +314,7 @@ class Worker:
         kind, value = run.settle()
         self.drop(run)
         queue.release(self.root, run.target, run.number)
-        head = self.head(run.arm, run.seed, 1)
+        head = self.head(run.arm, run.seed)
         if kind == "failed":
             self.failures += 1
             self.say(f"{head}  FAILED: {value['reason']} (output: {run.output})")
@@ -328,9 +328,10 @@ class Worker:
         self.running.remove(run)
         self.free.append(run.slot)
 
-    def head(self, arm, seed, more):
-        settled = sum(t in self.done or t in self.failed for t, _, _ in self.todo)
-        return f"[{settled + more}/{len(self.todo)}] {arm['label']}  seed {seed}"
+    def head(self, arm, seed):
+        """The beginning of the line on a target that has just been settled: its number, arm and seed."""
+        before = sum(t in self.done or t in self.failed for t, _, _ in self.todo)
+        return f"[{before + 1}/{len(self.todo)}] {arm['label']}  seed {seed}"
 
 
 # ----- other machines ---------------------------------------------------------------------------------------
@@ -340,7 +341,7 @@ def executor(launcher, folder):
     import submitit
     if launcher == "slurm" and submitit.SlurmExecutor.affinity() < 0:
         raise UserError("--launcher slurm: there is no Slurm here (no srun); start it on a login node, or "
-                        "leave it away to run on this machine")
+                        "leave it out to run on this machine")
     return (submitit.SlurmExecutor if launcher == "slurm" else submitit.LocalExecutor)(folder=folder)
 
 
@@ -351,9 +352,8 @@ def submit(launcher, root, plan, workers, parameters, arguments):
     otherwise.
     """
     from submitit.helpers import CommandFunction
-    jobs, wanted = executor(launcher,
-                            root / "jobs"), {"gpus_per_node": 1} if plan["scale"] in ("full",
-                                                                                      "small") else {}
+    jobs = executor(launcher, root / "jobs")
+    wanted = {"gpus_per_node": 1} if plan["scale"] in ("full", "small") else {}
     wanted |= {"job_name": plan["name"]} if launcher == "slurm" else {"timeout_min": 30 * 24 * 60}
     wanted |= dict(schema.parse_assignment(text, "--slurm") for text in parameters)
     try:

@@ -4,7 +4,7 @@ import torch
 
 from model import GPT
 from schedule import StepPlan
-from settings.wrappers import Anchor as Told
+from settings.wrappers import Anchor as AnchorSettings
 from system.world import World
 from system.wrapper import Tensors, of_model, plus
 from system.wrappers import AveragedReadout
@@ -21,13 +21,13 @@ class Anchor(AveragedReadout):
     itself.
     """
 
-    def __init__(self, model: GPT, told: Told) -> None:
-        super().__init__(of_model(model), told, "validation", model.settings.schedule.steps)
+    def __init__(self, model: GPT, settings: AnchorSettings) -> None:
+        super().__init__(of_model(model), settings, "validation", model.settings.schedule.steps)
         self.kept: Tensors = {}  # between the forwards and the update of a step
 
     @torch.no_grad()
     def before_forwards(self, plan: StepPlan) -> None:
-        g = self.told.gain * ramp(plan.step, self.told.ramp_start, self.told.ramp_end)
+        g = self.settings.gain * ramp(plan.step, self.settings.ramp_start, self.settings.ramp_end)
         if not self.begun.value or not g:
             return
         self.kept = {name: p.detach().clone() for name, p in self.parameters.items()}
@@ -42,12 +42,12 @@ class Anchor(AveragedReadout):
         self.kept = {}
 
     def share(self, name: str) -> float:
-        told, p = self.told, self.parameters[name]
+        settings, p = self.settings, self.parameters[name]
         if p.ndim < 2:
-            return told.vectors
+            return settings.vectors
         if p.role in ("lm_head", "embed"):
-            return told.head if p.role == "lm_head" else told.tables
-        return told.first if name.startswith("blocks.0.") else told.blocks
+            return settings.head if p.role == "lm_head" else settings.tables
+        return settings.first if name.startswith("blocks.0.") else settings.blocks
 
     def reset(self) -> None:
         super().reset()

@@ -33,7 +33,8 @@ def parser() -> arguments.Parser:
     )
     p.add_argument(
         "--scale", choices=list(SCALES),
-        help="full (as published), small (one GPU), tiny (CPU), micro (tests)"
+        help="full (as published, the default), small (one GPU), tiny (CPU), mini (questions on a CPU), "
+        "micro (checks)"
     )
     p.add_argument(
         "--set", dest="sets", action="append", default=[], metavar="PATH=VALUE", help="literal value"
@@ -57,7 +58,8 @@ def execution(p: arguments.Parser) -> None:
                    help="run as so many processes of this machine, one per GPU (1, 2, 4 or 8)")
     p.add_argument(
         "--data", metavar="DIR",
-        help="folder of shards (default: embedded corpus at tiny and micro, data/fineweb10B else)"
+        help="folder of shards (default: the embedded corpus at tiny, mini and micro, data/fineweb10B "
+        "otherwise)"
     )
     p.add_argument("--out", default="runs", metavar="DIR", help="where run folders go (default runs)")
     p.add_argument("--save-checkpoint", action="store_true", help="write checkpoint.pt at the end")
@@ -157,14 +159,14 @@ def command_line(argv: list[str] | None = None) -> tuple[argparse.Namespace, Res
                 "records plot)"
             )
         if options.card and not options.plan:
-            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it")
+            raise UserError(f"--card {options.card} is for estimates: add --dry-run, or leave it out")
         if not options.plan:
             place = Place.read()
             if place.launched and options.nproc not in (None, place.size):
                 raise UserError(f"--nproc {options.nproc}: a launcher started {place.size} processes "
-                                "already: leave --nproc away")
+                                "already: leave --nproc out")
         if options.rescue and options.registered:
-            raise UserError("--rescue: a registered run is not assisted: leave --rescue away")
+            raise UserError("--rescue: a registered run is not assisted: leave --rescue out")
         resolved = None
         if options.record is not None:
             resolved = resolve_name(
@@ -189,6 +191,6 @@ def choose_checkpoints(options: argparse.Namespace, steps: int) -> None:
         every = ("steps", max(1, min(REWIND_EVERY, steps // REWIND_PART))) if back else EVERY
         options.checkpoint_every = None if options.registered else every
     if back and options.checkpoint_every is None:
-        raise UserError("--rescue rewind goes back to checkpoints: leave `--checkpoint-every never` away")
+        raise UserError("--rescue rewind goes back to checkpoints: leave `--checkpoint-every never` out")
     if options.keep_checkpoints is None:
         options.keep_checkpoints = REWIND_KEEP if back else KEEP

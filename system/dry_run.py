@@ -3,14 +3,12 @@
 torch is imported only to count parameters and memory.
 """
 
-import json
 import signal
 from collections import Counter
-from pathlib import Path
 
 import schedule
-from common import files, lines
-from layers.specs import layer_specs
+from common import lines
+from layers.specs import has_short_window, layer_specs
 from settings import deltas, schema
 from settings.data import LOGICAL_RANKS
 from settings.deltas import Resolved
@@ -37,8 +35,7 @@ def print_plan(
     print(f"{name}  {record.title}  ({of}scale {resolved.scale})")
     for line in [*resolved.changes, *resolved.report]:
         print("  " + line)
-    for line in from_parent(resolved):
-        print(line)
+    print_lines(from_parent(resolved))
     print(f"\nml_hash {schema.ml_hash(s)}  system_hash {schema.system_hash(s)}")
     print("\nsettings that differ from the defaults (record 1):")
     default = schema.flat(type(s)())
@@ -46,12 +43,10 @@ def print_plan(
         if value != default.get(path, ...):
             print(f"  {path} = {schema.show(value)}")
     plans = schedule.plan(s)
-    for line in schedule_table(s, plans):
-        print(line)
+    print_lines(schedule_table(s, plans))
     validations = sum(schedule.validates(s, i) for i in range(len(plans) + 1))
     total, each = schedule.tokens_before(s, len(plans)), f" x {plans[0].tokens:,} tokens"
-    for line in stage_table(s, plans):
-        print(line)
+    print_lines(stage_table(s, plans))
     print(f"\n{len(plans)} steps{each if total == len(plans) * plans[0].tokens else ''} = {total:,} tokens; "
           f"{validations} validations of {s.validation.tokens:,} tokens")
     kinds = dict.fromkeys(
@@ -64,25 +59,27 @@ def print_plan(
         + f", {padded_vocab(s)} classes"
     )
     print(size(s))
-    for line in parameters(s):
-        print(line)
-    for line in exchanged(s):
-        print(line)
-    for line in graphs(s, plans):
-        print(line)
-    for line in held(s, card, gpus):
-        print(line)
-    for line in measured(resolved) if card is None else roofline.lines(resolved, card, gpus):
-        print(line)
+    print_lines(parameters(s))
+    print_lines(exchanged(s))
+    print_lines(graphs(s, plans))
+    print_lines(held(s, card, gpus))
+    print_lines(measured(resolved) if card is None else roofline.lines(resolved, card, gpus))
     if picture is not None:
         plan_plot.draw(resolved, picture)
         print(f"plot of the schedules: {picture}")
 
 
+def print_lines(found):
+    """Print lines as they come: a function that makes them may take seconds."""
+    for line in found:
+        print(line)
+
+
 def schedule_table(s, plans):
     """Lines of a table of the schedules, with the remarks of `schedule_remarks`.
 
-    Rows: eighths of the run, and every step that changes the Shape or raises the learning-rate factor."""
+    Rows: eighths of the run, and every step that changes the Shape or raises the learning-rate factor.
+    """
     pairs = list(zip(plans[1:], plans))
     changes = {new.step for new, old in pairs if new.shape != old.shape}
     if s.schedule.lr_peaks:
@@ -95,12 +92,13 @@ def schedule_table(s, plans):
         rows[0].append(title)
         for row, i in zip(rows[1:], shown):
             row.append(text(plans[i]))
+
     if s.schedule.matrix:
         column("of the matrices", lambda plan: f"{plan.matrix_lr_factor:.4f}")
     if len({plan.tokens for plan in plans}) > 1:
         column("tokens", lambda plan: f"{plan.tokens:,}")
     if plans[0].shape.windows:
-        title = "window" + (" long / short" if split(s) else "")
+        title = "window" + (" long / short" if has_short_window(s) else "")
         column(title, lambda plan: windows_text(s, plan.shape.windows).strip())
     if s.model.head.mtp:
         column("weights of the next tokens", lambda plan: "  ".join(f"{w:.4f}" for w in plan.target_weights))
@@ -315,16 +313,11 @@ def mib(size):
     return f"{size / 2**20:,.1f} MiB"
 
 
-def measured(resolved, results=Path(__file__).parent.parent / "bench/results"):
+def measured(resolved, results=roofline.RESULTS):
     """Lines on what bench/steps.py measured of this record at this scale."""
-    for path in files.listed(results, "**/steps*.json"):
-        table = json.loads(path.read_text(encoding="utf-8"))
-        plain = table["scale"] == resolved.scale and not resolved.changes and not table["settings"]
-        for row in table["rows"]:
-            if plain and row["record"] == resolved.record.ref:
-                memory = f", {row['warm']['peak_memory_mib']:,} MiB" if row["warm"]["peak_memory_mib"] else ""
-                yield (f"measured: {row['warm']['ms_per_step']:.1f} ms a step on "
-                       f"{row['warm']['device']}{memory} (bench/results/{path.relative_to(results)})")
+    for _, warm, where in roofline.measurements(resolved, results):
+        memory = f", {warm['peak_memory_mib']:,} MiB" if warm["peak_memory_mib"] else ""
+        yield f"measured: {warm['ms_per_step']:.1f} ms a step on {warm['device']}{memory} ({where})"
 
 
 def span_text(span):
@@ -335,16 +328,12 @@ def span_text(span):
     return blocks if span.tokens is None else f"{blocks} and {span.tokens} tokens"
 
 
-def split(s):
-    """Whether some layers have the short window."""
-    return any(spec.attn is not None and spec.attn.window == "short" for spec in layer_specs(s))
-
 
 def windows_text(s, windows):
     """The long and short window of a step in words."""
     if windows is None:
         return ""
-    return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if split(s) else "")
+    return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if has_short_window(s) else "")
 
 
 def size(s):

@@ -112,13 +112,16 @@ def hooks_of(model: GPT, optimizer: Optimizer | None = None) -> list[Stateful]:
     buffers go to the embedding before its values do. optimizer: needed to untie the head; None: no such hook.
     """
     optim = model.settings.optim
-    hooks = [*wrappers_of(model), *([Anchor(model, optim.anchor)] if optim.anchor else [])]
+    hooks = wrappers_of(model)
+    if optim.anchor is not None:
+        hooks.append(Anchor(model, optim.anchor))
     hooks += [RouterBalance(model), FP8Scales(model), YaRN(model)]
     if optimizer is not None:
         hooks.append(Untie(model, optimizer))
-        hooks += [HeadInputs(model, optimizer)] if optim.lm_head.kfac else []
-    if (tail := model.settings.optim.tail) is not None:
-        hooks.append(TailAverages(model, tail, model.settings.schedule.steps))
+        if optim.lm_head.kfac is not None:
+            hooks.append(HeadInputs(model, optimizer))
+    if optim.tail is not None:
+        hooks.append(TailAverages(model, optim.tail, model.settings.schedule.steps))
     return hooks
 
 

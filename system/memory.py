@@ -101,14 +101,15 @@ def classes(s, shape):
 def kept_by_forward(s, microbatch, compiled=False, shape=None):
     """Bytes that the forward pass of `microbatch` logical ranks keeps for the backward pass.
 
-    shape: of the step; None: that with most tokens.
+    shape: of the step; None: that with most tokens. compiled: whether torch.compile has made the graph; its
+    bytes are counted by a rule.
 
-    compiled: by a rule. Inductor keeps what matrix products and attention read or made, in 16 bits, and
-    computes the rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is
-    only added to the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps
-    queries and keys before and after a norm that follows their rotation, and those of latent attention, which
-    are no view of what else is kept. The logits are not in it: estimate()
-    counts them with their gradient. tests/nullcuda/table.md has estimates next to the allocator's peaks.
+    The rule: Inductor keeps what matrix products and attention read or made, in 16 bits, and computes the
+    rest again: norms, rotations and float32 copies. Autograd keeps no block's output, which is only added to
+    the stream; Inductor keeps it, in the stream's dtype, to get the stream back. It keeps queries and keys
+    before and after a norm that follows their rotation, and those of latent attention, which are no view of
+    what else is kept. The logits are not in it: estimate() counts them with their gradient.
+    tests/nullcuda/table.md has estimates next to the allocator's peaks.
     """
     from layers.primitives import dtype
     from model import without_values
@@ -146,13 +147,13 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
 
     They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
-    each logit, m bytes are in the product's dtype, c in that of the soft cap and l in that of the loss.
+    each logit, m bytes are in the product's dtype, c in that of the soft cap and of_loss in that of the loss.
     number: of classes; None: all.
     """
     from layers.primitives import dtype
     n, head = s.numerics, s.model.head
     number = number or padded_vocab(s)
-    logits, m, l = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
+    logits, m, of_loss = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens, number)
     in_place = head.softcap is None or head.softcap.form == "rsqrt"
@@ -162,9 +163,10 @@ def passing_in_head(s, tokens, compiled=False, number=None):
         own = 2 if n.fp8_head else m + m * head.bias  # in FP8 its transpose too; a bias sums a copy of it
         return logits * (m + own)
     if head.mtp:  # gradients of the sum over classes and of the target, what joins them, and the sum
-        return 4 * logits * max(l, torch.float32.itemsize)
-    moments, kept = [2 * l], l  # of the log-softmax, which keeps its result: the gradient it reads and writes
-    if head.softcap or head.logit_scale:
+        return 4 * logits * max(of_loss, torch.float32.itemsize)
+    # of the log-softmax, which keeps its result: the gradient it reads and writes
+    moments, kept = [2 * of_loss], of_loss
+    if head.softcap or head.logit_scale != "one":
         c = max(m, dtype(n.softcap).itemsize)
         moments.append(2 * c - kept)
         kept += c if head.softcap else 0  # its sigmoid or tanh
@@ -195,7 +197,10 @@ def passing_in_chunks(s, tokens, number):
 
 
 def estimate(s, ranks, microbatch, world=1):
-    """ranks: logical ranks of this process, of which `microbatch` go through a forward; world: processes."""
+    """The Estimate of a training step on one device.
+
+    ranks: logical ranks of this process, of which `microbatch` go through a forward. world: processes.
+    """
     from model import without_values
     from optim import Optimizer
     from system.comm import communication

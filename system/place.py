@@ -20,6 +20,16 @@ REMEDY = (
 PROCESSES = tuple(n for n in range(1, LOGICAL_RANKS + 1) if LOGICAL_RANKS % n == 0)
 
 
+def local_ranks(rank: int, world: int) -> range:
+    """The logical ranks of a process. UserError if the number of processes does not divide eight."""
+    if LOGICAL_RANKS % world:
+        raise UserError(
+            f"{world} processes do not divide the {LOGICAL_RANKS} logical ranks: use 1, 2, 4 or 8"
+        )
+    each = LOGICAL_RANKS // world
+    return range(rank * each, (rank + 1) * each)
+
+
 class Misplaced(UserError):
     """The environment of this process is wrong; the process prints it itself, whatever its rank."""
     own = True

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import schedule
 from common import environment, files
 from common.errors import UserError
-from layers.specs import layer_specs
+from layers.specs import has_short_window
 from schedule import Span, StepPlan
 from settings import Settings
 from settings.deltas import Resolved
@@ -69,8 +69,7 @@ def windows(s: Settings, plans: list[StepPlan]) -> dict[str, list[float | None]]
         return min(tokens for tokens in (span.tokens, blocks) if tokens is not None)
 
     found = {name: [size(getattr(plan.shape.windows, name)) for plan in plans] for name in ("long", "short")}
-    split = any(spec.attn is not None and spec.attn.window == "short" for spec in layer_specs(s))
-    return found if split else {"all layers": found["long"]}
+    return found if has_short_window(s) else {"all layers": found["long"]}
 
 
 def check(picture: str) -> None:

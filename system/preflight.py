@@ -37,7 +37,7 @@ def check_devices(resolved: Resolved, processes: int) -> None:
             "or --set system.device=cpu to insist"
         )
     if s.system.reduction == "ordered" and cuda:
-        raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it away on a GPU")
+        raise UserError("system.reduction=ordered promises equal bits on CPU only: leave it out on a GPU")
 
 
 def find_corpus(options: Namespace, resolved: Resolved) -> Corpus:
@@ -121,7 +121,7 @@ def prepare_compiler(options: Namespace, world: World, compile_it: bool) -> comp
     if not compile_it:
         if options.compile_cache:
             raise UserError(
-                "--compile-cache: nothing is compiled here: leave it away, or --set system.compile=on"
+                "--compile-cache: nothing is compiled here: leave it out, or --set system.compile=on"
             )
         return None
     compiler.prepare(default_cache(), world.cuda, world.place.local_size)

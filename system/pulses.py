@@ -27,31 +27,31 @@ class Pulses(Wrapper):
     d <- theta - last + momentum d;  theta <- theta + push d;  last <- theta
     """
 
-    def __init__(self, model: GPT, told: TrailDelta) -> None:
-        if told.scope == "all":
+    def __init__(self, model: GPT, settings: TrailDelta) -> None:
+        if settings.scope == "all":
             super().__init__({name: p for name, p in of_model(model).items() if p.label != "embed"})
         else:
             super().__init__(other_matrices(model))
-        self.told, self.done = told, Number(0)  # pulses so far
-        self.at = frozenset(schedule.pulses(told, model.settings.schedule.steps))
+        self.settings, self.done = settings, Number(0)  # pulses so far
+        self.at = frozenset(schedule.pulses(settings, model.settings.schedule.steps))
         self.last, self.way = self.zeros(), self.zeros()
         self.buffers = {"last": self.last, "way": self.way}
         self.numbers = {"done": self.done}
 
     def updated(self, plan: StepPlan) -> None:
-        told, number = self.told, plan.step + 1
+        settings, number = self.settings, plan.step + 1
         if number in self.at:
-            push = told.push if self.done.value else told.first
+            push = settings.push if self.done.value else settings.first
             for name, p in self.parameters.items():
-                whole = told.scope == "all"
+                whole = settings.scope == "all"
                 theta, way, last = (x if whole else without_vo(p, x)
                                     for x in (p, self.way[name], self.last[name]))
                 wide = widened(theta.dtype)
-                d = theta.to(wide) - last.to(wide) + told.momentum * way.to(wide)
+                d = theta.to(wide) - last.to(wide) + settings.momentum * way.to(wide)
                 way.copy_(d)
                 theta.copy_(theta.to(wide) + push * d)
             self.done.set(self.done.value + 1)
-        if number == told.start or number in self.at:
+        if number == settings.start or number in self.at:
             for name, p in self.parameters.items():
                 self.last[name].copy_(p)
 
@@ -62,15 +62,15 @@ class Phase(ReadingWrapper):
     v = theta - theta_1;  a = v - (theta_1 - theta_0);  b = a - <a, v> / |v|^2 v;  theta + push |v| b / |b|
     """
 
-    def __init__(self, model: GPT, told: PhaseReadout, steps: int) -> None:
+    def __init__(self, model: GPT, settings: PhaseReadout, steps: int) -> None:
         super().__init__(other_matrices(model), "end", steps)
-        self.told, self.taken = told, Number(0)
+        self.settings, self.taken = settings, Number(0)
         self.first, self.second = self.zeros(), self.zeros()
         self.buffers = {"first": self.first, "second": self.second}
         self.numbers = {"taken": self.taken}
 
     def follow(self, done: int) -> None:
-        for number, buffer in ((self.told.first, self.first), (self.told.second, self.second)):
+        for number, buffer in ((self.settings.first, self.first), (self.settings.second, self.second)):
             if done == number:
                 self.taken.set(self.taken.value + 1)
                 self.keep(buffer)
@@ -81,7 +81,7 @@ class Phase(ReadingWrapper):
             buffer[name].copy_(p)
 
     def known(self, step: int) -> bool:
-        return self.taken.value == 2 and step > self.told.second
+        return self.taken.value == 2 and step > self.settings.second
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
         of = self.parameters[name]
@@ -92,7 +92,7 @@ class Phase(ReadingWrapper):
         v = part - one
         a = v - (one - zero)
         b = a - (a * v).sum((-2, -1), keepdim=True) / square(v).clamp_min(1e-20) * v
-        turned = part + self.told.push * b * (square(v).sqrt() / (square(b).sqrt() + 1e-12))
+        turned = part + self.settings.push * b * (square(v).sqrt() / (square(b).sqrt() + 1e-12))
         without_vo(of, theta).copy_(turned)
         return theta
 

@@ -199,14 +199,6 @@ def tokens_text(plans: Sequence[StepPlan]) -> str:
     return ", ".join(f"{tokens:,}" for tokens in dict.fromkeys(plan.tokens for plan in plans))
 
 
-def first_below(points: Sequence[tuple[int, float]], target: float) -> float | None:
-    """Step at which the straight line between validations first meets the target, or None."""
-    for (s0, l0), (s1, l1) in zip(points, points[1:]):
-        if l1 <= target:
-            return s1 if l0 <= target or l0 == l1 else s0 + (s1 - s0) * (l0 - target) / (l0 - l1)
-    return None
-
-
 def verdict(
     s: Settings, resolved: Resolved, points: Sequence[tuple[int, float]], train_ms: float
 ) -> list[str]:
@@ -217,7 +209,7 @@ def verdict(
     elif final <= target:
         lines.append(f"target {target:g} REACHED: {final:.4f} after {s.schedule.steps} steps, "
                      f"{train_ms / 1000:.1f} s of training; the curve crossed it at about step "
-                     f"{first_below(points, target):.0f}")
+                     f"{runlog.crossing(points, target):.0f}")
     else:
         lines.append(
             f"target {target:g} MISSED: {final:.4f} after {s.schedule.steps} steps, {train_ms / 1000:.1f} s"

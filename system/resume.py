@@ -35,9 +35,9 @@ def choose(options: Namespace) -> None:
         options.resume = restarted(options.out, os.environ)
         return
     if options.plan:
-        raise UserError("--resume trains: leave --dry-run away")
+        raise UserError("--resume trains: leave --dry-run out")
     if options.registered:
-        raise UserError("--resume: a registered run is trained in one piece: leave --registered away")
+        raise UserError("--resume: a registered run is trained in one piece: leave --registered out")
     options.resume = find(options.resume, options.out)
 
 
@@ -136,18 +136,18 @@ def settings_of(options: Namespace, given: Resolved | None) -> Resolved:
             f"{start['code']}"
         )
     if options.seed not in (0, start["seed"]):
-        raise UserError(f"--resume {folder}: its seed is {start['seed']}: leave --seed away")
+        raise UserError(f"--resume {folder}: its seed is {start['seed']}: leave --seed out")
     options.seed = start["seed"]
     began = start.get("rescue")
     if options.rescue not in (None, began):
         how = f"with --rescue {began}" if began else "without --rescue"
-        raise UserError(f"--resume {folder}: its run began {how}: leave --rescue away")
+        raise UserError(f"--resume {folder}: its run began {how}: leave --rescue out")
     options.rescue = began
     if given is None:
         if options.scale or options.sets or options.with_ or options.without or options.revert:
             raise UserError(
                 f"--resume {folder}: a run continues with its own settings: leave --scale, --set, --with, "
-                "--without and --revert away, or name the record with them"
+                "--without and --revert out, or name the record with them"
             )
         return Resolved(s, deltas.find_record(start["record"]), start["scale"], tuple(start["changes"]), (),
                         start["preset"])

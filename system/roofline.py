@@ -26,9 +26,7 @@ from settings.model import padded_vocab
 from system.cards import CARDS, Card
 from system.microbatch import ranks_per_microbatch
 
-ROOT = Path(__file__).parent.parent
-
-
+RESULTS = Path(__file__).parent.parent / "bench/results"
 # (low, high) share of its peak that a kind of work is assumed to reach
 SHARES = {"products": (0.62, 0.76), "FP8 products": (0.5, 0.7), "FP32 products": (0.62, 0.76),
           "attention": (0.3, 0.55), "bytes": (0.6, 0.8), "communication": (0.5, 0.8)}
@@ -184,7 +182,7 @@ def milliseconds(s: Settings, of: Card, gpus: int = 1) -> dict[str, float]:
     """Milliseconds of each kind of work at the card's peaks. UserError for a precision without one."""
     n = s.numerics
     if not {n.matmul, n.residual, n.newton_schulz, products_dtype(s)} <= BYTES.keys():
-        raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card away")
+        raise UserError(f"no card has a published peak for {s.numerics.matmul} here: leave --card out")
     done = work(s, gpus)
     peak = of.fp32 if s.numerics.matmul == "float32" else of.bf16
     products, fp8 = done.products, done.fp8
@@ -223,14 +221,23 @@ def lines(resolved: Resolved, name: str, gpus: int = 1) -> Iterator[str]:
     yield from measured(resolved, name, gpus)
 
 
-def measured(
-    resolved: Resolved, name: str, gpus: int, results: Path = ROOT / "bench/results"
-) -> Iterator[str]:
+def measured(resolved: Resolved, name: str, gpus: int, results: Path = RESULTS) -> Iterator[str]:
     """Lines on what bench/steps.py measured of this record on such a card."""
+    for table, warm, where in measurements(resolved, results):
+        if table["processes"] == gpus and name in warm["device"].lower():
+            yield f"  measured: {warm['ms_per_step']:.1f} ms a step on {warm['device']} ({where})"
+
+
+def measurements(resolved: Resolved, results: Path = RESULTS) -> Iterator[tuple[dict, dict, str]]:
+    """(table, warm figures, file) of each measurement by bench/steps.py of this record at this scale.
+
+    None where the command changes the record, and none of tables with settings of their own.
+    """
+    if resolved.changes:
+        return
     for path in files.listed(results, "**/steps*.json"):
         table = json.loads(path.read_text(encoding="utf-8"))
-        plain = table["scale"] == resolved.scale and not resolved.changes and not table["settings"]
-        for row in table["rows"] if plain and table["processes"] == gpus else ():
-            if row["record"] == resolved.record.ref and name in row["warm"]["device"].lower():
-                yield (f"  measured: {row['warm']['ms_per_step']:.1f} ms a step on {row['warm']['device']} "
-                       f"(bench/results/{path.relative_to(results)})")
+        if table["scale"] == resolved.scale and not table["settings"]:
+            for row in table["rows"]:
+                if row["record"] == resolved.record.ref:
+                    yield table, row["warm"], f"bench/results/{path.relative_to(results)}"

@@ -20,7 +20,7 @@ class Sampler(Stateful):
     per_rank = ("offsets",)
 
     def __init__(self, s: Settings, world: World) -> None:
-        self.told, self.classes, self.world = s.model.head.candidates, padded_vocab(s), world
+        self.settings, self.classes, self.world = s.model.head.candidates, padded_vocab(s), world
         self.sweeps = [Sweep(self.classes, rank) for rank in world.ranks]
         self.offsets = torch.tensor(self.places(), device=world.device)
 
@@ -44,7 +44,7 @@ class Sampler(Stateful):
             targets.append(np.isin(drawn, of_rank.targets))
         self.offsets.copy_(torch.tensor(self.places()), non_blocking=True)
         candidates = self.on_device(torch.from_numpy(np.stack(found)))
-        if not self.told.log_q:
+        if not self.settings.log_q:
             return candidates, None
         # A class that is no target has the same chance as any other; a target is sure to be a candidate.
         corrections = [np.where(held, 0.0, self.correction(size, int(held.sum()))) for held in targets]
@@ -53,7 +53,7 @@ class Sampler(Stateful):
     def correction(self, size: int, targets: int) -> float:
         """What is added to the logit of a class that was drawn: minus the log of its chance, times log_q."""
         chance = (size - targets) / max(1, self.classes - targets)
-        return -self.told.log_q * math.log(chance) if chance > 0 else 0.0
+        return -self.settings.log_q * math.log(chance) if chance > 0 else 0.0
 
     def on_device(self, x: torch.Tensor) -> torch.Tensor:
         return x.pin_memory().to(self.world.device, non_blocking=True) if self.world.cuda else x

@@ -6,6 +6,7 @@ helpers (the sending process of wandb, the thread of trackio) may still be busy 
 so the log names the sinks, and `records verify` does not accept such a run as timed.
 """
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -30,14 +31,14 @@ def require(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise UserError(
                 f"--log-to {name}: the package {name} is not installed: `pip install {name}`, or leave "
-                "--log-to away"
+                "--log-to out"
             )
         try:
             importlib.import_module(MODULES[name])
         except Exception as error:  # whatever a broken installation raises
             raise UserError(
                 f"--log-to {name}: the package {name} cannot be imported ({reason(error)}): install it "
-                "again, or leave --log-to away"
+                "again, or leave --log-to out"
             ) from None
 
 
@@ -57,8 +58,12 @@ class Sinks:
                  say: Callable[[str], Any] = print) -> None:
         self.say, self.open = say, {}
         for name in dict.fromkeys(names):
-            self.attempt(name, lambda kind=TensorBoard if name == "tensorboard" else Tracker, name=name:
-                         self.open.update({name: kind(name, folder, config)}))
+            self.attempt(name, functools.partial(self.begin, name, folder, config))
+
+    def begin(self, name: str, folder: Path, config: dict) -> None:
+        """Open one sink."""
+        kind = TensorBoard if name == "tensorboard" else Tracker
+        self.open[name] = kind(name, folder, config)
 
     def attempt(self, name: str, act: Callable[[], Any]) -> None:
         """Call `act`; if it raises, the sink is given up and the run goes on."""
@@ -75,14 +80,14 @@ class Sinks:
         told = ("val_loss", "raw_val_loss", "tokens", "train_time_ms")
         points.append((event["step"], {key: event[key] for key in told if key in event}))
         for name, sink in list(self.open.items()):
-            self.attempt(name, lambda sink=sink: sink.write(points))
+            self.attempt(name, functools.partial(sink.write, points))
 
     def close(self, end: dict) -> None:
         """Write how the run ended (its last event), and close."""
         told = ("status", "val_loss", "train_time_ms", "steps", "tokens", "reached")
         facts = {key: end[key] for key in told if key in end}
         for name, sink in list(self.open.items()):
-            self.attempt(name, lambda sink=sink: sink.close(facts))
+            self.attempt(name, functools.partial(sink.close, facts))
         self.open = {}
 
 

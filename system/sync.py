@@ -75,7 +75,7 @@ def complaint(error, what, operation):
     own = [f for f in traceback.extract_tb(error.__traceback__) if is_own(Path(f.filename))]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"
     return (f"{what} waits for the device: {operation} in {where}; keep the number on the device, or know it "
-            "beforehand, or leave --check-sync away")
+            "beforehand, or leave --check-sync out")
 
 
 def is_own(path: Path) -> bool:

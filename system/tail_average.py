@@ -44,8 +44,8 @@ class TailAverages(Stateful):
     embedding is the head's weight, its average is the head's.
     """
 
-    def __init__(self, model: GPT, told: TailAverage, steps: int) -> None:
-        self.told, self.steps = told, steps
+    def __init__(self, model: GPT, settings: TailAverage, steps: int) -> None:
+        self.settings, self.steps = settings, steps
         kinds = {}
         for name, p in model.named_parameters():
             kind = name.rpartition(".")[2] if p.label == "qkvo" else p.label
@@ -75,30 +75,30 @@ class TailAverages(Stateful):
 
     def tick(self, plan: StepPlan) -> None:
         """The averages that this step ticks."""
-        step, last, told = plan.step, self.steps - 1, self.told
-        rate = 2 / (told.long + 1)  # of one step
-        if step >= self.steps - told.long:
-            begins = step == self.steps - told.long
+        step, last, settings = plan.step, self.steps - 1, self.settings
+        rate = 2 / (settings.long + 1)  # of one step
+        if step >= self.steps - settings.long:
+            begins = step == self.steps - settings.long
             if begins or plan.due is None or "lm_head" in plan.due:
                 self.head.tick(rate if step == last or plan.due is None else 1 - (1 - rate) ** 2)
             if step % 4 == 1 or step >= last - 1:
-                self.blend.tick(2 / (told.long // 4 + 1))
-        if step >= self.steps - told.short:
+                self.blend.tick(2 / (settings.long // 4 + 1))
+        if step >= self.steps - settings.short:
             if (last - step) % 4 == 0:
-                self.matrices.tick(told.short_rate)
+                self.matrices.tick(settings.short_rate)
             if plan.due is None or "value_embed" in plan.due:
-                self.values.tick(told.short_rate)
+                self.values.tick(settings.short_rate)
 
     def apply(self) -> None:
         """Give the averages to the weights."""
-        told, norms = self.told, [self.norm(bank) for bank in self.banks]
+        settings, norms = self.settings, [self.norm(bank) for bank in self.banks]
         for name in self.head.parameters:
-            self.head.pull(name, told.head)
+            self.head.pull(name, settings.head)
         for average in (self.matrices, self.values):
             for name in average.parameters:
                 average.pull(name, 1.0)
         for name in self.blend.parameters:
-            self.blend.pull(name, told.qk if name in self.q_and_k else told.matrices)
+            self.blend.pull(name, settings.qk if name in self.q_and_k else settings.matrices)
         for bank, before in zip(self.banks, norms):
             factor = before / self.norm(bank) if bank else 1.0
             for p in bank.values():
@@ -112,7 +112,7 @@ class TailAverages(Stateful):
         wide = [p.to(torch.promote_types(p.dtype, torch.float32)) for p in bank.values()]
         total = torch.stack([x.square().sum() for x in wide]).sum()
         of_mlps = any(p.label == "c_fc" for p in bank.values())
-        return (total + self.told.unread_mlp_square if of_mlps else total).sqrt()
+        return (total + self.settings.unread_mlp_square if of_mlps else total).sqrt()
 
     def all(self) -> dict[str, Average]:
         return {"head": self.head, "matrices": self.matrices, "values": self.values, "blend": self.blend}

@@ -9,10 +9,8 @@ import torch
 import torch.distributed as dist
 
 from common.errors import UserError
-from optim import local_ranks
 from settings import Settings, check_processes
-from system.place import Place
-
+from system.place import Place, local_ranks
 
 
 class World:

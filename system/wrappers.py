@@ -28,9 +28,9 @@ class Lookahead(Wrapper):
     have the parameter's dtype. Source: track 3, result 39, whose buffers of the embedding are bfloat16.
     """
 
-    def __init__(self, model: GPT, told: EMANesterov) -> None:
+    def __init__(self, model: GPT, settings: EMANesterov) -> None:
         super().__init__(of_model(model))
-        self.told, self.rho = told, Number(1.0)
+        self.settings, self.rho = settings, Number(1.0)
         self.mean, self.before = self.zeros(), self.zeros()
         self.buffers = {"mean": self.mean, "before": self.before}
         self.numbers = {"rho": self.rho}
@@ -38,12 +38,12 @@ class Lookahead(Wrapper):
 
     @torch.no_grad()
     def before_forwards(self, plan: StepPlan) -> None:
-        if self.told.start <= plan.step < self.told.stop:
+        if self.settings.start <= plan.step < self.settings.stop:
             for name, p in self.parameters.items():
-                p.copy_(plus(p, self.mean[name], self.told.beta * self.rho.value))
+                p.copy_(plus(p, self.mean[name], self.settings.beta * self.rho.value))
 
     def updated(self, plan: StepPlan) -> None:
-        decay = self.told.decay
+        decay = self.settings.decay
         for name, p in self.parameters.items():
             mean, before = self.mean[name], self.before[name]
             wide = widened(p.dtype)
@@ -70,10 +70,10 @@ class Outer(Wrapper):
     of these operations in the parameter's dtype, and so does this.
     """
 
-    def __init__(self, model: GPT, told: OuterStep) -> None:
+    def __init__(self, model: GPT, settings: OuterStep) -> None:
         super().__init__(of_model(model))
-        self.told, self.count = told, Number(0)  # updates so far
-        self.slow, self.momentum = (self.zeros(wide=told.dtype == "float32") for _ in range(2))
+        self.settings, self.count = settings, Number(0)  # updates so far
+        self.slow, self.momentum = (self.zeros(wide=settings.dtype == "float32") for _ in range(2))
         self.buffers = {"slow": self.slow, "momentum": self.momentum}
         self.numbers = {"count": self.count}
         self.reset()
@@ -85,16 +85,16 @@ class Outer(Wrapper):
     def due(self) -> bool:
         """Count an update, and tell whether an outer step follows it."""
         self.count.set(self.count.value + 1)
-        return (self.count.value - self.told.first_step) % self.told.period == 0
+        return (self.count.value - self.settings.first_step) % self.settings.period == 0
 
     def step(self) -> None:
         """One outer step."""
         for name, p in self.parameters.items():
             slow, b = self.slow[name], self.momentum[name]
             delta = slow - p.to(slow.dtype)
-            b.copy_(self.told.momentum * b.to(widened(b.dtype)))
+            b.copy_(self.settings.momentum * b.to(widened(b.dtype)))
             b.add_(delta)
-            slow.copy_(plus(slow, plus(delta, b, self.told.momentum), -self.told.lr))
+            slow.copy_(plus(slow, plus(delta, b, self.settings.momentum), -self.settings.lr))
             p.copy_(slow)
 
     @torch.no_grad()
@@ -114,25 +114,25 @@ class Extrapolation(Wrapper):
         theta <- theta + Delta, and kept begins anew with it
     """
 
-    def __init__(self, model: GPT, told: RRE) -> None:
+    def __init__(self, model: GPT, settings: RRE) -> None:
         super().__init__(block_matrices(model))
-        self.told, self.held = told, Number(0)
-        self.kept = {name: p.detach().new_zeros((told.points, *p.shape))
+        self.settings, self.held = settings, Number(0)
+        self.kept = {name: p.detach().new_zeros((settings.points, *p.shape))
                      for name, p in self.parameters.items()}
         self.buffers = {"kept": self.kept}
         self.numbers = {"held": self.held}
 
     def updated(self, plan: StepPlan) -> None:
         done = plan.step + 1
-        if done < self.told.start:
+        if done < self.settings.start:
             return
         self.keep()
-        if done % self.told.every == 0 and self.held.value == self.told.points:
+        if done % self.settings.every == 0 and self.held.value == self.settings.points:
             self.extrapolate()
 
     def keep(self) -> None:
         """Keep the weights, in place of the oldest if there is no room."""
-        full = self.held.value == self.told.points
+        full = self.held.value == self.settings.points
         place = int(self.held.value) - full
         for name, p in self.parameters.items():
             if full:
@@ -142,16 +142,16 @@ class Extrapolation(Wrapper):
 
     def extrapolate(self) -> None:
         """Move the weights, and begin anew with them."""
-        told, n = self.told, self.told.points - 1
+        settings, n = self.settings, self.settings.points - 1
         steps = {name: x.to(widened(x.dtype)).diff(dim=0).flatten(1) for name, x in self.kept.items()}
         gram = sum(d.double() @ d.double().T for d in steps.values())  # (n, n)
         gram = gram + (1e-6 * gram.trace() / n + 1e-10) * torch.eye(n, dtype=gram.dtype, device=gram.device)
         ones = gram.new_ones(n)
         c, _ = torch.linalg.solve_ex(gram, ones)  # solve() would wait for the device to tell whether it could
-        factors = -told.damping * (c / c.sum()).flip(0).cumsum(0).flip(0)
+        factors = -settings.damping * (c / c.sum()).flip(0).cumsum(0).flip(0)
         moves = {name: (factors.to(d.dtype) @ d).view(self.parameters[name].shape)
                  for name, d in steps.items()}
-        longest = told.cap * norm(self.parameters)
+        longest = settings.cap * norm(self.parameters)
         shorter = (longest / norm(moves)).clamp(max=1.0)
         for name, p in self.parameters.items():
             p.copy_(p.to(moves[name].dtype) + shorter.to(moves[name].dtype) * moves[name])
@@ -172,10 +172,10 @@ class AveragedReadout(ReadingWrapper):
     E <- theta after update number `start`, then E <- E + (theta - E) / tau;  (1 - share) theta + share E
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], told: Any, at: str, steps: int) -> None:
-        """told: a section with start and tau."""
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], settings: Any, at: str, steps: int) -> None:
+        """settings: a section with start and tau."""
         super().__init__(parameters, at, steps)
-        self.told, self.begun = told, Number(0)
+        self.settings, self.begun = settings, Number(0)
         self.average = self.zeros(wide=True)
         self.buffers, self.numbers = {"average": self.average}, {"begun": self.begun}
 
@@ -184,9 +184,9 @@ class AveragedReadout(ReadingWrapper):
         raise NotImplementedError
 
     def follow(self, done: int) -> None:
-        if done < self.told.start:
+        if done < self.settings.start:
             return
-        rate = 1 / self.told.tau if self.begun.value else 1.0
+        rate = 1 / self.settings.tau if self.begun.value else 1.0
         self.begun.set(1)
         for name, x in self.average.items():
             x.lerp_(self.parameters[name].to(x.dtype), rate)
@@ -201,12 +201,12 @@ class AveragedReadout(ReadingWrapper):
 class Tail(AveragedReadout):
     """Tail-EMA (settings.wrappers.TailEMA; track 3, results 45 and 46)."""
 
-    def __init__(self, model: GPT, told: TailEMA, steps: int) -> None:
-        averaged = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
-        super().__init__(averaged, told, told.at, steps)
+    def __init__(self, model: GPT, settings: TailEMA, steps: int) -> None:
+        averaged = {name: p for name, p in of_model(model).items() if settings.embed or p.label != "embed"}
+        super().__init__(averaged, settings, settings.at, steps)
 
     def share(self, name: str) -> float:
-        return self.told.share
+        return self.settings.share
 
 
 class Velocity(ReadingWrapper):
@@ -215,19 +215,20 @@ class Velocity(ReadingWrapper):
     v <- decay v + (1 - decay) (theta - before);  before <- theta;  theta + push min(1, cap |theta| / |v|) v
     """
 
-    def __init__(self, model: GPT, told: TailVelocity, steps: int) -> None:
-        super().__init__(block_matrices(model), told.at, steps)
-        self.told, self.held = told, Number(0)  # updates since `start`, that one included
+    def __init__(self, model: GPT, settings: TailVelocity, steps: int) -> None:
+        super().__init__(block_matrices(model), settings.at, steps)
+        self.settings, self.held = settings, Number(0)  # updates since `start`, that one included
         self.mean, self.before = self.zeros(wide=True), self.zeros(wide=True)
         self.buffers = {"mean": self.mean, "before": self.before}
         self.numbers = {"held": self.held}
 
     def follow(self, done: int) -> None:
-        if done < self.told.start:
+        if done < self.settings.start:
             return
         for name, p in self.parameters.items():
             if self.held.value:
-                self.mean[name].lerp_(p.to(self.mean[name].dtype) - self.before[name], 1 - self.told.decay)
+                step = p.to(self.mean[name].dtype) - self.before[name]
+                self.mean[name].lerp_(step, 1 - self.settings.decay)
             self.before[name].copy_(p)
         self.held.set(self.held.value + 1)
 
@@ -235,12 +236,12 @@ class Velocity(ReadingWrapper):
         return self.held.value > 1
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
-        v, told = self.mean[name], self.told
+        v, settings = self.mean[name], self.settings
         wide = p.to(v.dtype)
         longest, length = (
             torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp_min(1e-12) for x in (wide, v)
         )
-        return wide + told.push * (told.cap * longest / length).clamp_max(1) * v
+        return wide + settings.push * (settings.cap * longest / length).clamp_max(1) * v
 
 
 class Reference(ReadingWrapper):
@@ -249,26 +250,26 @@ class Reference(ReadingWrapper):
     theta + push (theta - reference), reference: the weights after update number `reference`
     """
 
-    def __init__(self, model: GPT, told: ReferenceReadout, steps: int) -> None:
-        read = {name: p for name, p in of_model(model).items() if told.embed or p.label != "embed"}
-        super().__init__(read, told.at, steps)
-        self.told, self.taken = told, Number(0)
+    def __init__(self, model: GPT, settings: ReferenceReadout, steps: int) -> None:
+        read = {name: p for name, p in of_model(model).items() if settings.embed or p.label != "embed"}
+        super().__init__(read, settings.at, steps)
+        self.settings, self.taken = settings, Number(0)
         self.reference = self.zeros()
         self.buffers = {"reference": self.reference}
         self.numbers = {"taken": self.taken}
 
     def follow(self, done: int) -> None:
-        if done == self.told.reference:
+        if done == self.settings.reference:
             self.taken.set(1)
             for name, x in self.reference.items():
                 x.copy_(self.parameters[name])
 
     def known(self, step: int) -> bool:
-        return bool(self.taken.value) and step >= self.told.start
+        return bool(self.taken.value) and step >= self.settings.start
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
         wide = p.to(widened(p.dtype))
-        return wide + self.told.push * (wide - self.reference[name].to(wide.dtype))
+        return wide + self.settings.push * (wide - self.reference[name].to(wide.dtype))
 
 
 def wrappers_of(model: GPT) -> list[Wrapper]:
@@ -277,13 +278,20 @@ def wrappers_of(model: GPT) -> list[Wrapper]:
     Workers that train apart need the run's processes, and stand in system/workers.py.
     """
     optim, steps = model.settings.optim, model.settings.schedule.steps
-    made = [
-        (optim.ema_nesterov, Lookahead), (None if apart(model.settings) else optim.outer, Outer),
-        (optim.rre, Extrapolation),
-        *((told, Pulses) for _, told in pulsed(optim)),
-        (optim.tail_ema, lambda *args: Tail(*args, steps)),
-        (optim.tail_velocity, lambda *args: Velocity(*args, steps)),
-        (optim.phase_readout, lambda *args: Phase(*args, steps)),
-        (optim.reference_readout, lambda *args: Reference(*args, steps))
-    ]
-    return [make(model, told) for told, make in made if told is not None]
+    made: list[Wrapper] = []
+    if optim.ema_nesterov is not None:
+        made.append(Lookahead(model, optim.ema_nesterov))
+    if optim.outer is not None and not apart(model.settings):
+        made.append(Outer(model, optim.outer))
+    if optim.rre is not None:
+        made.append(Extrapolation(model, optim.rre))
+    made += [Pulses(model, settings) for _, settings in pulsed(optim)]
+    if optim.tail_ema is not None:
+        made.append(Tail(model, optim.tail_ema, steps))
+    if optim.tail_velocity is not None:
+        made.append(Velocity(model, optim.tail_velocity, steps))
+    if optim.phase_readout is not None:
+        made.append(Phase(model, optim.phase_readout, steps))
+    if optim.reference_readout is not None:
+        made.append(Reference(model, optim.reference_readout, steps))
+    return made

@@ -17,14 +17,14 @@ NORM, LAM, CAP = "model.embed.norm", "model.attn.value_residual", "model.head.so
 TWO = ["--features", NORM, CAP]
 
 # Writes the run folder that the trainer would write. EFFECTS: loss by change; FAIL: changes of the arm that
-# fails, or all;
-# SECONDS: how long a run takes; STARTED: a file that gets a line per start. Noise depends on seed and
-# settings only; SAME_NOISE: on settings only.
+# fails, or all; SECONDS: how long a run takes; STARTED: a file that gets a line per start. Noise depends on
+# seed and settings only; SAME_NOISE: on settings only.
 FAKE = """
 import json, os, random, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import runlog, schema
+import runlog
+from settings import schema
 from system import command_line
 options, resolved = command_line.command_line()
 plan = json.loads((Path(options.out).parent / "plan.json").read_text())

@@ -1,10 +1,9 @@
 """Which tests guard a setting: what `--feature PATH` of ./test.sh and pytest selects, read from the tests
 themselves.
 
-    @pytest.mark.feature("model.attn.gate")         the test guards these settings
-    @pytest.mark.feature(path="feature")            each case guards the setting that its parameter `feature`
-    names @pytest.mark.feature(record="ref")              each case guards the features that its record
-    switches on or off
+    @pytest.mark.feature("model.attn.gate")  the test guards these settings
+    @pytest.mark.feature(path="feature")     each case guards the setting that its parameter `feature` names
+    @pytest.mark.feature(record="ref")       each case guards the features that its record switches on or off
 """
 
 import functools

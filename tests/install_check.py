@@ -1,8 +1,7 @@
 """What run.sh and test.sh install, resolved by pip from the public index, whatever this machine's pip is set
 to.
 
-    python tests/install_check.py        # a line for each target; exit code 1 if one of them cannot be
-    installed
+    python tests/install_check.py  # a line for each target; exit code 1 if one of them cannot be installed
 
 Nothing is installed (`pip install --dry-run`). The running Python is asked as it is. For the other targets
 pip chooses files by --python-version and --platform, but it evaluates markers (`sys_platform == ...`) for the

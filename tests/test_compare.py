@@ -319,7 +319,7 @@ ARMS = [
     (["script:/no/such/file.py", "short/10"], "cannot be read"),
     (["script:README.md", "short/10"], "neither a Python file"),
     (["short/11", "short/11 --set validation.target=3.0"], "there is nothing to compare; add --aa"),
-    (["short/11", "refactor:short/11", "--aa"], "differ: leave it away"),
+    (["short/11", "refactor:short/11", "--aa"], "differ: leave it out"),
     (["short/11", "short/11 --set validation.tokens=4096"], "validated on different tokens"),
     (["short/11", "tiny-v3"], "frozen at --scale tiny"),
     (["short/11", "short/10", "--without", "model.attn.rope"], "put each arm and its changes in quotes"),

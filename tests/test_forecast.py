@@ -16,6 +16,7 @@ from settings import deltas
 from settings.data import tokens_per_step
 from sweeps import forecast
 from common.errors import UserError
+from one_control import against_control
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,7 +142,7 @@ def test_so_many_seeds_resolve_the_effect_in_four_of_five_sweeps():
     n = statistics.seeds_for(effect, sd)
     found = 0
     for _ in range(800):
-        rows = statistics.against_control(draw.normal(0, sd, n), {"a": draw.normal(effect, sd, n)})["rows"]
+        rows = against_control(draw.normal(0, sd, n), {"a": draw.normal(effect, sd, n)})["rows"]
         found += rows["a"]["resolved"]
     assert n == 56 and abs(found / 800 - 0.8) < 0.05
 

@@ -68,7 +68,7 @@ def test_the_trainer_refuses_a_stray_environment(environment, says):
 def test_of_many_processes_that_meet_one_error_the_first_speaks():
     assert trainer("short/nonsense", env=WHOLE).stderr == ""
     assert trainer("short/nonsense", env=WHOLE | {"RANK": "0", "LOCAL_RANK": "0"}).stderr.count("\n") == 1
-    assert trainer(*MICRO, "--nproc", "2", env=WHOLE | {"RANK": "0"}).stderr.count("leave --nproc away") == 1
+    assert trainer(*MICRO, "--nproc", "2", env=WHOLE | {"RANK": "0"}).stderr.count("leave --nproc out") == 1
 
 
 def trainer(*args, env=None):

@@ -16,6 +16,7 @@ import pytest
 
 import browser_page
 import claim_builder
+from one_control import against_control
 from records import __main__ as records_command
 from page import leaderboard
 from evidence import statistics, verify
@@ -72,7 +73,7 @@ def evidence(tmp_path_factory):
     """A folder with an ablation of record 11, a chain 8..11, three variants, and one arm that does nothing at
     this scale."""
     folder = tmp_path_factory.mktemp("evidence")
-    analysis = statistics.against_control(
+    analysis = against_control(
         spread(4.06), {p: spread(x) for p, x in (ABLATED | {"all": 4.7}).items()}
     )
     found = analysis["rows"]
@@ -94,7 +95,7 @@ def evidence(tmp_path_factory):
     control = arm("short/8", [], spread(CHAINED["short/8"]), None, record="short/8")
     made = sweep("chain", "chain", "short/8..short/11", control, rows, **pooled)
     (folder / "chain.json").write_text(json.dumps(made))
-    analysis = statistics.against_control(spread(4.26), {ref: spread(x) for ref, x in BRANCHES.items()})
+    analysis = against_control(spread(4.26), {ref: spread(x) for ref, x in BRANCHES.items()})
     found, pooled = analysis["rows"], {k: analysis[k] for k in ("pooled_sd", "df")}
     rows = [arm(ref, [], spread(x), found[ref], record=ref, parent="short/8") for ref, x in BRANCHES.items()]
     made = sweep("chain_variants_tiny", "chain", "variants", control, rows, **pooled)
@@ -315,7 +316,7 @@ def test_today_prefers_the_newest_base_and_common_changes_count_in_the_hash(evid
         r for r in old["rows"] if r["arm"] in ("--without optim.muon", "--without model.head.softcap")
     ]
     losses = [[r["val_loss"] for r in row["runs"]] for row in (old["control"], *old["rows"])]
-    found = statistics.against_control(losses[0], dict(enumerate(losses[1:])))
+    found = against_control(losses[0], dict(enumerate(losses[1:])))
     old |= {k: found[k] for k in ("pooled_sd", "df")}
     for i, row in enumerate(old["rows"]):
         row.update({k: found["rows"][i][k] for k in ("effect", "low", "high", "p", "resolved")})

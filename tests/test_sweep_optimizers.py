@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+import runlog
 from fake_sweep import call, fake
 from sweeps import optimizers, queue
 
@@ -70,7 +71,7 @@ def test_the_report_tells_steps_to_the_baselines_loss_time_and_memory(tmp_path, 
     ([(0, 5.0), (10, 4.0), (20, 3.0)], 3.5, 15.0), ([(0, 5.0), (10, 4.0)], 4.0, 10.0),
     ([(0, 5.0), (10, 4.0)], 3.9, None), ([(0, 3.0), (10, 2.0)], 3.5, 0.0)])
 def test_a_loss_is_reached_on_a_line_between_two_validations(points, target, step):
-    assert optimizers.crossing(points, target) == step
+    assert runlog.crossing(points, target) == step
 
 
 @pytest.mark.parametrize("edit, said", [

@@ -10,6 +10,7 @@ from evidence import statistics
 from page import facts
 from sweeps import queue, report as sweep_report
 from fake_sweep import CAP, LAM, NORM, TWO, call, fake, made, noisy, planned, results, starts
+from one_control import against_control
 
 
 # ----- screening --------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def test_effects_and_intervals_are_those_of_the_statistics_module(how, paired, c
     done = noisy(plan, {f"--without {CAP}": 0.2})
     arms = {a["label"]: losses_of(plan, done, a["label"], 4) for a in plan["arms"][1:]}
     control = losses_of(plan, done, "short/11", controls)
-    expected = statistics.against_control(control, arms, paired=paired)
+    expected = against_control(control, arms, paired=paired)
     found = sweep_report.evidence(plan, done, {}, None, "x")
     assert found["method"] == ("within seeds" if paired else "means") and found["control"]["n"] == controls
     assert (found["pooled_sd"], found["df"]) == (pytest.approx(expected["pooled_sd"]), expected["df"])

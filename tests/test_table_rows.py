@@ -14,13 +14,14 @@ import process_group
 import schedule
 from common.errors import UserError
 from model import GPT
-from optim import Optimizer, RowBank, Tree, local_ranks
+from optim import Optimizer, RowBank, Tree
 from settings import deltas
 from small_models import BOS, Toy, plan, step, tokens
 from step_hooks import begin_step
 from system import warmup
 from system.comm import communication
 from system.world import World
+from system.place import local_ranks
 from updates import adam
 from updates.rows import Rows, total
 

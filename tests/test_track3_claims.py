@@ -15,7 +15,7 @@ import small_models
 from common.errors import UserError
 from evidence import task
 from model import GPT
-from optim import Optimizer, local_ranks
+from optim import Optimizer
 from page import facts, markdown, sections
 from settings import deltas
 from small_models import Toy, plan, settings, update
@@ -23,6 +23,7 @@ from sweeps.plan import whole_lineage
 from system.comm import communication
 from system.head_inputs import HeadInputs
 from system.hooks import hooks_of, reading
+from system.place import local_ranks
 from updates import views
 from updates.master import rounded
 

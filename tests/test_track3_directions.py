@@ -16,8 +16,9 @@ from golden_track3 import HIDDEN, QKVO, Replay, assert_equal
 from small_models import Toy, plan, settings, update
 
 from common.errors import UserError
-from optim import RULES, Optimizer, local_ranks
+from optim import RULES, Optimizer
 from system.comm import communication
+from system.place import local_ranks
 from updates import views
 from updates.muon import Muon
 from updates.psgd import Psgd
@@ -404,7 +405,7 @@ def test_the_noise_of_psgd_depends_on_matrix_and_update():
     (("optim.muon.adam={}", "optim.muon.psgd={}"), "each are the direction"),
     (("optim.muon.shampoo={}", "optim.muon.contra={}"), "stands in its place"),
     (("optim.muon.shampoo={eps=0.0}",), "divides by the eigenvalue 0"),
-    (("optim.muon.muown={}", "optim.muon.hyperball=true"), "leave one")])
+    (("optim.muon.muown={}", "optim.muon.hyperball=true"), "keep one")])
 def test_settings_that_exclude_each_other_are_refused(sets, said):
     with pytest.raises(UserError, match=said):
         settings("short/11", *sets)

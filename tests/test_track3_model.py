@@ -16,7 +16,7 @@ from data.stream import positions, stream_arguments
 from golden_records import load
 from layers.primitives import Norm
 from layers.signed_gains import fill_gains, paired_signs
-from model import GPT, Head, count_parameters, with_bias, without_values
+from model import GPT, Head, with_bias, without_values
 from optim import Optimizer
 from settings import deltas
 from small_models import settings
@@ -53,7 +53,7 @@ def test_parameters_of_the_fixed_model():
     sizes = {}
     for p in without_values(s).parameters():
         sizes[p.role, p.label] = sizes.get((p.role, p.label), 0) + p.numel()
-    assert count_parameters(s) == sum(sizes.values()) == 162_354_816
+    assert without_values(s).num_parameters() == sum(sizes.values()) == 162_354_816
     assert sum(n for (role, _), n in sizes.items() if role == "matrix") == 84_934_656
     assert sizes["embed", "embed"] == sizes["lm_head", "lm_head"] == 50304 * 768
     assert sizes["scalar", "norm"] == 26 * 768 and sizes["scalar", "bias"] == 12 * 9 * 768 + 50304

@@ -36,7 +36,7 @@ FLAGS = {f"optim.muon.{flag}": needs for flag, *needs in SLOTS.values()} | {
 }
 # a reason names a setting, by a path, and a way out
 REASON = re.compile(r"(optim|model|schedule|system|numerics)\.\w[\w.]*.*"
-                    r"(set |leave |switch|give |choose|exclude|--without)", re.S)
+                    r"(set |leave |keep |switch|give |choose|exclude|--without)", re.S)
 ONES = [(flag, RECORDS[i % len(RECORDS)]) for i, flag in enumerate(FLAGS)]
 PRODUCT = [(flag, ref) for flag in FLAGS for ref in RECORDS]
 

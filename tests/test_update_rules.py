@@ -17,11 +17,12 @@ from common.errors import UserError
 from golden_records import load
 from kernels import symmetric
 from kernels.newton_schulz import POLAR_EXPRESS, newton_schulz
-from optim import RULES, Optimizer, local_ranks
+from optim import RULES, Optimizer
 from settings import deltas
 from settings.optim import LABELS, Label, MatrixLabel, Optim
 from small_models import Toy, plan, settings, update
 from system.comm import communication
+from system.place import local_ranks
 from updates import mantissa, views
 from updates.adam import CHUNK, AdamW
 from updates.muon import Muon

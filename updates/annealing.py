@@ -6,16 +6,14 @@ Claimed with 2540 steps by jn2clark; read in the source of that trainer.
 import math
 from dataclasses import dataclass
 
-import torch
-
-from updates.norms import frobenius
+from updates.norms import covariance_step, frobenius
 from updates.slots import Slot, kept_dtype
 
 SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Bases(Slot):
+class KeepBases(Slot):
     """Keeps the bases with which SOAP whitens in this update, and which it refreshes before Annealing."""
     only: tuple = ()
 
@@ -62,10 +60,7 @@ class Annealing(Slot):
         logs, bases = [], step.scratch["bases"]
         g = step.g.to(bases[0].dtype)
         for side, basis, gram in zip(SIDES, bases, (g @ g.mT, g.mT @ g)):
-            covariance = step.state[f"annealing_{side}_covariance"]
-            # a covariance of zeros has not begun
-            begun = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
-            covariance.lerp_(gram, torch.where(begun, 1 - self.beta, 1.0).to(gram.dtype))
+            covariance = covariance_step(step.state[f"annealing_{side}_covariance"], gram, self.beta)
             logs.append((basis * (covariance @ basis)).sum(-2).clamp_min(1e-30).log())  # (N, n)
         v = logs[0][:, :, None] + logs[1][:, None, :]  # (N, rows, cols)
         mean, std = v.mean((-2, -1), keepdim=True), v.std((-2, -1), keepdim=True)

@@ -4,7 +4,7 @@ import torch
 
 from settings.model import head_dim
 from updates import soap
-from updates.annealing import Annealing, Bases
+from updates.annealing import Annealing, KeepBases
 from updates.aurora import Aurora
 from updates.bi_maxwell import BiMaxwell
 from updates.circuit import Circuit
@@ -39,7 +39,7 @@ def orthogonal_momentum(s) -> list:
     if muon.squared:
         slots.append(MuonSquared(muon.squared.beta2, muon.squared.eps))
     if muon.annealing:
-        slots.append(Bases(muon.soap.matrices))
+        slots.append(KeepBases(muon.soap.matrices))
     if muon.soap:
         slots.append(soap.slot(s))
     if muon.pmuon:

@@ -11,7 +11,7 @@ import torch
 
 from settings.optim import HeadEigenbasis, HeadKfac
 from updates.adam import AdamW, adamw_
-from updates.norms import frobenius, ramp
+from updates.norms import covariance_step, eigenvectors, frobenius, ramp
 from updates.slots import kept_dtype
 
 INPUTS = "input_covariance"  # state that system.head_inputs fills before an update
@@ -48,11 +48,6 @@ class HeadRule:
         )
 
 
-def covariance_step(covariance: torch.Tensor, gram: torch.Tensor, beta: float) -> torch.Tensor:
-    """C <- beta C + (1-beta) gram in place, (N, D, D); a covariance of zeros begins as the gram itself."""
-    begun = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
-    return covariance.lerp_(gram, torch.where(begun, 1 - beta, 1.0).to(gram.dtype))
-
 
 @dataclass(frozen=True)
 class EigenAdam(HeadRule):
@@ -69,7 +64,7 @@ class EigenAdam(HeadRule):
     Before `start` it is AdamW. Decoupled decay acts on p itself. Signs and order of eigenvectors do not
     matter: R takes them along.
     """
-    told: HeadEigenbasis
+    settings: HeadEigenbasis
 
     name = "eigen_adam"
 
@@ -83,8 +78,8 @@ class EigenAdam(HeadRule):
         return self.moments(unit, dtype) | {"covariance": square, "basis": square}
 
     def numbers(self, plan, t: int) -> dict:
-        since = plan.step - self.told.start
-        return self.adam.numbers(plan, t) | {"rotated": since >= 0, "refresh": since % self.told.every == 0}
+        since, every = plan.step - self.settings.start, self.settings.every
+        return self.adam.numbers(plan, t) | {"rotated": since >= 0, "refresh": since % every == 0}
 
     def update_(self, p, g, state, numbers, views) -> None:
         if not numbers["rotated"]:
@@ -92,7 +87,7 @@ class EigenAdam(HeadRule):
             return
         m, v, basis = state["exp_avg"], state["exp_avg_sq"], state["basis"]
         g = g.to(m.dtype)
-        covariance = covariance_step(state["covariance"], g.mT @ g / g.size(-2), self.told.beta)
+        covariance = covariance_step(state["covariance"], g.mT @ g / g.size(-2), self.settings.beta)
         if numbers["refresh"]:
             self.refresh(covariance, basis, m, v)
         a, q = self.adam, known(basis)
@@ -110,8 +105,7 @@ class EigenAdam(HeadRule):
     @staticmethod
     def refresh(covariance, basis, m, v) -> None:
         """Take the eigenvectors of the covariance as the basis, and the moments along."""
-        small = 1e-30 * torch.eye(basis.size(-1), dtype=basis.dtype, device=basis.device)
-        new = torch.linalg.eigh(covariance + small)[1]
+        new = eigenvectors(covariance)
         turn = known(basis).mT @ new
         m.copy_(m @ turn)
         v.copy_(v @ turn.square())
@@ -140,7 +134,7 @@ class KfacAdam(HeadRule):
         in steps apply, apply + every, ...: P = (C + damping mean(eigenvalues of C) I)^(-power)
         G' = G P at the norm of G;  Adam gets G + strength (G' - G) at the norm of G
     """
-    told: HeadKfac
+    settings: HeadKfac
 
     name = "kfac_adam"
 
@@ -156,26 +150,27 @@ class KfacAdam(HeadRule):
         )
 
     def numbers(self, plan, t: int) -> dict:
-        told, step = self.told, plan.step
-        x = ramp(step, told.apply, told.full)
+        settings, step = self.settings, plan.step
+        x = ramp(step, settings.apply, settings.full)
         return self.adam.numbers(plan, t) | {
-            "collect": told.start <= step < told.stop, "precondition": told.apply <= step < told.stop,
-            "refresh": (step - told.apply) % told.every == 0,
-            "strength": told.strength_start + x * (told.strength - told.strength_start),
-            "damping": told.damping_start + x * (told.damping - told.damping_start)
+            "collect": settings.start <= step < settings.stop,
+            "precondition": settings.apply <= step < settings.stop,
+            "refresh": (step - settings.apply) % settings.every == 0,
+            "strength": settings.strength_start + x * (settings.strength - settings.strength_start),
+            "damping": settings.damping_start + x * (settings.damping - settings.damping_start)
         }
 
     def update_(self, p, g, state, numbers, views) -> None:
-        told = self.told
+        settings = self.settings
         if numbers["collect"]:
             fast, slow = (
                 covariance_step(state[f"{name}_covariance"], state[INPUTS], beta)
-                for name, beta in (("fast", told.fast_beta), ("slow", told.slow_beta))
+                for name, beta in (("fast", settings.fast_beta), ("slow", settings.slow_beta))
             )
             if numbers["precondition"]:
                 if numbers["refresh"]:
-                    both = slow.lerp(fast, told.share)
-                    state["inverse_power"].copy_(inverse_power(both, numbers["damping"], told.power))
+                    both = slow.lerp(fast, settings.share)
+                    state["inverse_power"].copy_(inverse_power(both, numbers["damping"], settings.power))
                 g = self.preconditioned(g.to(slow.dtype), state["inverse_power"], numbers["strength"])
         self.adam_step(p, g.to(p.dtype), state, numbers)
 

@@ -1,4 +1,4 @@
-"""Norms of the matrices of a batch (N, rows, cols), which slots keep, hold or bound."""
+"""Norms, covariances and eigenvectors of batches of matrices (N, rows, cols), and ramps over steps."""
 
 import torch
 
@@ -27,6 +27,20 @@ def rescaled(x: torch.Tensor, like: torch.Tensor, kind: str) -> torch.Tensor:
 def inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Inner product of each pair of matrices (N, rows, cols), as (N, 1, 1)."""
     return (a * b).sum((-2, -1), keepdim=True)
+
+
+def covariance_step(covariance: torch.Tensor, gram: torch.Tensor, beta: float) -> torch.Tensor:
+    """C <- beta C + (1-beta) gram in place, (N, n, n); a covariance of zeros begins as the gram itself."""
+    begun = covariance.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] > 0
+    return covariance.lerp_(gram, torch.where(begun, 1 - beta, 1.0).to(gram.dtype))
+
+
+def eigenvectors(x: torch.Tensor, eps: float = 1e-30) -> torch.Tensor:
+    """Eigenvectors of symmetric matrices x + eps I (N, n, n), as columns by rising eigenvalues.
+
+    eps: as in the originals, whose float32 matrices may be zero.
+    """
+    return torch.linalg.eigh(x + eps * torch.eye(x.size(-1), dtype=x.dtype, device=x.device))[1]
 
 
 def ramp(step: int, start: int, end: int) -> float:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from updates.adam_direction import adam_direction
-from updates.geometry import frobenius
+from updates.norms import frobenius
 from updates.slots import Slot, kept_dtype
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from updates.norms import frobenius
-from updates.slots import Slot
+from updates.norms import eigenvectors, frobenius
+from updates.slots import Slot, kept_dtype
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class SinkSoap(Slot):
     products = True
 
     def state(self, unit, dtype, views) -> dict:
-        kept = torch.promote_types(dtype, torch.float32)
+        kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "sink_left_covariance": ((rows, rows), kept), "sink_right_covariance": ((cols, cols), kept)
         })
@@ -37,15 +37,11 @@ class SinkSoap(Slot):
         g, m = step.g.to(left.dtype), u.to(left.dtype)
         left.lerp_(g @ g.mT, 1 - self.beta)
         right.lerp_(g.mT @ g, 1 - self.beta)
-        by_rows, by_cols = self.vectors(left), self.vectors(right)
+        by_rows, by_cols = eigenvectors(left, self.eps), eigenvectors(right, self.eps)
         a = by_rows.mT @ m @ by_cols
         r, c = self.balance(a.square() + self.eps)
         x = by_rows @ (r.sqrt() * a * c.mT.sqrt()) @ by_cols.mT
         return x * (math.sqrt(min(x.shape[-2:])) / frobenius(x, 1e-12))
-
-    def vectors(self, x) -> torch.Tensor:
-        """Eigenvectors of x + eps I (N, n, n)."""
-        return torch.linalg.eigh(x + self.eps * torch.eye(x.size(-1), dtype=x.dtype, device=x.device))[1]
 
     def balance(self, b) -> tuple[torch.Tensor, torch.Tensor]:
         """Factors (N, rows, 1) of the rows and (N, cols, 1) of the columns of b (N, rows, cols)."""

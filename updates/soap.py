@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from settings.muon import SoapTrust
-from updates.norms import frobenius, inner, ramp, rescaled
-from updates.slots import Slot
+from updates.norms import eigenvectors, frobenius, inner, ramp, rescaled
+from updates.slots import Slot, kept_dtype
 
 ATTENTION = ("q", "k", "qk", "v", "o")  # qk: pairs of heads
 
@@ -19,11 +19,6 @@ ATTENTION = ("q", "k", "qk", "v", "o")  # qk: pairs of heads
 def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Cosine of the angle between the matrices of each pair (N, rows, cols), as (N, 1, 1)."""
     return inner(a, b) / (frobenius(a) * frobenius(b)).clamp_min(1e-30)
-
-
-def eigenvectors(x: torch.Tensor) -> torch.Tensor:
-    """Eigenvectors of x + 1e-30 I (N, n, n) in the order of falling eigenvalues."""
-    return torch.linalg.eigh(x + 1e-30 * torch.eye(x.size(-1), dtype=x.dtype, device=x.device))[1].flip(-1)
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class Soap(Slot):
     products = True
 
     def state(self, unit, dtype, views) -> dict:
-        kept = torch.promote_types(dtype, torch.float32)
+        kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "soap_left_covariance": ((rows, rows), kept), "soap_right_covariance": ((cols, cols), kept),
             "soap_left_basis": ((rows, rows), kept), "soap_right_basis": ((cols, cols), kept),
@@ -78,7 +73,7 @@ class Soap(Slot):
             covariance, basis = step.state[f"soap_{side}_covariance"], step.state[f"soap_{side}_basis"]
             covariance.lerp_(gram, 1 - self.statistics_beta)
             if done == 0:
-                basis.copy_(eigenvectors(covariance))
+                basis.copy_(eigenvectors(covariance).flip(-1))  # falling eigenvalues
             elif done % self.every == 0:
                 self.refresh(covariance, basis, step.state["soap_moment"], side)
         return out

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from updates.norms import eigenvectors
 from updates.slots import Slot, kept_dtype
 
 
 def eigenbasis(statistics: torch.Tensor) -> torch.Tensor:
     """Eigenvectors (N, n, n) of symmetric matrices as columns, those of the largest eigenvalue first."""
-    n = statistics.size(-1)
-    # 1e-30 I: as the originals, whose float32 matrices can be zero
-    eye = torch.eye(n, dtype=statistics.dtype, device=statistics.device)
-    return torch.linalg.eigh(symmetric(statistics) + 1e-30 * eye)[1].flip(-1)
+    return eigenvectors(symmetric(statistics)).flip(-1)
 
 
 def refreshed(basis: torch.Tensor, statistics: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from updates.norms import frobenius, wide
-from updates.slots import Orthogonalise, Slot
+from updates.slots import Orthogonalise, Slot, kept_dtype
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class MuonSquared(Slot):
     each_matrix = False
 
     def state(self, unit, dtype, views) -> dict:
-        return {"entry_moment": (unit, torch.promote_types(dtype, torch.float32))}
+        return {"entry_moment": (unit, kept_dtype(dtype))}
 
     def __call__(self, u, step):
         v = step.state["entry_moment"]
@@ -54,7 +54,7 @@ class PMuon(Slot):
     products = True
 
     def state(self, unit, dtype, views) -> dict:
-        kept = torch.promote_types(dtype, torch.float32)
+        kept = kept_dtype(dtype)
         return self.of_each(unit, views, lambda rows, cols: {
             "pmuon_left_covariance": ((rows, rows), kept), "pmuon_right_covariance": ((cols, cols), kept),
             "pmuon_left_basis": ((rows, rows), kept), "pmuon_right_basis": ((cols, cols), kept)

@@ -9,6 +9,7 @@ import torch
 
 from settings.model import query_dim
 
+
 @dataclass(frozen=True)
 class Views:
     """The matrices in a parameter, for rules like Muon.

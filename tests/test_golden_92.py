@@ -349,7 +349,7 @@ TICKS = {"head": (896, 150), "matrices": (945, 63), "values": (947, 62), "blend"
 def test_the_averages_tick_when_the_originals_do(monkeypatch):
     golden, s = load("r92_schedules")[0], deltas.resolve("short/92").settings
     averages, ticks = TailAverages.__new__(TailAverages), {}
-    averages.told, averages.steps = s.optim.tail, s.schedule.steps
+    averages.settings, averages.steps = s.optim.tail, s.schedule.steps
     for one in schedule.plan(s):
         for name in ("head", "matrices", "values", "blend"):
             note = lambda rate, name=name: ticks.setdefault(name, {}).setdefault(one.step, rate)

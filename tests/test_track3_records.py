@@ -122,7 +122,7 @@ class Replay:
 
 
     def read_errors(self):
-        """{parameter: largest error / largest movement} of what the last validation reads, if that is kept."""
+        """{parameter: largest error / largest movement} of what the last validation reads."""
         with reading(self.hooks, self.s.schedule.steps):
             return {name: self.error(name, self.model.get_parameter(name).detach().numpy(), want)
                     for name, want in self.of_ours(lambda name: self.numbers[f"readout/{name}"]).items()}

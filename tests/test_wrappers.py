@@ -358,7 +358,7 @@ def square(x):
                      "optim.reference_readout.embed")
 def test_the_last_steps_of_result_43_are_their_replay_in_numpy():
     """A pulse of q, k and c_fc after update 6, which the reference has taken in; pulses of all but the
-    embedding after 8, 10 and 12, each of the way since the last one and the ways before; then two readouts."""
+    embedding after 8, 10 and 12, each of the way since the last and of the ways before; then two readouts."""
     values = {"w": random(4, 5, 5), "c": random(4, 6, seed=1), "e": random(7, 3, seed=2), "h": random(6)}
     kinds = {"w": ("matrix", "qkvo"), "c": ("matrix", "c_fc"), "e": ("embed", "embed"),
              "h": ("scalar", "bias")}

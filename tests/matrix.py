@@ -30,7 +30,8 @@ PROCESSES = (1, 2, 4)
 TOLERANCE = 1e-9
 VARIANTS = {"variants/2": ("system.expert_parallel=true",)}  # what else a record is tried with
 # SOAP with new bases in every update: the statistics of the first updates are rank deficient, so
-# rounding decides their bases, and with them the losses. These have one order of sums on any number of processes.
+# rounding decides their bases, and with them the losses. These have one order of sums on any number of
+# processes.
 ORDERED = ("optimizer/44", "optimizer/45", "optimizer/46", "optimizer/c2600", "optimizer/c2580",
            "optimizer/c2560", "optimizer/c2540")
 

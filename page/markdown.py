@@ -27,8 +27,7 @@ describes the whole program. Result 12 is the older baseline on it: its rates fo
 are those of all results before. 6, 10, 18, 21 to 23, 28, 35 and 39 come from 12; 3 is 6 with the initial
 weights that torch draws, and 1, 2, 7, 9 and MuonH (5) build on 3. From 9 the line of the step records goes
 over 11, 14, 16, 20, 29, 30, 40, 41 and 44 to 46; 4, 8, 13, 19, 25, 27, 33 and 37 are in the hyperball, on 5.
-`on` is the result that a delta changes. Loss is the mean of the published runs. 15 and 43 claim no delta, 38
-has what was read of it.
+`on` is the result that a delta changes. Loss is the mean of the published runs. 15 claims no delta.
 """,)}
 
 

@@ -124,7 +124,7 @@ def test_every_operation_that_is_tuned_runs_with_another_tile():
     pytest.importorskip("triton")
     script = (
         "import sys, torch; sys.path.insert(0, 'bench')\n"
-        "import tune, deltas\n"
+        "import tune; from settings import deltas\n"
         "from kernels import tiles\n"
         "tune.DEVICE, tune.TOKENS = torch.device('cpu'), 40\n"
         "tune.capability = lambda device: 90\n"

@@ -3,17 +3,22 @@ it."""
 
 import itertools
 import json
+import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+import process_group
 from bench import preflight
 from common.errors import UserError
 from evidence import submit
 
 GOOD = {"torch": "2.13.0+cu130", "cuda": "13.0", "driver": "580.82.07", "attention": "auto"}
+
+ROOT = Path(__file__).parent.parent
 
 
 def lines(monkeypatch, capsys, *argv):
@@ -84,6 +89,13 @@ def test_a_clock_that_is_being_set_is_found(monkeypatch):
     plain, ahead = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: plain() + 0.05 * next(ahead))
     assert next(preflight.clock(False, lambda s: None)).status == preflight.FAIL
+
+
+def test_two_processes_reduce_and_gather_and_write_their_speed(tmp_path):
+    command = [sys.executable, "bench/preflight.py", "--as-rank", str(tmp_path / "speed")]
+    done = process_group.run(command, 2, timeout=280, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "speed").read_text()) > 0
 
 
 def test_processes_that_do_not_reduce_together_are_told(monkeypatch):

@@ -124,9 +124,11 @@ class ReadingWrapper(Wrapper):
 
     def known(self, step: int) -> bool:
         """Whether there are weights to read before a step."""
+        raise NotImplementedError
 
     def value(self, name: str, p: torch.Tensor) -> torch.Tensor:
         """The weights to read in place of p."""
+        raise NotImplementedError
 
     def reads(self, step: int) -> bool:
         """Whether a validation before this step reads them."""

@@ -163,8 +163,8 @@ def feature_rows(sweep, history, slope_):
 
 
 def stated_effects(record: deltas.Record) -> dict[str, dict]:
-    """{path: row of effects.csv} of the features that a record has: what the record says that is nearest to it
-    in its chain; of one record the first row. Effects on the loss come before those on speed."""
+    """{path: row of effects.csv} of the features that a record has: what the record says that is nearest to
+    it in its chain; of one record the first row. Effects on the loss come before those on speed."""
     place = {link.ref: i for i, link in enumerate(deltas.chain(record))}
     rows = [row for row in read("effects.csv") if row["path"] and row["record"] in place]
     nearest_last = sorted(rows[::-1], key=lambda row: (row["measure"] != "seconds", place[row["record"]]))

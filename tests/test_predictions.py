@@ -107,7 +107,7 @@ def test_an_ablation_is_turned_and_what_is_not_measured_is_not_counted():
 
 
 def test_the_effect_of_a_feature_is_the_one_stated_nearest_to_the_record():
-    """The bigram table: seconds saved in record 62, nats in record 92; a skip of record 45 is none of 33's."""
+    """The bigram table saved seconds in record 62, nats in 92; a skip of record 45 is none of 33's."""
     def said(ref, path):
         found = predictions.table(sweep("ablate", [row(path, 0.1, 0.05, "ablate")], ref))["rows"]
         return [(r["published"]["effect"], r["published"]["why"]) for r in found]

@@ -12,7 +12,7 @@ from settings.declare import REFUSE, opt
 from settings.init import Init
 from settings.mixing import (
     XSA, Backout, Bigram, Compose, Lanes, LayerReuse, Mudd, Narrow, OutputSmear, SecondEmbed, SkipGate, Smear,
-    Sublayers, TokenGates, ValueGate, attention_faults, channel_faults, layer_faults
+    Sublayers, TokenGates, ValueGate, acting_faults, attention_faults, channel_faults, layer_faults
 )
 
 
@@ -144,11 +144,11 @@ class Rope:
 
     def check(self, s: Any) -> Iterator[str]:
         if rotary_dim(s) % 2:
-            path = "model.attn.latent.qk_rope_head_dim" if s.model.attn.latent else "model.attn.num_heads"
-            yield f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change {path}"
+            yield (f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
+                   f"{rotary_source(s)}")
         if self.half_truncated and rotary_dim(s) % 4:
             yield (f"model.attn.rope.half_truncated needs a head_dim that is a multiple of 4, got "
-                   f"{rotary_dim(s)}: change model.attn.num_heads or add --without "
+                   f"{rotary_dim(s)}: change {rotary_source(s)} or add --without "
                    "model.attn.rope.half_truncated")
 
 
@@ -300,8 +300,7 @@ class HeadGate:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from channel_faults("model.attn.gate.channels", self.channels, s)
-        if self.layers is not None:
-            yield from layer_faults("model.attn.gate.layers", self.layers, s)
+        yield from acting_faults("model.attn.gate.layers", self.layers, s)
 
 
 @dataclass(frozen=True)
@@ -570,6 +569,9 @@ class X0Mix:
     layers: tuple[int, ...] | None = opt(None, "layers that add x0 (record 92; off: all)")
     learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
 
+    def check(self, s: Any) -> Iterator[str]:
+        yield from acting_faults("model.residual.x0_mix.layers", self.layers, s)
+
 
 @dataclass(frozen=True)
 class UnetSkips:
@@ -798,6 +800,14 @@ def value_dim(s: Any) -> int:
 def rotary_dim(s: Any) -> int:
     """Channels of a head's query and key to which rotary positions apply."""
     return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else query_dim(s)
+
+
+def rotary_source(s: Any) -> str:
+    """Path of the setting from which rotary_dim follows."""
+    attn = s.model.attn
+    if attn.latent:
+        return "model.attn.latent.qk_rope_head_dim"
+    return "model.attn.num_heads" if attn.qk_dim is None else "model.attn.qk_dim"
 
 
 def padded_vocab(s: Any) -> int:

@@ -485,14 +485,6 @@ class Optim:
             yield (f"system.comm=allreduce_updates exchanges updates alone, and optim.muon.{name} moves the "
                    "parameters after them: choose another system.comm")
         normuon = self.muon and self.muon.normuon
-        if self.muon and self.muon.anvil_maps and self.muon.ns_steps != 6:
-            yield (
-                f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
-            )
-        if self.muon and self.muon.coefficients:
-            yield from self.muon.coefficient_faults()
-        if self.muon and self.muon.anvil_maps and self.muon.polar_express:
-            yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (
             self.muon and self.muon.cautious_decay and self.muon.cautious_decay.gate == "slow"
             and not self.muon.slow

@@ -303,6 +303,7 @@ class Sublayers:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.residual.sublayers.keep_layers", self.keep_layers, s)
+        yield from layer_faults("model.residual.sublayers.attn_post_from", (self.attn_post_from,), s)
 
 
 @dataclass(frozen=True)

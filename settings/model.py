@@ -200,6 +200,11 @@ class ValueEmbed:
         used = sorted({t for t in self.tables if t >= 0})
         if min(self.tables) < -1 or used != list(range(len(used))):
             yield f"{path} = {list(self.tables)}: number the tables 0, 1, ... without gaps"
+        read = {t for i, t in enumerate(self.tables) if i not in s.model.attn.drop_layers}
+        for i, t in enumerate(self.tables):
+            if t >= 0 and t not in read:
+                yield (f"{path}: table {t} is of layer {i} alone, which has no attention: set -1 there, or "
+                       "take the layer from model.attn.drop_layers")
 
 
 @dataclass(frozen=True)
@@ -429,6 +434,9 @@ class Attention:
             )
         if self.saved_input is not None:
             yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
+            if not set(range(self.saved_input + 1, s.model.num_layers)) - set(self.drop_layers):
+                yield (f"model.attn.saved_input = {self.saved_input} has no attention after it, which would "
+                       "read it: choose an earlier layer, or switch it off")
         if self.v_norm and self.latent:
             yield "model.attn.v_norm is of ordinary heads, which model.attn.latent replaces: switch one off"
 

@@ -369,6 +369,7 @@ class Mudd:
         if s.model.attn.num_heads % 2:
             yield (f"{path} gates the value embedding of each half of the heads, and model.attn.num_heads = "
                    f"{s.model.attn.num_heads}: give an even number")
+        yield from layer_faults(f"{path}.cached", (self.cached,), s)
         if self.cached >= self.layer:
             yield f"{path}.cached = {self.cached}: must be an earlier layer than {path}.layer = {self.layer}"
         held = embed.tables if embed else ()

@@ -133,7 +133,7 @@ def unmet_needs(s: object) -> list[tuple[str, str, Any]]:
 
 
 def order_faults(path: str, section: object, first: str, last: str) -> Iterator[str]:
-    """A message if the field `first` of a section is beyond its field `last`, so that a span has no length."""
+    """A message if the field `first` of a section is beyond its field `last`, so that they span nothing."""
     begin, end = getattr(section, first), getattr(section, last)
     if begin > end:
         yield f"{path}.{first} = {begin} is beyond {path}.{last} = {end}: lower the first or raise the second"

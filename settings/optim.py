@@ -465,6 +465,10 @@ class Optim:
         for name, group in self.groups().items():
             if name == "router" and s.model.mlp.moe is None:
                 continue
+            if group.rule == "row_adam" and group.weight_decay:
+                yield (f"optim.{name}.row_moment leaves rows without gradient as they are, and "
+                       f"optim.{name}.weight_decay = {group.weight_decay} decays all of them: set "
+                       f"optim.{name}.weight_decay=0")
             cautious = self.muon.cautious_decay if group.rule == "muon" else self.adam.cautious_decay
             if cautious and group.weight_decay:
                 yield (f"optim.{name}.weight_decay = {group.weight_decay} is the decoupled decay, and "

@@ -96,6 +96,8 @@ def test_newton_schulz_has_one_set_of_polynomials(one, other):
     ("short/92", ["model.pad_vocab_to=1"], ["validation.canonical_mask", "1257", "model.pad_vocab_to"]),
     ("short/90", ["model.attn.qk_dim=5"], ["5 channels of a head: change model.attn.qk_dim"]),
     ("short/90", ["model.attn.qk_dim=6"], ["got 6: change model.attn.qk_dim"]),
+    ("optimizer/36", ["model.embed.bigram={}", "optim.bigram={row_moment = true, weight_decay = 0.1}"],
+     ["optim.bigram.row_moment", "set optim.bigram.weight_decay=0"]),
     ("optimizer/36", ["model.token_gates={}"], ["has no coefficient to give", "model.attn.gate"]),
     ("optimizer/44", ["optim.muon.soap.trust={least = 0.9, most = 0.5}"], ["is beyond", "most = 0.5"])])
 def test_what_cannot_be_computed_or_has_no_effect_is_refused_with_its_remedy(ref, changes, parts):

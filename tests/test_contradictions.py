@@ -96,6 +96,7 @@ def test_newton_schulz_has_one_set_of_polynomials(one, other):
     ("short/92", ["model.pad_vocab_to=1"], ["validation.canonical_mask", "1257", "model.pad_vocab_to"]),
     ("short/90", ["model.attn.qk_dim=5"], ["5 channels of a head: change model.attn.qk_dim"]),
     ("short/90", ["model.attn.qk_dim=6"], ["got 6: change model.attn.qk_dim"]),
+    ("medium/18", ["model.embed.bigram={}"], ["tied_until", "add --with optim.bigram"]),
     ("optimizer/36", ["model.embed.bigram={}", "optim.bigram={row_moment = true, weight_decay = 0.1}"],
      ["optim.bigram.row_moment", "set optim.bigram.weight_decay=0"]),
     ("optimizer/36", ["model.token_gates={}"], ["has no coefficient to give", "model.attn.gate"]),

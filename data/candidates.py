@@ -7,6 +7,7 @@ up where the one before left off.
 
 import numpy as np
 
+from common.errors import UserError
 from settings.data import LOGICAL_RANKS
 
 STRIDE = 20011  # has no factor in common with the sizes of vocabularies in use
@@ -19,7 +20,8 @@ class Sweep:
     def __init__(self, classes: int, rank: int):
         self.classes, self.offset = classes, classes * rank // LOGICAL_RANKS
         if np.gcd(STRIDE, classes) != 1:
-            raise ValueError(f"a sweep of {classes} classes in steps of {STRIDE} does not reach all of them")
+            raise UserError(f"model.head.candidates: a sweep of {classes} classes in steps of {STRIDE} does "
+                            "not reach all of them: set another model.pad_vocab_to")
 
     def candidates(self, targets: np.ndarray, size: int) -> np.ndarray:
         """`size` classes in growing order (int64), all of `targets` among them.

@@ -41,6 +41,7 @@ def composed(
     """
     rows, tokens, heads, _ = q.shape
     total, narrow = k.size(1), q.dtype
+    window = min(window, total)  # what lies before the row is never seen, and costs memory
     wide = torch.promote_types(narrow, torch.float32)
     w1, w2 = w1.to(wide), w2.to(wide)
     w1 = w1 * torch.rsqrt(w1.square().mean(-1, keepdim=True) + NORM_EPS)

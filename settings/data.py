@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from settings.declare import REFUSE, opt
+from settings.model import padded_vocab
 
 LOGICAL_RANKS = 8  # the token buffers of a step, whatever the number of processes
 
@@ -89,6 +90,9 @@ class Validation:
         if self.tokens % (LOGICAL_RANKS * self.seq_len):
             yield (f"validation.tokens = {self.tokens} is not a multiple of 8 x validation.seq_len = "
                    f"{LOGICAL_RANKS * self.seq_len}: change one of them")
+        if self.canonical_mask and padded_vocab(s) % 8:
+            yield ("validation.canonical_mask keeps a bit for each class, eight in a byte, and there are "
+                   f"{padded_vocab(s)}: set model.pad_vocab_to to a multiple of 8")
 
 
 # ----- what follows from them (s: settings.Settings) --------------------------------------------------------

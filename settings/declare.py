@@ -132,6 +132,13 @@ def unmet_needs(s: object) -> list[tuple[str, str, Any]]:
             if f.metadata["needs"] and value != default_of(f) and not holds(s, f.metadata["needs"])]
 
 
+def order_faults(path: str, section: object, first: str, last: str) -> Iterator[str]:
+    """A message if the field `first` of a section is beyond its field `last`, so that they span nothing."""
+    begin, end = getattr(section, first), getattr(section, last)
+    if begin > end:
+        yield f"{path}.{first} = {begin} is beyond {path}.{last} = {end}: lower the first or raise the second"
+
+
 def bound_faults(path: str, bounds: Bounds, value: object) -> Iterator[str]:
     """A message for each number of a field, alone or in lists, that is out of bounds."""
     def numbers(part):

@@ -29,6 +29,15 @@ def layer_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
         yield f"{path} = {list(layers)} names a layer twice"
 
 
+def acting_faults(path: str, layers: tuple[int, ...] | None, s: Any) -> Iterator[str]:
+    """Messages on the layers in which a feature acts, None for all: each exists, and there is one."""
+    if layers is not None:
+        yield from layer_faults(path, layers, s)
+        if not layers:
+            feature = path.rpartition(".")[0]
+            yield f"{path} is empty: name at least one layer, or switch {feature} off"
+
+
 def attention_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
     """Messages on layers that do not exist, are given twice or have no attention."""
     yield from layer_faults(path, layers, s)
@@ -41,7 +50,8 @@ def attention_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str
 
 
 def unpaired_faults(path: str, layers: tuple[int, ...], s: Any) -> Iterator[str]:
-    """Messages on layers that have no attention or whose heads are paired."""
+    """Messages on the layers in which a feature acts, that have no attention or whose heads are paired."""
+    yield from acting_faults(path, layers, s)
     yield from attention_faults(path, layers, s)
     if both := sorted(set(layers) & set(s.model.attn.paired_layers)):
         yield (
@@ -207,6 +217,10 @@ class Narrow:
         path, attn = "model.attn.narrow", s.model.attn
         for name in ("qk_layers", "v_layers"):
             yield from attention_faults(f"{path}.{name}", getattr(self, name), s)
+        if not self.qk_layers and not self.v_layers:
+            yield f"{path}.qk_layers and {path}.v_layers are empty: name a layer, or switch {path} off"
+        if s.model.bias:
+            yield f"{path} is of ordinary heads without bias: set model.bias=false, or switch {path} off"
         width = s.model.model_dim // attn.num_heads
         for name, most in (("qk_dim", attn.qk_dim or width), ("v_dim", width)):
             if getattr(self, name) > most:
@@ -260,11 +274,10 @@ class Bigram:
             yield (
                 f"model.embed.bigram.dim = {self.dim}: must be at most model.model_dim = {s.model.model_dim}"
             )
-        if self.layers is not None:
-            yield from layer_faults("model.embed.bigram.layers", self.layers, s)
-        if self.trigrams and self.rows % 2:
+        yield from acting_faults("model.embed.bigram.layers", self.layers, s)
+        if self.trigrams and (self.rows % 2 or self.rows < 4):
             yield ("model.embed.bigram.trigrams takes half of the rows, and model.embed.bigram.rows = "
-                   f"{self.rows}: give an even number")
+                   f"{self.rows}: give an even number of at least 4")
         if self.trigrams and self.second_token == "pair":
             yield "model.embed.bigram.trigrams has second_token=reserved only: set that"
         if self.in_x0 and self.site == "in":
@@ -290,6 +303,7 @@ class Sublayers:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.residual.sublayers.keep_layers", self.keep_layers, s)
+        yield from layer_faults("model.residual.sublayers.attn_post_from", (self.attn_post_from,), s)
 
 
 @dataclass(frozen=True)
@@ -349,8 +363,13 @@ class Mudd:
         path, embed = "model.residual.mudd", s.model.attn.value_embed
         yield from attention_faults(f"{path}.layer", (self.layer,), s)
         yield from layer_faults(f"{path}.snapshots", self.snapshots, s)
+        yield from layer_faults(f"{path}.tables", self.tables, s)
         if not self.snapshots:
             yield f"{path}.snapshots is empty: name at least one layer"
+        if s.model.attn.num_heads % 2:
+            yield (f"{path} gates the value embedding of each half of the heads, and model.attn.num_heads = "
+                   f"{s.model.attn.num_heads}: give an even number")
+        yield from layer_faults(f"{path}.cached", (self.cached,), s)
         if self.cached >= self.layer:
             yield f"{path}.cached = {self.cached}: must be an earlier layer than {path}.layer = {self.layer}"
         held = embed.tables if embed else ()
@@ -384,3 +403,9 @@ class TokenGates:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from layer_faults("model.token_gates.layer", (self.layer,), s)
+        m = s.model
+        served = (m.residual.x0_mix, m.embed.bigram, m.residual.unet_skips, m.attn.gate, m.attn.xsa)
+        if not any(served):
+            yield ("model.token_gates has no coefficient to give: set model.residual.x0_mix, "
+                   "model.embed.bigram, model.residual.unet_skips, model.attn.gate or model.attn.xsa, or "
+                   "switch it off")

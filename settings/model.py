@@ -12,7 +12,7 @@ from settings.declare import REFUSE, opt
 from settings.init import Init
 from settings.mixing import (
     XSA, Backout, Bigram, Compose, Lanes, LayerReuse, Mudd, Narrow, OutputSmear, SecondEmbed, SkipGate, Smear,
-    Sublayers, TokenGates, ValueGate, attention_faults, channel_faults, layer_faults
+    Sublayers, TokenGates, ValueGate, acting_faults, attention_faults, channel_faults, layer_faults
 )
 
 
@@ -144,11 +144,11 @@ class Rope:
 
     def check(self, s: Any) -> Iterator[str]:
         if rotary_dim(s) % 2:
-            path = "model.attn.latent.qk_rope_head_dim" if s.model.attn.latent else "model.attn.num_heads"
-            yield f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change {path}"
+            yield (f"model.attn.rope turns pairs and gets {rotary_dim(s)} channels of a head: change "
+                   f"{rotary_source(s)}")
         if self.half_truncated and rotary_dim(s) % 4:
             yield (f"model.attn.rope.half_truncated needs a head_dim that is a multiple of 4, got "
-                   f"{rotary_dim(s)}: change model.attn.num_heads or add --without "
+                   f"{rotary_dim(s)}: change {rotary_source(s)} or add --without "
                    "model.attn.rope.half_truncated")
 
 
@@ -200,6 +200,11 @@ class ValueEmbed:
         used = sorted({t for t in self.tables if t >= 0})
         if min(self.tables) < -1 or used != list(range(len(used))):
             yield f"{path} = {list(self.tables)}: number the tables 0, 1, ... without gaps"
+        read = {t for i, t in enumerate(self.tables) if i not in s.model.attn.drop_layers}
+        for i, t in enumerate(self.tables):
+            if t >= 0 and t not in read:
+                yield (f"{path}: table {t} is of layer {i} alone, which has no attention: set -1 there, or "
+                       "take the layer from model.attn.drop_layers")
 
 
 @dataclass(frozen=True)
@@ -300,8 +305,7 @@ class HeadGate:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from channel_faults("model.attn.gate.channels", self.channels, s)
-        if self.layers is not None:
-            yield from layer_faults("model.attn.gate.layers", self.layers, s)
+        yield from acting_faults("model.attn.gate.layers", self.layers, s)
 
 
 @dataclass(frozen=True)
@@ -430,6 +434,9 @@ class Attention:
             )
         if self.saved_input is not None:
             yield from layer_faults("model.attn.saved_input", (self.saved_input,), s)
+            if not set(range(self.saved_input + 1, s.model.num_layers)) - set(self.drop_layers):
+                yield (f"model.attn.saved_input = {self.saved_input} has no attention after it, which would "
+                       "read it: choose an earlier layer, or switch it off")
         if self.v_norm and self.latent:
             yield "model.attn.v_norm is of ordinary heads, which model.attn.latent replaces: switch one off"
 
@@ -570,6 +577,9 @@ class X0Mix:
     layers: tuple[int, ...] | None = opt(None, "layers that add x0 (record 92; off: all)")
     learned: bool = opt(True, "learned a and b, scalars per block (off: the constants)", off=False)
 
+    def check(self, s: Any) -> Iterator[str]:
+        yield from acting_faults("model.residual.x0_mix.layers", self.layers, s)
+
 
 @dataclass(frozen=True)
 class UnetSkips:
@@ -650,6 +660,13 @@ class Untied:
                    f"{s.numerics.head}, numerics.table {s.numerics.table}: set one to the other")
         if self.tied_until is not None and padded_vocab(s) != table_rows(s):
             yield ("model.head.untied.tied_until needs tables of one size: set model.embed.padded=true")
+        embed, attn = s.model.embed, s.model.attn
+        others = {"bigram": embed.bigram, "embed2": embed.second, "value_embed": attn.value_embed,
+                  "positions": embed.learned_positions}
+        for name in others if self.tied_until is not None else ():
+            if others[name] and getattr(s.optim, name) is None:
+                yield ("model.head.untied.tied_until gives the token table the optimizer state of the head, "
+                       f"and another table shares its group: add --with optim.{name}")
 
 
 @dataclass(frozen=True)
@@ -798,6 +815,14 @@ def value_dim(s: Any) -> int:
 def rotary_dim(s: Any) -> int:
     """Channels of a head's query and key to which rotary positions apply."""
     return s.model.attn.latent.qk_rope_head_dim if s.model.attn.latent else query_dim(s)
+
+
+def rotary_source(s: Any) -> str:
+    """Path of the setting from which rotary_dim follows."""
+    attn = s.model.attn
+    if attn.latent:
+        return "model.attn.latent.qk_rope_head_dim"
+    return "model.attn.num_heads" if attn.qk_dim is None else "model.attn.qk_dim"
 
 
 def padded_vocab(s: Any) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from settings.declare import BEFORE, REFUSE, opt
+from settings.declare import BEFORE, REFUSE, opt, order_faults
 
 
 # ----- directions that stand in for momentum and orthogonalisation, and Muown
@@ -206,6 +206,11 @@ class SoapTrust:
                                   "momentum (claims of 2560 and 2540 steps: 1000; off: there is none)",
                             unit="step", shrink="steps", least=1)
 
+    def check(self, s: Any) -> Iterator[str]:
+        path = "optim.muon.soap.trust"
+        yield from order_faults(path, self, "least", "most")
+        yield from order_faults(path, self, "release_start", "release_end")
+
 
 @dataclass(frozen=True)
 class Soap:
@@ -316,6 +321,9 @@ class SoftMuon:
     start: int = opt(2500, "step at which the share starts to rise", unit="step", shrink="steps", least=0)
     end: int = opt(3010, "step at which it would be 1", unit="step", shrink="steps", least=1)
 
+    def check(self, s: Any) -> Iterator[str]:
+        yield from order_faults("optim.muon.soft", self, "start", "end")
+
 
 @dataclass(frozen=True)
 class TemperedPolar:
@@ -329,6 +337,9 @@ class TemperedPolar:
                      above=0)
     start: int = opt(2600, "step at which the part starts to rise", unit="step", shrink="steps", least=0)
     end: int = opt(2800, "step from which it is `most`", unit="step", shrink="steps", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from order_faults("optim.muon.tempered", self, "start", "end")
 
 
 @dataclass(frozen=True)
@@ -399,6 +410,9 @@ class LateFloor:
     start: int = opt(2400, "step at which the ratio starts to change", unit="step", shrink="steps", least=0)
     end: int = opt(2800, "step from which it is `ratio`", unit="step", shrink="steps", least=1)
 
+    def check(self, s: Any) -> Iterator[str]:
+        yield from order_faults("optim.muon.floor.late", self, "start", "end")
+
 
 @dataclass(frozen=True)
 class UpdateFloor:
@@ -416,6 +430,9 @@ class LateBrake:
     factor: float = opt(0.4, "factor of the brake from `end` on", least=0, most=1)
     start: int = opt(2400, "step at which the factor starts to change", unit="step", shrink="steps", least=0)
     end: int = opt(2900, "step from which it is `factor`", unit="step", shrink="steps", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        yield from order_faults("optim.muon.late_brake", self, "start", "end")
 
 
 @dataclass(frozen=True)
@@ -584,11 +601,14 @@ class Muon:
             yield ("optim.muon.muown keeps the norms of rows, and optim.muon.hyperball those of matrices: "
                    "keep one")
 
-    def coefficient_faults(self) -> Iterator[str]:
-        """Messages on coefficients of Newton-Schulz that are not used."""
-        for name in ("polar_express", "polar_express_long", "anvil_maps", "convergent"):
-            if getattr(self, name):
-                yield f"optim.muon.coefficients and optim.muon.{name} exclude each other: switch one off"
+    def polynomial_faults(self) -> Iterator[str]:
+        """Messages on polynomials of Newton-Schulz of which one replaces another, or that are not used."""
+        names = ("coefficients", "polar_express", "polar_express_long", "anvil_maps", "convergent")
+        found = [name for name in names if getattr(self, name)]
+        if len(found) > 1:
+            yield f"optim.muon.{found[0]} and optim.muon.{found[1]} exclude each other: switch one off"
+        if self.anvil_maps and self.ns_steps != 6:
+            yield f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.ns_steps}: set it to 6"
         if len(self.coefficients) > self.ns_steps:
             yield (f"optim.muon.coefficients has {len(self.coefficients)} triples for optim.muon.ns_steps = "
                    f"{self.ns_steps}: leave some out, or take more steps")
@@ -605,6 +625,7 @@ class Muon:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from self.direction_faults()
+        yield from self.polynomial_faults()
         ways = [name for name in ("aurora", "dyn", "sinksoap", "soft") if getattr(self, name)]
         if len(ways) > 1:
             yield (f"optim.muon.{ways[0]} and optim.muon.{ways[1]} are two ways to orthogonalise: switch one "

@@ -465,6 +465,10 @@ class Optim:
         for name, group in self.groups().items():
             if name == "router" and s.model.mlp.moe is None:
                 continue
+            if group.rule == "row_adam" and group.weight_decay:
+                yield (f"optim.{name}.row_moment leaves rows without gradient as they are, and "
+                       f"optim.{name}.weight_decay = {group.weight_decay} decays all of them: set "
+                       f"optim.{name}.weight_decay=0")
             cautious = self.muon.cautious_decay if group.rule == "muon" else self.adam.cautious_decay
             if cautious and group.weight_decay:
                 yield (f"optim.{name}.weight_decay = {group.weight_decay} is the decoupled decay, and "
@@ -485,14 +489,6 @@ class Optim:
             yield (f"system.comm=allreduce_updates exchanges updates alone, and optim.muon.{name} moves the "
                    "parameters after them: choose another system.comm")
         normuon = self.muon and self.muon.normuon
-        if self.muon and self.muon.anvil_maps and self.muon.ns_steps != 6:
-            yield (
-                f"optim.muon.anvil_maps are six, and optim.muon.ns_steps = {self.muon.ns_steps}: set it to 6"
-            )
-        if self.muon and self.muon.coefficients:
-            yield from self.muon.coefficient_faults()
-        if self.muon and self.muon.anvil_maps and self.muon.polar_express:
-            yield "optim.muon.anvil_maps and optim.muon.polar_express exclude each other: switch one off"
         if (
             self.muon and self.muon.cautious_decay and self.muon.cautious_decay.gate == "slow"
             and not self.muon.slow

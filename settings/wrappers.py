@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from settings.declare import REFUSE, opt
+from settings.declare import REFUSE, opt, order_faults
 
 
 WORKERS = (1, 8)  # all ranks together, or a worker for each logical rank
@@ -38,6 +38,7 @@ class EMANesterov:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.ema_nesterov")
+        yield from order_faults("optim.ema_nesterov", self, "start", "stop")
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class TrailDelta:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, self.path)
+        yield from order_faults(self.path, self, "start", "stop")
 
 
 @dataclass(frozen=True)
@@ -279,3 +281,4 @@ class Anchor:
 
     def check(self, s: Any) -> Iterator[str]:
         yield from whole_weights(s, "optim.anchor")
+        yield from order_faults("optim.anchor", self, "ramp_start", "ramp_end")

@@ -102,6 +102,8 @@ def schedule_table(s, plans):
         column(title, lambda plan: windows_text(s, plan.shape.windows).strip())
     if s.model.head.mtp:
         column("weights of the next tokens", lambda plan: "  ".join(f"{w:.4f}" for w in plan.target_weights))
+    if s.model.head.candidates:
+        column("classes of the softmax", lambda plan: f"{plan.shape.candidates or padded_vocab(s):,}")
     if s.model.head.prefix:
         column("weight of the prefix", lambda plan: f"{plan.prefix_weight:.4f}")
     widths = [max(map(len, cells)) for cells in zip(*rows)]

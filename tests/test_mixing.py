@@ -322,7 +322,7 @@ def test_xsa_of_strength_zero_is_off_and_its_strength_passes_a_tanh():
 
 
 @pytest.mark.feature("model.attn.compose")
-@pytest.mark.parametrize("window, new", [(4, 13), (1, 13), (50, 13), (4, 1), (20, 1)])
+@pytest.mark.parametrize("window, new", [(4, 13), (1, 13), (50, 13), (10 ** 9, 13), (4, 1), (20, 1)])
 def test_composed_heads_are_the_loop_over_queries_and_keys(window, new):
     q, k, v = (random(2, 13, 3, 4, seed=i) for i in range(3))
     w1, w2 = random(2, new, 3, seed=4), random(2, new, 3, seed=5)

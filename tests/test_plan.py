@@ -3,6 +3,7 @@ stage."""
 
 import dataclasses
 import math
+import re
 import sys
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from settings import deltas
 from settings.data import tokens_per_step
 from settings.scales import SCALES, scaled
 from system.hooks import hooks_of
-from system import command_line, compiler, memory, plan_plot, warmup
+from system import command_line, compiler, dry_run, memory, plan_plot, warmup
 from system.dry_run import print_plan
 from train_gpt import train_step
 
@@ -301,3 +302,13 @@ def test_without_muon_adamws_matrices_follow_the_width():
 
 def test_learning_rates_stay_on_a_gpu():
     assert rates("short/57", "small") == rates("short/57", "full")
+
+
+@pytest.mark.feature("model.head.candidates")
+def test_the_plan_shows_the_classes_of_a_sampled_softmax():
+    s = deltas.resolve("short/92").settings
+    table = [re.split(r"  +", line.strip()) for line in dry_run.schedule_table(s, schedule.plan(s))]
+    head, *rows = (row for row in table if row[0] == "step" or row[0].isdigit())
+    at = head.index("classes of the softmax") - len(head)
+    classes = {int(row[0]): row[at] for row in rows}
+    assert [classes[step] for step in (0, 681, 965, 1107)] == ["10,240", "14,336", "24,576", "50,304"]

@@ -334,8 +334,10 @@ def distance(x, cap, ROUND: tl.constexpr):
     """cap less a soft-capped logit; ROUND: 1, its sigmoid is rounded to bfloat16, 2, to float16."""
     if ROUND == 0:
         found = cap / (1.0 + tl.exp(x))
-    elif ROUND == 1:
-        found = cap * (1.0 - (1.0 / (1.0 + tl.exp(-x))).to(tl.bfloat16).to(tl.float32))
+    elif ROUND == 1:  # on the bits: Triton 3.9's interpreter truncates
+        bits = (1.0 / (1.0 + tl.exp(-x))).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        found = cap * (1.0 - bits.to(tl.float32, bitcast=True))
     else:
         found = cap * (1.0 - (1.0 / (1.0 + tl.exp(-x))).to(tl.float16).to(tl.float32))
     return found

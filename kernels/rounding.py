@@ -7,13 +7,15 @@ FORMATS = {torch.bfloat16: (16, -126), torch.float16: (13, -14)}
 
 
 def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x rounded to the nearest (even) number of `dtype`, bfloat16 or float16, in x's own dtype.
+    """x rounded to the nearest (even) number of `dtype`, bfloat16 or float16, in x's own dtype."""
+    if x.dtype == torch.float32 and torch.compiler.is_compiling():
+        return rounded_bits(x, dtype)
+    return x.to(dtype).to(x.dtype)
 
-    float32 is rounded on its bits, because torch.compile drops a cast to 16 bits and back; numbers beyond the
-    largest of float16 stay.
-    """
-    if x.dtype != torch.float32:
-        return x.to(dtype).to(x.dtype)
+
+def rounded_bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`rounded` of float32 numbers within the range of `dtype`, on their bits: torch.compile drops a cast to 16
+    bits and back between operations that it fuses."""
     lacks, smallest = FORMATS[dtype]
     bits = x.view(torch.int32)
     bits = bits + ((1 << (lacks - 1)) - 1) + (bits >> lacks & 1) & -(1 << lacks)

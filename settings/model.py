@@ -219,8 +219,8 @@ class ForcedShort:
         if self.start >= self.stop:
             yield f"{path}.start = {self.start} is not before {path}.stop = {self.stop}: lower it"
         if long is None or not set(range(s.model.num_layers)) - set(long) - set(s.model.attn.drop_layers):
-            yield f"{path} is of layers with the short window, and there are none: leave layers out of " \
-                  "model.attn.window.long_layers"
+            yield (f"{path} is of layers with the short window, and there are none: leave layers out of "
+                   "model.attn.window.long_layers")
 
 
 @dataclass(frozen=True)
@@ -264,6 +264,8 @@ class Window:
     @property
     def changes(self) -> bool:
         """Whether a training may have more than one window."""
+        if self.forced_short is not None:
+            return True
         if self.growth == "stages":
             return len({*self.stages, self.extension} - {None}) > 1
         return self.growth != "constant" and self.start != self.end

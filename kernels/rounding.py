@@ -14,8 +14,10 @@ def rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def rounded_bits(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`rounded` of float32 numbers within the range of `dtype`, on their bits: torch.compile drops a cast to 16
-    bits and back between operations that it fuses."""
+    """`rounded` of float32 numbers within the range of `dtype`, on their bits.
+
+    torch.compile drops a cast to 16 bits and back between operations that it fuses.
+    """
     lacks, smallest = FORMATS[dtype]
     bits = x.view(torch.int32)
     bits = bits + ((1 << (lacks - 1)) - 1) + (bits >> lacks & 1) & -(1 << lacks)

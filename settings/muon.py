@@ -122,11 +122,12 @@ class MomentumCooldown:
 
 @dataclass(frozen=True)
 class UpdateNoise:
-    """Exploration noise of NorMuon (log of record 87, @cong_ml and the AI system Recursive): each entry of its
-    update gets rms sigma(t) n, n standard normal, rms the root mean square of its neuron's entries.
+    """Exploration noise of NorMuon (log of record 87, @cong_ml and the AI system Recursive).
+
+    Each entry of the update gets rms sigma(t) n, n standard normal, rms the root mean square of its neuron's.
 
     sigma(t) = sigma min(1, t / ramp_steps) (1 - t / end) at step t < end, the whole part of `until` times the
-    scheduled steps; 0 from there. What has no second moment of its own (`square` off) has the noise too.
+    scheduled steps; 0 from there. Matrices without a second moment (`square` off) have the noise too.
     """
     sigma: float = opt(0.1, "standard deviation without ramp and fall, in units of the neuron's root mean "
                             "square", above=0)

@@ -29,8 +29,10 @@ def keys_of(identity: str, count: int) -> torch.Tensor:
 
 
 def mixed(x: torch.Tensor) -> torch.Tensor:
-    """A bijection of words of 32 bits (int64) in which each bit depends on all: that of splitmix32 (bryc), with
-    factors of the hash-prospector (C. Wellons). They are below 2^31, so that no product overflows."""
+    """A bijection of words of 32 bits (int64) in which each bit depends on all, that of splitmix32 (bryc).
+
+    Its factors, of the hash-prospector (C. Wellons), are below 2^31, so that no product overflows.
+    """
     x = ((x ^ (x >> 16)) * 0x21F0AAAD) & BITS
     x = ((x ^ (x >> 15)) * 0x735A2D97) & BITS
     return x ^ (x >> 15)

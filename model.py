@@ -14,7 +14,6 @@ import hashlib
 import math
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +23,7 @@ from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from kernels.rounding import RoundedSigmoid
+from kernels.shared_table import gathered
 from layers.attention import Attention, AttnCoefs, AttnMeta, Cache, Context, SALambdas, cached_tokens
 from layers.bigram import Bigram
 from layers.latent import LatentAttention
@@ -577,8 +577,10 @@ class GPT(nn.Module):
         return self.with_bigrams(Context(layers, tokens_per_rank, documents), tokens)
 
     def with_bigrams(self, context: Context, tokens: torch.Tensor) -> Context:
-        """The context, for a compiled forward in training with the rows of a table with sparse gradients."""
-        if self.compiled and self.training and self.bigram is not None and self.bigram.table.takes_rows:
+        """The context, for a compiled forward with the rows of a table that is looked up outside of it: one
+        with sparse gradients in training, or one that is shared out over processes."""
+        if self.compiled and self.bigram is not None and (
+                self.bigram.world > 1 or self.training and self.bigram.table.takes_rows):
             context.bigrams = self.bigram.look_up(tokens)
         return context
 
@@ -702,7 +704,8 @@ class GPT(nn.Module):
         return out
 
     def full_state_dict(self):
-        """state_dict on the CPU with all experts, on every process (collective with expert parallelism).
+        """state_dict on the CPU with all experts and rows, on every process (collective where these are
+        shared out).
 
         While embedding and head are tied, it holds the weight under both names.
         """
@@ -713,9 +716,9 @@ class GPT(nn.Module):
             if moe.world == 1:
                 continue
             for name, p in (("c_fc", moe.c_fc), ("c_proj", moe.c_proj)):
-                parts = [torch.empty_like(p) for _ in range(moe.world)]
-                dist.all_gather(parts, p.detach().contiguous())
-                state[f"blocks.{i}.mlp.{name}"] = torch.cat(parts).cpu()
+                state[f"blocks.{i}.mlp.{name}"] = gathered(p.detach(), moe.world)
+        if self.bigram is not None and self.bigram.world > 1:
+            state["bigram.table"] = gathered(self.bigram.table.detach(), self.bigram.world)
         return {name: value.clone() for name, value in state.items()}
 
     # ----- accounting
@@ -726,7 +729,8 @@ class GPT(nn.Module):
         out = []
         for p in self.parameters():
             moe = stacks.get(id(p))
-            out.append((p, p.numel(), p.numel()) if moe is None else
+            n = p.numel() * (self.bigram.world if p.label == "bigram" else 1)
+            out.append((p, n, n) if moe is None else
                        (p, p[0].numel() * moe.num_experts, p[0].numel() * moe.router.moe.top_k))
         return out
 

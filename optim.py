@@ -105,6 +105,40 @@ class Tree:
         return self.levels[-1]  # complete: a power of two of leaves was pushed
 
 
+def together(parts: list[Rows], ordered: bool) -> Rows:
+    """The sum of rows, in the order of the parts or in one tree."""
+    if not ordered:
+        return total(parts)
+    tree = Tree()
+    for part in parts:
+        tree.push(part)
+    return tree.total()
+
+
+class RowSum:
+    """The rows of backward passes until they are summed: in a tree if ordered, otherwise in a list.
+
+    most: slots from which the list is summed, because the sum is smaller.
+    """
+
+    def __init__(self, ordered, most):
+        self.tree, self.parts, self.most = Tree() if ordered else None, [], most
+
+    def push(self, rows):
+        if self.tree is not None:
+            self.tree.push(rows)
+            return
+        self.parts.append(rows)
+        if sum(len(part.ids) for part in self.parts) > self.most:
+            self.parts = [total(self.parts)]
+
+    def total(self):
+        """The sum, or None of nothing."""
+        if self.tree is not None:
+            return self.tree.total() if self.tree.levels else None
+        return total(self.parts) if self.parts else None
+
+
 class Bank:
     """Parameters that are updated together, in one contiguous tensor (N, *unit), with state and update count.
 
@@ -328,14 +362,16 @@ class RowBank(Bank):
 
     Autograd's sparse gradient of each backward pass becomes Rows, which are summed when they are needed. A
     rule that updates by rows gets them as they are. Any other gets a dense gradient of this process's shard.
+    Of a table that is shared out over processes, the Rows of this process's share come from all of them, and
+    are summed for each of them first: the bits of a whole table's.
     """
     has_rows = True
 
     def __init__(self, rule, group, members, comm, ordered, rows_per_rank, steps):
         """rows_per_rank: rows that a logical rank looks up in a step, at most. steps: from one update to the
         next, at most."""
-        self.parts, self.dense, self.rows_per_rank, self.steps = [], None, rows_per_rank, steps
-        self.by_rows = rule.by_rows
+        self.dense, self.rows_per_rank, self.steps = None, rows_per_rank, steps
+        self.by_rows, self.sources = rule.by_rows, comm.world if comm.splits_members else 1
         super().__init__(rule, group, members, tuple(members[0][1].shape[-1:]), comm, ordered)
 
     @property
@@ -349,29 +385,27 @@ class RowBank(Bank):
         p.data, p.grad, p.takes_rows = self.param[:len(p)], None, True
 
     def clear(self):
-        self.members[0][1].grad = None
-        self.parts = []
+        p = self.members[0][1]
+        p.grad, p.arrived = None, []
+        # of bfloat16 rows, more than twice the table take more room than their float32 sum
+        self.sums = [RowSum(self.ordered, 2 * self.units) for _ in range(self.sources)]
         self.forget()
 
     def accumulate(self):
-        """Take the rows of a finished backward pass from autograd."""
+        """Take the rows of a finished backward pass: from autograd, or from the processes that sent them."""
         p = self.members[0][1]
-        if p.grad is None:
-            return
-        rows, p.grad = Rows.looked_up(p.grad), None
-        if self.ordered:
-            self.tree.push(rows)
-            return
-        self.parts.append(rows)
-        if sum(len(part.ids) for part in self.parts) > 2 * self.units:  # of bfloat16: more than their sum
-            self.parts = [total(self.parts)]
+        if p.grad is not None:
+            self.sums[0].push(Rows.looked_up(p.grad))
+        for ids, values, counts in p.arrived:
+            for sum_, *part in zip(self.sums, ids.split(counts), values.split(counts)):
+                sum_.push(Rows(*part, self.units))
+        p.grad, p.arrived = None, []
 
     def local_gradient(self):
-        """This process's gradient sum, as Rows."""
+        """This process's gradient sum, as Rows; of a shared table that of its rows."""
         self.accumulate()
-        if self.ordered and self.tree.levels:
-            return self.tree.total()
-        return total(self.parts) if self.parts else Rows.none(self.members[0][1])
+        parts = [rows for rows in (each.total() for each in self.sums) if rows is not None]
+        return together(parts, self.ordered) if parts else Rows.none(self.members[0][1])
 
     def received(self, mine, seen):
         if self.by_rows:
@@ -382,7 +416,8 @@ class RowBank(Bank):
         return (mine.dense_(self.dense),) * 2
 
     def kept_gradient(self):
-        return torch.cat([part.values for part in self.parts]) if self.parts else self.param[:0]
+        parts = [part.values for each in self.sums for part in each.parts]
+        return torch.cat(parts) if parts else self.param[:0]
 
     def row_bytes(self, rows, summed=False):
         """Bytes of so many rows of a gradient. summed: of a sum of several, not by one forward pass."""
@@ -402,8 +437,10 @@ class RowBank(Bank):
 
 def as_rows(s, p, rule):
     """Whether the gradient of a parameter is kept as the rows that were looked up."""
+    if not getattr(p, "row_lookups", 0):
+        return False
     how = s.system.table_gradients
-    return bool(getattr(p, "row_lookups", 0)) and (how == "rows" or (how == "auto" and rule.by_rows))
+    return how == "rows" or s.system.table_parallel or (how == "auto" and rule.by_rows)
 
 
 def row_bank(s, plan, group, rule, name, p):
@@ -731,10 +768,12 @@ class Optimizer:
         """
         parts = bank.local_parts(grad)
         counts = torch.stack([bank.rule.agreeing(g, state, numbers) for _, g, state in parts])
-        if bank.comm.shards > 1:
+        shared = bank.comm.world if bank.comm.splits_members else 1  # processes that each hold a part of it
+        if bank.comm.shards > 1 or shared > 1:
             counts = self.plan.total(counts)
-        for (p, g, state), count, (_, whole) in zip(parts, counts, bank.members):
-            bank.rule.update_(p, g, state, numbers | {"kept": count.double() / whole.numel()}, bank.views)
+        for (p, g, state), count, (_, own) in zip(parts, counts, bank.members):
+            share = count.double() / (shared * own.numel())
+            bank.rule.update_(p, g, state, numbers | {"kept": share}, bank.views)
 
     def function(self, rule, name):
         """A function of a rule, compiled if the optimizer is; None if the rule does not have it."""

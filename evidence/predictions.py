@@ -28,7 +28,7 @@ from pathlib import Path
 from common import files
 from common.errors import UserError
 from evidence import statistics
-from settings import renames
+from settings import deltas, renames
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED, RESULTS = ROOT / "evidence/published", ROOT / "evidence/results"
@@ -153,16 +153,22 @@ def chain_rows(sweep, history, slope_):
 
 def feature_rows(sweep, history, slope_):
     """(path, published, measured) of the features that are left out alone and have a published effect."""
-    effects = {}
-    for row in read("effects.csv"):
-        if row["path"]:
-            effects.setdefault(renames.present_path(row["path"]), row)  # the first, as a path may be refined
+    effects = stated_effects(deltas.resolve_name(sweep["base"]).record)
     for row in sweep["rows"]:
         flag, _, path = row["changes"][0].partition(" ") if len(row["changes"]) == 1 else ("", "", "")
         found = effects.get(renames.present_path(path)) if flag == "--without" else None
         if found:
             steps = float(history[found["record"]]["steps"])
             yield path, of_feature(found, steps, slope_), measured_of(row, -1)
+
+
+def stated_effects(record: deltas.Record) -> dict[str, dict]:
+    """{path: row of effects.csv} of the features that a record has: what the record says that is nearest to
+    it in its chain; of one record the first row. Effects on the loss come before those on speed."""
+    place = {link.ref: i for i, link in enumerate(deltas.chain(record))}
+    rows = [row for row in read("effects.csv") if row["path"] and row["record"] in place]
+    nearest_last = sorted(rows[::-1], key=lambda row: (row["measure"] != "seconds", place[row["record"]]))
+    return {renames.present_path(row["path"]): row for row in nearest_last}
 
 
 # ----- output -----------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Hashed bigram embedding (record 62): a table with a row per hashed pair of neighbouring tokens."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import shared_table
 from layers.primitives import constant, dtype, parameter
-from settings import Settings
+from settings import Settings, check_processes
 
 HASH = 36313, 27191  # factors of a token and of the one before it
 # Record 92: factors of a token and of the two before it, for rows of triples, signs of pairs and signs of
@@ -71,7 +73,8 @@ def ngram_sign_ids(tokens: torch.Tensor, signs: int) -> torch.Tensor:
 class Bigram(nn.Module):
     """Token ids (R, T) -> rows of the bigram table (R, T, D), zero in the channels that the table lacks.
 
-    With trigrams the sum of two rows, of a pair and of a triple.
+    With trigrams the sum of two rows, of a pair and of a triple. With system.table_parallel each process
+    holds a share of the rows, and look-ups are collective.
     """
 
     def __init__(self, s: Settings):
@@ -79,7 +82,12 @@ class Bigram(nn.Module):
         b, n = s.model.embed.bigram, s.numerics
         self.second_token, self.trigrams, self.dim = b.second_token, b.trigrams, s.model.model_dim
         width = b.dim or s.model.model_dim
-        self.table = parameter((b.rows, width), n.table, role="embed", label="bigram", init=constant(0.0))
+        parallel = s.system.table_parallel and dist.is_initialized()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if parallel else (0, 1)
+        check_processes(s, self.world)
+        self.rows = b.rows  # of all processes
+        self.table = parameter((b.rows // self.world, width), n.table, role="embed", label="bigram",
+                               init=constant(0.0))
         self.table.row_lookups = 2 if b.trigrams else 1
         self.residual_dtype = dtype(n.residual)
         if b.signs is not None:  # drawn by GPT.initialise
@@ -93,16 +101,20 @@ class Bigram(nn.Module):
         self.signs.copy_(2 * draws - 1)
 
     def look_up(self, tokens: torch.Tensor, past: torch.Tensor | None = None) -> torch.Tensor:
-        """The rows of the table for tokens (R, T), without signs: (1 or 2, R, T, width).
+        """The rows of the table for tokens (R, T), without signs: (1 or 2, R, T, width). May be collective.
 
         past: as in `forward`.
         """
         line, new = self.line(tokens, past)
         if self.trigrams:
-            ids = ngram_ids(line, len(self.table))
+            ids = ngram_ids(line, self.rows)
         else:
-            ids = bigram_ids(line, len(self.table), self.second_token)[None]
-        return F.embedding(ids[..., new], self.table, sparse=self.table.takes_rows and self.training)
+            ids = bigram_ids(line, self.rows, self.second_token)[None]
+        ids, table = ids[..., new], self.table
+        if self.world > 1:
+            return shared_table.look_up(table, ids, self.rank, self.world,
+                                        lambda *rows: table.arrived.append(rows))
+        return F.embedding(ids, table, sparse=table.takes_rows and self.training)
 
     def line(self, tokens, past):
         """(tokens with those before them, slice of the tokens in it)."""

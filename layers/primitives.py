@@ -69,12 +69,13 @@ def parameter(
     cut.
 
     The parameter's `row_lookups` is the number of rows of a table that a token looks up, for tables whose
-    gradient can be these rows; the optimizer sets `takes_rows` if it takes them (optim.RowBank).
+    gradient can be these rows; the optimizer sets `takes_rows` if it takes them (optim.RowBank). A table that
+    is shared out over processes (kernels/shared_table.py) leaves them in `arrived`.
     """
     p = nn.Parameter(torch.empty(shape, dtype=dtype(dtype_name)))
     p.role, p.label, p.views = role, label, views
     p.parts, p.first_part, p.drawn_as = parts or [init], first_part, drawn_as
-    p.row_lookups, p.takes_rows = 0, False
+    p.row_lookups, p.takes_rows, p.arrived = 0, False, []
     return p
 
 

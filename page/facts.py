@@ -11,8 +11,8 @@ evidence/published/history.csv: status record, retiming or claim; scope parametr
 the document is looked up); steps and tokens of the code as merged; val_loss: mean of the runs that its author
 published (README lists or logs), which from record 65 on were often made with other step counts than those
 merged; effect_steps and effect_loss: change by the whole record, where its authors or logs state one
-(negative is better). evidence/published/effects.csv: path of the setting (empty while the vocabulary lacks
-it), measure loss (nats), steps or seconds, effect of adding the technique (negative is better), n runs
+(negative is better). evidence/published/effects.csv: path of the setting (empty if no one setting is the
+technique), measure loss (nats), steps or seconds, effect of adding the technique (negative is better), n runs
 (empty: not stated), who says so.
 """
 
@@ -481,6 +481,11 @@ def setter(ref, path):
     return found[-1] if found else ref
 
 
+def has_link(ref, link):
+    """Is a record one of those that another one is built on, or itself?"""
+    return any(r.ref == link for r in deltas.chain(deltas.find_record(ref)))
+
+
 def short_doc(path):
     """The meaning of a setting in a few words: its line up to the first remark."""
     if path not in schema.fields():
@@ -509,10 +514,11 @@ def techniques(site, scale):
         record = {"record": what, "path": setter(m["about"], what), "arm": m["about"]}[kind]
         row((kind, what), title, record)["today"] = m
     for effect in site["effects"]:
-        key = (
-            ("path", effect["path"]) if effect["path"]
-            else ("effect", effect["record"] + " " + effect["technique"])
-        )
+        key = ("path", effect["path"])
+        today = rows.get(key, {}).get("today")
+        # a path that is swept in an earlier record is another technique there: 33's skips are not 45's
+        if not effect["path"] or today and not has_link(today["about"], effect["record"]):
+            key = ("effect", effect["record"] + " " + effect["technique"])
         found = row(key, effect["technique"], effect["record"])
         found["title"] = effect["technique"]
         found["published"].append(effect)

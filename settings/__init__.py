@@ -63,7 +63,7 @@ def faults(s: Settings) -> Iterator[str]:
 
 
 def check_processes(s: Settings, processes: int) -> None:
-    """UserError if the experts cannot be shared out among so many processes.
+    """UserError if experts or rows of a table cannot be shared out among so many processes.
 
     Every process calls this before init_process_group, so that the error is printed once.
     """
@@ -71,3 +71,7 @@ def check_processes(s: Settings, processes: int) -> None:
     if s.system.expert_parallel and moe.num_experts % processes:
         raise UserError(f"system.expert_parallel: {processes} processes do not divide {moe.num_experts} "
                         "experts: change one of them")
+    bigram = s.model.embed.bigram
+    if s.system.table_parallel and bigram.rows % processes:
+        raise UserError(f"system.table_parallel: {processes} processes do not divide {bigram.rows} rows of "
+                        "model.embed.bigram: change one of them")

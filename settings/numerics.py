@@ -35,9 +35,9 @@ class FP8Head:
     grad: float = opt(8192.0, "factor of the gradient of a token's own loss with respect to its logits "
                               "(softmax - target)", above=0)
     logits: Literal["matmul", "e4m3"] = opt(
-        "matmul", "dtype of the product, the logits before the soft cap. matmul: numerics.matmul, which their "
-                  "gradient has too before its cast. e4m3: rounded once from the product's sum, at most 448; "
-                  "their gradient goes from float32 to e5m2 (record 92)", off="matmul")
+        "matmul", "dtype of the product, the logits before the soft cap. matmul: numerics.matmul, which "
+                  "their gradient has too before its cast. e4m3: rounded once from the product's sum, at most "
+                  "448; their gradient goes from float32 to e5m2 (record 92)", off="matmul")
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,

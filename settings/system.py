@@ -86,6 +86,10 @@ class System:
         "auto", "gradient of the bigram table. dense: a tensor of the table's size. rows: the rows that a "
                 "step looks up, which alone travel between processes (record 71). auto: rows if the "
                 "table has row_moment, whose update then moves no other rows", needs="model.embed.bigram")
+    table_parallel: bool = opt(
+        False, "table parallelism (record 92): each process holds an equal part of the bigram table's rows, "
+               "and rows travel by all-to-all (off: every process holds the table)", off=False,
+        needs="model.embed.bigram")
     small_allreduce: int = opt(
         0, "AdamW parameters of fewer elements are all-reduced, and updated by every process (record 52: "
            "1024)", unit="element", off=0, least=0, most=2 ** 31)
@@ -110,6 +114,9 @@ class System:
             yield from self.check_ordered()
         if self.expert_parallel and self.comm == "allreduce_updates":
             yield "system.expert_parallel keeps updates where they are: choose another system.comm"
+        if self.table_parallel and self.table_gradients == "dense":
+            yield ("system.table_parallel sends rows of gradients: set system.table_gradients=rows, or "
+                   "system.table_parallel=false")
         if self.activation_checkpoint == "on" and s.model.mlp.moe:
             yield ("system.activation_checkpoint=on would count the tokens per expert twice: leave it off "
                    "with model.mlp.moe")

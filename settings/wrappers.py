@@ -17,9 +17,10 @@ WORKERS = (1, 8)  # all ranks together, or a worker for each logical rank
 
 def whole_weights(s: Any, path: str) -> Iterator[str]:
     """A wrapper keeps copies of all weights, and a checkpoint those of one process."""
-    if s.system.expert_parallel:
-        yield (f"{path} keeps copies of the weights of all experts, and system.expert_parallel gives each "
-               "process some of them: set system.expert_parallel=false")
+    for setting, what in (("expert_parallel", "all experts"), ("table_parallel", "the whole table")):
+        if getattr(s.system, setting):
+            yield (f"{path} keeps copies of the weights of {what}, and system.{setting} gives each process "
+                   f"some of them: set system.{setting}=false")
 
 
 @dataclass(frozen=True)

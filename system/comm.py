@@ -8,9 +8,11 @@ A plan gives each bank an object with the methods of optim.Local: shard, reduce,
 import torch
 import torch.distributed as dist
 
-from optim import Alone, Local, Tree
+from kernels import shared_table
+from kernels.shared_table import as_bytes, owners
+from optim import Alone, Local, Tree, together
 from schedule import apart
-from updates.rows import Rows, total
+from updates.rows import Rows
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -197,12 +199,7 @@ class OwnRows(ReduceScatter):
     def reduce(self, grad: Rows) -> None:
         """Start the exchange. The host waits for the numbers of rows, as in the original."""
         self.shard_rows = -(-grad.table // self.world)
-        borders = torch.arange(self.world + 1, device=grad.ids.device) * self.shard_rows
-        cuts = torch.searchsorted(grad.ids, borders.clamp(max=grad.table))
-        counts = cuts.diff()
-        theirs = torch.empty_like(counts)
-        dist.all_to_all_single(theirs, counts)
-        sent, self.got = counts.tolist(), theirs.tolist()
+        sent, self.got = owners(grad.ids, self.shard_rows, grad.table, self.world)
         many = sum(self.got)
         self.ids, self.values = grad.ids.new_empty(many), grad.values.new_empty(many, grad.values.size(1))
         self.work = [
@@ -219,19 +216,13 @@ class OwnRows(ReduceScatter):
         return rows, rows
 
 
-def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor as bytes: every dtype, every bit."""
-    return x.view(torch.uint8)
+class SharedTable(Own):
+    """A table of which each process holds a share of the rows (kernels/shared_table.py): their gradients come
+    in the backward pass already."""
+    name = "rows of this process"
 
-
-def together(parts: list[Rows], ordered: bool) -> Rows:
-    """The sum of the processes' rows, in rank order or in one tree."""
-    if not ordered:
-        return total(parts)
-    tree = Tree()
-    for part in parts:
-        tree.push(part)
-    return tree.total()
+    def whole(self, x, units):
+        return shared_table.gathered(x, self.world)
 
 
 # Plans with sharded updates -> when the reductions of Muon start; those of AdamW when a gradient is ready.
@@ -245,7 +236,7 @@ class Communication:
         self.name = "sharded" if s.system.comm == "auto" else s.system.comm
         self.ordered = s.system.reduction == "ordered"
         self.rank, self.world = rank, world
-        self.keeps_experts = s.system.expert_parallel
+        self.keeps_experts, self.shares_tables = s.system.expert_parallel, s.system.table_parallel
         self.gathers_last = self.name == "interleaved"
 
     def of(self, shared: bool, experts: bool, small: bool = False):
@@ -273,6 +264,8 @@ class Communication:
 
         by_rows: its rule moves no other rows, so that every process can make the whole update.
         """
+        if self.shares_tables:
+            return SharedTable(self.rank, self.world)
         if by_rows or self.name not in MUON_STARTS:
             return EveryRow(self.rank, self.world, self.ordered)
         return OwnRows(self.rank, self.world, "ready", self.ordered)

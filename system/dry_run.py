@@ -265,21 +265,25 @@ COMMON = (24, 80)  # GiB: a 4090 and an A100 or H100
 def held(s, card=None, gpus=1):
     """Lines on the memory of one GPU, part by part, and on the choices that make a step fit.
 
-    card: name of the card to fit, of which `gpus` share the logical ranks; None: one card of each of COMMON.
+    card: name of the card to fit; None: those of COMMON. gpus: how many share the logical ranks.
     """
     from system import memory
-    microbatch = ranks_per_microbatch(s, LOGICAL_RANKS, cuda=s.system.device != "cpu")
-    e = memory.estimate(s, LOGICAL_RANKS, microbatch)
-    yield (f"memory on one device: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, optimizer "
-           f"{mib(e.state)}; a forward of {microbatch} logical rank{'s' if microbatch > 1 else ''} keeps "
-           f"{mib(e.kept)}, and {mib(e.passing)} pass by; together {mib(e.total)}")
-    sizes = {f"a card of {gib} GiB": gib for gib in COMMON if e.total > 2**30}
+    ranks = LOGICAL_RANKS // gpus
+    microbatch = ranks_per_microbatch(s, ranks, cuda=s.system.device != "cpu")
+    e = memory.estimate(s, ranks, microbatch, gpus)
+    many = f" of {gpus}" if gpus > 1 else ""
+    forward = f"{microbatch} logical rank{'s' if microbatch > 1 else ''}"
+    yield (f"memory on one device{many}: parameters {mib(e.parameters)}, gradients {mib(e.gradients)}, "
+           f"optimizer {mib(e.state)}; a forward of {forward} keeps {mib(e.kept)}, and {mib(e.passing)} pass "
+           f"by; together {mib(e.total)}")
+    one = f"each of {gpus} cards" if gpus > 1 else "a card"
+    sizes = {f"{one} of {gib} GiB": gib for gib in COMMON if e.total > 2**30}
     if card is not None:
         gib = roofline.card(card).capacity
-        many = f"each of {gpus} x " if gpus > 1 else ""
-        sizes = {f"{many}{card.upper()}, {gib} GiB": gib}
+        each = f"each of {gpus} x " if gpus > 1 else ""
+        sizes = {f"{each}{card.upper()}, {gib} GiB": gib}
     for name, gib in sizes.items():
-        fitted, e = memory.fit(s, LOGICAL_RANKS // gpus, gib * 2**30, gpus)
+        fitted, e = memory.fit(s, ranks, gib * 2**30, gpus)
         system = fitted.system
         how = [
             f"{system.ranks_per_microbatch} logical rank"

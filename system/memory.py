@@ -211,7 +211,7 @@ def estimate(s, ranks, microbatch, world=1):
     from system.seams import shape
     from system.workers import copies_bytes
     from system.wrappers import Outer
-    model = without_values(s)
+    model = without_values(with_own_rows(s, world))
     optimizer = Optimizer(model, s, communication(s, 0, world))
     hooks = sum(t.nbytes for hook in hooks_of(model) for t in hook.tensors().values())
     parameters = sum(bank.param.nbytes for bank in optimizer.banks)
@@ -223,7 +223,8 @@ def estimate(s, ranks, microbatch, world=1):
         (held[bank] or bank.grad.nbytes) // world for bank in dense if bank.comm.name == "reduce-scatter")
     gradients += sum(rows_held(bank, ranks, microbatch, bank.units) for bank in tables)
     compiled = s.system.compile == "on" or (s.system.compile == "auto" and s.system.device != "cpu")
-    alike = s if s.model.embed.bigram is None else with_rows(s, FEW_ROWS)  # a forward pass keeps no table
+    # a forward pass keeps no table
+    alike = s if s.model.embed.bigram is None else with_own_rows(with_rows(s, FEW_ROWS), 1)
     kept, passing = max((moment(alike, shape, microbatch, compiled) for shape in heaviest(s)), key=sum)
     # an update needs room when a forward pass keeps nothing any more
     rows = sum(rows_passing(bank, ranks, microbatch, bank.units) for bank in tables)
@@ -256,10 +257,11 @@ def rows_passing(bank, ranks, microbatch, table):
     """Bytes that come and go when an optim.RowBank sums its rows and updates them."""
     forwards, world = bank.steps * ranks // microbatch, bank.comm.world
     mine = min(bank.steps * ranks * bank.rows_per_rank, table + 1)
-    every = min(world * mine, table + 1)
+    alike = bank.comm.splits_members  # rows come from all processes, as many as this one looks up
+    every = min(mine if alike else world * mine, table + 1)
     passing = bank.row_bytes(mine, summed=True) if forwards > 1 else 0
     if world > 1:  # what others send, and the sum of all
-        received = world * mine if bank.by_rows else mine
+        received = world * mine if bank.by_rows and not alike else mine
         passing += bank.row_bytes(received, forwards > 1)
         passing += bank.row_bytes(every, summed=True) // bank.comm.shards
     if bank.by_rows:  # mean squares of the table, and of a piece what the rule makes
@@ -319,6 +321,13 @@ def with_rows(s, rows):
     return dataclasses.replace(s, model=dataclasses.replace(s.model, embed=embed))
 
 
+def with_own_rows(s, world):
+    """Settings of a model whose whole table is the rows that each of `world` processes holds."""
+    if not s.system.table_parallel:
+        return s
+    return with_rows(with_system(s, table_parallel=False), s.model.embed.bigram.rows // world)
+
+
 def largest_table(s, ranks, capacity, world=1):
     """(rows, Estimate) of the largest bigram table with which a step fits; an even number of rows, 0: none.
 
@@ -331,26 +340,28 @@ def largest_table(s, ranks, capacity, world=1):
         return None
     fitted, found = fit(with_rows(s, FEW_ROWS), ranks, capacity, world)
     microbatch = fitted.system.ranks_per_microbatch
-    optimizer = Optimizer(without_values(fitted), fitted, communication(fitted, 0, world))
+    model = without_values(with_own_rows(fitted, world))
+    optimizer = Optimizer(model, fitted, communication(fitted, 0, world))
     banks = [bank for bank in optimizer.banks if bank.has_rows]
     if not banks:
         return None
     bank, = banks
+    processes = world if bank.comm.splits_members else 1
 
     def total(rows):
-        """Bytes of the table's part of a step, and of what passes by, with a table of so many rows."""
+        """Bytes of the table's part of a step, and of what passes by, with so many rows on a process."""
         shard = math.ceil(rows / bank.comm.shards)
         own = rows * bank.param[0].nbytes + shard * sum(x[0].nbytes for x in bank.state.values())
         own += rows_held(bank, ranks, microbatch, rows)
         return own + max(found.passing, rows_passing(bank, ranks, microbatch, rows) - found.kept)
 
-    room = SHARE * capacity - (found.total - total(FEW_ROWS))
-    low, high = 0, LARGEST_TABLE // 2  # pairs of rows
+    room = SHARE * capacity - (found.total - total(FEW_ROWS // processes))
+    low, high = 0, LARGEST_TABLE // 2 // processes  # pairs of rows
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if total(2 * middle) <= room else (low, middle - 1)
-    rows = 2 * low
-    return rows, estimate(with_rows(fitted, max(rows, 2)), ranks, microbatch, world)
+    rows = 2 * low * processes
+    return rows, estimate(with_rows(fitted, max(rows, 2 * processes)), ranks, microbatch, world)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,7 @@ def gradient_checksums(
         # sum of all forwards, as p.grad is not in bfloat16
         held = bank.local_gradient() if gradients is None else gradients[bank]
         if isinstance(held, Rows):
-            out[bank.members[0][0]] = rounded(checksums_of_rows(held, world))
+            out[bank.members[0][0]] = rounded(checksums_of_rows(held, bank.comm.splits_members, world))
             continue
         share, start = held.detach().view(-1), 0
         for name, p in bank.members:
@@ -85,16 +85,28 @@ def checksums_of(share: torch.Tensor, own: bool, world: World) -> list[float]:
     return [math.sqrt(squares), turned]
 
 
-def checksums_of_rows(share: Rows, world: World) -> list[float]:
-    """The same of a gradient of which each process holds a summand of some rows (N, D)."""
-    parts = zip(world.parts(share.ids), world.parts(share.values))
-    g = total([Rows(ids, values.double(), share.table) for ids, values in parts])
-    width, squares, turned = g.values.size(1), 0.0, 0.0
-    for piece in g.pieces(max(1, PIECE // width)):
-        at = piece.ids[:, None] * width + torch.arange(width, device=piece.ids.device)
-        squares += piece.values.square().sum().item()
-        turned += (piece.values * at.cos()).sum().item()
+def checksums_of_rows(share: Rows, own: bool, world: World) -> list[float]:
+    """The same of a gradient of which each process holds a summand of some rows (N, D) or, with `own`, the
+    rows of its share of the table."""
+    if own:
+        first = world.rank * share.table
+        parts = world.parts(sums_of_rows(Rows(share.ids, share.values.double(), share.table), first))
+        squares, turned = sum(parts).tolist()
+    else:
+        parts = zip(world.parts(share.ids), world.parts(share.values))
+        g = total([Rows(ids, values.double(), share.table) for ids, values in parts])
+        squares, turned = sums_of_rows(g).tolist()
     return [math.sqrt(squares), turned]
+
+
+def sums_of_rows(g: Rows, first: int = 0) -> torch.Tensor:
+    """[sum_i g_i^2, sum_i g_i cos(i)], (2,), of a gradient in float64. first: its row 0's number in the
+    table."""
+    width, found = g.values.size(1), g.values.new_zeros(2)
+    for piece in g.pieces(max(1, PIECE // width)):
+        at = (first + piece.ids[:, None]) * width + torch.arange(width, device=piece.ids.device)
+        found += torch.stack([piece.values.square().sum(), (piece.values * at.cos()).sum()])
+    return found
 
 
 class Probe:

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import tomllib
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -155,6 +156,7 @@ def begin(test: str, folder: Path, report: Path, said: Path) -> None:
         sys.path[:] = [path for path in sys.path if Path(path) not in (ROOT, ROOT / "tests")]
         for name in [name for name in sys.modules if name.partition(".")[0] == "common"]:
             del sys.modules[name]
+        sys.modules["__main__"] = types.ModuleType("__main__")  # processes of the test would import this file
         options = ["-q", "-x", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
         code = pytest.main([*options, *shlex.split(test)])
     finally:

@@ -1,6 +1,5 @@
-"""Laws of what the logs of records 72 and 87 have and the merged records have not, and of the roundings of the
-kernels of records 79 and 92: a forced short window, exploration noise, C-Optim, a rounded sigmoid, logits in
-e4m3.
+"""Laws of what the logs of records 72 and 87 have and the merged records have not (a forced short window,
+exploration noise, C-Optim), and of the roundings of the kernels of records 79 and 92.
 
 References are written here in whole numbers and float64.
 """
@@ -284,8 +283,8 @@ class Shards(Alone):
 
 @pytest.mark.parametrize("world", [2, 4, 8])
 def test_shards_put_together_are_the_update_of_one_process(world):
-    """Some hold parts of two tables, some only padding; noise of the matrices and means of the tables are those
-    of one process."""
+    """Some hold parts of two tables, some only padding; noise of the matrices and means of the tables are
+    those of one process."""
     def run(optimizer):
         for i in range(3):
             for n, bank in enumerate(optimizer.banks):

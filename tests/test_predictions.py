@@ -24,8 +24,8 @@ def row(what, effect, half, kind="chain", **more):
             "resolved": half is not None and abs(effect) > half, **about, **more}
 
 
-def sweep(kind, rows):
-    return {"name": "x", "kind": kind, "scale": "tiny", "base": "short/1..short/5", "rows": rows}
+def sweep(kind, rows, base="short/1..short/5"):
+    return {"name": "x", "kind": kind, "scale": "tiny", "base": base, "rows": rows}
 
 
 def test_a_record_that_needs_fewer_tokens_for_the_same_loss_is_worth_the_slope():
@@ -98,12 +98,25 @@ def test_an_ablation_is_turned_and_what_is_not_measured_is_not_counted():
         row("model.bias", 0.5, 0.1, "ablate"),  # nothing is published about it
         row("model.residual.x0_mix", 0.0, 0.1, "ablate"),
     ]
-    found = predictions.table(sweep("ablate", rows))
+    found = predictions.table(sweep("ablate", rows, "short/11"))
     value, softcap, mix = found["rows"]
     assert value["measured"] == {"effect": -0.02, "low": -0.025, "high": -0.015, "resolved": True, "note": ""}
     assert value["agrees"] and softcap["agrees"] is None and mix["agrees"] is None
     assert predictions.cells(softcap)[2] == "inert at scale tiny"
     assert (found["signs"]["n"], found["ranks"]["n"]) == (1, 2) and found["ranks"]["rho"] is None
+
+
+def test_the_effect_of_a_feature_is_the_one_stated_nearest_to_the_record():
+    """The bigram table saved seconds in record 62, nats in 92; a skip of record 45 is none of 33's."""
+    def said(ref, path):
+        found = predictions.table(sweep("ablate", [row(path, 0.1, 0.05, "ablate")], ref))["rows"]
+        return [(r["published"]["effect"], r["published"]["why"]) for r in found]
+
+    assert said("short/61", "model.embed.bigram") == []
+    assert said("short/89", "model.embed.bigram") == [(None, "speed only")]
+    assert said("short/92", "model.embed.bigram") == [(-0.0358, "")]
+    assert said("short/33", "model.residual.unet_skips") == []
+    assert said("short/57", "model.residual.unet_skips") == [(-0.0025, "")]
 
 
 def test_wilsons_interval_covers_as_the_binomial_says():

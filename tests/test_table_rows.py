@@ -13,9 +13,10 @@ from torch.utils._pytree import tree_leaves
 import process_group
 import schedule
 from common.errors import UserError
+from kernels import shared_table
 from model import GPT
 from optim import Optimizer, RowBank, Tree
-from settings import deltas
+from settings import check_processes, deltas
 from small_models import BOS, Toy, plan, step, tokens
 from step_hooks import begin_step
 from system import warmup
@@ -27,6 +28,7 @@ from updates.rows import Rows, total
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 AS_ROWS, DENSE = "system.table_gradients=rows", "system.table_gradients=dense"
+SHARED, WHOLE = "system.table_parallel=true", "whole"
 PLAIN = ("numerics.fp8_mlp=false", "numerics.fp8_head=false", "model.head.candidates=false")
 
 
@@ -80,6 +82,7 @@ def test_sums_of_rows_are_the_sums_of_dense_gradients(dtype):
 
 def settings(ref, *sets, precision="float64"):
     """short/71 or short/92 at micro, without FP8, and of 92 with all classes."""
+    sets = *sets, *(["system.table_parallel=false"] if DENSE in sets else [])
     plain = PLAIN if ref == "short/92" and precision == "record" else PLAIN[2:] if ref == "short/92" else ()
     return deltas.resolve(
         ref, scale="micro", sets=[f"system.precision={precision}", *plain, *sets]
@@ -234,12 +237,14 @@ PLANS = {
 RULES = {"adamw": "optim.bigram.row_moment=false", "row_adam": "optim.bigram.row_moment=true"}
 
 
-def toy(s, rank=0, world=1):
-    """A table of 29 rows after three steps with look-ups of eight logical ranks, of which this process has a
-    share; in the second one the table waits, and only a gate moves. Returns (parameters and state, name of
-    the communication)."""
+def toy(s, rank=0, world=1, rows=29):
+    """A table after three steps with look-ups of eight logical ranks, of which this process has a share; in
+    the second one the table waits, and only a gate moves. Returns (parameters and state, name of the
+    communication)."""
     torch.set_num_threads(1)
-    first = table(29, 6, F64, 5).detach().to(getattr(torch, s.numerics.table))
+    shared = s.system.table_parallel and world > 1
+    first = table(rows, 6, F64, 5).detach().to(getattr(torch, s.numerics.table))
+    first = first.chunk(world)[rank] if shared else first
     model = Toy(table=(first, "embed", "bigram"), gate=(table(2, 3, F32, 6).detach(), "matrix", "gate"))
     model.table.row_lookups, model.table.takes_rows = 1, False
     optimizer = Optimizer(model, s, communication(s, rank, world))
@@ -249,8 +254,9 @@ def toy(s, rank=0, world=1):
         mine = [*local_ranks(rank, world)]
         for k in mine:
             optimizer.expect(last=k == mine[-1], due=due)
-            ids, factors = drawn_ids(9, 29, 10 * i + k), table(9, 6, model.table.dtype, 10 * i + k).detach()
-            looked_up = F.embedding(ids, model.table, sparse=model.table.takes_rows)
+            ids, factors = drawn_ids(9, rows, 10 * i + k), table(9, 6, first.dtype, 10 * i + k).detach()
+            looked_up = look_up(model.table, ids, rank, world) if shared else F.embedding(
+                ids, model.table, sparse=model.table.takes_rows)
             ((looked_up * factors).sum() + k * model.gate.sum()).backward()
             optimizer.accumulate()
         optimizer.step(plan(i, due=due, lr_factor=0.1))
@@ -258,15 +264,21 @@ def toy(s, rank=0, world=1):
     return {name: x.clone() for name, x in optimizer.full_tensors()}, bank.comm.name
 
 
+def look_up(x, ids, rank, world):
+    """Rows of a shared table, which takes their gradients."""
+    return shared_table.look_up(x, ids, rank, world, lambda *rows: x.arrived.append(rows))
+
+
 def toys(precision, rank=0, world=1):
-    """{(plan, rule, dense or rows): result of `toy`}."""
+    """{(plan, rule, how the table is held): result of `toy`}. WHOLE is what SHARED is compared with: as many
+    rows as the processes can share."""
     found = {}
     for name, sets in PLANS.items():
-        for rule, how in itertools.product(RULES, (DENSE, AS_ROWS)):
-            s = deltas.resolve(
-                "short/71", scale="micro", sets=[f"system.precision={precision}", *sets, RULES[rule], how]
-            ).settings
-            found[name, rule, how] = toy(s, rank, world)
+        for rule, how in itertools.product(RULES, (DENSE, AS_ROWS, WHOLE, SHARED)):
+            changes = [how] if how in (DENSE, AS_ROWS) else [AS_ROWS, *([SHARED] if how == SHARED else [])]
+            s = deltas.resolve("short/71", scale="micro", sets=[
+                f"system.precision={precision}", *sets, RULES[rule], *changes]).settings
+            found[name, rule, how] = toy(s, rank, world, 29 if how in (DENSE, AS_ROWS) else 32)
     return found
 
 
@@ -290,7 +302,7 @@ def test_processes_that_exchange_rows_end_as_those_that_exchange_tables(tmp_path
     for rank in range(world):
         found = torch.load(tmp_path / f"{rank}.pt")
         for (name, rule, how), (rows, comm) in found.items():
-            if how == DENSE:
+            if how != AS_ROWS:
                 continue
             owners = rule == "adamw" and name != "replicated"
             assert comm == ("touched rows to their owners" if owners else "touched rows")
@@ -301,3 +313,33 @@ def test_processes_that_exchange_rows_end_as_those_that_exchange_tables(tmp_path
                 assert torch.allclose(x.flatten(), dense[key].flatten(), rtol=1e-5, atol=1e-6), (name, key)
                 if name == "ordered":  # on any number of processes
                     assert torch.equal(x, alone[name, rule, how][0][key])
+
+
+@pytest.mark.feature("system.table_parallel")
+@pytest.mark.parametrize("world, precision", [
+    (2, "float32"), pytest.param(4, "record", marks=pytest.mark.slow),
+    pytest.param(4, "float64", marks=pytest.mark.slow)
+])
+def test_a_shared_table_ends_as_one_that_every_process_holds(tmp_path, world, precision):
+    """With the same bits, its second moments too; the norm that clips sums the processes' parts."""
+    process_group.call(world, member, tmp_path, precision)
+    for rank in range(world):
+        found = torch.load(tmp_path / f"{rank}.pt")
+        for (name, rule, how), (whole, _) in found.items():
+            if how != WHOLE:
+                continue
+            shared, comm = found[name, rule, SHARED]
+            assert comm == "rows of this process" and shared.keys() == whole.keys()
+            for key, x in whole.items():
+                mine = shared[key].to(x.device).view(x.shape)
+                assert torch.allclose(mine, x, rtol=1e-6, atol=1e-7), (name, rule, key)
+                assert name == "clipped" or torch.equal(mine, x), (name, rule, key)
+
+
+def test_a_table_that_cannot_be_shared_is_refused():
+    with pytest.raises(UserError, match="set system.table_gradients=rows, or system.table_parallel=false"):
+        deltas.resolve("short/92", sets=[DENSE])
+    with pytest.raises(UserError, match="system.table_parallel needs model.embed.bigram"):
+        deltas.resolve("short/33", sets=[SHARED])
+    with pytest.raises(UserError, match="4 processes do not divide 20110 rows of model.embed.bigram"):
+        check_processes(settings("short/92", "model.embed.bigram.rows=20110"), 4)

@@ -29,8 +29,8 @@ def adamw_(
     math_dtype: of the arithmetic; results are stored in the dtypes of p, m and v.
     decay: p <- p - lr decay p first. cautious: p <- p - u - lr^2 cautious p where u p >= 0 (strict: > 0),
         otherwise p - u, u the update. stretch: factor of cautious, None: 1.
-    c_optim: share s of the cautious update (Liang et al., arXiv 2411.16085), before that decay: u <- (1-s) u +
-        s u / max(kept, LEAST_KEPT) where u g > 0, otherwise (1-s) u. kept: 0-d, share of the entries of the
+    c_optim: share s of the cautious update (Liang et al., arXiv 2411.16085), before that decay: where u g > 0
+        u <- (1-s) u + s u / max(kept, LEAST_KEPT), otherwise (1-s) u. kept: 0-d, share of the entries of the
         whole parameter with u g > 0.
     """
     stored = (p, m, v)

@@ -6,7 +6,6 @@ from settings.model import head_dim
 from updates import soap
 from updates.annealing import Annealing, KeepBases
 from updates.aurora import Aurora
-from updates.bi_maxwell import BiMaxwell
 from updates.circuit import Circuit
 from updates.contra import Contra, SoftBlend, Tempered
 from updates.directions import direction
@@ -17,7 +16,8 @@ from updates.row_norm import FadingDecay, RowNorm
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
 from updates.spectral import DynMuon, MuonSquared, PMuon
-from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth, TwoRails
+from updates.slots import CautiousDecay, Decay, Momentum, NorMuon, Orthogonalise, Scale, Smooth
+from updates.two_averages import TwoAverages
 
 
 # Soft-Muon's weights of the iterates X_0 ... X_11 of the convergent Newton-Schulz (track 3, result 20).
@@ -64,8 +64,10 @@ def orthogonal_momentum(s) -> list:
 def momentum(muon):
     """The slot that keeps the momentum. muon: settings.optim.muon."""
     if two := muon.bi_maxwell:
-        return BiMaxwell(two.fast_beta, two.slow_beta, two.share, two.start)
-    return Momentum(muon.momentum_ema) if muon.slow is None else TwoRails(muon.slow.beta)
+        return TwoAverages(two.fast_beta, two.slow_beta, two.share, two.start + 1)
+    if slow := muon.slow:
+        return TwoAverages(slow.fast_beta, slow.beta, slow.share, slow.start, always_slow=True)
+    return Momentum(muon.momentum_ema)
 
 
 def orthogonaliser(s):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from settings.muon import SlowMomentum
 from updates import mantissa
 from updates.chain import chain
 from updates.slots import Slot, Step
@@ -23,7 +22,6 @@ class Muon:
     keeps_mantissa: bool  # of bfloat16 parameters (updates/mantissa.py)
     skips_idle: bool  # do not update experts that received no tokens in this step
     one_by_one: bool  # unit by unit, where a batched product may round differently for another batch size
-    slow: SlowMomentum | None = None  # settings of the second momentum buffer
     decay: float = 0.0  # decoupled weight decay of weights with a kept mantissa; that of others is a slot
 
     name = "muon"
@@ -36,7 +34,7 @@ class Muon:
         return cls(
             group.lr, slots, getattr(torch, s.numerics.muon_update), s.numerics.matrix_mantissa,
             not s.optim.muon.update_idle_experts,
-            s.system.reduction == "ordered" and any(slot.products for slot in slots), s.optim.muon.slow,
+            s.system.reduction == "ordered" and any(slot.products for slot in slots),
             group.weight_decay if s.numerics.matrix_mantissa else 0.0
         )
 
@@ -60,10 +58,6 @@ class Muon:
     def numbers(self, plan, t: int) -> dict[str, float]:
         """The numbers that change from step to step. t: updates of the bank, this one included."""
         numbers = {"lr": self.lr * plan.lr_factor, "momentum": plan.momentum}
-        if self.slow is not None:
-            both = plan.step >= self.slow.start
-            numbers["fast_beta"] = self.slow.fast_beta if both else plan.momentum
-            numbers["share"] = self.slow.share if both else 0.0
         for slot in self.slots:
             numbers |= slot.numbers(plan, t)
         return numbers

@@ -123,28 +123,6 @@ class Momentum(Slot):
 
 
 @dataclass(frozen=True)
-class TwoRails(Slot):
-    """Momentum from a fast and a slow moving average (record 92).
-
-    V0 <- b V0 + (1-b) g, V1 <- beta V1 + (1-beta) g, update (1-mu) g + mu ((1-share) V0 + share V1). b and
-    share are the step's numbers `fast_beta` and `share`, mu is Muon's momentum.
-    """
-    beta: float
-
-    each_matrix = False
-
-    def state(self, unit, dtype, views) -> dict:
-        return {"momentum_buffer": (unit, dtype), "slow_buffer": (unit, dtype)}
-
-    def __call__(self, u, step):
-        fast, slow, n = step.state["momentum_buffer"], step.state["slow_buffer"], step.numbers
-        g = u.to(fast.dtype)
-        fast.lerp_(g, 1 - n["fast_beta"])
-        slow.lerp_(g, 1 - self.beta)
-        return g.lerp(fast.lerp(slow, n["share"]), n["momentum"])
-
-
-@dataclass(frozen=True)
 class Orthogonalise(Slot):
     """Newton-Schulz iteration or Polar Express (kernels/newton_schulz.py).
 

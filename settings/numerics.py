@@ -36,8 +36,8 @@ class FP8Head:
                               "(softmax - target)", above=0)
     logits: Literal["matmul", "e4m3"] = opt(
         "matmul", "dtype of the product, the logits before the soft cap. matmul: numerics.matmul, which "
-                  "their gradient has too before its cast. e4m3: rounded once from the product's sum, at most "
-                  "448; their gradient goes from float32 to e5m2 (record 92)", off="matmul")
+                  "their gradient has too before its cast. e4m3: rounded once from the product's sum, at "
+                  "most 448; their gradient goes from float32 to e5m2 (record 92)", off="matmul")
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,

@@ -307,6 +307,32 @@ def test_shards_put_together_are_the_update_of_one_process(world):
         assert not together[bank.units:].any()
 
 
+def test_a_table_of_which_each_process_holds_rows_has_the_mean_of_all_rows():
+    """As with system.table_parallel, of a table that is no bank's shard but the process's own."""
+    s, world = settings("short/62", *CAUTIOUS), 2
+    sums, barrier = [None] * world, threading.Barrier(world)
+
+    class Own(Shards):
+        def of(self, shared, experts, small=False):
+            comm = Local()
+            comm.splits_members, comm.world, comm.rank = True, self.world, self.rank
+            return comm
+
+    w, gradient = drawn(8, 4), drawn(8, 4, seed=9) * (torch.arange(8) < 3)[:, None]
+    whole = Toy(first=(w, "embed", "value_embed"))
+    parts = [Toy(first=(part, "embed", "value_embed")) for part in w.chunk(world)]
+    optimizers = [Optimizer(one, s, Own(r, world, sums, barrier)) for r, one in enumerate(parts)]
+    threads = [threading.Thread(target=torch.no_grad()(one.update), args=(one.banks[0], g.flatten(), plan()))
+               for one, g in zip(optimizers, gradient.chunk(world))]
+    for thread in threads:
+        thread.start()
+    update(Optimizer(whole, s), whole, {"first": gradient}, plan())
+    for thread in threads:
+        thread.join()
+    together = torch.cat([one.first.detach() for one in parts])
+    assert torch.equal(together, whole.first.detach()) and not torch.equal(together, w)
+
+
 def trained(rank, world, steps=4, until=None):
     """Parameters after some steps with noise and C-Optim, by one process's share of eight gradients; with
     `until` the optimizer is saved there and another one goes on."""

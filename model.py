@@ -22,6 +22,7 @@ from common.errors import UserError
 from kernels import attention
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
+from kernels.rounding import RoundedSigmoid
 from kernels.shared_table import gathered
 from layers.attention import Attention, AttnCoefs, AttnMeta, Cache, Context, SALambdas, cached_tokens
 from layers.bigram import Bigram
@@ -150,6 +151,7 @@ class Head(nn.Module):
             self.bias = parameter((padded_vocab(s),), n.scalar, role="scalar", label="bias",
                                   init=bias_init(s, m.model_dim, projection=True))
         self.softcap, self.cap_dtype = m.head.softcap, dtype(n.softcap)
+        self.sigmoid = None if n.softcap_sigmoid == "unrounded" else dtype(n.softcap_sigmoid)
         self.scale = 1 / math.sqrt(m.model_dim) if m.head.logit_scale == "rsqrt_dim" else None
         self.fp8, self.transpose = n.fp8_head, s.system.kernels.transpose
         self.products = products_dtype(s)
@@ -242,7 +244,9 @@ class Head(nn.Module):
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
                 prefix=prefix, prefix_weight=None if prefix is None else prefix_weight,
-                full_mass=self.full_mass, logit_scale=self.scale, fp8=fp8, cap_dtype=self.cap_dtype,
+                full_mass=self.full_mass, logit_scale=self.scale, fp8=fp8,
+                logits8=fp8 is not None and self.fp8.logits == "e4m3", cap_dtype=self.cap_dtype,
+                sigmoid=self.sigmoid if self.training else None,
                 loss_dtype=self.logits_dtype(), backend=backend, transpose=self.transpose
             )
         except ValueError as error:
@@ -276,24 +280,32 @@ class Head(nn.Module):
 
     def logits(self, x, weight, fp8, bias):
         """Stream (R, T, D), weight (V, D) and bias (V,) or None -> soft-capped logits (R, T, V)."""
-        z = linear(x, weight, bias) if fp8 is None else fp8_linear(x, weight, *fp8, self.transpose)
+        if fp8 is None:
+            z = linear(x, weight, bias)
+        else:
+            z = fp8_linear(x, weight, *fp8, self.transpose, rounds_result=self.fp8.logits == "e4m3")
         if self.scale is not None or self.softcap is not None:
             z = z.to(torch.promote_types(z.dtype, self.cap_dtype))
         if self.scale is not None:
             z = z * self.scale
         if self.softcap is not None:
-            z = bounded(z, self.softcap)
+            z = bounded(z, self.softcap, self.sigmoid if self.training else None)
         return z.to(self.logits_dtype())
 
 
-def bounded(z, softcap):
-    """The soft-capped logits of z, elementwise (settings.model.Softcap)."""
+def bounded(z, softcap, sigmoid=None):
+    """The soft-capped logits of z, elementwise (settings.model.Softcap).
+
+    sigmoid: dtype to which the sigmoid is rounded (numerics.softcap_sigmoid); None: it is not.
+    """
     if softcap.form == "tanh":
         return softcap.cap * torch.tanh(z / softcap.cap)
     if softcap.form == "rsqrt":
         return softcap.cap * z * torch.rsqrt(z.square() + softcap.cap ** 2)
     if softcap.shift:
         z = z + softcap.shift
+    if sigmoid is not None:
+        return softcap.cap * RoundedSigmoid.apply(z / softcap.scale, sigmoid)
     return softcap.cap * torch.sigmoid(z / softcap.scale)
 
 
@@ -633,9 +645,10 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             drawn_as = name if p.drawn_as is None else f"{name.rpartition('.')[0]}.{p.drawn_as}"
             first_name = renames.first_parameter(drawn_as)
+            p.drawn_by = [f"{seed}/{first_name}/{p.first_part + i}" for i in range(len(p.parts))]
             for i, init in enumerate(p.parts):
                 target = p[i] if len(p.parts) > 1 else p
-                generator = generator_of(f"{seed}/{first_name}/{p.first_part + i}")
+                generator = generator_of(p.drawn_by[i])
                 # a table of constants may be larger than the host's memory
                 size = [1] * target.dim() if getattr(init, "constant", False) else target.shape
                 values = init(torch.empty(size, dtype=torch.float32), generator)

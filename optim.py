@@ -13,6 +13,7 @@ import torch
 
 from common.errors import UserError
 from settings.data import LOGICAL_RANKS, per_stage
+from updates import noise
 from updates.adam import AdamW, RowAdam
 from updates.head import EigenAdam, KfacAdam
 from updates.master import MasterAdamW
@@ -167,6 +168,7 @@ class Bank:
         units = len(comm.shard(self.param))
         self.state = {name: torch.zeros((units, *shape), dtype=dtype, device=first.device)
                       for name, (shape, dtype) in rule.state(unit, first.dtype, first.views).items()}
+        self.fill_keys()
         self.sum = None  # float32 sum of bfloat16 gradients; holds one while `summed`
         self.numbers = {}  # 0-d tensors on the device, for an update that is replayed as a CUDA graph
         self.replay = None
@@ -205,8 +207,25 @@ class Bank:
         """Forget everything but the parameters."""
         for tensor in self.state.values():
             tensor.zero_()
+        self.fill_keys()
         self.updates, self.pending = 0, len(self.members)
         self.clear()
+
+    def fill_keys(self):
+        """Give every matrix its key, if the rule draws random numbers (updates/noise.py).
+
+        A key depends on what the initial values of its part of the parameter were drawn by and on its place
+        there, not on the number of processes.
+        """
+        if noise.KEY not in self.state:
+            return
+        state = self.state[noise.KEY]
+        keys = state.new_zeros((len(self.param), *state.shape[1:]))
+        for (name, part), (_, p) in zip(self.members_of(keys), self.members):
+            drawn_by = getattr(p, "drawn_by", [name])
+            own = [noise.keys_of(key, part.numel() // 2 // len(drawn_by)) for key in drawn_by]
+            part.copy_(torch.cat(own).view(part.shape))
+        state.copy_(self.comm.shard(keys))
 
     def place(self, label):
         """(start, stop) of the first member with this label in the flattened bank, or None."""
@@ -267,6 +286,20 @@ class Bank:
             stop = start + p.numel() // math.prod(self.unit)
             yield name, x[start:stop]
             start = stop
+
+    def local_parts(self, grad):
+        """[(parameter, gradient, state)] of each member: its numbers in this process's shard, flat, as views.
+
+        For elementwise rules. grad: of the shard, as `update` gets it.
+        """
+        shard, found, start = self.comm.shard(self.param), [], 0
+        before = (shard.data_ptr() - self.param.data_ptr()) // self.param.element_size()
+        for _, p in self.members:
+            first, last = (min(max(at - before, 0), shard.numel()) for at in (start, start + p.numel()))
+            parts = [x.view(-1)[first:last] for x in (shard, grad, *self.state.values())]
+            found.append((parts[0], parts[1], dict(zip(self.state, parts[2:]))))
+            start += p.numel()
+        return found
 
     def full_tensors(self):
         """Yield (name, tensor) of the parameters, and of their state as `name/key`. Collective.
@@ -719,11 +752,28 @@ class Optimizer:
     def update(self, bank, grad, plan):
         bank.updates += 1
         numbers = self.numbers(bank, bank.rule.numbers(plan.of_role(bank.role), bank.updates))
+        if getattr(bank.rule, "c_optim", 0.0):
+            self.update_cautiously(bank, grad, numbers)
+            return
         functions = self.function(bank.rule, "update_"), self.function(bank.rule, "direction")
         if bank.replay is not None:
             bank.replay(lambda: bank.update(grad, numbers, *functions))
         else:
             bank.update(grad, numbers, *functions)
+
+    def update_cautiously(self, bank, grad, numbers):
+        """The update of a bank with C-Optim, whose shares are of whole parameters, however they are sharded.
+
+        Collective where the bank is sharded.
+        """
+        parts = bank.local_parts(grad)
+        counts = torch.stack([bank.rule.agreeing(g, state, numbers) for _, g, state in parts])
+        shared = bank.comm.world if bank.comm.splits_members else 1  # processes that each hold a part of it
+        if bank.comm.shards > 1 or shared > 1:
+            counts = self.plan.total(counts)
+        for (p, g, state), count, (_, own) in zip(parts, counts, bank.members):
+            share = count.double() / (shared * own.numel())
+            bank.rule.update_(p, g, state, numbers | {"kept": share}, bank.views)
 
     def function(self, rule, name):
         """A function of a rule, compiled if the optimizer is; None if the rule does not have it."""

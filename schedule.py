@@ -317,7 +317,10 @@ def windows(s, step, final=False):
         long = blocks[-1] * w.block
     else:
         long = long_window(w, s.schedule.steps, step)
+    forced = w.forced_short
     short = half(w, long)
+    if forced is not None and forced.start <= step < forced.stop:
+        short = forced.blocks * w.block
     if final and w.final_long is not None:
         long = w.final_long * w.block
     last = long if not final or w.final_last_layer is None else w.final_last_layer * w.block
@@ -515,6 +518,9 @@ TOO_LONG = {  # end of the path of a count of steps -> what a shorter run does
     "numerics.fp8_mlp.c_proj.exact_steps": "every step has an exact scale",
     ".slower.start": "the cadence does not change",
     ".slower.every": "the group is not updated after the change of cadence",
+    "model.attn.window.forced_short.start": "the short window is never forced",
+    "model.attn.window.forced_short.stop": "the short window stays forced to the end",
+    "optim.muon.normuon.noise.ramp_steps": "the noise does not reach its standard deviation",
     "optim.muon.slow.start": "the momentum has one buffer throughout",
     "optim.muon.bi_maxwell.start": "the momentum is one average throughout",
     "optim.muon.soap.trust.until": "the trust gate acts throughout",

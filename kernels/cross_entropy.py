@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from kernels import fp8_linear as fp8_module
 from kernels import tiles
 from kernels.device import missing, operator
+from kernels.rounding import rounded
 
 BACKENDS = ("torch", "triton")
 # elements of one (chunk, V) if the caller does not say: 8 MiB; 512 MiB in 16 bits
@@ -66,12 +67,14 @@ class Plan(NamedTuple):
     backend: str  # auto, torch, triton
     transpose: str = "torch"  # FP8 on a GPU: kernels.fp8_linear.row_major
     shift: float = 0.0  # added inside the sigmoid, before the divisor
+    sigmoid: str = ""  # name of the dtype to which the sigmoid is rounded; "": it is not
+    logits8: bool = False  # FP8: the logits are rounded to e4m3; they and their gradient are then in float32
 
 
 def linear_cross_entropy(
     x, weight, targets, *, softcap=None, weights=(1.0,), prefix=None, prefix_weight=None, full_mass=False,
-    logit_scale=None, fp8=None, cap_dtype=torch.float32, loss_dtype=torch.float32, chunk=None, backend="auto",
-    transpose="torch"
+    logit_scale=None, fp8=None, logits8=False, cap_dtype=torch.float32, sigmoid=None,
+    loss_dtype=torch.float32, chunk=None, backend="auto", transpose="torch"
 ):
     """Cross entropies of the soft-capped logits of x W^T, in the shape of targets and in loss_dtype.
 
@@ -85,7 +88,9 @@ def linear_cross_entropy(
             on; there the gradient is not the derivative of the loss.
         logit_scale: factor of the logits.
         fp8: (sx, sw, sg) of kernels.fp8_linear, sg for the gradient of these losses; None: no FP8.
+        logits8: with fp8, the logits are rounded to e4m3 (numerics.fp8_head.logits).
         cap_dtype: least dtype of the factor and the soft cap.
+        sigmoid: dtype to which the soft cap's sigmoid is rounded (numerics.softcap_sigmoid); None: it is not.
         chunk: tokens per chunk; None: by device and V.
         transpose: how FP8 operands are transposed on a GPU, `triton` or torch's way.
 
@@ -114,7 +119,7 @@ def linear_cross_entropy(
     scales = [] if fp8 is None else [float(f) for f in fp8]
     plan = Plan(
         form, cap, divisor, factor, scales, x.dtype, torch.promote_types(x.dtype, cap_dtype), loss_dtype,
-        chunk or 0, backend, transpose, shift
+        chunk or 0, backend, transpose, shift, str(sigmoid or "").removeprefix("torch."), logits8
     )
     mass = (counted * shares).sum(1)
     losses = LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, labels, shares, mass, plan)
@@ -242,7 +247,10 @@ def operands(a, b, plan):
 
 
 def logits(a, b, plan):
-    """(n, D) and (V, D) -> (n, V) in x's dtype."""
+    """(n, D) and (V, D) -> (n, V) in x's dtype, or with logits8 in float32."""
+    if plan.logits8:
+        unscale = 1 / (plan.scales[0] * plan.scales[1])
+        return fp8_module.product(a, b.t(), unscale, torch.float8_e4m3fn, fast=True).float()
     if plan.scales:
         return fp8_module.product(a, b.t(), 1 / (plan.scales[0] * plan.scales[1]), plan.dtype, fast=True)
     return a @ b.t()
@@ -280,7 +288,10 @@ def capped(z, plan):
     elif plan.form == "sigmoid":
         if plan.shift:
             c.add_(plan.shift)
-        c.div_(plan.divisor).sigmoid_().mul_(plan.cap)
+        c.div_(plan.divisor).sigmoid_()
+        if plan.sigmoid:
+            c = rounded(c, getattr(torch, plan.sigmoid))
+        c.mul_(plan.cap)
     elif plan.form == "rsqrt":
         c.mul_(c.square().add_(plan.cap ** 2).rsqrt_()).mul_(plan.cap)
     return c
@@ -319,9 +330,22 @@ def chunk_gradient(z, labels, shares, mass, g, lse, plan):
 tl = None  # triton.language, once kernels() has imported it
 
 
+def distance(x, cap, ROUND: tl.constexpr):
+    """cap less a soft-capped logit; ROUND: 1, its sigmoid is rounded to bfloat16, 2, to float16."""
+    if ROUND == 0:
+        found = cap / (1.0 + tl.exp(x))
+    elif ROUND == 1:  # on the bits: Triton 3.9's interpreter truncates
+        bits = (1.0 / (1.0 + tl.exp(-x))).to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        found = cap * (1.0 - bits.to(tl.float32, bitcast=True))
+    else:
+        found = cap * (1.0 - (1.0 / (1.0 + tl.exp(-x))).to(tl.float16).to(tl.float32))
+    return found
+
+
 def loss_kernel(
     z, labels, shares, losses, lse, V, cap, slope, bias, K: tl.constexpr, CAPPED: tl.constexpr,
-    BLOCK: tl.constexpr
+    ROUND: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Losses and log-sum-exp of one row of logits z (n, V). K labels a row (int64), K shares.
 
@@ -337,7 +361,7 @@ def loss_kernel(
         inside = start + lanes < V
         x = slope * tl.load(z + start + lanes, mask=inside, other=0.0).to(tl.float32) + bias
         if CAPPED:
-            total += tl.where(inside, tl.exp(-cap / (1.0 + tl.exp(x))), 0.0)
+            total += tl.where(inside, tl.exp(-distance(x, cap, ROUND)), 0.0)
         else:
             x = tl.where(inside, x, -1e30)
             higher = tl.maximum(top, x)
@@ -354,7 +378,7 @@ def loss_kernel(
         x = tl.load(z + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
         x = slope * x + bias
         if CAPPED:
-            x = -cap / (1.0 + tl.exp(x))
+            x = -distance(x, cap, ROUND)
         loss += tl.where(label >= 0, tl.load(shares + j) * (norm - x), 0.0)
     tl.store(losses + row, loss)
     tl.store(lse + row, norm)
@@ -362,7 +386,7 @@ def loss_kernel(
 
 def gradient_kernel(
     z, out, labels, shares, mass, g, lse, V, cap, slope, bias, scale, K: tl.constexpr, CAPPED: tl.constexpr,
-    FP8: tl.constexpr, BLOCK: tl.constexpr
+    ROUND: tl.constexpr, FP8: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Gradient of one row of logits z (n, V), written to out, which may be z.
 
@@ -378,7 +402,7 @@ def gradient_kernel(
         inside = places < V
         x = slope * tl.load(z + places, mask=inside, other=0.0).to(tl.float32) + bias
         if CAPPED:
-            below = 1.0 / (1.0 + tl.exp(x))
+            below = distance(x, 1.0, ROUND)
             x = -cap * below
             turn = slope * cap * below * (1.0 - below)
         else:
@@ -394,10 +418,11 @@ def gradient_kernel(
 
 @functools.cache
 def kernels():
-    """(loss_kernel, gradient_kernel) for Triton."""
-    global tl
+    """(loss_kernel, gradient_kernel) for Triton; what they call becomes Triton's, too."""
+    global tl, distance
     import triton
     import triton.language as tl
+    distance = triton.jit(distance)
     return triton.jit(loss_kernel), triton.jit(gradient_kernel)
 
 
@@ -408,6 +433,7 @@ def launch_options(z, labels, plan):
     cap, slope = {"none": (0.0, plan.factor), "tanh": (2 * plan.cap, 2 * plan.factor / plan.divisor),
                   "sigmoid": (plan.cap, plan.factor / plan.divisor)}[plan.form]
     constants = {"K": labels.size(1), "CAPPED": plan.form != "none",
+                 "ROUND": ("", "bfloat16", "float16").index(plan.sigmoid),
                  "BLOCK": min(block.size, 1 << (classes - 1).bit_length()), "num_warps": block.warps}
     return (cap, slope, plan.shift / plan.divisor), constants
 
@@ -462,7 +488,7 @@ def refusal(device, plan):
 
 ARGUMENTS = ("str form, float cap, float divisor, float factor, float[] scales, ScalarType dtype, "
              "ScalarType cap_dtype, ScalarType loss_dtype, int chunk, str backend, str transpose, "
-             "float shift")
+             "float shift, str sigmoid, bool logits8")
 TENSORS = "Tensor a, Tensor b, Tensor labels, Tensor shares"
 
 forward_op = torch.library.custom_op("speedrun::linear_cross_entropy", forward, mutates_args=(),

@@ -74,7 +74,7 @@ def in_tiles(transpose, device):
 
 
 def product(a, b, unscale, dtype, fast, transpose="torch"):
-    """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype.
+    """(a @ b) * unscale for 8-bit a (M, K) and b (K, N), in dtype; e4m3 is rounded once, and clamped.
 
     unscale: a number, or float32 (G,): one for each of G equal parts of a's rows. fast: the GPU may
     accumulate less exactly. transpose: how a GPU gets the layout that it wants (row_major).
@@ -86,7 +86,7 @@ def product(a, b, unscale, dtype, fast, transpose="torch"):
             (y.unflatten(0, (len(unscale), -1)) * unscale[:, None, None]).flatten(0, 1) if many
             else y * unscale
         )
-        return y.to(dtype)
+        return quantise(y, 1.0, dtype) if dtype in LARGEST else y.to(dtype)
     a, b = row_major(a, transpose), row_major(b.t(), transpose).t()  # it wants a row-major and b column-major
     # A number is made on the device: copied from the host it would wait. Scales are (1,), not 0-d, which
     # Inductor's lowering of _scaled_mm refuses where they are elements of a tensor.
@@ -108,10 +108,11 @@ def widened(a, b):
 
 
 class FP8Linear(torch.autograd.Function):
-    """x (N, in), w (out, in) -> (N, out) in x's dtype; the factors get no gradient."""
+    """x (N, in), w (out, in) -> (N, out) in x's dtype, or rounded to e4m3 in float32; the factors get no
+    gradient."""
 
     @staticmethod
-    def forward(ctx, x, w, sx, sw, sg, transpose, gradient8):
+    def forward(ctx, x, w, sx, sw, sg, transpose, gradient8, rounds_result):
         x8, w8 = quantise(x, sx, torch.float8_e4m3fn), quantise(w, sw, torch.float8_e4m3fn)
         measured = isinstance(sw, torch.Tensor)
         ctx.save_for_backward(x8, w8, *([sw] if measured else []))
@@ -119,7 +120,9 @@ class FP8Linear(torch.autograd.Function):
         ctx.transpose, ctx.gradient8 = transpose, gradient8
         if measured:
             ctx.scales = sx, None, sg
-        return product(x8, w8.t(), 1 / (sx * sw), x.dtype, fast=True)
+        dtype = torch.float8_e4m3fn if rounds_result else x.dtype
+        y = product(x8, w8.t(), 1 / (sx * sw), dtype, fast=True)
+        return y.float() if rounds_result else y
 
     @staticmethod
     def backward(ctx, g):
@@ -130,14 +133,18 @@ class FP8Linear(torch.autograd.Function):
         dw = product(
             g8.t(), x8, 1 / (sx * sg), torch.float32, fast=False, transpose=ctx.transpose
         ).to(w_dtype)
-        return dx, dw, *[None] * 5
+        return dx, dw, *[None] * 6
 
 
-def fp8_linear(x, w, sx, sw, sg, transpose="torch", gradient8=torch.float8_e5m2):
+def fp8_linear(
+    x, w, sx, sw, sg, transpose="torch", gradient8=torch.float8_e5m2, rounds_result=False
+):
     """x (..., in), w (out, in) -> x W^T (..., out) in x's dtype, with FP8 products.
 
     sx, sw, sg: factors of x, w and the gradient before the cast; sw may be a tensor (1,), float32.
     gradient8: 8-bit format of the gradient; attention's has e4m3 (record 90).
+    rounds_result: x W^T is rounded from the product's sum to e4m3, and stands in float32, so that its
+        gradient is rounded only by its own cast (the logits of record 92).
     """
-    y = FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose, gradient8)
+    y = FP8Linear.apply(x.flatten(0, -2), w, sx, sw, sg, transpose, gradient8, rounds_result)
     return y.unflatten(0, x.shape[:-1])

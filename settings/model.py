@@ -208,6 +208,27 @@ class ValueEmbed:
 
 
 @dataclass(frozen=True)
+class ForcedShort:
+    """A fixed short window in some steps (log of record 72, @dualverse-ai and the AI system Station).
+
+    In the steps from `start` to the one before `stop`, and in the validations before them, the layers with
+    the short window have `blocks`; the final validation is after all of them. The long window and YaRN, which
+    follows it, stay.
+    """
+    blocks: int = opt(2, "short window in these steps", unit="block", off=REFUSE, least=1)
+    start: int = opt(1010, "first step", unit="step", off=REFUSE, shrink="steps", least=0)
+    stop: int = opt(1515, "step after the last", unit="step", off=REFUSE, shrink="steps", least=1)
+
+    def check(self, s: Any) -> Iterator[str]:
+        path, long = "model.attn.window.forced_short", s.model.attn.window.long_layers
+        if self.start >= self.stop:
+            yield f"{path}.start = {self.start} is not before {path}.stop = {self.stop}: lower it"
+        if long is None or not set(range(s.model.num_layers)) - set(long) - set(s.model.attn.drop_layers):
+            yield (f"{path} is of layers with the short window, and there are none: leave layers out of "
+                   "model.attn.window.long_layers")
+
+
+@dataclass(frozen=True)
 class Window:
     """Sliding-window attention with a schedule for the window size w.
 
@@ -234,6 +255,7 @@ class Window:
     long_layers: tuple[int, ...] | None = opt(
         None, "layers with the long window (as in Gemma 2, record 20); the other layers have a short window "
               "of half as many blocks, at least one (off: every layer has the long window)")
+    forced_short: ForcedShort | None = opt(None, "forced short window: a fixed size in some steps")
     extension: int | None = opt(None, "long window in the extension (record 42; off: the last stage's)",
                                 unit="block", needs="schedule.extension_steps")
     final: int | None = opt(None, "long window in the final validation (record 31)", unit="block",
@@ -247,6 +269,8 @@ class Window:
     @property
     def changes(self) -> bool:
         """Whether a training may have more than one window."""
+        if self.forced_short is not None:
+            return True
         if self.growth == "stages":
             return len({*self.stages, self.extension} - {None}) > 1
         return self.growth != "constant" and self.start != self.end

@@ -3,6 +3,7 @@
 updates/chain.py puts the slots in order. A new slot is a section here, a class in updates/ and a line there.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -120,6 +121,25 @@ class MomentumCooldown:
 
 
 @dataclass(frozen=True)
+class UpdateNoise:
+    """Exploration noise of NorMuon (log of record 87, @cong_ml and the AI system Recursive).
+
+    Each entry of the update gets rms sigma(t) n, n standard normal, rms the root mean square of its neuron's.
+
+    sigma(t) = sigma min(1, t / ramp_steps) (1 - t / end) at step t < end, the whole part of `until` times the
+    scheduled steps; 0 from there. Matrices without a second moment (`square` off) have the noise too.
+    """
+    sigma: float = opt(0.1, "standard deviation without ramp and fall, in units of the neuron's root mean "
+                            "square", above=0)
+    ramp_steps: int = opt(50, "steps of the linear ramp from 0", unit="step", off=0, shrink="steps", least=0)
+    until: float = opt(0.25, "share of the scheduled steps at whose end the noise is gone", above=0, most=1)
+
+    def end(self, s: Any) -> int:
+        """The first step without noise. s: settings.Settings."""
+        return max(1, math.floor(self.until * (s.schedule.steps - s.schedule.extension)))
+
+
+@dataclass(frozen=True)
 class NorMuon:
     """NorMuon (Li et al., arXiv 2510.05491; record 41): a second moment per neuron.
 
@@ -142,6 +162,8 @@ class NorMuon:
     floor: float = opt(1e-10, "least second moment before its root is taken (record 41: 1e-20)", least=0)
     square: bool = opt(True, "square matrices have it too (off: only the others, as in result 26 of track 3)",
                        off=True)
+    noise: UpdateNoise | None = opt(None, "exploration noise: normal noise on the update in the first part "
+                                          "of a run")
 
 
 @dataclass(frozen=True)

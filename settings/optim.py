@@ -199,6 +199,18 @@ class TableLabel(Label):
         False, "row-wise Adam (record 92): one second moment for each row, of its mean square, and no "
         "first moment; rows without gradient stay", off=False
     )
+    c_optim: float = opt(
+        0.0, "C-Optim (Liang et al., arXiv 2411.16085): share s of the cautious update, (1-s) u + s u keep / "
+        "max(mean(keep), 0.001) with keep = 1[u g > 0], before the cautious decay. The mean is over all "
+        "entries of a table. (Log of record 87: 0.5, with the mean of a rank's eighth of the tables of a "
+        "kind, stored as one)", off=0.0, least=0, most=1
+    )
+
+    def check(self, s: Any) -> Iterator[str]:
+        if self.c_optim and self.row_moment:
+            name = next(name for name in LABELS["embed"] if getattr(s.optim, name) is self)
+            yield (f"optim.{name}.c_optim compares the gradient with a first moment, which "
+                   f"optim.{name}.row_moment does without: switch one off")
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,7 @@ class Hyper:
     lr_mul: float = 1.0
     bias_correction: bool = True
     slower: Slower | None = None
+    c_optim: float = 0.0
 
     def cadence(self, step: int) -> int:
         """Steps from one update to the next, at a step."""
@@ -420,7 +433,10 @@ class Optim:
         rule = "muon" if muon else "row_adam" if getattr(own, "row_moment", False) else (
             self.tables_rule(role, own)
         )
-        return Hyper(name=label if own else role, rule=rule, slower=getattr(own, "slower", None), **values)
+        return Hyper(
+            name=label if own else role, rule=rule, slower=getattr(own, "slower", None),
+            c_optim=getattr(own, "c_optim", 0.0), **values
+        )
 
     def tables_rule(self, role: str, own: Label | None) -> str:
         """The rule of AdamW's parameters: a rule of the tables or of the head, if they have one."""

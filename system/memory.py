@@ -153,7 +153,7 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     from layers.primitives import dtype
     n, head = s.numerics, s.model.head
     number = number or padded_vocab(s)
-    logits, m, of_loss = tokens * number, logits_bytes(s), dtype(n.loss).itemsize
+    logits, m, of_loss = tokens * number, logits_bytes(s, compiled), dtype(n.loss).itemsize
     if chunked(s):
         return passing_in_chunks(s, tokens, number)
     in_place = head.softcap is None or head.softcap.form == "rsqrt"
@@ -175,15 +175,18 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     return logits * max(moments)
 
 
-def logits_bytes(s):
-    """Bytes of a logit as the head's product writes it."""
+def logits_bytes(s, compiled=False):
+    """Bytes of a logit as the head's product leaves it. compiled: what reads it is joined with its cast."""
     from layers.primitives import dtype, products_dtype
+    if s.numerics.fp8_head and s.numerics.fp8_head.logits == "e4m3":
+        return 1 if compiled else torch.float32.itemsize
     return (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
 
 
 def passing_in_chunks(s, tokens, number):
     """passing_in_head of a loss in chunks: of the largest chunk, and the gradients of stream and weight."""
     from kernels.cross_entropy import chunks
+    from layers.primitives import dtype, products_dtype
     m, d = logits_bytes(s), s.model.model_dim
     first = chunks(tokens, number, torch.device("cuda"), 0)[0]
     logits, weight = (first.stop - first.start) * number, 4 * number * d  # the weight's gradient is float32
@@ -193,7 +196,7 @@ def passing_in_chunks(s, tokens, number):
         passing = max((m + 1) * logits + weight, 2 * logits + 2 * weight)
     else:
         passing = m * logits + 2 * weight  # the gradient takes the logits' place
-    return passing + tokens * d * m
+    return passing + tokens * d * (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
 
 
 def estimate(s, ranks, microbatch, world=1):

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 EXACT = {"cap_dtype": torch.float64, "loss_dtype": torch.float64}
 CAPS = {"none": None, "tanh": Softcap("tanh", 15.0), "sigmoid": Softcap("sigmoid", 30.0, 7.5),
         "shifted": Softcap("sigmoid", 23.0, 7.5, 5.0)}  # record 54
+ROUNDED = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # the shifted form with a rounded sigmoid
 SCALES = (2.0, 32.0, 8192.0)
 
 
@@ -385,6 +386,8 @@ INTERPRETED = [
     (1, 5, 512, F16, "sigmoid", (1.0,), None, None, 4),
     (1, 8, 257, BF16, "sigmoid", (1.0, 0.5), 0.25, None, 4),
     (1, 9, 4099, F32, "shifted", (1.0, 0.5, 0.25), None, None, 4),
+    (1, 5, 130, F32, "bfloat16", (1.0, 0.5), None, None, 4),
+    (1, 5, 130, F32, "float16", (1.0,), None, None, 4),
     (1, 16, 96, F32, "shifted", (1.0,), None, SCALES, 4),
     (1, 16, 96, F32, "sigmoid", (1.0, 0.5), 0.25, SCALES, 4),
     (1, 16, 96, BF16, "tanh", (1.0,), None, SCALES, 4),
@@ -402,8 +405,10 @@ def interpret():
     found = []
     for rows, length, classes, dtype, form, weights, prefix_weight, fp8, spread in INTERPRETED:
         x, w, y, p, g = problem(rows, length, 32, classes, dtype, spread)
-        options = {"softcap": CAPS[form], "weights": weights, "prefix_weight": prefix_weight, "chunk": 4,
-                   "prefix": None if prefix_weight is None else p, "fp8": fp8, "logit_scale": 0.8}
+        cap = CAPS["shifted" if form in ROUNDED else form]
+        options = {"softcap": cap, "weights": weights, "prefix_weight": prefix_weight, "chunk": 4,
+                   "prefix": None if prefix_weight is None else p, "fp8": fp8, "logit_scale": 0.8,
+                   "sigmoid": ROUNDED.get(form)}
         losses = linear_cross_entropy(x, w, y, backend="triton", **options)
         mine = torch.autograd.grad(losses, (x, w), g.float())
         if fp8:
@@ -411,7 +416,7 @@ def interpret():
             theirs = torch.autograd.grad(expected, (x, w), g.float())
         else:
             z = (x @ w.t()).detach().double().requires_grad_()
-            c = 0.8 * z if CAPS[form] is None else bounded(0.8 * z, CAPS[form])
+            c = 0.8 * z if cap is None else bounded(0.8 * z, cap, ROUNDED.get(form))
             expected = by_loops(c, y, weights, options["prefix"], prefix_weight)
             d = torch.autograd.grad(expected, z, g)[0]
             theirs = (d @ w.double(), torch.einsum("rtv,rtd->vd", d, x.double()))
@@ -472,8 +477,8 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
     loss, gradient = cross_entropy.kernels()
     scalars = {"V": "i32", "cap": "fp32", "slope": "fp32", "bias": "fp32"}
     targets = {"labels": "*i64", "shares": "*fp32"}
-    for capped in (False, True):
-        constants = {"K": 3, "CAPPED": capped, "BLOCK": cross_entropy.DEFAULT.size}
+    for capped, rounds in ((False, 0), (True, 0), (True, 1), (True, 2))[:4 if arch == 90 else 2]:
+        constants = {"K": 3, "CAPPED": capped, "ROUND": rounds, "BLOCK": cross_entropy.DEFAULT.size}
         signature = {"z": "*bf16"} | targets | {"losses": "*fp32", "lse": "*fp32"} | scalars
         built = [ahead_of_time(loss, signature, constants, arch, tmp_path, monkeypatch)]
         for fp8 in (False, True)[:1 + (arch >= 89)]:
@@ -482,7 +487,7 @@ def test_triton_kernels_compile_ahead_of_time_without_spills(arch, tmp_path, mon
             built.append(
                 ahead_of_time(gradient, signature, constants | {"FP8": fp8}, arch, tmp_path, monkeypatch)
             )
-        print(f"\nsm_{arch} capped={capped} (shared bytes, registers, stack):", built)
+        print(f"\nsm_{arch} capped={capped} rounds={rounds} (shared bytes, registers, stack):", built)
         for shared, registers, stack in built:
             assert shared <= 1024 and registers <= 64 and stack == 0
 

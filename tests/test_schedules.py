@@ -331,6 +331,7 @@ COUNTED = {
     "schedule.late_horizon.steps": None, "optim.lm_head.kfac.stop": None,
     "optim.broad_delta.stop": None, "optim.trail_delta.stop": None,
     "optim.phase_readout.second": None,  # refused: it must not come before `first`
+    "model.attn.window.forced_short.start": None,  # refused: it must come before `stop`
     "optim.muon.late_brake": "optimizer/30",
     "optim.lm_head.kfac.start": None, "optim.lm_head.kfac.apply": None,  # refused: they must not pass `stop`
     "optim.lm_head.kfac": "short/11", "optim.lm_head.eigenbasis": "short/11",

@@ -15,11 +15,12 @@ CHUNK = 65536
 # Elements of a table that the eager rule for rows has in `math_dtype` at a time: four tensors of 256 MiB,
 # where those of record 92's table would have 260 GB each.
 TABLE_CHUNK = 2 ** 26
+LEAST_KEPT = 1e-3  # least share of kept entries by which C-Optim divides
 
 
 def adamw_(
     p, g, m, v, *, lr, decay, beta1, beta2, eps, eps_after_correction, correction1, correction2, math_dtype,
-    cautious=0.0, strict=False, stretch=None
+    cautious=0.0, strict=False, stretch=None, c_optim=0.0, kept=None
 ):
     """One AdamW step in place on p and its moments m, v, elementwise; compiled, one pass over the tensors.
 
@@ -28,6 +29,9 @@ def adamw_(
     math_dtype: of the arithmetic; results are stored in the dtypes of p, m and v.
     decay: p <- p - lr decay p first. cautious: p <- p - u - lr^2 cautious p where u p >= 0 (strict: > 0),
         otherwise p - u, u the update. stretch: factor of cautious, None: 1.
+    c_optim: share s of the cautious update (Liang et al., arXiv 2411.16085), before that decay: where u g > 0
+        u <- (1-s) u + s u / max(kept, LEAST_KEPT), otherwise (1-s) u. kept: 0-d, share of the entries of the
+        whole parameter with u g > 0.
     """
     stored = (p, m, v)
     p, g, m, v = (x.to(math_dtype) for x in (p, g, m, v))  # the tensors themselves where they have this dtype
@@ -39,6 +43,8 @@ def adamw_(
         u = ((lr / correction1) * m).div_((v / correction2).sqrt_().add_(eps))
     else:
         u = ((lr * correction2 ** 0.5 / correction1) * m).div_(v.sqrt().add_(eps))
+    if c_optim:
+        u.lerp_(agree(m, g) * u / kept.clamp(min=LEAST_KEPT), c_optim)
     if cautious:
         towards_zero = u * p > 0 if strict else u * p >= 0
         strength = lr * lr * cautious if stretch is None else lr * lr * cautious * stretch
@@ -47,6 +53,11 @@ def adamw_(
     for old, new in zip(stored, (p, m, v)):
         if new is not old:
             old.copy_(new)
+
+
+def agree(m: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Where a first moment m and a gradient g have one sign: u g > 0, whose product may underflow."""
+    return m.sign() * g.sign() > 0
 
 
 def chunks(tensors: tuple[torch.Tensor, ...]) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -83,12 +94,17 @@ class AdamW:
     state_dtype: torch.dtype | None  # None: the parameter's
     bias_correction: bool = True
     group: Hyper | None = None  # with a slower cadence: the group, whose updates then stand for several
+    c_optim: float = 0.0  # share of the cautious update (settings.optim.TableLabel)
 
     name = "adamw"
     by_rows = False  # momentum moves every row
     shared = False  # cheap enough for every process to repeat where parameters are not sharded
     skips_idle = False
-    eager = False  # compiled and captured in CUDA graphs where the optimizer is
+
+    @property
+    def eager(self) -> bool:
+        """Whether the update is neither compiled nor captured in a CUDA graph: C-Optim counts before it."""
+        return self.c_optim > 0
 
     @classmethod
     def of(cls, s, group) -> "AdamW":
@@ -99,7 +115,7 @@ class AdamW:
             cautious.weight_decay * group.decay_mul if cautious else 0.0, bool(cautious and cautious.strict),
             s.optim.adam.eps_after_correction, getattr(torch, n.adam),
             None if n.adam_state == "parameter" else getattr(torch, n.adam_state), group.bias_correction,
-            group if group.slower else None
+            group if group.slower else None, group.c_optim
         )
 
     def unit(self, shape, views) -> tuple[int, ...]:
@@ -120,12 +136,26 @@ class AdamW:
         return {"lr": self.lr * plan.lr_factor, "correction1": 1 - beta1**t, "correction2": 1 - beta2**t,
                 "beta1": beta1, "beta2": beta2, "stretch": n}
 
+    def agreeing(self, g, state, numbers) -> torch.Tensor:
+        """How many entries of a gradient have the sign of the first moment that holds it, 0-d int64.
+
+        g: a part of a bank's gradient; state: {name: the same part}. Such counts, summed over the parts of a
+        parameter, give the number `kept` of `update_`.
+        """
+        beta1 = numbers.get("beta1", self.beta1)
+        counts = [
+            agree(m.to(self.math_dtype) * beta1 + (1 - beta1) * part.to(self.math_dtype), part).sum()
+            for part, m in chunks((g, state["exp_avg"]))
+        ]
+        return torch.stack(counts).sum()
+
     def update_(self, p, g, state, numbers, views) -> None:
         numbers = {"beta1": self.beta1, "beta2": self.beta2, **numbers}
         for tensors in chunks((p, g, state["exp_avg"], state["exp_avg_sq"])):
             adamw_(
                 *tensors, decay=self.decay, eps=self.eps, eps_after_correction=self.eps_after_correction,
-                math_dtype=self.math_dtype, cautious=self.cautious, strict=self.strict, **numbers
+                math_dtype=self.math_dtype, cautious=self.cautious, strict=self.strict, c_optim=self.c_optim,
+                **numbers
             )
 
 
@@ -141,6 +171,7 @@ class RowAdam(AdamW):
     """
     name = "row_adam"
     by_rows = True
+    eager = False
 
     def unit(self, shape, views) -> tuple[int, ...]:
         return tuple(shape[-1:])

@@ -11,6 +11,7 @@ from updates.contra import Contra, SoftBlend, Tempered
 from updates.directions import direction
 from updates.geometry import Hyperball, LateDecay, RadialBrake, RadiusPin, UpdateFloor
 from updates.muown import Muown
+from updates.noise import ExplorationNoise
 from updates.row_norm import FadingDecay, RowNorm
 from updates.sinksoap import SinkSoap
 from updates.soda import Soda
@@ -89,11 +90,13 @@ def orthogonaliser(s):
 
 
 def scaling(s, group) -> list:
-    """NorMuon, cautious decay and the factors of shape and label."""
+    """NorMuon and its noise, cautious decay and the factors of shape and label."""
     muon, n, slots = s.optim.muon, s.numerics, []
     if normuon := muon.normuon:
         dtype = getattr(torch, n.newton_schulz)
         slots.append(NorMuon(normuon.beta2, normuon.floor, dtype, muon.norm, normuon.square))
+        if noise := normuon.noise:
+            slots.append(ExplorationNoise(noise.sigma, noise.ramp_steps, noise.end(s)))
     if muon.cautious_decay:
         decay = muon.cautious_decay
         slots.append(CautiousDecay(decay.weight_decay, getattr(torch, n.muon_decay), decay.gate == "slow"))

@@ -4,16 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.rounding import rounded
 from updates.adam import AdamW, chunks
-
-
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    """float32 numbers rounded to bfloat16, to the nearest even one, as float32.
-
-    On the bits, because torch.compile drops a cast to bfloat16 and back.
-    """
-    bits = x.view(torch.int32)
-    return (bits + 0x7FFF + (bits >> 16 & 1) & -0x10000).view(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -57,10 +49,10 @@ class MasterAdamW(AdamW):
 
     def update_part_(self, p, g, m, v, master, has_master, numbers) -> None:
         """update_ of a part of a table. has_master: number or 0-d tensor, 1 or 0."""
-        w = p.float() + (master - rounded(master))  # p itself before `start`
+        w = p.float() + (master - rounded(master, torch.bfloat16))  # p itself before `start`
         super().update_(w, g.float(), {"exp_avg": m, "exp_avg_sq": v}, numbers, None)
         p.copy_(w)
         master.copy_(has_master * w)
         for moment in (m, v):
-            short = rounded(moment)
+            short = rounded(moment, torch.bfloat16)
             moment.copy_(short + has_master * (moment - short))  # exact: both terms are close

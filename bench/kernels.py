@@ -25,7 +25,7 @@ from kernels.fp8_mlp import fp8_mlp
 from kernels.linear_relu_sq import mlp_relu_sq, mlp_relu_sq_reference
 from kernels.newton_schulz import newton_schulz
 from kernels.qk_rotary import qk_rotary_reference, qkv_rotary
-from model import bounded
+from layers.head import bounded
 from settings import deltas
 from settings.data import longest_document
 from settings.model import Softcap, head_dim

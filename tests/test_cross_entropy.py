@@ -22,7 +22,7 @@ from kernels import cross_entropy, device
 from kernels import fp8_linear as fp8_module
 from kernels.cross_entropy import label_matrix, linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
-from model import Head, bounded
+from layers.head import Head, bounded
 from settings import deltas
 from settings.model import Softcap
 from system import preflight

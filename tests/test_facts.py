@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import model as model_module
 import schedule
 from data.batch import Documents
 from kernels.newton_schulz import newton_schulz
+from layers import head as head_module
 from model import GPT, without_values
 from optim import Optimizer
 from settings import deltas
@@ -326,9 +326,10 @@ def test_dtypes_on_the_way_through_the_model(ref, n):
 @pytest.mark.parametrize("loss", ["whole", "chunks"])
 @from_on(1)
 def test_the_head_is_in_fp8_from_record_19_on_in_training_and_never_in_validation(ref, n, loss, monkeypatch):
-    products, real, fused = [], model_module.fp8_linear, model_module.linear_cross_entropy
-    monkeypatch.setattr(model_module, "fp8_linear", lambda *args: products.append("fp8") or real(*args))
-    monkeypatch.setattr(model_module, "linear_cross_entropy",
+    products, real, fused = [], head_module.fp8_linear, head_module.linear_cross_entropy
+    monkeypatch.setattr(head_module, "fp8_linear",
+                        lambda *args, **how: products.append("fp8") or real(*args, **how))
+    monkeypatch.setattr(head_module, "linear_cross_entropy",
                         lambda *args, **how: products.append(how["fp8"] and "fp8") or fused(*args, **how))
     s, model = built(ref, f"system.kernels.loss={loss}")
     forward(s, model.train())

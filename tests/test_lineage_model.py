@@ -17,7 +17,8 @@ from common.errors import UserError
 from golden_records import RECORD_53
 from kernels.qk_rotary import qk_rotary_reference
 from layers.specs import layer_specs
-from model import GPT, Head, bounded, without_values
+from layers.head import Head, bounded
+from model import GPT, without_values
 from settings import deltas, schema
 from settings.model import Softcap
 

@@ -20,7 +20,7 @@ from kernels import fp8_linear as fp8_module
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from kernels.rounding import rounded, rounded_bits
-from model import Head, bounded
+from layers.head import Head, bounded
 from optim import Alone, Local, Optimizer
 from settings import deltas
 from settings.model import Softcap

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import schedule
 from kernels import cross_entropy, linear_relu_sq, qk_rotary
-from model import GPT, Head
+from layers.head import Head
+from model import GPT
 from common.errors import UserError
 from settings import deltas
 from settings.model import padded_vocab

@@ -16,7 +16,8 @@ from data.stream import positions, stream_arguments
 from golden_records import load
 from layers.primitives import Norm
 from layers.signed_gains import fill_gains, paired_signs
-from model import GPT, Head, with_bias, without_values
+from layers.head import Head, with_bias
+from model import GPT, without_values
 from optim import Optimizer
 from settings import deltas
 from small_models import settings

@@ -216,8 +216,8 @@ class ForcedShort:
     follows it, stay.
     """
     blocks: int = opt(2, "short window in these steps", unit="block", off=REFUSE, least=1)
-    start: int = opt(1010, "first step", unit="step", off=REFUSE, shrink="steps", least=0)
-    stop: int = opt(1515, "step after the last", unit="step", off=REFUSE, shrink="steps", least=1)
+    start: int = opt(1010, "first of these steps", unit="step", off=REFUSE, shrink="steps", least=0)
+    stop: int = opt(1515, "step after the last of them", unit="step", off=REFUSE, shrink="steps", least=1)
 
     def check(self, s: Any) -> Iterator[str]:
         path, long = "model.attn.window.forced_short", s.model.attn.window.long_layers

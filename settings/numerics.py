@@ -37,7 +37,7 @@ class FP8Head:
     logits: Literal["matmul", "e4m3"] = opt(
         "matmul", "dtype of the product, the logits before the soft cap. matmul: numerics.matmul, which "
                   "their gradient has too before its cast. e4m3: rounded once from the product's sum, at "
-                  "most 448; their gradient goes from float32 to e5m2 (record 92)", off="matmul")
+                  "most 448; their gradient goes from float32 to e5m2 (record 92)")
 
     def check(self, s: Any) -> Iterator[str]:
         sizes = {"classes (model.pad_vocab_to)": padded_vocab(s), "model.model_dim": s.model.model_dim,
@@ -174,7 +174,7 @@ class Numerics:
         "unrounded", "rounding of the soft cap's sigmoid in training: loss and gradient see the rounded one, "
                      "whose derivative is taken to be s (1 - s). bfloat16: the kernel of record 79. float16: "
                      "that of record 92. (Both take the GPU's approximate tanh, which is not done here)",
-        off="unrounded", needs="model.head.softcap.form=sigmoid", exact="unrounded")
+        needs="model.head.softcap.form=sigmoid", exact="unrounded")
     fp8_head: FP8Head | None = opt(None, "FP8 head in training", exact=None)
     fp8_mlp: FP8MLP | None = opt(None, "FP8 MLPs in the forward pass of training",
                                  needs="model.mlp.activation=relu_sq", exact=None)

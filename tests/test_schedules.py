@@ -331,7 +331,8 @@ COUNTED = {
     "schedule.late_horizon.steps": None, "optim.lm_head.kfac.stop": None,
     "optim.broad_delta.stop": None, "optim.trail_delta.stop": None,
     "optim.phase_readout.second": None,  # refused: it must not come before `first`
-    "model.attn.window.forced_short.start": None,  # refused: it must come before `stop`
+    # refused: `start` must come before `stop`
+    "model.attn.window.forced_short.start": None, "model.attn.window.forced_short.stop": None,
     "optim.muon.late_brake": "optimizer/30",
     "optim.lm_head.kfac.start": None, "optim.lm_head.kfac.apply": None,  # refused: they must not pass `stop`
     "optim.lm_head.kfac": "short/11", "optim.lm_head.eigenbasis": "short/11",
@@ -408,6 +409,9 @@ def test_no_record_is_too_short_for_itself_at_any_scale():
      "step 653"),
     ("optimizer/46", ["optim.rre={}"], "optim.rre.start",
      "2820 steps are more than the run's 2690: there is no extrapolation"),
+    ("short/72", ["schedule.steps=600", "model.attn.window.forced_short={}"],
+     "model.attn.window.forced_short.start",
+     "1010 steps are more than the run's 600: the short window is never forced"),
     ("short/57", ["schedule.steps=2"], "schedule.stages", "no step is left for stage 2"),
     ("short/57", ["schedule.steps=2"], "model.head.untied.tied_until",
      "the run ends before head and embedding are untied"),

@@ -217,9 +217,9 @@ def backward(a, b, labels, shares, mass, lse, g, *plan):
             d = launch_gradient(z, labels[rows], shares, mass[rows], g[rows], lse[rows], plan)
         else:
             d = chunk_gradient(z, labels[rows], shares, mass[rows], g[rows], lse[rows], plan)
-            if plan.scales:
-                d = fp8_module.quantise(d, plan.scales[2], torch.float8_e5m2)
         del z
+        if plan.scales and not triton:
+            d = fp8_module.quantise(d, plan.scales[2], torch.float8_e5m2)
         add_products(dx[rows], dw, d, a[rows], wide, plan)
 
     for rows in chunks(len(a), len(b), a.device, plan.chunk):
@@ -290,7 +290,7 @@ def capped(z, plan):
             c.add_(plan.shift)
         c.div_(plan.divisor).sigmoid_()
         if plan.sigmoid:
-            c = rounded(c, getattr(torch, plan.sigmoid))
+            c.copy_(rounded(c, getattr(torch, plan.sigmoid)))
         c.mul_(plan.cap)
     elif plan.form == "rsqrt":
         c.mul_(c.square().add_(plan.cap ** 2).rsqrt_()).mul_(plan.cap)

@@ -39,4 +39,4 @@ class RoundedSigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         s = ctx.saved_tensors[0].to(g.dtype)
-        return g * s * (1 - s), None
+        return s.addcmul(s, s, value=-1).mul_(g), None

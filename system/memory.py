@@ -168,8 +168,9 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     moments, kept = [2 * of_loss], of_loss
     if head.softcap or head.logit_scale != "one":
         c = max(m, dtype(n.softcap).itemsize)
-        moments.append(2 * c - kept)
-        kept += c if head.softcap else 0  # its sigmoid or tanh
+        rounded = n.softcap_sigmoid != "unrounded"  # its sigmoid is kept in 16 bits, and is read in c
+        moments.append((3 if rounded else 2) * c - kept)
+        kept += (2 if rounded else c) if head.softcap else 0  # its sigmoid or tanh
     if n.fp8_head:  # the gradient, that in float32, and that times its factor or clamped
         moments.append(m + 2 * torch.float32.itemsize - kept)
     return logits * max(moments)

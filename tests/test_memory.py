@@ -114,11 +114,16 @@ def test_a_table_of_zeros_is_initialised_without_a_copy():
     assert not model.bigram.table.any() and living.most < 1.5 * model.bigram.table.nbytes
 
 
+ROUNDED = ("numerics.softcap_sigmoid=bfloat16", "numerics.fp8_head.logits=e4m3")  # records 79 and 92
+
+
 @pytest.mark.parametrize("ref, sets", [
     ("short/1", ()), ("short/11", ()), ("short/21", ()), ("short/33", ()), ("short/48", ()), ("short/57", ()),
     ("short/33", (*RECORD, "system.kernels.loss=chunks")),
     ("short/57", (*RECORD, "system.kernels.loss=chunks")),
-    ("short/11", ("system.precision=bf16_matmul",)), ("short/21", ("system.precision=bf16_matmul",))
+    ("short/11", ("system.precision=bf16_matmul",)), ("short/21", ("system.precision=bf16_matmul",)),
+    ("short/57", (*RECORD, *ROUNDED)), ("short/57", (*RECORD, *ROUNDED, "system.kernels.loss=chunks")),
+    ("short/57", (*RECORD, *ROUNDED, "model.head.mtp=false"))
 ])
 def test_what_comes_and_goes_in_the_loss_is_counted(ref, sets, monkeypatch):
     """By the tensors that live in a real backward pass, in the record's own dtypes."""
@@ -160,6 +165,8 @@ MEASURED = json.loads((Path(__file__).parent / "nullcuda/table.json").read_text(
 
 
 LESS = {"rows=1.3M": "model.embed.bigram.rows=1321920"}  # of what a row's name has less than its record
+# The rows of record 92 are older than the roundings of its head, with which a forward pass keeps less.
+OLDER = {"short/92": ("numerics.softcap_sigmoid=unrounded", "numerics.fp8_head.logits=matmul")}
 
 
 @pytest.mark.parametrize("row", [
@@ -170,7 +177,7 @@ LESS = {"rows=1.3M": "model.embed.bigram.rows=1321920"}  # of what a row's name 
 def test_an_estimate_is_what_the_allocator_gave_out_on_the_null_device(row):
     ref, *less, mode = row.split()
     sets = ("system.device=cuda", f"system.compile={'on' if mode == 'compiled' else 'off'}",
-            "schedule.steps=4", *(LESS[word] for word in less))
+            "schedule.steps=4", *(LESS[word] for word in less), *OLDER.get(ref, ()))
     found = memory.estimate(settings(ref, *sets, scale="full"), 8, MEASURED[row]["ranks_per_microbatch"])
     within = 0.1 if mode == "compiled" else 0.02
     assert MEASURED[row]["step_peak_gib"] * GIB == pytest.approx(found.total, rel=within)

@@ -31,7 +31,7 @@
 # fails if a part leaves no whole result. Its results go to a folder that is removed, or to $OUT.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "$0")/.."
-# 92 is left out: with its whole table a step takes more than an H200 has, 149 GiB by estimate
+# 92 is left out: with its whole table a step takes more than an H200 has, 146 GiB by estimate
 RECORDS=${RECORDS:-short/57 short/11 short/21 short/89}
 declare -A seconds=([cold]=170 [train]=70 [correct]=70 [kernels]=70 [records]=140 [warm]=30
                     [start]=200 [exact]=180 [operations]=180 [curve]=90 [ours]=120 [tune]=120 [experts]=180)

@@ -79,6 +79,9 @@ def writing(path: Path | str, remedy: str = "free some space or choose another p
         os.replace(temporary, path)
         temporary = None
         _sync_folder(path.parent)
+    except FileNotFoundError as error:  # no disk is full
+        raise UserError(f"cannot write {path}: {error.strerror}; its folder is missing: make it, or choose "
+                        "another place") from None
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
     finally:

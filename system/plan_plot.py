@@ -106,7 +106,7 @@ def draw(resolved: Resolved, picture: str) -> None:
         figure.savefig(image, format=path.suffix[1:].lower())
     finally:
         plt.close(figure)
-    files.write(path, image.getvalue(), remedy="make its folder, free some space or choose another --plot")
+    files.write(path, image.getvalue(), remedy="free some space or choose another --plot")
 
 
 def fill(ax: Any, panel: Panel) -> None:

@@ -61,7 +61,7 @@ def test_missing_folders_are_made_where_asked_for_and_links_are_replaced(tmp_pat
     (tmp_path / "link.txt").symlink_to(target)
     files.write(tmp_path / "link.txt", "new")
     files.write(tmp_path / "a/b/c.txt", "new", parents=True)
-    with pytest.raises(UserError, match="cannot write .*: No such file or directory"):
+    with pytest.raises(UserError, match="cannot write .*: No such file or directory; its folder is missing"):
         files.write(tmp_path / "mistyped/x.json", "{}")
     assert target.read_text() == "untouched" and not (tmp_path / "link.txt").is_symlink()
     assert (tmp_path / "a/b/c.txt").read_text() == "new"

@@ -374,7 +374,8 @@ COUNTS = [path for path, f in schema.fields().items() if f.metadata["unit"] == "
 def test_a_count_of_steps_that_is_longer_than_the_run_is_told_or_refused(path):
     s, message = too_long(path)
     if s is None:
-        assert message.startswith(f"{path} = 73 follows a change of the window or of the batch")
+        orders = f"{path} = 73" in message and " is beyond " in message  # the end of a span before its start
+        assert orders or message.startswith(f"{path} = 73 follows a change of the window or of the batch")
     else:
         plans = schedule.plan(s)
         assert path in dict(schedule.cuts(s, plans)) and cut_line(s, plans)[0].count(path) == 1

@@ -727,6 +727,21 @@ class Optimizer:
             elif not bank.ordered:  # the bank keeps its gradient; a bfloat16 one moves to the float32 sum
                 bank.accumulate()
 
+    def copied(self, source, target):
+        """The banks of two labels, of which the second takes over the first one's state in `copy_parameter`.
+
+        UserError if it cannot.
+        """
+        old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
+        if others := sorted({p.label for _, p in new.members} - {target}):
+            raise UserError(f"{target} takes over the optimizer state of {source}, and {others[0]} shares its "
+                            f"group: add --with optim.{others[0]}")
+        (start, stop), (first, end) = old.place(source), new.place(target)
+        if old.unit or new.unit or stop - start != end - first:
+            raise UserError(f"{target} cannot take over the state of {source}: give both AdamW, and tables of "
+                            "one size")
+        return old, new
+
     @torch.no_grad()
     def copy_parameter(self, source, target):
         """Copy values, state and update count of one parameter to another (record 53 splits a tied head).
@@ -736,11 +751,8 @@ class Optimizer:
         source, target: labels of one parameter each, with the same shape and elementwise rules. The target
             must be alone in its bank, because a bank has one update count.
         """
-        old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
+        old, new = self.copied(source, target)
         (start, stop), (first, end) = old.place(source), new.place(target)
-        if old.unit or new.unit or len(new.members) > 1 or stop - start != end - first:
-            raise UserError(f"{target} cannot take over the state of {source}: give {target} a group of its "
-                            "own, and both AdamW")
         new.param.view(-1)[first:end] = old.param.view(-1)[start:stop]
         for name, x in new.state.items():
             whole = new.comm.whole(x, len(new.param)).clone()

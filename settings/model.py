@@ -684,13 +684,6 @@ class Untied:
                    f"{s.numerics.head}, numerics.table {s.numerics.table}: set one to the other")
         if self.tied_until is not None and padded_vocab(s) != table_rows(s):
             yield ("model.head.untied.tied_until needs tables of one size: set model.embed.padded=true")
-        embed, attn = s.model.embed, s.model.attn
-        others = {"bigram": embed.bigram, "embed2": embed.second, "value_embed": attn.value_embed,
-                  "positions": embed.learned_positions}
-        for name in others if self.tied_until is not None else ():
-            if others[name] and getattr(s.optim, name) is None:
-                yield ("model.head.untied.tied_until gives the token table the optimizer state of the head, "
-                       f"and another table shares its group: add --with optim.{name}")
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,8 @@ class Untie(Stateful):
 
     def __init__(self, model: GPT, optimizer: Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
+        if model.tied:
+            optimizer.copied("lm_head", "embed")  # what cannot be done is refused before the first step
 
     def before_forwards(self, plan: StepPlan) -> None:
         self.model.tied = plan.shape.tied  # the warm-up goes through steps out of order

@@ -7,7 +7,10 @@ import pytest
 
 from common.errors import UserError
 from data.candidates import STRIDE, Sweep
+from model import without_values
+from optim import Optimizer
 from settings import deltas, schema
+from system.hooks import hooks_of
 
 HOSTS = "short/92", "short/89", "short/76", "medium/16", "optimizer/46", "variants/4"
 LISTS = ".layers", "_layers", ".snapshots", ".mudd.tables"  # ends of the paths of lists of layers
@@ -96,7 +99,6 @@ def test_newton_schulz_has_one_set_of_polynomials(one, other):
     ("short/92", ["model.pad_vocab_to=1"], ["validation.canonical_mask", "1257", "model.pad_vocab_to"]),
     ("short/90", ["model.attn.qk_dim=5"], ["5 channels of a head: change model.attn.qk_dim"]),
     ("short/90", ["model.attn.qk_dim=6"], ["got 6: change model.attn.qk_dim"]),
-    ("medium/18", ["model.embed.bigram={}"], ["tied_until", "add --with optim.bigram"]),
     ("optimizer/36", ["model.embed.bigram={}", "optim.bigram={row_moment = true, weight_decay = 0.1}"],
      ["optim.bigram.row_moment", "set optim.bigram.weight_decay=0"]),
     ("optimizer/36", ["model.token_gates={}"], ["has no coefficient to give", "model.attn.gate"]),
@@ -109,3 +111,14 @@ def test_what_cannot_be_computed_or_has_no_effect_is_refused_with_its_remedy(ref
 def test_a_sweep_that_misses_classes_is_refused():
     with pytest.raises(UserError, match="model.pad_vocab_to"):
         Sweep(2 * STRIDE, 0)
+
+
+@pytest.mark.parametrize("ref, change, name", [
+    ("short/57", {"without": ["optim.value_embed"]}, "value_embed"),
+    ("medium/18", {"sets": ["model.embed.bigram={}"]}, "bigram")])
+def test_a_table_in_the_group_of_one_that_parts_from_the_head_is_refused_before_the_first_step(
+    ref, change, name
+):
+    model = without_values(deltas.resolve(ref, scale="micro", **change).settings)
+    with pytest.raises(UserError, match=f"{name} shares its group: add --with optim.{name}$"):
+        hooks_of(model, Optimizer(model, model.settings))

@@ -120,8 +120,7 @@ REASONS = ("has no sensible off; use --set", "it came with ", "it is already ", 
 # of each setting whose removal leaves a contradiction at record 57: what depends on it
 DEPENDANTS = {
     "model.residual.unet_skips.pairs": "model.residual.unet_skips needs an even model.num_layers, got 11",
-    "schedule.stages": "model.head.mtp.start has 3 lists and schedule.stages has 1",
-    "optim.value_embed": "add --with optim.value_embed"
+    "schedule.stages": "model.head.mtp.start has 3 lists and schedule.stages has 1"
 }
 
 

@@ -461,7 +461,7 @@ def test_a_table_in_a_group_with_others_cannot_take_over_a_state():
     s = settings("short/33")
     model = Toy(head=(noise(6, 4), "lm_head", "lm_head"), table=(noise(6, 4), "embed", "embed"),
                 value=(noise(6, 4), "embed", "value_embed"))
-    with pytest.raises(UserError, match="give embed a group of its own"):
+    with pytest.raises(UserError, match="value_embed shares its group: add --with optim.value_embed"):
         Optimizer(model, s).copy_parameter("lm_head", "embed")
 
 

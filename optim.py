@@ -734,12 +734,12 @@ class Optimizer:
         """
         old, new = (next(b for b in self.banks if b.place(label)) for label in (source, target))
         if others := sorted({p.label for _, p in new.members} - {target}):
-            raise UserError(f"{target} takes over the optimizer state of {source}, and {others[0]} shares its "
-                            f"group: add --with optim.{others[0]}")
+            raise UserError(f"{target} takes over the optimizer state of {source}, and {others[0]} shares "
+                            f"its group: add --with optim.{others[0]}")
         (start, stop), (first, end) = old.place(source), new.place(target)
         if old.unit or new.unit or stop - start != end - first:
-            raise UserError(f"{target} cannot take over the state of {source}: give both AdamW, and tables of "
-                            "one size")
+            raise UserError(f"{target} cannot take over the state of {source}: give both AdamW, and tables "
+                            "of one size")
         return old, new
 
     @torch.no_grad()

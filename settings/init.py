@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from settings.declare import opt
-from settings.mixing import layer_faults
 
 
 @dataclass(frozen=True)
@@ -25,10 +24,7 @@ class SignedGains:
                                  unit="layer", least=0)
 
     def check(self, s: Any) -> Iterator[str]:
-        if self.pairs_from is None:
-            return
-        yield from layer_faults("model.init.signed_gains.pairs_from", (self.pairs_from,), s)
-        if (s.model.num_layers - self.pairs_from) % 2:
+        if self.pairs_from is not None and (s.model.num_layers - self.pairs_from) % 2:
             yield (f"model.init.signed_gains.pairs_from = {self.pairs_from} leaves an odd number of the "
                    f"{s.model.num_layers} layers: choose another layer")
 

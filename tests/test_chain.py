@@ -118,7 +118,7 @@ def test_the_divisor_of_dynmuon_follows_the_batch(scale, divisor):
     (["aurora={}", "dyn={}"], "are two ways to orthogonalise"),
     (["soft={}", "ns_steps=12"], "optim.muon.soft needs optim.muon.convergent"),
     (["soft={}", "convergent=true"], "has 12 weights"),
-    (["soft={}", "convergent=true", "ns_steps=12", "polar_express=true"], "switch the other maps off"),
+    (["soft={}", "convergent=true", "ns_steps=12", "polar_express=true"], "exclude each other: switch one off"),
     (["radius_pin=true", "hyperball=true"], "set the same norm"),
     (["hyperball=true"], "set model.init.zero_proj=false"),
     (["circuit={}", "split_qkv=false"], "set optim.muon.split_qkv=true"),

@@ -37,7 +37,8 @@ def host(path):
 def layer_settings():
     """(path, whether it lists layers) of the settings that name layers."""
     for path, f in schema.fields().items():
-        if path == "model.num_layers":
+        # where the pairs of a smaller model would begin, no pair begins
+        if path in ("model.num_layers", "model.init.signed_gains.pairs_from"):
             continue
         if f.metadata["unit"] == "layer":
             yield path, False

@@ -14,6 +14,7 @@ import schedule
 import small_models
 from common.errors import UserError
 from evidence import task
+from kernels.rounding import rounded_bits
 from model import GPT
 from optim import Optimizer
 from page import facts, markdown, sections
@@ -25,7 +26,6 @@ from system.head_inputs import HeadInputs
 from system.hooks import hooks_of, reading
 from system.place import local_ranks
 from updates import views
-from updates.master import rounded
 
 F64 = torch.float64
 CLAIMS = ("optimizer/c2726", "optimizer/c2600", "optimizer/c2580", "optimizer/c2560", "optimizer/c2540")
@@ -341,7 +341,7 @@ def test_a_master_of_a_wide_table_is_adamw():
 
 def test_rounding_on_bits_is_the_cast_to_bfloat16():
     x = torch.cat([noise(4096, dtype=torch.float32), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3e38])])
-    assert torch.equal(rounded(x), x.bfloat16().float())
+    assert torch.equal(rounded_bits(x, torch.bfloat16), x.bfloat16().float())
 
 
 @pytest.mark.slow

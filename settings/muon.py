@@ -654,8 +654,6 @@ class Muon:
                    "off")
         if self.slow and self.bi_maxwell:
             yield "optim.muon.slow and optim.muon.bi_maxwell are two momenta of two averages: keep one"
-        if self.soft and (self.polar_express or self.anvil_maps):
-            yield "optim.muon.soft weighs the iterates of optim.muon.convergent: switch the other maps off"
         if self.soft and self.ns_steps != 12:
             yield f"optim.muon.soft has 12 weights, and optim.muon.ns_steps = {self.ns_steps}: set it to 12"
         if self.radius_pin and self.hyperball:

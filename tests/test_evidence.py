@@ -43,7 +43,7 @@ def test_the_committed_tiny_run_is_current_and_whole(ref):
     told = len(json.dumps(summary["settings"]))  # in all three files, in summary.json with a line for each
     spread = len(json.dumps(summary["settings"], indent=1))
     mixture = summary["settings"]["model"]["mlp"].get("moe")  # it logs the load of each expert
-    limit = 28_000 if mixture else 20_000
+    limit = 28_000 if mixture else 22_000  # the later records have a checksum for each of more parameters
     assert sum(f.stat().st_size for f in folder.iterdir()) - 2 * told - spread <= limit
     packed = ROOT / f"evidence/results/sources-{summary['sources']}.txt.xz"
     assert source_hash(lzma.decompress(packed.read_bytes()).decode()) == summary["sources"]
@@ -94,7 +94,7 @@ def test_the_table_of_records_is_what_the_command_writes():
 # Whose runs at scale tiny are still to be made. A record that is not here and has none computes at that scale
 # what its parent does.
 TO_RUN = {f"short/{i}" for i in (
-    58, *range(61, 66), 68, *range(70, 75), 77, 78, *range(80, 84), 85, 88, 90, 91, 92
+    61, 63, 64, 65, 68, 70, 71, 72, 73, 74, 78, 80, 82, 83, 90, 91
 )} | {f"medium/{i}" for i in range(1, 19) if i not in (11, 17)}
 TO_RUN |= {f"optimizer/{i}" for i in range(1, 47) if i != 15}
 TO_RUN |= {ref for ref, record in RECORDS.items() if record.claimed}

@@ -79,8 +79,8 @@ def features(plan, wanted):
     """Paths of the features to switch off, in the order of the vocabulary: what the chain's records set, and
     all switches.
 
-    What is off already is no feature of this record. wanted: features, or sections that stand for all
-    features below them; [] for all.
+    What is off already is no feature of this record, nor is a switch that the scale sets. wanted: features,
+    or sections that stand for all features below them; [] for all.
     """
     resolved = resolve(plan, plan["arms"][0])
     record = resolved.record
@@ -88,6 +88,7 @@ def features(plan, wanted):
     every = [
         f.path for f in schema.fields().values() if (f.path in by_records or f.is_feature)
         and f.path.split(".")[0] in AXES and not is_off(resolved.settings, f)
+        and not set_by_scale(plan["scale"], f)
     ]
     out = []
     for path in wanted:
@@ -105,6 +106,11 @@ def is_off(s, field):
     something off."""
     value, off = lookup(s, field.path), field.metadata["off"]
     return value is None or (off not in (BEFORE, REFUSE) and value == off)
+
+
+def set_by_scale(scale, field):
+    """Whether a scale turns a switch on or off, which overrules `--without`."""
+    return scale != "full" and field.type is bool and bool(field.metadata["shrink"])
 
 
 def ablation(plan, options):

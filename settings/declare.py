@@ -80,6 +80,12 @@ def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str
     return field(default=default, metadata=metadata)
 
 
+def with_default(section: type, name: str, default: Any) -> Any:
+    """The setting `name` of a section, declared once more with another default, for a class derived from it."""
+    f = next(f for f in dataclasses.fields(section) if f.name == name)
+    return field(default=default, metadata=f.metadata)
+
+
 # ----- values by path --------------------------------------------------------------------------------------
 
 def walk(node: object, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
@@ -130,6 +136,13 @@ def unmet_needs(s: object) -> list[tuple[str, str, Any]]:
     """(path, needs, default) of every field that is not at its default although what it needs is missing."""
     return [(path, f.metadata["needs"], default_of(f)) for path, f, value in walk(s)
             if f.metadata["needs"] and value != default_of(f) and not holds(s, f.metadata["needs"])]
+
+
+def inert_settings(s: object) -> Iterator[tuple[str, str]]:
+    """(path, path of what makes it inert) of the settings that the sections' methods `inert` name."""
+    for _, _, node in walk(s):
+        if hasattr(node, "inert"):
+            yield from node.inert()
 
 
 def order_faults(path: str, section: object, first: str, last: str) -> Iterator[str]:

@@ -22,7 +22,7 @@ import settings
 from common import files, untrusted
 from common.errors import UserError, did_you_mean, near
 from settings import Settings, renames, scales
-from settings.declare import BEFORE, REFUSE, holds, lookup, unmet_needs
+from settings.declare import BEFORE, REFUSE, holds, inert_settings, lookup, unmet_needs
 from settings.scales import SCALES
 from settings.schema import assign, find_field, ml_hash, parse_assignment, prefixes, replaced, show
 
@@ -497,22 +497,26 @@ def turn_off(s: Settings, links: list[Record], path: str) -> tuple[Settings, str
         new, why = before, f"value before {setters[-1].ref}{with_it}"
     else:
         new, why = (None if f.optional and off == BEFORE else off), "off"
-    refuse_idle(s, path, f"--without {path}", f"switch that off or {hint}")
     if old == new:
         raise UserError(f"--without {path}: it is already {show(new)} in {links[-1].ref}")
+    refuse_idle(s, path, f"--without {path}", f"switch that off or {hint}")
     return replaced(s, path, new), f"without {path}: {show(old)} -> {show(new)} ({why})"
 
 
 def refuse_idle(s: Settings, path: str, what: str, remedy: str) -> None:
-    """UserError if another setting makes this one inert: by its `idle`, or that of a section above it.
+    """UserError if another setting makes this one inert.
+
+    By its `idle`, or that of a section above it, or as a section's method `inert` tells.
 
     Args:
         what: the change that would have no effect, like `--set optim.matrix.lr`.
         remedy: how to mend it, said after the reason.
     """
-    for idle in (find_field(p).metadata["idle"] for p in [*prefixes(path), path]):
-        if not idle or not holds(s, idle):
-            continue
+    parts = [*prefixes(path), path]
+    declared = (find_field(p).metadata["idle"] for p in parts)
+    found = [idle for idle in declared if idle and holds(s, idle)]
+    found += [other for inert, other in inert_settings(s) if inert in parts]
+    for idle in found:
         other = idle.partition("=")[0]
         value = f" = {lookup(s, other)}" if "=" in idle else ""
         raise UserError(f"{what}: it has no effect while {other}{value} is there; {remedy}")

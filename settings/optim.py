@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from settings.declare import BEFORE, REFUSE, opt
+from settings.declare import BEFORE, REFUSE, fields_of, opt, with_default
 from settings.muon import Muon
 from settings.wrappers import (
     RRE, Anchor, BroadDelta, EMANesterov, OuterStep, PhaseReadout, ReferenceReadout, TailEMA, TailVelocity,
@@ -66,7 +66,7 @@ class Scalars:
 @dataclass(frozen=True)
 class Group(Scalars):
     """One AdamW parameter group of embeddings or matrices."""
-    weight_decay: float = opt(0.1, "decoupled weight decay: p <- p - lr weight_decay p", off=0.0, least=0)
+    weight_decay: float = with_default(Scalars, "weight_decay", 0.1)
 
 
 @dataclass(frozen=True)
@@ -306,8 +306,7 @@ class Optim:
                                         "position table and the value tables")
     lm_head: HeadGroup = opt(HeadGroup, "AdamW group of the output head, or of the table that the token "
                                         "embedding and the head share")
-    matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them",
-                        idle="optim.muon")
+    matrix: Group = opt(Group, "AdamW group of the block matrices, unless optim.muon updates them")
     scalar: Scalars = opt(Scalars, "AdamW group of gains, biases and learned scalars")
     router: Group = opt(Group, "AdamW group of the routers, also when Muon updates the block matrices",
                         needs="model.mlp.moe")
@@ -460,6 +459,19 @@ class Optim:
     def freezes(self) -> dict[str, int]:
         """{group: its `freeze_steps`} of the groups that have some."""
         return {name: group.freeze_steps for name, group in self.groups().items() if group.freeze_steps}
+
+    def inert(self) -> Iterator[tuple[str, str]]:
+        """(path, path of what makes it inert) of settings that no rule of their group reads."""
+        if self.muon:
+            adamw = [own for name in LABELS["matrix"] if (own := getattr(self, name)) and own.adamw]
+            if not adamw:
+                yield "optim.matrix", "optim.muon"
+            for f in fields_of(Group):
+                if all(getattr(own, f.name) is not None for own in adamw):
+                    yield f"optim.matrix.{f.name}", "optim.muon"
+        for name in LABELS["embed"]:
+            if getattr(getattr(self, name), "row_moment", False):
+                yield f"optim.{name}.beta1", f"optim.{name}.row_moment"
 
     def check(self, s: Any) -> Iterator[str]:
         if s.system.reduction == "ordered" and max(self.cadences().values()) > 1:

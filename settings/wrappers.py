@@ -9,8 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from settings.declare import REFUSE, opt, order_faults
-
+from settings.declare import REFUSE, opt, order_faults, with_default
 
 WORKERS = (1, 8)  # all ranks together, or a worker for each logical rank
 
@@ -154,19 +153,13 @@ class TrailDelta:
 @dataclass(frozen=True)
 class BroadDelta(TrailDelta):
     """BroadDelta (track 3, result 43): the pulse of TrailDelta once, over a longer way and with less push."""
-    start: int = opt(2000, "number of the update whose weights are the first theta_last", unit="step",
-                     off=REFUSE, shrink="steps", least=1)
-    every: int = opt(400, "updates from one pulse to the next", unit="step", off=REFUSE, shrink="steps",
-                     least=1)
-    stop: int = opt(2400, "number of the last update that a pulse may follow", unit="step", off=REFUSE,
-                    shrink="steps", least=1)
-    first: float = opt(-0.005, "push of the first pulse")
-    push: float = opt(-0.005, "push of the others")
-    momentum: float = opt(0.0, "share of the last d that joins the next", off=0.0, least=0)
-    scope: Literal["all", "other_matrices"] = opt(
-        "other_matrices", "what is moved. all: all parameters but the token embedding. other_matrices: the "
-        "block matrices but v and o"
-    )
+    start: int = with_default(TrailDelta, "start", 2000)
+    every: int = with_default(TrailDelta, "every", 400)
+    stop: int = with_default(TrailDelta, "stop", 2400)
+    first: float = with_default(TrailDelta, "first", -0.005)
+    push: float = with_default(TrailDelta, "push", -0.005)
+    momentum: float = with_default(TrailDelta, "momentum", 0.0)
+    scope: Literal["all", "other_matrices"] = with_default(TrailDelta, "scope", "other_matrices")
 
     path = "optim.broad_delta"
 

@@ -55,8 +55,6 @@ KEPT = {  # features of records 89 and 92 that stay, with the reason that is giv
     "model.attn.value_embed.learned": "it has no effect while model.attn.value_embed.mix = sum is there",
     "model.residual.unet_skips.pairs": "model.residual.unet_skips needs an even model.num_layers",
     "model.residual.unet_skips.gate": "it has no effect while model.token_gates is there",
-    "optim.matrix.beta1": "it has no effect while optim.muon is there",
-    "optim.matrix.beta2": "it has no effect while optim.muon is there",
     "data.max_doc_len": "data.loader=packed needs data.max_doc_len"
 }
 

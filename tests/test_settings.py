@@ -587,6 +587,8 @@ def test_commands_refuse_nonsense_in_one_line():
             "it has no effect while model.attn.window.growth = stages is there"
         ),
         ("short/11", "optim.matrix.lr=0.1", "it has no effect while optim.muon is there"),
+        ("short/57", "optim.matrix.lr=0.1", "it has no effect while optim.muon is there"),
+        ("short/92", "optim.bigram.beta1=0.5", "it has no effect while optim.bigram.row_moment is there"),
         (
             "short/12", "model.attn.window.stages=[1,2]",
             "model.attn.window.stages needs model.attn.window.growth=stages: set it too"
@@ -598,6 +600,12 @@ def test_a_value_that_would_do_nothing_is_refused(ref, change, message):
     """It would give the run another identity and compute the same."""
     with pytest.raises(UserError, match=re.escape(message)):
         deltas.resolve(ref, sets=[change])
+
+
+def test_a_value_that_only_the_matrices_of_adamw_read_is_taken():
+    """Record 57's gates have AdamW next to Muon, with every constant of their own but the freeze."""
+    s = deltas.resolve("short/57", sets=["optim.matrix.freeze_steps=3"]).settings
+    assert [s.optim.group("matrix", label).freeze_steps for label in ("gate", "qkvo")] == [3, 0]
 
 
 def test_a_value_that_is_there_already_may_be_said_again_and_one_that_gets_its_effect_set():

@@ -26,12 +26,11 @@ import sys
 import time
 from pathlib import Path
 
-from common import arguments, console
-from common import files, lines
+from common import arguments, console, files, lines
+from common.errors import UserError
 from settings.scales import SCALES
 from sweeps import forecast, queue
 from sweeps.plan import is_inert, make_plan, pairs_of
-from common.errors import UserError
 
 
 # ----- before the start -------------------------------------------------------------------------------------

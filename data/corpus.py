@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 
 from common import files
+from common.errors import UserError
 from common.files import default_cache
 from data import fineweb
 from data.shards import open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
-from common.errors import UserError
 from settings.scales import SCALES
 
 HERE = Path(__file__).parent

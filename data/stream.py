@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 
 import numpy as np
 
-from data.shards import Shard, check_vocabulary, open_shard
 import schedule
 from common.errors import UserError
+from data.shards import Shard, check_vocabulary, open_shard
 from settings.data import LOGICAL_RANKS
 
 FINEWEB_SHARD = 100_000_000  # tokens of every train shard but the last

@@ -26,11 +26,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import errors
-from common import files, repository
 import runlog
-from evidence import textlog
+from common import errors, files, repository
 from common.errors import UserError
+from evidence import textlog
 from system.launch import tie
 
 ROOT = runlog.ROOT

@@ -11,10 +11,9 @@ import os
 import re
 from pathlib import Path
 
-from common import errors
-from common import files, untrusted
-from evidence import arms, compare, manifest
+from common import errors, files, untrusted
 from common.errors import UserError
+from evidence import arms, compare, manifest
 from settings import deltas
 
 

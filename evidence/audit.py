@@ -32,9 +32,9 @@ import time
 from pathlib import Path
 
 from common import arguments as numbers, environment, files, repository
+from common.errors import UserError
 from evidence import provenance
 from runlog import ROOT, measured
-from common.errors import UserError
 
 PASSED, FAILED, INTERRUPTED = 0, 3, 130
 VERSION = 1

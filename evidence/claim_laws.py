@@ -18,15 +18,15 @@ import statistics as middle
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common import files, untrusted
 import runlog
+from common import files, untrusted
+from common.errors import UserError
 from evidence import (
     arms, compare, fact_laws, ledger, manifest, off_clock, plausible,
     provenance, run_laws, textlog
 )
 from evidence.manifest import CLOCK_S, moment
 from evidence.run_laws import alike
-from common.errors import UserError
 from settings.scales import SCALES
 
 # what start and warm-up of like runs may differ by beyond run_laws.LONGER: disks and compilers vary

@@ -35,12 +35,11 @@ import hashlib
 from math import fsum
 from pathlib import Path
 
-from common import errors
-from common import files, lines
+from common import errors, files, lines
+from common.errors import UserError
 from evidence.statistics import (
     bootstrap_t, describe, difference, ratio, standardised, target_test, z_pairwise, z_rule
 )
-from common.errors import UserError
 from settings import deltas
 
 HERE = Path(__file__).parent / "published"

@@ -15,8 +15,8 @@ import re
 from pathlib import Path
 
 from common import files, untrusted
-from evidence import attempts, manifest, verify
 from common.errors import UserError
+from evidence import attempts, manifest, verify
 from settings import deltas
 from settings.scales import SCALES
 

@@ -15,10 +15,10 @@ import sys
 
 import runlog
 import settings
-from evidence import arms, foreign, manifest, plausible, stack
-from evidence.run_laws import alike, canonical
 from common import files, untrusted
 from common.errors import UserError
+from evidence import arms, foreign, manifest, plausible, stack
+from evidence.run_laws import alike, canonical
 from settings import deltas, renames, scales, schema
 
 SOURCES_LIMIT = 20_000_000  # bytes of an archive that are read

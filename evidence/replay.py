@@ -16,12 +16,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import arguments as numbers, environment, files, sandbox, untrusted
-from common.printable import printable
 import runlog
-from evidence import arms, compare, foreign, manifest, textlog, verify
+from common import arguments as numbers, environment, files, sandbox, untrusted
 from common.errors import UserError
 from common.interrupt import Interrupt
+from common.printable import printable
+from evidence import arms, compare, foreign, manifest, textlog, verify
 from settings import renames
 from settings.scales import SCALES
 

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import settings
-from common import files
 import runlog
 import schedule
-from layers.specs import layer_specs
-from common import untrusted
-from evidence import foreign
+from common import files, untrusted
 from common.errors import UserError
+from layers.specs import layer_specs
+from evidence import foreign
 from settings import schema
 from settings.numerics import NUMERICS_VERSION
 

@@ -24,12 +24,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import arguments as numbers
-from common import errors
+from common import arguments as numbers, errors
 from common import environment, files, untrusted
+from common.errors import UserError
 from evidence import arms, attempts, compare, ledger, manifest, off_clock, stack, verify, writeup
 from evidence.provenance import differing, last_ml
-from common.errors import UserError
 from settings import deltas, schema
 from settings.model import padded_vocab
 from settings.scales import SCALES

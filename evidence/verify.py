@@ -22,16 +22,15 @@ import statistics as middle
 import sys
 from pathlib import Path
 
-from common import arguments as numbers
-from common import files, untrusted
-from common.printable import printable
 import runlog
+from common import arguments as numbers, files, untrusted
+from common.errors import UserError
+from common.printable import printable
 from evidence import (
     arms, claim_laws, compare, ledger, manifest, off_clock, provenance,
     signing, textlog, writeup
 )
 from evidence.provenance import last_ml
-from common.errors import UserError
 from settings import deltas, renames
 
 SHOWN, REFUSED, NOT_SHOWN = 0, 2, 3

@@ -8,10 +8,9 @@ is removed. A record that was promoted and that nothing is built on goes back to
 one commit.
 """
 
-from common import files
-from evidence import arms, attempts, ledger, manifest, promote, verify
-from common import untrusted
+from common import files, untrusted
 from common.errors import UserError
+from evidence import arms, attempts, ledger, manifest, promote, verify
 from settings import deltas
 
 

@@ -10,11 +10,11 @@ import re
 import uuid
 from pathlib import Path
 
-from common import files, untrusted
-from common.printable import printable
 import runlog
-from evidence import provenance
+from common import files, untrusted
 from common.errors import UserError
+from common.printable import printable
+from evidence import provenance
 from settings import deltas, schema
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from common import files
-from kernels.device import triton_version
 from common.errors import UserError
+from kernels.device import triton_version
 
 trial = {}  # {operation: tile} that is tried out just now
 

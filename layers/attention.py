@@ -16,9 +16,9 @@ from kernels import attention, eager
 from kernels.fp8_linear import LARGEST, fp8_linear
 from kernels.fp8_mlp import E4M3, LEAST
 from kernels.qk_rotary import offset_keys, qkv_rotary
-from layers.primitives import bias_init, coefficient, constant, dtype, linear, linear_init, parameter
 from layers.compose import composed, excluded
-from layers.primitives import gradient_unit, mimetic, products_dtype, rms_norm
+from layers.primitives import bias_init, coefficient, constant, dtype, gradient_unit, linear, linear_init
+from layers.primitives import mimetic, parameter, products_dtype, rms_norm
 from layers.rotary import Rotary
 from layers.specs import AttnSpec, LayerSpec
 from settings import Settings
@@ -238,7 +238,7 @@ class Attention(nn.Module):
         elif eager.applies(qkv):  # queries and keys at once: half the operations
             q, k = self.apply_rotary(qk, rotary, start).chunk(2, dim=2)
         else:
-            q, k = (self.apply_rotary(x, rotary, start) for x in qk.chunk(2, dim=2))
+            q, k = (self.apply_rotary(part, rotary, start) for part in qk.chunk(2, dim=2))
         if self.v_norm:
             v = self.norm(v)
         if mix_values is not None:

@@ -130,8 +130,10 @@ class Bigram(nn.Module):
         rows = self.look_up(tokens, past) if rows is None else rows
         if self.signs is not None:
             line, new = self.line(tokens, past)
-            signs = ngram_sign_ids(line, len(self.signs)) if self.trigrams else \
-                sign_ids(line, len(self.signs))[None]
-            rows = rows * F.embedding(signs[..., new], self.signs)
+            if self.trigrams:
+                ids = ngram_sign_ids(line, len(self.signs))
+            else:
+                ids = sign_ids(line, len(self.signs))[None]
+            rows = rows * F.embedding(ids[..., new], self.signs)
         rows = rows.sum(0) if self.trigrams else rows[0]
         return F.pad(rows.to(self.residual_dtype), (0, self.dim - rows.size(-1)))

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from common import files
-from page import curves
 from common.errors import UserError
+from page import curves
 
 COLUMNS = ("run", "step", "tokens", "time_ms", "val_loss", "train_loss")
 

@@ -22,12 +22,12 @@ import math
 import re
 
 from common import files, untrusted
+from common.errors import UserError
 from evidence import statistics, verify
 from settings import deltas, renames, schema
 from settings.scales import SCALES
 from sweeps import report as sweep_report
 from runlog import read_chain
-from common.errors import UserError
 
 ROOT = deltas.RECORDS.parent
 EVIDENCE = ROOT / "evidence/results"

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 
 from common import environment, files
+from common.errors import UserError
 from page import curves
 from runlog import covers_all
-from common.errors import UserError
 
 AXES = ("steps", "tokens", "time")
 UNITS = {"steps": (1, "step"), "tokens": (1, "tokens"), "time": (1000, "training time, s")}

@@ -6,12 +6,12 @@ import functools
 from html import escape
 from pathlib import Path
 
-from common import files
 import schedule
+from common import files
+from common.errors import UserError
 from page import facts
 from page.tags import NOTHING, chip, folded, interval, missing, number, table
 from page.worth import CAUTION, evidence, sweep_line, worth
-from common.errors import UserError
 from settings import deltas, schema
 from settings.scales import SCALES
 

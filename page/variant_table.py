@@ -7,12 +7,12 @@ that bench/experts.py left in bench/results, losses from the chains of sweep.py 
 import textwrap
 from pathlib import Path
 
+from common import untrusted
+from common.errors import UserError
 from page import facts
 from page.markdown import difference_text, line
 from settings import deltas
 from system.dry_run import context_text, flops
-from common import untrusted
-from common.errors import UserError
 
 TIMES = Path(__file__).parent.parent / "bench/results/cpu_variants.json"
 

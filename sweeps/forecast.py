@@ -11,11 +11,11 @@ import tempfile
 
 import runlog
 import schedule
+from common import files
+from common.errors import UserError
 from settings import Settings, deltas
 from sweeps import queue, worker
 from sweeps.plan import flags_of, resolve
-from common import files
-from common.errors import UserError
 
 TRIAL_STEPS = 10
 TRIAL_TIMEOUT_S = 900  # a first compilation on a GPU takes minutes

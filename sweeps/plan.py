@@ -9,8 +9,7 @@ first arm is the control.
 import itertools
 from pathlib import Path
 
-from common import errors
-from common import repository
+from common import errors, repository
 from common.errors import UserError
 from settings import deltas, schema
 from settings.declare import BEFORE, REFUSE, lookup

@@ -27,13 +27,12 @@ import shutil
 import time
 from pathlib import Path
 
-from common import files
 import runlog
+from common import files, untrusted
+from common.errors import UserError
 from settings import schema
 from settings.numerics import NUMERICS_VERSION
 from sweeps.plan import resolve
-from common import untrusted
-from common.errors import UserError
 
 FOLDERS = ("claims", "done", "failed", "output", "runs", "workers")
 SEAL = "sealed.json"

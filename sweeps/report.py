@@ -13,13 +13,12 @@ import csv
 import io
 from pathlib import Path
 
-from common import files
 import runlog
+from common import files, untrusted
+from common.errors import UserError
 from evidence import statistics
 from sweeps import optimizers, queue
 from sweeps.plan import compared_with, is_inert, pairs_of
-from common import untrusted
-from common.errors import UserError
 
 # by plan["paired"]: how rows are compared. Reports of before say dunnett, holm or (paired) holm, all with one
 # pooled variance; `sweep.py report FILE.json` states them anew.

@@ -14,13 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-from common import files
 import runlog
+from common import files
+from common.errors import UserError
+from common.interrupt import held, hold, is_due
 from settings import schema
 from sweeps import queue
 from sweeps.plan import flags_of, resolve
-from common.errors import UserError
-from common.interrupt import held, hold, is_due
 
 FAILURES_IN_A_ROW = 3  # then the machine is at fault rather than the arms: the worker stops
 # exit codes of the trainer that leave a complete log: reached or no target, missed, diverged

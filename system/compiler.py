@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from common import files
-from kernels.device import c_compiler, triton_version
 from common.errors import UserError
+from kernels.device import c_compiler, triton_version
 
 FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 FILE_VERSION = 1

@@ -48,7 +48,6 @@ class HeadRule:
         )
 
 
-
 @dataclass(frozen=True)
 class EigenAdam(HeadRule):
     """Adam on the head in the eigenbasis of its gradients' covariance (jn2clark's claims of 2560 and 2540

@@ -210,17 +210,16 @@ class GPT(nn.Module):
         size = self.tokens_per_rank(context)
         if targets is None:
             return self.lm_head(x, self.embed.weight, size)
-        terms = prefix, prefix_weight, candidates
         if context is not None and context.impossible is not None:
             return self.lm_head.masked_losses(x, self.embed.weight, targets, tokens, context.impossible)
-        if self.mtp is None or target_weights is None:
-            losses = self.lm_head.losses(
-                x, self.embed.weight, targets, target_weights, *terms, size, corrections
-            )
-        else:
-            losses = self.lm_head.losses(x, self.embed.weight, targets, target_weights[:1], *terms, size)
-            if len(target_weights) > 1:
-                losses = losses + target_weights[1] * self.module_losses(h, targets, context, matmul_dtype)
+        with_module = self.mtp is not None and target_weights is not None
+        losses = self.lm_head.losses(
+            x, self.embed.weight, targets, target_weights[:1] if with_module else target_weights,
+            prefix=prefix, prefix_weight=prefix_weight, candidates=candidates, corrections=corrections,
+            tokens_per_rank=size
+        )
+        if with_module and len(target_weights) > 1:
+            losses = losses + target_weights[1] * self.module_losses(h, targets, context, matmul_dtype)
         # an aux loss adds its gradient and exactly zero to the value: the reported loss stays a cross entropy
         for aux in aux_losses:
             losses = losses + (aux - aux.detach()).view(targets.shape)

@@ -1,6 +1,7 @@
 """The head: the stream to soft-capped logits, and their cross entropies."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +84,16 @@ class Head(nn.Module):
         return self.loss_dtype if self.training else self.eval_loss_dtype
 
     def losses(
-        self, x: torch.Tensor, table: torch.Tensor, targets: torch.Tensor, weights=None, prefix=None,
-        prefix_weight=None, candidates=None, tokens_per_rank: int | None = None, corrections=None
+        self, x: torch.Tensor, table: torch.Tensor | None, targets: torch.Tensor,
+        weights: torch.Tensor | Sequence[float] | None = None, *, prefix: torch.Tensor | None = None,
+        prefix_weight: torch.Tensor | float | None = None, candidates: torch.Tensor | None = None,
+        corrections: torch.Tensor | None = None, tokens_per_rank: int | None = None
     ) -> torch.Tensor:
-        """Cross entropies (R, T) of the targets (R, T).
+        """Cross entropies (R, T) of the targets (R, T) int64.
 
         Args:
-            table: the embedding's weight, for a tied head.
+            x: the stream (R, T, D), normed.
+            table: the embedding's weight (V, D), for a tied head.
             weights: loss weights of the next tokens, the first one first (layers.losses.weighted_losses);
                 None: only the next token, with weight 1.
             prefix, prefix_weight: a second target per token, (R, T) int64, and the weight of its cross
@@ -103,8 +107,10 @@ class Head(nn.Module):
         if candidates is not None and candidates.dim() == 2:  # rows of several logical ranks
             return torch.cat([
                 self.losses(
-                    x[i:i + 1], table, targets[i:i + 1], weights, None if prefix is None else prefix[i:i + 1],
-                    prefix_weight, of_rank, tokens_per_rank, None if corrections is None else corrections[i]
+                    x[i:i + 1], table, targets[i:i + 1], weights,
+                    prefix=None if prefix is None else prefix[i:i + 1], prefix_weight=prefix_weight,
+                    candidates=of_rank, corrections=None if corrections is None else corrections[i],
+                    tokens_per_rank=tokens_per_rank
                 ) for i, of_rank in enumerate(candidates)
             ])
         if self.sample is not None and self.training:

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +26,13 @@ from layers.attention import Attention, AttnCoefs, AttnMeta, Cache, Context, SAL
 from layers.bigram import Bigram
 from layers.head import Head
 from layers.latent import LatentAttention
-from layers.signed_gains import fill_gains
 from layers.mlp import MLP
-from layers.moe import MoE
+from layers.moe import MoE, Router
 from layers.mtp import MTPModule, within_documents
 from layers.primitives import Norm, dtype, normal, parameter, uniform
 from layers.residual import Residual, Stream
 from layers.rotary import Rotary, RotaryTables
+from layers.signed_gains import fill_gains
 from layers.smear import OutputSmear, Smear
 from layers.specs import LayerSpec, layer_specs
 from layers.values import ValueEmbed, ValueResidual
@@ -79,7 +80,10 @@ class Embedding(nn.Module):
         self.norm = Norm(s) if m.embed.norm else None
         self.residual_dtype = dtype(n.residual)
 
-    def forward(self, tokens, start=0, table=None, cache=None):
+    def forward(
+        self, tokens: torch.Tensor, start: int = 0, table: torch.Tensor | None = None,
+        cache: Cache | None = None
+    ) -> torch.Tensor:
         """The embedded tokens (R, T, D).
 
         Args:
@@ -95,7 +99,7 @@ class Embedding(nn.Module):
             x = x + self.positions[start:start + tokens.size(1)].to(self.residual_dtype)
         return x if self.norm is None else self.norm(x)
 
-    def second_rows(self, tokens):
+    def second_rows(self, tokens: torch.Tensor) -> torch.Tensor | None:
         """Rows (R, T, D) of the second table for tokens (R, T), normed like the first one's; or None."""
         if self.second is None:
             return None
@@ -170,8 +174,12 @@ class GPT(nn.Module):
         self.passed = set()  # faster attention backends that cannot run here, each with the reason
         self.tied = self.tied_at_first()  # the embedding is the head's weight until the trainer unties them
 
-    def forward(self, tokens, targets=None, context=None, cache=None, target_weights=None, prefix=None,
-                prefix_weight=None, candidates=None, corrections=None):
+    def forward(
+        self, tokens: torch.Tensor, targets: torch.Tensor | None = None, context: Context | None = None,
+        cache: Cache | None = None, target_weights: torch.Tensor | Sequence[float] | None = None,
+        prefix: torch.Tensor | None = None, prefix_weight: torch.Tensor | float | None = None,
+        candidates: torch.Tensor | None = None, corrections: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Losses of each token (R, T); without targets, logits (R, T, V).
 
         Args:
@@ -249,7 +257,9 @@ class GPT(nn.Module):
         told = None if context is None else context.tokens_per_rank
         return self.first_tokens_per_rank if told is None else told
 
-    def module_losses(self, h, targets, context, matmul_dtype):
+    def module_losses(
+        self, h: torch.Tensor, targets: torch.Tensor, context: Context | None, matmul_dtype: torch.dtype
+    ) -> torch.Tensor:
         """Cross entropies (R, T) of the MTP module, which predicts the token after the next one.
 
         Zero where that token belongs to another document. h: the stream (R, T, D) after the last block.
@@ -264,7 +274,7 @@ class GPT(nn.Module):
         keep = within_documents(None if context is None else context.documents, targets)
         return losses.masked_fill(~keep, 0.0)
 
-    def layers(self):
+    def layers(self) -> list[Callable]:
         """The function that runs each layer: `layer`, or `layer` under activation checkpointing."""
         plain = [self.layer] * len(self.blocks)
         if not (self.recompute and self.training):
@@ -273,7 +283,10 @@ class GPT(nn.Module):
         first = 1 if isinstance(self.values, ValueResidual) else 0  # layer 0 stores its values for the others
         return plain[:first] + [again] * (len(self.blocks) - first)
 
-    def layer(self, i, x, stream, mix, lambdas, context, cache, aux_losses):
+    def layer(
+        self, i: int, x: torch.Tensor, stream: Stream, mix: Callable | None, lambdas: Callable | None,
+        context: Context | None, cache: Cache | None, aux_losses: list[torch.Tensor]
+    ) -> torch.Tensor:
         """Attention and MLP of layer i on the stream x (R, T, D).
 
         Re-run by activation checkpointing (system.activation_checkpoint), so it must be free of side effects;
@@ -304,7 +317,7 @@ class GPT(nn.Module):
         x = stream.mix("mlp", i, x, y)
         return x
 
-    def attn_coefs(self, i: int, stream: Stream, lambdas) -> AttnCoefs:
+    def attn_coefs(self, i: int, stream: Stream, lambdas: Callable | None) -> AttnCoefs:
         """The coefficients of layer i's attention: factors of its projections, and what token gates give."""
         w1, w2 = stream.by_head("w1", i), stream.by_head("w2", i)
         return AttnCoefs(
@@ -312,7 +325,7 @@ class GPT(nn.Module):
             xsa=stream.by_head("xsa", i), compose=None if w1 is None else (w1, w2)
         )
 
-    def new_cache(self, absorbed=None):
+    def new_cache(self, absorbed: bool | None = None) -> Cache:
         """An empty Cache for generation.
 
         absorbed: cache latents instead of keys and values (LatentAttention); None: if the model supports it.
@@ -326,8 +339,9 @@ class GPT(nn.Module):
         return Cache([None] * (3 if able and absorbed is not False else 2) for _ in self.blocks)
 
     def context(
-        self, tokens, bos, windows, cached=False, max_docs=None, max_seqlen=None, tokens_per_rank=None,
-        documents=None
+        self, tokens: torch.Tensor, bos: int, windows: Windows | None, cached: bool = False,
+        max_docs: int | None = None, max_seqlen: int | None = None, tokens_per_rank: int | None = None,
+        documents: torch.Tensor | None = None
     ) -> Context:
         """The attention metadata of one forward pass, computed outside the compiled forward.
 
@@ -378,7 +392,9 @@ class GPT(nn.Module):
             context.bigrams = self.bigram.look_up(tokens)
         return context
 
-    def composition(self, spec, documents, scale):
+    def composition(
+        self, spec: LayerSpec, documents: torch.Tensor | None, scale: float | None
+    ) -> tuple | None:
         """Documents (R, T) and softmax scale of a layer whose heads are composed, otherwise None."""
         if spec.attn.compose is None:
             return None
@@ -402,7 +418,10 @@ class GPT(nn.Module):
         """Recompute the rotary tables and softmax scales if the long window has changed (YaRN, record 31)."""
         self.rotary_tables.update(windows)
 
-    def view(self, tokens, documents, window, max_docs, max_seqlen, positions=1):
+    def view(
+        self, tokens: torch.Tensor, documents: torch.Tensor | None, window: attention.Window,
+        max_docs: int | None, max_seqlen: int | None, positions: int = 1
+    ) -> attention.View:
         """The attention.View of one window, for the backend that system.attention selects.
 
         positions: of each token: 2 with paired heads.
@@ -431,7 +450,7 @@ class GPT(nn.Module):
             raise UserError(f"system.attention={s.system.attention}: {error}") from None
 
     @torch.no_grad()
-    def initialise(self, seed):
+    def initialise(self, seed: int) -> None:
         """Fill every parameter and table.
 
         Values are drawn on the CPU in float32, so they are equal on all devices.
@@ -460,17 +479,17 @@ class GPT(nn.Module):
         for mlp in self.fp8_mlps():
             mlp.fp8.reset()
 
-    def tied_at_first(self):
+    def tied_at_first(self) -> bool:
         """Whether training begins with the head's weight as the embedding, although the head is untied."""
         untied = self.settings.model.head.untied
         return untied is not None and untied.tied_until is not None
 
-    def fp8_mlps(self):
+    def fp8_mlps(self) -> list[MLP]:
         """The MLPs that use FP8 in training."""
         found = [mlp for block in self.blocks for mlp in (block.mlp, block.parallel) if isinstance(mlp, MLP)]
         return [mlp for mlp in found if mlp.fp8 is not None]
 
-    def prepare_compile(self):
+    def prepare_compile(self) -> None:
         """Call this before torch.compile: shapes in the graph must not depend on the data."""
         self.compiled = True
         # The number of exchanged rows depends on the data. A decorator would load the compiler in every run.
@@ -479,14 +498,14 @@ class GPT(nn.Module):
 
     # ----- experts
 
-    def mixtures(self):
+    def mixtures(self) -> list[tuple[int, MoE]]:
         """[(layer number, MoE)] of the layers that have experts."""
         return [(i, block.mlp) for i, block in enumerate(self.blocks) if isinstance(block.mlp, MoE)]
 
-    def routers(self):
+    def routers(self) -> list[Router]:
         return [moe.router for _, moe in self.mixtures()]
 
-    def tokens_per_expert(self):
+    def tokens_per_expert(self) -> dict[str, torch.Tensor]:
         """{parameter name: (E,) tokens of each of its experts in the last whole step}.
 
         The tensors are views of the routers' buffers, so they follow later steps.
@@ -497,7 +516,7 @@ class GPT(nn.Module):
             out |= {f"blocks.{i}.mlp.c_fc": mine, f"blocks.{i}.mlp.c_proj": mine}
         return out
 
-    def full_state_dict(self):
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
         """state_dict on the CPU with all experts and rows, on every process (collective where these are
         shared out).
 
@@ -517,7 +536,7 @@ class GPT(nn.Module):
 
     # ----- accounting
 
-    def sizes(self):
+    def sizes(self) -> list[tuple[nn.Parameter, int, int]]:
         """[(parameter, elements over all processes, elements used for one token)]."""
         stacks = {id(p): moe for _, moe in self.mixtures() for p in (moe.c_fc, moe.c_proj)}
         out = []
@@ -528,14 +547,14 @@ class GPT(nn.Module):
                        (p, p[0].numel() * moe.num_experts, p[0].numel() * moe.router.moe.top_k))
         return out
 
-    def num_parameters(self):
+    def num_parameters(self) -> int:
         return sum(whole for _, whole, _ in self.sizes())
 
-    def num_active(self):
+    def num_active(self) -> int:
         """Active parameters per token: all but the experts that the token is not routed to."""
         return sum(active for _, _, active in self.sizes())
 
-    def flops_per_token(self):
+    def flops_per_token(self) -> int:
         """Training FLOPs per token of products with weights: 6 per active matrix parameter, head included.
 
         Embedding tables are only read. attention_flops_per_token counts attention's own products. An MTP
@@ -545,7 +564,7 @@ class GPT(nn.Module):
         active = sum(n for p, n in found if p.role in ("matrix", "lm_head", "router"))
         return 6 * (active + sum(n for p, n in found if self.mtp is not None and p.role == "lm_head"))
 
-    def attention_flops_per_token(self, windows=None):
+    def attention_flops_per_token(self, windows: Windows | None = None) -> float:
         """Training FLOPs per token of attention's own products: 6 per channel of a visible key and value.
 
         Counted for rows of data.seq_len in these windows (schedule.Windows or None). Document masks hide

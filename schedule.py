@@ -12,8 +12,10 @@ from typing import NamedTuple
 from settings import Settings
 from settings.data import LOGICAL_RANKS, by_document, per_stage
 from settings.declare import walk
-from settings.schedule import Schedule
+from settings.model import Window
+from settings.muon import Muon
 from settings.optim import Optim
+from settings.schedule import Schedule
 from settings.wrappers import RRE, TrailDelta
 
 
@@ -152,7 +154,7 @@ def lr_peak(schedule: Schedule, progress: float, step: float) -> float:
     return next((factor for start, factor in reversed(schedule.lr_peaks) if progress > start), 1.0)
 
 
-def muon_momentum(muon, step, steps):
+def muon_momentum(muon: Muon | None, step: int, steps: int) -> float:
     """Muon momentum at a step, 0.0 without Muon.
 
     It rises linearly over momentum_warmup (record 9) and falls linearly over momentum_cooldown (record 39).
@@ -173,7 +175,7 @@ def muon_momentum(muon, step, steps):
     return (1 - x) * warmup.start + x * momentum
 
 
-def update_bias(s, step):
+def update_bias(s: Settings, step: int) -> bool:
     """Whether load balancing updates the routers' biases after a step (not in the last freeze_frac)."""
     moe = s.model.mlp.moe
     if moe is None or moe.balance is None:
@@ -269,7 +271,7 @@ def tied(s: Settings, step: int) -> bool:
 
 # ----- windows ----------------------------------------------------------------------------------------------
 
-def long_window(window, steps, step):
+def long_window(window: Window, steps: int, step: int) -> int:
     """Tokens of the long window at a step, 0 <= step <= steps (step == steps: after training)."""
     if window.growth == "constant":
         return window.start
@@ -281,7 +283,7 @@ def long_window(window, steps, step):
     return max(1, grains) * window.grain
 
 
-def span(window, tokens):
+def span(window: Window, tokens: int) -> Span:
     """The Span of a window of `tokens` tokens under the window's rule."""
     if window.rule == "tokens":
         return Span(tokens, None)
@@ -292,7 +294,7 @@ def span(window, tokens):
     return Span(tokens + 1, None)  # tokens_back: FlashAttention's left window shows one key more
 
 
-def half(window, tokens):
+def half(window: Window, tokens: int) -> int:
     """Tokens of the short window, from the tokens of the long one.
 
     Half the blocks, rounded down, but at least one block; half the tokens if the long window has no block.
@@ -301,7 +303,7 @@ def half(window, tokens):
     return max(1, blocks // 2) * window.block if blocks else max(1, tokens // 2)
 
 
-def windows(s, step, final=False):
+def windows(s: Settings, step: int, final: bool = False) -> Windows | None:
     """Windows at a step, or None without windows.
 
     final: in the last validation, which from record 31 on has wider windows than training.
@@ -339,7 +341,7 @@ def window_blocks(s: Settings, step: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))  # two stages may have one window
 
 
-def layer_spans(specs, windows):
+def layer_spans(specs: Sequence, windows: Windows | None) -> list[Span | None]:
     """The Span of every layer; None without attention or window.
 
     specs: layers.specs.LayerSpec of each layer. windows: Windows of the step, or None.
@@ -643,7 +645,7 @@ def visible(shape: Shape) -> tuple:
     return shape.tokens_per_rank, shape.windows
 
 
-def validates(s, step):
+def validates(s: Settings, step: int) -> bool:
     """Whether there is a validation before this step (step == steps: the last one, after training)."""
     late, steps = s.validation.late, s.schedule.steps
     if late is not None and step % late.every == 0 and step >= (1 - late.frac) * steps - 1e-6:
@@ -651,6 +653,6 @@ def validates(s, step):
     return step == steps or step % s.validation.every == 0
 
 
-def validation_windows(s, step):
+def validation_windows(s: Settings, step: int) -> Windows | None:
     """Windows of the validation before this step: those of the step, and at the end the final ones."""
     return windows(s, step, final=step == s.schedule.steps)

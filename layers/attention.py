@@ -169,7 +169,7 @@ class Attention(nn.Module):
             return None, None
         return self.bias[:3].flatten(), (self.bias[3] if self.o_bias is None else self.o_bias[0])
 
-    def weights(self):
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(W_q, W_k and W_v below each other (2 H K + H V, D), W_O (D, H V)).
 
         Narrow heads take the first channels of each stored head.
@@ -249,17 +249,17 @@ class Attention(nn.Module):
         y = self.apply_gate(x, y, coefs.gate)
         return self.out(y, w_o, b_o)
 
-    def norm(self, x):
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
         """RMS norm of queries, keys or values (R, T, H, K) per head."""
         if x.dtype == self.norm_dtype and eager.applies(x):
             return eager.RMSNorm.apply(x, self.qk_eps)
         return rms_norm(x, self.qk_eps, self.norm_dtype)
 
-    def rotate(self, x, rotary, start):
+    def rotate(self, x: torch.Tensor, rotary: Rotary, start: int) -> torch.Tensor:
         """Apply rotary positions start, start + 1, ... to queries or keys (R, T, H, K)."""
         return rotary.paired(x, start) if self.spec.paired else rotary(x, start)
 
-    def apply_rotary(self, x, rotary, start):
+    def apply_rotary(self, x: torch.Tensor, rotary: Rotary | None, start: int) -> torch.Tensor:
         """QK norm and rotation of queries or keys (R, T, H, K), in the record's order."""
         if self.qk_norm == "before_rope":
             x = self.norm(x)
@@ -269,13 +269,18 @@ class Attention(nn.Module):
             x = self.norm(x)
         return x
 
-    def apply_rotary_fused(self, qkv, rotary):
+    def apply_rotary_fused(
+        self, qkv: torch.Tensor, rotary: Rotary
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """QK norm, rotation and key offset in one kernel: qkv (R, T, 3, H, K) -> q, k, v (R, T, H, K)."""
         tokens = qkv.size(1)
         return qkv_rotary(qkv, rotary.cos[:tokens], rotary.sin[:tokens], order=self.qk_norm, eps=self.qk_eps,
                           offset=self.spec.key_offset)
 
-    def attend(self, q, k, v, meta, start, cache, offset=0, compose=None):
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttnMeta, start: int,
+        cache: list | None, offset: int = 0, compose: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> torch.Tensor:
         """Softmax attention of q, k (R, T, H, K) and v (R, T, H, V). Returns (R, T, H, V).
 
         In generation k and v are appended to the cache, and q attends to all of it.
@@ -299,7 +304,9 @@ class Attention(nn.Module):
             return y
         return y + composed(q, k, v, *compose, self.spec.compose, *meta.compose)
 
-    def attend_paired(self, q, k, v, meta, start):
+    def attend_paired(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, meta: AttnMeta, start: int
+    ) -> torch.Tensor:
         """Attention of paired heads (record 58): heads h and h + H/2 share a sequence of 2T positions.
 
         Position 2t of sequence h is head h of token t, and 2t + 1 its head h + H/2. Of a new token after a
@@ -318,7 +325,7 @@ class Attention(nn.Module):
             ], dim=1)
         return y.reshape(*shape, -1)
 
-    def exclude(self, y, v, strength):
+    def exclude(self, y: torch.Tensor, v: torch.Tensor, strength: torch.Tensor | None) -> torch.Tensor:
         """XSA of the heads' outputs y (R, T, H, V) along the values v of the same tokens.
 
         strength: of this layer's heads per token (R, T, H), or None: the learned one, if there is one.
@@ -328,7 +335,7 @@ class Attention(nn.Module):
             strength = torch.stack(alphas) if isinstance(alphas[0], torch.Tensor) else y.new_tensor(alphas)
         return y if strength is None else excluded(y, v, strength.tanh())
 
-    def apply_gate(self, x, y, gate=None):
+    def apply_gate(self, x: torch.Tensor, y: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         """Multiply the heads' outputs y (R, T, H, V) by a gate per token and head.
 
         The gate (R, T, H) is given, or sigmoid(W n), n the first channels of x (R, T, D).
@@ -339,7 +346,7 @@ class Attention(nn.Module):
             return y
         return y * torch.sigmoid(linear(x[..., :self.gate.size(1)], self.gate))[..., None]  # (R, T, H, 1)
 
-    def out(self, y, weight, bias=None):
+    def out(self, y: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Output projection: heads' outputs y (R, T, H, V) -> (R, T, D)."""
         y = linear(y.flatten(2), weight, bias, self.products)
         return y if self.branch_scale is None else self.branch_scale * y

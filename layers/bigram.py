@@ -116,7 +116,7 @@ class Bigram(nn.Module):
                                         lambda *rows: table.arrived.append(rows))
         return F.embedding(ids, table, sparse=table.takes_rows and self.training)
 
-    def line(self, tokens, past):
+    def line(self, tokens: torch.Tensor, past: torch.Tensor | None) -> tuple[torch.Tensor, slice]:
         """(tokens with those before them, slice of the tokens in it)."""
         return tokens if past is None else torch.cat([past, tokens], 1), slice(-tokens.size(1), None)
 

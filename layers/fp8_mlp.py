@@ -51,7 +51,7 @@ class FP8MLP(nn.Module):
         self.register_buffer("refreshes", torch.zeros((), dtype=torch.int64), persistent=False)
         self.fill()
 
-    def fill(self):
+    def fill(self) -> None:
         """Fill the buffers with the scales of the first step."""
         first = {"activation": self.delayed.first}
         if self.both is not None:
@@ -61,7 +61,9 @@ class FP8MLP(nn.Module):
                 buffer.fill_(first.get(name, 1.0))
         self.refreshes.zero_()
 
-    def forward(self, x, c_fc, c_proj, tokens_per_rank=None):
+    def forward(
+        self, x: torch.Tensor, c_fc: torch.Tensor, c_proj: torch.Tensor, tokens_per_rank: int | None = None
+    ) -> torch.Tensor:
         """x (R, T, D), of whole logical ranks or a part of one -> (R, T, D).
 
         tokens_per_rank: tokens of a logical rank; None: all of x is one rank.
@@ -77,7 +79,9 @@ class FP8MLP(nn.Module):
             append(self.activation, largest, self.delayed.activation, E4M3)
         return y.view(x.shape)
 
-    def both_passes(self, rows, c_fc, c_proj, parts, tokens_per_rank):
+    def both_passes(
+        self, rows: torch.Tensor, c_fc: torch.Tensor, c_proj: torch.Tensor, parts: int, tokens_per_rank: int
+    ) -> torch.Tensor:
         """The MLP of rows (N, D) with FP8 in both passes."""
         unit, both = gradient_unit(self.reduction, tokens_per_rank), self.both
         x, p, h = (front(ring, parts) for ring in (self.input, self.activation, self.hidden))
@@ -93,7 +97,7 @@ class FP8MLP(nn.Module):
             append(self.input, most, both.input_margin, E4M3)
         return y
 
-    def measuring(self, device):
+    def measuring(self, device: torch.device) -> torch.Tensor:
         """The zeros whose gradient is the largest hidden gradient of each rank of a backward pass.
 
         A custom gradient is how a compiled backward pass can hand out a number.
@@ -104,7 +108,7 @@ class FP8MLP(nn.Module):
         return self.probe
 
     @torch.no_grad()
-    def measured(self, probe):
+    def measured(self, probe: torch.Tensor) -> None:
         """After a backward pass: move the ring of hidden gradients.
 
         A rank without any gradient keeps its scale: in the first step a zero c_proj hides all of them, and
@@ -116,7 +120,7 @@ class FP8MLP(nn.Module):
         probe.grad = None
 
     @torch.no_grad()
-    def refresh(self, c_fc, c_proj):
+    def refresh(self, c_fc: torch.Tensor, c_proj: torch.Tensor) -> None:
         """Refresh the scales of the weights before the forwards of a step.
 
         Delayed scaling: the largest entry of the previous step; in the first steps, of the current weight.
@@ -136,14 +140,14 @@ class FP8MLP(nn.Module):
                 following.copy_(largest.float() * (margin / LARGEST[E4M3]))
         self.refreshes += 1
 
-    def reset(self):
+    def reset(self) -> None:
         if self.delayed is not None:
             self.fill()
         if self.both is not None and self.both.hidden_margin is not None:
             self.measuring(self.hidden.device).grad = None
 
 
-def append(ring, largest, margin, of):
+def append(ring: torch.Tensor, largest: torch.Tensor, margin: float, of: torch.dtype) -> None:
     """Move a ring on by the parts of a pass, with scales margin x largest / (largest value of a dtype)."""
     new = largest.clamp(min=LEAST) * (margin / LARGEST[of])
     ring.copy_(torch.cat([ring[len(new):], new]))

@@ -14,7 +14,7 @@ from kernels.rounding import RoundedSigmoid
 from layers.losses import in_candidates, weighted_losses
 from layers.primitives import bias_init, constant, dtype, gradient_unit, linear, linear_init, normal
 from layers.primitives import parameter, products_dtype, uniform
-from settings.model import padded_vocab
+from settings.model import Softcap, padded_vocab
 
 MASKED = -60.0  # soft-capped logit of a token that cannot follow (record 91)
 CHUNK = 2048  # tokens whose logits are masked at once
@@ -61,13 +61,15 @@ class Head(nn.Module):
             self.register_buffer("input_count", torch.zeros((), **kept), False)
 
     @torch.no_grad()
-    def collect(self, x):
+    def collect(self, x: torch.Tensor) -> None:
         """Add every sample-th input of x (R, T, D) to the sums of their products and of their number."""
         x = x.detach().flatten(0, 1)[::self.sample].to(self.input_gram.dtype)
         self.input_gram.add_(x.mT @ x)
         self.input_count.add_(len(x))
 
-    def operands(self, table, tokens_per_rank):
+    def operands(
+        self, table: torch.Tensor | None, tokens_per_rank: int | None
+    ) -> tuple[torch.Tensor, tuple | None]:
         """(weight, FP8 factors or None) of the matrix product; only training uses FP8.
 
         table: the embedding's weight, for a tied head. tokens_per_rank: as in `losses`.
@@ -79,7 +81,7 @@ class Head(nn.Module):
         unit = gradient_unit(self.reduction, tokens_per_rank)
         return weight, (self.fp8.x, self.fp8.w, self.fp8.grad * unit)
 
-    def logits_dtype(self):
+    def logits_dtype(self) -> torch.dtype:
         """Dtype of the logits that the cross entropy reads, in training or validation."""
         return self.loss_dtype if self.training else self.eval_loss_dtype
 
@@ -148,7 +150,10 @@ class Head(nn.Module):
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None
 
-    def masked_losses(self, x, table, targets, tokens, impossible):
+    def masked_losses(
+        self, x: torch.Tensor, table: torch.Tensor | None, targets: torch.Tensor, tokens: torch.Tensor,
+        impossible: torch.Tensor
+    ) -> torch.Tensor:
         """Cross entropies (R, T) with canonical masking (record 91), for validation.
 
         A class that never follows the token before the target gets the logit MASKED.
@@ -171,10 +176,14 @@ class Head(nn.Module):
             parts.append(losses.to(torch.promote_types(losses.dtype, torch.float32)))
         return torch.cat(parts).view(targets.shape)
 
-    def forward(self, x, table, tokens_per_rank=None):
+    def forward(
+        self, x: torch.Tensor, table: torch.Tensor | None, tokens_per_rank: int | None = None
+    ) -> torch.Tensor:
         return self.logits(x.to(self.products or x.dtype), *self.operands(table, tokens_per_rank), self.bias)
 
-    def logits(self, x, weight, fp8, bias):
+    def logits(
+        self, x: torch.Tensor, weight: torch.Tensor, fp8: tuple | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """Stream (R, T, D), weight (V, D) and bias (V,) or None -> soft-capped logits (R, T, V)."""
         if fp8 is None:
             z = linear(x, weight, bias)
@@ -189,7 +198,7 @@ class Head(nn.Module):
         return z.to(self.logits_dtype())
 
 
-def bounded(z, softcap, sigmoid=None):
+def bounded(z: torch.Tensor, softcap: Softcap, sigmoid: torch.dtype | None = None) -> torch.Tensor:
     """The soft-capped logits of z, elementwise (settings.model.Softcap).
 
     sigmoid: dtype to which the sigmoid is rounded (numerics.softcap_sigmoid); None: it is not.
@@ -208,7 +217,7 @@ def bounded(z, softcap, sigmoid=None):
 BIAS_CHANNELS = 8  # as many as keep rows of 16-bit numbers aligned
 
 
-def with_bias(x, weight, bias):
+def with_bias(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Operands (R, T, D + 8) and (V, D + 8) with the product x W^T + bias, of x (R, T, D), weight (V, D) and
     bias (V,).
 

@@ -5,13 +5,15 @@ of a head's value, C width of the latent of keys and values.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from kernels import attention
-from layers.attention import Attention, AttnCoefs, cached_tokens
+from layers.attention import Attention, AttnCoefs, AttnMeta, cached_tokens
 from layers.primitives import linear, linear_init, parameter, rms_norm
+from layers.rotary import Rotary
 from layers.specs import AttnSpec
 from settings import Settings
 
@@ -48,7 +50,10 @@ class LatentAttention(Attention):
         self.o = matrix(d, spec.heads * spec.v, projection=True)
         self.common_parts(s, spec)
 
-    def forward(self, x, rotary, mix_values, meta, cache=None, coefs=AttnCoefs()):
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary, mix_values: Callable | None, meta: AttnMeta,
+        cache: list | None = None, coefs: AttnCoefs = AttnCoefs()
+    ) -> torch.Tensor:
         """As Attention.forward.
 
         cache: [None, None] begins an ordinary cache, [None, None, None] a latent one; None: no cache.
@@ -70,11 +75,11 @@ class LatentAttention(Attention):
             y = self.attend(q, k, v, meta, start, None if latent_cache else cache)
         return self.out(self.apply_gate(x, y, coefs.gate), self.o)
 
-    def linear(self, x, weight):
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x (R, T, in) times weight (out, in), by numerics.products."""
         return linear(x, weight, None, self.products)
 
-    def project(self, x):
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x (R, T, D) -> queries (R, T, H, K), c (R, T, C), qk_rope part of the keys (R, T, 1, qk_rope).
 
         Queries and keys are not yet normed or rotated.
@@ -85,17 +90,17 @@ class LatentAttention(Attention):
         c, k_rope = down.split([len(self.kv_down), self.qk_rope], dim=-1)
         return q, rms_norm(c, self.eps, self.norm_dtype), k_rope[:, :, None]
 
-    def keys(self, c, k_rope):
+    def keys(self, c: torch.Tensor, k_rope: torch.Tensor) -> torch.Tensor:
         """Keys (R, T, H, K) before norm and rotation."""
         k_nope = self.linear(c, self.k_up).unflatten(-1, (self.spec.heads, -1))
         return torch.cat([k_nope, k_rope.expand(*k_nope.shape[:3], -1)], dim=-1)
 
-    def rotate(self, x, rotary, start):
+    def rotate(self, x: torch.Tensor, rotary: Rotary, start: int) -> torch.Tensor:
         """Rotary positions of the last qk_rope channels of x (R, T, H, K)."""
         nope, rope = x.split([self.qk_nope, self.qk_rope], dim=-1)
         return torch.cat([nope, rotary(rope, start)], dim=-1)
 
-    def extend(self, cache, c, k_rope, rotary, start):
+    def extend(self, cache: list, c: torch.Tensor, k_rope: torch.Tensor, rotary: Rotary, start: int) -> None:
         """Append these tokens to a latent cache.
 
         A token takes C + qk_rope numbers, and with QK norm one more per head.
@@ -109,7 +114,10 @@ class LatentAttention(Attention):
         new = [c, rotated, inverse]
         cache[:] = [b if a is None or b is None else torch.cat([a, b], dim=1) for a, b in zip(cache, new)]
 
-    def attend_latent(self, q, c, k_rope, inverse, meta):
+    def attend_latent(
+        self, q: torch.Tensor, c: torch.Tensor, k_rope: torch.Tensor, inverse: torch.Tensor | None,
+        meta: AttnMeta
+    ) -> torch.Tensor:
         """Attention of the newest token q (R, 1, H, K) over the cached latents. Returns (R, 1, H, V).
 
         Operands have q's dtype, and the arithmetic is at least float32, as inside attention kernels: logits

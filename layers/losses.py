@@ -3,6 +3,8 @@
 kernels.cross_entropy computes the same in chunks.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -25,8 +27,10 @@ def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int)
 
 
 def weighted_losses(
-    logits, targets, weights=(1.0,), prefix=None, prefix_weight=None, full_mass=False
-):
+    logits: torch.Tensor, targets: torch.Tensor, weights: Sequence[float] | torch.Tensor = (1.0,),
+    prefix: torch.Tensor | None = None, prefix_weight: float | torch.Tensor | None = None,
+    full_mass: bool = False
+) -> torch.Tensor:
     """The loss (R, T) of several weighted targets.
 
     For token t: the sum over n of weights[n] times the cross entropy of targets[:, t + n] (multi-token
@@ -56,7 +60,7 @@ def weighted_losses(
     return total + (prefix_weight * (log_z - chosen)).masked_fill(prefix < 0, 0.0)
 
 
-def at_targets(logits, targets):
+def at_targets(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """The logit (R, T) of each target: logits (R, T, V), targets (R, T) int64."""
     if torch.compiler.is_compiling():
         return AtTargets.apply(logits, targets)

@@ -57,7 +57,9 @@ class Router(nn.Module):
         # mean entropy of the scores in the last whole step, relative to that of equal scores
         self.register_buffer("entropy", torch.zeros((), dtype=torch.float64), persistent=False)
 
-    def forward(self, x, tokens_per_rank=None):
+    def forward(
+        self, x: torch.Tensor, tokens_per_rank: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """x (R, T, D) -> experts (N, k) int64, gates (N, k), aux_loss (N,) or None; N = R T.
 
         tokens_per_rank: tokens of a logical rank in this step; None: all of x is one rank.
@@ -79,7 +81,7 @@ class Router(nn.Module):
             self.aux_loss(logits, scores, x.size(1)) if self.training else None
         )
 
-    def in_best_groups(self, choice):
+    def in_best_groups(self, choice: torch.Tensor) -> torch.Tensor:
         """choice (N, E) with -inf outside each token's best groups (node-limited routing, DeepSeek-V3)."""
         moe = self.moe
         if moe.num_expert_groups == 1:
@@ -89,7 +91,10 @@ class Router(nn.Module):
         out = torch.ones_like(grouped[..., 0], dtype=torch.bool).scatter(1, kept, False)
         return grouped.masked_fill(out[..., None], -math.inf).flatten(1)
 
-    def count(self, logits, scores, choice, quantile, tokens_per_rank):
+    def count(
+        self, logits: torch.Tensor, scores: torch.Tensor, choice: torch.Tensor, quantile: bool,
+        tokens_per_rank: int | None
+    ) -> None:
         """Add to `stats` the entropy of the scores and each logical rank's thresholds of quantile balancing.
 
         MoE.forward adds the tokens per expert.
@@ -107,7 +112,7 @@ class Router(nn.Module):
                 over.unflatten(0, (-1, tokens)).kthvalue(tokens - share + 1, dim=1).values.double().sum(0)
             )
 
-    def aux_loss(self, logits, scores, length):
+    def aux_loss(self, logits: torch.Tensor, scores: torch.Tensor, length: int) -> torch.Tensor | None:
         """Auxiliary loss of each token (N,), or None: the balance loss within its row, and the z-loss.
 
         length: tokens of a row.
@@ -129,7 +134,7 @@ class Router(nn.Module):
         return out
 
     @torch.no_grad()
-    def end_step(self, stats, tokens, update_bias=True):
+    def end_step(self, stats: torch.Tensor, tokens: int, update_bias: bool = True) -> None:
         """End a step: store its tokens per expert, MaxVio and entropy, and update the bias.
 
         Args:
@@ -154,12 +159,12 @@ class Router(nn.Module):
         rate = balance.rate * (4 / n if self.moe.score_func == "softmax" else 1)
         self.bias += (rate * (lack.sign() if balance.rule == "sign" else lack / mean)).to(self.bias.dtype)
 
-    def reset(self):
+    def reset(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
 
 
-def max_vio(load):
+def max_vio(load: torch.Tensor) -> torch.Tensor:
     """MaxVio (Wang et al., arXiv 2408.15664): largest load / mean load - 1, of the last dimension.
 
     0: equal loads; experts / top_k - 1: every token has the same experts.
@@ -167,7 +172,7 @@ def max_vio(load):
     return load.amax(-1) / load.mean(-1) - 1
 
 
-def shares(x):
+def shares(x: torch.Tensor) -> torch.Tensor:
     """x (N, n) divided by the sum of each row.
 
     A row whose scores have all underflowed stays zero (sigmoid(-104) is 0 in float32).
@@ -175,7 +180,7 @@ def shares(x):
     return x / (x.sum(-1, keepdim=True) + 1e-20)
 
 
-def best(x, k):
+def best(x: torch.Tensor, k: int) -> torch.Tensor:
     """Indices (N, k) of the k largest entries in each row of x (N, n), in no particular order."""
     return x.topk(k, sorted=False).indices
 
@@ -206,7 +211,9 @@ class MoE(nn.Module):
         self.activation = MLP.ACTIVATIONS[s.model.mlp.activation]
         self.backend, self.fp8, self.products = s.system.experts, n.fp8_experts, products_dtype(s)
 
-    def forward(self, x, aux_losses, compiled, tokens_per_rank=None):
+    def forward(
+        self, x: torch.Tensor, aux_losses: list, compiled: bool, tokens_per_rank: int | None = None
+    ) -> torch.Tensor:
         """x (R, T, D) -> (R, T, D).
 
         Args:
@@ -226,7 +233,7 @@ class MoE(nn.Module):
         y = experts.combine(rows, gates.to(rows.dtype), p).view(x.shape)
         return y if self.shared is None else self.shared(x, tokens_per_rank) + y
 
-    def select_backend(self, device, matmul_dtype, compiled):
+    def select_backend(self, device: torch.device, matmul_dtype: torch.dtype, compiled: bool) -> str:
         """Name of the kernels.experts backend for this device and dtype."""
         try:
             return experts.choose(
@@ -235,7 +242,7 @@ class MoE(nn.Module):
         except ValueError as error:
             raise UserError(f"system.experts={self.backend}: {error}") from None
 
-    def feed(self, rows, p):
+    def feed(self, rows: torch.Tensor, p: experts.Plan) -> torch.Tensor:
         """Apply its expert to each row; rows (P, D) are sorted by expert."""
         eight = experts.fake_fp8 if self.fp8 and self.training else lambda t: t
         d = self.products or rows.dtype
@@ -243,7 +250,7 @@ class MoE(nn.Module):
         hidden = self.activation(experts.grouped_linear(eight(rows.to(d)), eight(c_fc), p).to(rows.dtype))
         return experts.grouped_linear(eight(hidden.to(d)), eight(c_proj), p).to(rows.dtype)
 
-    def expert_all_to_all(self, rows, counts, backend):
+    def expert_all_to_all(self, rows: torch.Tensor, counts: torch.Tensor, backend: str) -> torch.Tensor:
         """`feed` with expert parallelism: send rows to the processes of their experts and get them back.
 
         Waits for the GPU once, because the host must know the number of rows to exchange.

@@ -4,33 +4,38 @@ No dtype is written here: all come from the precision plan (settings.numerics).
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from settings import Settings
 from settings.data import LOGICAL_RANKS
 from updates.views import Views
 
+# fills a tensor in place, by a generator, and returns it
+Initialiser = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
-def dtype(name):
+
+def dtype(name: str) -> torch.dtype:
     """torch.dtype of a setting such as "bfloat16"."""
     return getattr(torch, name)
 
 
 # ----- parameters -------------------------------------------------------------------------------------------
 
-def normal(std):
+def normal(std: float) -> Initialiser:
     """Initialiser: normal with mean 0."""
     return lambda tensor, generator: tensor.normal_(0.0, std, generator=generator)
 
 
-def uniform(bound):
+def uniform(bound: float) -> Initialiser:
     """Initialiser: uniform in [-bound, bound]."""
     return lambda tensor, generator: tensor.uniform_(-bound, bound, generator=generator)
 
 
-def constant(value):
+def constant(value: float) -> Initialiser:
     """Initialiser: one value."""
     def fill(tensor, generator):
         return tensor.fill_(value)
@@ -39,7 +44,7 @@ def constant(value):
     return fill
 
 
-def mimetic(scale, noise):
+def mimetic(scale: float, noise: float) -> Initialiser:
     """Initialiser of a square matrix: scale times the identity, and normal noise of this deviation."""
     def fill(tensor, generator):
         tensor.normal_(0.0, noise, generator=generator).diagonal().add_(scale)
@@ -48,7 +53,7 @@ def mimetic(scale, noise):
     return fill
 
 
-def values(numbers):
+def values(numbers: Sequence[float]) -> Initialiser:
     """Initialiser: these numbers, one per entry of a vector."""
     return lambda tensor, generator: tensor.copy_(torch.tensor(numbers, dtype=tensor.dtype))
 
@@ -79,7 +84,9 @@ def parameter(
     return p
 
 
-def linear_init(s, fan_in, projection, bound=None, factor=1.0):
+def linear_init(
+    s: Settings, fan_in: int, projection: bool, bound: float | None = None, factor: float = 1.0
+) -> Initialiser:
     """The initialiser of a linear weight.
 
     projection: whether the layer writes into the residual stream.
@@ -94,7 +101,7 @@ def linear_init(s, fan_in, projection, bound=None, factor=1.0):
     return normal(width / math.sqrt(3)) if s.model.init.scheme == "normal" else uniform(width)
 
 
-def bias_init(s, fan_in, projection):
+def bias_init(s: Settings, fan_in: int, projection: bool) -> Initialiser:
     """The initialiser of a bias. projection: of a layer that writes into the residual stream, or of the
     head."""
     drawn = s.model.init.bias == "all" or s.model.init.bias == "inner" and not projection
@@ -112,7 +119,7 @@ class Learned(nn.Module):
         self.value = parameter((n,), dtype_name, role="scalar", label=label, init=init)
         self.sigmoid = sigmoid
 
-    def forward(self):
+    def forward(self) -> tuple[torch.Tensor, ...]:
         return (torch.sigmoid(self.value) if self.sigmoid else self.value).unbind()
 
 
@@ -123,7 +130,7 @@ class Constant(nn.Module):
         super().__init__()
         self.values = [value] * n if isinstance(value, (int, float)) else list(value)
 
-    def forward(self):
+    def forward(self) -> list[float]:
         return self.values
 
 
@@ -155,7 +162,7 @@ class Norm(nn.Module):
                 (s.model.model_dim,), n.scalar, role="scalar", label="norm", init=constant(0.0)
             )
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.bias is None:
             return rms_norm(x, self.eps, self.dtype, self.gain)
         y = F.layer_norm(
@@ -164,19 +171,24 @@ class Norm(nn.Module):
         return y.to(x.dtype)
 
 
-def rms_norm(x, eps, stat_dtype, gain=None):
+def rms_norm(
+    x: torch.Tensor, eps: float, stat_dtype: torch.dtype, gain: torch.Tensor | None = None
+) -> torch.Tensor:
     """x (..., n) divided by its root mean square, times a gain (n,); computed in stat_dtype, returned in x's
     dtype."""
     gain = None if gain is None else gain.to(stat_dtype)
     return F.rms_norm(x.to(stat_dtype), x.shape[-1:], gain, eps=eps).to(x.dtype)
 
 
-def products_dtype(s):
+def products_dtype(s: Settings) -> torch.dtype | None:
     """torch.dtype to which operands of products are rounded (numerics.products); None: they are not."""
     return None if s.numerics.products == "matmul" else dtype(s.numerics.products)
 
 
-def linear(x, weight, bias=None, products=None):
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None,
+    products: torch.dtype | None = None
+) -> torch.Tensor:
     """x (..., in) times weight (out, in), the weight cast to x's dtype; returned in x's dtype.
 
     products: dtype to which both operands, and in the backward pass the gradient, are rounded before a

@@ -368,7 +368,7 @@ class Stream:
             self.second = self.added(self.residual.lane_terms.get((site, layer), ()), self.second, branch)
         return self.added(self.residual.terms.get((site, layer), ()), x, branch)
 
-    def added(self, terms, x, branch):
+    def added(self, terms: Collection[Term], x: torch.Tensor, branch: torch.Tensor | None) -> torch.Tensor:
         """x with the terms of one site and lane."""
         for term in terms:
             if term.source == "x":
@@ -416,7 +416,7 @@ class Stream:
         """The stream that the MLP reads: x, or the second lane (record 73)."""
         return x if self.second is None else self.second
 
-    def coef(self, coef):
+    def coef(self, coef: float | Entry) -> float | torch.Tensor:
         """The value of a coefficient: a number, a 0-d tensor or (R, T, 1)."""
         if not isinstance(coef, Entry):
             return coef
@@ -431,12 +431,12 @@ class Stream:
             self.sources[name] = x
 
 
-def is_number(coef, value):
+def is_number(coef: float | torch.Tensor, value: float) -> bool:
     """Whether a coefficient is this constant; a learned one (a tensor) never is."""
     return isinstance(coef, float) and coef == value
 
 
-def scaled(coef, x):
+def scaled(coef: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """coef * x, without a multiplication if coef is the number 1. (R, T, G) is of G groups of channels."""
     if is_number(coef, 1):
         return x

@@ -39,7 +39,7 @@ class Rotary(nn.Module):
             "sin", torch.empty(self.length, self.width // 2, dtype=self.table_dtype), persistent=False
         )
 
-    def frequencies(self, long_blocks):
+    def frequencies(self, long_blocks: Sequence[int]) -> tuple[torch.Tensor, float]:
         """(f (K/2,), factor of the softmax scale) after the long window had these sizes, in blocks."""
         if self.short:
             long_blocks = [max(1, blocks // 2) for blocks in long_blocks]  # the short window (schedule.half)
@@ -70,13 +70,13 @@ class Rotary(nn.Module):
         self.sin.copy_(angle.sin())
         return factor
 
-    def forward(self, x, start=0):
+    def forward(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """x: (R, T, H, K) at positions start..start+T-1 of its row. Returned in x's dtype."""
         cos = self.cos[start:start + x.size(1), None]
         sin = self.sin[start:start + x.size(1), None]
         return self.turned(x, cos, sin)
 
-    def paired(self, x, start=0):
+    def paired(self, x: torch.Tensor, start: int = 0) -> torch.Tensor:
         """x: (R, T, H, K) of paired heads: head h of token t is at position 2t + h mod 2 (record 58)."""
         places = slice(2 * start, 2 * (start + x.size(1)))
         cos, sin = (table[places].unflatten(0, (-1, 2)) for table in (self.cos, self.sin))  # (T, 2, K/2)
@@ -84,7 +84,7 @@ class Rotary(nn.Module):
         cos, sin = (table.repeat(1, halves, 1) for table in (cos, sin))
         return self.turned(x, cos, sin)
 
-    def turned(self, x, cos, sin):
+    def turned(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """x (R, T, H, K) rotated by tables (T, H or 1, K/2)."""
         wide = x.to(torch.promote_types(x.dtype, self.math_dtype))
         if (

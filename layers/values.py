@@ -1,10 +1,13 @@
 """Value residual and value embeddings: terms that are mixed into the values of attention."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from layers.primitives import coefficient, constant, dtype, linear, normal, parameter
+from layers.residual import Stream
 from layers.specs import num_value_tables
 from settings.model import table_rows
 from updates import views
@@ -18,7 +21,7 @@ class ValueResidual(nn.Module):
         v = s.model.attn.value_residual
         self.lam = coefficient(s.model.num_layers, v.init, v.learned, s.numerics.scalar, "value_lambda")
 
-    def begin(self, tokens, stream=None):
+    def begin(self, tokens: torch.Tensor, stream: Stream | None = None) -> Callable:
         """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block."""
         lam, first = self.lam(), []
 
@@ -70,7 +73,7 @@ class ValueEmbed(nn.Module):
         })
         self.own = {i for i, spec in enumerate(specs) if spec.attn is not None and spec.attn.value_gate_own}
 
-    def begin(self, tokens, stream=None):
+    def begin(self, tokens: torch.Tensor, stream: Stream | None = None) -> Callable:
         """Function (layer, v, n) -> v for one forward pass, n (R, T, D) the normed input of the block.
 
         stream: the residual stream, whose MUDD connections may read value embeddings and add to the values.
@@ -99,7 +102,7 @@ class ValueEmbed(nn.Module):
 
         return mix
 
-    def gated(self, i, ve, row, n):
+    def gated(self, i: int, ve: torch.Tensor, row: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
         """Multiply the value embeddings ve (R, T, H, V) of layer i by a gate per token and head.
 
         row: (R, T, D) the whole rows, whose first channels the gate may read.
@@ -114,7 +117,7 @@ class ValueEmbed(nn.Module):
         return 2 * torch.sigmoid(linear(channels, gate))[..., None] * ve  # (R, T, H, V)
 
 
-def by_head(x, v):
+def by_head(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """x (R, T, D) cut into heads like the values v (R, T, H, V); narrow heads take the first channels of
     theirs."""
     return x.unflatten(-1, (v.size(2), -1))[..., :v.size(3)]

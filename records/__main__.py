@@ -16,9 +16,7 @@ import json
 import re
 import sys
 
-from common import arguments, console
-from common import errors
-from common import lines
+from common import arguments, console, errors, lines
 from common.errors import UserError
 from common.interrupt import INTERRUPTED
 from settings import deltas, renames, schema

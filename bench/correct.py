@@ -241,7 +241,7 @@ def joined_fused(qkv, **how):
     return torch.stack(qkv_rotary(qkv, **how), 2)
 
 
-def beside(rotate, q, k, **how):
+def stacked(rotate, q, k, **how):
     """q and k (R, T, H, K) turned by `rotate`, along R in one tensor."""
     return torch.cat(rotate(q, k, **how))
 
@@ -267,8 +267,8 @@ def rotary_checks():
                 functools.partial(joined, qk_rotary_reference, **exact), [qkv], dtype
             )
             yield f"qk_rotary, {name}", dtype, unless(
-                why, compare, functools.partial(beside, qk_rotary, **ours),
-                functools.partial(beside, qk_rotary_reference, **exact), apart, dtype
+                why, compare, functools.partial(stacked, qk_rotary, **ours),
+                functools.partial(stacked, qk_rotary_reference, **exact), apart, dtype
             )
 
 

@@ -121,7 +121,8 @@ def prepare(cache, cuda, processes=1):
             os.environ[variable] = str(folder)
         elif not cuda and not is_plain(os.environ[variable]):
             raise UserError(
-                f"{variable}={os.environ[variable]}: torch's C++ builder takes no path with spaces or quotes"
+                f"{variable}={os.environ[variable]}: torch's C++ builder takes no path with spaces or "
+                "quotes: set it to another folder"
             )
     if processes > 1:  # torch's own default: as many as there are cores, at most 32, in every process
         threads = max(1, min(32, (os.cpu_count() or 1) // processes))

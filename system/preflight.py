@@ -93,7 +93,8 @@ def check_profile(options: Namespace, plans: list[StepPlan]) -> None:
     """UserError if --profile asks for steps that the run does not have."""
     if options.profile and options.profile[1] > len(plans):
         raise UserError(
-            f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps"
+            f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps: give a "
+            "range of them"
         )
 
 

@@ -826,7 +826,11 @@ class Optimizer:
             constants = f"betas {group.beta1:g} {group.beta2:g} eps {group.eps:g}"
             if group.rule == "muon":
                 constants = " > ".join(type(slot).__name__.lower() for slot in bank.rule.slots)
+            elif group.rule == "row_adam":  # which has no first moment
+                constants = f"beta2 {group.beta2:g} eps {group.eps:g}"
             every = "every step" if group.every == 1 else f"every {group.every} steps"
+            if group.slower:
+                every += f", from {group.slower.start} on every {group.slower.every}"
             for (label, shape), n in Counter((p.label, tuple(p.shape)) for _, p in bank.members).items():
                 rows.append(
                     (

@@ -21,7 +21,7 @@ import process_group
 import schedule
 from common.errors import UserError
 from kernels.newton_schulz import newton_schulz
-from model import GPT
+from model import GPT, without_values
 from optim import RULES, Optimizer, Tree
 from settings import deltas
 from settings.muon import Muon as OptimMuon
@@ -486,6 +486,14 @@ def test_the_table_has_every_parameter_once_with_its_communication():
     assert sum(int(row[2].split(" x ")[0]) for row in rows) == len(list(model.parameters()))
     row, = (row for row in rows if row[0] == "value_embed")
     assert row[3:5] == ("adamw", "0.3") and row[-2:] == ("reduce-scatter", "every 2 steps")
+
+
+def test_the_table_says_what_a_rule_by_rows_reads_and_when_its_updates_become_rarer():
+    s = deltas.resolve("short/92", scale="micro").settings
+    group = s.optim.group("embed", "bigram")
+    row, = (row for row in Optimizer(without_values(s), s).table() if row[0] == "bigram")
+    assert row[3] == "row_adam" and row[6] == f"beta2 {group.beta2:g} eps {group.eps:g}"
+    assert row[-1] == f"every {group.every} steps, from {group.slower.start} on every 4" and group.every == 2
 
 
 # ----- a tied head that splits

@@ -135,6 +135,7 @@ def train(resolved: Resolved, options: Namespace) -> int:
         plans = schedule.plan(s)
         preflight.check_profile(options, plans)
         used = require_shards(corpus, steps=len(plans), **stream_arguments(s))
+        preflight.check_candidates(s, corpus, world.ranks, plans)
         rows = validation_rows(corpus, s.validation.tokens, s.validation.seq_len, world.ranks)
 
         model = GPT(s).to(world.device)

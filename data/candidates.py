@@ -14,6 +14,13 @@ STRIDE = 20011  # has no factor in common with the sizes of vocabularies in use
 SPARE = 256  # classes drawn beyond 1.7 times those that are lacking, most of which are new
 
 
+def require_room(rank: int, targets: int, size: int) -> None:
+    """UserError if a logical rank has more distinct targets in a step than there are candidates."""
+    if targets > size:
+        raise UserError(f"model.head.candidates.sizes: rank {rank} has {targets} distinct targets in a step, "
+                        f"and {size} candidates: give at least as many")
+
+
 class Sweep:
     """The sweep of one logical rank. classes: V. offset: place in the order of classes."""
 

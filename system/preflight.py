@@ -4,12 +4,14 @@ import dataclasses
 import sys
 from argparse import Namespace
 
+import numpy as np
 import torch
 
 from common.errors import UserError
+from data.candidates import require_room
 from data.corpus import corpus_for, default_cache
 from data.shards import Corpus
-from data.stream import require_shards, stream_arguments
+from data.stream import Stream, require_shards, stream_arguments
 from kernels.device import FP8_SINCE, capability, refusal
 from model import GPT
 from schedule import StepPlan, plan, shapes
@@ -96,6 +98,18 @@ def check_profile(options: Namespace, plans: list[StepPlan]) -> None:
             f"--profile {options.profile[0]}:{options.profile[1]}: the run has {len(plans)} steps: give a "
             "range of them"
         )
+
+
+def check_candidates(s: Settings, corpus: Corpus, ranks: range, plans: list[StepPlan]) -> None:
+    """UserError if a sampled softmax has no room for the first batch, before anything is compiled.
+
+    How many tokens differ depends on the text: later batches are looked at in their steps.
+    """
+    size = plans[0].shape.candidates
+    if size is not None:
+        batch = Stream(corpus, ranks=ranks, **stream_arguments(s)).next()
+        for rank, row in zip(ranks, batch):
+            require_room(rank, len(np.unique(row[1:])), size)
 
 
 def check_strict(options: Namespace, slower: list[str]) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from common.errors import UserError
 from data.batch import Documents
-from data.candidates import Sweep
+from data.candidates import Sweep, require_room
 from settings import Settings
 from settings.model import padded_vocab
 from system.stateful import Stateful
@@ -35,11 +34,7 @@ class Sampler(Stateful):
         found, targets = [], []
         for rank, sweep, of_rank in zip(self.world.ranks, self.sweeps, documents):
             drawn = sweep.candidates(of_rank.targets, size)
-            if len(drawn) > size:
-                raise UserError(
-                    f"model.head.candidates.sizes: rank {rank} has {len(drawn)} distinct targets in a "
-                    f"step, and {size} candidates: give at least as many"
-                )
+            require_room(rank, len(drawn), size)
             found.append(drawn)
             targets.append(np.isin(drawn, of_rank.targets))
         self.offsets.copy_(torch.tensor(self.places()), non_blocking=True)

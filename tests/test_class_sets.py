@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import schedule
+from common.errors import UserError
 from data import prefix, seams
 from data.batch import Documents
 from data.candidates import Sweep
@@ -17,6 +18,7 @@ from data.corpus import sample_corpus
 from data.stream import validation_rows
 from optim import Optimizer
 from small_models import BOS, build, settings, tokens
+from system import preflight
 from system.hooks import hooks_of
 from system.sampler import Sampler
 from system.seams import Seams
@@ -46,6 +48,16 @@ def drawn(share, x):
     s = settings("short/92", f"model.head.candidates.log_q={share}")
     rows = x.numpy()
     return Sampler(s, World(s)).draw(SIZE, [Documents(1, x.size(1) - 1, row[1:]) for row in rows])
+
+
+def test_candidates_without_room_for_the_first_batch_are_refused_before_the_model_is_made():
+    """A rank's first batch at micro has 32 targets, not one token 32 times."""
+    corpus, ranks = sample_corpus(), range(8)
+    s = settings("short/92", "model.head.candidates.sizes=[[1], [2], [2, 2, 2], []]")
+    with pytest.raises(UserError, match="model.head.candidates.sizes: rank 0 has [0-9]+ distinct targets"):
+        preflight.check_candidates(s, corpus, ranks, schedule.plan(s))
+    for enough in (settings("short/92"), settings("short/33")):
+        preflight.check_candidates(enough, corpus, ranks, schedule.plan(enough))
 
 
 @pytest.mark.feature("model.head.candidates.log_q", "model.head.candidates")

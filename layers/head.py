@@ -11,7 +11,7 @@ from common.errors import UserError
 from kernels.cross_entropy import linear_cross_entropy
 from kernels.fp8_linear import fp8_linear
 from kernels.rounding import RoundedSigmoid
-from layers.losses import in_candidates, weighted_losses
+from layers.losses import in_candidates, plain_losses, weighted_losses
 from layers.primitives import bias_init, constant, dtype, gradient_unit, linear, linear_init, normal
 from layers.primitives import parameter, products_dtype, uniform
 from settings.model import Softcap, padded_vocab
@@ -106,14 +106,14 @@ class Head(nn.Module):
             corrections: in the shape of candidates, added to their soft-capped logits; None: nothing.
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
-        if candidates is not None and candidates.dim() == 2:  # rows of several logical ranks
+        if candidates is not None and candidates.dim() == 2:
+            common = {"prefix_weight": prefix_weight, "tokens_per_rank": tokens_per_rank}
             return torch.cat([
                 self.losses(
-                    x[i:i + 1], table, targets[i:i + 1], weights,
-                    prefix=None if prefix is None else prefix[i:i + 1], prefix_weight=prefix_weight,
-                    candidates=of_rank, corrections=None if corrections is None else corrections[i],
-                    tokens_per_rank=tokens_per_rank
-                ) for i, of_rank in enumerate(candidates)
+                    x[i:i + 1], table, targets[i:i + 1], weights, candidates=of_row,
+                    prefix=None if prefix is None else prefix[i:i + 1],
+                    corrections=None if corrections is None else corrections[i], **common
+                ) for i, of_row in enumerate(candidates)
             ])
         if self.sample is not None and self.training:
             self.collect(x)
@@ -134,8 +134,7 @@ class Head(nn.Module):
             if weights is not None or prefix is not None:
                 weights = (1.0,) if weights is None else weights
                 return weighted_losses(logits, targets, weights, prefix, prefix_weight, self.full_mass)
-            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-            return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
+            return plain_losses(logits, targets)
         if bias is not None:
             x, weight = with_bias(x, weight, bias)
         try:
@@ -172,8 +171,7 @@ class Head(nn.Module):
             logits = self.logits(of_part[None], weight, None, self.bias)[0]  # (n, V)
             masked = (impossible[before][..., None] >> bit & 1).bool().flatten(-2)
             logits = logits.masked_fill(masked, MASKED)
-            losses = F.cross_entropy(logits, target, reduction="none")
-            parts.append(losses.to(torch.promote_types(losses.dtype, torch.float32)))
+            parts.append(plain_losses(logits, target))
         return torch.cat(parts).view(targets.shape)
 
     def forward(

@@ -26,6 +26,12 @@ def in_candidates(candidates: torch.Tensor, targets: torch.Tensor, missing: int)
     return position.masked_fill(targets < 0, -1)
 
 
+def plain_losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropies of targets (...) int64 by logits (..., V), in at least float32."""
+    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return losses.to(torch.promote_types(losses.dtype, torch.float32)).view(targets.shape)
+
+
 def weighted_losses(
     logits: torch.Tensor, targets: torch.Tensor, weights: Sequence[float] | torch.Tensor = (1.0,),
     prefix: torch.Tensor | None = None, prefix_weight: float | torch.Tensor | None = None,

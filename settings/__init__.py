@@ -10,10 +10,10 @@ makes them smaller, and renames.py knows the former names.
 
 Each field is declared once, with `declare.opt(...)`: its meaning, unit, range, what `--without` does to it,
 what it needs and what a scale makes of it. A dataclass whose fields must agree with each other or with
-another part has a method `check(self, s)` that yields one message per contradiction. One with fields that some
-values of others leave unread has a method `inert(self)`, which yields the paths of both. These texts are
-printed by `python -m records features`; no list of settings stands anywhere else. Nothing here imports torch,
-so that bad settings are refused in a tenth of a second.
+another part has a method `check(self, s)` that yields one message per contradiction. One whose fields are
+not all read by every rule has a method `inert(self)`, which yields the path of each unread field and that of
+the setting which makes it so. These texts are printed by `python -m records features`; no list of settings
+stands anywhere else. Nothing here imports torch, so that bad settings are refused in a tenth of a second.
 """
 
 from collections.abc import Iterator

@@ -81,7 +81,7 @@ def opt(default: Any, doc: str, *, unit: str = "", off: Any = BEFORE, needs: str
 
 
 def with_default(section: type, name: str, default: Any) -> Any:
-    """The setting `name` of a section, declared once more with another default, for a class derived from it."""
+    """The setting `name` of a section, declared with another default in a class derived from it."""
     f = next(f for f in dataclasses.fields(section) if f.name == name)
     return field(default=default, metadata=f.metadata)
 

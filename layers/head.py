@@ -85,6 +85,13 @@ class Head(nn.Module):
         """Dtype of the logits that the cross entropy reads, in training or validation."""
         return self.loss_dtype if self.training else self.eval_loss_dtype
 
+    def loss_backend(self, targets: torch.Tensor) -> str | None:
+        """The backend of kernels.cross_entropy for targets (R, T); None: all logits at once."""
+        many = targets.numel() * self.classes > LARGEST_LOGITS
+        if self.auto and targets.is_cuda and not self.training and many:
+            return "torch"  # in records 21 to 33 a row of 262,144 tokens has 26 GB of logits
+        return self.backend
+
     def losses(
         self, x: torch.Tensor, table: torch.Tensor | None, targets: torch.Tensor,
         weights: torch.Tensor | Sequence[float] | None = None, *, prefix: torch.Tensor | None = None,
@@ -107,26 +114,24 @@ class Head(nn.Module):
             tokens_per_rank: tokens of a logical rank in this step; needed by an FP8 head in training.
         """
         if candidates is not None and candidates.dim() == 2:
-            common = {"prefix_weight": prefix_weight, "tokens_per_rank": tokens_per_rank}
             return torch.cat([
                 self.losses(
                     x[i:i + 1], table, targets[i:i + 1], weights, candidates=of_row,
-                    prefix=None if prefix is None else prefix[i:i + 1],
-                    corrections=None if corrections is None else corrections[i], **common
+                    prefix=None if prefix is None else prefix[i:i + 1], prefix_weight=prefix_weight,
+                    corrections=None if corrections is None else corrections[i],
+                    tokens_per_rank=tokens_per_rank
                 ) for i, of_row in enumerate(candidates)
             ])
         if self.sample is not None and self.training:
             self.collect(x)
         weight, fp8 = self.operands(table, tokens_per_rank)
-        x, backend, bias = x.to(self.products or x.dtype), self.backend, self.bias
+        x, backend, bias = x.to(self.products or x.dtype), self.loss_backend(targets), self.bias
         if candidates is not None:
             weight = weight.index_select(0, candidates)
             bias = None if bias is None else bias.index_select(0, candidates)
             # a target outside the candidates gets an index past the last logit, which raises an error
             targets = in_candidates(candidates, targets, missing=len(candidates))
             prefix = None if prefix is None else in_candidates(candidates, prefix, missing=-1)
-        if self.auto and x.is_cuda and not self.training and targets.numel() * self.classes > LARGEST_LOGITS:
-            backend = "torch"  # in records 21 to 33 a row of 262,144 tokens has 26 GB of logits
         if backend is None or corrections is not None:
             logits = self.logits(x, weight, fp8, bias)
             if corrections is not None:
@@ -140,11 +145,10 @@ class Head(nn.Module):
         try:
             return linear_cross_entropy(
                 x, weight, targets, softcap=self.softcap, weights=(1.0,) if weights is None else weights,
-                prefix=prefix, prefix_weight=None if prefix is None else prefix_weight,
-                full_mass=self.full_mass, logit_scale=self.scale, fp8=fp8,
-                logits8=fp8 is not None and self.fp8.logits == "e4m3", cap_dtype=self.cap_dtype,
-                sigmoid=self.sigmoid if self.training else None,
-                loss_dtype=self.logits_dtype(), backend=backend, transpose=self.transpose
+                prefix=prefix, prefix_weight=None if prefix is None else prefix_weight, fp8=fp8,
+                full_mass=self.full_mass, logit_scale=self.scale, cap_dtype=self.cap_dtype, backend=backend,
+                logits8=fp8 is not None and self.fp8.logits == "e4m3", loss_dtype=self.logits_dtype(),
+                sigmoid=self.sigmoid if self.training else None, transpose=self.transpose
             )
         except ValueError as error:
             raise UserError(f"system.kernels.loss: {error}: set it to chunks or whole") from None

@@ -318,7 +318,8 @@ def test_updates_of_tables_across_the_change_of_cadence(key, label, result):
 
 
 LABELS = {  # of the parameters that every rank keeps whole: role, labels in our model
-    "scalars": ("scalar", "sa_lambdas", "smear_lambda", "skip_weights"), "smear_gate": ("matrix", "smear_gate"),
+    "scalars": ("scalar", "sa_lambdas", "smear_lambda", "skip_weights"),
+    "smear_gate": ("matrix", "smear_gate"),
     "ve_gate_bank": ("matrix", "ve_gate"), "post_lambdas": ("scalar", "post_lambdas"),
     "resid_lambdas": ("scalar", "resid_lambdas"), "mudd_w1": ("matrix", "mudd"),
     "mudd_w2": ("matrix", "mudd"), "mudd_w2g": ("matrix", "mudd"), "mudd_b2": ("scalar", "mudd_bias"),

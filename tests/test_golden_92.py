@@ -317,6 +317,66 @@ def test_updates_of_tables_across_the_change_of_cadence(key, label, result):
             assert np.abs(moment - golden[f"ngram/step{step}/v_current"]).max() < 1e-15, step
 
 
+LABELS = {  # of the parameters that every rank keeps whole: role, labels in our model
+    "scalars": ("scalar", "sa_lambdas", "smear_lambda", "skip_weights"),
+    "smear_gate": ("matrix", "smear_gate"),
+    "ve_gate_bank": ("matrix", "ve_gate"), "post_lambdas": ("scalar", "post_lambdas"),
+    "resid_lambdas": ("scalar", "resid_lambdas"), "mudd_w1": ("matrix", "mudd"),
+    "mudd_w2": ("matrix", "mudd"), "mudd_w2g": ("matrix", "mudd"), "mudd_b2": ("scalar", "mudd_bias"),
+    "mudd_gate_w1": ("matrix", "token_gate"), "mudd_gate_w2": ("matrix", "token_gate"),
+    "mudd_gate_b2": ("scalar", "token_gate_bias"), "_mudd_gate_scale": ("scalar", "token_gate_scale")}
+
+
+def test_four_updates_of_every_small_parameter():
+    """By AdamW, of all labels of record 92; gradients are sums of two steps already."""
+    golden, rates = load("r92_adam")[0], load("r92_schedules")[0]["lr"]
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    of = {f"{name} {label}": (name, role, label)
+          for name, (role, *labels) in LABELS.items() for label in labels}
+
+    def tensor(x, role):
+        x = torch.from_numpy(x.astype(np.float64))
+        return x[None] if role == "matrix" else x
+
+    model = Toy(**{key: (tensor(golden[f"rep/{name}/init"], role), role, label)
+                   for key, (name, role, label) in of.items()})
+    optimizer = Optimizer(model, s)
+    for i, step in enumerate((1, 3, 5, 7)):
+        gradients = {key: tensor(golden[f"rep/{name}/grad"][i], role) for key, (name, role, _) in of.items()}
+        due = schedule.due(s.optim.cadences(), step)
+        update(optimizer, model, gradients, plan(step, lr_factor=float(rates[step]), due=due))
+        for key, (name, role, _) in of.items():
+            expected = tensor(golden[f"rep/{name}/param"][i], role)
+            found = model.get_parameter(key).detach()
+            assert (found - expected).abs().max() <= 1e-12 * expected.abs().max(), (key, step)
+
+
+@pytest.mark.feature("model.head.untied.tied_until")
+def test_head_and_embedding_around_the_step_at_which_they_part():
+    """One matrix up to step 1175; its gradients are the sums of both uses, and of two steps."""
+    golden, rates = load("r92_adam")[0], load("r92_schedules")[0]["lr"]
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    last, start = schedule.untie_step(s), torch.from_numpy(golden["head/init"].T.astype(np.float64))
+    model = Toy(**{name: (start.contiguous(), name, name) for name in ("lm_head", "embed")})
+    optimizer, compared = Optimizer(model, s), 0
+    for i, step in enumerate(golden["head/steps"].tolist()):
+        gradients = {"lm_head": torch.from_numpy(golden["head/grad_lm_head"][i].T.astype(np.float64)),
+                     "embed": torch.from_numpy(golden["head/grad_embed"][i].astype(np.float64))}
+        if step <= last:
+            gradients["lm_head"] = gradients["lm_head"] + gradients.pop("embed")
+        due = schedule.due(s.optim.cadences(), step)
+        update(optimizer, model, gradients, plan(step, lr_factor=float(rates[step]), due=due))
+        if step == last:
+            optimizer.copy_parameter("lm_head", "embed")
+        for name in ("lm_head", "embed"):
+            if (key := f"head/step{step}/{name}/param") in golden:
+                expected = golden[key].T if name == "lm_head" else golden[key]
+                found = model.get_parameter(name).detach().numpy()
+                assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max(), key
+                compared += 1
+    assert last == 1175 and compared == 5
+
+
 # ----- schedules
 
 @pytest.mark.feature("schedule.whole_steps", "model.head.prefix.levels", "model.head.candidates",

@@ -15,9 +15,10 @@ the usual sd of one run over sqrt(runs). Both errors are carried. A record of eq
 systems or timing only predicts no loss: `speed only`, as do effects in seconds.
 
 Measured effects are those of a sweep's report, with its simultaneous intervals; of an ablation with the sign
-turned, so that both say what adding the feature does. Signs are compared over all rows that have both
-effects, also the unresolved, and over those where both are told apart from 0 (Wilson's interval, JASA 1927);
-ranks over all rows by Spearman's rho (Fisher's interval).
+turned, so that both say what adding the feature does. The committed runs of the records at tiny are a chain
+too, of one run each and so without intervals. Signs are compared over all rows that have both effects, also
+the unresolved, over those whose published effect is told apart from 0, and over those where both are
+(Wilson's interval, JASA 1927); ranks over all rows by Spearman's rho (Fisher's interval).
 """
 
 import csv
@@ -94,7 +95,7 @@ def of_feature(row: dict, steps: float, slope_: tuple[float, float]) -> dict:
 # ----- the table --------------------------------------------------------------------------------------------
 
 def table(sweep: dict) -> dict:
-    """{name, kind, scale, slope, rows, signs, signs_resolved, ranks} of a sweep's report.
+    """{name, kind, scale, slope, rows, signs, signs_published, signs_resolved, ranks} of a sweep's report.
 
     A row: {what, published: {effect, se, why}, measured: {effect, low, high, resolved, note}, agrees}; agrees
     is None unless both effects have a sign."""
@@ -110,13 +111,14 @@ def table(sweep: dict) -> dict:
         agrees = None if None in effects or 0 in effects else (effects[0] < 0) == (effects[1] < 0)
         rows.append({"what": what, "published": published, "measured": measured, "agrees": agrees})
     both = [r for r in rows if None not in (r["published"]["effect"], r["measured"]["effect"])]
-    resolved = [r["agrees"] for r in both if r["measured"]["resolved"] and r["agrees"] is not None
-                and abs(r["published"]["effect"]) > Z * r["published"]["se"]]
+    known = [r for r in both if r["agrees"] is not None
+             and abs(r["published"]["effect"]) > Z * r["published"]["se"]]
     return {
         "name": sweep["name"], "kind": sweep["kind"], "scale": sweep["scale"], "base": sweep["base"],
         "slope": slope_[0], "slope_se": slope_[1], "rows": rows,
         "signs": share([r["agrees"] for r in rows if r["agrees"] is not None]),
-        "signs_resolved": share(resolved),
+        "signs_published": share([r["agrees"] for r in known]),
+        "signs_resolved": share([r["agrees"] for r in known if r["measured"]["resolved"]]),
         "ranks": ranks([r["published"]["effect"] for r in both], [r["measured"]["effect"] for r in both]),
     }
 
@@ -133,6 +135,34 @@ def ranks(published: list[float], measured: list[float]) -> dict:
     if len(published) < 3:
         return {"rho": None, "low": None, "high": None, "n": len(published)}
     return statistics.rank_correlation(published, measured)
+
+
+def of_runs(lineage: str = "short", scale: str = "tiny") -> dict:
+    """The committed runs of a lineage's records at a scale (seed 0), as the report of a chain with one run
+    an arm: no row has an interval.
+
+    A record without a run computes at that scale what its parent does (tests/test_evidence.py) and shares its
+    loss. Runs of two numerics versions are not compared.
+    """
+    records, runs, rows = deltas.load_records(), {}, []
+    for row in read("history.csv"):
+        ref = f"{row['lineage']}/{row['id']}"
+        if row["lineage"] != lineage or ref not in records:
+            continue
+        path, parent = records[ref].folder / scale / "summary.json", records[ref].parent
+        own = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        before, runs[ref] = runs.get(parent), own or runs.get(parent)
+        if before is None:
+            continue
+        effect, note = None, f"inert at scale {scale}: computes the same as {parent}, not run"
+        if own and own["numerics_version"] != before["numerics_version"]:
+            note = "not compared: its run and its parent's are of two numerics versions"
+        elif own:
+            effect, note = own["val_loss"] - before["val_loss"], ""
+        rows.append({"record": ref, "parent": parent, "effect": effect, "low": None, "high": None,
+                     "resolved": False, "note": note})
+    return {"name": f"runs_{scale}", "kind": "chain", "base": f"{lineage}, one run a record", "scale": scale,
+            "rows": rows}
 
 
 def measured_of(row: dict, sign: int) -> dict:
@@ -191,7 +221,7 @@ def cells(row: dict) -> list[str]:
 
 
 def sentences(found: dict) -> list[str]:
-    """What a table shows, in three sentences."""
+    """What a table shows, in four sentences."""
     def signs(x, what):
         if not x["n"]:
             return f"Signs of {what}: none to compare."
@@ -206,6 +236,7 @@ def sentences(found: dict) -> list[str]:
         ranked = f"Rank correlation {r['rho']:+.2f} over {r['n']} rows, {bounds}" + (
             ", not told apart from none." if r["low"] is None or r["low"] <= 0 <= r["high"] else ".")
     return [signs(found["signs"], "all rows with both effects"),
+            signs(found["signs_published"], "the rows whose published effect is told apart from 0"),
             signs(found["signs_resolved"], "the rows where both are told apart from 0"), ranked]
 
 
@@ -216,7 +247,8 @@ def markdown(tables: list[dict]) -> str:
            f"`python sweep.py predictions --markdown`. Nats at equal tokens, negative is better. Tokens and "
            f"steps count by d loss / d ln tokens = {value:.3f} +-{Z * error:.3f}, from "
            + ", ".join(where for where, *_ in SLOPES)
-           + ". Published with a 95 % interval, measured with the sweep's simultaneous intervals."]
+           + ". Published with a 95 % interval, measured with the sweep's simultaneous intervals; "
+           "`runs_tiny` is the committed run of each record, seed 0."]
     for found in tables:
         out += ["", f"## {found['name']}", "", *sentences(found), "", "| " + " | ".join(HEAD) + " |",
                 "|---|---|---|---|", *("| " + " | ".join(cells(r)) + " |" for r in found["rows"])]
@@ -242,7 +274,8 @@ def reports(paths: list[str]) -> list[dict]:
 def command(options) -> None:
     """`sweep.py predictions`: print the tables, write them as JSON."""
     try:
-        tables = [table(sweep) for sweep in reports(options.reports)]
+        more = [] if options.reports else [of_runs()]
+        tables = [table(sweep) for sweep in reports(options.reports) + more]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{', '.join(options.reports)}: not the report of a sweep ({error!r})") from None
     if options.json:

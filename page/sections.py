@@ -301,15 +301,16 @@ def prediction_tables(site):
     """Per sweep the table of published against measured effects, folded, under what it shows."""
     from evidence import predictions  # scipy comes along
     out, (value, error) = "", predictions.slope()
-    for sweep in site["sweeps"]:
-        if sweep["kind"] in ("chain", "ablate") and not facts.is_variant(sweep["about"]):
-            found = predictions.table(sweep)
-            rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
-            if rows:
-                shown = " ".join(predictions.sentences(found))
-                out += f"<p><b>{escape(found['name'])}.</b> {escape(shown)}</p>"
-                out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
-                              table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
+    swept = [sweep for sweep in site["sweeps"]
+             if sweep["kind"] in ("chain", "ablate") and not facts.is_variant(sweep["about"])]
+    for sweep in [*swept, predictions.of_runs()]:
+        found = predictions.table(sweep)
+        rows = [[escape(c) for c in predictions.cells(r)] for r in found["rows"]]
+        if rows:
+            shown = " ".join(predictions.sentences(found))
+            out += f"<p><b>{escape(found['name'])}.</b> {escape(shown)}</p>"
+            out += folded(f"{escape(found['name'])}: {facts.plural(len(rows), 'row')}",
+                          table(predictions.HEAD, rows, f"Predictions of {found['name']}"))
     if not out:
         return ""
     return ("<p>In nats at equal tokens, negative is better. Saved tokens and steps count by the slope of "

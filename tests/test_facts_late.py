@@ -145,6 +145,9 @@ FACTS = {  # path -> what it is in the records, where the feature is there
     "model.head.softcap.shift": [(58, 5.0)],
     "numerics.fp8_head.w": [(58, 448 / 1.6), (92, 224.0)],
     "numerics.fp8_head.grad": [(58, 448 / 0.75), (92, 8 * 448 / 0.75)],
+    "numerics.loss": [(58, "bfloat16"), (60, "float32")],
+    "numerics.softcap_sigmoid": [(58, "unrounded"), (79, "bfloat16"), (92, "float16")],
+    "validation.every": [(58, 250), (92, 1194)],  # 92 validates after its last step only
 }
 TAIL = {  # of record 92
     "optim.tail.long": 298, "optim.tail.short": 250, "optim.tail.short_rate": 4 / 53, "optim.tail.head": 0.65,

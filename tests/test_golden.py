@@ -9,7 +9,7 @@ import torch
 
 import schedule
 from golden_records import (
-    RECORD_53, SMEAR, block_windows, early, fill, load, originals, record20, record34, record53, small,
+    block_windows, early, fill, load, originals, record20, record34, record53, small,
     token_windows
 )
 from kernels.fp8_linear import fp8_linear
@@ -133,20 +133,19 @@ def test_record_20_loss_gradients_and_other_windows():
         assert np.abs(losses.numpy().ravel() - golden[f"case/window{blocks}/token_loss"]).max() < 1e-11
 
 
-def fixture_34_on(ref, name, more):
-    """(numbers, config, model) of a fixture of record 34 or later, at blocks of 16 tokens. more: sets on
-    `ref`."""
+def fixture_34_on(name):
+    """(numbers, config, model) of the fixture of record 34 or 53, at blocks of 16 tokens."""
     golden, config = load(name)
     sizes = {"dim": config["model_dim"], "heads": config["num_heads"],
              "vocab_rows": config.get("vocab_padded", config["vocab"])}
-    _, model = small(ref, sizes, 256, model__attn__window__block=16, data__max_doc_len=256,
-                     numerics__norm_eps=config["rms_eps"], **more)
+    _, model = small(f"short/{name[1:]}", sizes, 256, model__attn__window__block=16, data__max_doc_len=256,
+                     numerics__norm_eps=config["rms_eps"])
     return golden, config, model
 
 
 @pytest.mark.feature("model.embed.smear")
 def test_record_34_loss_and_gradients():
-    golden, config, model = fixture_34_on("short/33", "r34", SMEAR)
+    golden, config, model = fixture_34_on("r34")
     fill(model, record34(golden, "param/"))
     x, y = inputs(golden)
 
@@ -183,7 +182,7 @@ CASES_53 = {  # case: long window in blocks, its history, weights of the targets
 @pytest.fixture(scope="module")
 def of_record_53():
     """(numbers, model of record 53 with them, function case -> its losses)."""
-    golden, config, model = fixture_34_on("short/33", "r53", RECORD_53)
+    golden, config, model = fixture_34_on("r53")
     fill(model, record53(golden, "param/"))
     x, y = inputs(golden)
 
@@ -327,7 +326,7 @@ def test_adam_states_after_four_calls(name, ref, tensors):
 def test_optimizer_of_records_32_to_34():
     """Batched Muon over q, k, v, o; gates in Muon; Adam with eps before the correction."""
     golden, config = load("r34_optim")
-    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    s = deltas.resolve("short/34", sets=["system.precision=float64"]).settings
     factors, momenta, compared = np.array(config["lr_factor"]), np.array(config["muon_momentum"]), 0
     for tensor in ("qkvo", "tall", "wide", "square", "smear_gate"):
         for call, found in states(muon(s), golden, tensor, factors, momenta):
@@ -353,11 +352,11 @@ def test_optimizer_of_records_32_to_34():
     assert compared == 2 * 8  # the fixture holds the states after the first and the last call
 
 
-def test_four_updates_of_record_33_through_the_optimizer():
+def test_four_updates_of_record_34_through_the_optimizer():
     """Banks, groups and rules by the roles of record 34's tensors; from its learning rates to the states
     after the last call."""
     golden, config = load("r34_optim")
-    s = deltas.resolve("short/33", sets=["system.precision=float64"]).settings
+    s = deltas.resolve("short/34", sets=["system.precision=float64"]).settings
     roles = {"qkvo": ("matrix", "qkvo"), "tall": ("matrix", "c_proj"), "wide": ("matrix", "c_proj"),
              "square": ("matrix", "latent"), "smear_gate": ("matrix", "gate"), "embed": ("embed", "embed"),
              "head": ("lm_head", "lm_head"), "scalars": ("scalar", "sa_lambdas")}
@@ -451,10 +450,10 @@ def test_schedules_at_every_step(name, ref):
 
 @pytest.mark.feature("optim.muon.momentum_warmup", "model.attn.window.final",
                      "model.attn.window.final_last_layer")
-def test_schedules_of_records_28_and_33_at_every_step():
+def test_schedules_of_records_28_and_34_at_every_step():
     golden, _ = load("schedules")
     for key, s in (("r28", deltas.resolve("short/28").settings),
-                   ("r34", deltas.resolve("short/33", sets=["schedule.steps=1645"]).settings)):
+                   ("r34", deltas.resolve("short/34").settings)):
         plans = schedule.plan(s)
         assert np.array_equal([p.lr_factor for p in plans], golden[f"{key}/lr"])
         assert np.allclose([p.momentum for p in plans], golden[f"{key}/momentum"], rtol=1e-15, atol=0)

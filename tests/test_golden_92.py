@@ -2,6 +2,7 @@
 candidates."""
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,15 +10,19 @@ import torch
 
 import schedule
 from data.candidates import Sweep
+from data.shards import write_shard
+from data.stream import Shards, document_steps
 from golden_late import HEADS, projections
 from golden_records import build, fill, load, originals
 from layers.bigram import ngram_ids, ngram_sign_ids
+from model import segments, without_values
 from optim import Optimizer
 from schedule import Span, Windows
 from settings import deltas
 from small_models import Toy, plan, update
 from system.tail_average import TailAverages
 from updates import views
+from updates.adam import AdamW
 from updates.views import Views
 
 SLOTS = (0, 2, 5, 1, 8, 3, 10)  # the layers in the order of attention's bank
@@ -317,6 +322,66 @@ def test_updates_of_tables_across_the_change_of_cadence(key, label, result):
             assert np.abs(moment - golden[f"ngram/step{step}/v_current"]).max() < 1e-15, step
 
 
+LABELS = {  # of the parameters that every rank keeps whole: role, labels in our model
+    "scalars": ("scalar", "sa_lambdas", "smear_lambda", "skip_weights"),
+    "smear_gate": ("matrix", "smear_gate"),
+    "ve_gate_bank": ("matrix", "ve_gate"), "post_lambdas": ("scalar", "post_lambdas"),
+    "resid_lambdas": ("scalar", "resid_lambdas"), "mudd_w1": ("matrix", "mudd"),
+    "mudd_w2": ("matrix", "mudd"), "mudd_w2g": ("matrix", "mudd"), "mudd_b2": ("scalar", "mudd_bias"),
+    "mudd_gate_w1": ("matrix", "token_gate"), "mudd_gate_w2": ("matrix", "token_gate"),
+    "mudd_gate_b2": ("scalar", "token_gate_bias"), "_mudd_gate_scale": ("scalar", "token_gate_scale")}
+
+
+def test_four_updates_of_every_small_parameter():
+    """By AdamW, of all labels of record 92; gradients are sums of two steps already."""
+    golden, rates = load("r92_adam")[0], load("r92_schedules")[0]["lr"]
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    of = {f"{name} {label}": (name, role, label)
+          for name, (role, *labels) in LABELS.items() for label in labels}
+
+    def tensor(x, role):
+        x = torch.from_numpy(x.astype(np.float64))
+        return x[None] if role == "matrix" else x
+
+    model = Toy(**{key: (tensor(golden[f"rep/{name}/init"], role), role, label)
+                   for key, (name, role, label) in of.items()})
+    optimizer = Optimizer(model, s)
+    for i, step in enumerate((1, 3, 5, 7)):
+        gradients = {key: tensor(golden[f"rep/{name}/grad"][i], role) for key, (name, role, _) in of.items()}
+        due = schedule.due(s.optim.cadences(), step)
+        update(optimizer, model, gradients, plan(step, lr_factor=float(rates[step]), due=due))
+        for key, (name, role, _) in of.items():
+            expected = tensor(golden[f"rep/{name}/param"][i], role)
+            found = model.get_parameter(key).detach()
+            assert (found - expected).abs().max() <= 1e-12 * expected.abs().max(), (key, step)
+
+
+@pytest.mark.feature("model.head.untied.tied_until")
+def test_head_and_embedding_around_the_step_at_which_they_part():
+    """One matrix up to step 1175; its gradients are the sums of both uses, and of two steps."""
+    golden, rates = load("r92_adam")[0], load("r92_schedules")[0]["lr"]
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    last, start = schedule.untie_step(s), torch.from_numpy(golden["head/init"].T.astype(np.float64))
+    model = Toy(**{name: (start.contiguous(), name, name) for name in ("lm_head", "embed")})
+    optimizer, compared = Optimizer(model, s), 0
+    for i, step in enumerate(golden["head/steps"].tolist()):
+        gradients = {"lm_head": torch.from_numpy(golden["head/grad_lm_head"][i].T.astype(np.float64)),
+                     "embed": torch.from_numpy(golden["head/grad_embed"][i].astype(np.float64))}
+        if step <= last:
+            gradients["lm_head"] = gradients["lm_head"] + gradients.pop("embed")
+        due = schedule.due(s.optim.cadences(), step)
+        update(optimizer, model, gradients, plan(step, lr_factor=float(rates[step]), due=due))
+        if step == last:
+            optimizer.copy_parameter("lm_head", "embed")
+        for name in ("lm_head", "embed"):
+            if (key := f"head/step{step}/{name}/param") in golden:
+                expected = golden[key].T if name == "lm_head" else golden[key]
+                found = model.get_parameter(name).detach().numpy()
+                assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max(), key
+                compared += 1
+    assert last == 1175 and compared == 5
+
+
 # ----- schedules
 
 @pytest.mark.feature("schedule.whole_steps", "model.head.prefix.levels", "model.head.candidates",
@@ -340,6 +405,33 @@ def test_every_number_of_every_step():
     for name, values in found.items():
         assert np.abs(np.array(values, float) - golden[name][:len(plans)].astype(float)).max() < 1e-15, name
     assert schedule.untie_step(s) == golden["split_step"] and sum(one.tokens for one in plans) == 328_663_040
+
+
+@pytest.mark.feature("optim.bigram.slower", "optim.value_embed.slower")
+def test_the_tables_take_longer_averages_and_more_decay_once_they_are_updated_more_rarely():
+    golden, s = load("r92_schedules")[0], deltas.resolve("short/92").settings
+    for label, theirs in (("bigram", "table"), ("value_embed", "ve")):
+        group = s.optim.group("embed", label)
+        numbers = [AdamW.of(s, group).numbers(one, 1) for one in schedule.plan(s)[:s.schedule.steps]]
+        found = {"wd_mul": [group.decay_mul * step["stretch"] for step in numbers],
+                 "beta1": [step["beta1"] for step in numbers], "beta2": [step["beta2"] for step in numbers]}
+        for name, values in found.items():
+            if (key := f"{theirs}_{name}") in golden:  # the table has no first moment
+                assert np.abs(np.array(values) - golden[key]).max() < 1e-15, key
+
+
+@pytest.mark.feature("model.attn.rope.yarn", "model.attn.narrow")
+@pytest.mark.parametrize("step", [0, 320, 681, 1174])
+def test_rotary_frequencies_and_softmax_scales_of_the_real_widths(step):
+    golden, _ = load("r92_schedules")
+    s = deltas.resolve("short/92", sets=["system.precision=float64"]).settings
+    history, attn = schedule.plan(s)[step].shape.windows.long_blocks, s.model.attn
+    tables = without_values(s).rotary_tables.rotaries
+    for rotary, kind, scale, i in zip(tables, ("narrow", "wide"), (attn.narrow.scale, attn.scale), (0, 1)):
+        found, factor = rotary.frequencies(history)
+        theirs = torch.from_numpy(golden[f"yarn/f64/step{step}/{kind}_freq"])
+        assert (found.repeat_interleave(2) - theirs).abs().max() <= 1e-15  # both of a pair turn alike
+        assert abs(scale * factor - golden[f"yarn/f64/step{step}/scales"][i]) <= 1e-15
 
 
 TICKS = {"head": (896, 150), "matrices": (945, 63), "values": (947, 62), "blend": (897, 76)}  # first, number
@@ -394,3 +486,47 @@ def test_candidates_are_evenly_spaced_where_the_sweep_has_too_few():
     found = sweep.candidates(golden["cand_fallback/targets"].astype(np.int64), int(golden["cand_fallback/P"]))
     assert np.array_equal(found, golden["cand_fallback/candidates"])
     assert sweep.offset == golden["cand_fallback/sweep_offset_after"]
+
+
+# ----- documents
+
+def pieces_of(ends):
+    """Of each position up to the last end, the number of the piece that holds it."""
+    return np.searchsorted(ends, np.arange(ends[-1]), side="right")
+
+
+def attended_pieces(s, lengths, size):
+    """Numbers from 0 of what attention keeps apart in the first `size` tokens of documents so long."""
+    begins = torch.zeros(1, sum(lengths), dtype=torch.bool)
+    begins[0, np.cumsum([0, *lengths[:-1]])] = True
+    return segments(begins[:, :size], s.model.attn.segment)[0].numpy() - 1
+
+
+@pytest.mark.feature("model.attn.segment")
+def test_attention_cuts_documents_every_2560_tokens():
+    golden, s = load("r92_candidates")[0], deltas.resolve("short/92").settings
+    ends = golden["seg/cum_lengths"]
+    found = attended_pieces(s, np.diff(ends, prepend=0), ends[-1])
+    assert np.array_equal(found, pieces_of(golden["seg/split_2560"]))
+
+
+@pytest.mark.feature("data.loader", "data.max_doc_len", "model.attn.segment")
+def test_batches_of_five_stages_from_a_shard_of_three_million_tokens(tmp_path):
+    """Taken one after the other: where the documents of the first and the last rank begin, and where
+    attention stops."""
+    golden, s, bos = load("r92_candidates")[0], deltas.resolve("short/92").settings, 50_256
+    tokens = np.zeros(3_000_000, np.uint16)
+    tokens[golden["loader/bos"]] = bos
+    write_shard(tmp_path / "a.bin", tokens)
+    corpus = SimpleNamespace(train=[tmp_path / "a.bin"], bos=bos, train_tokens=[3_000_000], folder=tmp_path)
+    plans, steps = schedule.plan(s), (0, 320, 681, 1107, 1174)
+    sizes = [plans[step].tokens // 8 for step in steps]
+    shards = Shards(corpus, [plans[step].shape.max_doc_len for step in steps])
+    batches = document_steps(shards, loader="packed", tokens_per_rank=sizes, wrap=False)
+    for step, size, (_, _, pieces) in zip(steps, sizes, batches):
+        for rank in (0, 7):
+            starts, ends = map(np.array, pieces[rank])
+            at = f"loader/step{step}/rank{rank}"
+            assert np.array_equal(starts, golden[f"{at}/starts"])
+            found = attended_pieces(s, ends - starts, size)
+            assert np.array_equal(found, pieces_of(golden[f"{at}/segment_ends"]))

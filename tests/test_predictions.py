@@ -8,6 +8,7 @@ from scipy import stats
 
 from evidence import predictions, statistics
 from fake_sweep import call
+from settings import deltas
 
 SLOPE = (-0.2, 0.05)
 
@@ -85,9 +86,32 @@ def test_signs_and_ranks_of_a_small_chain_by_hand():
     for p in (signs["low"], signs["high"]):
         assert (p - 0.75) ** 2 == pytest.approx(z2 * p * (1 - p) / 4)
     assert (found["signs_resolved"]["k"], found["signs_resolved"]["n"]) == (1, 2)  # records 2 and 4
+    assert (found["signs_published"]["k"], found["signs_published"]["n"]) == (3, 4)  # all four are told apart
     assert found["ranks"]["rho"] == pytest.approx(1.0)  # measured ranks 1, 2, 4, 3
     text = predictions.markdown([found])
     assert "3 of 4 agree, 75 % [30, 95]" in text and "+0.1000 [+0.0500, +0.1500] | differs" in text
+
+
+def test_the_committed_runs_are_a_chain_of_one_run_each():
+    """A record's effect is its loss less that of the nearest record before it that has a run."""
+    records = deltas.load_records()
+    rows = {r["record"]: r for r in predictions.of_runs()["rows"]}
+    assert sorted(rows) == sorted(ref for ref in records if ref.startswith("short/") and ref != "short/1")
+
+    def run(ref):
+        path = records[ref].folder / "tiny/summary.json"
+        return json.loads(path.read_text()) if path.exists() else run(records[ref].parent)
+
+    for ref, row in rows.items():
+        own, before = run(ref), run(records[ref].parent)
+        if own["record"] != ref:
+            assert row["effect"] is None and row["note"].startswith("inert at scale tiny")
+        elif own["numerics_version"] != before["numerics_version"]:
+            assert row["effect"] is None and "two numerics versions" in row["note"]
+        else:
+            assert row["effect"] == own["val_loss"] - before["val_loss"] and not row["resolved"]
+    found = predictions.table(predictions.of_runs())
+    assert found["signs_resolved"]["n"] == 0 < found["signs_published"]["n"] < found["signs"]["n"]
 
 
 def test_an_ablation_is_turned_and_what_is_not_measured_is_not_counted():

@@ -565,15 +565,6 @@ def test_the_plans_order_what_travels(comm, in_backward, in_step, monkeypatch):
 
 # ----- record 53 through the Optimizer
 
-RECORD_53 = [
-    "optim.muon.lr=0.023", *MUON, "numerics.newton_schulz_form=symmetric", "optim.adam.beta1=0.65",
-    "optim.adam.cautious_decay={weight_decay=0.005, strict=true}", "optim.scalar.beta1=0.9",
-    "optim.scalar.beta2=0.99", "optim.scalar.decay_mul=0.0", "optim.value_embed={lr=0.6}",
-    "optim.embed.lr=0.008",
-    "optim.x0_lambdas={beta1=0.65, beta2=0.95}", "optim.qkvo={lr_mul=2.0}", "optim.c_fc={lr_mul=2.0}",
-    "optim.c_proj={lr_mul=4.0}", "optim.gate={adamw=true, lr=8e-5, weight_decay=0.0, decay_mul=0.0}"]
-
-
 def ours(name, x):
     """An array of the fixture as we store it: q, k, v and o apart, the MLP's second matrix (outputs,
     inputs)."""
@@ -587,14 +578,13 @@ def ours(name, x):
                      "optim.c_proj.lr_mul", "optim.scalar.beta1", "optim.scalar.beta2")
 def test_four_updates_of_record_53_through_the_optimizer():
     golden, config = load("r53_optim")
-    s = deltas.resolve("short/33", sets=["system.precision=float64", *RECORD_53]).settings
-    # `gate` stands for the smear's gate, which is AdamW's in this record; attention's gates are Muon's
+    s = deltas.resolve("short/53", sets=["system.precision=float64"]).settings
     roles = {"attn": ("matrix", "qkvo", views.qkvo(s)), "mlp_fc": ("matrix", "c_fc", views.c_fc(s)),
              "mlp_proj": ("matrix", "c_proj", views.c_proj(s)),
              "wide": ("matrix", "latent", Views(variance_axis=-2)), "square": ("matrix", "latent"),
-             "attn_gate": ("matrix", "latent", views.gate(s)),
+             "attn_gate": ("matrix", "gate", views.gate(s)),
              "lm_head": ("lm_head", "lm_head"), "embed": ("embed", "embed"),
-             "value_embed": ("embed", "value_embed"), "smear_gate": ("matrix", "gate"),
+             "value_embed": ("embed", "value_embed"), "smear_gate": ("matrix", "smear_gate"),
              "x0_lambdas": ("scalar", "x0_lambdas"),
              "scalars": ("scalar", "sa_lambdas")}
     model = Toy(**{name: (ours(name, golden[f"init/{name}"]), *role) for name, role in roles.items()})

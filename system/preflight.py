@@ -115,7 +115,7 @@ def check_candidates(s: Settings, corpus: Corpus, ranks: range, plans: list[Step
 def check_strict(options: Namespace, slower: list[str]) -> None:
     """UserError if --strict forbids what the run does in a slower way (`fallbacks`)."""
     if options.strict and slower:
-        raise UserError(f"{slower[0]} (--strict)")
+        raise UserError(f"{slower[0]}; leave out --strict to run it so")
 
 
 def check_sync_here(s: Settings, compile_it: bool) -> None:

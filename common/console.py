@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn, TextIO
 
 from common.interrupt import INTERRUPTED, like_ctrl_c
@@ -30,10 +30,10 @@ class Guarded:
         self._stream = stream
         self.lost: Exception | None = None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def _attempt(self, act) -> None:
+    def _attempt(self, act: Callable[[], Any]) -> None:
         if self.lost is not None:
             return
         try:
@@ -46,7 +46,7 @@ class Guarded:
         self._attempt(lambda: self._stream.write(text))
         return len(text)
 
-    def writelines(self, lines) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 

@@ -12,6 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
+from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
@@ -19,7 +20,7 @@ OLDEST_PYTHON, OLDEST_TORCH = (3, 11), (2, 11)
 TRAINING = ("numpy", "torch", "tiktoken")  # packages that a training imports
 
 
-def stop(message):
+def stop(message: str) -> NoReturn:
     """Print one line and end the program with exit code 2."""
     if sys.stderr is not None:
         try:
@@ -30,12 +31,12 @@ def stop(message):
     sys.exit(2)
 
 
-def venv_python(venv=VENV):
+def venv_python(venv: str = VENV) -> str:
     """Path of the Python of a virtual environment."""
     return os.path.join(venv, *(("Scripts", "python.exe") if os.name == "nt" else ("bin", "python")))
 
 
-def remedy():
+def remedy() -> str:
     """How to get a Python that has everything (a clause for the end of an error message)."""
     if os.path.realpath(sys.prefix) == os.path.realpath(VENV):
         return "remove the folder {} and start ./run.sh, which makes it anew".format(shlex.quote(VENV))
@@ -46,7 +47,7 @@ def remedy():
             .format(shlex.quote(ROOT)))
 
 
-def lacking(name):
+def lacking(name: str) -> bool:
     """True if a package is not installed. A folder without code, as a broken removal leaves it, does not
     count."""
     if name in sys.modules:
@@ -58,7 +59,7 @@ def lacking(name):
     return spec is None or spec.origin is None
 
 
-def require(*names):
+def require(*names: str) -> None:
     """End the program in one line, exit code 2, unless this Python can import these packages. It imports
     them.
 
@@ -78,14 +79,14 @@ def require(*names):
                 sys.executable, getattr(module, "__version__", "without a version"), *OLDEST_TORCH, remedy()))
 
 
-def without(error):
+def without(error: ImportError) -> str:
     """The line for an ImportError that a program met later, when it first needed something."""
     if error.name and lacking(error.name):
         return "{} lacks {}: {}".format(sys.executable, error.name, remedy())
     return "{} cannot import {} ({}): {}".format(sys.executable, error.name or "a package", error, remedy())
 
 
-def numbers(version):
+def numbers(version: str) -> "tuple[int, ...]":
     """The first two numbers of a version: '2.13.0+cpu' -> (2, 13)."""
     parts = []
     for part in str(version).split(".")[:2]:
@@ -95,7 +96,7 @@ def numbers(version):
 
 
 @functools.lru_cache(None)
-def check_training():
+def check_training() -> None:
     """UserError if this Python cannot run a training. Called before a plan is declared, so that no declared
     run is lost.
 

@@ -19,6 +19,8 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
+from typing import NoReturn
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 # flags of unshare(2): mount, uts, ipc, user, process and network namespaces
@@ -39,14 +41,14 @@ class NoWalls(Exception):
     """This kind of wall cannot be built here; the message says why."""
 
 
-def check(code, what):
+def check(code: int, what: str) -> int:
     """The result of a C function; NoWalls with the system's reason where it failed."""
     if code < 0:
         raise NoWalls(f"{what}: {os.strerror(ctypes.get_errno())}")
     return code
 
 
-def put(path, text):
+def put(path: str, text: str) -> None:
     """Write a kernel file."""
     with open(path, "w", encoding="ascii") as file:
         file.write(text)
@@ -54,13 +56,13 @@ def put(path, text):
 
 # ----- the view of the files --------------------------------------------------------------------------------
 
-def mount(source, target, kind, flags=0, data=""):
+def mount(source: str, target: str, kind: str, flags: int = 0, data: str = "") -> None:
     """mount(2)."""
     words = (x.encode() for x in (source, target, kind))
     check(LIBC.mount(*words, flags, data.encode()), f"mount {target}")
 
 
-def bind(source, target, attributes, ids=None):
+def bind(source: str, target: str, attributes: int, ids: int | None = None) -> None:
     """Show `source` at `target`, which is made, with attributes of mount_setattr(2).
 
     ids: file descriptor of a user namespace; the files then belong to the command's user in this view alone.
@@ -85,7 +87,7 @@ def bind(source, target, attributes, ids=None):
         os.close(tree)
 
 
-def id_namespace(owner, user):
+def id_namespace(owner: int, user: int) -> int:
     """File descriptor of a user namespace in which files of `owner` belong to `user`."""
     ready, done = os.pipe(), os.pipe()
     child = os.fork()
@@ -106,7 +108,7 @@ def id_namespace(owner, user):
             os.close(end)
 
 
-def show(path, root, writable, user, ids):
+def show(path: str, root: str, writable: bool, user: int | None, ids: dict[int, int]) -> None:
     """Bind one path of the caller's into the new root, as files of the command's user where that is another.
 
     ids: file descriptor of a user namespace by owner.
@@ -121,7 +123,7 @@ def show(path, root, writable, user, ids):
     return bind(path, root + path, attributes)
 
 
-def give(path, user):
+def give(path: str, user: int) -> None:
     """Make a folder and what it holds the command's user's, following nothing."""
     os.chown(path, user, user, follow_symlinks=False)
     for folder, folders, names in os.walk(path):
@@ -129,7 +131,7 @@ def give(path, user):
             os.chown(os.path.join(folder, name), user, user, follow_symlinks=False)
 
 
-def build_root(spec, user, ids):
+def build_root(spec: dict, user: int | None, ids: dict[int, int]) -> None:
     """A new root that shows the system and the listed paths, read-only but for `writable`; then go there."""
     root = spec["root"]
     check(LIBC.mount(b"none", b"/", None, MS_REC | MS_PRIVATE, None), "make / private")
@@ -158,7 +160,7 @@ def build_root(spec, user, ids):
     os.close(root_fd)
 
 
-def build_devices(root, memory_mib):
+def build_devices(root: str, memory_mib: int) -> None:
     """The harmless devices, those of NVIDIA where there are any, and memory for /tmp and /dev/shm."""
     os.makedirs(root + "/dev")
     nvidia = [name for name in os.listdir("/dev") if name.startswith("nvidia")]
@@ -175,9 +177,8 @@ def build_devices(root, memory_mib):
 
 # ----- rights and limits ------------------------------------------------------------------------------------
 
-def drop_rights(user):
-    """No capability, none to be gained, and another user where this one is root. Returns who the command
-    is."""
+def drop_rights(user: int | None) -> None:
+    """No capability, none to be gained, and another user where this one is root."""
     for capability in range(64):
         if LIBC.prctl(24, capability, 0, 0, 0) < 0:  # PR_CAPBSET_DROP; EINVAL after the last one
             break
@@ -191,7 +192,7 @@ def drop_rights(user):
     check(LIBC.prctl(38, 1, 0, 0, 0), "no new privileges")
 
 
-def limit(spec):
+def limit(spec: dict) -> None:
     """Limits of one process. RLIMIT_DATA, because an address space holds torch's and CUDA's reservations,
     too."""
     mib = 2 ** 20
@@ -209,7 +210,7 @@ def limit(spec):
             resource.setrlimit(what, (value, value))
 
 
-def landlock(writable):
+def landlock(writable: list[str]) -> bool:
     """Landlock (Linux 5.13): this process and its children write below these folders only. Returns whether
     it holds."""
     with contextlib.suppress(AttributeError, OSError):
@@ -233,7 +234,7 @@ def landlock(writable):
 
 # ----- one attempt ------------------------------------------------------------------------------------------
 
-def enter_namespaces(spec, user):
+def enter_namespaces(spec: dict, user: int | None) -> dict[int, int]:
     """Leave the caller's namespaces; the next child is process 1 of the new ones.
 
     Returns {owner: file descriptor of a user namespace} for the owners of the listed paths.
@@ -251,13 +252,13 @@ def enter_namespaces(spec, user):
     return {}
 
 
-def raise_loopback():
+def raise_loopback() -> None:
     """Let the command's processes talk to each other: the network's only interface is its own."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         fcntl.ioctl(any_socket, 0x8914, struct.pack("16sH14x", b"lo", 1))  # SIOCSIFFLAGS, IFF_UP
 
 
-def walled(spec, kind, user, ids):
+def walled(spec: dict, kind: str, user: int | None, ids: dict[int, int]) -> dict[str, str]:
     """Build the walls of a kind in this process. Returns {wall: what holds, or ""}."""
     walls = {"kind": kind, "network": "", "view": "", "writes": "", "processes": ""}
     if kind == "namespaces":
@@ -284,7 +285,7 @@ def walled(spec, kind, user, ids):
     return walls
 
 
-def can_start(spec, user):
+def can_start(spec: dict, user: int) -> bool:
     """Whether that user could start the command here, where the view of the files is everybody's."""
     child = os.fork()
     if not child:
@@ -297,7 +298,7 @@ def can_start(spec, user):
     return os.waitpid(child, 0)[1] == 0
 
 
-def attempt(spec, kind, user, say):
+def attempt(spec: dict, kind: str, user: int | None, say: Callable[[str], None]) -> None:
     """Run the command behind walls of one kind. Raises NoWalls, before it has started, if they cannot be
     built."""
     told, tell = os.pipe()
@@ -330,12 +331,12 @@ def attempt(spec, kind, user, say):
         raise NoWalls(first[3:].strip() or "the process ended")
 
 
-def tied():
+def tied() -> None:
     """This process ends with its parent."""
     LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
-def keep(spec, kind, user, ids, tell):
+def keep(spec: dict, kind: str, user: int | None, ids: dict[int, int], tell: int) -> NoReturn:
     """The keeper: build the walls, start the command, watch time and memory, end all that is left."""
     LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: whoever is orphaned becomes a child of this process
     walls = walled(spec, kind, user, ids)
@@ -352,7 +353,7 @@ def keep(spec, kind, user, ids, tell):
     os._exit(0)
 
 
-def start(spec, tell):
+def start(spec: dict, tell: int) -> NoReturn:
     """Become the command."""
     try:
         os.setsid()
@@ -369,7 +370,7 @@ def start(spec, tell):
     os._exit(127)
 
 
-def watch(spec, child):
+def watch(spec: dict, child: int) -> tuple[str, int]:
     """Wait for the command. Returns (why it was ended: "", "time" or "memory", its wait status)."""
     deadline, bound = time.monotonic() + spec["seconds"], spec["memory_mib"] * 1024
     status = None
@@ -388,7 +389,7 @@ def watch(spec, child):
     return "", status
 
 
-def end(child):
+def end(child: int) -> int:
     """Kill the command. Returns its wait status."""
     os.kill(child, signal.SIGSTOP)  # first, or it could act on the end of its children
     end_all(spare=child)
@@ -396,7 +397,7 @@ def end(child):
     return os.waitpid(child, 0)[1]
 
 
-def descendants():
+def descendants() -> list[int]:
     """Process ids of all that descends from this process."""
     parents = {}
     for name in os.listdir("/proc"):
@@ -411,7 +412,7 @@ def descendants():
     return found
 
 
-def held_kib():
+def held_kib() -> int:
     """KiB of memory that the descendants hold: private, and shared memory that no file backs."""
     total = 0
     for pid in descendants():
@@ -422,7 +423,7 @@ def held_kib():
     return total
 
 
-def end_all(spare=None):
+def end_all(spare: int | None = None) -> None:
     """Kill and reap every descendant but one; those that are born meanwhile, too."""
     for _ in range(200):
         alive = [pid for pid in descendants() if pid != spare]
@@ -438,7 +439,7 @@ def end_all(spare=None):
         time.sleep(0.01)
 
 
-def main(status):
+def main(status: int) -> None:
     """Try each kind of walls that the spec names."""
     tied()
     spec = json.load(sys.stdin)

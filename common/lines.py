@@ -12,7 +12,7 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
-from typing import TextIO
+from typing import Any, TextIO
 
 from common import console
 
@@ -74,7 +74,7 @@ class Fitted(io.TextIOBase):
     def __init__(self, stream: TextIO, columns: int) -> None:
         self.stream, self.columns, self.begun = stream, columns, ""
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     @property

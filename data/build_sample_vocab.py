@@ -5,6 +5,8 @@ A byte-level BPE of 1,000 merges on the training part of the embedded corpus, wi
 
 from common import environment  # first: refuses a Python that is too old
 
+from collections.abc import Iterable
+
 if __name__ == "__main__":
     environment.require("numpy", "tokenizers")
 
@@ -13,7 +15,7 @@ from data.corpus import source_documents
 from data.tokenizer import FILES
 
 
-def merges(texts, count):
+def merges(texts: Iterable[str], count: int) -> list[str]:
     """The first `count` merges as lines `left right` in GPT-2's byte symbols."""
     import json
 
@@ -27,7 +29,7 @@ def merges(texts, count):
     ]
 
 
-def main():
+def main() -> None:
     """Write the merges of the sample tokenizer."""
     path, count = FILES["sample"]
     _, train = source_documents()

@@ -24,7 +24,7 @@ def require_room(rank: int, targets: int, size: int) -> None:
 class Sweep:
     """The sweep of one logical rank. classes: V. offset: place in the order of classes."""
 
-    def __init__(self, classes: int, rank: int):
+    def __init__(self, classes: int, rank: int) -> None:
         self.classes, self.offset = classes, classes * rank // LOGICAL_RANKS
         if np.gcd(STRIDE, classes) != 1:
             raise UserError(f"model.head.candidates: a sweep of {classes} classes in steps of {STRIDE} does "

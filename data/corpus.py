@@ -18,8 +18,9 @@ from common import files
 from common.errors import UserError
 from common.files import default_cache
 from data import fineweb
-from data.shards import open_corpus, open_shard, write_shard
+from data.shards import Corpus, open_corpus, open_shard, write_shard
 from data.tokenizer import encode_documents, load
+from settings import Settings
 from settings.scales import SCALES
 
 HERE = Path(__file__).parent
@@ -32,7 +33,7 @@ DIGESTS = {"train": "a117429a85abd6decb842f6cfb2975db55250324daf9265f9cc5fb0658f
            "val": "1e24ce4ea45767dd70d05a1050dda387aee62b8c87a92fdb5c91577ef4666fe3"}
 
 
-def source_documents():
+def source_documents() -> tuple[list[str], list[str]]:
     """(validation, train): lists of source texts in the order of their salted hashes.
 
     A paragraph of 40 or more characters is kept only where it comes first.
@@ -55,10 +56,10 @@ def source_documents():
     return validation, cleaned
 
 
-def cut(document, generator, characters_per_token):
+def cut(document: str, generator: random.Random, characters_per_token: float) -> list[str]:
     """Pieces of a source document, cut at a paragraph's end near the drawn length, or at a sentence's end.
 
-    generator: random.Random, which draws the lengths.
+    generator: draws the lengths.
     """
     pieces, current = [], ""
     target = generator.lognormvariate(0, SIGMA) * MEDIAN_TOKENS * characters_per_token
@@ -78,21 +79,21 @@ def cut(document, generator, characters_per_token):
     return pieces
 
 
-def documents():
+def documents() -> tuple[list[str], ...]:
     """(validation, train): the documents of the corpus, in order."""
     generator = random.Random(SALT)
     return tuple([piece for text in part for piece in cut(text, generator, 2.9)]
                  for part in source_documents())
 
 
-def sample_corpus(cache=None):
+def sample_corpus(cache: Path | str | None = None) -> Corpus:
     """The embedded corpus as shards in `cache`/sample-v1, made on first use (seconds;
     several processes may race)."""
     return _sample_corpus(Path(cache or default_cache()))
 
 
 @functools.lru_cache
-def _sample_corpus(cache):
+def _sample_corpus(cache: Path) -> Corpus:
     folder = cache / "sample-v1"
     if not (folder / "corpus.json").exists():
         try:
@@ -122,7 +123,7 @@ def _sample_corpus(cache):
     return corpus
 
 
-def corpus_for(scale, data=None, settings=None):
+def corpus_for(scale: str, data: Path | str | None = None, settings: Settings | None = None) -> Corpus:
     """The shards that a run reads: the folder `data` if given, the embedded corpus at the scales for a
     CPU, FineWeb's otherwise.
 
@@ -135,7 +136,7 @@ def corpus_for(scale, data=None, settings=None):
     return open_corpus(HERE / "fineweb10B", **({} if settings is None else {"get": fineweb.get(settings)}))
 
 
-def build(folder):
+def build(folder: Path) -> None:
     """Write the shards and corpus.json into an existing folder."""
     encoding = load("sample")
     for part, name, texts in zip(("val", "train"), ("sample_val_000000.bin", "sample_train_000001.bin"),

@@ -15,6 +15,7 @@ import math
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import NormalDist
 
@@ -104,7 +105,7 @@ def published(repo: str, name: str) -> tuple[int | None, str | None]:
 
 
 @contextlib.contextmanager
-def hub_errors(repo: str, name: str, folder: Path):
+def hub_errors(repo: str, name: str, folder: Path) -> Iterator[None]:
     """What the hub's client raises, as one line."""
     from huggingface_hub import errors
     again = f"what has arrived is kept, so try again; {OFFLINE}"
@@ -292,7 +293,7 @@ def parser() -> arguments.Parser:
     return p
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """The command line of the download."""
     o = parser().parse_args(argv)
     try:

@@ -76,10 +76,10 @@ def run_length(text: str) -> int:
 class Source:
     """Pieces of a text, joined as far as asked for."""
 
-    def __init__(self, pieces):
+    def __init__(self, pieces: Iterable[str]) -> None:
         self.pieces, self.text, self.ended = iter(pieces), "", False
 
-    def fill(self, count):
+    def fill(self, count: int) -> None:
         """Hold at least `count` characters, or all that are left."""
         parts, held = [self.text], len(self.text)
         while held < count and not self.ended:
@@ -91,7 +91,7 @@ class Source:
                 held += len(part)
         self.text = "".join(parts)
 
-    def take(self, count):
+    def take(self, count: int) -> str:
         taken, self.text = self.text[:count], self.text[count:]
         return taken
 

@@ -15,7 +15,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -39,10 +39,10 @@ MANIFEST = "shards.json"
 class ShardWriter:
     """A shard that is being written. count: tokens so far."""
 
-    def __init__(self, path: Path | str, file: BinaryIO):
+    def __init__(self, path: Path | str, file: BinaryIO) -> None:
         self.path, self.file, self.count = path, file, 0
 
-    def append(self, tokens) -> None:
+    def append(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Add token ids: any integer array, values < 65536."""
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() > 65535):
@@ -64,14 +64,14 @@ def writing_shard(path: Path | str) -> Iterator[ShardWriter]:
         file.write(header.tobytes())
 
 
-def write_shard(path, tokens):
+def write_shard(path: Path | str, tokens: Sequence[int] | np.ndarray) -> None:
     """Write token ids (any integer array, values < 65536) as a shard;
     the file appears whole or not at all."""
     with writing_shard(path) as shard:
         shard.append(tokens)
 
 
-def read_header(path):
+def read_header(path: Path | str) -> int:
     """Number of tokens of a shard. UserError for anything that is not a whole shard."""
     path = Path(path)
     try:
@@ -102,7 +102,7 @@ def read_header(path):
     return count
 
 
-def open_shard(path):
+def open_shard(path: Path | str) -> np.memmap:
     """Token ids of a shard as a read-only memory map, uint16 (n,)."""
     count = read_header(path)
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
@@ -118,17 +118,17 @@ class Shard:
     belong to the last document of the shard before and are not counted.
     """
 
-    def __init__(self, path, bos, longest):
+    def __init__(self, path: Path, bos: int, longest: int) -> None:
         self.path, self.bos, self.longest = path, bos, longest
         self.tokens = np.asarray(open_shard(path))
         self.scanned, self.kept = 0, np.zeros(1, np.int64)
         self.starts = self.ends = np.empty(0, np.int64)
 
     @property
-    def complete(self):
+    def complete(self) -> bool:
         return self.scanned == len(self.tokens)
 
-    def check_length(self):
+    def check_length(self) -> None:
         """UserError if the file was cut since it was opened: the system ends a process that reads there.
 
         A file that was removed is no harm, because the memory map keeps it.
@@ -140,26 +140,26 @@ class Shard:
         if size < HEADER_BYTES + 2 * len(self.tokens):
             raise UserError(f"{self.path}: was cut to {size} bytes while it is being read: bring it back")
 
-    def scan(self):
+    def scan(self) -> None:
         """Find the document starts of the next SCAN tokens."""
         part = self.tokens[self.scanned:self.scanned + SCAN]
         self.starts = np.concatenate([self.starts, np.flatnonzero(part == self.bos) + self.scanned])
         self.scanned += len(part)
         self.count()
 
-    def count(self):
+    def count(self) -> None:
         """Ends and tokens of the known documents, cut at `longest`."""
         ends = np.append(self.starts[1:], len(self.tokens)) if self.complete else self.starts[1:]
         self.ends = np.minimum(ends, self.starts[:len(ends)] + self.longest)
         self.kept = np.append(0, np.cumsum(self.ends - self.starts[:len(ends)]))
 
-    def cut(self, longest):
+    def cut(self, longest: int) -> None:
         """Cut the documents at another length from now on."""
         if longest != self.longest:
             self.longest = longest
             self.count()
 
-    def more(self):
+    def more(self) -> bool:
         """Scan on; False at the end of the shard. UserError if it has no document start at all."""
         if not self.complete:
             self.scan()
@@ -171,7 +171,7 @@ class Shard:
                 "if no shard has documents")
         return False
 
-    def first(self, position):
+    def first(self, position: int) -> int | None:
         """The first document start at or after a position, or None."""
         while True:
             i = int(np.searchsorted(self.starts, position))
@@ -180,7 +180,7 @@ class Shard:
             if not self.more():
                 return None
 
-    def fill(self, first, count):
+    def fill(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, int] | None:
         """(starts, ends, next document) of the cut documents from number `first` on that
         together hold count tokens.
 
@@ -213,7 +213,7 @@ GET = ("`python -m data.fineweb RECORD --scale SCALE` downloads what a record re
        "data.tokenize FILE --out DIR` makes shards of any text")
 
 
-def open_corpus(folder, get=GET):
+def open_corpus(folder: Path | str, get: str = GET) -> Corpus:
     """The Corpus in a folder; every header is checked. UserError says what to type when
     something is missing (`get`)."""
     folder = Path(folder)
@@ -300,14 +300,14 @@ def read_about(folder: Path, first: str) -> dict:
     return {key: about[key] for key in GPT2}
 
 
-def check_vocabulary(tokens, vocab_size, where):
+def check_vocabulary(tokens: np.ndarray, vocab_size: int, where: str) -> None:
     """UserError if any id is outside the vocabulary."""
     highest = int(tokens.max())
     if highest >= vocab_size:
         raise UserError(outside(where, highest, vocab_size))
 
 
-def outside(where, highest, vocab_size):
+def outside(where: Path | str, highest: int, vocab_size: int) -> str:
     """The message for a token id that the vocabulary does not hold."""
     return (f"{where}: token id {highest} is outside the vocabulary of {vocab_size}: the shard was made with "
             "another tokenizer; correct corpus.json next to it or choose another --data")
@@ -315,7 +315,7 @@ def outside(where, highest, vocab_size):
 
 # ----- digests and what only a look at every token finds ----------------------------------------------------
 
-def corpus_digest(corpus, shards_used):
+def corpus_digest(corpus: Corpus, shards_used: int) -> str:
     """sha256 over (token count, sha256 of the tokens) of the first shards, in order: content and order,
     not names.
 
@@ -328,7 +328,7 @@ def corpus_digest(corpus, shards_used):
     return digest.hexdigest()
 
 
-def val_digest(corpus, tokens):
+def val_digest(corpus: Corpus, tokens: int) -> str:
     """sha256 of the first tokens + 1 ids of the validation shard:
     the targets that every run is measured on."""
     return hashlib.sha256(open_shard(corpus.val)[:tokens + 1].tobytes()).hexdigest()
@@ -423,6 +423,6 @@ def look(path: Path | str, bos: int) -> dict:
 
 
 @functools.lru_cache
-def note_once(message):
+def note_once(message: str) -> None:
     """Print a note to stderr, once for each text."""
     print(message, file=sys.stderr)

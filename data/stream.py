@@ -8,13 +8,16 @@ lengths alone: loaders `shuffled` (record 1, llm.c), `per_rank` (records 2-17), 
 
 import hashlib
 import itertools
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any
 
 import numpy as np
 
 import schedule
 from common.errors import UserError
-from data.shards import Shard, check_vocabulary, open_shard
+from data.shards import Corpus, Shard, check_vocabulary, open_shard
+from settings import Settings
 from settings.data import LOGICAL_RANKS
 
 FINEWEB_SHARD = 100_000_000  # tokens of every train shard but the last
@@ -25,7 +28,7 @@ class OutOfShards(Exception):
     """The plan passed the last shard and may not begin again."""
 
 
-def step_sizes(tokens_per_rank):
+def step_sizes(tokens_per_rank: int | list[int]) -> Iterator[int]:
     """Tokens per rank of each step, without end: one number for all steps, or a list with one for each."""
     if isinstance(tokens_per_rank, int):
         return itertools.repeat(tokens_per_rank)
@@ -35,8 +38,9 @@ def step_sizes(tokens_per_rank):
 # ----- where each rank reads: by position -------------------------------------------------------------------
 
 def positions(
-    lengths, rank, *, loader, tokens_per_rank, wrap, first_batch_twice=False, switch_at_equal=False
-):
+    lengths: Sequence[int], rank: int, *, loader: str, tokens_per_rank: int | list[int], wrap: bool,
+    first_batch_twice: bool = False, switch_at_equal: bool = False
+) -> Iterator[tuple[int, int, int]]:
     """Yield (epoch, shard, start) of each step for one logical rank; the rank reads its tokens_per_rank + 1
     ids there.
 
@@ -61,7 +65,9 @@ def positions(
     return walk
 
 
-def per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal):
+def per_rank_positions(
+    lengths: Sequence[int], rank: int, sizes: Iterator[int], wrap: bool, switch_at_equal: bool
+) -> Iterator[tuple[int, int, int]]:
     """Records 2-17: each rank has its own position, all move by one step of all ranks."""
     shard, epoch, base, size = 0, 0, 0, next(sizes)
     while True:
@@ -76,7 +82,9 @@ def per_rank_positions(lengths, rank, sizes, wrap, switch_at_equal):
                 shard, epoch = 0, epoch + 1
 
 
-def synced_positions(lengths, rank, sizes, wrap):
+def synced_positions(
+    lengths: Sequence[int], rank: int, sizes: Iterator[int], wrap: bool
+) -> Iterator[tuple[int, int, int]]:
     """Records 18-25: all ranks change shards together."""
     shard, epoch, base = 0, 0, 0
     for size in sizes:
@@ -90,7 +98,9 @@ def synced_positions(lengths, rank, sizes, wrap):
         base += LOGICAL_RANKS * size
 
 
-def shuffled_positions(lengths, rank, tokens_per_rank, wrap):
+def shuffled_positions(
+    lengths: Sequence[int], rank: int, tokens_per_rank: int, wrap: bool
+) -> Iterator[tuple[int, int, int]]:
     """llm.c: shard order and the order of step-sized slots inside a shard, drawn per rank from mt19937(42 +
     rank)."""
     step_tokens = LOGICAL_RANKS * tokens_per_rank
@@ -108,7 +118,7 @@ def shuffled_positions(lengths, rank, tokens_per_rank, wrap):
             raise OutOfShards
 
 
-def permute(items, generator):
+def permute(items: list[int], generator: np.random.MT19937) -> None:
     """Fisher-Yates from the end with 32-bit draws modulo the remaining count, in place."""
     for i in range(len(items) - 1, 0, -1):
         j = int(generator.random_raw()) % (i + 1)
@@ -120,19 +130,19 @@ def permute(items, generator):
 class Shards:
     """The train shards of a corpus, each opened when it is first needed."""
 
-    def __init__(self, corpus, max_doc_len=None):
+    def __init__(self, corpus: Corpus, max_doc_len: int | list[int] | None = None) -> None:
         """max_doc_len: longest document, as in step_sizes; None: no limit."""
         self.corpus, self.opened = corpus, {}
         self.limits = max_doc_len or max(corpus.train_tokens)
         self.longest = next(step_sizes(self.limits))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> Shard:
         if index not in self.opened:
             self.opened[index] = Shard(self.corpus.train[index], self.corpus.bos, self.longest)
         self.opened[index].cut(self.longest)
         return self.opened[index]
 
-    def look_ahead(self, index):
+    def look_ahead(self, index: int) -> None:
         """One scan of what is not yet known of this shard, or of the next one if all of this one is known.
 
         Done with every batch, so that the next shard is known long before it is needed (record 33), without a
@@ -143,7 +153,9 @@ class Shards:
                 return shard.scan()
 
 
-def document_steps(shards, *, loader, tokens_per_rank, wrap):
+def document_steps(
+    shards: Shards, *, loader: str, tokens_per_rank: int | list[int], wrap: bool
+) -> Iterator[tuple[int, int, list[tuple]]]:
     """Yield (epoch, shard, pieces) of each step; pieces[r] = (starts, ends) of what logical rank r reads one
     after the other, tokens_per_rank + 1 ids together. All ranks move together.
 
@@ -166,7 +178,7 @@ def document_steps(shards, *, loader, tokens_per_rank, wrap):
         yield epoch, shard, pieces
 
 
-def barren_reason(shards, loader, size):
+def barren_reason(shards: Shards, loader: str, size: int) -> str:
     """Why no train shard holds one step, told of the largest one."""
     shard = max((shards[i] for i in range(len(shards.corpus.train))), key=lambda shard: len(shard.tokens))
     while not shard.complete:
@@ -189,7 +201,7 @@ def barren_reason(shards, loader, size):
             "data.max_doc_len")
 
 
-def aligned_step(shard, position, size):
+def aligned_step(shard: Shard, position: int, size: int) -> tuple[list[tuple], int] | None:
     """(pieces, position after the step), or None: every rank's tokens begin with a document.
 
     A rank begins at the first document start that lies at least `size` tokens after the beginning of the rank
@@ -209,7 +221,7 @@ def aligned_step(shard, position, size):
     return pieces, start
 
 
-def packed_step(shard, first, size):
+def packed_step(shard: Shard, first: int, size: int) -> tuple[list[tuple], int] | None:
     """(pieces, number of the next document), or None: whole documents one after the other, cut at the maximum
     length.
 
@@ -228,7 +240,9 @@ def packed_step(shard, first, size):
 
 # ----- how many shards --------------------------------------------------------------------------------------
 
-def shards_needed(lengths, *, steps, shards=None, **stream):
+def shards_needed(
+    lengths: Sequence[int], *, steps: int, shards: Shards | None = None, **stream: Any
+) -> int:
     """Number of leading shards that `steps` steps read, planned exactly.
 
     Where the known shards run out and the stream may not wrap, further shards of FineWeb's size are assumed,
@@ -249,7 +263,7 @@ def shards_needed(lengths, *, steps, shards=None, **stream):
                    for _, shard, _ in itertools.islice(positions(lengths, rank, **stream), steps))
 
 
-def document_shards_needed(shards, steps, stream):
+def document_shards_needed(shards: Shards, steps: int, stream: dict[str, Any]) -> int:
     """Shards that loaders by documents read in `steps` steps."""
     walk = document_steps(shards, **{k: stream[k] for k in ("loader", "tokens_per_rank", "wrap")})
     have, planned, highest = len(shards.corpus.train), 0, 0
@@ -261,7 +275,9 @@ def document_shards_needed(shards, steps, stream):
     return 1 + highest
 
 
-def require_shards(corpus, *, steps, max_doc_len=None, **stream):
+def require_shards(
+    corpus: Corpus, *, steps: int, max_doc_len: int | list[int] | None = None, **stream: Any
+) -> int:
     """Number of shards a run reads; UserError before training if there are too few or they are too small."""
     step_tokens = LOGICAL_RANKS * max(itertools.islice(step_sizes(stream["tokens_per_rank"]), steps))
     have = len(corpus.train)
@@ -281,7 +297,7 @@ def require_shards(corpus, *, steps, max_doc_len=None, **stream):
     return need
 
 
-def stream_arguments(s):
+def stream_arguments(s: Settings) -> dict[str, Any]:
     """The settings of a run that fix its stream, as keyword arguments of Stream, require_shards and
     shards_needed."""
     d = s.data
@@ -292,7 +308,7 @@ def stream_arguments(s):
     )
 
 
-def after_rewinds(arguments, rewinds):
+def after_rewinds(arguments: dict[str, Any], rewinds: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """Arguments of Stream for a run that went back to earlier steps and on with the next batches.
 
     arguments: as from stream_arguments. rewinds: [(batches read until then, step to which the run went
@@ -320,7 +336,10 @@ class Stream:
     the first).
     """
 
-    def __init__(self, corpus, *, ranks, tokens_per_rank, loader, wrap, max_doc_len=None, **stream):
+    def __init__(
+        self, corpus: Corpus, *, ranks: Sequence[int], tokens_per_rank: int | list[int], loader: str,
+        wrap: bool, max_doc_len: int | list[int] | None = None, **stream: Any
+    ) -> None:
         self.corpus, self.ranks, self.sizes = corpus, ranks, step_sizes(tokens_per_rank)
         self.shards = Shards(corpus, max_doc_len)
         about = dict(loader=loader, tokens_per_rank=tokens_per_rank, wrap=wrap)
@@ -333,7 +352,7 @@ class Stream:
         self.before = self.digests  # the digests one batch ago
         self.epoch, self.step = 0, 0
 
-    def next(self):
+    def next(self) -> np.ndarray:
         """int32 (len(ranks), tokens_per_rank + 1): inputs are [:, :-1], targets [:, 1:].
 
         Of the loaders that go by documents: each document begins with `bos` and there is no other `bos`, so
@@ -353,13 +372,13 @@ class Stream:
         self.step += 1
         return rows
 
-    def span(self, walk, size):
+    def span(self, walk: Iterator[tuple[int, int, int]], size: int) -> np.ndarray:
         epoch, shard, start = next(walk)
         self.epoch = max(self.epoch, epoch)
         self.shards[shard].check_length()
         return self.shards[shard].tokens[start:start + size + 1]
 
-    def pieces(self):
+    def pieces(self) -> list[np.ndarray]:
         self.epoch, shard, pieces = next(self.steps)
         self.shards[shard].check_length()
         tokens = self.shards[shard].tokens
@@ -367,12 +386,12 @@ class Stream:
         self.shards.look_ahead(shard)
         return rows
 
-    def rank_digests(self, steps=None):
+    def rank_digests(self, steps: int | None = None) -> dict[int, str]:
         """{logical rank: digest} after so many batches: all that were read, or all but the last of them."""
         at = {None: self.digests, self.step: self.digests, self.step - 1: self.before}[steps]
         return {rank: digest.hexdigest() for rank, digest in zip(self.ranks, at)}
 
-    def skip(self, steps, digests):
+    def skip(self, steps: int, digests: dict[str, str]) -> None:
         """Read the first `steps` batches again, as a run that continues needs it.
 
         A position alone would be quicker to reach, but the digests run over all tokens, and so the shards are
@@ -389,7 +408,7 @@ class Stream:
             )
 
 
-def stream_digest(rank_digests):
+def stream_digest(rank_digests: dict[int, str]) -> str:
     """sha256 over the digests of all eight logical ranks in order: equal at any number of processes."""
     return hashlib.sha256("".join(rank_digests[r] for r in range(LOGICAL_RANKS)).encode()).hexdigest()
 
@@ -398,16 +417,16 @@ class Prefetch:
     """One batch ahead in a background thread. Nothing is read before the first next() and nothing after
     drain()."""
 
-    def __init__(self, stream, steps):
+    def __init__(self, stream: Stream, steps: int) -> None:
         self.stream, self.left, self.steps = stream, steps, steps
         self.thread, self.ahead = ThreadPoolExecutor(1, "batches"), None
 
-    def fetch(self):
+    def fetch(self) -> Future | None:
         """A future of the batch after those that were asked for, or None after the last."""
         self.left -= 1
         return self.thread.submit(self.stream.next) if self.left >= 0 else None
 
-    def next(self):
+    def next(self) -> np.ndarray:
         """The next batch; begins to fetch the one after it. Raises what the stream raised."""
         ahead = self.ahead or self.fetch()
         if ahead is None:
@@ -416,18 +435,18 @@ class Prefetch:
         self.ahead = self.fetch()
         return batch
 
-    def drain(self):
+    def drain(self) -> None:
         """Wait for the fetch under way; afterwards nothing runs until next()."""
         if self.ahead is not None:
             wait([self.ahead])
 
-    def close(self):
+    def close(self) -> None:
         self.thread.shutdown()
 
 
 # ----- validation -------------------------------------------------------------------------------------------
 
-def validation_rows(corpus, tokens, seq_len, ranks):
+def validation_rows(corpus: Corpus, tokens: int, seq_len: int, ranks: Sequence[int]) -> np.ndarray:
     """int32 (len(ranks), rows, seq_len + 1): the first `tokens` targets, an eighth for each logical rank.
 
     Rows overlap by one id, so that every target is predicted once, from at most seq_len - 1 earlier tokens.

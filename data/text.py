@@ -18,9 +18,9 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from common.errors import UserError
 
@@ -68,7 +68,7 @@ class Reader:
     """One input file: its unpacked bytes, its format (text, jsonl, array or parquet) and its encoding."""
 
     def __init__(self, path: Path | str, format: str = "auto", field: str = "text",
-                 separator: str = "\n\f\n"):
+                 separator: str = "\n\f\n") -> None:
         self.path, self.field, self.separator = Path(path), field, separator
         self.packed, self.encoding, self.mark = "", "utf-8", b""
         with self.opened() as file:
@@ -79,7 +79,7 @@ class Reader:
         """The file's bytes, unpacked. Errors of opening and reading become one line."""
         return _named(self.path, self)
 
-    def find_format(self, file, format):
+    def find_format(self, file: BinaryIO, format: str) -> str:
         head = file.read(SNIFF)
         if head.startswith(b"PAR1") and format in ("auto", "parquet"):
             if self.packed:
@@ -119,7 +119,7 @@ class Reader:
             for record, where in records:
                 yield pieces(self.text(record, where)), where
 
-    def decoded(self, file) -> Iterator[str]:
+    def decoded(self, file: BinaryIO) -> Iterator[str]:
         """The text, chunk by chunk. UserError names the byte that is not text."""
         decoder, read = codecs.getincrementaldecoder(self.encoding)(), len(self.mark)
         while True:
@@ -137,7 +137,7 @@ class Reader:
             if not chunk:
                 return
 
-    def plain(self, file):
+    def plain(self, file: BinaryIO) -> Iterator[str]:
         """The text with LF line ends."""
         newlines = io.IncrementalNewlineDecoder(None, translate=True)
         for chunk in self.decoded(file):
@@ -149,7 +149,7 @@ class Reader:
 
     # ----- JSON
 
-    def lines(self, file):
+    def lines(self, file: BinaryIO) -> Iterator[tuple[Any, str]]:
         """(value, where) of each line that is not empty."""
         number, parts = 0, []
 
@@ -172,7 +172,7 @@ class Reader:
                     line = value(line)  # under the same name, so that a long line is not held twice
                     yield line, f"{self.path}, line {number}"
 
-    def elements(self, file):
+    def elements(self, file: BinaryIO) -> Iterator[tuple[Any, str]]:
         """(value, where) of each element of a JSON array."""
         chunks, decoder, number = self.decoded(file), json.JSONDecoder(), 1
         buffer, at, ended = next(chunks, "").lstrip(), 1, False  # behind the bracket
@@ -225,7 +225,7 @@ class Reader:
         if buffer[at + 1:].strip() or any(part.strip() for part in chunks):
             raise wrong("something follows the array")
 
-    def text(self, record, where):
+    def text(self, record: Any, where: str) -> str:
         """The text of a JSON record: its field, or itself if it is a string."""
         if isinstance(record, str):
             text = record
@@ -245,7 +245,7 @@ class Reader:
 
     # ----- parquet
 
-    def parquet(self):
+    def parquet(self) -> Iterator[tuple[str, str]]:
         """(text, where) of each row."""
         try:
             import pyarrow
@@ -325,7 +325,7 @@ def _zst(path):
     return zstd
 
 
-def refuse_by_content(path, head):
+def refuse_by_content(path: Path, head: bytes) -> None:
     """UserError for a format that is known but not read, and for binary data."""
     again = "extract its text, or choose other files"
     for magic, name in (REFUSED | REFUSED_BINARY if 0 in head else REFUSED).items():
@@ -346,7 +346,7 @@ def refuse_by_content(path, head):
         raise UserError(f"{path} is binary data (a zero byte at byte {at}): {again}, or add --format text")
 
 
-def refuse_by_name(path, names, start):
+def refuse_by_name(path: Path, names: list[str], start: str) -> None:
     """UserError for files that are tables, markup or archives, judged by name and first characters."""
     if MARKUP.match(start):
         raise UserError(
@@ -360,7 +360,7 @@ def refuse_by_name(path, names, start):
                 f"{path} is named .parquet and is none (those begin with PAR1): get the file again")
 
 
-def json_format(path, start, sure):
+def json_format(path: Path, start: str, sure: bool) -> str | None:
     """"jsonl", "array", or None for plain text. sure: the name or the user says that it is JSON."""
     start = start.lstrip()
     if re.match(r'\[\s*(\{\s*"|"|\]\s*$)', start) or (sure and start.startswith("[")):
@@ -381,7 +381,7 @@ def json_format(path, start, sure):
 
 # ----- text -------------------------------------------------------------------------------------------------
 
-def split(chunks, separator: str) -> Iterator[Iterator[str]]:
+def split(chunks: Iterable[str], separator: str) -> Iterator[Iterator[str]]:
     """The documents between separators, each as an iterator over pieces.
     Line breaks around a document belong to none.
 
@@ -445,7 +445,7 @@ def pieces(text: str) -> Iterator[str]:
     return (text[i:i + CHUNK] for i in range(0, len(text), CHUNK))
 
 
-def checked(text, where):
+def checked(text: str, where: str) -> str:
     """The text, if it can be written as UTF-8: JSON may hold half a surrogate pair."""
     half = HALF.search(text)  # not text.encode(), which would copy it
     if half:

@@ -75,16 +75,16 @@ def token_ids(readers: Iterable[Reader], tokenizer: str) -> Iterator[tuple[bool,
 class Writer:
     """Writes the validation shard, whole documents first, then train shards, into a folder."""
 
-    def __init__(self, folder: Path, name: str, val_tokens: int, shard_tokens: int):
+    def __init__(self, folder: Path, name: str, val_tokens: int, shard_tokens: int) -> None:
         self.folder, self.name, self.val_tokens, self.shard_tokens = folder, name, val_tokens, shard_tokens
         # validation tokens, documents and train shards so far
         self.val, self.documents, self.shards = 0, 0, 0
         self.open, self.held = contextlib.ExitStack(), None
 
-    def path(self, part, number):
+    def path(self, part: str, number: int) -> Path:
         return self.folder / f"{self.name}_{part}_{number:06d}.bin"
 
-    def begin(self, path):
+    def begin(self, path: Path | None) -> None:
         """End the shard that is open and begin another one, or none."""
         self.open.close()
         self.held = None if path is None else self.open.enter_context(writing_shard(path))
@@ -107,7 +107,7 @@ class Writer:
             self.held.append(some)
             ids = ids[len(some):]
 
-    def next_shard(self):
+    def next_shard(self) -> None:
         self.shards += 1
         self.begin(self.path("train", self.shards))
 
@@ -289,7 +289,7 @@ def parser() -> arguments.Parser:
     return p
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     """The command line of the tokenizer."""
     o = parser().parse_args(argv)
     try:

@@ -7,6 +7,7 @@ single bytes, printable ones first; each line is two symbols whose bytes joined 
 
 import functools
 import lzma
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,14 @@ HERE = Path(__file__).parent
 FILES = {"gpt2": (HERE / "gpt2_vocab.bpe.xz", 50_000), "sample": (HERE / "sample" / "vocab.bpe", 1_000)}
 
 
-def byte_symbols():
+def byte_symbols() -> dict[str, int]:
     """GPT-2's symbol for each of the 256 bytes, in rank order: {symbol: byte}."""
     printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + k): b for k, b in enumerate(others)}
 
 
-def read_ranks(text, merges):
+def read_ranks(text: str, merges: int) -> dict[bytes, int]:
     """{token bytes: rank} from a merges text. UserError if it holds another number of merges."""
     symbols = byte_symbols()
     ranks = {bytes([b]): i for i, b in enumerate(symbols.values())}
@@ -57,7 +58,7 @@ def merges_only(name: str) -> "tiktoken.Encoding":
 
 
 @functools.lru_cache
-def _load(name, pattern):
+def _load(name: str, pattern: str) -> "tiktoken.Encoding":
     import tiktoken
     if name not in FILES:
         raise UserError(f"unknown tokenizer {name!r}: choose one of {', '.join(FILES)}")
@@ -71,6 +72,6 @@ def _load(name, pattern):
                              special_tokens={"<|endoftext|>": 256 + merges})
 
 
-def encode_documents(encoding, texts):
-    """Token ids of documents, each preceded by <|endoftext|>: a list of lists."""
+def encode_documents(encoding: "tiktoken.Encoding", texts: Iterable[str]) -> list[list[int]]:
+    """Token ids of documents, each preceded by <|endoftext|>."""
     return [[encoding.eot_token, *ids] for ids in encoding.encode_ordinary_batch(list(texts), num_threads=2)]

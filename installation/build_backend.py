@@ -5,6 +5,8 @@ or `settings` in site-packages would be no use. So `pip install -e .` works, and
 before anything is downloaded.
 """
 
+from typing import NoReturn
+
 from setuptools.build_meta import (
     build_editable,
     get_requires_for_build_editable,  # noqa: F401  pip calls them
@@ -12,7 +14,7 @@ from setuptools.build_meta import (
 )
 
 
-def refuse(*arguments, **options):
+def refuse(*arguments, **options) -> NoReturn:
     """Refuse to build a wheel: the project runs from its checkout."""
     raise SystemExit("error: speedrun runs from its checkout: clone it and type `pip install -e .` there")
 

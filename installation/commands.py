@@ -8,44 +8,44 @@ from pathlib import Path
 ROOT = str(Path(__file__).resolve().parent.parent)
 
 
-def program(name):
+def program(name: str) -> None:
     """Run a file of the checkout as `python NAME` does."""
     sys.path.insert(0, ROOT)
     sys.argv[0] = str(Path(ROOT, name))
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
-def module(name):
+def module(name: str) -> None:
     """Run a module of the checkout as `python -m NAME` does."""
     sys.path.insert(0, ROOT)
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def train():
+def train() -> None:
     """speedrun-train."""
     program("train_gpt.py")
 
 
-def sample():
+def sample() -> None:
     """speedrun-sample."""
     program("sample.py")
 
 
-def sweep():
+def sweep() -> None:
     """speedrun-sweep."""
     program("sweep.py")
 
 
-def records():
+def records() -> None:
     """speedrun-records."""
     module("records")
 
 
-def tokenize():
+def tokenize() -> None:
     """speedrun-tokenize."""
     module("data.tokenize")
 
 
-def fineweb():
+def fineweb() -> None:
     """speedrun-fineweb."""
     module("data.fineweb")

@@ -23,7 +23,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from common import files
 
@@ -51,7 +53,7 @@ class Failed(Exception):
     """The installation did not succeed; the text is one line for a person."""
 
 
-def requirements(extras):
+def requirements(extras: Iterable[str]) -> list[str]:
     """Pinned requirements of the project with these extras, as pip takes them."""
     import tomllib
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -62,7 +64,7 @@ def requirements(extras):
 
 # ----- what is there ----------------------------------------------------------------------------------------
 
-def starts(python):
+def starts(python: Path) -> bool:
     """True if a Python can be started at all: that of a venv cannot when the Python that made it is gone."""
     try:
         return subprocess.run([python, "-I", "-c", "import sys; sys.exit(sys.version_info < (3, 11))"],
@@ -71,7 +73,7 @@ def starts(python):
         return False
 
 
-def installed():
+def installed() -> list[str]:
     """The requirements that .venv holds, by its own list; [] if there is none."""
     try:
         return [str(x) for x in json.loads(INSTALLED.read_text(encoding="utf-8"))]
@@ -79,7 +81,7 @@ def installed():
         return []
 
 
-def absent(wanted):
+def absent(wanted: Iterable[str]) -> list[str]:
     """Those of the pinned requirements that .venv does not hold, by its packages' metadata.
     One with a marker is not asked for."""
     code = """
@@ -100,12 +102,12 @@ for pin in sys.argv[1:]:
 
 # ----- installing -------------------------------------------------------------------------------------------
 
-def say(text):
+def say(text: str) -> None:
     """Print a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)
 
 
-def cost():
+def cost() -> str:
     """A clause: how much is downloaded and how long that takes."""
     size = DOWNLOAD.get((platform.system(), platform.machine()))
     if size is None:
@@ -116,7 +118,7 @@ def cost():
             "what pip has in its cache, or finds in a folder of yours, is not")
 
 
-def pip(*arguments):
+def pip(*arguments: str) -> None:
     """Run the venv's pip. Its progress goes to the terminal, if stderr is one;
     otherwise only its error is told. Raises Failed."""
     env = {
@@ -141,7 +143,7 @@ def pip(*arguments):
         raise Failed(f"pip could not install the dependencies ({reason.strip()})")
 
 
-def make_venv():
+def make_venv() -> None:
     """An empty .venv of the running Python. Raises Failed."""
     done = subprocess.run([sys.executable, "-m", "venv", "--clear", VENV], capture_output=True, text=True,
                           errors="replace")
@@ -155,7 +157,7 @@ def make_venv():
 
 
 @contextlib.contextmanager
-def locked():
+def locked() -> Iterator[None]:
     """Hold LOCK; wait for another process that holds it. If that one was killed, its .venv is removed."""
     waited = False
     while True:
@@ -185,7 +187,7 @@ def locked():
         LOCK.unlink(missing_ok=True)
 
 
-def holder():
+def holder() -> str | None:
     """Who holds LOCK, in words; None if that process has ended.
     Raises Failed if it runs on another machine."""
     try:
@@ -212,14 +214,14 @@ def holder():
     return f"process {process}"
 
 
-def remove_venv():
+def remove_venv() -> None:
     """Remove the environment that a failed installation left. Failed if it is a link."""
     if VENV.is_symlink():
         raise Failed(f"{VENV} is a link: remove it, or set SPEEDRUN_PYTHON to the Python behind it")
     shutil.rmtree(VENV, ignore_errors=True)
 
 
-def install(wanted):
+def install(wanted: list[str]) -> None:
     """Bring .venv to hold all requirements. If that fails or is interrupted, nothing half-made stays.
     Raises Failed."""
     before, done = installed(), False
@@ -250,7 +252,7 @@ def install(wanted):
                 remove_venv()
 
 
-def add_commands():
+def add_commands() -> None:
     """The commands speedrun-train and so on. Setuptools is there, since torch needs it.
     Nothing depends on them."""
     try:
@@ -261,7 +263,7 @@ def add_commands():
 
 # ----- the environment of a caller --------------------------------------------------------------------------
 
-def believed(wanted):
+def believed(wanted: list[str]) -> bool:
     """True if .venv holds all of it. Raises Failed if .venv is somebody else's and does not."""
     if not VENV.exists():
         return False
@@ -275,7 +277,7 @@ def believed(wanted):
     return True
 
 
-def ready(kind):
+def ready(kind: str) -> str:
     """Path of a Python that has what `kind` (run, test, python) needs. Raises Failed."""
     if os.environ.get("SPEEDRUN_PYTHON"):
         return sys.executable
@@ -287,12 +289,12 @@ def ready(kind):
     return str(PYTHON)
 
 
-def ended(number, frame):
+def ended(number: int, frame: object) -> NoReturn:
     """Signal handler: SIGTERM and SIGHUP clean up as Ctrl-C does."""
     raise KeyboardInterrupt  # SIGTERM and SIGHUP clean up as Ctrl-C does
 
 
-def main(argv):
+def main(argv: list[str]) -> None:
     """Install what `run` or `test` needs, then start it."""
     kind, arguments = argv[0], argv[1:]
     if kind == "run":

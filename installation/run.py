@@ -17,7 +17,9 @@ from common import environment  # noqa: E402  refuses a Python that is too old
 import runpy
 import signal
 import subprocess
+from argparse import Namespace
 from pathlib import Path
+from typing import NoReturn
 
 from common import files
 from settings import deltas
@@ -29,7 +31,7 @@ PROCESSES = (8, 4, 2, 1)  # that eight logical ranks can be shared among
 
 # ----- arguments --------------------------------------------------------------------------------------------
 
-def read(argv):
+def read(argv: list[str]) -> Namespace:
     """The trainer's options of a command line of run.sh. Ends the program for --help (0) or a mistake (2).
     Imports no torch."""
     parser = command_line.parser()
@@ -40,7 +42,7 @@ def read(argv):
     return options
 
 
-def complete(argv, options, gpus):
+def complete(argv: list[str], options: Namespace, gpus: int) -> list[str]:
     """The trainer's arguments: argv, and where they are missing a record, a scale,
     a place for the run and --save-checkpoint.
 
@@ -59,7 +61,7 @@ def complete(argv, options, gpus):
     return [*argv, *added]
 
 
-def count_gpus():
+def count_gpus() -> int:
     """GPUs that torch sees. Asked in a process of its own, as the trainer sets variables
     before torch is loaded."""
     done = subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.device_count())"],
@@ -70,7 +72,7 @@ def count_gpus():
 
 # ----- training ---------------------------------------------------------------------------------------------
 
-def train(argv, processes):
+def train(argv: list[str], processes: int) -> int:
     """Run the trainer: one process here, so that signals reach it directly; several by torch's launcher.
     Returns the exit code."""
     trainer = str(ROOT / "train_gpt.py")
@@ -91,7 +93,7 @@ def train(argv, processes):
     return 0
 
 
-def launch(command):
+def launch(command: list[str]) -> int:
     """Exit code of a command. Ctrl-C reaches it through the terminal; SIGTERM and SIGHUP are passed on."""
     process = subprocess.Popen(command)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -102,19 +104,19 @@ def launch(command):
     return 128 - code if code < 0 else code  # as a shell has it
 
 
-def checkpoints(out):
+def checkpoints(out: Path | str) -> set[Path]:
     """The checkpoints below a folder of runs."""
     return set(files.listed(out, "*/checkpoint.pt"))
 
 
-def show(checkpoint):
+def show(checkpoint: Path) -> None:
     """Curve and sample of a checkpoint. If one of them fails it says why, and the run's exit code stays."""
     for command in (["-m", "records", "plot", checkpoint.parent.absolute()],
                     [ROOT / "sample.py", checkpoint.absolute(), "--tokens", "60"]):
         subprocess.run([sys.executable, *command], cwd=ROOT)
 
 
-def main(argv):
+def main(argv: list[str]) -> NoReturn:
     """./run.sh: train with sensible defaults for this machine, then show text of the model."""
     options = read(argv)
     gpus = count_gpus()

@@ -15,6 +15,7 @@ import inspect
 import json
 import re
 import sys
+from typing import NoReturn
 
 from common import arguments, console, errors, lines
 from common.errors import UserError
@@ -27,7 +28,7 @@ PRODUCTS = ("list", "show", "diff", "features", "judge")
 VARIANTS = "variants/"  # refs of this project's own branches, listed apart: nothing is published about them
 
 
-def tiny_loss(record):
+def tiny_loss(record: deltas.Record) -> str:
     """Final validation loss of the committed tiny run, or of the parent's where both compute the same, or
     ''."""
     path = record.folder / "tiny" / "summary.json"
@@ -38,7 +39,7 @@ def tiny_loss(record):
     return tiny_loss(parent) if same else ""
 
 
-def list_records(options):
+def list_records(options: argparse.Namespace) -> None:
     """One line per record: what, when, who, published minutes, evidence; then one per variant: what and on
     which parent."""
     everything = deltas.load_records().values()
@@ -71,7 +72,7 @@ def list_records(options):
     list_attempts(columns)
 
 
-def list_claims(claims, columns):
+def list_claims(claims: list[deltas.Record], columns: int | None) -> None:
     """One line per claimed result, with its author's figures: steps, mean loss, number of runs."""
     if claims:
         print(f"\n{'claimed':16} {'steps':>6} {'loss':>8} {'runs':>5}  {'date':10} {'badge':8} title")
@@ -83,7 +84,7 @@ def list_claims(claims, columns):
         print(f"{left} {title if columns is None else lines.clipped(title, columns - len(left) - 1)}")
 
 
-def list_attempts(columns):
+def list_attempts(columns: int | None) -> None:
     """One line per attempt: parent, where it stands, what; or why its record.toml cannot be read."""
     names = deltas.attempt_names()
     if not names:
@@ -102,7 +103,7 @@ def list_attempts(columns):
         print(f"{left} {title}")
 
 
-def show(options):
+def show(options: argparse.Namespace) -> None:
     """Delta, facts and, with --scale, what becomes of each line there; of a preset its own lines first."""
     resolved = deltas.resolve_name(options.record, scale=options.scale)
     r, scale = resolved.record, resolved.scale
@@ -128,7 +129,7 @@ def show(options):
         print(size(resolved.settings))
 
 
-def show_preset(resolved):
+def show_preset(resolved: deltas.Resolved) -> None:
     """The lines that a preset adds to its record."""
     fixed, pinned = deltas.load_preset(resolved.preset)
     print(f"{resolved.preset}  preset: {fixed['name']} at scale {fixed['scale']}, frozen at ml_hash "
@@ -139,7 +140,7 @@ def show_preset(resolved):
     print()
 
 
-def effect_at(record, path, scale):
+def effect_at(record: deltas.Record, path: str, scale: str) -> str:
     """'  [active]', or inert / distorted: whether a delta line still does what it does at full scale."""
     if scale == "full":
         return ""
@@ -155,7 +156,7 @@ def effect_at(record, path, scale):
     return "  [active]" if now == deltas.lookup(full, path) else f"  [distorted: {schema.show(now)} here]"
 
 
-def diff(options):
+def diff(options: argparse.Namespace) -> None:
     """Every setting in which two records or presets differ, and who set it.
 
     Without --scale a record next to a preset is taken at the preset's scale.
@@ -176,7 +177,7 @@ def diff(options):
         print("no setting differs")
 
 
-def setter(path, resolved):
+def setter(path: str, resolved: deltas.Resolved) -> str:
     """Which record or preset gave a setting its value, as a short note."""
     if resolved.preset and path in [
         line.partition("=")[0] for line in deltas.load_preset(resolved.preset)[0]["sets"]
@@ -283,7 +284,7 @@ MODULES = {
 }
 
 
-def parser(command=None):
+def parser(command: str | None = None) -> arguments.Parser:
     """The parser of all commands; only the module of `command` is imported."""
     p = arguments.Parser(prog="python -m records", description="The records of the speedrun.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -313,7 +314,7 @@ def parser(command=None):
     return p
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> NoReturn:
     """The `records` command."""
     argv = sys.argv[1:] if argv is None else argv
     try:

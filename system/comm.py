@@ -5,6 +5,8 @@
 A plan gives each bank an object with the methods of optim.Local: shard, reduce, wait, gather.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -12,6 +14,7 @@ from kernels import shared_table
 from kernels.shared_table import as_bytes, owners
 from optim import Alone, Local, Tree, together
 from schedule import apart
+from settings import Settings
 from updates.rows import Rows
 
 # torch 2.13 renamed the single-tensor collectives; 2.11 knows only the old names
@@ -26,11 +29,11 @@ class Own(Local):
     name = "own"
     partial = splits_members = True
 
-    def __init__(self, rank: int, world: int):
+    def __init__(self, rank: int, world: int) -> None:
         super().__init__()
         self.rank, self.world = rank, world
 
-    def whole(self, x, units):
+    def whole(self, x: torch.Tensor, units: int) -> torch.Tensor:
         return gathered(x, self.world)
 
 
@@ -49,34 +52,34 @@ class AllReduce(Local):
     name = "all-reduce"
     reduces = eager = True
 
-    def __init__(self, rank: int, world: int, shared: bool):
+    def __init__(self, rank: int, world: int, shared: bool) -> None:
         super().__init__()
         self.rank, self.world, self.shared = rank, world, shared
         self.shards = world if shared else 1
         if shared:
             self.name = f"{self.name}, update shared"
 
-    def shard(self, x):
+    def shard(self, x: torch.Tensor) -> torch.Tensor:
         return x.chunk(self.world)[self.rank] if self.shared else x
 
-    def pieces(self, grad):
+    def pieces(self, grad: torch.Tensor) -> Sequence[torch.Tensor]:
         return [grad.view(-1)]
 
-    def reduce(self, grad):
+    def reduce(self, grad: torch.Tensor) -> None:
         self.reduced = grad
         self.work = [
             dist.all_reduce(x, op=dist.ReduceOp.SUM, async_op=True) for x in self.pieces(grad) if x.numel()
         ]
 
-    def wait(self, grad):
+    def wait(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for work in self.work:
             work.wait()
         return self.shard(self.reduced), self.reduced
 
-    def whole(self, x, units):
+    def whole(self, x: torch.Tensor, units: int) -> torch.Tensor:
         return gathered(x, self.world) if self.shared else x
 
-    def gather(self, param):
+    def gather(self, param: torch.Tensor) -> dist.Work | None:
         if not self.shared:
             return None
         mine = self.shard(param)  # NCCL gathers in place
@@ -88,7 +91,7 @@ class Bucketed(AllReduce):
     name = "bucketed all-reduce"
     eager = False
 
-    def pieces(self, grad):
+    def pieces(self, grad: torch.Tensor) -> Sequence[torch.Tensor]:
         return grad.view(-1).split(BUCKET_BYTES // grad.element_size())
 
 
@@ -97,7 +100,7 @@ class ReduceScatter(AllReduce):
     name = "reduce-scatter"
     partial = True
 
-    def __init__(self, rank: int, world: int, start: str = "ready"):
+    def __init__(self, rank: int, world: int, start: str = "ready") -> None:
         """start: when the reduction starts.
 
         ready: when the gradient is ready. after: after the backward pass. late: after the updates of the
@@ -108,12 +111,12 @@ class ReduceScatter(AllReduce):
         self.eager, self.late = start == "ready", start == "late"
         self.reduced = None
 
-    def reduce(self, grad):
+    def reduce(self, grad: torch.Tensor) -> None:
         if self.reduced is None:
             self.reduced = grad.new_empty((len(grad) // self.world, *grad.shape[1:]))
         self.work = [reduce_scatter(self.reduced, grad, op=dist.ReduceOp.SUM, async_op=True)]
 
-    def wait(self, grad):
+    def wait(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         for work in self.work:
             work.wait()
         return self.reduced, self.reduced
@@ -124,20 +127,20 @@ class UpdatesAllReduced(AllReduce):
     name = "updates all-reduced"
     sends_updates = True
 
-    def __init__(self, rank: int, world: int):
+    def __init__(self, rank: int, world: int) -> None:
         super().__init__(rank, world, shared=False)
 
-    def shard(self, x):
+    def shard(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.rank::self.world]
 
-    def whole(self, x, units):
+    def whole(self, x: torch.Tensor, units: int) -> torch.Tensor:
         # shards may differ by one unit; bytes, because no other process adds to one
         whole = x.new_zeros((units, *x.shape[1:]))
         self.shard(whole).copy_(x)
         dist.all_reduce(whole.view(-1).view(torch.uint8))
         return whole
 
-    def spread(self, update, like):
+    def spread(self, update: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Updates of this process's units -> updates of all units. like: a bank-shaped tensor."""
         whole = torch.zeros_like(like, dtype=update.dtype)
         self.shard(whole).copy_(update)
@@ -150,7 +153,7 @@ class Ordered(AllReduce):
     name = "ordered tree"
     reduces = eager = False
 
-    def wait(self, grad):
+    def wait(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tree = Tree()
         parts = [torch.empty_like(grad) for _ in range(self.world)]
         dist.all_gather(parts, grad.contiguous())
@@ -166,7 +169,7 @@ class EveryRow(Local):
     name = "touched rows"
     reduces = True
 
-    def __init__(self, rank: int, world: int, ordered: bool):
+    def __init__(self, rank: int, world: int, ordered: bool) -> None:
         super().__init__()
         self.rank, self.world, self.ordered = rank, world, ordered
         self.eager = not ordered
@@ -178,7 +181,7 @@ class EveryRow(Local):
         pairs = ((self.ids, grad.ids), (self.values, grad.values)) if many else ()
         self.work = [all_gather(as_bytes(out), as_bytes(mine), async_op=True) for out, mine in pairs]
 
-    def wait(self, grad):
+    def wait(self, grad: Rows) -> tuple[Rows, Rows]:
         for work in self.work:
             work.wait()
         parts = zip(self.ids.chunk(self.world), self.values.chunk(self.world))
@@ -191,7 +194,7 @@ class OwnRows(ReduceScatter):
     71). The sum is made in rank order, that of a reduce-scatter in an order of its own."""
     name = "touched rows to their owners"
 
-    def __init__(self, rank: int, world: int, start: str, ordered: bool):
+    def __init__(self, rank: int, world: int, start: str, ordered: bool) -> None:
         super().__init__(rank, world, start)
         self.name, self.ordered = OwnRows.name, ordered
         self.eager = self.eager and not ordered
@@ -208,7 +211,7 @@ class OwnRows(ReduceScatter):
             ) for out, mine in ((self.ids[:, None], grad.ids[:, None]), (self.values, grad.values))
         ]
 
-    def wait(self, grad):
+    def wait(self, grad: Rows) -> tuple[Rows, Rows]:
         for work in self.work:
             work.wait()
         first, parts = self.rank * self.shard_rows, zip(self.ids.split(self.got), self.values.split(self.got))
@@ -221,7 +224,7 @@ class SharedTable(Own):
     in the backward pass already."""
     name = "rows of this process"
 
-    def whole(self, x, units):
+    def whole(self, x: torch.Tensor, units: int) -> torch.Tensor:
         return shared_table.gathered(x, self.world)
 
 
@@ -232,14 +235,14 @@ MUON_STARTS = {"sharded": "ready", "adam_hooks": "late", "interleaved": "after"}
 class Communication:
     """The plan of a run on several processes. name: system.comm, with `auto` decided."""
 
-    def __init__(self, s, rank: int, world: int):
+    def __init__(self, s: Settings, rank: int, world: int) -> None:
         self.name = "sharded" if s.system.comm == "auto" else s.system.comm
         self.ordered = s.system.reduction == "ordered"
         self.rank, self.world = rank, world
         self.keeps_experts, self.shares_tables = s.system.expert_parallel, s.system.table_parallel
         self.gathers_last = self.name == "interleaved"
 
-    def of(self, shared: bool, experts: bool, small: bool = False):
+    def of(self, shared: bool, experts: bool, small: bool = False) -> Local:
         """The communication of one bank.
 
         shared: the rule is expensive, so each process updates a share. experts: the bank holds experts.
@@ -259,7 +262,7 @@ class Communication:
             return UpdatesAllReduced(*here) if shared else AllReduce(*here, shared=False)
         return (Bucketed if self.name == "bucketed" else AllReduce)(*here, shared)
 
-    def of_rows(self, by_rows: bool):
+    def of_rows(self, by_rows: bool) -> Local:
         """The communication of a table whose gradient is the rows that were looked up.
 
         by_rows: its rule moves no other rows, so that every process can make the whole update.
@@ -270,13 +273,13 @@ class Communication:
             return EveryRow(self.rank, self.world, self.ordered)
         return OwnRows(self.rank, self.world, "ready", self.ordered)
 
-    def total(self, x):
+    def total(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over the processes, in place."""
         dist.all_reduce(x)
         return x
 
 
-def communication(s, rank: int = 0, world: int = 1):
+def communication(s: Settings, rank: int = 0, world: int = 1) -> Communication | Alone:
     """The communication plan of a run: Alone on one process, otherwise by system.comm.
 
     Workers that train apart (system/workers.py) exchange no gradients.

@@ -13,7 +13,9 @@ import sys
 import tempfile
 import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,7 +103,7 @@ def quote_library_folders() -> None:
         ]
 
 
-def prepare(cache, cuda, processes=1):
+def prepare(cache: str | Path, cuda: bool, processes: int = 1) -> None:
     """Set the folders of compiled code and start the compiler's workers.
 
     Call it before the compiler is loaded. The folders are in `cache`/compiled, unless the environment names
@@ -144,7 +146,7 @@ def graph_count() -> int:
     return dynamo.utils.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
-def account():
+def account() -> dict[str, float] | None:
     """The compiler's time in this process so far, by its parts; None if it compiled nothing.
 
     Seconds of wall time, none counted twice: dynamo_s from Python to graphs, inductor_s from graphs to source
@@ -188,8 +190,8 @@ class CacheFile:
     is replaced. Neither stops a run.
     """
 
-    def __init__(self, path, rank, device):
-        """device: torch.device. UserError if the folder does not exist."""
+    def __init__(self, path: str | Path, rank: int, device: torch.device) -> None:
+        """UserError if the folder does not exist."""
         self.path, self.rank = Path(path), rank
         if not self.path.absolute().parent.is_dir() or self.path.is_dir():
             raise UserError(f"--compile-cache {path}: must be a file in a folder that exists")
@@ -202,7 +204,7 @@ class CacheFile:
         }
         self.foreign = self.loaded = False
 
-    def read(self):
+    def read(self) -> tuple[dict, dict[str, bytes]]:
         """(about, {name of part: bytes}), both empty if there is no file. ValueError if it is broken."""
         if not self.path.exists():
             return {"parts": {}}, {}
@@ -216,7 +218,7 @@ class CacheFile:
         ) as error:
             raise ValueError(f"cannot be read ({type(error).__name__}: {error})") from None
 
-    def load(self):
+    def load(self) -> list[str]:
         """Give the compiler this process's parts. Returns lines to say."""
         try:
             about, parts = self.read()
@@ -235,7 +237,7 @@ class CacheFile:
             return [f"compile cache {self.path}: {first_line(error)}; compiling, and writing it anew"]
         return []
 
-    def save(self, gather, main):
+    def save(self, gather: Callable[[Any], list], main: bool) -> list[str]:
         """Add what the processes compiled, if something was new. Returns lines to print.
 
         gather: World.gather_objects. main: whether this is process 0.
@@ -258,7 +260,7 @@ class CacheFile:
                 lines.append(f"compile cache: {error}; the run goes on")
         return lines
 
-    def write(self, fresh):
+    def write(self, fresh: list[tuple[int, bytes, list[str]]]) -> int:
         """Replace the file by one with these parts and the old ones that they do not cover.
 
         fresh: [(rank, bytes, hashes)]. Returns the size of the file in bytes.
@@ -310,16 +312,16 @@ def failure(error: BaseException, folder: Path | None) -> str | None:
     )
 
 
-def key_hash(kind, key):
+def key_hash(kind: str, key: str) -> str:
     """16 hex digits that name an artefact of the compiler."""
     return hashlib.sha256(f"{kind} {key}".encode()).hexdigest()[:16]
 
 
-def described(made_by):
+def described(made_by: dict[str, Any]) -> str:
     """One line on what made a cache file."""
     return f"torch {made_by['torch']}, triton {made_by['triton']}, {made_by['device']}"
 
 
-def first_line(error):
+def first_line(error: BaseException) -> str:
     """First line of an error's message, or its type."""
     return (str(error).splitlines() or [type(error).__name__])[0]

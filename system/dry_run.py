@@ -5,17 +5,24 @@ torch is imported only to count parameters and memory.
 
 import signal
 from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import schedule
 from common import lines
 from layers.specs import has_short_window, layer_specs
-from settings import deltas, schema
+from schedule import Span, StepPlan, Windows
+from settings import Settings, deltas, schema
 from settings.data import LOGICAL_RANKS
 from settings.deltas import Resolved
 from settings.model import padded_vocab
 from system import plan_plot, roofline
 from system.cards import CARDS
 from system.microbatch import ranks_per_microbatch, validation_rows_at_once
+
+if TYPE_CHECKING:
+    from model import GPT
 
 
 @lines.fitted()
@@ -69,13 +76,13 @@ def print_plan(
         print(f"plot of the schedules: {picture}")
 
 
-def print_lines(found):
+def print_lines(found: Iterable[str]) -> None:
     """Print lines as they come: a function that makes them may take seconds."""
     for line in found:
         print(line)
 
 
-def schedule_table(s, plans):
+def schedule_table(s: Settings, plans: list[StepPlan]) -> Iterator[str]:
     """Lines of a table of the schedules, with the remarks of `schedule_remarks`.
 
     Rows: eighths of the run, and every step that changes the Shape or raises the learning-rate factor.
@@ -114,7 +121,7 @@ def schedule_table(s, plans):
     yield from schedule_remarks(s, plans)
 
 
-def schedule_remarks(s, plans):
+def schedule_remarks(s: Settings, plans: list[StepPlan]) -> Iterator[str]:
     """Lines on the final validation, on one-time events, and on groups that are frozen in some steps."""
     if plans[0].shape.windows:
         final = schedule.validation_windows(s, len(plans))
@@ -133,7 +140,7 @@ def schedule_remarks(s, plans):
         yield f"  the routers' biases stand still from step {len(plans) - still} on"
 
 
-def wrapper_remarks(s):
+def wrapper_remarks(s: Settings) -> Iterator[str]:
     """Lines on what moves the weights between the updates, and on the weights that validations read."""
     optim, steps = s.optim, s.schedule.steps
     if (ahead := optim.ema_nesterov) is not None and ahead.start < min(ahead.stop, steps):
@@ -162,13 +169,13 @@ def wrapper_remarks(s):
         yield f"  val_loss is read at the weights of {one.setting} at step {', '.join(map(str, at))}{raw}"
 
 
-def runs_text(steps):
+def runs_text(steps: list[int]) -> str:
     """Growing step numbers as stretches, like `654..693, 1307..1346`."""
     starts = [i for i, step in enumerate(steps) if i == 0 or steps[i - 1] != step - 1]
     return ", ".join(f"{steps[a]}..{steps[b - 1]}" for a, b in zip(starts, [*starts[1:], len(steps)]))
 
 
-def stage_table(s, plans):
+def stage_table(s: Settings, plans: list[StepPlan]) -> Iterator[str]:
     """Lines on the stages of a run that has several: steps, batch, rows and tokens of each."""
     if len(schedule.stages(s)) == 1:
         return
@@ -180,7 +187,7 @@ def stage_table(s, plans):
                    f"{shape.seq_len:10,}  {tokens:16,}  {len(steps) * tokens:19,}")
 
 
-def from_parent(resolved):
+def from_parent(resolved: Resolved) -> Iterator[str]:
     """Lines on every setting that differs from the record's parent at the same scale.
 
     A mark shows the differences that come from the command or preset, not from the record.
@@ -198,7 +205,7 @@ def from_parent(resolved):
         yield "  none" + (f": {record.subsumed}" if record.subsumed else "")
 
 
-def parameters(s):
+def parameters(s: Settings) -> Iterator[str]:
     """Lines of a table of all parameters, by label and shape, with their update and communication.
 
     Communication is that of eight processes.
@@ -214,7 +221,7 @@ def parameters(s):
         yield "  " + "  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip()
 
 
-def exchanged(s):
+def exchanged(s: Settings) -> Iterator[str]:
     """A line on what workers that train apart exchange, if there are any."""
     if schedule.apart(s):
         from model import without_values
@@ -223,7 +230,7 @@ def exchanged(s):
         yield saved(s, Optimizer(without_values(s), s))
 
 
-def graphs(s, plans):
+def graphs(s: Settings, plans: list[StepPlan]) -> Iterator[str]:
     """Lines on the graphs that one process compiles before the clock starts, with their shapes.
 
     They are the forward passes, in training with their backward, and the update of each bank.
@@ -264,7 +271,7 @@ def graphs(s, plans):
 COMMON = (24, 80)  # GiB: a 4090 and an A100 or H100
 
 
-def held(s, card=None, gpus=1):
+def held(s: Settings, card: str | None = None, gpus: int = 1) -> Iterator[str]:
     """Lines on the memory of one GPU, part by part, and on the choices that make a step fit.
 
     card: name of the card to fit; None: those of COMMON. gpus: how many share the logical ranks.
@@ -301,7 +308,7 @@ def held(s, card=None, gpus=1):
         yield from largest_table(s, name, gib * 2**30, gpus)
 
 
-def largest_table(s, name, capacity, gpus):
+def largest_table(s: Settings, name: str, capacity: int, gpus: int) -> Iterator[str]:
     """A line on the largest bigram table that fits the card of this name, if the record's does not."""
     from system import memory
     found = memory.largest_table(s, LOGICAL_RANKS // gpus, capacity, gpus)
@@ -314,19 +321,19 @@ def largest_table(s, name, capacity, gpus):
     )
 
 
-def mib(size):
+def mib(size: int) -> str:
     """Bytes as MiB."""
     return f"{size / 2**20:,.1f} MiB"
 
 
-def measured(resolved, results=roofline.RESULTS):
+def measured(resolved: Resolved, results: Path = roofline.RESULTS) -> Iterator[str]:
     """Lines on what bench/steps.py measured of this record at this scale."""
     for _, warm, where in roofline.measurements(resolved, results):
         memory = f", {warm['peak_memory_mib']:,} MiB" if warm["peak_memory_mib"] else ""
         yield f"measured: {warm['ms_per_step']:.1f} ms a step on {warm['device']}{memory} ({where})"
 
 
-def span_text(span):
+def span_text(span: Span) -> str:
     """A window size in words."""
     if span.blocks is None:
         return f"{span.tokens} tokens"
@@ -335,14 +342,14 @@ def span_text(span):
 
 
 
-def windows_text(s, windows):
+def windows_text(s: Settings, windows: Windows | None) -> str:
     """The long and short window of a step in words."""
     if windows is None:
         return ""
     return f"  {span_text(windows.long)}" + (f" / {span_text(windows.short)}" if has_short_window(s) else "")
 
 
-def size(s):
+def size(s: Settings) -> str:
     """Parameters, those that one token meets, and FLOPs, in one line."""
     from model import without_values
     model = without_values(s)
@@ -355,14 +362,14 @@ def size(s):
     )
 
 
-def flops(s, model):
+def flops(s: Settings, model: "GPT") -> tuple[float, float]:
     """Training FLOPs per token, mean over the steps: (products with weights, attention's own products)."""
     steps = Counter(schedule.windows(s, i) for i in range(s.schedule.steps))
     attended = sum(n * model.attention_flops_per_token(windows) for windows, n in steps.items())
     return model.flops_per_token(), attended / s.schedule.steps
 
 
-def context_text(s):
+def context_text(s: Settings) -> str:
     """What attention's FLOPs are counted over."""
     how = (
         "every earlier token of the row seen" if s.model.attn.window is None

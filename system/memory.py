@@ -13,16 +13,22 @@ import dataclasses
 import functools
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 import schedule
 from common.errors import UserError
+from schedule import Shape
+from settings import Settings
 from settings.model import padded_vocab, query_dim
 from settings.system import recomputable
 from system.microbatch import ranks_per_microbatch
 from updates.adam import TABLE_CHUNK
+
+if TYPE_CHECKING:
+    from optim import RowBank
 
 FEW_ROWS, LARGEST_TABLE = 1024, 2**31 - 2  # rows of a bigram table
 SHARE = 0.9  # of a GPU's memory that an estimate may take: the allocator and the libraries need some
@@ -38,11 +44,11 @@ class Estimate(NamedTuple):
     passing: int  # largest that comes and goes next to it: of the logits, a chunk of them, or a block
 
     @property
-    def total(self):
+    def total(self) -> int:
         return sum(self)
 
 
-def report(s, estimate):
+def report(s: Settings, estimate: Estimate) -> dict[str, Any]:
     """What the log says: MiB of each part, and the choices that it was made for."""
     sizes = {
         name: round(value / 2**20) for name, value in {**estimate._asdict(), "total": estimate.total}.items()
@@ -54,31 +60,31 @@ def report(s, estimate):
 class Kept:
     """Context that counts the bytes autograd keeps for the backward pass, apart from the `known` tensors."""
 
-    def __init__(self, known=()):
+    def __init__(self, known: Iterable[torch.Tensor] = ()) -> None:
         self.known, self.storages, self.shapes = {t.untyped_storage()._cdata for t in known}, {}, {}
 
-    def pack(self, tensor):
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage  # held, so that no other one gets its place
             self.shapes[storage._cdata] = tensor.itemsize, tensor.numel()
         return tensor
 
-    def __enter__(self):
+    def __enter__(self) -> "Kept":
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda tensor: tensor)
         self.hooks.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error) -> None:
         self.hooks.__exit__(*error)
 
-    def bytes(self, widest=8, largest=math.inf):
+    def bytes(self, widest: int = 8, largest: float = math.inf) -> int:
         """Of the tensors that have fewer than `largest` numbers, of at most `widest` bytes each."""
         chosen = (key for key, (width, numel) in self.shapes.items() if width <= widest and numel < largest)
         return sum(self.storages[key].nbytes() for key in chosen)
 
 
-def heaviest(s):
+def heaviest(s: Settings) -> list[Shape]:
     """The Shapes of steps of which one takes most memory: those with most tokens, and with a sampled softmax
     also those with more classes than any of as many tokens."""
     largest = schedule.largest_shape(s)
@@ -93,12 +99,14 @@ def heaviest(s):
     return [b for b in kinds.values() if not any(worse(a, b) for a in kinds.values())]
 
 
-def classes(s, shape):
+def classes(s: Settings, shape: Shape) -> int:
     """Classes of the softmax in steps of this Shape."""
     return shape.candidates or padded_vocab(s)
 
 
-def kept_by_forward(s, microbatch, compiled=False, shape=None):
+def kept_by_forward(
+    s: Settings, microbatch: int, compiled: bool = False, shape: Shape | None = None
+) -> int:
     """Bytes that the forward pass of `microbatch` logical ranks keeps for the backward pass.
 
     shape: of the step; None: that with most tokens. compiled: whether torch.compile has made the graph; its
@@ -143,7 +151,7 @@ def kept_by_forward(s, microbatch, compiled=False, shape=None):
     return kept.bytes(widest=2, largest=together * shape.seq_len * classes(s, shape)) + rest
 
 
-def passing_in_head(s, tokens, compiled=False, number=None):
+def passing_in_head(s: Settings, tokens: int, compiled: bool = False, number: int | None = None) -> int:
     """Bytes that come and go in the backward pass of the head and loss of `tokens` tokens, on a GPU.
 
     They are counted beyond what the forward pass keeps; what an operation has used by then makes room. Of
@@ -176,7 +184,7 @@ def passing_in_head(s, tokens, compiled=False, number=None):
     return logits * max(moments)
 
 
-def logits_bytes(s, compiled=False):
+def logits_bytes(s: Settings, compiled: bool = False) -> int:
     """Bytes of a logit as the head's product leaves it. compiled: what reads it is joined with its cast."""
     from layers.primitives import dtype, products_dtype
     if s.numerics.fp8_head and s.numerics.fp8_head.logits == "e4m3":
@@ -184,7 +192,7 @@ def logits_bytes(s, compiled=False):
     return (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
 
 
-def passing_in_chunks(s, tokens, number):
+def passing_in_chunks(s: Settings, tokens: int, number: int) -> int:
     """passing_in_head of a loss in chunks: of the largest chunk, and the gradients of stream and weight."""
     from kernels.cross_entropy import chunks
     from layers.primitives import dtype, products_dtype
@@ -200,7 +208,7 @@ def passing_in_chunks(s, tokens, number):
     return passing + tokens * d * (products_dtype(s) or dtype(s.numerics.matmul)).itemsize
 
 
-def estimate(s, ranks, microbatch, world=1):
+def estimate(s: Settings, ranks: int, microbatch: int, world: int = 1) -> Estimate:
     """The Estimate of a training step on one device.
 
     ranks: logical ranks of this process, of which `microbatch` go through a forward. world: processes.
@@ -238,7 +246,7 @@ def estimate(s, ranks, microbatch, world=1):
     return Estimate(parameters, gradients, state, kept, passing)
 
 
-def rows_held(bank, ranks, microbatch, table):
+def rows_held(bank: "RowBank", ranks: int, microbatch: int, table: int) -> int:
     """Bytes that an optim.RowBank holds of the gradient of a table of so many rows between two updates.
 
     They are the rows of each forward pass, or their sum if that is less and, for a rule that moves every row,
@@ -254,7 +262,7 @@ def rows_held(bank, ranks, microbatch, table):
     return held + math.ceil(table / bank.comm.shards) * bank.param.size(-1) * width
 
 
-def rows_passing(bank, ranks, microbatch, table):
+def rows_passing(bank: "RowBank", ranks: int, microbatch: int, table: int) -> int:
     """Bytes that come and go when an optim.RowBank sums its rows and updates them."""
     forwards, world = bank.steps * ranks // microbatch, bank.comm.world
     mine = min(bank.steps * ranks * bank.rows_per_rank, table + 1)
@@ -272,7 +280,7 @@ def rows_passing(bank, ranks, microbatch, table):
 
 
 @functools.lru_cache(maxsize=64)
-def moment(s, shape, microbatch, compiled):
+def moment(s: Settings, shape: Shape, microbatch: int, compiled: bool) -> tuple[int, int]:
     """(kept, passing) of an Estimate in steps of this Shape."""
     passing = passing_in_head(s, microbatch * shape.tokens_per_rank, compiled, classes(s, shape))
     kept = kept_by_forward(s, microbatch, compiled, shape)
@@ -282,17 +290,17 @@ def moment(s, shape, microbatch, compiled):
     return kept, passing
 
 
-def chunked(s):
+def chunked(s: Settings) -> bool:
     """Whether the loss works in chunks, so that the logits never exist in full."""
     return s.system.kernels.loss in ("chunks", "triton")
 
 
-def with_system(s, **changes):
+def with_system(s: Settings, **changes: Any) -> Settings:
     """Settings with some `system` fields replaced."""
     return dataclasses.replace(s, system=dataclasses.replace(s.system, **changes))
 
 
-def fit(s, ranks, capacity, world=1):
+def fit(s: Settings, ranks: int, capacity: int, world: int = 1) -> tuple[Settings, Estimate]:
     """(settings, Estimate): the open choices of `system`, made so that SHARE of `capacity` bytes suffices.
 
     In the order of their cost in time: fewer logical ranks per forward, loss in chunks, activation
@@ -315,21 +323,23 @@ def fit(s, ranks, capacity, world=1):
     return fitted, found
 
 
-def with_rows(s, rows):
+def with_rows(s: Settings, rows: int) -> Settings:
     """Settings with a bigram table of so many rows."""
     bigram = dataclasses.replace(s.model.embed.bigram, rows=rows)
     embed = dataclasses.replace(s.model.embed, bigram=bigram)
     return dataclasses.replace(s, model=dataclasses.replace(s.model, embed=embed))
 
 
-def with_own_rows(s, world):
+def with_own_rows(s: Settings, world: int) -> Settings:
     """Settings of a model whose whole table is the rows that each of `world` processes holds."""
     if not s.system.table_parallel:
         return s
     return with_rows(with_system(s, table_parallel=False), s.model.embed.bigram.rows // world)
 
 
-def largest_table(s, ranks, capacity, world=1):
+def largest_table(
+    s: Settings, ranks: int, capacity: int, world: int = 1
+) -> tuple[int, Estimate] | None:
     """(rows, Estimate) of the largest bigram table with which a step fits; an even number of rows, 0: none.
 
     None if the settings have no table whose gradient is kept as rows.
@@ -366,7 +376,7 @@ def largest_table(s, ranks, capacity, world=1):
 
 
 @contextlib.contextmanager
-def exhaustion_in_one_line():
+def exhaustion_in_one_line() -> Iterator[None]:
     """Decorator that turns out-of-memory exceptions of torch and numpy into a UserError."""
     try:
         yield

@@ -8,7 +8,9 @@ custom operators.
 
 import contextlib
 import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +36,10 @@ class HostRead(Exception):
 class Watch(TorchDispatchMode):
     """Raises HostRead with the name of an operation that would make the host wait for a GPU."""
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, operation: torch._ops.OpOverload, types: Sequence[type], args: tuple = (),
+        kwargs: dict | None = None
+    ) -> Any:
         name = operation._schema.name
         # repeat_interleave with output_size does not read the size back
         told = (kwargs or {}).get("output_size") is not None
@@ -47,7 +52,7 @@ class Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def no_host_reads(cuda, what):
+def no_host_reads(cuda: bool, what: str) -> Iterator[None]:
     """Context that raises UserError at the first read of a result from the device.
 
     what: beginning of the message, like `step 3`.
@@ -70,7 +75,7 @@ def no_host_reads(cuda, what):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def complaint(error, what, operation):
+def complaint(error: BaseException, what: str, operation: str) -> str:
     """One line that names the operation that waits for the device."""
     own = [f for f in traceback.extract_tb(error.__traceback__) if is_own(Path(f.filename))]
     where = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "an operation of torch"

@@ -15,7 +15,7 @@ BANKS = (("embed",), ("lm_head",), ("c_fc", "c_proj"), ("qk",), ("v", "o"))  # w
 class Average:
     """A moving average of some parameters: W_avg <- W_avg + rate (W - W_avg), from W at the first tick."""
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter]):
+    def __init__(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         self.parameters = parameters
         self.values = {name: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
                        for name, p in parameters.items()}
